@@ -1,0 +1,34 @@
+# Two commands for a fresh machine:
+#   make train   sets up .venv and trains the default network on real data
+#   make test    sets up .venv and runs every check that CI runs
+#
+# constraints.txt pins the tested PyTorch. On Linux, PyPI's build of it carries CUDA; for another build,
+# install torch into .venv your way first (see README, "Which PyTorch").
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: train test test-slow clean
+
+train: $(VENV)/.installed-train
+	$(BIN)/revnet train
+
+test: $(VENV)/.installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed-train
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

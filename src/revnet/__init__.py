@@ -1,0 +1,76 @@
+"""Reversible residual networks for PyTorch: activation memory that does not grow with depth.
+
+The names below load PyTorch when they are first used, not when `revnet` is imported: the command line must answer
+`revnet --help` at once, and every module of a package pays for what its `__init__` imports.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from revnet import functional as functional
+    from revnet import memory as memory
+    from revnet import models as models
+    from revnet import nn as nn
+    from revnet.errors import CheckpointError as CheckpointError
+    from revnet.errors import DataError as DataError
+    from revnet.errors import MissingDependencyError as MissingDependencyError
+    from revnet.errors import ReconstructionError as ReconstructionError
+    from revnet.errors import RevnetError as RevnetError
+    from revnet.models import create_model as create_model
+    from revnet.models import list_models as list_models
+    from revnet.nn import AbstractPolicy as AbstractPolicy
+    from revnet.nn import Reverse as Reverse
+    from revnet.nn import ReversibleBlock as ReversibleBlock
+    from revnet.nn import ReversibleSequential as ReversibleSequential
+    from revnet.nn import Store as Store
+
+__version__ = "0.1.0"
+
+_ROOMS = ("functional", "memory", "models", "nn")
+_HOME = {
+    "AbstractPolicy": "revnet.nn",
+    "CheckpointError": "revnet.errors",
+    "DataError": "revnet.errors",
+    "MissingDependencyError": "revnet.errors",
+    "ReconstructionError": "revnet.errors",
+    "Reverse": "revnet.nn",
+    "ReversibleBlock": "revnet.nn",
+    "ReversibleSequential": "revnet.nn",
+    "RevnetError": "revnet.errors",
+    "Store": "revnet.nn",
+    "create_model": "revnet.models",
+    "list_models": "revnet.models",
+}
+
+__all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
+    "__version__",
+    "AbstractPolicy",
+    "CheckpointError",
+    "create_model",
+    "DataError",
+    "functional",
+    "list_models",
+    "memory",
+    "MissingDependencyError",
+    "models",
+    "nn",
+    "ReconstructionError",
+    "Reverse",
+    "ReversibleBlock",
+    "ReversibleSequential",
+    "RevnetError",
+    "Store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"revnet.{name}")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'revnet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,11 @@
+"""Aliases that several rooms share."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+TensorPair = tuple[Tensor, Tensor]
+"""The two streams `(x1, x2)` of a reversible network."""
+
+ResidualFunction = Callable[..., Tensor]
+"""What a reversible block adds to one stream, computed from the other: `f(x2, *args, **kwargs)`."""

@@ -1,0 +1,11 @@
+"""Tensors in, tensors out: the coupling, its inverse, and the run that rebuilds activations."""
+
+from revnet.functional._coupling import additive as additive
+from revnet.functional._coupling import additive_inverse as additive_inverse
+from revnet.functional._coupling import split as split
+from revnet.functional._reversible import HalfBlock as HalfBlock
+from revnet.functional._reversible import ReversibleRun as ReversibleRun
+from revnet.functional._reversible import inverse as inverse
+from revnet.functional._reversible import reversible as reversible
+from revnet.functional._reversible import run_reversible as run_reversible
+from revnet.functional._reversible import stored as stored

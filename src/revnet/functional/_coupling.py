@@ -1,0 +1,117 @@
+"""The additive coupling, and the two streams that it joins.
+
+One half of a reversible block: `y = x + residual`, undone by `x = y - residual` (Gomez et al. 2017, equations 6 and 7;
+Dinh et al. 2015, NICE).
+"""
+
+import torch
+from torch import Tensor
+
+from revnet._types import TensorPair
+
+
+def split(x: Tensor | TensorPair, dim: int) -> TensorPair:
+    """Split `x` into its two streams, halves along `dim`; a pair is taken as it is.
+
+    Args:
+        x: An activation with an even size along `dim`, or the pair `(x1, x2)`.
+        dim: The dimension to halve; 1 for the channels of images, -1 for the features of sequences.
+
+    Returns:
+        `(x1, x2)`. Halves of a tensor are copies laid out densely: residual functions run on them many times, and
+        kernels are slower on a strided view, or even round differently.
+
+    Raises:
+        TypeError: `x` is neither a tensor nor a pair of tensors, or is not floating-point.
+        ValueError: `x` has no dimension `dim`, or an odd size along it.
+    """
+    if isinstance(x, Tensor):
+        _check_stream("x", x)
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(
+                f"`split_dim` (={dim}) must be a dimension of the input, which has shape {tuple(x.shape)}; "
+                f"pass one from {-x.dim()} to {x.dim() - 1}."
+            )
+        size = x.shape[dim]
+        if size % 2:
+            raise ValueError(
+                f"`x` has size {size} along dimension {dim} (shape {tuple(x.shape)}), which must be even, since a "
+                f"reversible block splits it in two; use {size + 1} channels, or pass a pair (x1, x2)."
+            )
+        x1, x2 = x.chunk(2, dim)
+        return x1.clone(), x2.clone()
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(
+            f"`x` (={_describe(x)}) must be a tensor, which is split in two, or a pair of tensors (x1, x2)."
+        )
+    x1, x2 = x
+    _check_stream("x1", x1)
+    _check_stream("x2", x2)
+    return x1, x2
+
+
+def additive(x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+    """Add a residual to a stream: `y = x + residual`.
+
+    Args:
+        x: The stream. Not modified.
+        residual: What the residual function returned; the same shape, and a dtype that `x` can hold.
+        name: The residual function's name, for the error.
+
+    Returns:
+        `y`, with the shape and dtype of `x`.
+
+    Raises:
+        TypeError: `residual` is no tensor, or its dtype would change the stream's.
+        ValueError: `residual` has another shape.
+    """
+    _check_residual(x, residual, name)
+    return x + residual
+
+
+def additive_inverse(y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+    """Take a residual off a stream again: `x = y - residual`.
+
+    Args:
+        y: The stream. Modified, and returned, if `in_place`.
+        residual: The residual that `additive` added.
+        name: The residual function's name, for the error.
+        in_place: Write the result over `y`, for callers that own it: no allocation, and a quarter less time.
+
+    Numerics:
+        Floating-point addition rounds, so this returns the old `x` up to half a unit in the last place of `y`.
+    """
+    _check_residual(y, residual, name)
+    return y.sub_(residual) if in_place else y - residual
+
+
+def _check_residual(x: Tensor, residual: Tensor, name: str) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(
+            f"`{name}` returned {_describe(residual)}, but must return one tensor, which is added to a stream."
+        )
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"`{name}` returned shape {tuple(residual.shape)}, but must return the shape of the stream to which it is "
+            f"added, {tuple(x.shape)}; a block that changes the shape is not reversible: put it between two sequences."
+        )
+    if torch.result_type(x, residual) != x.dtype:
+        raise TypeError(
+            f"`{name}` returned {residual.dtype}, but the stream to which it is added is {x.dtype}, which would change "
+            f"and could not be rebuilt; cast the stream up with `x.to({residual.dtype})`, or the residual down."
+        )
+
+
+def _check_stream(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` (={_describe(x)}) must be a tensor.")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"`{name}` has dtype {x.dtype}, but a stream must be floating-point; convert it with `x.float()`."
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__

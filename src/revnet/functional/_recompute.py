@@ -1,0 +1,237 @@
+"""Running a residual function a second time exactly as it ran the first.
+
+The backward pass runs every residual function again. To give the same numbers, and to leave no trace, it needs what the
+forward pass saw: the random state, autocast, the training flags, the parameters (`torch.func.functional_call` swaps
+them), and the buffers as they were before the function updated them. `Conditions` records these around the first call
+and brings them back around the second; what cannot be brought back, because it was modified in place, raises.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_leaves
+
+from revnet.errors import ReconstructionError
+
+# These read their running statistics in evaluation only, so a recomputation in training needs no earlier value of them.
+_TORCH_NORM_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
+
+
+class Conditions:
+    """What one call of a residual function depends on, beside the stream.
+
+    Made before the call, `settle`d after it, and entered again with `restored` for each recomputation.
+
+    Args:
+        function: The residual function, about to be called.
+        x: The stream that it will be called with.
+        arguments: Its other arguments, nested as they may be.
+    """
+
+    def __init__(self, function: nn.Module, x: Tensor, arguments: object):
+        self._training = [(module, module.training) for module in function.modules()]
+        self._lasting: dict[int, Tensor] = {}
+        self._versions: list[tuple[Tensor, int]] = []
+        self._fixed: list[_Entry] = []
+        self._statistics: list[_Entry] = []
+        self._states: list[tuple[_Entry, int, Tensor]] = []
+        devices = {torch.device("cpu"), x.device}
+
+        for leaf in tree_leaves(arguments):
+            if isinstance(leaf, Tensor):
+                self._add_constant(leaf)
+                devices.add(leaf.device)
+        for module, training in self._training:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._add_constant(parameter)
+                    self._fixed.append(_Entry(module._parameters, name, parameter))
+                    devices.add(parameter.device)
+            is_torch_norm = isinstance(module, _NormBase) and type(module).forward in _TORCH_NORM_FORWARDS
+            for name, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                entry = _Entry(module._buffers, name, buffer)
+                if not is_torch_norm:
+                    self._add_lasting(buffer)
+                    self._states.append((entry, _version(buffer), buffer.detach().clone()))
+                elif training:
+                    self._add_lasting(buffer)
+                    self._statistics.append(entry)
+                else:
+                    self._add_constant(buffer)
+                    self._fixed.append(entry)
+
+        self._autocast = _autocast_states({device.type for device in devices})
+        self._random = _random_states(device for device in devices if device.type != "meta")
+
+    def settle(self) -> None:
+        """Keep, after the call, only what the call turned out to need.
+
+        Random states that did not move and buffers that did not change are dropped, so that a function without
+        randomness or state costs no bytes.
+        """
+        self._random = [
+            (device, state) for device, state in self._random if not torch.equal(state, _get_random_state(device))
+        ]
+        changed = []
+        for entry, version, before in self._states:
+            if _version(entry.tensor) != version or entry.current is not entry.tensor:
+                changed.append((entry, version, before))
+            elif entry.tensor.dim() <= 1:
+                # Kernels that keep running statistics write to them without raising their version. A recomputation gets
+                # a copy of every vector to write to; large buffers (masks, position tables) are trusted to be constant.
+                self._statistics.append(entry)
+            else:
+                self._versions.append((entry.tensor, version))
+                self._fixed.append(entry)
+        self._states = changed
+
+    def is_lasting(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is (a view of) a parameter, a buffer or an argument: it outlives the call anyway."""
+        key = _storage_key(tensor)
+        return key is not None and key in self._lasting
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Everything as the first call saw it; on leaving, everything as it was on entering.
+
+        Raises:
+            ReconstructionError: A parameter, buffer or argument was modified in place since the first call.
+        """
+        for tensor, version in self._versions:
+            if _version(tensor) != version:
+                raise ReconstructionError(
+                    f"a parameter, buffer or argument of shape {tuple(tensor.shape)} was modified in place after the "
+                    f"forward pass (version {_version(tensor)}, expected {version}), so the activations cannot be "
+                    "rebuilt; run `backward` before modifying it, for instance before `optimizer.step()`."
+                )
+        lasting = dict(self._lasting)
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_lasting", lasting)
+            for context in self._autocast_contexts():
+                stack.enter_context(context)
+            for module, training in self._training:
+                if module.training != training:
+                    stack.callback(setattr, module, "training", module.training)
+                    module.training = training
+            for entry in self._fixed:
+                if entry.current is not entry.tensor and not _is_sharded(entry.tensor):
+                    stack.callback(entry.swap(entry.tensor))
+            for entry, _, before in self._states:
+                stack.callback(self._swap_copy(entry, before))
+            for entry in self._statistics:
+                stack.callback(self._swap_copy(entry, entry.tensor))
+            for device, state in self._random:
+                stack.callback(_set_random_state, device, _get_random_state(device))
+                _set_random_state(device, state)
+            yield
+
+    def _add_lasting(self, tensor: Tensor) -> None:
+        key = _storage_key(tensor)
+        if key is not None:
+            self._lasting[key] = tensor
+
+    def _add_constant(self, tensor: Tensor) -> None:
+        self._add_lasting(tensor)
+        self._versions.append((tensor, _version(tensor)))
+
+    def _swap_copy(self, entry: "_Entry", value: Tensor) -> Callable[[], None]:
+        copy = value.detach().clone()
+        self._add_lasting(copy)
+        return entry.swap(copy)
+
+    def _autocast_contexts(self) -> list[AbstractContextManager[Any]]:
+        now = _autocast_states(state.device_type for state in self._autocast)
+        return [
+            torch.autocast(then.device_type, then.dtype, then.enabled, then.cache_enabled)
+            for then, current in zip(self._autocast, now, strict=True)
+            if then.enabled or current.enabled
+        ]
+
+
+class _Entry(NamedTuple):
+    """Where a module holds one of its tensors, and the tensor that it held during the call."""
+
+    holder: dict[str, Any]
+    name: str
+    tensor: Tensor
+
+    @property
+    def current(self) -> Any:
+        return self.holder.get(self.name)
+
+    def swap(self, tensor: Tensor) -> Callable[[], None]:
+        """Put `tensor` in this place; returns the call that undoes it."""
+        before = self.holder[self.name]
+        self.holder[self.name] = tensor
+
+        def undo() -> None:
+            self.holder[self.name] = before
+
+        return undo
+
+
+class _AutocastState(NamedTuple):
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cache_enabled: bool
+
+
+def _autocast_states(device_types: Iterable[str]) -> list[_AutocastState]:
+    return [
+        _AutocastState(
+            device_type,
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
+        for device_type in device_types
+        if torch.amp.is_autocast_available(device_type)
+    ]
+
+
+def _random_states(devices: Iterable[torch.device]) -> list[tuple[torch.device, Tensor]]:
+    return [(device, _get_random_state(device)) for device in devices]
+
+
+# `fork_rng` does this too, at a hundred times the cost on CPU.
+def _get_random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.default_generator.get_state()
+    module = torch.get_device_module(device)
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.default_generator.set_state(state)
+        return
+    module = torch.get_device_module(device)
+    if device.type == "mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)
+
+
+def _storage_key(tensor: Tensor) -> int | None:
+    """What all views of the same memory share, on every device (a `data_ptr` is 0 for fake and for empty tensors)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # Sparse tensors and the like have no storage.
+        return None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP manages the parameter: it swaps whole and sharded forms itself, in recomputations too."""
+    return hasattr(parameter, "device_mesh")
