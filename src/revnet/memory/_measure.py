@@ -102,6 +102,7 @@ def _measure_step(model: nn.Module, inputs: tuple[Any, ...]) -> StepMemory:
     with torch.enable_grad(), LiveBytes(ignore) as counter:
         outputs = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
         losses = [output.sum() for output in outputs]
+        del outputs  # A training step does not hold on to them either.
         if not losses:
             raise ValueError(
                 f"`model` (={type(model).__name__}) has no output that requires a gradient, so it has no training step; "

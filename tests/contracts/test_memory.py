@@ -1,0 +1,144 @@
+"""The promise, in exact bytes: activation memory does not grow with depth, and nothing stays behind."""
+
+import gc
+
+import pytest
+import torch
+from tests.helpers import Attention, ConvResidual, FeedForward, stored_twin
+from torch import nn
+
+from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.memory import LiveBytes, measure
+
+# The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
+CONV_STREAM = 8 * 32 * 32 * 32 * 4
+TRANSFORMER_STREAM = 2 * 256 * 256 * 4
+
+
+def conv_stack(depth, policy=None):
+    blocks = [ReversibleBlock(ConvResidual(32), ConvResidual(32)) for _ in range(depth)]
+    return ReversibleSequential(*blocks, policy=policy or Reverse())
+
+
+def transformer_stack(depth):
+    return ReversibleSequential(
+        *[ReversibleBlock(Attention(256, 4), FeedForward(256), split_dim=-1) for _ in range(depth)]
+    )
+
+
+@pytest.mark.parametrize("depth", [4, 16, 64])
+def test_conv_stack_needs_nine_streams_at_any_depth(depth):
+    """The pair, the two gradients, three saved tensors, the residual, its gradient; and some scalars and vectors."""
+    memory = measure(conv_stack(depth), torch.randn(8, 64, 32, 32))
+    assert memory.peak_bytes == 9 * CONV_STREAM + 520
+    assert memory.held_bytes == 2 * CONV_STREAM + 4  # the final pair, and the loss
+
+
+@pytest.mark.parametrize("depth", [4, 16, 64])
+def test_a_pair_costs_what_a_tensor_costs(depth):
+    memory = measure(conv_stack(depth), (torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)))
+    assert memory.peak_bytes == 9 * CONV_STREAM + 528
+    assert memory.held_bytes == 2 * CONV_STREAM + 8
+
+
+def test_transformer_stack_is_flat_in_depth():
+    peaks = [measure(transformer_stack(depth), torch.randn(2, 256, 512)).peak_bytes for depth in (4, 8, 16)]
+    assert peaks[0] == peaks[1] == peaks[2]
+    assert peaks[0] < 18 * TRANSFORMER_STREAM
+
+
+def test_the_stored_twin_grows_with_depth():
+    """The counter sees what there is to see: eight saved tensors for each block."""
+    peaks = [measure(conv_stack(depth, Store()), torch.randn(8, 64, 32, 32)).peak_bytes for depth in (4, 8)]
+    assert peaks[1] - peaks[0] >= 4 * 8 * CONV_STREAM
+
+
+def test_a_stored_last_block_costs_its_activations_only():
+    depth = 8
+    mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
+    assert measure(mixed, torch.randn(8, 64, 32, 32)).peak_bytes <= 12 * CONV_STREAM + 1024
+
+
+def test_dropout_keeps_random_states_not_masks():
+    def stack(depth):
+        blocks = [ReversibleBlock(nn.Sequential(ConvResidual(8), nn.Dropout()), ConvResidual(8)) for _ in range(depth)]
+        return measure(ReversibleSequential(*blocks), torch.randn(2, 16, 16, 16)).peak_bytes
+
+    state_bytes = torch.get_rng_state().numel()
+    assert stack(16) - stack(8) <= 8 * state_bytes
+
+
+def live_bytes_after(step, parameters):
+    with LiveBytes(parameters) as counter:
+        for _ in range(3):
+            step()
+        gc.collect()
+        return counter.live_bytes
+
+
+@pytest.mark.parametrize("use", ["backward", "forward only", "retained", "two graphs"])
+def test_nothing_stays_behind(use):
+    sequence = conv_stack(3)
+    for parameter in sequence.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(2, 64, 8, 8)
+
+    def step():
+        loss = sequence(x).sum()
+        if use == "backward":
+            loss.backward()
+        elif use == "retained":
+            loss.backward(retain_graph=True)
+            loss.backward()
+        elif use == "two graphs":
+            other = sequence(x).sum()
+            loss.backward()
+            other.backward()
+
+    keep = [x, *sequence.parameters(), *sequence.buffers(), *[p.grad for p in sequence.parameters()]]
+    assert live_bytes_after(step, keep) == 0
+
+
+def test_a_retained_graph_holds_the_final_pair_only():
+    sequence = conv_stack(4)
+    for parameter in sequence.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x1, x2 = torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)
+    keep = [x1, x2, *sequence.parameters(), *sequence.buffers(), *[p.grad for p in sequence.parameters()]]
+    with LiveBytes(keep) as counter:
+        loss = sum(y.sum() for y in sequence((x1, x2)))
+        loss.backward(retain_graph=True)
+        assert counter.live_bytes <= 2 * CONV_STREAM + 1024
+
+
+def test_the_graph_is_freed_without_the_garbage_collector():
+    sequence = conv_stack(2)
+    keep = [*sequence.parameters(), *sequence.buffers()]
+    gc.collect()
+    gc.disable()
+    try:
+        with LiveBytes(keep) as counter:
+            sequence(torch.randn(2, 64, 8, 8))
+            assert counter.live_bytes == 0
+    finally:
+        gc.enable()
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    sequence = ReversibleSequential(ReversibleBlock(nn.Sequential(ConvResidual(4), nn.Dropout()), ConvResidual(4)))
+    x = torch.randn(2, 8, 4, 4)
+    sequence(x).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in sequence.parameters()]
+    buffers = [buffer.clone() for buffer in sequence.buffers()]
+    state = torch.get_rng_state()
+    measure(sequence, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for parameter, expected in zip(sequence.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, expected)
+    for buffer, expected in zip(sequence.buffers(), buffers, strict=True):
+        assert torch.equal(buffer, expected)
+
+
+def test_a_twin_has_the_same_parameters():
+    sequence = conv_stack(2)
+    assert list(stored_twin(sequence).state_dict()) == list(sequence.state_dict())

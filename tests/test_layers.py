@@ -1,0 +1,58 @@
+"""Imports go downward: no room knows one above it, or beside it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "revnet"
+LEVELS = {
+    "errors": 0,
+    "_types": 0,
+    "functional": 1,
+    "nn": 2,
+    "models": 3,
+    "memory": 3,
+    "data": 3,
+    "training": 4,
+    "bench": 4,
+    "cli": 5,
+}
+# Two exceptions, written down: the public names are gathered at the top, and a saved file names the version.
+GATHERS = {"__init__"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of revnet that any import statement in the file names, lazy ones too."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import; write it in full"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules += names if node.module == "revnet" else [node.module or ""]
+    return {module.split(".")[1] for module in modules if module.startswith("revnet.")}
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if room_of(path) not in GATHERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_downward(path):
+    room = room_of(path)
+    assert room in LEVELS, f"`{room}` is a new room: give it a level"
+    for imported in imported_rooms(path) - {room, "__version__"}:
+        assert LEVELS[imported] < LEVELS[room], f"{path.name} in `{room}` imports `{imported}`, which is not below it"
+
+
+def test_an_upward_import_would_be_found(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(
+        "def f():\n    from revnet.cli import main\n    import revnet.training.run\n    from revnet import nn\n"
+    )
+    assert imported_rooms(file) == {"cli", "training", "nn"}
