@@ -377,6 +377,19 @@ def test_sequence_within_a_residual_function():
     assert_close(*results)
 
 
+def test_streams_that_are_arguments_too():
+    sequence = next(case for case in CASES if case.name == "attention").sequence(3)
+    twin = stored_twin(sequence)
+    results = []
+    for module in (sequence, twin):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+        y1, y2 = module((x, x), x)
+        (y1 * y2).sum().backward()
+        results.append((x.grad, gradients(module)))
+    assert_close(*results)
+
+
 class Energy(nn.Module):
     """Differentiates inside its own forward: a residual that is the gradient of an energy."""
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.helpers import Attention, ConvResidual, FeedForward, stored_twin
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.memory import LiveBytes, measure
@@ -66,6 +67,14 @@ def test_dropout_keeps_random_states_not_masks():
 
     state_bytes = torch.get_rng_state().numel()
     assert stack(16) - stack(8) <= 8 * state_bytes
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode(), torch.device("meta")], ids=["fake", "meta"])
+def test_counted_without_computing(mode):
+    """From shapes alone, the same bytes."""
+    expected = measure(conv_stack(4), torch.randn(8, 64, 32, 32))
+    with mode:
+        assert measure(conv_stack(4), torch.randn(8, 64, 32, 32)) == expected
 
 
 def live_bytes_after(step, parameters):

@@ -6,6 +6,7 @@ them), and the buffers as they were before the function updated them. `Condition
 and brings them back around the second; what cannot be brought back, because it was modified in place, raises.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Conditions:
 
     def __init__(self, function: nn.Module, x: Tensor, arguments: object):
         self._training = [(module, module.training) for module in function.modules()]
-        self._lasting: dict[int, Tensor] = {}
+        self._lasting: dict[int | None, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
         self._fixed: list[_Entry] = []
         self._statistics: list[_Entry] = []
@@ -67,6 +68,8 @@ class Conditions:
                     self._add_constant(buffer)
                     self._fixed.append(entry)
 
+        # A stream that is an argument too does not outlive the call as a stream: it will be rebuilt elsewhere.
+        self._lasting.pop(_storage_key(x), None)
         self._autocast = _autocast_states({device.type for device in devices})
         self._random = _random_states(device for device in devices if device.type != "meta")
 
@@ -77,7 +80,9 @@ class Conditions:
         randomness or state costs no bytes.
         """
         self._random = [
-            (device, state) for device, state in self._random if not torch.equal(state, _get_random_state(device))
+            (device, state)
+            for device, state in self._random
+            if not _same_random_state(state, _get_random_state(device))
         ]
         changed = []
         for entry, version, before in self._states:
@@ -94,8 +99,7 @@ class Conditions:
 
     def is_lasting(self, tensor: Tensor) -> bool:
         """Whether `tensor` is (a view of) a parameter, a buffer or an argument: it outlives the call anyway."""
-        key = _storage_key(tensor)
-        return key is not None and key in self._lasting
+        return _storage_key(tensor) in self._lasting
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -218,6 +222,11 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         module.set_rng_state(state)
     else:
         module.set_rng_state(state, device)
+
+
+def _same_random_state(a: Tensor, b: Tensor) -> bool:
+    # States are real bytes on the CPU even under FakeTensorMode, which would refuse to compare them as tensors.
+    return ctypes.string_at(a.data_ptr(), a.numel()) == ctypes.string_at(b.data_ptr(), b.numel())
 
 
 def _storage_key(tensor: Tensor) -> int | None:

@@ -156,13 +156,11 @@ class ReversibleRun:
         )
         index = len(self._calls)
         self._calls.append(call)
-        slots: list[_Slot] = []
 
         def pack(tensor: Tensor) -> "_Slot | _Lasting":
             if call.conditions.is_lasting(tensor):
                 return _Lasting(tensor, _version(tensor))
             slot = _Slot(self, index, tensor)
-            slots.append(slot)
             call.slots.append(weakref.ref(slot))
             call.layouts.append(_Layout.of(tensor))
             return slot
@@ -170,14 +168,12 @@ class ReversibleRun:
         with saved_tensors_hooks(pack, _unpack):
             residual = _call(half_block, source, self._args, self._kwargs)
         call.conditions.settle()
-        # Kept until here for functions that differentiate inside themselves.
-        for slot in slots:
-            slot.tensor = None
+        for slot in filter(None, (slot() for slot in call.slots)):
+            slot.tensor = None  # Kept until here for functions that differentiate inside themselves.
         if call.slots:
             self._last_alive = index
             if self._first_with_slots is None:
                 self._first_with_slots = index
-        slots.clear()  # The graph keeps `pack`, and must not keep slots alive through it.
         return residual
 
     def hold(self, y1: Tensor, y2: Tensor) -> None:
