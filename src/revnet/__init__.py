@@ -8,10 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from revnet import data as data
     from revnet import functional as functional
     from revnet import memory as memory
     from revnet import models as models
     from revnet import nn as nn
+    from revnet import training as training
     from revnet.errors import CheckpointError as CheckpointError
     from revnet.errors import DataError as DataError
     from revnet.errors import MissingDependencyError as MissingDependencyError
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("functional", "memory", "models", "nn")
+_ROOMS = ("data", "functional", "memory", "models", "nn", "training")
 _HOME = {
     "AbstractPolicy": "revnet.nn",
     "CheckpointError": "revnet.errors",
@@ -48,6 +50,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractPolicy",
     "CheckpointError",
     "create_model",
+    "data",
     "DataError",
     "functional",
     "list_models",
@@ -61,6 +64,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "ReversibleSequential",
     "RevnetError",
     "Store",
+    "training",
 ]
 
 

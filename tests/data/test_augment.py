@@ -1,0 +1,120 @@
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from revnet.data import make_augment
+from revnet.errors import MissingDependencyError
+
+SIZE = (4, 6)
+
+
+def numbered(num_images: int) -> Tensor:
+    """Images whose pixels all differ and are never 0, so that a crop tells where it was cut."""
+    return torch.arange(1.0, 2 * 4 * 6 + 1).view(1, 2, 4, 6).repeat(num_images, 1, 1, 1)
+
+
+def windows(image: Tensor, padding: int) -> list[Tensor]:
+    padded = nn.functional.pad(image, (padding,) * 4)
+    steps = range(2 * padding + 1)
+    return [padded[:, top : top + SIZE[0], left : left + SIZE[1]] for top in steps for left in steps]
+
+
+def which(images: Tensor, candidates: list[Tensor]) -> list[int]:
+    """For each image the candidate that it equals, which there must be."""
+    table = torch.stack(candidates).flatten(1)
+    matches = (images.flatten(1)[:, None] == table).all(2)
+    assert matches.sum(1).eq(1).all()
+    return matches.int().argmax(1).tolist()
+
+
+def test_crop_cuts_every_window_of_the_zero_padded_image() -> None:
+    torch.manual_seed(0)
+    images = numbered(400)
+    output = make_augment(2, False, SIZE)(images)
+    assert output.shape == images.shape
+    assert output.dtype == images.dtype
+    assert set(which(output, windows(images[0], 2))) == set(range(25))
+
+
+def test_flip_mirrors_about_half_of_the_images() -> None:
+    torch.manual_seed(0)
+    images = numbered(1000)
+    flipped = sum(which(make_augment(0, True, SIZE)(images), [images[0], images[0].flip(-1)]))
+    assert abs(flipped - 500) < 80  # five standard deviations; the seed is fixed
+
+
+def test_crop_and_flip_together() -> None:
+    torch.manual_seed(0)
+    images = numbered(600)
+    crops = windows(images[0], 1)
+    chosen = which(make_augment(1, True, SIZE)(images), crops + [crop.flip(-1) for crop in crops])
+    assert set(chosen) == set(range(18))
+
+
+def test_input_is_not_modified() -> None:
+    images = numbered(8)
+    before = images.clone()
+    make_augment(1, True, SIZE)(images)
+    assert torch.equal(images, before)
+
+
+def test_draws_follow_the_seed() -> None:
+    augment, images = make_augment(2, True, SIZE), numbered(50)
+    torch.manual_seed(3)
+    first, second = augment(images), augment(images)
+    torch.manual_seed(3)
+    assert torch.equal(make_augment(2, True, SIZE)(images), first)
+    assert not torch.equal(first, second)
+
+
+def test_last_smaller_batch_and_single_pixels() -> None:
+    assert make_augment(2, True, SIZE)(numbered(1)).shape == (1, 2, 4, 6)
+    assert make_augment(1, True, (1, 1))(torch.ones(3, 1, 1, 1)).shape == (3, 1, 1, 1)
+
+
+def test_nothing_asked_for_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    assert isinstance(make_augment(0, False, SIZE), nn.Identity)
+
+
+def test_eval_mode_returns_the_batch_unchanged() -> None:
+    images = numbered(4)
+    assert make_augment(2, True, SIZE).eval()(images) is images
+
+
+def test_keeps_nothing_in_checkpoints() -> None:
+    augment = make_augment(2, True, SIZE)
+    augment(numbered(4))
+    assert augment.state_dict() == {}
+
+
+@pytest.mark.gpu
+def test_gpu_draws_are_those_of_the_cpu() -> None:
+    augment, images = make_augment(2, True, SIZE), numbered(50)
+    torch.manual_seed(3)
+    expected = augment(images)
+    torch.manual_seed(3)
+    assert torch.equal(augment(images.cuda()).cpu(), expected)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"`crop_padding` \(=-1\) must not be negative; pass 0"):
+        make_augment(-1, True, SIZE)
+    with pytest.raises(ValueError, match=r"`image_size` \(=\(0, 4\)\) must be positive"):
+        make_augment(1, True, (0, 4))
+
+
+def test_bad_batches() -> None:
+    augment = make_augment(1, True, SIZE)
+    with pytest.raises(TypeError, match=r"`images` \(=torch.uint8\) must be floating point; apply `Preprocess` first"):
+        augment(numbered(2).to(torch.uint8))
+    with pytest.raises(ValueError, match=r"must be of the size \(4, 6\) that this augmentation was made for"):
+        augment(torch.zeros(2, 2, 6, 4))
+
+
+def test_without_kornia(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    with pytest.raises(MissingDependencyError, match=r"augmentation needs kornia, .*`pip install 'revnet\[train\]'`"):
+        make_augment(1, True, SIZE)

@@ -1,0 +1,136 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tests.data.samples import random_images
+from torch import Tensor
+
+from revnet.data import ImageSplit, Preprocess, make_preprocess
+from revnet.errors import DataError
+
+
+def make_split(num_images: int, seed: int) -> ImageSplit:
+    return ImageSplit(random_images(num_images, seed=seed), torch.zeros(num_images, dtype=torch.int64))
+
+
+@pytest.fixture
+def splits() -> tuple[ImageSplit, ImageSplit]:
+    return make_split(2500, seed=0), make_split(300, seed=1)
+
+
+def test_standardize(splits: tuple[ImageSplit, ImageSplit]) -> None:
+    train, test = splits
+    pixels = train.images.double() / 255
+    mean, deviation = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), correction=0, keepdim=True)
+    output = make_preprocess("standardize", train, test)(test.images)
+    assert output.dtype == torch.float32
+    # A few roundings of float32, at values of about 1.
+    torch.testing.assert_close(output, ((test.images / 255 - mean) / deviation).float(), atol=1e-6, rtol=1e-6)
+
+
+def test_standardize_ignores_the_test_images(splits: tuple[ImageSplit, ImageSplit]) -> None:
+    train, test = splits
+    first, second = (make_preprocess("standardize", train, part) for part in (test, train))
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.scale, second.scale)
+
+
+def test_mean_image(splits: tuple[ImageSplit, ImageSplit]) -> None:
+    train, test = splits
+    mean = torch.cat([train.images, test.images]).double().mean(0)
+    output = make_preprocess("mean_image", train, test)(test.images)
+    assert output.dtype == torch.float32
+    # Half a unit in the last place of a mean below 255, and one of the difference.
+    torch.testing.assert_close(output, (test.images - mean).float(), atol=3e-5, rtol=0)
+
+
+def test_statistics_are_exact() -> None:
+    # Sums of more than 2^24 in float32 would lose whole grey levels.
+    images = torch.full((1000, 1, 150, 150), 254, dtype=torch.uint8)
+    images[:, :, ::2] = 255
+    split = ImageSplit(images, torch.zeros(1000, dtype=torch.int64))
+    standardize = make_preprocess("standardize", split, split)
+    assert standardize.mean.item() == 254.5
+    assert standardize.scale.item() == 0.5
+    assert make_preprocess("mean_image", split, split).mean.unique().tolist() == [254.0, 255.0]
+
+
+@pytest.mark.parametrize("kind", ["standardize", "mean_image"])
+def test_rebuilt_from_its_tensors(splits: tuple[ImageSplit, ImageSplit], kind: str, tmp_path: Path) -> None:
+    original = make_preprocess(kind, *splits)
+    torch.save(original.state_dict(), tmp_path / "preprocess.pt")
+    rebuilt = Preprocess(**torch.load(tmp_path / "preprocess.pt"))
+    images = splits[1].images
+    assert torch.equal(rebuilt(images), original(images))
+    assert list(original.state_dict()) == ["mean", "scale"]
+
+
+def test_keeps_its_own_copy_of_the_statistics() -> None:
+    mean = torch.zeros(3, 1, 1)
+    preprocess = Preprocess(mean, torch.ones(3, 1, 1))
+    mean += 1
+    assert preprocess.mean.sum() == 0
+
+
+def test_statistics_travel_with_the_module() -> None:
+    preprocess = Preprocess(torch.zeros(3, 1, 1), torch.ones(3, 1, 1)).double()
+    assert preprocess(random_images(2)).dtype == torch.float64
+    assert list(preprocess.parameters()) == []
+    assert repr(preprocess) == "Preprocess(shape=(3, 1, 1))"
+
+
+def test_unknown_kind(splits: tuple[ImageSplit, ImageSplit]) -> None:
+    with pytest.raises(ValueError, match=r"`kind` \(='standardise'\) must be one of .*; did you mean 'standardize'\?"):
+        make_preprocess("standardise", *splits)
+    with pytest.raises(ValueError, match=r"`kind` \(='zca'\) must be one of standardize, mean_image\.$"):
+        make_preprocess("zca", *splits)
+
+
+def test_constant_channel() -> None:
+    images = random_images(4)
+    images[:, 1] = 7
+    split = ImageSplit(images, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(DataError, match="channel 1 has the same value in every training pixel"):
+        make_preprocess("standardize", split, split)
+    assert make_preprocess("mean_image", split, split)(images)[:, 1].eq(0).all()
+
+
+def test_mean_image_of_two_data_sets() -> None:
+    other = ImageSplit(random_images(4, height=6), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"`test` \(with images \(3, 6, 4\)\) must have images of the shape of `train`"
+    ):
+        make_preprocess("mean_image", make_split(4, seed=0), other)
+
+
+@pytest.mark.parametrize(
+    ("mean", "scale", "name"),
+    [
+        (torch.zeros(3), torch.ones(3), "mean"),
+        (torch.zeros(3, 1, 1, dtype=torch.int64), torch.ones(3, 1, 1), "mean"),
+        (torch.full((3, 1, 1), float("nan")), torch.ones(3, 1, 1), "mean"),
+        (torch.zeros(3, 1, 1), torch.ones(1, 1, 1), "scale"),
+        (torch.zeros(3, 1, 1), torch.zeros(3, 1, 1), "scale"),
+        (torch.zeros(3, 1, 1), torch.full((3, 1, 1), float("inf")), "scale"),
+        (torch.zeros(3, 1, 1), torch.ones(3, 1, 1).double(), "scale"),
+    ],
+)
+def test_rejects_bad_statistics(mean: Tensor, scale: Tensor, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^`{name}` \(of shape .*\) must be .*finite"):
+        Preprocess(mean, scale)
+
+
+def test_rejects_images_that_are_not_pixels() -> None:
+    with pytest.raises(TypeError, match=r"`images` \(=torch.float32\) must be uint8 pixels"):
+        Preprocess(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "images"),
+    [((3, 1, 1), (2, 1, 4, 4)), ((1, 1, 1), (2, 3, 4, 4)), ((3, 8, 8), (2, 3, 1, 8)), ((3, 1, 1), (3, 4, 4))],
+    ids=["grey for colour", "colour for grey", "size", "no batch"],
+)
+def test_rejects_images_of_another_data_set(statistics: tuple[int, ...], images: tuple[int, ...]) -> None:
+    preprocess = Preprocess(torch.zeros(statistics), torch.ones(statistics))
+    with pytest.raises(ValueError, match="must have the channels and the size that the statistics were taken from"):
+        preprocess(torch.zeros(images, dtype=torch.uint8))
