@@ -61,7 +61,7 @@ class ReversibleBlock(nn.Module):
             kwargs: Keyword arguments of both `f` and `g`.
 
         Returns:
-            The output, in the form of `x`: a tensor for a tensor, a pair for a pair.
+            The output; a tensor for a tensor, a pair for a pair.
         """
         return run_forward([(Reverse(), self.half_blocks())], x, self.split_dim, args, kwargs)
 

@@ -37,9 +37,9 @@ class ReversibleSequential(nn.Module):
         ValueError: The blocks' `split_dim` differ, or there are not as many policies as blocks.
 
     Numerics:
-        The output is exact. The rebuilt activations carry rounding errors that grow with depth: gradients in float32
-        are off by some 3e-7 (relative) at 16 convolutional blocks and 3e-4 at 64; in bfloat16 streams by 4e-2 at 16.
-        Keep the streams in float32, as autocast does, and let `f` and `g` compute in low precision.
+        The output is exact. The rebuilt activations carry the rounding of `(x + r) - r`, so that gradients differ from
+        the twin's by an error that grows with depth and with the size of the residuals. Keep the streams in float32, as
+        autocast does, and let `f` and `g` compute in low precision.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
@@ -76,7 +76,7 @@ class ReversibleSequential(nn.Module):
             kwargs: Keyword arguments of every `f` and `g`.
 
         Returns:
-            The output, in the form of `x`: a tensor for a tensor, a pair for a pair.
+            The output; a tensor for a tensor, a pair for a pair.
         """
         return run_forward(self._segments(), x, self._split_dim, args, kwargs)
 

@@ -1,0 +1,21 @@
+"""Sphinx settings: Markdown pages, and an API reference from the docstrings."""
+
+from importlib.metadata import version as installed_version
+
+project = "revnet"
+release = version = installed_version("revnet")
+copyright = "the revnet authors"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = f"revnet {version}"
+exclude_patterns = ["_build"]
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# Sections of our docstrings that Google's style does not know.
+napoleon_custom_sections = ["Shape", "Numerics"]
+# Docstrings write `code` with single backticks, as Markdown does.
+default_role = "code"
