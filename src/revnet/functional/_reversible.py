@@ -13,7 +13,7 @@ References:
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -92,8 +92,8 @@ def inverse(
     """Compute the streams before the half-blocks from those after them.
 
     Runs by ordinary autograd and is differentiable. Buffers (batch-norm statistics) are left as they are. In training
-    mode batch norm uses the statistics of this batch, as the forward pass did; random functions such as dropout draw
-    anew, so invert those in evaluation mode.
+    mode batch norm uses the statistics of this batch, as the forward pass did; random functions such as dropout do
+    not repeat the forward pass's draw, so invert those in evaluation mode.
     """
     streams = [y1, y2]
     for half_block in reversed(half_blocks):
@@ -140,6 +140,7 @@ class ReversibleRun:
         self._last_alive = -1
         self._held: _Streams | None = None
         self._walk: _Streams | None = None
+        self._filled: int | None = None
         self._lock = threading.RLock()  # Several devices run several backward threads over one graph.
 
     @property
@@ -168,8 +169,7 @@ class ReversibleRun:
         with saved_tensors_hooks(pack, _unpack):
             residual = _call(half_block, source, self._args, self._kwargs)
         call.conditions.settle()
-        for slot in filter(None, (slot() for slot in call.slots)):
-            slot.tensor = None  # Kept until here for functions that differentiate inside themselves.
+        call.empty_slots()  # Filled until here for functions that differentiate inside themselves.
         if call.slots:
             self._last_alive = index
             if self._first_with_slots is None:
@@ -199,6 +199,10 @@ class ReversibleRun:
 
     def _rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""
+        # Never the activations of two residual functions at once, even where nobody collects the first one's.
+        if self._filled is not None:
+            self._calls[self._filled].empty_slots()
+        self._filled = index
         streams = self._streams_for(index)
         while streams.position > index + 1:
             self._step_back(streams, fill=False)
@@ -352,6 +356,13 @@ class _Call:
         """Whether a backward pass can still ask for any of the slots."""
         return any(slot() is not None for slot in self.slots)
 
+    def empty_slots(self) -> None:
+        """Forget the tensors of the slots that are still there."""
+        for reference in self.slots:
+            slot = reference()
+            if slot is not None:
+                slot.tensor = None
+
     def check(self, count: int, tensor: Tensor) -> None:
         """Raise unless `tensor` can be the one that the forward pass saved as number `count`."""
         if count >= len(self.slots):
@@ -429,10 +440,23 @@ def _call(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kwargs: 
     return residual
 
 
+def _use_count(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _count_alone() -> int | None:
+    """What `_use_count` says of a tensor that nothing shares; None where it cannot tell, in some release of PyTorch."""
+    if not hasattr(torch._C, "_storage_Use_Count"):
+        return None
+    tensor = torch.empty(1, device="cpu")
+    alone = _use_count(tensor)
+    view = tensor.detach()
+    return alone if _use_count(view) == alone + 1 else None
+
+
+_ALONE = _count_alone()
+
+
 def _is_only_owner(tensor: Tensor) -> bool:
     """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
-    use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-    if use_count is None or type(tensor) is not Tensor:
-        return False
-    # The tensor itself, and the storage object through which we look.
-    return use_count(tensor.untyped_storage()._cdata) <= 2
+    return _ALONE is not None and type(tensor) is Tensor and _use_count(tensor) == _ALONE
