@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from tests.helpers import mlp
@@ -68,3 +70,18 @@ def test_errors_name_the_block():
 def test_policies_are_equal_by_kind():
     assert Reverse() == Reverse()
     assert Reverse() != Store()
+
+
+def test_repr_shows_the_policies():
+    assert "policy=Reverse()\n" in repr(ReversibleSequential(block(), block()))
+    mixed = ReversibleSequential(block(), block(), block(), policy=[Reverse(), Reverse(), Store()])
+    assert "policy=[Reverse()] * 2 + [Store()] * 1\n" in repr(mixed)
+
+
+def test_pickling_keeps_weights_and_policies():
+    sequence = ReversibleSequential(block(), block(), policy=[Reverse(), Store()])
+    sequence(torch.randn(2, 4)).sum().backward()
+    other = pickle.loads(pickle.dumps(sequence))
+    assert other.policies == sequence.policies
+    x = torch.randn(2, 4)
+    assert torch.equal(other(x), sequence(x))

@@ -104,6 +104,13 @@ class ReversibleSequential(nn.Module):
     def __getitem__(self, index: int) -> nn.Module:
         return self.blocks[index]
 
+    def extra_repr(self) -> str:
+        """The policy, or the policies in runs, for `repr`."""
+        runs = [(policy, len(list(group))) for policy, group in groupby(self.policies)]
+        if len(runs) <= 1:
+            return "".join(f"policy={policy}" for policy, _ in runs)
+        return "policy=" + " + ".join(f"[{policy}] * {count}" for policy, count in runs)
+
     @property
     def _split_dim(self) -> int:
         return self._reversible_blocks()[0].split_dim if len(self.blocks) else 1
