@@ -1,0 +1,34 @@
+"""`revnet train`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from revnet.training import TrainConfig
+
+
+def train(*, resume: str | None = None, **settings: Any) -> None:
+    """Train a model, and leave weights, log and learning curve in a new folder.
+
+    Without options it trains a small RevNet on hand-written digits, in about a minute on two cores.
+
+    Examples:
+        revnet train
+        revnet train --data cifar10 --model revnet38 --epochs 160
+        revnet train --config configs/cifar10/revnet38.yaml --data path/to/cifar10
+        revnet train --resume runs/digits_revnet26_1
+
+    Args:
+        resume: Folder of a run that was stopped: go on after its last finished epoch, with its own settings.
+        settings: See `TrainConfig`.
+    """
+    config = TrainConfig(**settings)
+    if resume is not None and settings:
+        flag = "--" + next(iter(settings)).replace("_", "-")
+        raise ValueError(f"`--resume` goes on with the run's own settings; leave out `{flag}`.")
+
+    from revnet import training  # PyTorch and Lightning load here, once the arguments are known to be good
+
+    result = training.train(config) if resume is None else training.resume(resume)
+    print()
+    print(result.report())

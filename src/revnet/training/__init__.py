@@ -1,0 +1,61 @@
+"""Training on Lightning: settings, a run from start to end, and the files that it leaves.
+
+The names below load PyTorch and Lightning when they are first used, so that the command line can check its flags, or
+print its help, without them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from revnet.errors import MissingDependencyError
+from revnet.training.config import TrainConfig as TrainConfig
+
+if TYPE_CHECKING:
+    from revnet.training._checkpoint import load_classifier as load_classifier
+    from revnet.training.classifier import Classifier as Classifier
+    from revnet.training.evaluation import evaluate as evaluate
+    from revnet.training.results import EvaluateResult as EvaluateResult
+    from revnet.training.results import TrainResult as TrainResult
+    from revnet.training.run import TrainingInterrupted as TrainingInterrupted
+    from revnet.training.run import resume as resume
+    from revnet.training.run import train as train
+
+_HOME = {
+    "Classifier": "classifier",
+    "EvaluateResult": "results",
+    "TrainResult": "results",
+    "TrainingInterrupted": "run",
+    "evaluate": "evaluation",
+    "load_classifier": "_checkpoint",
+    "resume": "run",
+    "train": "run",
+}
+
+__all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
+    "Classifier",
+    "evaluate",
+    "EvaluateResult",
+    "load_classifier",
+    "resume",
+    "train",
+    "TrainConfig",
+    "TrainingInterrupted",
+    "TrainResult",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'revnet.training' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"revnet.training.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("revnet"):
+            raise
+        raise MissingDependencyError(
+            f"training needs {error.name}, which is not installed; run `pip install 'revnet[train]'`."
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

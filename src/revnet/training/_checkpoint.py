@@ -1,0 +1,105 @@
+"""Read and write the two files of a run: weights (safetensors) and the checkpoint to resume from (PyTorch's format).
+
+A weights file holds the tensors of a `Classifier` and, as metadata, its `Header`. A checkpoint is Lightning's: the same
+tensors with those of optimiser, schedule, callbacks and random state, and the header beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from revnet.errors import CheckpointError
+from revnet.training._files import atomic_path
+from revnet.training.classifier import Classifier, Header
+
+HEADER_KEY = "revnet"  # of a checkpoint
+CLASSIFIER_PREFIX = "classifier."  # of the tensors in a checkpoint's `state_dict`, see `task.py`
+
+_WAY_OUT = "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written"
+
+
+def save_weights(classifier: Classifier, path: Path) -> None:
+    """Write the tensors and the header of `classifier`."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in classifier.state_dict().items()}
+    with atomic_path(path) as temporary:
+        # `save_file` would make a file that only its owner may read.
+        temporary.write_bytes(save(tensors, metadata=classifier.header.to_metadata()))
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Rebuild the classifier that a run has left, on the CPU and in evaluation mode.
+
+    Args:
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose last weights are taken.
+
+    Raises:
+        CheckpointError: There is no such file, it is truncated, revnet has not written it, or its tensors do not fit
+            the model that it names.
+    """
+    path = _find_weights(Path(path))
+    if path.suffix == ".ckpt":
+        checkpoint = read_checkpoint(path)
+        header, tensors = Header.from_metadata(checkpoint[HEADER_KEY], path), classifier_tensors(checkpoint)
+    else:
+        header, tensors = _read_weights(path)
+    classifier = Classifier.from_tensors(header, tensors, path)
+    return classifier.eval()
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint to resume from; nothing in it is executed.
+
+    Raises:
+        CheckpointError: It is missing, truncated, or not written by `revnet train`.
+    """
+    path = _existing_file(Path(path))
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # there is no saying what the unpickler stumbles over
+        raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+    if not (isinstance(checkpoint, dict) and {HEADER_KEY, "state_dict"} <= checkpoint.keys()):
+        raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
+    return checkpoint
+
+
+def classifier_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The classifier's part of a checkpoint."""
+    state = checkpoint["state_dict"].items()
+    return {
+        name.removeprefix(CLASSIFIER_PREFIX): tensor for name, tensor in state if name.startswith(CLASSIFIER_PREFIX)
+    }
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"`{path}` is no file; {_WAY_OUT}.")
+    return path
+
+
+def _find_weights(path: Path) -> Path:
+    if not path.is_dir():
+        return _existing_file(path)
+    # The two are written together; a run stopped in between leaves the checkpoint.
+    found = [path / name for name in ("last.safetensors", "last.ckpt") if (path / name).is_file()]
+    if not found:
+        raise CheckpointError(f"`{path}` holds no last.safetensors and no last.ckpt; {_WAY_OUT}.")
+    return found[0]
+
+
+def _read_weights(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise CheckpointError(f"`{path}` is truncated or not a safetensors file; {_WAY_OUT}.") from error
+    return Header.from_metadata(metadata, path), tensors

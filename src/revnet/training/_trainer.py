@@ -1,0 +1,127 @@
+"""Lightning's Trainer, set up to be quiet and to stop politely."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from revnet.training._checkpoint import read_checkpoint
+from revnet.training._files import atomic_path
+from revnet.training.config import TrainConfig
+
+_NOT_FOR_USERS = (
+    r".*does not have many workers",  # the images lie in memory: a worker would only copy them
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
+)
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's reading and writing of checkpoints, whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint`; a process killed meanwhile leaves the file that was there before."""
+        with atomic_path(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint, always without executing anything in it."""
+        return read_checkpoint(path, map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM came while Lightning was in charge."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
+
+
+def make_trainer(config: TrainConfig, callbacks: list[Callback], folder: Path) -> Trainer:
+    """Make a Trainer that writes only what `callbacks` write."""
+    with quiet():
+        return Trainer(
+            max_epochs=config.epochs,
+            accelerator=config.device,
+            precision=config.precision,
+            devices=1,  # the loader's sampler does not divide the images among processes
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+            # One process: a scheduler's variables in the environment (SLURM's) must not make it wait for others.
+            plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+            default_root_dir=folder,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device, True):
+        raise ValueError(f"`device` (={device!r}) is not available to this PyTorch; pass `cpu` or `auto`.")
+
+
+def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    """Run `trainer.fit`, and leave the handling of signals as it was.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with quiet():
+            trainer.fit(*args, **kwargs)
+    except SIGTERMException as error:
+        raise Stopped(signal.SIGTERM) from error
+    except SystemExit as error:
+        # Lightning answers Ctrl-C by leaving Python, and has Ctrl-C ignored from then on.
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        raise Stopped(signal.SIGINT) from error
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Lightning's advertisements, and its advice that does not hold here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            for message in _NOT_FOR_USERS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

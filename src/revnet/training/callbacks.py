@@ -1,0 +1,186 @@
+"""What Lightning lacks: exact resumption, step timing, a log that survives it, files that are never half-written.
+
+All of them keep what they know in the checkpoint, so a resumed run ends as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from revnet.training._checkpoint import save_weights
+from revnet.training._files import atomic_path
+from revnet.training.task import ClassificationTask
+
+Row = dict[str, float]
+
+_LOGGED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "step_seconds")
+
+
+class RandomState(Callback):
+    """Keep the random state of PyTorch, on the CPU and on every GPU, in the checkpoint.
+
+    Augmentation and dropout go on where they stopped. The order of the images needs no state: it is a function of the
+    seed and the epoch.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Capture the generators."""
+        # Tensors and lists only: checkpoints are read with `weights_only`.
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the state until training starts, since setting up draws random numbers too."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the generators back."""
+        if self._restored is None:
+            return
+        torch.set_rng_state(self._restored["cpu"].cpu())
+        for device, state in enumerate(self._restored["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.cpu(), device)
+        self._restored = None
+
+
+class StepTimer(Callback):
+    """Log `step_seconds`, the median time of an update within each epoch, loading and augmentation included.
+
+    The clock is read when an update starts, and nothing waits for the device: on a GPU, which runs behind, the
+    intervals still settle at its pace.
+
+    Args:
+        num_warmup: Updates at the start of the process that are not counted: memory is allocated, kernels are chosen.
+    """
+
+    def __init__(self, num_warmup: int = 5) -> None:
+        self._num_warmup = num_warmup
+        self._starts: list[float] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch."""
+        self._starts.clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Read the clock."""
+        self._starts.append(time.perf_counter())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close the last interval of the epoch."""
+        if batch_idx + 1 == trainer.num_training_batches:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            self._starts.append(time.perf_counter())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the median."""
+        seconds = [end - start for start, end in pairwise(self._starts)]
+        counted = seconds[self._num_warmup :] or seconds
+        self._num_warmup = max(0, self._num_warmup - len(seconds))
+        pl_module.log("step_seconds", median(counted))
+
+
+class EpochLog(Callback):
+    """Collect one row of figures per epoch and write them as CSV.
+
+    Lightning's CSVLogger starts an empty file when a run is resumed. Here the rows are part of the checkpoint, so the
+    file tells of every epoch that led to it, once.
+
+    Args:
+        path: The CSV file.
+
+    Raises:
+        ValueError: At the end of an epoch whose training loss is not finite, before anything of it is saved.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lr = 0.0
+        self.rows: list[Row] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the rows to the checkpoint."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows back."""
+        self.rows = state_dict["rows"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the learning rate before the schedule moves on."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add a row and write the file anew."""
+        metrics = trainer.callback_metrics
+        row: Row = {"epoch": trainer.current_epoch + 1, "updates": trainer.global_step, "lr": self._lr}
+        row |= {name: float(metrics[name]) for name in _LOGGED if name in metrics}
+        if not math.isfinite(row["train_loss"]):
+            raise ValueError(
+                f"`lr` (={self._lr:g}) made the training loss {row['train_loss']} in epoch {row['epoch']}; pass a "
+                "smaller one."
+            )
+        self.rows.append(row)
+        with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class RunFiles(Checkpoint):
+    """Write, after every epoch, the best and the last weights and the checkpoint to resume from.
+
+    Best is the highest validation accuracy, the earliest epoch among equals; without validation it is the last epoch.
+
+    Args:
+        folder: Where `best.safetensors`, `last.safetensors` and `last.ckpt` go.
+    """
+
+    # Lightning runs a `Checkpoint` after all other callbacks, so the file holds what they know after this epoch.
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.best_epoch = 0
+        self.best_val_accuracy: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the best so far to the checkpoint."""
+        return {"best_epoch": self.best_epoch, "best_val_accuracy": self.best_val_accuracy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best so far back."""
+        self.best_epoch = state_dict["best_epoch"]
+        self.best_val_accuracy = state_dict["best_val_accuracy"]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files; the checkpoint comes last, so it never knows of weights that are not there."""
+        assert isinstance(pl_module, ClassificationTask)
+        if self._is_best(trainer):
+            self.best_epoch = trainer.current_epoch + 1
+            save_weights(pl_module.classifier, self._folder / "best.safetensors")
+        save_weights(pl_module.classifier, self._folder / "last.safetensors")
+        trainer.save_checkpoint(self._folder / "last.ckpt")
+
+    def _is_best(self, trainer: Trainer) -> bool:
+        if "val_accuracy" not in trainer.callback_metrics:
+            return True
+        accuracy = float(trainer.callback_metrics["val_accuracy"])
+        if self.best_val_accuracy is not None and accuracy <= self.best_val_accuracy:
+            return False
+        self.best_val_accuracy = accuracy
+        return True

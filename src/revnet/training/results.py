@@ -1,0 +1,140 @@
+"""What training and evaluation give back, and how it reads on a screen and in a file."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import revnet
+from revnet.memory import format_bytes
+from revnet.training import _run_dir
+from revnet.training._files import atomic_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """How a classifier does on a test set."""
+
+    model: str
+    """Name of the model."""
+
+    data: str
+    """Name of the data set."""
+
+    num_images: int
+    """Images in the test set."""
+
+    num_errors: int
+    """Images that were put into a wrong class."""
+
+    @property
+    def error(self) -> float:
+        """Share of wrong answers."""
+        return self.num_errors / self.num_images
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return 1 - self.error
+
+    def report(self) -> str:
+        """Say it in a line."""
+        return (
+            f"{100 * self.accuracy:.2f} % (error {100 * self.error:.2f} %, "
+            f"{self.num_errors:,} of {self.num_images:,} wrong)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came out of a run."""
+
+    folder: Path
+    """Where weights, log and picture are."""
+
+    test: EvaluateResult
+    """The test set with the last weights: the paper's protocol."""
+
+    best_test: EvaluateResult | None
+    """The test set with the best weights, if they were chosen by validation."""
+
+    best_epoch: int
+    """Epoch of the best weights: of the highest validation accuracy, or the last if nothing was held out."""
+
+    best_val_accuracy: float | None
+    """Validation accuracy in that epoch."""
+
+    step_seconds: float
+    """Median time of an update."""
+
+    batch_size: int
+    """Images per update."""
+
+    peak_bytes: int
+    """Peak activation memory of an update."""
+
+    stored_peak_bytes: int | None
+    """The same of the twin that stores its activations, if the model is reversible."""
+
+    def report(self) -> str:
+        """Say it on the screen."""
+        lines = [("test accuracy", f"{self.test.report()}, last weights")]
+        if self.best_test is not None:
+            lines += [("", f"{self.best_test.report()}, best on validation (epoch {self.best_epoch})")]
+        lines += [("step time", f"{1000 * self.step_seconds:.1f} ms, median of updates of {self.batch_size} images")]
+        lines += self._memory_lines()
+        lines += [
+            ("weights", str(self.folder / _run_dir.LAST_WEIGHTS)),
+            ("", f"{self.folder / _run_dir.BEST_WEIGHTS} (epoch {self.best_epoch})"),
+            ("log", str(self.folder / _run_dir.LOG)),
+            ("picture", str(self.folder / _run_dir.PICTURE)),
+        ]
+        return format_lines(lines)
+
+    def save(self, path: Path) -> None:
+        """Write the figures, and the versions they were measured with, as JSON."""
+        summary: dict[str, Any] = {
+            "model": self.test.model,
+            "data": self.test.data,
+            "test_accuracy": self.test.accuracy,
+            "test_error": self.test.error,
+            "test_images": self.test.num_images,
+            "best_epoch": self.best_epoch,
+            "best_val_accuracy": self.best_val_accuracy,
+            "best_test_accuracy": self.best_test and self.best_test.accuracy,
+            "step_seconds": self.step_seconds,
+            "batch_size": self.batch_size,
+            "peak_bytes": self.peak_bytes,
+            "stored_peak_bytes": self.stored_peak_bytes,
+            "versions": {
+                "revnet": revnet.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lightning": version("lightning"),
+            },
+        }
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+
+    def _memory_lines(self) -> list[tuple[str, str]]:
+        per_step = f"at the peak of a step of {self.batch_size} images"
+        if self.stored_peak_bytes is None:
+            return [("activations", f"{format_bytes(self.peak_bytes)} {per_step}, stored")]
+        ratio = self.stored_peak_bytes / self.peak_bytes
+        return [
+            ("activations", f"{format_bytes(self.peak_bytes)} {per_step}, reversible"),
+            ("", f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"),
+        ]
+
+
+def format_lines(lines: Sequence[tuple[str, str]]) -> str:
+    """Put names and values into two columns."""
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)

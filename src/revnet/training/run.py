@@ -1,0 +1,266 @@
+"""One training run: from settings to a folder with weights, log and picture."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import revnet
+from revnet.data import (
+    ImageDataset,
+    ImageSplit,
+    list_datasets,
+    load_dataset,
+    make_augment,
+    make_loader,
+    make_preprocess,
+)
+from revnet.errors import CheckpointError
+from revnet.memory import measure
+from revnet.models import create_model
+from revnet.nn import Store
+from revnet.training import _run_dir
+from revnet.training._checkpoint import classifier_tensors, load_classifier, read_checkpoint
+from revnet.training._files import remove_leftovers
+from revnet.training._plot import plot_learning_curve
+from revnet.training._progress import make_progress
+from revnet.training._trainer import Stopped, check_device, fit, make_trainer
+from revnet.training.callbacks import EpochLog, RandomState, RunFiles, StepTimer
+from revnet.training.classifier import Classifier, Header, check_fit
+from revnet.training.config import TrainConfig
+from revnet.training.evaluation import EVALUATION_BATCH_SIZE, evaluate_on
+from revnet.training.results import TrainResult, format_lines
+from revnet.training.task import ClassificationTask
+
+_Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C or SIGTERM; the message says how to go on.
+
+    Args:
+        message: How to go on.
+        signal_number: The signal that came.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that depends on settings and data, and nothing on disk."""
+
+    config: TrainConfig
+    dataset: ImageDataset
+    training: ImageSplit
+    validation: ImageSplit | None
+    task: ClassificationTask
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
+    """Train a model, and leave everything about it in a new folder.
+
+    The folder holds the settings (`config.yaml`), a row of figures per epoch (`metrics.csv`), the weights
+    (`best.safetensors`, `last.safetensors`), what it takes to resume (`last.ckpt`), the learning curve
+    (`learning_curve.png`) and the closing figures (`summary.json`). None of them is ever half-written. The test set is
+    read at the end only.
+
+    PyTorch's global random state is seeded with `config.seed`.
+
+    Args:
+        config: The settings.
+        quiet: Print nothing.
+
+    Raises:
+        ValueError: The model or the data set is unknown, `out_dir` is taken, or a setting does not fit the data.
+        DataError: The data set is missing or corrupt.
+        TrainingInterrupted: Ctrl-C or SIGTERM came; `resume` goes on from the last finished epoch.
+    """
+    with torch.device("meta"):
+        create_model(config.model)  # an unknown name is told before the data are read, which may take a while
+    dataset = load_dataset(config.data)
+    config = replace(config, data=_absolute(config.data)).resolve(dataset.name)
+    job = _prepare(config, dataset)
+    return _run_or_say_how_to_resume(job, _run_dir.make_run_dir(config, dataset.name), None, quiet)
+
+
+def resume(folder: str | Path, *, quiet: bool = False) -> TrainResult:
+    """Go on with a run that was stopped, from its last finished epoch and with its own settings.
+
+    On the CPU the result is the one that the run would have given without the stop, bit for bit.
+
+    Args:
+        folder: Where `train` left the run.
+        quiet: Print nothing.
+
+    Raises:
+        CheckpointError: `folder` holds no run, none that can be resumed, or a checkpoint of another model.
+        DataError: The data set is missing or corrupt.
+        TrainingInterrupted: Ctrl-C or SIGTERM came once more.
+    """
+    folder = Path(folder)
+    config = _read_settings(folder)
+    checkpoint = folder / _run_dir.CHECKPOINT
+    tensors = classifier_tensors(read_checkpoint(checkpoint))
+    job = _prepare(config, load_dataset(config.data))
+    check_fit(job.task.classifier, tensors, checkpoint)
+    remove_leftovers(folder)
+    return _run_or_say_how_to_resume(job, folder, checkpoint, quiet)
+
+
+def _absolute(data: str) -> str:
+    """Make a folder's path good in any working directory, so that a run can be resumed and evaluated anywhere."""
+    return data if data in list_datasets() else str(Path(data).expanduser().resolve())
+
+
+def _read_settings(folder: Path) -> TrainConfig:
+    if not (folder / _run_dir.CONFIG).is_file():
+        raise CheckpointError(f"`{folder}` holds no {_run_dir.CONFIG}; pass the folder of a run of `revnet train`.")
+    if not (folder / _run_dir.CHECKPOINT).is_file():
+        raise CheckpointError(
+            f"`{folder}` holds no {_run_dir.CHECKPOINT}, since no epoch was finished; start again with "
+            f"`revnet train --config {folder / _run_dir.CONFIG}`."
+        )
+    return TrainConfig.load(folder / _run_dir.CONFIG)
+
+
+def _prepare(config: TrainConfig, dataset: ImageDataset) -> _Job:
+    check_device(config.device)
+    assert config.crop_padding is not None
+    assert config.horizontal_flip is not None
+    training, validation = dataset.train, None
+    if config.val_fraction > 0:
+        training, validation = dataset.holdout(config.val_fraction, config.seed)
+    if config.batch_size > len(training):
+        raise ValueError(
+            f"`batch_size` (={config.batch_size}) must not exceed the {len(training)} images that train; "
+            "pass a smaller one."
+        )
+    header = Header(
+        model=config.model,
+        data=config.data,
+        class_names=dataset.class_names,
+        image_shape=(dataset.in_channels, *dataset.image_size),
+        preprocess=config.preprocess,
+    )
+    preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
+    augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size)
+    num_updates = config.epochs * (len(training) // config.batch_size)
+    torch.manual_seed(config.seed)
+    task = ClassificationTask(Classifier.create(header, preprocess), augment, config, num_updates)
+    return _Job(config, dataset, training, validation, task)
+
+
+def _run_or_say_how_to_resume(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool) -> TrainResult:
+    try:
+        with _threads(job.config.num_threads):
+            return _run(job, folder, checkpoint, quiet)
+    except KeyboardInterrupt as stop:
+        message = f"stopped; `revnet train --resume {folder}` goes on after the last finished epoch."
+        if not (folder / _run_dir.CHECKPOINT).is_file():
+            settings = folder / _run_dir.CONFIG
+            message = f"stopped before an epoch was finished; `revnet train --config {settings}` starts again."
+        raise TrainingInterrupted(message, stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT) from stop
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool) -> TrainResult:
+    """Train, then look at what came out."""
+    log, files = EpochLog(folder / _run_dir.LOG), RunFiles(folder)
+    callbacks: list[Callback] = [RandomState(), StepTimer(), log, files]
+    if not quiet:
+        callbacks.append(make_progress())
+    trainer = make_trainer(job.config, callbacks, folder)
+    device = trainer.strategy.root_device
+    if not quiet:
+        print(_heading(job, folder, device), flush=True)
+    fit(trainer, job.task, *_make_loaders(job, device), ckpt_path=checkpoint)
+
+    plot_learning_curve(log.rows, folder / _run_dir.PICTURE, f"{job.config.model} on {job.dataset.name}")
+    classifier, dataset = job.task.classifier, job.dataset
+    best = load_classifier(folder / _run_dir.BEST_WEIGHTS) if files.best_val_accuracy is not None else None
+    peak_bytes, stored_peak_bytes = _peak_bytes(classifier, dataset.train.images[: job.config.batch_size])
+    result = TrainResult(
+        folder=folder,
+        test=evaluate_on(dataset, classifier, device),
+        best_test=None if best is None else evaluate_on(dataset, best, device),
+        best_epoch=files.best_epoch,
+        best_val_accuracy=files.best_val_accuracy,
+        step_seconds=median(row["step_seconds"] for row in log.rows),
+        batch_size=job.config.batch_size,
+        peak_bytes=peak_bytes,
+        stored_peak_bytes=stored_peak_bytes,
+    )
+    result.save(folder / _run_dir.SUMMARY)
+    return result
+
+
+def _make_loaders(job: _Job, device: torch.device) -> tuple[_Loader, _Loader | None]:
+    seed, pin_memory = job.config.seed, device.type == "cuda"
+    # All updates are of the same size, so that they weigh the same.
+    train_loader = make_loader(
+        job.training,
+        batch_size=job.config.batch_size,
+        shuffle=True,
+        seed=seed,
+        drop_last=True,
+        pin_memory=pin_memory,
+    )
+    if job.validation is None:
+        return train_loader, None
+    val_loader = make_loader(
+        job.validation, batch_size=EVALUATION_BATCH_SIZE, shuffle=False, seed=seed, pin_memory=pin_memory
+    )
+    return train_loader, val_loader
+
+
+def _peak_bytes(classifier: Classifier, images: Tensor) -> tuple[int, int | None]:
+    """Measure an update on the CPU, where counting is exact: with the model, and with its stored twin if it has one."""
+    classifier = copy.deepcopy(classifier).cpu().train()
+    batch = classifier.preprocess(images)
+    peak_bytes = measure(classifier.model, batch).peak_bytes
+    if not getattr(classifier.model, "is_reversible", False):
+        return peak_bytes, None
+    twin = Classifier.create(classifier.header, classifier.preprocess, policy=Store())
+    twin.load_state_dict(classifier.state_dict())
+    return peak_bytes, measure(twin.model, batch).peak_bytes
+
+
+def _heading(job: _Job, folder: Path, device: torch.device) -> str:
+    config, dataset, classifier = job.config, job.dataset, job.task.classifier
+    num_parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
+    shape = "x".join(map(str, classifier.header.image_shape))
+    parts = {"train": job.training, "validate": job.validation, "test": dataset.test}
+    counts = ", ".join(f"{len(part):,} {verb}" for verb, part in parts.items() if part is not None)
+    num_updates = job.task.num_updates // config.epochs
+    return format_lines(
+        [
+            ("revnet", revnet.__version__),
+            ("model", f"{config.model}, {num_parameters:,} parameters"),
+            ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
+            ("epochs", f"{config.epochs} of {num_updates} updates of {config.batch_size} images"),
+            ("device", f"{device}, {config.precision}"),
+            ("folder", str(folder)),
+        ]
+    )

@@ -1,0 +1,98 @@
+"""What is learnt and how: the loss, the metrics, the optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from revnet.training._checkpoint import HEADER_KEY
+from revnet.training.classifier import Classifier
+from revnet.training.config import TrainConfig
+from revnet.training.schedules import step_decay
+
+Batch = tuple[Tensor, Tensor]
+
+_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class ClassificationTask(LightningModule):
+    """Cross-entropy on augmented images, by gradient descent with momentum.
+
+    Args:
+        classifier: What is trained.
+        augment: Applied to preprocessed training images, on the device, outside autocast.
+        config: Settings of the run.
+        num_updates: Updates of the whole run, for the schedule. Counted by the caller: Lightning's own
+            estimate builds the loaders early, which stops stateful ones from resuming (lightning #20550).
+    """
+
+    def __init__(self, classifier: Classifier, augment: nn.Module, config: TrainConfig, num_updates: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.augment = augment
+        self.config = config
+        self.num_updates = num_updates
+        self.train_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Preprocess and, for training, augment the batch on the device."""
+        images, labels = batch
+        with torch.no_grad():
+            images = self.classifier.preprocess(images)
+            return self.augment(images), labels  # does nothing in evaluation mode
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the loss of one update."""
+        images, labels = batch
+        logits = self.classifier.model(images)
+        loss = F.cross_entropy(logits, labels)
+        self.train_accuracy.update(logits.detach(), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy on held-out images."""
+        images, labels = batch
+        logits = self.classifier.model(images)
+        self.val_accuracy.update(logits, labels)
+        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log("val_accuracy", self.val_accuracy)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Make the optimiser, and the schedule that follows every update."""
+        config = self.config
+        groups = parameter_groups(self.classifier.model, config.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        schedule = step_decay(
+            optimizer,
+            num_updates=self.num_updates,
+            decay_at=config.decay_at,
+            decay_factor=config.decay_factor,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the header beside the tensors, so that a checkpoint says what it is of."""
+        checkpoint[HEADER_KEY] = self.classifier.header.to_metadata()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters: weights of convolutions and linear layers decay, all others do not.
+
+    References:
+        Gomez et al. (2017), the official code, decays the same weights and no batch norm and no bias.
+    """
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, _DECAYED)}
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
