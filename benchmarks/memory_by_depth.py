@@ -135,7 +135,7 @@ def report(rows: list[dict[str, object]], command: str) -> str:
     lines = [
         "# Memory and time by depth",
         "",
-        f"- Hardware: {os.cpu_count()} cores of {processor_name()}, {torch.get_num_threads()} threads, no GPU",
+        f"- Hardware: {os.cpu_count()} cores of {processor_name()}, threads used: {torch.get_num_threads()}, no GPU",
         f"- Versions: PyTorch {torch.__version__}, Python {platform.python_version()}, revnet at commit {commit}",
         f"- Date: {datetime.date.today()}",
         f"- Command: `{command}`",
@@ -178,7 +178,12 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    command = "python benchmarks/memory_by_depth.py" + (" --quick" if arguments.quick else "")
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = " ".join(
+        [f"OMP_NUM_THREADS={threads}"] * bool(threads)
+        + ["python benchmarks/memory_by_depth.py"]
+        + ["--quick"] * arguments.quick
+    )
     (RESULTS / f"{name}.md").write_text(report(rows, command))
     draw(rows, RESULTS / f"{name}.png")
     print(f"wrote {RESULTS / name}.md, .csv and .png")
