@@ -44,6 +44,8 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
         given = parser.parse_args(spelled, defaults=False)
     except jsonargparse.ArgumentError as error:
         raise UsageError(_explain(str(error), parser, arguments)) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`--config` ({_config_file(arguments)}) is not a text file; pass a YAML file.") from error
     return {name: value for name, value in given.as_dict().items() if name != "config"}
 
 

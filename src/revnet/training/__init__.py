@@ -50,10 +50,11 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"revnet.training.{_HOME[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("revnet"):
+        package = str(error.name).partition(".")[0]
+        if package in ("None", "revnet"):
             raise
         raise MissingDependencyError(
-            f"training needs {error.name}, which is not installed; run `pip install 'revnet[train]'`."
+            f"training needs {package}, which is not installed; run `pip install 'revnet[train]'`."
         ) from error
 
 

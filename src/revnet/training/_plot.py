@@ -13,7 +13,7 @@ _TRAINING, _VALIDATION, _GREY = "#4477aa", "#ee6677", "#888888"
 
 
 def plot_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw loss and accuracy against epochs, with a mark where the learning rate falls."""
+    """Draw loss and accuracy against epochs, and where the learning rate falls."""
     # The figure is made without pyplot, which would choose a window system and keep the figure alive.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,18 +26,21 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         for part, name, color in (("train", "training", _TRAINING), ("val", "validation", _VALIDATION)):
             if f"{part}_{quantity}" in rows[0]:
                 values = [scale * row[f"{part}_{quantity}"] for row in rows]
-                axes.plot(epochs, values, color=color, label=name, marker="o" if len(rows) == 1 else None)
-        for before, after in pairwise(rows):
-            if after["lr"] < before["lr"]:
-                axes.axvline(before["epoch"] + 0.5, color=_GREY, linewidth=0.8, linestyle=":")
+                axes.plot(epochs, values, color=color, label=name, marker="o" if len(rows) < 10 else None)
+        falls = [before["epoch"] + 0.5 for before, after in pairwise(rows) if after["lr"] < before["lr"]]
+        for epoch in falls:
+            label = "learning rate falls" if epoch == falls[0] else None
+            axes.axvline(epoch, color=_GREY, linewidth=0.8, linestyle=":", label=label)
         axes.set_xlabel("epoch")
+        axes.set_xlim(0, 1.03 * epochs[-1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     losses.set_ylabel("cross-entropy")
-    losses.set_yscale("log")
+    if any(row["train_loss"] > 0 for row in rows):
+        losses.set_yscale("log")
     accuracies.set_ylabel("accuracy (%)")
-    accuracies.legend(frameon=False, loc="lower right")
-    figure.suptitle(title, fontsize="medium")
+    figure.text(0.01, 0.95, title, va="center", fontsize="large")  # in the row that the legend takes
+    figure.legend(*accuracies.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -23,6 +23,7 @@ from revnet.training.config import TrainConfig
 
 _NOT_FOR_USERS = (
     r".*does not have many workers",  # the images lie in memory: a worker would only copy them
+    r"You defined a `validation_step` but have no `val_dataloader`",  # nothing held out: the paper's protocol
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
 

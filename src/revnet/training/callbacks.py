@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from revnet.training._checkpoint import save_weights
 from revnet.training._files import atomic_path
@@ -27,22 +28,30 @@ _LOGGED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "step_sec
 
 
 class RandomState(Callback):
-    """Keep the random state of PyTorch, on the CPU and on every GPU, in the checkpoint.
+    """Keep the random state of PyTorch, on the CPU and on the device in use, in the checkpoint.
 
     Augmentation and dropout go on where they stopped. The order of the images needs no state: it is a function of the
     seed and the epoch.
     """
 
     def __init__(self) -> None:
-        self._restored: dict[str, Any] | None = None
+        self._device = torch.device("cpu")
+        self._restored: dict[str, Tensor | None] | None = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the device."""
+        self._device = trainer.strategy.root_device
+
+    def state_dict(self) -> dict[str, Tensor | None]:
         """Capture the generators."""
-        # Tensors and lists only: checkpoints are read with `weights_only`.
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+        # Tensors only: checkpoints are read with `weights_only`.
+        on_cuda = self._device.type == "cuda"
+        return {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Tensor | None]) -> None:
         """Remember the state until training starts, since setting up draws random numbers too."""
         self._restored = state_dict
 
@@ -50,9 +59,11 @@ class RandomState(Callback):
         """Put the generators back."""
         if self._restored is None:
             return
-        torch.set_rng_state(self._restored["cpu"].cpu())
-        for device, state in enumerate(self._restored["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.cpu(), device)
+        cpu, cuda = self._restored["cpu"], self._restored["cuda"]
+        assert cpu is not None
+        torch.set_rng_state(cpu.cpu())
+        if cuda is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(cuda.cpu(), self._device)
         self._restored = None
 
 

@@ -43,7 +43,7 @@ class TrainConfig:
     model: str = "revnet26"
     """Model; `revnet models` lists them."""
 
-    epochs: int = 40
+    epochs: int = 60
     """How often the training images are seen."""
 
     batch_size: int = 100

@@ -126,10 +126,10 @@ class TrainResult:
     def _memory_lines(self) -> list[tuple[str, str]]:
         per_step = f"at the peak of a step of {self.batch_size} images"
         if self.stored_peak_bytes is None:
-            return [("activations", f"{format_bytes(self.peak_bytes)} {per_step}, stored")]
+            return [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, stored")]
         ratio = self.stored_peak_bytes / self.peak_bytes
         return [
-            ("activations", f"{format_bytes(self.peak_bytes)} {per_step}, reversible"),
+            ("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, reversible"),
             ("", f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"),
         ]
 

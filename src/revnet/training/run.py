@@ -91,9 +91,9 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     with torch.device("meta"):
         create_model(config.model)  # an unknown name is told before the data are read, which may take a while
     dataset = load_dataset(config.data)
-    config = replace(config, data=_absolute(config.data)).resolve(dataset.name)
-    job = _prepare(config, dataset)
-    return _run_or_say_how_to_resume(job, _run_dir.make_run_dir(config, dataset.name), None, quiet)
+    job = _prepare(replace(config, data=_absolute(config.data)), dataset)
+    folder = _run_dir.make_run_dir(job.config, dataset.name)
+    return _run_or_say_how_to_resume(job, folder, None, quiet)
 
 
 def resume(folder: str | Path, *, quiet: bool = False) -> TrainResult:
@@ -137,6 +137,7 @@ def _read_settings(folder: Path) -> TrainConfig:
 
 
 def _prepare(config: TrainConfig, dataset: ImageDataset) -> _Job:
+    config = config.resolve(dataset.name)
     check_device(config.device)
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None

@@ -1,0 +1,36 @@
+import pytest
+
+from revnet.cli.main import main
+
+
+@pytest.fixture
+def revnet(capsys):
+    """A function that runs a command line and gives exit code, output and errors."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def assert_refused(revnet):
+    """A function that runs a command line and asserts exit code 2 and exactly one line, which holds `message`."""
+
+    def run(arguments, message):
+        code, output, errors = revnet(*arguments)
+        assert (code, output) == (2, "")
+        assert errors.startswith(f"revnet {arguments[0]}: error: ")
+        assert message in errors
+        assert errors.count("\n") == 1
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory):
+    """The folder of a run of one epoch, not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", "--epochs", "1", "--batch-size", "400", "--out-dir", str(folder)]) == 0
+    return folder

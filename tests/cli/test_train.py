@@ -1,0 +1,161 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from revnet.training import TrainConfig, load_classifier
+
+
+def test_the_summary_tells_accuracy_time_memory_and_places(revnet, tmp_path):
+    folder = tmp_path / "run"
+    code, output, errors = revnet("train", "--epochs", 2, "--batch-size", 400, "--out-dir", folder)
+    assert (code, errors) == (0, "")
+    summary = output.partition("\n\n")[2].splitlines()
+    starts = [line.partition("  ")[0] for line in summary]
+    assert starts == ["test accuracy", "", "step time", "activation memory", "", "weights", "", "log", "picture"]
+    assert "(error " in summary[0]
+    assert "of 360 wrong), last weights" in summary[0]
+    assert "best on validation (epoch " in summary[1]
+    assert " ms, median of updates of 400 images" in summary[2]
+    assert "MiB at the peak of a step of 400 images, reversible" in summary[3]
+    assert "MiB for the stored twin, " in summary[4]
+    for line in summary[5:]:
+        path = line.split("  ")[-1].strip().partition(" (epoch")[0]
+        assert path.startswith(str(folder))
+        assert Path(path).stat().st_size > 0
+
+
+def test_flags_have_dashes_or_underscores_and_override_the_file(revnet, tmp_path):
+    (tmp_path / "settings.yaml").write_text("epochs: 7\nbatch_size: 1000\nlr: 1e-3\ndecay_at: [0.25]\n")
+    arguments = ["--config", tmp_path / "settings.yaml", "--epochs=1", "--weight_decay", "1e-4", "--val-fraction=0.2"]
+    code, _, _ = revnet("train", *arguments, "--out_dir", tmp_path / "run")
+    assert code == 0
+    config = TrainConfig.load(tmp_path / "run" / "config.yaml")
+    assert (config.epochs, config.batch_size, config.lr, config.decay_at) == (1, 1000, 0.001, (0.25,))
+    assert (config.weight_decay, config.val_fraction) == (1e-4, 0.2)
+
+
+def test_the_settings_of_a_run_can_be_used_again(revnet, run_dir, tmp_path):
+    code, _, _ = revnet("train", "--config", run_dir / "config.yaml", "--out-dir", tmp_path / "again")
+    assert code == 0
+    states = [load_classifier(folder).state_dict() for folder in (run_dir, tmp_path / "again")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_print_config_shows_every_setting(revnet):
+    code, output, _ = revnet("train", "--print-config", "--epochs", 3)
+    assert code == 0
+    assert "epochs: 3\n" in output
+    assert "crop_padding: null\n" in output
+
+
+def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refused):
+    code, output, _ = revnet("train", "--resume", run_dir)
+    assert code == 0
+    assert "epochs  1 of 3 updates of 400 images" in output
+    assert_refused(["train", "--resume", run_dir, "--batch-size", 3], "leave out `--batch-size`")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "`epochs` (=0) must be 1 or more"),
+        (["--epochs", "1.5"], "`--epochs` (=1.5) must be an integer"),
+        (["--epochs", "-1"], "`epochs` (=-1) must be 1 or more"),
+        (["--epochs"], "`--epochs` needs a value"),
+        (["--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
+        (["--zzz", "3"], "unknown option `--zzz`; `revnet train --help` lists them all"),
+        (["digits"], "unrecognized arguments: digits"),
+        (["--lr", "nan"], "`--lr` (=nan) must be a number"),
+        (["--lr", "-1"], "`lr` (=-1.0) must be a finite number above 0"),
+        (["--horizontal-flip", "maybe"], "`--horizontal-flip` (=maybe) must be true or false or null"),
+        (["--decay-at", "0.5"], "`--decay-at` (=0.5) must be a list in brackets"),
+        (["--precision", "16"], "`--precision` (=16) must be `32-true` or `bf16-mixed`"),
+        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
+        (["--model", "revnet83"], "did you mean 'revnet38'?"),
+        (["--data", "no/such/folder"], "does not exist"),
+        (["--resume", "no/such/run"], "`no/such/run` holds no config.yaml"),
+        (["--config", "no.yaml"], "`--config` (no.yaml): file does not exist; pass a YAML file"),
+        (["--config", "."], "`--config` (.): path is not a file"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(["train", *arguments], message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3\nepoch: 4\n", "`--config` (bad.yaml) has the unknown setting `epoch`; did you mean `--epochs`?"),
+        ("epochs: many\n", "`--epochs` (=many) must be an integer"),
+        ("epochs: [3\n", "`--config` (bad.yaml) is not valid YAML: "),
+        ("- epochs\n", "`--config` (bad.yaml) must hold one `setting: value` per line"),
+        ("", "`--config` (bad.yaml) must hold one `setting: value` per line"),
+    ],
+)
+def test_a_mistake_in_a_file_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(text)
+    assert_refused(["train", "--config", "bad.yaml"], message)
+
+
+def test_a_file_of_bytes_is_no_config(assert_refused, run_dir):
+    assert_refused(["train", "--config", run_dir / "last.ckpt"], "last.ckpt) is not a text file; pass a YAML file")
+
+
+def test_a_folder_that_is_taken_is_refused(assert_refused, run_dir):
+    assert_refused(["train", "--out-dir", run_dir], "is not empty; pass a new folder, or go on with the run in it by")
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "revnet.cli.main", "train", *map(str, arguments)]
+    # A shell's background job ignores Ctrl-C, and its children with it: ask for the usual answer.
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        # Within one process, tests/training/test_run.py sends these two.
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+    ids=lambda number: number.name,
+)
+def test_a_process_that_is_stopped_can_be_resumed(revnet, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start("--epochs", 1000, "--out-dir", folder)
+    while "epoch    2/1000" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate()
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        assert (
+            errors
+            == f"\nrevnet train: stopped; `revnet train --resume {folder}` goes on after the last finished epoch.\n"
+        )
+    # The settings of a shorter run, so that resuming has something to finish.
+    settings = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(settings.replace("epochs: 1000", "epochs: 4"))
+    code, output, errors = revnet("train", "--resume", folder)
+    assert (code, errors) == (0, "")
+    assert "epoch 4/4" in output
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_the_default_run_learns_the_digits(revnet, tmp_path):
+    code, output, _ = revnet("train", "--out-dir", tmp_path / "run")
+    assert code == 0
+    accuracy = float(output.partition("test accuracy  ")[2].partition(" %")[0])
+    assert accuracy >= 98

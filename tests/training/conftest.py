@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+
+from revnet.training import TrainConfig, TrainResult, train
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """A run of two epochs. Its folder is shared by many tests: copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return train(TrainConfig(epochs=2, out_dir=str(folder)), quiet=True)
+
+
+@pytest.fixture
+def out_dir(tmp_path: Path) -> str:
+    return str(tmp_path / "run")

@@ -1,0 +1,82 @@
+from dataclasses import fields
+
+import pytest
+
+from revnet.training import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, r"`epochs` \(=0\) must be 1 or more"),
+        ({"epochs": 1.5}, TypeError, r"`epochs` \(=1.5\) must be an integer"),
+        ({"epochs": True}, TypeError, r"`epochs` \(=True\) must be an integer"),
+        ({"batch_size": -1}, ValueError, r"`batch_size` \(=-1\) must be 1 or more"),
+        ({"lr": float("nan")}, ValueError, r"`lr` \(=nan\) must be a finite number above 0"),
+        ({"lr": 0}, ValueError, r"`lr` \(=0\) must be a finite number above 0; 0.1 is usual"),
+        ({"lr": "1e-3"}, TypeError, r"`lr` \(='1e-3'\) must be a number"),
+        ({"decay_at": [0.75, 0.5]}, ValueError, r"`decay_at` \(=\[0.75, 0.5\]\) must rise"),
+        ({"decay_at": [1.5]}, ValueError, r"`decay_at` \(=\[1.5\]\) must be a list of fractions between 0 and 1"),
+        ({"decay_at": 0.5}, ValueError, r"`decay_at` \(=0.5\) must be a list"),
+        ({"decay_factor": 1.1}, ValueError, r"`decay_factor` \(=1.1\) must be a finite number above 0 and at most 1"),
+        ({"momentum": 1}, ValueError, r"`momentum` \(=1\) must be a finite number from 0 to below 1"),
+        ({"weight_decay": -1e-4}, ValueError, r"`weight_decay` \(=-0.0001\) must be a finite number 0 or more"),
+        ({"val_fraction": 1}, ValueError, r"`val_fraction` \(=1\) must be a finite number from 0 to below 1"),
+        ({"preprocess": "none"}, ValueError, r"`preprocess` \(='none'\) must be `standardize` or `mean_image`"),
+        ({"precision": "16"}, ValueError, r"`precision` \(='16'\) must be `32-true` or `bf16-mixed`"),
+        ({"device": "gpu"}, ValueError, r"`device` \(='gpu'\) must be `auto` or `cpu` or `cuda` or `mps`"),
+        ({"crop_padding": -1}, ValueError, r"`crop_padding` \(=-1\) must be 0 or more"),
+        ({"horizontal_flip": "yes"}, TypeError, r"`horizontal_flip` \(='yes'\) must be true, false or null"),
+        ({"num_threads": 0}, ValueError, r"`num_threads` \(=0\) must be 1 or more"),
+        ({"seed": 2**32}, ValueError, r"`seed` \(=4294967296\) must be 4294967295 or less"),
+        ({"model": ""}, ValueError, r"`model` \(=''\) must not be empty"),
+        ({"data": None}, TypeError, r"`data` \(=None\) must be a string"),
+    ],
+)
+def test_every_setting_is_checked_in_one_line(setting, error, message):
+    with pytest.raises(error, match=message) as caught:
+        TrainConfig(**setting)
+    assert "\n" not in str(caught.value)
+
+
+def test_digits_are_not_mirrored_and_other_data_are():
+    assert (TrainConfig().resolve("digits").crop_padding, TrainConfig().resolve("digits").horizontal_flip) == (1, False)
+    assert (TrainConfig().resolve("cifar10").crop_padding, TrainConfig().resolve("cifar10").horizontal_flip) == (
+        4,
+        True,
+    )
+
+
+def test_what_was_set_is_not_resolved():
+    config = TrainConfig(crop_padding=0, horizontal_flip=True, num_threads=2)
+    assert config.resolve("digits") == config
+
+
+def test_save_and_load_give_the_same_settings(tmp_path):
+    config = TrainConfig(lr=1e-5, decay_at=[0.25], horizontal_flip=True, out_dir="somewhere")
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3\nepoch: 4\n", "has the unknown setting `epoch`"),
+        ("epochs: [", "is not valid YAML"),
+        ("- epochs\n", "must hold one `setting: value` per line"),
+        ("", "must hold one `setting: value` per line"),
+    ],
+)
+def test_load_refuses_another_file_in_one_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        TrainConfig.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_field_has_its_sentence():
+    import docstring_parser
+
+    documented = {param.arg_name for param in docstring_parser.parse_from_object(TrainConfig).params}
+    assert documented >= {field.name for field in fields(TrainConfig)}

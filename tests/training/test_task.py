@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+
+from revnet.data import Preprocess
+from revnet.models import create_model, list_models
+from revnet.training import Classifier, TrainConfig
+from revnet.training.classifier import Header
+from revnet.training.task import ClassificationTask, parameter_groups
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_only_convolution_and_linear_weights_decay(name):
+    model = create_model(name)
+    decayed, others = parameter_groups(model, 2e-4)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 2e-4
+    assert others["weight_decay"] == 0
+    assert all(parameter.ndim in (2, 4) for parameter in decayed["params"])
+    assert all(parameter.ndim == 1 for parameter in others["params"])
+    found = [names[id(parameter)] for group in (decayed, others) for parameter in group["params"]]
+    assert sorted(found) == sorted(names.values())
+
+
+def test_a_shared_weight_is_in_one_group_once():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    decayed, others = parameter_groups(model, 0.1)
+    assert [len(decayed["params"]), len(others["params"])] == [1, 2]
+
+
+class Brighten(nn.Module):
+    def forward(self, images):
+        return images + 1 if self.training else images
+
+
+@pytest.fixture
+def task():
+    header = Header(
+        model="revnet26",
+        data="digits",
+        class_names=tuple("0123456789"),
+        image_shape=(1, 8, 8),
+        preprocess="standardize",
+    )
+    preprocess = Preprocess(torch.full((1, 1, 1), 8.0), torch.full((1, 1, 1), 2.0))
+    return ClassificationTask(Classifier.create(header, preprocess), Brighten(), TrainConfig(), num_updates=8)
+
+
+def test_images_are_preprocessed_always_and_augmented_in_training_only(task):
+    batch = torch.full((2, 1, 8, 8), 10, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    images, labels = task.train().on_after_batch_transfer(batch, 0)
+    assert torch.equal(images, torch.full((2, 1, 8, 8), 2.0))
+    assert torch.equal(labels, batch[1])
+    images, _ = task.eval().on_after_batch_transfer(batch, 0)
+    assert torch.equal(images, torch.full((2, 1, 8, 8), 1.0))
+
+
+def test_the_optimizer_is_the_papers(task):
+    optimizer = task.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {(group["lr"], group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {
+        (0.1, 0.9, False)
+    }
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [2e-4, 0]
+
+
+def test_a_checkpoint_says_what_it_is_of(task):
+    checkpoint = {}
+    task.on_save_checkpoint(checkpoint)
+    assert checkpoint["revnet"]["model"] == "revnet26"
