@@ -31,12 +31,12 @@ def test_there_are_these_files():
     assert {f"{path.parent.name}/{path.stem}" for path in PATHS} == {
         "cifar10/resnet32",
         "cifar10/revnet38",
-        "digits/revnet26",
+        "digits/revnet38",
     }
 
 
 def test_the_recipe_for_digits_is_the_default():
-    assert load(FOLDER / "digits" / "revnet26.yaml") == TrainConfig()
+    assert load(FOLDER / "digits" / "revnet38.yaml") == TrainConfig()
 
 
 def test_the_pair_on_cifar10_differs_in_the_model_only():

@@ -8,7 +8,7 @@ def test_all_forms_of_a_run_give_the_error_that_training_printed(revnet, run_dir
     for path in (run_dir, run_dir / "last.safetensors", run_dir / "last.ckpt"):
         code, output, errors = revnet("evaluate", path)
         assert (code, errors) == (0, "")
-        assert output.startswith("revnet26 on the test images of digits: ")
+        assert output.startswith("revnet38 on the test images of digits: ")
         assert output.endswith(f" % (error {100 * error:.2f} %, {round(360 * error)} of 360 wrong)\n")
 
 

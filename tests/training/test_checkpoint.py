@@ -50,12 +50,12 @@ def test_all_three_forms_of_a_run_hold_the_same_weights(folder):
 
 def test_a_folder_without_weights_falls_back_to_the_checkpoint(folder):
     (folder / "last.safetensors").unlink()
-    assert load_classifier(folder).header.model == "revnet26"
+    assert load_classifier(folder).header.model == "revnet38"
 
 
 def test_the_header_says_what_the_weights_are_of(weights):
     header = load_classifier(weights).header
-    assert (header.model, header.data, header.preprocess) == ("revnet26", "digits", "standardize")
+    assert (header.model, header.data, header.preprocess) == ("revnet38", "digits", "standardize")
     assert (header.class_names, header.image_shape) == (tuple("0123456789"), (1, 8, 8))
     assert (header.num_classes, header.in_channels) == (10, 1)
 

@@ -24,7 +24,7 @@ def test_errors_are_counted_over_all_batches():
 
 
 def test_the_report_has_accuracy_error_and_count():
-    result = EvaluateResult(model="revnet26", data="digits", num_images=10_000, num_errors=1_234)
+    result = EvaluateResult(model="revnet38", data="digits", num_images=10_000, num_errors=1_234)
     assert (result.accuracy, result.error) == (0.8766, 0.1234)
     assert result.report() == "87.66 % (error 12.34 %, 1,234 of 10,000 wrong)"
 

@@ -63,7 +63,7 @@ def test_memory_is_that_of_this_model_and_of_its_stored_twin(finished):
     batch = load_classifier(finished.folder).preprocess(load_dataset("digits").train.images[:100])
     expected = []
     for options in ({}, {"policy": Store()}):
-        model = create_model("revnet26", in_channels=1, **options).to(memory_format=torch.channels_last)
+        model = create_model("revnet38", in_channels=1, **options).to(memory_format=torch.channels_last)
         expected.append(measure(model.train(), batch).peak_bytes)
     assert [finished.peak_bytes, finished.stored_peak_bytes] == expected
     assert finished.peak_bytes < finished.stored_peak_bytes
@@ -179,10 +179,10 @@ def test_the_number_of_threads_is_put_back(out_dir):
 
 def test_runs_are_numbered_and_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "digits_revnet26_1").mkdir(parents=True)
+    (tmp_path / "runs" / "digits_revnet38_1").mkdir(parents=True)
     result = train(TrainConfig(epochs=1, batch_size=1000), quiet=True)
-    assert str(result.folder) == "runs/digits_revnet26_2"
-    assert not any((tmp_path / "runs" / "digits_revnet26_1").iterdir())
+    assert str(result.folder) == "runs/digits_revnet38_2"
+    assert not any((tmp_path / "runs" / "digits_revnet38_1").iterdir())
 
 
 def test_a_folder_with_something_in_it_is_refused(finished):

@@ -37,7 +37,7 @@ class Brighten(nn.Module):
 @pytest.fixture
 def task():
     header = Header(
-        model="revnet26",
+        model="revnet38",
         data="digits",
         class_names=tuple("0123456789"),
         image_shape=(1, 8, 8),
@@ -68,4 +68,4 @@ def test_the_optimizer_is_the_papers(task):
 def test_a_checkpoint_says_what_it_is_of(task):
     checkpoint = {}
     task.on_save_checkpoint(checkpoint)
-    assert checkpoint["revnet"]["model"] == "revnet26"
+    assert checkpoint["revnet"]["model"] == "revnet38"

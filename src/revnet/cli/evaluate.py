@@ -7,8 +7,8 @@ def evaluate(checkpoint: str, *, data: str | None = None) -> None:
     """Print the test error of a checkpoint.
 
     Examples:
-        revnet evaluate runs/digits_revnet26_1
-        revnet evaluate runs/digits_revnet26_1/best.safetensors
+        revnet evaluate runs/digits_revnet38_1
+        revnet evaluate runs/digits_revnet38_1/best.safetensors
 
     Args:
         checkpoint: A .safetensors or .ckpt file that `revnet train` has written, or the folder of a run, whose last

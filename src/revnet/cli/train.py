@@ -16,7 +16,7 @@ def train(*, resume: str | None = None, **settings: Any) -> None:
         revnet train
         revnet train --data cifar10 --model revnet38 --epochs 160
         revnet train --config configs/cifar10/revnet38.yaml --data path/to/cifar10
-        revnet train --resume runs/digits_revnet26_1
+        revnet train --resume runs/digits_revnet38_1
 
     Args:
         resume: Folder of a run that was stopped: go on after its last finished epoch, with its own settings.

@@ -105,8 +105,8 @@ def _measure_step(model: nn.Module, inputs: tuple[Any, ...]) -> StepMemory:
         del outputs  # A training step does not hold on to them either.
         if not losses:
             raise ValueError(
-                f"`model` (={type(model).__name__}) has no output that requires a gradient, so it has no training step; "
-                "unfreeze a parameter."
+                f"`model` (={type(model).__name__}) has no output that requires a gradient, so it has no training "
+                "step; unfreeze a parameter."
             )
         held_bytes = counter.live_bytes
         torch.autograd.backward(losses)

@@ -6,5 +6,4 @@ from revnet.models._registry import register_model as register_model
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.resnet import resnet32 as resnet32
 from revnet.models.revnet import RevNet as RevNet
-from revnet.models.revnet import revnet26 as revnet26
 from revnet.models.revnet import revnet38 as revnet38

@@ -123,14 +123,6 @@ def _stage(
 
 
 @register_model
-def revnet26(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
-    """RevNet-26: RevNet-38 with two blocks a stage, small enough for a first run on a CPU. Not in the paper."""
-    return RevNet(
-        num_blocks=(2, 2, 2), widths=(32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels, policy=policy
-    )
-
-
-@register_model
 def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
     """RevNet-38 for CIFAR: 464,890 parameters for 10 classes. The pair of ResNet-32."""
     return RevNet(

@@ -40,7 +40,7 @@ class TrainConfig:
     data: str = "digits"
     """Data set: a name (`digits`, `cifar10`), or a folder of parquet files laid out as on the Hugging Face hub."""
 
-    model: str = "revnet26"
+    model: str = "revnet38"
     """Model; `revnet models` lists them."""
 
     epochs: int = 60
