@@ -71,7 +71,7 @@ def assert_refused(path, message):
 
 
 @pytest.mark.parametrize("name", ["last.safetensors", "last.ckpt"])
-@pytest.mark.parametrize("num_bytes", [0, 3, 1000, 500_000])
+@pytest.mark.parametrize("num_bytes", [0, 3, 1000, 5000, 500_000])
 def test_a_truncated_file_is_refused(folder, name, num_bytes):
     path = folder / name
     path.write_bytes(path.read_bytes()[:num_bytes])
@@ -107,7 +107,6 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("revnet38", "does not fit the model revnet38: it lacks the tensor `model.stages"),
         ("resnet32", "does not fit the model resnet32: .*; pass a checkpoint of that model"),
         ("revnet83", "cannot be rebuilt: .*'revnet83'"),
     ],
@@ -122,6 +121,13 @@ def test_another_shape_is_refused_with_both_shapes(weights):
     tensors["model.head.bias"] = torch.zeros(7)
     save_file(tensors, weights, metadata(weights))
     assert_refused(weights, r"`model.head.bias` is \(7,\) in the file and \(10,\) in the model")
+
+
+def test_a_missing_tensor_is_refused(weights):
+    tensors = load_file(weights)
+    del tensors["model.head.bias"]
+    save_file(tensors, weights, metadata(weights))
+    assert_refused(weights, "does not fit the model revnet38: it lacks the tensor `model.head.bias`")
 
 
 def test_a_superfluous_tensor_is_refused(weights):

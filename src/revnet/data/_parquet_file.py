@@ -77,7 +77,7 @@ def _read_columns(datasets: ModuleType, file: Path) -> tuple[list[Any], list[Any
         except DataError:
             raise
         except Exception as error:  # Arrow's errors derive from OSError, ValueError, TypeError, KeyError and others
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise DataError(f"'{file}' cannot be read as parquet: {reason}; download it again.") from error
     return encoded, labels, label_feature
 

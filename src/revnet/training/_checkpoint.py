@@ -60,12 +60,11 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         CheckpointError: It is missing, truncated, or not written by `revnet train`.
     """
     path = _existing_file(Path(path))
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # there is no saying what the unpickler stumbles over
-        raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+    with path.open("rb") as file:  # a file that may not be read says so itself
+        try:
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        except Exception as error:  # there is no saying what the unpickler stumbles over, OSError included
+            raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
     if not (isinstance(checkpoint, dict) and {HEADER_KEY, "state_dict"} <= checkpoint.keys()):
         raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
     return checkpoint

@@ -125,7 +125,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `revnet train --config` takes."""
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         with atomic_path(path) as temporary:
