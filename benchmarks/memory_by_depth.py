@@ -11,15 +11,14 @@ import argparse
 import csv
 import datetime
 import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
 import torch.nn.functional as F
+from machine import RESULTS, describe_machine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +29,6 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_CHANNELS, BATCH_SIZE, IMAGE_SIZE = 32, 16, 32
-RESULTS = Path(__file__).parent / "results"
 WAYS = {
     "stored": "stored (plain autograd)",
     "checkpointed": "checkpointed per block",
@@ -131,14 +129,10 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 def report(rows: list[dict[str, object]], command: str) -> str:
     """The Markdown page: circumstances first, then the table."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lines = [
         "# Memory and time by depth",
         "",
-        f"- Hardware: {os.cpu_count()} cores of {processor_name()}, threads used: {torch.get_num_threads()}, no GPU",
-        f"- Versions: PyTorch {torch.__version__}, Python {platform.python_version()}, revnet at commit {commit}",
-        f"- Date: {datetime.date.today()}",
-        f"- Command: `{command}`",
+        *describe_machine(command),
         "- Workload: see the head of the script. Bytes are above parameters, gradients, buffers and the input, counted",
         "  exactly. Times are medians, interleaved in one process; read them as ratios.",
         "",
@@ -151,16 +145,6 @@ def report(rows: list[dict[str, object]], command: str) -> str:
         for row in rows
     ]
     return "\n".join(lines) + "\n"
-
-
-def processor_name() -> str:
-    """The processor's model, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -178,12 +162,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    threads = os.environ.get("OMP_NUM_THREADS")
-    command = " ".join(
-        [f"OMP_NUM_THREADS={threads}"] * bool(threads)
-        + ["python benchmarks/memory_by_depth.py"]
-        + ["--quick"] * arguments.quick
-    )
+    command = "python benchmarks/memory_by_depth.py" + " --quick" * arguments.quick
     (RESULTS / f"{name}.md").write_text(report(rows, command))
     draw(rows, RESULTS / f"{name}.png")
     print(f"wrote {RESULTS / name}.md, .csv and .png")

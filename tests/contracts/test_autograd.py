@@ -359,6 +359,26 @@ def test_checkpoint_inside_and_outside():
     assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at that of every input
+@pytest.mark.parametrize("name", ["conv", "attention"])
+def test_compiled_residual_functions(name):
+    """AOTAutograd's own graph, without the compiler behind it."""
+    case = next(case for case in CASES if case.name == name)
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    x = case.input()
+    twin_x = x.detach().clone().requires_grad_()
+    for block in sequence:
+        block.f.compile(backend="aot_eager")
+        block.g.compile(backend="aot_eager")
+    for module, start in ((sequence, x), (twin, twin_x)):
+        module(start).square().sum().backward()
+    assert_close(x.grad, twin_x.grad)
+    assert_close(gradients(sequence), gradients(twin))
+    for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
+        assert_close(buffer, expected)
+
+
 def test_sequence_within_a_residual_function():
     def nested(policy):
         torch.manual_seed(3)
