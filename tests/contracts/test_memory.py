@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.functional import HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
 
 # The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
@@ -58,6 +59,25 @@ def test_a_stored_last_block_costs_its_activations_only():
     depth = 8
     mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
     assert measure(mixed, torch.randn(8, 64, 32, 32)).peak_bytes <= 12 * CONV_STREAM + 1024
+
+
+def test_a_single_function_holds_its_input_only():
+    """Not the stream that it updates, which nothing reads again; the input is the caller's."""
+    function = ConvResidual(32)
+    x1, x2 = torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)
+    with LiveBytes([x1, x2, *function.parameters(), *function.buffers()]) as counter:
+        y1, y2 = reversible([HalfBlock(function, 0)], x1, x2, (), {})
+        loss = y1.sum()
+        assert y2 is x2
+        assert counter.live_bytes == CONV_STREAM + 4  # y1 and the loss
+        del y1
+        assert counter.live_bytes == 4
+        loss.backward()
+    gradients = [parameter.grad.clone() for parameter in function.parameters()]
+    function.zero_grad()
+    stored([HalfBlock(function, 0)], x1, x2, (), {})[0].sum().backward()
+    for gradient, parameter in zip(gradients, function.parameters(), strict=True):
+        assert torch.equal(gradient, parameter.grad)  # nothing was rebuilt, so nothing was rounded
 
 
 def test_dropout_keeps_random_states_not_masks():

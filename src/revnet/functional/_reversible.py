@@ -178,8 +178,12 @@ class ReversibleRun:
 
     def hold(self, y1: Tensor, y2: Tensor) -> None:
         """Hold the final pair, or the same values seen through another tensor (the halves of the caller's output)."""
-        layouts = self._held.layouts if self._held is not None else None
-        self._held = _Streams(len(self._calls), y1.detach(), y2.detach(), layouts)
+        layouts = self._held.layouts if self._held is not None else (y1.stride(), y2.stride())
+        streams: list[Tensor | None] = [y1.detach(), y2.detach()]
+        if self._first_with_slots == len(self._calls) - 1:
+            # Only the last function runs again, and nothing below it: the stream that it updates is never read.
+            streams[self._calls[-1].half_block.updates] = None
+        self._held = _Streams(len(self._calls), streams, layouts)
 
     def unpack(self, slot: "_Slot") -> Tensor:
         """The tensor of a slot, rebuilt if it is not there; it is given away, and rebuilt if asked for again."""
@@ -390,15 +394,18 @@ class _Call:
 class _Streams:
     """A pair of streams at a position in the chain: `position` half-blocks lie before it."""
 
-    def __init__(self, position: int, y1: Tensor, y2: Tensor, layouts: "list[tuple[int, ...]] | None" = None):
+    def __init__(
+        self, position: int, tensors: Sequence[Tensor | None], layouts: tuple[tuple[int, ...], tuple[int, ...]]
+    ):
         self.position = position
-        self.layouts = layouts if layouts is not None else [y1.stride(), y2.stride()]
-        self._tensors: list[Tensor | None] = [y1, y2]
-        self._versions: list[int] = [_version(y1), _version(y2)]
+        self.layouts = layouts
+        self._tensors = list(tensors)
+        self._versions = [0 if tensor is None else _version(tensor) for tensor in tensors]
 
     def fork(self) -> "_Streams":
         """The same pair, to be walked back on its own. It sees the same memory, so neither writes to it."""
-        return _Streams(self.position, self.read(0).detach(), self.read(1).detach(), self.layouts)
+        held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self._tensors)]
+        return _Streams(self.position, held, self.layouts)
 
     def read(self, which: int) -> Tensor:
         """Stream 0 or 1, laid out as the forward pass laid it out."""

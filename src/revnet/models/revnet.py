@@ -2,7 +2,8 @@
 
 As the official code builds them: the stem's output is split into two streams of half the channels, the streams run
 through the stages as a pair, and the head sees them joined. The first block of a stage that changes the shape is not
-reversible and keeps its activations; all other blocks are rebuilt. B C H W: batch, channels, height, width.
+reversible, so its input is kept; all other activations of the blocks are computed again. B C H W: batch, channels,
+height, width.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, section 3.2 and table 2.
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.functional import split
+from revnet.functional import HalfBlock, split
 from revnet.models._checks import check_positive, check_stages
 from revnet.models._registry import register_model
 from revnet.models.resnet import BasicResidual, PoolPadShortcut, batch_norm, initialize
@@ -25,23 +26,29 @@ from revnet.nn import AbstractPolicy, Conv2dSame, Reverse, ReversibleBlock, Reve
 class Downsample(nn.Module):
     """The first block of a stage, which changes the shape and so is not reversible.
 
-    `y1 = shortcut(x1) + f(x2)`, `y2 = shortcut(x2) + g(y1)`; f has the stride.
+    `y1 = shortcut(x1) + f(x2)`, `y2 = shortcut(x2) + g(y1)`; f has the stride. Each sum by itself is half of a
+    reversible block, on the streams `(shortcut(x1), x2)` and `(y1, shortcut(x2))`. So under `Reverse()` the activations
+    of f and g are computed again from `x2` and `y1`; of the block itself, only its input and `y1` are held.
 
     Shape:
-        x1, x2: (B, in_channels, H, W). Outputs: (B, out_channels, ceil(H / stride), ceil(W / stride)).
+        x: the pair x1, x2, both (B, in_channels, H, W).
+        Output: the pair y1, y2, both (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, *, pre_activate: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, *, pre_activate: bool = True, policy: AbstractPolicy
+    ):
         super().__init__()
         self.shortcut = PoolPadShortcut(in_channels, out_channels, stride)
         self.f = BasicResidual(in_channels, out_channels, stride, pre_activate=pre_activate)
         self.g = BasicResidual(out_channels, out_channels)
+        self.policy = policy
 
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""
         x1, x2 = x
-        y1 = self.shortcut(x1) + self.f(x2)
-        y2 = self.shortcut(x2) + self.g(y1)
+        y1, x2, _ = self.policy.run([HalfBlock(self.f, 0, "downsample.f")], self.shortcut(x1), x2, (), {})
+        y1, y2, _ = self.policy.run([HalfBlock(self.g, 1, "downsample.g")], y1, self.shortcut(x2), (), {})
         return y1, y2
 
 
@@ -117,7 +124,8 @@ def _stage(
     stage = nn.Sequential()
     if changes_shape:
         stride = 1 if is_first else 2
-        stage.add_module("downsample", Downsample(in_channels, out_channels, stride, pre_activate=not is_first))
+        downsample = Downsample(in_channels, out_channels, stride, pre_activate=not is_first, policy=policy)
+        stage.add_module("downsample", downsample)
     stage.add_module("reversible", ReversibleSequential(*blocks, policy=policy))
     return stage
 
