@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
-
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 class ConvResidual(nn.Module):
