@@ -24,8 +24,8 @@ def load_parquet_folder(path: str | Path, *, name: str | None = None) -> ImageDa
     read. All images must have one size and be all grey or all RGB. Class names come from the schema's metadata. Without
     them the classes are called by their numbers, and the training labels must be 0..K-1 with none missing.
 
-    Every image is decoded on loading, about 0.1 ms for one of 32x32. Nothing is written: decoding CIFAR-10 takes a few
-    seconds, so a cache of decoded images would save little, and the folder can be read-only.
+    Every image is decoded on loading. Nothing is written, so the folder can be read-only: decoding CIFAR-10 takes
+    seconds, and a cache of decoded images would save little.
 
     Args:
         path: The folder; `~` is the home directory.

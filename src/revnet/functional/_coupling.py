@@ -76,7 +76,7 @@ def additive_inverse(y: Tensor, residual: Tensor, name: str = "f", *, in_place: 
         y: The stream. Modified, and returned, if `in_place`.
         residual: The residual that `additive` added.
         name: The residual function's name, for the error.
-        in_place: Write the result over `y`, for callers that own it: no allocation, and a quarter less time.
+        in_place: Write the result over `y`, for callers that own it: nothing is allocated.
 
     Numerics:
         Floating-point addition rounds, so this returns the old `x` up to half a unit in the last place of `y`.

@@ -17,7 +17,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 # What a data set is given where the settings leave it open.
 _USUAL: dict[str, dict[str, Any]] = {
     # A mirrored 2 is not a 2, an 8x8 image has no 4 pixels to spare, and threads that share so little work mostly wait
-    # for each other: on two busy cores, two threads took three times as long as one.
+    # for each other as soon as the cores are busy.
     "digits": {"crop_padding": 1, "horizontal_flip": False, "num_threads": 1},
 }
 _USUAL_ELSEWHERE: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": True}
