@@ -17,13 +17,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-import torch.nn.functional as F
-from machine import RESULTS, describe_machine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from machine import RESULTS, describe_machine
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.memory import measure
+from revnet.models.resnet import BasicResidual
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,22 +34,6 @@ WAYS = {
     "checkpointed": "checkpointed per block",
     "reversed": "reversed (revnet)",
 }
-
-
-class ConvResidual(nn.Module):
-    """BN, ReLU, 3x3 convolution, twice."""
-
-    def __init__(self, num_channels: int):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(num_channels)
-        self.conv1 = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(num_channels)
-        self.conv2 = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual."""
-        x = self.conv1(F.relu(self.norm1(x)))
-        return self.conv2(F.relu(self.norm2(x)))
 
 
 class CheckpointedBlocks(nn.Module):
@@ -68,7 +52,7 @@ class CheckpointedBlocks(nn.Module):
 
 def make_ways(depth: int) -> dict[str, nn.Module]:
     """The same blocks, run in each way."""
-    blocks = [ReversibleBlock(ConvResidual(NUM_CHANNELS), ConvResidual(NUM_CHANNELS)) for _ in range(depth)]
+    blocks = [ReversibleBlock(*[BasicResidual(NUM_CHANNELS, NUM_CHANNELS) for _ in range(2)]) for _ in range(depth)]
     return {
         "stored": ReversibleSequential(*blocks, policy=Store()),
         "checkpointed": CheckpointedBlocks(blocks),

@@ -16,9 +16,9 @@ import time
 
 import torch
 import torch.nn.functional as F
-from machine import RESULTS, describe_machine
 from torch import Tensor, nn
 
+from machine import RESULTS, describe_machine
 from revnet import Reverse, Store, create_model, list_models
 from revnet.memory import count_flops, measure
 

@@ -123,6 +123,8 @@ CASES = [
     ),
 ]
 
+CASE = {case.name: case for case in CASES}
+
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 DEPTH = 4
@@ -142,3 +144,25 @@ def stored_twin(sequence: ReversibleSequential) -> ReversibleSequential:
 def assert_close(actual: Any, expected: Any, *, tolerance: float = 1e-9) -> None:
     """Equal up to the rounding of a reconstruction in float64, a few hundred units in the last place."""
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_trains_as_twin(
+    sequence: ReversibleSequential, case: Case, step: Callable[..., object], *, tolerance: float = 1e-9
+) -> None:
+    """`step(module, x, args, kwargs)` leaves on the sequence and its input the gradients that it leaves on the twin's.
+
+    Both start from the same random state.
+    """
+    twin = stored_twin(sequence)
+    x, args, kwargs = case.input(), case.args(), case.kwargs()
+    twin_x = x.detach().clone().requires_grad_()
+    for module, start in ((sequence, x), (twin, twin_x)):
+        torch.manual_seed(1)
+        step(module, start, args, kwargs)
+    assert x.grad is not None
+    assert_close(x.grad, twin_x.grad, tolerance=tolerance)
+    assert_close(gradients(sequence), gradients(twin), tolerance=tolerance)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}

@@ -18,7 +18,7 @@ LEVELS = {
     "bench": 4,
     "cli": 5,
 }
-# Two exceptions, written down: the public names are gathered at the top, and a saved file names the version.
+# The public names are gathered at the top, for type checkers; at run time each loads when it is first used.
 GATHERS = {"__init__"}
 
 

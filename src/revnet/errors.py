@@ -10,6 +10,8 @@ there.
   x MissingDependencyError    an optional package is not installed
 """
 
+from typing import Self
+
 
 class RevnetError(Exception):
     """Base class of every error defined here."""
@@ -33,3 +35,8 @@ class CheckpointError(RevnetError, ValueError):
 
 class MissingDependencyError(RevnetError, ImportError):
     """An optional package is not installed; the message holds the install line."""
+
+    @classmethod
+    def of(cls, package: str, purpose: str) -> Self:
+        """Say that `purpose` needs `package`, and which command installs it."""
+        return cls(f"{purpose} needs {package}, which is not installed; run `pip install 'revnet[train]'`.")

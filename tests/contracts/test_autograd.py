@@ -5,12 +5,22 @@ import threading
 
 import pytest
 import torch
-from tests.helpers import CASES, DEPTH, all_cases, all_policies, assert_close, mlp, stored_twin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from revnet import ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential, Store
+from tests.helpers import (
+    CASE,
+    DEPTH,
+    all_cases,
+    all_policies,
+    assert_close,
+    assert_trains_as_twin,
+    gradients,
+    mlp,
+    stored_twin,
+)
 
 
 def run_step(sequence, x, args, kwargs, seed=1):
@@ -19,10 +29,6 @@ def run_step(sequence, x, args, kwargs, seed=1):
     y = sequence(x, *args, **kwargs)
     y.square().sum().backward()
     return y.detach(), torch.get_rng_state()
-
-
-def gradients(module):
-    return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
 @all_policies
@@ -65,7 +71,7 @@ def test_a_pair_runs_as_its_joined_tensor_does(case):
     assert_close(torch.cat((x1.grad, x2.grad), dim), x.grad)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("mlp", "split-batch")], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASE["mlp"], CASE["split-batch"]], ids=lambda c: c.name)
 def test_gradcheck_and_gradgradcheck(case):
     sequence = case.sequence(3)
     x = case.input()
@@ -84,7 +90,7 @@ def test_inverse_gives_the_input_and_leaves_the_buffers(case):
 
 
 def test_inverse_in_training_uses_the_batch_and_leaves_the_statistics():
-    case = CASES[0]
+    case = CASE["conv"]
     sequence = case.sequence(DEPTH)
     x = case.input()
     y = sequence(x)
@@ -104,8 +110,8 @@ def test_inverse_is_differentiable(case):
 
 
 def test_batch_norm_counts_one_step():
-    sequence = CASES[0].sequence(DEPTH)
-    sequence(CASES[0].input()).sum().backward()
+    sequence = CASE["conv"].sequence(DEPTH)
+    sequence(CASE["conv"].input()).sum().backward()
     counts = [buffer.item() for name, buffer in sequence.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts == [1] * (4 * DEPTH)
 
@@ -131,14 +137,11 @@ def test_called_twice_before_backward(case):
 def test_applied_to_its_own_output(case):
     """Tied weights: one sequence, two runs, in one graph."""
     sequence = case.sequence(2)
-    twin = stored_twin(sequence)
-    x, args, kwargs = case.input(), case.args(), case.kwargs()
-    twin_x = x.detach().clone().requires_grad_()
-    for module, start in ((sequence, x), (twin, twin_x)):
-        torch.manual_seed(1)
-        module(module(start, *args, **kwargs), *args, **kwargs).square().sum().backward()
-    assert_close(x.grad, twin_x.grad)
-    assert_close(gradients(sequence), gradients(twin))
+
+    def step(module, x, args, kwargs):
+        module(module(x, *args, **kwargs), *args, **kwargs).square().sum().backward()
+
+    assert_trains_as_twin(sequence, case, step)
 
 
 @all_cases
@@ -158,34 +161,28 @@ def test_autograd_grad_of_some_parameters(case):
 @all_cases
 def test_retained_graph_and_second_backward(case):
     sequence = case.sequence(DEPTH)
-    twin = stored_twin(sequence)
-    x, args, kwargs = case.input(), case.args(), case.kwargs()
-    twin_x = x.detach().clone().requires_grad_()
-    for module, start in ((sequence, x), (twin, twin_x)):
-        torch.manual_seed(1)
-        loss = module(start, *args, **kwargs).square().sum()
+
+    def step(module, x, args, kwargs):
+        loss = module(x, *args, **kwargs).square().sum()
         loss.backward(retain_graph=True)
         loss.backward(retain_graph=True)
         loss.backward()
-    assert_close(x.grad, twin_x.grad)
-    assert_close(gradients(sequence), gradients(twin))
+
+    assert_trains_as_twin(sequence, case, step)
 
 
 @all_cases
 def test_double_backward(case):
     """A gradient penalty: the loss contains a gradient."""
     sequence = case.sequence(3)
-    twin = stored_twin(sequence)
-    x, args, kwargs = case.input(), case.args(), case.kwargs()
-    twin_x = x.detach().clone().requires_grad_()
-    for module, start in ((sequence, x), (twin, twin_x)):
-        torch.manual_seed(1)
+
+    def step(module, x, args, kwargs):
         with sdpa_kernel(SDPBackend.MATH):  # The fused kernels have no second derivative.
-            loss = module(start, *args, **kwargs).square().sum()
-            (grad,) = torch.autograd.grad(loss, start, create_graph=True)
+            loss = module(x, *args, **kwargs).square().sum()
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
             (loss + grad.square().sum()).backward()
-    assert_close(x.grad, twin_x.grad, tolerance=1e-8)
-    assert_close(gradients(sequence), gradients(twin), tolerance=1e-8)
+
+    assert_trains_as_twin(sequence, case, step, tolerance=1e-8)
 
 
 @all_policies
@@ -239,33 +236,27 @@ def test_without_gradients(case, no_grad):
 
 @all_cases
 def test_evaluation_mode_has_gradients(case):
-    sequence = case.sequence(DEPTH).eval()
-    twin = stored_twin(sequence).eval()
-    x, args, kwargs = case.input(), case.args(), case.kwargs()
-    twin_x = x.detach().clone().requires_grad_()
-    run_step(sequence, x, args, kwargs)
-    run_step(twin, twin_x, args, kwargs)
-    assert_close(x.grad, twin_x.grad)
-    assert_close(gradients(sequence), gradients(twin))
+    def step(module, x, args, kwargs):
+        module.eval()
+        module(x, *args, **kwargs).square().sum().backward()
+
+    assert_trains_as_twin(case.sequence(DEPTH), case, step)
 
 
 @all_cases
 def test_switched_to_evaluation_before_backward(case):
     """A validation pass between forward and backward must not change what is recomputed."""
     sequence = case.sequence(2)
-    twin = stored_twin(sequence)
-    x, args, kwargs = case.input(), case.args(), case.kwargs()
-    twin_x = x.detach().clone().requires_grad_()
-    for module, start in ((sequence, x), (twin, twin_x)):
-        torch.manual_seed(1)
-        loss = module(start, *args, **kwargs).square().sum()
+
+    def step(module, x, args, kwargs):
+        loss = module(x, *args, **kwargs).square().sum()
         module.eval()
         with torch.no_grad():
-            module(start, *args, **kwargs)
+            module(x, *args, **kwargs)
         loss.backward()
         assert not any(child.training for child in module.modules())
-    assert_close(x.grad, twin_x.grad)
-    assert_close(gradients(sequence), gradients(twin))
+
+    assert_trains_as_twin(sequence, case, step)
 
 
 @pytest.mark.parametrize("input_requires_grad", [True, False])
@@ -273,7 +264,7 @@ def test_switched_to_evaluation_before_backward(case):
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("name", ["conv", "attention", "attention-context-mask", "mlp"])
 def test_autocast(name, cache_enabled, backward_inside, input_requires_grad):
-    case = next(case for case in CASES if case.name == name)
+    case = CASE[name]
     sequence = case.sequence(3).float()
     twin = stored_twin(sequence)
     x = case.input().detach().float().requires_grad_(input_requires_grad)
@@ -297,7 +288,7 @@ def test_autocast(name, cache_enabled, backward_inside, input_requires_grad):
 
 
 def test_forward_without_autocast_backward_inside_it():
-    case = CASES[0]
+    case = CASE["conv"]
     sequence = case.sequence(3).float()
     twin = stored_twin(sequence)
     x = case.input(requires_grad=False).float()
@@ -310,7 +301,7 @@ def test_forward_without_autocast_backward_inside_it():
 
 
 def test_module_and_tensor_hooks_see_what_the_twins_see():
-    case = CASES[0]
+    case = CASE["conv"]
     sequence = case.sequence(3)
     twin = stored_twin(sequence)
     x = case.input(requires_grad=False)
@@ -327,9 +318,9 @@ def test_module_and_tensor_hooks_see_what_the_twins_see():
 
 def test_parameters_swapped_by_functional_call():
     """The forward pass ran on other parameters than the module holds by the time of backward."""
-    sequence = CASES[2].sequence(3)
+    sequence = CASE["mlp"].sequence(3)
     twin = stored_twin(sequence)
-    x = CASES[2].input()
+    x = CASE["mlp"].input()
     results = []
     for module in (sequence, twin):
         torch.manual_seed(1)
@@ -363,7 +354,7 @@ def test_checkpoint_inside_and_outside():
 @pytest.mark.parametrize("name", ["conv", "attention"])
 def test_compiled_residual_functions(name):
     """AOTAutograd's own graph, without the compiler behind it."""
-    case = next(case for case in CASES if case.name == name)
+    case = CASE[name]
     sequence = case.sequence(2)
     twin = stored_twin(sequence)
     x = case.input()
@@ -398,7 +389,7 @@ def test_sequence_within_a_residual_function():
 
 
 def test_streams_that_are_arguments_too():
-    sequence = next(case for case in CASES if case.name == "attention").sequence(3)
+    sequence = CASE["attention"].sequence(3)
     twin = stored_twin(sequence)
     results = []
     for module in (sequence, twin):
@@ -464,8 +455,8 @@ def test_custom_function_that_unpacks_twice():
 
 
 def test_backward_never_called_and_loss_that_ignores_the_output():
-    sequence = CASES[0].sequence(2)
-    x = CASES[0].input()
+    sequence = CASE["conv"].sequence(2)
+    x = CASE["conv"].input()
     sequence(x)
     sequence(x).detach().sum()
     sequence(x).sum().backward()
@@ -479,8 +470,8 @@ def test_backward_never_called_and_loss_that_ignores_the_output():
 
 @pytest.mark.parametrize("touch", [lambda y: y.relu_(), lambda y: y[:, :1].zero_(), lambda y: y.detach().add_(1)])
 def test_output_modified_in_place_raises(touch):
-    sequence = CASES[0].sequence(2)
-    y = sequence(CASES[0].input())
+    sequence = CASE["conv"].sequence(2)
+    y = sequence(CASE["conv"].input())
     loss = y.sum()
     touch(y)
     with pytest.raises(
@@ -492,9 +483,9 @@ def test_output_modified_in_place_raises(touch):
 
 def test_input_modified_in_place_is_harmless():
     """Nothing of the input is kept, so this is right even where plain autograd has to raise."""
-    sequence = CASES[0].sequence(2)
+    sequence = CASE["conv"].sequence(2)
     twin = stored_twin(sequence)
-    x = CASES[0].input(requires_grad=False)
+    x = CASE["conv"].input(requires_grad=False)
     twin(x.clone()).square().sum().backward()
     y = sequence(x)
     x.zero_()
@@ -504,7 +495,7 @@ def test_input_modified_in_place_is_harmless():
 
 @pytest.mark.parametrize("what", ["weight", "bias", "argument"])
 def test_parameter_or_argument_modified_before_backward_raises(what):
-    case = next(case for case in CASES if case.name == "attention-context-mask")
+    case = CASE["attention-context-mask"]
     sequence = case.sequence(2)
     args = case.args()
     loss = sequence(case.input(), *args, **case.kwargs()).sum()
@@ -578,9 +569,9 @@ def test_exception_in_recomputation_leaves_no_trace():
 
 
 def test_nan_and_inf_pass_through_as_in_the_twin():
-    sequence = CASES[2].sequence(2)
+    sequence = CASE["mlp"].sequence(2)
     twin = stored_twin(sequence)
-    x = CASES[2].input(requires_grad=False)
+    x = CASE["mlp"].input(requires_grad=False)
     x[0, 0], x[1, 1] = float("nan"), float("inf")
     for module in (sequence, twin):
         module(x).sum().backward()
@@ -590,7 +581,7 @@ def test_nan_and_inf_pass_through_as_in_the_twin():
 
 @pytest.mark.parametrize("shape", [(0, 6, 5, 5)])
 def test_empty_batch(shape):
-    sequence = CASES[0].sequence(2).eval()
+    sequence = CASE["conv"].sequence(2).eval()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     y = sequence(x)
     y.sum().backward()
@@ -599,9 +590,9 @@ def test_empty_batch(shape):
 
 
 def test_channels_last_stays_channels_last():
-    sequence = CASES[0].sequence(3).to(memory_format=torch.channels_last)
+    sequence = CASE["conv"].sequence(3).to(memory_format=torch.channels_last)
     twin = stored_twin(sequence)
-    x = CASES[0].input(requires_grad=False).to(memory_format=torch.channels_last)
+    x = CASE["conv"].input(requires_grad=False).to(memory_format=torch.channels_last)
     for module in (sequence, twin):
         y = module(x)
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -610,7 +601,7 @@ def test_channels_last_stays_channels_last():
 
 
 def test_two_threads_train_two_models():
-    case = CASES[0]
+    case = CASE["conv"]
     sequences = [case.sequence(3) for _ in range(2)]
     twins = [stored_twin(sequence) for sequence in sequences]
     x = case.input(requires_grad=False)
@@ -630,9 +621,9 @@ def test_two_threads_train_two_models():
 
 
 def test_deepcopy_and_state_dict():
-    sequence = CASES[0].sequence(2)
-    sequence(CASES[0].input()).sum().backward()
+    sequence = CASE["conv"].sequence(2)
+    sequence(CASE["conv"].input()).sum().backward()
     other = copy.deepcopy(sequence)
     other.load_state_dict(sequence.state_dict())
-    x = CASES[0].input()
+    x = CASE["conv"].input()
     assert torch.equal(sequence.eval()(x), other.eval()(x))

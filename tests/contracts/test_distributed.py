@@ -6,14 +6,14 @@ import datetime
 import pytest
 import torch
 import torch.distributed as dist
-from tests.helpers import CASES, assert_close, stored_twin
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from revnet import ReversibleSequential
+from tests.helpers import CASE, assert_close, stored_twin
 
 NUM_PROCESSES = 2
-CONV = CASES[0]
+CONV = CASE["conv"]
 
 
 def make_sequence(*, tied: bool = False) -> ReversibleSequential:

@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
-from tests.helpers import Attention, ConvResidual, FeedForward, stored_twin
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.functional import HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
+from tests.helpers import Attention, ConvResidual, FeedForward, stored_twin
 
 # The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
 CONV_STREAM = 8 * 32 * 32 * 32 * 4

@@ -9,10 +9,10 @@ import random
 
 import pytest
 import torch
-from tests.helpers import assert_close
 from torch import Tensor, nn
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from tests.helpers import assert_close
 
 FUNCTIONS = [
     lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Dropout(0.4), nn.Linear(3, 3)),

@@ -3,8 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.samples import CLASS_NAMES, encode, random_images
 from torch import Tensor
+
+from tests.data.samples import CLASS_NAMES, encode, random_images
 
 
 @pytest.fixture

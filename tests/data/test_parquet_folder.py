@@ -7,10 +7,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tests.data.samples import CLASS_NAMES, encode, random_images
 
 from revnet.data.parquet_folder import load_parquet_folder
 from revnet.errors import DataError, MissingDependencyError
+from tests.data.samples import CLASS_NAMES, encode, random_images
 
 Writer = Callable[..., None]
 

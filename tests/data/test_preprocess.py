@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.data.samples import random_images
 from torch import Tensor
 
 from revnet.data import ImageSplit, Preprocess, make_preprocess
 from revnet.errors import DataError
+from tests.data.samples import random_images
 
 
 def make_split(num_images: int, seed: int) -> ImageSplit:

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tests.helpers import assert_close
 from torch import nn
 
 from revnet import Reverse, Store, create_model
 from revnet.memory import measure
 from revnet.models import RevNet
+from tests.helpers import assert_close
 
 
 @pytest.mark.parametrize(("num_classes", "num_parameters"), [(10, 464_890), (100, 475_060)])

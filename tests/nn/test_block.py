@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.helpers import ConvResidual, mlp
 from torch import nn
 
 from revnet import ReversibleBlock
 from revnet.memory import measure
+from tests.helpers import ConvResidual, mlp
 
 
 def test_equations():

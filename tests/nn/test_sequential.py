@@ -2,10 +2,10 @@ import pickle
 
 import pytest
 import torch
-from tests.helpers import mlp
 from torch import nn
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from tests.helpers import mlp
 
 
 def block(split_dim=1):

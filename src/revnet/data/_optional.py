@@ -11,6 +11,4 @@ def require(module: str, *, package: str, purpose: str) -> ModuleType:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"{purpose} needs {package}, which is not installed; run `pip install 'revnet[train]'`."
-        ) from error
+        raise MissingDependencyError.of(package, purpose) from error

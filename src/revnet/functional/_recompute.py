@@ -60,7 +60,7 @@ class Conditions:
                 entry = _Entry(module._buffers, name, buffer)
                 if not is_torch_norm:
                     self._add_lasting(buffer)
-                    self._states.append((entry, _version(buffer), buffer.detach().clone()))
+                    self._states.append((entry, version_of(buffer), buffer.detach().clone()))
                 elif training:
                     self._add_lasting(buffer)
                     self._statistics.append(entry)
@@ -86,7 +86,7 @@ class Conditions:
         ]
         changed = []
         for entry, version, before in self._states:
-            if _version(entry.tensor) != version or entry.current is not entry.tensor:
+            if version_of(entry.tensor) != version or entry.current is not entry.tensor:
                 changed.append((entry, version, before))
             elif entry.tensor.dim() <= 1:
                 # Kernels that keep running statistics write to them without raising their version. A recomputation gets
@@ -109,10 +109,10 @@ class Conditions:
             ReconstructionError: A parameter, buffer or argument was modified in place since the first call.
         """
         for tensor, version in self._versions:
-            if _version(tensor) != version:
+            if version_of(tensor) != version:
                 raise ReconstructionError(
                     f"a parameter, buffer or argument of shape {tuple(tensor.shape)} was modified in place after the "
-                    f"forward pass (version {_version(tensor)}, expected {version}), so the activations cannot be "
+                    f"forward pass (version {version_of(tensor)}, expected {version}), so the activations cannot be "
                     "rebuilt; run `backward` before modifying it, for instance before `optimizer.step()`."
                 )
         lasting = dict(self._lasting)
@@ -143,7 +143,7 @@ class Conditions:
 
     def _add_constant(self, tensor: Tensor) -> None:
         self._add_lasting(tensor)
-        self._versions.append((tensor, _version(tensor)))
+        self._versions.append((tensor, version_of(tensor)))
 
     def _swap_copy(self, entry: "_Entry", value: Tensor) -> Callable[[], None]:
         copy = value.detach().clone()
@@ -237,7 +237,8 @@ def _storage_key(tensor: Tensor) -> int | None:
         return None
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """The version counter that in-place operations raise; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 

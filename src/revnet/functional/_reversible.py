@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
 from revnet.functional._coupling import additive, additive_inverse
-from revnet.functional._recompute import Conditions, _version
+from revnet.functional._recompute import Conditions, version_of
 
 
 class HalfBlock(NamedTuple):
@@ -160,7 +160,7 @@ class ReversibleRun:
 
         def pack(tensor: Tensor) -> "_Slot | _Lasting":
             if call.conditions.is_lasting(tensor):
-                return _Lasting(tensor, _version(tensor))
+                return _Lasting(tensor, version_of(tensor))
             slot = _Slot(self, index, tensor)
             call.slots.append(weakref.ref(slot))
             call.layouts.append(_Layout.of(tensor))
@@ -313,11 +313,11 @@ class _Lasting(NamedTuple):
     version: int
 
     def unpack(self) -> Tensor:
-        if _version(self.tensor) != self.version:
+        if version_of(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"parameter, buffer or argument of a residual function, of shape {tuple(self.tensor.shape)}, is at "
-                f"version {_version(self.tensor)}; expected version {self.version} instead."
+                f"version {version_of(self.tensor)}; expected version {self.version} instead."
             )
         return self.tensor
 
@@ -400,7 +400,7 @@ class _Streams:
         self.position = position
         self.layouts = layouts
         self._tensors = list(tensors)
-        self._versions = [0 if tensor is None else _version(tensor) for tensor in tensors]
+        self._versions = [0 if tensor is None else version_of(tensor) for tensor in tensors]
 
     def fork(self) -> "_Streams":
         """The same pair, to be walked back on its own. It sees the same memory, so neither writes to it."""
@@ -411,10 +411,10 @@ class _Streams:
         """Stream 0 or 1, laid out as the forward pass laid it out."""
         tensor = self._tensors[which]
         assert tensor is not None
-        if _version(tensor) != self._versions[which]:
+        if version_of(tensor) != self._versions[which]:
             raise ReconstructionError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: an "
-                f"output of a reversible sequence, of shape {tuple(tensor.shape)}, is at version {_version(tensor)}; "
+                f"output of a reversible sequence, of shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; "
                 f"expected version {self._versions[which]}. The activations are rebuilt from that output: use the "
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
@@ -432,14 +432,14 @@ class _Streams:
 
     def put(self, which: int, tensor: Tensor) -> None:
         self._tensors[which] = tensor
-        self._versions[which] = _version(tensor)
+        self._versions[which] = version_of(tensor)
 
 
 def _call(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Call a residual function, and refuse one that writes over its input: the input could not be rebuilt."""
-    version = _version(source)
+    version = version_of(source)
     residual = half_block.function(source, *args, **kwargs)
-    if _version(source) != version:
+    if version_of(source) != version:
         raise RuntimeError(
             f"`{half_block.name}` modified its input in place, which a reversible block cannot undo; use the "
             "out-of-place form of its first operation (`inplace=False`), or `clone` the input."

@@ -53,9 +53,7 @@ def __getattr__(name: str) -> Any:
         package = str(error.name).partition(".")[0]
         if package in ("None", "revnet"):
             raise
-        raise MissingDependencyError(
-            f"training needs {package}, which is not installed; run `pip install 'revnet[train]'`."
-        ) from error
+        raise MissingDependencyError.of(package, "training") from error
 
 
 def __dir__() -> list[str]:
