@@ -95,7 +95,7 @@ def _check_residual(x: Tensor, residual: Tensor, name: str) -> None:
             f"`{name}` returned shape {tuple(residual.shape)}, but must return the shape of the stream to which it is "
             f"added, {tuple(x.shape)}; a block that changes the shape is not reversible: put it between two sequences."
         )
-    if torch.result_type(x, residual) != x.dtype:
+    if torch.promote_types(x.dtype, residual.dtype) != x.dtype:
         raise TypeError(
             f"`{name}` returned {residual.dtype}, but the stream to which it is added is {x.dtype}, which would change "
             f"and could not be rebuilt; cast the stream up with `x.to({residual.dtype})`, or the residual down."

@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from revnet.errors import ReconstructionError
+from revnet.functional._storage import storage_key, version_of
 
 # These read their running statistics in evaluation only, so a recomputation in training needs no earlier value of them.
 _TORCH_NORM_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
@@ -38,9 +39,9 @@ class Conditions:
         self._training = [(module, module.training) for module in function.modules()]
         self._lasting: dict[int | None, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
-        self._fixed: list[_Entry] = []
-        self._statistics: list[_Entry] = []
-        self._states: list[tuple[_Entry, int, Tensor]] = []
+        self._fixed: list[Entry] = []
+        self._statistics: list[Entry] = []
+        self._states: list[tuple[Entry, int, Tensor]] = []
         devices = {torch.device("cpu"), x.device}
 
         for leaf in tree_leaves(arguments):
@@ -51,14 +52,14 @@ class Conditions:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self._add_constant(parameter)
-                    self._fixed.append(_Entry(module._parameters, name, parameter))
+                    self._fixed.append(Entry(module._parameters, name, parameter))
                     devices.add(parameter.device)
-            is_torch_norm = isinstance(module, _NormBase) and type(module).forward in _TORCH_NORM_FORWARDS
+            is_norm = is_torch_norm(module)
             for name, buffer in module._buffers.items():
                 if buffer is None:
                     continue
-                entry = _Entry(module._buffers, name, buffer)
-                if not is_torch_norm:
+                entry = Entry(module._buffers, name, buffer)
+                if not is_norm:
                     self._add_lasting(buffer)
                     self._states.append((entry, version_of(buffer), buffer.detach().clone()))
                 elif training:
@@ -69,7 +70,7 @@ class Conditions:
                     self._fixed.append(entry)
 
         # A stream that is an argument too does not outlive the call as a stream: it will be rebuilt elsewhere.
-        self._lasting.pop(_storage_key(x), None)
+        self._lasting.pop(storage_key(x), None)
         self._autocast = _autocast_states({device.type for device in devices})
         self._random = _random_states(device for device in devices if device.type != "meta")
 
@@ -80,9 +81,7 @@ class Conditions:
         randomness or state costs no bytes.
         """
         self._random = [
-            (device, state)
-            for device, state in self._random
-            if not _same_random_state(state, _get_random_state(device))
+            (device, state) for device, state in self._random if not same_random_state(state, get_random_state(device))
         ]
         changed = []
         for entry, version, before in self._states:
@@ -99,7 +98,7 @@ class Conditions:
 
     def is_lasting(self, tensor: Tensor) -> bool:
         """Whether `tensor` is (a view of) a parameter, a buffer or an argument: it outlives the call anyway."""
-        return _storage_key(tensor) in self._lasting
+        return storage_key(tensor) in self._lasting
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -132,12 +131,12 @@ class Conditions:
             for entry in self._statistics:
                 stack.callback(self._swap_copy(entry, entry.tensor))
             for device, state in self._random:
-                stack.callback(_set_random_state, device, _get_random_state(device))
-                _set_random_state(device, state)
+                stack.callback(set_random_state, device, get_random_state(device))
+                set_random_state(device, state)
             yield
 
     def _add_lasting(self, tensor: Tensor) -> None:
-        key = _storage_key(tensor)
+        key = storage_key(tensor)
         if key is not None:
             self._lasting[key] = tensor
 
@@ -145,7 +144,7 @@ class Conditions:
         self._add_lasting(tensor)
         self._versions.append((tensor, version_of(tensor)))
 
-    def _swap_copy(self, entry: "_Entry", value: Tensor) -> Callable[[], None]:
+    def _swap_copy(self, entry: "Entry", value: Tensor) -> Callable[[], None]:
         copy = value.detach().clone()
         self._add_lasting(copy)
         return entry.swap(copy)
@@ -159,7 +158,12 @@ class Conditions:
         ]
 
 
-class _Entry(NamedTuple):
+def is_torch_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation of PyTorch's own, which in training only writes to its statistics."""
+    return isinstance(module, _NormBase) and type(module).forward in _TORCH_NORM_FORWARDS
+
+
+class Entry(NamedTuple):
     """Where a module holds one of its tensors, and the tensor that it held during the call."""
 
     holder: dict[str, Any]
@@ -202,18 +206,18 @@ def _autocast_states(device_types: Iterable[str]) -> list[_AutocastState]:
 
 
 def _random_states(devices: Iterable[torch.device]) -> list[tuple[torch.device, Tensor]]:
-    return [(device, _get_random_state(device)) for device in devices]
+    return [(device, get_random_state(device)) for device in devices]
 
 
 # `fork_rng` does this too, but asks every device first, which costs more than many a residual function.
-def _get_random_state(device: torch.device) -> Tensor:
+def get_random_state(device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.default_generator.get_state()
     module = torch.get_device_module(device)
     return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
     if device.type == "cpu":
         torch.default_generator.set_state(state)
         return
@@ -224,22 +228,9 @@ def _set_random_state(device: torch.device, state: Tensor) -> None:
         module.set_rng_state(state, device)
 
 
-def _same_random_state(a: Tensor, b: Tensor) -> bool:
+def same_random_state(a: Tensor, b: Tensor) -> bool:
     # States are real bytes on the CPU even under FakeTensorMode, which would refuse to compare them as tensors.
     return ctypes.string_at(a.data_ptr(), a.numel()) == ctypes.string_at(b.data_ptr(), b.numel())
-
-
-def _storage_key(tensor: Tensor) -> int | None:
-    """What all views of the same memory share, on every device (a `data_ptr` is 0 for fake and for empty tensors)."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except NotImplementedError:  # Sparse tensors and the like have no storage.
-        return None
-
-
-def version_of(tensor: Tensor) -> int:
-    """The version counter that in-place operations raise; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -14,28 +14,19 @@ References:
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
+from revnet.functional._compiled import compiled
 from revnet.functional._coupling import additive, additive_inverse
-from revnet.functional._recompute import Conditions, version_of
-
-
-class HalfBlock(NamedTuple):
-    """One residual function and the stream that it updates from the other one.
-
-    A reversible block is two of them: `y1 = x1 + f(x2)` updates stream 0, then `y2 = x2 + g(y1)` updates stream 1.
-    """
-
-    function: nn.Module
-    updates: Literal[0, 1]
-    name: str = "f"
-    """The function's place in the model, for errors: "blocks.3.f"."""
+from revnet.functional._half_block import HalfBlock, residual_of
+from revnet.functional._recompute import Conditions
+from revnet.functional._storage import is_only_owner, version_of
 
 
 def stored(
@@ -49,7 +40,7 @@ def stored(
     streams = [x1, x2]
     for half_block in half_blocks:
         source = streams[1 - half_block.updates]
-        residual = _call(half_block, source, args, kwargs)
+        residual = residual_of(half_block, source, args, kwargs)
         streams[half_block.updates] = additive(streams[half_block.updates], residual, half_block.name)
     return streams[0], streams[1]
 
@@ -99,7 +90,7 @@ def inverse(
     for half_block in reversed(half_blocks):
         source = streams[1 - half_block.updates]
         with Conditions(half_block.function, source, (args, kwargs)).restored():
-            residual = _call(half_block, source, args, kwargs)
+            residual = residual_of(half_block, source, args, kwargs)
         streams[half_block.updates] = additive_inverse(streams[half_block.updates], residual, half_block.name)
     return streams[0], streams[1]
 
@@ -110,6 +101,8 @@ def run_reversible(
     """`reversible`, and the run that holds the final pair; None where autograd saved nothing."""
     if not torch.is_grad_enabled():
         return *stored(half_blocks, x1, x2, args, kwargs), None
+    if torch.compiler.is_dynamo_compiling():
+        return *compiled(half_blocks, x1, x2, args, kwargs), None
     run = ReversibleRun(args, kwargs)
     streams = [x1, x2]
     del x1, x2  # From here on the streams may be freed as soon as they are used.
@@ -167,7 +160,7 @@ class ReversibleRun:
             return slot
 
         with saved_tensors_hooks(pack, _unpack):
-            residual = _call(half_block, source, self._args, self._kwargs)
+            residual = residual_of(half_block, source, self._args, self._kwargs)
         call.conditions.settle()
         call.empty_slots()  # Filled until here for functions that differentiate inside themselves.
         if call.slots:
@@ -255,7 +248,7 @@ class ReversibleRun:
         half_block = self._calls[index].half_block
         y = streams.take(half_block.updates)
         try:
-            x = additive_inverse(y, residual, half_block.name, in_place=_is_only_owner(y))
+            x = additive_inverse(y, residual, half_block.name, in_place=is_only_owner(y))
         except BaseException:
             streams.put(half_block.updates, y)
             raise
@@ -285,7 +278,7 @@ class ReversibleRun:
 
         try:
             with torch.enable_grad(), call.conditions.restored(), saved_tensors_hooks(pack, _identity):
-                residual = _call(half_block, source, self._args, self._kwargs).detach()
+                residual = residual_of(half_block, source, self._args, self._kwargs).detach()
         except _AllSlotsFilled:
             return None
         call.check_count(count)
@@ -433,37 +426,3 @@ class _Streams:
     def put(self, which: int, tensor: Tensor) -> None:
         self._tensors[which] = tensor
         self._versions[which] = version_of(tensor)
-
-
-def _call(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Call a residual function, and refuse one that writes over its input: the input could not be rebuilt."""
-    version = version_of(source)
-    residual = half_block.function(source, *args, **kwargs)
-    if version_of(source) != version:
-        raise RuntimeError(
-            f"`{half_block.name}` modified its input in place, which a reversible block cannot undo; use the "
-            "out-of-place form of its first operation (`inplace=False`), or `clone` the input."
-        )
-    return residual
-
-
-def _use_count(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-def _count_alone() -> int | None:
-    """What `_use_count` says of a tensor that nothing shares; None where it cannot tell, in some release of PyTorch."""
-    if not hasattr(torch._C, "_storage_Use_Count"):
-        return None
-    tensor = torch.empty(1, device="cpu")
-    alone = _use_count(tensor)
-    view = tensor.detach()
-    return alone if _use_count(view) == alone + 1 else None
-
-
-_ALONE = _count_alone()
-
-
-def _is_only_owner(tensor: Tensor) -> bool:
-    """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
-    return _ALONE is not None and type(tensor) is Tensor and _use_count(tensor) == _ALONE

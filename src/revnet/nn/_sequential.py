@@ -120,14 +120,15 @@ class ReversibleSequential(nn.Module):
 
     def _segments(self) -> list[Segment]:
         """Runs of blocks under the same policy: rebuilding them together keeps one pair of streams, not one a block."""
-        named = [
-            (policy, block.half_blocks(f"blocks.{index}."))
-            for index, (policy, block) in enumerate(zip(self.policies, self._reversible_blocks(), strict=True))
-        ]
-        return [
-            (policy, [half_block for _, half_blocks in group for half_block in half_blocks])
-            for policy, group in groupby(named, key=lambda item: item[0])
-        ]
+        # Plain loops: `torch.compile` traces this.
+        segments: list[Segment] = []
+        for index, block in enumerate(self._reversible_blocks()):
+            half_blocks = block.half_blocks(f"blocks.{index}.")
+            if segments and segments[-1][0] == self.policies[index]:
+                segments[-1][1].extend(half_blocks)
+            else:
+                segments.append((self.policies[index], half_blocks))
+        return segments
 
 
 def _one_for_each(policy: AbstractPolicy | Sequence[AbstractPolicy], count: int) -> tuple[AbstractPolicy, ...]:

@@ -1,0 +1,39 @@
+"""Whose memory it is: which tensors share it, whether it was written to, whether anybody else can see it."""
+
+import torch
+from torch import Tensor
+
+
+def storage_key(tensor: Tensor) -> int | None:
+    """What all views of the same memory share, on every device (a `data_ptr` is 0 for fake and for empty tensors)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:  # Sparse tensors and the like have no storage.
+        return None
+
+
+def version_of(tensor: Tensor) -> int:
+    """The version counter that in-place operations raise; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _use_count(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _count_alone() -> int | None:
+    """What `_use_count` says of a tensor that nothing shares; None where it cannot tell, in some release of PyTorch."""
+    if not hasattr(torch._C, "_storage_Use_Count"):
+        return None
+    tensor = torch.empty(1, device="cpu")
+    alone = _use_count(tensor)
+    view = tensor.detach()
+    return alone if _use_count(view) == alone + 1 else None
+
+
+_ALONE = _count_alone()
+
+
+def is_only_owner(tensor: Tensor) -> bool:
+    """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
+    return _ALONE is not None and type(tensor) is Tensor and _use_count(tensor) == _ALONE

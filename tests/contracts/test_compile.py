@@ -1,0 +1,380 @@
+"""`torch.compile` of a whole model, in one graph: the stored twin's gradients, and the memory still saved."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map
+
+import revnet
+from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.errors import ReconstructionError
+from revnet.functional._program import PROGRAMS
+from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
+
+# PyTorch, tracing any custom `autograd.Function`, warns itself not to do what it does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+# What PyTorch refuses to trace, in the stored twin too.
+UNTRACEABLE = {"recurrent"}
+TRACEABLE = [case for case in CASES if case.name not in UNTRACEABLE]
+all_traceable_cases = pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compile_whole(module, backend="aot_eager", **options):
+    return torch.compile(module, backend=backend, fullgraph=True, **options)
+
+
+def copied(values):
+    return tree_map(
+        lambda v: v.detach().clone().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v, values
+    )
+
+
+def loss_of(y):
+    return sum(part.abs().square().sum() for part in (y if isinstance(y, tuple) else (y,)))
+
+
+def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast=False, tolerance=1e-9):
+    """Whole training steps of the compiled sequence and of its uncompiled stored twin."""
+    twin = stored_twin(sequence)
+    compiled = compile_whole(sequence) if compiled is None else compiled
+    x, args, kwargs = case.input(), case.args(), case.kwargs()
+    twin_x, twin_args, twin_kwargs = copied((x, args, kwargs))
+    results = []
+    for module, start, more, named in ((compiled, x, args, kwargs), (twin, twin_x, twin_args, twin_kwargs)):
+        torch.manual_seed(1)
+        for _ in range(num_steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = module(start, *more, **named)
+            loss_of(y).backward()
+        results.append((y, torch.get_rng_state()))
+    (y, state), (twin_y, twin_state) = results
+    assert_close(y, twin_y, tolerance=tolerance)
+    assert torch.equal(state, twin_state)
+    assert_close(x.grad, twin_x.grad, tolerance=tolerance)
+    assert_close(gradients(sequence), gradients(twin), tolerance=tolerance)
+    assert_close(tree_map(lambda a: a.grad, args), tree_map(lambda a: a.grad, twin_args), tolerance=tolerance)
+    for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
+        assert_close(buffer, expected, tolerance=tolerance)
+
+
+@all_traceable_cases
+def test_one_graph_trains_as_the_twin(case):
+    assert_steps_as_twin(case.sequence(3), case)
+
+
+@pytest.mark.parametrize("policy", [REVERSING_POLICIES["mixed"], Store()], ids=["mixed", "stored"])
+@pytest.mark.parametrize("name", ["conv-dropout", "attention-context-mask"])
+def test_policies_mix_in_one_graph(name, policy):
+    assert_steps_as_twin(CASE[name].sequence(DEPTH, policy), CASE[name])
+
+
+def test_a_pair_goes_in_and_out():
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    compiled = compile_whole(sequence)
+    pair = [half.detach().clone().requires_grad_() for half in case.input().chunk(2, 1)]
+    twin_pair = copied(pair)
+    loss_of(compiled(tuple(pair))).backward()
+    loss_of(twin(tuple(twin_pair))).backward()
+    for half, expected in zip(pair, twin_pair, strict=True):
+        assert_close(half.grad, expected.grad)
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_autocast_around_the_graph():
+    case = CASE["attention"]
+    sequence = case.sequence(2)
+    assert_steps_as_twin(sequence, case, autocast=True, tolerance=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_inductor():
+    case = CASE["conv-dropout"]
+    sequence = case.sequence(2)
+    assert_steps_as_twin(sequence, case, compiled=compile_whole(sequence, "inductor"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_graph_breaks_elsewhere_do_no_harm():
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sequence = sequence
+
+        def forward(self, x):
+            x = x * 1
+            torch._dynamo.graph_break()
+            return self.sequence(x)
+
+    assert_steps_as_twin(sequence, case, compiled=torch.compile(Model(), backend="aot_eager"))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_residual_functions_within_a_compiled_model(in_place):
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    for block in sequence:
+        if in_place:
+            block.f.compile(backend="aot_eager")
+            block.g.compile(backend="aot_eager")
+        else:
+            block.f = torch.compile(block.f, backend="aot_eager")
+    x = case.input()
+    twin_x = x.detach().clone().requires_grad_()
+    compile_whole(sequence)(x).square().sum().backward()
+    twin(twin_x).square().sum().backward()
+    assert_close(x.grad, twin_x.grad)
+    assert_close([p.grad for p in sequence.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_gradients_that_are_one_tensor():
+    """What a sum hands to both of its sides is one tensor, which nothing may add to afterwards."""
+
+    class Shift(nn.Module):
+        def forward(self, x, context):
+            return x + context
+
+    sequence = ReversibleSequential(*[ReversibleBlock(Shift(), Shift()) for _ in range(2)])
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, requires_grad=True)
+    context = torch.randn(4, 3, requires_grad=True)
+    twin_x, twin_context = copied((x, context))
+    compile_whole(sequence)(x, context).square().sum().backward()
+    twin(twin_x, twin_context).square().sum().backward()
+    assert_close((x.grad, context.grad), (twin_x.grad, twin_context.grad), tolerance=1e-5)
+
+
+def test_a_block_alone():
+    case = CASE["conv"]
+    block = case.make_block().double()
+    twin = stored_twin(ReversibleSequential(block))
+    x = case.input()
+    twin_x = x.detach().clone().requires_grad_()
+    compile_whole(block)(x).square().sum().backward()
+    twin(twin_x).square().sum().backward()
+    assert_close(x.grad, twin_x.grad)
+    assert_close(list(gradients(block).values()), list(gradients(twin).values()))
+
+
+@pytest.mark.parametrize("name", [name for name in revnet.list_models() if name == "revnet38"])
+def test_a_model(name):
+    model = revnet.create_model(name).double()
+    twin = revnet.create_model(name, policy=Store()).double()
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    compile_whole(model)(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    assert_close(gradients(model), gradients(twin), tolerance=1e-7)
+    for buffer, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        assert_close(buffer, expected)
+
+
+@pytest.mark.parametrize("input_requires_grad", [True, False])
+def test_frozen_parameters_and_input(input_requires_grad):
+    case = CASE["conv"]
+    sequence = case.sequence(3)
+    sequence[0].requires_grad_(False)
+    sequence[1].f.conv1.weight.requires_grad_(False)
+    twin = stored_twin(sequence)
+    x = case.input(requires_grad=input_requires_grad)
+    twin_x = x.detach().clone().requires_grad_(input_requires_grad)
+    compile_whole(sequence)(x).square().sum().backward()
+    twin(twin_x).square().sum().backward()
+    assert_close(x.grad, twin_x.grad)
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_called_twice_accumulated_and_retained():
+    case = CASE["conv-dropout"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    x = case.input(requires_grad=False)
+    for module in (compile_whole(sequence), twin):
+        torch.manual_seed(3)
+        first, second = module(x), module(2 * x)
+        first.square().sum().backward(retain_graph=True)
+        (first * second).sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_one_output_unused():
+    case = CASE["mlp"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    x1, x2 = case.input(requires_grad=False).chunk(2, -1)
+    for module in (compile_whole(sequence), twin):
+        module((x1, x2))[0].square().sum().backward()
+    # Compiled graphs give zeros for what has no gradient, as PyTorch's own do.
+    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
+        assert_close(parameter.grad, torch.zeros_like(parameter) if expected.grad is None else expected.grad)
+
+
+def test_evaluation_and_training_are_two_graphs():
+    case = CASE["conv-dropout"]
+    sequence = case.sequence(2)
+    compiled = compile_whole(sequence)
+    for mode in (True, False, True):
+        sequence.train(mode)
+        sequence.zero_grad()
+        assert_steps_as_twin(sequence, case, compiled=compiled, num_steps=1)
+
+
+def test_one_module_in_another_mode_is_another_graph():
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+    compiled = compile_whole(sequence)
+    assert_steps_as_twin(sequence, case, compiled=compiled, num_steps=1)
+    sequence.zero_grad()
+    sequence[1].g.norm1.eval()
+    assert_steps_as_twin(sequence, case, compiled=compiled, num_steps=1)
+
+
+def test_switched_to_evaluation_before_backward():
+    case = CASE["conv-dropout"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    x = case.input(requires_grad=False)
+    for module, plain in ((compile_whole(sequence), sequence), (twin, twin)):
+        torch.manual_seed(3)
+        loss = module(x).square().sum()
+        plain.eval()
+        loss.backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_without_gradients():
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    with torch.no_grad():
+        x = case.input(requires_grad=False)
+        assert_close(compile_whole(sequence)(x), twin(x))
+    for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
+        assert_close(buffer, expected)
+
+
+def test_dynamic_batch():
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    compiled = compile_whole(sequence, dynamic=True)
+    for size in (2, 3, 5):
+        x = torch.randn(size, *case.shape[1:], dtype=torch.float64)
+        compiled(x).square().sum().backward()
+        twin(x).square().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_weights_updated_between_steps():
+    case = CASE["mlp"]
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    x = case.input(requires_grad=False)
+    for module, plain in ((compile_whole(sequence), sequence), (twin, twin)):
+        optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    assert_close(list(sequence.parameters()), list(twin.parameters()))
+
+
+def test_bad_residual_is_told_while_compiling():
+    sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 2), nn.Linear(3, 3)))
+    with pytest.raises(Exception, match=r"`blocks.0.f` returned shape \(4, 2\), but must return the shape"):
+        compile_whole(sequence)(torch.randn(4, 6))
+
+
+def test_a_gradient_that_would_be_lost_raises():
+    outside = torch.ones(3, requires_grad=True)
+
+    class Leaning(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * outside
+
+    sequence = ReversibleSequential(ReversibleBlock(Leaning(3, 3), nn.Linear(3, 3)))
+    loss = compile_whole(sequence)(torch.randn(4, 6)).sum()
+    with pytest.raises(ReconstructionError, match=r"`blocks.0.f` uses a tensor of shape .* requires a gradient"):
+        loss.backward()
+
+
+def test_randomness_that_the_trace_did_not_see_raises():
+    class Sometimes(nn.Linear):
+        active = False
+
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.5, self.active))
+
+    sequence = ReversibleSequential(ReversibleBlock(Sometimes(3, 3), nn.Linear(3, 3)))
+    compiled = compile_whole(sequence)
+    compiled(torch.randn(4, 6)).sum().backward()
+    sequence[0].f.active = True
+    with pytest.raises(ReconstructionError, match=r"`blocks.0.f` drew random numbers, but did not when it was traced"):
+        compiled(torch.randn(4, 6))
+
+
+def test_shared_buffer_raises():
+    norm = nn.BatchNorm1d(3)
+    sequence = ReversibleSequential(ReversibleBlock(nn.Sequential(norm), nn.Sequential(norm)))
+    with pytest.raises(Exception, match="is a buffer of two modules in a compiled reversible sequence"):
+        compile_whole(sequence)(torch.randn(4, 6))
+
+
+def peak_bytes(module, x):
+    """The most bytes that PyTorch's allocator had handed out at once in one step."""
+    for _ in range(2):
+        module(x).sum().backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        module(x).sum().backward()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def test_the_memory_saving_is_kept():
+    """Per block, a compiled graph adds the gradients that it returns, and no activation."""
+
+    def peak(depth, policy):
+        torch._dynamo.reset()
+        sequence = ReversibleSequential(
+            *[ReversibleBlock(ConvResidual(8), ConvResidual(8)) for _ in range(depth)], policy=policy
+        )
+        gradient_bytes = sum(4 * parameter.numel() for parameter in sequence.parameters())
+        return peak_bytes(compile_whole(sequence), torch.randn(4, 16, 32, 32)) - gradient_bytes
+
+    stream = 4 * 8 * 32 * 32 * 4
+    assert abs(peak(6, Reverse()) - peak(2, Reverse())) < stream // 16
+    assert peak(6, Reverse()) < 18 * stream
+    assert peak(6, Store()) - peak(2, Store()) > 4 * 7 * stream
+
+
+def test_programs_go_with_their_functions():
+    sequence = CASE["mlp"].sequence(2)
+    compile_whole(sequence)(CASE["mlp"].input()).sum().backward()
+    number = max(PROGRAMS)
+    function = weakref.ref(sequence[0].f)
+    del sequence
+    torch._dynamo.reset()
+    gc.collect()
+    assert function() is None
+    assert number not in PROGRAMS
