@@ -1,96 +1,301 @@
-"""Two processes on the CPU: gradients are the stored twin's, under DDP and under FSDP2."""
+"""Two processes on the CPU: gradients are the stored twin's and one process's, and they arrive block by block.
+
+All checks run in one pair of processes, since starting it takes longer than running them; each is its own test.
+"""
 
 import copy
 import datetime
+import traceback
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from revnet import ReversibleSequential
-from tests.helpers import CASE, assert_close, stored_twin
+from revnet import ReversibleBlock, ReversibleSequential
+from tests.helpers import CASE, assert_close, mlp, squares, stored_twin
 
 NUM_PROCESSES = 2
-CONV = CASE["conv"]
+DEPTH = 4
 
 
-def make_sequence(*, tied: bool = False) -> ReversibleSequential:
+class WithHead(nn.Module):
+    """A sequence and what is around it; some parameters may go unused."""
+
+    def __init__(self, sequence: ReversibleSequential, num_unused: int = 0):
+        super().__init__()
+        self.sequence = sequence
+        self.unused = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(num_unused)])
+
+    def forward(self, x):
+        return squares(self.sequence(x))
+
+
+def make_model(name: str, *, num_unused: int = 0) -> WithHead:
     torch.manual_seed(0)
-    sequence = CONV.sequence(3)
-    return ReversibleSequential(*sequence, sequence[0]) if tied else sequence
+    return WithHead(CASE[name].sequence(DEPTH), num_unused)
 
 
-def process_input() -> torch.Tensor:
+def twin_of(model: WithHead) -> WithHead:
+    twin = copy.deepcopy(model)
+    twin.sequence.policies = stored_twin(model.sequence).policies
+    return twin
+
+
+def process_input(name: str, rank: int | None = None) -> torch.Tensor:
     """Another batch in each process."""
-    torch.manual_seed(10 + dist.get_rank())
-    return CONV.input(requires_grad=False)
+    torch.manual_seed(10 + (dist.get_rank() if rank is None else rank))
+    return CASE[name].input(requires_grad=False)
 
 
-def check_data_parallel(tied: bool, options: dict[str, bool]) -> None:
-    sequence = make_sequence(tied=tied)
-    twin = copy.deepcopy(sequence)
-    twin.policies = stored_twin(sequence).policies
-    x = process_input()
-    for module in (sequence, twin):
+def assert_same_gradients(model: nn.Module, expected: nn.Module, scale: float = 1.0) -> None:
+    for parameter, twin_parameter in zip(model.parameters(), expected.parameters(), strict=True):
+        grads = [whole(parameter.grad), whole(twin_parameter.grad)]
+        assert (grads[0] is None) == (grads[1] is None)
+        if grads[0] is not None:
+            assert_close(grads[0], grads[1] * scale)
+
+
+def whole(grad):
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def single_process_gradients(model: nn.Module, name: str) -> nn.Module:
+    """The twin's gradients on the batches of all processes at once."""
+    twin = twin_of(model)
+    twin(torch.cat([process_input(name, rank) for rank in range(NUM_PROCESSES)])).backward()
+    return twin
+
+
+# ---------------------------------------------------------------------------------------- data parallel
+
+
+def check_data_parallel(name: str, num_unused: int, options: dict[str, bool]) -> None:
+    model = make_model(name, num_unused=num_unused)
+    twin = twin_of(model)
+    x = process_input(name)
+    for module in (model, twin):
         parallel = DistributedDataParallel(module, **options)
+        torch.manual_seed(dist.get_rank())
+        for _ in range(3):
+            parallel(x).backward()
+    assert_same_gradients(model, twin)
+
+
+def check_data_parallel_against_one_process(name: str) -> None:
+    model = make_model(name)
+    expected = single_process_gradients(model, name)
+    parallel = DistributedDataParallel(model)  # kept: without it nobody communicates
+    parallel(process_input(name)).backward()
+    assert_same_gradients(model, expected, 1 / NUM_PROCESSES)
+
+
+def check_accumulation_without_communication(name: str) -> None:
+    model = make_model(name)
+    twin = twin_of(model)
+    x = process_input(name)
+    for module in (model, twin):
+        parallel = DistributedDataParallel(module)
         for _ in range(2):
-            parallel(x).square().sum().backward()
-    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
-        assert_close(parameter.grad, expected.grad)
+            with parallel.no_sync():
+                parallel(x).backward()
+            grads = [parameter.grad.clone() for parameter in module.parameters()]
+            parallel(2 * x).backward()
+        assert not torch.equal(grads[0], module.sequence[0].f[0].weight.grad)
+    assert_same_gradients(model, twin)
 
 
-def check_fully_sharded(per_function: bool) -> None:
-    from torch.distributed.fsdp import fully_shard
+def check_buckets_go_out_block_by_block(name: str) -> None:
+    """A bucket is sent as soon as its functions' gradients are there, while the functions below wait to run again."""
+    model = make_model(name)
+    owner, recomputed, sent = {}, [], []
+    for index, block in enumerate(model.sequence):
+        for function in (block.f, block.g):
+            place = 2 * index + (function is block.g)
+            owner.update(dict.fromkeys(function.parameters(), place))
+            function.register_forward_pre_hook(lambda *_, place=place: recomputed.append(place))
+    parallel = DistributedDataParallel(model, bucket_cap_mb=1e-4)  # a hundred bytes: a bucket for each few tensors
 
-    sequence = make_sequence()
-    twin = stored_twin(sequence)
-    x = process_input()
-    for module in (sequence, twin):
-        if per_function:
-            for block in module:
-                fully_shard(block.f)
-                fully_shard(block.g)
-        fully_shard(module)
-        module(x).square().sum().backward()
-    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
-        assert_close(parameter.grad.full_tensor(), expected.grad.full_tensor())
+    def record(state, bucket):
+        sent.append(({owner[parameter] for parameter in bucket.parameters()}, recomputed[-1]))
+        return allreduce_hook(state, bucket)
+
+    parallel.register_comm_hook(None, record)
+    for _ in range(2):  # the second time with the buckets that DDP forms from the first
+        loss = parallel(process_input(name))
+        recomputed.clear()
+        sent.clear()
+        loss.backward()
+        assert recomputed == list(reversed(range(2 * DEPTH)))
+        assert {place for places, _ in sent for place in places} == set(range(2 * DEPTH))
+    for places, last_recomputed in sent:
+        assert last_recomputed <= min(places)
+        assert last_recomputed >= min(places) - 1, "held back"
+    assert sent[0][1] >= 2 * DEPTH - 2, "the last block's gradients leave before the block below it runs again"
 
 
-def run_process(rank: int, store: str, check, arguments: tuple) -> None:
+# ---------------------------------------------------------------------------------------- fully sharded
+
+
+def shard(model: WithHead, how: str, **options) -> None:
+    if how == "functions":
+        for block in model.sequence:
+            fully_shard(block.f, **options)
+            fully_shard(block.g, **options)
+    elif how == "blocks":
+        for block in model.sequence:
+            fully_shard(block, **options)
+    elif how == "sequence":
+        fully_shard(model.sequence, **options)
+    fully_shard(model)
+
+
+def check_fully_sharded(name: str, how: str, options: dict[str, bool]) -> None:
+    model = make_model(name)
+    expected = single_process_gradients(model, name)
+    twin = twin_of(model)
+    x = process_input(name)
+    for module in (model, twin):
+        shard(module, how, **options)
+        for _ in range(2):
+            module(x).backward()
+    assert_same_gradients(model, twin)
+    if name != "conv":  # Batch norm sees other batches in one process.
+        assert_same_gradients(model, expected, 2 / NUM_PROCESSES)
+
+
+def check_one_function_unsharded_at_a_time() -> None:
+    """While a function runs again, only its own parameters are whole, and those being fetched for the next one."""
+    model = make_model("mlp")
+    functions = [function for block in model.sequence for function in (block.f, block.g)]
+    shard(model, "functions")
+    whole_during = {}
+
+    def count(index):
+        whole_during[index] = {i for i, f in enumerate(functions) if not isinstance(next(f.parameters()), DTensor)}
+
+    loss = model(process_input("mlp"))
+    for index, function in enumerate(functions):
+        function[1].register_forward_pre_hook(lambda *_, index=index: count(index))
+    loss.backward()
+    assert sorted(whole_during) == list(range(2 * DEPTH))
+    for index, places in whole_during.items():
+        assert index in places
+        assert places <= {index, index - 1}
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def check_sharded_blocks_called_one_by_one() -> None:
+    """Blocks called as modules are what FSDP expects."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*[ReversibleBlock(mlp(3), mlp(3)).double() for _ in range(3)])
+    expected = copy.deepcopy(blocks)
+    squares(expected(torch.cat([process_input("mlp", rank) for rank in range(NUM_PROCESSES)]))).backward()
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(blocks)
+    squares(blocks(process_input("mlp"))).backward()
+    assert_same_gradients(blocks, expected, 1 / NUM_PROCESSES)
+
+
+def check_sharded_blocks_in_a_sequence_raise() -> None:
+    """A sequence calls the functions of its blocks, never the blocks, so FSDP does not gather their parameters."""
+    model = make_model("mlp")
+    shard(model, "blocks")
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        model(process_input("mlp"))
+
+
+def check_functions_sharded_in_low_precision() -> None:
+    """The streams stay in float32; the functions compute in bfloat16, both times."""
+    torch.manual_seed(0)
+    model = WithHead(CASE["mlp"].sequence(DEPTH).float())
+    twin = twin_of(model)
+    x = process_input("mlp").float()
+    for module in (model, twin):
+        shard(module, "functions", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        module(x).backward()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        difference = (whole(parameter.grad) - whole(expected.grad)).norm()
+        assert difference <= 1e-2 * whole(expected.grad).norm()  # one unit in the last place is 2^-8
+
+
+DATA_PARALLEL = {
+    "plain": (0, {}),
+    "find unused": (0, {"find_unused_parameters": True}),
+    "find unused, some unused": (2, {"find_unused_parameters": True}),
+    "static graph": (0, {"static_graph": True}),
+    "static graph, some unused": (2, {"static_graph": True}),
+    "buckets as views": (0, {"gradient_as_bucket_view": True}),
+}
+CHECKS = {
+    **{
+        f"data parallel, {case}, {name}": partial(check_data_parallel, name, *arguments)
+        for case, arguments in DATA_PARALLEL.items()
+        for name in ("conv-dropout", "tied")
+    },
+    **{
+        f"data parallel against one process, {name}": partial(check_data_parallel_against_one_process, name)
+        for name in ("mlp", "attention", "tied")
+    },
+    "accumulation without communication, mlp": partial(check_accumulation_without_communication, "mlp"),
+    "accumulation without communication, tied": partial(check_accumulation_without_communication, "tied"),
+    "buckets go out block by block, mlp": partial(check_buckets_go_out_block_by_block, "mlp"),
+    "buckets go out block by block, conv": partial(check_buckets_go_out_block_by_block, "conv"),
+    **{
+        f"fully sharded, {how}, {name}": partial(check_fully_sharded, name, how, {})
+        for how in ("functions", "sequence", "root")
+        for name in ("mlp", "conv", "attention")
+    },
+    "fully sharded, kept whole after forward": partial(
+        check_fully_sharded, "mlp", "functions", {"reshard_after_forward": False}
+    ),
+    "one function unsharded at a time": check_one_function_unsharded_at_a_time,
+    "functions sharded in low precision": check_functions_sharded_in_low_precision,
+    "sharded blocks in a sequence raise": check_sharded_blocks_in_a_sequence_raise,
+    "sharded blocks called one by one": check_sharded_blocks_called_one_by_one,
+}
+
+
+def run_process(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=NUM_PROCESSES,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=60),
     )
+    outcomes = {}
     try:
-        check(*arguments)
+        for name, check in CHECKS.items():
+            try:
+                check()
+                outcomes[name] = "passed"
+            except Exception:
+                outcomes[name] = traceback.format_exc()
+            dist.barrier()
     finally:
+        torch.save(outcomes, folder / f"{rank}.pt")
         dist.destroy_process_group()
 
 
-def run_processes(tmp_path, check, *arguments) -> None:
-    multiprocessing.spawn(run_process, args=(str(tmp_path / "store"), check, arguments), nprocs=NUM_PROCESSES)
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each check came to in each process."""
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(run_process, args=(folder,), nprocs=NUM_PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
 
 
-@pytest.mark.parametrize(
-    ("tied", "options"),
-    [
-        (False, {}),
-        (False, {"find_unused_parameters": True}),
-        (False, {"static_graph": True}),
-        (True, {}),
-    ],
-    ids=["plain", "find-unused", "static-graph", "tied"],
-)
-def test_data_parallel(tmp_path, tied, options):
-    run_processes(tmp_path, check_data_parallel, tied, options)
-
-
-@pytest.mark.parametrize("per_function", [False, True], ids=["root", "per-function"])
-def test_fully_sharded(tmp_path, per_function):
-    run_processes(tmp_path, check_fully_sharded, per_function)
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_two_processes(name, outcomes):
+    for rank, outcome in enumerate(outcomes):
+        message = outcome.get(name, "not run: the processes stopped before")
+        assert message == "passed", f"process {rank}: {message}"

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.functional import HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
-from tests.helpers import Attention, ConvResidual, FeedForward, stored_twin
+from tests.helpers import Attention, ConvResidual, FeedForward, mlp, stored_twin
 
 # The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
 CONV_STREAM = 8 * 32 * 32 * 32 * 4
@@ -126,6 +126,81 @@ def test_nothing_stays_behind(use):
 
     keep = [x, *sequence.parameters(), *sequence.buffers(), *[p.grad for p in sequence.parameters()]]
     assert live_bytes_after(step, keep) == 0
+
+
+def train(num_steps, use):
+    """Steps of one kind; yields after each."""
+    sequence = ReversibleSequential(
+        *[ReversibleBlock(nn.Sequential(mlp(4), nn.Dropout(0.2)), nn.BatchNorm1d(4)) for _ in range(3)]
+    )
+    for parameter in sequence.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(4, 8)
+    keep = [x, *sequence.parameters(), *sequence.buffers(), *[p.grad for p in sequence.parameters()]]
+    with LiveBytes(keep) as counter:
+        graph = None
+        for _ in range(num_steps):
+            y = sequence(x)
+            if use == "backward":
+                y.sum().backward()
+            elif use == "loss ignores the output":
+                y.detach().sum()
+            elif use == "partial gradient":
+                torch.autograd.grad(y.sum(), sequence[1].f[0][0].weight)
+            elif use == "double backward":
+                (grad,) = torch.autograd.grad(y.square().sum(), sequence[0].f[0][0].weight, create_graph=True)
+                grad.square().sum().backward()
+                del grad
+            elif use == "graph kept until the next step":
+                graph = y.sum()
+                graph.backward(retain_graph=True)
+            elif use == "tensor of the graph looked at":
+                norm = y.grad_fn.next_functions[1][0].next_functions[1][0]
+                assert norm._saved_input.shape == (4, 4)
+                del norm
+                y.sum().backward()
+            del y
+            yield counter.live_bytes
+        del graph
+
+
+USES = [
+    "backward",
+    "backward never called",
+    "loss ignores the output",
+    "partial gradient",
+    "double backward",
+    "graph kept until the next step",
+    "tensor of the graph looked at",
+]
+
+
+def assert_flat(use, num_steps):
+    """Neither bytes nor Python objects grow, and it is not the garbage collector that sees to it."""
+    live_bytes, num_objects = [], []
+    gc.collect()
+    gc.disable()
+    try:
+        for step, live in enumerate(train(num_steps, use)):
+            if step % (num_steps // 4) == 5:  # five steps to fill what is filled once
+                live_bytes.append(live)
+                num_objects.append(len(gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(set(live_bytes)) == 1
+    assert live_bytes[0] == 0 or use == "graph kept until the next step"
+    assert max(num_objects) - num_objects[0] <= 20  # the lists of this function
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_hundred_steps_leave_nothing_behind(use):
+    assert_flat(use, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", USES)
+def test_a_thousand_steps_leave_nothing_behind(use):
+    assert_flat(use, 1000)
 
 
 def test_a_retained_graph_holds_the_final_pair_only():

@@ -1,0 +1,134 @@
+"""The further arguments of residual functions: contexts, masks, nested structures, and the streams themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import ReversibleBlock, ReversibleSequential
+from tests.helpers import CASE, all_policies, assert_close, assert_trains_as_twin, gradients, squares, stored_twin
+
+
+@all_policies
+@pytest.mark.parametrize("name", ["attention-context-mask", "nested-arguments"])
+def test_arguments_computed_by_what_comes_before(name, policy):
+    """Gradients flow through every block into the module that made the context."""
+
+    def step(module, x, args, kwargs):
+        made, made_kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.sin, (args, {}))
+        squares(module(x, *made, **kwargs, **made_kwargs)).backward()
+
+    assert_trains_as_twin(CASE[name].sequence(4, policy), CASE[name], step)
+
+
+def test_only_the_arguments_need_gradients():
+    """The slots are there for the sake of the context alone."""
+    case = CASE["nested-arguments"]
+
+    def step(module, x, args, kwargs):
+        squares(module.requires_grad_(False)(x.requires_grad_(False), *args, **kwargs)).backward()
+        assert args[0]["shifts"][0].grad.any()
+
+    assert_trains_as_twin(case.sequence(3), case, step)
+
+
+def test_streams_that_are_arguments_too():
+    sequence = CASE["attention"].sequence(3)
+    twin = stored_twin(sequence)
+    results = []
+    for module in (sequence, twin):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+        y1, y2 = module((x, x), x)
+        (y1 * y2).sum().backward()
+        results.append((x.grad, gradients(module)))
+    assert_close(*results)
+
+
+def test_an_argument_that_is_a_view_of_the_input():
+    def step(module, x, args, kwargs):
+        squares(module(x, x[..., 4:])).backward()
+
+    assert_trains_as_twin(CASE["attention"].sequence(3), CASE["attention"], step)
+
+
+def test_an_output_that_is_an_argument_of_the_next_sequence():
+    other = CASE["attention"].sequence(2)
+
+    def step(module, x, args, kwargs):
+        y = module(x)
+        squares(other(y, y[..., :4]) + y).backward()
+
+    assert_trains_as_twin(CASE["attention"].sequence(2), CASE["attention"], step)
+
+
+class GraphConvolution(nn.Module):
+    """Averages over neighbours, which a sparse matrix names."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x, neighbours):
+        return torch.tanh(self.linear(torch.sparse.mm(neighbours, x)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_arguments(layout, requires_grad):
+    """They have no storage to be known by."""
+    blocks = [ReversibleBlock(GraphConvolution(), GraphConvolution()) for _ in range(3)]
+    sequence = ReversibleSequential(*blocks).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    dense = torch.eye(4, dtype=torch.float64).roll(1, 0) / 2 + torch.eye(4, dtype=torch.float64)
+    results = []
+    for module in (sequence, twin):
+        neighbours = dense.to_sparse(layout=layout).requires_grad_(requires_grad)
+        squares(module(x, neighbours)).backward()
+        results.append([gradients(module), neighbours.grad.to_dense() if requires_grad else None])
+    assert_close(*results)
+
+
+class Holding(nn.Module):
+    """Reads a tensor that it was handed neither as an argument nor as a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.held = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x) * self.held)
+
+
+def test_a_tensor_that_a_function_holds_on_to():
+    sequence = ReversibleSequential(*[ReversibleBlock(Holding(), Holding()) for _ in range(3)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    results = []
+    for module in (sequence, twin):
+        squares(module(x)).backward()
+        results.append([gradients(module), [block.f.held.grad for block in module]])
+    assert_close(*results)
+
+
+class Mutating(nn.Module):
+    """Writes its result into its argument, as a cache does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x, cache):
+        y = torch.tanh(self.linear(x) + cache)
+        cache += 1
+        return y
+
+
+def test_a_function_that_writes_to_its_argument_raises():
+    """The recomputation would read what the forward pass wrote."""
+    sequence = ReversibleSequential(*[ReversibleBlock(Mutating(), Mutating()) for _ in range(2)])
+    loss = sequence(torch.randn(4, 6), torch.zeros(3)).sum()
+    with pytest.raises(RuntimeError, match=r"argument of shape .* was modified in place after the forward pass"):
+        loss.backward()

@@ -1,0 +1,209 @@
+"""Residual functions of all sorts: what they contain, what they keep, and what they do inside themselves."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from tests.helpers import (
+    Attention,
+    assert_close,
+    assert_same_buffers,
+    gradients,
+    mlp,
+    right_or_raises,
+    squares,
+    stored_twin,
+)
+
+
+class Energy(nn.Module):
+    """Differentiates inside its own forward: a residual that is the gradient of an energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(4)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(self.layers(x).square().sum(), x, create_graph=True)[0]
+
+
+class ScaledOnce(torch.autograd.Function):
+    """Asks for its saved tensors twice in one backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, weight = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
+        return grad * weight, (grad * x).sum((0, 1))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return ScaledOnce.apply(x.tanh(), self.weight)
+
+
+class Computing(nn.Module):
+    """Two linear layers, joined by some expression."""
+
+    def __init__(self, compute: Callable[[nn.Module, nn.Module, Tensor], Tensor]):
+        super().__init__()
+        self.first, self.second, self.compute = nn.Linear(4, 4), nn.Linear(4, 4), compute
+
+    def forward(self, x):
+        return self.compute(self.first, self.second, x)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+class Normalised(nn.Module):
+    """Batch norm over the last dimension."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(4, **options), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def frozen_half(first, second, x):
+    with torch.no_grad():
+        scale = second(x)
+    return first(x).tanh() * scale
+
+
+FUNCTIONS = {
+    "differentiates inside itself": Energy,
+    "unpacks twice": Scaled,
+    "multi-head attention": SelfAttention,
+    "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    "batch norm, cumulative average": lambda: Normalised(momentum=None),
+    "batch norm, no statistics": lambda: Normalised(track_running_stats=False),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+    "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "alpha dropout": lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(0.3)),
+    "feature alpha dropout": lambda: nn.Sequential(nn.Linear(4, 4), nn.FeatureAlphaDropout(0.3)),
+    "dropout in place": lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3, inplace=True)),
+    "gumbel softmax": lambda: Computing(lambda first, second, x: second(F.gumbel_softmax(first(x), hard=True))),
+    "two uses of one layer": lambda: Computing(lambda first, second, x: first(second(first(x).tanh())).tanh()),
+    "detached half": lambda: Computing(lambda first, second, x: first(x).tanh() * second(x).detach()),
+    "half without gradients": lambda: Computing(frozen_half),
+    "unused layer": lambda: Computing(lambda first, second, x: first(x).tanh()),
+    "constant": lambda: Computing(lambda first, second, x: first.bias.expand_as(x)),
+    "zero": lambda: Computing(lambda first, second, x: torch.zeros_like(x)),
+    "no parameters": nn.Tanh,
+    "sort": lambda: Computing(lambda first, second, x: second(first(x).sort(-1).values)),
+    "fft": lambda: Computing(lambda first, second, x: second(torch.fft.irfft(torch.fft.rfft(first(x)), n=4)).tanh()),
+    "einsum": lambda: Computing(lambda first, second, x: torch.einsum("btc,bsc,bsd->btd", first(x), second(x), x) / 9),
+}
+
+
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_any_function(make):
+    outcomes = []
+    for policy in (Reverse(), Store()):
+        torch.manual_seed(3)
+        blocks = [ReversibleBlock(make(), make(), split_dim=-1) for _ in range(3)]
+        sequence = ReversibleSequential(*blocks, policy=policy).double()
+        x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+        y = sequence(x)
+        squares(y).backward()
+        outcomes.append((sequence, y, [x.grad, gradients(sequence)], torch.get_rng_state()))
+    (sequence, y, grads, state), (twin, expected, expected_grads, expected_state) = outcomes
+    assert torch.equal(y, expected)
+    assert torch.equal(state, expected_state)
+    assert_close(grads, expected_grads)
+    assert_same_buffers(sequence, twin)
+
+
+class Routed(nn.Module):
+    """Leaves an auxiliary loss on itself, as layers with experts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        self.loss = h.exp().mean()
+        return self.second(h)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0], ids=["alone", "with the output"])
+def test_losses_that_functions_leave_on_themselves(weight):
+    """They belong to the graph of the forward pass, and reach the saved tensors by another way than the output."""
+    sequence = ReversibleSequential(*[ReversibleBlock(Routed(), Routed()) for _ in range(3)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    results = []
+    for module in (sequence, twin):
+        loss = weight * squares(module(x)) if weight else module(x).detach().sum()
+        (loss + sum(block.f.loss * 2 + block.g.loss for block in module)).backward()
+        results.append(gradients(module))
+    assert_close(*results)
+
+
+class Scaling(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("scale", torch.randn(shape))
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x) * self.scale)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3)], ids=["vector", "matrix"])
+def test_buffers_replaced_between_forward_and_backward(shape):
+    """Each run keeps the tensors that its forward pass found."""
+    sequence = ReversibleSequential(*[ReversibleBlock(Scaling(*shape), mlp(3)) for _ in range(3)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for module in (sequence, twin):
+        loss = squares(module(x))
+        for block in module:
+            block.f.scale = block.f.scale + 1
+            block.f.linear.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+        loss.backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_kernels_chosen_around_the_forward_pass_only():
+    """Elsewhere another kernel may run, and save other tensors."""
+    sequence = ReversibleSequential(*[ReversibleBlock(Attention(4), Attention(4), split_dim=-1) for _ in range(2)])
+    twin = stored_twin(sequence)
+    x = torch.randn(2, 5, 8)
+
+    def train(module):
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = squares(module(x))
+        loss.backward()
+
+    train(twin)
+    with right_or_raises("did something else when it ran again"):
+        train(sequence)
+        assert_close(gradients(sequence), gradients(twin), tolerance=1e-4)

@@ -1,0 +1,160 @@
+"""Hooks of modules, tensors and parameters see what they see on the stored twin, and when."""
+
+import pytest
+import torch
+
+from tests.helpers import CASE, DEPTH, all_cases, all_policies, assert_trains_as_twin, squares
+
+
+@all_policies
+@all_cases
+def test_parameter_and_tensor_hooks_see_each_gradient_once(case, policy):
+    """Of the input, the output and all parameters, before and after accumulation."""
+
+    def step(module, x, args, kwargs):
+        seen = {}
+
+        def record(name):
+            return lambda grad: seen.setdefault(name, []).append(grad.clone())
+
+        x.register_hook(record("x"))
+        for name, parameter in module.named_parameters():
+            parameter.register_hook(record(name))
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter, name=name: seen.setdefault(f"{name}.grad", []).append(parameter.grad.clone())
+            )
+        y = module(x, *args, **kwargs)
+        y.register_hook(record("y"))
+        y.retain_grad()
+        squares(y).backward()
+        names = sorted(seen)
+        assert names == sorted(["x", "y", *[n + end for n, _ in module.named_parameters() for end in ("", ".grad")]])
+        assert all(len(gradients) == 1 for gradients in seen.values())
+        return [seen[name] for name in names], y.grad
+
+    assert_trains_as_twin(case.sequence(DEPTH, policy), case, step)
+
+
+@all_cases
+def test_hooks_may_change_gradients(case):
+    def step(module, x, args, kwargs):
+        for parameter in module[0].parameters():
+            parameter.register_hook(lambda grad: grad * 3)
+        y = module(x, *args, **kwargs)
+        y.register_hook(lambda grad: grad.sin())
+        squares(y).backward()
+
+    assert_trains_as_twin(case.sequence(3), case, step)
+
+
+@pytest.mark.parametrize("place", ["f", "within f", "sequence"])
+def test_backward_hooks_of_modules(place):
+    """Each runs once, sees the twin's gradients, and may replace them."""
+    calls = []
+
+    def step(module, x, args, kwargs):
+        target = {"f": module[1].f, "within f": module[1].f.conv1, "sequence": module}[place]
+        seen = []
+
+        def replace(_, grad_inputs, grad_outputs):
+            seen.append([grad.clone() for grad in (*grad_inputs, *grad_outputs)])
+            return tuple(2 * grad for grad in grad_inputs)
+
+        def replace_before(_, grad_outputs):
+            seen.append([grad.clone() for grad in grad_outputs])
+            return tuple(grad.sin() for grad in grad_outputs)
+
+        target.register_full_backward_hook(replace)
+        target.register_full_backward_pre_hook(replace_before)
+        squares(module(x)).backward()
+        calls.append(len(seen))
+        return seen
+
+    assert_trains_as_twin(CASE["conv"].sequence(3), CASE["conv"], step)
+    assert calls == [2, 2]
+
+
+def test_forward_hooks_run_again_in_the_recomputation():
+    """As under PyTorch's checkpoint. Hooks of the sequence run once, since it does not run again."""
+    case = CASE["mlp"]
+    sequence = case.sequence(2)
+    seen = []
+    for name in ("blocks.0.f", "blocks.1.g", ""):
+        module = sequence.get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(("before", name)))
+        module.register_forward_hook(lambda *_, name=name: seen.append(("after", name)))
+    loss = squares(sequence(case.input()))
+    forward = [("before", ""), ("before", "blocks.0.f"), ("after", "blocks.0.f")]
+    assert seen == [*forward, ("before", "blocks.1.g"), ("after", "blocks.1.g"), ("after", "")]
+    seen.clear()
+    loss.backward()
+    # The lowest function needs no output when it runs again, so it may stop before its last hook.
+    assert [call for call in seen if call != ("after", "blocks.0.f")] == [
+        ("before", "blocks.1.g"),
+        ("after", "blocks.1.g"),
+        ("before", "blocks.0.f"),
+    ]
+
+
+def test_forward_hooks_that_change_what_a_function_reads_and_returns():
+    def step(module, x, args, kwargs):
+        module[0].f.register_forward_pre_hook(lambda _, inputs: (inputs[0].sin(), *inputs[1:]))
+        module[1].g.register_forward_hook(lambda _, __, output: output.tanh())
+        module.register_forward_hook(lambda _, __, output: output * 2)
+        squares(module(x)).backward()
+
+    assert_trains_as_twin(CASE["conv"].sequence(3), CASE["conv"], step)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
+def test_gradients_arrive_block_by_block(name):
+    """A function's parameters have their gradients before the function below it runs again.
+
+    This is what lets data parallelism send buckets, and optimizers step, while the backward pass goes on.
+    """
+    case = CASE[name]
+    sequence = case.sequence(DEPTH)
+    events = []
+    functions = [f"blocks.{index}.{function}" for index in range(DEPTH) for function in "fg"]
+    for function in functions:
+        module = sequence.get_submodule(function)
+        module.register_forward_pre_hook(lambda *_, name=function: events.append(("recomputed", name)))
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=function: events.append(("gradient", name)))
+    loss = squares(sequence(case.input()))
+    events.clear()
+    loss.backward()
+    expected = []
+    for function in reversed(functions):
+        num_parameters = len(list(sequence.get_submodule(function).parameters()))
+        expected += [("recomputed", function), *[("gradient", function)] * num_parameters]
+    assert events == expected
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "conv-dropout", "attention", "tied"])
+def test_optimizer_steps_within_the_backward_pass(name):
+    """Parameters change as soon as their gradients are there; what lies below must not notice."""
+
+    def step(module, x, args, kwargs):
+        @torch.no_grad()
+        def update(parameter):
+            parameter.sub_(parameter.grad, alpha=1e-2)
+            parameter.grad = None
+
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(update)
+        squares(module(x, *args, **kwargs)).backward()
+        return [parameter.detach() for parameter in module.parameters()]
+
+    assert_trains_as_twin(CASE[name].sequence(DEPTH), CASE[name], step)
+
+
+def test_removed_hooks_are_gone():
+    case = CASE["mlp"]
+    sequence = case.sequence(2)
+    seen = []
+    handle = sequence[0].f.register_forward_hook(lambda *_: seen.append(1))
+    loss = squares(sequence(case.input()))
+    handle.remove()
+    loss.backward()
+    assert seen == [1]

@@ -1,0 +1,128 @@
+"""Every reversible model that is registered, against its stored twin: a newcomer is covered by being registered."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from revnet import Store, create_model
+from revnet.memory import measure
+from tests.helpers import all_reversible_models, assert_close, assert_same_buffers, gradients, squares
+
+
+def make_input():
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+def make_twin(name, model):
+    twin = create_model(name, policy=Store()).double()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def train_step(model, x, seed=1):
+    """The output, and the random state at the end."""
+    torch.manual_seed(seed)
+    y = model(x)
+    squares(y).backward()
+    return y.detach(), torch.get_rng_state()
+
+
+@all_reversible_models
+def test_a_step_is_the_twins(name):
+    model = create_model(name).double()
+    twin = make_twin(name, model)
+    x = make_input().requires_grad_()
+    twin_x = x.detach().clone().requires_grad_()
+    output, state = train_step(model, x)
+    expected, expected_state = train_step(twin, twin_x)
+    assert torch.equal(output, expected)
+    assert torch.equal(state, expected_state)
+    assert_close(gradients(model), gradients(twin), tolerance=1e-8)  # values near 1e3, thirty layers deep
+    assert_close(x.grad, twin_x.grad, tolerance=1e-8)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert_same_buffers(model, twin)
+
+
+@all_reversible_models
+def test_a_step_in_evaluation_is_the_twins(name):
+    model = create_model(name).double().eval()
+    twin = make_twin(name, model).eval()
+    x = make_input()
+    output, _ = train_step(model, x)
+    expected, _ = train_step(twin, x)
+    assert torch.equal(output, expected)
+    assert_close(gradients(model), gradients(twin), tolerance=1e-8)
+
+
+@all_reversible_models
+def test_a_step_needs_less_memory_than_the_twins(name):
+    model = create_model(name)
+    twin = create_model(name, policy=Store())
+    x = torch.randn(2, 3, 32, 32)
+    memory, expected = measure(model, x), measure(twin, x)
+    assert memory.peak_bytes < expected.peak_bytes
+    assert memory.held_bytes < expected.held_bytes
+
+
+@all_reversible_models
+def test_repeated_steps_are_the_twins(name):
+    """With an optimizer, the whole loop."""
+    model = create_model(name).double()
+    twin = make_twin(name, model)
+    batches = [make_input() for _ in range(3)]
+    for module in (model, twin):
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+        for x in batches:
+            optimizer.zero_grad()
+            module(x).logsumexp(1).sum().backward()
+            optimizer.step()
+    # Each step passes the last one's rounding through the whole network.
+    assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), tolerance=1e-7)
+
+
+COPIES = {
+    "deepcopy": lambda model, name: copy.deepcopy(model),
+    "pickle": lambda model, name: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model, name: load(save(model), weights_only=False),
+    "state dict": lambda model, name: with_state(create_model(name).double(), model.state_dict()),
+    "saved state dict": lambda model, name: with_state(
+        create_model(name).double(), load(save(model.state_dict()), weights_only=True)
+    ),
+}
+
+
+def save(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def load(data, *, weights_only):
+    return torch.load(io.BytesIO(data), weights_only=weights_only)
+
+
+def with_state(model, state):
+    model.load_state_dict(state)
+    return model
+
+
+@all_reversible_models
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
+def test_a_copy_trains_as_the_model_does(name, make_copy):
+    """Made after a step, of a model whose graph still lives; and nothing is shared."""
+    model = create_model(name).double()
+    loss = squares(model(make_input()))
+    loss.backward(retain_graph=True)
+    other = make_copy(model, name)
+    assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
+    x = make_input()
+    steps = []
+    for module in (model, other):
+        module.zero_grad()
+        steps.append(train_step(module, x))
+    assert torch.equal(steps[0][0], steps[1][0])
+    assert_close(gradients(other), gradients(model))
+    assert_same_buffers(other, model)

@@ -1,0 +1,243 @@
+"""Any stream is a good stream: pairs, views, other memory formats, empty ones, and streams used elsewhere as well."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import ReversibleBlock, ReversibleSequential
+from tests.helpers import (
+    CASE,
+    DEPTH,
+    all_cases,
+    all_policies,
+    assert_close,
+    assert_same_buffers,
+    assert_trains_as_twin,
+    gradients,
+    mlp,
+    squares,
+    stored_twin,
+)
+
+
+@all_cases
+def test_a_pair_runs_as_its_joined_tensor_does(case):
+    sequence = case.sequence(2)
+    twin = stored_twin(sequence)
+    dim = sequence[0].split_dim
+    x, args, kwargs = case.input(), case.args(), case.kwargs()
+    torch.manual_seed(1)
+    expected = twin(x, *args, **kwargs)
+    x1, x2 = (half.detach().clone().requires_grad_() for half in x.chunk(2, dim))
+    torch.manual_seed(1)
+    y1, y2 = sequence((x1, x2), *args, **kwargs)
+    assert torch.equal(torch.cat((y1, y2), dim), expected)
+
+    (squares(y1) + 2 * squares(y2)).backward()
+    first, second = expected.chunk(2, dim)
+    (squares(first) + 2 * squares(second)).backward()
+    assert_close(torch.cat((x1.grad, x2.grad), dim), x.grad)
+
+
+@all_cases
+def test_inverse_gives_the_input_and_leaves_the_buffers(case):
+    sequence = case.sequence(DEPTH).eval()
+    x, args, kwargs = case.input(), case.args(), case.kwargs()
+    y = sequence(x, *args, **kwargs)
+    buffers = [buffer.clone() for buffer in sequence.buffers()]
+    assert_close(sequence.inverse(y, *args, **kwargs), x)
+    assert all(torch.equal(now, before) for now, before in zip(sequence.buffers(), buffers, strict=True))
+
+
+def test_inverse_in_training_uses_the_batch_and_leaves_the_statistics():
+    case = CASE["conv"]
+    sequence = case.sequence(DEPTH)
+    x = case.input()
+    y = sequence(x)
+    buffers = [buffer.clone() for buffer in sequence.buffers()]
+    assert_close(sequence.inverse(y), x)
+    assert all(torch.equal(now, before) for now, before in zip(sequence.buffers(), buffers, strict=True))
+
+
+@all_cases
+def test_inverse_is_differentiable(case):
+    if case.name == "recurrent":
+        pytest.skip("PyTorch's fused GRU has no gradient in evaluation mode")
+    sequence = case.sequence(2).eval()
+    args, kwargs = case.args(), case.kwargs()
+    y = case.input()
+    x = sequence.inverse(y, *args, **kwargs)
+    (grad,) = torch.autograd.grad(squares(sequence(x, *args, **kwargs)), y)
+    assert_close(grad, 2 * y, tolerance=1e-8)
+
+
+@all_policies
+@all_cases
+def test_streams_used_elsewhere_too(case, policy):
+    """A skip around the sequence, an activation before it, and its output used twice."""
+
+    def step(module, x, args, kwargs):
+        x = x * (x.real.relu() + 0.1)  # No exact zeros: rebuilt, they would be on either side of the next ReLU's kink.
+        y = module(x, *args, **kwargs)
+        squares(x + y * y.tanh()).backward()
+
+    assert_trains_as_twin(case.sequence(DEPTH, policy), case, step)
+
+
+VIEWS = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "strided": lambda x: torch.stack((x, -x), -1)[..., 0],
+    "reversed": lambda x: x.flip(0).contiguous().flip(0),
+    "expanded batch": lambda x: x[:1].expand_as(x),
+    "expanded whole": lambda x: x.sum().expand_as(x),
+    "part of a larger tensor": lambda x: torch.cat((x, x))[1 : 1 + len(x)],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("as_pair", [False, True], ids=["tensor", "pair"])
+@pytest.mark.parametrize("name", ["mlp", "attention", "transposed", "averaging", "nested-arguments", "complex"])
+def test_views(name, as_pair, view):
+    """No batch norm here: of copies of one sample it makes noise, magnified a thousand times by each function."""
+    case = CASE[name]
+
+    def step(module, x, args, kwargs):
+        if as_pair:
+            y = module(tuple(view(half) for half in x.chunk(2, module[0].split_dim)), *args, **kwargs)
+            (squares(y[0]) + 2 * squares(y[1])).backward()
+        else:
+            squares(module(view(x), *args, **kwargs)).backward()
+
+    assert_trains_as_twin(case.sequence(2), case, step)
+
+
+def test_both_streams_one_tensor():
+    def step(module, x, args, kwargs):
+        half = x[:, :3]
+        y1, y2 = module((half, half), *args, **kwargs)
+        (squares(y1) + 2 * squares(y2)).backward()
+
+    assert_trains_as_twin(CASE["mlp"].sequence(3), CASE["mlp"], step)
+
+
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("second", [torch.contiguous_format, torch.channels_last])
+def test_memory_formats(first, second):
+    """Of parameters, and of streams; each stream keeps its own."""
+
+    def step(module, x, args, kwargs):
+        x1, x2 = x.chunk(2, 1)
+        y = module((x1.contiguous(memory_format=first), x2.contiguous(memory_format=second)))
+        assert y[0].is_contiguous(memory_format=first)
+        assert y[1].is_contiguous(memory_format=second)
+        squares(torch.cat(y)).backward()
+
+    sequence = CASE["conv"].sequence(3)
+    assert_trains_as_twin(sequence, CASE["conv"], step)
+    sequence.zero_grad()
+    assert_trains_as_twin(sequence.to(memory_format=torch.channels_last), CASE["conv"], step)
+
+
+def test_channels_last_stays_channels_last():
+    sequence = CASE["conv"].sequence(3).to(memory_format=torch.channels_last)
+
+    def step(module, x, args, kwargs):
+        y = module(x.contiguous(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        squares(y).backward()
+
+    assert_trains_as_twin(sequence, CASE["conv"], step)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_empty_batch(train):
+    case = CASE["attention" if train else "conv"]
+    sequence = case.sequence(2).train(train)
+    x = torch.randn(0, *case.shape[1:], dtype=torch.float64, requires_grad=True)
+    y = sequence(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert all(not parameter.grad.any() for parameter in sequence.parameters())
+
+
+def test_no_channels():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return torch.tanh(self.scale * x)
+
+    sequence = ReversibleSequential(ReversibleBlock(Whole(), Whole()), ReversibleBlock(Whole(), Whole()))
+    x = torch.randn(4, 0, requires_grad=True)
+    y = sequence(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (4, 0)
+    assert [parameter.grad.item() for parameter in sequence.parameters()] == [0, 0, 0, 0]
+
+
+def test_no_blocks():
+    sequence = ReversibleSequential()
+    x = torch.randn(4, 6, requires_grad=True)
+    y = sequence(x)
+    y.square().sum().backward()
+    assert torch.equal(y, x)
+    assert torch.equal(x.grad, 2 * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_refused(dtype):
+    sequence = CASE["mlp"].sequence(2)
+    x = torch.ones(4, 6, dtype=dtype)
+    with pytest.raises(TypeError, match=rf"`x` has dtype {dtype}, but a stream must be floating-point.*x\.float\(\)"):
+        sequence(x)
+    with pytest.raises(TypeError, match=rf"`x2` has dtype {dtype}"):
+        sequence((torch.ones(4, 3), x[:, :3]))
+
+
+def test_streams_of_different_dtypes():
+    """A float32 stream beside a float64 one, each kept as it is."""
+
+    class Cast(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.inner, self.dtype = mlp(3).to(dtype), dtype
+
+        def forward(self, x):
+            return self.inner(x.to(self.dtype))
+
+    sequence = ReversibleSequential(
+        *[ReversibleBlock(Cast(torch.float32), Cast(torch.float64)) for _ in range(3)],
+    )
+    twin = stored_twin(sequence)
+    x = (torch.randn(4, 3), torch.randn(4, 3, dtype=torch.float64))
+    for module in (sequence, twin):
+        y1, y2 = module(x)
+        assert (y1.dtype, y2.dtype) == (torch.float32, torch.float64)
+        (squares(y1) + squares(y2)).backward()
+    assert_close(gradients(sequence), gradients(twin), tolerance=1e-4)
+
+
+def test_nan_and_inf_pass_through_as_in_the_twin():
+    sequence = CASE["mlp"].sequence(2)
+    twin = stored_twin(sequence)
+    x = CASE["mlp"].input(requires_grad=False)
+    x[0, 0], x[1, 1] = float("nan"), float("inf")
+    for module in (sequence, twin):
+        module(x).sum().backward()
+    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad.isnan(), expected.grad.isnan())
+
+
+def test_deepcopy_and_state_dict_after_a_step():
+    case = CASE["conv"]
+    sequence = case.sequence(2)
+    squares(sequence(case.input())).backward()
+    other = copy.deepcopy(sequence)
+    other.load_state_dict(sequence.state_dict())
+    assert_same_buffers(other, sequence)
+    x = case.input()
+    assert torch.equal(sequence.eval()(x), other.eval()(x))
