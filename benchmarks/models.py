@@ -10,17 +10,19 @@ Writes a table and its CSV into benchmarks/results/.
 import argparse
 import csv
 import datetime
-import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from machine import RESULTS, describe_machine
 from revnet import Reverse, Store, create_model, list_models
+from revnet.bench import describe_machine, hardware_name
 from revnet.memory import count_flops, measure
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def make_variants() -> dict[str, nn.Module]:
@@ -82,7 +84,7 @@ def main() -> None:
         f"| {row['step_seconds']:.3f} | {row['step_seconds'] / reference:.2f} |"
         for row in rows
     ]
-    name = f"models_cpu{os.cpu_count()}_{datetime.date.today()}"
+    name = f"models_{hardware_name()}_{datetime.date.today()}"
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from revnet import bench as bench
     from revnet import data as data
     from revnet import functional as functional
     from revnet import memory as memory
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "functional", "memory", "models", "nn", "training")
+_ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "training")
 _HOME = {
     "AbstractPolicy": "revnet.nn",
     "CheckpointError": "revnet.errors",
@@ -48,6 +49,7 @@ _HOME = {
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "__version__",
     "AbstractPolicy",
+    "bench",
     "CheckpointError",
     "create_model",
     "data",

@@ -170,11 +170,12 @@ def check_fully_sharded(name: str, how: str, options: dict[str, bool]) -> None:
         assert_same_gradients(model, expected, 2 / NUM_PROCESSES)
 
 
-def check_one_function_unsharded_at_a_time() -> None:
-    """While a function runs again, only its own parameters are whole, and those being fetched for the next one."""
+def check_one_unit_unsharded_at_a_time(how: str) -> None:
+    """While a function runs again, only its own unit's parameters are whole, and those being fetched for the next."""
     model = make_model("mlp")
     functions = [function for block in model.sequence for function in (block.f, block.g)]
-    shard(model, "functions")
+    per_unit = 2 if how == "blocks" else 1
+    shard(model, how)
     whole_during = {}
 
     def count(index):
@@ -187,7 +188,7 @@ def check_one_function_unsharded_at_a_time() -> None:
     assert sorted(whole_during) == list(range(2 * DEPTH))
     for index, places in whole_during.items():
         assert index in places
-        assert places <= {index, index - 1}
+        assert {place // per_unit for place in places} <= {index // per_unit, index // per_unit - 1}
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -202,14 +203,6 @@ def check_sharded_blocks_called_one_by_one() -> None:
     fully_shard(blocks)
     squares(blocks(process_input("mlp"))).backward()
     assert_same_gradients(blocks, expected, 1 / NUM_PROCESSES)
-
-
-def check_sharded_blocks_in_a_sequence_raise() -> None:
-    """A sequence calls the functions of its blocks, never the blocks, so FSDP does not gather their parameters."""
-    model = make_model("mlp")
-    shard(model, "blocks")
-    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
-        model(process_input("mlp"))
 
 
 def check_functions_sharded_in_low_precision() -> None:
@@ -250,15 +243,15 @@ CHECKS = {
     "buckets go out block by block, conv": partial(check_buckets_go_out_block_by_block, "conv"),
     **{
         f"fully sharded, {how}, {name}": partial(check_fully_sharded, name, how, {})
-        for how in ("functions", "sequence", "root")
+        for how in ("functions", "blocks", "sequence", "root")
         for name in ("mlp", "conv", "attention")
     },
     "fully sharded, kept whole after forward": partial(
         check_fully_sharded, "mlp", "functions", {"reshard_after_forward": False}
     ),
-    "one function unsharded at a time": check_one_function_unsharded_at_a_time,
+    "one function unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "functions"),
+    "one block unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "blocks"),
     "functions sharded in low precision": check_functions_sharded_in_low_precision,
-    "sharded blocks in a sequence raise": check_sharded_blocks_in_a_sequence_raise,
     "sharded blocks called one by one": check_sharded_blocks_called_one_by_one,
 }
 

@@ -43,6 +43,22 @@ def test_a_pair_costs_what_a_tensor_costs(depth):
     assert memory.held_bytes == 2 * CONV_STREAM + 8
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
+    """A network's head sends one; it is split at once, so that neither half keeps the other."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = conv_stack(4)
+
+        def forward(self, x, weights):
+            return self.stack(x).mul(weights).sum()
+
+    x, weights = torch.randn(2, 8, 64, 32, 32).unbind()
+    assert measure(Head(), x.requires_grad_(requires_grad), weights).peak_bytes <= 9 * CONV_STREAM + 1024
+
+
 def test_transformer_stack_is_flat_in_depth():
     peaks = [measure(transformer_stack(depth), torch.randn(2, 256, 512)).peak_bytes for depth in (4, 8, 16)]
     assert peaks[0] == peaks[1] == peaks[2]
@@ -155,9 +171,10 @@ def train(num_steps, use):
                 graph = y.sum()
                 graph.backward(retain_graph=True)
             elif use == "tensor of the graph looked at":
-                norm = y.grad_fn.next_functions[1][0].next_functions[1][0]
+                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # behind the joining of both streams
+                norm = last.next_functions[1][0]
                 assert norm._saved_input.shape == (4, 4)
-                del norm
+                del norm, last
                 y.sum().backward()
             del y
             yield counter.live_bytes

@@ -76,6 +76,9 @@ def _make_parser(function: Callable[..., Any], prog: str) -> _Parser:
     if has_settings:
         parser.add_argument("--config", action="config", help="YAML file with values for the options below.")
     parser.add_function_arguments(function, as_group=False, as_positional=True)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", "true"  # `--quick` is `--quick true`
     return parser
 
 

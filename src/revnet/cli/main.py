@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a model; without options, a small RevNet on hand-written digits",
     "evaluate": "print the test error of a checkpoint",
     "models": "list the models with their parameters and FLOPs",
+    "bench": "measure memory, time and correctness beside other ways of running reversible blocks",
 }
 
 HELP = f"""\

@@ -4,6 +4,7 @@ from revnet.functional._coupling import additive as additive
 from revnet.functional._coupling import additive_inverse as additive_inverse
 from revnet.functional._coupling import split as split
 from revnet.functional._half_block import HalfBlock as HalfBlock
+from revnet.functional._half_block import call_within as call_within
 from revnet.functional._reversible import ReversibleRun as ReversibleRun
 from revnet.functional._reversible import inverse as inverse
 from revnet.functional._reversible import reversible as reversible

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
 from revnet.functional._coupling import additive, additive_inverse
-from revnet.functional._half_block import HalfBlock, residual_of
+from revnet.functional._half_block import HalfBlock, hooks_are_not_compiled, residual_of
 from revnet.functional._program import (
     PROGRAMS,
     TENSOR,
@@ -45,6 +45,9 @@ def compiled(
     Raises:
         NotImplementedError: A function's parameters are sharded, or functions share a buffer.
     """
+    for half_block in half_blocks:
+        if half_block.owner is not None:
+            raise hooks_are_not_compiled(half_block)
     functions: list[nn.Module] = []
     handles: list[int] = []
     calls = []
@@ -284,11 +287,11 @@ def _backward(
     metas = _gradient_metas(run, y1, y2, grad_y1, grad_y2, arguments, parameters)
     results = []
     seen = {storage_key(grad_y1), storage_key(grad_y2)}  # An operator returns nothing twice, and none of its inputs.
-    for meta, gradient, is_wanted in zip(metas, [*grads, *leaf_grads], wanted, strict=True):
+    for meta, found_gradient, is_wanted in zip(metas, [*grads, *leaf_grads], wanted, strict=True):
         if is_wanted:
-            gradient = _laid_out_as(meta, gradient)
-            results.append(gradient.clone() if storage_key(gradient) in seen else gradient)
-            seen.add(storage_key(gradient))
+            result = _laid_out_as(meta, found_gradient)
+            results.append(result.clone() if storage_key(result) in seen else result)
+            seen.add(storage_key(result))
     return results
 
 

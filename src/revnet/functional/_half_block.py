@@ -1,11 +1,14 @@
 """One half of a reversible block: a residual function, and the stream that it updates."""
 
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from revnet.functional._storage import version_of
+from revnet.functional._storage import storage_key, version_of
 
 
 class HalfBlock(NamedTuple):
@@ -18,6 +21,110 @@ class HalfBlock(NamedTuple):
     updates: Literal[0, 1]
     name: str = "f"
     """The function's place in the model, for errors: "blocks.3.f"."""
+    owner: nn.Module | None = None
+    """The block that must be called for it, since it has hooks; one call for consecutive half-blocks of one owner."""
+
+
+Advance = Callable[[HalfBlock, list[Tensor]], None]
+"""Runs one half-block on a list of two streams, in which it puts the new one."""
+
+
+def run_chain(
+    half_blocks: Sequence[HalfBlock],
+    streams: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    advance: Advance,
+) -> None:
+    """Run half-blocks in order on `streams`, and the hooks of the blocks that they belong to.
+
+    Raises:
+        RuntimeError: A hook of a block replaced one of its inputs or outputs, which reversal could not undo.
+    """
+    for owner, group in _by_owner(half_blocks):
+        if owner is None:
+            for half_block in group:
+                advance(half_block, streams)
+        elif torch.compiler.is_dynamo_compiling():
+            raise hooks_are_not_compiled(group[0])
+        else:
+            _run_through_hooks(owner, group, streams, args, kwargs, advance)
+
+
+def hooks_are_not_compiled(half_block: HalfBlock) -> NotImplementedError:
+    """The error for a block with hooks under `torch.compile`."""
+    return NotImplementedError(
+        f"the block of `{half_block.name}` has hooks, which a compiled reversible sequence does not call; register them "
+        "on its `f` and `g`, or on the sequence."
+    )
+
+
+def _by_owner(half_blocks: Sequence[HalfBlock]) -> Iterator[tuple[nn.Module | None, list[HalfBlock]]]:
+    group: list[HalfBlock] = []
+    for half_block in half_blocks:
+        if group and half_block.owner is not group[0].owner:
+            yield group[0].owner, group
+            group = []
+        group.append(half_block)
+    if group:
+        yield group[0].owner, group
+
+
+_calls = threading.local()
+
+
+def _run_through_hooks(
+    owner: nn.Module,
+    group: list[HalfBlock],
+    streams: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    advance: Advance,
+) -> None:
+    """Call `owner` on the streams; its `forward` finds by `call_within` that it is part of a chain, and hands over."""
+
+    def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        _check_same("input", group[0].name, (tuple(streams), args, kwargs), (x, args_within, kwargs_within))
+        streams[:] = x
+        for half_block in group:
+            advance(half_block, streams)
+        return streams[0], streams[1]
+
+    before = getattr(_calls, "within", None)
+    _calls.within = (owner, run)
+    try:
+        y = owner((streams[0], streams[1]), *args, **kwargs)
+    finally:
+        _calls.within = before
+    _check_same("output", group[0].name, tuple(streams), y)
+    streams[:] = y
+
+
+def call_within(owner: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """What `owner.forward` must call with all its arguments, if it is called for its hooks as part of a chain."""
+    within = None if torch.compiler.is_dynamo_compiling() else getattr(_calls, "within", None)
+    if within is None or within[0] is not owner:
+        return None
+    _calls.within = None
+    run: Callable[..., tuple[Tensor, Tensor]] = within[1]
+    return run
+
+
+def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
+    """Raise unless both hold the same values: tensors may be others, but must see the same memory."""
+    leaves, structure = tree_flatten(expected)
+    actual_leaves, actual_structure = tree_flatten(actual)
+    same = structure == actual_structure and all(
+        storage_key(a) == storage_key(b) and a.shape == b.shape
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a is b
+        for a, b in zip(leaves, actual_leaves, strict=True)
+    )
+    if not same:
+        raise RuntimeError(
+            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo; change what its `f` and "
+            "`g` read or return instead, or put the change between two sequences."
+        )
 
 
 def residual_of(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

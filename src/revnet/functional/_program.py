@@ -5,9 +5,9 @@
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from revnet.functional._coupling import additive
 from revnet.functional._half_block import HalfBlock, residual_of
 from revnet.functional._recompute import Entry, is_torch_norm
 from revnet.functional._storage import storage_key
+
+Result = TypeVar("Result")
 
 TENSOR = "<tensor>"  # Stands for a tensor in the structure of the arguments, which must consist of constants.
 
@@ -154,13 +156,19 @@ def _places(function: nn.Module, attribute: str) -> list[tuple[dict[str, Any], s
     ]
 
 
+def _constant_while_tracing(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`torch.compiler.assume_constant_result`, which would load the whole compiler with this module."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _FUNCTIONS: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
 _HANDLES: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
 PROGRAMS: dict[int, Program] = {}
 _numbers = itertools.count()
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def handle_of(function: nn.Module) -> int:
     """The number by which traced code knows a function; the trace holds for this function only."""
     handle = _HANDLES.setdefault(function, next(_numbers))
@@ -168,7 +176,7 @@ def handle_of(function: nn.Module) -> int:
     return handle
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def program_of(
     handles: list[int],
     calls: list[tuple[int, Literal[0, 1], str]],
@@ -185,7 +193,7 @@ def program_of(
     return number
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def constant_buffers(program: int) -> list[bool]:
     return PROGRAMS[program].is_constant
 

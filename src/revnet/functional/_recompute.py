@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from revnet.errors import ReconstructionError
+from revnet.functional._batch_norm import batch_norms_of, find_statistics, normalise, replaced, run_as_it_is
 from revnet.functional._storage import storage_key, version_of
 
 # These read their running statistics in evaluation only, so a recomputation in training needs no earlier value of them.
@@ -71,7 +72,11 @@ class Conditions:
 
         # A stream that is an argument too does not outlive the call as a stream: it will be rebuilt elsewhere.
         self._lasting.pop(storage_key(x), None)
+        self._random_ends: list[int] = []
         self._autocast = _autocast_states({device.type for device in devices})
+        is_mixed = any(state.enabled for state in self._autocast)
+        # Low precision turns a difference in the last place into one that counts.
+        self._norms = [] if is_mixed else batch_norms_of(function)
         self._random = _random_states(device for device in devices if device.type != "meta")
 
     def settle(self) -> None:
@@ -83,29 +88,39 @@ class Conditions:
         self._random = [
             (device, state) for device, state in self._random if not same_random_state(state, get_random_state(device))
         ]
+        self._random_ends = [digest(get_random_state(device)) for device, _ in self._random]
         changed = []
         for entry, version, before in self._states:
             if version_of(entry.tensor) != version or entry.current is not entry.tensor:
                 changed.append((entry, version, before))
             elif entry.tensor.dim() <= 1:
-                # Kernels that keep running statistics write to them without raising their version. A recomputation gets
-                # a copy of every vector to write to; large buffers (masks, position tables) are trusted to be constant.
-                self._statistics.append(entry)
+                # Kernels that keep running statistics write to them without raising their version: no vector is trusted
+                # to be constant. Large buffers (masks, position tables) are.
+                changed.append((entry, version, before))
             else:
                 self._versions.append((entry.tensor, version))
                 self._fixed.append(entry)
         self._states = changed
+
+    def watch(self, tensor: Tensor, version: int) -> None:
+        """Let recomputations raise if `tensor` is not at `version`."""
+        self._versions.append((tensor, version))
 
     def is_lasting(self, tensor: Tensor) -> bool:
         """Whether `tensor` is (a view of) a parameter, a buffer or an argument: it outlives the call anyway."""
         return storage_key(tensor) in self._lasting
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def restored(self, is_rounded: bool = False) -> Iterator[None]:
         """Everything as the first call saw it; on leaving, everything as it was on entering.
 
+        Args:
+            is_rounded: Whether the function's input carries the rounding of a reconstruction already, so that its batch
+                norms may find their statistics in a faster way that rounds differently.
+
         Raises:
-            ReconstructionError: A parameter, buffer or argument was modified in place since the first call.
+            ReconstructionError: A parameter, buffer or argument was modified in place since the first call, or random
+                numbers were drawn that the first call did not draw.
         """
         for tensor, version in self._versions:
             if version_of(tensor) != version:
@@ -133,7 +148,16 @@ class Conditions:
             for device, state in self._random:
                 stack.callback(set_random_state, device, get_random_state(device))
                 set_random_state(device, state)
+            if is_rounded and self._norms:
+                stack.enter_context(replaced(self._norms, _run_again))
             yield
+            for (device, _), end in zip(self._random, self._random_ends, strict=False):  # none unless settled
+                if digest(get_random_state(device)) != end:
+                    raise ReconstructionError(
+                        "a residual function did not draw the random numbers again that it drew in the forward pass, "
+                        f"on {device}: another thread drew from the same generator meanwhile, or the function is not "
+                        "deterministic; train in separate processes, or keep its block's activations with `Store()`."
+                    )
 
     def _add_lasting(self, tensor: Tensor) -> None:
         key = storage_key(tensor)
@@ -156,6 +180,18 @@ class Conditions:
             for then, current in zip(self._autocast, now, strict=True)
             if then.enabled or current.enabled
         ]
+
+
+def _run_again(norm: nn.Module, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return run_as_it_is(norm, x)
+    statistics = find_statistics(norm, x)
+    return run_as_it_is(norm, x) if statistics is None else normalise(norm, x, statistics)
+
+
+def digest(state: Tensor) -> int:
+    """A number for a random state."""
+    return hash(_bytes_of(state))
 
 
 def is_torch_norm(module: nn.Module) -> bool:
@@ -229,8 +265,13 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 def same_random_state(a: Tensor, b: Tensor) -> bool:
+    """Whether two random states are the same."""
     # States are real bytes on the CPU even under FakeTensorMode, which would refuse to compare them as tensors.
-    return ctypes.string_at(a.data_ptr(), a.numel()) == ctypes.string_at(b.data_ptr(), b.numel())
+    return _bytes_of(a) == _bytes_of(b)
+
+
+def _bytes_of(state: Tensor) -> bytes:
+    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def _is_sharded(parameter: Tensor) -> bool:

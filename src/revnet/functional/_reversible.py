@@ -18,15 +18,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
 from revnet.functional._compiled import compiled
 from revnet.functional._coupling import additive, additive_inverse
-from revnet.functional._half_block import HalfBlock, residual_of
+from revnet.functional._half_block import HalfBlock, residual_of, run_chain
 from revnet.functional._recompute import Conditions
-from revnet.functional._storage import is_only_owner, version_of
+from revnet.functional._storage import is_only_owner, storage_key, version_of
 
 
 def stored(
@@ -37,11 +38,13 @@ def stored(
     The same numbers at the price of memory that grows with depth; no time is spent on recomputation. Arguments, results
     and errors are those of `reversible`.
     """
-    streams = [x1, x2]
-    for half_block in half_blocks:
-        source = streams[1 - half_block.updates]
-        residual = residual_of(half_block, source, args, kwargs)
+
+    def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
+        residual = residual_of(half_block, streams[1 - half_block.updates], args, kwargs)
         streams[half_block.updates] = additive(streams[half_block.updates], residual, half_block.name)
+
+    streams = [x1, x2]
+    run_chain(half_blocks, streams, args, kwargs, advance)
     return streams[0], streams[1]
 
 
@@ -106,11 +109,12 @@ def run_reversible(
     run = ReversibleRun(args, kwargs)
     streams = [x1, x2]
     del x1, x2  # From here on the streams may be freed as soon as they are used.
-    for half_block in half_blocks:
-        source = streams[1 - half_block.updates]
-        residual = run.call(half_block, source)
+
+    def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
+        residual = run.call(half_block, streams[1 - half_block.updates])
         streams[half_block.updates] = additive(streams[half_block.updates], residual, half_block.name)
-        del source, residual
+
+    run_chain(half_blocks, streams, args, kwargs, advance)
     y1, y2 = streams
     if not run.needs_rebuilding:
         return y1, y2, None
@@ -154,15 +158,20 @@ class ReversibleRun:
         def pack(tensor: Tensor) -> "_Slot | _Lasting":
             if call.conditions.is_lasting(tensor):
                 return _Lasting(tensor, version_of(tensor))
+            # Filled until the function is done, for those that differentiate inside themselves.
             slot = _Slot(self, index, tensor)
             call.slots.append(weakref.ref(slot))
             call.layouts.append(_Layout.of(tensor))
+            call.origins.append(_Origin(tensor))
             return slot
 
+        start = torch._C._autograd._get_sequence_nr()
         with saved_tensors_hooks(pack, _unpack):
             residual = residual_of(half_block, source, self._args, self._kwargs)
         call.conditions.settle()
-        call.empty_slots()  # Filled until here for functions that differentiate inside themselves.
+        call.residual = _Layout.of(residual) if isinstance(residual, Tensor) else None
+        call.empty_slots()
+        call.keep_what_is_not_its_own(start, source, residual)
         if call.slots:
             self._last_alive = index
             if self._first_with_slots is None:
@@ -187,11 +196,15 @@ class ReversibleRun:
                         "backward reached a reversible sequence whose forward pass has not finished; call it outside "
                         "of the residual functions."
                     )
+                slot.check_version()
                 return slot.tensor
             if slot.tensor is None:
                 self._rebuild(slot.index)
-            tensor, slot.tensor = slot.tensor, None
+            tensor = slot.tensor
             assert tensor is not None
+            slot.check_version()
+            if not slot.is_constant:
+                slot.tensor = None
             return tensor
 
     def _rebuild(self, index: int) -> None:
@@ -270,33 +283,69 @@ class ReversibleRun:
             slot = call.slots[count]() if fill else None
             count += 1
             tensor = tensor.detach()
-            if slot is not None:
-                slot.tensor = tensor
-            if not needs_residual and count == len(call.slots):
-                raise _AllSlotsFilled
+            if slot is not None and not slot.is_constant:
+                slot.fill(tensor)
             return tensor
 
-        try:
-            with torch.enable_grad(), call.conditions.restored(), saved_tensors_hooks(pack, _identity):
-                residual = residual_of(half_block, source, self._args, self._kwargs).detach()
-        except _AllSlotsFilled:
-            return None
+        is_rounded = streams.position < len(self._calls)  # The last half-block reads what the forward pass left.
+        with torch.enable_grad(), call.conditions.restored(is_rounded), saved_tensors_hooks(pack, _identity):
+            residual = residual_of(half_block, source, self._args, self._kwargs)
         call.check_count(count)
-        return residual if needs_residual else None
+        call.check_residual(residual)
+        return residual.detach() if needs_residual else None
 
 
 class _Slot:
     """What the autograd graph holds in place of a saved tensor."""
 
-    __slots__ = ("__weakref__", "index", "run", "tensor")
+    __slots__ = ("__weakref__", "index", "is_constant", "run", "tensor", "version")
 
-    def __init__(self, run: ReversibleRun, index: int, tensor: Tensor | None):
+    def __init__(self, run: ReversibleRun, index: int, tensor: Tensor):
         self.run = run
         self.index = index
-        self.tensor = tensor
+        self.is_constant = False
+        """Whether the tensor is none of the function's own, so that it stays and is never rebuilt."""
+        self.fill(tensor)
+
+    def fill(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
+        self.version = version_of(tensor)
+
+    def check_version(self) -> None:
+        """Raise if the tensor was written to since it was saved, as autograd would."""
+        assert self.tensor is not None
+        if version_of(self.tensor) != self.version:
+            raise RuntimeError(_modified("a tensor that a residual function computed with", self.tensor, self.version))
 
     def unpack(self) -> Tensor:
         return self.run.unpack(self)
+
+
+class _Origin:
+    """Tells, once a function is done, whether a tensor that autograd saved is none of those that it computed.
+
+    What the function computed for itself is gone by then, or has a later place in the graph. What is still there was
+    there before: a tensor that is no parameter, buffer or argument.
+    """
+
+    __slots__ = ("_geometry", "_reference")
+
+    def __init__(self, tensor: Tensor):
+        base = tensor._base if tensor._is_view() else None
+        self._reference = weakref.ref(tensor if base is None else base)
+        self._geometry = None if base is None else (tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def find(self, start: int) -> Tensor | None:
+        """The tensor, if somebody keeps it who had it at place `start` of the graph; apart from that graph."""
+        tensor = self._reference()
+        if tensor is None or (tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= start):
+            return None
+        if tensor.layout is not torch.strided:
+            return None
+        if tensor.untyped_storage().nbytes() < tensor.nbytes:
+            return None  # FSDP has taken a parameter's memory away, and will bring it back for the next call.
+        tensor = tensor.detach()
+        return tensor if self._geometry is None else tensor.as_strided(*self._geometry)
 
 
 class _Lasting(NamedTuple):
@@ -307,12 +356,15 @@ class _Lasting(NamedTuple):
 
     def unpack(self) -> Tensor:
         if version_of(self.tensor) != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"parameter, buffer or argument of a residual function, of shape {tuple(self.tensor.shape)}, is at "
-                f"version {version_of(self.tensor)}; expected version {self.version} instead."
-            )
+            raise RuntimeError(_modified("a parameter, buffer or argument of a residual function", *self))
         return self.tensor
+
+
+def _modified(what: str, tensor: Tensor, version: int) -> str:
+    return (
+        f"one of the variables needed for gradient computation has been modified by an inplace operation: {what}, of "
+        f"shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; expected version {version} instead."
+    )
 
 
 def _unpack(packed: _Slot | _Lasting) -> Tensor:
@@ -321,10 +373,6 @@ def _unpack(packed: _Slot | _Lasting) -> Tensor:
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
-
-
-class _AllSlotsFilled(Exception):  # noqa: N818 - not an error: it ends a recomputation of which the rest is not needed.
-    pass
 
 
 class _Layout(NamedTuple):
@@ -338,6 +386,9 @@ class _Layout(NamedTuple):
     def of(cls, tensor: Tensor) -> "_Layout":
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
+    def __str__(self) -> str:
+        return f"{tuple(self.shape)} {self.dtype} on {self.device}"
+
 
 class _Call:
     """One call of a residual function: how to repeat it, and the slots of what autograd saved."""
@@ -348,6 +399,10 @@ class _Call:
         self.conditions = conditions
         self.slots: list[weakref.ref[_Slot]] = []
         self.layouts: list[_Layout] = []
+        self.residual: _Layout | None = None
+        self.origins: list[_Origin] = []
+        self.constants: dict[int, Tensor] = {}
+        """By the number of the slot, tensors that were there before the call."""
 
     def has_slots(self) -> bool:
         """Whether a backward pass can still ask for any of the slots."""
@@ -357,31 +412,56 @@ class _Call:
         """Forget the tensors of the slots that are still there."""
         for reference in self.slots:
             slot = reference()
-            if slot is not None:
+            if slot is not None and not slot.is_constant:
                 slot.tensor = None
+
+    def keep_what_is_not_its_own(self, start: int, source: Tensor, residual: Tensor) -> None:
+        """Let slots keep tensors that were there before the call, and watch them as parameters are watched."""
+        if forward_ad._current_level >= 0:
+            return  # Tangents come and go with their level.
+        own = {storage_key(each) for each in (source, residual) if isinstance(each, Tensor)}
+        for number, (reference, origin) in enumerate(zip(self.slots, self.origins, strict=True)):
+            slot, tensor = reference(), origin.find(start)
+            if slot is not None and tensor is not None and storage_key(tensor) not in own:
+                slot.tensor, slot.is_constant = tensor, True
+                self.constants[number] = tensor
+                self.conditions.watch(tensor, slot.version)
+        self.origins.clear()
 
     def check(self, count: int, tensor: Tensor) -> None:
         """Raise unless `tensor` can be the one that the forward pass saved as number `count`."""
         if count >= len(self.slots):
-            self._raise(f"saved more than the {len(self.slots)} tensors that the forward pass saved")
+            self.fail(f"saved more than the {len(self.slots)} tensors that the forward pass saved")
         if _Layout.of(tensor) != self.layouts[count]:
-            then, now = self.layouts[count], _Layout.of(tensor)
-            self._raise(
-                f"saved {tuple(now.shape)} {now.dtype} on {now.device} where the forward pass saved "
-                f"{tuple(then.shape)} {then.dtype} on {then.device}"
-            )
+            self.fail(f"saved {_Layout.of(tensor)} where the forward pass saved {self.layouts[count]}")
+        constant = self.constants.get(count)
+        if constant is not None and storage_key(tensor) != storage_key(constant) and _differ(tensor, constant):
+            # A function may compute it anew and put it in the old one's place; then it is the same but for rounding.
+            self.fail("used another tensor, which is none of its parameters, buffers and arguments")
 
     def check_count(self, count: int) -> None:
         """Raise unless the recomputation saved as many tensors as the forward pass."""
         if count != len(self.slots):
-            self._raise(f"saved {count} tensors where the forward pass saved {len(self.slots)}")
+            self.fail(f"saved {count} tensors where the forward pass saved {len(self.slots)}")
 
-    def _raise(self, difference: str) -> NoReturn:
+    def check_residual(self, residual: object) -> None:
+        """Raise unless the recomputation returned what the forward pass returned, but for the values."""
+        layout = _Layout.of(residual) if isinstance(residual, Tensor) else type(residual).__name__
+        if layout != self.residual:
+            self.fail(f"returned {layout} where the forward pass returned {self.residual}")
+
+    def fail(self, difference: str) -> NoReturn:
         raise ReconstructionError(
             f"`{self.half_block.name}` did something else when it ran again: it {difference}. A residual function must "
             "do the same both times (no counters, caches or conditions that change); otherwise keep its block's "
             "activations with the policy `Store()`."
         )
+
+
+def _differ(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by more than rebuilding does."""
+    tensor, other = tensor.detach().double(), other.detach().double()
+    return bool((tensor - other).norm() > 1e-2 * other.norm())
 
 
 class _Streams:
@@ -402,20 +482,29 @@ class _Streams:
 
     def read(self, which: int) -> Tensor:
         """Stream 0 or 1, laid out as the forward pass laid it out."""
+        self._check_version(which)
         tensor = self._tensors[which]
         assert tensor is not None
-        if version_of(tensor) != self._versions[which]:
+        if tensor.stride() != self.layouts[which]:
+            # Both at once: halves of one output share its memory, of which neither would let go alone.
+            for each, other in enumerate(self._tensors):
+                if other is not None and other.stride() != self.layouts[each]:
+                    self._check_version(each)
+                    dense = torch.empty_strided(other.shape, self.layouts[each], dtype=other.dtype, device=other.device)
+                    self.put(each, dense.copy_(other))
+            tensor = self._tensors[which]
+            assert tensor is not None
+        return tensor
+
+    def _check_version(self, which: int) -> None:
+        tensor = self._tensors[which]
+        if tensor is not None and version_of(tensor) != self._versions[which]:
             raise ReconstructionError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: an "
                 f"output of a reversible sequence, of shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; "
                 f"expected version {self._versions[which]}. The activations are rebuilt from that output: use the "
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
-        if tensor.stride() != self.layouts[which]:
-            dense = torch.empty_strided(tensor.shape, self.layouts[which], dtype=tensor.dtype, device=tensor.device)
-            tensor = dense.copy_(tensor)
-            self.put(which, tensor)
-        return tensor
 
     def take(self, which: int) -> Tensor:
         """`read` without keeping it, so that the caller is its only owner unless somebody else sees the memory."""

@@ -5,7 +5,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.functional import HalfBlock
+from revnet.functional import HalfBlock, call_within
 from revnet.nn._policy import Reverse
 from revnet.nn._run import run_forward, run_inverse
 
@@ -63,6 +63,9 @@ class ReversibleBlock(nn.Module):
         Returns:
             The output; a tensor for a tensor, a pair for a pair.
         """
+        run = call_within(self)
+        if run is not None:
+            return run(x, args, kwargs)
         return run_forward([(Reverse(), self.half_blocks())], x, self.split_dim, args, kwargs)
 
     @overload

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from revnet._types import TensorPair
 from revnet.nn._block import ReversibleBlock
 from revnet.nn._policy import AbstractPolicy, Reverse
-from revnet.nn._run import Segment, run_forward, run_inverse
+from revnet.nn._run import Segment, has_hooks, run_forward, run_inverse
 
 _REVERSE = Reverse()
 
@@ -124,6 +124,8 @@ class ReversibleSequential(nn.Module):
         segments: list[Segment] = []
         for index, block in enumerate(self._reversible_blocks()):
             half_blocks = block.half_blocks(f"blocks.{index}.")
+            if has_hooks(block):
+                half_blocks = [half_block._replace(owner=block) for half_block in half_blocks]
             if segments and segments[-1][0] == self.policies[index]:
                 segments[-1][1].extend(half_blocks)
             else:

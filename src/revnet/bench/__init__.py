@@ -1,0 +1,14 @@
+"""This library beside plain autograd, checkpointing and its peers: memory, time, gradients, and what goes wrong."""
+
+from revnet.bench._machine import describe_machine as describe_machine
+from revnet.bench._machine import hardware_name as hardware_name
+from revnet.bench.benchmark import run_benchmark as run_benchmark
+from revnet.bench.cases import CASES as CASES
+from revnet.bench.cases import Case as Case
+from revnet.bench.contenders import CONTENDERS as CONTENDERS
+from revnet.bench.contenders import Contender as Contender
+from revnet.bench.run import QUICK as QUICK
+from revnet.bench.run import Results as Results
+from revnet.bench.run import Settings as Settings
+from revnet.bench.traps import TRAPS as TRAPS
+from revnet.bench.traps import Trap as Trap

@@ -1,0 +1,61 @@
+"""Bytes of tensors whose storages may be resized."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class ResizedBytes(TorchDispatchMode):
+    """Count the bytes of all storages beyond those of `baseline`, reading every storage's size at every operation.
+
+    `revnet.memory.LiveBytes` notes the size of a storage once, which is fast, and exact as long as storages are only
+    made and freed. memcnn frees its inputs by resizing their storages to zero, which is no operation that a dispatch
+    mode sees, so here the sizes are read again before and after each one. A contender that frees its own input is
+    credited for it: the count is what an allocator would say, less what it said at the start.
+
+    Args:
+        ignore: Tensors that stay as they are: parameters, buffers. Not read, since there are thousands of them.
+        baseline: Tensors that are there already, but may be freed or resized: the input.
+    """
+
+    def __init__(self, ignore: Iterable[Tensor] = (), baseline: Iterable[Tensor] = ()):
+        super().__init__()
+        # Kept alive, so that no other storage can take the place of an ignored one.
+        self._ignored = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in ignore)}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for tensor in baseline:
+            self._watch(tensor.untyped_storage())
+        self._baseline_bytes = self._total_bytes()
+        self.peak_bytes = 0
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes alive now, beyond the baseline."""
+        return self._total_bytes() - self._baseline_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and read all sizes before and after it."""
+        self._note_peak()
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                self._watch(leaf.untyped_storage())
+        self._note_peak()
+        return result
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _total_bytes(self) -> int:
+        storages = [reference() for reference in self._watched.values()]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._watched and key not in self._ignored:
+            self._watched[key] = weakref.ref(storage, lambda _: self._watched.pop(key, None))

@@ -1,0 +1,38 @@
+"""The whole benchmark: measure, and write page, table and pictures."""
+
+import datetime
+from pathlib import Path
+
+from revnet.bench import plot
+from revnet.bench._machine import hardware_name
+from revnet.bench.report import markdown, write_csv
+from revnet.bench.run import Settings, measure_all
+
+_THEME = "engine"
+
+
+def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
+    """Measure everything, and write `engine_<hardware>_<date>` as Markdown, CSV and pictures.
+
+    Args:
+        settings: How much to measure, and where.
+        folder: Where the files go; made if it is not there.
+        command: What was run, for the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    plot.check_installed()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = measure_all(settings)
+    stem = f"{_THEME}_{hardware_name(settings.device)}_{datetime.date.today()}"
+    write_csv(results, folder / f"{stem}.csv")  # first: the rest can be made again from it
+    pictures = f"{stem}_memory.png", f"{stem}_time.png"
+    page = folder / f"{stem}.md"
+    page.write_text(markdown(results, command, pictures))
+    plot.plot_memory(results, folder / pictures[0])
+    plot.plot_times(results, folder / pictures[1])
+    return page

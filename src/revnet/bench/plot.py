@@ -1,0 +1,156 @@
+"""The pictures: memory by depth, and time against memory."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from revnet.bench.cases import CASES
+from revnet.bench.contenders import CONTENDERS, PLAIN
+from revnet.bench.run import Results
+from revnet.errors import MissingDependencyError
+
+_MIB = 2**20
+_COLORS = {"plain": "#888888", "checkpoint": "#ee7733", "checkpoint sqrt": "#cc9900", "revnet": "#0055aa"}
+_PEER_COLORS = ("#aa3377", "#228833", "#66aacc", "#884422", "#555599", "#999933")
+
+
+class _Label(NamedTuple):
+    """A name beside the last point of what it names."""
+
+    text: str
+    x: float
+    y: float
+    color: str
+    is_ours: bool
+
+
+def check_installed() -> None:
+    """Raise unless pictures can be drawn: better now than after the measurements.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError.of("matplotlib", "`revnet bench`") from error
+
+
+def plot_memory(results: Results, path: Path) -> None:
+    """Draw peak memory against depth, both axes logarithmic."""
+    figure, panels = _figure()
+    depths = sorted({row.depth for row in results.memory})
+    for case, axes in zip(CASES, panels, strict=True):
+        labels = []
+        for name, color in _colors().items():
+            rows = [row for row in results.memory if (row.case, row.contender) == (case.name, name)]
+            points = [(row.depth, row.peak_bytes / _MIB) for row in rows if row.peak_bytes is not None]
+            if points:
+                is_ours = name.startswith("revnet")
+                width = 2.5 if is_ours else 1.4
+                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=width)
+                depth, peak = points[-1]
+                at = "" if depth == depths[-1] else f" at {depth}"
+                labels.append(_Label(f"{name}  {peak:,.0f}{at}", depth, peak, color, is_ours))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.set_xlabel("reversible blocks")
+        axes.set_xlim(depths[0] / 1.15, depths[-1] * 1.15)
+        _finish(axes, case.name, labels)
+    _save(figure, path)
+
+
+def plot_times(results: Results, path: Path) -> None:
+    """Draw peak memory against step time, one point a contender: the lower left is best."""
+    figure, panels = _figure()
+    colors = _colors()
+    peaks = {(row.case, row.depth, row.contender): row.peak_bytes for row in results.memory}
+    for case, axes in zip(CASES, panels, strict=True):
+        labels = []
+        for row in results.times:
+            peak = peaks.get((row.case, row.depth, row.contender))
+            if row.case != case.name or row.times is None or peak is None:
+                continue
+            ratio, color = row.times.over_plain, colors[row.contender]
+            axes.plot([ratio.first, ratio.third], [peak / _MIB] * 2, color=color, linewidth=2.5, alpha=0.4)
+            axes.plot([ratio.median], [peak / _MIB], color=color, marker="o")
+            is_ours = row.contender.startswith("revnet")
+            labels.append(_Label(f"{row.contender}  {ratio.median:.2f}x", ratio.median, peak / _MIB, color, is_ours))
+            if row.contender == PLAIN.name:
+                ideal = 1 / row.times.over_ideal.median
+                axes.axvline(ideal, color="#888888", linewidth=0.8, linestyle=":")
+                style = {"ha": "center", "fontsize": 7, "color": "#666666"}
+                axes.annotate("one forward more", (ideal, 1.02), xycoords=("data", "axes fraction"), **style)
+        axes.set_xlabel(f"step time / plain step time, {results.settings.time_depth} blocks")
+        _finish(axes, case.name, labels)
+    _save(figure, path)
+
+
+def _figure() -> tuple[Any, Any]:
+    # The figure is made without pyplot, which would choose a window system and keep the figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.1 * len(CASES), 3.9), dpi=160)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(CASES), squeeze=False)[0]
+    figure.subplots_adjust(left=0.065, right=0.835, top=0.87, bottom=0.14, wspace=0.85)
+    return figure, panels
+
+
+def _finish(axes: Any, title: str, labels: Sequence[_Label]) -> None:
+    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold", pad=16)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if str(value)[0] in "25" else "")
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.set_ylabel("peak activation memory (MiB)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    _name(axes, labels)
+
+
+def _name(axes: Any, labels: Sequence[_Label]) -> None:
+    """Write the labels in a column to the right of the axes, in the order of their points, with lines to them."""
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    heights = [(math.log(label.y) - low) / (high - low) for label in labels]
+    places = _spread(heights, spacing=0.062)
+    for label, place in zip(labels, places, strict=True):
+        axes.annotate(
+            label.text,
+            (label.x, label.y),
+            (1.06, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=label.color,
+            fontweight="bold" if label.is_ours else "normal",
+            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "linestyle": ":", "shrinkB": 3},
+        )
+
+
+def _spread(heights: Sequence[float], spacing: float) -> list[float]:
+    """Move heights apart until neighbours are `spacing` apart, keeping their order and staying close."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    places = list(heights)
+    for _ in range(500):
+        for below, above in pairwise(order):
+            overlap = spacing - (places[above] - places[below])
+            if overlap > 0:
+                places[below] -= overlap / 2
+                places[above] += overlap / 2
+        for rank, index in enumerate(order):
+            places[index] = max(places[index], rank * spacing)
+    return places
+
+
+def _colors() -> dict[str, str]:
+    """A colour for each contender."""
+    peers = [contender.name for contender in CONTENDERS if contender.name not in _COLORS]
+    return _COLORS | {name: _PEER_COLORS[index % len(_PEER_COLORS)] for index, name in enumerate(peers)}
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, format="png")

@@ -1,0 +1,204 @@
+"""The results as a Markdown page and as a table for machines."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from revnet.bench._machine import describe_machine
+from revnet.bench.cases import CASES
+from revnet.bench.contenders import CONTENDERS, Contender
+from revnet.bench.run import NUM_WARMUP_ROUNDS, MemoryRow, Results, TimeRow
+from revnet.bench.traps import TRAPS
+
+_MIB = 2**20
+
+
+class Measurement(NamedTuple):
+    """One line of the CSV."""
+
+    case: str
+    """The workload, or "traps"."""
+    depth: int | None
+    contender: str
+    quantity: str
+    value: float | str
+    unit: str
+    note: str = ""
+
+
+def measurements(results: Results) -> Iterator[Measurement]:
+    """Every number, one at a time."""
+    for m in results.memory:
+        for quantity, value in (("peak", m.peak_bytes), ("held after forward", m.held_bytes)):
+            yield Measurement(m.case, m.depth, m.contender, quantity, _or_empty(value), "B", m.note)
+    for case, seconds in results.forward_seconds.items():
+        yield Measurement(case, results.settings.time_depth, "plain", "forward without gradients", seconds, "s")
+    for t in results.times:
+        values: dict[str, tuple[float | None, str]] = {
+            "gradient error to plain": (t.error_to_plain, "relative L2"),
+            "gradient error to float64": (t.error_to_float64, "relative L2"),
+        }
+        if t.times is not None:
+            values["step"] = t.times.step_seconds, "s"
+            values["median step / median plain step"] = t.times.median_over_plain_median, "1"
+            for name, quartiles in (("plain", t.times.over_plain), ("ideal", t.times.over_ideal)):
+                values[f"step / {name}, first quartile"] = quartiles.first, "1"
+                values[f"step / {name}, median"] = quartiles.median, "1"
+                values[f"step / {name}, third quartile"] = quartiles.third, "1"
+        for quantity, (number, unit) in values.items():
+            yield Measurement(t.case, t.depth, t.contender, quantity, _or_empty(number), unit, t.note)
+    for r in results.traps:
+        yield Measurement("traps", None, r.contender, r.trap, r.outcome, "", r.note)
+
+
+def write_csv(results: Results, path: Path) -> None:
+    """Write all measurements, one a line."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Measurement._fields)
+        writer.writerows(measurements(results))
+
+
+def markdown(results: Results, command: str, pictures: Sequence[str] = ()) -> str:
+    """The page: circumstances first, then the tables.
+
+    Args:
+        results: What was measured.
+        command: What was run.
+        pictures: Files beside the page.
+    """
+    settings = results.settings
+    peers = {contender.package: contender.version() or "not installed" for contender in CONTENDERS if contender.package}
+    lines = [
+        "# Memory, time and correctness of reversible engines",
+        "",
+        *describe_machine(command, device=settings.device, peers=peers),
+        "- Workloads, in float32, the same residual functions, weights and input for all contenders:",
+        *[f"  - {case.name}: {case.description}" for case in CASES],
+        "- Contenders:",
+        *[f"  - {contender.name}: {contender.description}{_where_missing(contender)}" for contender in CONTENDERS],
+        "",
+        *[f"![{picture}]({picture})" for picture in pictures],
+        "",
+        *_memory_section(results),
+        *_time_section(results),
+        *_trap_section(results),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _memory_section(results: Results) -> Iterator[str]:
+    cuda = results.settings.device.type == "cuda"
+    yield "## Memory of one step, MiB: peak (held between forward and backward)"
+    yield ""
+    yield (
+        "Bytes beyond parameters, gradients, buffers and the input, "
+        + ("as PyTorch's allocator counts them." if cuda else "counted exactly, without what kernels use inside.")
+        + " All contenders take and give both streams as one tensor."
+    )
+    yield ""
+    for case in CASES:
+        depths = sorted({row.depth for row in results.memory if row.case == case.name})
+        yield f"| {case.name} | {' | '.join(f'{depth} blocks' for depth in depths)} |"
+        yield f"| --- |{' ---: |' * len(depths)}"
+        for contender in CONTENDERS:
+            rows = [row for row in results.memory if (row.case, row.contender) == (case.name, contender.name)]
+            yield f"| {contender.name} | {' | '.join(_memory_cell(row) for row in rows)} |"
+        yield ""
+    yield from _failures(results.memory)
+
+
+def _memory_cell(row: MemoryRow) -> str:
+    if row.peak_bytes is None or row.held_bytes is None:
+        return _short(row.note)
+    return f"{row.peak_bytes / _MIB:,.1f} ({row.held_bytes / _MIB:,.1f})"
+
+
+def _time_section(results: Results) -> Iterator[str]:
+    settings = results.settings
+    yield f"## Time and gradients, {settings.time_depth} blocks"
+    yield ""
+    yield (
+        f"{settings.num_rounds} rounds after {NUM_WARMUP_ROUNDS} to warm up; each round measures a step (forward and "
+        "backward) of every contender, beginning with another one. Ratios are medians over rounds of the ratio within "
+        "the round, with first and third quartile. *Ideal* is plain's step and one forward pass more (plain's, under "
+        "`torch.no_grad`): the price of computing every residual function twice. The gradient error is the largest "
+        "relative L2 distance of a parameter's gradient to plain autograd's, in the same float32, and to plain "
+        "autograd's in float64. A few ReLU inputs that round to the other side of zero are enough for 1e-3: see plain "
+        "itself against float64."
+    )
+    yield ""
+    for case in CASES:
+        yield (
+            f"| {case.name} | step, s | step / plain | quartiles | median / median | step / ideal | quartiles "
+            "| gradient error to plain | to float64 |"
+        )
+        yield f"| --- |{' ---: |' * 8}"
+        for row in results.times:
+            if row.case == case.name:
+                yield f"| {row.contender} | {' | '.join(_time_cells(row))} |"
+        yield ""
+        yield f"Forward pass of plain under `torch.no_grad`: {results.forward_seconds[case.name]:.3f} s."
+        yield ""
+    yield from _failures(results.times)
+
+
+def _time_cells(row: TimeRow) -> list[str]:
+    times = row.times
+    if times is None or row.error_to_plain is None or row.error_to_float64 is None:
+        return [_short(row.note)] + [""] * 7
+    plain, ideal = times.over_plain, times.over_ideal
+    return [
+        f"{times.step_seconds:.3f}",
+        f"{plain.median:.3f}",
+        f"{plain.first:.3f}-{plain.third:.3f}",
+        f"{times.median_over_plain_median:.3f}",
+        f"{ideal.median:.3f}",
+        f"{ideal.first:.3f}-{ideal.third:.3f}",
+        f"{row.error_to_plain:.1e}",
+        f"{row.error_to_float64:.1e}",
+    ]
+
+
+def _trap_section(results: Results) -> Iterator[str]:
+    yield "## Traps"
+    yield ""
+    yield (
+        "Three tiny blocks in float64 (autocast: float32), on CPU, each contender and trap in a process of its own; "
+        "what is seen (gradients, buffers, random state) is compared with plain autograd's. *ok*: the same, or, where "
+        "the output was modified, an error that says so. *wrong*: other numbers, without a word. *raises*: an error; "
+        "the CSV has its first line. *crashes*: the process died."
+    )
+    yield ""
+    yield f"| trap | {' | '.join(contender.name for contender in CONTENDERS)} |"
+    yield f"| --- |{' --- |' * len(CONTENDERS)}"
+    rows = {(row.trap, row.contender): row for row in results.traps}
+    for trap in TRAPS:
+        cells = [rows[trap.name, contender.name] for contender in CONTENDERS if (trap.name, contender.name) in rows]
+        yield f"| {trap.name} | {' | '.join(_trap_cell(row.outcome, row.note) for row in cells)} |"
+
+
+def _trap_cell(outcome: str, note: str) -> str:
+    return outcome if outcome == "ok" else f"**{outcome}**" if outcome else _short(note)
+
+
+def _failures(rows: Sequence[MemoryRow] | Sequence[TimeRow]) -> Iterator[str]:
+    """The errors, which do not fit into the table."""
+    for row in rows:
+        if row.note and _short(row.note) == "failed":
+            yield f"- {row.contender}, {row.case}, {row.depth} blocks: `{row.note}`"
+    yield ""
+
+
+def _short(note: str) -> str:
+    return next((known for known in ("not installed", "not run") if note.startswith(known)), "failed")
+
+
+def _where_missing(contender: Contender) -> str:
+    missing = contender.missing()
+    return f" ({missing})" if missing else ""
+
+
+def _or_empty(value: float | None) -> float | str:
+    return "" if value is None else value

@@ -1,0 +1,17 @@
+import pytest
+import torch
+from torch import nn
+
+from revnet.bench import Case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def case():
+    """A workload of a kilobyte: streams of 4 x 8 x 4 float32 values, 512 bytes each."""
+    return Case("tiny", "linear and tanh", lambda: (_linear(), _linear()), (4, 8, 4), split_dim=2)
+
+
+def _linear():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh())

@@ -1,0 +1,50 @@
+"""The counter of the benchmark says what `revnet.memory` says, and sees resized storages too."""
+
+import torch
+from torch import nn
+
+from revnet.bench._resized_bytes import ResizedBytes
+from revnet.memory import LiveBytes
+
+
+def test_agrees_with_the_counter_of_the_library():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh())
+    x = torch.randn(4, 8)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [x, *model.parameters(), *[parameter.grad for parameter in model.parameters()]]
+    counts = []
+    for counter in (LiveBytes(known), ResizedBytes(known)):
+        with counter:
+            loss = model(x).sum()
+            held_bytes = counter.live_bytes
+            loss.backward()
+            del loss
+        counts.append((counter.peak_bytes, held_bytes, counter.live_bytes))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > counts[0][1] > counts[0][2] == 0
+
+
+def test_sees_a_storage_emptied_and_filled():
+    x = torch.zeros(100, dtype=torch.uint8)
+    with ResizedBytes(baseline=[x]) as counter:
+        y = torch.zeros(60, dtype=torch.uint8)
+        assert counter.live_bytes == 60
+        y.untyped_storage().resize_(0)
+        assert counter.live_bytes == 0
+        x.untyped_storage().resize_(0)
+        assert counter.live_bytes == -100
+        x.untyped_storage().resize_(100)
+        y.untyped_storage().resize_(500)
+        torch.zeros(1, dtype=torch.uint8)
+        assert counter.peak_bytes == 501
+        del y
+        assert counter.live_bytes == 0
+
+
+def test_ignored_tensors_do_not_count():
+    x = torch.zeros(100, dtype=torch.uint8)
+    with ResizedBytes([x]) as counter:
+        assert x.add_(1).view(10, 10).is_contiguous()
+        x.untyped_storage().resize_(0)
+        assert counter.live_bytes == counter.peak_bytes == 0

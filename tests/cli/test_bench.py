@@ -1,0 +1,56 @@
+"""`revnet bench`: flags in, files out. What it measures is tested in tests/bench."""
+
+from pathlib import Path
+
+import pytest
+
+import revnet.bench
+from revnet.bench import QUICK, Settings
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces the measurement; what it was asked to do."""
+    calls = []
+
+    def run_benchmark(settings, folder, command):
+        calls.append((settings, folder, command))
+        return folder / "page.md"
+
+    monkeypatch.setattr(revnet.bench, "run_benchmark", run_benchmark)
+    return calls
+
+
+def test_without_options(revnet, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert revnet("bench") == (0, "wrote page.md, its CSV and its pictures\n", "")
+    assert calls == [(Settings(), Path(), "revnet bench")]
+
+
+def test_results_go_to_the_folder_of_results(revnet, calls, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert revnet("bench", "--quick")[0] == 0
+    assert calls == [(QUICK, Path("benchmarks/results"), "revnet bench --quick")]
+
+
+def test_options(revnet, calls):
+    assert revnet("bench", "--num-rounds", "7", "--quick", "--output-dir", "somewhere")[0] == 0
+    ((settings, folder, command),) = calls
+    assert (settings.num_rounds, settings.memory_depths) == (7, QUICK.memory_depths)
+    assert (folder, command) == (Path("somewhere"), "revnet bench --quick --num-rounds 7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-rounds", "0"], "`--num-rounds` (=0) must be a positive integer."),
+        (["--device", "abacus"], "`--device` (=abacus) is no device; use cpu or cuda."),
+        (["--device", "meta"], "`--device` (=meta) must be cpu or cuda."),
+        (["--device", "cuda:99"], "`--device` (=cuda:99) is not there; PyTorch sees "),
+        (["--quick", "maybe"], "`--quick` (=maybe) must be true or false."),
+    ],
+)
+def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message):
+    assert_refused(["bench", *arguments], message)
+    assert calls == []
