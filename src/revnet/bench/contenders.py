@@ -103,6 +103,11 @@ def _under(policy: AbstractPolicy) -> Callable[[Sequence[FunctionPair], int], nn
     return make
 
 
+def _last_stored(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
+    blocks = [ReversibleBlock(f, g, split_dim=split_dim) for f, g in functions]
+    return ReversibleSequential(*blocks, policy=[Reverse()] * (len(blocks) - 1) + [Store()])
+
+
 def _checkpoint_each(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
     return Checkpointed(functions, 1, split_dim, store_last=False)
 
@@ -183,6 +188,7 @@ CONTENDERS: Sequence[Contender] = (
         _checkpoint_sqrt,
     ),
     Contender("revnet", "`ReversibleSequential(..., policy=Reverse())`, the default", _under(Reverse())),
+    Contender("revnet, last stored", "the same, but `Store()` for the last block", _last_stored),
     Contender(
         "memcnn", "`InvertibleModuleWrapper(preserve_rng_state=True)` of each block", _memcnn, "memcnn", max_depth=64
     ),

@@ -12,7 +12,13 @@ from revnet.bench.run import Results
 from revnet.errors import MissingDependencyError
 
 _MIB = 2**20
-_COLORS = {"plain": "#888888", "checkpoint": "#ee7733", "checkpoint sqrt": "#cc9900", "revnet": "#0055aa"}
+_COLORS = {
+    "plain": "#888888",
+    "checkpoint": "#ee7733",
+    "checkpoint sqrt": "#cc9900",
+    "revnet": "#0055aa",
+    "revnet, last stored": "#5599dd",
+}
 _PEER_COLORS = ("#aa3377", "#228833", "#66aacc", "#884422", "#555599", "#999933")
 
 

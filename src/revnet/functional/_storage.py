@@ -14,7 +14,10 @@ def storage_key(tensor: Tensor) -> int | None:
 
 def version_of(tensor: Tensor) -> int:
     """The version counter that in-place operations raise; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # Asking first would cost more, and this runs for every tensor.
+        return 0
 
 
 def _use_count(tensor: Tensor) -> int:
