@@ -330,6 +330,13 @@ def test_randomness_that_the_trace_did_not_see_raises():
         compiled(torch.randn(4, 6))
 
 
+def test_hooks_of_blocks_raise():
+    sequence = CASE["mlp"].sequence(2)
+    sequence[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"the block of `blocks\.1\.f` has hooks"):
+        compile_whole(sequence)(CASE["mlp"].input())
+
+
 def test_shared_buffer_raises():
     norm = nn.BatchNorm1d(3)
     sequence = ReversibleSequential(ReversibleBlock(nn.Sequential(norm), nn.Sequential(norm)))

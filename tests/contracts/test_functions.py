@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential, Store
 from tests.helpers import (
     Attention,
     assert_close,
@@ -207,3 +207,138 @@ def test_kernels_chosen_around_the_forward_pass_only():
     with right_or_raises("did something else when it ran again"):
         train(sequence)
         assert_close(gradients(sequence), gradients(twin), tolerance=1e-4)
+
+
+class OverwritesWhatIsSaved(nn.Linear):
+    """Sigmoid saves its output, which is then written over."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid().add_(1)
+
+
+def test_saved_tensor_written_over_by_the_function_raises_as_in_the_twin():
+    sequence = ReversibleSequential(*[ReversibleBlock(OverwritesWhatIsSaved(3, 3), nn.Linear(3, 3)) for _ in range(2)])
+    for module in (sequence, stored_twin(sequence)):
+        loss = module(torch.randn(4, 6)).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_operation_that_saves_what_it_has_not_computed_yet(depth):
+    """RReLU's noise, by the last operation of the lowest function."""
+    blocks = [ReversibleBlock(nn.Sequential(nn.Linear(3, 3), nn.RReLU()), nn.RReLU()) for _ in range(depth)]
+    sequence = ReversibleSequential(*blocks).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    twin_x = x.detach().clone().requires_grad_()
+    for module, start in ((sequence, x), (twin, twin_x)):
+        torch.manual_seed(1)
+        module(start).square().sum().backward()
+    assert_close(x.grad, twin_x.grad)
+    assert_close(gradients(sequence), gradients(twin))
+
+
+class Holder(nn.Module):
+    """Keeps a tensor where no module looks for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.held = [torch.randn(2, 3, dtype=torch.float64)]
+
+    def forward(self, x):
+        return (self.linear(x) * self.held[0][1]).tanh()
+
+
+@pytest.mark.parametrize("change", ["modified", "replaced"])
+def test_a_tensor_from_elsewhere_that_changes_raises(change):
+    sequence = ReversibleSequential(*[ReversibleBlock(Holder(), Holder()) for _ in range(2)]).double()
+    loss = sequence(torch.randn(4, 6, dtype=torch.float64)).sum()
+    held = sequence[0].f.held
+    held[0] = held[0].add_(1) if change == "modified" else held[0] + 1
+    with pytest.raises(RuntimeError, match=r"was modified in place|used another tensor"):
+        loss.backward()
+
+
+def test_a_tensor_from_elsewhere_that_stays_is_right():
+    sequence = ReversibleSequential(*[ReversibleBlock(Holder(), Holder()) for _ in range(2)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for module in (sequence, twin):
+        module(x).square().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+class Stash(nn.Linear):
+    """Leaves its activations, with their graph and without, for somebody to look at."""
+
+    def forward(self, x):
+        self.seen = super().forward(x).tanh()
+        self.mask = (self.seen > 0).to(x.dtype)
+        self.weights = self.seen.detach().softmax(-1)
+        return self.seen * self.mask * self.weights
+
+
+def test_a_function_that_leaves_its_activations_about():
+    sequence = ReversibleSequential(*[ReversibleBlock(Stash(3, 3), Stash(3, 3)) for _ in range(3)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for module in (sequence, twin):
+        for _ in range(2):
+            module(x).square().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+class DrawsOnce(nn.Linear):
+    """Draws random numbers that change nothing, the first time only: as another thread would."""
+
+    drawn = 0
+
+    def forward(self, x):
+        x = nn.functional.dropout(super().forward(x), 0.5)
+        if self.drawn == 0:
+            torch.rand(1)
+        self.drawn += 1
+        return x
+
+
+def test_other_random_numbers_in_the_recomputation_raise():
+    sequence = ReversibleSequential(ReversibleBlock(DrawsOnce(3, 3), DrawsOnce(3, 3)))
+    state = torch.get_rng_state()
+    loss = sequence(torch.randn(4, 6)).sum()
+    with pytest.raises(ReconstructionError, match="did not draw the random numbers again"):
+        loss.backward()
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_vector_buffer_written_to_before_backward():
+    """The function saw the old one, and so does the recomputation; the new one stays."""
+
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 3)
+            self.register_buffer("scale", torch.ones(3))
+
+        def forward(self, x):
+            return super().forward(x).tanh() + self.scale.sum()
+
+    sequence = ReversibleSequential(*[ReversibleBlock(Scaled(), Scaled()) for _ in range(2)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for module in (sequence, twin):
+        loss = module(x).square().sum()
+        for block in module:
+            block.f.scale.add_(1)
+        loss.backward()
+        assert all(torch.equal(block.f.scale, torch.full((3,), 2.0, dtype=torch.float64)) for block in module)
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_lazy_parameters_raise():
+    sequence = ReversibleSequential(ReversibleBlock(nn.LazyLinear(3), nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="`weight` of LazyLinear has no shape yet; call the residual function once"):
+        sequence(torch.randn(4, 6))
+    with torch.no_grad():
+        sequence[0].f(torch.randn(4, 3))
+    sequence(torch.randn(4, 6)).sum().backward()

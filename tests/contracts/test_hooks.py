@@ -1,9 +1,21 @@
 """Hooks of modules, tensors and parameters see what they see on the stored twin, and when."""
 
+import copy
+
 import pytest
 import torch
 
-from tests.helpers import CASE, DEPTH, all_cases, all_policies, assert_trains_as_twin, squares
+from revnet import Reverse, Store
+from tests.helpers import (
+    CASE,
+    DEPTH,
+    all_cases,
+    all_policies,
+    assert_close,
+    assert_trains_as_twin,
+    gradients,
+    squares,
+)
 
 
 @all_policies
@@ -158,3 +170,60 @@ def test_removed_hooks_are_gone():
     handle.remove()
     loss.backward()
     assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PyTorch does not look into the pair
+@pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
+def test_hooks_of_blocks_run_once_and_see_the_streams(policy):
+    sequence = CASE["mlp"].sequence(3, policy)
+    plain = copy.deepcopy(sequence)
+    x = CASE["mlp"].input()
+    plain_x = x.detach().clone().requires_grad_()
+    seen = []
+    block = sequence[1]
+    block.register_forward_pre_hook(lambda _, inputs: seen.append(("in", *inputs[0])))
+    block.register_forward_hook(lambda _, __, output: seen.append(("out", *output)))
+    block.register_full_backward_pre_hook(lambda _, grads: seen.append(("backward", *grads)))
+    y = sequence(x)
+    y.square().sum().backward()
+    plain(plain_x).square().sum().backward()
+    assert [name for name, *_ in seen] == ["in", "out", "backward"]
+    assert all(tensor.shape == (4, 3) for _, *tensors in seen for tensor in tensors)
+    assert_close(torch.cat(seen[1][1:], -1), sequence[1](sequence[0](x)))
+    assert_close(x.grad, plain_x.grad)
+    assert_close(gradients(sequence), gradients(plain))
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
+@pytest.mark.parametrize("what", ["input", "output"])
+def test_a_hook_that_replaces_a_stream_of_a_block_raises(what, policy):
+    sequence = CASE["mlp"].sequence(3, policy)
+    if what == "input":
+        sequence[1].register_forward_pre_hook(lambda _, inputs: ((inputs[0][0] + 1, inputs[0][1]), *inputs[1:]))
+    else:
+        sequence[1].register_forward_hook(lambda _, __, output: (output[0], 2 * output[1]))
+    with pytest.raises(RuntimeError, match=rf"a hook of the block of `blocks\.1\.f` replaced its {what}"):
+        sequence(CASE["mlp"].input())
+    sequence[1]._forward_pre_hooks.clear()
+    sequence[1]._forward_hooks.clear()
+    sequence(CASE["mlp"].input()).sum().backward()
+
+
+def test_blocks_with_hooks_pass_arguments_on():
+    case = CASE["attention-context-mask"]
+    sequence = case.sequence(3)
+    for block in sequence:
+        block.register_forward_hook(lambda *_: None)
+
+    def step(module, x, args, kwargs):
+        squares(module(x, *args, **kwargs)).backward()
+
+    assert_trains_as_twin(sequence, case, step)
+
+
+def test_global_hooks_see_the_blocks():
+    sequence = CASE["mlp"].sequence(2)
+    seen = []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__)):
+        sequence(CASE["mlp"].input())
+    assert seen.count("ReversibleBlock") == 2

@@ -54,8 +54,8 @@ def run_chain(
 def hooks_are_not_compiled(half_block: HalfBlock) -> NotImplementedError:
     """The error for a block with hooks under `torch.compile`."""
     return NotImplementedError(
-        f"the block of `{half_block.name}` has hooks, which a compiled reversible sequence does not call; register them "
-        "on its `f` and `g`, or on the sequence."
+        f"the block of `{half_block.name}` has hooks, which a compiled reversible sequence does not call; register "
+        "them on its `f` and `g`, or on the sequence."
     )
 
 
@@ -115,15 +115,16 @@ def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
     leaves, structure = tree_flatten(expected)
     actual_leaves, actual_structure = tree_flatten(actual)
     same = structure == actual_structure and all(
-        storage_key(a) == storage_key(b) and a.shape == b.shape
+        (storage_key(a), a.storage_offset(), a.shape, a.stride())
+        == (storage_key(b), b.storage_offset(), b.shape, b.stride())
         if isinstance(a, Tensor) and isinstance(b, Tensor)
         else a is b
         for a, b in zip(leaves, actual_leaves, strict=True)
     )
     if not same:
         raise RuntimeError(
-            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo; change what its `f` and "
-            "`g` read or return instead, or put the change between two sequences."
+            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo; change what its `f` "
+            "and `g` read or return instead, or put the change between two sequences."
         )
 
 

@@ -7,7 +7,7 @@ and brings them back around the second; what cannot be brought back, because it 
 """
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves
+from torch.nn.parameter import is_lazy
 
 from revnet.errors import ReconstructionError
 from revnet.functional._batch_norm import batch_norms_of, find_statistics, normalise, replaced, run_as_it_is
@@ -33,10 +33,10 @@ class Conditions:
     Args:
         function: The residual function, about to be called.
         x: The stream that it will be called with.
-        arguments: Its other arguments, nested as they may be.
+        arguments: The tensors in its other arguments.
     """
 
-    def __init__(self, function: nn.Module, x: Tensor, arguments: object):
+    def __init__(self, function: nn.Module, x: Tensor, arguments: Sequence[Tensor]):
         self._training = [(module, module.training) for module in function.modules()]
         self._lasting: dict[int | None, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
@@ -45,13 +45,17 @@ class Conditions:
         self._states: list[tuple[Entry, int, Tensor]] = []
         devices = {torch.device("cpu"), x.device}
 
-        for leaf in tree_leaves(arguments):
-            if isinstance(leaf, Tensor):
-                self._add_constant(leaf)
-                devices.add(leaf.device)
+        for argument in arguments:
+            self._add_constant(argument)
+            devices.add(argument.device)
         for module, training in self._training:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
+                    if is_lazy(parameter):
+                        raise ValueError(
+                            f"`{name}` of {type(module).__name__} has no shape yet; call the residual function once, "
+                            "under `torch.no_grad`, before it runs reversibly."
+                        )
                     self._add_constant(parameter)
                     self._fixed.append(Entry(module._parameters, name, parameter))
                     devices.add(parameter.device)
@@ -77,6 +81,7 @@ class Conditions:
         is_mixed = any(state.enabled for state in self._autocast)
         # Low precision turns a difference in the last place into one that counts.
         self._norms = [] if is_mixed else batch_norms_of(function)
+        self._norm_holders = {id(norm._buffers) for norm in self._norms}
         self._random = _random_states(device for device in devices if device.type != "meta")
 
     def settle(self) -> None:
@@ -143,13 +148,15 @@ class Conditions:
                     stack.callback(entry.swap(entry.tensor))
             for entry, _, before in self._states:
                 stack.callback(self._swap_copy(entry, before))
+            is_replacing = is_rounded and bool(self._norms)
             for entry in self._statistics:
-                stack.callback(self._swap_copy(entry, entry.tensor))
+                if not (is_replacing and id(entry.holder) in self._norm_holders):  # see `_run_again`
+                    stack.callback(self._swap_copy(entry, entry.tensor))
             for device, state in self._random:
                 stack.callback(set_random_state, device, get_random_state(device))
                 set_random_state(device, state)
-            if is_rounded and self._norms:
-                stack.enter_context(replaced(self._norms, _run_again))
+            if is_replacing:
+                stack.enter_context(replaced(self._norms, self._run_again))
             yield
             for (device, _), end in zip(self._random, self._random_ends, strict=False):  # none unless settled
                 if digest(get_random_state(device)) != end:
@@ -173,6 +180,18 @@ class Conditions:
         self._add_lasting(copy)
         return entry.swap(copy)
 
+    def _run_again(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Call a batch norm without touching its statistics."""
+        if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+            statistics = find_statistics(norm, x)
+            if statistics is not None:
+                return normalise(norm, x, statistics)
+        entries = [entry for entry in self._statistics if entry.holder is norm._buffers]
+        with ExitStack() as stack:
+            for entry in entries:
+                stack.callback(self._swap_copy(entry, entry.tensor))
+            return run_as_it_is(norm, x)
+
     def _autocast_contexts(self) -> list[AbstractContextManager[Any]]:
         now = _autocast_states(state.device_type for state in self._autocast)
         return [
@@ -180,13 +199,6 @@ class Conditions:
             for then, current in zip(self._autocast, now, strict=True)
             if then.enabled or current.enabled
         ]
-
-
-def _run_again(norm: nn.Module, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return run_as_it_is(norm, x)
-    statistics = find_statistics(norm, x)
-    return run_as_it_is(norm, x) if statistics is None else normalise(norm, x, statistics)
 
 
 def digest(state: Tensor) -> int:

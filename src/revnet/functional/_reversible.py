@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
@@ -90,9 +91,10 @@ def inverse(
     not repeat the forward pass's draw, so invert those in evaluation mode.
     """
     streams = [y1, y2]
+    tensors = _tensors_in(args, kwargs)
     for half_block in reversed(half_blocks):
         source = streams[1 - half_block.updates]
-        with Conditions(half_block.function, source, (args, kwargs)).restored():
+        with Conditions(half_block.function, source, tensors).restored():
             residual = residual_of(half_block, source, args, kwargs)
         streams[half_block.updates] = additive_inverse(streams[half_block.updates], residual, half_block.name)
     return streams[0], streams[1]
@@ -122,6 +124,10 @@ def run_reversible(
     return y1, y2, run
 
 
+def _tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] if args or kwargs else []
+
+
 class ReversibleRun:
     """One forward pass through a chain of half-blocks, able to rebuild what it did not keep.
 
@@ -132,6 +138,7 @@ class ReversibleRun:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._args = args
         self._kwargs = kwargs
+        self._tensors = _tensors_in(args, kwargs)
         self._calls: list[_Call] = []
         self._first_with_slots: int | None = None
         self._last_alive = -1
@@ -150,7 +157,7 @@ class ReversibleRun:
         call = _Call(
             half_block,
             source.requires_grad,
-            Conditions(half_block.function, source, (self._args, self._kwargs)),
+            Conditions(half_block.function, source, self._tensors),
         )
         index = len(self._calls)
         self._calls.append(call)
@@ -386,6 +393,9 @@ class _Layout(NamedTuple):
     def of(cls, tensor: Tensor) -> "_Layout":
         return cls(tensor.shape, tensor.dtype, tensor.device)
 
+    def fits(self, tensor: Tensor) -> bool:
+        return tensor.shape == self.shape and tensor.dtype == self.dtype and tensor.device == self.device
+
     def __str__(self) -> str:
         return f"{tuple(self.shape)} {self.dtype} on {self.device}"
 
@@ -432,7 +442,7 @@ class _Call:
         """Raise unless `tensor` can be the one that the forward pass saved as number `count`."""
         if count >= len(self.slots):
             self.fail(f"saved more than the {len(self.slots)} tensors that the forward pass saved")
-        if _Layout.of(tensor) != self.layouts[count]:
+        if not self.layouts[count].fits(tensor):
             self.fail(f"saved {_Layout.of(tensor)} where the forward pass saved {self.layouts[count]}")
         constant = self.constants.get(count)
         if constant is not None and storage_key(tensor) != storage_key(constant) and _differ(tensor, constant):
