@@ -99,10 +99,10 @@ def _figure() -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.1 * len(CASES), 3.9), dpi=160)
+    figure = Figure(figsize=(5.6 * len(CASES), 4.2), dpi=160)
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(CASES), squeeze=False)[0]
-    figure.subplots_adjust(left=0.065, right=0.835, top=0.87, bottom=0.14, wspace=0.85)
+    figure.subplots_adjust(left=0.06, right=0.81, top=0.87, bottom=0.13, wspace=0.95)
     return figure, panels
 
 
@@ -133,7 +133,14 @@ def _name(axes: Any, labels: Sequence[_Label]) -> None:
             fontsize=8,
             color=label.color,
             fontweight="bold" if label.is_ours else "normal",
-            arrowprops={"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "linestyle": ":", "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": label.color,
+                "linewidth": 0.6,
+                "linestyle": ":",
+                "relpos": (0, 0.5),  # from the left end of the text, so that no line crosses another label
+                "shrinkB": 3,
+            },
         )
 
 
