@@ -29,10 +29,11 @@ def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     results = measure_all(settings)
     stem = f"{_THEME}_{hardware_name(settings.device)}_{datetime.date.today()}"
-    write_csv(results, folder / f"{stem}.csv")  # first: the rest can be made again from it
     pictures = f"{stem}_memory.png", f"{stem}_time.png"
+    text = markdown(results, command, pictures)  # first: it tells whether the checkout has changed
+    write_csv(results, folder / f"{stem}.csv")
     page = folder / f"{stem}.md"
-    page.write_text(markdown(results, command, pictures))
+    page.write_text(text)
     plot.plot_memory(results, folder / pictures[0])
     plot.plot_times(results, folder / pictures[1])
     return page

@@ -111,6 +111,10 @@ class Conditions:
         """Let recomputations raise if `tensor` is not at `version`."""
         self._versions.append((tensor, version))
 
+    def may_be_cast(self, tensor: Tensor) -> bool:
+        """Whether `tensor` can be what autocast made of a parameter."""
+        return any(state.enabled and state.dtype == tensor.dtype for state in self._autocast)
+
     def is_lasting(self, tensor: Tensor) -> bool:
         """Whether `tensor` is (a view of) a parameter, a buffer or an argument: it outlives the call anyway."""
         return storage_key(tensor) in self._lasting

@@ -432,7 +432,9 @@ class _Call:
         own = {storage_key(each) for each in (source, residual) if isinstance(each, Tensor)}
         for number, (reference, origin) in enumerate(zip(self.slots, self.origins, strict=True)):
             slot, tensor = reference(), origin.find(start)
-            if slot is not None and tensor is not None and storage_key(tensor) not in own:
+            if slot is None or tensor is None or storage_key(tensor) in own:
+                continue
+            if not self.conditions.may_be_cast(tensor):  # Autocast keeps those for a while, and casts again.
                 slot.tensor, slot.is_constant = tensor, True
                 self.constants[number] = tensor
                 self.conditions.watch(tensor, slot.version)
