@@ -201,6 +201,18 @@ def test_frozen_parameters_and_input(input_requires_grad):
     assert_close(gradients(sequence), gradients(twin))
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_nothing_needs_a_gradient_until_later(depth):
+    """A frozen stack, and a trained one behind it."""
+    frozen = CASE["mlp"].sequence(depth).requires_grad_(False)
+    model = nn.Sequential(frozen, CASE["mlp"].sequence(2))
+    x = CASE["mlp"].input(requires_grad=False)
+    twin = nn.Sequential(*[stored_twin(sequence) for sequence in model])
+    for module in (compile_whole(model), twin):
+        module(x).square().sum().backward()
+    assert_close(gradients(model), gradients(twin))
+
+
 def test_called_twice_accumulated_and_retained():
     case = CASE["conv-dropout"]
     sequence = case.sequence(2)

@@ -39,8 +39,11 @@ from revnet.functional._storage import is_only_owner, storage_key, version_of
 
 def compiled(
     half_blocks: Sequence[HalfBlock], x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TensorPair:
+) -> TensorPair | None:
     """`reversible`, for `torch.compile` to trace; not to be called otherwise.
+
+    Returns:
+        The streams after the half-blocks; None, and nothing was done, if no gradient will be wanted of them.
 
     Raises:
         NotImplementedError: A function's parameters are sharded, or functions share a buffer.
@@ -69,6 +72,8 @@ def compiled(
             parameters.extend([tensor for tensor in module._parameters.values() if tensor is not None])
             buffers.extend([tensor for tensor in module._buffers.values() if tensor is not None])
         training.append(flags)
+    if not any(tensor.requires_grad for tensor in (x1, x2, *arguments, *parameters)):
+        return None
     program = program_of(
         handles,
         calls,

@@ -107,7 +107,8 @@ def run_reversible(
     if not torch.is_grad_enabled():
         return *stored(half_blocks, x1, x2, args, kwargs), None
     if torch.compiler.is_dynamo_compiling():
-        return *compiled(half_blocks, x1, x2, args, kwargs), None
+        streams_within = compiled(half_blocks, x1, x2, args, kwargs) or stored(half_blocks, x1, x2, args, kwargs)
+        return *streams_within, None
     run = ReversibleRun(args, kwargs)
     streams = [x1, x2]
     del x1, x2  # From here on the streams may be freed as soon as they are used.
