@@ -52,7 +52,7 @@ def run_as_it_is(norm: nn.Module, x: Tensor) -> Tensor:
     return _BatchNorm.forward(norm, x)  # type: ignore[arg-type]
 
 
-def find_statistics(norm: nn.Module, x: Tensor) -> Statistics | None:
+def find_statistics(x: Tensor) -> Statistics | None:
     """The statistics of a batch, where finding them here is faster than PyTorch's kernel; else None.
 
     Numerics: sums in the precision of `x`, pairwise, around the mean: about 1e-7 of the variance in float32.

@@ -455,12 +455,12 @@ def _gradient_metas(
 
 def _laid_out_as(meta: Tensor, gradient: Tensor | None) -> Tensor:
     """The gradient as `torch.empty_like(meta)` lies, which is what the graph was promised; zeros for none."""
-    result = torch.empty_like(meta)
     if gradient is None:
-        return result.zero_()
-    return (
-        gradient if gradient.stride() == result.stride() and gradient.dtype == result.dtype else result.copy_(gradient)
-    )
+        return torch.zeros_like(meta)
+    promised = torch.empty_like(meta, device="meta")  # Its layout alone: most gradients lie so already.
+    if gradient.stride() == promised.stride() and gradient.dtype == promised.dtype:
+        return gradient
+    return torch.empty_like(meta).copy_(gradient)
 
 
 def _nothing_saved(_: None) -> Tensor:

@@ -187,7 +187,7 @@ class Conditions:
     def _run_again(self, norm: nn.Module, x: Tensor) -> Tensor:
         """Call a batch norm without touching its statistics."""
         if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
-            statistics = find_statistics(norm, x)
+            statistics = find_statistics(x)
             if statistics is not None:
                 return normalise(norm, x, statistics)
         entries = [entry for entry in self._statistics if entry.holder is norm._buffers]
