@@ -21,6 +21,7 @@ from revnet import (
     create_model,
     list_models,
 )
+from revnet.nn import BatchNorm2dBiased
 
 
 class ConvResidual(nn.Module):
@@ -56,6 +57,17 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, self.num_heads, D // self.num_heads).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.project(y.transpose(1, 2).reshape(B, T, D))
+
+
+class BiasedNormResidual(nn.Sequential):
+    """Two convolutions behind batch norms of TensorFlow's kind, as the models have them."""
+
+    def __init__(self, num_channels: int):
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            convolution = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)  # before a norm it is noise
+            layers += [BatchNorm2dBiased(num_channels), nn.ReLU(), convolution]
+        super().__init__(*layers)
 
 
 class FeedForward(nn.Module):
@@ -182,6 +194,7 @@ CASES = [
         ),
         (2, 6, 5, 5),
     ),
+    Case("conv-biased-norm", lambda: ReversibleBlock(BiasedNormResidual(3), BiasedNormResidual(3)), (2, 6, 5, 5)),
     Case("mlp", lambda: ReversibleBlock(mlp(3), mlp(3), split_dim=-1), (4, 6)),
     Case("attention", _attention_block, (2, 5, 8)),
     Case(

@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the coupling, its inverse, and the run that rebuilds activations."""
 
+from revnet.functional._batch_norm import normalises_as_batch_norm as normalises_as_batch_norm
 from revnet.functional._coupling import additive as additive
 from revnet.functional._coupling import additive_inverse as additive_inverse
 from revnet.functional._coupling import split as split

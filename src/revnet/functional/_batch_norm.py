@@ -7,13 +7,36 @@ a fifth of the time as sums over rows, at the precision of the rounding that a r
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_BATCH_NORMS = {_BatchNorm.forward}
+# Both of these read their running statistics in evaluation only, so a recomputation in training needs no earlier value.
+_OTHER_NORMS = {SyncBatchNorm.forward, _InstanceNorm.forward}
 
 _WORTHWHILE = 2**16  # Elements below which PyTorch's kernel is faster than several calls.
+
+
+BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
+
+
+def normalises_as_batch_norm(norm: BatchNorm) -> BatchNorm:
+    """Have a subclass of PyTorch's batch norm treated as one; a class decorator.
+
+    For a `forward` of its own that gives what PyTorch's gives, bit for bit, and differs only in what it writes to its
+    running statistics, which it does not read in training.
+    """
+    _BATCH_NORMS.add(norm.forward)
+    return norm
+
+
+def is_torch_norm(module: nn.Module) -> bool:
+    """Whether the module is a normalisation of PyTorch's own, which in training only writes to its statistics."""
+    return isinstance(module, _NormBase) and type(module).forward in _BATCH_NORMS | _OTHER_NORMS
 
 
 class Statistics(NamedTuple):
@@ -29,7 +52,7 @@ def batch_norms_of(function: nn.Module) -> list[nn.Module]:
     for module in function.modules():
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
             return []  # A compiled graph is guarded by the modules that it was made for.
-        is_plain = type(module).forward is _BatchNorm.forward and "forward" not in module.__dict__
+        is_plain = type(module).forward in _BATCH_NORMS and "forward" not in module.__dict__
         if is_plain and module.training:
             norms.append(module)
     return norms

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
+from revnet.functional._batch_norm import is_torch_norm
 from revnet.functional._coupling import additive
 from revnet.functional._half_block import HalfBlock, residual_of
-from revnet.functional._recompute import Entry, is_torch_norm
+from revnet.functional._recompute import Entry
 from revnet.functional._storage import storage_key
 
 Result = TypeVar("Result")

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from revnet.errors import ReconstructionError
-from revnet.functional._batch_norm import batch_norms_of, find_statistics, normalise, replaced, run_as_it_is
+from revnet.functional._batch_norm import (
+    batch_norms_of,
+    find_statistics,
+    is_torch_norm,
+    normalise,
+    replaced,
+    run_as_it_is,
+)
 from revnet.functional._storage import storage_key, version_of
-
-# These read their running statistics in evaluation only, so a recomputation in training needs no earlier value of them.
-_TORCH_NORM_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
 
 
 class Conditions:
@@ -208,11 +210,6 @@ class Conditions:
 def digest(state: Tensor) -> int:
     """A number for a random state."""
     return hash(_bytes_of(state))
-
-
-def is_torch_norm(module: nn.Module) -> bool:
-    """Whether the module is a normalisation of PyTorch's own, which in training only writes to its statistics."""
-    return isinstance(module, _NormBase) and type(module).forward in _TORCH_NORM_FORWARDS
 
 
 class Entry(NamedTuple):

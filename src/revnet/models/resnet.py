@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from revnet.models._checks import check_positive, check_stages
 from revnet.models._registry import register_model
-from revnet.nn import Conv2dSame
+from revnet.nn import BatchNorm2dBiased, Conv2dSame
 
 
 class BasicResidual(nn.Module):
@@ -153,9 +153,9 @@ def initialize(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def batch_norm(num_channels: int) -> nn.BatchNorm2d:
+def batch_norm(num_channels: int) -> BatchNorm2dBiased:
     """Batch norm with the official code's constants: its moving average of 0.99 is PyTorch's momentum of 0.01."""
-    return nn.BatchNorm2d(num_channels, eps=1e-3, momentum=0.01)
+    return BatchNorm2dBiased(num_channels, eps=1e-3, momentum=0.01)
 
 
 @register_model
