@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "revnet"
 LEVELS = {
     "errors": 0,
     "_types": 0,
+    "_machine": 0,
     "functional": 1,
     "nn": 2,
     "models": 3,

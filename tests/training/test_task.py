@@ -44,7 +44,7 @@ def task():
         preprocess="standardize",
     )
     preprocess = Preprocess(torch.full((1, 1, 1), 8.0), torch.full((1, 1, 1), 2.0))
-    return ClassificationTask(Classifier.create(header, preprocess), Brighten(), TrainConfig(), num_updates=8)
+    return ClassificationTask(Classifier.create(header, preprocess), nn.Identity(), Brighten(), TrainConfig(), num_updates=8)
 
 
 def test_images_are_preprocessed_always_and_augmented_in_training_only(task):

@@ -99,4 +99,6 @@ def _figures(trainer: Trainer) -> str:
     figures = f"loss {metrics['train_loss']:.4f}"
     if "val_accuracy" in metrics:
         figures += f"  validation {100 * metrics['val_accuracy']:.2f} %"
-    return figures
+    assert isinstance(trainer.lightning_module, ClassificationTask)
+    images_per_second = trainer.lightning_module.config.batch_size / metrics["step_seconds"]
+    return f"{figures}  {images_per_second:,.0f} images/s"

@@ -24,7 +24,7 @@ from revnet.training.task import ClassificationTask
 
 Row = dict[str, float]
 
-_LOGGED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "step_seconds")
+_LOGGED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "step_seconds", "epoch_seconds")
 
 
 class RandomState(Callback):
@@ -67,8 +67,26 @@ class RandomState(Callback):
         self._restored = None
 
 
+class LastUpdate(Callback):
+    """End the run after `num_updates`, in the midst of an epoch if need be; that epoch is validated and saved as any."""
+
+    # Lightning's `max_steps` would leave out the validation.
+
+    def __init__(self, num_updates: int) -> None:
+        self._num_updates = num_updates
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count."""
+        if trainer.global_step >= self._num_updates:
+            trainer.should_stop = True
+
+
 class StepTimer(Callback):
     """Log `step_seconds`, the median time of an update within each epoch, loading and augmentation included.
+
+    Beside it `epoch_seconds`, the time of the epoch as a whole, validation included.
 
     The clock is read when an update starts, and nothing waits for the device: on a GPU, which runs behind, the
     intervals still settle at its pace.
@@ -80,10 +98,12 @@ class StepTimer(Callback):
     def __init__(self, num_warmup: int = 5) -> None:
         self._num_warmup = num_warmup
         self._starts: list[float] = []
+        self._epoch_start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last epoch."""
         self._starts.clear()
+        self._epoch_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Read the clock."""
@@ -93,7 +113,7 @@ class StepTimer(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close the last interval of the epoch."""
-        if batch_idx + 1 == trainer.num_training_batches:
+        if batch_idx + 1 == trainer.num_training_batches or trainer.should_stop:
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
             self._starts.append(time.perf_counter())
@@ -104,6 +124,7 @@ class StepTimer(Callback):
         counted = seconds[self._num_warmup :] or seconds
         self._num_warmup = max(0, self._num_warmup - len(seconds))
         pl_module.log("step_seconds", median(counted))
+        pl_module.log("epoch_seconds", time.perf_counter() - self._epoch_start)
 
 
 class EpochLog(Callback):

@@ -38,6 +38,9 @@ class Header:
     preprocess: str
     """Kind of preprocessing."""
 
+    is_resized: bool = False
+    """Whether images of any size were brought to `image_shape`, or had it."""
+
     @property
     def num_classes(self) -> int:
         """Number of logits."""
@@ -58,6 +61,7 @@ class Header:
             "class_names": json.dumps(self.class_names),
             "image_shape": json.dumps(self.image_shape),
             "preprocess": self.preprocess,
+            "is_resized": json.dumps(self.is_resized),
         }
 
     @classmethod
@@ -81,6 +85,7 @@ class Header:
                 class_names=class_names,
                 image_shape=(channels, height, width),
                 preprocess=metadata["preprocess"],
+                is_resized=bool(json.loads(metadata["is_resized"])),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"`{path}` was not written by `revnet train`; its header is not revnet's.") from error

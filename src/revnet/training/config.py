@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from revnet.training._checks import (
+    check_choice,
+    check_fractions,
+    check_integer,
+    check_name,
+    check_number,
+    check_range,
+)
 from revnet.training._files import atomic_path
 
-Preprocessing = Literal["standardize", "mean_image"]
+Preprocessing = Literal["standardize", "mean_image", "imagenet", "unit_range"]
 Precision = Literal["32-true", "bf16-mixed"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Schedule = Literal["step", "cosine"]
+Policy = Literal["reverse", "store"]
+OnCorrupt = Literal["stop", "skip"]
 
 # What a data set is given where the settings leave it open.
 _USUAL: dict[str, dict[str, Any]] = {
     # A mirrored 2 is not a 2, an 8x8 image has no 4 pixels to spare, and threads that share so little work mostly wait
     # for each other as soon as the cores are busy.
-    "digits": {"crop_padding": 1, "horizontal_flip": False, "num_threads": 1},
+    "digits": {"preprocess": "standardize", "crop_padding": 1, "horizontal_flip": False, "num_threads": 1},
 }
-_USUAL_ELSEWHERE: dict[str, Any] = {"crop_padding": 4, "horizontal_flip": True}
+_USUAL_IN_MEMORY: dict[str, Any] = {"preprocess": "standardize", "crop_padding": 4, "horizontal_flip": True}
+# Their crops are cut while they are decoded, and nobody knows their mean.
+_USUAL_DECODED: dict[str, Any] = {"preprocess": "imagenet", "crop_padding": 0, "horizontal_flip": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +50,34 @@ class TrainConfig:
     """
 
     data: str = "digits"
-    """Data set: a name (`digits`, `cifar10`), or a folder of parquet files laid out as on the Hugging Face hub."""
+    """Data set: a name (`digits`, `cifar10`, `cifar100`, `imagenet`), `hub:owner/name`, or a path: a folder of images
+    (train/<class>/*.jpg beside val), of parquet files laid out as on the hub, or CIFAR's official archive."""
 
     model: str = "revnet38"
     """Model; `revnet models` lists them."""
 
+    policy: Policy = "reverse"
+    """What a reversible model does with its activations: `reverse` computes them again in the backward pass, `store` keeps
+    them: its stored twin."""
+
     epochs: int = 60
     """How often the training images are seen."""
+
+    max_updates: int | None = None
+    """Updates after which to stop, in the midst of an epoch if need be; null makes all of `epochs`."""
 
     batch_size: int = 100
     """Images per update. What an epoch leaves over is seen in another epoch."""
 
     lr: float = 0.1
-    """Learning rate of the first updates."""
+    """Highest learning rate."""
+
+    schedule: Schedule = "step"
+    """Course of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`, `cosine` takes
+    it down to zero along half a cosine."""
+
+    warmup: float = 0.0
+    """Share of all updates in which the learning rate first rises from zero in a line."""
 
     decay_at: tuple[float, ...] = (0.5, 0.75)
     """When the learning rate is multiplied by `decay_factor`, as fractions of all updates."""
@@ -59,7 +86,13 @@ class TrainConfig:
     """What the learning rate is multiplied by."""
 
     momentum: float = 0.9
-    """Momentum of the gradient descent, without Nesterov's correction."""
+    """Momentum of the gradient descent."""
+
+    nesterov: bool = False
+    """Whether the momentum looks ahead, as Nesterov's does."""
+
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes; of the training loss only."""
 
     weight_decay: float = 2e-4
     """Decay of the convolution and linear weights; batch norms and biases are left alone."""
@@ -68,15 +101,41 @@ class TrainConfig:
     """Share of the training images, taken evenly from all classes, that validates instead of training. With 0, the
     paper's protocol, every image trains and the best weights are the last."""
 
-    preprocess: Preprocessing = "standardize"
-    """`standardize` each channel by the training pixels, or subtract the `mean_image` of training and test set and stay
-    on the 0-255 scale, as the paper does."""
+    preprocess: Preprocessing | None = None
+    """`standardize` each channel by the training pixels; subtract the `mean_image` of training and test set and stay on
+    the 0-255 scale, as the paper does for CIFAR; `imagenet` standardizes by the constants of that data set; `unit_range`
+    scales to [-1, 1], as the paper does for ImageNet. Null is the data set's usual: `imagenet` for images in files,
+    `standardize` for those held in memory."""
+
+    image_size: int | None = None
+    """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as they
+    are."""
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest share of an image in files that a random crop takes, before it is resized; the paper's is
+    0.05 to 1."""
 
     crop_padding: int | None = None
     """Pixels added on each side before a random crop; null is the data set's usual: 1 for digits, 4 elsewhere."""
 
     horizontal_flip: bool | None = None
     """Whether images are mirrored at random; null is the data set's usual: no for digits, yes elsewhere."""
+
+    color_distortion: bool = False
+    """Whether brightness, saturation, hue and contrast change at random, as the paper does for ImageNet."""
+
+    cutout: int = 0
+    """Side in pixels of a random square that is blanked out of each image; 0 for none."""
+
+    start_size: int | None = None
+    """Side that training images are shrunk to at first; it grows to their own until the fraction `full_size_at` of all
+    updates (progressive resizing). Null keeps their size."""
+
+    full_size_at: float = 0.6
+    """When progressive resizing has reached the images' own size, as a fraction of all updates."""
+
+    on_corrupt: OnCorrupt = "stop"
+    """What an image that cannot be decoded does: `stop` the run, or `skip` the image, naming it."""
 
     precision: Precision = "32-true"
     """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16."""
@@ -87,6 +146,9 @@ class TrainConfig:
     num_threads: int | None = None
     """Threads on the CPU; null is the data set's usual: 1 for digits, PyTorch's choice elsewhere."""
 
+    num_workers: int | None = None
+    """Processes that decode images; null is one less than the cores, at most 8, and none for images in memory."""
+
     seed: int = 0
     """Seed of the initial weights, the held-out images, their order and the augmentation."""
 
@@ -95,32 +157,61 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("data", "model"):
-            _check_name(name, getattr(self, name))
-        _check_integer("epochs", self.epochs, at_least=1)
-        _check_integer("batch_size", self.batch_size, at_least=1)
-        _check_integer("seed", self.seed, at_least=0, at_most=2**32 - 1)
-        _check_number("lr", self.lr, "above 0", lambda x: x > 0, "0.1 is usual")
-        _check_number("decay_factor", self.decay_factor, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.1 is usual")
-        _check_number("momentum", self.momentum, "from 0 to below 1", lambda x: 0 <= x < 1, "0.9 is usual")
-        _check_number("weight_decay", self.weight_decay, "0 or more", lambda x: x >= 0, "2e-4 is usual")
-        _check_number("val_fraction", self.val_fraction, "from 0 to below 1", lambda x: 0 <= x < 1, "0.1 is usual")
-        _check_choice("preprocess", self.preprocess, get_args(Preprocessing))
-        _check_choice("precision", self.precision, get_args(Precision))
-        _check_choice("device", self.device, get_args(Device))
-        if self.crop_padding is not None:
-            _check_integer("crop_padding", self.crop_padding, at_least=0)
-        if self.num_threads is not None:
-            _check_integer("num_threads", self.num_threads, at_least=1)
+            check_name(name, getattr(self, name))
+        check_integer("epochs", self.epochs, at_least=1)
+        check_integer("batch_size", self.batch_size, at_least=1)
+        check_integer("seed", self.seed, at_least=0, at_most=2**32 - 1)
+        check_number("lr", self.lr, "above 0", lambda x: x > 0, "0.1 is usual")
+        check_number("decay_factor", self.decay_factor, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.1 is usual")
+        check_number("momentum", self.momentum, "from 0 to below 1", lambda x: 0 <= x < 1, "0.9 is usual")
+        check_number("weight_decay", self.weight_decay, "0 or more", lambda x: x >= 0, "2e-4 is usual")
+        check_number("val_fraction", self.val_fraction, "from 0 to below 1", lambda x: 0 <= x < 1, "0.1 is usual")
+        check_number("warmup", self.warmup, "from 0 to below 1", lambda x: 0 <= x < 1, "0.05 is usual")
+        check_number("label_smoothing", self.label_smoothing, "from 0 to below 1", lambda x: 0 <= x < 1, "0.1 is usual")
+        check_number("full_size_at", self.full_size_at, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.6 is usual")
+        for name, choices in (
+            ("precision", get_args(Precision)),
+            ("device", get_args(Device)),
+            ("schedule", get_args(Schedule)),
+            ("policy", get_args(Policy)),
+            ("on_corrupt", get_args(OnCorrupt)),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        if self.preprocess is not None:
+            check_choice("preprocess", self.preprocess, get_args(Preprocessing))
+        check_integer("cutout", self.cutout, at_least=0)
+        for name, at_least in (
+            ("max_updates", 1),
+            ("crop_padding", 0),
+            ("image_size", 1),
+            ("start_size", 1),
+            ("num_threads", 1),
+            ("num_workers", 0),
+        ):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), at_least=at_least)
+        for name in ("nesterov", "color_distortion"):
+            if getattr(self, name) not in (True, False):
+                raise TypeError(f"`{name}` (={getattr(self, name)!r}) must be true or false.")
         if self.horizontal_flip not in (True, False, None):
             raise TypeError(f"`horizontal_flip` (={self.horizontal_flip!r}) must be true, false or null.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` (=True) needs a `momentum` above 0; 0.9 is usual.")
         # YAML has lists only; the frozen dataclass wants a tuple, which compares and hashes.
-        object.__setattr__(self, "decay_at", _check_fractions("decay_at", self.decay_at))
+        object.__setattr__(self, "decay_at", check_fractions("decay_at", self.decay_at))
+        object.__setattr__(self, "crop_area", check_range("crop_area", self.crop_area))
         if self.out_dir is not None:
-            _check_name("out_dir", self.out_dir)
+            check_name("out_dir", self.out_dir)
 
-    def resolve(self, data_name: str) -> Self:
-        """Fill what was left to the data set called `data_name`."""
-        usual = _USUAL.get(data_name, _USUAL_ELSEWHERE)
+    def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
+        """Fill what was left to the data set.
+
+        Args:
+            data_name: How the data set is called.
+            is_decoded: Whether its images lie in files, to be decoded and cropped in every epoch.
+        """
+        usual = _USUAL.get(data_name, _USUAL_DECODED if is_decoded else _USUAL_IN_MEMORY)
+        usual = {"num_workers": min(8, max(0, (os.cpu_count() or 1) - 1)) if is_decoded else 0, **usual}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def save(self, path: Path) -> None:
@@ -151,44 +242,6 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"`{path}` has the unknown setting `{unknown[0]}`; `revnet train --help` lists them all.")
         return cls(**settings)
-
-
-def _check_name(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"`{name}` (={value!r}) must be a string.")
-    if not value.strip():
-        raise ValueError(f"`{name}` (={value!r}) must not be empty.")
-
-
-def _check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"`{name}` (={value!r}) must be an integer.")
-    if value < at_least:
-        raise ValueError(f"`{name}` (={value}) must be {at_least} or more.")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"`{name}` (={value}) must be {at_most} or less.")
-
-
-def _check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool], advice: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"`{name}` (={value!r}) must be a number.")
-    if not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"`{name}` (={value}) must be a finite number {rule}; {advice}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = " or ".join(f"`{choice}`" for choice in choices)
-        raise ValueError(f"`{name}` (={value!r}) must be {listed}.")
-
-
-def _check_fractions(name: str, values: Any) -> tuple[float, ...]:
-    fractions = tuple(values) if isinstance(values, list | tuple) else None
-    if fractions is None or not all(isinstance(x, int | float) and 0 < x < 1 for x in fractions):
-        raise ValueError(f"`{name}` (={values!r}) must be a list of fractions between 0 and 1, such as [0.5, 0.75].")
-    if list(fractions) != sorted(fractions):
-        raise ValueError(f"`{name}` (={list(fractions)}) must rise; sort it.")
-    return fractions
 
 
 def _one_line(error: Exception) -> str:

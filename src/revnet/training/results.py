@@ -71,6 +71,12 @@ class TrainResult:
     best_val_accuracy: float | None
     """Validation accuracy in that epoch."""
 
+    num_updates: int
+    """Updates made."""
+
+    train_seconds: float
+    """Time of all epochs, validation included."""
+
     step_seconds: float
     """Median time of an update."""
 
@@ -82,6 +88,12 @@ class TrainResult:
 
     stored_peak_bytes: int | None
     """The same of the twin that stores its activations, if the model is reversible."""
+
+    process_peak_bytes: int | None
+    """The most memory that the process ever had: resident on the CPU, by PyTorch's allocator on a GPU."""
+
+    machine: list[str]
+    """Lines that say what hardware and which versions it was made with, when, and how."""
 
     def report(self) -> str:
         """Say it on the screen."""
@@ -109,10 +121,14 @@ class TrainResult:
             "best_epoch": self.best_epoch,
             "best_val_accuracy": self.best_val_accuracy,
             "best_test_accuracy": self.best_test and self.best_test.accuracy,
+            "num_updates": self.num_updates,
+            "train_seconds": self.train_seconds,
             "step_seconds": self.step_seconds,
             "batch_size": self.batch_size,
             "peak_bytes": self.peak_bytes,
             "stored_peak_bytes": self.stored_peak_bytes,
+            "process_peak_bytes": self.process_peak_bytes,
+            "machine": self.machine,
             "versions": {
                 "revnet": revnet.__version__,
                 "python": platform.python_version(),

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import revnet
+from revnet._machine import describe_machine, process_peak_bytes
 from revnet.data import (
     ImageDataset,
     ImageSplit,
@@ -35,7 +36,7 @@ from revnet.training._files import remove_leftovers
 from revnet.training._plot import plot_learning_curve
 from revnet.training._progress import make_progress
 from revnet.training._trainer import Stopped, check_device, fit, make_trainer
-from revnet.training.callbacks import EpochLog, RandomState, RunFiles, StepTimer
+from revnet.training.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer
 from revnet.training.classifier import Classifier, Header, check_fit
 from revnet.training.config import TrainConfig
 from revnet.training.evaluation import EVALUATION_BATCH_SIZE, evaluate_on
@@ -69,7 +70,7 @@ class _Job:
     task: ClassificationTask
 
 
-def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
+def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Train a model, and leave everything about it in a new folder.
 
     The folder holds the settings (`config.yaml`), a row of figures per epoch (`metrics.csv`), the weights
@@ -82,6 +83,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
     Args:
         config: The settings.
         quiet: Print nothing.
+        callbacks: Further callbacks for Lightning's Trainer.
 
     Raises:
         ValueError: The model or the data set is unknown, `out_dir` is taken, or a setting does not fit the data.
@@ -89,14 +91,16 @@ def train(config: TrainConfig, *, quiet: bool = False) -> TrainResult:
         TrainingInterrupted: Ctrl-C or SIGTERM came; `resume` goes on from the last finished epoch.
     """
     with torch.device("meta"):
-        create_model(config.model)  # an unknown name is told before the data are read, which may take a while
-    dataset = load_dataset(config.data)
+        model = create_model(config.model)  # an unknown name is told before the data are read, which may take a while
+    if config.policy == "store" and not _is_reversible(model):
+        raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
+    dataset = _load(config)
     job = _prepare(replace(config, data=_absolute(config.data)), dataset)
     folder = _run_dir.make_run_dir(job.config, dataset.name)
-    return _run_or_say_how_to_resume(job, folder, None, quiet)
+    return _run_or_say_how_to_resume(job, folder, None, quiet, callbacks)
 
 
-def resume(folder: str | Path, *, quiet: bool = False) -> TrainResult:
+def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
     """Go on with a run that was stopped, from its last finished epoch and with its own settings.
 
     On the CPU the result is the one that the run would have given without the stop, bit for bit.
@@ -104,6 +108,7 @@ def resume(folder: str | Path, *, quiet: bool = False) -> TrainResult:
     Args:
         folder: Where `train` left the run.
         quiet: Print nothing.
+        callbacks: Further callbacks for Lightning's Trainer; their state is in the checkpoint if they have any.
 
     Raises:
         CheckpointError: `folder` holds no run, none that can be resumed, or a checkpoint of another model.
@@ -114,15 +119,23 @@ def resume(folder: str | Path, *, quiet: bool = False) -> TrainResult:
     config = _read_settings(folder)
     checkpoint = folder / _run_dir.CHECKPOINT
     tensors = classifier_tensors(read_checkpoint(checkpoint))
-    job = _prepare(config, load_dataset(config.data))
+    job = _prepare(config, _load(config))
     check_fit(job.task.classifier, tensors, checkpoint)
     remove_leftovers(folder)
-    return _run_or_say_how_to_resume(job, folder, checkpoint, quiet)
+    return _run_or_say_how_to_resume(job, folder, checkpoint, quiet, callbacks)
 
 
 def _absolute(data: str) -> str:
     """Make a folder's path good in any working directory, so that a run can be resumed and evaluated anywhere."""
     return data if data in list_datasets() else str(Path(data).expanduser().resolve())
+
+
+def _load(config: TrainConfig) -> ImageDataset:
+    return load_dataset(config.data)
+
+
+def _is_reversible(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_reversible", False))
 
 
 def _read_settings(folder: Path) -> TrainConfig:
@@ -137,8 +150,10 @@ def _read_settings(folder: Path) -> TrainConfig:
 
 
 def _prepare(config: TrainConfig, dataset: ImageDataset) -> _Job:
-    config = config.resolve(dataset.name)
+    is_decoded = not isinstance(dataset.train, ImageSplit)
+    config = config.resolve(dataset.name, is_decoded=is_decoded)
     check_device(config.device)
+    assert config.preprocess is not None
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None
     training, validation = dataset.train, None
@@ -155,19 +170,27 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> _Job:
         class_names=dataset.class_names,
         image_shape=(dataset.in_channels, *dataset.image_size),
         preprocess=config.preprocess,
+        is_resized=is_decoded,
     )
     preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
+    distort = nn.Identity()
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size)
     num_updates = config.epochs * (len(training) // config.batch_size)
+    if config.max_updates is not None:
+        num_updates = min(num_updates, config.max_updates)
     torch.manual_seed(config.seed)
-    task = ClassificationTask(Classifier.create(header, preprocess), augment, config, num_updates)
+    options = {"policy": Store()} if config.policy == "store" else {}
+    classifier = Classifier.create(header, preprocess, **options)
+    task = ClassificationTask(classifier, distort, augment, config, num_updates)
     return _Job(config, dataset, training, validation, task)
 
 
-def _run_or_say_how_to_resume(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool) -> TrainResult:
+def _run_or_say_how_to_resume(
+    job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
+) -> TrainResult:
     try:
         with _threads(job.config.num_threads):
-            return _run(job, folder, checkpoint, quiet)
+            return _run(job, folder, checkpoint, quiet, callbacks)
     except KeyboardInterrupt as stop:
         message = f"stopped; `revnet train --resume {folder}` goes on after the last finished epoch."
         if not (folder / _run_dir.CHECKPOINT).is_file():
@@ -186,13 +209,13 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool) -> TrainResult:
+def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]) -> TrainResult:
     """Train, then look at what came out."""
     log, files = EpochLog(folder / _run_dir.LOG), RunFiles(folder)
-    callbacks: list[Callback] = [RandomState(), StepTimer(), log, files]
+    ours: list[Callback] = [RandomState(), StepTimer(), LastUpdate(job.task.num_updates), log, files]
     if not quiet:
-        callbacks.append(make_progress())
-    trainer = make_trainer(job.config, callbacks, folder)
+        ours.append(make_progress())
+    trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
     if not quiet:
         print(_heading(job, folder, device), flush=True)
@@ -201,51 +224,48 @@ def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool) -> Train
     plot_learning_curve(log.rows, folder / _run_dir.PICTURE, f"{job.config.model} on {job.dataset.name}")
     classifier, dataset = job.task.classifier, job.dataset
     best = load_classifier(folder / _run_dir.BEST_WEIGHTS) if files.best_val_accuracy is not None else None
-    peak_bytes, stored_peak_bytes = _peak_bytes(classifier, dataset.train.images[: job.config.batch_size])
+    peak_bytes, stored_peak_bytes = _peak_bytes(classifier, job.config)
     result = TrainResult(
         folder=folder,
         test=evaluate_on(dataset, classifier, device),
         best_test=None if best is None else evaluate_on(dataset, best, device),
         best_epoch=files.best_epoch,
         best_val_accuracy=files.best_val_accuracy,
+        num_updates=trainer.global_step,
+        train_seconds=sum(row["epoch_seconds"] for row in log.rows),
         step_seconds=median(row["step_seconds"] for row in log.rows),
         batch_size=job.config.batch_size,
         peak_bytes=peak_bytes,
         stored_peak_bytes=stored_peak_bytes,
+        process_peak_bytes=process_peak_bytes(device),
+        machine=describe_machine(f"revnet train --config {_run_dir.CONFIG}", device=device),
     )
     result.save(folder / _run_dir.SUMMARY)
     return result
 
 
 def _make_loaders(job: _Job, device: torch.device) -> tuple[_Loader, _Loader | None]:
-    seed, pin_memory = job.config.seed, device.type == "cuda"
+    config = job.config
+    assert config.num_workers is not None
+    loader = partial(make_loader, seed=config.seed, pin_memory=device.type == "cuda")
     # All updates are of the same size, so that they weigh the same.
-    train_loader = make_loader(
-        job.training,
-        batch_size=job.config.batch_size,
-        shuffle=True,
-        seed=seed,
-        drop_last=True,
-        pin_memory=pin_memory,
-    )
+    training = loader(job.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
     if job.validation is None:
-        return train_loader, None
-    val_loader = make_loader(
-        job.validation, batch_size=EVALUATION_BATCH_SIZE, shuffle=False, seed=seed, pin_memory=pin_memory
-    )
-    return train_loader, val_loader
+        return training, None
+    return training, loader(job.validation, batch_size=EVALUATION_BATCH_SIZE, shuffle=False)
 
 
-def _peak_bytes(classifier: Classifier, images: Tensor) -> tuple[int, int | None]:
-    """Measure an update on the CPU, where counting is exact: with the model, and with its stored twin if it has one."""
-    classifier = copy.deepcopy(classifier).cpu().train()
-    batch = classifier.preprocess(images)
-    peak_bytes = measure(classifier.model, batch).peak_bytes
-    if not getattr(classifier.model, "is_reversible", False):
-        return peak_bytes, None
-    twin = Classifier.create(classifier.header, classifier.preprocess, policy=Store())
-    twin.load_state_dict(classifier.state_dict())
-    return peak_bytes, measure(twin.model, batch).peak_bytes
+def _peak_bytes(classifier: Classifier, config: TrainConfig) -> tuple[int, int | None]:
+    """The activations of an update, counted by shapes alone: of the model, and of its stored twin if it has one."""
+    create = partial(Classifier.create, classifier.header, classifier.preprocess)
+    with torch.device("meta"):
+        batch = torch.empty(config.batch_size, *classifier.header.image_shape)
+        if not _is_reversible(classifier.model):
+            return measure(create().model, batch).peak_bytes, None
+        stored_bytes = measure(create(policy=Store()).model, batch).peak_bytes
+        if config.policy == "store":
+            return stored_bytes, None
+        return measure(create().model, batch).peak_bytes, stored_bytes
 
 
 def _heading(job: _Job, folder: Path, device: torch.device) -> str:

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from revnet.training._checkpoint import HEADER_KEY
 from revnet.training.classifier import Classifier
 from revnet.training.config import TrainConfig
-from revnet.training.schedules import step_decay
+from revnet.training.schedules import cosine_decay, progressive_size, step_decay
 
 Batch = tuple[Tensor, Tensor]
 
@@ -26,15 +26,24 @@ class ClassificationTask(LightningModule):
 
     Args:
         classifier: What is trained.
+        distort: Applied to the pixels of training images, uint8, on the device.
         augment: Applied to preprocessed training images, on the device, outside autocast.
         config: Settings of the run.
         num_updates: Updates of the whole run, for the schedule. Counted by the caller: Lightning's own
             estimate builds the loaders early, which stops stateful ones from resuming (lightning #20550).
     """
 
-    def __init__(self, classifier: Classifier, augment: nn.Module, config: TrainConfig, num_updates: int) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        distort: nn.Module,
+        augment: nn.Module,
+        config: TrainConfig,
+        num_updates: int,
+    ) -> None:
         super().__init__()
         self.classifier = classifier
+        self.distort = distort
         self.augment = augment
         self.config = config
         self.num_updates = num_updates
@@ -45,14 +54,14 @@ class ClassificationTask(LightningModule):
         """Preprocess and, for training, augment the batch on the device."""
         images, labels = batch
         with torch.no_grad():
-            images = self.classifier.preprocess(images)
-            return self.augment(images), labels  # does nothing in evaluation mode
+            images = self.classifier.preprocess(self.distort(images))
+            return self._shrink(self.augment(images)), labels  # these change nothing in evaluation mode
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Give the loss of one update."""
         images, labels = batch
         logits = self.classifier.model(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.train_accuracy.update(logits.detach(), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
@@ -70,18 +79,37 @@ class ClassificationTask(LightningModule):
         """Make the optimiser, and the schedule that follows every update."""
         config = self.config
         groups = parameter_groups(self.classifier.model, config.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-        schedule = step_decay(
-            optimizer,
-            num_updates=self.num_updates,
-            decay_at=config.decay_at,
-            decay_factor=config.decay_factor,
-        )
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        if config.schedule == "cosine":
+            schedule = cosine_decay(optimizer, num_updates=self.num_updates, warmup=config.warmup)
+        else:
+            schedule = step_decay(
+                optimizer,
+                num_updates=self.num_updates,
+                decay_at=config.decay_at,
+                decay_factor=config.decay_factor,
+                warmup=config.warmup,
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the header beside the tensors, so that a checkpoint says what it is of."""
         checkpoint[HEADER_KEY] = self.classifier.header.to_metadata()
+
+    def _shrink(self, images: Tensor) -> Tensor:
+        full_size, start_size = min(images.shape[2:]), self.config.start_size
+        if not self.training or start_size is None or start_size >= full_size:
+            return images
+        size = progressive_size(
+            self.trainer.global_step / self.num_updates,
+            start_size=start_size,
+            full_size=full_size,
+            full_size_at=self.config.full_size_at,
+        )
+        if size == full_size:
+            return images
+        sides = [round(size / full_size * side) for side in images.shape[2:]]
+        return F.interpolate(images, sides, mode="bilinear", antialias=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -43,6 +43,21 @@ def hardware_name(device: torch.device = _CPU) -> str:
     return f"cpu{os.cpu_count()}"
 
 
+def process_peak_bytes(device: torch.device = _CPU) -> int | None:
+    """The most memory that this process ever had: resident on the CPU, by PyTorch's allocator on a GPU.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _revision() -> str:
     """The commit of a source checkout, marked if files have changed since; the version of an installed package."""
     folder = Path(revnet.__file__).parent

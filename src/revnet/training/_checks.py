@@ -1,0 +1,58 @@
+"""Checks of a setting: its name, its value, the rule, in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raise unless `value` is a string with something in it."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` (={value!r}) must be a string.")
+    if not value.strip():
+        raise ValueError(f"`{name}` (={value!r}) must not be empty.")
+
+
+def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
+    """Raise unless `value` is an integer in the range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` (={value!r}) must be an integer.")
+    if value < at_least:
+        raise ValueError(f"`{name}` (={value}) must be {at_least} or more.")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"`{name}` (={value}) must be {at_most} or less.")
+
+
+def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool], advice: str) -> None:
+    """Raise unless `value` is a finite number for which the `rule` holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"`{name}` (={value!r}) must be a number.")
+    if not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"`{name}` (={value}) must be a finite number {rule}; {advice}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = " or ".join(f"`{choice}`" for choice in choices)
+        raise ValueError(f"`{name}` (={value!r}) must be {listed}.")
+
+
+def check_fractions(name: str, values: Any) -> tuple[float, ...]:
+    """Raise unless `values` are rising fractions between 0 and 1; returns them as a tuple."""
+    fractions = tuple(values) if isinstance(values, list | tuple) else None
+    if fractions is None or not all(isinstance(x, int | float) and 0 < x < 1 for x in fractions):
+        raise ValueError(f"`{name}` (={values!r}) must be a list of fractions between 0 and 1, such as [0.5, 0.75].")
+    if list(fractions) != sorted(fractions):
+        raise ValueError(f"`{name}` (={list(fractions)}) must rise; sort it.")
+    return fractions
+
+
+def check_range(name: str, values: Any) -> tuple[float, float]:
+    """Raise unless `values` are two rising shares above 0, at most 1; returns them as a tuple."""
+    shares = tuple(values) if isinstance(values, list | tuple) else ()
+    if len(shares) != 2 or not all(isinstance(x, int | float) for x in shares) or not 0 < shares[0] <= shares[1] <= 1:
+        raise ValueError(f"`{name}` (={values!r}) must be two shares above 0, the second at most 1, such as [0.08, 1].")
+    return shares
