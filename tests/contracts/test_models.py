@@ -1,4 +1,4 @@
-"""Every reversible model that is registered, against its stored twin: a newcomer is covered by being registered."""
+"""Reversible models against their stored twins: a newcomer is covered by being added to the list."""
 
 import copy
 import io
@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from revnet import Store, create_model
+from revnet import Store
 from revnet.memory import measure
 from tests.helpers import all_reversible_models, assert_close, assert_same_buffers, gradients, squares
 
@@ -16,8 +16,8 @@ def make_input():
     return torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
 
-def make_twin(name, model):
-    twin = create_model(name, policy=Store()).double()
+def make_twin(make_model, model):
+    twin = make_model(policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     return twin
 
@@ -31,9 +31,9 @@ def train_step(model, x, seed=1):
 
 
 @all_reversible_models
-def test_a_step_is_the_twins(name):
-    model = create_model(name).double()
-    twin = make_twin(name, model)
+def test_a_step_is_the_twins(make_model):
+    model = make_model().double()
+    twin = make_twin(make_model, model)
     x = make_input().requires_grad_()
     twin_x = x.detach().clone().requires_grad_()
     output, state = train_step(model, x)
@@ -47,9 +47,9 @@ def test_a_step_is_the_twins(name):
 
 
 @all_reversible_models
-def test_a_step_in_evaluation_is_the_twins(name):
-    model = create_model(name).double().eval()
-    twin = make_twin(name, model).eval()
+def test_a_step_in_evaluation_is_the_twins(make_model):
+    model = make_model().double().eval()
+    twin = make_twin(make_model, model).eval()
     x = make_input()
     output, _ = train_step(model, x)
     expected, _ = train_step(twin, x)
@@ -58,9 +58,9 @@ def test_a_step_in_evaluation_is_the_twins(name):
 
 
 @all_reversible_models
-def test_a_step_needs_less_memory_than_the_twins(name):
-    model = create_model(name)
-    twin = create_model(name, policy=Store())
+def test_a_step_needs_less_memory_than_the_twins(make_model):
+    model = make_model()
+    twin = make_model(policy=Store())
     x = torch.randn(2, 3, 32, 32)
     memory, expected = measure(model, x), measure(twin, x)
     assert memory.peak_bytes < expected.peak_bytes
@@ -68,10 +68,10 @@ def test_a_step_needs_less_memory_than_the_twins(name):
 
 
 @all_reversible_models
-def test_repeated_steps_are_the_twins(name):
+def test_repeated_steps_are_the_twins(make_model):
     """With an optimizer, the whole loop."""
-    model = create_model(name).double()
-    twin = make_twin(name, model)
+    model = make_model().double()
+    twin = make_twin(make_model, model)
     batches = [make_input() for _ in range(3)]
     for module in (model, twin):
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
@@ -84,12 +84,12 @@ def test_repeated_steps_are_the_twins(name):
 
 
 COPIES = {
-    "deepcopy": lambda model, name: copy.deepcopy(model),
-    "pickle": lambda model, name: pickle.loads(pickle.dumps(model)),
-    "torch.save": lambda model, name: load(save(model), weights_only=False),
-    "state dict": lambda model, name: with_state(create_model(name).double(), model.state_dict()),
-    "saved state dict": lambda model, name: with_state(
-        create_model(name).double(), load(save(model.state_dict()), weights_only=True)
+    "deepcopy": lambda model, make_model: copy.deepcopy(model),
+    "pickle": lambda model, make_model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model, make_model: load(save(model), weights_only=False),
+    "state dict": lambda model, make_model: with_state(make_model().double(), model.state_dict()),
+    "saved state dict": lambda model, make_model: with_state(
+        make_model().double(), load(save(model.state_dict()), weights_only=True)
     ),
 }
 
@@ -111,12 +111,12 @@ def with_state(model, state):
 
 @all_reversible_models
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
-def test_a_copy_trains_as_the_model_does(name, make_copy):
+def test_a_copy_trains_as_the_model_does(make_model, make_copy):
     """Made after a step, of a model whose graph still lives; and nothing is shared."""
-    model = create_model(name).double()
+    model = make_model().double()
     loss = squares(model(make_input()))
     loss.backward(retain_graph=True)
-    other = make_copy(model, name)
+    other = make_copy(model, make_model)
     assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
     x = make_input()
     steps = []

@@ -2,14 +2,34 @@ import pytest
 import torch
 
 from revnet import create_model, list_models
+from revnet.models import published_image_size
+from revnet.models._registry import _ENTRIES, register_model
+
+CIFAR = {"resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"}
+
+
+def make_on_meta(name, **options):
+    with torch.device("meta"):
+        return create_model(name, **options)
 
 
 def test_names_are_listed_in_numeric_order():
-    assert list_models() == ["resnet32", "revnet38"]
+    assert list_models() == [
+        "resnet32",
+        "resnet50",
+        "resnet101",
+        "resnet110",
+        "resnet164",
+        "revnet38",
+        "revnet56",
+        "revnet104",
+        "revnet110",
+        "revnet164",
+    ]
 
 
-@pytest.mark.parametrize("name", list_models())
-def test_every_model_trains_one_step(name):
+@pytest.mark.parametrize("name", ["resnet32", "revnet38"])
+def test_a_model_trains_one_step(name):
     model = create_model(name, num_classes=7, in_channels=1)
     logits = model(torch.randn(2, 1, 8, 8))
     assert logits.shape == (2, 7)
@@ -17,17 +37,47 @@ def test_every_model_trains_one_step(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_unknown_name():
+@pytest.mark.parametrize("name", list_models())
+def test_shapes_at_the_published_image_size(name):
+    size, side, num_classes = (32, 8, 10) if name in CIFAR else (224, 7, 1000)
+    assert published_image_size(name) == size
+    model = make_on_meta(name)
+    features = model.forward_features(torch.empty(2, 3, size, size, device="meta"))
+    assert features.shape == (2, model.num_features, side, side)
+    assert model.forward_head(features).shape == (2, num_classes)
+
+
+def test_a_newcomer_is_one_decorated_function(monkeypatch):
+    monkeypatch.setattr("revnet.models._registry._ENTRIES", dict(_ENTRIES))
+
+    @register_model(image_size=8)
+    def revnet2(*, num_classes=3, in_channels=3):
+        return f"{num_classes} {in_channels}"
+
+    assert create_model("revnet2") == "3 3"
+    assert create_model("revnet2", num_classes=0, in_channels=1) == "0 1"
+    assert published_image_size("revnet2") == 8
+    assert list_models().index("revnet2") == 5
+
+
+@pytest.mark.parametrize("function", [create_model, published_image_size])
+def test_unknown_name(function):
     with pytest.raises(ValueError, match=r"`name` \(='revnet83'\) is no model of revnet; did you mean 'revnet38'\?"):
-        create_model("revnet83")
+        function("revnet83")
     with pytest.raises(ValueError, match=r"`name` \(='gpt'\) is no model of revnet; the models are: resnet32,"):
-        create_model("gpt")
+        function("gpt")
 
 
 @pytest.mark.parametrize("name", list_models())
-@pytest.mark.parametrize("count", [0, -1, 2.5, True])
-def test_counts_must_be_positive(name, count):
-    with pytest.raises(ValueError, match=r"`num_classes` \(=.*\) must be a positive integer"):
-        create_model(name, num_classes=count)
+@pytest.mark.parametrize("count", [-1, 2.5, True, "10"])
+def test_counts_must_be_counts(name, count):
+    with pytest.raises(ValueError, match=r"`num_classes` \(=.*\) must be a positive integer, or 0 for pooled"):
+        make_on_meta(name, num_classes=count)
     with pytest.raises(ValueError, match=r"`in_channels` \(=.*\) must be a positive integer"):
-        create_model(name, in_channels=count)
+        make_on_meta(name, in_channels=count)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_no_such_option(name):
+    with pytest.raises(TypeError, match="pretrained"):
+        make_on_meta(name, pretrained=True)

@@ -1,9 +1,19 @@
 """Networks by their published names, one family a file."""
 
+from revnet.models._image_classifier import AbstractImageClassifier as AbstractImageClassifier
 from revnet.models._registry import create_model as create_model
 from revnet.models._registry import list_models as list_models
+from revnet.models._registry import published_image_size as published_image_size
 from revnet.models._registry import register_model as register_model
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.resnet import resnet32 as resnet32
+from revnet.models.resnet import resnet50 as resnet50
+from revnet.models.resnet import resnet101 as resnet101
+from revnet.models.resnet import resnet110 as resnet110
+from revnet.models.resnet import resnet164 as resnet164
 from revnet.models.revnet import RevNet as RevNet
 from revnet.models.revnet import revnet38 as revnet38
+from revnet.models.revnet import revnet56 as revnet56
+from revnet.models.revnet import revnet104 as revnet104
+from revnet.models.revnet import revnet110 as revnet110
+from revnet.models.revnet import revnet164 as revnet164

@@ -1,22 +1,28 @@
 """Pre-activation ResNets, the stored reference of the paper.
 
-As the official code builds them: pre-activation blocks, and a shortcut without parameters (average pooling and zero
-channels where the shape changes). B C H W: batch, channels, height, width.
+As the official code builds them: pre-activation blocks, basic ones for the networks of depth 32 and 110, bottlenecks
+for the others. The shortcut of a basic block has no parameters (average pooling and zero channels where the shape
+changes); that of a bottleneck is a convolution there. B C H W: batch, channels, height, width.
 
 References:
     He et al. (2016), Identity Mappings in Deep Residual Networks.
     Gomez et al. (2017), The Reversible Residual Network, table 2.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models._checks import check_positive, check_stages
+from revnet.models._checks import check_choice, check_num_classes, check_positive, check_stages
+from revnet.models._image_classifier import AbstractImageClassifier, make_head
+from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
 from revnet.nn import BatchNorm2dBiased, Conv2dSame
+
+BlockName = Literal["basic", "bottleneck"]
+StemName = Literal["small", "large"]
 
 
 class BasicResidual(nn.Module):
@@ -49,8 +55,47 @@ class BasicResidual(nn.Module):
         return self.conv2(x)
 
 
+class BottleneckResidual(nn.Module):
+    """The residual function of a bottleneck: BN, ReLU and convolution, 1x1, 3x3 and 1x1; a quarter as wide inside.
+
+    The stride is that of the first 1x1 convolution, as in the paper, and not of the 3x3 as in many later networks.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output, a multiple of 4.
+        stride: Stride of the first convolution.
+        pre_activate: Whether to begin with BN and ReLU; the first block after the stem does not, the stem has just done
+            so.
+
+    Shape:
+        x: (B, in_channels, H, W). Output: (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, pre_activate: bool = True):
+        super().__init__()
+        width = out_channels // 4
+        self.norm1 = batch_norm(in_channels) if pre_activate else None
+        self.conv1 = Conv2dSame(in_channels, width, 1, stride)
+        self.norm2 = batch_norm(width)
+        self.conv2 = Conv2dSame(width, width, 3)
+        self.norm3 = batch_norm(width)
+        self.conv3 = Conv2dSame(width, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the residual of `x`."""
+        if self.norm1 is not None:
+            x = F.relu(self.norm1(x))
+        x = self.conv1(x)
+        x = F.relu(self.norm2(x))
+        x = self.conv2(x)
+        x = F.relu(self.norm3(x))
+        return self.conv3(x)
+
+
 class PoolPadShortcut(nn.Module):
-    """The shortcut where the shape changes: average pooling, then zero channels on both sides. It has no parameters.
+    """A basic block's shortcut: average pooling, then zero channels on both sides, where the shape changes.
+
+    It has no parameters.
 
     Shape:
         x: (B, in_channels, H, W). Output: (B, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -70,87 +115,171 @@ class PoolPadShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, *self.channel_padding)) if any(self.channel_padding) else x
 
 
+def projection_shortcut(in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
+    """A bottleneck's shortcut: a 1x1 convolution of the block's own input, without BN, where the shape changes."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return Conv2dSame(in_channels, out_channels, 1, stride)
+
+
+class BlockKind(NamedTuple):
+    """What blocks of one kind are made of."""
+
+    residual: type[BasicResidual] | type[BottleneckResidual]
+    shortcut: Callable[[int, int, int], nn.Module]
+    expansion: int
+    """Channels of a stage's output for each of its width."""
+
+    def channels(self, widths: Sequence[int]) -> list[int]:
+        """The channels of the stem and of each stage, from the widths of the paper's table."""
+        return [widths[0], *(self.expansion * width for width in widths[1:])]
+
+
+BLOCK_KINDS = {
+    "basic": BlockKind(BasicResidual, PoolPadShortcut, expansion=1),
+    "bottleneck": BlockKind(BottleneckResidual, projection_shortcut, expansion=4),
+}
+
+
 class ResidualBlock(nn.Module):
     """`y = shortcut(x) + residual(x)`, by ordinary autograd."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, *, pre_activate: bool = True):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, *, kind: BlockKind, pre_activate: bool = True
+    ):
         super().__init__()
-        self.residual = BasicResidual(in_channels, out_channels, stride, pre_activate=pre_activate)
-        self.shortcut = PoolPadShortcut(in_channels, out_channels, stride)
+        self.residual = kind.residual(in_channels, out_channels, stride, pre_activate=pre_activate)
+        self.shortcut = kind.shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block's output."""
         return self.shortcut(x) + self.residual(x)
 
 
-class ResNet(nn.Module):
-    """A pre-activation ResNet for small images.
+class MaxPool2dSame(nn.Module):
+    """Max-pooling over 3x3 pixels with stride 2, padded as TensorFlow's SAME pads, by what never is the maximum.
+
+    Shape:
+        x: (B, C, H, W). Output: (B, C, ceil(H / 2), ceil(W / 2)).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool."""
+        # An odd side is padded by a pixel at both ends; an even one by a pixel at the far end alone, over which the
+        # last window hangs in `ceil_mode`. A padded copy, which autograd would hold, is not needed for either.
+        return F.max_pool2d(x, 3, stride=2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
+
+
+class StemKind(NamedTuple):
+    """How a network begins: one convolution, and perhaps pooling."""
+
+    kernel_size: int
+    stride: int
+    pools: bool
+
+    def make_stem(self, in_channels: int, width: int) -> nn.Sequential:
+        """Convolution, BN, ReLU."""
+        conv = Conv2dSame(in_channels, width, self.kernel_size, self.stride)
+        return nn.Sequential(conv, batch_norm(width), nn.ReLU())
+
+    def make_pool(self) -> nn.Module:
+        """What lies between the stem and the first stage."""
+        return MaxPool2dSame() if self.pools else nn.Identity()
+
+    def feature_info(self, channels: Sequence[int]) -> list[dict[str, Any]]:
+        """Describe the maps of a network with this stem, whose stages, all but the first, halve the image.
+
+        Args:
+            channels: Channels of the stem and of each stage.
+        """
+        stem, *stages = channels
+        reduction = 2 * self.stride if self.pools else self.stride
+        info: list[dict[str, Any]] = [{"num_chs": stem, "reduction": self.stride, "module": "stem"}]
+        for stage, width in enumerate(stages):
+            info.append({"num_chs": width, "reduction": reduction * 2**stage, "module": f"stages.{stage}"})
+        return info
+
+
+STEM_KINDS = {"small": StemKind(3, 1, pools=False), "large": StemKind(7, 2, pools=True)}
+
+
+class ResNet(AbstractImageClassifier):
+    """A pre-activation ResNet.
 
     Args:
         num_blocks: Blocks of each stage; every stage but the first halves the image.
-        widths: Channels of the stem and of each stage.
-        num_classes: Size of the output.
+        widths: Width of the stem and of each stage, as in the paper's table: a stage of bottlenecks has 4 times as many
+            channels.
+        block: "basic", two 3x3 convolutions; or "bottleneck", a 3x3 between two 1x1.
+        stem: "small", for images such as CIFAR's: a 3x3 convolution; or "large", for images such as ImageNet's: a 7x7
+            convolution and max-pooling, each with stride 2.
+        num_classes: Size of the output; 0 for pooled features in place of logits.
         in_channels: Channels of the input images.
 
     Shape:
         x: (B, in_channels, H, W), any H and W. Output: logits (B, num_classes).
 
     Raises:
-        ValueError: A count is not positive, or `widths` does not fit `num_blocks`.
+        TypeError: `num_blocks` or `widths` is no sequence.
+        ValueError: A count is not positive, `widths` does not fit `num_blocks` or the block, or there is no such block
+            or stem.
     """
 
     is_reversible = False
 
     def __init__(
-        self, *, num_blocks: Sequence[int], widths: Sequence[int], num_classes: int = 10, in_channels: int = 3
+        self,
+        *,
+        num_blocks: Sequence[int],
+        widths: Sequence[int],
+        block: BlockName = "basic",
+        stem: StemName = "small",
+        num_classes: int = 10,
+        in_channels: int = 3,
     ):
         super().__init__()
-        check_positive(num_classes=num_classes, in_channels=in_channels)
-        check_stages(num_blocks, widths)
-        self.stem = nn.Sequential(Conv2dSame(in_channels, widths[0], 3), batch_norm(widths[0]), nn.ReLU())
+        check_choice("block", block, tuple(BLOCK_KINDS))
+        check_choice("stem", stem, tuple(STEM_KINDS))
+        check_stages(num_blocks, widths, may_shrink=block == "bottleneck")
+        check_num_classes(num_classes)
+        check_positive(in_channels=in_channels)
+        channels = BLOCK_KINDS[block].channels(widths)
+        self.num_classes = num_classes
+        self.num_features = channels[-1]
+        self.feature_info = STEM_KINDS[stem].feature_info(channels)
+        self.stem = STEM_KINDS[stem].make_stem(in_channels, channels[0])
+        self.pool = STEM_KINDS[stem].make_pool()
         self.stages = nn.Sequential(
             *[
-                nn.Sequential(
-                    *[
-                        ResidualBlock(
-                            widths[stage] if block == 0 else widths[stage + 1],
-                            widths[stage + 1],
-                            stride=2 if stage > 0 and block == 0 else 1,
-                            pre_activate=stage > 0 or block > 0,
-                        )
-                        for block in range(count)
-                    ]
-                )
+                _stage(channels[stage], channels[stage + 1], count, is_first=stage == 0, kind=BLOCK_KINDS[block])
                 for stage, count in enumerate(num_blocks)
             ]
         )
-        self.norm = batch_norm(widths[-1])
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.norm = batch_norm(channels[-1])
+        self.head = make_head(channels[-1], num_classes)
         initialize(self)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the features before pooling, (B, widths[-1], H', W')."""
-        return F.relu(self.norm(self.stages(self.stem(x))))
+    def _enter(self, x: Tensor) -> Tensor:
+        return self.pool(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits."""
-        return self.head(self.forward_features(x).mean((-2, -1)))
+    def _join(self, y: Tensor) -> Tensor:
+        return y
 
 
-def initialize(model: nn.Module) -> None:
-    """Initialise as the official code does.
-
-    Convolutions: normal with deviation sqrt(2 / (k^2 out_channels)), cut at two deviations. Linear layers: uniform
-    within sqrt(3 / in_features), bias zero. Batch norm: one and zero.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            deviation = math.sqrt(2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels))
-            nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-        elif isinstance(module, nn.Linear):
-            bound = math.sqrt(3 / module.in_features)
-            nn.init.uniform_(module.weight, -bound, bound)
-            nn.init.zeros_(module.bias)
+def _stage(in_channels: int, out_channels: int, num_blocks: int, *, is_first: bool, kind: BlockKind) -> nn.Sequential:
+    """A stage; the first keeps the image's size, and follows the stem's activation."""
+    return nn.Sequential(
+        *[
+            ResidualBlock(
+                out_channels if block else in_channels,
+                out_channels,
+                stride=1 if is_first or block else 2,
+                kind=kind,
+                pre_activate=not is_first or block > 0,
+            )
+            for block in range(num_blocks)
+        ]
+    )
 
 
 def batch_norm(num_channels: int) -> BatchNorm2dBiased:
@@ -158,7 +287,51 @@ def batch_norm(num_channels: int) -> BatchNorm2dBiased:
     return BatchNorm2dBiased(num_channels, eps=1e-3, momentum=0.01)
 
 
-@register_model
+@register_model(image_size=32)
 def resnet32(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
     """ResNet-32 for CIFAR: 464,154 parameters for 10 classes."""
     return ResNet(num_blocks=(5, 5, 5), widths=(16, 16, 32, 64), num_classes=num_classes, in_channels=in_channels)
+
+
+@register_model(image_size=32)
+def resnet110(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-110 for CIFAR: 1,727,962 parameters for 10 classes."""
+    return ResNet(num_blocks=(18, 18, 18), widths=(16, 16, 32, 64), num_classes=num_classes, in_channels=in_channels)
+
+
+@register_model(image_size=32)
+def resnet164(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-164 for CIFAR, of bottlenecks: 1,703,258 parameters for 10 classes."""
+    return ResNet(
+        num_blocks=(18, 18, 18),
+        widths=(16, 16, 32, 64),
+        block="bottleneck",
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )
+
+
+@register_model(image_size=224)
+def resnet50(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
+    """ResNet-50 for ImageNet, of bottlenecks: 25,549,352 parameters for 1000 classes."""
+    return ResNet(
+        num_blocks=(3, 4, 6, 3),
+        widths=(64, 64, 128, 256, 512),
+        block="bottleneck",
+        stem="large",
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )
+
+
+@register_model(image_size=224)
+def resnet101(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
+    """ResNet-101 for ImageNet, of bottlenecks: 44,541,480 parameters for 1000 classes."""
+    return ResNet(
+        num_blocks=(3, 4, 23, 3),
+        widths=(64, 64, 128, 256, 512),
+        block="bottleneck",
+        stem="large",
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )

@@ -12,23 +12,24 @@ References:
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
 from revnet.functional import HalfBlock, split
-from revnet.models._checks import check_positive, check_stages
+from revnet.models._checks import check_choice, check_num_classes, check_positive, check_stages
+from revnet.models._image_classifier import AbstractImageClassifier, make_head
+from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
-from revnet.models.resnet import BasicResidual, PoolPadShortcut, batch_norm, initialize
-from revnet.nn import AbstractPolicy, Conv2dSame, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.models.resnet import BLOCK_KINDS, STEM_KINDS, BlockKind, BlockName, StemName, batch_norm
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
 
 
 class Downsample(nn.Module):
     """The first block of a stage, which changes the shape and so is not reversible.
 
-    `y1 = shortcut(x1) + f(x2)`, `y2 = shortcut(x2) + g(y1)`; f has the stride. Each sum by itself is half of a
-    reversible block, on the streams `(shortcut(x1), x2)` and `(y1, shortcut(x2))`. So under `Reverse()` the activations
-    of f and g are computed again from `x2` and `y1`; of the block itself, only its input and `y1` are held.
+    `y1 = shortcut1(x1) + f(x2)`, `y2 = shortcut2(x2) + g(y1)`; f has the stride. Each sum by itself is half of a
+    reversible block, on the streams `(shortcut1(x1), x2)` and `(y1, shortcut2(x2))`. So under `Reverse()` the
+    activations of f and g are computed again from `x2` and `y1`; of the block itself, only its input and `y1` are held.
 
     Shape:
         x: the pair x1, x2, both (B, in_channels, H, W).
@@ -36,37 +37,59 @@ class Downsample(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, *, pre_activate: bool = True, policy: AbstractPolicy
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        kind: BlockKind,
+        pre_activate: bool = True,
+        policy: AbstractPolicy,
     ):
         super().__init__()
-        self.shortcut = PoolPadShortcut(in_channels, out_channels, stride)
-        self.f = BasicResidual(in_channels, out_channels, stride, pre_activate=pre_activate)
-        self.g = BasicResidual(out_channels, out_channels)
+        self.shortcut1 = kind.shortcut(in_channels, out_channels, stride)
+        self.shortcut2 = kind.shortcut(in_channels, out_channels, stride)
+        self.f = kind.residual(in_channels, out_channels, stride, pre_activate=pre_activate)
+        self.g = kind.residual(out_channels, out_channels)
         self.policy = policy
 
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""
         x1, x2 = x
-        y1, x2, _ = self.policy.run([HalfBlock(self.f, 0, "downsample.f")], self.shortcut(x1), x2, (), {})
-        y1, y2, _ = self.policy.run([HalfBlock(self.g, 1, "downsample.g")], y1, self.shortcut(x2), (), {})
+        # The shortcuts stay in the streams' precision: under autocast a projection comes in a lower one.
+        y1 = self.shortcut1(x1).to(x1.dtype)
+        y1, x2, _ = self.policy.run([HalfBlock(self.f, 0, "downsample.f")], y1, x2, (), {})
+        y2 = self.shortcut2(x2).to(x2.dtype)
+        y1, y2, _ = self.policy.run([HalfBlock(self.g, 1, "downsample.g")], y1, y2, (), {})
         return y1, y2
 
 
-class RevNet(nn.Module):
-    """A reversible residual network for small images.
+class RevNet(AbstractImageClassifier):
+    """A reversible residual network.
 
     Args:
         num_blocks: Blocks of each stage; every stage but the first halves the image.
-        widths: Channels of the stem and of each stage, both streams together; even.
-        num_classes: Size of the output.
+        widths: Width of the stem and of each stage, both streams together, as in the paper's table; even. A stage of
+            bottlenecks has 4 times as many channels.
+        block: "basic", two 3x3 convolutions in each residual function; or "bottleneck", a 3x3 between two 1x1.
+        stem: "small", for images such as CIFAR's: a 3x3 convolution; or "large", for images such as ImageNet's: a 7x7
+            convolution and max-pooling, each with stride 2.
+        num_classes: Size of the output; 0 for pooled features in place of logits.
         in_channels: Channels of the input images.
-        policy: What to do with the activations of the reversible blocks. `Store()` makes the stored twin.
+        policy: What to do with the activations of the reversible blocks, `Reverse()` by default. `Store()` makes the
+            stored twin.
 
     Shape:
         x: (B, in_channels, H, W), any H and W. Output: logits (B, num_classes).
 
+    Numerics:
+        Under autocast the streams are float32, in which they can be rebuilt; the residual functions compute in low
+        precision.
+
     Raises:
-        ValueError: A count is not positive, a width is odd, or `widths` does not fit `num_blocks`.
+        TypeError: `num_blocks` or `widths` is no sequence, or `policy` is none.
+        ValueError: A count is not positive, a width is odd, `widths` does not fit `num_blocks` or the block, or there
+            is no such block or stem.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, section 3.2.
@@ -79,60 +102,138 @@ class RevNet(nn.Module):
         *,
         num_blocks: Sequence[int],
         widths: Sequence[int],
+        block: BlockName = "basic",
+        stem: StemName = "small",
         num_classes: int = 10,
         in_channels: int = 3,
         policy: AbstractPolicy | None = None,
     ):
         super().__init__()
-        check_positive(num_classes=num_classes, in_channels=in_channels)
-        check_stages(num_blocks, widths, multiple_of=2)
-        self.stem = nn.Sequential(Conv2dSame(in_channels, widths[0], 3), batch_norm(widths[0]), nn.ReLU())
+        check_choice("block", block, tuple(BLOCK_KINDS))
+        check_choice("stem", stem, tuple(STEM_KINDS))
+        check_stages(num_blocks, widths, multiple_of=2, may_shrink=block == "bottleneck")
+        check_num_classes(num_classes)
+        check_positive(in_channels=in_channels)
+        if policy is None:
+            policy = Reverse()
+        if not isinstance(policy, AbstractPolicy):
+            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        channels = BLOCK_KINDS[block].channels(widths)
+        self.num_classes = num_classes
+        self.num_features = channels[-1]
+        self.feature_info = STEM_KINDS[stem].feature_info(channels)
+        self.stem = STEM_KINDS[stem].make_stem(in_channels, channels[0])
+        self.pool = STEM_KINDS[stem].make_pool()
         self.stages = nn.Sequential(
             *[
                 _stage(
-                    widths[stage] // 2, widths[stage + 1] // 2, count, is_first=stage == 0, policy=policy or Reverse()
+                    channels[stage] // 2,
+                    channels[stage + 1] // 2,
+                    count,
+                    is_first=stage == 0,
+                    kind=BLOCK_KINDS[block],
+                    policy=policy,
                 )
                 for stage, count in enumerate(num_blocks)
             ]
         )
-        self.norm = batch_norm(widths[-1])
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.norm = batch_norm(channels[-1])
+        self.head = make_head(channels[-1], num_classes)
         initialize(self)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the features before pooling, (B, widths[-1], H', W')."""
-        y1, y2 = self.stages(split(self.stem(x), dim=1))
-        return F.relu(self.norm(torch.cat((y1, y2), dim=1)))
+    def _enter(self, x: Tensor) -> TensorPair:
+        x = self.pool(x)
+        # Under autocast the stem's map is in low precision, in which the streams could hardly be rebuilt.
+        return split(x.float() if _is_autocast(x.device.type) else x, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits."""
-        return self.head(self.forward_features(x).mean((-2, -1)))
+    def _join(self, y: TensorPair) -> Tensor:
+        return torch.cat(y, dim=1)
+
+
+def _is_autocast(device_type: str) -> bool:
+    # PyTorch knows no autocast on the meta device, and raises when asked whether it is on.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _stage(
-    in_channels: int, out_channels: int, num_blocks: int, *, is_first: bool, policy: AbstractPolicy
+    in_channels: int,
+    out_channels: int,
+    num_blocks: int,
+    *,
+    is_first: bool,
+    kind: BlockKind,
+    policy: AbstractPolicy,
 ) -> nn.Sequential:
     """A stage on streams of `out_channels`; the first keeps the image's size, and follows the stem's activation."""
     changes_shape = not is_first or in_channels != out_channels
     blocks = [
         ReversibleBlock(
-            BasicResidual(out_channels, out_channels, pre_activate=not is_first or block > 0),
-            BasicResidual(out_channels, out_channels),
+            kind.residual(out_channels, out_channels, pre_activate=not is_first or block > 0),
+            kind.residual(out_channels, out_channels),
         )
         for block in range(1 if changes_shape else 0, num_blocks)
     ]
     stage = nn.Sequential()
     if changes_shape:
         stride = 1 if is_first else 2
-        downsample = Downsample(in_channels, out_channels, stride, pre_activate=not is_first, policy=policy)
+        downsample = Downsample(in_channels, out_channels, stride, kind=kind, pre_activate=not is_first, policy=policy)
         stage.add_module("downsample", downsample)
     stage.add_module("reversible", ReversibleSequential(*blocks, policy=policy))
     return stage
 
 
-@register_model
+@register_model(image_size=32)
 def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
     """RevNet-38 for CIFAR: 464,890 parameters for 10 classes. The pair of ResNet-32."""
     return RevNet(
         num_blocks=(3, 3, 3), widths=(32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels, policy=policy
+    )
+
+
+@register_model(image_size=32)
+def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+    """RevNet-110 for CIFAR: 1,729,194 parameters for 10 classes. The pair of ResNet-110."""
+    return RevNet(
+        num_blocks=(9, 9, 9), widths=(32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, policy=policy
+    )
+
+
+@register_model(image_size=32)
+def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+    """RevNet-164 for CIFAR, of bottlenecks: 1,748,778 parameters for 10 classes. The pair of ResNet-164."""
+    return RevNet(
+        num_blocks=(9, 9, 9),
+        widths=(32, 32, 64, 128),
+        block="bottleneck",
+        num_classes=num_classes,
+        in_channels=in_channels,
+        policy=policy,
+    )
+
+
+@register_model(image_size=224)
+def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+    """RevNet-56 for ImageNet, of bottlenecks: 27,553,128 parameters for 1000 classes. The pair of ResNet-50."""
+    return RevNet(
+        num_blocks=(2, 2, 3, 2),
+        widths=(128, 128, 256, 512, 832),
+        block="bottleneck",
+        stem="large",
+        num_classes=num_classes,
+        in_channels=in_channels,
+        policy=policy,
+    )
+
+
+@register_model(image_size=224)
+def revnet104(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+    """RevNet-104 for ImageNet, of bottlenecks: 45,428,072 parameters for 1000 classes. The pair of ResNet-101."""
+    return RevNet(
+        num_blocks=(2, 2, 11, 2),
+        widths=(128, 128, 256, 512, 832),
+        block="bottleneck",
+        stem="large",
+        num_classes=num_classes,
+        in_channels=in_channels,
+        policy=policy,
     )

@@ -22,7 +22,8 @@ class Conv2dSame(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
-        centred = stride == 1 and kernel_size % 2 == 1
+        # A 1x1 kernel needs no padding, and `F.pad` would copy the input, for autograd to hold, even so.
+        centred = kernel_size == 1 or (stride == 1 and kernel_size % 2 == 1)
         super().__init__(
             in_channels,
             out_channels,

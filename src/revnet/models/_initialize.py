@@ -1,0 +1,21 @@
+"""Initial weights, as the official code draws them."""
+
+import math
+
+from torch import nn
+
+
+def initialize(model: nn.Module) -> None:
+    """Initialise as the official code does.
+
+    Convolutions: normal with deviation sqrt(2 / (k^2 out_channels)), cut at two deviations. Linear layers: uniform
+    within sqrt(3 / in_features), bias zero. Batch norm: one and zero.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            deviation = math.sqrt(2 / (module.kernel_size[0] * module.kernel_size[1] * module.out_channels))
+            nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+        elif isinstance(module, nn.Linear):
+            bound = math.sqrt(3 / module.in_features)
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,218 @@
+"""What users of timm expect of a network, of both families."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import Store
+from revnet.memory import measure
+from revnet.models import ResNet, RevNet
+from tests.helpers import assert_close, assert_same_buffers, gradients, squares
+
+OPTIONS = {"num_blocks": (1, 2), "widths": (4, 4, 8)}
+all_networks = pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: ResNet(**OPTIONS, **options),
+        lambda **options: ResNet(**OPTIONS, block="bottleneck", stem="large", **options),
+        lambda **options: RevNet(**OPTIONS, **options),
+        lambda **options: RevNet(**OPTIONS, block="bottleneck", stem="large", **options),
+    ],
+    ids=["resnet", "resnet-large", "revnet", "revnet-large"],
+)
+
+
+def make_input(size=32):
+    return torch.randn(2, 3, size, size)
+
+
+@all_networks
+def test_forward_is_features_then_head(make):
+    model = make(num_classes=5).eval()
+    x = make_input()
+    features = model.forward_features(x)
+    assert features.shape[:2] == (2, model.num_features)
+    assert features.min() == 0, "after the last ReLU"
+    assert torch.equal(model.forward_head(features), model(x))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert torch.equal(pooled, features.mean((2, 3)))
+    assert torch.equal(model.head(pooled), model(x))
+
+
+@all_networks
+def test_no_classes_give_pooled_features(make):
+    model = make(num_classes=0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model.num_classes == 0
+    y = model(make_input())
+    assert y.shape == (2, model.num_features)
+    squares(y).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@all_networks
+def test_reset_classifier(make):
+    model = make(num_classes=5)
+    assert model.get_classifier() is model.head
+    model.reset_classifier(1000)
+    assert model.num_classes == 1000
+    weight = model.get_classifier().weight
+    bound = math.sqrt(3 / model.num_features)
+    assert 0.99 * bound < weight.abs().max() <= bound
+    assert torch.equal(model.head.bias, torch.zeros(1000))
+    assert model(make_input()).shape == (2, 1000)
+    model.reset_classifier(0)
+    assert model(make_input()).shape == (2, model.num_features)
+    model.reset_classifier(3)
+    assert model(make_input()).shape == (2, 3)
+
+
+@pytest.mark.parametrize("old", [5, 0])
+def test_a_new_head_is_where_the_old_one_was(old):
+    model = RevNet(**OPTIONS, num_classes=old).to(torch.bfloat16).eval()
+    model.reset_classifier(3)
+    assert (model.head.weight.dtype, model.head.training) == (torch.bfloat16, False)
+    with torch.device("meta"):
+        model = RevNet(**OPTIONS, num_classes=old)
+    model.reset_classifier(3)
+    assert model.head.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("num_classes", [-1, 2.0, None, True])
+def test_reset_classifier_refuses(num_classes):
+    model = ResNet(**OPTIONS)
+    head = model.head
+    with pytest.raises(ValueError, match=r"`num_classes` \(=.*\) must be a positive integer, or 0 for pooled"):
+        model.reset_classifier(num_classes)
+    assert model.head is head
+
+
+@all_networks
+def test_feature_info_describes_the_maps(make):
+    model = make()
+    assert [info["module"] for info in model.feature_info] == ["stem", "stages.0", "stages.1"]
+    x = make_input()
+    _, maps = model.forward_intermediates(x)
+    assert len(maps) == len(model.feature_info)
+    for map_, info in zip(maps, model.feature_info, strict=True):
+        side = 32 // info["reduction"]
+        assert map_.shape == (2, info["num_chs"], side, side)
+        assert isinstance(model.get_submodule(info["module"]), nn.Module)
+
+
+@pytest.mark.parametrize(("stem", "reductions"), [("small", [1, 1, 2, 4, 8]), ("large", [2, 4, 8, 16, 32])])
+@pytest.mark.parametrize("network", [ResNet, RevNet])
+def test_reductions(network, stem, reductions):
+    for block, expansion in (("basic", 1), ("bottleneck", 4)):
+        model = network(num_blocks=(1,) * 4, widths=(4, 4, 6, 8, 10), stem=stem, block=block)
+        assert [info["reduction"] for info in model.feature_info] == reductions
+        assert [info["num_chs"] for info in model.feature_info] == [4, *(expansion * w for w in (4, 6, 8, 10))]
+        assert model.num_features == 10 * expansion
+
+
+@all_networks
+def test_maps_are_what_the_modules_return(make):
+    model = make().eval()
+    seen = []
+    for info in model.feature_info:
+        model.get_submodule(info["module"]).register_forward_hook(lambda module, inputs, y: seen.append(y))
+    x = make_input()
+    features, maps = model.forward_intermediates(x)
+    for map_, y in zip(maps, seen, strict=True):
+        assert torch.equal(map_, torch.cat(y, 1) if isinstance(y, tuple) else y)
+    assert torch.equal(features, model.forward_features(x))
+    assert torch.equal(features, torch.relu(model.norm(maps[-1])))
+
+
+@all_networks
+def test_which_maps(make):
+    model = make().eval()
+    x = make_input()
+    features, maps = model.forward_intermediates(x)
+
+    def chosen(indices, **options):
+        taken = model.forward_intermediates(x, indices, intermediates_only=True, **options)
+        return [next(i for i, map_ in enumerate(maps) if torch.equal(map_, each)) for each in taken]
+
+    assert chosen(None) == [0, 1, 2]
+    assert chosen(1) == [2]
+    assert chosen(2) == [1, 2]
+    assert chosen([0]) == [0]
+    assert chosen((-1, 0)) == [0, 2], "in the network's order"
+    assert chosen([1, 1, -2]) == [1]
+    for stop_early in (False, True):
+        assert chosen([0, 1], stop_early=stop_early) == [0, 1]
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert torch.equal(normed[-1], features)
+    assert torch.equal(normed[0], maps[0])
+    assert torch.equal(normed[1], maps[1])
+
+
+@all_networks
+def test_stop_early_leaves_out_the_rest(make):
+    model = make().eval()
+    x = make_input()
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    ran = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda module, inputs, y: ran.append(module))
+    model.norm.register_forward_hook(lambda module, inputs, y: ran.append(module))
+    for indices, count in (([0], 0), ([1], 1), ([2, 0], 3)):
+        ran.clear()
+        last, _ = model.forward_intermediates(x, indices, stop_early=True)
+        assert len(ran) == count
+        assert torch.equal(last, maps[count] if count < 2 else model.forward_features(x))
+
+
+@all_networks
+@pytest.mark.parametrize("indices", [0, 4, -1, [3], [-4], [], [1.0], "stem"])
+def test_maps_that_are_none_are_refused(make, indices):
+    with pytest.raises(ValueError, match=r"`indices` \(=.*\) must (be from 1 to 3|name one or more of the 3 feature)"):
+        make().forward_intermediates(make_input(), indices)
+
+
+def test_another_layout_is_refused():
+    with pytest.raises(ValueError, match=r"`output_fmt` \(='NLC'\) must be 'NCHW'"):
+        ResNet(**OPTIONS).forward_intermediates(make_input(), output_fmt="NLC")
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("options", [{}, {"indices": [1]}, {"indices": [0, 1], "stop_early": True}, {"norm": True}])
+def test_gradients_through_maps_are_the_twins(block, options):
+    """Of a loss on the final features and on every map, all at once."""
+    model = RevNet(**OPTIONS, block=block, stem="large").double()
+    twin = RevNet(**OPTIONS, block=block, stem="large", policy=Store()).double()
+    twin.load_state_dict(model.state_dict())
+    x = make_input().double().requires_grad_()
+    twin_x = x.detach().clone().requires_grad_()
+    for module, images in ((model, x), (twin, twin_x)):
+        features, maps = module.forward_intermediates(images, **options)
+        (squares(features) + sum((index + 2) * squares(torch.sin(map_)) for index, map_ in enumerate(maps))).backward()
+    assert x.grad.any()
+    assert_close(x.grad, twin_x.grad)
+    assert_close(gradients(model), gradients(twin))
+    assert_same_buffers(model, twin)
+
+
+class Maps(nn.Module):
+    """A model's maps as a module, for `measure`."""
+
+    def __init__(self, model, indices):
+        super().__init__()
+        self.model = model
+        self.indices = indices
+
+    def forward(self, x):
+        return self.model.forward_intermediates(x, self.indices, intermediates_only=True)
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_depth_costs_no_memory_with_maps(block):
+    def peak(num_blocks, indices):
+        model = RevNet(num_blocks=num_blocks, widths=(8, 8, 16), block=block)
+        return measure(Maps(model, indices), make_input(16)).peak_bytes
+
+    assert peak((4, 4), None) == peak((9, 9), None)
+    assert peak((4, 4), [2]) < peak((4, 4), None), "a map that nobody asks for is not made"
