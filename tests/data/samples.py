@@ -1,6 +1,7 @@
 """Small images to store and to load again."""
 
 from io import BytesIO
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,3 +23,17 @@ def encode(image: Tensor) -> bytes:
     stream = BytesIO()
     Image.fromarray(pixels[..., 0] if image.shape[0] == 1 else pixels).save(stream, format="PNG")
     return stream.getvalue()
+
+
+def write_image(file: Path, image: Tensor | None = None) -> None:
+    """Write an image (noise if none is given), in the format of the file's name; make its folder if need be."""
+    from PIL import Image
+
+    image = random_images(1, height=12, width=16)[0] if image is None else image
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(BytesIO(encode(image))).save(file)
+
+
+def flat_image(level: int, height: int = 12, width: int = 16) -> Tensor:
+    """An image of one grey level, which no crop and no resizing changes."""
+    return torch.full((3, height, width), level, dtype=torch.uint8)

@@ -53,19 +53,31 @@ def test_crop_and_flip_together() -> None:
     assert set(chosen) == set(range(18))
 
 
+def test_cutout_comes_last() -> None:
+    torch.manual_seed(0)
+    images = numbered(200)
+    crops = windows(images[0], 1)
+    candidates = torch.stack(crops + [crop.flip(-1) for crop in crops])
+    for output in make_augment(1, True, SIZE, cutout=3)(images):
+        is_erased = (candidates != output) & (output == 0)
+        of_one = ((candidates == output) | is_erased).flatten(1).all(1)
+        heights, widths = is_erased.any(3).any(1).sum(1), is_erased.any(2).any(1).sum(1)
+        assert (of_one & (heights <= 3) & (widths <= 3)).any()
+
+
 def test_input_is_not_modified() -> None:
     images = numbered(8)
     before = images.clone()
-    make_augment(1, True, SIZE)(images)
+    make_augment(1, True, SIZE, cutout=2)(images)
     assert torch.equal(images, before)
 
 
 def test_draws_follow_the_seed() -> None:
-    augment, images = make_augment(2, True, SIZE), numbered(50)
+    augment, images = make_augment(2, True, SIZE, cutout=2), numbered(50)
     torch.manual_seed(3)
     first, second = augment(images), augment(images)
     torch.manual_seed(3)
-    assert torch.equal(make_augment(2, True, SIZE)(images), first)
+    assert torch.equal(make_augment(2, True, SIZE, cutout=2)(images), first)
     assert not torch.equal(first, second)
 
 
@@ -79,9 +91,14 @@ def test_nothing_asked_for_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(make_augment(0, False, SIZE), nn.Identity)
 
 
+def test_cutout_alone_does_without_kornia(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    assert make_augment(0, False, SIZE, cutout=3)(numbered(2)).shape == (2, 2, 4, 6)
+
+
 def test_eval_mode_returns_the_batch_unchanged() -> None:
     images = numbered(4)
-    assert make_augment(2, True, SIZE).eval()(images) is images
+    assert make_augment(2, True, SIZE, cutout=2).eval()(images) is images
 
 
 def test_keeps_nothing_in_checkpoints() -> None:
@@ -92,7 +109,7 @@ def test_keeps_nothing_in_checkpoints() -> None:
 
 @pytest.mark.gpu
 def test_gpu_draws_are_those_of_the_cpu() -> None:
-    augment, images = make_augment(2, True, SIZE), numbered(50)
+    augment, images = make_augment(2, True, SIZE, cutout=2), numbered(50)
     torch.manual_seed(3)
     expected = augment(images)
     torch.manual_seed(3)
@@ -104,6 +121,11 @@ def test_bad_arguments() -> None:
         make_augment(-1, True, SIZE)
     with pytest.raises(ValueError, match=r"`image_size` \(=\(0, 4\)\) must be positive"):
         make_augment(1, True, (0, 4))
+    for cutout in (-1, 4, 6):
+        with pytest.raises(
+            ValueError, match=rf"`cutout` \(={cutout}\) must be at least 0, and below .* pass 0 to leave"
+        ):
+            make_augment(1, True, SIZE, cutout=cutout)
 
 
 def test_bad_batches() -> None:

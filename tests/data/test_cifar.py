@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -5,8 +6,10 @@ import huggingface_hub
 import pytest
 import torch
 
-from revnet.data import load_dataset
+from revnet.data import ImageDataset, load_dataset
+from revnet.data.cifar import load_cifar10, load_cifar100
 from revnet.errors import DataError
+from tests.data.samples import random_images
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 
@@ -29,7 +32,7 @@ def test_real_files() -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand-ins for the hub's client: nothing in the cache, no network."""
-    stub = SimpleNamespace(cached=[None, None], requests=[])
+    stub = SimpleNamespace(cached=[None] * 4, requests=[])
 
     def unreachable(*args: object, **kwargs: object) -> None:
         stub.requests.append((args, kwargs))
@@ -47,6 +50,64 @@ def test_cached_files_need_no_network(folder: Path, hub: SimpleNamespace) -> Non
     assert cifar10.name == "cifar10"
     assert len(cifar10.train) == 6
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "repository", "folder"),
+    [
+        (load_cifar10, "cifar10", "uoft-cs/cifar10", "plain_text"),
+        (load_cifar100, "cifar100", "uoft-cs/cifar100", "cifar100"),
+    ],
+)
+def test_files_of_the_hub(
+    load: Callable[[], ImageDataset],
+    name: str,
+    repository: str,
+    folder: str,
+    tmp_path: Path,
+    write_parquet: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The files that are asked for are those of the repository, with both kinds of labels that CIFAR-100 has."""
+    asked = []
+
+    def cached(repo_id: str, file: str, repo_type: str) -> str:
+        asked.append((repo_id, file, repo_type))
+        return str(tmp_path / file)
+
+    label_column = "label" if name == "cifar10" else "fine_label"
+    for part, num_images in (("train", 4), ("test", 2)):
+        file = tmp_path / folder / f"{part}-00000-of-00001.parquet"
+        write_parquet(
+            file,
+            random_images(num_images, height=32, width=32),
+            [0, 1] * (num_images // 2),
+            class_names=("apple", "pear"),
+            label_column=label_column,
+        )
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    dataset = load()
+    assert dataset.name == name
+    assert dataset.image_size == (32, 32)
+    assert dataset.class_names == ("apple", "pear")
+    assert dataset.train.labels.tolist() == [0, 1, 0, 1]
+    assert asked == [(repository, f"{folder}/{part}-00000-of-00001.parquet", "dataset") for part in ("train", "test")]
+
+
+def test_corrupt_images_can_be_skipped(
+    tmp_path: Path,
+    write_parquet: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images = [*random_images(3), {"bytes": b"not an image", "path": None}]
+    for part in ("train", "test"):
+        write_parquet(tmp_path / "plain_text" / f"{part}-00000-of-00001.parquet", images, [0, 1, 2, 2])
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, file, **__: str(tmp_path / file))
+    with pytest.raises(DataError, match=r"row 3 of '.*train-00000-of-00001\.parquet'"):
+        load_cifar10()
+    assert load_cifar10(on_corrupt="skip").train.labels.tolist() == [0, 1, 2]
+    assert "skipped row 3 of" in caplog.text
 
 
 def test_download(folder: Path, hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,5 +134,9 @@ def test_unreachable_hub(hub: SimpleNamespace) -> None:
     )
     with pytest.raises(DataError, match=message):
         load_dataset("cifar10")
-    assert len(hub.requests) == 1  # no retries
+    with pytest.raises(
+        DataError, match=r"^`cifar100` cannot be fetched from the Hugging Face hub \(uoft-cs/cifar100\):"
+    ):
+        load_cifar100()
+    assert len(hub.requests) == 2  # no retries
     assert hub.requests[0][1] == {"timeout": 10}

@@ -1,85 +1,313 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch import Tensor, nn
 
-from revnet.data import ImageSplit, make_loader
+from revnet.data import AbstractSplit, FileSplit, ImageSplit, Loader, load_dataset, make_loader
+from revnet.data._crop import CentreCrop, RandomCrop
+from revnet.errors import DataError
+from tests.data.samples import encode, flat_image, random_images, write_image
+
+NUM_IMAGES = 25
 
 
-@pytest.fixture
-def split() -> ImageSplit:
+@pytest.fixture(scope="module")
+def image_split() -> ImageSplit:
     """Every image carries its own index as pixel value and as label."""
-    numbers = torch.arange(25)
+    numbers = torch.arange(NUM_IMAGES)
     return ImageSplit(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers)
 
 
-def order(loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Every image is of one grey level, ten times its index."""
+    folder = tmp_path_factory.mktemp("files")
+    files = [folder / f"{number}.png" for number in range(NUM_IMAGES)]
+    for number, file in enumerate(files):
+        write_image(file, flat_image(10 * number))
+    return files
+
+
+@pytest.fixture(scope="module")
+def file_split(files: list[Path]) -> FileSplit:
+    return FileSplit(files, torch.arange(NUM_IMAGES), image_size=4, crop=RandomCrop())
+
+
+@pytest.fixture(params=["memory", "files"])
+def split(request: pytest.FixtureRequest) -> AbstractSplit:
+    return request.getfixturevalue("image_split" if request.param == "memory" else "file_split")
+
+
+def noise_split(folder: Path) -> FileSplit:
+    """Images of noise, in which every crop shows."""
+    for number in range(6):
+        write_image(folder / f"{number}.png", random_images(1, height=12, width=16, seed=number)[0])
+    return FileSplit(sorted(folder.iterdir()), torch.arange(6), image_size=4, crop=RandomCrop())
+
+
+def order(loader: Loader, epoch: int = 0) -> list[int]:
+    loader.sampler.set_epoch(epoch)
     return [int(label) for _, labels in loader for label in labels]
 
 
-def set_epoch(loader: DataLoader[tuple[torch.Tensor, torch.Tensor]], epoch: int) -> None:
-    assert isinstance(loader.sampler, DistributedSampler)
+def images_of(loader: Loader, epoch: int) -> Tensor:
+    """All images of an epoch, in the order of their labels."""
     loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    labels = torch.cat([labels for _, labels in batches])
+    return torch.cat([images for images, _ in batches])[labels.argsort()]
 
 
-def test_batches(split: ImageSplit) -> None:
+# ---- order
+
+
+def test_batches(split: AbstractSplit) -> None:
     batches = list(make_loader(split, batch_size=10, shuffle=True, seed=0))
-    assert [images.shape for images, _ in batches] == [(10, 1, 1, 1), (10, 1, 1, 1), (5, 1, 1, 1)]
+    assert [images.shape for images, _ in batches] == [(size, *split.image_shape) for size in (10, 10, 5)]
+    scale = 1 if isinstance(split, ImageSplit) else 10
     for images, labels in batches:
         assert images.dtype == torch.uint8
-        assert images.flatten().tolist() == labels.tolist()
+        assert labels.dtype == torch.int64
+        assert images[:, 0, 0, 0].tolist() == (scale * labels).tolist()
 
 
-def test_without_shuffling_the_order_is_that_of_the_split(split: ImageSplit) -> None:
-    assert order(make_loader(split, batch_size=10, shuffle=False, seed=0)) == list(range(25))
+def test_without_shuffling_the_order_is_that_of_the_split(split: AbstractSplit) -> None:
+    loader = make_loader(split, batch_size=10, shuffle=False, seed=0)
+    assert order(loader) == list(range(NUM_IMAGES))
+    assert order(loader, epoch=1) == list(range(NUM_IMAGES))
 
 
-def test_every_epoch_sees_every_image_once_in_its_own_order(split: ImageSplit) -> None:
+def test_every_epoch_sees_every_image_once_in_its_own_order(split: AbstractSplit) -> None:
     loader = make_loader(split, batch_size=10, shuffle=True, seed=0)
-    orders = []
-    for epoch in range(3):
-        set_epoch(loader, epoch)
-        orders.append(order(loader))
-        assert sorted(orders[-1]) == list(range(25))
+    orders = [order(loader, epoch) for epoch in range(3)]
+    assert [sorted(labels) for labels in orders] == [list(range(NUM_IMAGES))] * 3
     assert len(set(map(tuple, orders))) == 3
 
 
-def test_order_is_a_function_of_seed_and_epoch(split: ImageSplit) -> None:
-    loader = make_loader(split, batch_size=10, shuffle=True, seed=7)
-    set_epoch(loader, 4)
-    first = order(loader)
+def test_order_is_a_function_of_seed_and_epoch(split: AbstractSplit) -> None:
+    first = order(make_loader(split, batch_size=10, shuffle=True, seed=7), epoch=4)
     torch.manual_seed(123)
-    resumed = make_loader(split, batch_size=5, shuffle=True, seed=7)
-    set_epoch(resumed, 4)
-    assert order(resumed) == first
-    other = make_loader(split, batch_size=10, shuffle=True, seed=8)
-    set_epoch(other, 4)
-    assert order(other) != first
+    assert order(make_loader(split, batch_size=5, shuffle=True, seed=7), epoch=4) == first
+    assert order(make_loader(split, batch_size=10, shuffle=True, seed=8), epoch=4) != first
+
+
+def test_files_come_in_the_order_of_images_in_memory(image_split: ImageSplit, file_split: FileSplit) -> None:
+    loaders = [make_loader(part, batch_size=10, shuffle=True, seed=3) for part in (image_split, file_split)]
+    assert order(loaders[0], epoch=2) == order(loaders[1], epoch=2)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_global_generator_is_left_alone(split: ImageSplit, shuffle: bool) -> None:
+def test_global_generator_is_left_alone(split: AbstractSplit, shuffle: bool) -> None:
     before = torch.get_rng_state()
     order(make_loader(split, batch_size=10, shuffle=shuffle, seed=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_drop_last(split: ImageSplit) -> None:
+def test_drop_last(split: AbstractSplit) -> None:
     loader = make_loader(split, batch_size=10, shuffle=True, seed=0, drop_last=True)
     assert len(loader) == 2
     assert len(order(loader)) == 20
+    assert len(make_loader(split, batch_size=10, shuffle=True, seed=0)) == 3
     assert len(make_loader(split, batch_size=25, shuffle=True, seed=0, drop_last=True)) == 1
 
 
-def test_one_indexing_operation_a_batch(split: ImageSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_indexing_operation_a_batch(image_split: ImageSplit, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_by_one(self: ImageSplit, index: int) -> None:
         raise AssertionError(f"image {index} was fetched alone")
 
     monkeypatch.setattr(ImageSplit, "__getitem__", one_by_one)
-    assert len(order(make_loader(split, batch_size=10, shuffle=True, seed=0))) == 25
+    assert len(order(make_loader(image_split, batch_size=10, shuffle=True, seed=0, num_workers=2))) == NUM_IMAGES
 
 
-def test_bad_arguments(split: ImageSplit) -> None:
+# ---- crops and workers
+
+
+def test_crops_are_a_function_of_seed_epoch_and_image(tmp_path: Path) -> None:
+    split = noise_split(tmp_path)
+    loader = make_loader(split, batch_size=4, shuffle=True, seed=7)
+    first, second = images_of(loader, 0), images_of(loader, 1)
+    assert (first != second).flatten(1).any(1).all()
+    torch.manual_seed(123)
+    assert torch.equal(images_of(make_loader(split, batch_size=3, shuffle=False, seed=7), 1), second)
+    assert not torch.equal(images_of(make_loader(split, batch_size=4, shuffle=True, seed=8), 1), second)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    split = noise_split(tmp_path)
+    alone = make_loader(split, batch_size=4, shuffle=True, seed=7)
+    workers = make_loader(split, batch_size=4, shuffle=True, seed=7, num_workers=2)
+    resumed = make_loader(split, batch_size=4, shuffle=True, seed=7, num_workers=2)
+    before = torch.get_rng_state()
+    for epoch in range(3):  # the workers live on
+        alone.sampler.set_epoch(epoch)
+        workers.sampler.set_epoch(epoch)
+        for (images, labels), (expected, expected_labels) in zip(workers, alone, strict=True):
+            assert torch.equal(images, expected)
+            assert torch.equal(labels, expected_labels)
+    assert torch.equal(images_of(resumed, 2), images_of(alone, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_epoch_can_be_left_early(tmp_path: Path) -> None:
+    loader = make_loader(noise_split(tmp_path), batch_size=1, shuffle=True, seed=0, num_workers=2)
+    expected = order(loader, 1)
+    loader.sampler.set_epoch(0)
+    next(iter(loader))
+    assert order(loader, 1) == expected
+
+
+# ---- images that cannot be decoded
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[..., FileSplit]:
+    """Eight images, of which two are damaged."""
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"")
+    (tmp_path / "5.png").write_bytes(encode(random_images(1)[0])[:40])
+    return lambda on_corrupt: FileSplit(
+        sorted(tmp_path.iterdir()), torch.arange(8), image_size=4, crop=CentreCrop(), on_corrupt=on_corrupt
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stop(damaged: Callable[..., FileSplit], tmp_path: Path, num_workers: int) -> None:
+    loader = make_loader(damaged("stop"), batch_size=3, shuffle=False, seed=0, num_workers=num_workers)
+    with pytest.raises(DataError) as caught:
+        order(loader)
+    assert str(caught.value) == (
+        f"'{tmp_path / '2.png'}' cannot be decoded: it is empty; restore it, or pass `on_corrupt='skip'` to leave such "
+        "images out."
+    )
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skip(
+    damaged: Callable[..., FileSplit], tmp_path: Path, num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = make_loader(damaged("skip"), batch_size=3, shuffle=False, seed=0, num_workers=num_workers)
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        assert [labels.tolist() for _, labels in loader] == [[0, 1], [3, 4], [6, 7]]
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"skipped '{tmp_path / '2.png'}'",
+        f"skipped '{tmp_path / '5.png'}'",
+    ]
+
+
+def test_a_batch_without_images_is_passed_over(damaged: Callable[..., FileSplit]) -> None:
+    loader = make_loader(damaged("skip"), batch_size=1, shuffle=False, seed=0)
+    assert order(loader) == [0, 1, 3, 4, 6, 7]
+
+
+def test_not_one_image(tmp_path: Path) -> None:
+    (tmp_path / "x.png").touch()
+    split = FileSplit(
+        [tmp_path / "x.png"] * 3, torch.zeros(3).long(), image_size=4, crop=CentreCrop(), on_corrupt="skip"
+    )
+    with pytest.raises(DataError, match="not one image of the split can be decoded; restore the files"):
+        order(make_loader(split, batch_size=2, shuffle=False, seed=0))
+
+
+# ---- Lightning
+
+
+class Sums(pl.LightningModule):
+    """Notes the batches that Lightning hands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.seen: list[list[float]] = []
+        self.num_validated = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        self.seen.append([*labels.tolist(), images.double().mean().item()])
+        return self.layer(images.float().mean().view(1, 1)).sum()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.num_validated += len(batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+def fit(
+    make: Callable[[bool], Loader], folder: Path, max_epochs: int, ckpt_path: Path | None = None
+) -> tuple[Sums, pl.Trainer]:
+    module = Sums()
+    trainer = pl.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, make(True), make(False), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning 2.6 with PyTorch 2.13
+@pytest.mark.parametrize("kind", ["memory", "files", "stream"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lightning_trains_and_resumes(
+    kind: str, num_workers: int, image_split: ImageSplit, file_split: FileSplit, tmp_path: Path, write_parquet: Callable
+) -> None:
+    splits: dict[str, Callable[[], AbstractSplit]] = {
+        "memory": lambda: image_split,
+        "files": lambda: file_split,
+        "stream": lambda: stream_dataset(tmp_path / "parquet", write_parquet).train,
+    }
+    split = splits[kind]()
+
+    def make(shuffle: bool) -> Loader:
+        return make_loader(split, batch_size=10, shuffle=shuffle, seed=0, drop_last=shuffle, num_workers=num_workers)
+
+    whole, trainer = fit(make, tmp_path, 3)
+    assert len(whole.seen) == 6
+    assert whole.num_validated == 3 * NUM_IMAGES + 20  # the sanity check sees two batches
+    assert whole.seen[:2] != whole.seen[2:4]
+    first, trainer = fit(make, tmp_path, 2)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, _ = fit(make, tmp_path, 3, tmp_path / "last.ckpt")
+    assert first.seen + resumed.seen == whole.seen
+
+
+# ---- streams
+
+
+def stream_dataset(folder: Path, write_parquet: Callable, **options: object):
+    """25 images in files of 9 rows, each of one grey level, ten times its label, and of a size of its own."""
+    images = [flat_image(10 * number, height=4 + number, width=30 - number) for number in range(NUM_IMAGES)]
+    class_names = [str(number) for number in range(NUM_IMAGES)]
+    for index, start in enumerate(range(0, NUM_IMAGES, 9)):
+        labels = list(range(NUM_IMAGES))[start : start + 9]
+        file = folder / f"train-0000{index}-of-00003.parquet"
+        write_parquet(file, images[start : start + 9], labels, class_names=class_names)
+    write_parquet(folder / "test-00000-of-00001.parquet", images[:3], [0, 1, 2], class_names=class_names)
+    return load_dataset(folder, image_size=4, **options)
+
+
+# ---- misuse
+
+
+def test_bad_arguments(split: AbstractSplit) -> None:
     with pytest.raises(ValueError, match=r"`batch_size` \(=0\) must be positive"):
         make_loader(split, batch_size=0, shuffle=True, seed=0)
     with pytest.raises(ValueError, match=r"`batch_size` \(=26\) must not exceed the 25 images .* with `drop_last`"):
         make_loader(split, batch_size=26, shuffle=True, seed=0, drop_last=True)
+    with pytest.raises(ValueError, match=r"`num_workers` \(=-1\) must not be negative; pass 0"):
+        make_loader(split, batch_size=1, shuffle=True, seed=0, num_workers=-1)
+
+
+def test_other_kinds_of_data_sets() -> None:
+    with pytest.raises(TypeError, match=r"`split` \(=\[1, 2\]\) must be a split of an `ImageDataset`; pass `dataset"):
+        make_loader([1, 2], batch_size=1, shuffle=True, seed=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from revnet.data import ImageSplit, Preprocess, make_preprocess
+from revnet.data import AbstractSplit, ImageSplit, Preprocess, make_preprocess
 from revnet.errors import DataError
 from tests.data.samples import random_images
 
@@ -42,6 +42,54 @@ def test_mean_image(splits: tuple[ImageSplit, ImageSplit]) -> None:
     assert output.dtype == torch.float32
     # Half a unit in the last place of a mean below 255, and one of the difference.
     torch.testing.assert_close(output, (test.images - mean).float(), atol=3e-5, rtol=0)
+
+
+class OnDisk(AbstractSplit):
+    """A split whose images nobody may look at."""
+
+    labels = None
+    image_shape = (3, 224, 224)
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def holdout(self, fraction: float, seed: int) -> tuple[AbstractSplit, AbstractSplit]:
+        raise NotImplementedError
+
+
+def test_unit_range() -> None:
+    grey = ImageSplit(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64))
+    output = make_preprocess("unit_range", grey, grey)(grey.images).flatten()
+    assert output[[0, 255]].tolist() == [-1, 1]
+    torch.testing.assert_close(output, torch.linspace(-1, 1, 256), atol=1e-6, rtol=0)
+    assert make_preprocess("unit_range", OnDisk(), OnDisk())(random_images(2)).shape == (2, 3, 5, 4)
+
+
+def test_imagenet() -> None:
+    images = random_images(2)
+    mean, deviation = ([[[x]] for x in values] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(deviation).double()
+    output = make_preprocess("imagenet", OnDisk(), OnDisk())(images)
+    # A few roundings of float32, at values of about 1.
+    torch.testing.assert_close(output, expected.float(), atol=1e-6, rtol=1e-6)
+
+
+def test_imagenet_is_for_rgb() -> None:
+    grey = ImageSplit(random_images(2, channels=1), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"`kind` \(='imagenet'\) is for RGB images, .* 1 channels; pass 'unit_range'"):
+        make_preprocess("imagenet", grey, grey)
+
+
+@pytest.mark.parametrize("kind", ["standardize", "mean_image"])
+def test_statistics_need_images_in_memory(kind: str) -> None:
+    message = rf"`kind` \(='{kind}'\) takes .* `train` do not lie in memory; pass 'imagenet' or 'unit_range'\.$"
+    with pytest.raises(ValueError, match=message):
+        make_preprocess(kind, OnDisk(), OnDisk())
+
+
+def test_mean_image_needs_the_test_images_in_memory_too() -> None:
+    with pytest.raises(ValueError, match="those of `test` do not lie in memory"):
+        make_preprocess("mean_image", make_split(4, seed=0), OnDisk())
 
 
 def test_statistics_are_exact() -> None:
@@ -82,7 +130,7 @@ def test_statistics_travel_with_the_module() -> None:
 def test_unknown_kind(splits: tuple[ImageSplit, ImageSplit]) -> None:
     with pytest.raises(ValueError, match=r"`kind` \(='standardise'\) must be one of .*; did you mean 'standardize'\?"):
         make_preprocess("standardise", *splits)
-    with pytest.raises(ValueError, match=r"`kind` \(='zca'\) must be one of standardize, mean_image\.$"):
+    with pytest.raises(ValueError, match=r"`kind` \(='zca'\) must be one of standardize, .*, unit_range\.$"):
         make_preprocess("zca", *splits)
 
 

@@ -1,12 +1,18 @@
-"""Labelled images, held in memory as one uint8 tensor a split, and what happens to a batch before the network sees it.
+"""Labelled images, in memory, in files or as a stream, and what happens to a batch before the network sees it.
 
-`load_dataset` finds a data set by name or by folder; `make_loader` cuts a split into batches; a batch then goes through
-`Preprocess` (uint8 to float) and, in training, through what `make_augment` built, in that order and on any device.
+`load_dataset` finds a data set by name or by path; `make_loader` cuts a split into batches, whatever kind of split it
+is; a batch then goes through `Preprocess` (uint8 to float) and, in training, through what `make_augment` built, in that
+order and on any device.
 """
 
 from revnet.data._augment import make_augment as make_augment
+from revnet.data._base import AbstractSplit as AbstractSplit
 from revnet.data._base import ImageDataset as ImageDataset
 from revnet.data._base import ImageSplit as ImageSplit
+from revnet.data._color_distortion import make_color_distortion as make_color_distortion
+from revnet.data._decode import load_image as load_image
+from revnet.data._file_split import FileSplit as FileSplit
+from revnet.data._loader import Loader as Loader
 from revnet.data._loader import make_loader as make_loader
 from revnet.data._preprocess import Preprocess as Preprocess
 from revnet.data._preprocess import make_preprocess as make_preprocess
@@ -14,11 +20,16 @@ from revnet.data._registry import list_datasets as list_datasets
 from revnet.data._registry import load_dataset as load_dataset
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
+    "AbstractSplit",
+    "FileSplit",
     "ImageDataset",
     "ImageSplit",
     "list_datasets",
     "load_dataset",
+    "load_image",
+    "Loader",
     "make_augment",
+    "make_color_distortion",
     "make_loader",
     "make_preprocess",
     "Preprocess",

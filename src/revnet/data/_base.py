@@ -1,18 +1,39 @@
-"""What a data set is: two splits of labelled images, held in memory, and the names of the classes."""
+"""What a data set is: a training and a test split of labelled images, and the names of the classes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from revnet.data._optional import require
+from revnet.data._holdout import stratified_parts
+
+
+class AbstractSplit(ABC):
+    """One part of a data set, wherever its images are; `make_loader` cuts any of them into batches."""
+
+    labels: Tensor | None
+    """The class of each image: (N,), int64. None where it is told only as the images come."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that come out."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def holdout(self, fraction: float, seed: int) -> tuple[Self, Self]:
+        """Set a part of the images aside, see `ImageDataset.holdout`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImageSplit(Dataset[tuple[Tensor, Tensor]]):
-    """One part of a data set.
+class ImageSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory, as one tensor.
 
     It is a PyTorch `Dataset` of (image, label) pairs. A `DataLoader` that hands it a whole list of indices gets the
     batch back from one indexing operation: pass a `collate_fn` that returns its argument, as `make_loader` does.
@@ -53,6 +74,17 @@ class ImageSplit(Dataset[tuple[Tensor, Tensor]]):
         where = torch.as_tensor(indices, dtype=torch.int64)
         return self.images[where], self.labels[where]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    def holdout(self, fraction: float, seed: int) -> tuple["ImageSplit", "ImageSplit"]:
+        """Set a part of the images aside, see `ImageDataset.holdout`."""
+        training, validation = stratified_parts(self.labels, fraction, seed)
+        return ImageSplit(*self.__getitems__(training)), ImageSplit(*self.__getitems__(validation))
+
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
@@ -64,20 +96,22 @@ class ImageDataset:
 
     name: str
     """How the data set is called in logs and file names, such as `digits` or `cifar10`."""
-    train: ImageSplit
+    train: AbstractSplit
     """The images to learn from."""
-    test: ImageSplit
+    test: AbstractSplit
     """The images to be looked at once, at the end."""
     class_names: tuple[str, ...]
     """The name of each class; a label is an index into it."""
 
     def __post_init__(self) -> None:
-        if self.train.images.shape[1:] != self.test.images.shape[1:]:
+        if self.train.image_shape != self.test.image_shape:
             raise ValueError(
-                f"`test` (={_describe(self.test.images)}) must hold images of the same shape as `train` "
-                f"(={_describe(self.train.images)}); resize one of them."
+                f"`test` (with images of {self.test.image_shape}) must hold images of the same shape as `train` "
+                f"(with images of {self.train.image_shape}); resize one of them."
             )
         for part, split in (("train", self.train), ("test", self.test)):
+            if split.labels is None:
+                continue
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
@@ -93,50 +127,33 @@ class ImageDataset:
     @property
     def in_channels(self) -> int:
         """Channels of an image: 1 for grey, 3 for colour."""
-        return self.train.images.shape[1]
+        return self.train.image_shape[0]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image."""
-        height, width = self.train.images.shape[2:]
-        return height, width
+        return self.train.image_shape[1:]
 
-    def holdout(self, fraction: float, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    def holdout(self, fraction: float, seed: int) -> tuple[AbstractSplit, AbstractSplit]:
         """Set a part of the training images aside for validation; the test split is not touched.
 
         The split is stratified: every class gives the same share, to the nearest image. It depends on `fraction`,
-        `seed` and the labels alone, and keeps the order of the images in both parts.
+        `seed` and the labels alone, and keeps the order of the images in both parts. Where training images are cropped
+        at random, those for validation are cropped like test images.
 
         Args:
             fraction: Share of the training images that goes to validation, rounded up to whole images.
             seed: Which images go.
 
         Returns:
-            The training part and the validation part.
+            The training part and the validation part, of the kind of `train`.
 
         Raises:
             ValueError: `fraction` is not between 0 and 1, or one of the parts would have fewer images than there are
-                classes, or `seed` is not in 0..2^32 - 1.
+                classes, or `seed` is not in 0..2^32 - 1, or the training images come as a stream.
             MissingDependencyError: scikit-learn is not installed.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(
-                f"`fraction` (={fraction}) must lie between 0 and 1, both excluded; "
-                "pass 0.1 to hold out a tenth of the training images."
-            )
-        selection = require("sklearn.model_selection", package="scikit-learn", purpose="holding out a validation part")
-        labels = self.train.labels.numpy()
-        try:
-            parts = selection.train_test_split(
-                range(len(labels)), test_size=float(fraction), random_state=seed, stratify=labels
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"`fraction` (={fraction}) and `seed` (={seed}) do not split {len(labels)} images of "
-                f"{self.num_classes} classes: {str(error).rstrip('.')}; pass another fraction or seed."
-            ) from error
-        train, validation = (ImageSplit(*self.train.__getitems__(sorted(part))) for part in parts)
-        return train, validation
+        return self.train.holdout(fraction, seed)
 
 
 def _describe(tensor: Tensor) -> str:

@@ -5,8 +5,12 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from revnet.data._base import ImageSplit
+from revnet.data._base import AbstractSplit, ImageSplit
 from revnet.errors import DataError
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of red, green and blue, on a scale of 0 to 1, as in nearly every published recipe."""
+_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
 
 class Preprocess(nn.Module):
@@ -66,8 +70,8 @@ class Preprocess(nn.Module):
         return f"shape={tuple(self.mean.shape)}"
 
 
-def make_preprocess(kind: str, train: ImageSplit, test: ImageSplit) -> Preprocess:
-    """Take the statistics of a data set.
+def make_preprocess(kind: str, train: AbstractSplit, test: AbstractSplit) -> Preprocess:
+    """Take the statistics of a data set, or those that are in use for its kind.
 
     `standardize` subtracts the mean of each channel over all training pixels and divides by their standard deviation
     (dividing by N), the modern choice. Scaling the pixels to 0..1 first, as is often written, gives the same numbers.
@@ -76,30 +80,61 @@ def make_preprocess(kind: str, train: ImageSplit, test: ImageSplit) -> Preproces
     is subtracted, pixel by pixel, and the pixels stay on the 0-255 scale. It looks at the test images (not at their
     labels); take it to compare with the paper.
 
+    `imagenet` standardizes with the means and deviations of ImageNet's channels that nearly everybody uses, and
+    `unit_range` brings 0..255 to -1..1, as the RevNet paper's code does for ImageNet. Both look at no image.
+
     Args:
-        kind: "standardize" or "mean_image".
+        kind: "standardize", "mean_image", "imagenet" or "unit_range".
         train: The training images, all of them: a held-out part must not change the statistics.
         test: The test images; read by `mean_image` only.
 
     Raises:
-        ValueError: `kind` is unknown.
+        ValueError: `kind` is unknown, needs images in memory and these are not, or needs RGB and these are not.
         DataError: A channel is constant over all training images, so that it cannot be standardized.
 
     Numerics:
         Sums are exact, in integers; the statistics are float64 until they are stored as float32.
 
     References:
-        Gomez et al. (2017), The Reversible Residual Network; official code, renmengye/revnet-public, the CIFAR input.
+        Gomez et al. (2017), The Reversible Residual Network; official code, renmengye/revnet-public, the input of
+        CIFAR and that of ImageNet.
     """
-    if kind == "standardize":
-        return _standardize(train)
-    if kind == "mean_image":
-        return _mean_image(train, test)
-    kinds = ["standardize", "mean_image"]
+    match kind:
+        case "standardize":
+            return _standardize(_in_memory(kind, "train", train))
+        case "mean_image":
+            return _mean_image(_in_memory(kind, "train", train), _in_memory(kind, "test", test))
+        case "imagenet":
+            return _imagenet(train)
+        case "unit_range":
+            centre = torch.full((train.image_shape[0], 1, 1), 127.5)
+            return Preprocess(centre, centre)
+    kinds = ["standardize", "mean_image", "imagenet", "unit_range"]
     close = get_close_matches(kind, kinds, n=1)
     raise ValueError(
         f"`kind` (='{kind}') must be one of {', '.join(kinds)}" + (f"; did you mean '{close[0]}'?" if close else ".")
     )
+
+
+def _in_memory(kind: str, name: str, split: AbstractSplit) -> ImageSplit:
+    if not isinstance(split, ImageSplit):
+        raise ValueError(
+            f"`kind` (='{kind}') takes statistics of all images, but those of `{name}` do not lie in memory; pass "
+            "'imagenet' or 'unit_range'."
+        )
+    return split
+
+
+def _imagenet(train: AbstractSplit) -> Preprocess:
+    num_channels = train.image_shape[0]
+    if num_channels != 3:
+        raise ValueError(
+            f"`kind` (='imagenet') is for RGB images, but those of `train` have {num_channels} channels; pass "
+            "'unit_range' or 'standardize'."
+        )
+    # To the float32 nearest to each product.
+    mean, scale = (torch.tensor(x, dtype=torch.float64) * 255 for x in (_IMAGENET_MEAN, _IMAGENET_DEVIATION))
+    return Preprocess(mean.float().view(-1, 1, 1), scale.float().view(-1, 1, 1))
 
 
 def _standardize(train: ImageSplit) -> Preprocess:

@@ -1,22 +1,24 @@
-"""CIFAR-10, from the Hugging Face hub."""
+"""CIFAR-10 and CIFAR-100, from the Hugging Face hub."""
 
 from pathlib import Path
 from types import ModuleType
 
 from revnet.data._base import ImageDataset
+from revnet.data._batch import OnCorrupt
 from revnet.data._optional import require
 from revnet.data.parquet_folder import load_parquet_folder
 from revnet.errors import DataError
 
-_REPOSITORY = "uoft-cs/cifar10"
-_FILES = ("plain_text/train-00000-of-00001.parquet", "plain_text/test-00000-of-00001.parquet")
 
-
-def load_cifar10() -> ImageDataset:
+def load_cifar10(*, on_corrupt: OnCorrupt = "stop") -> ImageDataset:
     """CIFAR-10: 50,000 colour images for training and 10,000 for testing, 32x32, ten classes.
 
     The first call downloads some 140 MB into the cache of the hub's client (`HF_HOME`); later calls need no network.
-    With a copy of the files at hand, `load_parquet_folder` reads the same data set without the hub.
+    With a copy of the files at hand, `load_parquet_folder` reads the same data set without the hub, and
+    `load_cifar_archive` reads its authors' archives.
+
+    Args:
+        on_corrupt: What to do about an image that cannot be decoded, see `load_parquet_folder`.
 
     Raises:
         DataError: The hub cannot be reached and the files are not in its cache.
@@ -25,26 +27,35 @@ def load_cifar10() -> ImageDataset:
     References:
         Krizhevsky (2009), Learning Multiple Layers of Features from Tiny Images.
     """
+    return _load("cifar10", "uoft-cs/cifar10", "plain_text", on_corrupt)
+
+
+def load_cifar100(*, on_corrupt: OnCorrupt = "stop") -> ImageDataset:
+    """CIFAR-100: as `load_cifar10`, with a hundred classes of 500 training and 100 test images; the fine labels."""
+    return _load("cifar100", "uoft-cs/cifar100", "cifar100", on_corrupt)
+
+
+def _load(name: str, repository: str, folder: str, on_corrupt: OnCorrupt) -> ImageDataset:
     # The client beneath `datasets`, which comes with it: without a network it gives up at once, where
     # `datasets.load_dataset` tries for 23 seconds, and the files it fetches need no second copy as Arrow tables.
-    hub = require("huggingface_hub", package="Hugging Face `datasets`", purpose="the data set `cifar10`")
+    hub = require("huggingface_hub", package="Hugging Face `datasets`", purpose=f"the data set `{name}`")
     try:
-        folder = _fetch(hub)
+        files = _fetch(hub, repository, [f"{folder}/{part}-00000-of-00001.parquet" for part in ("train", "test")])
     except Exception as error:  # besides OSError, those of the HTTP library beneath, which changes between versions
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"`cifar10` cannot be fetched from the Hugging Face hub ({_REPOSITORY}): {reason}; "
+            f"`{name}` cannot be fetched from the Hugging Face hub ({repository}): {reason}; "
             "download its parquet files where there is a network, and pass their folder in place of the name."
         ) from error
-    return load_parquet_folder(folder, name="cifar10")
+    return load_parquet_folder(files, on_corrupt=on_corrupt, name=name)
 
 
-def _fetch(hub: ModuleType) -> Path:
+def _fetch(hub: ModuleType, repository: str, files: list[str]) -> Path:
     """The folder of the files in the hub's cache; downloads those that are not there."""
-    cached = [hub.try_to_load_from_cache(_REPOSITORY, file, repo_type="dataset") for file in _FILES]
+    cached = [hub.try_to_load_from_cache(repository, file, repo_type="dataset") for file in files]
     if all(isinstance(file, str) for file in cached):
         return Path(cached[0]).parent
     # A first request with a time limit, for `snapshot_download` has none where a firewall swallows its packets.
-    hub.HfApi().dataset_info(_REPOSITORY, timeout=10)
-    snapshot = hub.snapshot_download(_REPOSITORY, repo_type="dataset", allow_patterns=list(_FILES))
-    return Path(snapshot, _FILES[0]).parent
+    hub.HfApi().dataset_info(repository, timeout=10)
+    snapshot = hub.snapshot_download(repository, repo_type="dataset", allow_patterns=files)
+    return Path(snapshot, files[0]).parent

@@ -3,123 +3,134 @@
 CIFAR-10, CIFAR-100, MNIST, Fashion-MNIST and many others lie on the hub like this.
 """
 
-import re
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from revnet.data._base import ImageDataset, ImageSplit
-from revnet.data._parquet_file import ParquetImages, read_parquet_file
+from revnet.data._batch import OnCorrupt, check_image_size, check_on_corrupt, corrupt_error, tell_skipped
+from revnet.data._crop import AbstractCrop, CentreCrop, RandomCrop
+from revnet.data._decode import Pixels, UndecodableError, decode_whole, require_pillow
+from revnet.data._parquet_file import ParquetFile, ParquetRows
+from revnet.data._parquet_layout import ParquetLayout, join_labels, read_parquet_layout
+from revnet.data._stream_split import StreamSplit
 from revnet.errors import DataError
 
-_PARTS = ("train", "test")
 
-
-def load_parquet_folder(path: str | Path, *, name: str | None = None) -> ImageDataset:
+def load_parquet_folder(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    on_corrupt: OnCorrupt = "stop",
+    crop_area: tuple[float, float] = (0.08, 1.0),
+    name: str | None = None,
+) -> ImageDataset:
     """Load the data set that lies in a folder.
 
     The files may lie in the folder or in one folder directly inside it, as in a clone of a hub repository. Each has a
     column of encoded images (`img` or `image`) and one of integer labels (`label` or `fine_label`); others are not
-    read. All images must have one size and be all grey or all RGB. Class names come from the schema's metadata. Without
-    them the classes are called by their numbers, and the training labels must be 0..K-1 with none missing.
+    read. Class names come from the schema's metadata. Without them the classes are called by their numbers, and the
+    training labels must be 0..K-1 with none missing. In place of `test-*.parquet` there may be `validation-*.parquet`,
+    which is also taken where the test files have no labels.
 
-    Every image is decoded on loading. Nothing is written, so the folder can be read-only: decoding CIFAR-10 takes
-    seconds, and a cache of decoded images would save little.
+    With no `image_size`, every image is decoded on loading; all must have one size, and be all grey or all in colour.
+    Nothing is written, so the folder can be read-only: decoding CIFAR-10 takes seconds, and a cache of decoded images
+    would save little. With an `image_size`, images of any size are decoded batch by batch and come out as RGB, see
+    `load_dataset`.
 
     Args:
         path: The folder; `~` is the home directory.
+        image_size: Height and width that images are brought to; None to keep their own, in memory.
+        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError naming it, "skip" leaves
+            it out and says so once.
+        crop_area: Least and largest share of a training image that a random crop takes, if there is an `image_size`.
         name: What to call the data set; the folder's name when not given.
 
     Raises:
+        ValueError: An option is out of range.
         DataError: The folder or a part of it is missing, a file is corrupt or of another layout, or an image or label
             breaks the rules above. The message names the file and, where there is one, the row.
         MissingDependencyError: Hugging Face `datasets` or Pillow is not installed.
     """
-    try:
-        folder = Path(path).expanduser()
-        files = _find_files(folder)
-    except (OSError, RuntimeError) as error:  # not allowed to look, a name too long; `~` of an unknown user
-        raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
-    train, test = ([read_parquet_file(file) for file in files[part]] for part in _PARTS)
-    class_names = _class_names(train, test)
-    _check_labels([*train, *test], len(class_names))
-    _check_shapes([*train, *test])
+    check_on_corrupt(on_corrupt)
+    require_pillow()
+    if image_size is None:
+        layout = read_parquet_layout(path)
+        train, test = _decode_files(layout, on_corrupt)
+        return ImageDataset(name or layout.name, train, test, layout.class_names)
+    check_image_size(image_size)
+    crops = (RandomCrop(crop_area), CentreCrop())
+    layout = read_parquet_layout(path)
+
+    def stream(files: Sequence[ParquetFile], crop: AbstractCrop) -> StreamSplit:
+        labels = join_labels(files)
+        return StreamSplit(
+            ParquetRows(files),
+            num_images=len(labels),
+            num_classes=len(layout.class_names),
+            image_size=image_size,
+            crop=crop,
+            on_corrupt=on_corrupt,
+            labels=labels,
+        )
+
     return ImageDataset(
-        name=name or folder.name.strip(".") or folder.resolve().name,
-        train=_join(train),
-        test=_join(test),
-        class_names=class_names,
+        name or layout.name, stream(layout.train, crops[0]), stream(layout.test, crops[1]), layout.class_names
     )
 
 
-def _find_files(folder: Path) -> dict[str, list[Path]]:
-    if not folder.exists():
-        raise DataError(f"`path` (='{folder}') does not exist; pass the folder that holds `train-*.parquet`.")
-    if not folder.is_dir():
-        raise DataError(f"`path` (='{folder}') must be a folder, not a file; pass '{folder.parent}'.")
-    places = [folder, *sorted(inner for inner in folder.iterdir() if inner.is_dir())]
-    found = {place: {part: sorted(place.glob(f"{part}-*.parquet")) for part in _PARTS} for place in places}
-    complete = [place for place in places if all(found[place].values())]
-    if not complete:
-        lacking = [f"`{part}-*.parquet`" for part in _PARTS if not any(files[part] for files in found.values())]
-        raise DataError(
-            f"`path` (='{folder}') must hold `train-*.parquet` and `test-*.parquet` in one place, the folder itself or "
-            f"one directly inside it; {'it lacks ' + ' and '.join(lacking) if lacking else 'put them together'}."
-        )
-    if len(complete) > 1 and complete[0] != folder:
-        names = ", ".join(place.name for place in complete)
-        raise DataError(f"`path` (='{folder}') holds several data sets ({names}); pass the folder of one of them.")
-    for part, files in found[complete[0]].items():
-        _check_shards(part, files)
-    return found[complete[0]]
-
-
-def _check_shards(part: str, files: list[Path]) -> None:
-    # A folder that was copied in part would otherwise pass for a smaller data set.
-    totals = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)", file.name))}
-    if totals and totals != {len(files)}:
-        raise DataError(
-            f"'{files[0].parent}' holds {len(files)} `{part}-*.parquet`, but their names speak of "
-            f"{' and '.join(str(total) for total in sorted(totals))}; complete the download, and keep one set of files."
-        )
-
-
-def _class_names(train: Sequence[ParquetImages], test: Sequence[ParquetImages]) -> tuple[str, ...]:
-    first = train[0]
-    for part in (*train, *test):
-        if part.class_names != first.class_names:
+def _decode_files(layout: ParquetLayout, on_corrupt: OnCorrupt) -> tuple[ImageSplit, ImageSplit]:
+    train, test = ([_decode_file(file, on_corrupt) for file in files] for files in (layout.train, layout.test))
+    first = train[0].images.shape[1:]
+    for file, part in zip((*layout.train, *layout.test), (*train, *test), strict=True):
+        if part.images.shape[1:] != first:
             raise DataError(
-                f"'{part.file}' has other class names in its metadata than '{first.file}'; "
-                "write all files of a data set with the same features."
+                f"'{file.path}' holds images of shape {tuple(part.images.shape[1:])} (channels, height, width), "
+                f"'{layout.train[0].path}' of {tuple(first)}; {_ONE_SIZE}"
             )
-    if first.class_names is not None:
-        return first.class_names
-    return tuple(str(label) for label in range(len({label for part in train for label in part.labels})))
+    return _join(train), _join(test)
 
 
-def _check_labels(parts: Sequence[ParquetImages], num_classes: int) -> None:
-    for part in parts:
-        for row, label in enumerate(part.labels):
-            if label is None or not 0 <= label < num_classes:
-                raise DataError(
-                    f"row {row} of '{part.file}' has the label {label}, but there are {num_classes} classes, so it "
-                    f"must lie in 0..{num_classes - 1}; mend the row, or name all classes with a `ClassLabel` feature."
-                )
+_ONE_SIZE = "pass `image_size` to bring them to one size, in RGB, or convert them all."
 
 
-def _check_shapes(parts: Sequence[ParquetImages]) -> None:
-    first = parts[0]
-    for part in parts:
-        if part.images.shape[1:] != first.images.shape[1:]:
+def _decode_file(file: ParquetFile, on_corrupt: OnCorrupt) -> ImageSplit:
+    images = np.empty(0, dtype=np.uint8)
+    labels: list[int] = []
+    for row in ParquetRows([file]).read(None, 0, 1):
+        try:
+            pixels = _channels_first(decode_whole(row.encoded))
+        except UndecodableError as error:
+            if on_corrupt == "stop":
+                raise corrupt_error(row.where, str(error)) from error
+            tell_skipped(row.where, str(error))
+            continue
+        if not labels:
+            first = row.where
+            images = np.empty((len(file.labels), *pixels.shape), dtype=np.uint8)
+        elif pixels.shape != images.shape[1:]:
             raise DataError(
-                f"'{part.file}' holds images of shape {tuple(part.images.shape[1:])} (channels, height, width), "
-                f"'{first.file}' of {tuple(first.images.shape[1:])}; convert them all to one mode and size."
+                f"{row.where} holds an image of shape {pixels.shape} (channels, height, width), {first} one of "
+                f"{images.shape[1:]}; {_ONE_SIZE}"
             )
+        images[len(labels)] = pixels
+        assert row.label is not None  # the layout was checked
+        labels.append(row.label)
+    if not labels:
+        raise DataError(f"not one image of '{file.path}' can be decoded; download the file again.")
+    return ImageSplit(torch.from_numpy(images[: len(labels)]), torch.tensor(labels))
 
 
-def _join(parts: Sequence[ParquetImages]) -> ImageSplit:
-    labels = torch.tensor([label for part in parts for label in part.labels])
+def _channels_first(pixels: Pixels) -> Pixels:
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (C, H, W)
+
+
+def _join(parts: Sequence[ImageSplit]) -> ImageSplit:
     # Most data sets have one file a split: no second copy of its pixels then.
-    images = parts[0].images if len(parts) == 1 else torch.cat([part.images for part in parts])
-    return ImageSplit(images, labels)
+    if len(parts) == 1:
+        return parts[0]
+    return ImageSplit(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
