@@ -1,7 +1,6 @@
-"""Every file in `configs/` is a complete recipe that the command line takes."""
+"""Every file in `configs/` is a complete recipe that the command line takes, by its path or by its name."""
 
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,44 +9,92 @@ from revnet.cli._parser import parse
 from revnet.cli.train import train
 from revnet.models import list_models
 from revnet.training import TrainConfig
+from revnet.training.recipes import find_recipe, list_recipes
 
-FOLDER = Path(__file__).parents[2] / "configs"
-PATHS = sorted(FOLDER.glob("*/*.yaml"))
+CIFAR = ["resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164"]
+IMAGENET = ["resnet50", "revnet56", "resnet101", "revnet104"]
+MODELS = {
+    "cifar10/paper": CIFAR,
+    "cifar10/modern": CIFAR,
+    "cifar10/quick": CIFAR[:2],
+    "cifar100/paper": CIFAR,
+    "cifar100/modern": CIFAR,
+    "cifar100/quick": CIFAR[:2],
+    "digits/quick": ["revnet38"],
+    "imagenet/paper": IMAGENET,
+    "imagenet/modern": IMAGENET,
+    "imagenet/quick": IMAGENET[:2],
+}
+UPDATES = {"cifar10": 50_000 // 100, "cifar100": 50_000 // 100, "imagenet": 1_281_167 // 256}
 
 
-def load(path):
-    return TrainConfig(**parse(train, "revnet train", ["--config", str(path)]))
+def load(name):
+    return TrainConfig(**parse(train, "revnet train", ["--config", name]))
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_file_is_complete_and_named_after_its_data_and_model(path):
-    config = load(path)
-    assert (config.data, config.model) == (path.parent.name, path.stem)
+def test_there_are_these_recipes():
+    assert list_recipes() == sorted(f"{folder}/{model}" for folder, models in MODELS.items() for model in models)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_is_complete_and_named_after_its_data_and_model(name):
+    config = load(name)
+    data, _, model = name.split("/")
+    assert (config.data, config.model) == (data, model)
     assert config.model in list_models()
-    assert yaml.safe_load(path.read_text()).keys() == {field.name for field in fields(TrainConfig)}
-
-
-def test_there_are_these_files():
-    assert {f"{path.parent.name}/{path.stem}" for path in PATHS} == {
-        "cifar10/resnet32",
-        "cifar10/revnet38",
-        "digits/revnet38",
-    }
+    assert yaml.safe_load(find_recipe(name).read_text()).keys() == {field.name for field in fields(TrainConfig)}
 
 
 def test_the_recipe_for_digits_is_the_default():
-    assert load(FOLDER / "digits" / "revnet38.yaml") == TrainConfig()
+    assert load("digits/quick/revnet38") == TrainConfig()
 
 
-def test_the_pair_on_cifar10_differs_in_the_model_only():
-    resnet, revnet = (load(FOLDER / "cifar10" / f"{name}.yaml") for name in ("resnet32", "revnet38"))
-    assert replace(resnet, model="revnet38") == revnet
+@pytest.mark.parametrize("folder", MODELS)
+def test_the_models_of_a_recipe_are_trained_alike(folder):
+    """And CIFAR-100 as CIFAR-10."""
+    configs = [load(f"{folder}/{model}") for model in MODELS[folder]]
+    assert len({replace(config, model="any") for config in configs}) == 1
+    if folder.startswith("cifar100"):
+        assert replace(configs[0], data="cifar10") == load(f"{folder.replace('100', '10')}/{configs[0].model}")
 
 
-def test_the_recipe_for_cifar10_is_the_papers():
-    config = load(FOLDER / "cifar10" / "revnet38.yaml")
-    assert config.epochs * 50_000 / config.batch_size == 80_000
-    assert [round(80_000 * fraction) for fraction in config.decay_at] == [40_000, 60_000]
-    assert (config.batch_size, config.lr, config.decay_factor, config.momentum) == (100, 0.1, 0.1, 0.9)
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+def test_the_papers_recipe_for_cifar(data):
+    config = load(f"{data}/paper/revnet164")
+    num_updates = config.epochs * UPDATES[data]
+    assert num_updates == 80_000
+    assert [round(num_updates * fraction) for fraction in config.decay_at] == [40_000, 60_000]
+    assert (config.batch_size, config.lr, config.decay_factor, config.schedule) == (100, 0.1, 0.1, "step")
+    assert (config.momentum, config.nesterov, config.warmup, config.label_smoothing) == (0.9, False, 0, 0)
     assert (config.weight_decay, config.val_fraction, config.preprocess) == (2e-4, 0, "mean_image")
-    assert (config.crop_padding, config.horizontal_flip) == (2, True)
+    assert (config.crop_padding, config.horizontal_flip, config.cutout) == (2, True, 0)
+    assert (config.precision, config.start_size) == ("32-true", None)
+
+
+def test_the_papers_recipe_for_imagenet():
+    config = load("imagenet/paper/revnet104")
+    assert config.max_updates == 600_000
+    assert config.epochs * UPDATES["imagenet"] >= config.max_updates
+    assert [round(config.max_updates * fraction, -3) for fraction in config.decay_at] == [160_000, 320_000, 480_000]
+    assert (config.batch_size, config.lr, config.decay_factor, config.momentum) == (256, 0.1, 0.1, 0.9)
+    assert (config.weight_decay, config.preprocess, config.image_size) == (1e-4, "unit_range", 224)
+    assert (config.crop_area, config.horizontal_flip, config.color_distortion) == ((0.05, 1), True, True)
+
+
+@pytest.mark.parametrize(("data", "paper_updates"), [("cifar10", 80_000), ("cifar100", 80_000), ("imagenet", 600_000)])
+def test_a_modern_recipe_costs_no_more_updates_than_the_papers(data, paper_updates):
+    name = next(name for name in list_recipes() if name.startswith(f"{data}/modern/"))
+    assert load(name).epochs * UPDATES[data] <= paper_updates
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar10/paper/revnet83", "did you mean `cifar10/paper/revnet38`"),
+        ("zzz", "the recipes are cifar10/modern/resnet110, "),
+    ],
+)
+def test_an_unknown_recipe_is_told(name, message):
+    for spelling in (["--config", name], [f"--config={name}"]):
+        with pytest.raises(ValueError, match=message):
+            parse(train, "revnet train", spelling)

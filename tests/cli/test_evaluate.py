@@ -3,17 +3,41 @@ import json
 import pytest
 
 
-def test_all_forms_of_a_run_give_the_error_that_training_printed(revnet, run_dir):
+def test_all_forms_of_a_run_give_the_error_that_training_printed(revnet, run_dir, tmp_path):
     error = json.loads((run_dir / "summary.json").read_text())["test_error"]
-    for path in (run_dir, run_dir / "last.safetensors", run_dir / "last.ckpt"):
-        code, output, errors = revnet("evaluate", path)
+    for name in ("", "last.safetensors", "last.ckpt"):
+        code, output, errors = revnet("evaluate", run_dir / name, "--output-dir", tmp_path)
         assert (code, errors) == (0, "")
-        assert output.startswith("revnet38 on the test images of digits: ")
-        assert output.endswith(f" % (error {100 * error:.2f} %, {round(360 * error)} of 360 wrong)\n")
+        lines = dict(line.split("  ", 1) for line in output.splitlines() if not line.startswith(" "))
+        assert {name: text.strip() for name, text in lines.items()}["accuracy"].endswith(
+            f" % (error {100 * error:.2f} %, {round(360 * error)} of 360 wrong)"
+        )
+        assert list(lines) == [
+            *("model", "data", "accuracy", "top-5 error", "cross-entropy", "speed", "hardest", "confusions", "written")
+        ]
 
 
-def test_data_can_be_named(revnet, run_dir):
-    assert revnet("evaluate", run_dir, "--data", "digits") == revnet("evaluate", run_dir)
+def test_figures_table_and_picture_are_written_where_the_output_says(revnet, run_dir, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    code, output, _ = revnet("evaluate", run_dir / "best.safetensors", "--data", "digits", "--output-dir", folder)
+    assert code == 0
+    files = [folder / f"evaluation_digits_best.{suffix}" for suffix in ("json", "csv", "png")]
+    assert [line[13:].strip() for line in output.splitlines()[-3:]] == [str(file) for file in files]
+    assert sorted(folder.iterdir()) == sorted(files)
+    machine = json.loads(files[0].read_text())["machine"]
+    assert machine[-1].endswith(f"revnet evaluate {run_dir / 'best.safetensors'} --data digits`")
+
+
+def test_the_files_lie_beside_the_checkpoint(revnet, run_dir, tmp_path):
+    checkpoint = tmp_path / "last.safetensors"
+    checkpoint.write_bytes((run_dir / checkpoint.name).read_bytes())
+    assert revnet("evaluate", checkpoint, "--batch-size", 100, "--device", "cpu")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evaluation_digits.csv",
+        "evaluation_digits.json",
+        "evaluation_digits.png",
+        "last.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -24,6 +48,12 @@ def test_data_can_be_named(revnet, run_dir):
         (["."], "`.` holds no last.safetensors and no last.ckpt"),
         (["empty.ckpt"], "`empty.ckpt` is truncated or not a PyTorch checkpoint"),
         (["empty.safetensors"], "`empty.safetensors` is truncated or not a safetensors file"),
+        (["empty.ckpt", "--device", "abacus"], "`device` (='abacus') is no device; pass auto, cpu"),
+        (["empty.ckpt", "--batch-size", "0"], "`batch_size` (=0) must be 1 or more"),
+        (["empty.ckpt", "--batch-size", "many"], "`--batch-size` (=many) must be an integer"),
+        (["empty.ckpt", "--num-workers", "-1"], "`num_workers` (=-1) must be 0 or more"),
+        (["empty.ckpt", "--on-corrupt", "ask"], "`--on-corrupt` (=ask) must be `stop` or `skip`"),
+        (["empty.ckpt", "--output-dir", "empty.ckpt"], "File exists: `empty.ckpt`"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):

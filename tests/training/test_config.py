@@ -22,7 +22,30 @@ from revnet.training import TrainConfig
         ({"momentum": 1}, ValueError, r"`momentum` \(=1\) must be a finite number from 0 to below 1"),
         ({"weight_decay": -1e-4}, ValueError, r"`weight_decay` \(=-0.0001\) must be a finite number 0 or more"),
         ({"val_fraction": 1}, ValueError, r"`val_fraction` \(=1\) must be a finite number from 0 to below 1"),
-        ({"preprocess": "none"}, ValueError, r"`preprocess` \(='none'\) must be `standardize` or `mean_image`"),
+        (
+            {"preprocess": "none"},
+            ValueError,
+            r"`preprocess` \(='none'\) must be `standardize` or `mean_image` or",
+        ),
+        ({"max_updates": 0}, ValueError, r"`max_updates` \(=0\) must be 1 or more"),
+        ({"schedule": "linear"}, ValueError, r"`schedule` \(='linear'\) must be `step` or `cosine`"),
+        ({"policy": "keep"}, ValueError, r"`policy` \(='keep'\) must be `reverse` or `store`"),
+        ({"on_corrupt": "cry"}, ValueError, r"`on_corrupt` \(='cry'\) must be `stop` or `skip`"),
+        ({"warmup": 1}, ValueError, r"`warmup` \(=1\) must be a finite number from 0 to below 1"),
+        (
+            {"label_smoothing": -0.1},
+            ValueError,
+            r"`label_smoothing` \(=-0.1\) must be a finite number from 0 to below 1",
+        ),
+        ({"full_size_at": 0}, ValueError, r"`full_size_at` \(=0\) must be a finite number above 0 and at most 1"),
+        ({"start_size": 0}, ValueError, r"`start_size` \(=0\) must be 1 or more"),
+        ({"image_size": 0}, ValueError, r"`image_size` \(=0\) must be 1 or more"),
+        ({"num_workers": -1}, ValueError, r"`num_workers` \(=-1\) must be 0 or more"),
+        ({"cutout": -1}, ValueError, r"`cutout` \(=-1\) must be 0 or more"),
+        ({"nesterov": 1.5}, TypeError, r"`nesterov` \(=1.5\) must be true or false"),
+        ({"nesterov": True, "momentum": 0}, ValueError, r"`nesterov` \(=True\) needs a `momentum` above 0"),
+        ({"crop_area": [0.5]}, ValueError, r"`crop_area` \(=\[0.5\]\) must be two shares above 0"),
+        ({"crop_area": [0.5, 0.2]}, ValueError, r"`crop_area` \(=\[0.5, 0.2\]\) must be two shares"),
         ({"precision": "16"}, ValueError, r"`precision` \(='16'\) must be `32-true` or `bf16-mixed`"),
         ({"device": "gpu"}, ValueError, r"`device` \(='gpu'\) must be `auto` or `cpu` or `cuda` or `mps`"),
         ({"crop_padding": -1}, ValueError, r"`crop_padding` \(=-1\) must be 0 or more"),
@@ -47,13 +70,22 @@ def test_digits_are_not_mirrored_and_other_data_are():
     )
 
 
+def test_images_in_files_are_decoded_by_workers_and_cropped_there():
+    config = TrainConfig().resolve("flowers", is_decoded=True)
+    assert (config.preprocess, config.crop_padding, config.horizontal_flip) == ("imagenet", 0, True)
+    assert 0 <= config.num_workers <= 8
+    config = TrainConfig().resolve("cifar10")
+    assert (config.preprocess, config.num_workers) == ("standardize", 0)
+
+
 def test_what_was_set_is_not_resolved():
-    config = TrainConfig(crop_padding=0, horizontal_flip=True, num_threads=2)
+    config = TrainConfig(preprocess="unit_range", crop_padding=0, horizontal_flip=True, num_threads=2, num_workers=3)
     assert config.resolve("digits") == config
+    assert config.resolve("flowers", is_decoded=True) == config
 
 
 def test_save_and_load_give_the_same_settings(tmp_path):
-    config = TrainConfig(lr=1e-5, decay_at=[0.25], horizontal_flip=True, out_dir="somewhere")
+    config = TrainConfig(lr=1e-5, decay_at=[0.25], crop_area=[0.5, 1], horizontal_flip=True, out_dir="somewhere")
     config.save(tmp_path / "config.yaml")
     assert TrainConfig.load(tmp_path / "config.yaml") == config
 

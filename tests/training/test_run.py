@@ -5,6 +5,7 @@ import signal
 import matplotlib.image
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from revnet.data import load_dataset
 from revnet.errors import CheckpointError, DataError
@@ -52,6 +53,10 @@ def test_the_summary_repeats_the_result(finished):
     assert summary["test_images"] == 360
     assert summary["peak_bytes"] == finished.peak_bytes
     assert summary["versions"]["torch"] == torch.__version__
+    assert summary["num_updates"] == finished.num_updates == 24
+    assert summary["train_seconds"] >= 24 * summary["step_seconds"] / 2
+    assert summary["process_peak_bytes"] > 2**26, "PyTorch alone takes more"
+    assert summary["machine"][0].startswith("- Hardware: ")
 
 
 def test_the_picture_is_one(finished):
@@ -90,9 +95,14 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"schedule": "cosine", "warmup": 0.3, "nesterov": True, "cutout": 3, "start_size": 4}],
+    ids=["", "modern"],
+)
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     # crops and flips draw from the random state, the schedule and the momentum go on, batch norm has its statistics
-    settings = {"epochs": 4, "crop_padding": 1, "horizontal_flip": True, "batch_size": 200}
+    settings = {"epochs": 4, "crop_padding": 1, "horizontal_flip": True, "batch_size": 200} | more
     straight = train(TrainConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
     with monkeypatch.context() as patch:
         stop_after(patch, 2, interrupt)
@@ -105,7 +115,8 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
         expected, found = (load_classifier(result.folder / weights).state_dict() for result in (straight, resumed))
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (resumed.test, resumed.best_epoch) == (straight.test, straight.best_epoch)
-    logs = [[row | {"step_seconds": ""} for row in read_log(result.folder)] for result in (straight, resumed)]
+    times = {"step_seconds": "", "epoch_seconds": ""}
+    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
     assert logs[0] == logs[1]
 
 
@@ -162,6 +173,45 @@ def test_a_model_that_stores_has_one_memory_figure(out_dir):
     result = train(TrainConfig(model="resnet32", epochs=1, batch_size=400, out_dir=out_dir), quiet=True)
     assert result.stored_peak_bytes is None
     assert ", stored" in result.report()
+
+
+@pytest.mark.parametrize("max_updates", [2, 3, 4])
+def test_a_run_ends_after_its_last_update(out_dir, max_updates):
+    result = train(TrainConfig(batch_size=400, max_updates=max_updates, out_dir=out_dir), quiet=True)
+    rows = read_log(result.folder)
+    assert result.num_updates == max_updates
+    assert [int(row["updates"]) for row in rows] == {2: [2], 3: [3], 4: [3, 4]}[max_updates]
+    assert all(row["val_accuracy"] for row in rows), "an epoch cut short is validated too"
+    assert result.best_val_accuracy is not None
+
+
+def test_the_stored_twin_learns_the_same(tmp_path):
+    results = {}
+    for policy in ("reverse", "store"):
+        config = TrainConfig(epochs=1, batch_size=400, policy=policy, out_dir=str(tmp_path / policy))
+        results[policy] = train(config, quiet=True)
+    assert results["store"].peak_bytes == results["reverse"].stored_peak_bytes > results["reverse"].peak_bytes
+    assert results["store"].stored_peak_bytes is None
+    states = [load_classifier(result.folder).state_dict() for result in results.values()]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_model_that_stores_anyway_needs_no_policy(out_dir):
+    with pytest.raises(ValueError, match=r"`policy` \(='store'\) is for reversible models; resnet32 stores"):
+        train(TrainConfig(model="resnet32", policy="store", out_dir=out_dir), quiet=True)
+
+
+def test_callbacks_join_the_run(out_dir):
+    class Count(Callback):
+        batches = 0
+
+        def on_train_batch_end(self, *args):
+            self.batches += 1
+
+    count = Count()
+    train(TrainConfig(epochs=1, batch_size=400, out_dir=out_dir), quiet=True, callbacks=[count])
+    assert count.batches == 3
 
 
 def test_autocast_trains_too(out_dir):

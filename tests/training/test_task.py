@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from revnet.data import Preprocess
@@ -11,7 +14,8 @@ from revnet.training.task import ClassificationTask, parameter_groups
 
 @pytest.mark.parametrize("name", list_models())
 def test_only_convolution_and_linear_weights_decay(name):
-    model = create_model(name)
+    with torch.device("meta"):
+        model = create_model(name)
     decayed, others = parameter_groups(model, 2e-4)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 2e-4
@@ -44,7 +48,9 @@ def task():
         preprocess="standardize",
     )
     preprocess = Preprocess(torch.full((1, 1, 1), 8.0), torch.full((1, 1, 1), 2.0))
-    return ClassificationTask(Classifier.create(header, preprocess), nn.Identity(), Brighten(), TrainConfig(), num_updates=8)
+    return ClassificationTask(
+        Classifier.create(header, preprocess), nn.Identity(), Brighten(), TrainConfig(), num_updates=8
+    )
 
 
 def test_images_are_preprocessed_always_and_augmented_in_training_only(task):
@@ -54,6 +60,38 @@ def test_images_are_preprocessed_always_and_augmented_in_training_only(task):
     assert torch.equal(labels, batch[1])
     images, _ = task.eval().on_after_batch_transfer(batch, 0)
     assert torch.equal(images, torch.full((2, 1, 8, 8), 1.0))
+
+
+def test_training_images_grow(task):
+    task.config = TrainConfig(start_size=4, full_size_at=0.5)
+    task.trainer = SimpleNamespace(global_step=0)
+    batch = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    sizes = []
+    for task.trainer.global_step in (0, 3, 4, 7):
+        sizes.append(tuple(task.train().on_after_batch_transfer(batch, 0)[0].shape[2:]))
+    assert sizes == [(4, 4), (4, 4), (8, 8), (8, 8)]
+    task.trainer.global_step = 0
+    assert task.eval().on_after_batch_transfer(batch, 0)[0].shape[2:] == (8, 8)
+
+
+def test_labels_are_smoothed_in_training_only(task, monkeypatch):
+    task.config = TrainConfig(label_smoothing=0.2)
+    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
+    batch = torch.randn(4, 1, 8, 8), torch.arange(4)
+    loss = task.eval().training_step(batch, 0)
+    logits = task.classifier.model(batch[0])
+    uniform = -logits.log_softmax(1).mean(1)
+    expected = 0.8 * F.cross_entropy(logits, batch[1], reduction="none") + 0.2 * uniform
+    torch.testing.assert_close(loss, expected.mean())
+
+
+def test_the_settings_reach_the_optimizer(task):
+    task.config = TrainConfig(schedule="cosine", warmup=0.5, nesterov=True, lr=0.3)
+    found = task.configure_optimizers()
+    group = found["optimizer"].param_groups[0]
+    assert group["nesterov"]
+    assert (group["initial_lr"], group["lr"]) == (0.3, pytest.approx(0.3 / 5)), "the first of 8 updates"
+    assert found["lr_scheduler"]["interval"] == "step"
 
 
 def test_the_optimizer_is_the_papers(task):

@@ -7,9 +7,12 @@ import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
+
+from revnet.training.recipes import find_recipe
 
 _TYPES = {
     "bool": "true or false",
@@ -29,7 +32,8 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
     """Read `arguments` as the parameters of `function`.
 
     `--some-name` and `--some_name` are the same flag, and a later one overrides an earlier one. A function that takes
-    `**settings` can also read them from YAML, by `--config FILE`; `--help` and `--print-config` print and exit.
+    `**settings` can also read them from YAML, by `--config FILE` or by the name of a recipe; `--help` and
+    `--print-config` print and exit.
 
     Returns:
         The values that were given; what was not is the function's default.
@@ -38,7 +42,7 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
         UsageError: An argument is unknown, missing or of the wrong type, or a YAML file is missing or broken.
     """
     parser = _make_parser(function, prog)
-    spelled = [_with_underscores(argument) for argument in arguments]
+    spelled = _with_recipes([_with_underscores(argument) for argument in arguments])
     try:
         parser.parse_args(spelled)  # for --print-config, which prints the defaults too
         given = parser.parse_args(spelled, defaults=False)
@@ -74,17 +78,24 @@ def _make_parser(function: Callable[..., Any], prog: str) -> _Parser:
     )
     has_settings = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     if has_settings:
-        parser.add_argument("--config", action="config", help="YAML file with values for the options below.")
+        parser.add_argument(
+            "--config",
+            action="config",
+            help="YAML file with values for the options below, or a recipe, such as cifar10/paper/revnet38.",
+        )
     parser.add_function_arguments(function, as_group=False, as_positional=True)
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:
             action.nargs, action.const = "?", "true"  # `--quick` is `--quick true`
+        if not action.option_strings and getattr(action, "_typehint", None) == list[str]:
+            # As many words as there are, each as it was written: jsonargparse would read one word as a list.
+            action.nargs, action._typehint, action.metavar = "+", str, action.dest  # type: ignore[attr-defined]
     return parser
 
 
 def _usage(function: Callable[..., Any]) -> str:
     positional = [
-        name.upper()
+        name.upper() + "..." * str(p.annotation).startswith("list")
         for name, p in inspect.signature(function).parameters.items()
         if p.default is p.empty and p.kind is not p.VAR_KEYWORD
     ]
@@ -96,6 +107,25 @@ def _with_underscores(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _with_recipes(arguments: list[str]) -> list[str]:
+    """Put the file of a recipe in place of its name."""
+    found = list(arguments)
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag != "--config":
+            continue
+        if not equals and index + 1 < len(arguments):
+            found[index + 1] = _recipe_file(arguments[index + 1])
+        elif equals:
+            found[index] = f"--config={_recipe_file(value)}"
+    return found
+
+
+def _recipe_file(name: str) -> str:
+    is_file = Path(name).suffix in (".yaml", ".yml") or Path(name).exists()
+    return name if is_file else str(find_recipe(name))
 
 
 def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:

@@ -19,7 +19,10 @@ from revnet.errors import RevnetError
 
 COMMANDS = {
     "train": "train a model; without options, a small RevNet on hand-written digits",
-    "evaluate": "print the test error of a checkpoint",
+    "evaluate": "read a test set with a checkpoint: errors, the hardest classes, what is taken for what",
+    "predict": "name what is in image files",
+    "reproduce": "train the networks of a result table, and write it beside the paper's numbers",
+    "figure": "draw a figure of the paper anew: the gradient angle through training, the complexities",
     "models": "list the models with their parameters and FLOPs",
     "bench": "measure memory, time and correctness beside other ways of running reversible blocks",
 }
@@ -71,7 +74,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         command = getattr(import_module(f"revnet.cli.{name}"), name)
         command(**parse(command, prog, arguments))
         sys.stdout.flush()
-    except SystemExit as leaving:  # --help and --print-config
+    except SystemExit as leaving:  # --help and --print-config; an image that `predict` could not read
         return int(leaving.code or 0)
     except KeyboardInterrupt as stop:
         print(f"\n{prog}: {str(stop) or 'stopped.'}", file=sys.stderr)

@@ -14,8 +14,9 @@ def train(*, resume: str | None = None, **settings: Any) -> None:
 
     Examples:
         revnet train
-        revnet train --data cifar10 --model revnet38 --epochs 160
-        revnet train --config configs/cifar10/revnet38.yaml --data path/to/cifar10
+        revnet train --config cifar10/paper/revnet38
+        revnet train --config cifar10/quick/revnet38 --data path/to/cifar-10-python.tar.gz
+        revnet train --data path/to/images --model revnet56 --batch-size 64 --val-fraction 0.1
         revnet train --resume runs/digits_revnet38_1
 
     Args:

@@ -13,8 +13,11 @@ from revnet.training.config import TrainConfig as TrainConfig
 if TYPE_CHECKING:
     from revnet.training._checkpoint import load_classifier as load_classifier
     from revnet.training.classifier import Classifier as Classifier
+    from revnet.training.confusion import Confusion as Confusion
+    from revnet.training.evaluate_result import EvaluateResult as EvaluateResult
     from revnet.training.evaluation import evaluate as evaluate
-    from revnet.training.results import EvaluateResult as EvaluateResult
+    from revnet.training.prediction import Prediction as Prediction
+    from revnet.training.prediction import predict as predict
     from revnet.training.results import TrainResult as TrainResult
     from revnet.training.run import TrainingInterrupted as TrainingInterrupted
     from revnet.training.run import resume as resume
@@ -22,20 +25,26 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Classifier": "classifier",
-    "EvaluateResult": "results",
+    "Confusion": "confusion",
+    "EvaluateResult": "evaluate_result",
+    "Prediction": "prediction",
     "TrainResult": "results",
     "TrainingInterrupted": "run",
     "evaluate": "evaluation",
     "load_classifier": "_checkpoint",
+    "predict": "prediction",
     "resume": "run",
     "train": "run",
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "Classifier",
+    "Confusion",
     "evaluate",
     "EvaluateResult",
     "load_classifier",
+    "predict",
+    "Prediction",
     "resume",
     "train",
     "TrainConfig",

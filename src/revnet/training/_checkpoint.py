@@ -33,6 +33,21 @@ def save_weights(classifier: Classifier, path: Path) -> None:
         temporary.write_bytes(save(tensors, metadata=classifier.header.to_metadata()))
 
 
+def find_weights(path: Path) -> Path:
+    """The file that `load_classifier` reads: `path` itself or, in the folder of a run, the last weights.
+
+    Raises:
+        CheckpointError: There is no such file.
+    """
+    if not path.is_dir():
+        return _existing_file(path)
+    # The two are written together; a run stopped in between leaves the checkpoint.
+    found = [path / name for name in ("last.safetensors", "last.ckpt") if (path / name).is_file()]
+    if not found:
+        raise CheckpointError(f"`{path}` holds no last.safetensors and no last.ckpt; {_WAY_OUT}.")
+    return found[0]
+
+
 def load_classifier(path: str | Path) -> Classifier:
     """Rebuild the classifier that a run has left, on the CPU and in evaluation mode.
 
@@ -43,7 +58,7 @@ def load_classifier(path: str | Path) -> Classifier:
         CheckpointError: There is no such file, it is truncated, revnet has not written it, or its tensors do not fit
             the model that it names.
     """
-    path = _find_weights(Path(path))
+    path = find_weights(Path(path))
     if path.suffix == ".ckpt":
         checkpoint = read_checkpoint(path)
         header, tensors = Header.from_metadata(checkpoint[HEADER_KEY], path), classifier_tensors(checkpoint)
@@ -82,16 +97,6 @@ def _existing_file(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"`{path}` is no file; {_WAY_OUT}.")
     return path
-
-
-def _find_weights(path: Path) -> Path:
-    if not path.is_dir():
-        return _existing_file(path)
-    # The two are written together; a run stopped in between leaves the checkpoint.
-    found = [path / name for name in ("last.safetensors", "last.ckpt") if (path / name).is_file()]
-    if not found:
-        raise CheckpointError(f"`{path}` holds no last.safetensors and no last.ckpt; {_WAY_OUT}.")
-    return found[0]
 
 
 def _read_weights(path: Path) -> tuple[Header, dict[str, Tensor]]:

@@ -34,6 +34,11 @@ def make_run_dir(config: TrainConfig, data_name: str) -> Path:
     return folder
 
 
+def file_stem(data_name: str) -> str:
+    """The name of a data set as a part of file names."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", data_name).strip("-.") or "data"
+
+
 def _given(out_dir: str) -> Path:
     folder = Path(out_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +51,7 @@ def _given(out_dir: str) -> Path:
 
 
 def _next_free(data_name: str, model: str) -> Path:
-    stem = re.sub(r"[^A-Za-z0-9.]+", "-", data_name).strip("-.") or "data"
+    stem = file_stem(data_name)
     for number in count(1):
         folder = Path("runs") / f"{stem}_{model}_{number}"
         try:

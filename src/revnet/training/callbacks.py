@@ -68,7 +68,7 @@ class RandomState(Callback):
 
 
 class LastUpdate(Callback):
-    """End the run after `num_updates`, in the midst of an epoch if need be; that epoch is validated and saved as any."""
+    """End the run after `num_updates`, in the midst of an epoch if need be, which is validated and saved like any."""
 
     # Lightning's `max_steps` would leave out the validation.
 

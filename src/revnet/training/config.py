@@ -57,8 +57,8 @@ class TrainConfig:
     """Model; `revnet models` lists them."""
 
     policy: Policy = "reverse"
-    """What a reversible model does with its activations: `reverse` computes them again in the backward pass, `store` keeps
-    them: its stored twin."""
+    """What a reversible model does with its activations: `reverse` computes them again in the backward pass, `store`
+    keeps them, as its stored twin."""
 
     epochs: int = 60
     """How often the training images are seen."""
@@ -73,8 +73,8 @@ class TrainConfig:
     """Highest learning rate."""
 
     schedule: Schedule = "step"
-    """Course of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`, `cosine` takes
-    it down to zero along half a cosine."""
+    """Course of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`, `cosine`
+    takes it down to zero along half a cosine."""
 
     warmup: float = 0.0
     """Share of all updates in which the learning rate first rises from zero in a line."""
@@ -103,13 +103,13 @@ class TrainConfig:
 
     preprocess: Preprocessing | None = None
     """`standardize` each channel by the training pixels; subtract the `mean_image` of training and test set and stay on
-    the 0-255 scale, as the paper does for CIFAR; `imagenet` standardizes by the constants of that data set; `unit_range`
-    scales to [-1, 1], as the paper does for ImageNet. Null is the data set's usual: `imagenet` for images in files,
-    `standardize` for those held in memory."""
+    the 0-255 scale, as the paper does for CIFAR; `imagenet` standardizes by the constants of that data set;
+    `unit_range` scales to [-1, 1], as the paper does for ImageNet. Null is the data set's usual: `imagenet` for images
+    in files, `standardize` for those held in memory."""
 
     image_size: int | None = None
-    """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as they
-    are."""
+    """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as
+    they are."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Least and greatest share of an image in files that a random crop takes, before it is resized; the paper's is

@@ -1,67 +1,191 @@
-"""Count the errors that a trained classifier makes."""
+"""Read a test set with a trained classifier, once, and count its errors."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from revnet.data import ImageDataset, ImageSplit, load_dataset, make_loader
-from revnet.training._checkpoint import load_classifier
-from revnet.training.classifier import Classifier
-from revnet.training.results import EvaluateResult
+from revnet._machine import describe_machine
+from revnet.data import ImageDataset, Loader, load_dataset, make_loader
+from revnet.training._checkpoint import find_weights, load_classifier
+from revnet.training._checks import check_integer
+from revnet.training._device import find_device
+from revnet.training.classifier import Classifier, Header
+from revnet.training.config import OnCorrupt
+from revnet.training.confusion import Confusion
+from revnet.training.evaluate_result import EvaluateResult
 
 EVALUATION_BATCH_SIZE = 500
+"""Images at a time, while they are not larger than 64x64."""
+
+_Batch = tuple[Tensor, Tensor]
 
 
-def evaluate(checkpoint: str | Path, data: str | None = None) -> EvaluateResult:
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path | None = None,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    on_corrupt: OnCorrupt = "stop",
+    device: str = "auto",
+    show_progress: bool = False,
+) -> EvaluateResult:
     """Read the test set once, with the weights of `checkpoint`.
+
+    The classes of the data are found among those of the checkpoint by name, so data with some of the classes, or with
+    the same ones in another order, can be evaluated too. All classes of the checkpoint stay possible answers.
 
     Args:
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
             weights are taken.
         data: Data set, by name or folder; the one trained on if not given.
+        batch_size: Images at a time; 500 if not given, fewer if they are larger than 64x64.
+        num_workers: Processes that decode images, for data that are not held in memory.
+        on_corrupt: What to do about an image file that cannot be decoded: `stop`, or `skip` it and say so.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        show_progress: Draw a bar, if the errors go to a terminal.
 
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not fit the model that it names.
         DataError: The data set is missing or corrupt.
-        ValueError: The images or classes of `data` are not those that the model was made for.
+        ValueError: The images or classes of `data` are not those that the model was made for, `device` is not there, or
+            a number is out of range.
     """
-    classifier = load_classifier(checkpoint)
-    dataset = load_dataset(classifier.header.data if data is None else data)
-    _check_match(classifier, dataset)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate_on(dataset, classifier, device)
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, at_least=1)
+    check_integer("num_workers", num_workers, at_least=0)
+    place = find_device(device)
+    weights = find_weights(Path(checkpoint))
+    classifier = load_classifier(weights)
+    header = classifier.header
+    dataset = load_dataset(
+        header.data if data is None else data,
+        image_size=header.image_shape[1] if header.is_resized else None,
+        on_corrupt=on_corrupt,
+    )
+    result = evaluate_on(
+        dataset, classifier, place, batch_size=batch_size, num_workers=num_workers, show_progress=show_progress
+    )
+    command = ["revnet", "evaluate", str(checkpoint), *([] if data is None else ["--data", str(data)])]
+    return replace(result, checkpoint=weights, machine=describe_machine(shlex.join(command), device=place))
 
 
-def evaluate_on(dataset: ImageDataset, classifier: Classifier, device: torch.device) -> EvaluateResult:
-    """Read the test images of `dataset` once; `classifier` is moved to `device` and left in evaluation mode."""
+def evaluate_on(
+    dataset: ImageDataset,
+    classifier: Classifier,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    show_progress: bool = False,
+) -> EvaluateResult:
+    """Read the test images of `dataset` once; `classifier` is moved to `device` and left in evaluation mode.
+
+    See `evaluate` for the arguments.
+    """
+    header = classifier.header
+    _check_images(header, dataset)
+    logit_of_label = _match_classes(header, dataset)
+    batch_size = batch_size or usual_batch_size(dataset.image_size)
+    loader = make_loader(dataset.test, batch_size=batch_size, shuffle=False, seed=0, num_workers=num_workers)
+    batches = _with_bar(loader) if show_progress else loader
+    start = time.perf_counter()
+    counts, num_top5_errors, cross_entropy = _count(classifier.to(device).eval(), batches, logit_of_label, device)
     return EvaluateResult(
-        model=classifier.header.model,
+        model=header.model,
         data=dataset.name,
-        num_images=len(dataset.test),
-        num_errors=count_errors(classifier.to(device).eval(), dataset.test, device),
+        confusion=Confusion(counts, header.class_names),
+        num_top5_errors=num_top5_errors,
+        cross_entropy=cross_entropy,
+        seconds=time.perf_counter() - start,
+        device=str(device),
     )
 
 
+def usual_batch_size(image_size: tuple[int, int]) -> int:
+    """As many images as keep the activations within bounds: 500 up to 64x64, 41 of 224x224."""
+    height, width = image_size
+    return max(1, min(EVALUATION_BATCH_SIZE, 2**21 // (height * width)))
+
+
 @torch.no_grad()
-def count_errors(classifier: Classifier, split: ImageSplit, device: torch.device) -> int:
-    """Count the images of `split` that are put into a wrong class."""
-    wrong = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in make_loader(split, batch_size=EVALUATION_BATCH_SIZE, shuffle=False, seed=0):
-        wrong += (classifier(images.to(device)).argmax(dim=1) != labels.to(device)).sum()
-    return int(wrong)
+def _count(
+    classifier: Classifier, loader: Iterable[_Batch], logit_of_label: Tensor, device: torch.device
+) -> tuple[Tensor, int | None, float]:
+    """The confusions, the top-5 errors and the mean cross-entropy."""
+    num_classes = classifier.header.num_classes
+    # Not torchmetrics' confusion matrix: on some devices, and with deterministic algorithms, it needs memory for
+    # batch_size * num_classes**2 numbers.
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    num_top5_errors, cross_entropy = 0, 0.0
+    for images, labels in loader:
+        truths = logit_of_label[labels]
+        logits = classifier(images.to(device)).cpu().double()
+        counts.index_put_((truths, logits.argmax(dim=1)), torch.ones_like(truths), accumulate=True)
+        # Among equals the class itself comes first, as one that was answered does; among NaN it comes last.
+        is_before = ~(logits <= logits.gather(1, truths[:, None]))
+        num_top5_errors += int((is_before.sum(dim=1) >= 5).sum())
+        cross_entropy += float(F.cross_entropy(logits, truths, reduction="sum"))
+    return counts, num_top5_errors if num_classes > 5 else None, cross_entropy / int(counts.sum())
 
 
-def _check_match(classifier: Classifier, dataset: ImageDataset) -> None:
-    header = classifier.header
-    made_for = f"{_describe(header.image_shape)} images of {header.num_classes} classes ({header.data})"
-    given_shape = (dataset.in_channels, *dataset.image_size)
-    if given_shape != header.image_shape or dataset.num_classes != header.num_classes:
+def _with_bar(loader: Loader) -> Iterable[_Batch]:
+    from rich.console import Console
+    from rich.progress import track
+
+    # On a terminal only, and apart from the figures, which may go to a file.
+    return track(
+        loader,
+        "evaluating",
+        len(loader),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _check_images(header: Header, dataset: ImageDataset) -> None:
+    shape = (dataset.in_channels, *dataset.image_size)
+    if shape != header.image_shape:
         raise ValueError(
-            f"`data` (={dataset.name!r}) has {_describe(given_shape)} images of {dataset.num_classes} classes, but the "
-            f"checkpoint was made for {made_for}; pass the data set that it was trained on."
+            f"`data` (='{dataset.name}') has images of {_describe(shape)}, but the checkpoint was made for "
+            f"{_describe(header.image_shape)} ({header.data}); pass data like those that it was trained on."
         )
+
+
+def _match_classes(header: Header, dataset: ImageDataset) -> Tensor:
+    """The logit that stands for each label of `dataset`: (K,), int64."""
+    if dataset.class_names == header.class_names:
+        return torch.arange(header.num_classes)
+    known = {name: number for number, name in enumerate(header.class_names)}
+    unknown = [name for name in dataset.class_names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"`data` (='{dataset.name}') has {_list(unknown)} among its {dataset.num_classes} classes, which the "
+            f"checkpoint does not know; its own {header.num_classes} ({header.data}) are {_list(header.class_names)}. "
+            "Pass data with these names."
+        )
+    if len(known) < header.num_classes or len(set(dataset.class_names)) < dataset.num_classes:
+        raise ValueError(
+            f"`data` (='{dataset.name}') has other classes than the checkpoint, and they cannot be matched by name, "
+            "since two have the same one; pass data with the classes that it was trained on, in their order."
+        )
+    return torch.tensor([known[name] for name in dataset.class_names])
+
+
+def _list(names: Iterable[str]) -> str:
+    first, *others = [f"'{name}'" for name in names]
+    shown = ", ".join([first, *others[:2]])
+    return shown if len(others) <= 2 else f"{shown} and {len(others) - 2} more"
 
 
 def _describe(shape: tuple[int, int, int]) -> str:

@@ -1,11 +1,11 @@
-"""What training and evaluation give back, and how it reads on a screen and in a file."""
+"""What training gives back, and how it reads on a screen and in a file."""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,40 +16,7 @@ import revnet
 from revnet.memory import format_bytes
 from revnet.training import _run_dir
 from revnet.training._files import atomic_path
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateResult:
-    """How a classifier does on a test set."""
-
-    model: str
-    """Name of the model."""
-
-    data: str
-    """Name of the data set."""
-
-    num_images: int
-    """Images in the test set."""
-
-    num_errors: int
-    """Images that were put into a wrong class."""
-
-    @property
-    def error(self) -> float:
-        """Share of wrong answers."""
-        return self.num_errors / self.num_images
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return 1 - self.error
-
-    def report(self) -> str:
-        """Say it in a line."""
-        return (
-            f"{100 * self.accuracy:.2f} % (error {100 * self.error:.2f} %, "
-            f"{self.num_errors:,} of {self.num_images:,} wrong)"
-        )
+from revnet.training.evaluate_result import EvaluateResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +56,10 @@ class TrainResult:
     stored_peak_bytes: int | None
     """The same of the twin that stores its activations, if the model is reversible."""
 
-    process_peak_bytes: int | None
+    process_peak_bytes: int | None = field(compare=False)
     """The most memory that the process ever had: resident on the CPU, by PyTorch's allocator on a GPU."""
 
-    machine: list[str]
+    machine: list[str] = field(compare=False)
     """Lines that say what hardware and which versions it was made with, when, and how."""
 
     def report(self) -> str:

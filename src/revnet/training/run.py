@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,17 +13,19 @@ from statistics import median
 
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 import revnet
 from revnet._machine import describe_machine, process_peak_bytes
 from revnet.data import (
+    AbstractSplit,
     ImageDataset,
     ImageSplit,
+    Loader,
     list_datasets,
     load_dataset,
     make_augment,
+    make_color_distortion,
     make_loader,
     make_preprocess,
 )
@@ -42,8 +45,6 @@ from revnet.training.config import TrainConfig
 from revnet.training.evaluation import EVALUATION_BATCH_SIZE, evaluate_on
 from revnet.training.results import TrainResult, format_lines
 from revnet.training.task import ClassificationTask
-
-_Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -65,8 +66,8 @@ class _Job:
 
     config: TrainConfig
     dataset: ImageDataset
-    training: ImageSplit
-    validation: ImageSplit | None
+    training: AbstractSplit
+    validation: AbstractSplit | None
     task: ClassificationTask
 
 
@@ -127,11 +128,14 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
 
 def _absolute(data: str) -> str:
     """Make a folder's path good in any working directory, so that a run can be resumed and evaluated anywhere."""
-    return data if data in list_datasets() else str(Path(data).expanduser().resolve())
+    is_name = data in list_datasets() or data.startswith("hub:")
+    return data if is_name else str(Path(data).expanduser().resolve())
 
 
 def _load(config: TrainConfig) -> ImageDataset:
-    return load_dataset(config.data)
+    return load_dataset(
+        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
+    )
 
 
 def _is_reversible(model: nn.Module) -> bool:
@@ -173,11 +177,11 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> _Job:
         is_resized=is_decoded,
     )
     preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
-    distort = nn.Identity()
-    augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size)
-    num_updates = config.epochs * (len(training) // config.batch_size)
-    if config.max_updates is not None:
-        num_updates = min(num_updates, config.max_updates)
+    distort = make_color_distortion() if config.color_distortion else nn.Identity()
+    augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
+    updates_per_epoch = len(training) // config.batch_size
+    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
+    config = replace(config, epochs=-(-num_updates // updates_per_epoch))
     torch.manual_seed(config.seed)
     options = {"policy": Store()} if config.policy == "store" else {}
     classifier = Classifier.create(header, preprocess, **options)
@@ -244,10 +248,10 @@ def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callback
     return result
 
 
-def _make_loaders(job: _Job, device: torch.device) -> tuple[_Loader, _Loader | None]:
+def _make_loaders(job: _Job, device: torch.device) -> tuple[Loader, Loader | None]:
     config = job.config
     assert config.num_workers is not None
-    loader = partial(make_loader, seed=config.seed, pin_memory=device.type == "cuda")
+    loader = partial(make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers)
     # All updates are of the same size, so that they weigh the same.
     training = loader(job.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
     if job.validation is None:
@@ -274,13 +278,12 @@ def _heading(job: _Job, folder: Path, device: torch.device) -> str:
     shape = "x".join(map(str, classifier.header.image_shape))
     parts = {"train": job.training, "validate": job.validation, "test": dataset.test}
     counts = ", ".join(f"{len(part):,} {verb}" for verb, part in parts.items() if part is not None)
-    num_updates = job.task.num_updates // config.epochs
     return format_lines(
         [
             ("revnet", revnet.__version__),
             ("model", f"{config.model}, {num_parameters:,} parameters"),
             ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
-            ("epochs", f"{config.epochs} of {num_updates} updates of {config.batch_size} images"),
+            ("epochs", f"{config.epochs}, {job.task.num_updates:,} updates of {config.batch_size} images"),
             ("device", f"{device}, {config.precision}"),
             ("folder", str(folder)),
         ]

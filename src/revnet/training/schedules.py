@@ -42,7 +42,7 @@ def cosine_decay(optimizer: Optimizer, *, num_updates: int, warmup: float = 0.0)
     The last update still learns: the rate would be zero at the update after it.
 
     References:
-        Loshchilov and Hutter (2017), SGDR: Stochastic Gradient Descent with Warm Restarts, equation 5, without restarts.
+        Loshchilov and Hutter (2017), SGDR: Stochastic Gradient Descent with Warm Restarts, equation 5; no restarts.
         Goyal et al. (2017), Accurate, Large Minibatch SGD, section 2.2: the warm-up.
     """
     rise = round(warmup * num_updates)

@@ -1,0 +1,140 @@
+"""What an evaluation gives back: figures, and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from revnet.training import _run_dir
+from revnet.training._files import atomic_path
+from revnet.training._plot_confusion import plot_confusion
+from revnet.training.confusion import Confusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """How a classifier does on a test set.
+
+    Two results are equal if model, data and figures are; what it was made with, and how fast, is not compared.
+    """
+
+    model: str
+    """Name of the model."""
+
+    data: str
+    """Name of the data set."""
+
+    confusion: Confusion
+    """How often the images of each class were put into each class."""
+
+    num_top5_errors: int | None
+    """Images whose class is not among the five best answers; None if there are five classes or fewer."""
+
+    cross_entropy: float
+    """Its mean over the images, in nats."""
+
+    seconds: float = field(compare=False)
+    """How long it took, loading included."""
+
+    device: str = field(compare=False)
+    """Where the classifier was."""
+
+    checkpoint: Path | None = field(default=None, compare=False)
+    """File of its weights; None if they were in memory."""
+
+    machine: list[str] = field(default_factory=list, compare=False)
+    """Lines that say what hardware and which versions it was made with, when, and how."""
+
+    @property
+    def num_images(self) -> int:
+        """Images in the test set."""
+        return self.confusion.num_images
+
+    @property
+    def num_errors(self) -> int:
+        """Images that were put into a wrong class."""
+        return self.confusion.num_errors
+
+    @property
+    def error(self) -> float:
+        """Share of wrong answers."""
+        return self.num_errors / self.num_images
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return (self.num_images - self.num_errors) / self.num_images
+
+    @property
+    def top5_error(self) -> float | None:
+        """Share of images whose class is not among the five best answers."""
+        return None if self.num_top5_errors is None else self.num_top5_errors / self.num_images
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput, loading included."""
+        return self.num_images / self.seconds
+
+    def report(self) -> str:
+        """Say it in a line."""
+        return (
+            f"{100 * self.accuracy:.2f} % (error {100 * self.error:.2f} %, "
+            f"{self.num_errors:,} of {self.num_images:,} wrong)"
+        )
+
+    def save(self, output_dir: str | Path | None = None) -> list[Path]:
+        """Write the figures (JSON), the errors of all classes (CSV) and the picture of the confusions (PNG).
+
+        The files are called `evaluation_<data>`, or `evaluation_<data>_<weights>` if the weights are not the last of a
+        run, such as `evaluation_digits_best`. Those of an earlier evaluation are replaced.
+
+        Args:
+            output_dir: Folder for them; that of the weights if not given.
+
+        Returns:
+            The three files.
+
+        Raises:
+            ValueError: `output_dir` cannot be written, or is not given for weights that were in memory.
+        """
+        if output_dir is None and self.checkpoint is None:
+            raise ValueError("`output_dir` (=None) must be given, since the weights were not read from a file.")
+        folder = Path(output_dir).expanduser() if output_dir is not None else Path(self.checkpoint or "").parent
+        figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(figures) as temporary:
+                temporary.write_text(json.dumps(self._figures(), indent=2) + "\n")
+            self.confusion.save_csv(table)
+            plot_confusion(self.confusion, picture, f"{self.model} on {self.data}: error {100 * self.error:.2f} %")
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
+            ) from error
+        return files
+
+    def _stem(self) -> str:
+        stem = f"evaluation_{_run_dir.file_stem(self.data)}"
+        is_last = self.checkpoint is None or self.checkpoint.stem == Path(_run_dir.LAST_WEIGHTS).stem
+        return stem if is_last else f"{stem}_{Path(self.checkpoint or '').stem}"
+
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "data": self.data,
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "num_images": self.num_images,
+            "num_errors": self.num_errors,
+            "accuracy": self.accuracy,
+            "error": self.error,
+            "num_top5_errors": self.num_top5_errors,
+            "top5_error": self.top5_error,
+            # JSON has no infinity and no NaN.
+            "cross_entropy": self.cross_entropy if math.isfinite(self.cross_entropy) else None,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "machine": self.machine,
+        }

@@ -1,0 +1,38 @@
+"""The recipes that come with revnet: `configs/<dataset>/<recipe>/<model>.yaml`, by name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import revnet
+
+
+def recipes_dir() -> Path:
+    """The folder of the recipes: beside the package when installed, else that of the source checkout."""
+    package = Path(revnet.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parents[1] / "configs"
+
+
+def list_recipes() -> list[str]:
+    """The names of all recipes, such as `cifar10/paper/revnet38`, sorted."""
+    folder = recipes_dir()
+    return sorted(str(path.relative_to(folder).with_suffix("").as_posix()) for path in folder.glob("*/*/*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: `<dataset>/<recipe>/<model>`, one of `list_recipes()`.
+
+    Raises:
+        ValueError: There is no recipe of that name.
+    """
+    names = list_recipes()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"the recipes are {', '.join(names)}."
+        raise ValueError(f"`{name}` is neither a YAML file nor a recipe of revnet; {hint}")
+    return recipes_dir() / f"{name}.yaml"

@@ -1,0 +1,111 @@
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.training.samples import make_header, save_checkpoint, write_images
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder: a checkpoint, and two images beside it."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "run" / "last.safetensors", make_header())
+    write_images(tmp_path, 2)
+    return tmp_path
+
+
+def test_a_line_for_each_image(revnet, folder):
+    code, output, errors = revnet("predict", "run", "0_0.png", "./0_1.png", folder / "0_0.png")
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines] == ["0_0.png", "0_1.png", str(folder / "0_0.png")]
+    for line in lines:
+        _, *answers = line.split("  ")
+        answers = [answer.strip() for answer in answers if answer]
+        assert {answer.split()[0] for answer in answers} == {"cat", "dog", "frog"}
+        assert sum(float(answer.split()[1]) for answer in answers) == pytest.approx(100, abs=0.02)
+    assert lines[0].split()[1:] == lines[2].split()[1:]
+
+
+def test_options_stand_before_or_behind_the_images(revnet, folder):
+    expected = revnet("predict", "run", "0_0.png", "0_1.png", "--top", 1)
+    assert expected[0] == 0
+    assert all(len(line.split()) == 4 for line in expected[1].splitlines())  # file, class, number, %
+    assert revnet("predict", "run", "--top=1", "--device", "cpu", "0_0.png", "0_1.png") == expected
+    assert revnet("predict", "--top", 1, "run", "0_0.png", "0_1.png") == expected
+
+
+def test_names_of_files_are_taken_as_they_are(revnet, folder):
+    names = ["null", "1.0", "[a]", "a: b", "été.png", "-x.png"]
+    for name in names:
+        (folder / "0_0.png").with_name(name).write_bytes((folder / "0_0.png").read_bytes())
+    code, output, _ = revnet("predict", "run", "--top", 1, "--", *names)
+    assert code == 0
+    assert [line.partition("  ")[0].strip() for line in output.splitlines()] == names
+
+
+def test_a_name_that_is_no_text_does_not_stop_the_rest(revnet, folder):
+    name = os.fsdecode(b"caf\xe9.png")
+    (folder / name).write_bytes((folder / "0_0.png").read_bytes())
+    code, output, _ = revnet("predict", "run", name, "0_1.png", "--top", 1, "--csv", "answers.csv")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == ["caf?.png", "0_1.png"]
+    assert b"\ncaf\xe9.png,1," in (folder / "answers.csv").read_bytes()
+
+
+def test_the_answers_can_go_to_a_file(revnet, folder):
+    code, output, _ = revnet("predict", "run", "0_0.png", "0_1.png", "--csv", "answers.csv", "--top", 2)
+    assert code == 0
+    with (folder / "answers.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], row["rank"]) for row in rows] == [
+        *(("0_0.png", "1"), ("0_0.png", "2"), ("0_1.png", "1"), ("0_1.png", "2"))
+    ]
+    assert output.split()[1] == rows[0]["class"]
+
+
+def test_a_file_that_is_no_image_does_not_keep_the_others_from_being_named(revnet, folder):
+    (folder / "text.png").write_text("no image")
+    code, output, errors = revnet("predict", "run", "text.png", "0_0.png", "gone.png", ".", "--csv", "answers.csv")
+    assert code == 2
+    assert [line.split()[0] for line in output.splitlines()] == ["0_0.png"]
+    assert errors.splitlines() == [
+        "revnet predict: error: 'text.png' cannot be decoded: it is not an image; pass the path of an image.",
+        "revnet predict: error: 'gone.png' cannot be decoded: no such file or directory; pass the path of an image.",
+        "revnet predict: error: '.' cannot be decoded: is a directory; pass the path of an image.",
+    ]
+    assert len((folder / "answers.csv").read_text().splitlines()) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: checkpoint, images"),
+        (["run"], "the following arguments are required: images"),
+        (["no/such/run", "0_0.png"], "`no/such/run` is no file; pass a `.safetensors` or `.ckpt` file"),
+        (["run", "0_0.png", "--top", "0"], "`top` (=0) must be 1 or more"),
+        (["run", "0_0.png", "--top", "many"], "`--top` (=many) must be an integer"),
+        (["run", "0_0.png", "--device", "abacus"], "`device` (='abacus') is no device"),
+        (["run", "0_0.png", "--csv", "no/such/folder.csv"], "`--csv` (=no/such/folder.csv) must be a file in a folder"),
+        (["run", "0_0.png", "--csv", "."], "`--csv` (=.) must be a file in a folder that exists"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(assert_refused, folder, arguments, message):
+    assert_refused(["predict", *arguments], message)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run"], ["run", "a.png", "--csv", "no/such/folder.csv"]])
+def test_torch_is_not_loaded_for_help_or_wrong_flags(arguments):
+    code = f"import sys; from revnet.cli.main import main; main({['predict', *arguments]}); "
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, check=True)
+
+
+def test_help_shows_that_there_may_be_many_images(revnet):
+    code, output, _ = revnet("predict", "--help")
+    assert code == 0
+    assert output.startswith("usage: revnet predict CHECKPOINT IMAGES... [options]\n")

@@ -1,0 +1,41 @@
+import pytest
+
+from revnet.paper import reproduction as module
+
+
+def test_the_options_reach_the_table(revnet, monkeypatch, tmp_path):
+    calls = []
+
+    def reproduce(table, folder, **options):
+        calls.append((table.name, folder, options))
+        folder.mkdir()
+        (folder / "table.md").write_text("the table\n")
+
+    monkeypatch.setattr(module, "reproduce", reproduce)
+    arguments = ["--data", "somewhere", "--models", "resnet32,revnet38", "--seeds", "0,1", "--epochs", "3"]
+    code, output, errors = revnet("reproduce", "cifar10-quick", *arguments, "--output-dir", tmp_path / "out")
+    assert (code, errors) == (0, "")
+    assert "the table" in output
+    ((name, folder, options),) = calls
+    assert (name, folder) == ("cifar10-quick", tmp_path / "out")
+    assert options == {
+        "models": ["resnet32", "revnet38"],
+        "seeds": [0, 1],
+        "report_only": False,
+        "command": "revnet reproduce cifar10-quick --models resnet32,revnet38 --seeds 0,1 --epochs 3",
+        "data": "somewhere",
+        "epochs": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cifar11"], "`cifar11` is no table; did you mean `cifar10`?"),
+        (["zzz"], "`zzz` is no table; the tables are cifar10, "),
+        (["cifar10", "--seeds", "a"], "`--seeds` (=a) must be whole numbers separated by commas, such as 0,1."),
+        (["cifar10", "--models", "resnet50"], "`models` (=resnet50) is not in the table cifar10"),
+    ],
+)
+def test_misuse_is_told_in_a_line(assert_refused, arguments, message):
+    assert_refused(["reproduce", *arguments], message)

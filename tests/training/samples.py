@@ -1,0 +1,61 @@
+"""Small classifiers and data sets, whose answers are known or do not matter."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from revnet.data import ImageDataset, ImageSplit, Preprocess
+from revnet.training._checkpoint import save_weights
+from revnet.training.classifier import Classifier, Header
+from tests.data.samples import encode, random_images
+
+
+def make_header(class_names=("cat", "dog", "frog"), image_shape=(3, 8, 8), **options) -> Header:
+    options = {"model": "resnet32", "data": "pets", "preprocess": "standardize"} | options
+    return Header(class_names=tuple(class_names), image_shape=image_shape, **options)
+
+
+class SayPixels(nn.Module):
+    """Takes the pixels of the first row for logits."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__()
+        self.header = header
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0, 0, : self.header.num_classes].float()
+
+
+def make_dataset(answers: Tensor, labels: Tensor, class_names, name: str = "pets") -> ImageDataset:
+    """Images for which `SayPixels` gives `answers` as logits: (N, K), 0 to 255."""
+    images = torch.zeros(len(labels), 1, 1, answers.shape[1], dtype=torch.uint8)
+    images[:, 0, 0] = answers.to(torch.uint8)
+    split = ImageSplit(images, labels)
+    return ImageDataset(name=name, train=split, test=split, class_names=tuple(class_names))
+
+
+def save_checkpoint(path: Path, header: Header) -> Path:
+    """A file of freshly drawn weights."""
+    channels = header.in_channels
+    preprocess = Preprocess(torch.full((channels, 1, 1), 128.0), torch.full((channels, 1, 1), 64.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(Classifier.create(header, preprocess), path)
+    return path
+
+
+def write_images(folder: Path, num_images: int, height: int = 24, width: int = 32, seed: int = 0) -> list[Path]:
+    """PNG files of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{seed}_{number}.png" for number in range(num_images)]
+    for file, image in zip(files, random_images(num_images, 3, height, width, seed), strict=True):
+        file.write_bytes(encode(image))
+    return files
+
+
+def write_image_folder(folder: Path, class_names=("cat", "dog", "frog"), num_images: int = 2) -> Path:
+    """A data set of PNG files in the layout of ImageNet."""
+    for part, seed in (("train", 0), ("val", 100)):
+        for number, name in enumerate(class_names):
+            write_images(folder / part / name, num_images, seed=seed + number)
+    return folder

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from revnet.training._device import find_device
+
+
+def test_devices_have_their_usual_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert find_device(name) == torch.device(name)
+    assert find_device("auto") == torch.device("cuda")
+    with pytest.raises(ValueError, match=r"`device` \(='cuda:2'\) is not available to this PyTorch; pass auto, cpu"):
+        find_device("cuda:2")
+
+
+def test_auto_takes_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for has_mps, expected in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda has_mps=has_mps: has_mps)
+        assert find_device("auto") == torch.device(expected)
+    with pytest.raises(ValueError, match=r"`device` \(='mps'\) is not available"):
+        find_device("mps")
+
+
+@pytest.mark.parametrize(("name", "rule"), [("abacus", "is no device"), ("", "is no device"), ("meta", "is of a kind")])
+def test_other_names_are_refused(name, rule):
+    with pytest.raises(ValueError, match=rf"`device` \(='{name}'\) {rule}.*; pass auto, cpu, cuda, cuda:1, or mps"):
+        find_device(name)
