@@ -1,15 +1,18 @@
-"""Parameters, FLOPs, peak activation memory and step time of the models, on a batch of CIFAR's size.
+"""Parameters, FLOPs, peak activation memory and step time of the models, at the size of image that they are made for.
 
-    python benchmarks/models.py [--batch-size 100] [--num-steps 5]
+    python benchmarks/models.py
+    python benchmarks/models.py --models resnet101,revnet104 --batch-size 32 --largest-batch --device cuda
 
 Each model as `revnet train` runs it (channels-last weights), each reversible one beside its stored twin. Bytes are
-counted exactly; times are medians of raw training steps (forward, cross-entropy, backward), interleaved in one process.
-Writes a table and its CSV into benchmarks/results/.
+counted exactly, from shapes alone; times are medians of raw training steps (forward, cross-entropy, backward),
+interleaved in one process; the largest batch is the largest whose step fits on the GPU. Writes a table and its CSV into
+benchmarks/results/.
 """
 
 import argparse
 import csv
 import datetime
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -18,73 +21,170 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet import Reverse, Store, create_model, list_models
+from revnet import Store, create_model, list_models
 from revnet.bench import describe_machine, hardware_name
 from revnet.memory import count_flops, measure
+from revnet.models import published_image_size
 
 RESULTS = Path(__file__).parent / "results"
+TWIN = ", stored twin"
 
 
-def make_variants() -> dict[str, nn.Module]:
+def make(variant: str) -> nn.Module:
+    """A model by name, or its stored twin."""
+    options = {"policy": Store()} if variant.endswith(TWIN) else {}
+    return create_model(variant.removesuffix(TWIN), **options).to(memory_format=torch.channels_last)
+
+
+def variants_of(names: list[str]) -> list[str]:
     """Every model, and the stored twins of the reversible ones."""
-    variants = {}
-    for name in list_models():
-        model = create_model(name)
-        policies = {"": Reverse(), ", stored twin": Store()} if model.is_reversible else {"": None}
-        for suffix, policy in policies.items():
-            options = {} if policy is None else {"policy": policy}
-            variants[name + suffix] = create_model(name, **options).to(memory_format=torch.channels_last)
-    return variants
+    with torch.device("meta"):
+        return [name + suffix for name in names for suffix in (["", TWIN] if make(name).is_reversible else [""])]
 
 
-def step_seconds(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Time one forward and backward pass."""
+def counted(variant: str, batch_size: int, size: int) -> dict[str, int | float]:
+    """What is known from shapes alone."""
+    with torch.device("meta"):
+        model = make(variant)
+        return {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "mflops": round(count_flops(model, torch.empty(1, 3, size, size)) / 1e6, 1),
+            "peak_bytes": measure(model, torch.empty(batch_size, 3, size, size)).peak_bytes,
+        }
+
+
+def step(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> None:
+    """One forward and backward pass."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+
+
+def step_seconds(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> float:
+    """Time one step."""
+    model.zero_grad(set_to_none=False)
+    synchronize(images.device)
     start = time.perf_counter()
-    F.cross_entropy(model(images), labels).backward()
+    step(model, images, labels, precision)
+    synchronize(images.device)
     return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocated_bytes(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> int:
+    """Peak of a step above what lay there before, by the allocator of a GPU."""
+    step(model, images, labels, precision)  # gradients and workspaces are there from now on
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    step(model, images, labels, precision)
+    return torch.cuda.max_memory_allocated(images.device) - before
+
+
+def largest_batch(variant: str, size: int, device: torch.device, precision: str) -> int:
+    """The largest batch, to 1 part in 16, whose step fits."""
+    model = make(variant).to(device)
+
+    def fits(batch_size: int) -> bool:
+        try:
+            images = torch.randn(batch_size, 3, size, size, device=device)
+            step(model, images, torch.zeros(batch_size, dtype=torch.int64, device=device), precision)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            model.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+        return True
+
+    low = 1
+    while fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models", default=",".join(name for name in list_models() if published_image_size(name) == 32)
+    )
     parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--image-size", type=int, help="that of the first model if not given")
     parser.add_argument("--num-steps", type=int, default=5)
+    parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--largest-batch", action="store_true", help="on a GPU: search the largest batch that fits")
     arguments = parser.parse_args()
+    device, names = torch.device(arguments.device), arguments.models.split(",")
+    if arguments.largest_batch and device.type != "cuda":
+        parser.error("--largest-batch needs --device cuda")
+    size, precision = arguments.image_size or published_image_size(names[0]), arguments.precision
     torch.manual_seed(0)
-    images, labels = torch.randn(arguments.batch_size, 3, 32, 32), torch.randint(10, (arguments.batch_size,))
-    variants = make_variants()
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    images = torch.randn(arguments.batch_size, 3, size, size, device=device)
+    labels = torch.randint(10, (arguments.batch_size,), device=device)
+
+    models = {variant: make(variant).to(device) for variant in variants_of(names)}
+    times: dict[str, list[float]] = {variant: [] for variant in models}
     for _ in range(arguments.num_steps + 1):
-        for name, model in variants.items():
-            times[name].append(step_seconds(model, images, labels))
-    rows = [
-        {
-            "model": name,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "mflops": round(count_flops(model, images[:1]) / 1e6, 1),
-            "peak_bytes": measure(model, images).peak_bytes,
-            "step_seconds": round(statistics.median(times[name][1:]), 4),  # the first step warms up
-        }
-        for name, model in variants.items()
-    ]
-    command = f"python benchmarks/models.py --batch-size {arguments.batch_size} --num-steps {arguments.num_steps}"
+        for variant, model in models.items():
+            times[variant].append(step_seconds(model, images, labels, precision))
+    rows = []
+    for variant, model in models.items():
+        row: dict[str, str | int | float] = {"model": variant, **counted(variant, arguments.batch_size, size)}
+        row["step_seconds"] = round(statistics.median(times[variant][1:]), 4)  # the first step warms up
+        row["images_per_second"] = round(arguments.batch_size / row["step_seconds"], 1)
+        if device.type == "cuda":
+            row["allocated_bytes"] = allocated_bytes(model, images, labels, precision)
+        rows.append(row)
+    del models, model
+    if arguments.largest_batch:
+        for row in rows:
+            row["largest_batch"] = largest_batch(str(row["model"]), size, device, precision)
+    write(rows, arguments, size, device)
+
+
+def write(rows: list[dict], arguments: argparse.Namespace, size: int, device: torch.device) -> None:
+    """Write the page and its CSV, and print the page."""
+    given = {"models": arguments.models, "batch-size": arguments.batch_size, "image-size": size}
+    given |= {"num-steps": arguments.num_steps, "precision": arguments.precision, "device": arguments.device}
+    options = " ".join(f"--{name} {value}" for name, value in given.items())
+    command = f"python benchmarks/models.py {options}" + " --largest-batch" * arguments.largest_batch
+    columns = {"model": "model", "parameters": "parameters", "mflops": "MFLOPs, forward, one image"}
+    columns |= {"peak_bytes": "peak MiB", "allocated_bytes": "allocated MiB", "step_seconds": "step s"}
+    columns |= {"images_per_second": "images/s", "largest_batch": "largest batch"}
+    columns = {name: title for name, title in columns.items() if name in rows[0]}
     lines = [
-        "# Models on a batch of CIFAR's size",
+        f"# Models on images of {size}x{size}",
         "",
-        *describe_machine(command),
-        f"- Batch: {arguments.batch_size} images of 3x32x32, float32. Bytes are above parameters, gradients, buffers",
-        "  and the input, counted exactly. Times are medians, interleaved in one process; read them as ratios.",
+        *describe_machine(command, device=device),
+        f"- Batch: {arguments.batch_size} images of 3x{size}x{size}, {arguments.precision}. Peak bytes are above",
+        "  parameters, gradients, buffers and the input, from shapes, in float32. Times are medians, interleaved in",
+        "  one process; read them as ratios.",
         "",
-        "| model | parameters | MFLOPs, forward, one image | peak MiB | step s | step / resnet32 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| {' | '.join(columns.values())} | step / {rows[0]['model']} |",
+        f"| --- |{' ---: |' * len(columns)}",
     ]
-    reference = next(row["step_seconds"] for row in rows if row["model"] == "resnet32")
-    lines += [
-        f"| {row['model']} | {row['parameters']:,} | {row['mflops']} | {row['peak_bytes'] / 2**20:.1f} "
-        f"| {row['step_seconds']:.3f} | {row['step_seconds'] / reference:.2f} |"
-        for row in rows
-    ]
-    name = f"models_{hardware_name()}_{datetime.date.today()}"
+    for row in rows:
+        cells = [
+            f"{row[name] / 2**20:.1f}"
+            if name.endswith("_bytes")
+            else f"{row[name]:,}"
+            if name != "model"
+            else row[name]
+            for name in columns
+        ]
+        lines.append(f"| {' | '.join(cells)} | {row['step_seconds'] / rows[0]['step_seconds']:.2f} |")
+    name = f"models-{size}_{hardware_name(device)}_{datetime.date.today()}"
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -17,7 +17,8 @@ LEVELS = {
     "data": 3,
     "training": 4,
     "bench": 4,
-    "cli": 5,
+    "paper": 5,
+    "cli": 6,
 }
 # The public names are gathered at the top, for type checkers; at run time each loads when it is first used.
 GATHERS = {"__init__"}

@@ -94,6 +94,34 @@ class Checkpointed(nn.Module):
         return torch.cat((x1, x2), self.split_dim)
 
 
+class CheckpointedHalves(nn.Module):
+    """Recursive checkpointing: the first half of a row under PyTorch's non-reentrant checkpoint, and each half so too.
+
+    Memory: one pair of streams for each halving. Time: a forward pass of half the row more for each halving.
+
+    Args:
+        functions: The residual functions of all blocks.
+        split_dim: The dimension along which the streams are joined.
+    """
+
+    def __init__(self, functions: Sequence[FunctionPair], split_dim: int):
+        super().__init__()
+        self.blocks = nn.ModuleList([Group([pair]) for pair in functions])
+        self.split_dim = split_dim
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Run the blocks."""
+        x1, x2 = (half.clone() for half in x.chunk(2, self.split_dim))  # dense, as this library's own split makes them
+        return torch.cat(self._run(0, len(self.blocks), x1, x2, **kwargs), self.split_dim)
+
+    def _run(self, start: int, stop: int, x1: Tensor, x2: Tensor, **kwargs: Any) -> TensorPair:
+        if stop - start == 1:
+            return self.blocks[start](x1, x2, **kwargs)
+        middle = (start + stop) // 2
+        x1, x2 = checkpoint(self._run, start, middle, x1, x2, use_reentrant=False, **kwargs)
+        return self._run(middle, stop, x1, x2, **kwargs)
+
+
 def _under(policy: AbstractPolicy) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
     """A sequence of this library under `policy`."""
 
@@ -186,6 +214,11 @@ CONTENDERS: Sequence[Contender] = (
         "checkpoint sqrt",
         "the same of each group of sqrt(depth) blocks; the last group stored, as `checkpoint_sequential` does",
         _checkpoint_sqrt,
+    ),
+    Contender(
+        "checkpoint recursive",
+        "the same of the first half of the blocks, and within each half again, down to single blocks",
+        CheckpointedHalves,
     ),
     Contender("revnet", "`ReversibleSequential(..., policy=Reverse())`, the default", _under(Reverse())),
     Contender("revnet, last stored", "the same, but `Store()` for the last block", _last_stored),

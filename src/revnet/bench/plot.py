@@ -16,6 +16,7 @@ _COLORS = {
     "plain": "#888888",
     "checkpoint": "#ee7733",
     "checkpoint sqrt": "#cc9900",
+    "checkpoint recursive": "#997755",
     "revnet": "#0055aa",
     "revnet, last stored": "#5599dd",
 }

@@ -175,12 +175,20 @@ def measure_memory(case: Case, depth: int, device: torch.device) -> Iterator[Mem
         yield row
 
 
-def measure_times(case: Case, settings: Settings) -> tuple[list[TimeRow], float]:
+def measure_times(
+    case: Case, settings: Settings, contenders: Sequence[Contender] | None = None
+) -> tuple[list[TimeRow], float]:
     """Step times of all contenders, in rounds; and the median forward time of plain autograd.
 
     Each round measures plain autograd's forward pass and a step of each contender, beginning with another one each
     time, so that whatever disturbs the machine for a while meets them all.
+
+    Args:
+        case: The workload.
+        settings: The depth, the rounds and the device.
+        contenders: Some of `CONTENDERS`, `PLAIN` among them; all if None.
     """
+    contenders = CONTENDERS if contenders is None else contenders
     device, depth = settings.device, settings.time_depth
     functions = case.functions(depth, device)
     subjects: dict[str, Subject] = {}
@@ -188,7 +196,7 @@ def measure_times(case: Case, settings: Settings) -> tuple[list[TimeRow], float]
     notes: dict[str, str] = {}
     exact = _float64_gradients(case, depth, device)
     expected = Subject(PLAIN, case, functions, device).gradients()
-    for contender in CONTENDERS:
+    for contender in contenders:
         if note := contender.missing():
             notes[contender.name] = note
             continue
@@ -201,7 +209,7 @@ def measure_times(case: Case, settings: Settings) -> tuple[list[TimeRow], float]
             notes[contender.name] = one_line(error)
     seconds, forward_seconds = _rounds(subjects, settings.num_rounds)
     rows = []
-    for contender in CONTENDERS:
+    for contender in contenders:
         name = contender.name
         if name in seconds:
             times = _compare(seconds[name], seconds[PLAIN.name], forward_seconds)

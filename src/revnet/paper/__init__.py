@@ -1,0 +1,70 @@
+"""The figures and tables of the paper, measured anew.
+
+The names below load PyTorch and Lightning when they are first used, so that the command line can check its flags, or
+print its help, without them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from revnet.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from revnet.paper.complexity import Complexity as Complexity
+    from revnet.paper.complexity import ComplexitySettings as ComplexitySettings
+    from revnet.paper.complexity import measure_complexity as measure_complexity
+    from revnet.paper.complexity_report import run_complexity as run_complexity
+    from revnet.paper.gradient_angle import GradientError as GradientError
+    from revnet.paper.gradient_angle import gradient_errors as gradient_errors
+    from revnet.paper.gradient_angle_callbacks import GradientAngle as GradientAngle
+    from revnet.paper.gradient_angle_report import run_gradient_angle as run_gradient_angle
+    from revnet.paper.report import RunFigures as RunFigures
+    from revnet.paper.reproduction import reproduce as reproduce
+    from revnet.paper.tables import TABLES as TABLES
+    from revnet.paper.tables import Table as Table
+
+_HOME = {
+    "Complexity": "complexity",
+    "ComplexitySettings": "complexity",
+    "GradientAngle": "gradient_angle_callbacks",
+    "GradientError": "gradient_angle",
+    "gradient_errors": "gradient_angle",
+    "measure_complexity": "complexity",
+    "reproduce": "reproduction",
+    "RunFigures": "report",
+    "run_complexity": "complexity_report",
+    "run_gradient_angle": "gradient_angle_report",
+    "TABLES": "tables",
+    "Table": "tables",
+}
+
+__all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
+    "Complexity",
+    "ComplexitySettings",
+    "gradient_errors",
+    "GradientAngle",
+    "GradientError",
+    "measure_complexity",
+    "reproduce",
+    "run_complexity",
+    "run_gradient_angle",
+    "RunFigures",
+    "Table",
+    "TABLES",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'revnet.paper' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"revnet.paper.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("None", "revnet"):
+            raise
+        raise MissingDependencyError.of(package, "a figure") from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,178 @@
+"""The measured complexities as a page, a table for machines and a picture."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from revnet._machine import describe_machine, hardware_name
+from revnet.bench import CONTENDERS
+from revnet.bench.report import Measurement
+from revnet.paper import complexity_plot
+from revnet.paper._picture import check_matplotlib
+from revnet.paper.complexity import (
+    TECHNIQUES,
+    Complexity,
+    ComplexitySettings,
+    Technique,
+    growth_exponent,
+    measure_complexity,
+)
+
+_MIB, _GIGA = 2**20, 1e9
+
+
+def run_complexity(
+    settings: ComplexitySettings, folder: Path, command: str, *, say: Callable[[str], None] = print
+) -> Path:
+    """Measure the paper's table of complexities: write `complexity_<hardware>_<date>` as Markdown, CSV and PNG.
+
+    Args:
+        settings: How much to measure, and where.
+        folder: Where the files go; made if it is not there.
+        command: What was run, for the page.
+        say: Is told each result as it comes.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    complexity = measure_complexity(settings, say)
+    name = f"complexity_{hardware_name(settings.device)}_{datetime.date.today()}"
+    page = folder / f"{name}.md"
+    page.write_text("\n".join(_page(complexity, command, name)).rstrip() + "\n")
+    with (folder / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Measurement._fields)
+        writer.writerows(_measurements(complexity))
+    complexity_plot.plot(complexity, folder / f"{name}.png")
+    return page
+
+
+def _measurements(complexity: Complexity) -> Iterator[Measurement]:
+    """Every number, one at a time."""
+    case = complexity.settings.case.name
+    for cost in complexity.costs:
+        for quantity, value, unit in (
+            ("peak", cost.peak_bytes, "B"),
+            ("held after forward", cost.held_bytes, "B"),
+            ("arithmetic", cost.flops, "FLOP"),
+        ):
+            yield Measurement(case, cost.depth, cost.contender, quantity, value, unit)
+    for row in complexity.times:
+        if row.times is None:
+            yield Measurement(case, row.depth, row.contender, "step", "", "s", row.note)
+            continue
+        quartiles = row.times.over_plain
+        yield Measurement(case, row.depth, row.contender, "step", row.times.step_seconds, "s")
+        yield Measurement(case, row.depth, row.contender, "step / plain, first quartile", quartiles.first, "1")
+        yield Measurement(case, row.depth, row.contender, "step / plain, median", quartiles.median, "1")
+        yield Measurement(case, row.depth, row.contender, "step / plain, third quartile", quartiles.third, "1")
+
+
+def _page(complexity: Complexity, command: str, name: str) -> Iterator[str]:
+    settings = complexity.settings
+    described = {contender.name: contender.description for contender in CONTENDERS}
+    yield "# Complexity of ways to run reversible blocks"
+    yield ""
+    yield from describe_machine(command, device=settings.device)
+    yield f"- Workload, in float32, the same for all: {settings.case.description}"
+    yield "- Techniques:"
+    for technique in TECHNIQUES:
+        yield f"  - {technique.title}: {described[technique.contender]}"
+    yield ""
+    yield f"![{name}.png]({name}.png)"
+    yield ""
+    yield from _memory_section(complexity)
+    yield from _compute_section(complexity)
+    yield from _time_section(complexity)
+
+
+def _memory_section(complexity: Complexity) -> Iterator[str]:
+    yield "## Memory: peak of one step, MiB"
+    yield ""
+    yield (
+        "Bytes beyond parameters, their gradients, buffers and the input, counted by shapes. The exponent is the slope "
+        "of log bytes against log depth, over all depths and between the last two: 1 is linear, 0.5 the square root, 0 "
+        "constant. What grows as the logarithm grows by the same number of bytes each time the depth is multiplied."
+    )
+    yield ""
+    depths = complexity.settings.memory_depths
+    yield from _heading(["paper: activations", *_blocks(depths), "exponent", "at the end"])
+    for technique in TECHNIQUES:
+        peaks = [cost.peak_bytes for cost in complexity.costs_of(technique)]
+        cells = [_paper(technique.activations), *(f"{peak / _MIB:,.1f}" for peak in peaks)]
+        yield _row(technique, [*cells, *_exponents(depths, peaks)])
+    yield ""
+
+
+def _compute_section(complexity: Complexity) -> Iterator[str]:
+    yield "## Compute: arithmetic of one step, GFLOP (times naive)"
+    yield ""
+    yield (
+        "Convolutions and matrix products of the forward and backward pass, recomputation included, two for each "
+        "multiply-add. A checkpoint may leave out the last product of what it recomputes; to rebuild the input takes "
+        "the whole residual."
+    )
+    yield ""
+    depths = complexity.settings.memory_depths
+    naive = [cost.flops for cost in complexity.costs_of(TECHNIQUES[0])]
+    yield from _heading(["paper: compute", *_blocks(depths), "exponent", "at the end"])
+    for technique in TECHNIQUES:
+        flops = [cost.flops for cost in complexity.costs_of(technique)]
+        cells = [f"{a / _GIGA:,.1f} ({a / b:.2f})" for a, b in zip(flops, naive, strict=True)]
+        yield _row(technique, [_paper(technique.compute), *cells, *_exponents(depths, flops)])
+    yield ""
+
+
+def _time_section(complexity: Complexity) -> Iterator[str]:
+    settings = complexity.settings
+    if not settings.time_depths:
+        return
+    yield "## Time: one step, s (times naive: median, first and third quartile)"
+    yield ""
+    yield (
+        f"Median of {settings.num_rounds} rounds after one to warm up; each round measures a step of every technique, "
+        "beginning with another one. Ratios are taken within the round."
+    )
+    yield ""
+    yield from _heading(_blocks(settings.time_depths))
+    for technique in TECHNIQUES:
+        cells = []
+        for row in complexity.times_of(technique):
+            if row.times is None:
+                cells.append(row.note)
+                continue
+            ratio = row.times.over_plain
+            spread = f"{ratio.median:.2f}, {ratio.first:.2f}-{ratio.third:.2f}"
+            cells.append(f"{row.times.step_seconds:.3f} ({spread})")
+        yield _row(technique, cells)
+
+
+def _heading(columns: Sequence[str]) -> Iterator[str]:
+    yield f"| | {' | '.join(columns)} |"
+    yield f"| --- |{' ---: |' * len(columns)}"
+
+
+def _row(technique: Technique, cells: Sequence[str]) -> str:
+    return f"| {technique.title} | {' | '.join(cells)} |"
+
+
+def _blocks(depths: Sequence[int]) -> list[str]:
+    return [f"{depth} block{'s' if depth > 1 else ''}" for depth in depths]
+
+
+def _exponents(depths: Sequence[int], values: Sequence[int]) -> list[str]:
+    """Over all depths, and between the last two."""
+    exponents = growth_exponent(depths, values), growth_exponent(depths[-2:], values[-2:])
+    return [f"{exponent + 0.0:.2f}" for exponent in exponents]
+
+
+def _paper(order: str | None) -> str:
+    return order or "not in the table"

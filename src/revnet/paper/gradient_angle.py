@@ -1,0 +1,261 @@
+"""How far gradients of rebuilt activations are from those of stored ones, with the same weights and the same batch.
+
+References:
+    Gomez et al. (2017), The Reversible Residual Network, section 5: the angle between the two, through training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
+
+ALL = "all"
+"""The group of all parameters."""
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """The gradient of a group of parameters, seen as one vector, beside another one."""
+
+    group: str
+    """A part of the network, or `ALL`."""
+    angle_degrees: float
+    """Between the gradient from rebuilt activations and the one from stored activations."""
+    relative_error: float
+    """Their distance over the length of the stored one."""
+    reference_angle_degrees: float | None = None
+    """Between the one from stored activations and the same in float64: plain autograd's own rounding."""
+    reference_relative_error: float | None = None
+    """Their distance over the length of the one in float64."""
+
+
+def gradient_errors(
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    *inputs: Any,
+    with_reference: bool = False,
+    forward_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[GradientError]:
+    """Compare the gradients of `model` under `Reverse()` with those under `Store()`.
+
+    Both steps see the same weights, inputs, buffers and random numbers. The model is left as it was: its policies,
+    buffers and gradients (`.grad`), and the random state.
+
+    Args:
+        model: A model with reversible blocks in `ReversibleSequential`, in the mode (training or evaluation) in which
+            it shall be measured.
+        loss_fn: From the output of the model to a number.
+        inputs: The arguments of the model.
+        with_reference: Compute the stored gradients in float64 too, to see how far plain autograd itself is off.
+        forward_context: Entered for each forward pass and its loss: autocast. The float64 step does without.
+
+    Returns:
+        One entry for each group: the stem, each stage, the head, and `ALL` of the parameters that are trained.
+
+    Raises:
+        ValueError: The model has no reversible block or one that cannot be stored, or no parameter to train.
+
+    Numerics:
+        Lengths are summed up in float64, and angles computed by Kahan's formula, which is exact for small ones. A step
+        is repeated exactly on the CPU; on CUDA, kernels that add in any order put a floor under the errors.
+
+    References:
+        Kahan (2006), How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?, section 12.
+    """
+    check_reversible(model)
+    groups = parameter_groups(model)
+
+    def gradients(policy: AbstractPolicy) -> Gradients:
+        with _as_it_was(model), _under(model, policy):
+            return _gradients(model, loss_fn, inputs, forward_context)
+
+    stored, rebuilt = gradients(Store()), gradients(Reverse())
+    exact = _float64_gradients(model, loss_fn, inputs) if with_reference else None
+    errors = []
+    for group, names in groups.items():
+        expected = [stored[name] for name in names]
+        error = _compare([rebuilt[name] for name in names], expected)
+        reference = _compare(expected, [exact[name] for name in names]) if exact is not None else (None, None)
+        errors.append(GradientError(group, *error, *reference))
+    return errors
+
+
+def check_reversible(model: nn.Module) -> None:
+    """Raise unless all reversible blocks of `model` can be stored too.
+
+    Raises:
+        ValueError: It has no reversible block, or one outside of a `ReversibleSequential`.
+    """
+    sequences = _sequences(model)
+    in_sequences = {id(block) for sequence in sequences for block in sequence}
+    for name, module in model.named_modules():
+        if isinstance(module, ReversibleBlock) and id(module) not in in_sequences:
+            raise ValueError(
+                f"`model` (={type(model).__name__}) has the block `{name}` outside of a ReversibleSequential, where it "
+                "cannot be stored; put it into one."
+            )
+    if not in_sequences:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has no reversible block, so nothing of it is rebuilt; pass a "
+            "reversible model, such as `revnet38`."
+        )
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters to train, by the part of the network that they are in.
+
+    What comes before the first reversible part is the stem, what comes after the last one is the head. A reversible
+    part that consists of several, such as the stages of a RevNet, is divided into them.
+
+    Args:
+        model: A model whose children are registered in the order in which they run.
+
+    Returns:
+        The names of each group's parameters, and those of `ALL`, which comes last.
+
+    Raises:
+        ValueError: There is no parameter to train.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise ValueError(f"`model` (={type(model).__name__}) has no parameter that requires a gradient; unfreeze one.")
+    children = list(model.named_children())
+    reversible = [index for index, (_, child) in enumerate(children) if _is_reversible(child)]
+    places = {child: index for index, (child, _) in enumerate(children)}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        child, _, rest = name.partition(".")
+        index = places.get(child, -1)  # a parameter of the model's own, such as a class token
+        if index < min(reversible, default=0):
+            group = "stem"
+        elif index > max(reversible, default=0):
+            group = "head"
+        else:
+            part, _, _ = rest.partition(".")
+            is_divided = _is_divided(children[index][1])
+            group = _part_name(child, part) if is_divided else child
+        groups.setdefault(group, []).append(name)
+    return groups | {ALL: names}
+
+
+def _is_reversible(module: nn.Module) -> bool:
+    return any(isinstance(part, ReversibleSequential | ReversibleBlock) for part in module.modules())
+
+
+def _is_divided(module: nn.Module) -> bool:
+    parts = list(module.children())
+    return not isinstance(module, ReversibleSequential) and len(parts) > 1 and all(map(_is_reversible, parts))
+
+
+def _part_name(container: str, part: str) -> str:
+    return f"stage {int(part) + 1}" if container == "stages" and part.isdigit() else f"{container}.{part}"
+
+
+def _sequences(model: nn.Module) -> list[ReversibleSequential]:
+    return [module for module in model.modules() if isinstance(module, ReversibleSequential)]
+
+
+@contextmanager
+def _under(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
+    """Give all blocks of `model` another policy for a while: those in sequences, and those that change the shape."""
+    sequences = [(sequence, sequence.policies) for sequence in _sequences(model)]
+    modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "policy", None), AbstractPolicy)]
+    others = [(module, module.policy) for module in modules]
+    try:
+        for sequence, _ in sequences:
+            sequence.policies = (policy,) * len(sequence)
+        for module, _ in others:
+            module.policy = policy
+        yield
+    finally:
+        for sequence, before in sequences:
+            sequence.policies = before
+        for module, before in others:
+            module.policy = before
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put the buffers and the random state back."""
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, value in buffers:
+                buffer.copy_(value)
+                owner[name] = buffer  # a module may have put another tensor in its place
+
+
+def _gradients(
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    inputs: tuple[Any, ...],
+    forward_context: Callable[[], AbstractContextManager[Any]],
+) -> Gradients:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        with forward_context():
+            loss = loss_fn(model(*inputs))
+        return _gradients_of(loss, parameters)
+
+
+def _float64_gradients(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: tuple[Any, ...]) -> Gradients:
+    """Of copies of the parameters and buffers, so that the model's own stay as they are."""
+    parameters = {name: _double(parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    trained = {
+        name: parameters[name].requires_grad_()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    buffers = {name: _double(buffer.clone()) for name, buffer in model.named_buffers()}
+    arguments = tree_map_only(Tensor, _double, inputs)
+    with _as_it_was(model), _under(model, Store()), torch.enable_grad():
+        return _gradients_of(loss_fn(functional_call(model, (parameters, buffers), arguments)), trained)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    has_rounding = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64)) if has_rounding else tensor
+
+
+def _gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> Gradients:
+    # `torch.autograd.grad`, since the gradients of the parameters belong to the training.
+    grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    real = [torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
+    return dict(zip(parameters, real, strict=True))
+
+
+def _compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
+    """The angle in degrees between two vectors, and their distance over the length of `expected`."""
+    length, expected_length = _length(actual), _length(expected)
+    distance = _length([a.double() - b.double() for a, b in zip(actual, expected, strict=True)])
+    if length == 0 or expected_length == 0:
+        return (0.0, 0.0) if distance == 0 else (90.0, math.inf if expected_length == 0 else 1.0)
+    scaled = [(a.double() / length, b.double() / expected_length) for a, b in zip(actual, expected, strict=True)]
+    # Kahan's formula; the arc cosine of the scalar product would lose all angles below 1e-6 degrees.
+    half = math.atan2(_length([a - b for a, b in scaled]), _length([a + b for a, b in scaled]))
+    return math.degrees(2 * half), distance / expected_length
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

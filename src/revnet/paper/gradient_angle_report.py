@@ -1,0 +1,176 @@
+"""The gradient-angle study as a page, tables for machines and a picture."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, fields
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from revnet._machine import describe_machine, hardware_name
+from revnet.paper import gradient_angle_plot
+from revnet.paper._picture import check_matplotlib
+from revnet.paper.gradient_angle import GradientError
+from revnet.paper.gradient_angle_callbacks import GradientAngle
+from revnet.paper.gradient_angle_study import AngleStudy, check_twins, measure_gradient_angle
+from revnet.training import TrainConfig
+
+_ALWAYS_TOLD = ("data", "model", "epochs", "batch_size", "lr", "precision", "seed")
+
+
+def run_gradient_angle(
+    config: TrainConfig,
+    folder: Path,
+    command: str,
+    *,
+    every: int = 50,
+    with_reference: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Draw the paper's figure: write `gradient-angle_<model>_<data>_<hardware>_<date>` as Markdown, CSV and PNG.
+
+    Two runs with the same settings and seed are left where `revnet train` leaves its runs: one reversed, in which the
+    gradients are compared, and one stored.
+
+    Args:
+        config: The settings of both runs.
+        folder: Where the files go; made if it is not there.
+        command: What was run, for the page.
+        every: Updates from one measurement to the next.
+        with_reference: Compare stored gradients with those in float64 too.
+        quiet: Print nothing.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        TypeError: `every` is no integer.
+        ValueError: The model is not reversible, `every` is not positive, or a setting does not fit.
+        DataError: The data set is missing or corrupt.
+        TrainingInterrupted: Ctrl-C or SIGTERM came.
+    """
+    angle = GradientAngle(every, with_reference=with_reference)
+    check_twins(config)
+    check_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_study(measure_gradient_angle(config, angle, quiet=quiet), folder, command)
+
+
+def write_study(study: AngleStudy, folder: Path, command: str) -> Path:
+    """Write page, tables and picture; returns the path of the page."""
+    data = re.sub(r"[^A-Za-z0-9.]+", "-", study.reversed.result.test.data).strip("-.")
+    name = f"gradient-angle_{study.config.model}_{data}_{hardware_name(study.device)}_{datetime.date.today()}"
+    page = folder / f"{name}.md"
+    page.write_text("\n".join(_page(study, command, name)).rstrip() + "\n")
+    _write_csv(folder / f"{name}.csv", _error_rows(study))
+    _write_csv(folder / f"{name}_curves.csv", _curve_rows(study))
+    gradient_angle_plot.plot(study, folder / f"{name}.png")
+    return page
+
+
+def _error_rows(study: AngleStudy) -> Iterator[Sequence[Any]]:
+    yield "update", *(field.name for field in fields(GradientError))
+    for update, errors in study.errors.items():
+        for error in errors:
+            yield update, *astuple(error)
+
+
+def _curve_rows(study: AngleStudy) -> Iterator[Sequence[Any]]:
+    runs = study.runs
+    yield "update", *(f"{name}_loss" for name in runs), *(f"{name}_val_error" for name in runs)
+    for index, losses in enumerate(zip(*(run.losses for run in runs.values()), strict=True)):
+        # A loss is that before the update, a validation error that after it.
+        yield index, *losses, *(run.val_errors.get(index + 1, "") for run in runs.values())
+
+
+def _write_csv(path: Path, rows: Iterator[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
+    hardware, versions, date, _ = study.reversed.result.machine  # as it was in training, threads too
+    *_, command_line = describe_machine(command)
+    result = study.reversed.result
+    yield f"# Gradients of rebuilt activations beside those of stored ones: {study.config.model} on {result.test.data}"
+    yield ""
+    yield from (hardware, versions, date, command_line)
+    yield f"- Settings of both runs: {_settings(study.config)}"
+    yield f"- Runs: `{study.reversed.result.folder}`, `{study.stored.result.folder}` (its stored twin)"
+    yield ""
+    yield f"![{name}.png]({name}.png)"
+    yield ""
+    yield from _angle_section(study)
+    yield from _curve_section(study)
+
+
+def _settings(config: TrainConfig) -> str:
+    usual = asdict(TrainConfig())
+    told = {key: value for key, value in asdict(config).items() if value != usual[key] or key in _ALWAYS_TOLD}
+    return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in told.items())
+
+
+def _angle_section(study: AngleStudy) -> Iterator[str]:
+    has_reference = any(error.reference_angle_degrees is not None for error in study.errors[0])
+    yield "## Angle between the two gradients, degrees; relative error"
+    yield ""
+    yield (
+        f"Of the reversed run, before {len(study.errors)} of its {len(study.reversed.losses):,} updates: the gradient "
+        "of the update's own batch, with its weights and random numbers, once from rebuilt and once from stored "
+        "activations, each group of parameters as one vector. The forward pass is exact, so what comes after the last "
+        "reversible block has the same gradient."
+    )
+    if has_reference:
+        yield ("The reference is plain autograd's own rounding: the stored gradient beside the same one in float64.")
+    yield ""
+    columns = ["angle, first", "median", "largest", "last", "relative error, median", "largest"]
+    columns += ["reference: angle, median", "largest"] * has_reference
+    yield f"| | {' | '.join(columns)} |"
+    yield f"| --- |{' ---: |' * len(columns)}"
+    for group in study.groups:
+        errors = list(study.errors_of(group).values())
+        angles = [error.angle_degrees for error in errors]
+        relative = [error.relative_error for error in errors]
+        cells = [angles[0], median(angles), max(angles), angles[-1], median(relative), max(relative)]
+        references = [error.reference_angle_degrees for error in errors if error.reference_angle_degrees is not None]
+        cells += [median(references), max(references)] if references else []
+        yield f"| {group} | {' | '.join(f'{cell:.1e}' if cell else '0' for cell in cells)} |"
+    yield ""
+
+
+def _curve_section(study: AngleStudy) -> Iterator[str]:
+    runs = list(study.runs.values())
+    yield "## The two runs"
+    yield ""
+    yield f"Same settings, same seed. {_first_difference(study)}"
+    yield ""
+    yield f"| | {' | '.join(study.runs)} |"
+    yield "| --- | ---: | ---: |"
+    per_epoch = -(-len(study.reversed.losses) // study.config.epochs)
+    rows = {"training loss, mean of the last epoch": [f"{fmean(run.losses[-per_epoch:]):.4g}" for run in runs]}
+    if study.reversed.val_errors:
+        rows["validation error after the last epoch"] = [
+            f"{100 * list(run.val_errors.values())[-1]:.2f} %" for run in runs
+        ]
+    rows["test error, last weights"] = [
+        f"{100 * run.result.test.error:.2f} % ({run.result.test.num_errors} of {run.result.test.num_images:,})"
+        for run in runs
+    ]
+    for quantity, cells in rows.items():
+        yield f"| {quantity} | {' | '.join(cells)} |"
+
+
+def _first_difference(study: AngleStudy) -> str:
+    pairs = zip(study.reversed.losses, study.stored.losses, strict=True)
+    first = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
+    if first is None:
+        return "The losses of all updates are equal, bit for bit."
+    return (
+        f"The losses are equal, bit for bit, up to that of update {first}; from then on they differ by rounding, which "
+        "training amplifies."
+    )

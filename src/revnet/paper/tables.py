@@ -1,0 +1,86 @@
+"""The result tables: which networks, by which recipe, and what they are known to reach.
+
+References:
+    Gomez et al. (2017), The Reversible Residual Network, tables 3 and 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network of a table."""
+
+    model: str
+    """Name of the model."""
+
+    pair: str
+    """The network that it is compared with: the ResNet of a RevNet of the same size, and the other way round."""
+
+    paper_error: float | None = None
+    """Test error in per cent as the paper has it, recalled; None if it has none."""
+
+    rerun_error: float | None = None
+    """Test error in per cent of the official code: of a rerun for CIFAR (README of silvandeleemput/memcnn), of its own
+    README for ImageNet (top-1 on the validation set); None if unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Networks that are trained by one recipe on one data set."""
+
+    name: str
+    """What `revnet reproduce` calls it."""
+
+    recipe: str
+    """`<dataset>/<recipe>`: the folder of the settings, one file a model."""
+
+    num_classes: int
+    """Classes of the data set."""
+
+    rows: tuple[Row, ...]
+    """The networks, ResNets before their RevNets."""
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return [row.model for row in self.rows]
+
+
+def _pair(resnet: str, revnet: str, *figures: tuple[float | None, float | None]) -> list[Row]:
+    (resnet_paper, resnet_rerun), (revnet_paper, revnet_rerun) = figures or ((None, None), (None, None))
+    return [
+        Row(model=resnet, pair=revnet, paper_error=resnet_paper, rerun_error=resnet_rerun),
+        Row(model=revnet, pair=resnet, paper_error=revnet_paper, rerun_error=revnet_rerun),
+    ]
+
+
+_CIFAR10 = (
+    *_pair("resnet32", "revnet38", (7.14, 7.26), (7.24, 6.86)),
+    *_pair("resnet110", "revnet110", (5.74, 6.01), (5.76, 5.98)),
+    *_pair("resnet164", "revnet164", (5.24, 5.43), (5.17, 5.44)),
+)
+_CIFAR100 = (
+    *_pair("resnet32", "revnet38", (29.95, 30.90), (28.96, 28.83)),
+    *_pair("resnet110", "revnet110", (26.44, 26.70), (25.40, 26.00)),
+    *_pair("resnet164", "revnet164", (23.37, 23.21), (23.69, 23.61)),
+)
+_IMAGENET = (
+    *_pair("resnet50", "revnet56"),
+    *_pair("resnet101", "revnet104", (None, 23.01), (None, 23.10)),
+)
+
+_DATA = (("cifar10", 10, _CIFAR10), ("cifar100", 100, _CIFAR100), ("imagenet", 1000, _IMAGENET))
+
+TABLES = {
+    table.name: table
+    for data, num_classes, rows in _DATA
+    for table in (
+        Table(name=data, recipe=f"{data}/paper", num_classes=num_classes, rows=rows),
+        Table(name=f"{data}-modern", recipe=f"{data}/modern", num_classes=num_classes, rows=rows),
+        Table(name=f"{data}-quick", recipe=f"{data}/quick", num_classes=num_classes, rows=rows[:2]),
+    )
+}
+"""All tables by name: the paper's recipe, the modern one with as many updates at most, and a short one for a CPU."""

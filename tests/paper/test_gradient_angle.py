@@ -1,0 +1,216 @@
+"""Angles between gradients: right, and nothing of the model or the random state changed by looking."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store, create_model
+from revnet.paper import gradient_errors
+from revnet.paper.gradient_angle import ALL, _compare, parameter_groups
+from tests.helpers import ConvResidual, all_cases, all_reversible_models, assert_same_buffers, mlp, squares
+
+
+class Network(nn.Module):
+    """A stem, blocks with the further arguments of a case, and a head that is not reversible."""
+
+    def __init__(self, case, policy=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=case.dtype))
+        self.blocks = case.sequence(4, policy)
+        self.args, self.kwargs = case.args(), case.kwargs()
+
+    def forward(self, x):
+        return self.blocks(self.scale * x, *self.args, **self.kwargs)
+
+
+def convolutions(depth=3, **options):
+    return ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(depth)], **options)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
+@all_cases
+def test_nothing_is_changed_and_float64_is_near(case):
+    model, x = Network(case), case.input(requires_grad=False)
+    squares(model(x)).backward()
+    before = copy.deepcopy(model)
+    buffers = [id(buffer) for buffer in model.buffers()]
+    policies, state = model.blocks.policies, torch.get_rng_state()
+    errors = gradient_errors(model, squares, x, with_reference=True)
+    assert [error.group for error in errors] == ["stem", "blocks", ALL]
+    for error in errors:
+        assert error.angle_degrees < 1e-9  # the rounding of four reconstructions in float64
+        assert error.relative_error < 1e-10
+        assert error.reference_angle_degrees == error.reference_relative_error == 0  # the same arithmetic
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.blocks.policies is policies
+    assert buffers == [id(buffer) for buffer in model.buffers()]
+    assert_same_buffers(model, before)
+    for parameter, expected in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+        assert torch.equal(parameter.grad, expected.grad)
+        assert parameter.requires_grad
+
+
+def test_the_errors_are_those_of_two_steps():
+    """Residuals that grow by a thousand lose three digits on the way back: enough to see."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), convolutions())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv2.weight"):
+                parameter.mul_(1e3)
+    twin = copy.deepcopy(model)
+    twin[1].policies = (Store(),) * 3
+    x = torch.randn(2, 3, 5, 5)
+    errors = {error.group: error for error in gradient_errors(model, squares, x)}
+    for each in (model, twin):
+        squares(each(x)).backward()
+    actual = torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])
+    expected = torch.cat([parameter.grad.double().flatten() for parameter in twin.parameters()])
+    assert errors[ALL].relative_error == pytest.approx(float((actual - expected).norm() / expected.norm()))
+    assert errors[ALL].relative_error > 1e-6
+    cosine = actual @ expected / (actual.norm() * expected.norm())
+    assert errors[ALL].angle_degrees == pytest.approx(math.degrees(torch.arccos(cosine.clamp(max=1))), rel=1e-2)
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Store(), [Reverse(), Store(), Reverse()]])
+def test_the_policies_of_the_model_do_not_matter(policy):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), convolutions(policy=policy))
+    reference = nn.Sequential(copy.deepcopy(model[0]), ReversibleSequential(*copy.deepcopy(list(model[1]))))
+    x = torch.randn(2, 3, 5, 5)
+    assert gradient_errors(model, squares, x) == gradient_errors(reference, squares, x)
+
+
+@all_reversible_models
+def test_what_follows_the_last_block_has_the_same_gradient(name):
+    with torch.no_grad():
+        model = create_model(name)
+    if sum(parameter.numel() for parameter in model.parameters()) > 5e6:
+        pytest.skip("too large for a fast test")
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    errors = gradient_errors(model, lambda logits: F.cross_entropy(logits, labels), images, with_reference=True)
+    *stages, head, together = errors
+    assert (head.group, together.group) == ("head", ALL)
+    assert (head.angle_degrees, head.relative_error) == (0, 0)
+    assert head.reference_angle_degrees > 0
+    assert all(0 < error.angle_degrees < 20 for error in stages)  # float32, at worst with ReLUs on the other side
+    assert len({error.group for error in stages}) == len(stages) >= 2
+
+
+def test_the_forward_pass_may_run_under_autocast():
+    model, x = convolutions(), torch.randn(2, 8, 5, 5)
+    seen = []
+
+    def loss(output):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return squares(output)
+
+    low = gradient_errors(
+        model, loss, x, with_reference=True, forward_context=lambda: torch.autocast("cpu", torch.bfloat16)
+    )
+    assert seen == [True, True, False]  # not the one in float64
+    full = gradient_errors(model, loss, x, with_reference=True)
+    assert low[-1].reference_angle_degrees > 100 * full[-1].reference_angle_degrees
+
+
+def test_evaluation_mode_is_measured_as_it_is():
+    model, x = convolutions().eval(), torch.randn(2, 8, 5, 5)
+    assert gradient_errors(model, squares, x)[-1].relative_error < 1e-3
+    assert not model.training
+
+
+def vectors(*values):
+    return [torch.tensor([value], dtype=torch.float32) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "angle", "relative"),
+    [
+        ((1, 0), (1, 0), 0, 0),
+        ((2, 0), (1, 0), 0, 1),
+        ((1, 1), (1, 0), 45, 1),
+        ((0, 3), (1, 0), 90, math.sqrt(10)),
+        ((-1, 0), (1, 0), 180, 2),
+        ((1, 1e-9), (1, 0), math.degrees(1e-9), 1e-9),
+        ((1e-30, 1e-30), (1e-30, 0), 45, 1),
+        ((0, 0), (0, 0), 0, 0),
+        ((0, 0), (1, 0), 90, 1),
+        ((1, 0), (0, 0), 90, math.inf),
+    ],
+)
+def test_angles_of_known_vectors(actual, expected, angle, relative):
+    assert _compare(vectors(*actual), vectors(*expected)) == pytest.approx((angle, relative), rel=1e-6)
+
+
+def test_what_is_no_number_has_no_angle():
+    assert all(map(math.isnan, _compare(vectors(math.nan, 1), vectors(1, 0))))
+
+
+class Divided(nn.Module):
+    """A parameter of its own, a stem, two stages with something in between, a shared head."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(6))
+        self.stem = nn.Linear(6, 6)
+        self.stages = nn.ModuleList([ReversibleSequential(ReversibleBlock(mlp(3), mlp(3))) for _ in range(2)])
+        self.between = nn.Linear(6, 6)
+        self.more = ReversibleSequential(ReversibleBlock(mlp(3), mlp(3)), ReversibleBlock(mlp(3), mlp(3)))
+        self.norm = nn.LayerNorm(6)
+        self.head = self.stem
+
+
+def test_groups():
+    model = Divided()
+    model.stages[1].requires_grad_(False)
+    model.norm.bias.requires_grad_(False)
+    groups = parameter_groups(model)
+    assert list(groups) == ["stem", "stage 1", "between", "more", "head", ALL]
+    assert groups["stem"] == ["token", "stem.weight", "stem.bias"]
+    assert groups["head"] == ["norm.weight"]  # the shared weights are in the group that comes first
+    assert groups[ALL] == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sum(len(names) for names in groups.values()) == 2 * len(groups[ALL])
+
+
+def test_groups_of_a_network():
+    with torch.device("meta"):
+        groups = parameter_groups(create_model("revnet38"))
+    assert list(groups) == ["stem", "stage 1", "stage 2", "stage 3", "head", ALL]
+
+
+def test_unused_parameters_have_no_angle():
+    model = nn.Sequential(convolutions(2))
+    model.unused = nn.Linear(3, 3)
+    error = gradient_errors(model, squares, torch.randn(2, 8, 5, 5))[1]
+    assert (error.group, error.angle_degrees, error.relative_error) == ("head", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: create_model("resnet32"), r"`model` \(=ResNet\) has no reversible block, so nothing of it is rebuilt"),
+        (
+            lambda: nn.Sequential(convolutions(), ReversibleBlock(mlp(4), mlp(4))),
+            r"`model` \(=Sequential\) has the block `1` outside of a ReversibleSequential, where it cannot be stored",
+        ),
+        (lambda: convolutions().requires_grad_(False), "has no parameter that requires a gradient; unfreeze one"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        gradient_errors(make(), squares, torch.randn(2, 8, 5, 5))
+
+
+def test_a_failing_step_leaves_the_model_as_it_was():
+    model = convolutions()
+    policies, before = model.policies, copy.deepcopy(model)
+    with pytest.raises(ArithmeticError):
+        gradient_errors(model, lambda output: 1 / 0, torch.randn(2, 8, 5, 5))
+    with pytest.raises(ZeroDivisionError):
+        gradient_errors(model, lambda output: 1 / 0, torch.randn(2, 8, 5, 5), with_reference=True)
+    assert model.policies is policies
+    assert_same_buffers(model, before)
