@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from revnet import memory as memory
     from revnet import models as models
     from revnet import nn as nn
+    from revnet import paper as paper
     from revnet import training as training
     from revnet.errors import CheckpointError as CheckpointError
     from revnet.errors import DataError as DataError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "training")
+_ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "paper", "training")
 _HOME = {
     "AbstractPolicy": "revnet.nn",
     "CheckpointError": "revnet.errors",
@@ -60,6 +61,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "MissingDependencyError",
     "models",
     "nn",
+    "paper",
     "ReconstructionError",
     "Reverse",
     "ReversibleBlock",

@@ -1,11 +1,16 @@
 """Small images to store and to load again."""
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from revnet.data import ImageDataset, load_dataset
+
+NUM_STREAMED = 25
 CLASS_NAMES = ("cat", "dog", "frog")
 
 
@@ -37,3 +42,15 @@ def write_image(file: Path, image: Tensor | None = None) -> None:
 def flat_image(level: int, height: int = 12, width: int = 16) -> Tensor:
     """An image of one grey level, which no crop and no resizing changes."""
     return torch.full((3, height, width), level, dtype=torch.uint8)
+
+
+def write_stream(folder: Path, write_parquet: Callable[..., None], **options: Any) -> ImageDataset:
+    """Three files of 25 images, each of a size of its own and of one grey level, ten times its label."""
+    images = [flat_image(10 * number, height=4 + number, width=30 - number) for number in range(NUM_STREAMED)]
+    class_names = [str(number) for number in range(NUM_STREAMED)]
+    for index, start in enumerate(range(0, NUM_STREAMED, 9)):
+        labels = range(NUM_STREAMED)[start : start + 9]
+        file = folder / f"train-0000{index}-of-00003.parquet"
+        write_parquet(file, images[start : start + 9], labels, class_names=class_names)
+    write_parquet(folder / "test-00000-of-00001.parquet", images[:3], [0, 1, 2], class_names=class_names)
+    return load_dataset(folder, image_size=4, **options)

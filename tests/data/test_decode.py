@@ -271,8 +271,9 @@ def test_load_image_names_the_file(tmp_path: Path) -> None:
 def test_load_image_arguments() -> None:
     with pytest.raises(ValueError, match=r"`in_channels` \(=2\) must be 1 \(grey\) or 3 \(RGB\)"):
         load_image("x.png", image_size=(4, 4), in_channels=2)
-    with pytest.raises(ValueError, match=r"`image_size` \(=\(0, 4\)\) must be positive"):
-        load_image("x.png", image_size=(0, 4), in_channels=3)
+    for size in ((0, 4), (4,), 4):
+        with pytest.raises(ValueError, match=r"`image_size` \(=.*\) must be positive; pass \(height, width\)"):
+            load_image("x.png", image_size=size, in_channels=3)
     with pytest.raises(ValueError, match=r"`crop_fraction` \(=1.5\) must be above 0 and at most 1"):
         load_image("x.png", image_size=(4, 4), in_channels=3, crop_fraction=1.5)
 

@@ -80,5 +80,8 @@ def test_bad_arguments(files: list[Path]) -> None:
             FileSplit(files, labels, image_size=8, crop=RandomCrop())
     with pytest.raises(ValueError, match=r"`image_size` \(=-1\) must be positive"):
         make_split(files, image_size=-1)
+    for size in ((8, 8), 8.0, True):
+        with pytest.raises(TypeError, match=r"`image_size` \(=.*\) must be one whole number, the side of a square"):
+            make_split(files, image_size=size)
     with pytest.raises(ValueError, match=r"`on_corrupt` \(='Skip'\) must be one of stop, skip"):
         make_split(files, on_corrupt="Skip")

@@ -3,12 +3,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from revnet.data import list_datasets, load_dataset
+from revnet.data import FileSplit, ImageSplit, StreamSplit, list_datasets, load_dataset
 from revnet.errors import DataError
+from tests.data.samples import write_image
 
 
 def test_list_is_sorted() -> None:
-    assert list_datasets() == ["cifar10", "digits"]
+    assert list_datasets() == ["cifar10", "cifar100", "digits", "imagenet"]
 
 
 @pytest.mark.parametrize("as_type", [str, Path, "{}/".format], ids=["str", "Path", "trailing slash"])
@@ -40,22 +41,69 @@ def test_name_comes_before_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
         ("cifar-10", "did you mean 'cifar10'?"),
         ("CIFAR10", "did you mean 'cifar10'?"),
         ("digit", "did you mean 'digits'?"),
-        ("imagenet", "pass a name or the path of a folder."),
-        ("", "pass a name or the path of a folder."),
-        ("x" * 300, "pass a name or the path of a folder."),
+        ("ImageNet1k", "did you mean 'imagenet'?"),
+        ("mnist", "pass a name, the path of a folder, or hub:owner/name."),
+        ("", "pass a name, the path of a folder, or hub:owner/name."),
+        ("x" * 300, "pass a name, the path of a folder, or hub:owner/name."),
     ],
 )
 def test_unknown_name(name: str, way_out: str) -> None:
     with pytest.raises(ValueError, match="is neither a data set") as caught:
         load_dataset(name)
-    expected = f"`name_or_path` (='{name}') is neither a data set of revnet (cifar10, digits) nor a folder; {way_out}"
-    assert str(caught.value) == expected
+    assert str(caught.value) == (
+        f"`name_or_path` (='{name}') is neither a data set of revnet (cifar10, cifar100, digits, imagenet) nor a path; "
+        f"{way_out}"
+    )
     assert not isinstance(caught.value, DataError)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"`path` \(='.*nowhere'\) does not exist; pass the folder that holds"):
+    with pytest.raises(DataError, match=r"`path` \(='.*nowhere'\) does not exist; pass the folder of a data set"):
         load_dataset(tmp_path / "nowhere")
+
+
+def test_folder_of_no_known_layout(tmp_path: Path) -> None:
+    write_image(tmp_path / "photos" / "1.png")
+    for path in (tmp_path, tmp_path / "photos"):
+        with pytest.raises(
+            DataError, match=rf"^`path` \(='{path}'\) holds no data set of a known layout; it must hold"
+        ):
+            load_dataset(path)
+
+
+def test_every_layout_is_found_by_looking(folder: Path, tmp_path: Path) -> None:
+    assert isinstance(load_dataset(folder).train, ImageSplit)
+    assert isinstance(load_dataset(folder, image_size=8).train, StreamSplit)
+    for name in ("train/a/1.png", "val/a/1.png"):
+        write_image(tmp_path / "files" / name)
+    assert isinstance(load_dataset(tmp_path / "files").train, FileSplit)
+    assert load_dataset(tmp_path / "files").image_size == (224, 224)
+    assert load_dataset(tmp_path / "files", image_size=8).image_size == (8, 8)
+    archive = tmp_path / "cifar-10-python.tar.gz"  # told by its name
+    archive.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"'{archive}' cannot be read to its end as a tar archive"):
+        load_dataset(archive)
+
+
+def test_image_size_is_for_images_of_many_sizes(tmp_path: Path) -> None:
+    message = r"`image_size` \(=32\) is for images of many sizes, and those of '.*' have one; leave it out"
+    with pytest.raises(ValueError, match=message):
+        load_dataset("digits", image_size=32)
+    with pytest.raises(ValueError, match=message):
+        load_dataset("cifar100", image_size=32)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        load_dataset(tmp_path / "cifar-10-python.tar.gz", image_size=32)
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet", "hub:owner/name", "nothing", "."])
+def test_bad_options_are_told_before_anything_is_read(name: str) -> None:
+    with pytest.raises(ValueError, match=r"`on_corrupt` \(='drop'\) must be one of stop, skip"):
+        load_dataset(name, on_corrupt="drop")
+    with pytest.raises(ValueError, match=r"`crop_area` \(=\(0, 1\)\) must be two shares"):
+        load_dataset(name, crop_area=(0, 1))
+    with pytest.raises(ValueError, match=r"`image_size` \(=-5\) must be positive"):
+        load_dataset(name, image_size=-5)
 
 
 def test_loading_leaves_the_random_state_alone(folder: Path) -> None:

@@ -36,7 +36,7 @@ def convolutions(depth=3, **options):
 def test_nothing_is_changed_and_float64_is_near(case):
     model, x = Network(case), case.input(requires_grad=False)
     squares(model(x)).backward()
-    before = copy.deepcopy(model)
+    before, gradients = copy.deepcopy(model), [parameter.grad.clone() for parameter in model.parameters()]
     buffers = [id(buffer) for buffer in model.buffers()]
     policies, state = model.blocks.policies, torch.get_rng_state()
     errors = gradient_errors(model, squares, x, with_reference=True)
@@ -49,10 +49,9 @@ def test_nothing_is_changed_and_float64_is_near(case):
     assert model.blocks.policies is policies
     assert buffers == [id(buffer) for buffer in model.buffers()]
     assert_same_buffers(model, before)
-    for parameter, expected in zip(model.parameters(), before.parameters(), strict=True):
-        assert torch.equal(parameter, expected)
-        assert torch.equal(parameter.grad, expected.grad)
-        assert parameter.requires_grad
+    for parameter, value, gradient in zip(model.parameters(), before.parameters(), gradients, strict=True):
+        assert torch.equal(parameter, value)
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_the_errors_are_those_of_two_steps():
@@ -86,12 +85,8 @@ def test_the_policies_of_the_model_do_not_matter(policy):
 
 
 @all_reversible_models
-def test_what_follows_the_last_block_has_the_same_gradient(name):
-    with torch.no_grad():
-        model = create_model(name)
-    if sum(parameter.numel() for parameter in model.parameters()) > 5e6:
-        pytest.skip("too large for a fast test")
-    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+def test_what_follows_the_last_block_has_the_same_gradient(make_model):
+    model, images, labels = make_model(), torch.randn(4, 3, 16, 16), torch.arange(4)
     errors = gradient_errors(model, lambda logits: F.cross_entropy(logits, labels), images, with_reference=True)
     *stages, head, together = errors
     assert (head.group, together.group) == ("head", ALL)
@@ -182,11 +177,10 @@ def test_groups_of_a_network():
     assert list(groups) == ["stem", "stage 1", "stage 2", "stage 3", "head", ALL]
 
 
-def test_unused_parameters_have_no_angle():
-    model = nn.Sequential(convolutions(2))
-    model.unused = nn.Linear(3, 3)
-    error = gradient_errors(model, squares, torch.randn(2, 8, 5, 5))[1]
-    assert (error.group, error.angle_degrees, error.relative_error) == ("head", 0, 0)
+def test_parameters_without_a_gradient_have_no_angle():
+    model = nn.Sequential(convolutions(2), nn.Conv2d(8, 2, 1))
+    *_, head, _ = gradient_errors(model, lambda output: 0 * output.sum(), torch.randn(2, 8, 5, 5))
+    assert (head.group, head.angle_degrees, head.relative_error) == ("head", 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +202,7 @@ def test_what_cannot_be_compared_is_refused(make, message):
 def test_a_failing_step_leaves_the_model_as_it_was():
     model = convolutions()
     policies, before = model.policies, copy.deepcopy(model)
-    with pytest.raises(ArithmeticError):
-        gradient_errors(model, lambda output: 1 / 0, torch.randn(2, 8, 5, 5))
     with pytest.raises(ZeroDivisionError):
-        gradient_errors(model, lambda output: 1 / 0, torch.randn(2, 8, 5, 5), with_reference=True)
+        gradient_errors(model, lambda output: 1 / 0, torch.randn(2, 8, 5, 5))
     assert model.policies is policies
     assert_same_buffers(model, before)

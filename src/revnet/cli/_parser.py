@@ -139,6 +139,9 @@ def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:
         return f"`--config` ({_config_file(arguments)}) has the unknown setting `{match[1]}`{_hint(match[1], parser)}"
     if match := re.match(r"unrecognized arguments: (--[\w-]+)", message):
         return f"unknown option `{match[1].replace('_', '-')}`{_hint(match[1], parser)}"
+    many = [action.dest.upper() for action in parser._actions if action.nargs == "+"]
+    if many and (match := re.match(r"unrecognized arguments: ([^-].*)", message)):
+        return f"`{match[1]}` stands apart from the other {many[0]}; write them one after the other."
     if match := re.match(r"argument (--\w+): expected one argument", message):
         return f"`{_flag(match[1])}` needs a value."
     if match := re.match(r'Parser key "config": (File does not exist|Path is not a file)', message):
@@ -156,7 +159,7 @@ def _choices(message: str) -> list[str]:
 
 
 def _hint(name: str, parser: _Parser) -> str:
-    known = [action.dest for action in parser._actions]
+    known = [action.dest for action in parser._actions if action.option_strings]
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
     return f"; did you mean `{_flag(close[0])}`?" if close else f"; `{parser.prog} --help` lists them all."
 

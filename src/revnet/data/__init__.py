@@ -18,6 +18,7 @@ from revnet.data._preprocess import Preprocess as Preprocess
 from revnet.data._preprocess import make_preprocess as make_preprocess
 from revnet.data._registry import list_datasets as list_datasets
 from revnet.data._registry import load_dataset as load_dataset
+from revnet.data._stream_split import StreamSplit as StreamSplit
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractSplit",
@@ -33,4 +34,5 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "make_loader",
     "make_preprocess",
     "Preprocess",
+    "StreamSplit",
 ]

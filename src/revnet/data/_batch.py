@@ -30,6 +30,10 @@ def check_on_corrupt(on_corrupt: str) -> None:
 
 def check_image_size(image_size: int) -> None:
     """Refuse a size that no image can have."""
+    if not isinstance(image_size, int) or isinstance(image_size, bool):
+        raise TypeError(
+            f"`image_size` (={image_size!r}) must be one whole number, the side of a square; pass 224, say."
+        )
     if image_size < 1:
         raise ValueError(f"`image_size` (={image_size}) must be positive; pass 224, for instance.")
 

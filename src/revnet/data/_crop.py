@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class RandomCrop(AbstractCrop):
     """Least and largest share of the image, drawn uniformly; the aspect is log-uniform in 3/4..4/3."""
 
     def __post_init__(self) -> None:
-        if len(self.area) != 2 or not 0 < self.area[0] <= self.area[1] <= 1:
+        if not _is_pair_of_numbers(self.area) or not 0 < self.area[0] <= self.area[1] <= 1:
             raise ValueError(
                 f"`crop_area` (={self.area}) must be two shares of the image in ascending order, above 0 and at most "
                 "1; pass (0.08, 1.0), or (1.0, 1.0) to crop no more than the aspect asks for."
@@ -94,6 +95,10 @@ class CentreCrop(AbstractCrop):
         rows, columns = size
         scale = min(height / round(rows / self.fraction), width / round(columns / self.fraction))
         return _centred(width, height, min(width, columns * scale), min(height, rows * scale))
+
+
+def _is_pair_of_numbers(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(item, (int, float)) for item in value)
 
 
 def _centred(width: int, height: int, w: float, h: float) -> Box:

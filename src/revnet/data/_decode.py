@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -99,7 +99,7 @@ def load_image(
     modes = {1: "L", 3: "RGB"}
     if in_channels not in modes:
         raise ValueError(f"`in_channels` (={in_channels}) must be 1 (grey) or 3 (RGB); files hold no other images.")
-    if len(image_size) != 2 or min(image_size) < 1:
+    if not isinstance(image_size, Sequence) or len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"`image_size` (={image_size}) must be positive; pass (height, width).")
     crop = CentreCrop(crop_fraction)
     require_pillow()

@@ -69,6 +69,8 @@ class FileSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
         self.labels = labels
         self.crop = crop
         self.on_corrupt = on_corrupt
+        self.skipped: set[str] = set()
+        """The names of the images that were left out so far, in this process."""
         self._side = image_size
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from revnet.data._base import AbstractSplit, ImageSplit
-from revnet.data._batch import Decoded, OnCorrupt, corrupt_error, tell_skipped
+from revnet.data._batch import Decoded, corrupt_error, tell_skipped
 from revnet.data._file_split import FileSplit
 from revnet.data._sampler import EpochSampler
 from revnet.data._stream_batches import StreamBatches, join_remainders
@@ -87,7 +87,8 @@ def make_loader(
 
     The order of an epoch, and the random crops in it, are a function of `seed` and the epoch's number alone, which
     `loader.sampler.set_epoch` sets (Lightning calls it). So a run that resumes at an epoch sees the batches that it
-    would have seen, and nothing is drawn from PyTorch's global generator.
+    would have seen, and nothing is drawn from PyTorch's global generator. The order of a stream depends on
+    `num_workers` too, which share its shards; its crops do not.
 
     Args:
         split: The images.
@@ -115,9 +116,9 @@ def make_loader(
         unpack = iter
     elif isinstance(split, FileSplit):
         sampler = EpochSampler(split, shuffle=shuffle, seed=seed)
-        unpack = _Checked(split.on_corrupt)
+        unpack = _Checked(split)
     else:
-        raise TypeError(f"`split` (={split!r}) must be a split of an `ImageDataset`; pass `dataset.train`, say.")
+        raise TypeError(f"`split` (of {type(split)}) must be a split of an `ImageDataset`; pass `dataset.train`, say.")
     workers = DataLoader(
         split,
         batch_size=batch_size,
@@ -140,7 +141,7 @@ def _stream_loader(
     batches = StreamBatches(split, batch_size=batch_size, shuffle=shuffle, seed=seed)
     num_workers = min(num_workers, split.rows.num_shards)
     workers = DataLoader(batches, batch_size=None, **_options(num_workers, pin_memory, seed))
-    check = _Checked(split.on_corrupt)
+    check = _Checked(split)
     return Loader(
         workers,
         lambda batches: check(join_remainders(batches, batch_size, drop_last)),
@@ -153,12 +154,11 @@ class _Checked:
     """Raises in this process what a worker reported, or says it once.
 
     Args:
-        on_corrupt: Which of the two.
+        split: What says which of the two, and remembers what was said.
     """
 
-    def __init__(self, on_corrupt: OnCorrupt) -> None:
-        self._on_corrupt = on_corrupt
-        self._told: set[str] = set()
+    def __init__(self, split: FileSplit | StreamSplit) -> None:
+        self._split = split
 
     def __call__(self, batches: Iterable[Decoded]) -> Iterator[Batch]:
         found_any = False
@@ -174,10 +174,10 @@ class _Checked:
             raise DataError("not one image of the split can be decoded; restore the files.")
 
     def _handle(self, where: str, reason: str) -> None:
-        if self._on_corrupt == "stop":
+        if self._split.on_corrupt == "stop":
             raise corrupt_error(where, reason)
-        if where not in self._told:
-            self._told.add(where)
+        if where not in self._split.skipped:
+            self._split.skipped.add(where)
             tell_skipped(where, reason)
 
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from revnet.data._optional import require
-from revnet.data._rows import AbstractRows, Row
+from revnet.data._rows import BUFFER_SIZE, AbstractRows, Order, Row, mix
 from revnet.errors import DataError
 
 _IMAGE_COLUMNS = ("img", "image")
@@ -81,14 +79,19 @@ class ParquetRows(AbstractRows):
         """Row groups in all files."""
         return len(self._shards)
 
-    def read(self, order: np.random.Generator | None, worker: int, num_workers: int) -> Iterator[Row]:
+    def read(self, order: Order | None, worker: int, num_workers: int) -> Iterator[Row]:
         """The rows of one worker's share of the row groups.
 
         Raises:
             DataError: A file is corrupt, or has changed.
         """
-        shards = np.arange(len(self._shards)) if order is None else order.permutation(len(self._shards))
-        for shard in shards[worker::num_workers].tolist():
+        if order is None:
+            return self._read(range(worker, len(self._shards), num_workers))
+        shards = order.of_shards().permutation(len(self._shards))
+        return mix(self._read(shards[worker::num_workers].tolist()), BUFFER_SIZE, order.of_rows(worker))
+
+    def _read(self, shards: Iterable[int]) -> Iterator[Row]:
+        for shard in shards:
             yield from _read_group(*self._shards[shard])
 
 
@@ -121,7 +124,8 @@ def _read_group(file: ParquetFile, group: int) -> Iterator[Row]:
             for chunk in table.iter_batches(_CHUNK, row_groups=[group], columns=columns, use_threads=False):
                 rows = chunk.to_pydict()
                 for image, label in zip(rows[file.image_column], rows[file.label_column], strict=True):
-                    yield Row(_encoded(image), label, f"row {number} of '{file.path}'")
+                    encoded, note = _encoded(image)
+                    yield Row(encoded, label, f"row {number} of '{file.path}'{note}")
                     number += 1
     except Exception as error:
         raise _unreadable(file.path, error) from error
@@ -131,9 +135,13 @@ def _arrow() -> ModuleType:
     return require("pyarrow.parquet", package="Hugging Face `datasets`", purpose="reading parquet files")
 
 
-def _encoded(image: Any) -> bytes:
-    # A `path` in place of the bytes is not followed: it leads out of the file to anywhere.
-    return (image["bytes"] if isinstance(image, dict) else image) or b""
+def _encoded(image: Any) -> tuple[bytes, str]:
+    """The bytes of an image, and a remark on them."""
+    if not isinstance(image, dict):
+        return image or b"", ""
+    # It would lead out of the file to anywhere.
+    note = "" if image["bytes"] or not image.get("path") else ", which has a path in place of an image,"
+    return image["bytes"] or b"", note
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

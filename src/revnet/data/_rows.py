@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from revnet.data._crop import Draw
 from revnet.errors import DataError
+
+BUFFER_SIZE = 1000
+"""Encoded images that wait in each worker to be mixed; some 100 MB of ImageNet's."""
 
 
 class Row(NamedTuple):
@@ -22,6 +26,23 @@ class Row(NamedTuple):
     """Its name, for messages."""
 
 
+class Order(NamedTuple):
+    """A random order, another in each epoch."""
+
+    seed: int
+    """Which orders."""
+    epoch: int
+    """Which of them."""
+
+    def of_shards(self) -> np.random.Generator:
+        """What decides on the order of the shards: the same in every worker."""
+        return Draw(self.seed, self.epoch, 0).generator()
+
+    def of_rows(self, worker: int) -> np.random.Generator:
+        """What mixes the rows of one worker."""
+        return Draw(self.seed, self.epoch, 1 + worker).generator()
+
+
 class AbstractRows(ABC):
     """A source of rows in shards, which can be read one without another."""
 
@@ -31,11 +52,12 @@ class AbstractRows(ABC):
         """How many workers can read at once."""
 
     @abstractmethod
-    def read(self, order: np.random.Generator | None, worker: int, num_workers: int) -> Iterator[Row]:
+    def read(self, order: Order | None, worker: int, num_workers: int) -> Iterator[Row]:
         """The rows of one worker's share of the shards.
 
         Args:
-            order: Which order the shards come in; None for the order in which they are stored.
+            order: Which random order the shards come in, and the rows as far as `BUFFER_SIZE` allows; None for the
+                order in which they are stored.
             worker: Which share, 0 to `num_workers - 1`.
             num_workers: How many shares there are.
         """

@@ -11,15 +11,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from revnet.data._batch import Decoded, Encoded, decode_batch
 from revnet.data._crop import Draw
-from revnet.data._rows import Row, label_error, mix
+from revnet.data._rows import Order, Row, label_error
 from revnet.data._stream_split import StreamSplit
 from revnet.errors import DataError
-
-_BUFFER_SIZE = 1000
-"""Encoded images that wait in each worker to be mixed; some 100 MB of ImageNet's."""
-
-_SHARDS, _MIXING = 0, 1
-"""Which of an epoch's random sequences: all workers share the first, each has its own of the second."""
 
 
 class StreamBatches(IterableDataset[Decoded]):
@@ -49,7 +43,7 @@ class StreamBatches(IterableDataset[Decoded]):
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         epoch = int(self._epoch)
-        rows = self._rows(epoch, worker, num_workers)
+        rows = self._split.rows.read(Order(self._seed, epoch) if self._shuffle else None, worker, num_workers)
         while True:
             try:
                 chunk = [self._encoded(row, epoch) for row in islice(rows, self._batch_size)]
@@ -59,13 +53,6 @@ class StreamBatches(IterableDataset[Decoded]):
             if not chunk:
                 return
             yield decode_batch(chunk, self._split.crop, self._split.image_shape[1:])
-
-    def _rows(self, epoch: int, worker: int, num_workers: int) -> Iterator[Row]:
-        if not self._shuffle:
-            return self._split.rows.read(None, worker, num_workers)
-        order = Draw(self._seed, epoch, _SHARDS).generator()
-        rows = self._split.rows.read(order, worker, num_workers)
-        return mix(rows, _BUFFER_SIZE, Draw(self._seed, epoch, _MIXING + worker).generator())
 
     def _encoded(self, row: Row, epoch: int) -> Encoded:
         label, num_classes = row.label, self._split.num_classes

@@ -49,6 +49,8 @@ class StreamSplit(AbstractSplit):
         self.num_classes = num_classes
         self.crop = crop
         self.on_corrupt = on_corrupt
+        self.skipped: set[str] = set()
+        """The names of the images that were left out so far, in this process."""
         self.labels = labels
         self._num_images = num_images
         self._side = image_size

@@ -7,20 +7,18 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from revnet.data._base import ImageDataset
 from revnet.data._batch import DEFAULT_IMAGE_SIZE, OnCorrupt, check_image_size, check_on_corrupt
 from revnet.data._crop import AbstractCrop, CentreCrop, RandomCrop
 from revnet.data._optional import require
-from revnet.data._rows import AbstractRows, Row
+from revnet.data._rows import BUFFER_SIZE, AbstractRows, Order, Row
 from revnet.data._stream_split import StreamSplit
 from revnet.errors import DataError
 
 HUB_PREFIX = "hub:"
 
 _TESTS = ("test", "validation", "valid", "val")
-"""What the test split may be called; the first that is there is taken."""
+"""What the test split may be called; the first that has labels is taken."""
 
 _IMAGENET = "ILSVRC/imagenet-1k"
 
@@ -41,7 +39,7 @@ def load_imagenet(
     References:
         Russakovsky et al. (2015), ImageNet Large Scale Visual Recognition Challenge.
     """
-    # The images of its test split have no labels.
+    # Its `test` has no labels.
     return _load(_IMAGENET, "imagenet", ("validation",), image_size, on_corrupt, crop_area)
 
 
@@ -95,7 +93,7 @@ class HubRows(AbstractRows):
         """Files that the split consists of."""
         return int(self._rows.num_shards)
 
-    def read(self, order: np.random.Generator | None, worker: int, num_workers: int) -> Iterator[Row]:
+    def read(self, order: Order | None, worker: int, num_workers: int) -> Iterator[Row]:
         """The rows of this worker's share of the files, which `datasets` finds out by itself.
 
         Raises:
@@ -104,16 +102,14 @@ class HubRows(AbstractRows):
         rows = self._rows
         if order is not None:
             # A seed for each epoch, and not `set_epoch`, which would shuffle a stream that is to keep its order.
-            rows = rows.shuffle(seed=int(order.integers(2**32)), buffer_size=1)
+            rows = rows.shuffle(seed=int(order.of_shards().integers(2**32)), buffer_size=BUFFER_SIZE)
         try:
             for number, row in enumerate(rows):
                 image = row[self._image_column] or {}
                 where = image.get("path") or f"image {number} of worker {worker}"
                 yield Row(_encoded(image), row[self._label_column], f"'{where}' in '{self._repository}'")
         except Exception as error:
-            raise DataError(
-                f"the stream of '{self._repository}' broke off: {_first_line(error)}; check the network, and resume."
-            ) from error
+            raise _broke_off(self._repository, error) from error
 
 
 def _load(
@@ -129,13 +125,16 @@ def _load(
     crop = RandomCrop(crop_area)
     datasets = require("datasets", package="Hugging Face `datasets`", purpose=f"streaming `{repository}`")
     splits = _open(datasets, repository)
-    test = next((part for part in tests if part in splits), None)
-    if "train" not in splits or test is None:
+    tests = tuple(part for part in tests if part in splits)
+    if "train" not in splits or not tests:
         raise DataError(
-            f"'{repository}' has the splits {', '.join(splits)}; it must have train and one of {', '.join(tests)}."
+            f"'{repository}' has the splits {', '.join(splits)}; it must have `train` and one of {', '.join(_TESTS)}."
         )
     features = splits["train"].features
     image_column, label_column = _find_columns(datasets, repository, features or {})
+    test = next((part for part in tests if _has_labels(repository, splits[part], label_column)), None)
+    if test is None:
+        raise DataError(f"'{repository}' keeps the labels of {' and '.join(tests)} secret; take another data set.")
     class_names = tuple(features[label_column].names)
 
     def stream(part: str, crop: AbstractCrop) -> StreamSplit:
@@ -155,18 +154,20 @@ def _load(
 
 def _open(datasets: ModuleType, repository: str) -> Any:
     """The splits, by name."""
-    hub = require("huggingface_hub", package="Hugging Face `datasets`", purpose=f"streaming `{repository}`")
+    package, purpose = "Hugging Face `datasets`", f"streaming `{repository}`"
+    hub = require("huggingface_hub", package=package, purpose=purpose)
+    errors = require("huggingface_hub.errors", package=package, purpose=purpose)
     try:
         # A first request with a time limit: without a network, `datasets` tries for 23 seconds.
         if hub.HfApi().dataset_info(repository, timeout=10).gated:
             hub.HfApi().auth_check(repository, repo_type="dataset")
         return datasets.load_dataset(repository, streaming=True)
-    except hub.errors.GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise DataError(
             f"'{repository}' is gated: accept its terms at https://huggingface.co/datasets/{repository}, make a token "
             "at https://huggingface.co/settings/tokens, and log in with `hf auth login` (or set HF_TOKEN)."
         ) from error
-    except hub.errors.RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise DataError(
             f"'{repository}' is not a data set on the Hugging Face hub that you may see; check its address, or log in "
             "with `hf auth login`."
@@ -191,6 +192,16 @@ def _find_columns(datasets: ModuleType, repository: str, features: dict[str, Any
     return images[0], labels[0]
 
 
+def _has_labels(repository: str, rows: Any, label_column: str) -> bool:
+    """Whether the first image has a label; asked now, since the test split may be wanted in days only."""
+    try:
+        first: dict[str, Any] = next(iter(rows.select_columns([label_column])), {})
+    except Exception as error:
+        raise _broke_off(repository, error) from error
+    label = first.get(label_column)
+    return label is not None and label >= 0
+
+
 def _num_images(repository: str, rows: Any, part: str) -> int:
     info = (rows.info.splits or {}).get(part)
     if info is None or not info.num_examples:
@@ -211,6 +222,10 @@ def _encoded(image: dict[str, Any]) -> bytes:
     fsspec = require("fsspec", package="Hugging Face `datasets`", purpose="reading images from the hub")
     with fsspec.open(path, "rb") as file:
         return bytes(file.read())
+
+
+def _broke_off(repository: str, error: Exception) -> DataError:
+    return DataError(f"the stream of '{repository}' broke off: {_first_line(error)}; check the network, and resume.")
 
 
 def _first_line(error: Exception) -> str:

@@ -32,9 +32,11 @@ def new_panels(num_panels: int) -> tuple[Any, list[Any]]:
     return figure, panels
 
 
-def legend_below(axes: Any) -> None:
+def legend_below(axes: Any, *, num_columns: int = 2) -> None:
     """Put the legend where it hides nothing."""
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), ncols=2, fontsize=8, frameon=False, borderaxespad=0)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(0, -0.15), ncols=num_columns, fontsize=8, frameon=False, borderaxespad=0
+    )
 
 
 def save(figure: Any, path: Path) -> None:

@@ -26,7 +26,7 @@ def plot(complexity: Complexity, path: Path) -> None:
         for technique, line in zip(TECHNIQUES, axes.get_lines(), strict=False):
             paper = getattr(technique, order)
             line.set_label(technique.title + (f", paper: {_math(paper)}" if paper else ""))
-        legend_below(axes)
+        legend_below(axes, num_columns=1)
     save(figure, path)
 
 
@@ -42,7 +42,7 @@ def _plot_memory(axes: Any, complexity: Complexity) -> None:
 
 
 def _plot_compute(axes: Any, complexity: Complexity) -> None:
-    title = "arithmetic of a step" + (", and its time (bars)" if complexity.times else "")
+    title = "arithmetic of a step" + ("; diamonds: its time" if complexity.times else "")
     axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
     naive = [cost.flops for cost in complexity.costs_of(TECHNIQUES[0])]
     for technique, color in zip(TECHNIQUES, _COLORS, strict=True):
@@ -53,10 +53,10 @@ def _plot_compute(axes: Any, complexity: Complexity) -> None:
         for row in complexity.times_of(technique):
             if row.times is not None and technique is not TECHNIQUES[0]:
                 ratio = row.times.over_plain
-                at = row.depth * 1.07 ** (index + 1)  # beside each other
+                at = row.depth * 1.09 ** (index + 1)  # beside each other
                 axes.plot([at, at], [ratio.first, ratio.third], color=color, linewidth=1.4)
                 axes.plot([at], [ratio.median], color=color, marker="D", markersize=5, markerfacecolor="white")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0.9)
     axes.set_ylabel("times naive")
 
 

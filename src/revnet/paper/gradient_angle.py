@@ -6,15 +6,15 @@ References:
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
@@ -216,33 +216,22 @@ def _gradients(
     with torch.enable_grad():
         with forward_context():
             loss = loss_fn(model(*inputs))
-        return _gradients_of(loss, parameters)
+        # `torch.autograd.grad`, since the gradients of the parameters belong to the training.
+        grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+    real = [torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
+    return dict(zip(parameters, real, strict=True))
 
 
 def _float64_gradients(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: tuple[Any, ...]) -> Gradients:
-    """Of copies of the parameters and buffers, so that the model's own stay as they are."""
-    parameters = {name: _double(parameter.detach().clone()) for name, parameter in model.named_parameters()}
-    trained = {
-        name: parameters[name].requires_grad_()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    buffers = {name: _double(buffer.clone()) for name, buffer in model.named_buffers()}
-    arguments = tree_map_only(Tensor, _double, inputs)
-    with _as_it_was(model), _under(model, Store()), torch.enable_grad():
-        return _gradients_of(loss_fn(functional_call(model, (parameters, buffers), arguments)), trained)
+    # A copy: `torch.func.functional_call` does not put the parameters of a module back that is in two places.
+    exact = copy.deepcopy(model)._apply(_double)
+    with _as_it_was(exact), _under(exact, Store()):
+        return _gradients(exact, loss_fn, tree_map_only(Tensor, _double, inputs), nullcontext)
 
 
 def _double(tensor: Tensor) -> Tensor:
     has_rounding = tensor.is_floating_point() or tensor.is_complex()
     return tensor.to(torch.promote_types(tensor.dtype, torch.float64)) if has_rounding else tensor
-
-
-def _gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> Gradients:
-    # `torch.autograd.grad`, since the gradients of the parameters belong to the training.
-    grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    real = [torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
-    return dict(zip(parameters, real, strict=True))
 
 
 def _compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:

@@ -62,7 +62,7 @@ def _plot_angles(axes: Any, study: AngleStudy) -> None:
         if error.reference_angle_degrees
     ]
     if reference:
-        label = "all, float32 beside float64, both stored"
+        label = "all, stored, beside float64"
         axes.plot(*zip(*reference, strict=True), color=_GREY, linestyle="--", linewidth=1.6, label=label)
     if any(error.angle_degrees > 0 for errors in study.errors.values() for error in errors):
         axes.set_yscale("log")

@@ -151,8 +151,8 @@ def _curve_section(study: AngleStudy) -> Iterator[str]:
     yield ""
     yield f"| | {' | '.join(study.runs)} |"
     yield "| --- | ---: | ---: |"
-    per_epoch = -(-len(study.reversed.losses) // study.config.epochs)
-    rows = {"training loss, mean of the last epoch": [f"{fmean(run.losses[-per_epoch:]):.4g}" for run in runs]}
+    num_last = max(1, len(study.reversed.losses) // 20)
+    rows = {f"training loss, mean of the last {num_last}": [f"{fmean(run.losses[-num_last:]):.4g}" for run in runs]}
     if study.reversed.val_errors:
         rows["validation error after the last epoch"] = [
             f"{100 * list(run.val_errors.values())[-1]:.2f} %" for run in runs
