@@ -55,7 +55,7 @@ def test_print_config_shows_every_setting(revnet):
 def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refused):
     code, output, _ = revnet("train", "--resume", run_dir)
     assert code == 0
-    assert "epochs  1 of 3 updates of 400 images" in output
+    assert "epochs  1, 3 updates of 400 images" in output
     assert_refused(["train", "--resume", run_dir, "--batch-size", 3], "leave out `--batch-size`")
 
 

@@ -35,7 +35,7 @@ class Task:
 
 def time_epoch(timer, clock, seconds):
     """Run an epoch whose updates take `seconds`, and give what was logged."""
-    task, trainer = Task(), SimpleNamespace(num_training_batches=len(seconds))
+    task, trainer = Task(), SimpleNamespace(num_training_batches=len(seconds), should_stop=False)
     timer.on_train_epoch_start(trainer, task)
     for index, duration in enumerate(seconds):
         timer.on_train_batch_start(trainer, task, None, index)

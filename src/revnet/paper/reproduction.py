@@ -72,7 +72,7 @@ def reproduce(
     # All settings are checked before the first run starts; runs of a seed follow each other, so that pairs come early.
     chosen = [model for model in table.models if model in chosen]
     runs = [_plan(table, model, seed, output_dir, settings) for seed in seeds for model in chosen]
-    for run in runs:
+    for run in [] if report_only else runs:
         _check_same_settings(run)
     for number, run in enumerate(runs, 1):
         if not (report_only or run.is_finished):

@@ -85,7 +85,7 @@ class Header:
                 class_names=class_names,
                 image_shape=(channels, height, width),
                 preprocess=metadata["preprocess"],
-                is_resized=bool(json.loads(metadata["is_resized"])),
+                is_resized=bool(json.loads(metadata.get("is_resized", "false"))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"`{path}` was not written by `revnet train`; its header is not revnet's.") from error

@@ -51,7 +51,7 @@ class TrainConfig:
 
     data: str = "digits"
     """Data set: a name (`digits`, `cifar10`, `cifar100`, `imagenet`), `hub:owner/name`, or a path: a folder of images
-    (train/<class>/*.jpg beside val), of parquet files laid out as on the hub, or CIFAR's official archive."""
+    (`train/<class>/...` beside `val`), of parquet files laid out as on the hub, or CIFAR's official archive."""
 
     model: str = "revnet38"
     """Model; `revnet models` lists them."""

@@ -42,7 +42,7 @@ from revnet.training._trainer import Stopped, check_device, fit, make_trainer
 from revnet.training.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer
 from revnet.training.classifier import Classifier, Header, check_fit
 from revnet.training.config import TrainConfig
-from revnet.training.evaluation import EVALUATION_BATCH_SIZE, evaluate_on
+from revnet.training.evaluation import evaluate_on, usual_batch_size
 from revnet.training.results import TrainResult, format_lines
 from revnet.training.task import ClassificationTask
 
@@ -216,7 +216,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]) -> TrainResult:
     """Train, then look at what came out."""
     log, files = EpochLog(folder / _run_dir.LOG), RunFiles(folder)
-    ours: list[Callback] = [RandomState(), StepTimer(), LastUpdate(job.task.num_updates), log, files]
+    ours: list[Callback] = [RandomState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
     if not quiet:
         ours.append(make_progress())
     trainer = make_trainer(job.config, [*ours, *callbacks], folder)
@@ -226,13 +226,14 @@ def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callback
     fit(trainer, job.task, *_make_loaders(job, device), ckpt_path=checkpoint)
 
     plot_learning_curve(log.rows, folder / _run_dir.PICTURE, f"{job.config.model} on {job.dataset.name}")
-    classifier, dataset = job.task.classifier, job.dataset
+    classifier, dataset, num_workers = job.task.classifier, job.dataset, job.config.num_workers
+    assert num_workers is not None
     best = load_classifier(folder / _run_dir.BEST_WEIGHTS) if files.best_val_accuracy is not None else None
     peak_bytes, stored_peak_bytes = _peak_bytes(classifier, job.config)
     result = TrainResult(
         folder=folder,
-        test=evaluate_on(dataset, classifier, device),
-        best_test=None if best is None else evaluate_on(dataset, best, device),
+        test=evaluate_on(dataset, classifier, device, num_workers=num_workers),
+        best_test=None if best is None else evaluate_on(dataset, best, device, num_workers=num_workers),
         best_epoch=files.best_epoch,
         best_val_accuracy=files.best_val_accuracy,
         num_updates=trainer.global_step,
@@ -256,7 +257,7 @@ def _make_loaders(job: _Job, device: torch.device) -> tuple[Loader, Loader | Non
     training = loader(job.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
     if job.validation is None:
         return training, None
-    return training, loader(job.validation, batch_size=EVALUATION_BATCH_SIZE, shuffle=False)
+    return training, loader(job.validation, batch_size=usual_batch_size(job.dataset.image_size), shuffle=False)
 
 
 def _peak_bytes(classifier: Classifier, config: TrainConfig) -> tuple[int, int | None]:
