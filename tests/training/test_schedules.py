@@ -27,6 +27,10 @@ def test_a_short_run_may_fall_twice_at_once():
     assert rates(step_decay, 2, decay_at=(0.5, 0.55), decay_factor=0.1) == pytest.approx([1, 0.01])
 
 
+def test_the_first_update_has_the_full_rate():
+    assert rates(step_decay, 1, decay_at=(0.1, 0.5), decay_factor=0.1) == [1]
+
+
 def test_steps_after_a_warm_up():
     found = rates(step_decay, 10, decay_at=(0.5,), decay_factor=0.1, warmup=0.3)
     assert found == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.1])

@@ -31,7 +31,7 @@ def step_decay(
     References:
         Gomez et al. (2017), The Reversible Residual Network, section 4.
     """
-    milestones = [round(fraction * num_updates) for fraction in decay_at]
+    milestones = [max(1, round(fraction * num_updates)) for fraction in decay_at]  # the first update has the full rate
     rise = round(warmup * num_updates)
     return LambdaLR(optimizer, lambda update: _rise(update, rise) * decay_factor ** bisect_right(milestones, update))
 
