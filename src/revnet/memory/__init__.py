@@ -1,5 +1,6 @@
 """Where the bytes go: measured, not guessed."""
 
+from revnet.memory._flops import FlopCounter as FlopCounter
 from revnet.memory._flops import count_flops as count_flops
 from revnet.memory._measure import LiveBytes as LiveBytes
 from revnet.memory._measure import StepMemory as StepMemory

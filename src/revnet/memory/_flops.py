@@ -1,10 +1,11 @@
-"""Arithmetic of one forward pass, counted."""
+"""Arithmetic, counted."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 def count_flops(model: nn.Module, *inputs: Any) -> int:
@@ -25,3 +26,25 @@ def count_flops(model: nn.Module, *inputs: Any) -> int:
     finally:
         model.train(was_training)
     return int(counter.get_total_flops())
+
+
+class FlopCounter(TorchDispatchMode):
+    """Count the arithmetic of whatever runs inside: of a backward pass too, with all that it computes again.
+
+    `flops` is two for each multiply-add of the operations that `count_flops` counts.
+
+    PyTorch's own `FlopCounterMode` follows the modules too, and by that keeps activations of checkpoints alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        return result

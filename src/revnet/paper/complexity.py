@@ -10,15 +10,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from revnet.bench import CASES, CONTENDERS, Case, Contender, Settings
 from revnet.bench.run import TimeRow, measure_times
-from revnet.memory import format_bytes, measure
+from revnet.memory import FlopCounter, format_bytes, measure
 
 
 @dataclass(frozen=True)
@@ -151,26 +148,6 @@ def _costs(case: Case, depth: int) -> Iterator[Cost]:
     for contender in _contenders():
         module = contender.make(functions, case.split_dim)
         x = torch.cat(case.streams(1), case.split_dim).to(device).requires_grad_()  # as a stem's output does
-        with _StepFlops() as counter:
+        with FlopCounter() as counter:
             memory = measure(module, x)
         yield Cost(contender.name, depth, memory.peak_bytes, memory.held_bytes, counter.flops)
-
-
-class _StepFlops(TorchDispatchMode):
-    """Count the arithmetic of forward and backward pass, recomputation included.
-
-    PyTorch's own `FlopCounterMode` follows the modules too, and by that keeps activations of checkpoints alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=result)
-        return result

@@ -87,7 +87,7 @@ def check_twins(config: TrainConfig) -> None:
     """
     with torch.device("meta"):
         model = create_model(config.model)
-    if not getattr(model, "is_reversible", False):
+    if not model.is_reversible:
         raise ValueError(
             f"`model` (={config.model!r}) has no reversible block, so nothing of it is rebuilt; pass a reversible one: "
             "`revnet models` tells which are."

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 
 import torch
 
-from revnet.models import create_model
+from revnet.models import AbstractImageClassifier, create_model
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig
 
@@ -126,7 +126,7 @@ def _comparisons(table: Table, figures: Sequence[RunFigures]) -> list[str]:
     """A sentence for each RevNet whose ResNet has runs of the same seeds."""
     lines = []
     for row in table.rows:
-        if not getattr(_skeleton(row.model, table.num_classes), "is_reversible", False):
+        if not _skeleton(row.model, table.num_classes).is_reversible:
             continue
         errors = {run.seed: run.test_error for run in figures if run.model == row.model}
         others = {run.seed: run.test_error for run in figures if run.model == row.pair}
@@ -170,7 +170,7 @@ def _read_run(table: Table, row: Row, folder: Path) -> RunFigures:
     )
 
 
-def _skeleton(model: str, num_classes: int) -> torch.nn.Module:
+def _skeleton(model: str, num_classes: int) -> AbstractImageClassifier:
     with torch.device("meta"):
         return create_model(model, num_classes=num_classes)
 
