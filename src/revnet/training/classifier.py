@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import revnet
 from revnet.data import Preprocess
 from revnet.errors import CheckpointError
-from revnet.models import create_model
+from revnet.models import AbstractImageClassifier, create_model
 
 _FORMAT = "1"
 
@@ -98,7 +98,7 @@ class Classifier(nn.Module):
         images: (B, C, H, W), uint8. Output: (B, num_classes).
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, header: Header) -> None:
+    def __init__(self, model: AbstractImageClassifier, preprocess: Preprocess, header: Header) -> None:
         super().__init__()
         self.model = model
         self.preprocess = preprocess

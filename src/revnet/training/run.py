@@ -93,7 +93,7 @@ def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callb
     """
     with torch.device("meta"):
         model = create_model(config.model)  # an unknown name is told before the data are read, which may take a while
-    if config.policy == "store" and not _is_reversible(model):
+    if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
     dataset = _load(config)
     job = _prepare(replace(config, data=_absolute(config.data)), dataset)
@@ -136,10 +136,6 @@ def _load(config: TrainConfig) -> ImageDataset:
     return load_dataset(
         config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
     )
-
-
-def _is_reversible(model: nn.Module) -> bool:
-    return bool(getattr(model, "is_reversible", False))
 
 
 def _read_settings(folder: Path) -> TrainConfig:
@@ -265,7 +261,7 @@ def _peak_bytes(classifier: Classifier, config: TrainConfig) -> tuple[int, int |
     create = partial(Classifier.create, classifier.header, classifier.preprocess)
     with torch.device("meta"):
         batch = torch.empty(config.batch_size, *classifier.header.image_shape)
-        if not _is_reversible(classifier.model):
+        if not classifier.model.is_reversible:
             return measure(create().model, batch).peak_bytes, None
         stored_bytes = measure(create(policy=Store()).model, batch).peak_bytes
         if config.policy == "store":
