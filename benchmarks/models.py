@@ -49,7 +49,7 @@ def counted(variant: str, batch_size: int, size: int) -> dict[str, int | float]:
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "mflops": round(count_flops(model, torch.empty(1, 3, size, size)) / 1e6, 1),
-            "peak_bytes": measure(model, torch.empty(batch_size, 3, size, size)).peak_bytes,
+            "peak_bytes": measure(model, torch.empty(batch_size, 3, size, size)).activation_bytes,
         }
 
 

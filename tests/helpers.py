@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from revnet import (
     AbstractPolicy,
+    Checkpoint,
+    Offload,
     Reverse,
     ReversibleBlock,
     ReversibleSequential,
@@ -268,7 +270,8 @@ DEPTH = 4
 REVERSING_POLICIES = {
     "reverse": Reverse(),
     "mixed": [Reverse(), Store(), Reverse(), Reverse()],
-    "store-last": [Reverse(), Reverse(), Reverse(), Store()],
+    "checkpoint": Checkpoint(),
+    "all-kinds": [Reverse(), Checkpoint(), Offload(), Store()],
 }
 all_policies = pytest.mark.parametrize("policy", REVERSING_POLICIES.values(), ids=REVERSING_POLICIES.keys())
 

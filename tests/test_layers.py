@@ -10,6 +10,7 @@ LEVELS = {
     "errors": 0,
     "_types": 0,
     "_machine": 0,
+    "_picture": 1,
     "functional": 1,
     "nn": 2,
     "models": 3,

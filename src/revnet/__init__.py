@@ -16,27 +16,38 @@ if TYPE_CHECKING:
     from revnet import nn as nn
     from revnet import paper as paper
     from revnet import training as training
+    from revnet.errors import BudgetError as BudgetError
     from revnet.errors import CheckpointError as CheckpointError
     from revnet.errors import DataError as DataError
     from revnet.errors import MissingDependencyError as MissingDependencyError
+    from revnet.errors import PredictionError as PredictionError
     from revnet.errors import ReconstructionError as ReconstructionError
     from revnet.errors import RevnetError as RevnetError
     from revnet.models import create_model as create_model
     from revnet.models import list_models as list_models
     from revnet.nn import AbstractPolicy as AbstractPolicy
+    from revnet.nn import Checkpoint as Checkpoint
+    from revnet.nn import Offload as Offload
+    from revnet.nn import PolicySequential as PolicySequential
     from revnet.nn import Reverse as Reverse
     from revnet.nn import ReversibleBlock as ReversibleBlock
     from revnet.nn import ReversibleSequential as ReversibleSequential
     from revnet.nn import Store as Store
+    from revnet.nn import set_policy as set_policy
 
 __version__ = "0.1.0"
 
 _ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "paper", "training")
 _HOME = {
     "AbstractPolicy": "revnet.nn",
+    "BudgetError": "revnet.errors",
+    "Checkpoint": "revnet.nn",
     "CheckpointError": "revnet.errors",
     "DataError": "revnet.errors",
     "MissingDependencyError": "revnet.errors",
+    "Offload": "revnet.nn",
+    "PolicySequential": "revnet.nn",
+    "PredictionError": "revnet.errors",
     "ReconstructionError": "revnet.errors",
     "Reverse": "revnet.nn",
     "ReversibleBlock": "revnet.nn",
@@ -45,12 +56,15 @@ _HOME = {
     "Store": "revnet.nn",
     "create_model": "revnet.models",
     "list_models": "revnet.models",
+    "set_policy": "revnet.nn",
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "__version__",
     "AbstractPolicy",
     "bench",
+    "BudgetError",
+    "Checkpoint",
     "CheckpointError",
     "create_model",
     "data",
@@ -61,12 +75,16 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "MissingDependencyError",
     "models",
     "nn",
+    "Offload",
     "paper",
+    "PolicySequential",
+    "PredictionError",
     "ReconstructionError",
     "Reverse",
     "ReversibleBlock",
     "ReversibleSequential",
     "RevnetError",
+    "set_policy",
     "Store",
     "training",
 ]

@@ -58,6 +58,15 @@ def process_peak_bytes(device: torch.device = _CPU) -> int | None:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def free_bytes(device: torch.device = _CPU) -> int | None:
+    """Memory that a process could still take, on a GPU or of the host; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    return None if match is None else 1024 * int(match[1])
+
+
 def _revision() -> str:
     """The commit of a source checkout, marked if files have changed since; the version of an installed package."""
     folder = Path(revnet.__file__).parent

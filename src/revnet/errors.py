@@ -8,6 +8,8 @@ there.
   x DataError                 a data file or folder is missing, corrupt or of another layout
   x CheckpointError           a checkpoint is missing, truncated or of another model
   x MissingDependencyError    an optional package is not installed
+  x PredictionError           a model cannot be run on shapes without data
+  x BudgetError               a training step cannot be made to fit a budget of memory
 """
 
 from typing import Self
@@ -40,3 +42,24 @@ class MissingDependencyError(RevnetError, ImportError):
     def of(cls, package: str, purpose: str) -> Self:
         """Say that `purpose` needs `package`, and which command installs it."""
         return cls(f"{purpose} needs {package}, which is not installed; run `pip install 'revnet[train]'`.")
+
+
+class PredictionError(RevnetError, RuntimeError):
+    """The memory of a model cannot be predicted from shapes: it fails on them, or needs the values of tensors."""
+
+
+class BudgetError(RevnetError, ValueError):
+    """A training step cannot be made to fit a budget of memory.
+
+    Args:
+        message: What is missing, and what would fit.
+        missing_bytes: By how much the budget is too small.
+        least_bytes: The least that the step needs under any plan.
+        max_batch_size: The largest batch that would fit; 0 if none does.
+    """
+
+    def __init__(self, message: str, *, missing_bytes: int = 0, least_bytes: int = 0, max_batch_size: int = 0):
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
+        self.least_bytes = least_bytes
+        self.max_batch_size = max_batch_size

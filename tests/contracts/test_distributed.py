@@ -18,8 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from revnet import ReversibleBlock, ReversibleSequential
-from tests.helpers import CASE, assert_close, mlp, squares, stored_twin
+from revnet import ReversibleBlock, ReversibleSequential, Store
+from tests.helpers import CASE, assert_close, mlp, squares
 
 NUM_PROCESSES = 2
 DEPTH = 4
@@ -44,7 +44,7 @@ def make_model(name: str, *, num_unused: int = 0) -> WithHead:
 
 def twin_of(model: WithHead) -> WithHead:
     twin = copy.deepcopy(model)
-    twin.sequence.policies = stored_twin(model.sequence).policies
+    twin.sequence.set_policies(Store())
     return twin
 
 

@@ -32,7 +32,7 @@ def transformer_stack(depth):
 def test_conv_stack_needs_nine_streams_at_any_depth(depth):
     """The pair, the two gradients, three saved tensors, the residual, its gradient; and some scalars and vectors."""
     memory = measure(conv_stack(depth), torch.randn(8, 64, 32, 32))
-    assert memory.peak_bytes == 9 * CONV_STREAM + 520
+    assert memory.activation_bytes == 9 * CONV_STREAM + 520
     assert memory.held_bytes == 2 * CONV_STREAM + 4  # the final pair, and the loss
 
 
@@ -40,14 +40,14 @@ def test_two_hundred_and_fifty_six_blocks_need_no_more():
     """Counted without computing, which counts the same bytes (see below)."""
     with FakeTensorMode():
         memory = measure(conv_stack(256), torch.randn(8, 64, 32, 32))
-    assert memory.peak_bytes == 9 * CONV_STREAM + 520
+    assert memory.activation_bytes == 9 * CONV_STREAM + 520
     assert memory.held_bytes == 2 * CONV_STREAM + 4
 
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
 def test_a_pair_costs_what_a_tensor_costs(depth):
     memory = measure(conv_stack(depth), (torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)))
-    assert memory.peak_bytes == 9 * CONV_STREAM + 528
+    assert memory.activation_bytes == 9 * CONV_STREAM + 528
     assert memory.held_bytes == 2 * CONV_STREAM + 8
 
 
@@ -64,14 +64,14 @@ def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
             return self.stack(x).mul(weights).sum()
 
     x, weights = torch.randn(2, 8, 64, 32, 32).unbind()
-    assert measure(Head(), x.requires_grad_(requires_grad), weights).peak_bytes <= 9 * CONV_STREAM + 1024
+    assert measure(Head(), x.requires_grad_(requires_grad), weights).activation_bytes <= 9 * CONV_STREAM + 1024
 
 
 def test_transformer_stack_is_flat_in_depth():
     """The pair, its gradients, the perceptron's norm, its hidden layer twice and that layer's gradient; a weight's."""
-    peaks = [measure(transformer_stack(depth), torch.randn(2, 256, 512)).peak_bytes for depth in (4, 8, 16)]
+    peaks = [measure(transformer_stack(depth), torch.randn(2, 256, 512)).activation_bytes for depth in (4, 8, 16)]
     with FakeTensorMode():
-        peaks.append(measure(transformer_stack(256), torch.randn(2, 256, 512)).peak_bytes)
+        peaks.append(measure(transformer_stack(256), torch.randn(2, 256, 512)).activation_bytes)
     assert len(set(peaks)) == 1
     assert peaks[0] <= 17 * TRANSFORMER_STREAM + 4 * 256 * 1024 + 2**13
 
@@ -90,14 +90,14 @@ def test_low_precision_copies_of_weights_are_not_kept():
 
 def test_the_stored_twin_grows_with_depth():
     """The counter sees what there is to see: eight saved tensors for each block."""
-    peaks = [measure(conv_stack(depth, Store()), torch.randn(8, 64, 32, 32)).peak_bytes for depth in (4, 8)]
+    peaks = [measure(conv_stack(depth, Store()), torch.randn(8, 64, 32, 32)).activation_bytes for depth in (4, 8)]
     assert peaks[1] - peaks[0] >= 4 * 8 * CONV_STREAM
 
 
 def test_a_stored_last_block_costs_its_activations_only():
     depth = 8
     mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
-    assert measure(mixed, torch.randn(8, 64, 32, 32)).peak_bytes <= 12 * CONV_STREAM + 1024
+    assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= 12 * CONV_STREAM + 1024
 
 
 def test_a_single_function_holds_its_input_only():
@@ -122,7 +122,7 @@ def test_a_single_function_holds_its_input_only():
 def test_dropout_keeps_random_states_not_masks():
     def stack(depth):
         blocks = [ReversibleBlock(nn.Sequential(ConvResidual(8), nn.Dropout()), ConvResidual(8)) for _ in range(depth)]
-        return measure(ReversibleSequential(*blocks), torch.randn(2, 16, 16, 16)).peak_bytes
+        return measure(ReversibleSequential(*blocks), torch.randn(2, 16, 16, 16)).activation_bytes
 
     state_bytes = torch.get_rng_state().numel()
     assert stack(16) - stack(8) <= 8 * state_bytes

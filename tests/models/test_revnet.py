@@ -83,7 +83,7 @@ def test_a_step_of_a_published_network_is_the_twins(name):
 def test_depth_costs_no_memory(block):
     def peak(num_blocks, policy):
         model = RevNet(num_blocks=num_blocks, widths=(8, 8, 16), block=block, policy=policy)
-        return measure(model, torch.randn(2, 3, 16, 16)).peak_bytes
+        return measure(model, torch.randn(2, 3, 16, 16)).activation_bytes
 
     assert peak((4, 4), Reverse()) == peak((9, 12), Reverse())
     assert peak((4, 4), Store()) < peak((9, 12), Store())

@@ -83,7 +83,8 @@ def test_reversible_is_constant(costs):
     held, peak, flops = costs("revnet")
     assert held == [2 * STREAM + 4] * 3
     assert len(set(peak[1:])) == 1
-    assert flops == pytest.approx([4 / 3] * 3)  # three passes of arithmetic, and one more forward
+    # Three passes of arithmetic, and one more forward, but for one product: the last of the lowest function.
+    assert flops == pytest.approx([4 / 3 - 1 / (12 * depth) for depth in DEPTHS])
 
 
 def test_shapes_alone_give_the_bytes_of_a_real_step(complexity):
@@ -95,7 +96,7 @@ def test_shapes_alone_give_the_bytes_of_a_real_step(complexity):
         for cost in complexity.costs:
             if (cost.contender, cost.depth) == (contender.name, 4):
                 memory = measure(contender.make(functions, CASE.split_dim), x)
-                assert (memory.peak_bytes, memory.held_bytes) == (cost.peak_bytes, cost.held_bytes)
+                assert (memory.activation_bytes, memory.held_bytes) == (cost.peak_bytes, cost.held_bytes)
 
 
 @pytest.mark.parametrize("power", [0, 0.5, 1, 2])

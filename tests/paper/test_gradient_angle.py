@@ -63,7 +63,7 @@ def test_the_errors_are_those_of_two_steps():
             if name.endswith("conv2.weight"):
                 parameter.mul_(1e3)
     twin = copy.deepcopy(model)
-    twin[1].policies = (Store(),) * 3
+    twin[1].set_policies(Store())
     x = torch.randn(2, 3, 5, 5)
     errors = {error.group: error for error in gradient_errors(model, squares, x)}
     for each in (model, twin):

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ from torch import Tensor
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.bench.cases import Case, FunctionPair
 from revnet.bench.contenders import Contender
-from revnet.memory import StepMemory
+
+
+class StepBytes(NamedTuple):
+    """What a step needs beyond parameters, gradients, buffers and the input."""
+
+    peak_bytes: int
+    """Most bytes alive at once."""
+    held_bytes: int
+    """Bytes alive between the forward and the backward pass."""
 
 
 class Subject:
@@ -75,7 +84,7 @@ class Subject:
         """Time one forward pass under `torch.no_grad`."""
         return self._seconds(self.fresh_input(), backward=False)
 
-    def memory(self) -> StepMemory:
+    def memory(self) -> StepBytes:
         """Bytes of one step beyond parameters, gradients, buffers and the input: counted on CPU, allocated on CUDA."""
         self.zero_grad()
         x = self.fresh_input()
@@ -104,16 +113,16 @@ class Subject:
         if backward:
             loss.backward()
 
-    def _counted(self, x: Tensor) -> StepMemory:
+    def _counted(self, x: Tensor) -> StepBytes:
         assert x.grad is not None
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         with ResizedBytes([*self.parameters, *gradients, *self._buffers, self._weights], [x, x.grad]) as counter:
             loss = self.loss(x)
             held_bytes = counter.live_bytes
             loss.backward()
-        return StepMemory(peak_bytes=counter.peak_bytes, held_bytes=held_bytes)
+        return StepBytes(peak_bytes=counter.peak_bytes, held_bytes=held_bytes)
 
-    def _allocated(self, x: Tensor) -> StepMemory:
+    def _allocated(self, x: Tensor) -> StepBytes:
         self.loss(self.fresh_input()).backward()  # libraries allocate their workspaces at the first step
         torch.cuda.synchronize(self.device)
         gc.collect()
@@ -123,7 +132,7 @@ class Subject:
         held_bytes = torch.cuda.memory_allocated(self.device) - baseline
         loss.backward()
         torch.cuda.synchronize(self.device)
-        return StepMemory(torch.cuda.max_memory_allocated(self.device) - baseline, held_bytes)
+        return StepBytes(torch.cuda.max_memory_allocated(self.device) - baseline, held_bytes)
 
 
 def gradient_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

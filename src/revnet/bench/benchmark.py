@@ -4,6 +4,7 @@ import datetime
 from pathlib import Path
 
 from revnet._machine import hardware_name
+from revnet._picture import check_matplotlib
 from revnet.bench import plot
 from revnet.bench.report import markdown, write_csv
 from revnet.bench.run import Settings, measure_all
@@ -25,7 +26,7 @@ def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    plot.check_installed()
+    check_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     results = measure_all(settings)
     stem = f"{_THEME}_{hardware_name(settings.device)}_{datetime.date.today()}"

@@ -6,10 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from revnet._picture import clear_frame, new_figure, save, write_title
 from revnet.bench.cases import CASES
 from revnet.bench.contenders import CONTENDERS, PLAIN
 from revnet.bench.run import Results
-from revnet.errors import MissingDependencyError
 
 _MIB = 2**20
 _COLORS = {
@@ -33,18 +33,6 @@ class _Label(NamedTuple):
     is_ours: bool
 
 
-def check_installed() -> None:
-    """Raise unless pictures can be drawn: better now than after the measurements.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError.of("matplotlib", "`revnet bench`") from error
-
-
 def plot_memory(results: Results, path: Path) -> None:
     """Draw peak memory against depth, both axes logarithmic."""
     figure, panels = _figure()
@@ -66,7 +54,7 @@ def plot_memory(results: Results, path: Path) -> None:
         axes.set_xlabel("reversible blocks")
         axes.set_xlim(depths[0] / 1.15, depths[-1] * 1.15)
         _finish(axes, case.name, labels)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_times(results: Results, path: Path) -> None:
@@ -92,30 +80,24 @@ def plot_times(results: Results, path: Path) -> None:
                 axes.annotate("one forward more", (ideal, 1.02), xycoords=("data", "axes fraction"), **style)
         axes.set_xlabel(f"step time / plain step time, {results.settings.time_depth} blocks")
         _finish(axes, case.name, labels)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure() -> tuple[Any, Any]:
-    # The figure is made without pyplot, which would choose a window system and keep the figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6 * len(CASES), 4.2), dpi=160)
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6 * len(CASES), 4.2, layout=None)
     panels = figure.subplots(1, len(CASES), squeeze=False)[0]
     figure.subplots_adjust(left=0.06, right=0.81, top=0.87, bottom=0.13, wspace=0.95)
     return figure, panels
 
 
 def _finish(axes: Any, title: str, labels: Sequence[_Label]) -> None:
-    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold", pad=16)
+    write_title(axes, title, pad=16)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.0f}" if str(value)[0] in "25" else "")
     axes.tick_params(axis="y", which="both", labelsize=8)
     axes.set_ylabel("peak activation memory (MiB)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    clear_frame(axes)
     _name(axes, labels)
 
 
@@ -164,7 +146,3 @@ def _colors() -> dict[str, str]:
     """A colour for each contender."""
     peers = [contender.name for contender in CONTENDERS if contender.name not in _COLORS]
     return _COLORS | {name: _PEER_COLORS[index % len(_PEER_COLORS)] for index, name in enumerate(peers)}
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, format="png")

@@ -1,11 +1,14 @@
 """Tensors in, tensors out: the coupling, its inverse, and the run that rebuilds activations."""
 
 from revnet.functional._batch_norm import normalises_as_batch_norm as normalises_as_batch_norm
+from revnet.functional._checkpoint import checkpointed as checkpointed
+from revnet.functional._checkpoint import checkpointed_call as checkpointed_call
 from revnet.functional._coupling import additive as additive
 from revnet.functional._coupling import additive_inverse as additive_inverse
 from revnet.functional._coupling import split as split
 from revnet.functional._half_block import HalfBlock as HalfBlock
 from revnet.functional._half_block import call_within as call_within
+from revnet.functional._offload import offloaded as offloaded
 from revnet.functional._reversible import ReversibleRun as ReversibleRun
 from revnet.functional._reversible import inverse as inverse
 from revnet.functional._reversible import reversible as reversible

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from revnet.errors import ReconstructionError
 from revnet.functional._batch_norm import (
@@ -34,18 +35,20 @@ class Conditions:
 
     Args:
         function: The residual function, about to be called.
-        x: The stream that it will be called with.
-        arguments: The tensors in its other arguments.
+        x: The stream that it will be called with; None if all that it reads is among `arguments`.
+        arguments: The tensors in its other arguments, which stay as they are until the last recomputation.
     """
 
-    def __init__(self, function: nn.Module, x: Tensor, arguments: Sequence[Tensor]):
+    def __init__(self, function: nn.Module, x: Tensor | None, arguments: Sequence[Tensor]):
         self._training = [(module, module.training) for module in function.modules()]
         self._lasting: dict[int | None, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []
         self._fixed: list[Entry] = []
         self._statistics: list[Entry] = []
         self._states: list[tuple[Entry, int, Tensor]] = []
-        devices = {torch.device("cpu"), x.device}
+        devices = {torch.device("cpu")}
+        if x is not None:
+            devices.add(x.device)
 
         for argument in arguments:
             self._add_constant(argument)
@@ -77,7 +80,8 @@ class Conditions:
                     self._fixed.append(entry)
 
         # A stream that is an argument too does not outlive the call as a stream: it will be rebuilt elsewhere.
-        self._lasting.pop(storage_key(x), None)
+        if x is not None:
+            self._lasting.pop(storage_key(x), None)
         self._random_ends: list[int] = []
         self._autocast = _autocast_states({device.type for device in devices})
         is_mixed = any(state.enabled for state in self._autocast)
@@ -205,6 +209,11 @@ class Conditions:
             for then, current in zip(self._autocast, now, strict=True)
             if then.enabled or current.enabled
         ]
+
+
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors in a call's arguments, however deep."""
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] if args or kwargs else []
 
 
 def digest(state: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def storage_key(tensor: Tensor) -> int | None:
@@ -35,8 +36,9 @@ def _count_alone() -> int | None:
 
 
 _ALONE = _count_alone()
+_PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted as the one that it stands for.
 
 
 def is_only_owner(tensor: Tensor) -> bool:
     """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
-    return _ALONE is not None and type(tensor) is Tensor and _use_count(tensor) == _ALONE
+    return _ALONE is not None and type(tensor) in _PLAIN and _use_count(tensor) == _ALONE

@@ -1,123 +1,126 @@
-"""Bytes of one training step, counted exactly."""
+"""The memory of a training step, measured by running one."""
 
-import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
+
+from revnet.memory._optimizer import OptimizerFactory, check_optimizer, optimizer_cost
+from revnet.memory._step import Loss, check_step, device_of, run_step
+from revnet.memory._step_memory import CudaMemory, StepMemory
+from revnet.memory._summary import summarise
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """What one training step needed beyond the model, its gradients and its input."""
-
-    peak_bytes: int
-    """Most bytes alive at once during the forward and backward pass."""
-    held_bytes: int
-    """Bytes alive between the forward and the backward pass: what autograd, and the output, hold."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of all tensor storages that are created while this mode is active, as they come and go.
-
-    A storage counts from the operation that returns it until it is freed, once however many tensors view it. What
-    kernels allocate and free inside one operation (workspaces) is not seen.
-
-    Args:
-        ignore: Tensors whose storages do not count: parameters, inputs.
-    """
-
-    def __init__(self, ignore: Iterable[Tensor] = ()):
-        super().__init__()
-        # Kept alive, so that no counted storage can take the place of an ignored one.
-        self._ignored = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in ignore)}
-        self._watched: dict[int, weakref.ref[Any]] = {}
-        self.live_bytes = 0
-        self.peak_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and watch what it returns."""
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                self._watch(leaf.untyped_storage())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._ignored or key in self._watched:
-            return
-
-        def freed(_: Any) -> None:
-            self.live_bytes -= size
-            del self._watched[key]
-
-        self._watched[key] = weakref.ref(storage, freed)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-
-def measure(model: nn.Module, *inputs: Any) -> StepMemory:
+def measure(
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    loss: Loss | None = None,
+    autocast: torch.dtype | None = None,
+) -> StepMemory:
     """Run one training step of `model` and count the bytes that it needs.
 
-    The step is `model(*inputs)`, the sum of all outputs as the loss, and `backward`. The model is left as it was:
-    gradients, buffers and the random state are put back. Gradients count as part of the model, so they are allocated
-    beforehand.
+    The step is `model(*inputs)`, the loss and `backward`, from parameters without gradients, as after
+    `optimizer.zero_grad()`. The model is left as it was: gradients, buffers and the random state are put back, and no
+    weight changes, for an optimizer's state and step are counted by shapes alone. `predict` gives the same figures
+    without running anything.
 
     Args:
         model: Any module, in the mode (training or evaluation) in which it shall be measured.
-        inputs: Its arguments, tensors on the model's device.
+        inputs: Its arguments, with tensors on the model's device.
+        kwargs: Its keyword arguments.
+        optimizer: Makes the optimizer of parameters: `torch.optim.AdamW`, or
+            `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`. None counts no optimizer. Counted is a step after the
+            first, when the optimizer has its state.
+        loss: From the model's output to a scalar; None for the sum of all outputs that require a gradient.
+        autocast: The lower precision under which the forward pass and the loss run, such as `torch.bfloat16`; None for
+            what is in force.
 
     Returns:
-        The bytes, exact on CPU up to what kernels use internally.
+        The bytes, exact on CPU up to what kernels use internally; on a GPU also what its allocator said.
 
     Raises:
-        ValueError: No output depends on anything that requires a gradient.
+        TypeError: An argument is of another kind than said above.
+        ValueError: No output depends on anything that requires a gradient, or a lazy module has no shape yet.
     """
+    check_step(model, kwargs, loss, autocast)
+    check_optimizer(optimizer)
+    device = device_of(model, inputs, kwargs)
+    if autocast is not None and not torch.amp.is_autocast_available(device.type):
+        raise ValueError(
+            f"`autocast` (={autocast}) is not possible on the {device.type} device; use `revnet.memory.predict`, which "
+            "needs no data either."
+        )
+    parameters = list(model.parameters())
+    leaf_of = _leaves_except(parameters)
+    with torch.inference_mode(False), put_back(model), ExitStack() as stack:
+        if device.type == "cuda":
+            cuda = stack.enter_context(_watching_cuda(device))
+        args, named = tree_map_only(Tensor, leaf_of, (inputs, dict(kwargs or {})))
+        result = run_step(model, args, named, loss=loss, autocast=autocast)
+    cost = None
+    if optimizer is not None:
+        cost = optimizer_cost(optimizer, parameters, result.has_gradient, device.type)
+    return summarise(model, result, cost, cuda() if device.type == "cuda" else None)
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """Take the gradients away; on leaving, put them, the buffers and the random states back."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {parameter.device for parameter in parameters if parameter.device.type == "cuda"}
+    holders = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
+    # A buffer that is expanded cannot be written to, neither by the model nor here.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not torch._debug_has_internal_overlap(buffer)]
+    devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=devices):
             for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            return _measure_step(model, inputs)
+                parameter.grad = None
+            yield
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        for holder, content in holders:
+            holder.clear()
+            holder.update(content)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
 
 
-def _measure_step(model: nn.Module, inputs: tuple[Any, ...]) -> StepMemory:
-    ignore = [*model.parameters(), *model.buffers()]
-    ignore += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    ignore += [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    with torch.enable_grad(), LiveBytes(ignore) as counter:
-        outputs = [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        losses = [output.sum() for output in outputs]
-        del outputs  # A training step does not hold on to them either.
-        if not losses:
-            raise ValueError(
-                f"`model` (={type(model).__name__}) has no output that requires a gradient, so it has no training "
-                "step; unfreeze a parameter."
-            )
-        held_bytes = counter.live_bytes
-        torch.autograd.backward(losses)
-    return StepMemory(peak_bytes=counter.peak_bytes, held_bytes=held_bytes)
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Those that can rebind a buffer, as scripts cannot."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
-def format_bytes(num_bytes: int) -> str:
-    """Write a number of bytes for reading: "3.2 MiB"."""
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{num_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
+def _leaves_except(parameters: list[nn.Parameter]) -> Callable[[Tensor], Tensor]:
+    """A function that gives the same memory as a leaf of its own, so that no gradient reaches what is the caller's."""
+    leaves: dict[int, Tensor] = {id(parameter): parameter for parameter in parameters}
+
+    def leaf_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in leaves:
+            leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+        return leaves[id(tensor)]
+
+    return leaf_of
+
+
+@contextmanager
+def _watching_cuda(device: torch.device) -> Iterator[Callable[[], CudaMemory]]:
+    """Gives what the GPU says, to be asked afterwards."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    seen: list[CudaMemory] = []
+    yield seen.pop
+    torch.cuda.synchronize(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    seen.append(CudaMemory(allocated, reserved, total_bytes - free_bytes))

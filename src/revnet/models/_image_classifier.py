@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from revnet.models._checks import check_choice, check_num_classes
 from revnet.models._initialize import initialize
+from revnet.nn import PolicySequential
 
 
 class AbstractImageClassifier(nn.Module, abc.ABC):
@@ -30,14 +31,15 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
     feature_info: list[dict[str, Any]]
     """The maps that `forward_intermediates` returns, in order: `num_chs`, the channels; `reduction`, how many times
     smaller than the image; `module`, where the map leaves the network."""
-    stem: nn.Module
+    stem: PolicySequential
+    """Convolution, BN, ReLU, whose output is the first feature map, and perhaps pooling."""
     stages: nn.Sequential
     norm: nn.Module
     head: nn.Linear | nn.Identity
 
     @abc.abstractmethod
     def _enter(self, x: Tensor) -> Any:
-        """What the first stage reads, from the stem's map."""
+        """What the first stage reads, from what the stem returned."""
 
     @abc.abstractmethod
     def _join(self, y: Any) -> Tensor:
@@ -96,8 +98,12 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         last = len(self.stages)
         num_stages = max(wanted) if stop_early else last
 
-        y = self.stem(x)
-        maps = [y] if 0 in wanted else []
+        if 0 in wanted and len(self.stem) > 3:  # The map lies within the stem, which therefore cannot run as one.
+            y = self.stem[:3](x)
+            maps, y = [y], self.stem[3:](y)
+        else:
+            y = self.stem(x)
+            maps = [y] if 0 in wanted else []
         streams = self._enter(y)
         for index, stage in enumerate(list(self.stages)[:num_stages], start=1):
             streams = stage(streams)

@@ -19,7 +19,17 @@ from revnet.models._checks import check_choice, check_num_classes, check_positiv
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
-from revnet.nn import BatchNorm2dBiased, Conv2dSame
+from revnet.nn import (
+    AbstractModulePolicy,
+    AbstractPolicy,
+    AbstractPolicyHolder,
+    BatchNorm2dBiased,
+    Conv2dSame,
+    PolicySequential,
+    PolicyUnit,
+    Store,
+    one_for_each,
+)
 
 BlockName = Literal["basic", "bottleneck"]
 StemName = Literal["small", "large"]
@@ -141,8 +151,8 @@ BLOCK_KINDS = {
 }
 
 
-class ResidualBlock(nn.Module):
-    """`y = shortcut(x) + residual(x)`, by ordinary autograd."""
+class ResidualBlock(nn.Module, AbstractPolicyHolder):
+    """`y = shortcut(x) + residual(x)`; under `Checkpoint()` the residual is computed again from `x`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int = 1, *, kind: BlockKind, pre_activate: bool = True
@@ -150,10 +160,27 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = kind.residual(in_channels, out_channels, stride, pre_activate=pre_activate)
         self.shortcut = kind.shortcut(in_channels, out_channels, stride)
+        self.set_policies(Store())
+
+    @property
+    def policy_units(self) -> list[PolicyUnit]:
+        """The whole block, as one unit."""
+        return [PolicyUnit("", (self.residual,), is_reversible=False)]
+
+    @property
+    def policies(self) -> tuple[AbstractPolicy, ...]:
+        """The one policy."""
+        return (self._policy,)
+
+    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
+        """Set the policy; the next forward pass follows it."""
+        (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block's output."""
-        return self.shortcut(x) + self.residual(x)
+        assert isinstance(self._policy, AbstractModulePolicy)
+        residual: Tensor = self._policy.call(self.residual, (x,), {})
+        return self.shortcut(x) + residual
 
 
 class MaxPool2dSame(nn.Module):
@@ -177,14 +204,10 @@ class StemKind(NamedTuple):
     stride: int
     pools: bool
 
-    def make_stem(self, in_channels: int, width: int) -> nn.Sequential:
-        """Convolution, BN, ReLU."""
+    def make_stem(self, in_channels: int, width: int) -> PolicySequential:
+        """Convolution, BN, ReLU, and perhaps pooling."""
         conv = Conv2dSame(in_channels, width, self.kernel_size, self.stride)
-        return nn.Sequential(conv, batch_norm(width), nn.ReLU())
-
-    def make_pool(self) -> nn.Module:
-        """What lies between the stem and the first stage."""
-        return MaxPool2dSame() if self.pools else nn.Identity()
+        return PolicySequential(conv, batch_norm(width), nn.ReLU(), *[MaxPool2dSame()] * self.pools)
 
     def feature_info(self, channels: Sequence[int]) -> list[dict[str, Any]]:
         """Describe the maps of a network with this stem, whose stages, all but the first, halve the image.
@@ -194,7 +217,8 @@ class StemKind(NamedTuple):
         """
         stem, *stages = channels
         reduction = 2 * self.stride if self.pools else self.stride
-        info: list[dict[str, Any]] = [{"num_chs": stem, "reduction": self.stride, "module": "stem"}]
+        activation = "stem.2" if self.pools else "stem"
+        info: list[dict[str, Any]] = [{"num_chs": stem, "reduction": self.stride, "module": activation}]
         for stage, width in enumerate(stages):
             info.append({"num_chs": width, "reduction": reduction * 2**stage, "module": f"stages.{stage}"})
         return info
@@ -248,7 +272,6 @@ class ResNet(AbstractImageClassifier):
         self.num_features = channels[-1]
         self.feature_info = STEM_KINDS[stem].feature_info(channels)
         self.stem = STEM_KINDS[stem].make_stem(in_channels, channels[0])
-        self.pool = STEM_KINDS[stem].make_pool()
         self.stages = nn.Sequential(
             *[
                 _stage(channels[stage], channels[stage + 1], count, is_first=stage == 0, kind=BLOCK_KINDS[block])
@@ -260,7 +283,7 @@ class ResNet(AbstractImageClassifier):
         initialize(self)
 
     def _enter(self, x: Tensor) -> Tensor:
-        return self.pool(x)
+        return x
 
     def _join(self, y: Tensor) -> Tensor:
         return y

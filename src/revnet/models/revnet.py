@@ -21,10 +21,18 @@ from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
 from revnet.models.resnet import BLOCK_KINDS, STEM_KINDS, BlockKind, BlockName, StemName, batch_norm
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import (
+    AbstractPolicy,
+    AbstractPolicyHolder,
+    PolicyUnit,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    one_for_each,
+)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Module, AbstractPolicyHolder):
     """The first block of a stage, which changes the shape and so is not reversible.
 
     `y1 = shortcut1(x1) + f(x2)`, `y2 = shortcut2(x2) + g(y1)`; f has the stride. Each sum by itself is half of a
@@ -51,16 +59,30 @@ class Downsample(nn.Module):
         self.shortcut2 = kind.shortcut(in_channels, out_channels, stride)
         self.f = kind.residual(in_channels, out_channels, stride, pre_activate=pre_activate)
         self.g = kind.residual(out_channels, out_channels)
-        self.policy = policy
+        self.set_policies(policy)
+
+    @property
+    def policy_units(self) -> list[PolicyUnit]:
+        """The whole block, as one unit."""
+        return [PolicyUnit("", (self.f, self.g), is_reversible=True)]
+
+    @property
+    def policies(self) -> tuple[AbstractPolicy, ...]:
+        """The one policy."""
+        return (self._policy,)
+
+    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
+        """Set the policy; the next forward pass follows it."""
+        (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""
         x1, x2 = x
         # The shortcuts stay in the streams' precision: under autocast a projection comes in a lower one.
         y1 = self.shortcut1(x1).to(x1.dtype)
-        y1, x2, _ = self.policy.run([HalfBlock(self.f, 0, "downsample.f")], y1, x2, (), {})
+        y1, x2, _ = self._policy.run([HalfBlock(self.f, 0, "downsample.f")], y1, x2, (), {})
         y2 = self.shortcut2(x2).to(x2.dtype)
-        y1, y2, _ = self.policy.run([HalfBlock(self.g, 1, "downsample.g")], y1, y2, (), {})
+        y1, y2, _ = self._policy.run([HalfBlock(self.g, 1, "downsample.g")], y1, y2, (), {})
         return y1, y2
 
 
@@ -77,7 +99,8 @@ class RevNet(AbstractImageClassifier):
         num_classes: Size of the output; 0 for pooled features in place of logits.
         in_channels: Channels of the input images.
         policy: What to do with the activations of the reversible blocks, `Reverse()` by default. `Store()` makes the
-            stored twin.
+            stored twin. The stem, which is not reversible, keeps its own: `model.stem.set_policies(Checkpoint())`
+            changes that.
 
     Shape:
         x: (B, in_channels, H, W), any H and W. Output: logits (B, num_classes).
@@ -123,7 +146,6 @@ class RevNet(AbstractImageClassifier):
         self.num_features = channels[-1]
         self.feature_info = STEM_KINDS[stem].feature_info(channels)
         self.stem = STEM_KINDS[stem].make_stem(in_channels, channels[0])
-        self.pool = STEM_KINDS[stem].make_pool()
         self.stages = nn.Sequential(
             *[
                 _stage(
@@ -142,7 +164,6 @@ class RevNet(AbstractImageClassifier):
         initialize(self)
 
     def _enter(self, x: Tensor) -> TensorPair:
-        x = self.pool(x)
         # Under autocast the stem's map is in low precision, in which the streams could hardly be rebuilt.
         return split(x.float() if _is_autocast(x.device.type) else x, dim=1)
 

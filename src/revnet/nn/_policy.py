@@ -1,7 +1,8 @@
-"""What a sequence does with the activations of a block: keep them, or rebuild them.
+"""What is done with activations between the forward and the backward pass: keep them, or compute them again.
 
-A policy is an object, not a flag: it says what it costs in memory, time and accuracy. Blocks of one sequence may have
-different ones.
+A policy is an object, not a flag: it says what it costs in memory, time and accuracy. The units of one model, such as
+the blocks of a sequence, may have different ones. From the least memory to the most: `Reverse`, `Checkpoint`, `Store`;
+`Offload` pays in transfers instead.
 """
 
 import abc
@@ -9,9 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from revnet.functional import HalfBlock, ReversibleRun, run_reversible, stored
+from revnet.functional import (
+    HalfBlock,
+    ReversibleRun,
+    checkpointed,
+    checkpointed_call,
+    offloaded,
+    run_reversible,
+    stored,
+)
 
 
 class AbstractPolicy(abc.ABC):
@@ -33,11 +42,19 @@ class AbstractPolicy(abc.ABC):
         """
 
 
+class AbstractModulePolicy(AbstractPolicy):
+    """A policy for any module too, reversible or not."""
+
+    @abc.abstractmethod
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `module(*args, **kwargs)`."""
+
+
 @dataclass(frozen=True)
 class Reverse(AbstractPolicy):
     """Rebuild the activations in the backward pass: memory that does not grow with depth. The default.
 
-    Memory: the final pair of streams, and the activations of one residual function at a time.
+    Memory: the final pair of streams of consecutive blocks, and the activations of one residual function at a time.
     Time: one more forward pass of each residual function, in theory a third more per step.
     Accuracy: the output is exact; gradients carry the rounding of the rebuilt streams, which grows with depth.
     """
@@ -55,7 +72,64 @@ class Reverse(AbstractPolicy):
 
 
 @dataclass(frozen=True)
-class Store(AbstractPolicy):
+class Checkpoint(AbstractModulePolicy):
+    """Keep what each function reads, and compute again what is inside it.
+
+    Memory: one stream for each residual function, two for a block; of any other module, its arguments. The activations
+    of one function at a time.
+    Time: one more forward pass of each function, up to the last tensor that autograd saves. Of two convolutions, the
+    second is not computed again, so that it costs about half of what `Reverse` does.
+    Accuracy: that of `Store`, bit for bit where functions are deterministic. Also the way to stop the rounding of
+    `Reverse` from growing, if every so many blocks have it.
+
+    References:
+        Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
+    """
+
+    def run(
+        self,
+        half_blocks: Sequence[HalfBlock],
+        x1: Tensor,
+        x2: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
+        """Run `half_blocks`, keeping the stream that each of them reads."""
+        return *checkpointed(half_blocks, x1, x2, args, kwargs), None
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `module`, keeping its arguments."""
+        return checkpointed_call(module, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Offload(AbstractModulePolicy):
+    """Keep the activations, but in host memory: copied there in the forward pass, and back in the backward pass.
+
+    Memory: none of the device between the passes, all of `Store` on the host, pinned. On a CPU it is `Store`.
+    Time: no recomputation, but two transfers of each activation; what that takes depends on the bus.
+    Accuracy: plain autograd's, bit for bit.
+    """
+
+    def run(
+        self,
+        half_blocks: Sequence[HalfBlock],
+        x1: Tensor,
+        x2: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
+        """Run `half_blocks` by ordinary autograd, with what it saves on the host."""
+        functions = [half_block.function for half_block in half_blocks]
+        return *offloaded(lambda: stored(half_blocks, x1, x2, args, kwargs), functions, args, kwargs), None
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `module` by ordinary autograd, with what it saves on the host."""
+        return offloaded(lambda: module(*args, **kwargs), [module], (), {})
+
+
+@dataclass(frozen=True)
+class Store(AbstractModulePolicy):
     """Keep the activations, as ordinary autograd does: the stored twin.
 
     Memory: all activations of all blocks. Time: no recomputation. Accuracy: plain autograd's.
@@ -71,3 +145,7 @@ class Store(AbstractPolicy):
     ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
         """Run `half_blocks` by ordinary autograd."""
         return *stored(half_blocks, x1, x2, args, kwargs), None
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `module` by ordinary autograd."""
+        return module(*args, **kwargs)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from revnet._types import TensorPair
 from revnet.nn._block import ReversibleBlock
 from revnet.nn._policy import AbstractPolicy, Reverse
+from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
 from revnet.nn._run import Segment, has_hooks, run_forward, run_inverse
 
 _REVERSE = Reverse()
 
 
-class ReversibleSequential(nn.Module):
+class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     """Run reversible blocks in order and keep only the final activation.
 
     The backward pass rebuilds each block's input from its output, so that the memory for activations is the same for
@@ -26,8 +27,8 @@ class ReversibleSequential(nn.Module):
 
     Args:
         blocks: The blocks, all with the same `split_dim`.
-        policy: What to do with activations: `Reverse()` rebuilds them, `Store()` keeps them. One policy for all blocks,
-            or a sequence with one for each.
+        policy: What to do with activations: `Reverse()` rebuilds them, `Store()` keeps them, `Checkpoint()` and
+            `Offload()` lie between. One policy for all blocks, or a sequence with one for each, mixed freely.
 
     Shape:
         x: a tensor, even along the blocks' `split_dim`, or a pair of tensors. Output: the same.
@@ -59,7 +60,24 @@ class ReversibleSequential(nn.Module):
                     f"{blocks[0].split_dim}; give all blocks of a sequence the same `split_dim`."
                 )
         self.blocks = nn.ModuleList(blocks)
-        self.policies = _one_for_each(policy, len(blocks))
+        self.set_policies(policy)
+
+    @property
+    def policy_units(self) -> list[PolicyUnit]:
+        """The blocks, in order."""
+        return [
+            PolicyUnit(f"blocks.{index}", (block.f, block.g), is_reversible=True)
+            for index, block in enumerate(self._reversible_blocks())
+        ]
+
+    @property
+    def policies(self) -> tuple[AbstractPolicy, ...]:
+        """The policies, one for each block."""
+        return self._policies
+
+    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
+        """Give all blocks one policy, or each its own; the next forward pass follows it."""
+        self._policies = one_for_each(policy, self.policy_units)
 
     @overload
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -131,15 +149,3 @@ class ReversibleSequential(nn.Module):
             else:
                 segments.append((self.policies[index], half_blocks))
         return segments
-
-
-def _one_for_each(policy: AbstractPolicy | Sequence[AbstractPolicy], count: int) -> tuple[AbstractPolicy, ...]:
-    policies = (policy,) * count if isinstance(policy, AbstractPolicy) else tuple(policy)
-    for each in policies:
-        if not isinstance(each, AbstractPolicy):
-            raise TypeError(f"`policy` (={each!r}) must be a policy: `Reverse()`, `Store()`, or one for each block.")
-    if len(policies) != count:
-        raise ValueError(
-            f"`policy` has {len(policies)} entries for {count} blocks; pass one policy, or one for each block."
-        )
-    return policies

@@ -150,4 +150,4 @@ def _costs(case: Case, depth: int) -> Iterator[Cost]:
         x = torch.cat(case.streams(1), case.split_dim).to(device).requires_grad_()  # as a stem's output does
         with FlopCounter() as counter:
             memory = measure(module, x)
-        yield Cost(contender.name, depth, memory.peak_bytes, memory.held_bytes, counter.flops)
+        yield Cost(contender.name, depth, memory.activation_bytes, memory.held_bytes, counter.flops)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revnet.paper._picture import legend_below, new_panels, save
+from revnet._picture import save, write_title
+from revnet.paper._picture import legend_below, new_panels
 from revnet.paper.complexity import TECHNIQUES, Complexity, Technique
 
 _MIB = 2**20
@@ -31,7 +32,7 @@ def plot(complexity: Complexity, path: Path) -> None:
 
 
 def _plot_memory(axes: Any, complexity: Complexity) -> None:
-    axes.set_title("peak memory of a step", loc="left", fontsize="medium", fontweight="bold")
+    write_title(axes, "peak memory of a step")
     for technique, color in zip(TECHNIQUES, _COLORS, strict=True):
         costs = complexity.costs_of(technique)
         peaks = [cost.peak_bytes / _MIB for cost in costs]
@@ -43,7 +44,7 @@ def _plot_memory(axes: Any, complexity: Complexity) -> None:
 
 def _plot_compute(axes: Any, complexity: Complexity) -> None:
     title = "arithmetic of a step" + ("; diamonds: its time" if complexity.times else "")
-    axes.set_title(title, loc="left", fontsize="medium", fontweight="bold")
+    write_title(axes, title)
     naive = [cost.flops for cost in complexity.costs_of(TECHNIQUES[0])]
     for technique, color in zip(TECHNIQUES, _COLORS, strict=True):
         costs = complexity.costs_of(technique)

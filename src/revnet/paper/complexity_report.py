@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from revnet._machine import describe_machine, hardware_name
+from revnet._picture import check_matplotlib
 from revnet.bench import CONTENDERS
 from revnet.bench.report import Measurement
 from revnet.paper import complexity_plot
-from revnet.paper._picture import check_matplotlib
 from revnet.paper.complexity import (
     TECHNIQUES,
     Complexity,

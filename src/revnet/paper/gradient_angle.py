@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.nn import (
+    AbstractPolicy,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    restoring_policies,
+    set_policy,
+)
 
 ALL = "all"
 """The group of all parameters."""
@@ -170,20 +178,9 @@ def _sequences(model: nn.Module) -> list[ReversibleSequential]:
 @contextmanager
 def _under(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
     """Give all blocks of `model` another policy for a while: those in sequences, and those that change the shape."""
-    sequences = [(sequence, sequence.policies) for sequence in _sequences(model)]
-    modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "policy", None), AbstractPolicy)]
-    others = [(module, module.policy) for module in modules]
-    try:
-        for sequence, _ in sequences:
-            sequence.policies = (policy,) * len(sequence)
-        for module, _ in others:
-            module.policy = policy
+    with restoring_policies(model):
+        set_policy(model, policy)
         yield
-    finally:
-        for sequence, before in sequences:
-            sequence.policies = before
-        for module, before in others:
-            module.policy = before
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from revnet.paper._picture import legend_below, new_panels, save
+from revnet._picture import save, write_title
+from revnet.paper._picture import legend_below, new_panels
 from revnet.paper.gradient_angle import ALL
 from revnet.paper.gradient_angle_study import AngleStudy
 
@@ -38,7 +39,7 @@ def plot(study: AngleStudy, path: Path) -> None:
 
 
 def _plot_angles(axes: Any, study: AngleStudy) -> None:
-    axes.set_title("rebuilt gradients beside stored ones", loc="left", fontsize="medium", fontweight="bold")
+    write_title(axes, "rebuilt gradients beside stored ones")
     axes.set_ylabel("angle (degrees)")
     parts = [group for group in study.groups if group != ALL]
     colors = _colors(len(parts))
@@ -70,7 +71,7 @@ def _plot_angles(axes: Any, study: AngleStudy) -> None:
 
 def _plot_losses(axes: Any, study: AngleStudy) -> None:
     window = max(1, len(study.reversed.losses) // _SMOOTHING)
-    axes.set_title("training loss", loc="left", fontsize="medium", fontweight="bold")
+    write_title(axes, "training loss")
     axes.set_ylabel("cross-entropy" if window == 1 else f"cross-entropy, mean of {window} updates")
     for name, run in study.runs.items():
         means = _running_mean(run.losses, window)
@@ -80,7 +81,7 @@ def _plot_losses(axes: Any, study: AngleStudy) -> None:
 
 
 def _plot_validation(axes: Any, study: AngleStudy) -> None:
-    axes.set_title("validation error", loc="left", fontsize="medium", fontweight="bold")
+    write_title(axes, "validation error")
     axes.set_ylabel("error (%)")
     for name, run in study.runs.items():
         percent = [100 * error for error in run.val_errors.values()]

@@ -12,8 +12,8 @@ from statistics import fmean, median
 from typing import Any
 
 from revnet._machine import describe_machine, hardware_name
+from revnet._picture import check_matplotlib
 from revnet.paper import gradient_angle_plot
-from revnet.paper._picture import check_matplotlib
 from revnet.paper.gradient_angle import GradientError
 from revnet.paper.gradient_angle_callbacks import GradientAngle
 from revnet.paper.gradient_angle_study import AngleStudy, check_twins, measure_gradient_angle

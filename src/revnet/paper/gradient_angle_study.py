@@ -94,5 +94,10 @@ def check_twins(config: TrainConfig) -> None:
         )
     if config.policy != "reverse":
         raise ValueError(f"`policy` (={config.policy!r}) is not to be chosen: both are run; leave it out.")
+    if config.memory_budget is not None:
+        raise ValueError(
+            f"`memory_budget` (={config.memory_budget!r}) plans what is rebuilt, and here it is everything or nothing; "
+            "leave it out."
+        )
     if config.out_dir is not None:
         raise ValueError(f"`out_dir` (={config.out_dir!r}) is for one run, and here are two; leave it out.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from revnet._picture import clear_frame, new_figure, save
 from revnet.training._files import atomic_path
 from revnet.training.callbacks import Row
 
@@ -14,12 +15,7 @@ _TRAINING, _VALIDATION, _GREY = "#4477aa", "#ee6677", "#888888"
 
 def plot_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draw loss and accuracy against epochs, and where the learning rate falls."""
-    # The figure is made without pyplot, which would choose a window system and keep the figure alive.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     losses, accuracies = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
     for axes, quantity, scale in ((losses, "loss", 1), (accuracies, "accuracy", 100)):
@@ -34,8 +30,7 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.set_xlabel("epoch")
         axes.set_xlim(0, 1.03 * epochs[-1])
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        clear_frame(axes)
     losses.set_ylabel("cross-entropy")
     if any(row["train_loss"] > 0 for row in rows):
         losses.set_yscale("log")
@@ -43,4 +38,4 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.text(0.01, 0.95, title, va="center", fontsize="large")  # in the row that the legend takes
     figure.legend(*accuracies.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        save(figure, temporary)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet._picture import new_figure, save
 from revnet.training._files import atomic_path
 from revnet.training.confusion import Confusion
 
@@ -26,14 +27,9 @@ def plot_confusion(confusion: Confusion, path: Path, title: str) -> None:
 
     Only classes that have images get a row and a column; answers outside of them share a last column.
     """
-    # Without pyplot, as for the learning curve.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     counts, rows, columns = _shown(confusion)
     size = min(12.0, max(4.0, 1.5 + 0.45 * len(rows)))
-    figure = Figure(figsize=(size, size), dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(size, size, layout=None)
     axes = figure.subplots()
     _draw_cells(axes, counts)
     if len(rows) <= _NAMES_UP_TO:
@@ -47,7 +43,7 @@ def plot_confusion(confusion: Confusion, path: Path, title: str) -> None:
     axes.set_title(title, loc="left", parse_math=False)
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
-        figure.savefig(temporary, format="png", bbox_inches="tight")
+        save(figure, temporary, bbox_inches="tight")
 
 
 def _shown(confusion: Confusion) -> tuple[Tensor, list[str], list[str]]:

@@ -1,0 +1,46 @@
+"""What kernels of the CPU return where PyTorch's shape functions say otherwise."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
+
+
+class CpuKernels(TorchDispatchMode):
+    """Corrects the results of fake tensors on the CPU, and of tensors on the meta device, which stand for those.
+
+    To be entered after the fake mode.
+
+    * The statistics of a norm are float32 if its input has a lower precision and any of its parameters is float32.
+    * Batch norm makes no gradient of its input if nobody asks for it.
+    * A group norm's gradient has the type of its input.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and correct what it returned."""
+        result = func(*args, **(kwargs or {}))
+        if func in _NORMS:
+            if _is_cpu(args[0]) and _is_mixed(args):
+                return result[0], *(torch.empty_like(each, dtype=torch.float32) for each in result[1:])
+        elif func is _aten.native_batch_norm_backward.default:
+            wants_input = args[9][0]
+            if _is_cpu(args[0]) and not wants_input:
+                return None, *result[1:]
+        elif func is _aten.native_group_norm_backward.default:
+            x = args[1]
+            if _is_cpu(x) and result[0] is not None and result[0].dtype != x.dtype:
+                return torch.empty_like(result[0], dtype=x.dtype), *result[1:]
+        return result
+
+
+def _is_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type in ("cpu", "meta")
+
+
+def _is_mixed(args: Any) -> bool:
+    is_low = args[0].dtype in (torch.bfloat16, torch.float16)
+    return is_low and any(isinstance(each, Tensor) and each.dtype is torch.float32 for each in args[1:])

@@ -1,0 +1,130 @@
+"""What an optimizer needs: its state, and the bytes of a step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revnet.memory._log import Integers
+from revnet.memory._recorder import Recorder
+from revnet.memory._step import tensors_in
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+"""Makes an optimizer of parameters: `torch.optim.AdamW`, `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`."""
+
+
+class OptimizerCost(NamedTuple):
+    """The memory of an optimizer."""
+
+    state_bytes: int
+    step_bytes: Integers
+    """Bytes alive beyond parameters, gradients and state, after each operation of a step."""
+
+
+def check_optimizer(factory: Any) -> None:
+    """Raise for an optimizer where something that makes one is wanted."""
+    if isinstance(factory, Optimizer):
+        name = type(factory).__name__
+        raise TypeError(
+            f"`optimizer` (={name}) is an optimizer already; pass what makes one of parameters: `torch.optim.{name}`, "
+            f"or `functools.partial(torch.optim.{name}, lr=0.1)`."
+        )
+    if factory is not None and not callable(factory):
+        raise TypeError(
+            f"`optimizer` (={factory!r}) must make an optimizer of parameters, such as `torch.optim.AdamW`."
+        )
+
+
+def optimizer_cost(
+    factory: OptimizerFactory, parameters: Sequence[Tensor], has_gradient: Sequence[bool], device_type: str
+) -> OptimizerCost:
+    """Count the bytes of an optimizer by shapes alone: the parameters are not touched.
+
+    Counted is a step after the first, when the state is there already.
+
+    Args:
+        factory: Makes the optimizer.
+        parameters: The model's, real or fake.
+        has_gradient: Which of them have a gradient.
+        device_type: Where bytes count.
+
+    Raises:
+        TypeError: `factory` makes something else.
+        ValueError: The optimizer cannot be made, or cannot take a step on gradients alone.
+    """
+    device_type = "cpu" if device_type == "meta" else device_type
+    with ExitStack() as stack:
+        stack.enter_context(active_fake_mode() or FakeTensorMode())
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device(device_type))
+        stack.enter_context(_AnyValue())
+        fakes = [_fake_parameter(*each) for each in zip(parameters, has_gradient, strict=True)]
+        optimizer = _make(factory, fakes)
+        with _explained(factory, "cannot take a step on gradients alone"):
+            optimizer.step()
+        state = [tensor for tensor in tensors_in(list(optimizer.state.values())) if tensor.device.type == device_type]
+        gradients = [fake.grad for fake in fakes if fake.grad is not None]
+        recorder = Recorder([*fakes, *gradients, *state], device_type)
+        with recorder:
+            recorder.end_forward()
+            optimizer.step()
+            recorder.end()
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in state)}
+    return OptimizerCost(sum(storages.values()), recorder.log().live_bytes)
+
+
+def _fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
+    device = "cpu" if parameter.is_meta else parameter.device
+    data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device)
+    fake = nn.Parameter(data, parameter.requires_grad)
+    fake.grad = torch.empty_like(data) if has_gradient else None
+    return fake
+
+
+def _make(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
+    with _explained(factory, "cannot be made"):
+        optimizer = factory(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` (={_name_of(factory)}) made a {type(optimizer).__name__}; it must make a "
+            "`torch.optim.Optimizer`."
+        )
+    ids = {id(parameter) for parameter in parameters}
+    if any(id(parameter) not in ids for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"`optimizer` (={_name_of(factory)}) must make an optimizer of the parameters that it is called with, not "
+            "of others: they stand for the model's."
+        )
+    return optimizer
+
+
+@contextmanager
+def _explained(factory: OptimizerFactory, what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"`optimizer` (={_name_of(factory)}) {what}: {type(error).__name__}: {reason}") from error
+
+
+def _name_of(factory: Any) -> str:
+    return _name_of(factory.func) if isinstance(factory, partial) else getattr(factory, "__name__", repr(factory))
+
+
+class _AnyValue(TorchDispatchMode):
+    """Answers 1 where a fake tensor is asked for its value, as some optimizers do for a factor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return 1.0 if args[0].is_floating_point() else 1

@@ -1,0 +1,199 @@
+"""What a checkpointed function keeps, computes again, and leaves behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from revnet import Checkpoint, Offload, ReconstructionError, ReversibleBlock, ReversibleSequential, Store
+from revnet.functional import checkpointed_call, offloaded
+from revnet.memory import FlopCounter, LiveBytes
+from tests.helpers import all_cases, gradients, squares, stored_twin
+
+
+def step(module, x, seed=1):
+    torch.manual_seed(seed)
+    loss = squares(module(x))
+    loss.backward()
+    return loss
+
+
+@all_cases
+def test_gradients_of_a_checkpointed_sequence_are_the_twins_bit_for_bit(case):
+    sequence = case.sequence(3, Checkpoint())
+    twin = stored_twin(sequence)
+    inputs = (case.input(), case.args(), case.kwargs())
+    for module, (x, args, kwargs) in ((sequence, inputs), (twin, copy.deepcopy(inputs))):
+        torch.manual_seed(1)
+        squares(module(x, *args, **kwargs)).backward()
+    for (name, gradient), (_, expected) in zip(gradients(sequence).items(), gradients(twin).items(), strict=True):
+        assert gradient is expected is None or torch.equal(gradient, expected), name
+
+
+def test_it_holds_the_stream_that_each_function_reads():
+    blocks = [ReversibleBlock(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8)) for _ in range(5)]
+    sequence = ReversibleSequential(*blocks, policy=Checkpoint())
+    pair = (torch.randn(16, 8), torch.randn(16, 8))
+    with LiveBytes([*sequence.parameters(), *pair]) as counter:
+        y = sequence(pair)
+        stream = 16 * 8 * 4
+        # Of each block x2 and y1; the first x2 is the caller's, and the last pair the output.
+        assert counter.live_bytes == (5 - 1) * 2 * stream + 2 * stream + stream - stream
+        del y
+    assert counter.live_bytes == 0
+
+
+def test_the_last_product_of_each_function_is_not_computed_again():
+    def function():
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+    blocks = [ReversibleBlock(function(), function()) for _ in range(3)]
+    flops = {}
+    for policy in (Store(), Checkpoint()):
+        with FlopCounter() as counter:
+            squares(ReversibleSequential(*blocks, policy=policy)(torch.randn(2, 8, 5, 5))).backward()
+        flops[policy] = counter.flops
+    convolution = 2 * 2 * 4 * 4 * 9 * 5 * 5
+    assert flops[Checkpoint()] - flops[Store()] == 6 * convolution  # One of two, in each of six functions.
+
+
+@pytest.mark.parametrize("last", [nn.RReLU(), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.MaxPool1d(1), nn.Sigmoid()])
+def test_operations_that_save_what_they_compute_are_computed(last):
+    def function():
+        return nn.Sequential(nn.Linear(3, 3), copy.deepcopy(last))
+
+    sequence = ReversibleSequential(*[ReversibleBlock(function(), function()) for _ in range(2)], policy=Checkpoint())
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 6)
+    step(sequence, x)
+    step(twin, x)
+    for name, gradient in gradients(sequence).items():
+        assert torch.equal(gradient, gradients(twin)[name]), name
+
+
+class Stem(nn.Module):
+    """Not reversible: another shape, a batch norm, dropout, two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x, *, scale=None):
+        y = self.layers(x)
+        return {"features": y if scale is None else y * scale, "logits": [self.head(y)]}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, stem):
+        super().__init__()
+        self.stem = stem
+
+    def forward(self, x, **kwargs):
+        return checkpointed_call(self.stem, (x,), kwargs)
+
+
+@pytest.mark.parametrize("x_requires_grad", [True, False])
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_a_call_leaves_what_a_plain_call_leaves(x_requires_grad, with_scale):
+    stem = Stem()
+    twin = copy.deepcopy(stem)
+    results = []
+    values, scale_values = torch.randn(6, 3), torch.randn(8)
+    for module in (Checkpointed(stem), twin):
+        x = values.clone().requires_grad_(x_requires_grad)
+        kwargs = {"scale": scale_values.clone().requires_grad_()} if with_scale else {}
+        torch.manual_seed(3)
+        out = module(x, **kwargs)
+        (squares(out["features"]) + squares(out["logits"][0])).backward(retain_graph=True)
+        squares(out["logits"][0]).backward()
+        leaves = [x, *kwargs.values(), *module.parameters(), *module.buffers()]
+        results.append([torch.get_rng_state(), *[leaf.grad if leaf.requires_grad else leaf for leaf in leaves]])
+    for value, expected in zip(*results, strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_a_call_keeps_its_arguments_alone():
+    stem = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 4))
+    x = torch.randn(8, 4)
+    with LiveBytes([*stem.parameters(), x]) as counter:
+        y = checkpointed_call(stem, (x,), {})
+        assert counter.live_bytes == y.nbytes
+        loss = y.sum()
+        del y
+        assert counter.live_bytes == loss.nbytes
+        loss.backward()
+
+
+def test_a_call_that_writes_over_its_argument_raises():
+    with pytest.raises(RuntimeError, match=r"Sequential modified an argument in place.*`inplace=False`"):
+        checkpointed_call(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (torch.randn(2, 3),), {})
+
+
+def test_an_argument_that_was_written_over_raises_in_the_backward_pass():
+    x = torch.randn(2, 3)
+    y = checkpointed_call(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), (x,), {})
+    x.add_(1)
+    with pytest.raises((ReconstructionError, RuntimeError), match="modified"):
+        y.sum().backward()
+
+
+def test_without_gradients_a_call_is_plain():
+    stem = Stem().eval()
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        assert torch.equal(checkpointed_call(stem, (x,), {})["features"], stem(x)["features"])
+
+
+def test_a_call_is_not_compiled_silently_into_a_stored_one():
+    model = Checkpointed(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    with pytest.raises(Exception, match="whose activations are computed again cannot be compiled whole"):
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 3))
+
+
+def test_offloaded_activations_go_to_the_host_once_and_parameters_stay(monkeypatch):
+    """Here a CPU tensor plays the device's, since the copies are all that matters."""
+    copies = []
+    monkeypatch.setattr("revnet.functional._offload._is_on_host", lambda tensor: False)
+    monkeypatch.setattr("revnet.functional._offload._OnHost.of", lambda tensor: copies.append(tensor) or _Copy(tensor))
+    linear = nn.Linear(4, 4)
+    module = nn.Sequential(linear, nn.ReLU(), nn.Linear(4, 4))
+    twin = copy.deepcopy(module)
+    x = torch.randn(3, 4)
+    y = offloaded(lambda: module(x), [module], (), {})
+    # x, and the output of ReLU, which two operations save; no weight.
+    assert [tuple(tensor.shape) for tensor in copies] == [(3, 4), (3, 4)]
+    squares(y).backward()
+    squares(twin(x)).backward()
+    for parameter, expected in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+
+
+class _Copy:
+    def __init__(self, tensor):
+        self.tensor = tensor.clone()
+
+    def unpack(self):
+        return self.tensor
+
+
+def test_what_stays_on_the_host_is_guarded_against_writes():
+    sequence = ReversibleSequential(ReversibleBlock(nn.Sigmoid(), nn.Linear(2, 2)), policy=Offload())
+    y1, y2 = sequence((torch.randn(3, 2), torch.randn(3, 2, requires_grad=True)))
+    y1.add_(1)  # g's input
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y1 + y2).sum().backward()
+
+
+def test_streams_of_fake_tensors_are_rebuilt_in_place_as_real_ones_are():
+    peaks = []
+    for mode in (torch.enable_grad(), FakeTensorMode()):
+        with mode:
+            blocks = [ReversibleBlock(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3)]
+            sequence, x = ReversibleSequential(*blocks), torch.randn(64, 16)
+            with LiveBytes([x, *sequence.parameters()]) as counter:
+                sequence(x).sum().backward()
+        peaks.append(counter.peak_bytes)
+    assert peaks[0] == peaks[1]

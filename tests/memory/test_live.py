@@ -1,0 +1,31 @@
+import torch
+
+from revnet.memory import LiveBytes
+
+
+def test_live_bytes_counts_storages_once_and_sees_them_go():
+    with LiveBytes() as counter:
+        a = torch.zeros(1000)
+        assert counter.live_bytes == 4000
+        view = a[:10].view(2, 5)
+        assert counter.live_bytes == 4000
+        b = a + 1
+        assert counter.live_bytes == 8000
+        del a
+        assert counter.live_bytes == 8000, "the view still sees it"
+        del view
+        assert counter.live_bytes == 4000
+        b.add_(1)
+        assert counter.live_bytes == 4000
+        del b
+    assert counter.live_bytes == 0
+    assert counter.peak_bytes == 8000
+
+
+def test_ignored_tensors_do_not_count():
+    x = torch.randn(10)
+    with LiveBytes([x]) as counter:
+        y = x.view(2, 5)
+        x.add_(1)
+        assert counter.live_bytes == 0
+        del y
