@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 import revnet
-from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import Checkpoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.errors import ReconstructionError
 from revnet.functional._program import PROGRAMS
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
@@ -74,10 +74,18 @@ def test_one_graph_trains_as_the_twin(case):
     assert_steps_as_twin(case.sequence(3), case)
 
 
-@pytest.mark.parametrize("policy", [REVERSING_POLICIES["mixed"], Store()], ids=["mixed", "stored"])
+@pytest.mark.parametrize(
+    "policy", [REVERSING_POLICIES["mixed"], Checkpoint(), Store()], ids=["mixed", "checkpoint", "stored"]
+)
 @pytest.mark.parametrize("name", ["conv-dropout", "attention-context-mask"])
 def test_policies_mix_in_one_graph(name, policy):
     assert_steps_as_twin(CASE[name].sequence(DEPTH, policy), CASE[name])
+
+
+def test_keeping_activations_on_the_host_raises():
+    sequence = CASE["mlp"].sequence(2, Offload())
+    with pytest.raises(Exception, match=r"cannot be kept on the host under `torch\.compile`; use the policy `Reverse"):
+        compile_whole(sequence)(CASE["mlp"].input())
 
 
 def test_a_pair_goes_in_and_out():

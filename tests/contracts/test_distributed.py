@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from revnet import ReversibleBlock, ReversibleSequential, Store
-from tests.helpers import CASE, assert_close, mlp, squares
+from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
 
 NUM_PROCESSES = 2
 DEPTH = 4
@@ -37,9 +37,9 @@ class WithHead(nn.Module):
         return squares(self.sequence(x))
 
 
-def make_model(name: str, *, num_unused: int = 0) -> WithHead:
+def make_model(name: str, *, num_unused: int = 0, policy: str = "reverse") -> WithHead:
     torch.manual_seed(0)
-    return WithHead(CASE[name].sequence(DEPTH), num_unused)
+    return WithHead(CASE[name].sequence(DEPTH, REVERSING_POLICIES[policy]), num_unused)
 
 
 def twin_of(model: WithHead) -> WithHead:
@@ -76,8 +76,8 @@ def single_process_gradients(model: nn.Module, name: str) -> nn.Module:
 # ---------------------------------------------------------------------------------------- data parallel
 
 
-def check_data_parallel(name: str, num_unused: int, options: dict[str, bool]) -> None:
-    model = make_model(name, num_unused=num_unused)
+def check_data_parallel(name: str, num_unused: int, options: dict[str, bool], policy: str = "reverse") -> None:
+    model = make_model(name, num_unused=num_unused, policy=policy)
     twin = twin_of(model)
     x = process_input(name)
     for module in (model, twin):
@@ -156,8 +156,8 @@ def shard(model: WithHead, how: str, **options) -> None:
     fully_shard(model)
 
 
-def check_fully_sharded(name: str, how: str, options: dict[str, bool]) -> None:
-    model = make_model(name)
+def check_fully_sharded(name: str, how: str, options: dict[str, bool], policy: str = "reverse") -> None:
+    model = make_model(name, policy=policy)
     expected = single_process_gradients(model, name)
     twin = twin_of(model)
     x = process_input(name)
@@ -234,6 +234,10 @@ CHECKS = {
         for name in ("conv-dropout", "tied")
     },
     **{
+        f"data parallel, {policy}, conv-dropout": partial(check_data_parallel, "conv-dropout", 0, {}, policy)
+        for policy in REVERSING_POLICIES
+    },
+    **{
         f"data parallel against one process, {name}": partial(check_data_parallel_against_one_process, name)
         for name in ("mlp", "attention", "tied")
     },
@@ -245,6 +249,12 @@ CHECKS = {
         f"fully sharded, {how}, {name}": partial(check_fully_sharded, name, how, {})
         for how in ("functions", "blocks", "sequence", "root")
         for name in ("mlp", "conv", "attention")
+    },
+    **{
+        f"fully sharded, {how}, {policy}, mlp": partial(check_fully_sharded, "mlp", how, {}, policy)
+        for how in ("functions", "blocks")
+        for policy in REVERSING_POLICIES
+        if policy != "reverse"
     },
     "fully sharded, kept whole after forward": partial(
         check_fully_sharded, "mlp", "functions", {"reshard_after_forward": False}
