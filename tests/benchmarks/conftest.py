@@ -1,0 +1,12 @@
+"""The scripts import what lies beside them, as they do when they are run."""
+
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_scripts(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
