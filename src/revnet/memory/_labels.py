@@ -24,6 +24,8 @@ class Label(NamedTuple):
     x: float
     y: float
     style: dict[str, Any]
+    marker_size: float = 0.0
+    """Of the point's marker, in points of a font: no label covers it."""
 
 
 def place_labels(axes: Any, labels: Sequence[Label], obstacles: npt.ArrayLike) -> None:
@@ -42,7 +44,7 @@ def place_labels(axes: Any, labels: Sequence[Label], obstacles: npt.ArrayLike) -
     axes.figure.draw_without_rendering()  # the layout must be settled before distances can be measured
     points = axes.transData.transform(np.asarray(obstacles, float))
     frame = axes.get_window_extent()
-    taken: list[Any] = []
+    taken = [_marker_box(axes, label) for label in labels]
     for label in labels:
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset points", parse_math=False, **label.style
@@ -57,6 +59,14 @@ def place_labels(axes: Any, labels: Sequence[Label], obstacles: npt.ArrayLike) -
             costs[distance, side] = (is_outside + box.count_overlaps(taken), num_covered)
         _move(text, *min(costs, key=lambda place: costs[place]))
         taken.append(text.get_window_extent())
+
+
+def _marker_box(axes: Any, label: Label) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = axes.transData.transform((label.x, label.y))
+    radius = label.marker_size / 2 * axes.figure.dpi / 72
+    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
 
 
 def _move(text: Any, distance: int, side: tuple[int, int]) -> None:

@@ -180,9 +180,10 @@ def plan(
             costs = replace(costs, seconds=_measure(step, units, costs, timing))
         frontier = find_frontier(costs)
         with step.predicted() as prediction:
-            point, memory = _fastest_within(budget_bytes, frontier, excess_bytes, step, units, prediction)
+            # One policy everywhere is no better than the frontier; but there, peaks are those that were seen.
+            points = [*frontier.points, *_uniform(units, costs).values()]
+            point, memory = _fastest_within(budget_bytes, points, excess_bytes, step, units, prediction)
             if point is None:
-                assign(model, units, _policies(units, frontier.points[0].choices))
                 raise _too_small(step, budget_bytes, memory)
     return _plan(units, costs, frontier, point, memory, budget_bytes, timing)
 
@@ -343,25 +344,33 @@ def _policies(units: Sequence[Unit], choices: Sequence[int]) -> list[AbstractPol
 
 def _fastest_within(
     budget_bytes: int,
-    frontier: Frontier,
+    points: Sequence[FrontierPoint],
     excess_bytes: int,
     step: _Step,
     units: Sequence[Unit],
     prediction: Prediction,
 ) -> tuple[FrontierPoint | None, StepMemory]:
-    """The fastest point that fits, and its memory; without one, the memory of the point that needs least.
+    """The fastest point that fits, and its memory; without one, that of the least, whose policies the model then has.
 
     Points are tried by falling speed until the prediction of one, as a whole, is within the budget; from a little above
-    it on, since peaks on the frontier err upwards. A larger budget has all the points of a smaller one to choose from,
-    so it never gives a slower plan.
+    it on, since their own peaks may err upwards. A larger budget has all the points of a smaller one to choose from, so
+    it never gives a slower plan.
     """
-    fitting = [point for point in frontier.points if point.peak_bytes <= budget_bytes + excess_bytes]
-    for point in reversed(fitting or frontier.points[:1]):
+
+    def predict_with(point: FrontierPoint) -> StepMemory:
         assign(step.model, units, _policies(units, point.choices))
-        memory = prediction.memory()
+        return prediction.memory()
+
+    least_peak = min(point.peak_bytes for point in points)
+    fitting = [point for point in points if point.peak_bytes <= max(budget_bytes, least_peak) + excess_bytes]
+    tried = []
+    for point in sorted(fitting, key=lambda point: point.seconds):
+        memory = predict_with(point)
         if memory.peak_bytes <= budget_bytes:
             return point, memory
-    return None, memory
+        tried.append((memory.peak_bytes, point))
+    _, least = min(tried, key=lambda each: each[0])
+    return None, predict_with(least)
 
 
 def _too_small(step: _Step, budget_bytes: int, least: StepMemory) -> BudgetError:
@@ -456,19 +465,21 @@ def _plan(
         time_ratio=point.seconds / plain,
         units=tuple(planned),
         points=tuple(PlanPoint(each.peak_bytes, each.seconds / plain) for each in frontier.points),
-        references=_references(units, costs, plain),
+        references={
+            name: PlanPoint(each.peak_bytes, each.seconds / plain) for name, each in _uniform(units, costs).items()
+        },
         is_exact=frontier.is_exact,
         timing=timing,
     )
 
 
-def _references(units: Sequence[Unit], costs: ChainCosts, plain: float) -> dict[str, PlanPoint]:
+def _uniform(units: Sequence[Unit], costs: ChainCosts) -> dict[str, FrontierPoint]:
     """One policy everywhere, for each; a unit that does not accept it has its next, as in the probes."""
     most = max(len(unit.choices) for unit in units)
     longest = next(unit for unit in units if len(unit.choices) == most)
-    references = {}
+    points = {}
     for choice, policy in enumerate(longest.choices):
-        choices = [0, *[max(0, choice - (most - len(unit.choices))) for unit in units]]
+        choices = (0, *[max(0, choice - (most - len(unit.choices))) for unit in units])
         name = "plain autograd" if policy == Store() else f"{type(policy).__name__.lower()} all"
-        references[name] = PlanPoint(costs.peak(choices), costs.time(choices) / plain)
-    return references
+        points[name] = FrontierPoint(costs.peak(choices), costs.time(choices), choices)
+    return points

@@ -205,7 +205,7 @@ def _mark_plan(
     """Draw the point; returns its label."""
     x = peak / unit_bytes
     axes.plot([x], [time], marker, markersize=size, color=color, markeredgecolor="white", zorder=20 - size)
-    return Label(f"{name}\n{format_bytes(peak)}, {time:.2f}x", x, time, {"color": color, "fontsize": 9, **style})
+    return Label(f"{name}\n{format_bytes(peak)}, {time:.2f}x", x, time, {"color": color, "fontsize": 9, **style}, size)
 
 
 def _points_along(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
