@@ -57,3 +57,18 @@ def test_versions_are_those_of_the_package():
 def test_the_code_of_a_page_runs(page):
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     exec(compile(code, page.name, "exec"), {"__name__": "page"})
+
+
+def test_flags_of_shown_commands_exist(capsys):
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown: dict[str, set[str]] = {}
+    for page in pages:
+        for command, rest in re.findall(r"^(?:\$ )?revnet (\w+)([^#\n]*)", page.read_text(), re.MULTILINE):
+            shown.setdefault(command, set()).update(re.findall(r"(?<=\s)--[\w-]+", rest))
+    assert {"train", "plan", "memory", "evaluate"} <= shown.keys()
+    from revnet.cli.main import main
+
+    for command, flags in shown.items():
+        assert main([command, "--help"]) == 0
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        assert flags <= known, command

@@ -74,6 +74,8 @@ def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refuse
         (["--horizontal-flip", "maybe"], "`--horizontal-flip` (=maybe) must be true or false or null"),
         (["--decay-at", "0.5"], "`--decay-at` (=0.5) must be a list in brackets"),
         (["--precision", "16"], "`--precision` (=16) must be `32-true` or `bf16-mixed`"),
+        (["--memory-budget", "16 apples"], "`memory_budget` (='16 apples') must be a number of bytes with a unit"),
+        (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`policy` (='checkpoint') is planned for each block"),
         (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
         (["--model", "revnet83"], "did you mean 'revnet38'?"),
         (["--data", "no/such/folder"], "does not exist"),

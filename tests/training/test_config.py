@@ -29,7 +29,20 @@ from revnet.training import TrainConfig
         ),
         ({"max_updates": 0}, ValueError, r"`max_updates` \(=0\) must be 1 or more"),
         ({"schedule": "linear"}, ValueError, r"`schedule` \(='linear'\) must be `step` or `cosine`"),
-        ({"policy": "keep"}, ValueError, r"`policy` \(='keep'\) must be `reverse` or `store`"),
+        ({"policy": "keep"}, ValueError, r"`policy` \(='keep'\) must be `reverse` or `checkpoint` or `store`"),
+        (
+            {"memory_budget": "16 apples"},
+            ValueError,
+            r"`memory_budget` \(='16 apples'\) must be a number of bytes with a",
+        ),
+        ({"memory_budget": "0GiB"}, ValueError, r"`memory_budget` \(='0GiB'\) must be positive"),
+        ({"memory_budget": ""}, ValueError, r"`memory_budget` \(=''\) must not be empty"),
+        ({"memory_budget": 2**30}, TypeError, r"`memory_budget` \(=1073741824\) must be a string"),
+        (
+            {"memory_budget": "1GiB", "policy": "store"},
+            ValueError,
+            r"`policy` \(='store'\) is planned for each block where there is a `memory_budget`; leave one of",
+        ),
         ({"on_corrupt": "cry"}, ValueError, r"`on_corrupt` \(='cry'\) must be `stop` or `skip`"),
         ({"warmup": 1}, ValueError, r"`warmup` \(=1\) must be a finite number from 0 to below 1"),
         (

@@ -133,7 +133,7 @@ def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:
     if match := re.match(r'Parser key "(\w+)":\s+(?:Expected|Does not validate)', message):
         value = re.search(r"(?:Got|Given) value: (.*)", message)
         types = re.findall(r"Expected an? <class '(\w+)'>", message)
-        rules = [_TYPES.get(name, name) for name in types] or _choices(message)
+        rules = [*_choices(message), *(_TYPES.get(name, name) for name in types)] or ["of another type"]
         return f"`{_flag(match[1])}` (={value[1] if value else ''}) must be {' or '.join(rules)}."
     if match := re.match(r"Option '(\w+)' is not accepted", message):
         return f"`--config` ({_config_file(arguments)}) has the unknown setting `{match[1]}`{_hint(match[1], parser)}"
@@ -155,7 +155,7 @@ def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:
 
 def _choices(message: str) -> list[str]:
     match = re.search(r"Literal\[(.*?)\]", message)
-    return [f"`{choice}`" for choice in re.findall(r"'(.*?)'", match[1])] if match else ["of another type"]
+    return [f"`{choice}`" for choice in re.findall(r"'(.*?)'", match[1])] if match else []
 
 
 def _hint(name: str, parser: _Parser) -> str:

@@ -23,6 +23,8 @@ COMMANDS = {
     "predict": "name what is in image files",
     "reproduce": "train the networks of a result table, and write it beside the paper's numbers",
     "figure": "draw a figure of the paper anew: the gradient angle through training, the complexities",
+    "memory": "tell where the memory of a training step goes, of any model",
+    "plan": "fit a training step into a budget of memory: which blocks reverse, checkpoint or store",
     "models": "list the models with their parameters and FLOPs",
     "bench": "measure memory, time and correctness beside other ways of running reversible blocks",
 }

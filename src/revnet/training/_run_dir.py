@@ -15,6 +15,7 @@ BEST_WEIGHTS = "best.safetensors"
 LOG = "metrics.csv"
 PICTURE = "learning_curve.png"
 SUMMARY = "summary.json"
+PLAN = "plan.txt"
 
 
 def make_run_dir(config: TrainConfig, data_name: str) -> Path:

@@ -21,7 +21,7 @@ Preprocessing = Literal["standardize", "mean_image", "imagenet", "unit_range"]
 Precision = Literal["32-true", "bf16-mixed"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Schedule = Literal["step", "cosine"]
-Policy = Literal["reverse", "store"]
+Policy = Literal["reverse", "checkpoint", "store"]
 OnCorrupt = Literal["stop", "skip"]
 
 # What a data set is given where the settings leave it open.
@@ -57,8 +57,14 @@ class TrainConfig:
     """Model; `revnet models` lists them."""
 
     policy: Policy = "reverse"
-    """What a reversible model does with its activations: `reverse` computes them again in the backward pass, `store`
-    keeps them, as its stored twin."""
+    """What is done with activations: `reverse` computes those of reversible blocks again in the backward pass,
+    `checkpoint` keeps what each block reads and computes the rest again, in models that are not reversible too, `store`
+    keeps all, as the stored twin."""
+
+    memory_budget: str | None = None
+    """Most memory that an update may take, such as `16GiB` or `500MB`; what each block does with its activations is
+    planned for it, in place of `policy`, to take the least time. Counted are the tensors of model, gradients, momentum,
+    activations and loss, not the data, their augmentation or what a GPU needs beside tensors: leave room for these."""
 
     epochs: int = 60
     """How often the training images are seen."""
@@ -179,6 +185,8 @@ class TrainConfig:
             check_choice(name, getattr(self, name), choices)
         if self.preprocess is not None:
             check_choice("preprocess", self.preprocess, get_args(Preprocessing))
+        if self.memory_budget is not None:
+            self._check_memory_budget(self.memory_budget)
         check_integer("cutout", self.cutout, at_least=0)
         for name, at_least in (
             ("max_updates", 1),
@@ -202,6 +210,17 @@ class TrainConfig:
         object.__setattr__(self, "crop_area", check_range("crop_area", self.crop_area))
         if self.out_dir is not None:
             check_name("out_dir", self.out_dir)
+
+    def _check_memory_budget(self, budget: str) -> None:
+        from revnet.memory import parse_bytes  # PyTorch loads here, which `revnet train --help` does without
+
+        check_name("memory_budget", budget)
+        parse_bytes(budget, "memory_budget")
+        if self.policy != "reverse":
+            raise ValueError(
+                f"`policy` (={self.policy!r}) is planned for each block where there is a `memory_budget`; leave one of "
+                "the two out."
+            )
 
     def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
         """Fill what was left to the data set.

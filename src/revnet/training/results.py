@@ -18,6 +18,8 @@ from revnet.training import _run_dir
 from revnet.training._files import atomic_path
 from revnet.training.evaluate_result import EvaluateResult
 
+_HOW = {"reverse": "reversible", "checkpoint": "checkpointed", "store": "stored", "plan": "planned"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -54,7 +56,16 @@ class TrainResult:
     """Peak activation memory of an update."""
 
     stored_peak_bytes: int | None
-    """The same of the twin that stores its activations, if the model is reversible."""
+    """The same of the twin that stores all activations, if the model does not."""
+
+    policy: str
+    """What was done with activations: `reverse`, `checkpoint`, `store`, or `plan` for what a budget asked for."""
+
+    memory_budget_bytes: int | None
+    """Most memory that an update was to take, if that was planned."""
+
+    planned_peak_bytes: int | None
+    """The most that it takes by the plan: model, gradients and momentum included."""
 
     process_peak_bytes: int | None = field(compare=False)
     """The most memory that the process ever had: resident on the CPU, by PyTorch's allocator on a GPU."""
@@ -94,6 +105,9 @@ class TrainResult:
             "batch_size": self.batch_size,
             "peak_bytes": self.peak_bytes,
             "stored_peak_bytes": self.stored_peak_bytes,
+            "policy": self.policy,
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "planned_peak_bytes": self.planned_peak_bytes,
             "process_peak_bytes": self.process_peak_bytes,
             "machine": self.machine,
             "versions": {
@@ -108,13 +122,15 @@ class TrainResult:
 
     def _memory_lines(self) -> list[tuple[str, str]]:
         per_step = f"at the peak of a step of {self.batch_size} images"
-        if self.stored_peak_bytes is None:
-            return [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, stored")]
-        ratio = self.stored_peak_bytes / self.peak_bytes
-        return [
-            ("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, reversible"),
-            ("", f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"),
-        ]
+        lines = [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, {_HOW[self.policy]}")]
+        if self.stored_peak_bytes is not None:
+            ratio = self.stored_peak_bytes / self.peak_bytes
+            twin = f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"
+            lines.append(("", twin))
+        if self.memory_budget_bytes is not None and self.planned_peak_bytes is not None:
+            planned = f"{format_bytes(self.planned_peak_bytes)} with model, gradients and momentum"
+            lines.append(("", f"{planned}, of a budget of {format_bytes(self.memory_budget_bytes)}"))
+        return lines
 
 
 def format_lines(lines: Sequence[tuple[str, str]]) -> str:

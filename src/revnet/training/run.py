@@ -30,12 +30,12 @@ from revnet.data import (
     make_preprocess,
 )
 from revnet.errors import CheckpointError
-from revnet.memory import measure
+from revnet.memory import Plan
 from revnet.models import create_model
-from revnet.nn import Store
 from revnet.training import _run_dir
 from revnet.training._checkpoint import classifier_tensors, load_classifier, read_checkpoint
-from revnet.training._files import remove_leftovers
+from revnet.training._files import atomic_path, remove_leftovers
+from revnet.training._memory import apply_policies, count_peak_bytes, make_plan, tell_plan, tell_policy
 from revnet.training._plot import plot_learning_curve
 from revnet.training._progress import make_progress
 from revnet.training._trainer import Stopped, check_device, fit, make_trainer
@@ -69,6 +69,7 @@ class _Job:
     training: AbstractSplit
     validation: AbstractSplit | None
     task: ClassificationTask
+    plan: Plan | None
 
 
 def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
@@ -76,8 +77,8 @@ def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callb
 
     The folder holds the settings (`config.yaml`), a row of figures per epoch (`metrics.csv`), the weights
     (`best.safetensors`, `last.safetensors`), what it takes to resume (`last.ckpt`), the learning curve
-    (`learning_curve.png`) and the closing figures (`summary.json`). None of them is ever half-written. The test set is
-    read at the end only.
+    (`learning_curve.png`) and the closing figures (`summary.json`); with a `memory_budget` the plan for it too
+    (`plan.txt`). None of them is ever half-written. The test set is read at the end only.
 
     PyTorch's global random state is seeded with `config.seed`.
 
@@ -88,6 +89,7 @@ def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callb
 
     Raises:
         ValueError: The model or the data set is unknown, `out_dir` is taken, or a setting does not fit the data.
+        BudgetError: An update cannot be made to fit `memory_budget`.
         DataError: The data set is missing or corrupt.
         TrainingInterrupted: Ctrl-C or SIGTERM came; `resume` goes on from the last finished epoch.
     """
@@ -178,11 +180,12 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> _Job:
     updates_per_epoch = len(training) // config.batch_size
     num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
     config = replace(config, epochs=-(-num_updates // updates_per_epoch))
+    plan = make_plan(config, header, preprocess)
     torch.manual_seed(config.seed)
-    options = {"policy": Store()} if config.policy == "store" else {}
-    classifier = Classifier.create(header, preprocess, **options)
+    classifier = Classifier.create(header, preprocess)
+    apply_policies(classifier.model, config, plan)
     task = ClassificationTask(classifier, distort, augment, config, num_updates)
-    return _Job(config, dataset, training, validation, task)
+    return _Job(config, dataset, training, validation, task, plan)
 
 
 def _run_or_say_how_to_resume(
@@ -217,6 +220,9 @@ def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callback
         ours.append(make_progress())
     trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
+    if job.plan is not None:
+        with atomic_path(folder / _run_dir.PLAN) as temporary:
+            temporary.write_text(f"{job.plan.report()}\n")
     if not quiet:
         print(_heading(job, folder, device), flush=True)
     fit(trainer, job.task, *_make_loaders(job, device), ckpt_path=checkpoint)
@@ -225,7 +231,7 @@ def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callback
     classifier, dataset, num_workers = job.task.classifier, job.dataset, job.config.num_workers
     assert num_workers is not None
     best = load_classifier(folder / _run_dir.BEST_WEIGHTS) if files.best_val_accuracy is not None else None
-    peak_bytes, stored_peak_bytes = _peak_bytes(classifier, job.config)
+    peak_bytes, stored_peak_bytes = count_peak_bytes(classifier, job.config)
     result = TrainResult(
         folder=folder,
         test=evaluate_on(dataset, classifier, device, num_workers=num_workers),
@@ -238,6 +244,9 @@ def _run(job: _Job, folder: Path, checkpoint: Path | None, quiet: bool, callback
         batch_size=job.config.batch_size,
         peak_bytes=peak_bytes,
         stored_peak_bytes=stored_peak_bytes,
+        policy=tell_policy(job.config, job.plan, is_stored=stored_peak_bytes is None),
+        memory_budget_bytes=None if job.plan is None else job.plan.budget_bytes,
+        planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
         process_peak_bytes=process_peak_bytes(device),
         machine=describe_machine(f"revnet train --config {_run_dir.CONFIG}", device=device),
     )
@@ -256,32 +265,19 @@ def _make_loaders(job: _Job, device: torch.device) -> tuple[Loader, Loader | Non
     return training, loader(job.validation, batch_size=usual_batch_size(job.dataset.image_size), shuffle=False)
 
 
-def _peak_bytes(classifier: Classifier, config: TrainConfig) -> tuple[int, int | None]:
-    """The activations of an update, counted by shapes alone: of the model, and of its stored twin if it has one."""
-    create = partial(Classifier.create, classifier.header, classifier.preprocess)
-    with torch.device("meta"):
-        batch = torch.empty(config.batch_size, *classifier.header.image_shape)
-        if not classifier.model.is_reversible:
-            return measure(create().model, batch).peak_bytes, None
-        stored_bytes = measure(create(policy=Store()).model, batch).peak_bytes
-        if config.policy == "store":
-            return stored_bytes, None
-        return measure(create().model, batch).peak_bytes, stored_bytes
-
-
 def _heading(job: _Job, folder: Path, device: torch.device) -> str:
     config, dataset, classifier = job.config, job.dataset, job.task.classifier
     num_parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
     shape = "x".join(map(str, classifier.header.image_shape))
     parts = {"train": job.training, "validate": job.validation, "test": dataset.test}
     counts = ", ".join(f"{len(part):,} {verb}" for verb, part in parts.items() if part is not None)
-    return format_lines(
-        [
-            ("revnet", revnet.__version__),
-            ("model", f"{config.model}, {num_parameters:,} parameters"),
-            ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
-            ("epochs", f"{config.epochs}, {job.task.num_updates:,} updates of {config.batch_size} images"),
-            ("device", f"{device}, {config.precision}"),
-            ("folder", str(folder)),
-        ]
-    )
+    lines = [
+        ("revnet", revnet.__version__),
+        ("model", f"{config.model}, {num_parameters:,} parameters"),
+        ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
+        ("epochs", f"{config.epochs}, {job.task.num_updates:,} updates of {config.batch_size} images"),
+        ("device", f"{device}, {config.precision}"),
+    ]
+    if job.plan is not None:
+        lines.append(("memory", tell_plan(job.plan)))
+    return format_lines([*lines, ("folder", str(folder))])

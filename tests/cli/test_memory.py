@@ -1,0 +1,68 @@
+"""`revnet memory`: flags in, a table and a picture out. What is counted is tested in tests/memory."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from revnet import Checkpoint, create_model, set_policy
+from revnet.memory import format_bytes, predict
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def peak_of(model, batch):
+    with torch.device("meta"):
+        images = torch.empty(batch, 3, 32, 32)
+    memory = predict(model, images, optimizer=partial(torch.optim.SGD, momentum=0.9))
+    return format_bytes(memory.peak_bytes)
+
+
+def test_the_table_and_the_picture(revnet, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, output, errors = revnet("memory", "revnet38", "--batch", "4", "--depth", "1")
+    assert (code, errors) == (0, "")
+    assert output.startswith("revnet38: a training step on 4 inputs of 3x32x32, SGD with momentum, 32-true, cpu, pred")
+    assert f"peak {peak_of(create_model('revnet38'), 4)}, in the " in output
+    for words in (
+        "parameters",
+        "optimizer state",
+        "gradients",
+        "activations, held",
+        "stages",
+        "picture  memory_revnet38",
+    ):
+        assert words in output
+    assert "\nstages.0" not in output
+    assert (tmp_path / "memory_revnet38_batch4.png").exists()
+
+
+def test_a_policy_for_all(revnet):
+    model = create_model("resnet32")
+    set_policy(model, Checkpoint())
+    output = revnet("memory", "resnet32", "--batch", "4", "--policy", "checkpoint")[1]
+    assert f"peak {peak_of(model, 4)}, in the " in output
+    assert "picture  memory_resnet32_batch4_checkpoint.png" in output
+
+
+def test_a_real_step_is_what_was_predicted(revnet):
+    output = revnet("memory", "revnet38", "--batch", "4", "--measure")[1]
+    peak = peak_of(create_model("revnet38"), 4)
+    assert f"measured; the predicted peak is {peak}\n" in output
+    assert f"\npeak {peak}, in the " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet32", "--policy", "reverse"], "has nothing that can take the policy Reverse()"),
+        (["revnet38", "--depth", "-1"], "`--depth` (=-1) must be"),
+        (["revnet38", "--precision", "8"], "`--precision` (=8) must be `32-true` or `bf16-mixed`"),
+        (["nothing"], "`nothing` is no model"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
+    assert_refused(["memory", *arguments], message)

@@ -1,0 +1,136 @@
+"""`revnet plan`: flags in, a plan and a picture out. What plans are is tested in tests/memory."""
+
+import pytest
+import torch
+
+from revnet.cli._model import build_model
+from revnet.memory import predict
+
+SMALL = ["--batch", "4"]
+
+OWN = """
+import torch
+from torch import nn
+from revnet import PolicySequential, ReversibleBlock, ReversibleSequential
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = PolicySequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        blocks = [ReversibleBlock(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2)]
+        self.blocks = ReversibleSequential(*blocks)
+
+    def forward(self, x):
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+def tokens():
+    return nn.Sequential(nn.Embedding(10, 4), ReversibleSequential(ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2),
+                                                                                   split_dim=-1)))
+def with_data():
+    net = Net()
+    float(next(net.parameters()).detach().sum())  # which the meta device does not have
+    return net
+
+def broken():
+    raise RuntimeError("no such weights")
+
+def branching():
+    class Branching(Net):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+    return Branching()
+
+made = Net()
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_own_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_networks.py").write_text(OWN)
+
+
+def test_a_plan_is_printed_and_drawn(revnet, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, output, errors = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB", "--output-dir", "pictures")
+    assert (code, errors) == (0, "")
+    assert output.startswith("revnet38: a training step on 4 inputs of 3x32x32, SGD with momentum, 32-true, cpu\n\n")
+    for words in ("budget     10.0 MiB", "units ", "stages.2.reversible.blocks", "plain autograd", "least memory"):
+        assert words in output
+    assert "picture    pictures/plan_revnet38_batch4.png\n" in output
+    assert (tmp_path / "pictures" / "plan_revnet38_batch4.png").exists()
+    assert 'in Python  revnet.memory.plan(model, inputs, budget="10MiB", optimizer=partial(torch.optim.SGD' in output
+    assert (
+        "to train   revnet train --model revnet38 --data path/to/images --batch-size 4 --memory-budget 10MiB" in output
+    )
+
+
+def test_what_is_printed_to_write_makes_the_same_plan(revnet):
+    output = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB")[1]
+    call = next(line for line in output.splitlines() if line.startswith("in Python")).split(maxsplit=2)[2]
+    import functools
+
+    import revnet as library
+
+    model = build_model("revnet38", is_real=False)
+    names = {"revnet": library, "partial": functools.partial, "torch": torch, "model": model}
+    eval(call, {**names, "inputs": torch.empty(4, 3, 32, 32, device="meta")})
+    optimizer = functools.partial(torch.optim.SGD, momentum=0.9)
+    peak = predict(model, torch.empty(4, 3, 32, 32, device="meta"), optimizer=optimizer).peak_bytes
+    assert peak <= 10 * 2**20
+    assert f"peak       {peak / 2**20:.1f} MiB" in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["own_networks:Net", "--image", "16"],
+        ["own_networks:made", "--image", "16"],
+        ["own_networks:with_data", "--image", "16", "--optimizer", "adamw", "--precision", "bf16-mixed"],
+        ["own_networks:tokens", "--input-shape", "[7]", "--input-dtype", "int64", "--optimizer", "none"],
+        ["own_networks:Net", "--image", "16", "--measure"],
+    ],
+)
+def test_own_models(revnet, arguments):
+    code, output, errors = revnet("plan", *arguments, *SMALL, "--budget", "1GiB")
+    assert (code, errors) == (0, "")
+    assert f"{arguments[0]}: a training step on 4 inputs of" in output
+    assert ("timed" in output) == ("--measure" in arguments)
+    assert "to train" not in output  # `revnet train` knows none but its own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["revnet38"], "`--budget` is needed"),
+        (["revnet38", "--budget", "16 apples"], "`--budget` (='16 apples') must be a number of bytes with a unit"),
+        (["revnet38", "--budget", "1MiB"], "below the least that this step needs"),
+        (["revnet38", "--budget", "1KiB"], "no batch would fit"),
+        (["revnet83", "--budget", "1GiB"], "`revnet83` is no model; did you mean `revnet38`?"),
+        (["revnet38", "--budget", "1GiB", "--batch", "0"], "`--batch` (=0) must be"),
+        (["revnet38", "--budget", "1GiB", "--image", "-3"], "`--image` (=-3) must be"),
+        (["revnet38", "--budget", "1GiB", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
+        (["revnet38", "--budget", "1GiB", "--device", "cuda:7"], "`"),
+        (["own_networks.py:Net", "--budget", "1GiB"], "must be written package.module:attribute"),
+        (["no_such:Net", "--budget", "1GiB"], "there is no module `no_such`"),
+        (["own_networks:Nett", "--budget", "1GiB"], "has no `Nett`; did you mean `Net`?"),
+        (
+            ["own_networks:number", "--budget", "1GiB"],
+            "must be an nn.Module, or make one when it is called; it gave int",
+        ),
+        (["own_networks:broken", "--budget", "1GiB"], "failed when it was called, without arguments: RuntimeError: no"),
+        (["own_networks:branching", "--budget", "1GiB", "--image", "8"], "asks for the value of a tensor"),
+        (
+            ["own_networks:Net", "--budget", "1GiB", "--input-shape", "[4,8,8]"],
+            "failed, on inputs of shape (32, 4, 8, 8)",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
+    assert_refused(["plan", *arguments], message)
+
+
+def test_help_has_an_example(revnet):
+    assert "revnet plan revnet104 --batch 256 --budget 16GiB" in revnet("plan", "--help")[1]
