@@ -30,7 +30,16 @@ def test_every_command_is_a_documented_function_with_help(revnet, name):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["train", "--help"], ["train", "--epochs", "0"], ["evaluate", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["train", "--epochs", "0"],
+        ["evaluate", "--help"],
+        ["plan", "--help"],
+        ["plan", "revnet38"],
+    ],
 )
 def test_torch_is_not_loaded_for_help_or_wrong_flags(arguments):
     code = f"import sys; from revnet.cli.main import main; main({arguments}); assert 'torch' not in sys.modules"

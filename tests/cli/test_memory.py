@@ -55,9 +55,48 @@ def test_a_real_step_is_what_was_predicted(revnet):
     assert f"\npeak {peak}, in the " in output
 
 
+OWN = """
+from torch import nn
+
+class Branching(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if y.sum() > 0 else y
+
+class Broken(Branching):
+    def forward(self, x):
+        return super().forward(x).no_such_attribute
+"""
+
+
+@pytest.fixture
+def own_branches(tmp_path, monkeypatch):
+    """The name of a module of models."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_branches.py").write_text(OWN)
+    return "own_branches"
+
+
+def test_a_model_that_needs_values_can_be_measured(revnet, assert_refused, own_branches):
+    arguments = ["memory", f"{own_branches}:Branching", "--input-shape", "[4]"]
+    assert_refused(arguments, "cannot be predicted, for it asks for the value of a tensor")
+    code, output, errors = revnet(*arguments, "--measure")
+    assert (code, errors) == (0, "")
+    assert "32 inputs of 4, SGD with momentum, 32-true, cpu, measured\n\npeak " in output
+
+
+def test_a_step_that_fails_is_told_in_one_line(assert_refused, own_branches):
+    message = "the step failed: AttributeError: 'Tensor' object has no attribute 'no_such_attribute'"
+    assert_refused(["memory", f"{own_branches}:Broken", "--input-shape", "[4]", "--measure"], message)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["revnet38", "--policy", "keep"], "`--policy` (=keep) must be `reverse` or `checkpoint` or `store` or null"),
         (["resnet32", "--policy", "reverse"], "has nothing that can take the policy Reverse()"),
         (["revnet38", "--depth", "-1"], "`--depth` (=-1) must be"),
         (["revnet38", "--precision", "8"], "`--precision` (=8) must be `32-true` or `bf16-mixed`"),

@@ -1,10 +1,13 @@
 """`revnet plan`: flags in, a plan and a picture out. What plans are is tested in tests/memory."""
 
+import sys
+
 import pytest
 import torch
 
 from revnet.cli._model import build_model
-from revnet.memory import predict
+from revnet.memory import format_bytes, predict
+from revnet.nn import Checkpoint
 
 SMALL = ["--batch", "4"]
 
@@ -50,6 +53,7 @@ def _in_a_folder_with_own_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_networks.py").write_text(OWN)
+    (tmp_path / "own_imports.py").write_text("import no_such_package")
 
 
 def test_a_plan_is_printed_and_drawn(revnet, tmp_path):
@@ -68,19 +72,20 @@ def test_a_plan_is_printed_and_drawn(revnet, tmp_path):
 
 
 def test_what_is_printed_to_write_makes_the_same_plan(revnet):
-    output = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB")[1]
+    output = revnet("plan", "own_networks:Net", *SMALL, "--budget", "600KiB", "--image", "32")[1]
     call = next(line for line in output.splitlines() if line.startswith("in Python")).split(maxsplit=2)[2]
     import functools
 
     import revnet as library
 
-    model = build_model("revnet38", is_real=False)
+    model = build_model("own_networks:Net", is_real=False)
     names = {"revnet": library, "partial": functools.partial, "torch": torch, "model": model}
     eval(call, {**names, "inputs": torch.empty(4, 3, 32, 32, device="meta")})
+    assert model.stem.policies == (Checkpoint(),), "of its own it stores"
     optimizer = functools.partial(torch.optim.SGD, momentum=0.9)
     peak = predict(model, torch.empty(4, 3, 32, 32, device="meta"), optimizer=optimizer).peak_bytes
-    assert peak <= 10 * 2**20
-    assert f"peak       {peak / 2**20:.1f} MiB" in output
+    assert peak <= 600 * 2**10
+    assert f"peak       {format_bytes(peak)}" in output
 
 
 @pytest.mark.parametrize(
@@ -106,15 +111,23 @@ def test_own_models(revnet, arguments):
     [
         (["revnet38"], "`--budget` is needed"),
         (["revnet38", "--budget", "16 apples"], "`--budget` (='16 apples') must be a number of bytes with a unit"),
-        (["revnet38", "--budget", "1MiB"], "below the least that this step needs"),
-        (["revnet38", "--budget", "1KiB"], "no batch would fit"),
+        (["own_networks:Net", "--budget", "50KiB", "--image", "16"], "below the least that this step needs"),
+        (["own_networks:Net", "--budget", "1KiB", "--image", "16"], "no batch would fit"),
         (["revnet83", "--budget", "1GiB"], "`revnet83` is no model; did you mean `revnet38`?"),
         (["revnet38", "--budget", "1GiB", "--batch", "0"], "`--batch` (=0) must be"),
+        (["revnet38", "--budget", "1GiB", "--batch", "1000000000"], "`--batch` (=1000000000) must be 1000000 or less"),
         (["revnet38", "--budget", "1GiB", "--image", "-3"], "`--image` (=-3) must be"),
+        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[0]"], "`--input-shape` (=[0]) must be positive"),
+        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "PyTorch can count"),
+        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[3]", "--image", "3"], "leave one of them out"),
         (["revnet38", "--budget", "1GiB", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
-        (["revnet38", "--budget", "1GiB", "--device", "cuda:7"], "`"),
+        (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`device` (='gpu') is no device"),
         (["own_networks.py:Net", "--budget", "1GiB"], "must be written package.module:attribute"),
         (["no_such:Net", "--budget", "1GiB"], "there is no module `no_such`"),
+        (
+            ["own_imports:Net", "--budget", "1GiB"],
+            "importing `own_imports` failed: ModuleNotFoundError: No module named",
+        ),
         (["own_networks:Nett", "--budget", "1GiB"], "has no `Nett`; did you mean `Net`?"),
         (
             ["own_networks:number", "--budget", "1GiB"],
@@ -130,6 +143,21 @@ def test_own_models(revnet, arguments):
 )
 def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
     assert_refused(["plan", *arguments], message)
+
+
+def test_without_matplotlib_the_plan_is_printed_all_the_same(revnet, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, output, errors = revnet("plan", "own_networks:Net", *SMALL, "--image", "8", "--budget", "1GiB")
+    assert (code, errors) == (0, "")
+    assert "least memory" in output
+    assert "no picture: a figure needs matplotlib, which is not installed" in output
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_nothing_is_run_that_has_no_room(assert_refused, monkeypatch):
+    monkeypatch.setattr("revnet.cli._build.free_bytes", lambda device: 1000)
+    arguments = ["own_networks:Net", *SMALL, "--image", "8", "--budget", "1GiB", "--measure"]
+    assert_refused(["plan", *arguments], "on cpu, where 1000 B are free; leave it out, or pass a smaller `--batch`")
 
 
 def test_help_has_an_example(revnet):

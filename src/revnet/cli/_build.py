@@ -57,9 +57,7 @@ def build_step(flags: StepFlags) -> BuiltStep:
     try:
         inputs = torch.empty(flags.batch, *shape, dtype=getattr(torch, flags.input_dtype), device="meta")
     except (RuntimeError, TypeError) as error:  # an integer that is too long
-        raise ValueError(
-            f"`--batch` (={flags.batch}) inputs of {_join(shape)} are more than PyTorch can count."
-        ) from error
+        raise ValueError(f"{flags.batch} inputs of {_join(shape)} are more than PyTorch can count.") from error
     options = {
         "optimizer": _OPTIMIZERS[flags.optimizer],
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,

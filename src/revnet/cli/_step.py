@@ -16,6 +16,9 @@ from revnet.training.config import Precision
 InputDtype = Literal["float32", "int64"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]
 
+_MOST = 1_000_000
+"""With more, the operations of a step cannot be counted in 64 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlags:
@@ -35,9 +38,9 @@ class StepFlags:
     device: str
 
     def __post_init__(self) -> None:
-        check_integer("--batch", self.batch, at_least=1)
+        check_integer("--batch", self.batch, at_least=1, at_most=_MOST)
         if self.image is not None:
-            check_integer("--image", self.image, at_least=1)
+            check_integer("--image", self.image, at_least=1, at_most=_MOST)
         if self.input_shape is not None and self.image is not None:
             raise ValueError("`--image` and `--input-shape` both say what an input is; leave one of them out.")
         if self.input_shape is not None and not all(size > 0 for size in self.input_shape):

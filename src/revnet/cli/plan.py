@@ -95,7 +95,7 @@ def plan(
         made.plot(picture, title=flags.title)
         print(f"picture    {picture}")
     print(f"in Python  {_in_python(flags, budget)}")
-    if not flags.is_own:
+    if not flags.is_own and optimizer == "sgd":  # with which `revnet train` trains
         print(f"to train   {_to_train(flags, budget)}")
 
 
