@@ -102,7 +102,7 @@ def test_more_budget_never_gives_a_slower_plan_or_one_above_it(make_model, make_
     points = plan(model, x, budget="1GiB", optimizer=SGD).points
     least, most = points[0].peak_bytes, points[-1].peak_bytes
     times = []
-    for step in range(3):
+    for step in range(3):  # the least that is told is enough
         budget = least + (most - least) * step // 2
         planned = plan(model, x, budget=budget, optimizer=SGD)
         assert planned.peak_bytes <= budget
@@ -119,8 +119,13 @@ def test_the_whole_range_is_from_least_memory_to_plain_autograd(make_model, make
     assert list(ratios) == sorted(set(ratios), reverse=True)
     assert planned.points[-1].time_ratio == planned.time_ratio == 1
     assert list(planned.references) == ["reverse all", "checkpoint all", "plain autograd"]
-    for point in planned.references.values():
+    policies = {"reverse all": Reverse(), "checkpoint all": Checkpoint(), "plain autograd": Store()}
+    for name, point in planned.references.items():
         assert point.time_ratio >= 1
+        model = make_model()
+        set_policy(model, Checkpoint())  # where the next one is not accepted
+        set_policy(model, policies[name])
+        assert point.peak_bytes == predict(model, make_input(4), optimizer=SGD).peak_bytes
         # None is better than the range.
         assert min(ratio for peak, ratio in planned.points if peak <= point.peak_bytes) <= point.time_ratio
 

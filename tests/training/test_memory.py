@@ -63,7 +63,9 @@ def test_a_run_tells_its_plan(out_dir, capsys):
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BudgetError, match=r"`budget` \(=6.0 MiB\) is .* below the least .* a batch of \d+ samples"):
+    with pytest.raises(
+        BudgetError, match=r"`memory_budget` \(=6.0 MiB\) is .* below the least .* a batch of \d+ samples"
+    ):
         train(TrainConfig(memory_budget="6MiB"), quiet=True)
     assert not list(tmp_path.iterdir())
 

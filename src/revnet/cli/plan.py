@@ -76,6 +76,7 @@ def plan(
 
     budget_bytes = parse_bytes(budget, "--budget")
     step = build_step(flags)
+    print(f"{step.description}\nplanning ...", flush=True)
     if measure:
         memory = predict(step.model, step.inputs, device=step.device, **step.options)
         fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
@@ -89,7 +90,7 @@ def plan(
             timing=MeasuredTiming() if measure else CountedTiming(),
             **step.options,
         )
-    print(f"{step.description}\n\n{made}\n")
+    print(f"\n{made}\n")
     with without_matplotlib():
         picture = flags.picture(folder, "plan")
         made.plot(picture, title=flags.title)

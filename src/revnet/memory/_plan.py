@@ -1,7 +1,7 @@
 """A policy for every unit of a model, such that a training step fits a budget and takes as little time as it can."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from revnet.memory._optimizer import OptimizerFactory
 from revnet.memory._plan_report import plan_lines
 from revnet.memory._plot import plot_plan
 from revnet.memory._predict import Prediction, predicting
-from revnet.memory._search import ChainCosts, Frontier, FrontierPoint, find_frontier
+from revnet.memory._search import ChainCosts, FrontierPoint, find_frontier
 from revnet.memory._step import Loss, device_of, tensors_in
 from revnet.memory._step_memory import StepMemory
 from revnet.memory._timing import CountedTiming, MeasuredTiming, measure_seconds, num_samples
@@ -75,7 +75,9 @@ class Plan:
     units: tuple[PlannedUnit, ...] = field(repr=False)
     """In the order in which they run."""
     points: tuple[PlanPoint, ...] = field(repr=False)
-    """The whole range, from the least memory to the least time: whatever is faster needs more memory."""
+    """The whole range, from the least memory to the least time: whatever is faster needs more memory. The peaks of the
+    least, of the plan and of the references are predicted as a whole; those between are put together from what each
+    unit costs, which may be a few percent off."""
     references: Mapping[str, PlanPoint] = field(repr=False)
     """For comparison: everything stored ("plain autograd"), and one policy everywhere ("reverse all"); a unit that does
     not take it has the next."""
@@ -180,12 +182,22 @@ def plan(
             costs = replace(costs, seconds=_measure(step, units, costs, timing))
         frontier = find_frontier(costs)
         with step.predicted() as prediction:
+
+            def predict_with(point: FrontierPoint) -> StepMemory:
+                assign(step.model, units, _policies(units, point.choices))
+                return prediction.memory()
+
             # One policy everywhere is no better than the frontier; but there, peaks are those that were seen.
-            points = [*frontier.points, *_uniform(units, costs).values()]
-            point, memory = _fastest_within(budget_bytes, points, excess_bytes, step, units, prediction)
+            references = _uniform(units, costs)
+            candidates = [*frontier.points, *references.values()]
+            point, memory = _fastest_within(budget_bytes, candidates, excess_bytes, predict_with)
             if point is None:
                 raise _too_small(step, budget_bytes, memory)
-    return _plan(units, costs, frontier, point, memory, budget_bytes, timing)
+            references = {name: _with_peak(each, predict_with(each)) for name, each in references.items()}
+            least = _with_peak(frontier.points[0], predict_with(frontier.points[0]))
+    known = [least, *references.values(), _with_peak(point, memory)]
+    points = _undominated({each.choices: each for each in [*frontier.points, *known]}.values())
+    return _plan(units, costs, points, references, point, memory, budget_bytes, timing, is_exact=frontier.is_exact)
 
 
 def max_batch_size(
@@ -314,11 +326,13 @@ def _measure(step: _Step, units: Sequence[Unit], costs: ChainCosts, timing: Meas
     total = num_samples(step.args, step.kwargs)
     stored = costs.peak([0, *[len(unit.choices) - 1 for unit in units]])
     free = free_bytes(device_of(step.model, step.args, step.kwargs))
-    most_samples = total if free is None or stored <= free else total * free // stored
+    # Not all that is free: what is no tensor needs some, and another process may take more.
+    usable = None if free is None else free * 4 // 5
+    most_samples = total if usable is None or stored <= usable else total * usable // stored
     if not most_samples:
         raise BudgetError(
             f"`timing` (=MeasuredTiming) runs steps with all activations stored, but not one of {total} samples fits "
-            f"the {format_bytes(free or 0)} that are free; use `CountedTiming()`, or smaller inputs."
+            f"four fifths of the {format_bytes(free or 0)} that are free; use `CountedTiming()`, or smaller inputs."
         )
     kinds = [
         tuple(part.tobytes() for part in (held, transient - transient.min(), seconds))
@@ -346,9 +360,7 @@ def _fastest_within(
     budget_bytes: int,
     points: Sequence[FrontierPoint],
     excess_bytes: int,
-    step: _Step,
-    units: Sequence[Unit],
-    prediction: Prediction,
+    predict_with: Callable[[FrontierPoint], StepMemory],
 ) -> tuple[FrontierPoint | None, StepMemory]:
     """The fastest point that fits, and its memory; without one, that of the least, whose policies the model then has.
 
@@ -356,11 +368,6 @@ def _fastest_within(
     it on, since their own peaks may err upwards. A larger budget has all the points of a smaller one to choose from, so
     it never gives a slower plan.
     """
-
-    def predict_with(point: FrontierPoint) -> StepMemory:
-        assign(step.model, units, _policies(units, point.choices))
-        return prediction.memory()
-
     least_peak = min(point.peak_bytes for point in points)
     fitting = [point for point in points if point.peak_bytes <= max(budget_bytes, least_peak) + excess_bytes]
     tried = []
@@ -371,6 +378,19 @@ def _fastest_within(
         tried.append((memory.peak_bytes, point))
     _, least = min(tried, key=lambda each: each[0])
     return None, predict_with(least)
+
+
+def _with_peak(point: FrontierPoint, memory: StepMemory) -> FrontierPoint:
+    return replace(point, peak_bytes=memory.peak_bytes)
+
+
+def _undominated(points: Iterable[FrontierPoint]) -> list[FrontierPoint]:
+    """Those of which none else is both faster and smaller, from the least memory to the least time."""
+    best: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda point: (point.peak_bytes, point.seconds)):
+        if not best or point.seconds < best[-1].seconds:
+            best.append(point)
+    return best
 
 
 def _too_small(step: _Step, budget_bytes: int, least: StepMemory) -> BudgetError:
@@ -434,11 +454,14 @@ def _next_guess(known: Mapping[int, int], budget_bytes: int, low: int, high: int
 def _plan(
     units: Sequence[Unit],
     costs: ChainCosts,
-    frontier: Frontier,
+    points: Sequence[FrontierPoint],
+    references: Mapping[str, FrontierPoint],
     point: FrontierPoint,
     memory: StepMemory,
     budget_bytes: int,
     timing: CountedTiming | MeasuredTiming,
+    *,
+    is_exact: bool,
 ) -> Plan:
     stored = [0, *[len(unit.choices) - 1 for unit in units]]
     plain = costs.time(stored)
@@ -464,11 +487,9 @@ def _plan(
         memory=memory,
         time_ratio=point.seconds / plain,
         units=tuple(planned),
-        points=tuple(PlanPoint(each.peak_bytes, each.seconds / plain) for each in frontier.points),
-        references={
-            name: PlanPoint(each.peak_bytes, each.seconds / plain) for name, each in _uniform(units, costs).items()
-        },
-        is_exact=frontier.is_exact,
+        points=tuple(PlanPoint(each.peak_bytes, each.seconds / plain) for each in points),
+        references={name: PlanPoint(each.peak_bytes, each.seconds / plain) for name, each in references.items()},
+        is_exact=is_exact,
         timing=timing,
     )
 

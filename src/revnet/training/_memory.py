@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revnet.data import Preprocess
+from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Checkpoint, Store, policy_holders, set_policy
 from revnet.training._device import find_device
@@ -39,21 +40,25 @@ def make_plan(config: TrainConfig, header: Header, preprocess: Preprocess) -> Pl
     with torch.device("meta"):
         model = Classifier.create(header, preprocess).model
         images = torch.empty(config.batch_size, *header.image_shape)
-    return plan(
-        model,
-        images,
-        budget=config.memory_budget,
-        optimizer=partial(
-            torch.optim.SGD,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        ),
-        loss=loss,
-        autocast=_autocast(config),
-        device=device if device.type == "cuda" else "cpu",
-    )
+    try:
+        return plan(
+            model,
+            images,
+            budget=config.memory_budget,
+            optimizer=partial(
+                torch.optim.SGD,
+                lr=config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                weight_decay=config.weight_decay,
+            ),
+            loss=loss,
+            autocast=_autocast(config),
+            device=device if device.type == "cuda" else "cpu",
+        )
+    except BudgetError as error:
+        error.args = (str(error).replace("`budget`", "`memory_budget`"),)  # the name that the user gave it
+        raise
 
 
 def apply_policies(model: nn.Module, config: TrainConfig, made_plan: Plan | None) -> None:
