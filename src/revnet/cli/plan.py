@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from contextlib import nullcontext
 
 from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
@@ -76,7 +77,8 @@ def plan(
 
     budget_bytes = parse_bytes(budget, "--budget")
     step = build_step(flags)
-    print(f"{step.description}\nplanning ...", flush=True)
+    if sys.stderr.isatty():
+        print("planning, which may take some seconds ...", file=sys.stderr)
     if measure:
         memory = predict(step.model, step.inputs, device=step.device, **step.options)
         fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
@@ -90,7 +92,7 @@ def plan(
             timing=MeasuredTiming() if measure else CountedTiming(),
             **step.options,
         )
-    print(f"\n{made}\n")
+    print(f"{step.description}\n\n{made}\n")
     with without_matplotlib():
         picture = flags.picture(folder, "plan")
         made.plot(picture, title=flags.title)
