@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from revnet.errors import MissingDependencyError as MissingDependencyError
     from revnet.errors import PredictionError as PredictionError
     from revnet.errors import ReconstructionError as ReconstructionError
+    from revnet.errors import ReconstructionWarning as ReconstructionWarning
     from revnet.errors import RevnetError as RevnetError
     from revnet.models import create_model as create_model
     from revnet.models import list_models as list_models
@@ -49,6 +50,7 @@ _HOME = {
     "PolicySequential": "revnet.nn",
     "PredictionError": "revnet.errors",
     "ReconstructionError": "revnet.errors",
+    "ReconstructionWarning": "revnet.errors",
     "Reverse": "revnet.nn",
     "ReversibleBlock": "revnet.nn",
     "ReversibleSequential": "revnet.nn",
@@ -80,6 +82,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "PolicySequential",
     "PredictionError",
     "ReconstructionError",
+    "ReconstructionWarning",
     "Reverse",
     "ReversibleBlock",
     "ReversibleSequential",

@@ -10,6 +10,8 @@ there.
   x MissingDependencyError    an optional package is not installed
   x PredictionError           a model cannot be run on shapes without data
   x BudgetError               a training step cannot be made to fit a budget of memory
+
+And one warning, ReconstructionWarning: what was rebuilt is far from what the forward pass saw.
 """
 
 from typing import Self
@@ -25,6 +27,10 @@ class ReconstructionError(RevnetError, RuntimeError):
     Raised in place of a wrong gradient: an output, a parameter, a buffer or an argument was modified in place since the
     forward pass, or running the residual function again did something else than it did the first time.
     """
+
+
+class ReconstructionWarning(UserWarning):
+    """Rebuilt activations are so far from the true ones that gradients are wrong."""
 
 
 class DataError(RevnetError, ValueError):

@@ -3,9 +3,14 @@
 from revnet.functional._batch_norm import normalises_as_batch_norm as normalises_as_batch_norm
 from revnet.functional._checkpoint import checkpointed as checkpointed
 from revnet.functional._checkpoint import checkpointed_call as checkpointed_call
+from revnet.functional._coupling import AbstractCoupling as AbstractCoupling
+from revnet.functional._coupling import Additive as Additive
 from revnet.functional._coupling import additive as additive
 from revnet.functional._coupling import additive_inverse as additive_inverse
 from revnet.functional._coupling import split as split
+from revnet.functional._drift import DriftMeter as DriftMeter
+from revnet.functional._drift import DriftRecord as DriftRecord
+from revnet.functional._fixed_point import FixedPoint as FixedPoint
 from revnet.functional._half_block import HalfBlock as HalfBlock
 from revnet.functional._half_block import call_within as call_within
 from revnet.functional._offload import offloaded as offloaded

@@ -6,7 +6,7 @@ calls, and knows where their inputs come from: rebuilt from the outputs of block
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -59,14 +59,14 @@ class Call:
         self._constants: dict[int, Tensor] = {}  # By the number of the slot, tensors that were there before the call.
         self._result: list[_Layout] = []
 
-    def first(self, run: Run, index: int, compute: Callable[[], Any], source: Tensor | None = None) -> Any:
+    def first(self, run: Run, index: int, compute: Callable[[], Any], sources: Sequence[Tensor] = ()) -> Any:
         """Compute for the first time, leaving slots of `run`'s call number `index` in the graph.
 
         Args:
             run: Who will fill the slots.
             index: The number under which `run` knows this call.
             compute: Calls the function.
-            source: The input, if it is gone when the call is repeated.
+            sources: Inputs that are gone when the call is repeated, which then has others of the same values.
         """
 
         def pack(tensor: Tensor) -> "_Slot | _Lasting":
@@ -78,10 +78,10 @@ class Call:
             self._layouts.append(_Layout.of(tensor))
             self._origins.append(_Origin(tensor))
             self._nodes.append(torch._C._autograd._get_sequence_nr())
-            self._is_complete.append(tensor.grad_fn is not None or storage_key(tensor) == source_key)
+            self._is_complete.append(tensor.grad_fn is not None or storage_key(tensor) in source_keys)
             return slot
 
-        source_key = None if source is None else storage_key(source)
+        source_keys = {storage_key(source) for source in sources}
         start = torch._C._autograd._get_sequence_nr()
         with saved_tensors_hooks(pack, _unpack):
             result = compute()
@@ -89,7 +89,7 @@ class Call:
         results = _tensors_of(result)
         self._result = [_Layout.of(tensor) for tensor in results]
         self.empty_slots()
-        self._keep_what_is_not_its_own(start, [*results, source] if source is not None else results)
+        self._keep_what_is_not_its_own(start, [*results, *sources])
         return result
 
     def repeat(self, compute: Callable[[], Any], *, fill: bool, is_rounded: bool, needs_result: bool) -> Any:

@@ -22,14 +22,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
-from revnet.functional._coupling import additive, additive_inverse
-from revnet.functional._half_block import HalfBlock, hooks_are_not_compiled, residual_of
+from revnet.functional._coupling import AbstractCoupling
+from revnet.functional._half_block import HalfBlock, check_magnitude, hooks_are_not_compiled, residual_of
 from revnet.functional._program import (
     PROGRAMS,
     TENSOR,
     Program,
     constant_buffers,
     handle_of,
+    passes_gradients,
     probe,
     program_of,
 )
@@ -59,7 +60,9 @@ def compiled(
         if handle not in handles:
             handles.append(handle)
             functions.append(half_block.function)
-        calls.append((handles.index(handle), half_block.updates, half_block.name))
+        calls.append(
+            (handles.index(handle), half_block.updates, half_block.name, half_block.coupling, half_block.reads)
+        )
     leaves, spec = tree_flatten((args, kwargs))
     arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     parameters: list[Tensor] = []
@@ -109,7 +112,7 @@ class _Reversible(torch.autograd.Function):
         y1, y2, state = torch.ops.revnet.forward(program, x1, x2, arguments, parameters, constants, changing, wanted)
         # A stream that nothing updates ends as it began; one that only the last function updates is never read again.
         end1, end2 = y1 if 0 in updated else x1, y2 if 1 in updated else x2
-        if len(updated) == 1:
+        if len(updated) == 1 and passes_gradients(program):
             end1, end2 = (y1.new_empty(0), end2) if updated[0] == 0 else (end1, y2.new_empty(0))
         ctx.save_for_backward(end1, end2, state, *arguments, *parameters, *constants)
         ctx.program, ctx.counts, ctx.wanted, ctx.num_changing = program, counts, wanted, len(changing)
@@ -179,7 +182,7 @@ def _forward(
     kept: list[Tensor] = []
     assert run.draws is not None
     for call, draws in zip(run.calls, run.draws, strict=True):
-        half_block = HalfBlock(run.function(call.function), call.updates, call.name)
+        half_block = run.half_block(call)
         source = streams[1 - call.updates].detach().requires_grad_()
         random_before = [get_random_state(device) for device in devices]
         if draws:
@@ -197,7 +200,8 @@ def _forward(
                 run.write_back(call.function, buffers)
         _check_foreseen(half_block, draws, devices, random_before, constants, versions)
         with torch.no_grad():
-            streams[call.updates] = additive(streams[call.updates], residual.detach(), call.name)
+            streams[call.updates] = call.coupling.join(streams[call.updates], residual.detach(), call.name)
+            check_magnitude(half_block, streams[call.updates])
         del source, residual
     updated = {call.updates for call in run.calls}
     y1, y2 = (streams[which] if which in updated else x1.new_empty(0) for which in (0, 1))
@@ -258,7 +262,7 @@ def _backward(
     try:
         for index in reversed(range(first, len(run.calls))):
             call = run.calls[index]
-            half_block = HalfBlock(run.function(call.function), call.updates, call.name)
+            half_block = run.half_block(call)
             random_states, kept = states[index]
             for device, random_state in zip(devices, random_states, strict=False):
                 set_random_state(device, random_state)
@@ -268,19 +272,33 @@ def _backward(
             source = streams[1 - call.updates].tensor.detach().requires_grad_(source_is_wanted)
             with torch.enable_grad(), run.entered(call.function, leaves[num_arguments:], buffers):
                 residual = residual_of(half_block, source, args, kwargs)
-            if index > first:  # Below, nobody reads the stream.
-                streams[call.updates].subtract(residual.detach(), call.name)
+            coupling = call.coupling
+            if index > first or not coupling.passes_gradients:  # Below, nobody reads the stream.
+                streams[call.updates].part(residual.detach(), coupling, call.name)
             grad_y = grads[call.updates]
-            if not residual.requires_grad or grad_y is None:
+            if grad_y is None:
+                continue
+            joined, x = residual, None
+            if not coupling.passes_gradients:
+                stream_is_wanted = index > 0 or wanted[call.updates]
+                x = streams[call.updates].tensor.detach().requires_grad_(stream_is_wanted)
+                with torch.enable_grad():
+                    joined = coupling.join(x, residual, call.name)
+            if not joined.requires_grad:
                 continue
             positions = _wanted_positions(run, call.function, leaves, num_arguments)
             inputs = [leaves[position] for position in positions] + [source] * source_is_wanted
-            edge = get_gradient_edge(residual)
-            grad_residual = grad_y.to(residual.dtype)
-            del source, residual, grad_y  # The residual's memory is free for the gradients.
+            if x is not None and x.requires_grad:
+                inputs.append(x)
+            edge = get_gradient_edge(joined)
+            grad_joined = grad_y.to(joined.dtype)
+            del source, residual, joined, grad_y  # Their memory is free for the gradients.
             _check_leaves(edge, call.name, inputs)
-            found = torch.autograd.grad(edge, inputs, grad_residual, allow_unused=True)
-            del edge, inputs, grad_residual
+            found = torch.autograd.grad(edge, inputs, grad_joined, allow_unused=True)
+            del edge, inputs, grad_joined
+            if x is not None:
+                grads[call.updates], found = (found[-1], found[:-1]) if x.requires_grad else (None, found)
+                del x
             if source_is_wanted:
                 grads[1 - call.updates] = _sum(grads[1 - call.updates], found[-1])
             for position, gradient in zip(positions, found, strict=False):
@@ -324,9 +342,9 @@ class _Stream:
         self.tensor = tensor
         self._is_own = False
 
-    def subtract(self, residual: Tensor, name: str) -> None:
+    def part(self, residual: Tensor, coupling: AbstractCoupling, name: str) -> None:
         in_place = self._is_own and is_only_owner(self.tensor)
-        self.tensor = additive_inverse(self.tensor, residual, name, in_place=in_place)
+        self.tensor = coupling.part(self.tensor, residual, name, in_place=in_place)
         self._is_own = True
 
 

@@ -1,13 +1,100 @@
-"""The additive coupling, and the two streams that it joins.
+"""How a residual joins a stream, and comes off it again; and the two streams.
 
 One half of a reversible block: `y = x + residual`, undone by `x = y - residual` (Gomez et al. 2017, equations 6 and 7;
 Dinh et al. 2015, NICE).
 """
 
+import abc
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from revnet._types import TensorPair
+
+
+class AbstractCoupling(abc.ABC):
+    """Joins residuals to a stream such that they can be taken off again.
+
+    Couplings are frozen dataclasses: those of equal fields are equal.
+    """
+
+    passes_gradients: ClassVar[bool] = True
+    """Whether the gradient of the joined stream is that of the stream and that of the residual, as it is."""
+    number: int
+    """By which code traced by `torch.compile` knows it: the trace can hold and watch a number, but no object."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", _NUMBERS.setdefault(self, len(_NUMBERS)))
+
+    def __reduce__(self) -> Any:
+        # Made anew, since numbers hold in one process only.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def of_number(cls, number: int) -> "AbstractCoupling":
+        """The coupling of that `number`."""
+        return next(coupling for coupling, its_number in _NUMBERS.items() if its_number == number)
+
+    @abc.abstractmethod
+    def enter(self, x: Tensor) -> Tensor:
+        """The stream, made ready for its first residual; functions read it in the type that `x` has."""
+
+    @abc.abstractmethod
+    def join(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """The stream with a residual.
+
+        Args:
+            x: The stream. Not modified.
+            residual: What the residual function returned; the same shape, and a dtype that `x` can hold.
+            name: The residual function's name, for errors.
+
+        Raises:
+            TypeError: `residual` is no tensor, or its dtype would change the stream's.
+            ValueError: `residual` has another shape.
+        """
+
+    @abc.abstractmethod
+    def part(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+        """The stream without the residual that `join` gave it.
+
+        Args:
+            y: The stream. Modified, and returned, if `in_place`.
+            residual: The residual.
+            name: The residual function's name, for errors.
+            in_place: Write the result over `y`, for callers that own it.
+        """
+
+    @abc.abstractmethod
+    def limit(self, dtype: torch.dtype) -> float | None:
+        """The magnitude that a stream of this type must not reach, for reversal to be exact; None if it never is."""
+
+
+_NUMBERS: dict[AbstractCoupling, int] = {}
+
+
+@dataclass(frozen=True)
+class Additive(AbstractCoupling):
+    """`y = x + residual` in floating point: the paper's coupling, and the default.
+
+    Accuracy: what comes back is the old stream up to half a unit in the last place, at every block.
+    """
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The stream as it is."""
+        return x
+
+    def join(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """`x + residual`."""
+        return additive(x, residual, name)
+
+    def part(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+        """`y - residual`."""
+        return additive_inverse(y, residual, name, in_place=in_place)
+
+    def limit(self, dtype: torch.dtype) -> None:
+        """None: there is rounding at every magnitude."""
 
 
 def split(x: Tensor | TensorPair, dim: int) -> TensorPair:
@@ -65,7 +152,7 @@ def additive(x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         TypeError: `residual` is no tensor, or its dtype would change the stream's.
         ValueError: `residual` has another shape.
     """
-    _check_residual(x, residual, name)
+    check_residual(x, residual, name)
     return x + residual
 
 
@@ -81,11 +168,12 @@ def additive_inverse(y: Tensor, residual: Tensor, name: str = "f", *, in_place: 
     Numerics:
         Floating-point addition rounds, so this returns the old `x` up to half a unit in the last place of `y`.
     """
-    _check_residual(y, residual, name)
+    check_residual(y, residual, name)
     return y.sub_(residual) if in_place else y - residual
 
 
-def _check_residual(x: Tensor, residual: Tensor, name: str) -> None:
+def check_residual(x: Tensor, residual: Tensor, name: str) -> None:
+    """Raise unless a residual can join the stream `x`."""
     if not isinstance(residual, Tensor):
         raise TypeError(
             f"`{name}` returned {_describe(residual)}, but must return one tensor, which is added to a stream."

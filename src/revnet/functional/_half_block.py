@@ -1,5 +1,6 @@
 """One half of a reversible block: a residual function, and the stream that it updates."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from revnet.functional._storage import storage_key, version_of
+from revnet.errors import ReconstructionError
+from revnet.functional._coupling import AbstractCoupling, Additive
+from revnet.functional._storage import has_values, storage_key, version_of
+
+_ADDITIVE = Additive()
 
 
 class HalfBlock(NamedTuple):
@@ -23,6 +28,10 @@ class HalfBlock(NamedTuple):
     """The function's place in the model, for errors: "blocks.3.f"."""
     owner: nn.Module | None = None
     """The block that must be called for it, since it has hooks; one call for consecutive half-blocks of one owner."""
+    coupling: AbstractCoupling = _ADDITIVE
+    """How the residual joins the stream."""
+    reads: torch.dtype | None = None
+    """What the function is given, if not the stream's own type."""
 
 
 Advance = Callable[[HalfBlock, list[Tensor]], None]
@@ -130,6 +139,8 @@ def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
 
 def residual_of(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Call a residual function, and refuse one that writes over its input: the input could not be rebuilt."""
+    if half_block.reads is not None:
+        source = source.to(half_block.reads)
     if torch.compiler.is_dynamo_compiling():  # Traced code has no versions; eager code and `compiled` have.
         return half_block.function(source, *args, **kwargs)
     version = version_of(source)
@@ -140,3 +151,25 @@ def residual_of(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kw
             "out-of-place form of its first operation (`inplace=False`), or `clone` the input."
         )
     return residual
+
+
+def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:
+    """`check_range` of a stream that the half-block has just updated."""
+    if half_block.coupling.limit(y.dtype) is not None and has_values(y):
+        check_range(half_block, float(torch.linalg.vector_norm(y, torch.inf)), y.dtype)
+
+
+def check_range(half_block: HalfBlock, magnitude: float, dtype: torch.dtype) -> None:
+    """Raise if a stream left the range in which the half-block can be undone exactly.
+
+    Raises:
+        ReconstructionError: It did. NaN and inf are none of it: those are the model's own.
+    """
+    limit = half_block.coupling.limit(dtype)
+    if limit is not None and math.isfinite(magnitude) and magnitude >= limit:
+        bits = math.floor(math.log2(magnitude / limit)) + 1
+        raise ReconstructionError(
+            f"a stream reached {magnitude:,.5g} at `{half_block.name}`, beyond the {limit:,.5g} up to which "
+            f"{half_block.coupling} is exact in {dtype}; take {bits} or more off its `fraction_bits`, set "
+            "`is_wide=True`, or normalise what the residual functions return."
+        )

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
 from revnet.functional._batch_norm import is_torch_norm
-from revnet.functional._coupling import additive
+from revnet.functional._coupling import AbstractCoupling
 from revnet.functional._half_block import HalfBlock, residual_of
 from revnet.functional._recompute import Entry
 from revnet.functional._storage import storage_key
@@ -34,6 +34,8 @@ class _Call(NamedTuple):
     """Which of the program's functions."""
     updates: Literal[0, 1]
     name: str
+    coupling: AbstractCoupling
+    reads: torch.dtype | None
 
 
 class Program:
@@ -45,12 +47,15 @@ class Program:
     def __init__(
         self,
         functions: Sequence[nn.Module],
-        calls: Sequence[tuple[int, Literal[0, 1], str]],
+        calls: Sequence[tuple[int, Literal[0, 1], str, int, torch.dtype | None]],
         training: Sequence[Sequence[bool]],
         autocast: Sequence[tuple[str, torch.dtype, bool]],
         arguments: Any,
     ):
-        self.calls = [_Call(*call) for call in calls]
+        self.calls = [
+            _Call(function, updates, name, AbstractCoupling.of_number(coupling), reads)
+            for function, updates, name, coupling, reads in calls
+        ]
         self._functions = [weakref.ref(function) for function in functions]
         self._training = training
         self._autocast = autocast
@@ -69,6 +74,12 @@ class Program:
         """For each call, whether it moves the random state. Found by the probe."""
         self.is_constant: list[bool] = []
         """For each buffer, whether every call leaves it as it is. Found by the probe."""
+
+    def half_block(self, call: _Call) -> HalfBlock:
+        """The half-block that a call runs."""
+        return HalfBlock(
+            self.function(call.function), call.updates, call.name, coupling=call.coupling, reads=call.reads
+        )
 
     def function(self, which: int) -> nn.Module:
         function = self._functions[which]()
@@ -180,7 +191,7 @@ def handle_of(function: nn.Module) -> int:
 @_constant_while_tracing
 def program_of(
     handles: list[int],
-    calls: list[tuple[int, Literal[0, 1], str]],
+    calls: list[tuple[int, Literal[0, 1], str, int, torch.dtype | None]],
     training: list[list[bool]],
     autocast: list[tuple[str, torch.dtype, bool]],
     arguments: Any,
@@ -197,6 +208,11 @@ def program_of(
 @_constant_while_tracing
 def constant_buffers(program: int) -> list[bool]:
     return PROGRAMS[program].is_constant
+
+
+@_constant_while_tracing
+def passes_gradients(program: int) -> bool:
+    return all(call.coupling.passes_gradients for call in PROGRAMS[program].calls)
 
 
 def _check(functions: Sequence[nn.Module]) -> None:
@@ -275,8 +291,7 @@ def probe(
         watch = _Watch()
         try:
             with torch.no_grad(), program.entered(call.function, parameters, copies), _with_real_tensors(x1), watch:
-                half_block = HalfBlock(program.function(call.function), call.updates, call.name)
-                residual = residual_of(half_block, source, args, kwargs)
+                residual = residual_of(program.half_block(call), source, args, kwargs)
                 of_function = program.of_function(call.function, positions, "buffers")
                 for position, (holder, name) in zip(of_function, program._buffer_places[call.function], strict=True):
                     # Kernels write to running statistics without saying so; no vector is trusted to be constant.
@@ -286,7 +301,7 @@ def probe(
                         or copies[position].dim() <= 1
                     ):
                         changed.add(position)
-            streams[call.updates] = additive(streams[call.updates], residual, call.name)
+            streams[call.updates] = call.coupling.join(streams[call.updates], residual, call.name)
             draws.append(watch.draws)
         except (DataDependentOutputException, DynamicOutputShapeException):
             # What it does depends on values: expect everything.

@@ -23,10 +23,10 @@ from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
 from revnet.functional._call import Call
 from revnet.functional._compiled import compiled
-from revnet.functional._coupling import additive, additive_inverse
-from revnet.functional._half_block import HalfBlock, residual_of, run_chain
+from revnet.functional._drift import DriftWatch
+from revnet.functional._half_block import HalfBlock, check_magnitude, check_range, residual_of, run_chain
 from revnet.functional._recompute import Conditions, tensors_in
-from revnet.functional._storage import is_only_owner, version_of
+from revnet.functional._storage import has_values, is_only_owner, version_of
 
 
 def stored(
@@ -40,7 +40,7 @@ def stored(
 
     def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
         residual = residual_of(half_block, streams[1 - half_block.updates], args, kwargs)
-        streams[half_block.updates] = additive(streams[half_block.updates], residual, half_block.name)
+        streams[half_block.updates] = half_block.coupling.join(streams[half_block.updates], residual, half_block.name)
 
     streams = [x1, x2]
     run_chain(half_blocks, streams, args, kwargs, advance)
@@ -94,12 +94,18 @@ def inverse(
         source = streams[1 - half_block.updates]
         with Conditions(half_block.function, source, tensors).restored():
             residual = residual_of(half_block, source, args, kwargs)
-        streams[half_block.updates] = additive_inverse(streams[half_block.updates], residual, half_block.name)
+        y = streams[half_block.updates]
+        check_magnitude(half_block, y)
+        streams[half_block.updates] = half_block.coupling.part(y, residual, half_block.name)
     return streams[0], streams[1]
 
 
 def run_reversible(
-    half_blocks: Sequence[HalfBlock], x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    half_blocks: Sequence[HalfBlock],
+    x1: Tensor,
+    x2: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor, "ReversibleRun | None"]:
     """`reversible`, and the run that holds the final pair; None where autograd saved nothing."""
     if not torch.is_grad_enabled():
@@ -107,7 +113,7 @@ def run_reversible(
     if torch.compiler.is_dynamo_compiling():
         streams_within = compiled(half_blocks, x1, x2, args, kwargs) or stored(half_blocks, x1, x2, args, kwargs)
         return *streams_within, None
-    run = ReversibleRun(args, kwargs)
+    run = ReversibleRun(args, kwargs, is_watched=len(half_blocks) > 1)  # Of one, nothing is rebuilt.
     streams = [x1, x2]
     del x1, x2  # From here on the streams may be freed as soon as they are used.
     run_chain(half_blocks, streams, args, kwargs, run.advance)
@@ -121,7 +127,7 @@ def run_reversible(
 class ReversibleRun:
     """One forward pass through a chain of half-blocks, able to rebuild what it did not keep."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_watched: bool):
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
@@ -131,6 +137,9 @@ class ReversibleRun:
         self._held: _Streams | None = None
         self._walk: _Streams | None = None
         self._filled: int | None = None
+        self._has_begun = False
+        self._magnitudes: list[tuple[int, Tensor]] = []
+        self._watch = DriftWatch() if is_watched else None
         self.lock = threading.RLock()
 
     @property
@@ -145,30 +154,69 @@ class ReversibleRun:
 
     def advance(self, half_block: HalfBlock, streams: list[Tensor]) -> None:
         """Run the next half-block on `streams`, keeping none of its activations."""
-        source = streams[1 - half_block.updates]
-        call = Call(half_block.name, Conditions(half_block.function, source, self._tensors))
+        source, stream = streams[1 - half_block.updates], streams[half_block.updates]
+        coupling, name = half_block.coupling, half_block.name
+        call = Call(name, Conditions(half_block.function, source, self._tensors))
         index = len(self._steps)
-        self._steps.append(_Step(half_block, source.requires_grad, call))
-        residual = call.first(
-            self, index, lambda: residual_of(half_block, source, self._args, self._kwargs), source=source
-        )
+        self._steps.append(_Step(half_block, source.requires_grad, stream.requires_grad, call))
+
+        def residual() -> Tensor:
+            return residual_of(half_block, source, self._args, self._kwargs)
+
+        if coupling.passes_gradients:
+            y = coupling.join(stream, call.first(self, index, residual, sources=(source,)), name)
+        else:
+            y = call.first(self, index, lambda: coupling.join(stream, residual(), name), sources=(source, stream))
         if call.saved_anything():
             self._last_alive = index
             if self._first_with_slots is None:
                 self._first_with_slots = index
-        streams[half_block.updates] = additive(streams[half_block.updates], residual, half_block.name)
+        if self._watch is not None and self._first_with_slots is not None:
+            self._watch.keep(index, source)
+        streams[half_block.updates] = y
+        if half_block.coupling.limit(y.dtype) is not None:
+            # One pass over the stream; read in the backward pass, so that a GPU need not be waited for.
+            self._magnitudes.append((index, torch.linalg.vector_norm(y.detach(), torch.inf)))
+
+    def walk_back(self) -> None:
+        """Rebuild all that the functions read, for nothing but to see how far from the truth it is."""
+        self._begin()
+        assert self._held is not None
+        streams = self._held.fork()
+        while streams.position > (self._first_with_slots or 0) + 1:
+            self._step_back(streams, fill=False)
+        self._source(streams, streams.position - 1)
+
+    def _begin(self) -> None:
+        """Before anything is rebuilt: whether the forward pass left what can be."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self._check_magnitudes()
+        if self._watch is not None and self._held is not None:
+            self._watch.begin([self._held.peek(which) for which in (0, 1)])
+
+    def _check_magnitudes(self) -> None:
+        """Raise if a stream left the range in which it can be taken apart exactly."""
+        magnitudes, self._magnitudes = self._magnitudes, []
+        if not magnitudes or not has_values(magnitudes[0][1]):
+            return
+        for (index, norm), magnitude in zip(magnitudes, torch.stack([m for _, m in magnitudes]).tolist(), strict=True):
+            check_range(self._steps[index].half_block, magnitude, norm.dtype)
 
     def hold(self, y1: Tensor, y2: Tensor) -> None:
         """Hold the final pair, or the same values seen through another tensor (the halves of the caller's output)."""
         layouts = self._held.layouts if self._held is not None else (y1.stride(), y2.stride())
         streams: list[Tensor | None] = [y1.detach(), y2.detach()]
-        if self._first_with_slots == len(self._steps) - 1:
+        last = self._steps[-1].half_block
+        if self._first_with_slots == len(self._steps) - 1 and last.coupling.passes_gradients:
             # Only the last function runs again, and nothing below it: the stream that it updates is never read.
-            streams[self._steps[-1].half_block.updates] = None
+            streams[last.updates] = None
         self._held = _Streams(len(self._steps), streams, layouts)
 
     def rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""
+        self._begin()
         # Never the activations of two residual functions at once, even where nobody collects the first one's.
         if self._filled is not None:
             self._steps[self._filled].call.empty_slots()
@@ -178,6 +226,8 @@ class ReversibleRun:
             self._step_back(streams, fill=False)
         if streams.position == index + 1:
             self._step_back(streams, fill=True)
+        elif not self._steps[index].half_block.coupling.passes_gradients:
+            self._recompute_joined(streams, index, fill=True)
         else:
             # Already past it, which left the stream that it reads as it was.
             self._recompute(streams, index, fill=True, needs_residual=False)
@@ -214,14 +264,21 @@ class ReversibleRun:
     def _step_back(self, streams: "_Streams", *, fill: bool) -> None:
         """Undo the half-block before `streams.position`; `fill` its slots on the way."""
         index = streams.position - 1
-        needs_residual = self._first_with_slots is not None and index > self._first_with_slots
-        residual = self._recompute(streams, index, fill=fill, needs_residual=needs_residual)
+        is_needed = self._first_with_slots is not None and index > self._first_with_slots
+        half_block = self._steps[index].half_block
+        coupling = half_block.coupling
+        if not coupling.passes_gradients:
+            x = self._recompute_joined(streams, index, fill=fill)
+            if is_needed:
+                streams.put(half_block.updates, x)
+                streams.position = index
+            return
+        residual = self._recompute(streams, index, fill=fill, needs_residual=is_needed)
         if residual is None:
             return
-        half_block = self._steps[index].half_block
         y = streams.take(half_block.updates)
         try:
-            x = additive_inverse(y, residual, half_block.name, in_place=is_only_owner(y))
+            x = coupling.part(y, residual, half_block.name, in_place=is_only_owner(y))
         except BaseException:
             streams.put(half_block.updates, y)
             raise
@@ -230,15 +287,56 @@ class ReversibleRun:
 
     def _recompute(self, streams: "_Streams", index: int, *, fill: bool, needs_residual: bool) -> Tensor | None:
         """Run residual function `index` again; returns its output if that is needed."""
-        half_block, source_requires_grad, call = self._steps[index]
-        source = streams.read(1 - half_block.updates).detach().requires_grad_(source_requires_grad)
-        residual: Tensor | None = call.repeat(
+        half_block = self._steps[index].half_block
+        source = self._source(streams, index)
+        residual: Tensor | None = self._steps[index].call.repeat(
             lambda: residual_of(half_block, source, self._args, self._kwargs),
             fill=fill,
-            is_rounded=streams.position < len(self._steps),  # The last one reads what the forward pass left.
+            is_rounded=self._is_rounded(streams, source, half_block),
             needs_result=needs_residual,
         )
         return None if residual is None else residual.detach()
+
+    def _recompute_joined(self, streams: "_Streams", index: int, *, fill: bool) -> Tensor:
+        """Run residual function `index` again, and join what it returns to the stream before it, which is returned."""
+        half_block, _, stream_requires_grad, call = self._steps[index]
+        coupling, name = half_block.coupling, half_block.name
+        source = self._source(streams, index)
+        y_or_x = streams.read(half_block.updates)
+        x = y_or_x if streams.position == index else None
+
+        def compute() -> Tensor:
+            nonlocal x
+            residual = residual_of(half_block, source, self._args, self._kwargs)
+            if x is None:
+                with torch.no_grad():
+                    x = coupling.part(y_or_x, residual, name)
+            return coupling.join(x.detach().requires_grad_(stream_requires_grad), residual, name)
+
+        is_rounded = self._is_rounded(streams, source, half_block)
+        call.repeat(compute, fill=fill, is_rounded=is_rounded, needs_result=not fill)
+        assert x is not None
+        return x
+
+    def _source(self, streams: "_Streams", index: int) -> Tensor:
+        """What residual function `index` reads, as the leaf of its second run."""
+        half_block, source_requires_grad, _, _ = self._steps[index]
+        source = streams.read(1 - half_block.updates).detach()
+        if self._watch is not None and index < len(self._steps) - 1:
+            self._watch.compare(
+                index,
+                source,
+                half_block.function,
+                half_block.name,
+                distance=len(self._steps) - 1 - index,
+                is_exact=half_block.coupling.limit(source.dtype) is not None,
+            )
+        return source.requires_grad_(source_requires_grad)
+
+    def _is_rounded(self, streams: "_Streams", source: Tensor, half_block: HalfBlock) -> bool:
+        """Whether what a function reads again carries the rounding of a reconstruction."""
+        # The last one reads what the forward pass left; where reversal is exact, so does every one.
+        return streams.position < len(self._steps) and half_block.coupling.limit(source.dtype) is None
 
 
 class _Step(NamedTuple):
@@ -246,6 +344,7 @@ class _Step(NamedTuple):
 
     half_block: HalfBlock
     source_requires_grad: bool
+    stream_requires_grad: bool
     call: Call
 
 
@@ -290,6 +389,10 @@ class _Streams:
                 f"expected version {self._versions[which]}. The activations are rebuilt from that output: use the "
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
+
+    def peek(self, which: int) -> Tensor | None:
+        """The stream as it lies, if it is held."""
+        return self._tensors[which]
 
     def take(self, which: int) -> Tensor:
         """`read` without keeping it, so that the caller is its only owner unless somebody else sees the memory."""

@@ -21,6 +21,11 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether the tensor is more than a shape: not fake, not on the meta device, not inside a transform."""
+    return type(tensor) is Tensor and not tensor.is_meta and not torch._C._are_functorch_transforms_active()
+
+
 def _use_count(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
@@ -39,6 +44,11 @@ _ALONE = _count_alone()
 _PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted as the one that it stands for.
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor, or a fake one that stands for such."""
+    return type(tensor) in _PLAIN
+
+
 def is_only_owner(tensor: Tensor) -> bool:
     """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
-    return _ALONE is not None and type(tensor) in _PLAIN and _use_count(tensor) == _ALONE
+    return _ALONE is not None and is_plain(tensor) and _use_count(tensor) == _ALONE

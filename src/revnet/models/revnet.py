@@ -12,6 +12,7 @@ References:
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
@@ -161,7 +162,7 @@ class RevNet(AbstractImageClassifier):
         )
         self.norm = batch_norm(channels[-1])
         self.head = make_head(channels[-1], num_classes)
-        initialize(self)
+        self._initialize(self)
 
     def _enter(self, x: Tensor) -> TensorPair:
         # Under autocast the stem's map is in low precision, in which the streams could hardly be rebuilt.
@@ -169,6 +170,12 @@ class RevNet(AbstractImageClassifier):
 
     def _join(self, y: TensorPair) -> Tensor:
         return torch.cat(y, dim=1)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x))
+
+    def _initialize(self, module: nn.Module) -> None:
+        initialize(module)
 
 
 def _is_autocast(device_type: str) -> bool:

@@ -1,13 +1,15 @@
-"""The reversible block with additive coupling."""
+"""The reversible block."""
 
 from typing import Any, overload
 
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.functional import HalfBlock, call_within
+from revnet.functional import AbstractCoupling, Additive, HalfBlock, call_within
 from revnet.nn._policy import Reverse
 from revnet.nn._run import run_forward, run_inverse
+
+_ADDITIVE = Additive()
 
 
 class ReversibleBlock(nn.Module):
@@ -23,6 +25,8 @@ class ReversibleBlock(nn.Module):
             input.
         g: The residual function of the second stream: called with `y1`, returns a tensor of `x2`'s shape.
         split_dim: The dimension along which a tensor input is split into `x1, x2`.
+        coupling: How residuals join the streams: `Additive()`, or `FixedPoint()` for a reversal that is exact to the
+            last bit.
 
     Shape:
         x: a tensor, even along `split_dim`, for instance (B, C, H, W) with C even; or a pair of tensors. Output: the
@@ -35,7 +39,7 @@ class ReversibleBlock(nn.Module):
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7.
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, *, split_dim: int = 1):
+    def __init__(self, f: nn.Module, g: nn.Module, *, split_dim: int = 1, coupling: AbstractCoupling = _ADDITIVE):
         super().__init__()
         for name, function in (("f", f), ("g", g)):
             if not isinstance(function, nn.Module):
@@ -43,8 +47,11 @@ class ReversibleBlock(nn.Module):
                     f"`{name}` (={function!r}) must be an nn.Module, so that its parameters and buffers are known "
                     "when it runs again in the backward pass; wrap the function in a module."
                 )
+        if not isinstance(coupling, AbstractCoupling):
+            raise TypeError(f"`coupling` (={coupling!r}) must be a coupling, such as `Additive()` or `FixedPoint()`.")
         self.f = f
         self.g = g
+        self.coupling = coupling
         self.split_dim = split_dim
 
     @overload
@@ -82,8 +89,13 @@ class ReversibleBlock(nn.Module):
 
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """The two residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
-        return [HalfBlock(self.f, 0, f"{prefix}f"), HalfBlock(self.g, 1, f"{prefix}g")]
+        return [
+            HalfBlock(self.f, 0, f"{prefix}f", coupling=self.coupling),
+            HalfBlock(self.g, 1, f"{prefix}g", coupling=self.coupling),
+        ]
 
     def extra_repr(self) -> str:
         """The options that differ from the default, for `repr`."""
-        return "" if self.split_dim == 1 else f"split_dim={self.split_dim}"
+        options = [f"split_dim={self.split_dim}"] if self.split_dim != 1 else []
+        options += [f"coupling={self.coupling}"] if self.coupling != _ADDITIVE else []
+        return ", ".join(options)

@@ -34,10 +34,13 @@ def run_forward(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run `segments` in order on `x`; the output has the form of `x`, a tensor or a pair."""
-    x1, x2 = split(x, split_dim)
+    first = segments[0][1][0] if segments else None
+    x1, x2, reads = _enter(split(x, split_dim), first)
     run = None
     for policy, half_blocks in segments:
-        x1, x2, run = policy.run(half_blocks, x1, x2, args, kwargs)
+        x1, x2, run = policy.run(_reading(half_blocks, reads), x1, x2, args, kwargs)
+    if reads is not None:  # What is held is the stream itself.
+        x1, x2, run = x1.to(reads), x2.to(reads), None
     if not isinstance(x, Tensor):
         return x1, x2
     y = torch.cat((_apart(x1), _apart(x2)), split_dim)
@@ -45,6 +48,33 @@ def run_forward(
         # Hold the halves of the caller's own output rather than a second copy of them.
         run.hold(*y.detach().split((x1.shape[split_dim], x2.shape[split_dim]), split_dim))
     return y
+
+
+def _reading(half_blocks: list[HalfBlock], reads: torch.dtype | None) -> list[HalfBlock]:
+    return half_blocks if reads is None else [half_block._replace(reads=reads) for half_block in half_blocks]
+
+
+def _enter(x: TensorPair, first: HalfBlock | None) -> tuple[Tensor, Tensor, torch.dtype | None]:
+    """The streams made ready, and what functions read if that is another type.
+
+    Under autocast streams are float32, in which they can be rebuilt: functions compute in low precision all the same.
+    """
+    x1, x2 = (each.float() if is_low_precision(each) else each for each in x)
+    if first is None:
+        return x1, x2, None
+    stream1, stream2 = first.coupling.enter(x1), first.coupling.enter(x2)
+    return stream1, stream2, x1.dtype if stream1.dtype != x1.dtype else None
+
+
+def is_low_precision(x: Tensor) -> bool:
+    """Whether autocast has made `x` so imprecise that, as a stream, it could hardly be rebuilt."""
+    # PyTorch knows no autocast on the meta device, and raises when asked whether it is on.
+    device_type = x.device.type
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    )
 
 
 def _apart(stream: Tensor) -> Tensor:
@@ -76,6 +106,8 @@ def run_inverse(
     kwargs: dict[str, Any],
 ) -> Any:
     """Undo `half_blocks` on `y`; the result has the form of `y`, a tensor or a pair."""
-    y1, y2 = split(y, split_dim)
-    x1, x2 = inverse(half_blocks, y1, y2, args, kwargs)
+    y1, y2, reads = _enter(split(y, split_dim), half_blocks[0] if half_blocks else None)
+    x1, x2 = inverse(_reading(list(half_blocks), reads), y1, y2, args, kwargs)
+    if reads is not None:
+        x1, x2 = x1.to(reads), x2.to(reads)
     return torch.cat((x1, x2), split_dim) if isinstance(y, Tensor) else (x1, x2)

@@ -119,7 +119,15 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.blocks)
 
-    def __getitem__(self, index: int) -> nn.Module:
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ReversibleSequential": ...
+
+    def __getitem__(self, index: int | slice) -> "nn.Module | ReversibleSequential":
+        """A block; or for a slice a sequence of these same blocks, with their policies."""
+        if isinstance(index, slice):
+            return ReversibleSequential(*self._reversible_blocks()[index], policy=self.policies[index])
         return self.blocks[index]
 
     def extra_repr(self) -> str:
