@@ -23,7 +23,7 @@ from revnet import (
     Store,
     create_model,
 )
-from revnet.models import RevNet
+from revnet.models import ReversibleViT, RevNet
 from revnet.nn import BatchNorm2dBiased
 
 
@@ -275,11 +275,22 @@ REVERSING_POLICIES = {
 }
 all_policies = pytest.mark.parametrize("policy", REVERSING_POLICIES.values(), ids=REVERSING_POLICIES.keys())
 
-# Cheap ones with both blocks and both stems; tests/models compares the published networks with their twins.
+# Cheap ones, with both blocks and both stems; tests/models compares the published networks with their twins.
 REVERSIBLE_MODELS: dict[str, Callable[..., nn.Module]] = {
     "revnet38": partial(create_model, "revnet38"),
     "bottleneck": partial(RevNet, num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck"),
     "large-stem": partial(RevNet, num_blocks=(2, 2), widths=(4, 6, 8), stem="large"),
+    "vit": partial(
+        ReversibleViT,
+        img_size=32,
+        patch_size=8,
+        dim=8,
+        depth=3,
+        num_heads=2,
+        num_classes=10,
+        dropout=0.1,
+        drop_path=0.2,
+    ),
 }
 all_reversible_models = pytest.mark.parametrize("make_model", REVERSIBLE_MODELS.values(), ids=REVERSIBLE_MODELS.keys())
 

@@ -71,6 +71,12 @@ def test_a_plan_is_printed_and_drawn(revnet, tmp_path):
     )
 
 
+def test_the_optimizer_is_trained_with(revnet):
+    output = revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", "adamw")[1]
+    assert "--batch-size 4 --optimizer adamw --lr 0.001 --memory-budget 12MiB" in output
+    assert "to train" not in revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", "adam")[1]
+
+
 def test_what_is_printed_to_write_makes_the_same_plan(revnet):
     output = revnet("plan", "own_networks:Net", *SMALL, "--budget", "600KiB", "--image", "32")[1]
     call = next(line for line in output.splitlines() if line.startswith("in Python")).split(maxsplit=2)[2]

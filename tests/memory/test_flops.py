@@ -1,4 +1,6 @@
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from revnet import create_model
@@ -16,3 +18,15 @@ def test_counts_without_computing():
     flops = count_flops(model, x)
     assert flops == count_flops(create_model("resnet32"), torch.randn(1, 3, 32, 32))
     assert model.training
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_is_two_products(device):
+    """The CPU has a kernel of its own for it."""
+
+    class Attends(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = torch.ones(2, 3, 5, 8, device=device), *[torch.ones(2, 3, 7, 8, device=device) for _ in range(2)]
+    assert count_flops(Attends(), q, k, v) == 2 * 2 * (2 * 3) * 5 * 7 * 8

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from revnet import PredictionError, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.memory import measure, predict
-from revnet.models import ResNet, RevNet
+from revnet.models import ResNet, ReversibleViT, RevNet
 from tests.helpers import CASE, ConvResidual, all_cases, all_policies
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -45,6 +45,7 @@ MODELS = {
     "revnet": partial(RevNet, num_blocks=(1, 1), widths=(4, 4, 8)),
     "stored-revnet": partial(RevNet, num_blocks=(1, 1), widths=(4, 4, 8), policy=Store()),
     "bottlenecks": partial(RevNet, num_blocks=(2,), widths=(4, 8), block="bottleneck", stem="large"),
+    "vit": partial(ReversibleViT, img_size=16, patch_size=4, dim=8, depth=2, num_heads=2, num_classes=10),
     "resnet": partial(ResNet, num_blocks=(1, 1), widths=(4, 4, 8)),
 }
 
@@ -86,6 +87,13 @@ class CheckpointedReentrant(Checkpointed):
     use_reentrant = True
 
 
+class NormsChannels(nn.LayerNorm):
+    """A layer norm over the channels of images, between permutations."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Joins(nn.Module):
     """Parameters whose gradients are views, or are shared, so that autograd has to copy them."""
 
@@ -101,6 +109,7 @@ class Joins(nn.Module):
 SEQUENCE, IMAGES = (2, 6, 8), (2, 8, 8, 8)
 LAYERS = {
     "layer-norm": (lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), SEQUENCE),
+    "permuted-layer-norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), NormsChannels(8), nn.Conv2d(8, 8, 3)), IMAGES),
     "group-norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3)), IMAGES),
     "instance-norm": (lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8, affine=True)), IMAGES),
     "batch-norm": (lambda: nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), IMAGES),

@@ -1,4 +1,4 @@
-"""What users of timm expect of a network, of both families."""
+"""What users of timm expect of a network, of every family."""
 
 import math
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from revnet import Store
 from revnet.memory import measure
-from revnet.models import ResNet, RevNet
+from revnet.models import ResNet, ReversibleViT, RevNet
 from tests.helpers import assert_close, assert_same_buffers, gradients, squares
 
 OPTIONS = {"num_blocks": (1, 2), "widths": (4, 4, 8)}
+VIT_OPTIONS = {"img_size": 32, "patch_size": 8, "dim": 8, "num_heads": 2}
 all_networks = pytest.mark.parametrize(
     "make",
     [
@@ -19,8 +20,9 @@ all_networks = pytest.mark.parametrize(
         lambda **options: ResNet(**OPTIONS, block="bottleneck", stem="large", **options),
         lambda **options: RevNet(**OPTIONS, **options),
         lambda **options: RevNet(**OPTIONS, block="bottleneck", stem="large", **options),
+        lambda **options: ReversibleViT(**VIT_OPTIONS, depth=2, **options),
     ],
-    ids=["resnet", "resnet-large", "revnet", "revnet-large"],
+    ids=["resnet", "resnet-large", "revnet", "revnet-large", "vit"],
 )
 
 
@@ -34,7 +36,10 @@ def test_forward_is_features_then_head(make):
     x = make_input()
     features = model.forward_features(x)
     assert features.shape[:2] == (2, model.num_features)
-    assert features.min() == 0, "after the last ReLU"
+    if isinstance(model, ReversibleViT):
+        assert_close(features.var(1, correction=0), torch.ones(2, 4, 4), tolerance=1e-3)  # after the last layer norm
+    else:
+        assert features.min() == 0, "after the last ReLU"
     assert torch.equal(model.forward_head(features), model(x))
     pooled = model.forward_head(features, pre_logits=True)
     assert torch.equal(pooled, features.mean((2, 3)))
@@ -59,8 +64,11 @@ def test_reset_classifier(make):
     model.reset_classifier(1000)
     assert model.num_classes == 1000
     weight = model.get_classifier().weight
-    bound = math.sqrt(3 / model.num_features)
-    assert 0.99 * bound < weight.abs().max() <= bound
+    if isinstance(model, ReversibleViT):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    else:
+        bound = math.sqrt(3 / model.num_features)
+        assert 0.99 * bound < weight.abs().max() <= bound
     assert torch.equal(model.head.bias, torch.zeros(1000))
     assert model(make_input()).shape == (2, 1000)
     model.reset_classifier(0)
@@ -93,7 +101,8 @@ def test_reset_classifier_refuses(num_classes):
 def test_feature_info_describes_the_maps(make):
     model = make()
     stem = "stem.2" if len(model.stem) > 3 else "stem"  # before the pooling
-    assert [info["module"] for info in model.feature_info] == [stem, "stages.0", "stages.1"]
+    stages = "stages.blocks" if isinstance(model, ReversibleViT) else "stages"
+    assert [info["module"] for info in model.feature_info] == [stem, f"{stages}.0", f"{stages}.1"]
     x = make_input()
     _, maps = model.forward_intermediates(x)
     assert len(maps) == len(model.feature_info)
@@ -122,9 +131,11 @@ def test_maps_are_what_the_modules_return(make):
     x = make_input()
     features, maps = model.forward_intermediates(x)
     for map_, y in zip(maps, seen, strict=True):
-        assert torch.equal(map_, torch.cat(y, 1) if isinstance(y, tuple) else y)
+        if isinstance(y, tuple):  # the streams; a transformer's have their channels last
+            y = torch.cat(y, -1).permute(0, 3, 1, 2) if isinstance(model, ReversibleViT) else torch.cat(y, 1)
+        assert torch.equal(map_, y)
     assert torch.equal(features, model.forward_features(x))
-    assert torch.equal(features, torch.relu(model.norm(maps[-1])))
+    assert torch.equal(features, model._finish(maps[-1]))
 
 
 @all_networks
@@ -179,12 +190,19 @@ def test_another_layout_is_refused():
         ResNet(**OPTIONS).forward_intermediates(make_input(), output_fmt="NLC")
 
 
-@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: RevNet(**OPTIONS, stem="large", **options),
+        lambda **options: RevNet(**OPTIONS, block="bottleneck", stem="large", **options),
+        lambda **options: ReversibleViT(**VIT_OPTIONS, depth=3, **options),
+    ],
+    ids=["basic", "bottleneck", "vit"],
+)
 @pytest.mark.parametrize("options", [{}, {"indices": [1]}, {"indices": [0, 1], "stop_early": True}, {"norm": True}])
-def test_gradients_through_maps_are_the_twins(block, options):
+def test_gradients_through_maps_are_the_twins(make, options):
     """Of a loss on the final features and on every map, all at once."""
-    model = RevNet(**OPTIONS, block=block, stem="large").double()
-    twin = RevNet(**OPTIONS, block=block, stem="large", policy=Store()).double()
+    model, twin = make().double(), make(policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     x = make_input().double().requires_grad_()
     twin_x = x.detach().clone().requires_grad_()
@@ -217,3 +235,14 @@ def test_depth_costs_no_memory_with_maps(block):
 
     assert peak((4, 4), None) == peak((9, 9), None)
     assert peak((4, 4), [2]) < peak((4, 4), None), "a map that nobody asks for is not made"
+
+
+def test_only_the_maps_of_a_transformer_cost_memory():
+    """Its blocks between two maps are rebuilt as one."""
+
+    def peak(depth, indices):
+        model = ReversibleViT(**VIT_OPTIONS, depth=depth)
+        return measure(Maps(model, indices), make_input()).activation_bytes
+
+    assert peak(4, [2, 4]) == peak(9, [2, 9])
+    assert peak(4, [4]) < peak(4, [2, 4]) < peak(4, None)

@@ -52,8 +52,8 @@ def assert_is_official(config: Config, model: nn.Module, x: torch.Tensor) -> Non
         torch.testing.assert_close(norm.running_var, 0.99 + 0.01 * variance, rtol=1e-9, atol=1e-9)
 
 
-def test_every_model_has_its_configuration():
-    assert sorted(CONFIGS) == sorted(list_models())
+def test_every_network_of_the_paper_has_its_configuration():
+    assert sorted(CONFIGS) == sorted(name for name in list_models() if name.startswith(("resnet", "revnet")))
 
 
 @pytest.mark.parametrize("name", ["resnet32", "revnet38", "resnet164", "revnet164"])

@@ -5,7 +5,9 @@ from revnet import create_model, list_models
 from revnet.models import published_image_size
 from revnet.models._registry import _ENTRIES, register_model
 
-CIFAR = {"resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164"}
+CIFAR = {"resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164", "revvit_cifar"}
+SIDES = {"revvit_cifar": 8, "revvit_small": 14, "revvit_base": 14}
+"""Of the final features, where they are not those of the paper's networks."""
 
 
 def make_on_meta(name, **options):
@@ -25,10 +27,13 @@ def test_names_are_listed_in_numeric_order():
         "revnet104",
         "revnet110",
         "revnet164",
+        "revvit_base",
+        "revvit_cifar",
+        "revvit_small",
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet32", "revnet38"])
+@pytest.mark.parametrize("name", ["resnet32", "revnet38", "revvit_cifar"])
 def test_a_model_trains_one_step(name):
     model = create_model(name, num_classes=7, in_channels=1)
     logits = model(torch.randn(2, 1, 8, 8))
@@ -40,6 +45,7 @@ def test_a_model_trains_one_step(name):
 @pytest.mark.parametrize("name", list_models())
 def test_shapes_at_the_published_image_size(name):
     size, side, num_classes = (32, 8, 10) if name in CIFAR else (224, 7, 1000)
+    side = SIDES.get(name, side)
     assert published_image_size(name) == size
     model = make_on_meta(name)
     features = model.forward_features(torch.empty(2, 3, size, size, device="meta"))

@@ -57,6 +57,17 @@ from revnet.training import TrainConfig
         ({"cutout": -1}, ValueError, r"`cutout` \(=-1\) must be 0 or more"),
         ({"nesterov": 1.5}, TypeError, r"`nesterov` \(=1.5\) must be true or false"),
         ({"nesterov": True, "momentum": 0}, ValueError, r"`nesterov` \(=True\) needs a `momentum` above 0"),
+        ({"optimizer": "adam"}, ValueError, r"`optimizer` \(='adam'\) must be `sgd` or `adamw`"),
+        (
+            {"optimizer": "adamw"},
+            ValueError,
+            r"`lr` \(=0.1\) must be 0.05 or less with the `optimizer` adamw; 0.001 is",
+        ),
+        (
+            {"optimizer": "adamw", "lr": 1e-3, "nesterov": True},
+            ValueError,
+            r"`nesterov` \(=True\) is for the `optimizer` sgd, not for adamw; leave it out",
+        ),
         ({"crop_area": [0.5]}, ValueError, r"`crop_area` \(=\[0.5\]\) must be two shares above 0"),
         ({"crop_area": [0.5, 0.2]}, ValueError, r"`crop_area` \(=\[0.5, 0.2\]\) must be two shares"),
         ({"precision": "16"}, ValueError, r"`precision` \(='16'\) must be `32-true` or `bf16-mixed`"),

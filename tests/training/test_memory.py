@@ -19,8 +19,8 @@ class WatchUpdates(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         model = module.classifier.model
         self.policies = [policy for holder in policy_holders(model).values() for policy in holder.policies]
-        state = trainer.optimizers[0].state.values()
-        there = [*model.parameters(), *model.buffers(), *batch, *[each["momentum_buffer"] for each in state]]
+        state = [tensor for each in trainer.optimizers[0].state.values() for tensor in each.values()]
+        there = [*model.parameters(), *model.buffers(), *batch, *state]
         self.constant_bytes = sum(tensor.untyped_storage().nbytes() for tensor in there)
         self.live = LiveBytes([*there, *module.buffers()])
         self.live.__enter__()
@@ -37,8 +37,9 @@ class WatchUpdates(Callback):
         # Lightning has autocast cast weights at each use, PyTorch's default keeps what it has cast: at most all.
         ("9MiB", {"precision": "bf16-mixed"}, 464_890 * 2),
         ("20MB", {"model": "resnet32"}, 0),
+        ("13MiB", {"optimizer": "adamw", "lr": 1e-3}, 0),
     ],
-    ids=["revnet", "autocast", "resnet"],
+    ids=["revnet", "autocast", "resnet", "adamw"],
 )
 def test_an_update_needs_what_was_planned(out_dir, budget, more, overestimate):
     watch = WatchUpdates()
@@ -58,7 +59,7 @@ def test_a_run_tells_its_plan(out_dir, capsys):
     summary = (result.folder / "summary.json").read_text()
     assert f'"policy": "plan",\n  "memory_budget_bytes": {14 * 2**20},\n  "planned_peak_bytes": ' in summary
     assert "images, planned\n" in result.report()
-    assert "13.7 MiB with model, gradients and momentum, of a budget of 14.0 MiB\n" in result.report()
+    assert "13.7 MiB with model, gradients and optimizer, of a budget of 14.0 MiB\n" in result.report()
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -100,9 +100,9 @@ def interrupt():
     [
         {},
         {"schedule": "cosine", "warmup": 0.3, "nesterov": True, "cutout": 3, "start_size": 4},
-        {"memory_budget": "18MiB"},
+        {"memory_budget": "20MiB", "optimizer": "adamw", "lr": 1e-3},
     ],
-    ids=["", "modern", "planned"],
+    ids=["", "modern", "planned-adamw"],
 )
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     # crops and flips draw from the random state, the schedule and the momentum go on, batch norm has its statistics

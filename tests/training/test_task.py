@@ -7,6 +7,7 @@ from torch import nn
 
 from revnet.data import Preprocess
 from revnet.models import create_model, list_models
+from revnet.models.reversible_vit import PositionEmbedding
 from revnet.training import Classifier, TrainConfig
 from revnet.training.classifier import Header
 from revnet.training.task import ClassificationTask, parameter_groups
@@ -21,7 +22,9 @@ def test_only_convolution_and_linear_weights_decay(name):
     assert decayed["weight_decay"] == 2e-4
     assert others["weight_decay"] == 0
     assert all(parameter.ndim in (2, 4) for parameter in decayed["params"])
-    assert all(parameter.ndim == 1 for parameter in others["params"])
+    positions = {name for name, module in model.named_modules() if isinstance(module, PositionEmbedding)}
+    for parameter in others["params"]:
+        assert parameter.ndim == 1 or names[id(parameter)].removesuffix(".weight") in positions
     found = [names[id(parameter)] for group in (decayed, others) for parameter in group["params"]]
     assert sorted(found) == sorted(names.values())
 
@@ -101,6 +104,14 @@ def test_the_optimizer_is_the_papers(task):
         (0.1, 0.9, False)
     }
     assert [group["weight_decay"] for group in optimizer.param_groups] == [2e-4, 0]
+
+
+def test_adamw_has_the_momentum_as_its_first_beta(task):
+    task.config = TrainConfig(optimizer="adamw", lr=2e-3, momentum=0.8, weight_decay=0.05)
+    optimizer = task.configure_optimizers()["optimizer"]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(2e-3, (0.8, 0.999))}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0]
 
 
 def test_a_checkpoint_says_what_it_is_of(task):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import nullcontext
+from typing import get_args
 
 from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
-from revnet.training.config import Precision
+from revnet.training.config import Optimizer, Precision
 
 _IN_PYTHON = {
     "sgd": "optimizer=partial(torch.optim.SGD, momentum=0.9)",
@@ -98,7 +99,7 @@ def plan(
         made.plot(picture, title=flags.title)
         print(f"picture    {picture}")
     print(f"in Python  {_in_python(flags, budget)}")
-    if not flags.is_own and optimizer == "sgd":  # with which `revnet train` trains
+    if not flags.is_own and optimizer in get_args(Optimizer):  # with which `revnet train` trains
         print(f"to train   {_to_train(flags, budget)}")
 
 
@@ -112,6 +113,8 @@ def _to_train(flags: StepFlags, budget: str) -> str:
     words = ["revnet", "train", "--model", flags.model, "--data", "path/to/images", "--batch-size", str(flags.batch)]
     if flags.image is not None:
         words += ["--image-size", str(flags.image)]
+    if flags.optimizer == "adamw":
+        words += ["--optimizer", "adamw", "--lr", "0.001"]
     if flags.precision != "32-true":
         words += ["--precision", flags.precision]
     return shlex.join([*words, "--memory-budget", budget.strip()])

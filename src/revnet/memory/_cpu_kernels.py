@@ -18,6 +18,7 @@ class CpuKernels(TorchDispatchMode):
     * The statistics of a norm are float32 if its input has a lower precision and any of its parameters is float32.
     * Batch norm makes no gradient of its input if nobody asks for it.
     * A group norm's gradient has the type of its input.
+    * A layer norm's gradient is contiguous.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,6 +31,10 @@ class CpuKernels(TorchDispatchMode):
             wants_input = args[9][0]
             if _is_cpu(args[0]) and not wants_input:
                 return None, *result[1:]
+        elif func is _aten.native_layer_norm_backward.default:
+            grad_input = result[0]
+            if grad_input is not None and _is_cpu(grad_input) and not grad_input.is_contiguous():
+                return torch.empty_like(grad_input, memory_format=torch.contiguous_format), *result[1:]
         elif func is _aten.native_group_norm_backward.default:
             x = args[1]
             if _is_cpu(x) and result[0] is not None and result[0].dtype != x.dtype:

@@ -5,7 +5,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+FLOP_FORMULAS = {
+    # The CPU's kernel of attention does what the GPU's does, but PyTorch has no formula for it.
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+    **flop_registry,
+}
+"""The arithmetic of an operation, from its arguments and `out_val`, its result."""
 
 
 def count_flops(model: nn.Module, *inputs: Any) -> int:
@@ -21,11 +32,11 @@ def count_flops(model: nn.Module, *inputs: Any) -> int:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounter() as counter:
             model(*inputs)
     finally:
         model.train(was_training)
-    return int(counter.get_total_flops())
+    return counter.flops
 
 
 class FlopCounter(TorchDispatchMode):
@@ -44,7 +55,7 @@ class FlopCounter(TorchDispatchMode):
         """Run the operation, and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = flop_registry.get(func.overloadpacket)
+        count = FLOP_FORMULAS.get(func.overloadpacket)
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         return result

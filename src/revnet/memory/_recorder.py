@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from revnet.memory._flops import FLOP_FORMULAS
 from revnet.memory._log import NOBODY, Call, Integers, StepLog
 from revnet.nn import ReversibleBlock
 
@@ -254,7 +254,7 @@ class _Operation(NamedTuple):
         is_fresh = func in _FRESH or any(each.alias_info is None for each in schema.returns)
         is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in schema.arguments)
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
-        return cls(is_fresh, moves, flop_registry.get(func.overloadpacket))
+        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket))
 
 
 class _OpenCall:

@@ -11,9 +11,14 @@ from revnet.models.resnet import resnet50 as resnet50
 from revnet.models.resnet import resnet101 as resnet101
 from revnet.models.resnet import resnet110 as resnet110
 from revnet.models.resnet import resnet164 as resnet164
+from revnet.models.reversible_vit import ReversibleViT as ReversibleViT
+from revnet.models.reversible_vit import revvit_base as revvit_base
+from revnet.models.reversible_vit import revvit_cifar as revvit_cifar
+from revnet.models.reversible_vit import revvit_small as revvit_small
 from revnet.models.revnet import RevNet as RevNet
 from revnet.models.revnet import revnet38 as revnet38
 from revnet.models.revnet import revnet56 as revnet56
 from revnet.models.revnet import revnet104 as revnet104
 from revnet.models.revnet import revnet110 as revnet110
 from revnet.models.revnet import revnet164 as revnet164
+from revnet.models.unet3d import UNet3d as UNet3d

@@ -10,6 +10,13 @@ def check_positive(**counts: int) -> None:
             raise ValueError(f"`{name}` (={count!r}) must be a positive integer.")
 
 
+def check_share(**shares: float) -> None:
+    """Raise unless each of `shares` is a number from 0 to below 1."""
+    for name, share in shares.items():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ValueError(f"`{name}` (={share!r}) must be a number from 0 to below 1; 0 drops nothing.")
+
+
 def check_num_classes(num_classes: int) -> None:
     """Raise unless `num_classes` is a positive integer, or 0."""
     if not _is_integer(num_classes) or num_classes < 0:

@@ -2,21 +2,21 @@
 
 import abc
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet.models._checks import check_choice, check_num_classes
-from revnet.models._initialize import initialize
-from revnet.nn import PolicySequential
+from revnet.nn import PolicySequential, ReversibleSequential
 
 
 class AbstractImageClassifier(nn.Module, abc.ABC):
-    """A network from images to logits: stem, stages, a last BN and ReLU, pooling, head.
+    """A network from images to logits: stem, stages, a last norm, pooling, head.
 
     The methods bear timm's names and mean what they mean there. A network brings the fields below, and says how the
-    stem's map enters the stages and what they return is joined to a map. B C H W: batch, channels, height, width.
+    stem's map enters the stages, how what they return is joined to a map, what the last map goes through, and how
+    weights are drawn. B C H W: batch, channels, height, width.
 
     References:
         Wightman (2019), PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
@@ -32,8 +32,9 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
     """The maps that `forward_intermediates` returns, in order: `num_chs`, the channels; `reduction`, how many times
     smaller than the image; `module`, where the map leaves the network."""
     stem: PolicySequential
-    """Convolution, BN, ReLU, whose output is the first feature map, and perhaps pooling."""
-    stages: nn.Sequential
+    """The way into the network: three modules at most, whose output is the first feature map, and perhaps pooling."""
+    stages: nn.Sequential | ReversibleSequential
+    """What runs one after another, each giving one more feature map."""
     norm: nn.Module
     head: nn.Linear | nn.Identity
 
@@ -45,9 +46,17 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
     def _join(self, y: Any) -> Tensor:
         """The map of what a stage returned."""
 
+    @abc.abstractmethod
+    def _finish(self, x: Tensor) -> Tensor:
+        """The final features, from the last stage's map."""
+
+    @abc.abstractmethod
+    def _initialize(self, module: nn.Module) -> None:
+        """Draw the weights of the network, or of a new head."""
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the final features before pooling, (B, num_features, H', W')."""
-        return self._activate(self._join(self.stages(self._enter(self.stem(x)))))
+        return self._finish(self._join(self.stages(self._enter(self.stem(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool final features, and compute the logits from them.
@@ -81,7 +90,7 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
             x: Images, (B, in_channels, H, W).
             indices: Which maps of `feature_info`: the last so many for a number, these for a sequence (negative ones
                 count from the end), all for None. They come in the network's order.
-            norm: Take the last stage's map after the final BN and ReLU.
+            norm: Take the last stage's map after the final norm (and, of a convolutional network, ReLU).
             stop_early: Leave out the stages beyond the last map asked for.
             output_fmt: The layout of the maps, "NCHW".
             intermediates_only: Return the maps alone.
@@ -105,15 +114,16 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
             y = self.stem(x)
             maps = [y] if 0 in wanted else []
         streams = self._enter(y)
-        for index, stage in enumerate(list(self.stages)[:num_stages], start=1):
-            streams = stage(streams)
-            if index in wanted:
+        # Reversible stages between two maps run as one, so that only the maps are kept.
+        for start, stop in pairwise(sorted({0, *wanted, num_stages})):
+            streams = self.stages[start:stop](streams)
+            if stop in wanted:
                 maps.append(self._join(streams))
 
         if num_stages < last:
             features = maps[-1]
         elif not intermediates_only or (norm and last in wanted):
-            features = self._activate(maps[-1] if last in wanted else self._join(streams))
+            features = self._finish(maps[-1] if last in wanted else self._join(streams))
             if norm and last in wanted:
                 maps[-1] = features
         return maps if intermediates_only else (features, maps)
@@ -133,12 +143,9 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         check_num_classes(num_classes)
         old = self.head.weight if isinstance(self.head, nn.Linear) else next(self.parameters())
         head = make_head(self.num_features, num_classes)
-        initialize(head)
+        self._initialize(head)
         self.head = head.to(old.device, old.dtype).train(self.training)
         self.num_classes = num_classes
-
-    def _activate(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(x))
 
 
 def make_head(num_features: int, num_classes: int) -> nn.Linear | nn.Identity:

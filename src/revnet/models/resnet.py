@@ -280,13 +280,19 @@ class ResNet(AbstractImageClassifier):
         )
         self.norm = batch_norm(channels[-1])
         self.head = make_head(channels[-1], num_classes)
-        initialize(self)
+        self._initialize(self)
 
     def _enter(self, x: Tensor) -> Tensor:
         return x
 
     def _join(self, y: Tensor) -> Tensor:
         return y
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x))
+
+    def _initialize(self, module: nn.Module) -> None:
+        initialize(module)
 
 
 def _stage(in_channels: int, out_channels: int, num_blocks: int, *, is_first: bool, kind: BlockKind) -> nn.Sequential:

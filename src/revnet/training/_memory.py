@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from revnet.nn import Checkpoint, Store, policy_holders, set_policy
 from revnet.training._device import find_device
 from revnet.training.classifier import Classifier, Header
 from revnet.training.config import TrainConfig
+from revnet.training.optimizers import optimizer_factory
 
 _POLICIES = {"checkpoint": Checkpoint(), "store": Store()}  # and "reverse" is what models have
 
@@ -45,13 +45,7 @@ def make_plan(config: TrainConfig, header: Header, preprocess: Preprocess) -> Pl
             model,
             images,
             budget=config.memory_budget,
-            optimizer=partial(
-                torch.optim.SGD,
-                lr=config.lr,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                weight_decay=config.weight_decay,
-            ),
+            optimizer=optimizer_factory(config),
             loss=loss,
             autocast=_autocast(config),
             device=device if device.type == "cuda" else "cpu",

@@ -21,8 +21,12 @@ Preprocessing = Literal["standardize", "mean_image", "imagenet", "unit_range"]
 Precision = Literal["32-true", "bf16-mixed"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Schedule = Literal["step", "cosine"]
+Optimizer = Literal["sgd", "adamw"]
 Policy = Literal["reverse", "checkpoint", "store"]
 OnCorrupt = Literal["stop", "skip"]
+
+# Each update of AdamW moves every weight by about the learning rate: with that of SGD nothing is learnt.
+_HIGHEST_LR_OF_ADAMW = 0.05
 
 # What a data set is given where the settings leave it open.
 _USUAL: dict[str, dict[str, Any]] = {
@@ -63,8 +67,9 @@ class TrainConfig:
 
     memory_budget: str | None = None
     """Most memory that an update may take, such as `16GiB` or `500MB`; what each block does with its activations is
-    planned for it, in place of `policy`, to take the least time. Counted are the tensors of model, gradients, momentum,
-    activations and loss, not the data, their augmentation or what a GPU needs beside tensors: leave room for these."""
+    planned for it, in place of `policy`, to take the least time. Counted are the tensors of model, gradients,
+    optimizer, activations and loss, not the data, their augmentation or what a GPU needs beside tensors: leave room for
+    these."""
 
     epochs: int = 60
     """How often the training images are seen."""
@@ -74,6 +79,10 @@ class TrainConfig:
 
     batch_size: int = 100
     """Images per update. What an epoch leaves over is seen in another epoch."""
+
+    optimizer: Optimizer = "sgd"
+    """How weights follow their gradients: `sgd` is gradient descent with momentum, for convolutional networks; `adamw`
+    is for transformers, with a learning rate near 1e-3 and a weight decay near 0.05."""
 
     lr: float = 0.1
     """Highest learning rate."""
@@ -92,16 +101,17 @@ class TrainConfig:
     """What the learning rate is multiplied by."""
 
     momentum: float = 0.9
-    """Momentum of the gradient descent."""
+    """Momentum of the gradient descent; of `adamw` its first beta, the other being 0.999."""
 
     nesterov: bool = False
-    """Whether the momentum looks ahead, as Nesterov's does."""
+    """Whether the momentum looks ahead, as Nesterov's does; with `sgd` only."""
 
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes; of the training loss only."""
 
     weight_decay: float = 2e-4
-    """Decay of the convolution and linear weights; batch norms and biases are left alone."""
+    """Decay of the convolution and linear weights; norms, biases and position embeddings are left alone. `sgd` adds it
+    to the gradient, `adamw` takes it off the weights, times the learning rate."""
 
     val_fraction: float = 0.1
     """Share of the training images, taken evenly from all classes, that validates instead of training. With 0, the
@@ -179,6 +189,7 @@ class TrainConfig:
             ("precision", get_args(Precision)),
             ("device", get_args(Device)),
             ("schedule", get_args(Schedule)),
+            ("optimizer", get_args(Optimizer)),
             ("policy", get_args(Policy)),
             ("on_corrupt", get_args(OnCorrupt)),
         ):
@@ -203,6 +214,12 @@ class TrainConfig:
                 raise TypeError(f"`{name}` (={getattr(self, name)!r}) must be true or false.")
         if self.horizontal_flip not in (True, False, None):
             raise TypeError(f"`horizontal_flip` (={self.horizontal_flip!r}) must be true, false or null.")
+        if self.optimizer == "adamw" and self.nesterov:
+            raise ValueError("`nesterov` (=True) is for the `optimizer` sgd, not for adamw; leave it out.")
+        if self.optimizer == "adamw" and self.lr > _HIGHEST_LR_OF_ADAMW:
+            raise ValueError(
+                f"`lr` (={self.lr}) must be {_HIGHEST_LR_OF_ADAMW} or less with the `optimizer` adamw; 0.001 is usual."
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("`nesterov` (=True) needs a `momentum` above 0; 0.9 is usual.")
         # YAML has lists only; the frozen dataclass wants a tuple, which compares and hashes.

@@ -65,7 +65,7 @@ class TrainResult:
     """Most memory that an update was to take, if that was planned."""
 
     planned_peak_bytes: int | None
-    """The most that it takes by the plan: model, gradients and momentum included."""
+    """The most that it takes by the plan: model, gradients and optimizer included."""
 
     process_peak_bytes: int | None = field(compare=False)
     """The most memory that the process ever had: resident on the CPU, by PyTorch's allocator on a GPU."""
@@ -128,7 +128,7 @@ class TrainResult:
             twin = f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"
             lines.append(("", twin))
         if self.memory_budget_bytes is not None and self.planned_peak_bytes is not None:
-            planned = f"{format_bytes(self.planned_peak_bytes)} with model, gradients and momentum"
+            planned = f"{format_bytes(self.planned_peak_bytes)} with model, gradients and optimizer"
             lines.append(("", f"{planned}, of a budget of {format_bytes(self.memory_budget_bytes)}"))
         return lines
 

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from revnet.training._checkpoint import HEADER_KEY
 from revnet.training.classifier import Classifier
 from revnet.training.config import TrainConfig
+from revnet.training.optimizers import optimizer_factory
 from revnet.training.schedules import cosine_decay, progressive_size, step_decay
 
 Batch = tuple[Tensor, Tensor]
@@ -22,7 +23,7 @@ _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ClassificationTask(LightningModule):
-    """Cross-entropy on augmented images, by gradient descent with momentum.
+    """Cross-entropy on augmented images.
 
     Args:
         classifier: What is trained.
@@ -79,7 +80,7 @@ class ClassificationTask(LightningModule):
         """Make the optimiser, and the schedule that follows every update."""
         config = self.config
         groups = parameter_groups(self.classifier.model, config.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+        optimizer = optimizer_factory(config)(groups)
         if config.schedule == "cosine":
             schedule = cosine_decay(optimizer, num_updates=self.num_updates, warmup=config.warmup)
         else:

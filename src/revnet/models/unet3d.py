@@ -1,0 +1,159 @@
+"""A partially reversible U-Net for volumes.
+
+The blocks of every level, on the way down and on the way up, are reversible, so their number costs no memory; what
+changes the shape between levels is not. As the published code builds it ("NoNewReversible"): a 3x3x3 convolution into
+the first level; down by max-pooling and a 1x1x1 convolution; up by a 1x1x1 convolution and trilinear interpolation;
+what left a level on the way down is added on the way up. The published net ends in a sigmoid, which belongs to the
+loss here: the output is logits.
+
+B C D H W: batch, channels, depth, height, width.
+
+References:
+    Bruegger et al. (2019), A Partially Reversible U-Net for Memory-Efficient Volumetric Image Segmentation;
+    https://github.com/RobinBruegger/PartiallyReversibleUnet.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revnet.models._checks import check_positive
+from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
+
+
+class Residual(nn.Module):
+    """A residual function: group norm, leaky ReLU, 3x3x3 convolution.
+
+    Shape:
+        x: (B, C, D, H, W). Output: the same.
+    """
+
+    def __init__(self, num_channels: int, num_groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(num_groups, num_channels)
+        self.conv = nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the residual of `x`."""
+        return self.conv(F.leaky_relu(self.norm(x), inplace=True))  # over the norm's output, which nobody else reads
+
+
+class UNet3d(nn.Module):
+    """A U-Net for segmenting volumes, with reversible blocks.
+
+    The defaults are the published network: four MRI sequences in, three overlapping regions of a tumour out.
+
+    Args:
+        in_channels: Channels of the input.
+        num_classes: Channels of the output: logits of so many classes, or regions.
+        widths: Channels of each level, both streams together, from the full size down; even. Every level halves the
+            volume of the one before it.
+        num_blocks: Reversible blocks of each level on the way down.
+        num_decoder_blocks: Reversible blocks of each level on the way up; None for as many as on the way down. The
+            paper tries more blocks on the way down than on the way up, where it stays with one.
+        policy: What to do with the activations of the blocks, `Reverse()` by default; `Store()` makes the stored twin.
+            What leads from level to level, `downsamples` and `upsamples`, has a policy of its own, `Store()`;
+            `revnet.nn.set_policy(model.downsamples, Checkpoint())` spares the indices of the pooling and its output.
+
+    Shape:
+        x: (B, in_channels, D, H, W), all three multiples of 2 to the number of levels but one: 16 for five levels.
+        Output: (B, num_classes, D, H, W).
+
+    Raises:
+        TypeError: `widths` is no sequence, or `policy` is no policy.
+        ValueError: A count is not positive, or a width is odd. In the forward pass: the volume cannot be halved that
+            often, or has another number of channels.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 4,
+        num_classes: int = 3,
+        widths: Sequence[int] = (60, 120, 240, 360, 480),
+        num_blocks: int = 1,
+        num_decoder_blocks: int | None = None,
+        policy: AbstractPolicy | None = None,
+    ):
+        super().__init__()
+        if num_decoder_blocks is None:
+            num_decoder_blocks = num_blocks
+        check_positive(in_channels=in_channels, num_classes=num_classes)
+        check_positive(num_blocks=num_blocks, num_decoder_blocks=num_decoder_blocks)
+        _check_widths(widths)
+        if policy is None:
+            policy = Reverse()
+        if not isinstance(policy, AbstractPolicy):
+            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        # The published net has 30 groups in every norm: half of the first width.
+        groups = [math.gcd(widths[0] // 2, width // 2) for width in widths]
+        levels = list(zip(widths, groups, strict=True))
+        self.stem = nn.Conv3d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.encoder = nn.ModuleList([_blocks(*level, num_blocks, policy) for level in levels])
+        self.downsamples = nn.ModuleList(
+            [PolicySequential(nn.MaxPool3d(2), nn.Conv3d(upper, lower, 1)) for upper, lower in pairwise(widths)]
+        )
+        self.decoder = nn.ModuleList([_blocks(*level, num_decoder_blocks, policy) for level in levels])
+        self.upsamples = nn.ModuleList(
+            [
+                PolicySequential(nn.Conv3d(lower, upper, 1), nn.Upsample(scale_factor=2, mode="trilinear"))
+                for upper, lower in pairwise(widths)
+            ]
+        )
+        self.head = nn.Conv3d(widths[0], num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits of every voxel."""
+        self._check_volume(x)
+        y = self.encoder[0](self.stem(x))
+        skips = []
+        for downsample, blocks in zip(self.downsamples, self.encoder[1:], strict=True):
+            skips.append(y)
+            y = blocks(downsample(y))
+        y = self.decoder[-1](y)
+        for upsample, blocks in zip(reversed(self.upsamples), reversed(self.decoder[:-1]), strict=True):
+            y = blocks(upsample(y) + skips.pop())
+        return self.head(y)
+
+    def _check_volume(self, x: Tensor) -> None:
+        shape = "x".join(map(str, x.shape))
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"`x` (of shape {shape}) must be (B, {self.in_channels}, D, H, W): a batch of volumes of "
+                f"{self.in_channels} channels; for one volume pass `x[None]`."
+            )
+        factor = 2 ** len(self.downsamples)
+        if any(size % factor for size in x.shape[2:]):
+            fitting = "x".join(str(-(-size // factor) * factor) for size in x.shape[2:])
+            raise ValueError(
+                f"`x` (of shape {shape}) must have sides that are multiples of {factor}, since they are halved "
+                f"{len(self.downsamples)} times; pad the volume to {fitting} with `torch.nn.functional.pad`."
+            )
+
+
+def _blocks(width: int, num_groups: int, num_blocks: int, policy: AbstractPolicy) -> ReversibleSequential:
+    """The blocks of a level."""
+    stream = width // 2
+    return ReversibleSequential(
+        *[ReversibleBlock(Residual(stream, num_groups), Residual(stream, num_groups)) for _ in range(num_blocks)],
+        policy=policy,
+    )
+
+
+def _check_widths(widths: Sequence[int]) -> None:
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise TypeError(f"`widths` (={widths!r}) must be a sequence of integers, for instance (60, 120, 240).")
+    if not widths:
+        raise ValueError(f"`widths` (={widths!r}) must name at least one level, for instance (60, 120, 240).")
+    for level, width in enumerate(widths):
+        check_positive(**{f"widths[{level}]": width})
+        if width % 2:
+            raise ValueError(
+                f"`widths[{level}]` (={width}) must be even, since a reversible block splits the channels in two; "
+                f"use {width + 1}."
+            )
