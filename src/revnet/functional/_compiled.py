@@ -61,7 +61,7 @@ def compiled(
             handles.append(handle)
             functions.append(half_block.function)
         calls.append(
-            (handles.index(handle), half_block.updates, half_block.name, half_block.coupling, half_block.reads)
+            (handles.index(handle), half_block.updates, half_block.name, half_block.coupling.number, half_block.reads)
         )
     leaves, spec = tree_flatten((args, kwargs))
     arguments = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
