@@ -5,6 +5,8 @@ from revnet.models._registry import create_model as create_model
 from revnet.models._registry import list_models as list_models
 from revnet.models._registry import published_image_size as published_image_size
 from revnet.models._registry import register_model as register_model
+from revnet.models.nice import NICE as NICE
+from revnet.models.nice import nice as nice
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.resnet import resnet32 as resnet32
 from revnet.models.resnet import resnet50 as resnet50
