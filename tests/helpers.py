@@ -23,8 +23,9 @@ from revnet import (
     Store,
     create_model,
 )
+from revnet.functional import Affine
 from revnet.models import ReversibleViT, RevNet
-from revnet.nn import BatchNorm2dBiased
+from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock
 
 
 class ConvResidual(nn.Module):
@@ -157,18 +158,25 @@ def mlp(num_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(num_features, num_features), nn.Tanh(), nn.Linear(num_features, num_features))
 
 
+def scaling_mlp(num_features: int) -> nn.Sequential:
+    """Returns a shift and a scale, for the affine coupling."""
+    return nn.Sequential(nn.Linear(num_features, num_features), nn.Tanh(), nn.Linear(num_features, 2 * num_features))
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of block with inputs that fit it; all in float64, so that tolerances can be tight."""
 
     name: str
-    make_block: Callable[[], ReversibleBlock]
+    make_block: Callable[[], AbstractReversibleBlock]
     shape: tuple[int, ...]
     args: Callable[[], tuple[Any, ...]] = tuple
     kwargs: Callable[[], dict[str, Any]] = field(default=dict)
     tied: bool = False
     """Whether one residual function serves in two blocks, and as both functions of the first."""
     dtype: torch.dtype = torch.float64
+    density: bool = False
+    """Whether it changes volumes."""
 
     def sequence(self, depth: int, policy: AbstractPolicy | list[AbstractPolicy] | None = None) -> ReversibleSequential:
         blocks = [self.make_block() for _ in range(depth)]
@@ -251,6 +259,16 @@ CASES = [
         args=lambda: ({"shifts": [_leaf(4, 3), {"shift": _leaf(3)}]},),
         kwargs=lambda: {"scales": (_leaf(1), 0.5)},
     ),
+    Case("affine", lambda: ReversibleBlock(scaling_mlp(3), scaling_mlp(3), coupling=Affine()), (4, 6), density=True),
+    Case(
+        "affine-conv",
+        lambda: CouplingLayer(
+            nn.Sequential(ConvResidual(3), nn.Dropout(0.3), nn.Conv2d(3, 6, 1)), coupling=Affine("sigmoid")
+        ),
+        (2, 6, 5, 5),
+        density=True,
+    ),
+    Case("momentum", lambda: MomentumBlock(mlp(3), gamma=0.8), (4, 6), density=True),
     Case(
         "complex",
         lambda: ReversibleBlock(
@@ -303,6 +321,12 @@ def squares(y: Tensor) -> Tensor:
 def leaves(values: Any) -> list[Tensor]:
     """The tensors in a nested structure."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def residual_functions(block: AbstractReversibleBlock) -> list[nn.Module]:
+    """Those of a block that have parameters."""
+    functions = [half_block.function for half_block in block.half_blocks()]
+    return [function for function in functions if list(function.parameters())]
 
 
 def stored_twin(sequence: ReversibleSequential) -> ReversibleSequential:

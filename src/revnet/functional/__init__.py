@@ -1,5 +1,6 @@
 """Tensors in, tensors out: the coupling, its inverse, and the run that rebuilds activations."""
 
+from revnet.functional._affine import Affine as Affine
 from revnet.functional._batch_norm import normalises_as_batch_norm as normalises_as_batch_norm
 from revnet.functional._checkpoint import checkpointed as checkpointed
 from revnet.functional._checkpoint import checkpointed_call as checkpointed_call
@@ -13,6 +14,7 @@ from revnet.functional._drift import DriftRecord as DriftRecord
 from revnet.functional._fixed_point import FixedPoint as FixedPoint
 from revnet.functional._half_block import HalfBlock as HalfBlock
 from revnet.functional._half_block import call_within as call_within
+from revnet.functional._momentum import Momentum as Momentum
 from revnet.functional._offload import offloaded as offloaded
 from revnet.functional._reversible import ReversibleRun as ReversibleRun
 from revnet.functional._reversible import inverse as inverse

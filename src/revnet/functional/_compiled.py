@@ -52,6 +52,11 @@ def compiled(
     for half_block in half_blocks:
         if half_block.owner is not None:
             raise hooks_are_not_compiled(half_block)
+        if half_block.log_dets is not None:
+            raise NotImplementedError(
+                f"the log-determinant of `{half_block.name}` cannot be compiled whole; compile the residual functions "
+                "instead, for instance `block.f.compile()`, or give the blocks the policy `Store()` before compiling."
+            )
     functions: list[nn.Module] = []
     handles: list[int] = []
     calls = []

@@ -21,7 +21,8 @@ class AbstractCoupling(abc.ABC):
     """
 
     passes_gradients: ClassVar[bool] = True
-    """Whether the gradient of the joined stream is that of the stream and that of the residual, as it is."""
+    """Whether the gradient of the joined stream is that of the stream and that of the residual, as it is; volumes then
+    stay as they are, too."""
     number: int
     """By which code traced by `torch.compile` knows it: the trace can hold and watch a number, but no object."""
 
@@ -67,6 +68,13 @@ class AbstractCoupling(abc.ABC):
         """
 
     @abc.abstractmethod
+    def log_det(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """The log-determinant of `x -> y` at a fixed residual, for each sample of the batch: (B,).
+
+        None where it is zero for all. Only asked for if gradients do not pass as they are.
+        """
+
+    @abc.abstractmethod
     def limit(self, dtype: torch.dtype) -> float | None:
         """The magnitude that a stream of this type must not reach, for reversal to be exact; None if it never is."""
 
@@ -92,6 +100,9 @@ class Additive(AbstractCoupling):
     def part(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
         """`y - residual`."""
         return additive_inverse(y, residual, name, in_place=in_place)
+
+    def log_det(self, x: Tensor, residual: Tensor) -> None:
+        """None: volumes stay as they are."""
 
     def limit(self, dtype: torch.dtype) -> None:
         """None: there is rounding at every magnitude."""

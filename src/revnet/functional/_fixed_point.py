@@ -80,6 +80,9 @@ class FixedPoint(AbstractCoupling):
         check_residual(y, residual, name)
         return _subtract_on_grid(y, residual, self.fraction_bits, in_place=in_place)
 
+    def log_det(self, x: Tensor, residual: Tensor) -> None:
+        """None: on the grid it is a permutation."""
+
     def limit(self, dtype: torch.dtype) -> float:
         """2^(significand bits - fraction_bits)."""
         if dtype not in _SIGNIFICAND_BITS:

@@ -32,6 +32,8 @@ class HalfBlock(NamedTuple):
     """How the residual joins the stream."""
     reads: torch.dtype | None = None
     """What the function is given, if not the stream's own type."""
+    log_dets: list[Tensor] | None = None
+    """Where its log-determinant, (B,), is added up if somebody asks for it: a list of one sum, empty at zero."""
 
 
 Advance = Callable[[HalfBlock, list[Tensor]], None]
@@ -151,6 +153,23 @@ def residual_of(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kw
             "out-of-place form of its first operation (`inplace=False`), or `clone` the input."
         )
     return residual
+
+
+def join(half_block: HalfBlock, x: Tensor, residual: Tensor) -> Tensor:
+    """The stream with a residual; and the log-determinant of that, for those who ask for it."""
+    coupling = half_block.coupling
+    y = coupling.join(x, residual, half_block.name)
+    if half_block.log_dets is not None and not coupling.passes_gradients:
+        log_det = coupling.log_det(x, residual)
+        if log_det is not None:
+            # Their sum alone, so that nothing grows with depth.
+            half_block.log_dets[:] = [sum(half_block.log_dets, start=log_det)]
+    return y
+
+
+def without_receiver(half_block: HalfBlock) -> HalfBlock:
+    """The same half-block, with its log-determinant computed and dropped, if at all."""
+    return half_block if half_block.log_dets is None else half_block._replace(log_dets=[])
 
 
 def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:

@@ -24,7 +24,15 @@ from revnet.errors import ReconstructionError
 from revnet.functional._call import Call
 from revnet.functional._compiled import compiled
 from revnet.functional._drift import DriftWatch
-from revnet.functional._half_block import HalfBlock, check_magnitude, check_range, residual_of, run_chain
+from revnet.functional._half_block import (
+    HalfBlock,
+    check_magnitude,
+    check_range,
+    join,
+    residual_of,
+    run_chain,
+    without_receiver,
+)
 from revnet.functional._recompute import Conditions, tensors_in
 from revnet.functional._storage import has_values, is_only_owner, version_of
 
@@ -40,7 +48,7 @@ def stored(
 
     def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
         residual = residual_of(half_block, streams[1 - half_block.updates], args, kwargs)
-        streams[half_block.updates] = half_block.coupling.join(streams[half_block.updates], residual, half_block.name)
+        streams[half_block.updates] = join(half_block, streams[half_block.updates], residual)
 
     streams = [x1, x2]
     run_chain(half_blocks, streams, args, kwargs, advance)
@@ -158,7 +166,8 @@ class ReversibleRun:
         coupling, name = half_block.coupling, half_block.name
         call = Call(name, Conditions(half_block.function, source, self._tensors))
         index = len(self._steps)
-        self._steps.append(_Step(half_block, source.requires_grad, stream.requires_grad, call))
+        # Without the receiver of log-determinants: their graph refers to this run.
+        self._steps.append(_Step(without_receiver(half_block), source.requires_grad, stream.requires_grad, call))
 
         def residual() -> Tensor:
             return residual_of(half_block, source, self._args, self._kwargs)
@@ -166,7 +175,7 @@ class ReversibleRun:
         if coupling.passes_gradients:
             y = coupling.join(stream, call.first(self, index, residual, sources=(source,)), name)
         else:
-            y = call.first(self, index, lambda: coupling.join(stream, residual(), name), sources=(source, stream))
+            y = call.first(self, index, lambda: join(half_block, stream, residual()), sources=(source, stream))
         if call.saved_anything():
             self._last_alive = index
             if self._first_with_slots is None:
@@ -311,10 +320,11 @@ class ReversibleRun:
             if x is None:
                 with torch.no_grad():
                     x = coupling.part(y_or_x, residual, name)
-            return coupling.join(x.detach().requires_grad_(stream_requires_grad), residual, name)
+            return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
 
         is_rounded = self._is_rounded(streams, source, half_block)
-        call.repeat(compute, fill=fill, is_rounded=is_rounded, needs_result=not fill)
+        # The stream before it is known only once the function has run to its end.
+        call.repeat(compute, fill=fill, is_rounded=is_rounded, needs_result=x is None or not fill)
         assert x is not None
         return x
 

@@ -1,8 +1,11 @@
 """Modules that hold residual functions and run them reversibly."""
 
+from revnet.nn._abstract_block import AbstractReversibleBlock as AbstractReversibleBlock
 from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
 from revnet.nn._block import ReversibleBlock as ReversibleBlock
 from revnet.nn._conv import Conv2dSame as Conv2dSame
+from revnet.nn._coupling_layer import CouplingLayer as CouplingLayer
+from revnet.nn._momentum_block import MomentumBlock as MomentumBlock
 from revnet.nn._policy import AbstractModulePolicy as AbstractModulePolicy
 from revnet.nn._policy import AbstractPolicy as AbstractPolicy
 from revnet.nn._policy import Checkpoint as Checkpoint

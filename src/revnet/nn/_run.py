@@ -32,12 +32,20 @@ def run_forward(
     split_dim: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    log_dets: list[Tensor] | None = None,
 ) -> Any:
-    """Run `segments` in order on `x`; the output has the form of `x`, a tensor or a pair."""
+    """Run `segments` in order on `x`; the output has the form of `x`, a tensor or a pair.
+
+    The half-blocks put their log-determinants into `log_dets`, if it is given.
+    """
     first = segments[0][1][0] if segments else None
     x1, x2, reads = _enter(split(x, split_dim), first)
+    if log_dets is not None:
+        _check_samples(x1, split_dim)
     run = None
     for policy, half_blocks in segments:
+        if log_dets is not None:
+            half_blocks = [half_block._replace(log_dets=log_dets) for half_block in half_blocks]
         x1, x2, run = policy.run(_reading(half_blocks, reads), x1, x2, args, kwargs)
     if reads is not None:  # What is held is the stream itself.
         x1, x2, run = x1.to(reads), x2.to(reads), None
@@ -48,6 +56,20 @@ def run_forward(
         # Hold the halves of the caller's own output rather than a second copy of them.
         run.hold(*y.detach().split((x1.shape[split_dim], x2.shape[split_dim]), split_dim))
     return y
+
+
+def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | TensorPair) -> Tensor:
+    """The log-determinant of a chain that ended in `y`, (B,); zero where no link has one."""
+    y1 = y if isinstance(y, Tensor) else y[0]
+    return sum(log_dets, start=torch.zeros(len(y1), dtype=y1.real.dtype, device=y1.device))
+
+
+def _check_samples(x1: Tensor, split_dim: int) -> None:
+    if split_dim % x1.dim() == 0:
+        raise ValueError(
+            f"`split_dim` (={split_dim}) is the batch, so that a sample has no map and no log-determinant of its own; "
+            "split along the features."
+        )
 
 
 def _reading(half_blocks: list[HalfBlock], reads: torch.dtype | None) -> list[HalfBlock]:

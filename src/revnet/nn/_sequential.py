@@ -7,10 +7,10 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.nn._block import ReversibleBlock
+from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
-from revnet.nn._run import Segment, has_hooks, run_forward, run_inverse
+from revnet.nn._run import Segment, has_hooks, run_forward, run_inverse, sum_log_dets
 
 _REVERSE = Reverse()
 
@@ -46,13 +46,13 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
     """
 
-    def __init__(self, *blocks: ReversibleBlock, policy: AbstractPolicy | Sequence[AbstractPolicy] = _REVERSE):
+    def __init__(self, *blocks: AbstractReversibleBlock, policy: AbstractPolicy | Sequence[AbstractPolicy] = _REVERSE):
         super().__init__()
         for index, block in enumerate(blocks):
-            if not isinstance(block, ReversibleBlock):
+            if not isinstance(block, AbstractReversibleBlock):
                 raise TypeError(
-                    f"`blocks[{index}]` (={type(block).__name__}) must be a ReversibleBlock; wrap two residual "
-                    "functions in one, or run what is not reversible before or after the sequence."
+                    f"`blocks[{index}]` (={type(block).__name__}) must be a reversible block, such as ReversibleBlock; "
+                    "wrap two residual functions in one, or run what is not reversible before or after the sequence."
                 )
             if block.split_dim != blocks[0].split_dim:
                 raise ValueError(
@@ -66,7 +66,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def policy_units(self) -> list[PolicyUnit]:
         """The blocks, in order."""
         return [
-            PolicyUnit(f"blocks.{index}", (block.f, block.g), is_reversible=True)
+            PolicyUnit(f"blocks.{index}", tuple(each.function for each in block.half_blocks()), is_reversible=True)
             for index, block in enumerate(self._reversible_blocks())
         ]
 
@@ -113,6 +113,24 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         half_blocks = [half_block for _, half_blocks in self._segments() for half_block in half_blocks]
         return run_inverse(half_blocks, y, self._split_dim, args, kwargs)
 
+    def forward_with_log_det(
+        self, x: Tensor | TensorPair, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | TensorPair, Tensor]:
+        """Compute the output, and the log-determinant of the map to it for each sample, (B,).
+
+        Both are differentiable, and the policies hold for both. It is zero for additive blocks.
+
+        Raises:
+            ValueError: The blocks split along the batch, so that a sample has no map of its own.
+        """
+        log_dets: list[Tensor] = []
+        y = run_forward(self._segments(), x, self._split_dim, args, kwargs, log_dets)
+        return y, sum_log_dets(log_dets, y)
+
+    def log_det(self, x: Tensor | TensorPair, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the log-determinant of the sequence at `x` alone, (B,)."""
+        return self.forward_with_log_det(x, *args, **kwargs)[1]
+
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -141,8 +159,8 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def _split_dim(self) -> int:
         return self._reversible_blocks()[0].split_dim if len(self.blocks) else 1
 
-    def _reversible_blocks(self) -> list[ReversibleBlock]:
-        return [block for block in self.blocks if isinstance(block, ReversibleBlock)]
+    def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
+        return [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
 
     def _segments(self) -> list[Segment]:
         """Runs of blocks under the same policy: rebuilding them together keeps one pair of streams, not one a block."""
