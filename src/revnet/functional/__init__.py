@@ -4,6 +4,7 @@ from revnet.functional._affine import Affine as Affine
 from revnet.functional._batch_norm import normalises_as_batch_norm as normalises_as_batch_norm
 from revnet.functional._checkpoint import checkpointed as checkpointed
 from revnet.functional._checkpoint import checkpointed_call as checkpointed_call
+from revnet.functional._chunked import chunked as chunked
 from revnet.functional._coupling import AbstractCoupling as AbstractCoupling
 from revnet.functional._coupling import Additive as Additive
 from revnet.functional._coupling import additive as additive
@@ -12,6 +13,7 @@ from revnet.functional._coupling import split as split
 from revnet.functional._drift import DriftMeter as DriftMeter
 from revnet.functional._drift import DriftRecord as DriftRecord
 from revnet.functional._fixed_point import FixedPoint as FixedPoint
+from revnet.functional._full_attention import full_attention as full_attention
 from revnet.functional._half_block import HalfBlock as HalfBlock
 from revnet.functional._half_block import call_within as call_within
 from revnet.functional._momentum import Momentum as Momentum
@@ -21,3 +23,5 @@ from revnet.functional._reversible import inverse as inverse
 from revnet.functional._reversible import reversible as reversible
 from revnet.functional._reversible import run_reversible as run_reversible
 from revnet.functional._reversible import stored as stored
+from revnet.functional._rotary import rotary_table as rotary_table
+from revnet.functional._rotary import rotate as rotate

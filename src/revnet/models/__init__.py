@@ -13,6 +13,7 @@ from revnet.models.resnet import resnet50 as resnet50
 from revnet.models.resnet import resnet101 as resnet101
 from revnet.models.resnet import resnet110 as resnet110
 from revnet.models.resnet import resnet164 as resnet164
+from revnet.models.reversible_transformer import ReversibleTransformer as ReversibleTransformer
 from revnet.models.reversible_vit import ReversibleViT as ReversibleViT
 from revnet.models.reversible_vit import revvit_base as revvit_base
 from revnet.models.reversible_vit import revvit_cifar as revvit_cifar

@@ -1,0 +1,77 @@
+"""A module on one part of its input after the other, forward and backward.
+
+References:
+    Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, section 3.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> Tensor:
+    """Compute `module(x)` in chunks along `dim`, so that its activations exist for one chunk at a time.
+
+    That holds in the backward pass too, which keeps `x` and computes each chunk again. Each step costs one more forward
+    pass of the module. Traced by `torch.compile`, the chunks are those of ordinary autograd.
+
+    Args:
+        module: Treats the places along `dim` each by itself, and draws no random numbers and keeps no state.
+        x: Its input.
+        num_chunks: How many parts; fewer if `x` has fewer places.
+        dim: The dimension to cut.
+
+    Returns:
+        What `module(x)` is, up to the rounding of kernels on other shapes.
+    """
+    if num_chunks == 1:
+        result: Tensor = module(x)
+    elif torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+        parameters = dict(module.named_parameters())
+        result = _Chunked.apply(module, tuple(parameters), num_chunks, dim, x, *parameters.values())
+    else:
+        result = torch.cat([module(chunk) for chunk in x.chunk(num_chunks, dim)], dim)
+    return result
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, module: nn.Module, names: tuple[str, ...], num_chunks: int, dim: int, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        ctx.module, ctx.names, ctx.num_chunks, ctx.dim = module, names, num_chunks, dim
+        ctx.autocast = _autocast_now(x.device.type)
+        return torch.cat([module(chunk) for chunk in x.chunk(num_chunks, dim)], dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        is_twice = torch.is_grad_enabled()  # a double backward: the chunks belong to the caller's graph
+        x, *parameters = ctx.saved_tensors
+        wanted = [index for index, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
+        grad_chunks: list[Tensor] = []
+        sums: dict[int, Tensor] = {}
+        for part, grad in zip(x.chunk(ctx.num_chunks, ctx.dim), grads[0].chunk(ctx.num_chunks, ctx.dim), strict=True):
+            with torch.enable_grad(), ctx.autocast:
+                inputs = [part, *parameters]
+                if not is_twice:
+                    inputs = [each.detach().requires_grad_(index in wanted) for index, each in enumerate(inputs)]
+                y = functional_call(ctx.module, dict(zip(ctx.names, inputs[1:], strict=True)), (inputs[0],))
+            results = torch.autograd.grad(y, [inputs[index] for index in wanted], grad, create_graph=is_twice)
+            for index, result in zip(wanted, results, strict=True):
+                if index == 0:
+                    grad_chunks.append(result)
+                else:
+                    sums[index] = sums[index] + result if index in sums else result
+        grad_x = torch.cat(grad_chunks, ctx.dim) if grad_chunks else None
+        return None, None, None, None, grad_x, *[sums.get(index + 1) for index in range(len(parameters))]
+
+
+def _autocast_now(device_type: str) -> AbstractContextManager[Any]:
+    """The autocast that is in force, to be entered again."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)

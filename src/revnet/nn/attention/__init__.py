@@ -1,0 +1,6 @@
+"""Attentions, one a file: what a token takes from other tokens, at what cost in the length.
+
+All are called as `attention(x, mask=mask, rotary=rotary)`.
+"""
+
+from revnet.nn.attention.full import FullAttention as FullAttention

@@ -1,0 +1,266 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from revnet import Reverse, Store
+from revnet.memory import measure, predict
+from revnet.models import ReversibleTransformer
+from tests.helpers import assert_close, gradients
+
+TINY = {"vocab_size": 11, "dim": 8, "depth": 3, "num_heads": 2, "max_length": 64}
+
+
+def make(**options):
+    return ReversibleTransformer(**{**TINY, **options})
+
+
+def random_tokens(B, T, vocab_size=11):
+    return torch.randint(vocab_size, (B, T))
+
+
+def step(model, tokens, mask=None):
+    torch.manual_seed(1)
+    logits = model(tokens, mask)
+    F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    return logits.detach()
+
+
+OPTIONS = {
+    "full": {},
+    "full-encoder": {"is_causal": False},
+    "full-dropout-chunks": {"dropout": 0.2, "ff_chunks": 3},
+}
+all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+causal_options = pytest.mark.parametrize(
+    "options",
+    [options for options in OPTIONS.values() if options.get("is_causal", True)],
+    ids=[name for name, options in OPTIONS.items() if options.get("is_causal", True)],
+)
+
+
+@all_options
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_a_step_is_the_twins(options, has_mask):
+    model, twin = make(**options).double(), make(**options, policy=Store()).double()
+    twin.load_state_dict(model.state_dict())
+    tokens = random_tokens(2, 23)
+    mask = torch.rand(2, 23) > 0.3 if has_mask else None
+    output, expected = step(model, tokens, mask), step(twin, tokens, mask)
+    assert torch.equal(output, expected)
+    assert_close(gradients(model), gradients(twin))
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@causal_options
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 33, 64])
+def test_no_token_sees_a_later_one(options, length):
+    model = make(**options).double().eval()
+    tokens = random_tokens(1, length)
+    torch.manual_seed(1)
+    before = model(tokens)
+    for position in range(length):
+        changed = tokens.clone()
+        changed[0, position] = (changed[0, position] + 1) % 11
+        torch.manual_seed(1)
+        after = model(changed)
+        assert torch.equal(after[:, :position], before[:, :position])
+        assert not torch.equal(after[:, position], before[:, position])
+
+
+@all_options
+def test_tokens_that_are_not_real_make_no_difference(options):
+    """Sequences of different lengths in one batch, padded with whatever."""
+    model = make(**options).double().eval()
+    tokens, length = random_tokens(2, 29), 17
+    mask = torch.ones(2, 29, dtype=torch.bool)
+    mask[1, length:] = False
+    other = torch.where(mask, tokens, 3)
+    torch.manual_seed(1)
+    first = model(tokens, mask)
+    torch.manual_seed(1)
+    second = model(other, mask)
+    assert_close(first[mask], second[mask], tolerance=1e-12)
+    assert first.isfinite().all()
+
+
+@all_options
+def test_the_inverse_gives_the_embedding_back(options):
+    model = make(**options, depth=12).eval()
+    with torch.no_grad():
+        x = model.embed(random_tokens(2, 50))
+        torch.manual_seed(1)
+        y = model.blocks(x, rotary=model.rotary(x))
+        torch.manual_seed(1)
+        assert (model.blocks.inverse(y, rotary=model.rotary(x)) - x).abs().max() < 1e-6  # of values near 0.02
+
+
+def activation_bytes(depth, policy=None, **options):
+    return measure(make(**{**options, "depth": depth}, policy=policy), random_tokens(2, 48)).activation_bytes
+
+
+@all_options
+def test_memory_is_flat_in_depth(options):
+    options = {**options, "dropout": 0.0}  # whose random states are kept, 5 kB a function
+    assert len({activation_bytes(depth, **options) for depth in (2, 3, 4, 12)}) == 1
+    shallow, middle, deep = (activation_bytes(depth, Store(), **options) for depth in (4, 8, 16))
+    assert deep - middle == 2 * (middle - shallow) > 0
+
+
+def test_chunks_of_the_perceptron_need_less_memory():
+    few, many = (activation_bytes(4, dim=16, ff_mult=64, ff_chunks=count) for count in (1, 8))
+    hidden = 2 * 48 * 64 * 16 * 4
+    assert few >= 3 * hidden  # before GELU, after it, and its gradient
+    assert many < few / 2
+
+
+def test_memory_is_predicted():
+    model, tokens = make(), random_tokens(2, 48)
+    assert predict(model, tokens).peak_bytes == measure(model, tokens).peak_bytes
+
+
+def test_streams_are_float32_under_autocast():
+    model, twin = make(depth=12, dim=32), make(depth=12, dim=32, policy=Store())
+    twin.load_state_dict(model.state_dict())
+    dtypes = []
+    model.blocks.register_forward_hook(lambda module, inputs, y: dtypes.append(y.dtype))
+    tokens = random_tokens(2, 40)
+    for module in (model, twin):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step(module, tokens)
+    assert dtypes == [torch.float32]
+    for (name, gradient), expected in zip(gradients(model).items(), gradients(twin).values(), strict=True):
+        assert (gradient - expected).norm() <= 0.02 * expected.norm() + 1e-6, name
+
+
+def test_it_learns_to_copy():
+    """What stood four places before: attention has to find it."""
+    model = make(dim=32, depth=2, max_length=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(200):
+        tokens = torch.randint(11, (16, 4)).repeat(1, 5)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(tokens)[:, 4:-1].flatten(0, 1), tokens[:, 5:].flatten())
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1  # without attention log(11), 2.4
+    start = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4]])
+    assert model.generate(start, 4, temperature=0)[0, 8:].tolist() == [1, 2, 3, 4]
+
+
+class Fixed(torch.nn.Module):
+    """Logits of its own."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, features):
+        return self.logits.expand(len(features), -1)
+
+
+def drawn(**options):
+    model = make(vocab_size=4)
+    model.head = Fixed([0.0, 2.0, 1.0, -1.0])
+    return set(model.generate(torch.zeros(200, 1, dtype=torch.long), 2, **options)[:, 1:].flatten().tolist())
+
+
+def test_sampling_leaves_out_what_it_should():
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(temperature=0) == {1}
+    assert drawn(temperature=0.01) == {1}
+    assert drawn(top_k=2) == {1, 2}
+    assert drawn(top_k=9) == {0, 1, 2, 3}
+    # The probabilities are 0.61, 0.22, 0.08 and 0.03 by rank: the second is needed for 0.7, the third for 0.9.
+    assert drawn(top_p=0.6) == {1}
+    assert drawn(top_p=0.7) == {1, 2}
+    assert drawn(top_p=0.9) == {0, 1, 2}
+    assert drawn(top_p=1.0) == {0, 1, 2, 3}
+
+
+@causal_options
+def test_generation_can_be_repeated_and_looks_at_the_last_positions_alone(options):
+    model = make(**options, max_length=16)
+    model.blocks[0].eval()  # as somebody who freezes it would
+    tokens = random_tokens(2, 40)
+    first, second = (model.generate(tokens, 8, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(first[:, :40], tokens)
+    short = model.generate(tokens[:, -16:], 8, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(short[:, 16:], first[:, 40:])
+    assert model.training
+    assert not model.blocks[0].training
+    assert model.blocks[1].f.training
+    assert torch.equal(model.generate(tokens, 0), tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 9}, r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or other heads"),
+        ({"dim": 6}, r"`head_dim` \(=3\) must be even, since rotary positions turn features in pairs"),
+        ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
+        ({"vocab_size": 0}, r"`vocab_size` \(=0\) must be a positive integer"),
+        ({"max_length": 2.5}, r"`max_length` \(=2.5\) must be a positive integer"),
+        ({"ff_mult": 0}, r"`ff_mult` \(=0\) must be positive"),
+        ({"ff_chunks": 0}, r"`ff_chunks` \(=0\) must be a positive integer"),
+        ({"dropout": 1}, r"`dropout` \(=1\) must be a number from 0 to below 1"),
+        ({"attention": "flash"}, r"`attention` \(='flash'\) must be 'full'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize("policy", ["store", Store, [Reverse()]])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)` or `Store\(\)`"):
+        make(policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mask", "error", "message"),
+    [
+        (torch.zeros(5, dtype=torch.long), None, ValueError, r"`tokens` has shape \(5,\), but must have \(B, T\)"),
+        (torch.zeros(1, 0, dtype=torch.long), None, ValueError, r"`tokens` has shape \(1, 0\), but must have \(B, T\)"),
+        (torch.zeros(1, 5), None, TypeError, r"`tokens` \(=torch.float32\) must be a tensor of integers"),
+        ([[1, 2]], None, TypeError, r"`tokens` \(=list\) must be a tensor of integers"),
+        (torch.zeros(1, 65, dtype=torch.long), None, ValueError, r"`tokens` has 65 positions, more than `max_length`"),
+        (torch.full((1, 5), 11), None, ValueError, r"`tokens` must be from 0 to 10, but are from 11 to 11; build"),
+        (torch.full((1, 5), -1), None, ValueError, r"`tokens` must be from 0 to 10, but are from -1 to -1"),
+        (
+            torch.zeros(2, 5, dtype=torch.long),
+            torch.ones(5, 2, dtype=torch.bool),
+            ValueError,
+            r"`mask` has shape \(5, 2\), but must have that of the tokens, \(2, 5\)",
+        ),
+        (
+            torch.zeros(2, 5, dtype=torch.long),
+            torch.ones(2, 5),
+            TypeError,
+            r"`mask` \(=torch.float32\) must be a bool tensor, true where a token is real; pass `mask.bool\(\)`",
+        ),
+    ],
+)
+def test_bad_inputs_are_refused(tokens, mask, error, message):
+    for policy in (Reverse(), Store()):
+        with pytest.raises(error, match=message):
+            make(policy=policy)(tokens, mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_new": -1}, r"`num_new` \(=-1\) must be a positive integer, or 0"),
+        ({"temperature": -1.0}, r"`temperature` \(=-1.0\) must be positive, or 0 for the likeliest token"),
+        ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be positive"),
+        ({"top_k": 0}, r"`top_k` \(=0\) must be a positive integer"),
+        ({"top_p": 0.0}, r"`top_p` \(=0.0\) must be above 0 and at most 1"),
+        ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, r"`tokens` has shape \(2, 0\), but must have \(B, T\)"),
+    ],
+)
+def test_bad_ways_to_generate_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make().generate(**{"tokens": random_tokens(1, 3), "num_new": 2, **arguments})
+    with pytest.raises(ValueError, match="an encoder cannot generate"):
+        make(is_causal=False).generate(random_tokens(1, 3), 1)

@@ -1,0 +1,40 @@
+import torch
+from torch import nn
+
+from revnet.functional import full_attention
+from revnet.nn.attention import FullAttention
+from tests.helpers import assert_close
+
+
+def by_hand(q, k, v, is_causal, mask):
+    """One query after the other, over the keys that it sees."""
+    y = torch.empty_like(v)
+    B, H, T, D = q.shape
+    for b in range(B):
+        for i in range(T):
+            seen = [j for j in range(T) if (not is_causal or j <= i) and (mask is None or bool(mask[b, j]) or j == i)]
+            for h in range(H):
+                weights = (k[b, h, seen] @ q[b, h, i] / D**0.5).softmax(0)
+                y[b, h, i] = weights @ v[b, h, seen]
+    return y
+
+
+def test_it_is_the_definition_with_every_mask():
+    q, k, v = torch.randn(3, 2, 2, 7, 4, dtype=torch.float64)
+    some = torch.rand(2, 7) > 0.4
+    nothing = torch.zeros(2, 7, dtype=torch.bool)
+    for is_causal in (False, True):
+        for mask in (None, some, nothing):
+            actual = full_attention(q, k, v, is_causal=is_causal, mask=mask)
+            assert_close(actual, by_hand(q, k, v, is_causal, mask), tolerance=1e-12)
+
+
+def test_the_module_is_pytorchs():
+    """With the same weights."""
+    module, x = FullAttention(8, 2).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    other = nn.MultiheadAttention(8, 2, bias=False, batch_first=True).double()
+    with torch.no_grad():
+        other.in_proj_weight.copy_(module.qkv.weight)
+        other.out_proj.weight.copy_(module.project.weight)
+    assert_close(module(x), other(x, x, x, need_weights=False)[0], tolerance=1e-12)
+    assert repr(module).startswith("FullAttention(\n  num_heads=2, is_causal=False")
