@@ -1,0 +1,165 @@
+"""Attention among tokens whose vectors fall into the same bucket, by locality-sensitive hashing.
+
+Queries and keys are the same vectors, up to the keys' length. Each round of hashing turns them by a random rotation and
+puts those that then point the same way into one bucket; what a query would look at most is likely to be there. Sorted
+by bucket and cut into chunks, tokens look at their own chunk and the one before it. Several rounds find what one would
+miss. With T tokens, chunks of a fixed size and a number of buckets that grows with T, a round costs O(T log T).
+
+Where this departs from the published code, to be strictly causal: there, which earlier tokens a token sees depends on
+where the cuts between chunks fall, hence on how many *later* tokens are in each bucket. Here a token sees, of the
+earlier ones in its bucket, the nearest `2 * bucket_size`, wherever the cuts fall; they are always in the two chunks.
+
+B H T D: batch, heads, tokens, features of a head. C M: chunks, and tokens of a chunk.
+
+References:
+    Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, section 2 and appendix A.
+    Andoni et al. (2015), Practical and Optimal LSH for Angular Distance.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SELF = -1e5
+"""The score of a token with itself: it counts where there is nothing else."""
+_UNSEEN = -1e9
+"""The score of what a token does not see; finite, since the padding of the last chunk sees nothing."""
+_MOST_BITS = 6
+"""Of one hash: more buckets come from several hashes, whose cost grows with the logarithm of the number of buckets."""
+
+
+def lsh_attention(
+    qk: Tensor,
+    v: Tensor,
+    *,
+    bucket_size: int = 64,
+    num_hashes: int = 4,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Softmax over the tokens that at least one round of hashing puts near.
+
+    A token counts once, however many rounds find it, which is appendix A's correction for duplicates; and sees itself
+    only if it finds no other. Random rotations are drawn from PyTorch's global state, the same for all of the batch. If
+    one bucket holds everything, nothing is drawn and nothing is missed.
+
+    Args:
+        qk: Queries, which are the keys too; as keys they are scaled to length sqrt(D).
+        v: Values.
+        bucket_size: How many tokens a bucket has on average. Chunks have twice as many.
+        num_hashes: Rounds of hashing.
+        is_causal: Whether a token sees what stands before it, and nothing else: of its bucket the nearest
+            `2 * bucket_size` earlier tokens. Otherwise, those of its bucket in its chunk and in the chunk before.
+        mask: Which tokens are real; the others are seen by none of these, and their own outputs mean nothing.
+
+    Shape:
+        qk, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
+
+    Numerics:
+        A token whose vector lies between two buckets may change over by rounding, and then sees others. Where the
+        vectors are rebuilt, let them be so exactly (`FixedPoint`).
+
+    References:
+        Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, equations 2 to 7 and appendix A.
+    """
+    T = qk.shape[-2]
+    num_bits = max(0, round(math.log2(T / bucket_size)))
+    rounds = [
+        _sort(buckets, min(2 * bucket_size, T), is_causal)
+        for buckets in _hash(qk.detach(), num_bits, num_hashes if num_bits else 1, mask)
+    ]
+    outputs, log_sums = zip(*[_attend(qk, v, rounds, index) for index in range(len(rounds))], strict=True)
+    if len(rounds) == 1:
+        return outputs[0]
+    weights = torch.stack(log_sums).softmax(0).to(v.dtype)  # (rounds, B, H, T)
+    return (torch.stack(outputs) * weights[..., None]).sum(0)
+
+
+class _Round(NamedTuple):
+    """One round of hashing; a place is a position in the order of buckets."""
+
+    order: Tensor
+    """The token at each place, (B, H, T)."""
+    place: Tensor
+    """The place of each token, (B, H, T)."""
+    first: Tensor
+    """The first place that each token sees, (B, H, T)."""
+    last: Tensor
+    """The last place that each token sees, (B, H, T)."""
+    chunk_size: int
+
+
+def _hash(x: Tensor, num_bits: int, num_rounds: int, mask: Tensor | None) -> list[Tensor]:
+    """The bucket of each token in each round, (B, H, T); what is not real has a bucket of its own."""
+    B, H, T, D = x.shape
+    buckets = torch.zeros(num_rounds, B, H, T, dtype=torch.int64, device=x.device)
+    num_parts = -(-num_bits // _MOST_BITS)
+    for part in range(num_parts):
+        bits = num_bits // num_parts + (part < num_bits % num_parts)
+        # Of 2^bits directions, half are the opposites of the other half: argmax([xR; -xR]).
+        rotations = torch.randn(num_rounds, 1, H, D, 2**bits // 2, device=x.device, dtype=x.dtype)
+        turned = x @ rotations  # (num_rounds, B, H, T, 2^bits / 2)
+        buckets = buckets * 2**bits + torch.cat((turned, -turned), dim=-1).argmax(-1)
+    if mask is not None:
+        buckets = buckets.masked_fill(~mask[:, None, :], 2**num_bits)
+    return list(buckets)
+
+
+def _sort(buckets: Tensor, chunk_size: int, is_causal: bool) -> _Round:
+    """Sort by bucket, and within by position; and say which places each token sees."""
+    in_order, order = buckets.sort(dim=-1, stable=True)
+    places = torch.arange(buckets.shape[-1], device=buckets.device).expand_as(order)
+    first = torch.searchsorted(in_order, in_order)
+    if is_causal:
+        last, first = places, first.maximum(places - chunk_size)
+    else:
+        start = places - places % chunk_size
+        last = (torch.searchsorted(in_order, in_order, right=True) - 1).minimum(start + chunk_size - 1)
+        first = first.maximum(start - chunk_size)
+    place = torch.empty_like(order).scatter_(-1, order, places)
+    return _Round(order, place, first.gather(-1, place), last.gather(-1, place), chunk_size)
+
+
+def _attend(qk: Tensor, v: Tensor, rounds: list[_Round], index: int) -> tuple[Tensor, Tensor]:
+    """Attention in round `index`, to what no earlier round has found: outputs, and the logarithms of their sums."""
+    this = rounds[index]
+    T, D = qk.shape[-2:]
+    M = this.chunk_size
+    order = F.pad(this.order, (0, -T % M))  # (B, H, C * M)
+
+    def sorted_chunks(x: Tensor) -> Tensor:
+        at = order if x.dim() == 3 else order[..., None].expand(*order.shape, x.shape[-1])
+        return x.gather(2, at).unflatten(2, (-1, M))  # (B, H, C, M, ...)
+
+    q, values = sorted_chunks(qk), sorted_chunks(v)
+    keys = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
+    scores = q @ _with_previous(keys).mT / math.sqrt(D)  # (B, H, C, M, 2 * M)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    places = torch.arange(order.shape[-1], device=qk.device).expand_as(order).unflatten(2, (-1, M))
+    seen = _is_seen(places, sorted_chunks(this.first), sorted_chunks(this.last)) & (places < T)[..., None]
+    for each in rounds[:index]:
+        seen &= ~_is_seen(*map(sorted_chunks, (each.place, each.first, each.last)))
+    itself = torch.eye(M, 2 * M, dtype=torch.bool, device=qk.device).roll(M, dims=1)
+    scores = scores.masked_fill(itself, _SELF).masked_fill(~seen, _UNSEEN)
+
+    log_sums = scores.logsumexp(-1, keepdim=True)
+    y = (scores - log_sums).exp().to(values.dtype) @ _with_previous(values)  # (B, H, C, M, D)
+    place = this.place
+    y = y.flatten(2, 3).gather(2, place[..., None].expand(*place.shape, y.shape[-1]))
+    return y, log_sums.flatten(2).gather(2, place)
+
+
+def _is_seen(place: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Which tokens of a chunk and the one before it are at places that each token of the chunk sees."""
+    others = _with_previous(place[..., None], fill=-1).mT  # (B, H, C, 1, 2 * M)
+    return (others >= first[..., None]) & (others <= last[..., None])
+
+
+def _with_previous(x: Tensor, fill: int = 0) -> Tensor:
+    """Each chunk behind the one before it: (B, H, C, M, D) into (B, H, C, 2 * M, D)."""
+    before = torch.cat((torch.full_like(x[:, :, :1], fill), x[:, :, :-1]), dim=2)
+    return torch.cat((before, x), dim=3)
