@@ -3,7 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from revnet.training._task import Criterion
 from revnet.training.callbacks import EpochLog, RandomState, RunFiles, StepTimer
+
+HIGHEST_ACCURACY = Criterion("val_accuracy", is_highest=True)
 
 
 def test_random_state_goes_on_where_it_stopped():
@@ -100,7 +103,7 @@ def test_epoch_log_stops_a_run_that_has_diverged(tmp_path, loss):
 
 
 def test_the_best_epoch_is_the_earliest_of_the_highest_accuracy(tmp_path):
-    files = RunFiles(tmp_path)
+    files = RunFiles(tmp_path, HIGHEST_ACCURACY)
     accuracies = [0.5, 0.75, 0.25, 0.75]
     assert [files._is_best(make_trainer(i, val_accuracy=a)) for i, a in enumerate(accuracies)] == [
         True,
@@ -108,10 +111,10 @@ def test_the_best_epoch_is_the_earliest_of_the_highest_accuracy(tmp_path):
         False,
         False,
     ]
-    assert files.best_val_accuracy == 0.75
+    assert files.best_score == 0.75
 
 
 def test_without_validation_the_best_epoch_is_the_last(tmp_path):
-    files = RunFiles(tmp_path)
+    files = RunFiles(tmp_path, HIGHEST_ACCURACY)
     assert all(files._is_best(make_trainer(epoch)) for epoch in range(3))
-    assert files.best_val_accuracy is None
+    assert files.best_score is None

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from revnet.data import Preprocess
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Checkpoint, Store, policy_holders, set_policy
 from revnet.training._device import find_device
-from revnet.training.classifier import Classifier, Header
-from revnet.training.config import TrainConfig
-from revnet.training.optimizers import optimizer_factory
+from revnet.training._settings import RunSettings
 
 _POLICIES = {"checkpoint": Checkpoint(), "store": Store()}  # and "reverse" is what models have
 
 
-def make_plan(config: TrainConfig, header: Header, preprocess: Preprocess) -> Plan | None:
+class PeakBytes(NamedTuple):
+    """Peak activation memory of an update."""
+
+    trained: int
+    """Of the model under its policies."""
+    stored: int | None
+    """Of its twin that stores all activations; None if the model does so itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """An update as the memory tools take it: shapes, and no data."""
+
+    make_model: Callable[[], nn.Module]
+    """Makes the model; called under the meta device."""
+    make_batch: Callable[[], Tensor]
+    """Makes what it takes; called under the meta device."""
+    loss: Callable[[Any], Tensor]
+    """From what it gives to a scalar."""
+    optimizer: Callable[..., torch.optim.Optimizer]
+    """Makes the optimizer of parameters."""
+
+
+def make_plan(config: RunSettings, update: Update) -> Plan | None:
     """Plan an update within `config.memory_budget`, if there is one.
 
     Nothing is timed: a run that is resumed must have the same plan, since policies differ in the last digits of the
@@ -31,22 +53,16 @@ def make_plan(config: TrainConfig, header: Header, preprocess: Preprocess) -> Pl
     """
     if config.memory_budget is None:
         return None
-
-    def loss(logits: Tensor) -> Tensor:
-        labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-
     device = find_device(config.device)
     with torch.device("meta"):
-        model = Classifier.create(header, preprocess).model
-        images = torch.empty(config.batch_size, *header.image_shape)
+        model, batch = update.make_model(), update.make_batch()
     try:
         return plan(
             model,
-            images,
+            batch,
             budget=config.memory_budget,
-            optimizer=optimizer_factory(config),
-            loss=loss,
+            optimizer=update.optimizer,
+            loss=update.loss,
             autocast=_autocast(config),
             device=device if device.type == "cuda" else "cpu",
         )
@@ -55,7 +71,7 @@ def make_plan(config: TrainConfig, header: Header, preprocess: Preprocess) -> Pl
         raise
 
 
-def apply_policies(model: nn.Module, config: TrainConfig, made_plan: Plan | None) -> None:
+def apply_policies(model: nn.Module, config: RunSettings, made_plan: Plan | None) -> None:
     """Give `model` the policies of the plan, or the one of the settings."""
     if made_plan is not None:
         made_plan.apply(model)
@@ -73,28 +89,27 @@ def tell_plan(made_plan: Plan) -> str:
     )
 
 
-def tell_policy(config: TrainConfig, made_plan: Plan | None, *, is_stored: bool) -> str:
+def tell_policy(config: RunSettings, made_plan: Plan | None, *, is_stored: bool) -> str:
     """What is done with activations, in one word; a model may store all of them, whatever the settings say."""
     return "plan" if made_plan is not None else "store" if is_stored else config.policy
 
 
-def count_peak_bytes(classifier: Classifier, config: TrainConfig) -> tuple[int, int | None]:
-    """The activations of an update, counted by shapes alone.
-
-    Returns:
-        Those of the model under its policies, and those with all of them stored, if they are not.
-    """
+def count_peak_bytes(model: nn.Module, config: RunSettings, update: Update) -> PeakBytes:
+    """The activations of an update of `model`, counted by shapes alone."""
     with torch.device("meta"):
-        twin = Classifier.create(classifier.header, classifier.preprocess).model
-        batch = torch.empty(config.batch_size, *classifier.header.image_shape)
-    for holder, original in zip(policy_holders(twin).values(), policy_holders(classifier.model).values(), strict=True):
+        twin, batch = update.make_model(), update.make_batch()
+    for holder, original in zip(policy_holders(twin).values(), policy_holders(model).values(), strict=True):
         holder.set_policies(original.policies)
-    peak_bytes = predict(twin, batch, autocast=_autocast(config)).activation_bytes
+
+    def count() -> int:
+        return predict(twin, batch, autocast=_autocast(config)).activation_bytes
+
+    peak_bytes = count()
     if all(policy == Store() for holder in policy_holders(twin).values() for policy in holder.policies):
-        return peak_bytes, None
+        return PeakBytes(peak_bytes, None)
     set_policy(twin, Store())
-    return peak_bytes, predict(twin, batch, autocast=_autocast(config)).activation_bytes
+    return PeakBytes(peak_bytes, count())
 
 
-def _autocast(config: TrainConfig) -> torch.dtype | None:
+def _autocast(config: RunSettings) -> torch.dtype | None:
     return torch.bfloat16 if config.precision == "bf16-mixed" else None

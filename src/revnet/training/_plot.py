@@ -13,29 +13,31 @@ from revnet.training.callbacks import Row
 _TRAINING, _VALIDATION, _GREY = "#4477aa", "#ee6677", "#888888"
 
 
-def plot_learning_curve(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw loss and accuracy against epochs, and where the learning rate falls."""
-    figure = new_figure(9, 3.6)
-    losses, accuracies = figure.subplots(1, 2)
+def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_name: str = "cross-entropy") -> None:
+    """Draw the loss against epochs, the accuracy if there is one, and where the learning rate falls in steps."""
+    has_accuracy = "train_accuracy" in rows[0]
+    figure = new_figure(9 if has_accuracy else 6, 3.6)
+    panels = list(figure.subplots(1, 1 + has_accuracy, squeeze=False)[0])
     epochs = [row["epoch"] for row in rows]
-    for axes, quantity, scale in ((losses, "loss", 1), (accuracies, "accuracy", 100)):
+    for axes, quantity, scale in zip(panels, ("loss", "accuracy"), (1, 100), strict=False):
         for part, name, color in (("train", "training", _TRAINING), ("val", "validation", _VALIDATION)):
             if f"{part}_{quantity}" in rows[0]:
                 values = [scale * row[f"{part}_{quantity}"] for row in rows]
                 axes.plot(epochs, values, color=color, label=name, marker="o" if len(rows) < 10 else None)
         falls = [before["epoch"] + 0.5 for before, after in pairwise(rows) if after["lr"] < before["lr"]]
-        for epoch in falls:
+        for epoch in falls if len(falls) <= len(rows) / 2 else []:  # else it falls all the time
             label = "learning rate falls" if epoch == falls[0] else None
             axes.axvline(epoch, color=_GREY, linewidth=0.8, linestyle=":", label=label)
         axes.set_xlabel("epoch")
         axes.set_xlim(0, 1.03 * epochs[-1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         clear_frame(axes)
-    losses.set_ylabel("cross-entropy")
-    if any(row["train_loss"] > 0 for row in rows):
-        losses.set_yscale("log")
-    accuracies.set_ylabel("accuracy (%)")
+    panels[0].set_ylabel(loss_name)
+    if has_accuracy:
+        if any(row["train_loss"] > 0 for row in rows):
+            panels[0].set_yscale("log")
+        panels[1].set_ylabel("accuracy (%)")
     figure.text(0.01, 0.95, title, va="center", fontsize="large")  # in the row that the legend takes
-    figure.legend(*accuracies.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     with atomic_path(path) as temporary:
         save(figure, temporary)

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from revnet.training.task import ClassificationTask
+from revnet.training._task import AbstractTask
 
 
 def make_progress() -> Callback:
@@ -46,7 +46,7 @@ class RunBar(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar as far as a resumed run had come."""
-        assert isinstance(pl_module, ClassificationTask)
+        assert isinstance(pl_module, AbstractTask)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -95,10 +95,5 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _figures(trainer: Trainer) -> str:
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    figures = f"loss {metrics['train_loss']:.4f}"
-    if "val_accuracy" in metrics:
-        figures += f"  validation {100 * metrics['val_accuracy']:.2f} %"
-    assert isinstance(trainer.lightning_module, ClassificationTask)
-    images_per_second = trainer.lightning_module.config.batch_size / metrics["step_seconds"]
-    return f"{figures}  {images_per_second:,.0f} images/s"
+    assert isinstance(trainer.lightning_module, AbstractTask)
+    return trainer.lightning_module.report({name: float(value) for name, value in trainer.callback_metrics.items()})

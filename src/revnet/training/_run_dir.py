@@ -6,7 +6,7 @@ import re
 from itertools import count
 from pathlib import Path
 
-from revnet.training.config import TrainConfig
+from revnet.training._settings import RunSettings
 
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
@@ -18,14 +18,19 @@ SUMMARY = "summary.json"
 PLAN = "plan.txt"
 
 
-def make_run_dir(config: TrainConfig, data_name: str) -> Path:
+def make_run_dir(config: RunSettings, data_name: str, model: str) -> Path:
     """Make a folder for a new run and put the settings there; a run that exists is never touched.
+
+    Args:
+        config: The settings.
+        data_name: How the data are called.
+        model: How the model is called.
 
     Raises:
         ValueError: `out_dir` is taken, or cannot be written.
     """
     try:
-        folder = _next_free(data_name, config.model) if config.out_dir is None else _given(config.out_dir)
+        folder = _next_free(data_name, model) if config.out_dir is None else _given(config.out_dir)
         config.save(folder / CONFIG)
     except OSError as error:
         place = config.out_dir or "runs"

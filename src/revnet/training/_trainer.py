@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from revnet.training._checkpoint import read_checkpoint
 from revnet.training._files import atomic_path
-from revnet.training.config import TrainConfig
+from revnet.training._settings import RunSettings
 
 _NOT_FOR_USERS = (
     r".*does not have many workers",  # the images lie in memory: a worker would only copy them
@@ -58,13 +58,22 @@ class Stopped(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
-def make_trainer(config: TrainConfig, callbacks: list[Callback], folder: Path) -> Trainer:
+def make_trainer(
+    config: RunSettings,
+    callbacks: list[Callback],
+    folder: Path,
+    *,
+    num_epochs: int,
+    max_grad_norm: float | None = None,
+) -> Trainer:
     """Make a Trainer that writes only what `callbacks` write."""
+    precision: Any = config.precision
     with quiet():
         return Trainer(
-            max_epochs=config.epochs,
+            max_epochs=num_epochs,
+            gradient_clip_val=max_grad_norm,
             accelerator=config.device,
-            precision=config.precision,
+            precision=precision,
             devices=1,  # the loader's sampler does not divide the images among processes
             use_distributed_sampler=False,
             callbacks=callbacks,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from revnet.training._checkpoint import save_weights
 from revnet.training._files import atomic_path
-from revnet.training.task import ClassificationTask
+from revnet.training._task import AbstractTask, Criterion
 
 Row = dict[str, float]
 
@@ -177,42 +177,45 @@ class EpochLog(Callback):
 class RunFiles(Checkpoint):
     """Write, after every epoch, the best and the last weights and the checkpoint to resume from.
 
-    Best is the highest validation accuracy, the earliest epoch among equals; without validation it is the last epoch.
+    The best epoch is the one that the task's criterion says, such as the highest validation accuracy, the earliest
+    among equals; without validation it is the last epoch.
 
     Args:
         folder: Where `best.safetensors`, `last.safetensors` and `last.ckpt` go.
+        criterion: Which epoch is the best.
     """
 
     # Lightning runs a `Checkpoint` after all other callbacks, so the file holds what they know after this epoch.
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, criterion: Criterion) -> None:
         self._folder = folder
+        self._criterion = criterion
         self.best_epoch = 0
-        self.best_val_accuracy: float | None = None
+        self.best_score: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Give the best so far to the checkpoint."""
-        return {"best_epoch": self.best_epoch, "best_val_accuracy": self.best_val_accuracy}
+        return {"best_epoch": self.best_epoch, f"best_{self._criterion.metric}": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best so far back."""
         self.best_epoch = state_dict["best_epoch"]
-        self.best_val_accuracy = state_dict["best_val_accuracy"]
+        self.best_score = state_dict[f"best_{self._criterion.metric}"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files; the checkpoint comes last, so it never knows of weights that are not there."""
-        assert isinstance(pl_module, ClassificationTask)
+        assert isinstance(pl_module, AbstractTask)
         if self._is_best(trainer):
             self.best_epoch = trainer.current_epoch + 1
-            save_weights(pl_module.classifier, self._folder / "best.safetensors")
-        save_weights(pl_module.classifier, self._folder / "last.safetensors")
+            save_weights(pl_module.product, self._folder / "best.safetensors")
+        save_weights(pl_module.product, self._folder / "last.safetensors")
         trainer.save_checkpoint(self._folder / "last.ckpt")
 
     def _is_best(self, trainer: Trainer) -> bool:
-        if "val_accuracy" not in trainer.callback_metrics:
+        if self._criterion.metric not in trainer.callback_metrics:
             return True
-        accuracy = float(trainer.callback_metrics["val_accuracy"])
-        if self.best_val_accuracy is not None and accuracy <= self.best_val_accuracy:
+        score = float(trainer.callback_metrics[self._criterion.metric])
+        if self.best_score is not None and not self._criterion.is_better(score, self.best_score):
             return False
-        self.best_val_accuracy = accuracy
+        self.best_score = score
         return True

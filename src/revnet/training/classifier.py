@@ -11,16 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-import revnet
 from revnet.data import Preprocess
 from revnet.errors import CheckpointError
 from revnet.models import AbstractImageClassifier, create_model
-
-_FORMAT = "1"
+from revnet.training._product import AbstractHeader, begin_metadata, check_fit, check_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
-class Header:
+class Header(AbstractHeader):
     """What it takes to rebuild a classifier, but the tensors."""
 
     model: str
@@ -53,9 +51,7 @@ class Header:
 
     def to_metadata(self) -> dict[str, str]:
         """Give the header as the flat strings that safetensors stores."""
-        return {
-            "format": _FORMAT,
-            "revnet_version": revnet.__version__,
+        return begin_metadata() | {
             "model": self.model,
             "data": self.data,
             "class_names": json.dumps(self.class_names),
@@ -69,13 +65,9 @@ class Header:
         """Read what `to_metadata` gave; `path` is for the error message.
 
         Raises:
-            CheckpointError: The metadata are not revnet's, or of a later format.
+            CheckpointError: The metadata are not revnet's, of a later format, or of no classifier.
         """
-        if metadata.get("format", _FORMAT) != _FORMAT and "revnet_version" in metadata:
-            raise CheckpointError(
-                f"`{path}` has format {metadata['format']} of revnet {metadata['revnet_version']}, this is revnet "
-                f"{revnet.__version__} with format {_FORMAT}; update revnet."
-            )
+        check_metadata(metadata, path)
         try:
             class_names = tuple(json.loads(metadata["class_names"]))
             channels, height, width = json.loads(metadata["image_shape"])
@@ -133,25 +125,3 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Classify raw images."""
         return self.model(self.preprocess(images))
-
-
-def check_fit(classifier: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Compare `tensors`, read from `path`, with the state of `classifier`.
-
-    Raises:
-        CheckpointError: A tensor is missing, superfluous or of another shape; the first one is named.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected == found:
-        return
-    name = next(name for name in sorted(expected | found) if expected.get(name) != found.get(name))
-    if name not in found:
-        difference = f"it lacks the tensor `{name}`"
-    elif name not in expected:
-        difference = f"the model has no tensor `{name}`"
-    else:
-        difference = f"`{name}` is {found[name]} in the file and {expected[name]} in the model"
-    raise CheckpointError(
-        f"`{path}` does not fit the model {classifier.header.model}: {difference}; pass a checkpoint of that model."
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -15,7 +15,7 @@ from revnet.training._checks import (
     check_number,
     check_range,
 )
-from revnet.training._files import atomic_path
+from revnet.training._settings import load_settings, save_settings
 
 Preprocessing = Literal["standardize", "mean_image", "imagenet", "unit_range"]
 Precision = Literal["32-true", "bf16-mixed"]
@@ -252,11 +252,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `revnet train --config` takes."""
-        import yaml
-
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        with atomic_path(path) as temporary:
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+        save_settings(self, path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -266,19 +262,4 @@ class TrainConfig:
             FileNotFoundError: There is no such file.
             ValueError: The file is no YAML mapping, or names a setting that does not exist.
         """
-        import yaml
-
-        try:
-            settings = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"`{path}` is not valid YAML: {_one_line(error)}.") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"`{path}` must hold one `setting: value` per line.")
-        unknown = sorted(set(map(str, settings)) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"`{path}` has the unknown setting `{unknown[0]}`; `revnet train --help` lists them all.")
-        return cls(**settings)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        return load_settings(cls, path, "revnet train")

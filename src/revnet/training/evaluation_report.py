@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from revnet.training.evaluate_result import EvaluateResult
-from revnet.training.results import format_lines
+from revnet.training.run_result import format_lines
 
 _NUM_SHOWN = 5  # classes, and mistakes
 _LONGEST_NAME = 40

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from revnet.training._checkpoint import HEADER_KEY
+from revnet.training._task import AbstractTask, Criterion
 from revnet.training.classifier import Classifier
 from revnet.training.config import TrainConfig
 from revnet.training.optimizers import optimizer_factory
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class ClassificationTask(LightningModule):
+class ClassificationTask(AbstractTask):
     """Cross-entropy on augmented images.
 
     Args:
@@ -33,6 +33,8 @@ class ClassificationTask(LightningModule):
         num_updates: Updates of the whole run, for the schedule. Counted by the caller: Lightning's own
             estimate builds the loaders early, which stops stateful ones from resuming (lightning #20550).
     """
+
+    criterion = Criterion("val_accuracy", is_highest=True)
 
     def __init__(
         self,
@@ -93,9 +95,17 @@ class ClassificationTask(LightningModule):
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the header beside the tensors, so that a checkpoint says what it is of."""
-        checkpoint[HEADER_KEY] = self.classifier.header.to_metadata()
+    @property
+    def product(self) -> Classifier:
+        """The classifier."""
+        return self.classifier
+
+    def report(self, metrics: Mapping[str, float]) -> str:
+        """Say loss, accuracy and speed."""
+        figures = f"loss {metrics['train_loss']:.4f}"
+        if "val_accuracy" in metrics:
+            figures += f"  validation {100 * metrics['val_accuracy']:.2f} %"
+        return f"{figures}  {self.config.batch_size / metrics['step_seconds']:,.0f} images/s"
 
     def _shrink(self, images: Tensor) -> Tensor:
         full_size, start_size = min(images.shape[2:]), self.config.start_size

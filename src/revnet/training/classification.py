@@ -1,0 +1,181 @@
+"""Training a classifier: what `revnet train` does by itself."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from revnet.data import (
+    AbstractSplit,
+    ImageDataset,
+    ImageSplit,
+    Loader,
+    list_datasets,
+    load_dataset,
+    make_augment,
+    make_color_distortion,
+    make_loader,
+    make_preprocess,
+)
+from revnet.memory import Plan
+from revnet.models import create_model
+from revnet.training import _run_dir
+from revnet.training._checkpoint import load_classifier
+from revnet.training._job import AbstractJob, Names, Outcome
+from revnet.training._memory import PeakBytes, Update, apply_policies, count_peak_bytes, make_plan
+from revnet.training._trainer import check_device
+from revnet.training.classifier import Classifier, Header
+from revnet.training.config import TrainConfig
+from revnet.training.evaluation import evaluate_on, usual_batch_size
+from revnet.training.optimizers import optimizer_factory
+from revnet.training.results import TrainResult
+from revnet.training.task import ClassificationTask
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClassificationJob(AbstractJob[TrainResult]):
+    """A run that trains a classifier."""
+
+    config: TrainConfig
+    names: Names
+    task: ClassificationTask
+    num_epochs: int
+    batch_size: int
+    plan: Plan | None
+    dataset: ImageDataset
+    training: AbstractSplit
+    validation: AbstractSplit | None
+    update: Update
+
+    def heading(self) -> list[tuple[str, str]]:
+        """Model, data and epochs."""
+        dataset, classifier = self.dataset, self.task.classifier
+        num_parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
+        shape = "x".join(map(str, classifier.header.image_shape))
+        parts = {"train": self.training, "validate": self.validation, "test": dataset.test}
+        counts = ", ".join(f"{len(part):,} {verb}" for verb, part in parts.items() if part is not None)
+        return [
+            ("model", f"{self.config.model}, {num_parameters:,} parameters"),
+            ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
+            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} updates of {self.batch_size} images"),
+        ]
+
+    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+        """Images that train, all updates of the same size so that they weigh the same, and those that validate."""
+        config = self.config
+        assert config.num_workers is not None
+        loader = partial(
+            make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers
+        )
+        training = loader(self.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
+        if self.validation is None:
+            return training, None
+        return training, loader(self.validation, batch_size=usual_batch_size(self.dataset.image_size), shuffle=False)
+
+    def count_peak_bytes(self) -> PeakBytes:
+        """Activations of an update, and with all of them stored if they are not."""
+        return count_peak_bytes(self.task.classifier.model, self.config, self.update)
+
+    def finish(self, folder: Path, outcome: Outcome) -> TrainResult:
+        """Read the test set, with the last weights and with those that validation chose."""
+        assert self.config.num_workers is not None
+        test = partial(evaluate_on, self.dataset, device=outcome.device, num_workers=self.config.num_workers)
+        best = None if outcome.best_score is None else load_classifier(folder / _run_dir.BEST_WEIGHTS)
+        return TrainResult(
+            test=test(self.task.classifier),
+            best_test=None if best is None else test(best),
+            best_val_accuracy=outcome.best_score,
+            **outcome.common,
+        )
+
+
+def new_job(config: TrainConfig) -> ClassificationJob:
+    """Check the settings of a new run, and load its data."""
+    with torch.device("meta"):
+        model = create_model(config.model)  # an unknown name is told before the data are read, which may take a while
+    if config.policy == "store" and not model.is_reversible:
+        raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
+    dataset = _load(config)
+    return _prepare(replace(config, data=absolute_data(config.data)), dataset)
+
+
+def job_of_run(config: TrainConfig) -> ClassificationJob:
+    """Make the job of a run that was stopped, from its own settings."""
+    return _prepare(config, _load(config))
+
+
+def absolute_data(data: str) -> str:
+    """Make a folder's path good in any working directory, so that a run can be resumed and evaluated anywhere."""
+    is_name = data in list_datasets() or data.startswith("hub:")
+    return data if is_name else str(Path(data).expanduser().resolve())
+
+
+def _load(config: TrainConfig) -> ImageDataset:
+    return load_dataset(
+        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
+    )
+
+
+def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
+    is_decoded = not isinstance(dataset.train, ImageSplit)
+    config = config.resolve(dataset.name, is_decoded=is_decoded)
+    check_device(config.device)
+    assert config.preprocess is not None
+    assert config.crop_padding is not None
+    assert config.horizontal_flip is not None
+    training, validation = dataset.train, None
+    if config.val_fraction > 0:
+        training, validation = dataset.holdout(config.val_fraction, config.seed)
+    if config.batch_size > len(training):
+        raise ValueError(
+            f"`batch_size` (={config.batch_size}) must not exceed the {len(training)} images that train; "
+            "pass a smaller one."
+        )
+    header = Header(
+        model=config.model,
+        data=config.data,
+        class_names=dataset.class_names,
+        image_shape=(dataset.in_channels, *dataset.image_size),
+        preprocess=config.preprocess,
+        is_resized=is_decoded,
+    )
+    preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
+    distort = make_color_distortion() if config.color_distortion else nn.Identity()
+    augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
+    updates_per_epoch = len(training) // config.batch_size
+    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
+    config = replace(config, epochs=-(-num_updates // updates_per_epoch))
+    update = Update(
+        make_model=lambda: Classifier.create(header, preprocess).model,
+        make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
+        loss=partial(_loss, label_smoothing=config.label_smoothing),
+        optimizer=optimizer_factory(config),
+    )
+    plan = make_plan(config, update)
+    torch.manual_seed(config.seed)
+    classifier = Classifier.create(header, preprocess)
+    apply_policies(classifier.model, config, plan)
+    return ClassificationJob(
+        config=config,
+        names=Names(command="revnet train", data=dataset.name, model=config.model),
+        task=ClassificationTask(classifier, distort, augment, config, num_updates),
+        num_epochs=config.epochs,
+        batch_size=config.batch_size,
+        plan=plan,
+        dataset=dataset,
+        training=training,
+        validation=validation,
+        update=update,
+    )
+
+
+def _loss(logits: Tensor, **options: Any) -> Tensor:
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    return F.cross_entropy(logits, labels, **options)
