@@ -10,7 +10,7 @@ from torch import nn
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store, create_model
 from revnet.paper import gradient_errors
-from revnet.paper.gradient_angle import ALL, _compare, parameter_groups
+from revnet.paper.gradient_angle import ALL, parameter_groups
 from tests.helpers import ConvResidual, all_cases, all_reversible_models, assert_same_buffers, mlp, squares
 
 
@@ -116,33 +116,6 @@ def test_evaluation_mode_is_measured_as_it_is():
     model, x = convolutions().eval(), torch.randn(2, 8, 5, 5)
     assert gradient_errors(model, squares, x)[-1].relative_error < 1e-3
     assert not model.training
-
-
-def vectors(*values):
-    return [torch.tensor([value], dtype=torch.float32) for value in values]
-
-
-@pytest.mark.parametrize(
-    ("actual", "expected", "angle", "relative"),
-    [
-        ((1, 0), (1, 0), 0, 0),
-        ((2, 0), (1, 0), 0, 1),
-        ((1, 1), (1, 0), 45, 1),
-        ((0, 3), (1, 0), 90, math.sqrt(10)),
-        ((-1, 0), (1, 0), 180, 2),
-        ((1, 1e-9), (1, 0), math.degrees(1e-9), 1e-9),
-        ((1e-30, 1e-30), (1e-30, 0), 45, 1),
-        ((0, 0), (0, 0), 0, 0),
-        ((0, 0), (1, 0), 90, 1),
-        ((1, 0), (0, 0), 90, math.inf),
-    ],
-)
-def test_angles_of_known_vectors(actual, expected, angle, relative):
-    assert _compare(vectors(*actual), vectors(*expected)) == pytest.approx((angle, relative), rel=1e-6)
-
-
-def test_what_is_no_number_has_no_angle():
-    assert all(map(math.isnan, _compare(vectors(math.nan, 1), vectors(1, 0))))
 
 
 class Divided(nn.Module):

@@ -37,15 +37,21 @@ class DriftRecord(NamedTuple):
     """Half-blocks between it and the nearest stream that was kept."""
     error: Tensor
     """Relative, by the Euclidean norm of the sample; a number on the stream's device, not to be waited for at once."""
+    dtype: torch.dtype
+    """Of the stream."""
 
 
 class DriftMeter:
     """Collects drift while it is on: of the forward passes that begin `with meter.on():`, and their backward passes.
 
     Nothing waits for the device until the records are read.
+
+    Args:
+        is_quiet: Whether what is wrong stands in the records alone, and neither warns nor raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_quiet: bool = False) -> None:
+        self.is_quiet = is_quiet
         self.records: list[DriftRecord] = []
 
     @contextmanager
@@ -112,8 +118,8 @@ class DriftWatch:
             return
         error = relative_error(sample(source), true)
         if self._meter is not None:
-            self._meter.records.append(DriftRecord(function, name, distance, error))
-        if index == self._first:
+            self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
+        if index == self._first and not (self._meter is not None and self._meter.is_quiet):
             largest = torch.stack([_magnitude(source), *self._magnitudes])
             if has_values(source):
                 _judge(_Verdict(weakref.ref(function), name, source.dtype, is_exact, error, largest))

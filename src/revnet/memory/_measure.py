@@ -13,6 +13,7 @@ from revnet.memory._optimizer import OptimizerFactory, check_optimizer, optimize
 from revnet.memory._step import Loss, check_step, device_of, run_step
 from revnet.memory._step_memory import CudaMemory, StepMemory
 from revnet.memory._summary import summarise
+from revnet.nn import restoring_state
 
 
 def measure(
@@ -58,7 +59,7 @@ def measure(
         )
     parameters = list(model.parameters())
     leaf_of = _leaves_except(parameters)
-    with torch.inference_mode(False), put_back(model), ExitStack() as stack:
+    with torch.inference_mode(False), restoring_state(model), ExitStack() as stack:
         if device.type == "cuda":
             cuda = stack.enter_context(_watching_cuda(device))
         args, named = tree_map_only(Tensor, leaf_of, (inputs, dict(kwargs or {})))
@@ -67,36 +68,6 @@ def measure(
     if optimizer is not None:
         cost = optimizer_cost(optimizer, parameters, result.has_gradient, device.type)
     return summarise(model, result, cost, cuda() if device.type == "cuda" else None)
-
-
-@contextmanager
-def put_back(model: nn.Module) -> Iterator[None]:
-    """Take the gradients away; on leaving, put them, the buffers and the random states back."""
-    parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    holders = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
-    # A buffer that is expanded cannot be written to, neither by the model nor here.
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not torch._debug_has_internal_overlap(buffer)]
-    devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            for parameter in parameters:
-                parameter.grad = None
-            yield
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for holder, content in holders:
-            holder.clear()
-            holder.update(content)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
-def _plain_modules(model: nn.Module) -> list[nn.Module]:
-    """Those that can rebind a buffer, as scripts cannot."""
-    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _leaves_except(parameters: list[nn.Parameter]) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from revnet._table import aligned
 from revnet.memory._bytes import format_bytes
-from revnet.memory._report import aligned
 
 if TYPE_CHECKING:
     from revnet.memory._plan import Plan, PlannedUnit

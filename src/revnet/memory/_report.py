@@ -1,9 +1,9 @@
 """The memory of a step as a table of text."""
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from revnet._table import aligned
 from revnet.memory._bytes import format_bytes
 
 if TYPE_CHECKING:
@@ -66,16 +66,4 @@ def _cuda_lines(memory: "StepMemory", cuda: "CudaMemory") -> list[str]:
         "less the optimizer, whose state and step are counted by shapes and were not run.",
         "Reserved is allocated, plus what the allocator keeps for later: freed blocks, and gaps too small to use.",
         "In use is reserved, plus CUDA's context, the kernels of the libraries, and other processes.",
-    ]
-
-
-def aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Rows of cells in columns, of which the first `num_left` are text and the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index < num_left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     ]

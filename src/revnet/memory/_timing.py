@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from revnet.memory._log import Integers
-from revnet.memory._measure import put_back
 from revnet.memory._step import Loss, device_of, losses_of, tensors_in
 from revnet.memory._units import Unit, assign
+from revnet.nn import restoring_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def measure_seconds(
     args, kwargs = _first_samples(args, kwargs, most_samples)
     most_choices = max(len(unit.choices) for unit in units)
     times = np.zeros((num_rounds, most_choices, len(units) + 1))
-    with put_back(model):
+    with restoring_state(model):
         for turn in range(-1, num_rounds):
             for choice in range(most_choices):
                 # A unit with fewer choices has its last ones: those that cost most memory.

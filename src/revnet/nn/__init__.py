@@ -19,4 +19,5 @@ from revnet.nn._policy_holder import policy_holders as policy_holders
 from revnet.nn._policy_holder import restoring_policies as restoring_policies
 from revnet.nn._policy_holder import set_policy as set_policy
 from revnet.nn._policy_sequential import PolicySequential as PolicySequential
+from revnet.nn._restoring_state import restoring_state as restoring_state
 from revnet.nn._sequential import ReversibleSequential as ReversibleSequential

@@ -7,8 +7,7 @@ References:
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +23,13 @@ from revnet.nn import (
     ReversibleSequential,
     Store,
     restoring_policies,
+    restoring_state,
     set_policy,
 )
+from revnet.numerics._gradients import Gradients, angle_and_error, parameter_gradients
 
 ALL = "all"
 """The group of all parameters."""
-
-Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,16 @@ def gradient_errors(
     groups = parameter_groups(model)
 
     def gradients(policy: AbstractPolicy) -> Gradients:
-        with _as_it_was(model), _under(model, policy):
-            return _gradients(model, loss_fn, inputs, forward_context)
+        with restoring_state(model), _under(model, policy):
+            return parameter_gradients(model, loss_fn, inputs, forward_context)
 
     stored, rebuilt = gradients(Store()), gradients(Reverse())
     exact = _float64_gradients(model, loss_fn, inputs) if with_reference else None
     errors = []
     for group, names in groups.items():
         expected = [stored[name] for name in names]
-        error = _compare([rebuilt[name] for name in names], expected)
-        reference = _compare(expected, [exact[name] for name in names]) if exact is not None else (None, None)
+        error = angle_and_error([rebuilt[name] for name in names], expected)
+        reference = angle_and_error(expected, [exact[name] for name in names]) if exact is not None else (None, None)
         errors.append(GradientError(group, *error, *reference))
     return errors
 
@@ -183,65 +182,13 @@ def _under(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put the buffers and the random state back."""
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in buffers:
-                buffer.copy_(value)
-                owner[name] = buffer  # a module may have put another tensor in its place
-
-
-def _gradients(
-    model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
-    inputs: tuple[Any, ...],
-    forward_context: Callable[[], AbstractContextManager[Any]],
-) -> Gradients:
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.enable_grad():
-        with forward_context():
-            loss = loss_fn(model(*inputs))
-        # `torch.autograd.grad`, since the gradients of the parameters belong to the training.
-        grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    real = [torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
-    return dict(zip(parameters, real, strict=True))
-
-
 def _float64_gradients(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: tuple[Any, ...]) -> Gradients:
     # A copy: `torch.func.functional_call` does not put the parameters of a module back that is in two places.
     exact = copy.deepcopy(model)._apply(_double)
-    with _as_it_was(exact), _under(exact, Store()):
-        return _gradients(exact, loss_fn, tree_map_only(Tensor, _double, inputs), nullcontext)
+    with restoring_state(exact), _under(exact, Store()):
+        return parameter_gradients(exact, loss_fn, tree_map_only(Tensor, _double, inputs), nullcontext)
 
 
 def _double(tensor: Tensor) -> Tensor:
     has_rounding = tensor.is_floating_point() or tensor.is_complex()
     return tensor.to(torch.promote_types(tensor.dtype, torch.float64)) if has_rounding else tensor
-
-
-def _compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """The angle in degrees between two vectors, and their distance over the length of `expected`."""
-    length, expected_length = _length(actual), _length(expected)
-    distance = _length([a.double() - b.double() for a, b in zip(actual, expected, strict=True)])
-    if length == 0 or expected_length == 0:
-        return (0.0, 0.0) if distance == 0 else (90.0, math.inf if expected_length == 0 else 1.0)
-    scaled = [(a.double() / length, b.double() / expected_length) for a, b in zip(actual, expected, strict=True)]
-    # Kahan's formula; the arc cosine of the scalar product would lose all angles below 1e-6 degrees.
-    half = math.atan2(_length([a - b for a, b in scaled]), _length([a + b for a, b in scaled]))
-    return math.degrees(2 * half), distance / expected_length
-
-
-def _length(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

@@ -1,0 +1,40 @@
+"""A model that is run to be looked at, and left as it was."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def restoring_state(model: nn.Module) -> Iterator[None]:
+    """Take the gradients of `model` away; on leaving, put them, the buffers and the random states back.
+
+    What runs inside leaves no trace in the model, and what runs next starts from the same random state.
+    """
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    holders = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
+    # A buffer that is expanded cannot be written to, neither by the model nor here.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not torch._debug_has_internal_overlap(buffer)]
+    devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for parameter in parameters:
+                parameter.grad = None
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for holder, content in holders:
+            holder.clear()
+            holder.update(content)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Those that can rebind a buffer, as scripts cannot."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
