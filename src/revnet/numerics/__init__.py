@@ -1,1 +1,6 @@
 """Numerics that can be trusted: how far rebuilt activations are from the true ones, and what to do about it."""
+
+from revnet.numerics._drift import BlockDrift as BlockDrift
+from revnet.numerics._drift import Drift as Drift
+from revnet.numerics._drift import GradientDrift as GradientDrift
+from revnet.numerics._measure import measure_drift as measure_drift
