@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from revnet.functional import AbstractCoupling
 from revnet.nn import AbstractPolicy
 
 
@@ -30,8 +29,8 @@ class BlockDrift:
     """Its place in the model: "stages.0.blocks.3"."""
     policy: AbstractPolicy
     """What it does with activations."""
-    coupling: AbstractCoupling
-    """How it joins the streams."""
+    is_exact: bool
+    """Whether its couplings promise that nothing is lost."""
     error: float | None
     """Relative error of the pair of streams that it was given, as rebuilt; None if they were not: they were kept, or
     nothing before them is trained."""
@@ -40,11 +39,6 @@ class BlockDrift:
     where none came."""
     gradient: GradientDrift | None = None
     """Of its parameters, if gradients were asked for and it trains any."""
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether its coupling promises that nothing is lost."""
-        return self.coupling.limit(torch.float32) is not None
 
 
 @dataclass(frozen=True)

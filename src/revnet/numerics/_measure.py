@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from revnet.functional import DriftMeter, DriftRecord
+from revnet.functional import DriftMeter, DriftRecord, HalfBlock
 from revnet.nn import (
     AbstractPolicy,
+    AbstractReversibleBlock,
     Reverse,
-    ReversibleBlock,
     ReversibleSequential,
     Store,
     restoring_policies,
@@ -123,11 +123,13 @@ class _Place(NamedTuple):
     """A reversible block in the model."""
 
     name: str
-    block: ReversibleBlock
+    block: AbstractReversibleBlock
     policy: AbstractPolicy
-    prefix: str
-    """Before the names of its functions, in records."""
-    sequence: ReversibleSequential | None
+    chain: Sequence[HalfBlock]
+    """The half-blocks that run with its own."""
+    start: int
+    """Its first one among them."""
+    is_in_sequence: bool
 
 
 def _places(model: nn.Module) -> list[_Place]:
@@ -136,19 +138,21 @@ def _places(model: nn.Module) -> list[_Place]:
     within: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, ReversibleSequential):
+            chain: list[HalfBlock] = []
             for index, (block, policy) in enumerate(zip(module, module.policies, strict=True)):
-                assert isinstance(block, ReversibleBlock)
+                assert isinstance(block, AbstractReversibleBlock)
                 prefix = f"blocks.{index}"
-                places.append(_Place(f"{name}.{prefix}".lstrip("."), block, policy, f"{prefix}.", module))
+                places.append(_Place(f"{name}.{prefix}".lstrip("."), block, policy, chain, len(chain), True))
+                chain += block.half_blocks(f"{prefix}.")
                 within.add(id(block))
-        elif isinstance(module, ReversibleBlock) and id(module) not in within:
-            places.append(_Place(name, module, Reverse(), "", None))
+        elif isinstance(module, AbstractReversibleBlock) and id(module) not in within:
+            places.append(_Place(name, module, Reverse(), module.half_blocks(), 0, False))
     return places
 
 
 def _check_can_be_stored(places: Sequence[_Place]) -> None:
     for place in places:
-        if place.sequence is None:
+        if not place.is_in_sequence:
             raise ValueError(
                 f"`gradients` (=True) needs the stored twin, but the block `{place.name or 'model'}` is outside of a "
                 "ReversibleSequential, where it cannot be stored; put it into one."
@@ -163,6 +167,10 @@ def _device_of(model: nn.Module, *inputs: Any) -> torch.device:
 # From records to blocks -----------------------------------------------------------------------------------------------
 
 
+_FARTHEST = 8
+"""Half-blocks from where a stream is asked for to one that reads it."""
+
+
 class _Reading(NamedTuple):
     """What a residual function read again."""
 
@@ -171,27 +179,38 @@ class _Reading(NamedTuple):
 
 
 def _block_drifts(places: Sequence[_Place], records: Iterable[DriftRecord]) -> list[BlockDrift]:
-    """The error of what each block was given, and how much it grew in it.
-
-    A block's second stream is what its f reads. Its first stream is what the block before it made of it, which the g of
-    that one reads. Nobody reads the first stream of the first block.
-    """
+    """The error of what each block was given, and how much it grew in it."""
     readings = _readings(records)
-    given: list[_Reading | None] = []
-    for before, place in pairwise([None, *places]):
-        assert place is not None
-        known = [readings.get((id(place.block.f), f"{place.prefix}f"))]
-        if before is not None and before.sequence is not None and before.sequence is place.sequence:
-            known.append(readings.get((id(before.block.g), f"{before.prefix}g")))
-        given.append(_joined([reading for reading in known if reading is not None]))
+    given = []
+    for place in places:
+        pair = (_reading_of(stream, place.chain, place.start, readings) for stream in (0, 1))
+        given.append(_joined([reading for reading in pair if reading is not None]))
     drifts = []
-    for place, reading, behind in zip(places, given, [*given[1:], None], strict=True):
+    for index, (place, reading) in enumerate(zip(places, given, strict=True)):
+        is_last = index + 1 == len(places) or places[index + 1].chain is not place.chain
+        behind = None if is_last else given[index + 1]
         error, amplification = None if reading is None else reading.error, None
         # One that is farther from a kept stream was rebuilt from the one behind it.
         if reading is not None and behind is not None and behind.error > 0 and reading.distance > behind.distance:
             amplification = reading.error / behind.error
-        drifts.append(BlockDrift(place.name, place.policy, place.block.coupling, error, amplification))
+        is_exact = all(each.coupling.limit(torch.float32) is not None for each in place.block.half_blocks())
+        drifts.append(BlockDrift(place.name, place.policy, is_exact, error, amplification))
     return drifts
+
+
+def _reading_of(
+    stream: int, chain: Sequence[HalfBlock], start: int, readings: Mapping[tuple[int, str], _Reading]
+) -> _Reading | None:
+    """What was read of a stream as it is before half-block `start`: there or farther on, or before, if nobody wrote."""
+    behind = takewhile(lambda half_block: half_block.updates != stream, chain[start : start + _FARTHEST])
+    before = takewhile(
+        lambda half_block: half_block.updates != stream, reversed(chain[max(0, start - _FARTHEST) : start])
+    )
+    for half_block in (*behind, *before):
+        reading = readings.get((id(half_block.function), half_block.name))
+        if reading is not None:
+            return reading
+    return None
 
 
 def _readings(records: Iterable[DriftRecord]) -> dict[tuple[int, str], _Reading]:
