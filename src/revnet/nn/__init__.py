@@ -5,7 +5,12 @@ from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
 from revnet.nn._block import ReversibleBlock as ReversibleBlock
 from revnet.nn._conv import Conv2dSame as Conv2dSame
 from revnet.nn._coupling_layer import CouplingLayer as CouplingLayer
+from revnet.nn._haar import HaarWavelet as HaarWavelet
+from revnet.nn._invertible import AbstractInvertible as AbstractInvertible
+from revnet.nn._invertible_conv import InvertibleConv1x1 as InvertibleConv1x1
+from revnet.nn._invertible_sequential import InvertibleSequential as InvertibleSequential
 from revnet.nn._momentum_block import MomentumBlock as MomentumBlock
+from revnet.nn._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn._policy import AbstractModulePolicy as AbstractModulePolicy
 from revnet.nn._policy import AbstractPolicy as AbstractPolicy
 from revnet.nn._policy import Checkpoint as Checkpoint
@@ -21,3 +26,4 @@ from revnet.nn._policy_holder import set_policy as set_policy
 from revnet.nn._policy_sequential import PolicySequential as PolicySequential
 from revnet.nn._restoring_state import restoring_state as restoring_state
 from revnet.nn._sequential import ReversibleSequential as ReversibleSequential
+from revnet.nn._space_to_depth import SpaceToDepth as SpaceToDepth

@@ -1,0 +1,67 @@
+"""What every invertible layer offers."""
+
+import abc
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class AbstractInvertible(nn.Module, abc.ABC):
+    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` says how it changes volumes."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the output."""
+
+    @abc.abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """Compute the input from the output."""
+
+    @abc.abstractmethod
+    def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the output, and the log-determinant of the map to it for each sample, (B,)."""
+
+    def log_det(self, x: Tensor) -> Tensor:
+        """Compute the log-determinant at `x` alone, (B,)."""
+        return self.forward_with_log_det(x)[1]
+
+
+def zero_log_det(x: Tensor) -> Tensor:
+    """That of a map which leaves volumes as they are."""
+    return torch.zeros(len(x), dtype=x.real.dtype, device=x.device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For what low precision would make hard to undo, or rounds for nothing."""
+    # PyTorch knows no autocast on the meta device.
+    is_available = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_available else nullcontext()
+
+
+def check_images(x: Tensor, name: str = "x") -> None:
+    """Raise unless it is a batch of maps."""
+    if x.dim() != 4:
+        raise ValueError(f"`{name}` (of shape {tuple(x.shape)}) must be (B, C, H, W), a batch of images or of maps.")
+
+
+def check_halvable(x: Tensor, factor: int) -> None:
+    """Raise unless the sides of images can be divided."""
+    check_images(x)
+    height, width = x.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"`x` (of shape {tuple(x.shape)}) must have sides that are multiples of {factor}; crop or pad the images "
+            f"to {-(-height // factor) * factor}x{-(-width // factor) * factor}."
+        )
+
+
+def check_multiple(y: Tensor, factor: int) -> None:
+    """Raise unless the channels can be dealt out to squares of pixels."""
+    check_images(y, "y")
+    if y.shape[1] % factor:
+        raise ValueError(
+            f"`y` (of shape {tuple(y.shape)}) must have a multiple of {factor} channels, which become pixels; pass "
+            "what `forward` returned."
+        )

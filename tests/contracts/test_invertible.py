@@ -1,0 +1,129 @@
+"""Every invertible layer: the inverse, the log-determinant, and gradients; a newcomer is tested by being added."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import ReversibleBlock, ReversibleSequential
+from revnet.functional import Affine
+from revnet.nn import (
+    AbstractInvertible,
+    ChannelPermutation,
+    CouplingLayer,
+    HaarWavelet,
+    InvertibleConv1x1,
+    InvertibleSequential,
+    SpaceToDepth,
+)
+from tests.helpers import ConvResidual, assert_close
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    make: Callable[[], AbstractInvertible]
+    shape: tuple[int, ...] = (2, 4, 4, 6)
+
+
+class ScalingConv(nn.Sequential):
+    def __init__(self, num_channels: int):
+        super().__init__(nn.Conv2d(num_channels, num_channels, 3, padding=1), nn.Tanh())
+        self.append(nn.Conv2d(num_channels, 2 * num_channels, 1))
+
+
+def _network() -> InvertibleSequential:
+    return InvertibleSequential(
+        SpaceToDepth(),
+        CouplingLayer(ScalingConv(2), updates=0, coupling=Affine()),
+        CouplingLayer(ScalingConv(2), updates=1, coupling=Affine("sigmoid")),
+        InvertibleConv1x1(4),
+        ReversibleBlock(ConvResidual(2), ConvResidual(2)),
+        InvertibleSequential(HaarWavelet(), ChannelPermutation(16)),
+        ReversibleSequential(ReversibleBlock(ConvResidual(8), ConvResidual(8))),
+    )
+
+
+LAYERS = [
+    Layer("space-to-depth", SpaceToDepth),
+    Layer("space-to-depth-3", lambda: SpaceToDepth(3), (1, 2, 3, 6)),
+    Layer("haar", HaarWavelet),
+    Layer("permutation", lambda: ChannelPermutation(4)),
+    Layer("permutation-vector", lambda: ChannelPermutation(3, [2, 0, 1]), (2, 3)),
+    Layer("conv1x1", lambda: InvertibleConv1x1(4)),
+    Layer("conv1x1-vector", lambda: InvertibleConv1x1(3), (2, 3)),
+    Layer("conv1x1-alone", lambda: InvertibleConv1x1(1), (2, 1, 5)),
+    Layer("network", _network, (2, 1, 4, 8)),
+]
+all_layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+
+
+def make(layer: Layer) -> AbstractInvertible:
+    """In evaluation mode, with no parameter as it began."""
+    module = layer.make().double().eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module
+
+
+def inputs(layer: Layer) -> torch.Tensor:
+    return torch.randn(layer.shape, dtype=torch.float64, requires_grad=True)
+
+
+@all_layers
+def test_the_inverse_gives_the_input_back(layer):
+    module, x = make(layer), inputs(layer)
+    y = module(x)
+    assert y.numel() == x.numel()
+    assert_close(module.inverse(y), x, tolerance=1e-11)
+    z = torch.randn_like(y)
+    assert_close(module(module.inverse(z)), z, tolerance=1e-11)
+
+
+@all_layers
+def test_the_log_determinant_is_that_of_autograds_jacobian(layer):
+    module, x = make(layer), inputs(layer)
+    y, log_det = module.forward_with_log_det(x)
+    assert torch.equal(y, module(x))
+    assert torch.equal(log_det, module.log_det(x))
+    assert log_det.dtype == x.dtype
+    for each in range(len(x)):
+        jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None])[0], x[each].detach())
+        assert_close(log_det[each], jacobian.view(x[each].numel(), -1).slogdet().logabsdet, tolerance=1e-11)
+
+
+@all_layers
+def test_gradients_are_numerically_right(layer):
+    module, x = make(layer), inputs(layer)
+    parameters = tuple(module.parameters())
+    if sum(parameter.numel() for parameter in parameters) > 50:
+        parameters = ()  # those of blocks are compared with their twins in test_log_det
+    assert torch.autograd.gradcheck(lambda x, *_: module.forward_with_log_det(x), (x, *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(module.inverse, module(x).detach().requires_grad_(), fast_mode=True)
+
+
+@all_layers
+def test_a_copy_with_the_state_dict_is_the_same(layer):
+    module, other, x = make(layer), make(layer), inputs(layer)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+
+
+@all_layers
+def test_it_can_be_made_on_the_meta_device(layer):
+    with torch.device("meta"):
+        module = layer.make()
+        y = module(torch.empty(layer.shape))
+    assert y.shape == make(layer)(inputs(layer)).shape
+
+
+@all_layers
+def test_under_autocast_the_inverse_is_as_near_as_float32_allows(layer):
+    module = make(layer).float()
+    x = inputs(layer).detach().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+        assert y.dtype == torch.float32
+        assert_close(module.inverse(y), x, tolerance=1e-4)  # some roundings, times the condition of the matrices
