@@ -195,7 +195,8 @@ def _tell(verdict: _Verdict) -> None:
             f"rebuilt, and did not in the forward pass: undoing the blocks behind it amplifies rounding without bound. "
             f"{_WAY_OUT}"
         )
-    error, function = float(verdict.error), verdict.function()
+    # As a list, for `float` would be an operation more than a prediction of the step has.
+    error, function = verdict.error.tolist(), verdict.function()
     if function is None or function in _warned or error <= (0 if verdict.is_exact else WARN_ABOVE):
         return
     _warned.add(function)
