@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import Checkpoint, ReversibleBlock, ReversibleSequential, set_policy
+from revnet import Checkpoint, ReversibleBlock, ReversibleSequential, Store, set_policy
 from revnet.memory import CountedTiming, MeasuredTiming, plan
 from revnet.nn import policy_holders
 
@@ -48,6 +48,15 @@ def test_measuring_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_nothing_is_taken_to_be_faster_than_storing():
+    """By the clock it may seem so, on a model where all times are noise; a plan that may store all does."""
+    model, x = make_model(), torch.randn(6, 8)
+    planned = plan(model, x, budget="1GiB", timing=MeasuredTiming(num_rounds=1))
+    assert {unit.policy for unit in planned.units} == {Store()}
+    assert planned.time_ratio == 1
+    assert all(unit.most_extra_time > 0 for unit in planned.units)
 
 
 def test_a_smaller_batch_is_timed_where_the_plain_net_does_not_fit(monkeypatch):
