@@ -13,6 +13,12 @@ from revnet.training.recipes import find_recipe, list_recipes
 
 CIFAR = ["resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164"]
 IMAGENET = ["resnet50", "revnet56", "resnet101", "revnet104"]
+TRANSFORMERS = {
+    "cifar10/modern": ["revvit_cifar"],
+    "cifar10/quick": ["revvit_cifar"],
+    "imagenet/modern": ["revvit_small", "revvit_base"],
+}
+"""Each trained in its own way."""
 MODELS = {
     "cifar10/paper": CIFAR,
     "cifar10/modern": CIFAR,
@@ -33,7 +39,8 @@ def load(name):
 
 
 def test_there_are_these_recipes():
-    assert list_recipes() == sorted(f"{folder}/{model}" for folder, models in MODELS.items() for model in models)
+    folders = [*MODELS.items(), *TRANSFORMERS.items()]
+    assert list_recipes() == sorted(f"{folder}/{model}" for folder, models in folders for model in models)
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -83,8 +90,25 @@ def test_the_papers_recipe_for_imagenet():
 
 @pytest.mark.parametrize(("data", "paper_updates"), [("cifar10", 80_000), ("cifar100", 80_000), ("imagenet", 600_000)])
 def test_a_modern_recipe_costs_no_more_updates_than_the_papers(data, paper_updates):
-    name = next(name for name in list_recipes() if name.startswith(f"{data}/modern/"))
+    name = f"{data}/modern/{MODELS[f'{data}/modern'][0]}"
     assert load(name).epochs * UPDATES[data] <= paper_updates
+
+
+@pytest.mark.parametrize(("model", "weight_decay"), [("revvit_small", 0.05), ("revvit_base", 0.1)])
+def test_the_published_recipe_for_vision_transformers(model, weight_decay):
+    """PySlowFast's configs/ImageNet/REV_VIT_S.yaml and REV_VIT_B.yaml."""
+    config = load(f"imagenet/modern/{model}")
+    assert (config.optimizer, config.lr, config.momentum, config.schedule) == ("adamw", 5e-4, 0.9, "cosine")
+    assert (config.batch_size, config.epochs, round(config.warmup * config.epochs)) == (512, 300, 70)
+    assert (config.weight_decay, config.label_smoothing, config.preprocess) == (weight_decay, 0.1, "imagenet")
+    assert (config.image_size, config.start_size) == (224, None)
+
+
+@pytest.mark.parametrize("recipe", ["modern", "quick"])
+def test_images_for_a_vision_transformer_can_be_cut_into_patches(recipe):
+    config = load(f"cifar10/{recipe}/revvit_cifar")
+    assert config.start_size is None or config.start_size % 4 == 0  # and they grow by 4
+    assert config.epochs * UPDATES["cifar10"] <= 80_000
 
 
 @pytest.mark.parametrize(
