@@ -2,7 +2,8 @@
 
 Policies are taken as they come: nothing here knows what one does. Each probe is a step with a policy for every unit,
 and the probes together show every unit under each policy, and before each policy of the unit after it, since two
-neighbours may hold the same stream.
+neighbours may hold the same stream. How long a unit takes is seen among its like: what is done once for a row of blocks
+that are reversed, such as comparing what was rebuilt with a sample, is not held against each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +67,8 @@ def count_costs(
     transient = [np.zeros(count, np.int64) for count in num_choices]
     times = [np.zeros(count) for count in num_choices]
     peaks = []
-    for choices in probes([len(unit.choices) for unit in units]):
+    uniform = _uniform_probes(num_choices[1:])
+    for choices in [*probes(num_choices[1:]), *uniform]:
         assign(model, units, [unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
         log = run().log
         windows = find_windows(log, units)
@@ -77,7 +79,8 @@ def count_costs(
             # The most that was seen: a policy may cost less beside some neighbours.
             held[index][choice, after] = max(held[index][choice, after], of_probe.held[index])
             transient[index][choice] = max(transient[index][choice], of_probe.peaks[index] - before)
-            times[index][choice] = max(times[index][choice], of_probe.seconds[index])
+            if choices in uniform:
+                times[index][choice] = of_probe.seconds[index]
             before += of_probe.held[index]
     costs = ChainCosts(held, transient, times, base=constant_bytes, floor=floor, fixed_seconds=0.0)
     excess = max((costs.peak(choices) - max(peak, floor) for choices, peak in peaks), default=0)
@@ -97,6 +100,12 @@ def probes(num_choices: Sequence[int]) -> list[list[int]]:
         [max(0, cycle[(place + start) % len(cycle)] - (most - count)) for place, count in enumerate(num_choices)]
         for start in range(len(cycle))
     ]
+
+
+def _uniform_probes(num_choices: Sequence[int]) -> list[list[int]]:
+    """One choice everywhere, for each; a unit with fewer takes its last ones."""
+    most = max(num_choices, default=0)
+    return [[max(0, choice - (most - count)) for count in num_choices] for choice in range(most)]
 
 
 def find_windows(log: StepLog, units: Sequence[Unit]) -> Windows:
