@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -195,8 +195,9 @@ def _tell(verdict: _Verdict) -> None:
             f"rebuilt, and did not in the forward pass: undoing the blocks behind it amplifies rounding without bound. "
             f"{_WAY_OUT}"
         )
-    # As a list, for `float` would be an operation more than a prediction of the step has.
-    error, function = verdict.error.tolist(), verdict.function()
+    # A number; `float` would be an operation more than a prediction of the step has.
+    error: Any = verdict.error.tolist()
+    function = verdict.function()
     if function is None or function in _warned or error <= (0 if verdict.is_exact else WARN_ABOVE):
         return
     _warned.add(function)
