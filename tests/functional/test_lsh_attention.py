@@ -14,7 +14,7 @@ def buckets_by_hand(qk, num_bits, num_hashes):
     B, H, T, D = qk.shape
     buckets = torch.zeros(num_hashes, B, H, T, dtype=torch.long)
     for bits in {0: [], 7: [4, 3], 13: [5, 4, 4]}.get(num_bits, [num_bits]):
-        rotations = torch.randn(num_hashes, 1, H, D, 2 ** (bits - 1), dtype=qk.dtype)
+        rotations = torch.randn(num_hashes, 1, H, D, 2 ** (bits - 1)).to(qk)
         for r in range(num_hashes):
             for b in range(B):
                 for h in range(H):

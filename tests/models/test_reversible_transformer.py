@@ -4,7 +4,13 @@ import torch.nn.functional as F
 
 from revnet import Reverse, Store
 from revnet.memory import measure, predict
-from revnet.models import ReversibleTransformer
+from revnet.models import (
+    ReversibleTransformer,
+    h_transformer_base,
+    h_transformer_large,
+    h_transformer_small,
+    reformer_enwik8,
+)
 from tests.helpers import assert_close, gradients
 
 TINY = {"vocab_size": 11, "dim": 8, "depth": 3, "num_heads": 2, "max_length": 64}
@@ -29,6 +35,10 @@ OPTIONS = {
     "full": {},
     "full-encoder": {"is_causal": False},
     "full-dropout-chunks": {"dropout": 0.2, "ff_chunks": 3},
+    "lsh": {"attention": "lsh", "bucket_size": 4, "num_hashes": 2},
+    "lsh-encoder-dropout": {"attention": "lsh", "bucket_size": 3, "is_causal": False, "dropout": 0.2},
+    "hierarchical": {"attention": "hierarchical", "block_size": 4},
+    "hierarchical-encoder": {"attention": "hierarchical", "block_size": 2, "is_causal": False},
 }
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 causal_options = pytest.mark.parametrize(
@@ -85,13 +95,17 @@ def test_tokens_that_are_not_real_make_no_difference(options):
 
 @all_options
 def test_the_inverse_gives_the_embedding_back(options):
+    """On the fixed-point grid, which LSH attention has, up to the rounding of the embedding to the grid, 2^-14."""
+    tolerance = 2**-15 if options.get("attention") == "lsh" else 1e-7  # of values near 0.02
     model = make(**options, depth=12).eval()
     with torch.no_grad():
         x = model.embed(random_tokens(2, 50))
-        torch.manual_seed(1)
-        y = model.blocks(x, rotary=model.rotary(x))
-        torch.manual_seed(1)
-        assert (model.blocks.inverse(y, rotary=model.rotary(x)) - x).abs().max() < 1e-6  # of values near 0.02
+        rotary = model.rotary(x)
+        y = model.blocks(x, rotary=rotary)
+        error = (model.blocks.inverse(y, rotary=rotary) - x).abs().max().item()
+        assert error <= tolerance
+        if options.get("attention") == "lsh":
+            assert torch.equal(model.blocks(model.blocks.inverse(y, rotary=rotary), rotary=rotary), y)
 
 
 def activation_bytes(depth, policy=None, **options):
@@ -101,9 +115,11 @@ def activation_bytes(depth, policy=None, **options):
 @all_options
 def test_memory_is_flat_in_depth(options):
     options = {**options, "dropout": 0.0}  # whose random states are kept, 5 kB a function
-    assert len({activation_bytes(depth, **options) for depth in (2, 3, 4, 12)}) == 1
-    shallow, middle, deep = (activation_bytes(depth, Store(), **options) for depth in (4, 8, 16))
-    assert deep - middle == 2 * (middle - shallow) > 0
+    a_block = 8 if options.get("attention") == "lsh" else 0  # the fixed-point grid watches how large each stream is
+    few = activation_bytes(2, **options)
+    assert [activation_bytes(depth, **options) for depth in (3, 12)] == [few + a_block, few + 10 * a_block]
+    shallow, middle, deep = (activation_bytes(depth, Store(), **options) for depth in (2, 3, 5))
+    assert deep - middle == 2 * (middle - shallow) > 2 * 48 * 8 * 4  # more than a stream
 
 
 def test_chunks_of_the_perceptron_need_less_memory():
@@ -145,6 +161,32 @@ def test_it_learns_to_copy():
     assert loss < 0.1  # without attention log(11), 2.4
     start = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4]])
     assert model.generate(start, 4, temperature=0)[0, 8:].tolist() == [1, 2, 3, 4]
+
+
+def num_parameters_of(vocab_size, dim, depth, hidden_dim, num_attention_matrices):
+    """From the architecture: nothing here is asked of the model."""
+    attention = num_attention_matrices * dim * dim
+    perceptron = dim * hidden_dim + hidden_dim + hidden_dim * dim + dim
+    block = 2 * dim + attention + 2 * dim + perceptron
+    return vocab_size * dim + depth * block + 2 * 2 * dim + 2 * dim * vocab_size + vocab_size
+
+
+@pytest.mark.parametrize(
+    ("entry", "sizes", "exact"),
+    [
+        # Kitaev et al. (2020), section 5, and the published enwik8 model (google/reformer-enwik8): queries are keys
+        (reformer_enwik8, (258, 1024, 12, 4096, 3), 139_319_554),
+        # google/flaxformer, t5x/configs/h_transformer/models/h_transformer_1d_decoder_only_{small,base,large}.gin
+        (h_transformer_small, (32_128, 256, 8, 1024, 4), 31_017_344),
+        (h_transformer_base, (32_128, 768, 12, 2048, 4), 140_189_056),
+        (h_transformer_large, (32_128, 1024, 24, 4096, 4), 400_944_512),
+    ],
+)
+def test_sizes_are_the_published_ones(entry, sizes, exact):
+    with torch.device("meta"):
+        model = entry()
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters_of(*sizes) == exact
+    assert f"{exact:,}" in entry.__doc__
 
 
 class Fixed(torch.nn.Module):
@@ -203,8 +245,12 @@ def test_generation_can_be_repeated_and_looks_at_the_last_positions_alone(option
         ({"max_length": 2.5}, r"`max_length` \(=2.5\) must be a positive integer"),
         ({"ff_mult": 0}, r"`ff_mult` \(=0\) must be positive"),
         ({"ff_chunks": 0}, r"`ff_chunks` \(=0\) must be a positive integer"),
+        ({"attention": "lsh", "bucket_size": 0}, r"`bucket_size` \(=0\) must be a positive integer"),
+        ({"attention": "lsh", "num_hashes": 1.5}, r"`num_hashes` \(=1.5\) must be a positive integer"),
+        ({"attention": "hierarchical", "block_size": 0}, r"`block_size` \(=0\) must be a positive integer"),
+        ({"attention": "hierarchical", "block_size": 5}, r"`block_size` \(=5\) must be even, since a half of .*pass 6"),
         ({"dropout": 1}, r"`dropout` \(=1\) must be a number from 0 to below 1"),
-        ({"attention": "flash"}, r"`attention` \(='flash'\) must be 'full'"),
+        ({"attention": "flash"}, r"`attention` \(='flash'\) must be 'full' or 'lsh' or 'hierarchical'"),
     ],
 )
 def test_bad_options_are_refused(options, message):

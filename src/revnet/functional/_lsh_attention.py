@@ -39,12 +39,13 @@ def lsh_attention(
     num_hashes: int = 4,
     is_causal: bool = False,
     mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Softmax over the tokens that at least one round of hashing puts near.
 
     A token counts once, however many rounds find it, which is appendix A's correction for duplicates; and sees itself
-    only if it finds no other. Random rotations are drawn from PyTorch's global state, the same for all of the batch. If
-    one bucket holds everything, nothing is drawn and nothing is missed.
+    only if it finds no other. The random rotations are the same for all of the batch. If one bucket holds everything,
+    up to about `1.4 * bucket_size` tokens, none are drawn and nothing is missed.
 
     Args:
         qk: Queries, which are the keys too; as keys they are scaled to length sqrt(D).
@@ -54,6 +55,7 @@ def lsh_attention(
         is_causal: Whether a token sees what stands before it, and nothing else: of its bucket the nearest
             `2 * bucket_size` earlier tokens. Otherwise, those of its bucket in its chunk and in the chunk before.
         mask: Which tokens are real; the others are seen by none of these, and their own outputs mean nothing.
+        generator: Where rotations are drawn from, on its own device; PyTorch's global state by default.
 
     Shape:
         qk, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
@@ -69,7 +71,7 @@ def lsh_attention(
     num_bits = max(0, round(math.log2(T / bucket_size)))
     rounds = [
         _sort(buckets, min(2 * bucket_size, T), is_causal)
-        for buckets in _hash(qk.detach(), num_bits, num_hashes if num_bits else 1, mask)
+        for buckets in _hash(qk.detach(), num_bits, num_hashes if num_bits else 1, mask, generator)
     ]
     outputs, log_sums = zip(*[_attend(qk, v, rounds, index) for index in range(len(rounds))], strict=True)
     if len(rounds) == 1:
@@ -92,7 +94,9 @@ class _Round(NamedTuple):
     chunk_size: int
 
 
-def _hash(x: Tensor, num_bits: int, num_rounds: int, mask: Tensor | None) -> list[Tensor]:
+def _hash(
+    x: Tensor, num_bits: int, num_rounds: int, mask: Tensor | None, generator: torch.Generator | None
+) -> list[Tensor]:
     """The bucket of each token in each round, (B, H, T); what is not real has a bucket of its own."""
     B, H, T, D = x.shape
     buckets = torch.zeros(num_rounds, B, H, T, dtype=torch.int64, device=x.device)
@@ -100,8 +104,10 @@ def _hash(x: Tensor, num_bits: int, num_rounds: int, mask: Tensor | None) -> lis
     for part in range(num_parts):
         bits = num_bits // num_parts + (part < num_bits % num_parts)
         # Of 2^bits directions, half are the opposites of the other half: argmax([xR; -xR]).
-        rotations = torch.randn(num_rounds, 1, H, D, 2**bits // 2, device=x.device, dtype=x.dtype)
-        turned = x @ rotations  # (num_rounds, B, H, T, 2^bits / 2)
+        rotations = torch.randn(
+            num_rounds, 1, H, D, 2**bits // 2, generator=generator, device=generator.device if generator else x.device
+        )
+        turned = x @ rotations.to(x)  # (num_rounds, B, H, T, 2^bits / 2)
         buckets = buckets * 2**bits + torch.cat((turned, -turned), dim=-1).argmax(-1)
     if mask is not None:
         buckets = buckets.masked_fill(~mask[:, None, :], 2**num_bits)
@@ -144,7 +150,7 @@ def _attend(qk: Tensor, v: Tensor, rounds: list[_Round], index: int) -> tuple[Te
     for each in rounds[:index]:
         seen &= ~_is_seen(*map(sorted_chunks, (each.place, each.first, each.last)))
     itself = torch.eye(M, 2 * M, dtype=torch.bool, device=qk.device).roll(M, dims=1)
-    scores = scores.masked_fill(itself, _SELF).masked_fill(~seen, _UNSEEN)
+    scores.masked_fill_(itself, _SELF).masked_fill_(~seen, _UNSEEN)
 
     log_sums = scores.logsumexp(-1, keepdim=True)
     y = (scores - log_sums).exp().to(values.dtype) @ _with_previous(values)  # (B, H, C, M, D)

@@ -14,6 +14,10 @@ from revnet.models.resnet import resnet101 as resnet101
 from revnet.models.resnet import resnet110 as resnet110
 from revnet.models.resnet import resnet164 as resnet164
 from revnet.models.reversible_transformer import ReversibleTransformer as ReversibleTransformer
+from revnet.models.reversible_transformer import h_transformer_base as h_transformer_base
+from revnet.models.reversible_transformer import h_transformer_large as h_transformer_large
+from revnet.models.reversible_transformer import h_transformer_small as h_transformer_small
+from revnet.models.reversible_transformer import reformer_enwik8 as reformer_enwik8
 from revnet.models.reversible_vit import ReversibleViT as ReversibleViT
 from revnet.models.reversible_vit import revvit_base as revvit_base
 from revnet.models.reversible_vit import revvit_cifar as revvit_cifar

@@ -20,12 +20,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from revnet.functional import AbstractCoupling, Additive, chunked, rotary_table
+from revnet.functional import AbstractCoupling, Additive, FixedPoint, chunked, rotary_table
 from revnet.models._checks import check_choice, check_positive, check_share
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
-from revnet.nn.attention import FullAttention
+from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 
-ATTENTIONS = ("full",)
+ATTENTIONS = ("full", "lsh", "hierarchical")
 """What `ReversibleTransformer` takes as `attention`."""
 _DEVIATION = 0.02
 """Of initial weights."""
@@ -88,12 +88,18 @@ class ReversibleTransformer(nn.Module):
         max_length: The most tokens of a sequence. Nothing is learnt for a position; `generate` looks so far back.
         is_causal: Whether a token sees itself and what stands before it, and nothing else: a decoder. Otherwise each
             sees all: an encoder.
-        attention: "full".
+        attention: "full", whose cost grows with the square of the length; "lsh", the Reformer's, among tokens that
+            random rotations put into one bucket; "hierarchical", the H-Transformer-1D's, which sees far tokens in
+            groups.
+        bucket_size: Of LSH attention: how many tokens a bucket has on average.
+        num_hashes: Of LSH attention: rounds of hashing.
+        block_size: Of hierarchical attention: tokens of a block, even.
         ff_mult: Width of the perceptrons inside, in units of `dim`.
         ff_chunks: In how many chunks of the tokens the perceptrons run, one after the other: a hidden layer that is so
             many times smaller, for one more computation of it in the backward pass.
         dropout: Share of features dropped after the embedding and of each residual.
-        coupling: How residuals join the streams; `Additive()` by default.
+        coupling: How residuals join the streams. `Additive()` by default; for LSH attention `FixedPoint()`, since a
+            token that lies between two buckets must be rebuilt to the last bit to fall into the same one again.
         policy: What to do with the activations of the blocks, `Reverse()` by default. `Store()` makes the stored twin.
 
     Shape:
@@ -105,8 +111,9 @@ class ReversibleTransformer(nn.Module):
 
     Raises:
         TypeError: `policy` or `coupling` is none.
-        ValueError: A count is not positive, `dropout` is not from 0 to below 1, `num_heads` does not divide `dim`, or a
-            head has an odd number of features. In the forward pass: `tokens` or `mask` has another shape.
+        ValueError: There is no such attention, a count is not positive, `dropout` is not from 0 to below 1, `num_heads`
+            does not divide `dim`, or a head has an odd number of features. In the forward pass: `tokens` or `mask` has
+            another shape.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer.
@@ -124,6 +131,9 @@ class ReversibleTransformer(nn.Module):
         max_length: int = 1024,
         is_causal: bool = True,
         attention: str = "full",
+        bucket_size: int = 64,
+        num_hashes: int = 4,
+        block_size: int = 64,
         ff_mult: float = 4.0,
         ff_chunks: int = 1,
         dropout: float = 0.0,
@@ -135,7 +145,7 @@ class ReversibleTransformer(nn.Module):
         check_positive(ff_chunks=ff_chunks)
         check_share(dropout=dropout)
         check_choice("attention", attention, ATTENTIONS)
-        hidden_dim = int(dim * ff_mult)
+        hidden_dim = round(dim * ff_mult)
         if hidden_dim < 1:
             raise ValueError(f"`ff_mult` (={ff_mult}) must be positive; 4 is usual.")
         if policy is None:
@@ -149,13 +159,23 @@ class ReversibleTransformer(nn.Module):
 
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
+
+        def make_attention() -> nn.Module:
+            if attention == "lsh":
+                return LSHAttention(dim, num_heads, is_causal=is_causal, bucket_size=bucket_size, num_hashes=num_hashes)
+            if attention == "hierarchical":
+                return HierarchicalAttention(dim, num_heads, is_causal=is_causal, block_size=block_size)
+            return FullAttention(dim, num_heads, is_causal=is_causal)
+
+        if coupling is None:
+            coupling = FixedPoint() if attention == "lsh" else Additive()
         self.blocks = ReversibleSequential(
             *[
                 ReversibleBlock(
-                    AttentionResidual(dim, FullAttention(dim, num_heads, is_causal=is_causal), dropout=dropout),
+                    AttentionResidual(dim, make_attention(), dropout=dropout),
                     FeedForward(dim, hidden_dim, num_chunks=ff_chunks, dropout=dropout),
                     split_dim=-1,
-                    coupling=Additive() if coupling is None else coupling,
+                    coupling=coupling,
                 )
                 for _ in range(depth)
             ],
@@ -299,3 +319,103 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def reformer_enwik8(
+    *,
+    vocab_size: int = 258,
+    max_length: int = 65_536,
+    ff_chunks: int = 1,
+    dropout: float = 0.0,
+    policy: AbstractPolicy | None = None,
+) -> ReversibleTransformer:
+    """The Reformer of 12 blocks for the bytes of enwik8, 64k at a time: 139,319,554 parameters.
+
+    Width, depth, heads, perceptrons, chunks of 256 and 4 rounds of hashing are published; positions are rotary here,
+    where the Reformer adds learnt ones, and all blocks attend by hashing.
+    """
+    return ReversibleTransformer(
+        vocab_size=vocab_size,
+        dim=1024,
+        depth=12,
+        num_heads=8,
+        max_length=max_length,
+        attention="lsh",
+        bucket_size=128,
+        num_hashes=4,
+        ff_chunks=ff_chunks,
+        dropout=dropout,
+        policy=policy,
+    )
+
+
+def h_transformer_small(
+    *,
+    vocab_size: int = 32_128,
+    max_length: int = 16_384,
+    ff_chunks: int = 1,
+    dropout: float = 0.0,
+    policy: AbstractPolicy | None = None,
+) -> ReversibleTransformer:
+    """An H-Transformer-1D decoder of the authors' small size, reversible: 31,017,344 parameters."""
+    return ReversibleTransformer(
+        vocab_size=vocab_size,
+        dim=256,
+        depth=8,
+        num_heads=8,
+        max_length=max_length,
+        attention="hierarchical",
+        block_size=16,
+        ff_mult=4,
+        ff_chunks=ff_chunks,
+        dropout=dropout,
+        policy=policy,
+    )
+
+
+def h_transformer_base(
+    *,
+    vocab_size: int = 32_128,
+    max_length: int = 16_384,
+    ff_chunks: int = 1,
+    dropout: float = 0.0,
+    policy: AbstractPolicy | None = None,
+) -> ReversibleTransformer:
+    """An H-Transformer-1D decoder of the authors' base size, reversible: 140,189,056 parameters."""
+    return ReversibleTransformer(
+        vocab_size=vocab_size,
+        dim=768,
+        depth=12,
+        num_heads=12,
+        max_length=max_length,
+        attention="hierarchical",
+        block_size=16,
+        ff_mult=8 / 3,
+        ff_chunks=ff_chunks,
+        dropout=dropout,
+        policy=policy,
+    )
+
+
+def h_transformer_large(
+    *,
+    vocab_size: int = 32_128,
+    max_length: int = 16_384,
+    ff_chunks: int = 1,
+    dropout: float = 0.0,
+    policy: AbstractPolicy | None = None,
+) -> ReversibleTransformer:
+    """An H-Transformer-1D decoder of the authors' large size, reversible: 400,944,512 parameters."""
+    return ReversibleTransformer(
+        vocab_size=vocab_size,
+        dim=1024,
+        depth=24,
+        num_heads=16,
+        max_length=max_length,
+        attention="hierarchical",
+        block_size=16,
+        ff_mult=4,
+        ff_chunks=ff_chunks,
+        dropout=dropout,
+        policy=policy,
+    )

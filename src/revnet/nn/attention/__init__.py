@@ -4,4 +4,5 @@ All are called as `attention(x, mask=mask, rotary=rotary)`.
 """
 
 from revnet.nn.attention.full import FullAttention as FullAttention
+from revnet.nn.attention.hierarchical import HierarchicalAttention as HierarchicalAttention
 from revnet.nn.attention.lsh import LSHAttention as LSHAttention

@@ -1,9 +1,13 @@
 """Attention by locality-sensitive hashing, the Reformer's."""
 
+import torch
 from torch import Tensor, nn
 
 from revnet.functional import lsh_attention, rotate
 from revnet.nn.attention._heads import check_count, check_heads, check_sequence, join_heads, split_heads
+
+_SEED = 0
+"""Of the rotations in evaluation."""
 
 
 class LSHAttention(nn.Module):
@@ -12,9 +16,9 @@ class LSHAttention(nn.Module):
     Queries and keys are the same vectors, which `FullAttention` tells apart: another model, not another way to compute
     the same. Up to some thousand tokens full attention is faster, and misses nothing.
 
-    In training and in evaluation, the rotations are drawn from PyTorch's global state. Seed it for what shall be
-    repeated. In a reversible block, use `FixedPoint()`: a token whose vector lies between two buckets may change over
-    by the rounding of a reconstruction.
+    In training each call draws rotations from PyTorch's global state; in evaluation they are always the same ones. In a
+    reversible block, use `FixedPoint()`: a token whose vector lies between two buckets may change over by the rounding
+    of a reconstruction.
 
     Args:
         dim: Features of a token.
@@ -60,7 +64,13 @@ class LSHAttention(nn.Module):
         if rotary is not None:
             qk = rotate(qk, rotary)
         y = lsh_attention(
-            qk, v, bucket_size=self.bucket_size, num_hashes=self.num_hashes, is_causal=self.is_causal, mask=mask
+            qk,
+            v,
+            bucket_size=self.bucket_size,
+            num_hashes=self.num_hashes,
+            is_causal=self.is_causal,
+            mask=mask,
+            generator=None if self.training else torch.Generator().manual_seed(_SEED),
         )
         return self.project(join_heads(y))
 

@@ -1,0 +1,122 @@
+"""Attention to near tokens one by one, and to far ones in groups that grow with the distance, at O(T) for T tokens.
+
+The tokens are cut into blocks. Within its block and between neighbouring blocks, every token attends to every token.
+Then neighbouring tokens are merged in pairs, and the same happens on the coarser sequence between blocks that were not
+neighbours before; and so on, until all blocks are neighbours. Each level has half the tokens of the one before it, so
+that all levels together cost at most twice the first.
+
+In the attention matrix, level l fills the blocks beside the diagonal, of twice the size of level l - 1, except the
+quadrant nearest to the diagonal, which level l - 1 has filled. Keys and values of a group are means, and count as often
+as the group has tokens. So are the queries; but in a causal model a mean would tell an early token about later ones, so
+that there the first query of a group stands for all of it, as in the authors' code (google/flaxformer, h_transformer).
+
+B H T D: batch, heads, tokens, features of a head. C N: blocks, and tokens of a block.
+
+References:
+    Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_UNSEEN = -1e9
+"""The score of what a token does not see; finite, since on the coarse levels the first block may see nothing."""
+
+
+def hierarchical_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int = 64, is_causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """Softmax over all tokens, with the products of far ones computed for groups of them.
+
+    Up to `2 * block_size` tokens there is one level, and this is full attention.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        block_size: Tokens of a block on every level, the paper's N_r; even.
+        is_causal: Whether a token sees itself and what stands before it, and nothing else.
+        mask: Which tokens are real; the others count in no group, and their own outputs mean nothing.
+
+    Shape:
+        q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
+
+    References:
+        Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.
+    """
+    real = torch.ones(1, q.shape[-2], device=q.device) if mask is None else mask
+    counts = real[:, None, :].to(torch.promote_types(q.dtype, torch.float32))
+    levels = [_attend(q, k, v, counts, block_size, is_causal=is_causal, is_finest=True)]
+    while q.shape[-2] > 2 * block_size:
+        q, k, v, counts = _coarsen(q, k, v, counts, is_causal=is_causal)
+        levels.append(_attend(q, k, v, counts, block_size, is_causal=is_causal, is_finest=False))
+    y, log_sums = levels.pop()
+    while levels:
+        finer_y, finer_log_sums = levels.pop()
+        T = finer_log_sums.shape[-1]
+        y, log_sums = y.repeat_interleave(2, dim=2)[:, :, :T], log_sums.repeat_interleave(2, dim=2)[:, :, :T]
+        total = torch.logaddexp(log_sums, finer_log_sums)
+        weight, finer_weight = ((each - total).exp().to(y.dtype)[..., None] for each in (log_sums, finer_log_sums))
+        y, log_sums = weight * y + finer_weight * finer_y, total
+    return y
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, block_size: int, *, is_causal: bool, is_finest: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention between neighbouring blocks of one level: outputs, and the logarithms of their sums."""
+    T, D = q.shape[-2:]
+    offsets = [-1, 0, 1] if is_finest else [-1, 1]
+    if is_causal:
+        offsets.remove(1)
+    padding = -T % block_size
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block_size)) for x in (q, k, v))  # (B, H, C, N, D)
+    # A group counts as often as it has tokens: its product enters the exponential with the logarithm of that.
+    log_counts = F.pad(counts.log().clamp(min=_UNSEEN), (0, padding), value=_UNSEEN)
+    log_counts = log_counts.unflatten(2, (-1, 1, block_size))  # (B, 1, C, 1, N)
+
+    keys, values = (torch.cat([_shifted(x, offset) for offset in offsets], dim=3) for x in (k, v))
+    bias = torch.cat([_shifted(log_counts, offset, fill=_UNSEEN) for offset in offsets], dim=4)
+    seen = torch.cat([_seen(block_size, offset, is_causal, is_finest, q.device) for offset in offsets], dim=1)
+    scores = (q / math.sqrt(D)) @ keys.mT  # (B, H, C, N, len(offsets) * N)
+    scores = scores.to(bias.dtype).add_(bias).masked_fill_(~seen, _UNSEEN)
+    log_sums = scores.logsumexp(-1, keepdim=True)
+    y = (scores - log_sums).exp().to(values.dtype) @ values
+    return y.flatten(2, 3)[:, :, :T], log_sums.flatten(2)[:, :, :T]
+
+
+def _seen(block_size: int, offset: int, is_causal: bool, is_finest: bool, device: torch.device) -> Tensor:
+    """Which tokens of the block at `offset` each token of a block sees on this level, (N, N)."""
+    seen = torch.ones(block_size, block_size, dtype=torch.bool, device=device)
+    half = block_size // 2
+    if offset == 0 and is_causal:
+        seen = seen.tril()
+    elif not is_finest and offset == -1:
+        seen[:half, half:] = False  # neighbours on the level below
+    elif not is_finest:
+        seen[half:, :half] = False
+    return seen
+
+
+def _shifted(blocks: Tensor, offset: int, fill: float = 0.0) -> Tensor:
+    """In the place of each block the one that is `offset` behind it, of (B, H, C, ...)."""
+    if offset == 0:
+        return blocks
+    edge = torch.full_like(blocks[:, :, :1], fill)
+    return torch.cat((edge, blocks[:, :, :-1]) if offset < 0 else (blocks[:, :, 1:], edge), dim=2)
+
+
+def _coarsen(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, *, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge tokens in pairs: means over what is real, and its number."""
+    odd = q.shape[-2] % 2
+    q, k, v = (F.pad(x, (0, 0, 0, odd)).unflatten(2, (-1, 2)) for x in (q, k, v))  # (B, H, T / 2, 2, D)
+    pairs = F.pad(counts, (0, odd)).unflatten(2, (-1, 2))
+    counts = pairs.sum(-1)
+    shares = (pairs / counts.clamp(min=1)[..., None])[..., None].to(q.dtype)
+    first_real = torch.where(pairs[..., :1] > 0, q[..., 0, :], q[..., 1, :])
+    return first_real if is_causal else (q * shares).sum(3), (k * shares).sum(3), (v * shares).sum(3), counts

@@ -1,0 +1,113 @@
+"""Against the whole attention matrix, built from the definition pair by pair."""
+
+import pytest
+import torch
+
+from revnet.functional import full_attention, hierarchical_attention
+from tests.helpers import assert_close, squares
+
+
+def level_of(i, j, block_size):
+    """The finest level on which the blocks of both tokens are the same or neighbours."""
+    level = 0
+    while abs((i >> level) // block_size - (j >> level) // block_size) > 1:
+        level += 1
+    return level
+
+
+def by_hand(q, k, v, *, block_size, is_causal, mask=None):
+    B, H, T, D = q.shape
+    y = torch.zeros_like(v)
+    for b in range(B):
+        real = [t for t in range(T) if mask is None or mask[b, t]]
+
+        def group(t, level, real=real):
+            return [each for each in real if each >> level == t >> level]
+
+        for i in real:
+            seen = [j for j in real if not is_causal or j <= i]
+            for h in range(H):
+                products = []
+                for j in seen:
+                    level = level_of(i, j, block_size)
+                    queries = group(i, level)
+                    query = q[b, h, queries[0]] if is_causal else q[b, h, queries].mean(0)
+                    products.append(query @ k[b, h, group(j, level)].mean(0) / D**0.5)
+                y[b, h, i] = torch.stack(products).softmax(0) @ v[b, h, seen]
+    return y
+
+
+def random_inputs(T, B=2, H=2, D=4):
+    return torch.randn(3, B, H, T, D, dtype=torch.float64)
+
+
+# (length, block size, levels)
+SIZES = [(1, 2, 1), (4, 2, 1), (5, 2, 2), (8, 2, 2), (13, 2, 3), (32, 2, 4), (33, 4, 4), (40, 6, 3), (29, 16, 1)]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize(("T", "block_size", "num_levels"), SIZES)
+def test_it_is_the_definition(T, block_size, num_levels, is_causal, has_mask):
+    q, k, v = random_inputs(T)
+    mask = torch.rand(2, T) > 0.3 if has_mask else None
+    if has_mask:
+        mask[0, 0] = mask[1, -1] = True
+    options = {"block_size": block_size, "is_causal": is_causal, "mask": mask}
+    actual, expected = hierarchical_attention(q, k, v, **options), by_hand(q, k, v, **options)
+    if has_mask:
+        actual, expected = (each.transpose(1, 2)[mask] for each in (actual, expected))
+    assert_close(actual, expected, tolerance=1e-12)
+    assert 1 + max(level_of(i, j, block_size) for i in range(T) for j in range(T)) == num_levels
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("T", [1, 7, 16])
+def test_one_level_is_full_attention(T, is_causal):
+    q, k, v = random_inputs(T)
+    actual = hierarchical_attention(q, k, v, block_size=8, is_causal=is_causal)
+    assert_close(actual, full_attention(q, k, v, is_causal=is_causal), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tokens_that_are_alike_within_groups_make_it_exact(is_causal):
+    """Coarsening loses nothing where there is nothing to lose."""
+    q, k, v = random_inputs(8)
+    q, k = (each.repeat_interleave(8, dim=2) for each in (q, k))
+    v = torch.randn(2, 2, 64, 4, dtype=torch.float64)
+    actual = hierarchical_attention(q, k, v, block_size=8, is_causal=is_causal)  # groups of at most eight
+    assert_close(actual, full_attention(q, k, v, is_causal=is_causal), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_are_right(is_causal):
+    q, k, v = (each.requires_grad_() for each in random_inputs(11, B=1, H=1, D=2))
+    mask = torch.rand(1, 11) > 0.2
+
+    def function(q, k, v):
+        return hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
+
+    assert torch.autograd.gradcheck(function, (q, k, v))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_nothing_real_is_no_disaster(is_causal):
+    q, k, v = (each.requires_grad_() for each in random_inputs(11))
+    y = hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=torch.zeros(2, 11, dtype=torch.bool))
+    squares(y).backward()
+    assert y.isfinite().all()
+    assert all(each.grad.isfinite().all() for each in (q, k, v) if each.grad is not None)
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = (30 * each.float() for each in random_inputs(40))
+    y = hierarchical_attention(q, k, v, block_size=4)
+    assert y.isfinite().all()
+    assert y.abs().max() <= v.abs().max() * (1 + 1e-5)  # means of values
+
+
+def test_low_precision_has_scores_in_float32():
+    q, k, v = random_inputs(64)
+    low = hierarchical_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), block_size=8)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), hierarchical_attention(q, k, v, block_size=8), rtol=0.05, atol=0.05)
