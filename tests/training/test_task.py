@@ -10,7 +10,8 @@ from revnet.models import create_model, list_models
 from revnet.models.reversible_vit import PositionEmbedding
 from revnet.training import Classifier, TrainConfig
 from revnet.training.classifier import Header
-from revnet.training.task import ClassificationTask, parameter_groups
+from revnet.training.optimizers import parameter_groups
+from revnet.training.task import ClassificationTask
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -2,7 +2,8 @@
 
 `load_dataset` finds a data set by name or by path; `make_loader` cuts a split into batches, whatever kind of split it
 is; a batch then goes through `Preprocess` (uint8 to float) and, in training, through what `make_augment` built, in that
-order and on any device.
+order and on any device. For densities, `Dequantize` takes the place of both. `load_text` reads a text, and windows cut
+it into batches.
 """
 
 from revnet.data._augment import make_augment as make_augment
@@ -19,20 +20,34 @@ from revnet.data._preprocess import make_preprocess as make_preprocess
 from revnet.data._registry import list_datasets as list_datasets
 from revnet.data._registry import load_dataset as load_dataset
 from revnet.data._stream_split import StreamSplit as StreamSplit
+from revnet.data.dequantize import Dequantize as Dequantize
+from revnet.data.dequantize import count_levels as count_levels
+from revnet.data.text import ConsecutiveWindows as ConsecutiveWindows
+from revnet.data.text import RandomWindows as RandomWindows
+from revnet.data.text import TextDataset as TextDataset
+from revnet.data.text import Vocabulary as Vocabulary
+from revnet.data.text import load_text as load_text
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractSplit",
+    "ConsecutiveWindows",
+    "count_levels",
+    "Dequantize",
     "FileSplit",
     "ImageDataset",
     "ImageSplit",
     "list_datasets",
     "load_dataset",
     "load_image",
+    "load_text",
     "Loader",
     "make_augment",
     "make_color_distortion",
     "make_loader",
     "make_preprocess",
     "Preprocess",
+    "RandomWindows",
     "StreamSplit",
+    "TextDataset",
+    "Vocabulary",
 ]

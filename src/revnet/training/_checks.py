@@ -56,3 +56,16 @@ def check_range(name: str, values: Any) -> tuple[float, float]:
     if len(shares) != 2 or not all(isinstance(x, int | float) for x in shares) or not 0 < shares[0] <= shares[1] <= 1:
         raise ValueError(f"`{name}` (={values!r}) must be two shares above 0, the second at most 1, such as [0.08, 1].")
     return shares
+
+
+def check_memory_budget(budget: Any, policy: str) -> None:
+    """Raise unless `budget` is a number of bytes with a unit, and `policy` is not given beside it."""
+    from revnet.memory import parse_bytes  # PyTorch loads here, which `revnet train --help` does without
+
+    check_name("memory_budget", budget)
+    parse_bytes(budget, "memory_budget")
+    if policy != "reverse":
+        raise ValueError(
+            f"`policy` (={policy!r}) is planned for each block where there is a `memory_budget`; leave one of the two "
+            "out."
+        )

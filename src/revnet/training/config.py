@@ -11,6 +11,7 @@ from revnet.training._checks import (
     check_choice,
     check_fractions,
     check_integer,
+    check_memory_budget,
     check_name,
     check_number,
     check_range,
@@ -197,7 +198,7 @@ class TrainConfig:
         if self.preprocess is not None:
             check_choice("preprocess", self.preprocess, get_args(Preprocessing))
         if self.memory_budget is not None:
-            self._check_memory_budget(self.memory_budget)
+            check_memory_budget(self.memory_budget, self.policy)
         check_integer("cutout", self.cutout, at_least=0)
         for name, at_least in (
             ("max_updates", 1),
@@ -227,17 +228,6 @@ class TrainConfig:
         object.__setattr__(self, "crop_area", check_range("crop_area", self.crop_area))
         if self.out_dir is not None:
             check_name("out_dir", self.out_dir)
-
-    def _check_memory_budget(self, budget: str) -> None:
-        from revnet.memory import parse_bytes  # PyTorch loads here, which `revnet train --help` does without
-
-        check_name("memory_budget", budget)
-        parse_bytes(budget, "memory_budget")
-        if self.policy != "reverse":
-            raise ValueError(
-                f"`policy` (={self.policy!r}) is planned for each block where there is a `memory_budget`; leave one of "
-                "the two out."
-            )
 
     def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
         """Fill what was left to the data set.

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
 
+from revnet.training._adamw_settings import AdamWSettings
 from revnet.training.config import TrainConfig
+from revnet.training.schedules import cosine_decay
 
+_ADAMW_BETA1 = 0.9
 _ADAMW_BETA2 = 0.999
+_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def optimizer_factory(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -28,3 +35,30 @@ def optimizer_factory(config: TrainConfig) -> Callable[..., torch.optim.Optimize
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
+
+
+def adamw_factory(config: AdamWSettings) -> Callable[..., torch.optim.Optimizer]:
+    """What makes AdamW from parameters, or from groups of them with a weight decay each."""
+    betas = (_ADAMW_BETA1, config.beta2)
+    return partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+
+
+def adamw_along_a_cosine(model: nn.Module, config: AdamWSettings, num_updates: int) -> OptimizerLRSchedulerConfig:
+    """AdamW of the parameters of `model`, and the schedule that follows every update."""
+    optimizer = adamw_factory(config)(parameter_groups(model, config.weight_decay))
+    schedule = cosine_decay(optimizer, num_updates=num_updates, warmup=config.warmup)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters: weights of convolutions and linear layers decay, all others do not.
+
+    References:
+        Gomez et al. (2017), the official code, decays the same weights and no batch norm and no bias.
+    """
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, _DECAYED)}
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, overload
 
 import torch
 from lightning.pytorch import Callback
@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 import revnet
 from revnet._machine import describe_machine, process_peak_bytes
 from revnet.errors import CheckpointError
-from revnet.training import _run_dir, classification
+from revnet.training import _run_dir, classification, density_job, language_job
 from revnet.training._checkpoint import read_checkpoint, trained_part
 from revnet.training._files import atomic_path, remove_leftovers
 from revnet.training._job import AbstractJob, Outcome
@@ -28,6 +28,10 @@ from revnet.training._settings import task_of
 from revnet.training._trainer import Stopped, fit, make_trainer
 from revnet.training.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer
 from revnet.training.config import TrainConfig
+from revnet.training.density_result import DensityResult
+from revnet.training.language_config import LanguageConfig
+from revnet.training.language_result import LanguageResult
+from revnet.training.nice_config import NiceConfig
 from revnet.training.results import TrainResult
 from revnet.training.run_result import RunResult, format_lines
 
@@ -59,11 +63,23 @@ class _Task:
 
 _TASKS: dict[str | None, _Task] = {  # by the `task` in the settings
     None: _Task(TrainConfig, classification.new_job, classification.job_of_run),
+    "nice": _Task(NiceConfig, density_job.new_job, density_job.job_of_run),
+    "lm": _Task(LanguageConfig, language_job.new_job, language_job.job_of_run),
 }
 
 
-def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult:
+@overload
+def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> TrainResult: ...
+@overload
+def train(config: NiceConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> DensityResult: ...
+@overload
+def train(config: LanguageConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> LanguageResult: ...
+def train(
+    config: TrainConfig | NiceConfig | LanguageConfig, *, quiet: bool = False, callbacks: Sequence[Callback] = ()
+) -> RunResult:
     """Train a model, and leave everything about it in a new folder.
+
+    What is trained follows from the kind of the settings: a classifier, a density of images, or a language model.
 
     The folder holds the settings (`config.yaml`), a row of figures per epoch (`metrics.csv`), the weights
     (`best.safetensors`, `last.safetensors`), what it takes to resume (`last.ckpt`), the learning curve
@@ -73,7 +89,7 @@ def train(config: TrainConfig, *, quiet: bool = False, callbacks: Sequence[Callb
     PyTorch's global random state is seeded with `config.seed`.
 
     Args:
-        config: The settings.
+        config: The settings: a `TrainConfig`, a `NiceConfig` or a `LanguageConfig`.
         quiet: Print nothing.
         callbacks: Further callbacks for Lightning's Trainer.
 

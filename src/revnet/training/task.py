@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -14,12 +13,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from revnet.training._task import AbstractTask, Criterion
 from revnet.training.classifier import Classifier
 from revnet.training.config import TrainConfig
-from revnet.training.optimizers import optimizer_factory
+from revnet.training.optimizers import optimizer_factory, parameter_groups
 from revnet.training.schedules import cosine_decay, progressive_size, step_decay
 
 Batch = tuple[Tensor, Tensor]
-
-_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ClassificationTask(AbstractTask):
@@ -121,17 +118,3 @@ class ClassificationTask(AbstractTask):
             return images
         sides = [round(size / full_size * side) for side in images.shape[2:]]
         return F.interpolate(images, sides, mode="bilinear", antialias=True)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters: weights of convolutions and linear layers decay, all others do not.
-
-    References:
-        Gomez et al. (2017), the official code, decays the same weights and no batch norm and no bias.
-    """
-    decayed = {id(m.weight) for m in model.modules() if isinstance(m, _DECAYED)}
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]

@@ -1,0 +1,63 @@
+"""From grey levels to numbers that have a density, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Dequantize(nn.Module):
+    """Spread each grey level over a cell of [0, 1): level k of K becomes `(k + u) / K`, u uniform in [0, 1).
+
+    A density that is fitted to bytes as they are puts spikes on them and grows without bound. With the noise, its mean
+    log over the noise bounds the log-probability of the bytes: `log P(k) >= E[log p((k + u) / K)] - D log K`.
+
+    Args:
+        num_levels: K, how many levels there are, spread evenly over 0..255 as `load_dataset` has them: 256, or 17 for
+            digits, see `count_levels`.
+
+    Shape:
+        images: any, uint8. Output: the same, float32 in [0, 1).
+
+    Raises:
+        TypeError: The images of a call are not uint8.
+        ValueError: `num_levels` is not from 2 to 256.
+
+    References:
+        Uria, Murray and Larochelle (2013), RNADE, section 5.1, for the noise.
+        Theis, van den Oord and Bethge (2016), A Note on the Evaluation of Generative Models, section 3.1, for the bound.
+    """
+
+    def __init__(self, num_levels: int = 256) -> None:
+        super().__init__()
+        if not 2 <= num_levels <= 256:
+            raise ValueError(f"`num_levels` (={num_levels}) must be from 2 to 256; pass 256 for bytes of any value.")
+        self.num_levels = num_levels
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Add the noise, drawn from `generator`, a CPU one, or from PyTorch's random state."""
+        if images.dtype != torch.uint8:
+            raise TypeError(
+                f"`images` (={images.dtype}) must be uint8 pixels, 0 to 255; pass them as they were loaded."
+            )
+        levels = images.float().mul((self.num_levels - 1) / 255).round()
+        place = images.device if generator is None else generator.device
+        noise = torch.rand(images.shape, device=place, generator=generator).to(images.device)
+        # The sum of a high level and a number next to 1 may round up to the level above.
+        return ((levels + noise) / self.num_levels).clamp(max=1 - 2**-24)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """The pixels, uint8, in whose cells numbers lie; those outside of [0, 1) get the nearest level."""
+        levels = x.mul(self.num_levels).floor().clamp(0, self.num_levels - 1)
+        return levels.mul(255 / (self.num_levels - 1)).round().to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        """The number of levels, for `print`."""
+        return f"num_levels={self.num_levels}"
+
+
+def count_levels(images: Tensor) -> int:
+    """How many grey levels images have, uint8: 17 for digits; 256 unless all pixels lie on an even scale of fewer."""
+    found = images.unique().long()
+    scale = torch.arange(len(found)).mul(255 / max(1, len(found) - 1)).round().long()
+    return len(found) if len(found) > 1 and torch.equal(found, scale) else 256

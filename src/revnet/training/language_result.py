@@ -1,0 +1,47 @@
+"""What training a language model gives back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from revnet.training.run_result import RunResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageResult(RunResult):
+    """What came out of training a language model."""
+
+    samples: ClassVar[str] = "windows"
+
+    data: str
+    """Name of the text."""
+
+    attention: str
+    """Which attention."""
+
+    val_loss: float
+    """Of the last weights, in nats per character."""
+
+    best_val_loss: float
+    """Of the best weights: the lowest."""
+
+    num_val_characters: int
+    """Characters guessed in a validation."""
+
+    def _scores(self) -> list[tuple[str, str]]:
+        unit = f"nats/character ({self.num_val_characters:,} characters), last weights"
+        best = f"best on validation (epoch {self.best_epoch}), {self.best_val_loss / math.log(2):.4f} bits/character"
+        return [("validation loss", f"{self.val_loss:.4f} {unit}"), ("", f"{self.best_val_loss:.4f}, {best}")]
+
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "model": "lm",
+            "data": self.data,
+            "attention": self.attention,
+            "val_loss": self.val_loss,
+            "val_characters": self.num_val_characters,
+            "best_epoch": self.best_epoch,
+            "best_val_loss": self.best_val_loss,
+        }
