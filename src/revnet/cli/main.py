@@ -18,9 +18,11 @@ import revnet
 from revnet.errors import RevnetError
 
 COMMANDS = {
-    "train": "train a model; without options, a small RevNet on hand-written digits",
+    "train": "train a model; without options, a small RevNet on hand-written digits; also `train nice`, `train lm`",
     "evaluate": "read a test set with a checkpoint: errors, the hardest classes, what is taken for what",
     "predict": "name what is in image files",
+    "sample": "draw images from a density (`train nice`), fill in missing halves, tell bits per dimension",
+    "generate": "continue a text with a language model (`train lm`)",
     "reproduce": "train the networks of a result table, and write it beside the paper's numbers",
     "figure": "draw a figure of the paper anew: the gradient angle through training, the complexities",
     "memory": "tell where the memory of a training step goes, of any model",
@@ -28,6 +30,9 @@ COMMANDS = {
     "models": "list the models with their parameters and FLOPs",
     "bench": "measure memory, time and correctness beside other ways of running reversible blocks",
 }
+
+SUBCOMMANDS = {"train": ("nice", "lm")}
+"""Words after a command that make it another: `revnet train nice` is the function `train_nice`."""
 
 HELP = f"""\
 usage: revnet COMMAND [options]
@@ -71,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     prog = f"revnet {name}"
+    if arguments and arguments[0] in SUBCOMMANDS.get(name, ()):
+        prog, name, arguments = f"{prog} {arguments[0]}", f"{name}_{arguments[0]}", arguments[1:]
     try:
         parse = import_module("revnet.cli._parser").parse
         command = getattr(import_module(f"revnet.cli.{name}"), name)

@@ -25,7 +25,7 @@ class Dequantize(nn.Module):
 
     References:
         Uria, Murray and Larochelle (2013), RNADE, section 5.1, for the noise.
-        Theis, van den Oord and Bethge (2016), A Note on the Evaluation of Generative Models, section 3.1, for the bound.
+        Theis, van den Oord and Bethge (2016), A Note on the Evaluation of Generative Models, section 3.1: the bound.
     """
 
     def __init__(self, num_levels: int = 256) -> None:

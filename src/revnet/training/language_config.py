@@ -57,7 +57,7 @@ class LanguageConfig:
     """Share of features dropped in training."""
 
     attention: Attention = "full"
-    """`full`; `lsh`, of characters whose keys fall into the same bucket (Reformer); or `hierarchical`, exact near by and
+    """`full`; `lsh`, of characters whose keys fall into the same bucket (Reformer); or `hierarchical`, exact nearby and
     coarser with distance (H-Transformer-1D). The last two are for long windows."""
 
     policy: Policy = "reverse"
