@@ -11,7 +11,7 @@ from torch import Tensor
 from revnet.training._files import atomic_path
 
 _GAP = 1  # pixels of the images
-_LEAST_WIDTH = 600  # of the picture
+_USUAL_WIDTH = 1000  # of the picture
 
 
 def save_grid(images: Tensor, path: Path, *, num_columns: int | None = None) -> None:
@@ -25,7 +25,7 @@ def save_grid(images: Tensor, path: Path, *, num_columns: int | None = None) -> 
     from PIL import Image
 
     grid = make_grid(images, num_columns or math.ceil(math.sqrt(len(images))))
-    factor = max(1, round(_LEAST_WIDTH / grid.shape[2]))
+    factor = max(1, round(_USUAL_WIDTH / grid.shape[2]))
     pixels = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
     with atomic_path(path) as temporary:
         Image.fromarray(pixels.squeeze(2).contiguous().numpy()).save(temporary, format="png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from revnet.errors import CheckpointError
 from revnet.models import NICE
 from revnet.training._checkpoint import find_weights, read_weights
 from revnet.training._product import AbstractHeader, begin_metadata, check_fit, check_metadata
+
+_DEVIATIONS = {"logistic": math.pi / math.sqrt(3), "gaussian": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,18 @@ class ImageDensity(nn.Module):
         check_fit(density, tensors, path)
         density.load_state_dict(tensors)
         return density
+
+    @torch.no_grad()
+    def adapt_scale(self, images: Tensor, generator: torch.Generator) -> None:
+        """Scale the codes of `images`, uint8, to the deviation of the prior: where training begins.
+
+        The scaling would need thousands of updates to get there by itself.
+
+        References:
+            Kingma and Dhariwal (2018), Glow, section 3.1: an initialisation that depends on the data.
+        """
+        codes, _ = self.model(self.dequantize(images, generator))
+        self.model.log_scale += (_DEVIATIONS[self.model.prior] / codes.std(0)).log()
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Bits per dimension of each image, an upper bound on those of the bytes in the mean over the noise."""

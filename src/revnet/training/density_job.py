@@ -24,6 +24,7 @@ from revnet.training.nice_config import NiceConfig
 from revnet.training.optimizers import adamw_factory
 
 _EVALUATION_BATCH_SIZE = 500
+_NUM_ADAPTED = 1000  # images from which the first scale is taken
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -139,6 +140,7 @@ def job_of_run(config: NiceConfig) -> DensityJob:
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     density = ImageDensity.create(header)
+    density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))
     apply_policies(density.model, config, plan)
     return DensityJob(
         config=config,
