@@ -63,12 +63,14 @@ def test_flags_of_shown_commands_exist(capsys):
     pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
     shown: dict[str, set[str]] = {}
     for page in pages:
-        for command, rest in re.findall(r"^(?:\$ )?revnet (\w+)([^#\n]*)", page.read_text(), re.MULTILINE):
+        for command, rest in re.findall(
+            r"^(?:\$ )?revnet (train (?:nice|lm)\b|\w+)([^#\n]*)", page.read_text(), re.MULTILINE
+        ):
             shown.setdefault(command, set()).update(re.findall(r"(?<=\s)--[\w-]+", rest))
-    assert {"train", "plan", "memory", "evaluate"} <= shown.keys()
+    assert {"train", "train nice", "train lm", "plan", "memory", "evaluate"} <= shown.keys()
     from revnet.cli.main import main
 
     for command, flags in shown.items():
-        assert main([command, "--help"]) == 0
+        assert main([*command.split(), "--help"]) == 0
         known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert flags <= known, command
