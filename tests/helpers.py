@@ -280,6 +280,9 @@ CASES = [
     ),
 ]
 
+SAMPLE = 512 * 4
+"""Bytes by which a run knows, at any depth, how well it rebuilds: elements of what its first function reads."""
+
 CASE = {case.name: case for case in CASES}
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from revnet import memory as memory
     from revnet import models as models
     from revnet import nn as nn
+    from revnet import numerics as numerics
     from revnet import paper as paper
     from revnet import training as training
     from revnet.errors import BudgetError as BudgetError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from revnet.errors import ReconstructionError as ReconstructionError
     from revnet.errors import ReconstructionWarning as ReconstructionWarning
     from revnet.errors import RevnetError as RevnetError
+    from revnet.functional import Additive as Additive
+    from revnet.functional import FixedPoint as FixedPoint
     from revnet.models import create_model as create_model
     from revnet.models import list_models as list_models
     from revnet.nn import AbstractPolicy as AbstractPolicy
@@ -34,17 +37,20 @@ if TYPE_CHECKING:
     from revnet.nn import ReversibleBlock as ReversibleBlock
     from revnet.nn import ReversibleSequential as ReversibleSequential
     from revnet.nn import Store as Store
+    from revnet.nn import set_coupling as set_coupling
     from revnet.nn import set_policy as set_policy
 
 __version__ = "0.1.0"
 
-_ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "paper", "training")
+_ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "numerics", "paper", "training")
 _HOME = {
+    "Additive": "revnet.functional",
     "AbstractPolicy": "revnet.nn",
     "BudgetError": "revnet.errors",
     "Checkpoint": "revnet.nn",
     "CheckpointError": "revnet.errors",
     "DataError": "revnet.errors",
+    "FixedPoint": "revnet.functional",
     "MissingDependencyError": "revnet.errors",
     "Offload": "revnet.nn",
     "PolicySequential": "revnet.nn",
@@ -58,12 +64,14 @@ _HOME = {
     "Store": "revnet.nn",
     "create_model": "revnet.models",
     "list_models": "revnet.models",
+    "set_coupling": "revnet.nn",
     "set_policy": "revnet.nn",
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "__version__",
     "AbstractPolicy",
+    "Additive",
     "bench",
     "BudgetError",
     "Checkpoint",
@@ -71,12 +79,14 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "create_model",
     "data",
     "DataError",
+    "FixedPoint",
     "functional",
     "list_models",
     "memory",
     "MissingDependencyError",
     "models",
     "nn",
+    "numerics",
     "Offload",
     "paper",
     "PolicySequential",
@@ -87,6 +97,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "ReversibleBlock",
     "ReversibleSequential",
     "RevnetError",
+    "set_coupling",
     "set_policy",
     "Store",
     "training",

@@ -11,7 +11,7 @@ from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.bench.cases import CASES
 from revnet.functional import HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
-from tests.helpers import ConvResidual, mlp, stored_twin
+from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 
 # The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
 CONV_STREAM = 8 * 32 * 32 * 32 * 4
@@ -32,23 +32,23 @@ def transformer_stack(depth):
 def test_conv_stack_needs_nine_streams_at_any_depth(depth):
     """The pair, the two gradients, three saved tensors, the residual, its gradient; and some scalars and vectors."""
     memory = measure(conv_stack(depth), torch.randn(8, 64, 32, 32))
-    assert memory.activation_bytes == 9 * CONV_STREAM + 520
-    assert memory.held_bytes == 2 * CONV_STREAM + 4  # the final pair, and the loss
+    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 532
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4  # the final pair, and the loss
 
 
 def test_two_hundred_and_fifty_six_blocks_need_no_more():
     """Counted without computing, which counts the same bytes (see below)."""
     with FakeTensorMode():
         memory = measure(conv_stack(256), torch.randn(8, 64, 32, 32))
-    assert memory.activation_bytes == 9 * CONV_STREAM + 520
-    assert memory.held_bytes == 2 * CONV_STREAM + 4
+    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 532
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4
 
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
 def test_a_pair_costs_what_a_tensor_costs(depth):
     memory = measure(conv_stack(depth), (torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)))
-    assert memory.activation_bytes == 9 * CONV_STREAM + 528
-    assert memory.held_bytes == 2 * CONV_STREAM + 8
+    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 540
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 8
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -64,7 +64,7 @@ def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
             return self.stack(x).mul(weights).sum()
 
     x, weights = torch.randn(2, 8, 64, 32, 32).unbind()
-    assert measure(Head(), x.requires_grad_(requires_grad), weights).activation_bytes <= 9 * CONV_STREAM + 1024
+    assert measure(Head(), x.requires_grad_(requires_grad), weights).activation_bytes <= 9 * CONV_STREAM + SAMPLE + 1024
 
 
 def test_transformer_stack_is_flat_in_depth():
@@ -84,7 +84,7 @@ def test_low_precision_copies_of_weights_are_not_kept():
     with LiveBytes([x, *sequence.parameters()]) as counter:
         with torch.autocast("cpu", torch.bfloat16):
             loss = sequence(x).sum()
-        assert counter.live_bytes == 4 * 128 * 4 + 4  # the output and the loss
+        assert counter.live_bytes == 4 * 128 * 4 + 4 * 64 * 4 + 4  # the output, the sample (one stream), and the loss
         loss.backward()
 
 
@@ -97,7 +97,7 @@ def test_the_stored_twin_grows_with_depth():
 def test_a_stored_last_block_costs_its_activations_only():
     depth = 8
     mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
-    assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= 12 * CONV_STREAM + 1024
+    assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= 12 * CONV_STREAM + SAMPLE + 1024
 
 
 def test_a_single_function_holds_its_input_only():

@@ -10,6 +10,8 @@ from revnet.functional._coupling import Additive as Additive
 from revnet.functional._coupling import additive as additive
 from revnet.functional._coupling import additive_inverse as additive_inverse
 from revnet.functional._coupling import split as split
+from revnet.functional._determinism import Repetition as Repetition
+from revnet.functional._determinism import repeat_function as repeat_function
 from revnet.functional._drift import DriftMeter as DriftMeter
 from revnet.functional._drift import DriftRecord as DriftRecord
 from revnet.functional._fixed_point import FixedPoint as FixedPoint

@@ -23,6 +23,8 @@ class AbstractCoupling(abc.ABC):
     passes_gradients: ClassVar[bool] = True
     """Whether the gradient of the joined stream is that of the stream and that of the residual, as it is; volumes then
     stay as they are, too."""
+    is_exact: ClassVar[bool] = False
+    """Whether reversal loses nothing, as long as streams stay below their `limit`."""
     number: int
     """By which code traced by `torch.compile` knows it: the trace can hold and watch a number, but no object."""
 
@@ -77,6 +79,10 @@ class AbstractCoupling(abc.ABC):
     @abc.abstractmethod
     def limit(self, dtype: torch.dtype) -> float | None:
         """The magnitude that a stream of this type must not reach, for reversal to be exact; None if it never is."""
+
+    def way_out(self, magnitude: float, dtype: torch.dtype) -> str:
+        """What to do about a stream of this type that reached `magnitude`, beyond the limit."""
+        return "use a coupling of a wider range"
 
 
 _NUMBERS: dict[AbstractCoupling, int] = {}

@@ -13,13 +13,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from revnet.errors import ReconstructionError, ReconstructionWarning
+from revnet.functional._half_block import HalfBlock
 from revnet.functional._storage import has_values, is_plain
 
 MOST_SAMPLED = 512
@@ -69,60 +70,71 @@ _active = threading.local()
 
 
 class DriftWatch:
-    """The samples of one run."""
+    """The samples of one run.
 
-    def __init__(self) -> None:
+    Args:
+        keeps_all: Whether to compare what every function reads, whenever it is rebuilt; else that of the first one,
+            once, and of all of them under a `DriftMeter`.
+    """
+
+    def __init__(self, *, keeps_all: bool = False) -> None:
         self._meter: DriftMeter | None = getattr(_active, "meter", None)
+        self._keeps_all = keeps_all
         self._samples: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
         self._first: int | None = None
         self._magnitudes: list[Tensor] = []
+        self._floor: Tensor | None = None
         _tell_pending()
 
     def keep(self, index: int, source: Tensor) -> None:
         """Sample what function `index` reads, if it will be compared; the first one always is."""
         is_first = self._first is None
-        if (is_first or self._meter is not None) and _can_sample(source):
+        if (is_first or self._keeps_all or self._meter is not None) and _can_sample(source):
             self._samples[index] = sample(source)
         if is_first:
             self._first = index
-            self._note_magnitude(source)
 
     def begin(self, streams: Sequence[Tensor | None]) -> None:
-        """Note, before anything is rebuilt, whether the forward pass ended well."""
+        """Note, before anything is rebuilt, how large the final streams are.
+
+        NaN and inf stay in a stream to its end: if these have none, no stream had.
+        """
         for stream in streams:
-            if stream is not None:
-                self._note_magnitude(stream)
+            if stream is not None and self._samples and _can_sample(stream):
+                self._magnitudes.append(_magnitude(stream))
+                floor = _root_mean_square(sample(stream)) * torch.finfo(stream.dtype).eps ** 0.5
+                self._floor = floor if self._floor is None else torch.maximum(self._floor, floor)
 
-    def _note_magnitude(self, stream: Tensor) -> None:
-        if self._first in self._samples:
-            self._magnitudes.append(_magnitude(stream))
-
-    def compare(
-        self, index: int, source: Tensor, function: nn.Module, name: str, *, distance: int, is_exact: bool
-    ) -> None:
-        """Compare what function `index` reads again; once.
+    def compare(self, index: int, source: Tensor, half_block: HalfBlock, distance: int) -> Tensor | None:
+        """How far what function `index` reads again is from what it read; None if there is no sample.
 
         Args:
             index: The function's place in the run.
             source: What it reads, rebuilt.
-            function: The function.
-            name: Its name, for errors.
+            half_block: The function, its name and its coupling.
             distance: Half-blocks from there to the nearest stream that was kept.
-            is_exact: Whether the coupling promises that nothing is lost.
 
         Raises:
             ReconstructionError: NaN or inf is in it that was not there in the forward pass.
         """
-        true = self._samples.pop(index, None)
+        true = self._samples.get(index) if self._keeps_all else self._samples.pop(index, None)
         if true is None:
-            return
-        error = relative_error(sample(source), true)
+            return None
+        error = relative_error(sample(source), true, self._floor)
+        if index in self._seen:  # The graph was retained, and is gone through again.
+            return error
+        self._seen.add(index)
+        function, name = half_block.function, half_block.name
         if self._meter is not None:
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
         if index == self._first and not (self._meter is not None and self._meter.is_quiet):
-            largest = torch.stack([_magnitude(source), *self._magnitudes])
+            magnitudes = [_magnitude(source), *self._magnitudes]
+            largest = torch.stack(magnitudes)
             if has_values(source):
+                is_exact = half_block.coupling.is_exact
                 _judge(_Verdict(weakref.ref(function), name, source.dtype, is_exact, error, largest))
+        return error
 
 
 def sample(x: Tensor) -> Tensor:
@@ -130,7 +142,7 @@ def sample(x: Tensor) -> Tensor:
     return x.detach()[_grid(x.shape)].clone()
 
 
-@cache
+@lru_cache(maxsize=256)
 def _grid(shape: torch.Size) -> tuple[slice, ...]:
     """Steps along each dimension, such that few enough elements remain; samples of a batch are thinned out last."""
     steps = [1] * len(shape)
@@ -140,17 +152,29 @@ def _grid(shape: torch.Size) -> tuple[slice, ...]:
 
     dims = [*range(1, len(shape)), 0] if len(shape) > 1 else list(range(len(shape)))
     while torch.Size(map(left, range(len(shape)))).numel() > MOST_SAMPLED:
-        widest = max(dims, key=left)
-        steps[widest] += 1
+        steps[max(dims, key=left)] *= 2
     return tuple(slice(None, None, step) for step in steps)
 
 
-def relative_error(rebuilt: Tensor, true: Tensor) -> Tensor:
-    """The distance in relation to the true sample; 0 where both are 0, NaN where the rebuilt one is not finite."""
+def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -> Tensor:
+    """The distance between samples in relation to the true one; NaN where the rebuilt one is not finite.
+
+    Args:
+        rebuilt: A sample of a stream.
+        true: The same elements as they were.
+        floor: As how large, by its root mean square, the true sample counts at least: rounding that is nothing beside
+            the other stream must not count as infinite where this one is zero.
+    """
     dtype = torch.promote_types(true.dtype, torch.float32)
     true = true.to(dtype)
-    tiny = torch.finfo(true.real.dtype if true.is_complex() else dtype).tiny
-    return torch.linalg.vector_norm(rebuilt.to(dtype) - true) / torch.linalg.vector_norm(true).clamp_min(tiny)
+    size = torch.linalg.vector_norm(true)
+    if floor is not None:
+        size = torch.maximum(size, floor * true.numel() ** 0.5)
+    return torch.linalg.vector_norm(rebuilt.to(dtype) - true) / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32))) / x.numel() ** 0.5
 
 
 # The verdict ----------------------------------------------------------------------------------------------------------
@@ -163,10 +187,11 @@ class _Verdict(NamedTuple):
     is_exact: bool
     error: Tensor
     largest: Tensor
-    """The largest elements, of the rebuilt stream, and of streams as the forward pass had them."""
+    """The largest elements: of the rebuilt stream, and of the final ones."""
 
 
 _pending: "deque[tuple[torch.cuda.Event, _Verdict]]" = deque()
+_lock = threading.Lock()
 _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -181,8 +206,12 @@ def _judge(verdict: _Verdict) -> None:
 
 
 def _tell_pending() -> None:
-    while _pending and not torch.cuda.is_current_stream_capturing() and _pending[0][0].query():
-        _tell(_pending.popleft()[1])
+    while _pending and not torch.cuda.is_current_stream_capturing():
+        with _lock:
+            verdict = _pending.popleft()[1] if _pending and _pending[0][0].query() else None
+        if verdict is None:
+            return
+        _tell(verdict)
 
 
 def _tell(verdict: _Verdict) -> None:

@@ -11,8 +11,9 @@ References:
         the straight-through estimator.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class FixedPoint(AbstractCoupling):
         Maclaurin et al. (2015), Gradient-based Hyperparameter Optimization through Reversible Learning, section 2.2.
     """
 
+    is_exact: ClassVar[bool] = True
     fraction_bits: int = 14
     is_wide: bool = False
 
@@ -89,9 +91,17 @@ class FixedPoint(AbstractCoupling):
             raise TypeError(f"{self} needs a stream of float32 or float64, which `enter` makes, but this is {dtype}.")
         return 2.0 ** (_SIGNIFICAND_BITS[dtype] - self.fraction_bits)
 
+    def way_out(self, magnitude: float, dtype: torch.dtype) -> str:
+        """The `fraction_bits` that would fit, if there are such."""
+        fitting = _SIGNIFICAND_BITS[dtype] - math.floor(math.log2(magnitude)) - 1
+        wider = "" if dtype == torch.float64 else "set `is_wide=True`"
+        if fitting < 1:
+            return wider or "no `fraction_bits` would fit: let the residual functions return less"
+        return f"set `fraction_bits={fitting}`" + (f" or less, {wider}" if wider else "")
+
 
 def _to_grid(x: Tensor, fraction_bits: int) -> Tensor:
-    """Round to the nearest multiple of 2^-fraction_bits; gradients pass straight through."""
+    """Round to the nearest multiple of 2^-fraction_bits, 0 for -0; gradients pass straight through."""
     rounded: Tensor = _ToGrid.apply(x, 2.0**fraction_bits)
     return rounded
 
@@ -103,7 +113,7 @@ def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
 
 
 def _subtract_on_grid(y: Tensor, residual: Tensor, fraction_bits: int, *, in_place: bool) -> Tensor:
-    """What `add_on_grid` added the residual to, to the last bit."""
+    """What `_add_on_grid` added the residual to, to the last bit."""
     scale = 2.0**fraction_bits
     steps = _grid_steps(residual, y.dtype, scale)
     return y.sub_(steps, alpha=1 / scale) if in_place else torch.sub(y, steps, alpha=1 / scale)
@@ -119,7 +129,8 @@ class _ToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:
-        return _grid_steps(x, x.dtype, scale).mul_(1 / scale)
+        # No subtraction brings back a negative zero, and no addition makes one out of others: 0 takes its place.
+        return _grid_steps(x, x.dtype, scale).mul_(1 / scale).add_(0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

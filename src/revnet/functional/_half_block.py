@@ -174,7 +174,7 @@ def without_receiver(half_block: HalfBlock) -> HalfBlock:
 
 def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:
     """`check_range` of a stream that the half-block has just updated."""
-    if half_block.coupling.limit(y.dtype) is not None and has_values(y):
+    if half_block.coupling.is_exact and has_values(y):
         check_range(half_block, float(torch.linalg.vector_norm(y, torch.inf)), y.dtype)
 
 
@@ -186,9 +186,8 @@ def check_range(half_block: HalfBlock, magnitude: float, dtype: torch.dtype) -> 
     """
     limit = half_block.coupling.limit(dtype)
     if limit is not None and math.isfinite(magnitude) and magnitude >= limit:
-        bits = math.floor(math.log2(magnitude / limit)) + 1
         raise ReconstructionError(
             f"a stream reached {magnitude:,.5g} at `{half_block.name}`, beyond the {limit:,.5g} up to which "
-            f"{half_block.coupling} is exact in {dtype}; take {bits} or more off its `fraction_bits`, set "
-            "`is_wide=True`, or normalise what the residual functions return."
+            f"{half_block.coupling} is exact in {dtype}; {half_block.coupling.way_out(magnitude, dtype)}, or "
+            "normalise what the residual functions return."
         )

@@ -183,9 +183,8 @@ class ReversibleRun:
         if self._watch is not None and self._first_with_slots is not None:
             self._watch.keep(index, source)
         streams[half_block.updates] = y
-        if half_block.coupling.limit(y.dtype) is not None:
-            # One pass over the stream; read in the backward pass, so that a GPU need not be waited for.
-            self._magnitudes.append((index, torch.linalg.vector_norm(y.detach(), torch.inf)))
+        if coupling.is_exact:
+            self._watch_range(index, y)
 
     def walk_back(self) -> None:
         """Rebuild all that the functions read, for nothing but to see how far from the truth it is."""
@@ -205,8 +204,21 @@ class ReversibleRun:
         if self._watch is not None and self._held is not None:
             self._watch.begin([self._held.peek(which) for which in (0, 1)])
 
+    def _watch_range(self, index: int, y: Tensor) -> None:
+        """Raise if a stream leaves the range in which it can be taken apart exactly, a GPU's in the backward pass."""
+        half_block = self._steps[index].half_block
+        magnitude = torch.linalg.vector_norm(y.detach(), torch.inf)
+        if y.device.type in ("cpu", "meta"):
+            if has_values(y):
+                check_range(half_block, float(magnitude), y.dtype)
+        elif torch.cuda.is_current_stream_capturing():
+            limit = half_block.coupling.limit(y.dtype)
+            torch._assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
+        else:
+            self._magnitudes.append((index, magnitude))  # Not to be waited for.
+
     def _check_magnitudes(self) -> None:
-        """Raise if a stream left the range in which it can be taken apart exactly."""
+        """Raise if a stream of the forward pass left the range."""
         magnitudes, self._magnitudes = self._magnitudes, []
         if not magnitudes or not has_values(magnitudes[0][1]):
             return
@@ -301,7 +313,7 @@ class ReversibleRun:
         residual: Tensor | None = self._steps[index].call.repeat(
             lambda: residual_of(half_block, source, self._args, self._kwargs),
             fill=fill,
-            is_rounded=self._is_rounded(streams, source, half_block),
+            is_rounded=self._is_rounded(streams, half_block),
             needs_result=needs_residual,
         )
         return None if residual is None else residual.detach()
@@ -322,7 +334,7 @@ class ReversibleRun:
                     x = coupling.part(y_or_x, residual, name)
             return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
 
-        is_rounded = self._is_rounded(streams, source, half_block)
+        is_rounded = self._is_rounded(streams, half_block)
         # The stream before it is known only once the function has run to its end.
         call.repeat(compute, fill=fill, is_rounded=is_rounded, needs_result=x is None or not fill)
         assert x is not None
@@ -333,20 +345,13 @@ class ReversibleRun:
         half_block, source_requires_grad, _, _ = self._steps[index]
         source = streams.read(1 - half_block.updates).detach()
         if self._watch is not None and index < len(self._steps) - 1:
-            self._watch.compare(
-                index,
-                source,
-                half_block.function,
-                half_block.name,
-                distance=len(self._steps) - 1 - index,
-                is_exact=half_block.coupling.limit(source.dtype) is not None,
-            )
+            self._watch.compare(index, source, half_block, distance=len(self._steps) - 1 - index)
         return source.requires_grad_(source_requires_grad)
 
-    def _is_rounded(self, streams: "_Streams", source: Tensor, half_block: HalfBlock) -> bool:
+    def _is_rounded(self, streams: "_Streams", half_block: HalfBlock) -> bool:
         """Whether what a function reads again carries the rounding of a reconstruction."""
         # The last one reads what the forward pass left; where reversal is exact, so does every one.
-        return streams.position < len(self._steps) and half_block.coupling.limit(source.dtype) is None
+        return streams.position < len(self._steps) and not half_block.coupling.is_exact
 
 
 class _Step(NamedTuple):

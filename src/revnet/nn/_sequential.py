@@ -7,6 +7,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
+from revnet.functional import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
@@ -166,8 +167,12 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         """Runs of blocks under the same policy: rebuilding them together keeps one pair of streams, not one a block."""
         # Plain loops: `torch.compile` traces this.
         segments: list[Segment] = []
+        first: HalfBlock | None = None
         for index, block in enumerate(self._reversible_blocks()):
             half_blocks = block.half_blocks(f"blocks.{index}.")
+            for half_block in half_blocks:
+                first = first or half_block
+                _check_couplings(first, half_block)
             if has_hooks(block):
                 half_blocks = [half_block._replace(owner=block) for half_block in half_blocks]
             if segments and segments[-1][0] == self.policies[index]:
@@ -175,3 +180,12 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             else:
                 segments.append((self.policies[index], half_blocks))
         return segments
+
+
+def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
+    """Raise for exact and other couplings in one sequence."""
+    if other.coupling.number != first.coupling.number and (other.coupling.is_exact or first.coupling.is_exact):
+        raise ValueError(
+            f"`{other.name}` has the coupling {other.coupling}, and `{first.name}` {first.coupling}; where one is "
+            "exact, streams lie on its grid, so that all of a sequence must have the same: see `set_coupling`."
+        )

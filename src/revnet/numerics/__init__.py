@@ -1,5 +1,7 @@
 """Numerics that can be trusted: how far rebuilt activations are from the true ones, and what to do about it."""
 
+from revnet.numerics._determinism import NondeterministicFunction as NondeterministicFunction
+from revnet.numerics._determinism import find_nondeterministic as find_nondeterministic
 from revnet.numerics._drift import BlockDrift as BlockDrift
 from revnet.numerics._drift import Drift as Drift
 from revnet.numerics._drift import GradientDrift as GradientDrift

@@ -1,0 +1,81 @@
+"""Whether a function gives the same bits when it runs again under the same conditions, as reconstruction assumes."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from revnet.functional._recompute import Conditions, tensors_in
+from revnet.functional._storage import storage_key
+
+
+class Repetition(NamedTuple):
+    """How far further runs of a function were from its first: relative errors, 0 where every bit was the same."""
+
+    output_error: float
+    gradient_error: float
+    """The largest, over the gradients of its inputs and its parameters."""
+
+
+def repeat_function(
+    function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], num_runs: int = 3
+) -> Repetition:
+    """Run `function` several times under the same conditions, backward too, and leave no trace.
+
+    Args:
+        function: A residual function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        num_runs: How often; a race between threads may need many runs to show.
+    """
+    conditions = Conditions(function, None, tensors_in(args, kwargs))
+    first: tuple[list[Tensor], list[Tensor]] | None = None
+    errors = [0.0, 0.0]
+    for _ in range(num_runs):
+        with torch.enable_grad(), conditions.restored():
+            results = _run(function, args, kwargs)
+        if first is None:
+            first = results
+        for kind in (0, 1):
+            differences = [_difference(a, b) for a, b in zip(results[kind], first[kind], strict=True)]
+            errors[kind] = max([errors[kind], *differences])
+    return Repetition(*errors)
+
+
+def _run(function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradients of everything that requires one."""
+    args, kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
+    outputs = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    wanted = [tensor for tensor in (*tensors_in(args, kwargs), *function.parameters()) if tensor.requires_grad]
+    # Not all the same, since then sums of gradients would often cancel to the same bits in any order.
+    seeds = [(output, _ramp(output)) for output in outputs if output.requires_grad]
+    if not seeds or not wanted:
+        return [output.detach() for output in outputs], []
+    gradients = torch.autograd.grad(
+        [output for output, _ in seeds], wanted, [seed for _, seed in seeds], allow_unused=True
+    )
+    return [output.detach() for output in outputs], [gradient for gradient in gradients if gradient is not None]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point() or tensor.is_complex())
+
+
+def _ramp(like: Tensor) -> Tensor:
+    ramp = torch.linspace(-1, 1, max(like.numel(), 1), device=like.device)[: like.numel()]
+    return ramp.view(like.shape).to(like.dtype)
+
+
+def _difference(tensor: Tensor, first: Tensor) -> float:
+    """The relative error; 0 if not a bit differs, NaN in the same places included."""
+    if storage_key(tensor) == storage_key(first) or torch.equal(tensor, first):
+        return 0.0
+    both_nan = tensor.isnan() & first.isnan()
+    tensor, first = (
+        each.masked_fill(both_nan, 0).to(torch.promote_types(each.dtype, torch.float32)) for each in (tensor, first)
+    )
+    if torch.equal(tensor, first):
+        return 0.0
+    error = torch.linalg.vector_norm(tensor - first) / torch.linalg.vector_norm(first).clamp_min(1e-30)
+    return float(error.nan_to_num(nan=torch.inf))

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+
+from revnet import FixedPoint, ReversibleBlock, ReversibleSequential, create_model, set_coupling
+from revnet.numerics import find_nondeterministic
+from tests.helpers import ConvResidual, mlp
+
+
+class Drifting(nn.Module):
+    """Gives another number each time, as a kernel that adds in the order of arrival does."""
+
+    def __init__(self, scale, *, in_backward=False):
+        super().__init__()
+        self.layers = mlp(2)
+        self.scale = scale
+        self.in_backward = in_backward
+        self.count = 0
+
+    def forward(self, x):
+        self.count += 1
+        y = self.layers(x)
+        if self.in_backward and y.requires_grad:
+            y.register_hook(lambda grad: grad * (1 + self.scale * self.count))
+            return y
+        return y * (1 + self.scale * self.count)
+
+
+def test_functions_that_do_not_repeat_themselves_are_named():
+    blocks = [ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]
+    blocks[1].g = Drifting(1e-6)
+    blocks[2].f = Drifting(1e-3, in_backward=True)
+    model = nn.Sequential(nn.Linear(3, 4), ReversibleSequential(*blocks))
+    first, second = find_nondeterministic(model, torch.randn(5, 3))
+    assert first.name == "1.blocks.1.g"
+    assert 1e-7 < first.output_error < 1e-5
+    assert second.name == "1.blocks.2.f"
+    assert second.output_error == 0
+    assert 1e-4 < second.gradient_error < 1e-2
+
+
+def test_random_functions_and_statistics_repeat_themselves_and_are_left_alone():
+    blocks = [ReversibleBlock(nn.Sequential(ConvResidual(3), nn.Dropout(0.3)), ConvResidual(3)) for _ in range(2)]
+    model = ReversibleSequential(*blocks)
+    set_coupling(model, FixedPoint())
+    x = torch.randn(2, 6, 5, 5)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert find_nondeterministic(model, x) == ()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(now, before) for now, before in zip(model.buffers(), buffers, strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_all_functions_of_a_published_network_are_run():
+    model = create_model("revnet38")
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith((".f", ".g")):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    assert find_nondeterministic(model, torch.randn(2, 3, 8, 8), num_runs=2) == ()
+    assert len(calls) == 3 * len(set(calls)) == 3 * 18
+
+
+def test_what_cannot_be_probed_raises():
+    with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no reversible block"):
+        find_nondeterministic(nn.Linear(2, 2), torch.randn(1, 2))
+    with pytest.raises(ValueError, match=r"`num_runs` \(=1\) must be 2 or more"):
+        find_nondeterministic(create_model("revnet38"), torch.randn(1, 3, 8, 8), num_runs=1)
