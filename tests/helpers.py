@@ -24,7 +24,7 @@ from revnet import (
     create_model,
 )
 from revnet.functional import Affine
-from revnet.models import ReversibleViT, RevNet
+from revnet.models import ReversibleTransformer, ReversibleViT, RevNet
 from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock
 
 
@@ -313,7 +313,26 @@ REVERSIBLE_MODELS: dict[str, Callable[..., nn.Module]] = {
         drop_path=0.2,
     ),
 }
+for _attention in ("full", "lsh", "hierarchical"):
+    REVERSIBLE_MODELS[f"transformer-{_attention}"] = partial(
+        ReversibleTransformer,
+        vocab_size=10,
+        dim=8,
+        depth=3,
+        num_heads=2,
+        attention=_attention,
+        bucket_size=4,
+        block_size=4,
+        dropout=0.1,
+    )
 all_reversible_models = pytest.mark.parametrize("make_model", REVERSIBLE_MODELS.values(), ids=REVERSIBLE_MODELS.keys())
+
+
+def model_input(model: nn.Module) -> Tensor:
+    """Images, or tokens, in float64."""
+    if isinstance(model, ReversibleTransformer):
+        return torch.randint(10, (2, 50))
+    return torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
 
 def squares(y: Tensor) -> Tensor:
