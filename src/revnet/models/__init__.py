@@ -5,6 +5,9 @@ from revnet.models._registry import create_model as create_model
 from revnet.models._registry import list_models as list_models
 from revnet.models._registry import published_image_size as published_image_size
 from revnet.models._registry import register_model as register_model
+from revnet.models.irevnet import IRevNet as IRevNet
+from revnet.models.irevnet import irevnet301 as irevnet301
+from revnet.models.irevnet import irevnet_cifar as irevnet_cifar
 from revnet.models.nice import NICE as NICE
 from revnet.models.nice import nice as nice
 from revnet.models.resnet import ResNet as ResNet

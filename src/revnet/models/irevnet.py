@@ -1,0 +1,286 @@
+"""i-RevNets: classifiers that lose nothing before the last pooling.
+
+A RevNet keeps its input's information but in the stem and where it halves the image. Here squares of pixels become
+channels instead, so that the network is a bijection from the images to its last map, from which they can be computed.
+Two streams; each residual function updates one of them from the other, in turns. The first function of a stage that
+halves the image reads the larger map, through a convolution of stride 2.
+
+A stage's functions run as one reversible sequence, so that the number of blocks costs no memory. B C H W: batch,
+channels, height, width.
+
+References:
+    Jacobsen, Smeulders and Oyallon (2018), i-RevNet: Deep Invertible Networks, section 3;
+    https://github.com/jhjacobsen/pytorch-i-revnet.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revnet._types import TensorPair
+from revnet.functional import split
+from revnet.models._checks import check_num_classes, check_positive
+from revnet.models._image_classifier import AbstractImageClassifier, make_head
+from revnet.models._initialize import initialize
+from revnet.models._registry import register_model
+from revnet.nn import AbstractPolicy, CouplingLayer, PolicySequential, Reverse, ReversibleSequential, SpaceToDepth
+
+
+class Stem(SpaceToDepth):
+    """The way in: squares of pixels become channels. Checks that the network can go on halving the image.
+
+    Shape:
+        x: (B, in_channels, H, W), sides divisible by `reduction`. Output: (B, 4 in_channels, H / 2, W / 2).
+    """
+
+    def __init__(self, reduction: int):
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the image."""
+        height, width = x.shape[-2:]
+        if height % self.reduction or width % self.reduction:
+            fitting = "x".join(str(-(-side // self.reduction) * self.reduction) for side in (height, width))
+            raise ValueError(
+                f"images of {height}x{width} cannot be halved as often as the network does; resize or pad them to "
+                f"sides that are multiples of {self.reduction}, {fitting} for instance."
+            )
+        return super().forward(x)
+
+
+class DepthToSpace(SpaceToDepth):
+    """What the first function of a halved stage reads: the map as it was before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn channels back into squares of pixels."""
+        return self.inverse(x)
+
+
+class Residual(nn.Sequential):
+    """A residual function: batch norm, ReLU and a 3x3 convolution, three times, the widths w -> hidden -> hidden -> w.
+
+    Shape:
+        x: (B, C, H, W). Output: the same; with stride 2, where x is read through `DepthToSpace`, too.
+    """
+
+    def __init__(self, width: int, hidden_width: int, *, stride: int = 1, pre_activate: bool = True):
+        in_width = width // stride**2
+        layers: list[nn.Module] = [DepthToSpace()] if stride == 2 else []
+        if pre_activate:
+            layers += [nn.BatchNorm2d(in_width), nn.ReLU()]
+        layers.append(_conv(in_width, hidden_width, stride))
+        for out_width in (hidden_width, width):
+            layers += [nn.BatchNorm2d(hidden_width), nn.ReLU(), _conv(hidden_width, out_width, 1)]
+        super().__init__(*layers)
+
+
+def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+class Stage(nn.Module):
+    """Residual functions at one size of map, which update the streams in turns.
+
+    Shape:
+        x: the pair x1, x2, both (B, C, H, W). Output: the pair y1, y2, both (B, C stride^2, H / stride, W / stride).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int,
+        num_blocks: int,
+        *,
+        stride: int,
+        num_before: int,
+        policy: AbstractPolicy,
+    ):
+        super().__init__()
+        self.downsample = SpaceToDepth(stride)
+        blocks = [
+            CouplingLayer(
+                Residual(
+                    width,
+                    hidden_width,
+                    stride=stride if block == 0 else 1,
+                    pre_activate=num_before + block > 0,
+                ),
+                updates=1 if (num_before + block) % 2 else 0,
+            )
+            for block in range(num_blocks)
+        ]
+        self.blocks = ReversibleSequential(*blocks, policy=policy)
+
+    def forward(self, x: TensorPair) -> TensorPair:
+        """Run the stage."""
+        x1, x2 = x
+        return self.blocks((self.downsample(x1), self.downsample(x2)))
+
+    def inverse(self, y: TensorPair) -> TensorPair:
+        """Compute the stage's input from its output."""
+        x1, x2 = self.blocks.inverse(y)
+        return self.downsample.inverse(x1), self.downsample.inverse(x2)
+
+
+class IRevNet(AbstractImageClassifier):
+    """A fully invertible classifier.
+
+    Args:
+        num_blocks: Residual functions of each stage.
+        strides: 2 for each stage that halves the image, 1 for one that does not. The stem halves it already. Where the
+            image is halved, there are four times as many channels.
+        hidden_widths: Channels inside the residual functions of each stage; None for a quarter of the stream's.
+        num_classes: Size of the output; 0 for pooled features in place of logits.
+        in_channels: Channels of the input images.
+        policy: What to do with the activations of the blocks, `Reverse()` by default. `Store()` makes the stored twin.
+
+    Shape:
+        x: (B, in_channels, H, W), sides divisible by how often the image is halved. Output: logits (B, num_classes).
+
+    Numerics:
+        `inverse` undoes each block in floating point: images come back up to rounding that grows with depth. In
+        evaluation mode; in training mode batch norm reads the statistics of the batch, which must be the same one.
+
+    Raises:
+        TypeError: `num_blocks`, `strides` or `hidden_widths` is no sequence, or `policy` is no policy.
+        ValueError: A count is not positive, the lengths differ, or a stride is above 2. In the passes: the shape does
+            not fit.
+
+    References:
+        Jacobsen, Smeulders and Oyallon (2018), i-RevNet: Deep Invertible Networks, section 3.
+    """
+
+    is_reversible = True
+
+    def __init__(
+        self,
+        *,
+        num_blocks: Sequence[int],
+        strides: Sequence[int],
+        hidden_widths: Sequence[int] | None = None,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        policy: AbstractPolicy | None = None,
+    ):
+        super().__init__()
+        check_num_classes(num_classes)
+        check_positive(in_channels=in_channels)
+        _check_stages(num_blocks, strides, hidden_widths)
+        if policy is None:
+            policy = Reverse()
+        if not isinstance(policy, AbstractPolicy):
+            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        # Of one stream: the stem makes four channels of each, for two streams.
+        widths = list(accumulate(strides, lambda width, stride: width * stride**2, initial=2 * in_channels))
+        if hidden_widths is None:
+            hidden_widths = [max(1, width // 4) for width in widths[1:]]
+        reductions = list(accumulate(strides, lambda a, b: a * b, initial=2))
+        num_before = list(accumulate(num_blocks, initial=0))
+        self.num_classes = num_classes
+        self.num_features = 2 * widths[-1]
+        self.feature_info = [
+            {"num_chs": 2 * width, "reduction": reduction, "module": f"stages.{index - 1}" if index else "stem"}
+            for index, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
+        ]
+        self.stem = PolicySequential(Stem(reductions[-1]))
+        self.stages = nn.Sequential(
+            *[
+                Stage(
+                    widths[stage + 1],
+                    hidden_widths[stage],
+                    num_blocks[stage],
+                    stride=strides[stage],
+                    num_before=num_before[stage],
+                    policy=policy,
+                )
+                for stage in range(len(num_blocks))
+            ]
+        )
+        self.norm = nn.BatchNorm2d(self.num_features)
+        self.head = make_head(self.num_features, num_classes)
+        self._initialize(self)
+
+    def forward_invertible(self, x: Tensor) -> Tensor:
+        """Compute the last map, from which `inverse` computes the images: (B, num_features, H', W').
+
+        The final features are this map after batch norm and ReLU, which loses what is negative.
+        """
+        return self._join(self.stages(self._enter(self.stem(x))))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Compute the images from the last map, as `forward_invertible` returns it."""
+        if y.ndim != 4 or y.shape[1] != self.num_features:
+            raise ValueError(
+                f"`y` (of shape {tuple(y.shape)}) must be (B, {self.num_features}, H, W), as `forward_invertible` "
+                "returns it."
+            )
+        streams = split(y, 1)
+        for stage in reversed(self.stages):
+            assert isinstance(stage, Stage)
+            streams = stage.inverse(streams)
+        (stem,) = self.stem
+        assert isinstance(stem, Stem)
+        return stem.inverse(torch.cat(streams, 1))
+
+    def _enter(self, x: Tensor) -> TensorPair:
+        return split(x, 1)
+
+    def _join(self, y: TensorPair) -> Tensor:
+        return torch.cat(y, 1)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x))
+
+    def _initialize(self, module: nn.Module) -> None:
+        initialize(module)
+
+
+def _check_stages(num_blocks: Sequence[int], strides: Sequence[int], hidden_widths: Sequence[int] | None) -> None:
+    counts = {"num_blocks": num_blocks, "strides": strides}
+    counts |= {} if hidden_widths is None else {"hidden_widths": hidden_widths}
+    for name, values in counts.items():
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise TypeError(f"`{name}` (={values!r}) must be a sequence of integers, for instance (1, 2, 2).")
+        for stage, value in enumerate(values):
+            check_positive(**{f"{name}[{stage}]": value})
+        if len(values) != len(num_blocks) or not values:
+            raise ValueError(
+                f"`{name}` (={tuple(values)}) must have an entry for each stage, of which `num_blocks` "
+                f"(={tuple(num_blocks)}) names {len(num_blocks) or 'none'}."
+            )
+    for stage, stride in enumerate(strides):
+        if stride > 2:
+            raise ValueError(f"`strides[{stage}]` (={stride}) must be 1, or 2 to halve the image.")
+
+
+@register_model(image_size=32)
+def irevnet_cifar(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> IRevNet:
+    """A small bijective i-RevNet for CIFAR, of our own: 2,590,642 parameters for 10 classes.
+
+    The published network for CIFAR is none: it adds 29 empty channels to the image. Rebuilt, they are not quite empty,
+    and batch norm, which divides by their deviation, blows that up.
+    """
+    return IRevNet(
+        num_blocks=(6, 6, 6),
+        strides=(1, 2, 2),
+        hidden_widths=(32, 64, 128),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        policy=policy,
+    )
+
+
+@register_model(image_size=224)
+def irevnet301(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | None = None) -> IRevNet:
+    """i-RevNet-301 for ImageNet, bijective: 125,120,356 parameters for 1000 classes."""
+    return IRevNet(
+        num_blocks=(6, 16, 72, 6),
+        strides=(2, 2, 2, 2),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        policy=policy,
+    )
