@@ -24,7 +24,7 @@ from revnet import (
     create_model,
 )
 from revnet.functional import Affine
-from revnet.models import ReversibleTransformer, ReversibleViT, RevNet
+from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
 from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock
 
 
@@ -301,6 +301,7 @@ REVERSIBLE_MODELS: dict[str, Callable[..., nn.Module]] = {
     "revnet38": partial(create_model, "revnet38"),
     "bottleneck": partial(RevNet, num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck"),
     "large-stem": partial(RevNet, num_blocks=(2, 2), widths=(4, 6, 8), stem="large"),
+    "irevnet": partial(IRevNet, num_blocks=(3, 2), strides=(1, 2), hidden_widths=(4, 6)),
     "vit": partial(
         ReversibleViT,
         img_size=32,

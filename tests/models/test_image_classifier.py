@@ -8,7 +8,7 @@ from torch import nn
 
 from revnet import Store
 from revnet.memory import measure
-from revnet.models import ResNet, ReversibleViT, RevNet
+from revnet.models import IRevNet, ResNet, ReversibleViT, RevNet
 from tests.helpers import assert_close, assert_same_buffers, gradients, squares
 
 OPTIONS = {"num_blocks": (1, 2), "widths": (4, 4, 8)}
@@ -20,9 +20,10 @@ all_networks = pytest.mark.parametrize(
         lambda **options: ResNet(**OPTIONS, block="bottleneck", stem="large", **options),
         lambda **options: RevNet(**OPTIONS, **options),
         lambda **options: RevNet(**OPTIONS, block="bottleneck", stem="large", **options),
+        lambda **options: IRevNet(num_blocks=(1, 2), strides=(1, 2), **options),
         lambda **options: ReversibleViT(**VIT_OPTIONS, depth=2, **options),
     ],
-    ids=["resnet", "resnet-large", "revnet", "revnet-large", "vit"],
+    ids=["resnet", "resnet-large", "revnet", "revnet-large", "irevnet", "vit"],
 )
 
 
@@ -195,9 +196,10 @@ def test_another_layout_is_refused():
     [
         lambda **options: RevNet(**OPTIONS, stem="large", **options),
         lambda **options: RevNet(**OPTIONS, block="bottleneck", stem="large", **options),
+        lambda **options: IRevNet(num_blocks=(3, 3), strides=(1, 2), **options),
         lambda **options: ReversibleViT(**VIT_OPTIONS, depth=3, **options),
     ],
-    ids=["basic", "bottleneck", "vit"],
+    ids=["basic", "bottleneck", "irevnet", "vit"],
 )
 @pytest.mark.parametrize("options", [{}, {"indices": [1]}, {"indices": [0, 1], "stop_early": True}, {"norm": True}])
 def test_gradients_through_maps_are_the_twins(make, options):
