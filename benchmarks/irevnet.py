@@ -1,0 +1,185 @@
+"""i-RevNet: images beside what is computed back from the last map, and memory and error by depth.
+
+    revnet train --model irevnet_cifar --data cifar10 --epochs 2 --out-dir runs/irevnet
+    python benchmarks/irevnet.py runs/irevnet --data cifar10
+
+Every test image goes through the trained network to its last map and back again; the error is told in grey levels, of
+which an image has 256. The network's depth changes nothing in what a training step holds; the bytes are counted. Writes
+a page, its CSV and a picture into benchmarks/results/.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from _memory_page import Row, mib, table, write_csv
+from torch import Tensor
+
+from revnet import AbstractPolicy, Reverse, Store
+from revnet._picture import check_matplotlib, new_figure, save
+from revnet.bench import describe_machine, hardware_name
+from revnet.data import load_dataset
+from revnet.memory import predict
+from revnet.models import IRevNet
+from revnet.training import Classifier, load_classifier
+
+RESULTS = Path(__file__).parent / "results"
+DEPTHS = (2, 6, 18, 54)
+
+
+def there_and_back(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Images, in grey levels, as they are computed from the last map of the network."""
+    model, preprocess = classifier.model, classifier.preprocess
+    assert isinstance(model, IRevNet)
+    with torch.inference_mode():
+        inputs = [model.inverse(model.forward_invertible(preprocess(batch))) for batch in images.split(batch_size)]
+    return torch.cat(inputs) * preprocess.scale + preprocess.mean
+
+
+def reconstruction(classifier: Classifier, images: Tensor) -> Row:
+    """How far the images are that come back."""
+    difference = there_and_back(classifier, images) - images
+    return {
+        "images": len(images),
+        "largest_error": difference.abs().max().item(),
+        "mean_error": difference.abs().mean().item(),
+        "changed_pixels": int((difference.abs() >= 0.5).sum()),
+    }
+
+
+def by_depth(num_blocks: int, batch_size: int = 100) -> Row:
+    """Parameters, memory of a training step, and the error of going there and back, without training."""
+
+    def make(policy: AbstractPolicy) -> IRevNet:
+        return IRevNet(num_blocks=(num_blocks,) * 3, strides=(1, 2, 2), hidden_widths=(32, 64, 128), policy=policy)
+
+    torch.manual_seed(0)
+    model = make(Reverse())
+    x = torch.randn(batch_size, 3, 32, 32)
+    with torch.device("meta"):
+        step = torch.empty(batch_size, 3, 32, 32)
+        reversed_, stored = (predict(make(policy), step).activation_bytes for policy in (Reverse(), Store()))
+    with torch.inference_mode():
+        model(x)  # so that batch norm has seen data
+        model.eval()
+        error = (model.inverse(model.forward_invertible(x)) - x).abs().max().item()
+    return {
+        "num_blocks": 3 * num_blocks,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "reverse_bytes": reversed_,
+        "store_bytes": stored,
+        "largest_error": error,
+    }
+
+
+def draw(images: Tensor, returned: Tensor, path: Path) -> None:
+    """Images above those that came back, and the difference, magnified, below."""
+    gain = 1e4
+    rows = {
+        "image": images / 255,
+        "from the last map": returned / 255,
+        f"difference x {gain:,.0f}": 0.5 + gain * (returned - images) / 255,
+    }
+    figure = new_figure(1.05 * len(images) + 0.4, 3.5, layout="constrained")
+    axes = figure.subplots(len(rows), len(images))
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for cell, picture in zip(line, pictures, strict=True):
+            cell.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            cell.set_xticks([])
+            cell.set_yticks([])
+            cell.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize="small")
+    save(figure, path)
+
+
+def learning(run: Path) -> list[str]:
+    """The run's log, as a table, and what it found on the test images."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [name for name in rows[0] if name == "epoch" or name.endswith(("_loss", "_accuracy"))]
+    lines = table(
+        [name.replace("_", " ") for name in columns], [[_short(row[name]) for name in columns] for row in rows]
+    )
+    summary = json.loads((run / "summary.json").read_text())
+    return [
+        *lines,
+        f"Accuracy on the {summary['test_images']:,} test images: {100 * summary['test_accuracy']:.2f} %.",
+        "",
+    ]
+
+
+def _short(figure: str) -> str:
+    return figure if figure.isdigit() else f"{float(figure):.3f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run of `revnet train` with an i-RevNet")
+    parser.add_argument("--data", default="cifar10", help="where the test images are")
+    parser.add_argument("--num-images", type=int, default=10_000, help="how many of them go there and back")
+    parser.add_argument("--num-shown", type=int, default=10, help="images in the picture")
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks a stage, of the second table")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    check_matplotlib()
+    classifier = load_classifier(given.run)
+    if not isinstance(classifier.model, IRevNet):
+        parser.error(f"`{given.run}` holds a {type(classifier.model).__name__}, but must hold an i-RevNet")
+    images = load_dataset(given.data).test.images[: given.num_images]
+    back = reconstruction(classifier, images)
+    depths = [by_depth(int(depth)) for depth in given.depths.split(",")]
+    stem = f"irevnet_{hardware_name()}_{datetime.date.today()}"
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    shown = images[: given.num_shown]
+    draw(shown, there_and_back(classifier, shown), given.output_dir / f"{stem}.png")
+    write_csv(depths, given.output_dir / f"{stem}.csv")
+    columns = ("blocks", "parameters", "reverse MiB", "store MiB", "error there and back")
+    cells = [
+        [
+            str(row["num_blocks"]),
+            f"{row['parameters']:,}",
+            mib(row["reverse_bytes"]),
+            mib(row["store_bytes"]),
+            f"{row['largest_error']:.1e}",
+        ]
+        for row in depths
+    ]
+    page = [
+        "# i-RevNet: images come back from the last map",
+        "",
+        *describe_machine(shlex.join(["python", "benchmarks/irevnet.py", *arguments])),
+        "",
+        "## Training",
+        "",
+        *learning(given.run),
+        "## There and back",
+        "",
+        f"All {back['images']:,} test images went to the last map of the trained network and back, in float32. The",
+        f"largest error of a pixel is {back['largest_error']:.1e} grey levels of 256, the mean {back['mean_error']:.1e};",
+        f"{back['changed_pixels']} of {images.numel():,} values differ when they are rounded to grey levels again.",
+        "",
+        f"![{stem}.png]({stem}.png)",
+        "",
+        "## By depth",
+        "",
+        "The same network with other numbers of blocks, 100 images of 32x32. Memory: the peak of activations in a",
+        "training step above parameters and gradients, counted; by the policy of the blocks. Error: the largest of",
+        "standard normal images that went there and back in float32, before any training.",
+        "",
+        *table(columns, cells),
+    ]
+    text = "\n".join(page).rstrip() + "\n"
+    (given.output_dir / f"{stem}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

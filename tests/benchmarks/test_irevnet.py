@@ -1,0 +1,50 @@
+"""`benchmarks/irevnet.py` on a run of seconds."""
+
+import csv
+from importlib import import_module
+
+import pytest
+
+from revnet.training import TrainConfig, train
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    def run_of(model):
+        folder = tmp_path / model
+        train(TrainConfig(model=model, epochs=1, max_updates=1, batch_size=8, val_fraction=0.1, out_dir=str(folder)))
+        return str(folder)
+
+    return run_of
+
+
+def test_a_page_a_table_and_a_picture(run_of, tmp_path, capsys):
+    arguments = [
+        run_of("irevnet_cifar"),
+        "--data",
+        "digits",
+        "--num-images",
+        "12",
+        "--num-shown",
+        "3",
+        "--depths",
+        "1,2",
+    ]
+    capsys.readouterr()
+    import_module("irevnet").main([*arguments, "--output-dir", str(tmp_path)])
+    (page,) = tmp_path.glob("*.md")
+    text = page.read_text()
+    assert capsys.readouterr().out.rstrip() == text.rstrip()
+    assert "All 12 test images" in text
+    assert "\n0 of 768 values differ" in text
+    assert (tmp_path / f"{page.stem}.png").exists()
+    with (tmp_path / f"{page.stem}.csv").open(newline="") as file:
+        one, two = csv.DictReader(file)
+    assert int(one["store_bytes"]) < int(two["store_bytes"])
+    assert float(two["largest_error"]) < 1e-4  # roundings of float32
+
+
+def test_a_run_of_another_model_is_refused(run_of, capsys):
+    with pytest.raises(SystemExit):
+        import_module("irevnet").main([run_of("revnet38"), "--data", "digits"])
+    assert "holds a RevNet, but must hold an i-RevNet" in capsys.readouterr().err
