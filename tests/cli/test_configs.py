@@ -7,8 +7,10 @@ import yaml
 
 from revnet.cli._parser import parse
 from revnet.cli.train import train
+from revnet.cli.train_lm import train_lm
+from revnet.cli.train_nice import train_nice
 from revnet.models import list_models
-from revnet.training import TrainConfig
+from revnet.training import LanguageConfig, NiceConfig, TrainConfig
 from revnet.training.recipes import find_recipe, list_recipes
 
 CIFAR = ["resnet32", "revnet38", "resnet110", "revnet110", "resnet164", "revnet164"]
@@ -31,6 +33,9 @@ MODELS = {
     "imagenet/modern": IMAGENET,
     "imagenet/quick": IMAGENET[:2],
 }
+DENSITIES = ["cifar10/quick/nice", "digits/quick/nice"]
+LANGUAGE_MODELS = ["text/quick/lm", "text/quick/lm-hierarchical", "text/quick/lm-lsh"]
+CLASSIFIERS = sorted({*list_recipes()} - {*DENSITIES, *LANGUAGE_MODELS})
 UPDATES = {"cifar10": 50_000 // 100, "cifar100": 50_000 // 100, "imagenet": 1_281_167 // 256}
 
 
@@ -40,16 +45,51 @@ def load(name):
 
 def test_there_are_these_recipes():
     folders = [*MODELS.items(), *TRANSFORMERS.items()]
-    assert list_recipes() == sorted(f"{folder}/{model}" for folder, models in folders for model in models)
+    classifiers = [f"{folder}/{model}" for folder, models in folders for model in models]
+    assert list_recipes() == sorted([*classifiers, *DENSITIES, *LANGUAGE_MODELS])
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_every_recipe_is_complete_and_named_after_its_data_and_model(name):
     config = load(name)
     data, _, model = name.split("/")
     assert (config.data, config.model) == (data, model)
     assert config.model in list_models()
     assert yaml.safe_load(find_recipe(name).read_text()).keys() == {field.name for field in fields(TrainConfig)}
+
+
+def load_density(name):
+    return NiceConfig(**parse(train_nice, "revnet train nice", ["--config", name]))
+
+
+def load_language_model(name):
+    return LanguageConfig(**parse(train_lm, "revnet train lm", ["--config", name]))
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_every_recipe_of_a_density_is_complete(name):
+    assert load_density(name).data == name.split("/")[0]
+    assert yaml.safe_load(find_recipe(name).read_text()).keys() == {field.name for field in fields(NiceConfig)}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_every_recipe_of_a_language_model_is_complete_and_named_after_its_attention(name):
+    config = load_language_model(name)
+    assert config.data is None
+    assert config.attention == (name.partition("-")[2] or "full")
+    assert yaml.safe_load(find_recipe(name).read_text()).keys() == {field.name for field in fields(LanguageConfig)}
+
+
+def test_the_other_tasks_have_recipes_that_are_their_defaults():
+    assert load_density("digits/quick/nice") == NiceConfig()
+    assert load_language_model("text/quick/lm") == LanguageConfig()
+
+
+@pytest.mark.parametrize(("name", "task"), [("digits/quick/nice", "train"), ("text/quick/lm", "train nice")])
+def test_a_recipe_of_another_task_is_told(name, task):
+    function = {"train": train, "train nice": train_nice}[task]
+    with pytest.raises(ValueError, match=r"`--config` \(.*\) is for another task|must be `nice`"):
+        parse(function, f"revnet {task}", ["--config", name])
 
 
 def test_the_recipe_for_digits_is_the_default():

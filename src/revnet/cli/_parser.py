@@ -135,6 +135,10 @@ def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:
         types = re.findall(r"Expected an? <class '(\w+)'>", message)
         rules = [*_choices(message), *(_TYPES.get(name, name) for name in types)] or ["of another type"]
         return f"`{_flag(match[1])}` (={value[1] if value else ''}) must be {' or '.join(rules)}."
+    if re.match("Option 'task' is not accepted", message):
+        return (
+            f"`--config` ({_config_file(arguments)}) is for another task; its `task` says which: `revnet train TASK`."
+        )
     if match := re.match(r"Option '(\w+)' is not accepted", message):
         return f"`--config` ({_config_file(arguments)}) has the unknown setting `{match[1]}`{_hint(match[1], parser)}"
     if match := re.match(r"unrecognized arguments: (--[\w-]+)", message):

@@ -13,7 +13,8 @@ def sample(
     num: int = 100,
     temperature: float = 1.0,
     inpaint: Missing | None = None,
-    steps: int = 300,
+    steps: int = 500,
+    step_size: float = 0.001,
     data: str | None = None,
     seed: int = 0,
     output_dir: str | None = None,
@@ -38,6 +39,7 @@ def sample(
         inpaint: The part of test images that is missing, to be filled in: top, bottom, left, right, or random for half
             of the pixels.
         steps: Steps of the climb.
+        step_size: How far the first of them goes; less where the filled parts come out black and white.
         data: Data set, by name or path, to read the test images from; the one trained on if not given.
         seed: Which samples, and which noise.
         output_dir: Folder for the pictures; that of the checkpoint if not given.
@@ -48,6 +50,7 @@ def sample(
     check_integer("num", num, at_least=1)
     check_integer("steps", steps, at_least=1)
     check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
+    check_number("step_size", step_size, "above 0", lambda x: x > 0, "0.001 is usual")
     check_number("temperature", temperature, "0 or more", lambda x: x >= 0, "1 draws as the model was fitted")
 
     from revnet.training import sampling
@@ -58,6 +61,7 @@ def sample(
         temperature=temperature,
         missing=inpaint,
         num_steps=steps,
+        step_size=step_size,
         data=data,
         seed=seed,
         output_dir=output_dir,

@@ -95,12 +95,16 @@ def mean_bits_per_dim(density: ImageDensity, images: Tensor, device: torch.devic
 
 def new_job(config: NiceConfig) -> DensityJob:
     """Check the settings of a new run, and load its data."""
-    return job_of_run(replace(config, data=absolute_data(config.data)))
+    dataset = load_dataset(config.data, on_corrupt=config.on_corrupt)
+    return _prepare(replace(config, data=absolute_data(config.data)), dataset)
 
 
 def job_of_run(config: NiceConfig) -> DensityJob:
-    """Make the job of a run from its own settings."""
-    dataset = load_dataset(config.data, on_corrupt=config.on_corrupt)
+    """Make the job of a run that was stopped, from its own settings."""
+    return _prepare(config, load_dataset(config.data, on_corrupt=config.on_corrupt))
+
+
+def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     config = config.resolve(dataset.name)
     check_device(config.device)
     whole, test = dataset.train, dataset.test

@@ -60,6 +60,15 @@ class LanguageConfig:
     """`full`; `lsh`, of characters whose keys fall into the same bucket (Reformer); or `hierarchical`, exact nearby and
     coarser with distance (H-Transformer-1D). The last two are for long windows."""
 
+    bucket_size: int = 32
+    """Characters of a bucket on average, of `lsh` only."""
+
+    num_hashes: int = 4
+    """Rounds of hashing, of `lsh` only."""
+
+    block_size: int = 32
+    """Characters of a block, even, of `hierarchical` only."""
+
     policy: Policy = "reverse"
     """What is done with activations: `reverse` computes those of reversible blocks again in the backward pass,
     `checkpoint` keeps what each block reads and computes the rest again, `store` keeps all, as the stored twin."""
@@ -68,7 +77,7 @@ class LanguageConfig:
     """Most memory that an update may take, such as `16GiB` or `500MB`; what each block does with its activations is
     planned for it, in place of `policy`, to take the least time."""
 
-    epochs: int = 20
+    epochs: int = 10
     """Epochs, each of `updates_per_epoch`; at the end of each, the model is validated and saved."""
 
     updates_per_epoch: int | None = None
@@ -121,7 +130,7 @@ class LanguageConfig:
         if self.data is not None:
             check_name("data", self.data)
         check_run_settings(self)
-        for name in ("length", "depth", "dim", "num_heads", "ff_chunks"):
+        for name in ("length", "depth", "dim", "num_heads", "ff_chunks", "bucket_size", "num_hashes", "block_size"):
             check_integer(name, getattr(self, name), at_least=1)
         for name in ("updates_per_epoch", "val_windows"):
             if getattr(self, name) is not None:
@@ -131,6 +140,8 @@ class LanguageConfig:
                 f"`dim` (={self.dim}) must be a multiple of twice `num_heads` (={self.num_heads}), since a head has an "
                 f"even number of features; pass {self.dim + -self.dim % (2 * self.num_heads)}."
             )
+        if self.block_size % 2:
+            raise ValueError(f"`block_size` (={self.block_size}) must be even; pass {self.block_size + 1}.")
         check_choice("attention", self.attention, get_args(Attention))
         check_number("ff_mult", self.ff_mult, "above 0", lambda x: x > 0, "4 is usual")
         check_number("dropout", self.dropout, "from 0 to below 1", lambda x: 0 <= x < 1, "0.1 is usual")

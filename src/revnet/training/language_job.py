@@ -114,6 +114,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             "num_heads": config.num_heads,
             "max_length": config.length,
             "attention": config.attention,
+            **_attention_options(config),
             "ff_mult": config.ff_mult,
             "ff_chunks": config.ff_chunks,
             "dropout": config.dropout,
@@ -143,6 +144,15 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         ),
         update=update,
     )
+
+
+def _attention_options(config: LanguageConfig) -> dict[str, int]:
+    match config.attention:
+        case "lsh":
+            return {"bucket_size": config.bucket_size, "num_hashes": config.num_hashes}
+        case "hierarchical":
+            return {"block_size": config.block_size}
+    return {}
 
 
 def _loss(logits: Tensor) -> Tensor:

@@ -1,0 +1,146 @@
+"""`revnet train nice` with `sample`, and `revnet train lm` with `generate`."""
+
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from revnet.cli.main import main
+from revnet.training import load_density
+
+NICE = ["--num-couplings", 2, "--hidden-dim", 16, "--num-hidden", 1, "--batch-size", 400, "--epochs", 2]
+LM = ["--length", 16, "--depth", 1, "--dim", 16, "--num-heads", 2, "--batch-size", 4, "--epochs", 2]
+LM += ["--updates-per-epoch", 3, "--num-threads", 1]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generative")
+    (folder / "rhyme.txt").write_text("Hickory, dickory, dock, the mouse ran up the clock.\n" * 20)
+    assert main(["train", "nice", *map(str, NICE), "--out-dir", str(folder / "nice")]) == 0
+    data = ["--data", str(folder / "rhyme.txt")]
+    assert main(["train", "lm", *data, *map(str, LM), "--out-dir", str(folder / "lm")]) == 0
+    return folder
+
+
+@pytest.fixture
+def assert_refused(revnet):
+    def run(arguments, message):
+        code, output, errors = revnet(*arguments)
+        assert (code, output) == (2, "")
+        assert message in errors
+        assert errors.count("\n") == 1
+
+    return run
+
+
+@pytest.mark.parametrize("task", ["nice", "lm"])
+def test_each_task_has_help_and_prints_its_settings(revnet, task):
+    code, output, errors = revnet("train", task, "--help")
+    assert (code, errors) == (0, "")
+    assert output.startswith(f"usage: revnet train {task} ")
+    assert "--max-grad-norm" in output
+    code, output, _ = revnet("train", task, "--print-config", "--epochs", 3)
+    assert code == 0
+    assert output.startswith("resume: null\n")
+    assert f"task: {task}\n" in output
+    assert "epochs: 3\n" in output
+
+
+def test_a_run_tells_bits_per_dimension_and_places(revnet, tmp_path):
+    code, output, errors = revnet("train", "nice", *NICE, "--out-dir", tmp_path / "run")
+    assert (code, errors) == (0, "")
+    heading, _, summary = output.partition("\n\n")
+    assert "model   nice, 2 couplings, logistic prior, 2,208 parameters" in heading
+    assert "data    digits, images of 1x8x8 in 17 levels: 1,293 train, 144 validate, 360 test" in heading
+    starts = [line.partition("  ")[0] for line in summary.splitlines()]
+    assert starts == ["test bits/dim", "", "step time", "activation memory", "", "weights", "", "log", "picture"]
+
+
+@pytest.mark.parametrize("task", ["nice", "lm"])
+def test_a_run_resumes_by_any_of_the_commands(revnet, runs, task):
+    for command in (["train"], ["train", task]):
+        code, output, errors = revnet(*command, "--resume", runs / task)
+        assert (code, errors) == (0, "")
+        assert ("bits/dim" if task == "nice" else "nats/character") in output
+
+
+def test_the_settings_of_a_run_can_be_used_again(revnet, runs, tmp_path):
+    code, _, _ = revnet("train", "nice", "--config", runs / "nice" / "config.yaml", "--out-dir", tmp_path / "again")
+    assert code == 0
+    states = [load_density(folder).state_dict() for folder in (runs / "nice", tmp_path / "again")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize("missing", ["top", "bottom", "left", "right", "random"])
+def test_sample_draws_a_grid_and_fills_in_what_is_missing(revnet, runs, tmp_path, missing):
+    arguments = ["--num", 10, "--inpaint", missing, "--steps", 2, "--output-dir", tmp_path]
+    code, output, errors = revnet("sample", runs / "nice", *arguments)
+    assert (code, errors) == (0, "")
+    bits = float(output.partition("test bits/dim  ")[2].partition(" (360 images of digits)")[0])
+    assert 3 < bits < 6
+    written = [Path(line.split()[-1]) for line in output.splitlines()[2:]]
+    assert written == [tmp_path / "samples.png", tmp_path / f"inpainting_{missing}.png"]
+    for file in written:
+        assert matplotlib.image.imread(file).std() > 0.05
+
+
+def test_sample_is_a_function_of_its_seed(revnet, runs, tmp_path):
+    pictures = []
+    for number, seed in enumerate((0, 0, 1)):
+        assert revnet("sample", runs / "nice", "--seed", seed, "--output-dir", tmp_path / str(number))[0] == 0
+        pictures.append((tmp_path / str(number) / "samples.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_generate_continues_the_prompt(revnet, runs):
+    texts = []
+    for seed in (0, 0, 1):
+        arguments = ["--prompt", "the clock", "--num", 20, "--top-k", 5, "--temperature", 0.9, "--seed", seed]
+        code, output, errors = revnet("generate", runs / "lm", *arguments)
+        assert (code, errors) == (0, "")
+        assert output.startswith("the clock")
+        assert len(output) == len("the clock") + 20 + 1
+        texts.append(output)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "lm"], "revnet train lm: error: `--data` is needed: a text file"),
+        (["train", "lm", "--data", "none.txt"], "`data` (='{tmp}/none.txt') does not exist; pass a text file"),
+        (["train", "lm", "--dim", "10"], "`dim` (=10) must be a multiple of twice `num_heads` (=4)"),
+        (["train", "nice", "--num-couplings", "5"], "revnet train nice: error: `num_couplings` (=5) must be even"),
+        (["train", "nice", "--prior", "flat"], "`--prior` (=flat) must be `logistic` or `gaussian`"),
+        (["train", "nice", "--model", "revnet38"], "unknown option `--model`"),
+        (["train", "nice", "--resume", "{runs}/nice", "--epochs", "3"], "leave out `--epochs`"),
+        (["train", "nice", "lm"], "unrecognized arguments: lm"),
+        (["train", "--config", "digits/quick/nice"], "is for another task; its `task` says which"),
+        (
+            ["sample", "{runs}/lm"],
+            "is a language model, which has no prior to sample images from; use `revnet generate`",
+        ),
+        (["sample", "{runs}/nice", "--inpaint", "middle"], "`--inpaint` (=middle) must be `top` or `bottom` or `left`"),
+        (["sample", "{runs}/nice", "--num", "0"], "`num` (=0) must be 1 or more"),
+        (["sample", "{runs}/nice", "--temperature", "-1"], "`temperature` (=-1.0) must be a finite number 0 or more"),
+        (["sample", "nowhere"], "`nowhere` is no file"),
+        (["generate", "{runs}/nice"], "is a density of images, which writes no text; use `revnet sample`"),
+        (["generate", "{runs}/lm", "--prompt", "Ö"], "`prompt` has the character 'Ö', which is not among the 22"),
+        (["generate", "{runs}/lm", "--top-p", "2"], "`top_p` (=2.0) must be a finite number above 0 and at most 1"),
+        (["evaluate", "{runs}/nice"], "is a density of images, which knows no classes; use `revnet sample`"),
+        (["evaluate", "{runs}/lm"], "is a language model, which knows no classes; use `revnet generate`"),
+        (["predict", "{runs}/lm", "image.png"], "is a language model, which knows no classes; use `revnet generate`"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(assert_refused, runs, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert_refused([argument.format(runs=runs) for argument in arguments], message.format(tmp=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_has_no_prior(assert_refused, run_dir):
+    assert_refused(
+        ["sample", run_dir], "is a classifier, which has no prior to sample images from; use `revnet evaluate` or"
+    )
