@@ -26,8 +26,7 @@ def plot_cost(rows: Sequence[Row], orders: Mapping[str, str], path: Path) -> Non
             label = f"{name}, ${order.replace('log', chr(92) + 'log')}$"
             axes.plot(lengths, values, color=COLORS[name], marker="o", label=label)
         _by_length(axes, lengths)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        _by_value(axes)
         axes.set_ylabel(unit)
         write_title(axes, title)
     handles, labels = axes.get_legend_handles_labels()
@@ -52,8 +51,7 @@ def plot_models(rows: Sequence[Row], path: Path) -> None:
                     marker="o",
                     label=f"{name}, {way}",
                 )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        _by_value(axes)
         axes.set_ylabel("peak memory of a step (MiB)")
     left.set_xticks(depths)
     left.set_xlabel("blocks")
@@ -72,3 +70,9 @@ def _by_length(axes: Any, lengths: Sequence[int]) -> None:
     axes.minorticks_off()
     axes.set_xlabel("tokens")
     clear_frame(axes)
+
+
+def _by_value(axes: Any) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.yaxis.set_minor_formatter(lambda *_: "")
