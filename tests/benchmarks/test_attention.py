@@ -34,7 +34,7 @@ def test_arithmetic_grows_as_it_should(run):
 
 
 def test_memory_of_the_reversible_is_flat_in_depth(run):
-    _, rows = run("--models", "--model-lengths", "128", "--depths", "1,2")
+    _, rows = run("--models", "--model-lengths", "128", "--depths", "2,3")
     for attention in ("full", "lsh", "hierarchical"):
         its = [row for row in rows if (row["attention"], row["length"], row["way"]) == (attention, "128", "reversible")]
         growth = int(its[1]["activation_bytes"]) - int(its[0]["activation_bytes"])
