@@ -152,7 +152,25 @@ def test_none_where_samples_are_split():
         block.log_det(CASE["split-batch"].input())
 
 
-def test_it_cannot_be_compiled_whole():
-    module = torch.compile(Density(CASE["affine"].sequence(2)), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"log-determinant of `blocks\.0\.f` cannot be compiled whole"):
-        module(CASE["affine"].input())
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
+@pytest.mark.parametrize("case", [CASE["affine"], CASE["momentum"], CASE["mlp"]], ids=lambda case: case.name)
+def test_one_graph_trains_as_the_twin(case):
+    def step(module, x, args, kwargs):
+        if module.policies[0] == Reverse():
+            module = torch.compile(Density(module), backend="aot_eager", fullgraph=True)
+            y, log_det = module(x)
+        else:
+            y, log_det = module.forward_with_log_det(x)
+        (squares(y) - (log_det * torch.arange(1.0, 1 + len(x), dtype=torch.float64)).sum()).backward()
+        return y, log_det
+
+    assert_trains_as_twin(case.sequence(DEPTH), case, step)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
+def test_a_mixed_sequence_compiles():
+    """Stored blocks trace as they are, and what they add joins what the operator added."""
+    sequence = CASE["affine"].sequence(DEPTH, [Reverse(), Store(), Reverse(), Store()])
+    compiled = torch.compile(Density(sequence), backend="aot_eager", fullgraph=True)
+    x = CASE["affine"].input()
+    assert_close(compiled(x), sequence.forward_with_log_det(x))

@@ -30,6 +30,7 @@ from revnet.functional._program import (
     Program,
     constant_buffers,
     handle_of,
+    has_log_det,
     passes_gradients,
     probe,
     program_of,
@@ -52,11 +53,6 @@ def compiled(
     for half_block in half_blocks:
         if half_block.owner is not None:
             raise hooks_are_not_compiled(half_block)
-        if half_block.log_dets is not None:
-            raise NotImplementedError(
-                f"the log-determinant of `{half_block.name}` cannot be compiled whole; compile the residual functions "
-                "instead, for instance `block.f.compile()`, or give the blocks the policy `Store()` before compiling."
-            )
     functions: list[nn.Module] = []
     handles: list[int] = []
     calls = []
@@ -91,14 +87,20 @@ def compiled(
             for device_type in dict.fromkeys(("cpu", x1.device.type))
         ],
         tree_unflatten([TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec),
+        half_blocks[0].log_dets is not None,
     )
+    log_dets = half_blocks[0].log_dets
     torch.ops.revnet.probe(program, x1, x2, arguments, parameters, buffers)
     is_constant = constant_buffers(program)
     constants = [buffer for buffer, constant in zip(buffers, is_constant, strict=True) if constant]
     changing = [buffer for buffer, constant in zip(buffers, is_constant, strict=True) if not constant]
     counts = (len(arguments), len(parameters), len(constants))
     updated = [half_block.updates for half_block in half_blocks]
-    y1, y2 = _Reversible.apply(program, counts, updated, x1, x2, *arguments, *parameters, *constants, *changing)
+    y1, y2, log_det = _Reversible.apply(
+        program, counts, updated, x1, x2, *arguments, *parameters, *constants, *changing
+    )
+    if log_dets is not None and has_log_det(program):
+        log_dets[:] = [sum(log_dets, start=log_det)]
     return y1 if 0 in updated else x1, y2 if 1 in updated else x2
 
 
@@ -108,30 +110,32 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, program: int, counts: tuple[int, int, int], updated: list[int], x1: Tensor, x2: Tensor, *rest: Tensor
-    ) -> TensorPair:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         first_constant = counts[0] + counts[1]
         first_changing = first_constant + counts[2]
         arguments, parameters = list(rest[: counts[0]]), list(rest[counts[0] : first_constant])
         constants, changing = list(rest[first_constant:first_changing]), list(rest[first_changing:])
         wanted = [tensor.requires_grad for tensor in (x1, x2, *arguments, *parameters)]
-        y1, y2, state = torch.ops.revnet.forward(program, x1, x2, arguments, parameters, constants, changing, wanted)
+        y1, y2, log_det, state = torch.ops.revnet.forward(
+            program, x1, x2, arguments, parameters, constants, changing, wanted
+        )
         # A stream that nothing updates ends as it began; one that only the last function updates is never read again.
         end1, end2 = y1 if 0 in updated else x1, y2 if 1 in updated else x2
         if len(updated) == 1 and passes_gradients(program):
             end1, end2 = (y1.new_empty(0), end2) if updated[0] == 0 else (end1, y2.new_empty(0))
         ctx.save_for_backward(end1, end2, state, *arguments, *parameters, *constants)
         ctx.program, ctx.counts, ctx.wanted, ctx.num_changing = program, counts, wanted, len(changing)
-        return y1, y2
+        return y1, y2, log_det
 
     @staticmethod
-    def backward(ctx: Any, grad_y1: Tensor, grad_y2: Tensor) -> Any:
+    def backward(ctx: Any, grad_y1: Tensor, grad_y2: Tensor, grad_log_det: Tensor) -> Any:
         end1, end2, state, *rest = ctx.saved_tensors
         counts, wanted = ctx.counts, ctx.wanted
         first_constant = counts[0] + counts[1]
         arguments, parameters = list(rest[: counts[0]]), list(rest[counts[0] : first_constant])
         constants = list(rest[first_constant:])
         grads = torch.ops.revnet.backward(
-            ctx.program, end1, end2, state, arguments, parameters, constants, grad_y1, grad_y2, wanted
+            ctx.program, end1, end2, state, arguments, parameters, constants, grad_y1, grad_y2, grad_log_det, wanted
         )
         remaining = iter(grads)  # The operator returns the wanted ones only.
         results = [next(remaining) if is_wanted else None for is_wanted in wanted]
@@ -146,11 +150,11 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "forward(SymInt program, Tensor x1, Tensor x2, Tensor[] arguments, Tensor[] parameters, Tensor[] constants, "
-    "Tensor(a!)[] changing, bool[] wanted) -> (Tensor, Tensor, Tensor)"
+    "Tensor(a!)[] changing, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "backward(SymInt program, Tensor y1, Tensor y2, Tensor state, Tensor[] arguments, Tensor[] parameters, "
-    "Tensor[] constants, Tensor grad_y1, Tensor grad_y2, bool[] wanted) -> Tensor[]"
+    "Tensor[] constants, Tensor grad_y1, Tensor grad_y2, Tensor grad_log_det, bool[] wanted) -> Tensor[]"
 )
 
 
@@ -177,13 +181,14 @@ def _forward(
     constants: list[Tensor],
     changing: list[Tensor],
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = PROGRAMS[program]
     buffers = run.merge(constants, changing)
     leaves = _leaves(wanted[2:], arguments, parameters)
     args, kwargs = run.arguments(leaves[: len(arguments)])
     devices = _devices(x1, arguments, parameters)
     streams = [x1, x2]
+    log_det = run.no_log_det(x1)
     kept: list[Tensor] = []
     assert run.draws is not None
     for call, draws in zip(run.calls, run.draws, strict=True):
@@ -205,12 +210,15 @@ def _forward(
                 run.write_back(call.function, buffers)
         _check_foreseen(half_block, draws, devices, random_before, constants, versions)
         with torch.no_grad():
+            more = run.log_det(call, streams[call.updates], residual.detach())
+            if more is not None:
+                log_det = log_det + more
             streams[call.updates] = call.coupling.join(streams[call.updates], residual.detach(), call.name)
             check_magnitude(half_block, streams[call.updates])
         del source, residual
     updated = {call.updates for call in run.calls}
     y1, y2 = (streams[which] if which in updated else x1.new_empty(0) for which in (0, 1))
-    return y1, y2, _pack(kept, x1.device)
+    return y1, y2, log_det, _pack(kept, x1.device)
 
 
 @torch.library.register_fake("revnet::forward", lib=_LIBRARY)
@@ -223,7 +231,7 @@ def _forward_fake(
     constants: list[Tensor],
     changing: list[Tensor],
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = PROGRAMS[program]
     buffers = run.merge(constants, changing)
     streams = probe(run, x1, x2, arguments, parameters, buffers)
@@ -233,7 +241,7 @@ def _forward_fake(
     states = sum(get_random_state(device).numel() for device in _devices(x1, arguments, parameters))
     size = sum(states for draws in run.draws if draws)
     size += sum(b.numel() * b.element_size() for call in run.calls for b in run.kept(call.function, buffers))
-    return y1, y2, x1.new_empty(size, dtype=torch.uint8)
+    return y1, y2, run.no_log_det(x1), x1.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
@@ -247,6 +255,7 @@ def _backward(
     constants: list[Tensor],
     grad_y1: Tensor,
     grad_y2: Tensor,
+    grad_log_det: Tensor,
     wanted: list[bool],
 ) -> list[Tensor]:
     run = PROGRAMS[program]
@@ -283,24 +292,27 @@ def _backward(
             grad_y = grads[call.updates]
             if grad_y is None:
                 continue
-            joined, x = residual, None
+            joined, x, log_det = residual, None, None
             if not coupling.passes_gradients:
                 stream_is_wanted = index > 0 or wanted[call.updates]
                 x = streams[call.updates].tensor.detach().requires_grad_(stream_is_wanted)
                 with torch.enable_grad():
                     joined = coupling.join(x, residual, call.name)
+                    log_det = run.log_det(call, x, residual)
             if not joined.requires_grad:
                 continue
             positions = _wanted_positions(run, call.function, leaves, num_arguments)
             inputs = [leaves[position] for position in positions] + [source] * source_is_wanted
             if x is not None and x.requires_grad:
                 inputs.append(x)
-            edge = get_gradient_edge(joined)
-            grad_joined = grad_y.to(joined.dtype)
-            del source, residual, joined, grad_y  # Their memory is free for the gradients.
-            _check_leaves(edge, call.name, inputs)
-            found = torch.autograd.grad(edge, inputs, grad_joined, allow_unused=True)
-            del edge, inputs, grad_joined
+            edges, grads_joined = [get_gradient_edge(joined)], [grad_y.to(joined.dtype)]
+            if log_det is not None and log_det.requires_grad:
+                edges.append(get_gradient_edge(log_det))
+                grads_joined.append(grad_log_det)
+            del source, residual, joined, log_det, grad_y  # Their memory is free for the gradients.
+            _check_leaves(edges[0], call.name, inputs)
+            found = torch.autograd.grad(edges, inputs, grads_joined, allow_unused=True)
+            del edges, inputs, grads_joined
             if x is not None:
                 grads[call.updates], found = (found[-1], found[:-1]) if x.requires_grad else (None, found)
                 del x
@@ -334,6 +346,7 @@ def _backward_fake(
     constants: list[Tensor],
     grad_y1: Tensor,
     grad_y2: Tensor,
+    grad_log_det: Tensor,
     wanted: list[bool],
 ) -> list[Tensor]:
     metas = _gradient_metas(PROGRAMS[program], y1, y2, grad_y1, grad_y2, arguments, parameters)

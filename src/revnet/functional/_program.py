@@ -51,6 +51,7 @@ class Program:
         training: Sequence[Sequence[bool]],
         autocast: Sequence[tuple[str, torch.dtype, bool]],
         arguments: Any,
+        wants_log_det: bool,
     ):
         self.calls = [
             _Call(function, updates, name, AbstractCoupling.of_number(coupling), reads)
@@ -60,6 +61,7 @@ class Program:
         self._training = training
         self._autocast = autocast
         self._arguments = arguments
+        self.has_log_det = wants_log_det and not all(call.coupling.passes_gradients for call in self.calls)
         # Where the modules of each function hold their parameters and buffers, module by module.
         self._parameter_places = [_places(function, "_parameters") for function in functions]
         self._buffer_places = [_places(function, "_buffers") for function in functions]
@@ -96,6 +98,16 @@ class Program:
         leaves, spec = tree_flatten(self._arguments)
         args, kwargs = tree_unflatten([next(remaining) if leaf == TENSOR else leaf for leaf in leaves], spec)
         return args, kwargs
+
+    def no_log_det(self, x1: Tensor) -> Tensor:
+        """Of no calls: zeros, (B,); nothing where nobody asks, or volumes stay as they are."""
+        return x1.new_zeros(len(x1) if self.has_log_det else 0, dtype=x1.dtype.to_real())
+
+    def log_det(self, call: _Call, x: Tensor, residual: Tensor) -> Tensor | None:
+        """That of one call, if it is wanted."""
+        if not self.has_log_det or call.coupling.passes_gradients:
+            return None
+        return call.coupling.log_det(x, residual)
 
     def of_function(self, which: int, tensors: Sequence[Any], kind: Literal["parameters", "buffers"]) -> Sequence[Any]:
         """The part of `tensors`, one for each parameter or buffer, that belongs to one function."""
@@ -195,12 +207,13 @@ def program_of(
     training: list[list[bool]],
     autocast: list[tuple[str, torch.dtype, bool]],
     arguments: Any,
+    wants_log_det: bool,
 ) -> int:
     """Make a program, while tracing, and return its number."""
     functions = [_FUNCTIONS[handle] for handle in handles]
     _check(functions)
     number = next(_numbers)
-    PROGRAMS[number] = Program(functions, calls, training, autocast, arguments)
+    PROGRAMS[number] = Program(functions, calls, training, autocast, arguments, wants_log_det)
     weakref.finalize(functions[0], PROGRAMS.pop, number, None)
     return number
 
@@ -213,6 +226,11 @@ def constant_buffers(program: int) -> list[bool]:
 @_constant_while_tracing
 def passes_gradients(program: int) -> bool:
     return all(call.coupling.passes_gradients for call in PROGRAMS[program].calls)
+
+
+@_constant_while_tracing
+def has_log_det(program: int) -> bool:
+    return PROGRAMS[program].has_log_det
 
 
 def _check(functions: Sequence[nn.Module]) -> None:
