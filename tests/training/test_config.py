@@ -43,6 +43,8 @@ from revnet.training import TrainConfig
             ValueError,
             r"`policy` \(='store'\) is planned for each block where there is a `memory_budget`; leave one of",
         ),
+        ({"exact": "yes"}, TypeError, r"`exact` \(='yes'\) must be true or false"),
+        ({"drift_every": 0}, ValueError, r"`drift_every` \(=0\) must be 1 or more"),
         ({"on_corrupt": "cry"}, ValueError, r"`on_corrupt` \(='cry'\) must be `stop` or `skip`"),
         ({"warmup": 1}, ValueError, r"`warmup` \(=1\) must be a finite number from 0 to below 1"),
         (

@@ -48,7 +48,7 @@ def build_step(flags: StepFlags) -> BuiltStep:
     Raises:
         ValueError: There is no such model or device, or the model cannot be built.
     """
-    device = _find_device(flags.device)
+    device = find_cpu_or_cuda(flags.device)
     model = build_model(flags.model, is_real=False)
     shape = flags.input_shape
     if shape is None:
@@ -109,10 +109,11 @@ def _join(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "one number"
 
 
-def _find_device(name: str) -> torch.device:
+def find_cpu_or_cuda(name: str) -> torch.device:
+    """The device that a flag names; `auto` takes a GPU of CUDA, or none."""
     device = find_device(name)
     if device.type != "mps":
         return device
     if name != "auto":
-        raise ValueError(f"`--device` (={name}) must be auto, cpu or cuda, whose bytes can be counted.")
+        raise ValueError(f"`--device` (={name}) must be auto, cpu or cuda.")
     return torch.device("cpu")

@@ -27,6 +27,7 @@ COMMANDS = {
     "figure": "draw a figure of the paper anew: the gradient angle through training, the complexities",
     "memory": "tell where the memory of a training step goes, of any model",
     "plan": "fit a training step into a budget of memory: which blocks reverse, checkpoint or store",
+    "doctor": "tell how far rebuilt activations and gradients are off, and what to do about it",
     "models": "list the models with their parameters and FLOPs",
     "bench": "measure memory, time and correctness beside other ways of running reversible blocks",
 }

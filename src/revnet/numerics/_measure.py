@@ -88,19 +88,34 @@ def measure_drift(
     meter = DriftMeter(is_quiet=True)
     with meter.on():
         rebuilt = step()
-    blocks = _block_drifts(places, meter.records)
-    dtype = meter.records[0].dtype if meter.records else None
+    drift = _drift_of(places, meter.records)
     if not gradients:
-        return Drift(tuple(blocks), dtype)
+        return drift
     with restoring_policies(model):
         set_policy(model, Store())
         stored = step()
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    blocks = list(drift.blocks)
     for index, place in enumerate(places):
         own = [names[id(parameter)] for parameter in place.block.parameters() if id(parameter) in names]
         if own:
             blocks[index] = replace(blocks[index], gradient=_gradient_drift(own, rebuilt, stored))
-    return Drift(tuple(blocks), dtype, _gradient_drift(stored, rebuilt, stored))
+    return replace(drift, blocks=tuple(blocks), gradient=_gradient_drift(stored, rebuilt, stored))
+
+
+def drift_of(model: nn.Module, records: Sequence[DriftRecord]) -> Drift:
+    """Make sense of what a `DriftMeter` has collected of a step of `model`, of any training loop.
+
+    To measure a step costs next to nothing: some hundred elements of what each function reads are kept and compared.
+
+    Args:
+        model: The model, with reversible blocks.
+        records: `meter.records`, after the backward pass. On a GPU, this waits for it.
+
+    Returns:
+        Errors and amplification of all blocks; no gradients, which `measure_drift` compares.
+    """
+    return _drift_of(_places(model), records)
 
 
 def _check(model: nn.Module, kwargs: Mapping[str, Any] | None, loss: Loss | None, autocast: torch.dtype | None) -> None:
@@ -178,7 +193,7 @@ class _Reading(NamedTuple):
     distance: int
 
 
-def _block_drifts(places: Sequence[_Place], records: Iterable[DriftRecord]) -> list[BlockDrift]:
+def _drift_of(places: Sequence[_Place], records: Sequence[DriftRecord]) -> Drift:
     """The error of what each block was given, and how much it grew in it."""
     readings = _readings(records)
     given = []
@@ -195,7 +210,7 @@ def _block_drifts(places: Sequence[_Place], records: Iterable[DriftRecord]) -> l
             amplification = reading.error / behind.error
         is_exact = all(each.coupling.limit(torch.float32) is not None for each in place.block.half_blocks())
         drifts.append(BlockDrift(place.name, place.policy, is_exact, error, amplification))
-    return drifts
+    return Drift(tuple(drifts), records[0].dtype if records else None)
 
 
 def _reading_of(

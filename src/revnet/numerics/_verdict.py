@@ -112,7 +112,7 @@ def advice_on(drift: Drift) -> tuple[str, ...]:
     if (drift.amplification or 0) > _STRONG:
         advice.append(
             "Tame the blocks, so that undoing them amplifies less: normalise inside residual functions, scale down "
-            "what they return, or train with `revnet.numerics.inverse_penalty`."
+            "what they return, or train with `revnet.numerics.conditioning_penalty`."
         )
     return tuple(advice)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from revnet.training.density import ImageDensity as ImageDensity
     from revnet.training.density import load_density as load_density
     from revnet.training.density_result import DensityResult as DensityResult
+    from revnet.training.drift_monitor import DriftMonitor as DriftMonitor
     from revnet.training.evaluate_result import EvaluateResult as EvaluateResult
     from revnet.training.evaluation import evaluate as evaluate
     from revnet.training.language_model import LanguageModel as LanguageModel
@@ -36,6 +37,7 @@ _HOME = {
     "Classifier": "classifier",
     "Confusion": "confusion",
     "DensityResult": "density_result",
+    "DriftMonitor": "drift_monitor",
     "EvaluateResult": "evaluate_result",
     "ImageDensity": "density",
     "LanguageModel": "language_model",
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "Classifier",
     "Confusion",
     "DensityResult",
+    "DriftMonitor",
     "evaluate",
     "EvaluateResult",
     "ImageDensity",

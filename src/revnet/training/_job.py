@@ -58,6 +58,8 @@ class AbstractJob(ABC, Generic[Result]):
     """The policies within a budget of memory, if there is one."""
     max_grad_norm: float | None = None
     """What gradients are cut to; None leaves them alone."""
+    drift_every: int | None = None
+    """Updates from one measurement of drift to the next; None measures nothing."""
 
     @abstractmethod
     def heading(self) -> list[tuple[str, str]]:

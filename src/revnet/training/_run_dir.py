@@ -16,6 +16,7 @@ LOG = "metrics.csv"
 PICTURE = "learning_curve.png"
 SUMMARY = "summary.json"
 PLAN = "plan.txt"
+DRIFT = "drift.csv"
 
 
 def make_run_dir(config: RunSettings, data_name: str, model: str) -> Path:

@@ -24,7 +24,16 @@ from revnet.training._task import AbstractTask, Criterion
 
 Row = dict[str, float]
 
-_LOGGED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "step_seconds", "epoch_seconds")
+_LOGGED = (
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "drift",
+    "drift_amplification",
+    "step_seconds",
+    "epoch_seconds",
+)
 
 
 class RandomState(Callback):
@@ -169,7 +178,9 @@ class EpochLog(Callback):
             )
         self.rows.append(row)
         with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
+            # Not every epoch has all of them: one may be too short for a measurement of drift.
+            names = dict.fromkeys(name for each in self.rows for name in each)
+            writer = csv.DictWriter(file, fieldnames=names)
             writer.writeheader()
             writer.writerows(self.rows)
 

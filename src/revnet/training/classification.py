@@ -53,6 +53,7 @@ class ClassificationJob(AbstractJob[TrainResult]):
     training: AbstractSplit
     validation: AbstractSplit | None
     update: Update
+    drift_every: int | None
 
     def heading(self) -> list[tuple[str, str]]:
         """Model, data and epochs."""
@@ -102,6 +103,11 @@ def new_job(config: TrainConfig) -> ClassificationJob:
         model = create_model(config.model)  # an unknown name is told before the data are read, which may take a while
     if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
+    for name in ("exact", "drift_every"):
+        if getattr(config, name) and not model.is_reversible:
+            raise ValueError(
+                f"`{name}` (={getattr(config, name)}) is for reversible models; {config.model} rebuilds nothing."
+            )
     dataset = _load(config)
     return _prepare(replace(config, data=absolute_data(config.data)), dataset)
 
@@ -145,6 +151,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         image_shape=(dataset.in_channels, *dataset.image_size),
         preprocess=config.preprocess,
         is_resized=is_decoded,
+        is_exact=config.exact,
     )
     preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
     distort = make_color_distortion() if config.color_distortion else nn.Identity()
@@ -173,6 +180,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         training=training,
         validation=validation,
         update=update,
+        drift_every=config.drift_every,
     )
 
 

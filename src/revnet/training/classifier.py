@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from revnet.data import Preprocess
 from revnet.errors import CheckpointError
+from revnet.functional import FixedPoint
 from revnet.models import AbstractImageClassifier, create_model
+from revnet.nn import set_coupling
 from revnet.training._product import AbstractHeader, begin_metadata, check_fit, check_metadata
 
 
@@ -39,6 +41,9 @@ class Header(AbstractHeader):
     is_resized: bool = False
     """Whether images of any size were brought to `image_shape`, or had it."""
 
+    is_exact: bool = False
+    """Whether the streams of reversible blocks lie on a fixed-point grid: the network of rounded residuals."""
+
     @property
     def num_classes(self) -> int:
         """Number of logits."""
@@ -58,6 +63,7 @@ class Header(AbstractHeader):
             "image_shape": json.dumps(self.image_shape),
             "preprocess": self.preprocess,
             "is_resized": json.dumps(self.is_resized),
+            "is_exact": json.dumps(self.is_exact),
         }
 
     @classmethod
@@ -78,6 +84,7 @@ class Header(AbstractHeader):
                 image_shape=(channels, height, width),
                 preprocess=metadata["preprocess"],
                 is_resized=bool(json.loads(metadata.get("is_resized", "false"))),
+                is_exact=bool(json.loads(metadata.get("is_exact", "false"))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"`{path}` was not written by `revnet train`; its header is not revnet's.") from error
@@ -102,6 +109,8 @@ class Classifier(nn.Module):
         model = create_model(header.model, num_classes=header.num_classes, in_channels=header.in_channels, **options)
         # Weights in this layout carry all activations into it, for which convolutions of few channels are faster.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's stubs lack it
+        if header.is_exact:
+            set_coupling(model, FixedPoint())
         return cls(model, preprocess, header)
 
     @classmethod

@@ -72,6 +72,14 @@ class TrainConfig:
     optimizer, activations and loss, not the data, their augmentation or what a GPU needs beside tensors: leave room for
     these."""
 
+    exact: bool = False
+    """Whether reversal is exact to the last bit: the streams of reversible blocks lie on a fixed-point grid, to which
+    each residual is rounded. The weights remember it."""
+
+    drift_every: int | None = None
+    """Updates from one measurement of how far rebuilt activations are from the true ones to the next; null measures
+    nothing."""
+
     epochs: int = 60
     """How often the training images are seen."""
 
@@ -202,6 +210,7 @@ class TrainConfig:
         check_integer("cutout", self.cutout, at_least=0)
         for name, at_least in (
             ("max_updates", 1),
+            ("drift_every", 1),
             ("crop_padding", 0),
             ("image_size", 1),
             ("start_size", 1),
@@ -210,7 +219,7 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), at_least=at_least)
-        for name in ("nesterov", "color_distortion"):
+        for name in ("exact", "nesterov", "color_distortion"):
             if getattr(self, name) not in (True, False):
                 raise TypeError(f"`{name}` (={getattr(self, name)!r}) must be true or false.")
         if self.horizontal_flip not in (True, False, None):

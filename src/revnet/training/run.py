@@ -29,6 +29,7 @@ from revnet.training._trainer import Stopped, fit, make_trainer
 from revnet.training.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer
 from revnet.training.config import TrainConfig
 from revnet.training.density_result import DensityResult
+from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.language_config import LanguageConfig
 from revnet.training.language_result import LanguageResult
 from revnet.training.nice_config import NiceConfig
@@ -84,7 +85,8 @@ def train(
     The folder holds the settings (`config.yaml`), a row of figures per epoch (`metrics.csv`), the weights
     (`best.safetensors`, `last.safetensors`), what it takes to resume (`last.ckpt`), the learning curve
     (`learning_curve.png`) and the closing figures (`summary.json`); with a `memory_budget` the plan for it too
-    (`plan.txt`). None of them is ever half-written. The test set is read at the end only.
+    (`plan.txt`), with `drift_every` the drift of all blocks (`drift.csv`). None of them is ever half-written. The test
+    set is read at the end only.
 
     PyTorch's global random state is seeded with `config.seed`.
 
@@ -183,6 +185,8 @@ def _run(
     """Train, then look at what came out."""
     log, files = EpochLog(folder / _run_dir.LOG), RunFiles(folder, job.task.criterion)
     ours: list[Callback] = [RandomState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
+    if job.drift_every is not None:
+        ours.insert(0, DriftMonitor(job.drift_every, path=folder / _run_dir.DRIFT))
     if not quiet:
         ours.append(make_progress())
     trainer = make_trainer(

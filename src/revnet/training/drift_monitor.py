@@ -1,0 +1,166 @@
+"""Watch the drift of a training run, at next to no cost, and write it down."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from revnet.functional import DriftMeter
+from revnet.numerics import Drift, drift_of, measure_drift
+from revnet.training._files import atomic_path
+
+Loss = Callable[[Any, Any], Tensor]
+Row = dict[str, Any]
+
+_COLUMNS = ("update", "block", "error", "amplification", "gradient_error", "gradient_angle_degrees")
+_FIGURES = ("drift", "drift_amplification", "gradient_drift", "gradient_angle_degrees")
+
+
+class DriftMonitor(Callback):
+    """Measure how far rebuilt activations are from the true ones, every `every` updates.
+
+    For any LightningModule with reversible blocks. What is measured is the update itself: some hundred elements of what
+    each residual function reads are kept, and compared when they have been rebuilt. The run is not changed: with and
+    without, its weights are the same to the last bit. A run that is resumed goes on with its figures.
+
+    The largest error of an update is logged as `drift`, the average amplification of a block as `drift_amplification`:
+    to the loggers when it is measured, and at the end of an epoch, its worst, to `trainer.callback_metrics`. All blocks
+    stand in `measured`, and in the CSV file.
+
+    Args:
+        every: Updates from one measurement to the next; the first is measured.
+        path: A CSV file for all blocks of all measurements, written anew after each epoch.
+        loss: From the LightningModule and a batch to the loss, logging nothing. With it, gradients are compared with
+            those of stored activations, before each update that is measured: that takes as long as two to three
+            updates, and as much memory as the stored twin. None compares activations alone.
+
+    Raises:
+        TypeError: `every` is no integer, or `loss` no function.
+        ValueError: `every` is not positive; at the start of training, the module has no reversible block.
+    """
+
+    def __init__(self, every: int = 100, *, path: str | Path | None = None, loss: Loss | None = None) -> None:
+        if not isinstance(every, int) or isinstance(every, bool):
+            raise TypeError(f"`every` (={every!r}) must be an integer.")
+        if every < 1:
+            raise ValueError(f"`every` (={every}) must be 1 or more; 100 is usual.")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"`loss` (={loss!r}) must be a function of the LightningModule and a batch, or None.")
+        self._every = every
+        self._path = None if path is None else Path(path)
+        self._loss = loss
+        self._meter: DriftMeter | None = None
+        self._measuring = ExitStack()
+        self._last_update: int | None = None
+        self._rows: list[Row] = []
+        self.measured: dict[int, Drift] = {}
+        """By the number of updates made before; of this process alone."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the figures to the checkpoint."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the figures back."""
+        self._rows = state_dict["rows"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module of which nothing could be measured."""
+        if not drift_of(pl_module, []).blocks:
+            raise ValueError(
+                f"`DriftMonitor` found no reversible block in {type(pl_module).__name__}, so nothing of it is rebuilt; "
+                "leave the callback out."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last epoch's figures, which Lightning would show again where nothing is measured."""
+        for name in _FIGURES:
+            trainer.callback_metrics.pop(name, None)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to watch, if it is time to."""
+        self._measuring.close()
+        update = trainer.global_step
+        if update % self._every or update == self._last_update:  # Of the batches of one update, the first.
+            return
+        self._last_update = update
+        if self._loss is not None:
+            self._note(update, self._compare_gradients(trainer, pl_module, batch), trainer, pl_module)
+            return
+        self._meter = DriftMeter()
+        self._measuring.enter_context(self._meter.on())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read what was compared."""
+        self._measuring.close()
+        meter, self._meter = self._meter, None
+        if meter is not None and meter.records:
+            assert self._last_update is not None
+            self._note(self._last_update, drift_of(pl_module, meter.records), trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop watching."""
+        self._measuring.close()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file anew."""
+        if self._path is None or not trainer.is_global_zero:
+            return
+        with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, _COLUMNS)
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+    def _compare_gradients(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Drift:
+        assert self._loss is not None
+        step = _Step(pl_module, self._loss, trainer.precision_plugin.train_step_context)
+        return measure_drift(step, batch, loss=_itself, gradients=True)
+
+    def _note(self, update: int, drift: Drift, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.measured[update] = drift
+        for block in drift.blocks:
+            gradient = block.gradient
+            self._rows.append(
+                {
+                    "update": update,
+                    "block": block.name.removeprefix("module."),
+                    "error": block.error,
+                    "amplification": block.amplification,
+                    "gradient_error": None if gradient is None else gradient.relative_error,
+                    "gradient_angle_degrees": None if gradient is None else gradient.angle_degrees,
+                }
+            )
+        values = [drift.error, drift.amplification]
+        if drift.gradient is not None:
+            values += [drift.gradient.relative_error, drift.gradient.angle_degrees]
+        figures = {name: value for name, value in zip(_FIGURES, values, strict=False) if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=update)
+        for name, value in figures.items():
+            pl_module.log(name, value, on_step=False, on_epoch=True, reduce_fx="max", batch_size=1, logger=False)
+
+
+class _Step(nn.Module):
+    """An update up to its loss, as a model."""
+
+    def __init__(self, module: LightningModule, loss: Loss, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+        self._context = context
+
+    def forward(self, batch: Any) -> Tensor:
+        with self._context():
+            return self._loss(self.module, batch)
+
+
+def _itself(loss: Tensor) -> Tensor:
+    return loss

@@ -1,0 +1,112 @@
+"""`revnet doctor`: a model or a checkpoint in, a table, a verdict and a picture out."""
+
+import pytest
+
+from tests.training.samples import make_header, save_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_model_by_name(revnet, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, output, errors = revnet("doctor", "revnet38", "--batch", 2, "--image", 16, "--gradients")
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0] == "revnet38: a training step on 2 random inputs of 3x16x16, 32-true, cpu"
+    assert lines[2].split() == ["block", "policy", "error", "amplification", "gradient", "error", "angle"]
+    assert sum(line.startswith("stages.") for line in lines) == 7
+    assert "\nSound: what `stages." in output
+    assert (tmp_path / "drift_revnet38_batch2.png").exists()
+    assert lines[-1] == "picture  drift_revnet38_batch2.png"
+
+
+def test_exactly(revnet):
+    output = revnet("doctor", "revnet38", "--batch", 2, "--image", 8, "--exact")[1]
+    assert "\nExact: all streams come back to the last bit" in output
+    assert "picture  drift_revnet38_batch2_exact.png" in output
+
+
+def test_the_same_model_gives_the_same_figures_again(revnet):
+    outputs = [revnet("doctor", "revnet38", "--batch", 2, "--image", 8, "--precision", "bf16-mixed") for _ in range(2)]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_run_on_its_data(revnet, run_dir):
+    code, output, errors = revnet("doctor", run_dir, "--data", "digits", "--batch", 8)
+    assert (code, errors) == (0, "")
+    assert ": a training step on 8 images of digits of 1x8x8, 32-true, cpu\n" in output
+    assert "random inputs of 1x8x8" in revnet("doctor", run_dir / "last.safetensors", "--batch", 8)[1]
+    assert "images of digits of 1x8x8" in revnet("doctor", "revnet38", "--data", "digits", "--batch", 8)[1]
+
+
+OWN = """
+import torch
+from torch import nn
+from revnet import ReversibleBlock, ReversibleSequential
+
+def steep():
+    torch.manual_seed(0)
+    def f():
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model = ReversibleSequential(*[ReversibleBlock(f(), f()) for _ in range(40)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    return model
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = steep()
+
+    def forward(self, x):
+        return self.blocks(x).no_such_attribute
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The name of a module of models."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_reversible.py").write_text(OWN)
+    return "own_reversible"
+
+
+def test_a_model_of_ones_own_that_is_ill(revnet, own):
+    code, output, errors = revnet("doctor", f"{own}:steep", "--input-shape", "[16]")
+    assert (code, errors) == (0, "")
+    assert "\nWrong: what `blocks." in output
+    assert "\n1. Bound the error: " in output
+    assert "set_coupling(model, FixedPoint())" in output
+    assert "picture  drift_own-reversible-steep_batch32.png" in output
+
+
+def test_a_step_that_fails_is_told_in_one_line(assert_refused, own):
+    message = "the step failed: AttributeError: 'Tensor' object has no attribute 'no_such_attribute'"
+    assert_refused(["doctor", f"{own}:Broken", "--input-shape", "[16]"], message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet32", "--batch", 1, "--image", 8], "`model` (=ResNet) has no reversible block"),
+        (["revnet83"], "`revnet83` is no model; did you mean `revnet38`"),
+        (["runs/none"], "`runs/none` is no file; pass a `.safetensors` or `.ckpt` file, or the folder of a run"),
+        (["some.safetensors"], "`some.safetensors` is no file"),
+        (["revnet38", "--batch", 0], "`--batch` (=0) must be 1 or more"),
+        (["revnet38", "--data", "nowhere"], "(='nowhere') is neither a data set of revnet"),
+        (["revnet38", "--data", "digits", "--batch", 10**5], "`--batch` (=100000) must not exceed the 1437 images"),
+        (["revnet38", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
+    assert_refused(["doctor", *arguments], message)
+
+
+def test_a_checkpoint_and_what_does_not_fit_it(assert_refused, tmp_path):
+    path = save_checkpoint(tmp_path / "pets.safetensors", make_header(model="revnet38"))
+    assert_refused(["doctor", path, "--image", 8], "`--image` is for models by name")
+    assert_refused(["doctor", path, "--data", "digits"], "has images of 1x8x8, but")

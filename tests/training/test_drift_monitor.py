@@ -1,0 +1,158 @@
+"""The monitor writes down the drift of the updates themselves, and changes nothing of a run."""
+
+import csv
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from revnet import ReversibleBlock, ReversibleSequential
+from revnet.functional import FixedPoint
+from revnet.nn import set_coupling
+from revnet.numerics import measure_drift
+from revnet.training import DriftMonitor, TrainConfig, load_classifier, resume, train
+from revnet.training._trainer import quiet
+from tests.helpers import mlp
+
+
+class OwnModule(lightning.LightningModule):
+    """What a user writes."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.net = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4)) for _ in range(depth)])
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def loss(self, batch):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(module, *callbacks, num_epochs=2, accumulate=1):
+    torch.manual_seed(5)
+    batches = DataLoader(TensorDataset(torch.randn(48, 8)), batch_size=8)
+    with quiet():
+        trainer = lightning.Trainer(
+            max_epochs=num_epochs,
+            callbacks=list(callbacks),
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            accumulate_grad_batches=accumulate,
+        )
+        trainer.fit(module, batches)
+    return trainer
+
+
+def make_module(**options):
+    torch.manual_seed(0)
+    return OwnModule(**options)
+
+
+def test_a_module_of_ones_own_is_watched_and_trains_the_same(tmp_path):
+    plain, watched = make_module(), make_module()
+    run(plain)
+    monitor = DriftMonitor(4, path=tmp_path / "drift.csv")
+    trainer = run(watched, monitor)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert list(monitor.measured) == [0, 4, 8]  # of twelve updates
+    assert all(0 < drift.error < 1e-5 for drift in monitor.measured.values())  # the rounding of float32
+    assert float(trainer.callback_metrics["drift"]) == pytest.approx(monitor.measured[8].error)
+    with (tmp_path / "drift.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["update"], row["block"]) for row in rows[:4]] == [
+        ("0", "net.blocks.0"),
+        ("0", "net.blocks.1"),
+        ("0", "net.blocks.2"),
+        ("4", "net.blocks.0"),
+    ]
+    assert float(rows[3]["error"]) == monitor.measured[4].blocks[0].error
+
+
+def test_what_is_measured_is_the_update_itself():
+    module, monitor = make_module(), DriftMonitor(100)
+    torch.manual_seed(5)
+    first = torch.randn(48, 8)[:8]
+    expected = measure_drift(module.net, first, loss=lambda y: y.square().mean())
+    run(module, monitor)
+    assert [block.error for block in monitor.measured[0].blocks] == [block.error for block in expected.blocks]
+
+
+def test_gradients_on_request_and_the_run_is_the_same(tmp_path):
+    plain, watched = make_module(), make_module()
+    run(plain)
+    monitor = DriftMonitor(6, path=tmp_path / "drift.csv", loss=OwnModule.loss)
+    run(watched, monitor)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), watched.parameters(), strict=True))
+    for drift in monitor.measured.values():
+        assert 0 < drift.gradient.relative_error < 1e-5
+    assert "net.blocks.0" in (tmp_path / "drift.csv").read_text()
+
+
+def test_of_the_batches_of_one_update_the_first_is_measured():
+    monitor = DriftMonitor(1)
+    run(make_module(), monitor, num_epochs=1, accumulate=3)
+    assert list(monitor.measured) == [0, 1]
+
+
+def test_exact_runs_have_no_drift():
+    module, monitor = make_module(), DriftMonitor(4)
+    set_coupling(module, FixedPoint())
+    run(module, monitor)
+    assert [drift.error for drift in monitor.measured.values()] == [0, 0, 0]
+
+
+def test_a_module_of_which_nothing_is_rebuilt_is_refused():
+    module = make_module()
+    module.net = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="`DriftMonitor` found no reversible block in OwnModule"):
+        run(module, DriftMonitor())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"every": 0}, ValueError, r"`every` \(=0\) must be 1 or more"),
+        ({"every": 2.5}, TypeError, r"`every` \(=2.5\) must be an integer"),
+        ({"loss": 3}, TypeError, r"`loss` \(=3\) must be a function"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DriftMonitor(**arguments)
+
+
+class StopAfter(lightning.Callback):
+    def __init__(self, num_epochs):
+        self.num_epochs = num_epochs
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.num_epochs:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path):
+    config = {"epochs": 3, "batch_size": 400, "drift_every": 2, "exact": True, "model": "revnet38"}
+    whole = train(TrainConfig(**config, out_dir=str(tmp_path / "whole")), quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**config, out_dir=str(tmp_path / "stopped")), quiet=True, callbacks=[StopAfter(1)])
+    resume(tmp_path / "stopped", quiet=True)
+    folders = [whole.folder, tmp_path / "stopped"]
+    tables = [(folder / "drift.csv").read_text() for folder in folders]
+    assert tables[0] == tables[1]
+    assert [line.split(",")[0] for line in tables[0].splitlines()[1::7]] == ["0", "2", "4", "6", "8"]
+    weights = [load_classifier(folder).state_dict() for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with (whole.folder / "metrics.csv").open() as file:
+        assert [row["drift"] for row in csv.DictReader(file)] == ["0.0", "0.0", "0.0"]
+    # The weights remember what they are of: with rounded residuals, the logits are other ones.
+    classifier = load_classifier(whole.folder)
+    assert all(block.coupling == FixedPoint() for block in classifier.model.stages[0].reversible)
