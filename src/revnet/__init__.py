@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from revnet.nn import Store as Store
     from revnet.nn import set_coupling as set_coupling
     from revnet.nn import set_policy as set_policy
+    from revnet.nn import set_tolerance as set_tolerance
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ _HOME = {
     "list_models": "revnet.models",
     "set_coupling": "revnet.nn",
     "set_policy": "revnet.nn",
+    "set_tolerance": "revnet.nn",
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
@@ -99,6 +101,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "RevnetError",
     "set_coupling",
     "set_policy",
+    "set_tolerance",
     "Store",
     "training",
 ]

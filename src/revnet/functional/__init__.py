@@ -16,6 +16,7 @@ from revnet.functional._drift import DriftMeter as DriftMeter
 from revnet.functional._drift import DriftRecord as DriftRecord
 from revnet.functional._fixed_point import FixedPoint as FixedPoint
 from revnet.functional._full_attention import full_attention as full_attention
+from revnet.functional._guard import Guard as Guard
 from revnet.functional._half_block import HalfBlock as HalfBlock
 from revnet.functional._half_block import call_within as call_within
 from revnet.functional._hierarchical_attention import hierarchical_attention as hierarchical_attention

@@ -106,8 +106,13 @@ class DriftWatch:
                 floor = _root_mean_square(sample(stream)) * torch.finfo(stream.dtype).eps ** 0.5
                 self._floor = floor if self._floor is None else torch.maximum(self._floor, floor)
 
-    def compare(self, index: int, source: Tensor, half_block: HalfBlock, distance: int) -> Tensor | None:
-        """How far what function `index` reads again is from what it read; None if there is no sample.
+    def error_of(self, index: int, source: Tensor) -> Tensor | None:
+        """How far what function `index` reads, rebuilt, is from what it read; None if there is no sample."""
+        true = self._samples.get(index)
+        return None if true is None else relative_error(sample(source), true, self._floor)
+
+    def compare(self, index: int, source: Tensor, half_block: HalfBlock, distance: int) -> None:
+        """Note how far what function `index` reads again is from what it read, once, and judge it.
 
         Args:
             index: The function's place in the run.
@@ -118,13 +123,13 @@ class DriftWatch:
         Raises:
             ReconstructionError: NaN or inf is in it that was not there in the forward pass.
         """
-        true = self._samples.get(index) if self._keeps_all else self._samples.pop(index, None)
-        if true is None:
-            return None
-        error = relative_error(sample(source), true, self._floor)
-        if index in self._seen:  # The graph was retained, and is gone through again.
-            return error
+        if self._keeps_all and self._meter is None:
+            return  # Each error is judged before, by a guard.
+        if index in self._seen or index not in self._samples:  # Seen: the graph was retained, and is gone over again.
+            return
         self._seen.add(index)
+        true = self._samples[index] if self._keeps_all else self._samples.pop(index)
+        error = relative_error(sample(source), true, self._floor)
         function, name = half_block.function, half_block.name
         if self._meter is not None:
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
@@ -134,7 +139,6 @@ class DriftWatch:
             if has_values(source):
                 is_exact = half_block.coupling.is_exact
                 _judge(_Verdict(weakref.ref(function), name, source.dtype, is_exact, error, largest))
-        return error
 
 
 def sample(x: Tensor) -> Tensor:
@@ -243,6 +247,20 @@ def _tell(verdict: _Verdict) -> None:
             f"gradients are wrong by about as much. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
+
+
+def warn_of_low_precision(half_block: HalfBlock, dtype: torch.dtype) -> None:
+    """Say once, of streams of 16 bits that are reversed by rounding, that they cannot be."""
+    function = half_block.function
+    if dtype not in (torch.bfloat16, torch.float16) or function in _warned:
+        return
+    _warned.add(function)
+    warnings.warn(
+        f"the streams that begin at `{half_block.name}` are {dtype}, in which they are rebuilt with an error of some "
+        f"percent, more with depth, and so are gradients. {_FLOAT32}{_WAY_OUT}",
+        ReconstructionWarning,
+        stacklevel=2,
+    )
 
 
 _WAY_OUT = (

@@ -11,6 +11,7 @@ References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
 """
 
+import math
 import threading
 import weakref
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from revnet._types import TensorPair
 from revnet.errors import ReconstructionError
 from revnet.functional._call import Call
 from revnet.functional._compiled import compiled
-from revnet.functional._drift import DriftWatch
+from revnet.functional._drift import DriftWatch, warn_of_low_precision
+from revnet.functional._guard import Guard
 from revnet.functional._half_block import (
     HalfBlock,
     check_magnitude,
@@ -114,14 +116,24 @@ def run_reversible(
     x2: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    guard: Guard | None = None,
 ) -> tuple[Tensor, Tensor, "ReversibleRun | None"]:
-    """`reversible`, and the run that holds the final pair; None where autograd saved nothing."""
+    """`reversible`, and the run that holds the final pair; None where autograd saved nothing.
+
+    A `guard` bounds the error of what is rebuilt, where it can have one.
+    """
     if not torch.is_grad_enabled():
         return *stored(half_blocks, x1, x2, args, kwargs), None
     if torch.compiler.is_dynamo_compiling():
         streams_within = compiled(half_blocks, x1, x2, args, kwargs) or stored(half_blocks, x1, x2, args, kwargs)
         return *streams_within, None
-    run = ReversibleRun(args, kwargs, is_watched=len(half_blocks) > 1)  # Of one, nothing is rebuilt.
+    is_rebuilt = len(half_blocks) > 1  # Of one, nothing is.
+    if not is_rebuilt or all(half_block.coupling.is_exact for half_block in half_blocks):
+        guard = None
+    elif guard is None:
+        warn_of_low_precision(half_blocks[0], x1.dtype)
+    is_placing = guard is not None and has_values(x1) and guard.begin(half_blocks[0].name)
+    run = ReversibleRun(args, kwargs, is_watched=is_rebuilt, guard=guard, is_placing=is_placing)
     streams = [x1, x2]
     del x1, x2  # From here on the streams may be freed as soon as they are used.
     run_chain(half_blocks, streams, args, kwargs, run.advance)
@@ -135,7 +147,9 @@ def run_reversible(
 class ReversibleRun:
     """One forward pass through a chain of half-blocks, able to rebuild what it did not keep."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_watched: bool):
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_watched: bool, guard: Guard | None, is_placing: bool
+    ):
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
@@ -147,7 +161,11 @@ class ReversibleRun:
         self._filled: int | None = None
         self._has_begun = False
         self._magnitudes: list[tuple[int, Tensor]] = []
-        self._watch = DriftWatch() if is_watched else None
+        self._watch = DriftWatch(keeps_all=guard is not None) if is_watched else None
+        self._guard = guard
+        self._is_placing = is_placing
+        self._keyframes: list[_Streams] = []  # Below the held pair, from the lowest up.
+        self._references: list[_Streams] = []  # True pairs to go forward from again; the first is the lowest needed.
         self.lock = threading.RLock()
 
     @property
@@ -166,6 +184,7 @@ class ReversibleRun:
         coupling, name = half_block.coupling, half_block.name
         call = Call(name, Conditions(half_block.function, source, self._tensors))
         index = len(self._steps)
+        before = _Streams.of(index, streams) if self._guard is not None else None
         # Without the receiver of log-determinants: their graph refers to this run.
         self._steps.append(_Step(without_receiver(half_block), source.requires_grad, stream.requires_grad, call))
 
@@ -180,20 +199,16 @@ class ReversibleRun:
             self._last_alive = index
             if self._first_with_slots is None:
                 self._first_with_slots = index
+                self._references = [] if before is None else [before]
+        if before is not None and self._first_with_slots not in (None, index):
+            assert self._guard is not None
+            if name in self._guard.keyframes and not self._is_placing:
+                self._keyframes.append(before)
         if self._watch is not None and self._first_with_slots is not None:
             self._watch.keep(index, source)
         streams[half_block.updates] = y
         if coupling.is_exact:
             self._watch_range(index, y)
-
-    def walk_back(self) -> None:
-        """Rebuild all that the functions read, for nothing but to see how far from the truth it is."""
-        self._begin()
-        assert self._held is not None
-        streams = self._held.fork()
-        while streams.position > (self._first_with_slots or 0) + 1:
-            self._step_back(streams, fill=False)
-        self._source(streams, streams.position - 1)
 
     def _begin(self) -> None:
         """Before anything is rebuilt: whether the forward pass left what can be."""
@@ -203,6 +218,8 @@ class ReversibleRun:
         self._check_magnitudes()
         if self._watch is not None and self._held is not None:
             self._watch.begin([self._held.peek(which) for which in (0, 1)])
+        if self._guard is not None and self._is_placing:
+            self._guard.forget({step.half_block.name for step in self._steps})
 
     def _watch_range(self, index: int, y: Tensor) -> None:
         """Raise if a stream leaves the range in which it can be taken apart exactly, a GPU's in the backward pass."""
@@ -255,7 +272,7 @@ class ReversibleRun:
 
     def _streams_for(self, index: int) -> "_Streams":
         """The streams to walk back to half-block `index`, at the half-block or above it."""
-        held = self._held
+        held = next((keyframe for keyframe in self._keyframes if keyframe.position >= index), self._held)
         assert held is not None
         assert held.position >= index
         while self._last_alive > index and not self._steps[self._last_alive].call.has_slots():
@@ -263,8 +280,12 @@ class ReversibleRun:
         if self._last_alive <= index:
             # Nobody can ask for anything above `index` again: the held pair itself may move.
             self._walk = None
+            self._held = held
+            if self._guard is not None:
+                self._keyframes = [keyframe for keyframe in self._keyframes if keyframe.position < index]
+                self._references = [reference for reference in self._references if reference.position <= index + 1]
             return held
-        if self._walk is None or self._walk.position < index:
+        if self._walk is None or self._walk.position < index or held.position < self._walk.position:
             self._walk = held.fork()
             self._drop_walk_after_backward()
         return self._walk
@@ -276,6 +297,7 @@ class ReversibleRun:
             alive = run()
             if alive is not None:
                 alive._walk = None
+                del alive._references[1:]
 
         try:
             torch.autograd.Variable._execution_engine.queue_callback(drop)
@@ -313,7 +335,7 @@ class ReversibleRun:
         residual: Tensor | None = self._steps[index].call.repeat(
             lambda: residual_of(half_block, source, self._args, self._kwargs),
             fill=fill,
-            is_rounded=self._is_rounded(streams, half_block),
+            is_rounded=self._is_rounded(streams, index),
             needs_result=needs_residual,
         )
         return None if residual is None else residual.detach()
@@ -334,7 +356,7 @@ class ReversibleRun:
                     x = coupling.part(y_or_x, residual, name)
             return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
 
-        is_rounded = self._is_rounded(streams, half_block)
+        is_rounded = self._is_rounded(streams, index)
         # The stream before it is known only once the function has run to its end.
         call.repeat(compute, fill=fill, is_rounded=is_rounded, needs_result=x is None or not fill)
         assert x is not None
@@ -343,15 +365,80 @@ class ReversibleRun:
     def _source(self, streams: "_Streams", index: int) -> Tensor:
         """What residual function `index` reads, as the leaf of its second run."""
         half_block, source_requires_grad, _, _ = self._steps[index]
-        source = streams.read(1 - half_block.updates).detach()
-        if self._watch is not None and index < len(self._steps) - 1:
-            self._watch.compare(index, source, half_block, distance=len(self._steps) - 1 - index)
+        distance = streams.origin - 1 - index
+        if self._watch is not None and distance > 0:
+            if self._guard is not None:
+                self._keep_to_the_truth(streams, index, self._guard)
+            source = streams.read(1 - half_block.updates).detach()
+            self._watch.compare(index, source, half_block, distance)
+        else:
+            source = streams.read(1 - half_block.updates).detach()
         return source.requires_grad_(source_requires_grad)
 
-    def _is_rounded(self, streams: "_Streams", half_block: HalfBlock) -> bool:
-        """Whether what a function reads again carries the rounding of a reconstruction."""
-        # The last one reads what the forward pass left; where reversal is exact, so does every one.
-        return streams.position < len(self._steps) and not half_block.coupling.is_exact
+    def _is_rounded(self, streams: "_Streams", index: int) -> bool:
+        """Whether what function `index` reads again carries the rounding of a reconstruction."""
+        return streams.origin > index + 1 and not self._steps[index].half_block.coupling.is_exact
+
+    # The guard --------------------------------------------------------------------------------------------------------
+
+    def _keep_to_the_truth(self, streams: "_Streams", index: int, guard: Guard) -> None:
+        """Unless what function `index` reads is near enough to what it read, put the true pair into `streams`."""
+        assert self._watch is not None
+        updates = self._steps[index].half_block.updates
+        error = self._watch.error_of(index, streams.read(1 - updates))
+        if error is None or not has_values(error) or not guard.is_broken(float(error), is_placing=self._is_placing):
+            return
+        position = index + 1
+        name = self._steps[position].half_block.name
+        is_alone = streams.origin - position == 1
+        streams.become(self._true_pair(position))
+        true_error = float(self._watch.error_of(index, streams.read(1 - updates)))  # type: ignore[arg-type]
+        if math.isnan(true_error):  # The model's own, which no keyframe mends.
+            self._guard = None
+        elif true_error > 0 and guard.is_broken(true_error, is_placing=False):
+            raise ReconstructionError(
+                f"the stream before `{name}` has a relative error of {true_error:.1g} though it was computed as in the "
+                "forward pass: a residual function gives other numbers when it runs again. Set "
+                "`torch.use_deterministic_algorithms(True)`; `revnet.numerics.find_nondeterministic` names it."
+            )
+        else:
+            guard.place(name)
+            if is_alone:
+                guard.tell_alone(name, float(error))
+            if streams is not self._held:  # The graph is retained: next time, from here.
+                above = [keyframe for keyframe in self._keyframes if keyframe.position > position]
+                self._keyframes = [*self._keyframes[: -len(above) or None], streams.fork(), *above]
+
+    def _true_pair(self, position: int) -> "_Streams":
+        """The pair at `position` as the forward pass had it: from the nearest true one below it, forward again."""
+        below = [each for each in (*self._references, *self._keyframes) if each.position <= position]
+        pair = max(below, key=lambda each: each.position).fork()
+        # Pairs on the way that may be asked for next, few enough, and near enough to go on from.
+        spacing = max(1, math.isqrt(position - pair.position))
+        while pair.position < position:
+            pair = self._step_forward(pair)
+            if pair.position < position and (position - pair.position) % spacing == 0:
+                self._references.append(pair)
+        return pair
+
+    def _step_forward(self, pair: "_Streams") -> "_Streams":
+        """The pair behind the next half-block."""
+        half_block, source_requires_grad, stream_requires_grad, call = self._steps[pair.position]
+        source = pair.read(1 - half_block.updates).detach().requires_grad_(source_requires_grad)
+        x = pair.read(half_block.updates).detach()
+        coupling, name = half_block.coupling, half_block.name
+
+        def compute() -> Tensor:
+            residual = residual_of(half_block, source, self._args, self._kwargs)
+            if coupling.passes_gradients:
+                return residual
+            return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
+
+        result = call.repeat(compute, fill=False, is_rounded=False, needs_result=True).detach()
+        streams = [x, x]
+        streams[half_block.updates] = coupling.join(x, result, name) if coupling.passes_gradients else result
+        streams[1 - half_block.updates] = source
+        return _Streams.of(pair.position + 1, streams)
 
 
 class _Step(NamedTuple):
@@ -370,14 +457,28 @@ class _Streams:
         self, position: int, tensors: Sequence[Tensor | None], layouts: tuple[tuple[int, ...], tuple[int, ...]]
     ):
         self.position = position
+        self.origin = position
+        """The position at which the pair was true; from there it was rebuilt."""
         self.layouts = layouts
         self._tensors = list(tensors)
         self._versions = [0 if tensor is None else version_of(tensor) for tensor in tensors]
 
+    @classmethod
+    def of(cls, position: int, streams: Sequence[Tensor]) -> "_Streams":
+        """The pair of `streams`, as they lie."""
+        return cls(position, [each.detach() for each in streams], (streams[0].stride(), streams[1].stride()))
+
     def fork(self) -> "_Streams":
         """The same pair, to be walked back on its own. It sees the same memory, so neither writes to it."""
         held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self._tensors)]
-        return _Streams(self.position, held, self.layouts)
+        fork = _Streams(self.position, held, self.layouts)
+        fork.origin = self.origin
+        return fork
+
+    def become(self, other: "_Streams") -> None:
+        """Be the pair that `other` is, which is given up."""
+        self.position, self.origin, self.layouts = other.position, other.origin, other.layouts
+        self._tensors, self._versions = other._tensors, other._versions
 
     def read(self, which: int) -> Tensor:
         """Stream 0 or 1, laid out as the forward pass laid it out."""

@@ -27,4 +27,5 @@ from revnet.nn._policy_sequential import PolicySequential as PolicySequential
 from revnet.nn._restoring_state import restoring_state as restoring_state
 from revnet.nn._sequential import ReversibleSequential as ReversibleSequential
 from revnet.nn._set_coupling import set_coupling as set_coupling
+from revnet.nn._set_tolerance import set_tolerance as set_tolerance
 from revnet.nn._space_to_depth import SpaceToDepth as SpaceToDepth

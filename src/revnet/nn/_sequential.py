@@ -7,8 +7,9 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.functional import HalfBlock
+from revnet.functional import Guard, HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock
+from revnet.nn._guarded import GuardedReverse, checked_tolerance, refuse_to_compile
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
 from revnet.nn._run import Segment, has_hooks, run_forward, run_inverse, sum_log_dets
@@ -30,24 +31,43 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         blocks: The blocks, all with the same `split_dim`.
         policy: What to do with activations: `Reverse()` rebuilds them, `Store()` keeps them, `Checkpoint()` and
             `Offload()` lie between. One policy for all blocks, or a sequence with one for each, mixed freely.
+        tolerance: Bounds the relative error of every rebuilt stream, 1e-3 for instance: the sequence holds pairs of
+            streams also within, at as few `keyframes` as that takes. None bounds nothing.
 
     Shape:
         x: a tensor, even along the blocks' `split_dim`, or a pair of tensors. Output: the same.
 
     Raises:
         TypeError: A block is not reversible, or a policy is none.
-        ValueError: The blocks' `split_dim` differ, or there are not as many policies as blocks.
+        ValueError: The blocks' `split_dim` differ, there are not as many policies as blocks, or `tolerance` is no
+            relative error.
+        NotImplementedError: A sequence with a `tolerance` is compiled as a whole.
 
     Numerics:
         The output is exact. The rebuilt activations carry the rounding of `(x + r) - r`, so that gradients differ from
         the twin's by an error that grows with depth and with the size of the residuals. Keep the streams in float32, as
         autocast does, and let `f` and `g` compute in low precision.
 
+        With a `tolerance`, each rebuilt stream is compared with a sample of the true one before a function reads it.
+        Where the error comes near the bound, the blocks below run forward once more to find the truth, and a keyframe
+        is placed, which the next forward pass holds; so the first step is protected, too. Every 100 passes the
+        keyframes are placed anew. Where undoing one residual function breaks the bound, its stream is stored, and a
+        warning says so once. Exact couplings need none of it.
+
+        That costs, beside the pair at each keyframe (neighbours share a stream), the pair at the start and up to 2 KiB
+        for each residual function; in a pass that places keyframes, about one forward pass, and pairs whose number is
+        as the root of the depth.
+
     References:
         Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
     """
 
-    def __init__(self, *blocks: AbstractReversibleBlock, policy: AbstractPolicy | Sequence[AbstractPolicy] = _REVERSE):
+    def __init__(
+        self,
+        *blocks: AbstractReversibleBlock,
+        policy: AbstractPolicy | Sequence[AbstractPolicy] = _REVERSE,
+        tolerance: float | None = None,
+    ):
         super().__init__()
         for index, block in enumerate(blocks):
             if not isinstance(block, AbstractReversibleBlock):
@@ -62,6 +82,24 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
                 )
         self.blocks = nn.ModuleList(blocks)
         self.set_policies(policy)
+        self.tolerance = tolerance
+
+    @property
+    def tolerance(self) -> float | None:
+        """The bound on the relative error of rebuilt streams; None for none. Setting it forgets the keyframes."""
+        return None if self._guard is None else self._guard.tolerance
+
+    @tolerance.setter
+    def tolerance(self, tolerance: float | None) -> None:
+        tolerance = checked_tolerance(tolerance)
+        self._guard = None if tolerance is None else Guard(tolerance)
+
+    @property
+    def keyframes(self) -> tuple[str, ...]:
+        """The residual functions before which the pair of streams is held, by their names, in order."""
+        placed = frozenset() if self._guard is None else self._guard.keyframes
+        names = [half_block.name for _, half_blocks in self._segments() for half_block in half_blocks]
+        return tuple(name for name in names if name in placed)
 
     @property
     def policy_units(self) -> list[PolicyUnit]:
@@ -97,7 +135,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         Returns:
             The output; a tensor for a tensor, a pair for a pair.
         """
-        return run_forward(self._segments(), x, self._split_dim, args, kwargs)
+        return run_forward(self._guarded_segments(), x, self._split_dim, args, kwargs)
 
     @overload
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -125,7 +163,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             ValueError: The blocks split along the batch, so that a sample has no map of its own.
         """
         log_dets: list[Tensor] = []
-        y = run_forward(self._segments(), x, self._split_dim, args, kwargs, log_dets)
+        y = run_forward(self._guarded_segments(), x, self._split_dim, args, kwargs, log_dets)
         return y, sum_log_dets(log_dets, y)
 
     def log_det(self, x: Tensor | TensorPair, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,15 +184,20 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def __getitem__(self, index: int | slice) -> "nn.Module | ReversibleSequential":
         """A block; or for a slice a sequence of these same blocks, with their policies."""
         if isinstance(index, slice):
-            return ReversibleSequential(*self._reversible_blocks()[index], policy=self.policies[index])
+            blocks, policies = self._reversible_blocks()[index], self.policies[index]
+            return ReversibleSequential(*blocks, policy=policies, tolerance=self.tolerance)
         return self.blocks[index]
 
     def extra_repr(self) -> str:
-        """The policy, or the policies in runs, for `repr`."""
+        """The policy, or the policies in runs, and the bound with what it takes, for `repr`."""
         runs = [(policy, len(list(group))) for policy, group in groupby(self.policies)]
         if len(runs) <= 1:
-            return "".join(f"policy={policy}" for policy, _ in runs)
-        return "policy=" + " + ".join(f"[{policy}] * {count}" for policy, count in runs)
+            options = [f"policy={policy}" for policy, _ in runs]
+        else:
+            options = ["policy=" + " + ".join(f"[{policy}] * {count}" for policy, count in runs)]
+        if self.tolerance is not None:
+            options.append(f"tolerance={self.tolerance:g}, {len(self.keyframes)} keyframes")
+        return ", ".join(options)
 
     @property
     def _split_dim(self) -> int:
@@ -162,6 +205,15 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
 
     def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
         return [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
+
+    def _guarded_segments(self) -> list[Segment]:
+        """What runs: reversed blocks under the guard, if there is one."""
+        segments = self._segments()
+        if self._guard is None:
+            return segments
+        refuse_to_compile()
+        guarded = GuardedReverse(self._guard)
+        return [(guarded if policy == _REVERSE else policy, half_blocks) for policy, half_blocks in segments]
 
     def _segments(self) -> list[Segment]:
         """Runs of blocks under the same policy: rebuilding them together keeps one pair of streams, not one a block."""
