@@ -69,6 +69,7 @@ class Steps(nn.Module):
         return self.weight * (x > 0)
 
 
+@pytest.mark.filterwarnings("ignore:the streams that begin:revnet.ReconstructionWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_where_nothing_is_rounded_gradients_are_the_twins_bit_for_bit(dtype):
     sequence = ReversibleSequential(*[ReversibleBlock(Steps(), Steps()) for _ in range(3)]).to(dtype)

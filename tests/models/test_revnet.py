@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import Reverse, Store, create_model, list_models
+from revnet import ReconstructionWarning, Reverse, Store, create_model, list_models
 from revnet.memory import measure
 from revnet.models import RevNet, published_image_size
 from revnet.models.resnet import BLOCK_KINDS
@@ -129,9 +129,13 @@ def test_streams_are_float32_under_autocast(block):
         assert (gradient - expected).norm() <= 0.01 * expected.norm(), name
 
 
-def test_a_model_in_bfloat16_has_streams_in_bfloat16():
+def test_a_model_in_bfloat16_has_streams_in_bfloat16_and_warns():
     model = RevNet(num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck").bfloat16()
-    assert model(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.warns(
+        ReconstructionWarning, match="the streams that begin at `blocks.0.f` are torch.bfloat16, so that"
+    ):
+        y = model(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
 
 
 def test_a_first_stage_that_widens_begins_with_a_stored_block():

@@ -249,15 +249,17 @@ def _tell(verdict: _Verdict) -> None:
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
 
 
-def warn_of_low_precision(half_block: HalfBlock, dtype: torch.dtype) -> None:
-    """Say once, of streams of 16 bits that are reversed by rounding, that they cannot be."""
-    function = half_block.function
-    if dtype not in (torch.bfloat16, torch.float16) or function in _warned:
+def warn_of_low_precision(half_block: HalfBlock, stream: Tensor) -> None:
+    """Say once, of streams of 16 bits, that they can hardly be rebuilt."""
+    function, dtype, meter = half_block.function, stream.dtype, getattr(_active, "meter", None)
+    if dtype not in (torch.bfloat16, torch.float16) or function in _warned or not has_values(stream):
+        return
+    if meter is not None and meter.is_quiet:
         return
     _warned.add(function)
     warnings.warn(
-        f"the streams that begin at `{half_block.name}` are {dtype}, in which they are rebuilt with an error of some "
-        f"percent, more with depth, and so are gradients. {_FLOAT32}{_WAY_OUT}",
+        f"the streams that begin at `{half_block.name}` are {dtype}, so that each block which is undone puts an error "
+        f"of {torch.finfo(dtype).eps / 2:.1g} or more into them, and into gradients. {_FLOAT32}{_WAY_OUT}",
         ReconstructionWarning,
         stacklevel=2,
     )

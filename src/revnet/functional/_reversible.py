@@ -131,7 +131,7 @@ def run_reversible(
     if not is_rebuilt or all(half_block.coupling.is_exact for half_block in half_blocks):
         guard = None
     elif guard is None:
-        warn_of_low_precision(half_blocks[0], x1.dtype)
+        warn_of_low_precision(half_blocks[0], x1)
     is_placing = guard is not None and has_values(x1) and guard.begin(half_blocks[0].name)
     run = ReversibleRun(args, kwargs, is_watched=is_rebuilt, guard=guard, is_placing=is_placing)
     streams = [x1, x2]
