@@ -22,12 +22,15 @@ _CLASSIFIER = "classifier"
 class _Kind(NamedTuple):
     noun: str
     commands: str
+    """What takes such weights."""
+    lack: str
+    """What those of any other kind do not have."""
 
 
 _KINDS = {
-    _CLASSIFIER: _Kind("a classifier", "`revnet evaluate` or `revnet predict`"),
-    "nice": _Kind("a density of images", "`revnet sample`"),
-    "lm": _Kind("a language model", "`revnet generate`"),
+    _CLASSIFIER: _Kind("a classifier", "`revnet evaluate` or `revnet predict`", "knows no classes"),
+    "nice": _Kind("a density of images", "`revnet sample`", "has no prior to sample images from"),
+    "lm": _Kind("a language model", "`revnet generate`", "writes no text"),
 }
 
 
@@ -76,15 +79,8 @@ def check_metadata(metadata: Mapping[str, str], path: Path, kind: str = _CLASSIF
         return
     if found not in _KINDS:
         raise CheckpointError(f"`{path}` is of the kind `{found}`, which this revnet does not know; update revnet.")
-    lacks = _LACKS[kind].format(found=_KINDS[found].noun)
-    raise CheckpointError(f"`{path}` is {_KINDS[found].noun}, {lacks}; use {_KINDS[found].commands}.")
-
-
-_LACKS = {
-    _CLASSIFIER: "which knows no classes",
-    "nice": "which has no prior to sample images from",
-    "lm": "which writes no text",
-}
+    noun, commands, _ = _KINDS[found]
+    raise CheckpointError(f"`{path}` is {noun}, which {_KINDS[kind].lack}; use {commands}.")
 
 
 def check_fit(product: Product, tensors: Mapping[str, Tensor], path: Path) -> None:

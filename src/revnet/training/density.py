@@ -114,7 +114,9 @@ class ImageDensity(nn.Module):
             Kingma and Dhariwal (2018), Glow, section 3.1: an initialisation that depends on the data.
         """
         codes, _ = self.model(self.dequantize(images, generator))
-        self.model.log_scale.add_((_DEVIATIONS[self.model.prior] / codes.std(0)).log())
+        of_noise = 1 / (math.sqrt(12) * self.header.num_levels)  # all that is known of a single image
+        deviations = codes.std(0) if len(codes) > 1 else torch.full_like(codes[0], of_noise)
+        self.model.log_scale.add_((_DEVIATIONS[self.model.prior] / deviations).log())
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Bits per dimension of each image, an upper bound on those of the bytes in the mean over the noise."""
