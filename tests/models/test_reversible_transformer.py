@@ -337,3 +337,13 @@ def test_bad_ways_to_generate_are_refused(arguments, message):
         make().generate(**{"tokens": random_tokens(1, 3), "num_new": 2, **arguments})
     with pytest.raises(ValueError, match="an encoder cannot generate"):
         make(is_causal=False).generate(random_tokens(1, 3), 1)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_weights_of_full_attention_fit_hierarchical_attention(is_causal):
+    """And within two blocks the models are the same."""
+    full = make(is_causal=is_causal).double()
+    hierarchical = make(is_causal=is_causal, attention="hierarchical", block_size=12).double()
+    hierarchical.load_state_dict(full.state_dict())
+    tokens = random_tokens(2, 24)
+    assert_close(hierarchical(tokens), full(tokens), tolerance=1e-12)
