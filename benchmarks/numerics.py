@@ -1,0 +1,85 @@
+"""Numerics: what the drift meter tells and the guard keeps, what exactness costs in accuracy, drift through training.
+
+    python benchmarks/numerics.py --data path/to/cifar10
+    python benchmarks/numerics.py --scales
+    python benchmarks/numerics.py --accuracy --data path/to/cifar10 --num-updates 500 --seeds 0,1
+
+Four tables, each also alone by its flag:
+
+- `--scales`: blocks with weights scaled by 1, 2, 4 and 8: the error of gradients, what the meter reports, and the same
+  under a tolerance, with the keyframes that it took.
+- `--curves`: drift through training in float32, under autocast to bfloat16, and exact; and what the meter costs.
+- `--accuracy`: RevNet-38 on CIFAR-10, float against exact, from the same seeds.
+- `--conditioning`: training with and without the penalty that keeps inverses stable.
+
+Writes a page, a CSV for each table and pictures into benchmarks/results/.
+"""
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from _memory_page import Section, write_csv
+from _numerics_accuracy import accuracy_section
+
+from revnet._picture import check_matplotlib
+from revnet.bench import describe_machine, hardware_name
+
+RESULTS = Path(__file__).parent / "results"
+TABLES = ("scales", "curves", "accuracy", "conditioning")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in TABLES:
+        parser.add_argument(f"--{name}", action="store_true", help="this table alone, or with others that are named")
+    parser.add_argument("--data", default="cifar10", help="CIFAR-10 of the third table, by name or folder")
+    parser.add_argument("--num-updates", type=int, default=500, help="of the third table")
+    parser.add_argument("--seeds", default="0,1", help="of the third table")
+    parser.add_argument("--num-steps", type=int, default=300, help="of the second and fourth table")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    complaint = wrong(given)
+    if complaint:
+        parser.error(complaint)
+    check_matplotlib()
+    names = [name for name in TABLES if getattr(given, name)] or list(TABLES)
+    date = datetime.date.today()
+    for name in names:
+        stem = f"numerics-{name}_{hardware_name()}_{date}"
+        section = measured(name, given, given.output_dir / f"{stem}.png")
+        title = ["# Numerics", "", *describe_machine(shlex.join(["python", "benchmarks/numerics.py", *arguments])), ""]
+        print(*section.lines, sep="\n", flush=True)
+        (given.output_dir / f"{stem}.md").write_text("\n".join([*title, *section.lines]).rstrip() + "\n")
+        write_csv(section.rows, given.output_dir / f"{stem}.csv")
+
+
+def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
+    """One of the tables."""
+    return accuracy_section(given.data, given.num_updates, seeds_of(given))
+
+
+def seeds_of(given: argparse.Namespace) -> list[int]:
+    return [int(seed) for seed in given.seeds.split(",")]
+
+
+def wrong(given: argparse.Namespace) -> str | None:
+    """What can be seen to be wrong before anything takes minutes."""
+    try:
+        seeds = seeds_of(given)
+    except ValueError:
+        return f"--seeds {given.seeds!r} must be numbers with commas between, such as 0,1"
+    if min(given.num_updates, given.num_steps) < 1 or min(seeds) < 0:
+        return "updates and steps must be 1 or more, seeds 0 or more"
+    if not given.output_dir.is_dir():
+        return f"--output-dir {given.output_dir} is no folder; make it first"
+    return None
+
+
+if __name__ == "__main__":
+    main()
