@@ -29,6 +29,16 @@ def test_exactly(revnet):
     assert "picture  drift_revnet38_batch2_exact.png" in output
 
 
+def test_under_a_tolerance(revnet, own, assert_refused):
+    output = revnet("doctor", f"{own}:steep", "--input-shape", "[16]", "--tolerance", "1e-3")[1]
+    assert " keyframe" in output
+    assert "\nSound: what `blocks." in output
+    assert "picture  drift_own-reversible-steep_batch32_tolerance.png" in output
+    assert_refused(["doctor", "revnet38", "--tolerance", 0], "`--tolerance` (=0.0) must be a finite number above 0")
+    both = ["doctor", "revnet38", "--tolerance", 0.1, "--exact"]
+    assert_refused(both, "`--exact` leaves no error that a `--tolerance` could bound")
+
+
 def test_the_same_model_gives_the_same_figures_again(revnet):
     outputs = [revnet("doctor", "revnet38", "--batch", 2, "--image", 8, "--precision", "bf16-mixed") for _ in range(2)]
     assert outputs[0] == outputs[1]

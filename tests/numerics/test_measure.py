@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.functional import FixedPoint
 from revnet.nn import set_policy
-from revnet.numerics import measure_drift
+from revnet.numerics import GradientDrift, measure_drift
 from revnet.numerics._gradients import angle_and_error
 from tests.helpers import all_cases, all_reversible_models, assert_same_buffers, mlp, model_input, squares
 
@@ -210,6 +211,34 @@ def test_frozen_parts_are_not_rebuilt():
 def test_a_compiled_model_is_measured_as_it_was_before():
     model, x = perceptrons(), torch.randn(4, 16)
     assert measure_drift(torch.compile(model, backend="eager"), x) == measure_drift(model, x)
+
+
+def test_a_tolerance_is_seen_at_work_and_left_as_it_was(tmp_path):
+    model = perceptrons(depth=40, scale=8.0)
+    x = torch.randn(16, 16)
+    unbounded = measure_drift(model, x)
+    model.tolerance = 1e-3
+    before = model.guard_state()
+    drift = measure_drift(model, x, gradients=True)
+    assert model.guard_state() == before
+    assert model.keyframes == ()
+    assert drift.error <= 1e-3 < unbounded.error
+    assert (drift.tolerance, unbounded.tolerance, unbounded.keyframes) == (1e-3, None, ())
+    assert len(drift.keyframes) > 0
+    assert f"\n{len(drift.keyframes)} keyframe" in drift.report()
+    # Where a true pair was put in place of a rebuilt one, nothing was amplified.
+    assert all(factor > 0.1 for _, factor in drift.amplifications())
+    pytest.importorskip("matplotlib")
+    drift.plot(tmp_path / "guarded.png")
+
+
+def test_more_in_gradients_than_in_activations_asks_for_a_tighter_tolerance():
+    drift = measure_drift(perceptrons(), torch.randn(4, 16))
+    assert drift.verdict.startswith("Sound:")
+    worse = replace(drift, gradient=GradientDrift(0.2, 11.0), tolerance=1e-3)
+    assert worse.verdict.startswith("Wrong:")
+    assert "The gradient of the model is off by 0.2, an angle of 11 degrees." in worse.verdict
+    assert worse.advice[0].startswith("Tighten the tolerance, 0.001, ")
 
 
 def test_many_blocks_are_told_by_some():

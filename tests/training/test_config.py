@@ -44,6 +44,13 @@ from revnet.training import TrainConfig
             r"`policy` \(='store'\) is planned for each block where there is a `memory_budget`; leave one of",
         ),
         ({"exact": "yes"}, TypeError, r"`exact` \(='yes'\) must be true or false"),
+        (
+            {"tolerance": 1},
+            ValueError,
+            r"`tolerance` \(=1\) must be a finite number above 0 and below 1; 1e-3 is usual",
+        ),
+        ({"tolerance": 1e-3, "exact": True}, ValueError, r"bounds an error that there is none of with `exact`"),
+        ({"tolerance": 1e-3, "policy": "store"}, ValueError, r"the `policy` store rebuilds nothing; leave one of the"),
         ({"drift_every": 0}, ValueError, r"`drift_every` \(=0\) must be 1 or more"),
         ({"on_corrupt": "cry"}, ValueError, r"`on_corrupt` \(='cry'\) must be `stop` or `skip`"),
         ({"warmup": 1}, ValueError, r"`warmup` \(=1\) must be a finite number from 0 to below 1"),

@@ -139,8 +139,9 @@ class StopAfter(lightning.Callback):
             raise KeyboardInterrupt
 
 
-def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path):
-    config = {"epochs": 3, "batch_size": 400, "drift_every": 2, "exact": True, "model": "revnet38"}
+@pytest.mark.parametrize("mode", [{"exact": True}, {"tolerance": 1e-6}], ids=["exact", "tolerance"])
+def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path, mode):
+    config = {"epochs": 3, "batch_size": 400, "drift_every": 2, **mode}
     whole = train(TrainConfig(**config, out_dir=str(tmp_path / "whole")), quiet=True)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**config, out_dir=str(tmp_path / "stopped")), quiet=True, callbacks=[StopAfter(1)])
@@ -152,7 +153,18 @@ def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path):
     weights = [load_classifier(folder).state_dict() for folder in folders]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with (whole.folder / "metrics.csv").open() as file:
-        assert [row["drift"] for row in csv.DictReader(file)] == ["0.0", "0.0", "0.0"]
-    # The weights remember what they are of: with rounded residuals, the logits are other ones.
-    classifier = load_classifier(whole.folder)
-    assert all(block.coupling == FixedPoint() for block in classifier.model.stages[0].reversible)
+        rows = list(csv.DictReader(file))
+    model = load_classifier(whole.folder).model
+    if "exact" in mode:
+        assert [(row["drift"], row["keyframes"]) for row in rows] == [("0.0", "0.0")] * 3
+        # The weights remember what they are of.
+        assert all(block.coupling == FixedPoint() for block in model.stages[0].reversible)
+    else:
+        assert all(0 < float(row["drift"]) <= 1e-6 and float(row["keyframes"]) >= 1 for row in rows)
+
+
+def test_what_rebuilds_nothing_has_no_exact_mode():
+    for setting in ({"exact": True}, {"tolerance": 1e-3}, {"drift_every": 5}):
+        (name,) = setting
+        with pytest.raises(ValueError, match=rf"`{name}` \(=.*\) is for reversible models; resnet32 rebuilds nothing"):
+            train(TrainConfig(model="resnet32", **setting), quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from revnet.cli._step import InputDtype, StepFlags, open_folder, without_matplotlib
+from revnet.training._checks import check_number
 from revnet.training.config import Precision
 
 
@@ -17,6 +18,7 @@ def doctor(
     precision: Precision = "32-true",
     gradients: bool = False,
     exact: bool = False,
+    tolerance: float | None = None,
     device: str = "auto",
     output_dir: str | None = None,
 ) -> None:
@@ -44,6 +46,7 @@ def doctor(
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
         gradients: Compare gradients with those of stored activations too, which needs the memory of these.
         exact: Look at it with streams on a fixed-point grid, which reverse to the last bit.
+        tolerance: Look at it with streams kept at as many blocks as it takes for errors below this, such as 1e-3.
         device: Where to compute: auto, cpu, cuda, cuda:1.
         output_dir: Folder for the picture; this one if not given.
     """
@@ -57,6 +60,10 @@ def doctor(
         precision=precision,
         device=device,
     )
+    if tolerance is not None:
+        check_number("--tolerance", tolerance, "above 0 and below 1", lambda x: 0 < x < 1, "1e-3 is usual")
+    if tolerance is not None and exact:
+        raise ValueError("`--exact` leaves no error that a `--tolerance` could bound; leave one of the two out.")
     folder = open_folder(output_dir)
 
     import torch
@@ -64,12 +71,14 @@ def doctor(
     from revnet.cli._build import running_it
     from revnet.cli._specimen import build_specimen
     from revnet.functional import FixedPoint
-    from revnet.nn import set_coupling
+    from revnet.nn import set_coupling, set_tolerance
     from revnet.numerics import measure_drift
 
     specimen = build_specimen(flags, data)
     if exact:
         set_coupling(specimen.model, FixedPoint())
+    if tolerance is not None:
+        set_tolerance(specimen.model, tolerance)
     autocast = torch.bfloat16 if precision == "bf16-mixed" else None
     with running_it():
         drift = measure_drift(
@@ -77,7 +86,7 @@ def doctor(
         )
     print(f"{specimen.description}\n\n{drift}\n")
     with without_matplotlib():
-        words = ["exact"] * exact
+        words = ["exact"] * exact + ["tolerance"] * (tolerance is not None)
         picture = flags.picture(folder, "drift", *words)
         drift.plot(picture, title=", ".join([flags.title, *words]))
         print(f"picture  {picture}")

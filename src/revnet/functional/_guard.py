@@ -7,6 +7,8 @@ place becomes a keyframe: the next forward pass holds the pair there, and nothin
 
 import math
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from revnet.errors import ReconstructionWarning
 
@@ -31,6 +33,20 @@ class Guard:
         """The half-blocks before which the pair of streams is held, by their names."""
         self._num_passes: dict[str, int] = {}
         self._has_warned = False
+
+    def state(self) -> dict[str, Any]:
+        """What it has learnt so far, of plain values: with it, another guard goes on as this one would."""
+        return {
+            "keyframes": sorted(self.keyframes),
+            "num_passes": dict(self._num_passes),
+            "has_warned": self._has_warned,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.keyframes = frozenset(state["keyframes"])
+        self._num_passes = dict(state["num_passes"])
+        self._has_warned = state["has_warned"]
 
     def begin(self, first_name: str) -> bool:
         """Count a pass through the run of that first half-block; whether it shall place its keyframes anew."""

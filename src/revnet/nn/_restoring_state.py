@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from revnet.nn._sequential import ReversibleSequential
+
 
 @contextmanager
 def restoring_state(model: nn.Module) -> Iterator[None]:
-    """Take the gradients of `model` away; on leaving, put them, the buffers and the random states back.
+    """Take the gradients of `model` away; on leaving, put them, the buffers, keyframes and the random states back.
 
     What runs inside leaves no trace in the model, and what runs next starts from the same random state.
     """
@@ -18,6 +20,8 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
     holders = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
     # A buffer that is expanded cannot be written to, neither by the model nor here.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not torch._debug_has_internal_overlap(buffer)]
+    sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
+    guards = [(sequence, sequence.guard_state()) for sequence in sequences]
     devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=devices):
@@ -30,6 +34,8 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
         for holder, content in holders:
             holder.clear()
             holder.update(content)
+        for sequence, state in guards:
+            sequence.restore_guard(state)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

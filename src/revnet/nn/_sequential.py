@@ -1,6 +1,6 @@
 """Reversible blocks in a row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, overload
 
@@ -93,6 +93,18 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def tolerance(self, tolerance: float | None) -> None:
         tolerance = checked_tolerance(tolerance)
         self._guard = None if tolerance is None else Guard(tolerance)
+
+    def guard_state(self) -> dict[str, Any] | None:
+        """What the bound has learnt so far, of plain values; None without a `tolerance`.
+
+        A run that is resumed with it has the keyframes of one that was not stopped, and so the same gradients.
+        """
+        return None if self._guard is None else self._guard.state()
+
+    def restore_guard(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what `guard_state` gave, of a sequence with as many blocks; nothing without a `tolerance`."""
+        if self._guard is not None and state is not None:
+            self._guard.restore(state)
 
     @property
     def keyframes(self) -> tuple[str, ...]:

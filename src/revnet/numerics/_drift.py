@@ -54,6 +54,10 @@ class Drift:
     """Of the streams; None if nothing was rebuilt."""
     gradient: GradientDrift | None = None
     """Of all parameters of the model, if gradients were asked for."""
+    tolerance: float | None = None
+    """The bound on errors that the model has; the tightest, if its sequences have several."""
+    keyframes: tuple[str, ...] = ()
+    """The residual functions before which a tolerance had the pair of streams kept, by their places in the model."""
 
     @property
     def error(self) -> float:

@@ -1,8 +1,9 @@
 """The drift of one training step, measured by running it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from revnet.errors import ReconstructionWarning
 from revnet.functional import DriftMeter, DriftRecord, HalfBlock
 from revnet.nn import (
     AbstractPolicy,
@@ -40,7 +42,7 @@ def measure_drift(
     """Run one training step of `model`, and compare what it rebuilds with what it saw.
 
     The step is the forward pass, the loss and the backward pass, under the policies and couplings that the model has.
-    The model is left as it was: its policies, gradients (`.grad`) and buffers, and the random state.
+    The model is left as it was: its policies, keyframes, gradients (`.grad`) and buffers, and the random state.
 
     Args:
         model: A model with reversible blocks, in the mode (training or evaluation) in which it shall be measured.
@@ -80,18 +82,17 @@ def measure_drift(
         _check_can_be_stored(places)
 
     def step() -> Gradients:
-        with torch.inference_mode(False), restoring_state(model):
-            device = _device_of(model, inputs, kwargs).type
-            context = nullcontext if autocast is None else partial(torch.autocast, device, autocast)
-            return parameter_gradients(model, _checked(loss) if loss else _weighted_sum, inputs, context, kwargs)
+        device = _device_of(model, inputs, kwargs).type
+        context = nullcontext if autocast is None else partial(torch.autocast, device, autocast)
+        return parameter_gradients(model, _checked(loss) if loss else _weighted_sum, inputs, context, kwargs)
 
     meter = DriftMeter(is_quiet=True)
-    with meter.on():
+    with torch.inference_mode(False), restoring_state(model), _unwarned(), meter.on():
         rebuilt = step()
-    drift = _drift_of(places, meter.records)
+        drift = drift_of(model, meter.records)
     if not gradients:
         return drift
-    with restoring_policies(model):
+    with torch.inference_mode(False), restoring_state(model), restoring_policies(model):
         set_policy(model, Store())
         stored = step()
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -115,7 +116,18 @@ def drift_of(model: nn.Module, records: Sequence[DriftRecord]) -> Drift:
     Returns:
         Errors and amplification of all blocks; no gradients, which `measure_drift` compares.
     """
-    return _drift_of(_places(model), records)
+    sequences = [(name, each) for name, each in model.named_modules() if isinstance(each, ReversibleSequential)]
+    keyframes = [f"{name}.{keyframe}".lstrip(".") for name, each in sequences for keyframe in each.keyframes]
+    tolerance = min((each.tolerance for _, each in sequences if each.tolerance is not None), default=None)
+    return replace(_drift_of(_places(model), records), keyframes=tuple(keyframes), tolerance=tolerance)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """What the engine would warn of is told by the verdict."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReconstructionWarning)
+        yield
 
 
 def _check(model: nn.Module, kwargs: Mapping[str, Any] | None, loss: Loss | None, autocast: torch.dtype | None) -> None:
@@ -205,10 +217,10 @@ def _drift_of(places: Sequence[_Place], records: Sequence[DriftRecord]) -> Drift
         is_last = index + 1 == len(places) or places[index + 1].chain is not place.chain
         behind = None if is_last else given[index + 1]
         error, amplification = None if reading is None else reading.error, None
-        # One that is farther from a kept stream was rebuilt from the one behind it.
-        if reading is not None and behind is not None and behind.error > 0 and reading.distance > behind.distance:
-            amplification = reading.error / behind.error
-        is_exact = all(each.coupling.limit(torch.float32) is not None for each in place.block.half_blocks())
+        # One that is farther from a kept stream was rebuilt from the one behind it; unless the truth was put there.
+        if reading is not None and behind is not None and reading.distance > behind.distance:
+            amplification = reading.error / behind.error if reading.error and behind.error else None
+        is_exact = all(each.coupling.is_exact for each in place.block.half_blocks())
         drifts.append(BlockDrift(place.name, place.policy, is_exact, error, amplification))
     return Drift(tuple(drifts), records[0].dtype if records else None)
 
@@ -243,7 +255,7 @@ def _joined(readings: Sequence[_Reading]) -> _Reading | None:
     if not readings:
         return None
     error = math.sqrt(sum(reading.error**2 for reading in readings) / len(readings))
-    return _Reading(error, max(reading.distance for reading in readings))
+    return _Reading(error, min(reading.distance for reading in readings))
 
 
 def _gradient_drift(names: Iterable[str], rebuilt: Gradients, stored: Gradients) -> GradientDrift:

@@ -88,8 +88,17 @@ def _plot_errors(axes: Any, drift: Drift) -> None:
     kept = [number for number, block in enumerate(drift.blocks) if block.error is None]
     if kept and len(kept) < len(drift.blocks):
         axes.plot(kept, [low * 1.6] * len(kept), "^", color=_INK, markersize=5, label="kept, not rebuilt")
+    for index, place in enumerate(_keyframe_places(drift)):
+        axes.axvline(place, color=_INK, linewidth=1, linestyle=":", label=None if index else "keyframe")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right", frameon=False, fontsize=8, ncols=3, bbox_to_anchor=(1, 1.13), borderaxespad=0)
+
+
+def _keyframe_places(drift: Drift) -> list[float]:
+    """Before a block, or in its midst."""
+    numbers = {block.name: number for number, block in enumerate(drift.blocks)}
+    places = [keyframe.rpartition(".") for keyframe in drift.keyframes]
+    return [numbers[block] - (0.5 if function == "f" else 0) for block, _, function in places if block in numbers]
 
 
 def _plot_amplification(axes: Any, drift: Drift) -> None:

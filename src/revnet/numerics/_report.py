@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 40
 """With more blocks, runs of them are told by one."""
+_MOST_NAMES = 8
 _WIDTH = 120
 
 
@@ -28,12 +29,25 @@ def drift_lines(drift: Drift) -> list[str]:
     lines = aligned(rows, num_left=2)
     if len(blocks) < len(drift.blocks):
         lines.append(f"({len(blocks)} of {len(drift.blocks)} blocks are shown)")
+    if drift.keyframes:
+        lines += ["", *_wrapped(f"{_counted(drift.keyframes)}, before {_listed(drift.keyframes)}.")]
     lines += ["", *_wrapped(drift.verdict)]
     if drift.advice:
         lines.append("")
         for number, advice in enumerate(drift.advice, 1):
             lines += _wrapped(f"{number}. {advice}", indent=3)
     return lines
+
+
+def _counted(keyframes: Sequence[str]) -> str:
+    return f"{len(keyframes)} keyframe{'s' * (len(keyframes) != 1)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    if len(quoted) > _MOST_NAMES:
+        quoted = [*quoted[:_MOST_NAMES], f"{len(quoted) - _MOST_NAMES} more"]
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else quoted[0]
 
 
 def _row(block: BlockDrift, has_gradients: bool) -> list[str]:

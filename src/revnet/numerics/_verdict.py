@@ -76,6 +76,12 @@ def _growth(drift: Drift) -> str:
     return f"; undoing a block multiplies errors by {drift.amplification:.2g} on average, `{most.name}` by {factor:.2g}"
 
 
+_BOUND_IT = (
+    "Bound the error: `revnet.nn.set_tolerance(model, 1e-3)` keeps streams where it takes that; "
+    "`revnet train --tolerance`."
+)
+
+
 def advice_on(drift: Drift) -> tuple[str, ...]:
     """What to do, the least effort first."""
     level = level_of(drift)
@@ -95,12 +101,17 @@ def advice_on(drift: Drift) -> tuple[str, ...]:
             f"Keep the streams in float32, for these are {str(drift.dtype).removeprefix('torch.')}: give the model "
             "float32 inputs, and let `torch.autocast` compute residual functions in low precision."
         )
-    advice += [
-        "Bound the error: `revnet.nn.set_tolerance(model, 1e-3)` keeps streams where it takes that; "
-        "`revnet train --tolerance`.",
+    if drift.tolerance is not None:
+        advice.append(
+            f"Tighten the tolerance, {drift.tolerance:g}, for this model makes more of an error in its gradients than "
+            "it is in activations."
+        )
+    else:
+        advice.append(_BOUND_IT)
+    advice.append(
         "Or reverse exactly, on a fixed-point grid: `revnet.nn.set_coupling(model, FixedPoint())`; "
-        "`revnet train --exact`.",
-    ]
+        "`revnet train --exact`."
+    )
     spacing = _spacing(drift)
     if spacing == 0:
         advice.append("Or compute again from kept streams: `set_policy(model, Checkpoint())`.")

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from revnet.nn import ReversibleSequential
 from revnet.training._checkpoint import save_weights
 from revnet.training._files import atomic_path
 from revnet.training._task import AbstractTask, Criterion
@@ -31,6 +32,7 @@ _LOGGED = (
     "val_accuracy",
     "drift",
     "drift_amplification",
+    "keyframes",
     "step_seconds",
     "epoch_seconds",
 )
@@ -74,6 +76,35 @@ class RandomState(Callback):
         if cuda is not None and self._device.type == "cuda":
             torch.cuda.set_rng_state(cuda.cpu(), self._device)
         self._restored = None
+
+
+class GuardState(Callback):
+    """Keep the keyframes of reversible sequences with a tolerance in the checkpoint.
+
+    Where streams are kept decides the last digits of the gradients.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[str, ReversibleSequential] = {}
+        self._restored: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the sequences."""
+        modules = pl_module.named_modules()
+        self._sequences = {name: module for name, module in modules if isinstance(module, ReversibleSequential)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what they have learnt."""
+        return {name: sequence.guard_state() for name, sequence in self._sequences.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember it until training starts."""
+        self._restored = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it back."""
+        for name, sequence in self._sequences.items():
+            sequence.restore_guard(self._restored.get(name))
 
 
 class LastUpdate(Callback):

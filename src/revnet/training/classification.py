@@ -26,6 +26,7 @@ from revnet.data import (
 )
 from revnet.memory import Plan
 from revnet.models import create_model
+from revnet.nn import set_tolerance
 from revnet.training import _run_dir
 from revnet.training._checkpoint import load_classifier
 from revnet.training._job import AbstractJob, Names, Outcome
@@ -103,7 +104,7 @@ def new_job(config: TrainConfig) -> ClassificationJob:
         model = create_model(config.model)  # an unknown name is told before the data are read, which may take a while
     if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
-    for name in ("exact", "drift_every"):
+    for name in ("exact", "tolerance", "drift_every"):
         if getattr(config, name) and not model.is_reversible:
             raise ValueError(
                 f"`{name}` (={getattr(config, name)}) is for reversible models; {config.model} rebuilds nothing."
@@ -169,6 +170,8 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     torch.manual_seed(config.seed)
     classifier = Classifier.create(header, preprocess)
     apply_policies(classifier.model, config, plan)
+    if config.tolerance is not None:
+        set_tolerance(classifier.model, config.tolerance)
     return ClassificationJob(
         config=config,
         names=Names(command="revnet train", data=dataset.name, model=config.model),

@@ -76,6 +76,10 @@ class TrainConfig:
     """Whether reversal is exact to the last bit: the streams of reversible blocks lie on a fixed-point grid, to which
     each residual is rounded. The weights remember it."""
 
+    tolerance: float | None = None
+    """Largest relative error of activations that are rebuilt: streams are kept at as many blocks as that takes. Null
+    bounds nothing, and warns where gradients go wrong."""
+
     drift_every: int | None = None
     """Updates from one measurement of how far rebuilt activations are from the true ones to the next; null measures
     nothing."""
@@ -207,6 +211,8 @@ class TrainConfig:
             check_choice("preprocess", self.preprocess, get_args(Preprocessing))
         if self.memory_budget is not None:
             check_memory_budget(self.memory_budget, self.policy)
+        if self.tolerance is not None:
+            self._check_tolerance(self.tolerance)
         check_integer("cutout", self.cutout, at_least=0)
         for name, at_least in (
             ("max_updates", 1),
@@ -237,6 +243,19 @@ class TrainConfig:
         object.__setattr__(self, "crop_area", check_range("crop_area", self.crop_area))
         if self.out_dir is not None:
             check_name("out_dir", self.out_dir)
+
+    def _check_tolerance(self, tolerance: float) -> None:
+        check_number("tolerance", tolerance, "above 0 and below 1", lambda x: 0 < x < 1, "1e-3 is usual")
+        if self.exact:
+            raise ValueError(
+                f"`tolerance` (={tolerance}) bounds an error that there is none of with `exact`; leave one of the two "
+                "out."
+            )
+        if self.policy != "reverse":
+            raise ValueError(
+                f"`tolerance` (={tolerance}) is for what is rebuilt, and the `policy` {self.policy} rebuilds nothing; "
+                "leave one of the two out."
+            )
 
     def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
         """Fill what was left to the data set.

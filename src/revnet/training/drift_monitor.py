@@ -19,7 +19,7 @@ Loss = Callable[[Any, Any], Tensor]
 Row = dict[str, Any]
 
 _COLUMNS = ("update", "block", "error", "amplification", "gradient_error", "gradient_angle_degrees")
-_FIGURES = ("drift", "drift_amplification", "gradient_drift", "gradient_angle_degrees")
+_FIGURES = ("drift", "drift_amplification", "keyframes", "gradient_drift", "gradient_angle_degrees")
 
 
 class DriftMonitor(Callback):
@@ -29,9 +29,9 @@ class DriftMonitor(Callback):
     each residual function reads are kept, and compared when they have been rebuilt. The run is not changed: with and
     without, its weights are the same to the last bit. A run that is resumed goes on with its figures.
 
-    The largest error of an update is logged as `drift`, the average amplification of a block as `drift_amplification`:
-    to the loggers when it is measured, and at the end of an epoch, its worst, to `trainer.callback_metrics`. All blocks
-    stand in `measured`, and in the CSV file.
+    The largest error of an update is logged as `drift`, the average amplification of a block as `drift_amplification`,
+    the number of keyframes that a `tolerance` takes as `keyframes`: to the loggers when it is measured, and at the end
+    of an epoch, its worst, to `trainer.callback_metrics`. All blocks stand in `measured`, and in the CSV file.
 
     Args:
         every: Updates from one measurement to the next; the first is measured.
@@ -138,7 +138,7 @@ class DriftMonitor(Callback):
                     "gradient_angle_degrees": None if gradient is None else gradient.angle_degrees,
                 }
             )
-        values = [drift.error, drift.amplification]
+        values = [drift.error, drift.amplification, float(len(drift.keyframes))]
         if drift.gradient is not None:
             values += [drift.gradient.relative_error, drift.gradient.angle_degrees]
         figures = {name: value for name, value in zip(_FIGURES, values, strict=False) if value is not None}

@@ -26,7 +26,7 @@ from revnet.training._product import check_fit
 from revnet.training._progress import make_progress
 from revnet.training._settings import task_of
 from revnet.training._trainer import Stopped, fit, make_trainer
-from revnet.training.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer
+from revnet.training.callbacks import EpochLog, GuardState, LastUpdate, RandomState, RunFiles, StepTimer
 from revnet.training.config import TrainConfig
 from revnet.training.density_result import DensityResult
 from revnet.training.drift_monitor import DriftMonitor
@@ -184,7 +184,7 @@ def _run(
 ) -> Any:
     """Train, then look at what came out."""
     log, files = EpochLog(folder / _run_dir.LOG), RunFiles(folder, job.task.criterion)
-    ours: list[Callback] = [RandomState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
+    ours: list[Callback] = [RandomState(), GuardState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / _run_dir.DRIFT))
     if not quiet:
