@@ -269,9 +269,7 @@ def train(attention: str, depth: int, length: int, ff_chunks: int, num_threads: 
     step(256)
     before = resident_bytes()
     losses: list[float] = []
-    seconds = []
-    for _ in range(NUM_STEPS):
-        seconds.append(timed(lambda: losses.append(step(length))))
+    seconds = [timed(lambda: losses.append(step(length))) for _ in range(NUM_STEPS)]
     peak = process_peak_bytes()
     assert peak is not None
     return {
