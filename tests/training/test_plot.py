@@ -6,6 +6,13 @@ from revnet.training._plot import plot_learning_curve
 ROW = {"epoch": 1, "updates": 10, "lr": 0.1, "train_loss": 2.0, "train_accuracy": 0.5}
 
 
+def test_a_run_without_accuracies_has_one_panel(tmp_path):
+    rows = [{"epoch": n, "updates": n, "lr": 1 / n, "train_loss": -1.0 / n, "val_loss": 1.0} for n in range(1, 9)]
+    plot_learning_curve(rows, tmp_path / "curve.png", "a density of images", loss_name="bits per dimension")
+    height, width, _ = matplotlib.image.imread(tmp_path / "curve.png").shape
+    assert (height, width) == (540, 900)
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -53,9 +53,9 @@ def sample(
     check_number("step_size", step_size, "above 0", lambda x: x > 0, "0.001 is usual")
     check_number("temperature", temperature, "0 or more", lambda x: x >= 0, "1 draws as the model was fitted")
 
-    from revnet.training import sampling
+    from revnet import training
 
-    result = sampling.sample(
+    result = training.sample(
         checkpoint,
         num_samples=num,
         temperature=temperature,

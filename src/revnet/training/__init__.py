@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from revnet.training.run import resume as resume
     from revnet.training.run import train as train
     from revnet.training.run_result import RunResult as RunResult
+    from revnet.training.sampling import Samples as Samples
+    from revnet.training.sampling import sample as sample
 
 _HOME = {
     "Classifier": "classifier",
@@ -44,6 +46,7 @@ _HOME = {
     "LanguageResult": "language_result",
     "Prediction": "prediction",
     "RunResult": "run_result",
+    "Samples": "sampling",
     "TrainResult": "results",
     "TrainingInterrupted": "run",
     "evaluate": "evaluation",
@@ -52,6 +55,7 @@ _HOME = {
     "load_language_model": "language_model",
     "predict": "prediction",
     "resume": "run",
+    "sample": "sampling",
     "train": "run",
 }
 
@@ -74,6 +78,8 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "Prediction",
     "resume",
     "RunResult",
+    "sample",
+    "Samples",
     "train",
     "TrainConfig",
     "TrainingInterrupted",
