@@ -10,6 +10,7 @@ from torch import nn
 from revnet import (
     BudgetError,
     Checkpoint,
+    FixedPoint,
     Offload,
     PolicySequential,
     PredictionError,
@@ -17,6 +18,7 @@ from revnet import (
     ReversibleBlock,
     ReversibleSequential,
     Store,
+    set_coupling,
     set_policy,
 )
 from revnet.memory import MeasuredTiming, max_batch_size, measure, plan, predict
@@ -152,6 +154,16 @@ def test_a_planned_model_trains_as_its_twin(make_model, make_input):
     for module in (model, twin):
         squares(module(x)).backward()
     assert_close(gradients(model), gradients(twin))
+
+
+def test_a_plan_for_exact_reversal_is_counted_to_the_byte_too():
+    model, x = small_revnet(), torch.randn(4, 3, 8, 8)
+    set_coupling(model, FixedPoint())
+    least = plan(model, x, budget="1GiB", optimizer=SGD).points[0].peak_bytes
+    planned = plan(model, x, budget=least, optimizer=SGD)
+    planned.apply(model)
+    assert Reverse() in {unit.policy for unit in planned.units}
+    assert measure(model, x, optimizer=SGD).peak_bytes == planned.peak_bytes <= least
 
 
 def test_planning_leaves_the_model_alone():

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from revnet import PredictionError, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import FixedPoint, PredictionError, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
 from revnet.memory import measure, predict
 from revnet.models import ResNet, ReversibleViT, RevNet
 from tests.helpers import CASE, ConvResidual, all_cases, all_policies
@@ -64,6 +64,15 @@ def test_networks(make, optimizer, autocast):
     )
     assert few.activation_bytes < many.activation_bytes
     assert few.optimizer_bytes == many.optimizer_bytes
+
+
+@pytest.mark.parametrize("name", ["revnet", "bottlenecks", "vit"])
+def test_networks_on_a_fixed_point_grid(name):
+    """Which take as much memory as in floating point, but for what rounding needs at its turn."""
+    model, images = MODELS[name](), torch.randn(2, 3, 16, 16)
+    held_bytes = predict(model, images).held_bytes
+    set_coupling(model, FixedPoint())
+    assert assert_predicted(model, images, optimizer=SGD).held_bytes == held_bytes
 
 
 class Attends(nn.MultiheadAttention):

@@ -63,7 +63,7 @@ def build_step(flags: StepFlags) -> BuiltStep:
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,
     }
     description = (
-        f"{flags.model}: a training step on {flags.batch} inputs of {_join(shape)}, "
+        f"{flags.model}: a training step on {flags.batch} input{'s' * (flags.batch > 1)} of {_join(shape)}, "
         f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}"
     )
     return BuiltStep(model, inputs, device, options, description)

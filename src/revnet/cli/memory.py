@@ -74,8 +74,10 @@ def memory(
     found: StepMemory | None = None
     try:
         found = predict(step.model, step.inputs, device=step.device, **step.options)
-    except PredictionError:  # of a model that needs values, which a real step has
+    except PredictionError as error:  # of a model that needs values, which a real step has
         if not measure:
+            way_out = "`revnet.memory.measure`, on a small batch"
+            error.args = (str(error).replace(way_out, "`--measure`, on a small `--batch`"),)
             raise
     how = "predicted"
     if measure:
