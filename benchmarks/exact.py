@@ -1,0 +1,426 @@
+"""What exact reversal keeps, and what it costs: bits, bytes and seconds.
+
+    python benchmarks/exact.py --exactness --depth 1024 --num-steps 200
+    python benchmarks/exact.py --depths 10,100,1000,10000
+    python benchmarks/exact.py --cost
+
+Small networks on scikit-learn's digits. `--exactness` trains a reversed network and its stored twin side by side, and
+asks whether every bit is the same: what the functions read again, the gradients, the weights at the end. `--depths`
+counts what a step needs at growing depth. `--cost` times steps of exact and of floating-point reversal, interleaved in
+one process, and the check of drift that every run makes. Each writes a table and its CSV into benchmarks/results/.
+"""
+
+import argparse
+import copy
+import datetime
+import gc
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from _memory_page import Row, Section, table, write_csv
+from torch import Tensor, nn
+
+from revnet import (
+    Additive,
+    FixedPoint,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    create_model,
+    set_coupling,
+    set_policy,
+)
+from revnet.bench import describe_machine, hardware_name
+from revnet.bench.cases import CASES
+from revnet.functional import AbstractCoupling
+from revnet.memory import measure
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH = 8  # Of both streams together.
+
+
+class Attention(nn.Module):
+    """Layer norm, self-attention of two heads, dropout."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(num_features)
+        self.qkv = nn.Linear(num_features, 3 * num_features)
+        self.project = nn.Linear(num_features, num_features)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, 2, D // 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.dropout(self.project(y.transpose(1, 2).reshape(B, T, D)))
+
+
+def mlp(num_features: int) -> nn.Sequential:
+    """Layer norm, a perceptron, dropout."""
+    layers = [nn.LayerNorm(num_features), nn.Linear(num_features, 2 * num_features), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(2 * num_features, num_features), nn.Dropout(0.1))
+
+
+def conv(num_channels: int) -> nn.Sequential:
+    """Batch norm, ReLU, 3x3 convolution, dropout."""
+    convolution = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
+    return nn.Sequential(nn.BatchNorm2d(num_channels), nn.ReLU(), convolution, nn.Dropout(0.1))
+
+
+class Network(nn.Module):
+    """A stem, blocks, a head: for images (B, 1, 8, 8), of which a transformer reads the rows as tokens."""
+
+    def __init__(self, kind: str, depth: int, coupling: AbstractCoupling):
+        super().__init__()
+        self.is_conv = kind == "conv"
+        half = WIDTH // 2
+        self.stem = nn.Conv2d(1, WIDTH, 3, padding=1) if self.is_conv else nn.Linear(8, WIDTH)
+        functions = (conv, conv) if self.is_conv else (Attention, mlp)
+        split_dim = 1 if self.is_conv else -1
+        blocks = [
+            ReversibleBlock(functions[0](half), functions[1](half), split_dim=split_dim, coupling=coupling)
+            for _ in range(depth)
+        ]
+        with torch.no_grad():  # So that the sum of all residuals is about as large as one.
+            for block in blocks:
+                for function in (block.f, block.g):
+                    *_, last = [each for each in function.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+                    last.weight.mul_(depth**-0.5)
+        self.blocks = ReversibleSequential(*blocks)
+        self.head = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        x = self.blocks(self.stem(x if self.is_conv else x.squeeze(1)))
+        return self.head(x.float().mean((2, 3) if self.is_conv else 1))
+
+
+def digits(batch_size: int) -> tuple[Tensor, Tensor]:
+    """Images of digits, from 0 to 1, and their labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images[:batch_size], dtype=torch.float32)[:, None] / 16
+    return images, torch.tensor(data.target[:batch_size])
+
+
+def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
+    """Cross-entropy."""
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
+        return F.cross_entropy(model(images).float(), labels)
+
+
+# Bits -----------------------------------------------------------------------------------------------------------------
+
+
+def exactness(kind: str, precision: str, depth: int, num_steps: int, batch_size: int) -> Row:
+    """Train a reversed network and its stored twin, and compare every bit."""
+    torch.manual_seed(0)
+    network = Network(kind, depth, FixedPoint())
+    twin = copy.deepcopy(network)
+    set_policy(twin, Store())
+    images, labels = digits(num_steps * batch_size if num_steps * batch_size < 1797 else 1792)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in (network, twin)]
+    rebuilt = _inputs_of(network)
+    losses: list[tuple[float, float]] = []
+    equal_gradients, num_gradients = 0, 0
+    for step in range(num_steps):
+        first = step * batch_size % (len(images) - batch_size + 1)
+        batch = images[first : first + batch_size], labels[first : first + batch_size]
+        pair = []
+        for each, optimizer in zip((network, twin), optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss = loss_of(each, *batch, precision)
+            loss.backward()
+            pair.append(float(loss.detach()))
+        losses.append((pair[0], pair[1]))
+        if step == 0:
+            counts = rebuilt()
+        if step in (0, num_steps - 1):
+            both = list(zip(network.parameters(), twin.parameters(), strict=True))
+            equal_gradients += sum(torch.equal(a.grad, b.grad) for a, b in both)
+            num_gradients += len(both)
+        for optimizer in optimizers:
+            optimizer.step()
+    weights = [*zip(network.state_dict().values(), twin.state_dict().values(), strict=True)]
+    return {
+        "kind": kind,
+        "precision": precision,
+        "blocks": depth,
+        "steps": num_steps,
+        "inputs_equal": counts[0],
+        "inputs": counts[1],
+        "gradients_equal": equal_gradients,
+        "gradients": num_gradients,
+        "losses_equal": sum(a == b for a, b in losses),
+        "weights_equal": sum(torch.equal(a, b) for a, b in weights),
+        "weights": len(weights),
+        "first_loss": round(losses[0][0], 4),
+        "last_loss": round(losses[-1][0], 4),
+    }
+
+
+def _inputs_of(network: Network) -> Callable[[], tuple[int, int]]:
+    """Watch what the functions read in one step; the result counts those that read the same bits again, and all."""
+    seen: dict[int, list[int]] = {}
+    handles = []
+
+    def watch(function: nn.Module) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(id(function), []).append(hash(args[0].detach().contiguous().numpy().tobytes()))
+
+        handles.append(function.register_forward_pre_hook(before))
+
+    for block in network.blocks:
+        watch(block.f)
+        watch(block.g)
+
+    def count() -> tuple[int, int]:
+        for handle in handles:
+            handle.remove()
+        return sum(len(each) == 2 and each[0] == each[1] for each in seen.values()), len(seen)
+
+    return count
+
+
+def exactness_section(arguments: argparse.Namespace) -> Section:
+    """Conv and transformer, in both precisions."""
+    sizes = arguments.depth, arguments.num_steps, arguments.batch_size
+    settings = [(kind, precision) for kind in arguments.kinds.split(",") for precision in ("32-true", "bf16-mixed")]
+    if arguments.num_workers == 1:
+        rows = [exactness(*setting, *sizes) for setting in settings]
+    else:
+        with ProcessPoolExecutor(arguments.num_workers, multiprocessing.get_context("spawn")) as pool:
+            rows = [each.result() for each in [pool.submit(exactness, *setting, *sizes) for setting in settings]]
+    lines = [
+        f"Networks of {arguments.depth:,} blocks, batch {arguments.batch_size}, `FixedPoint()`, with dropout of 0.1 "
+        "(and batch norm in conv), trained",
+        "by SGD beside their stored twins from the same seeds. Inputs: what residual functions read in the backward "
+        "pass of",
+        "the first step, against the forward pass. Gradients: of every parameter, at the first and at the last step. "
+        "Weights:",
+        "parameters and buffers after the last step.",
+        "",
+        *table(
+            [
+                "network",
+                "precision",
+                "steps",
+                "inputs equal",
+                "gradients equal",
+                "losses equal",
+                "weights equal",
+                "loss",
+            ],
+            [
+                [
+                    str(row["kind"]),
+                    str(row["precision"]),
+                    str(row["steps"]),
+                    *[f"{row[f'{name}_equal']:,} of {row[name]:,}" for name in ("inputs", "gradients")],
+                    f"{row['losses_equal']} of {row['steps']}",
+                    f"{row['weights_equal']:,} of {row['weights']:,}",
+                    f"{row['first_loss']} -> {row['last_loss']}",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    return Section(["## Every bit", "", *lines], rows)
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def depth_row(depth: int, num_steps: int, batch_size: int) -> Row:
+    """Train a convolutional network of `depth` blocks a little, and count what a step needs."""
+    torch.manual_seed(0)
+    network = Network("conv", depth, FixedPoint())
+    images, labels = digits(batch_size)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    memory = measure(network, images, loss=lambda y: F.cross_entropy(y, labels))
+    losses, seconds, growths = [], [], []
+    for _ in range(num_steps):
+        optimizer.zero_grad(set_to_none=False)
+        gc.collect()
+        before = resident_bytes()
+        start = time.perf_counter()
+        loss = loss_of(network, images, labels, "32-true")
+        growths.append(resident_bytes() - before)
+        loss.backward()
+        seconds.append(time.perf_counter() - start)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return {
+        "blocks": depth,
+        "peak_bytes": memory.activation_bytes,
+        "held_bytes": memory.held_bytes,
+        "parameter_bytes": memory.parameter_bytes,
+        "resident_bytes_of_forward": max(growths),
+        "step_seconds": round(statistics.median(seconds), 4),
+        "milliseconds_per_block": round(1e3 * statistics.median(seconds) / depth, 3),
+        "first_loss": round(losses[0], 4),
+        "last_loss": round(losses[-1], 4),
+    }
+
+
+def depths_section(arguments: argparse.Namespace) -> Section:
+    """Growing depth."""
+    rows = []
+    for depth in map(int, arguments.depths.split(",")):
+        rows.append(depth_row(depth, arguments.num_steps, arguments.batch_size))
+        print(rows[-1], flush=True)
+    lines = [
+        f"Convolutional networks, batch {arguments.batch_size}, `FixedPoint()`, {arguments.num_steps} steps of SGD on "
+        "one batch. Peak and held: bytes of",
+        "tensors above parameters, gradients and input. Bookkeeping: by how much the process grew in one forward pass, "
+        "the most",
+        "seen: for each call Python's objects, autograd's nodes, and the random state that dropout began from, 5 kB.",
+        "",
+        *table(
+            ["blocks", "peak KiB", "held KiB", "bookkeeping MiB", "step s", "ms per block", "loss"],
+            [
+                [
+                    f"{row['blocks']:,}",
+                    f"{row['peak_bytes'] / 2**10:,.1f}",
+                    f"{row['held_bytes'] / 2**10:,.1f}",
+                    f"{row['resident_bytes_of_forward'] / 2**20:,.1f}",
+                    f"{row['step_seconds']:.3f}",
+                    f"{row['milliseconds_per_block']:.3f}",
+                    f"{row['first_loss']} -> {row['last_loss']}",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    return Section(["## Any depth", "", *lines], rows)
+
+
+# Seconds --------------------------------------------------------------------------------------------------------------
+
+
+def cost_section(arguments: argparse.Namespace) -> Section:
+    """Exact beside floating-point reversal, and the drift check, interleaved."""
+    rows = []
+    for name, model, x in _workloads():
+        row = _cost(model, x, arguments.num_steps)
+        rows.append({"workload": name, **row})
+        print(rows[-1], flush=True)
+    lines = [
+        f"Medians of the ratios of {arguments.num_steps} rounds; in each, one step of every way, in turns. Ratios are",
+        "to `Additive()`, reversed.",
+        "The check is the comparison of one sample that every run makes: `Additive()` without it, as a ratio.",
+        "",
+        *table(
+            ["workload", "step s", "exact", "exact, float64 streams", "without the check", "stored"],
+            [
+                [
+                    str(row["workload"]),
+                    f"{row['step_seconds']:.3f}",
+                    *[f"{row[way]:.3f}" for way in ("exact", "exact_wide", "unwatched", "stored")],
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    return Section(["## What it costs", "", *lines], rows)
+
+
+def _workloads() -> list[tuple[str, nn.Module, Tensor]]:
+    workloads: list[tuple[str, nn.Module, Tensor]] = []
+    for case in CASES:
+        blocks = [ReversibleBlock(*case.make_block(), split_dim=case.split_dim) for _ in range(8)]
+        workloads.append((f"{case.name}, 8 blocks", ReversibleSequential(*blocks), torch.randn(case.shape)))
+    revnet = create_model("revnet38").to(memory_format=torch.channels_last)
+    workloads.append(("revnet38, 50 images", revnet, torch.randn(50, 3, 32, 32)))
+    return workloads
+
+
+def _cost(model: nn.Module, x: Tensor, num_rounds: int) -> Row:
+    ways: dict[str, nn.Module] = {"float": model}
+    for name, coupling in (
+        ("exact", FixedPoint()),
+        ("exact_wide", FixedPoint(is_wide=True)),
+        ("unwatched", Additive()),
+    ):
+        ways[name] = copy.deepcopy(model)
+        set_coupling(ways[name], coupling)
+    ways["stored"] = copy.deepcopy(model)
+    set_policy(ways["stored"], Store())
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    seconds = []
+    for number in range(num_rounds + 1):
+        times = {}
+        names = list(ways)
+        names = names[number % len(names) :] + names[: number % len(names)]
+        for name in names:
+            ways[name].zero_grad(set_to_none=False)
+            gc.collect()
+            is_unwatched = mock.patch("revnet.functional._drift._can_sample", return_value=False)
+            with is_unwatched if name == "unwatched" else nullcontext():
+                start = time.perf_counter()
+                ways[name](x).square().mean().backward()
+                times[name] = time.perf_counter() - start
+        if number:  # The first round warms up.
+            seconds.append(times["float"])
+            for name in ways:
+                ratios[name].append(times[name] / times["float"])
+    row: Row = {"step_seconds": round(statistics.median(seconds), 4)}
+    return row | {name: round(statistics.median(each), 4) for name, each in ratios.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exactness", action="store_true")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--depths", help="numbers of blocks, such as 10,100,1000,10000")
+    parser.add_argument("--depth", type=int, default=1024, help="for --exactness")
+    parser.add_argument("--kinds", default="conv,transformer", help="for --exactness")
+    parser.add_argument("--num-workers", type=int, default=1, help="for --exactness: networks at a time")
+    parser.add_argument("--num-steps", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    if not (given.exactness or given.cost or given.depths):
+        parser.error("say what to measure: --exactness, --depths or --cost")
+    options = ["--exactness"] * given.exactness + ["--cost"] * given.cost
+    options += [f"--depths {given.depths}"] if given.depths else []
+    options += [f"--depth {given.depth} --kinds {given.kinds}"] if given.exactness else []
+    options += [f"--num-workers {given.num_workers}"] if given.num_workers > 1 else []
+    options += [f"--num-steps {given.num_steps}", f"--batch-size {given.batch_size}"]
+    command = f"python benchmarks/exact.py {' '.join(options)}"
+    for is_wanted, name, section_of in (
+        (given.exactness, "exact", exactness_section),
+        (given.depths, "exact-depths", depths_section),
+        (given.cost, "exact-cost", cost_section),
+    ):
+        if is_wanted:
+            section = section_of(given)
+            stem = f"{name}_{hardware_name()}_{datetime.date.today()}"
+            lines = ["# Exact reversal", "", *describe_machine(command), "", *section.lines]
+            (given.output_dir / f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
+            write_csv(section.rows, given.output_dir / f"{stem}.csv")
+            print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
