@@ -132,7 +132,7 @@ def exactness(kind: str, precision: str, depth: int, num_steps: int, batch_size:
     twin = copy.deepcopy(network)
     set_policy(twin, Store())
     images, labels = digits(num_steps * batch_size if num_steps * batch_size < 1797 else 1792)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.05, momentum=0.9) for each in (network, twin)]
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, momentum=0.9) for each in (network, twin)]
     rebuilt = _inputs_of(network)
     losses: list[tuple[float, float]] = []
     equal_gradients, num_gradients = 0, 0
@@ -255,7 +255,7 @@ def depth_row(depth: int, num_steps: int, batch_size: int) -> Row:
     torch.manual_seed(0)
     network = Network("conv", depth, FixedPoint())
     images, labels = digits(batch_size)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     memory = measure(network, images, loss=lambda y: F.cross_entropy(y, labels))
     losses, seconds, growths = [], [], []
     for _ in range(num_steps):
