@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from revnet import (
     AbstractPolicy,
     Checkpoint,
+    FixedPoint,
     Offload,
     Reverse,
     ReversibleBlock,
@@ -267,6 +268,19 @@ CASES = [
         ),
         (2, 6, 5, 5),
         density=True,
+    ),
+    # On a grid so fine that rounding to it is less than what the contracts allow.
+    Case(
+        "fixed-point-conv",
+        lambda: ReversibleBlock(
+            nn.Sequential(ConvResidual(3), nn.Dropout(0.3)), ConvResidual(3), coupling=FixedPoint(40, is_wide=True)
+        ),
+        (2, 6, 5, 5),
+    ),
+    Case(
+        "fixed-point-mlp",
+        lambda: ReversibleBlock(mlp(3), mlp(3), split_dim=-1, coupling=FixedPoint(40, is_wide=True)),
+        (4, 6),
     ),
     Case("momentum", lambda: MomentumBlock(mlp(3), gamma=0.8), (4, 6), density=True),
     Case(

@@ -6,6 +6,7 @@ All checks run in one pair of processes, since starting it takes longer than run
 import copy
 import datetime
 import traceback
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from revnet import ReversibleBlock, ReversibleSequential, Store
+from revnet import (
+    FixedPoint,
+    ReconstructionWarning,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    set_coupling,
+    set_tolerance,
+)
 from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
 
 NUM_PROCESSES = 2
@@ -86,6 +95,36 @@ def check_data_parallel(name: str, num_unused: int, options: dict[str, bool], po
         for _ in range(3):
             parallel(x).backward()
     assert_same_gradients(model, twin)
+
+
+def check_exact_reversal(name: str) -> None:
+    """Every bit, after the gradients of both processes are added up."""
+    model = make_model(name)
+    set_coupling(model, FixedPoint())
+    twin = twin_of(model)
+    x = process_input(name)
+    for module in (model, twin):
+        parallel = DistributedDataParallel(module)
+        torch.manual_seed(dist.get_rank())
+        for _ in range(2):
+            parallel(x).backward()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+
+
+def check_tolerance(name: str) -> None:
+    """Keyframes are each process's own affair."""
+    model = make_model(name)
+    twin = twin_of(model)
+    set_tolerance(model, 1e-15 if dist.get_rank() else 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReconstructionWarning)  # So tight a bound takes storing everything.
+        for module in (model, twin):
+            parallel = DistributedDataParallel(module)
+            for _ in range(2):
+                parallel(process_input(name)).backward()
+    assert_same_gradients(model, twin)
+    assert (len(model.sequence.keyframes) > 0) == (dist.get_rank() == 1)
 
 
 def check_data_parallel_against_one_process(name: str) -> None:
@@ -241,6 +280,8 @@ CHECKS = {
         f"data parallel against one process, {name}": partial(check_data_parallel_against_one_process, name)
         for name in ("mlp", "attention", "tied")
     },
+    **{f"exact reversal, {name}": partial(check_exact_reversal, name) for name in ("conv-dropout", "attention")},
+    "tolerance, mlp": partial(check_tolerance, "mlp"),
     "accumulation without communication, mlp": partial(check_accumulation_without_communication, "mlp"),
     "accumulation without communication, tied": partial(check_accumulation_without_communication, "tied"),
     "buckets go out block by block, mlp": partial(check_buckets_go_out_block_by_block, "mlp"),

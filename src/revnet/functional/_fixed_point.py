@@ -38,7 +38,7 @@ class FixedPoint(AbstractCoupling):
     Time: three passes over the stream for each residual in place of one, and one that watches the range.
 
     Args:
-        fraction_bits: Bits behind the point, from 1 to 22: 14 leaves room up to 1,024 in float32.
+        fraction_bits: Bits behind the point, from 1 to 22, or 51 if wide: 14 leaves room up to 1,024 in float32.
         is_wide: Whether streams are float64, which holds integers of 53 bits: room up to 5e11 with 14 fraction bits, at
             twice the memory for streams. The residual functions compute in the type of the input as before.
 
@@ -56,10 +56,11 @@ class FixedPoint(AbstractCoupling):
     def __post_init__(self) -> None:
         if isinstance(self.fraction_bits, bool) or not isinstance(self.fraction_bits, int):
             raise ValueError(f"`fraction_bits` (={self.fraction_bits!r}) must be a whole number; 14 is usual.")
-        if not 1 <= self.fraction_bits <= 22:
+        stream, most = ("float64", 51) if self.is_wide else ("float32", 22)
+        if not 1 <= self.fraction_bits <= most:
             raise ValueError(
-                f"`fraction_bits` (={self.fraction_bits}) must be from 1 to 22, so that a float32 stream has room "
-                "before the point; 14 is usual, with room up to 1,024."
+                f"`fraction_bits` (={self.fraction_bits}) must be from 1 to {most}, so that a {stream} stream has room "
+                "before the point; 14 is usual, with room up to 1,024 in float32."
             )
         super().__post_init__()
 

@@ -1,0 +1,255 @@
+"""The check that every run makes: it warns once, of what is wrong, and of nothing else."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from revnet import (
+    FixedPoint,
+    ReconstructionError,
+    ReconstructionWarning,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    create_model,
+    set_coupling,
+)
+from revnet.functional import DriftMeter
+from revnet.functional._drift import MOST_SAMPLED, relative_error, sample
+from tests.helpers import ConvResidual, mlp, squares
+
+
+class Steep(nn.Module):
+    """Magnifies small differences, and stays below 1."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        nn.init.orthogonal_(self.linear.weight)
+        self.slope = slope
+
+    def forward(self, x):
+        return torch.sin(self.slope * self.linear(x))
+
+
+def steep(depth=16, slope=3.0):
+    return ReversibleSequential(*[ReversibleBlock(Steep(slope), Steep(slope)) for _ in range(depth)])
+
+
+def step(module, x=None):
+    squares(module(torch.randn(4, 16) if x is None else x)).backward()
+
+
+def test_wrong_gradients_are_warned_of_once():
+    sequence = steep()
+    with pytest.warns(
+        ReconstructionWarning,
+        match=r"that `blocks.0.f` reads was rebuilt with a relative error of .*, so that gradients are wrong by about "
+        r"as much. Bound the error with `tolerance=1e-3`.*`FixedPoint\(\)`.*`revnet doctor`",
+    ):
+        step(sequence)
+    step(sequence)  # Warnings are errors here.
+    with pytest.warns(ReconstructionWarning):
+        step(steep())  # Another model.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: steep(depth=2, slope=0.5),
+        lambda: ReversibleSequential(*[ReversibleBlock(ConvResidual(2), ConvResidual(2)) for _ in range(8)]),
+        lambda: create_model("revnet38"),
+    ],
+    ids=["mlp", "conv", "revnet38"],
+)
+@pytest.mark.parametrize("how", ["training", "evaluation", "frozen below", "frozen above", "retained", "double"])
+def test_nothing_is_said_of_what_is_well(make, how):
+    model = make()
+    shape = (
+        (2, 3, 8, 8)
+        if not isinstance(model, ReversibleSequential)
+        else (2, 16)
+        if "Steep" in repr(model)
+        else (2, 4, 4, 4)
+    )
+    x = torch.randn(shape, requires_grad=how == "double")
+    parameters = list(model.parameters())
+    if how == "evaluation":
+        model.eval()
+    for parameter in parameters[: len(parameters) // 2] if how == "frozen below" else ():
+        parameter.requires_grad_(False)
+    for parameter in parameters[len(parameters) // 2 :] if how == "frozen above" else ():
+        parameter.requires_grad_(False)
+    loss = squares(model(x))
+    if how == "double":
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        loss = squares(grad)
+    loss.backward(retain_graph=how == "retained")
+    if how == "retained":
+        loss.backward()
+    assert any(parameter.grad is not None for parameter in parameters)
+
+
+@pytest.mark.parametrize("which", ["both", "first", "second"])
+def test_streams_of_zeros(which):
+    """What rounding leaves of them is nothing beside the other stream, and does no harm."""
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(6)])
+    x1, x2 = torch.randn(4, 8), torch.randn(4, 8)
+    zero = torch.zeros(4, 8)
+    streams = {"both": (zero, zero), "first": (zero, x2), "second": (x1, zero)}[which]
+    y1, y2 = sequence(streams)
+    (squares(y1) + squares(y2)).backward()
+    assert sequence[0].f[0].bias.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_the_forward_pass_is_the_models_own(value):
+    sequence = steep(4, 0.5)
+    x = torch.randn(4, 16)
+    x[0, 0] = value
+    step(sequence, x)
+    assert sequence[0].g.linear.weight.grad.isnan().any()
+
+
+class Exploding(nn.Module):
+    """Finite the first time; where its input is not what it was, far more than can be taken off."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.seen = None
+
+    def forward(self, x):
+        seen, self.seen = self.seen, x.detach().clone()
+        y = self.linear(x)
+        return y if seen is None else y + (x.detach() - seen) * torch.inf
+
+
+def test_nan_that_only_reversal_makes_raises():
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(3)])
+    sequence[1].f = Exploding()
+    with pytest.raises(
+        ReconstructionError, match=r"that `blocks.0.f` reads holds NaN when it is rebuilt, and did not in"
+    ):
+        step(sequence)
+
+
+class Counting(nn.Linear):
+    """Gives other numbers each time."""
+
+    num_calls = 0
+
+    def forward(self, x):
+        self.num_calls += 1
+        return super().forward(x) * (1 + 1e-3 * self.num_calls)
+
+
+def test_a_function_that_does_not_repeat_itself_is_told_in_exact_mode():
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(3)])
+    sequence[1].f = Counting(8, 8)
+    set_coupling(sequence, FixedPoint())
+    with pytest.warns(
+        ReconstructionWarning, match="though its coupling is exact: a residual function gives other numbers"
+    ):
+        step(sequence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_warned_of_once_with_the_way_out(dtype):
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(2)]).to(dtype)
+    x = torch.randn(4, 16, dtype=dtype)
+    with pytest.warns(
+        ReconstructionWarning, match=rf"`blocks.0.f` are {dtype}, so that each block .*let autocast comp"
+    ):
+        sequence(x)
+    sequence(x)
+
+
+@pytest.mark.parametrize("way_out", ["stored", "exact", "bounded"])
+def test_low_precision_is_let_be_where_it_does_no_harm(way_out):
+    options = {"policy": Store()} if way_out == "stored" else {"tolerance": 0.1} if way_out == "bounded" else {}
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(2)], **options).bfloat16()
+    if way_out == "exact":
+        set_coupling(sequence, FixedPoint())
+    sequence(torch.randn(4, 16).bfloat16()).float().sum().backward()
+    assert sequence[0].f[0].weight.grad.isfinite().all()
+
+
+def test_autocast_keeps_streams_in_float32():
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(2)])
+    meter = DriftMeter()
+    with torch.autocast("cpu", torch.bfloat16), meter.on():
+        y = sequence(torch.randn(4, 16).bfloat16())
+        assert y.dtype == torch.float32
+        y.sum().backward()
+    assert {record.dtype for record in meter.records} == {torch.float32}
+    assert len(meter.records) == 3
+    assert max(float(record.error) for record in meter.records) < 1e-6
+
+
+def test_a_meter_sees_every_rebuilt_input_once_and_by_name():
+    sequence = steep(4, 0.5)
+    sequence.set_policies([Reverse(), Reverse(), Store(), Reverse()])
+    meter = DriftMeter()
+    with meter.on():
+        loss = squares(sequence(torch.randn(4, 16)))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert [(record.name, record.distance) for record in meter.records] == [
+        ("blocks.3.f", 1),
+        ("blocks.1.f", 1),
+        ("blocks.0.g", 2),
+        ("blocks.0.f", 3),
+    ]
+    assert meter.records[0].function is sequence[3].f
+    assert all(0 <= float(record.error) < 1e-6 for record in meter.records)
+
+
+def test_a_meter_is_its_threads_own():
+    sequence, meter = steep(2, 0.5), DriftMeter()
+    with meter.on():
+        thread = threading.Thread(target=step, args=(sequence,))
+        thread.start()
+        thread.join()
+    assert meter.records == []
+
+
+def test_a_quiet_meter_says_nothing():
+    meter = DriftMeter(is_quiet=True)
+    with meter.on():
+        step(steep())
+        step(steep(2).bfloat16(), torch.randn(4, 16).bfloat16())
+    assert float(meter.records[-1].error) > 1e-2 or len(meter.records) > 0
+
+
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_where_there_are_no_values_nothing_is_judged(where):
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        sequence = steep(8)
+        step(sequence, torch.randn(4, 16))
+        assert sequence[0].f.linear.weight.grad.shape == (8, 8)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (10**7,), (7, 10**5), (8, 32, 32, 32), (2, 1, 1, 4096), (1000, 2)])
+def test_samples_are_small_and_spread(shape):
+    x = torch.empty(()).expand(shape)
+    taken = sample(x)
+    assert min(x.numel(), MOST_SAMPLED // 2) <= taken.numel() <= MOST_SAMPLED
+    if len(shape) > 1:
+        assert all(size > 1 or of == 1 for size, of in zip(taken.shape, shape, strict=True))
+
+
+def test_relative_errors():
+    x = torch.tensor([3.0, 4.0])
+    assert relative_error(x, x) == 0
+    assert relative_error(x * 1.1, x) == pytest.approx(0.1, rel=1e-5)
+    zero = torch.zeros(2)
+    assert relative_error(zero, zero) == 0
+    assert relative_error(zero + 1e-7, zero) > 1
+    assert relative_error(zero + 1e-7, zero, torch.tensor(1e-3)) == pytest.approx(1e-4, rel=1e-5)
+    assert relative_error(torch.tensor([torch.nan, 1.0]), x).isnan()
+    assert relative_error(x.to(torch.complex64) * 1.1j, x * 1j) == pytest.approx(0.1, rel=1e-5)
