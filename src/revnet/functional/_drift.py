@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from revnet.errors import ReconstructionError, ReconstructionWarning
 from revnet.functional._half_block import HalfBlock
-from revnet.functional._storage import has_values, is_plain
+from revnet.functional._storage import has_values, is_plain, largest_element
 
 MOST_SAMPLED = 512
 """Elements of a sample: enough for an error to be known within some percent."""
@@ -102,7 +102,7 @@ class DriftWatch:
         """
         for stream in streams:
             if stream is not None and self._samples and _can_sample(stream):
-                self._magnitudes.append(_magnitude(stream))
+                self._magnitudes.append(largest_element(stream))
                 floor = _root_mean_square(sample(stream)) * torch.finfo(stream.dtype).eps ** 0.5
                 self._floor = floor if self._floor is None else torch.maximum(self._floor, floor)
 
@@ -134,7 +134,7 @@ class DriftWatch:
         if self._meter is not None:
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
         if index == self._first and not (self._meter is not None and self._meter.is_quiet):
-            magnitudes = [_magnitude(source), *self._magnitudes]
+            magnitudes = [largest_element(source), *self._magnitudes]
             largest = torch.stack(magnitudes)
             if has_values(source):
                 is_exact = half_block.coupling.is_exact
@@ -270,11 +270,6 @@ _WAY_OUT = (
     "or see which blocks amplify it with `revnet doctor`."
 )
 _FLOAT32 = "Keep the streams in float32 and let autocast compute in low precision. "
-
-
-def _magnitude(x: Tensor) -> Tensor:
-    """The largest element's; NaN if there is one."""
-    return torch.linalg.vector_norm(x.detach(), torch.inf)
 
 
 def _can_sample(source: Tensor) -> bool:

@@ -36,7 +36,7 @@ from revnet.functional._half_block import (
     without_receiver,
 )
 from revnet.functional._recompute import Conditions, tensors_in
-from revnet.functional._storage import has_values, is_only_owner, version_of
+from revnet.functional._storage import has_values, is_only_owner, largest_element, version_of
 
 
 def stored(
@@ -224,12 +224,13 @@ class ReversibleRun:
     def _watch_range(self, index: int, y: Tensor) -> None:
         """Raise if a stream leaves the range in which it can be taken apart exactly, a GPU's in the backward pass."""
         half_block = self._steps[index].half_block
-        magnitude = torch.linalg.vector_norm(y.detach(), torch.inf)
+        magnitude = largest_element(y)
         if y.device.type in ("cpu", "meta"):
             if has_values(y):
                 check_range(half_block, float(magnitude), y.dtype)
         elif torch.cuda.is_current_stream_capturing():
             limit = half_block.coupling.limit(y.dtype)
+            assert limit is not None
             torch._assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
         else:
             self._magnitudes.append((index, magnitude))  # Not to be waited for.

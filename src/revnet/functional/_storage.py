@@ -26,6 +26,17 @@ def has_values(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not tensor.is_meta and not torch._C._are_functorch_transforms_active()
 
 
+def largest_element(x: Tensor) -> Tensor:
+    """The magnitude of the largest element; NaN if there is one, 0 if there is nothing."""
+    x = x.detach()
+    if x.numel() == 0:
+        return x.new_zeros(())
+    if x.is_complex():
+        return torch.linalg.vector_norm(x, torch.inf)
+    least, most = torch.aminmax(x)  # On a CPU in a tenth of the time that the norm takes.
+    return torch.maximum(most, -least)
+
+
 def _use_count(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
