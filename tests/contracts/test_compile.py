@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 import revnet
-from revnet import Checkpoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
 from revnet.errors import ReconstructionError
 from revnet.functional._program import PROGRAMS
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
@@ -405,3 +405,25 @@ def test_programs_go_with_their_functions():
     gc.collect()
     assert function() is None
     assert number not in PROGRAMS
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_exact_reversal_is_exact(autocast):
+    sequence = CASE["conv-dropout"].sequence(3).float()
+    set_coupling(sequence, FixedPoint())
+    twin = stored_twin(sequence)
+    x = torch.randn(2, 6, 5, 5)
+    for module in (compile_whole(sequence), twin):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(x)
+        loss_of(y).backward()
+    for gradient, expected in zip(gradients(sequence).values(), gradients(twin).values(), strict=True):
+        assert torch.equal(gradient, expected)
+
+
+def test_a_stream_out_of_range_raises():
+    sequence = ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)])
+    set_coupling(sequence, FixedPoint())
+    with pytest.raises(ReconstructionError, match=r"a stream reached .* at `blocks.0.f`, beyond the 1,024 up to which"):
+        compile_whole(sequence)(torch.full((2, 4), 1e4))

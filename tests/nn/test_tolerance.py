@@ -20,8 +20,9 @@ from revnet import (
     set_coupling,
     set_tolerance,
 )
-from revnet.functional import DriftMeter
+from revnet.functional import Affine, DriftMeter
 from revnet.memory import measure, predict
+from revnet.nn import MomentumBlock
 from tests.helpers import ConvResidual, gradients, mlp, squares, stored_twin
 
 DEPTH = 16
@@ -293,3 +294,30 @@ def test_compiled_as_a_whole_it_raises():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(3), mlp(3)) for _ in range(2)], tolerance=1e-3)
     with pytest.raises(Exception, match=r"a ReversibleSequential with a `tolerance` cannot be compiled as a whole"):
         torch.compile(sequence, fullgraph=True, backend="eager")(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("kind", ["momentum", "affine"])
+def test_couplings_that_change_the_stream(kind):
+    """Going back through a momentum block doubles errors; through an affine one with its scales."""
+    if kind == "momentum":
+        blocks = [MomentumBlock(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), gamma=0.5) for _ in range(24)]
+    else:
+        functions = [nn.Sequential(nn.Linear(4, 8), nn.Tanh()) for _ in range(48)]
+        blocks = [
+            ReversibleBlock(*functions[2 * index : 2 * index + 2], coupling=Affine("sigmoid")) for index in range(24)
+        ]
+    sequence = ReversibleSequential(*blocks, tolerance=1e-4)
+    twin = stored_twin(sequence)
+    x = torch.randn(4, 8)
+    meter = DriftMeter(is_quiet=True)
+    with meter.on():
+        loss = squares(sequence(x))
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert max(float(record.error) for record in meter.records) <= 0.5e-4
+    assert len(sequence.keyframes) > 0
+    loss = squares(twin(x))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for gradient, expected in zip(gradients(sequence).values(), gradients(twin).values(), strict=True):
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm()

@@ -103,13 +103,15 @@ class FixedPoint(AbstractCoupling):
 
 def _to_grid(x: Tensor, fraction_bits: int) -> Tensor:
     """Round to the nearest multiple of 2^-fraction_bits, 0 for -0; gradients pass straight through."""
-    rounded: Tensor = _ToGrid.apply(x, 2.0**fraction_bits)
+    function = _TracedToGrid if torch.compiler.is_dynamo_compiling() else _ToGrid
+    rounded: Tensor = function.apply(x, 2.0**fraction_bits)
     return rounded
 
 
 def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
     """`x` plus the rounded residual, exact where `x` is on the grid; gradients are those of `x + residual`."""
-    y: Tensor = _AddOnGrid.apply(x, residual, 2.0**fraction_bits)
+    function = _TracedAddOnGrid if torch.compiler.is_dynamo_compiling() else _AddOnGrid
+    y: Tensor = function.apply(x, residual, 2.0**fraction_bits)
     return y
 
 
@@ -125,9 +127,10 @@ def _grid_steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return (x.to(dtype) * scale).round_()
 
 
-class _ToGrid(torch.autograd.Function):
-    generate_vmap_rule = True
+# Each in two forms, since `torch.compile` traces none that has a rule for forward-mode differentiation.
 
+
+class _TracedToGrid(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:
         # No subtraction brings back a negative zero, and no addition makes one out of others: 0 takes its place.
@@ -141,14 +144,16 @@ class _ToGrid(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
 
+
+class _ToGrid(_TracedToGrid):
+    generate_vmap_rule = True
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return tangents[0].view_as(tangents[0])
 
 
-class _AddOnGrid(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _TracedAddOnGrid(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, residual: Tensor, scale: float) -> Tensor:
         # A product with a power of two is exact, so that this rounds once, if at all.
@@ -161,6 +166,10 @@ class _AddOnGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], grads[0].to(ctx.dtype), None
+
+
+class _AddOnGrid(_TracedAddOnGrid):
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -132,6 +132,11 @@ def run_reversible(
         guard = None
     elif guard is None:
         warn_of_low_precision(half_blocks[0], x1)
+    if guard is not None and x1.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph: what it computes depends "
+            "on what it measures; reverse exactly with `set_coupling(model, FixedPoint())`."
+        )
     is_placing = guard is not None and has_values(x1) and guard.begin(half_blocks[0].name)
     run = ReversibleRun(args, kwargs, is_watched=is_rebuilt, guard=guard, is_placing=is_placing)
     streams = [x1, x2]

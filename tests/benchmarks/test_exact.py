@@ -1,0 +1,68 @@
+"""`benchmarks/exact.py` with settings of seconds; and at the sizes that it is made for, which takes minutes."""
+
+import csv
+from importlib import import_module
+
+import pytest
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
+        """The page, and the rows of the CSV."""
+        import_module("exact").main([*arguments, "--output-dir", str(tmp_path)])
+        (page,) = tmp_path.glob("*.md")
+        (table,) = tmp_path.glob("*.csv")
+        assert capsys.readouterr().out.rstrip().endswith(page.read_text().rstrip())
+        with table.open(newline="") as file:
+            return page.read_text(), list(csv.DictReader(file))
+
+    return run
+
+
+def assert_every_bit(row, depth):
+    assert int(row["inputs_equal"]) == int(row["inputs"]) == 2 * depth
+    assert int(row["gradients_equal"]) == int(row["gradients"]) > 8 * depth
+    assert int(row["losses_equal"]) == int(row["steps"])
+    assert int(row["weights_equal"]) == int(row["weights"]) > 8 * depth
+
+
+def test_every_bit(run):
+    page, rows = run("--exactness", "--depth", "6", "--num-steps", "3", "--batch-size", "4")
+    assert [(row["kind"], row["precision"]) for row in rows] == [
+        (kind, precision) for kind in ("conv", "transformer") for precision in ("32-true", "bf16-mixed")
+    ]
+    for row in rows:
+        assert_every_bit(row, 6)
+    assert "| conv | 32-true | 3 | 12 of 12 | 80 of 80 | 3 of 3 | 76 of 76 |" in page
+
+
+def test_any_depth(run):
+    page, rows = run("--depths", "4,16", "--num-steps", "4")
+    assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
+    assert rows[0]["held_bytes"] == rows[1]["held_bytes"]
+    assert all(float(row["last_loss"]) < float(row["first_loss"]) for row in rows)
+    assert "`python benchmarks/exact.py --depths 4,16 --num-steps 4 --batch-size 8`" in page.replace(
+        "`OMP_NUM_THREADS=1 ", "`"
+    )
+
+
+def test_nothing_to_measure_is_told(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        import_module("exact").main([])
+    assert "say what to measure: --exactness, --depths or --cost" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_a_thousand_blocks_after_two_hundred_steps(kind, precision):
+    assert_every_bit(import_module("exact").exactness(kind, precision, 1024, 200, 8), 1024)
+
+
+@pytest.mark.slow
+def test_ten_thousand_blocks_need_the_memory_of_ten():
+    rows = [import_module("exact").depth_row(depth, 2, 8) for depth in (10, 10_000)]
+    assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
+    assert rows[0]["held_bytes"] == rows[1]["held_bytes"]
+    assert rows[1]["last_loss"] < rows[1]["first_loss"]
