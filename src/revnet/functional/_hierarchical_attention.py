@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_UNSEEN = -1e9
-"""The score of what a token does not see; finite, since on the coarse levels the first block may see nothing."""
+from revnet.functional._block_attention import UNSEEN, block_attention
 
 
 def hierarchical_attention(
@@ -43,6 +42,9 @@ def hierarchical_attention(
 
     Shape:
         q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
+
+    Numerics:
+        Gradients can be taken once, not of gradients.
 
     References:
         Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.
@@ -75,16 +77,13 @@ def _attend(
     padding = -T % block_size
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block_size)) for x in (q, k, v))  # (B, H, C, N, D)
     # A group counts as often as it has tokens: its product enters the exponential with the logarithm of that.
-    log_counts = F.pad(counts.log().clamp(min=_UNSEEN), (0, padding), value=_UNSEEN)
+    log_counts = F.pad(counts.log().clamp(min=UNSEEN), (0, padding), value=UNSEEN)
     log_counts = log_counts.unflatten(2, (-1, 1, block_size))  # (B, 1, C, 1, N)
 
     keys, values = (torch.cat([_shifted(x, offset) for offset in offsets], dim=3) for x in (k, v))
-    bias = torch.cat([_shifted(log_counts, offset, fill=_UNSEEN) for offset in offsets], dim=4)
+    bias = torch.cat([_shifted(log_counts, offset, fill=UNSEEN) for offset in offsets], dim=4)
     seen = torch.cat([_seen(block_size, offset, is_causal, is_finest, q.device) for offset in offsets], dim=1)
-    scores = (q / math.sqrt(D)) @ keys.mT  # (B, H, C, N, len(offsets) * N)
-    scores = scores.to(bias.dtype).add_(bias).masked_fill_(~seen, _UNSEEN)
-    log_sums = scores.logsumexp(-1, keepdim=True)
-    y = (scores - log_sums).exp().to(values.dtype) @ values
+    y, log_sums = block_attention(q / math.sqrt(D), keys, values, ~seen, bias=bias)
     return y.flatten(2, 3)[:, :, :T], log_sums.flatten(2)[:, :, :T]
 
 

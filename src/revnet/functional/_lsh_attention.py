@@ -23,10 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SELF = -1e5
-"""The score of a token with itself: it counts where there is nothing else."""
-_UNSEEN = -1e9
-"""The score of what a token does not see; finite, since the padding of the last chunk sees nothing."""
+from revnet.functional._block_attention import block_attention
+
 _MOST_BITS = 6
 """Of one hash: more buckets come from several hashes, whose cost grows with the logarithm of the number of buckets."""
 
@@ -62,7 +60,7 @@ def lsh_attention(
 
     Numerics:
         A token whose vector lies between two buckets may change over by rounding, and then sees others. Where the
-        vectors are rebuilt, let them be so exactly (`FixedPoint`).
+        vectors are rebuilt, let them be so exactly (`FixedPoint`). Gradients can be taken once, not of gradients.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, equations 2 to 7 and appendix A.
@@ -140,20 +138,16 @@ def _attend(qk: Tensor, v: Tensor, rounds: list[_Round], index: int) -> tuple[Te
         at = order if x.dim() == 3 else order[..., None].expand(*order.shape, x.shape[-1])
         return x.gather(2, at).unflatten(2, (-1, M))  # (B, H, C, M, ...)
 
-    q, values = sorted_chunks(qk), sorted_chunks(v)
+    q = sorted_chunks(qk)
     keys = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
-    scores = q @ _with_previous(keys).mT / math.sqrt(D)  # (B, H, C, M, 2 * M)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-
     places = torch.arange(order.shape[-1], device=qk.device).expand_as(order).unflatten(2, (-1, M))
-    seen = _is_seen(places, sorted_chunks(this.first), sorted_chunks(this.last)) & (places < T)[..., None]
+    unseen = ~_is_seen(places, sorted_chunks(this.first), sorted_chunks(this.last)) | (places >= T)[..., None]
     for each in rounds[:index]:
-        seen &= ~_is_seen(*map(sorted_chunks, (each.place, each.first, each.last)))
-    itself = torch.eye(M, 2 * M, dtype=torch.bool, device=qk.device).roll(M, dims=1)
-    scores.masked_fill_(itself, _SELF).masked_fill_(~seen, _UNSEEN)
+        unseen |= _is_seen(*map(sorted_chunks, (each.place, each.first, each.last)))
 
-    log_sums = scores.logsumexp(-1, keepdim=True)
-    y = (scores - log_sums).exp().to(values.dtype) @ _with_previous(values)  # (B, H, C, M, D)
+    y, log_sums = block_attention(
+        q / math.sqrt(D), _with_previous(keys), _with_previous(sorted_chunks(v)), unseen, alone=M
+    )  # (B, H, C, M, D), (B, H, C, M)
     place = this.place
     y = y.flatten(2, 3).gather(2, place[..., None].expand(*place.shape, y.shape[-1]))
     return y, log_sums.flatten(2).gather(2, place)
@@ -162,7 +156,8 @@ def _attend(qk: Tensor, v: Tensor, rounds: list[_Round], index: int) -> tuple[Te
 def _is_seen(place: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Which tokens of a chunk and the one before it are at places that each token of the chunk sees."""
     others = _with_previous(place[..., None], fill=-1).mT  # (B, H, C, 1, 2 * M)
-    return (others >= first[..., None]) & (others <= last[..., None])
+    place, first, last = (each.int() for each in (others, first[..., None], last[..., None]))
+    return (place >= first).logical_and_(place <= last)
 
 
 def _with_previous(x: Tensor, fill: int = 0) -> Tensor:

@@ -97,6 +97,14 @@ def test_what_does_not_fit_is_refused(make):
         make(8, 0)
 
 
+@pytest.mark.parametrize("name", ["lsh", "hierarchical"])
+def test_gradients_of_gradients_are_refused(name):
+    x = random_input().requires_grad_()
+    (grad,) = torch.autograd.grad(squares(MODULES[name](8, 2).double()(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_representations_tell_the_options():
     assert "num_heads=2, is_causal=True" in repr(FullAttention(8, 2, is_causal=True))
     assert "num_heads=2, is_causal=False, bucket_size=64, num_hashes=4" in repr(LSHAttention(8, 2))
