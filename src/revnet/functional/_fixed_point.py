@@ -117,6 +117,8 @@ def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
 
 def _subtract_on_grid(y: Tensor, residual: Tensor, fraction_bits: int, *, in_place: bool) -> Tensor:
     """What `_add_on_grid` added the residual to, to the last bit."""
+    if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
+        return _add_on_grid(y, -residual, fraction_bits)  # The inverse is differentiated; rounding is symmetric.
     scale = 2.0**fraction_bits
     steps = _grid_steps(residual, y.dtype, scale)
     return y.sub_(steps, alpha=1 / scale) if in_place else torch.sub(y, steps, alpha=1 / scale)
