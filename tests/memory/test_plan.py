@@ -263,6 +263,12 @@ def test_the_largest_batch_fits_and_one_more_does_not():
         assert predict(model, torch.empty(batch + 1, 3, 8, 8, device="meta"), optimizer=SGD).peak_bytes > budget
 
 
+def test_the_largest_batch_within_more_than_can_be_counted():
+    model, x = small_revnet(), torch.empty(3, 3, 8, 8, device="meta")
+    batch = max_batch_size(model, x, budget=2**70)
+    assert batch == max_batch_size(model, x, budget="8PiB") > 2**30
+
+
 def test_the_largest_batch_of_arguments_that_share_it():
     case = CASE["attention-context-mask"]
     sequence = case.sequence(2)

@@ -28,6 +28,8 @@ from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, restoring_poli
 
 POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
 """What a plan chooses from, from the least memory to the most."""
+_MOST_BYTES = 2**53
+"""Of a budget that a batch is sought for: beyond it, what a step does cannot be counted in 64 bits."""
 
 
 class PlanPoint(NamedTuple):
@@ -229,13 +231,13 @@ def max_batch_size(
         device: As for `predict`.
 
     Returns:
-        The number of samples; 0 if not even one fits.
+        The number of samples; 0 if not even one fits. A budget of more than 8 PiB is taken for 8 PiB.
 
     Raises:
         PredictionError: The model fails on fake tensors.
         ValueError: `budget` is no number of bytes, or the inputs have no tensor.
     """
-    budget_bytes = parse_bytes(budget)
+    budget_bytes = min(parse_bytes(budget), _MOST_BYTES)
     return _largest_batch(
         _Step(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device), budget_bytes
     )
