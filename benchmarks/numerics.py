@@ -24,6 +24,9 @@ from pathlib import Path
 
 from _memory_page import Section, write_csv
 from _numerics_accuracy import accuracy_section
+from _numerics_conditioning import conditioning_section
+from _numerics_curves import curves_section
+from _numerics_scales import scales_section
 
 from revnet._picture import check_matplotlib
 from revnet.bench import describe_machine, hardware_name
@@ -61,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
     """One of the tables."""
-    return accuracy_section(given.data, given.num_updates, seeds_of(given))
+    if name == "scales":
+        return scales_section(picture)
+    if name == "curves":
+        return curves_section(given.num_steps, picture)
+    if name == "accuracy":
+        return accuracy_section(given.data, given.num_updates, seeds_of(given))
+    return conditioning_section(given.num_steps)
 
 
 def seeds_of(given: argparse.Namespace) -> list[int]:

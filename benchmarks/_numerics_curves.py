@@ -1,0 +1,200 @@
+"""Second table of `numerics.py`: drift through training, and what it costs to watch it."""
+
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _memory_page import Row, Section, table
+from _numerics_nets import Digits, convolutions
+from torch import nn
+
+from revnet import FixedPoint, ReconstructionWarning, set_coupling, set_tolerance
+from revnet._picture import clear_frame, new_figure, save
+from revnet.functional import DriftMeter
+from revnet.numerics import drift_of, measure_drift
+
+DEPTH, BATCH, LR = 48, 50, 0.1
+EVERY, GRADIENTS_EVERY = 5, 50
+NUM_TIMED = 15
+ZERO = 1e-10
+"""Where the picture shows what has no error: a logarithmic axis has no place for it."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    name: str
+    color: str
+    marker: str
+    is_autocast: bool = False
+    is_exact: bool = False
+    tolerance: float | None = None
+
+
+MODES = (
+    Mode("float32", "#4477aa", "o"),
+    Mode("bfloat16 autocast", "#ee6677", "s", is_autocast=True),
+    Mode("bfloat16 autocast, tolerance 1e-3", "#ccbb44", "^", is_autocast=True, tolerance=1e-3),
+    Mode("exact", "#228833", "D", is_exact=True),
+)
+
+
+def curves_section(num_steps: int, picture: Path) -> Section:
+    """Train in each mode, from the same weights on the same batches."""
+    curves = {mode: trained(mode, num_steps) for mode in MODES}
+    plot(curves, picture)
+    rows = [row for found in curves.values() for row in found]
+    cells = []
+    for mode, found in curves.items():
+        errors = [row["drift"] for row in found]
+        gradients = [row["gradient_error"] for row in found if row["gradient_error"] is not None]
+        cells.append(
+            [
+                mode.name,
+                number(median(errors)),
+                number(max(errors)),
+                number(max(gradients)),
+                str(max(row["keyframes"] for row in found)),
+                f"{found[0]['loss']:.3f}",
+                f"{found[-1]['loss']:.3f}",
+            ]
+        )
+    step, watched = meter_cost()
+    head = ["", "median error", "largest", "gradients, largest", "keyframes, most", "first loss", "last loss"]
+    lines = [
+        "## Drift through training",
+        "",
+        f"A RevNet of {DEPTH} of the paper's basic blocks in a row, 16 channels, on the 8x8 digits: {num_steps} updates",
+        f"of {BATCH} images, SGD with momentum, learning rate {LR:g}; the same weights and batches in all modes. *Error*:",
+        f"the largest of any block, measured every {EVERY} updates in the update itself; of gradients, beside the stored",
+        f"twin, every {GRADIENTS_EVERY}.",
+        "",
+        *table(head, cells),
+        f"![Errors through training in four modes]({picture.name})",
+        "",
+        f"A measured update took {watched:.1f} ms and any other {step:.1f} ms (medians of {NUM_TIMED} each, in turns), "
+        f"{100 * (watched / step - 1):+.1f} %;",
+        f"at every 100th update that is {(watched / step - 1):+.3f} % of the time.",
+        "",
+    ]
+    return Section(lines, rows)
+
+
+def trained(mode: Mode, num_steps: int) -> list[Row]:
+    model, optimizer = made(mode)
+    digits = Digits(BATCH, seed=1)
+    rows: list[Row] = []
+    for step in range(num_steps):
+        images, labels = digits.batch()
+        gradient_error = None
+        is_measured = step % EVERY == 0 or step == num_steps - 1
+        if step % GRADIENTS_EVERY == 0 or step == num_steps - 1:
+            with autocast(mode):
+                drift = measure_drift(
+                    model,
+                    images,
+                    loss=lambda logits, labels=labels: F.cross_entropy(logits, labels),
+                    gradients=True,
+                    autocast=torch.bfloat16 if mode.is_autocast else None,
+                )
+            assert drift.gradient is not None
+            gradient_error = drift.gradient.relative_error
+        meter = DriftMeter(is_quiet=True)
+        with meter.on() if is_measured else nullcontext(), autocast(mode), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReconstructionWarning)
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReconstructionWarning)
+            loss.backward()
+        optimizer.step()
+        if is_measured:
+            drift = drift_of(model, meter.records)
+            rows.append(
+                {
+                    "mode": mode.name,
+                    "update": step,
+                    "drift": drift.error,
+                    "amplification": drift.amplification,
+                    "keyframes": len(drift.keyframes),
+                    "gradient_error": gradient_error,
+                    "loss": loss.item(),
+                }
+            )
+    print(mode.name, rows[-1], flush=True)
+    return rows
+
+
+def made(mode: Mode) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = convolutions(DEPTH)
+    if mode.is_exact:
+        set_coupling(model, FixedPoint())
+    set_tolerance(model, mode.tolerance)
+    return model, torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=2e-4)
+
+
+def autocast(mode: Mode) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=mode.is_autocast)
+
+
+def meter_cost() -> tuple[float, float]:
+    """Milliseconds of an update, without and with the meter, in turns."""
+    model, optimizer = made(MODES[0])
+    digits = Digits(BATCH, seed=1)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(2 * NUM_TIMED + 4):
+        images, labels = digits.batch()
+        is_measured = turn % 2 == 1
+        start = time.perf_counter()
+        meter = DriftMeter()
+        with meter.on() if is_measured else nullcontext():
+            loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if is_measured:
+            drift_of(model, meter.records)
+        if turn >= 4:  # memory is allocated, kernels are chosen
+            seconds[is_measured].append(time.perf_counter() - start)
+    return 1000 * median(seconds[False]), 1000 * median(seconds[True])
+
+
+def number(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
+
+
+def plot(curves: dict[Mode, list[Row]], path: Path) -> None:
+    """The largest error of each measured update, a colour for each mode."""
+    figure = new_figure(8.5, 4.6)
+    axes = figure.subplots()
+    clear_frame(axes)
+    axes.set_yscale("log")
+    axes.set_xlabel("update")
+    axes.set_ylabel("largest relative error of any block")
+    for mode, rows in curves.items():
+        points = [(row["update"], row["drift"] or ZERO) for row in rows]
+        has_jumps = mode.is_autocast
+        axes.plot(
+            *zip(*points, strict=True),
+            color=mode.color,
+            marker=mode.marker,
+            markersize=4.5 if has_jumps else 3.5,
+            linewidth=0.5 if has_jumps else 1.6,
+            alpha=0.95,
+            label=mode.name,
+            clip_on=False,
+        )
+    axes.set_ylim(ZERO, 1)
+    axes.axhspan(1e-2, 1, color="#ee6677", alpha=0.08, linewidth=0)
+    axes.axhspan(ZERO, 1e-3, color="#4477aa", alpha=0.05, linewidth=0)
+    axes.set_yticks([ZERO, 1e-8, 1e-6, 1e-4, 1e-2, 1], ["0", "$10^{-8}$", "$10^{-6}$", "$10^{-4}$", "$10^{-2}$", "1"])
+    axes.minorticks_off()
+    axes.set_xlim(0, max(row["update"] for rows in curves.values() for row in rows))
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    save(figure, path)

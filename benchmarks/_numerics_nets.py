@@ -1,0 +1,59 @@
+"""The networks that `numerics.py` looks at, and the digits that they learn."""
+
+import torch
+from torch import Tensor, nn
+
+from revnet import ReversibleBlock, ReversibleSequential
+from revnet.data import load_dataset
+from revnet.models import RevNet
+
+
+def perceptron(width: int, scale: float) -> nn.Sequential:
+    """A residual function whose weights are PyTorch's, times `scale`."""
+    function = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+    with torch.no_grad():
+        for parameter in function.parameters():
+            parameter.mul_(scale)
+    return function
+
+
+def perceptrons(depth: int, width: int, scale: float) -> ReversibleSequential:
+    """Blocks without a norm, which keep what their weights amplify."""
+    return ReversibleSequential(
+        *[ReversibleBlock(perceptron(width, scale), perceptron(width, scale)) for _ in range(depth)]
+    )
+
+
+class PerceptronClassifier(nn.Module):
+    """A linear stem, perceptron blocks, a linear head."""
+
+    def __init__(self, depth: int, width: int, scale: float):
+        super().__init__()
+        self.stem = nn.Linear(64, 2 * width)
+        self.blocks = perceptrons(depth, width, scale)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x.flatten(1))))
+
+
+def convolutions(depth: int) -> RevNet:
+    """The paper's blocks at full resolution, `depth` of them behind one that is kept."""
+    model = RevNet(num_blocks=(depth + 1,), widths=(16, 16), in_channels=1, num_classes=10)
+    return model.to(memory_format=torch.channels_last)
+
+
+class Digits:
+    """Batches of the training images, the same for each run of one seed."""
+
+    def __init__(self, batch_size: int, seed: int):
+        split = load_dataset("digits").train
+        images = split.images.float()
+        self.images = (images - images.mean()) / images.std()
+        self.labels = split.labels
+        self._batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(self.labels), (self._batch_size,), generator=self._generator)
+        return self.images[index], self.labels[index]
