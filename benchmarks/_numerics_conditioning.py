@@ -46,9 +46,10 @@ def conditioning_section(num_steps: int) -> Section:
     lines = [
         "## Conditioning",
         "",
-        f"{DEPTH} perceptron blocks of {WIDTH} features, initial weights times {SCALE}, on the digits: {num_steps} updates",
-        f"of {BATCH} images by Adam, learning rate {LR:g}. The penalty is `conditioning_penalty(blocks, x, num_blocks=1)`,",
-        "times *weight*, in every update. Accuracy: of the training images. Errors: by `measure_drift`, on one batch.",
+        f"{DEPTH} perceptron blocks of {WIDTH} features, initial weights times {SCALE}, on the digits: {num_steps}",
+        f"updates of {BATCH} images by Adam, learning rate {LR:g}. The penalty is",
+        "`conditioning_penalty(blocks, x, num_blocks=1)`, times *weight*, in every update. Accuracy: of the training",
+        "images. Errors: by `measure_drift`, on one batch.",
         "",
         *table(head, cells),
     ]

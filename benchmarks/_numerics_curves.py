@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _memory_page import Row, Section, table
-from _numerics_nets import Digits, convolutions
+from _numerics_nets import Digits, PerceptronClassifier
 from torch import nn
 
 from revnet import FixedPoint, ReconstructionWarning, set_coupling, set_tolerance
@@ -19,7 +19,7 @@ from revnet._picture import clear_frame, new_figure, save
 from revnet.functional import DriftMeter
 from revnet.numerics import drift_of, measure_drift
 
-DEPTH, BATCH, LR = 48, 50, 0.1
+DEPTH, WIDTH, SCALE, BATCH, LR = 64, 32, 2, 100, 3e-3
 EVERY, GRADIENTS_EVERY = 5, 50
 NUM_TIMED = 15
 ZERO = 1e-10
@@ -69,10 +69,10 @@ def curves_section(num_steps: int, picture: Path) -> Section:
     lines = [
         "## Drift through training",
         "",
-        f"A RevNet of {DEPTH} of the paper's basic blocks in a row, 16 channels, on the 8x8 digits: {num_steps} updates",
-        f"of {BATCH} images, SGD with momentum, learning rate {LR:g}; the same weights and batches in all modes. *Error*:",
-        f"the largest of any block, measured every {EVERY} updates in the update itself; of gradients, beside the stored",
-        f"twin, every {GRADIENTS_EVERY}.",
+        f"{DEPTH} perceptron blocks of {WIDTH} features, initial weights times {SCALE}, on the digits: {num_steps}",
+        f"updates of {BATCH} images by Adam, learning rate {LR:g}; the same weights and batches in all modes. *Error*:",
+        f"the largest of any block, measured every {EVERY} updates in the update itself; of gradients, beside the",
+        f"stored twin, every {GRADIENTS_EVERY}.",
         "",
         *table(head, cells),
         f"![Errors through training in four modes]({picture.name})",
@@ -132,11 +132,11 @@ def trained(mode: Mode, num_steps: int) -> list[Row]:
 
 def made(mode: Mode) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = convolutions(DEPTH)
+    model = PerceptronClassifier(DEPTH, WIDTH, SCALE)
     if mode.is_exact:
         set_coupling(model, FixedPoint())
     set_tolerance(model, mode.tolerance)
-    return model, torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=2e-4)
+    return model, torch.optim.Adam(model.parameters(), lr=LR)
 
 
 def autocast(mode: Mode) -> Any:

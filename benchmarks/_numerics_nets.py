@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from revnet import ReversibleBlock, ReversibleSequential
 from revnet.data import load_dataset
-from revnet.models import RevNet
 
 
 def perceptron(width: int, scale: float) -> nn.Sequential:
@@ -35,12 +34,6 @@ class PerceptronClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x.flatten(1))))
-
-
-def convolutions(depth: int) -> RevNet:
-    """The paper's blocks at full resolution, `depth` of them behind one that is kept."""
-    model = RevNet(num_blocks=(depth + 1,), widths=(16, 16), in_channels=1, num_classes=10)
-    return model.to(memory_format=torch.channels_last)
 
 
 class Digits:
