@@ -73,7 +73,7 @@ class NiceConfig:
     beta2: float = 0.999
     """How long AdamW remembers squared gradients."""
 
-    weight_decay: float = 0.5
+    weight_decay: float = 2.0
     """Decay of the weights of the linear layers, times the learning rate; digits are few, and overfitted with less."""
 
     max_grad_norm: float | None = 10.0
