@@ -26,7 +26,7 @@ from revnet import (
 )
 from revnet.functional import Affine
 from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
-from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock
+from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock, MultiStreamBlock
 
 
 class ConvResidual(nn.Module):
@@ -281,6 +281,13 @@ CASES = [
         "fixed-point-mlp",
         lambda: ReversibleBlock(mlp(3), mlp(3), split_dim=-1, coupling=FixedPoint(40, is_wide=True)),
         (4, 6),
+    ),
+    Case("three-streams", lambda: MultiStreamBlock(mlp(2), mlp(2), mlp(2)), (4, 6)),
+    Case(
+        "four-affine-streams",
+        lambda: MultiStreamBlock(*[scaling_mlp(2) for _ in range(4)], split_dim=-1, coupling=Affine()),
+        (4, 8),
+        density=True,
     ),
     Case("momentum", lambda: MomentumBlock(mlp(3), gamma=0.8), (4, 6), density=True),
     Case(

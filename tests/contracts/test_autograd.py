@@ -253,7 +253,7 @@ def test_saved_tensors_hooks_around_it(case):
 @pytest.mark.parametrize("input_requires_grad", [True, False])
 def test_frozen_parameters(case, policy, input_requires_grad):
     sequence = case.sequence(DEPTH, policy)
-    for frozen in (sequence[0], sequence[2].f):
+    for frozen in (sequence[0], residual_functions(sequence[2])[0]):
         frozen.requires_grad_(False)
 
     def step(module, x, args, kwargs):
@@ -267,7 +267,7 @@ def test_frozen_parameters(case, policy, input_requires_grad):
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_unused(case, used):
     def step(module, x, args, kwargs):
-        pair = x.chunk(2, module[0].split_dim)
+        pair = x.chunk(module[0].num_streams, module[0].split_dim)
         squares(module(pair, *args, **kwargs)[used]).backward()
 
     assert_trains_as_twin(case.sequence(3), case, step)

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 # What PyTorch refuses to trace, in the stored twin too.
 UNTRACEABLE = {"recurrent"}
+# What the operators do not take.
+UNTRACEABLE |= {"three-streams", "four-affine-streams"}
 TRACEABLE = [case for case in CASES if case.name not in UNTRACEABLE]
 all_traceable_cases = pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
 
@@ -72,6 +74,13 @@ def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast
 @all_traceable_cases
 def test_one_graph_trains_as_the_twin(case):
     assert_steps_as_twin(case.sequence(3), case)
+
+
+def test_more_than_two_streams_are_refused():
+    case = CASE["three-streams"]
+    compiled = torch.compile(case.sequence(3), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="3 streams cannot be compiled as a whole; compile the residual functions"):
+        compiled(case.input())
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_single_function_holds_its_input_only():
     function = ConvResidual(32)
     x1, x2 = torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)
     with LiveBytes([x1, x2, *function.parameters(), *function.buffers()]) as counter:
-        y1, y2 = reversible([HalfBlock(function, 0)], x1, x2, (), {})
+        y1, y2 = reversible([HalfBlock(function, 0)], (x1, x2), (), {})
         loss = y1.sum()
         assert y2 is x2
         assert counter.live_bytes == CONV_STREAM + 4  # y1 and the loss
@@ -114,7 +114,7 @@ def test_a_single_function_holds_its_input_only():
         loss.backward()
     gradients = [parameter.grad.clone() for parameter in function.parameters()]
     function.zero_grad()
-    stored([HalfBlock(function, 0)], x1, x2, (), {})[0].sum().backward()
+    stored([HalfBlock(function, 0)], (x1, x2), (), {})[0].sum().backward()
     for gradient, parameter in zip(gradients, function.parameters(), strict=True):
         assert torch.equal(gradient, parameter.grad)  # nothing was rebuilt, so nothing was rounded
 

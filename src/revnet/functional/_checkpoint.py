@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet._types import TensorPair
+from revnet._types import Streams
 from revnet.functional._call import Call
 from revnet.functional._half_block import HalfBlock, run_chain
 from revnet.functional._recompute import Conditions, tensors_in
@@ -24,8 +24,8 @@ from revnet.functional._storage import version_of
 
 
 def checkpointed(
-    half_blocks: Sequence[HalfBlock], x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TensorPair:
+    half_blocks: Sequence[HalfBlock], streams: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Streams:
     """Run half-blocks and keep the stream that each one reads; the backward pass computes the rest again.
 
     Arguments, results and errors are those of `reversible`.
@@ -35,15 +35,16 @@ def checkpointed(
     """
 
     def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
-        # A chain of one: of its final pair, the run holds the stream that the function reads, since nothing else is
-        # ever read again.
+        # A chain of one: of its final streams, the run holds the one that the function reads, since nothing else is
+        # ever read again. Where gradients depend on the stream that it updates, that one too, as it was.
         alone = [half_block._replace(owner=None)]
-        streams[0], streams[1], _ = run_reversible(alone, streams[0], streams[1], args, kwargs)
+        keeps_input = not half_block.coupling.passes_gradients
+        streams[:] = run_reversible(alone, tuple(streams), args, kwargs, keeps_input=keeps_input)[0]
 
-    streams = [x1, x2]
-    del x1, x2
-    run_chain(half_blocks, streams, args, kwargs, advance)
-    return streams[0], streams[1]
+    running = list(streams)
+    del streams
+    run_chain(half_blocks, running, args, kwargs, advance)
+    return tuple(running)
 
 
 def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

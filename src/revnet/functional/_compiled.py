@@ -40,7 +40,7 @@ from revnet.functional._storage import is_only_owner, storage_key, version_of
 
 
 def compiled(
-    half_blocks: Sequence[HalfBlock], x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    half_blocks: Sequence[HalfBlock], streams: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> TensorPair | None:
     """`reversible`, for `torch.compile` to trace; not to be called otherwise.
 
@@ -48,8 +48,14 @@ def compiled(
         The streams after the half-blocks; None, and nothing was done, if no gradient will be wanted of them.
 
     Raises:
-        NotImplementedError: A function's parameters are sharded, or functions share a buffer.
+        NotImplementedError: A function's parameters are sharded, functions share a buffer, or streams are not two.
     """
+    if len(streams) != 2:
+        raise NotImplementedError(
+            f"{len(streams)} streams cannot be compiled as a whole; compile the residual functions instead: "
+            "`for function in block.functions: function.compile()`."
+        )
+    x1, x2 = streams
     for half_block in half_blocks:
         if half_block.owner is not None:
             raise hooks_are_not_compiled(half_block)

@@ -6,12 +6,12 @@ Dinh et al. 2015, NICE).
 
 import abc
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
-from revnet._types import TensorPair
+from revnet._types import Streams, TensorPair
 
 
 class AbstractCoupling(abc.ABC):
@@ -114,20 +114,27 @@ class Additive(AbstractCoupling):
         """None: there is rounding at every magnitude."""
 
 
-def split(x: Tensor | TensorPair, dim: int) -> TensorPair:
-    """Split `x` into its two streams, halves along `dim`; a pair is taken as it is.
+@overload
+def split(x: Tensor | TensorPair, dim: int) -> TensorPair: ...
+@overload
+def split(x: Tensor | Streams, dim: int, num_streams: int) -> Streams: ...
+
+
+def split(x: Tensor | Streams, dim: int, num_streams: int = 2) -> Streams:
+    """Split `x` into its streams, equal parts along `dim`; a pair, or a tuple of as many, is taken as it is.
 
     Args:
-        x: An activation with an even size along `dim`, or the pair `(x1, x2)`.
-        dim: The dimension to halve; 1 for the channels of images, -1 for the features of sequences.
+        x: An activation whose size along `dim` can be divided, or the streams `(x1, x2)`.
+        dim: The dimension to split; 1 for the channels of images, -1 for the features of sequences.
+        num_streams: How many streams.
 
     Returns:
-        `(x1, x2)`. Halves of a tensor are copies laid out densely: residual functions run on them many times, and
+        `(x1, x2)`. Parts of a tensor are copies laid out densely: residual functions run on them many times, and
         kernels are slower on a strided view, or even round differently.
 
     Raises:
-        TypeError: `x` is neither a tensor nor a pair of tensors, or is not floating-point.
-        ValueError: `x` has no dimension `dim`, or an odd size along it.
+        TypeError: `x` is neither a tensor nor as many tensors, or is not floating-point.
+        ValueError: `x` has no dimension `dim`, or a size along it that cannot be divided.
     """
     if isinstance(x, Tensor):
         _check_stream("x", x)
@@ -137,21 +144,27 @@ def split(x: Tensor | TensorPair, dim: int) -> TensorPair:
                 f"pass one from {-x.dim()} to {x.dim() - 1}."
             )
         size = x.shape[dim]
-        if size % 2:
+        if size % num_streams:
+            must = "even" if num_streams == 2 else f"a multiple of {num_streams}"
             raise ValueError(
-                f"`x` has size {size} along dimension {dim} (shape {tuple(x.shape)}), which must be even, since a "
-                f"reversible block splits it in two; use {size + 1} channels, or pass a pair (x1, x2)."
+                f"`x` has size {size} along dimension {dim} (shape {tuple(x.shape)}), which must be {must}, since a "
+                f"reversible block splits it in {_names(num_streams)[0]}; use "
+                f"{-(-size // num_streams) * num_streams} channels, or pass {_names(num_streams)[1]}."
             )
-        x1, x2 = x.chunk(2, dim)
-        return x1.clone(), x2.clone()
-    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        return tuple([part.clone() for part in x.chunk(num_streams, dim)])
+    if not isinstance(x, (tuple, list)) or len(x) != num_streams:
         raise TypeError(
-            f"`x` (={_describe(x)}) must be a tensor, which is split in two, or a pair of tensors (x1, x2)."
+            f"`x` (={_describe(x)}) must be a tensor, which is split in {_names(num_streams)[0]}, or "
+            f"{_names(num_streams)[1]}."
         )
-    x1, x2 = x
-    _check_stream("x1", x1)
-    _check_stream("x2", x2)
-    return x1, x2
+    for index, stream in enumerate(x):
+        _check_stream(f"x{index + 1}", stream)
+    return tuple(x)
+
+
+def _names(num_streams: int) -> tuple[str, str]:
+    """In how many parts a tensor is split, and what may be passed in its place."""
+    return ("two", "a pair of tensors (x1, x2)") if num_streams == 2 else (f"{num_streams}", f"{num_streams} tensors")
 
 
 def additive(x: Tensor, residual: Tensor, name: str = "f") -> Tensor:

@@ -3,12 +3,13 @@
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from revnet._types import Streams
 from revnet.errors import ReconstructionError
 from revnet.functional._coupling import AbstractCoupling, Additive
 from revnet.functional._storage import has_values, largest_element, storage_key, version_of
@@ -17,13 +18,14 @@ _ADDITIVE = Additive()
 
 
 class HalfBlock(NamedTuple):
-    """One residual function and the stream that it updates from the other one.
+    """One residual function and the stream that it updates from another one.
 
     A reversible block is two of them: `y1 = x1 + f(x2)` updates stream 0, then `y2 = x2 + g(y1)` updates stream 1.
     """
 
     function: nn.Module
-    updates: Literal[0, 1]
+    updates: int
+    """The stream that it updates, counted from 0."""
     name: str = "f"
     """The function's place in the model, for errors: "blocks.3.f"."""
     owner: nn.Module | None = None
@@ -34,10 +36,17 @@ class HalfBlock(NamedTuple):
     """What the function is given, if not the stream's own type."""
     log_dets: list[Tensor] | None = None
     """Where its log-determinant, (B,), is added up if somebody asks for it: a list of one sum, empty at zero."""
+    source: int | None = None
+    """The stream that it reads; None for the other one of two."""
+
+    @property
+    def reads_stream(self) -> int:
+        """The stream that it reads, counted from 0."""
+        return 1 - self.updates if self.source is None else self.source
 
 
 Advance = Callable[[HalfBlock, list[Tensor]], None]
-"""Runs one half-block on a list of two streams, in which it puts the new one."""
+"""Runs one half-block on a list of streams, in which it puts the new one."""
 
 
 def run_chain(
@@ -94,30 +103,30 @@ def _run_through_hooks(
 ) -> None:
     """Call `owner` on the streams; its `forward` finds by `call_within` that it is part of a chain, and hands over."""
 
-    def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
         _check_same("input", group[0].name, (tuple(streams), args, kwargs), (x, args_within, kwargs_within))
         streams[:] = x
         for half_block in group:
             advance(half_block, streams)
-        return streams[0], streams[1]
+        return tuple(streams)
 
     before = getattr(_calls, "within", None)
     _calls.within = (owner, run)
     try:
-        y = owner((streams[0], streams[1]), *args, **kwargs)
+        y = owner(tuple(streams), *args, **kwargs)
     finally:
         _calls.within = before
     _check_same("output", group[0].name, tuple(streams), y)
     streams[:] = y
 
 
-def call_within(owner: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def call_within(owner: nn.Module) -> Callable[..., Streams] | None:
     """What `owner.forward` must call with all its arguments, if it is called for its hooks as part of a chain."""
     within = None if torch.compiler.is_dynamo_compiling() else getattr(_calls, "within", None)
     if within is None or within[0] is not owner:
         return None
     _calls.within = None
-    run: Callable[..., tuple[Tensor, Tensor]] = within[1]
+    run: Callable[..., Streams] = within[1]
     return run
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revnet._types import TensorPair
+from revnet._types import Streams
 from revnet.errors import ReconstructionError
 from revnet.functional._call import Call
 from revnet.functional._compiled import compiled
@@ -40,8 +40,8 @@ from revnet.functional._storage import has_values, is_only_owner, largest_elemen
 
 
 def stored(
-    half_blocks: Sequence[HalfBlock], x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TensorPair:
+    half_blocks: Sequence[HalfBlock], streams: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Streams:
     """Run half-blocks by ordinary autograd, which stores every activation: the twin of `reversible`.
 
     The same numbers at the price of memory that grows with depth; no time is spent on recomputation. Arguments, results
@@ -49,23 +49,22 @@ def stored(
     """
 
     def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
-        residual = residual_of(half_block, streams[1 - half_block.updates], args, kwargs)
+        residual = residual_of(half_block, streams[half_block.reads_stream], args, kwargs)
         streams[half_block.updates] = join(half_block, streams[half_block.updates], residual)
 
-    streams = [x1, x2]
-    run_chain(half_blocks, streams, args, kwargs, advance)
-    return streams[0], streams[1]
+    running = list(streams)
+    run_chain(half_blocks, running, args, kwargs, advance)
+    return tuple(running)
 
 
 def reversible(
-    half_blocks: Sequence[HalfBlock], x1: Tensor, x2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TensorPair:
-    """Run half-blocks and keep only the final pair of streams; the backward pass rebuilds the rest.
+    half_blocks: Sequence[HalfBlock], streams: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Streams:
+    """Run half-blocks and keep only the final streams; the backward pass rebuilds the rest.
 
     Args:
         half_blocks: The residual functions in order, each with the stream that it updates.
-        x1: The first stream. Not modified.
-        x2: The second stream. Not modified.
+        streams: The streams, two or more. Not modified.
         args: Further positional arguments of every residual function.
         kwargs: Keyword arguments of every residual function.
 
@@ -85,68 +84,71 @@ def reversible(
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7 and Algorithm 1.
     """
-    y1, y2, _ = run_reversible(half_blocks, x1, x2, args, kwargs)
-    return y1, y2
+    return run_reversible(half_blocks, streams, args, kwargs)[0]
 
 
 def inverse(
-    half_blocks: Sequence[HalfBlock], y1: Tensor, y2: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> TensorPair:
+    half_blocks: Sequence[HalfBlock], streams: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Streams:
     """Compute the streams before the half-blocks from those after them.
 
     Runs by ordinary autograd and is differentiable. Buffers (batch-norm statistics) are left as they are. In training
     mode batch norm uses the statistics of this batch, as the forward pass did; random functions such as dropout do
     not repeat the forward pass's draw, so invert those in evaluation mode.
     """
-    streams = [y1, y2]
+    running = list(streams)
     tensors = tensors_in(args, kwargs)
     for half_block in reversed(half_blocks):
-        source = streams[1 - half_block.updates]
+        source = running[half_block.reads_stream]
         with Conditions(half_block.function, source, tensors).restored():
             residual = residual_of(half_block, source, args, kwargs)
-        y = streams[half_block.updates]
+        y = running[half_block.updates]
         check_magnitude(half_block, y)
-        streams[half_block.updates] = half_block.coupling.part(y, residual, half_block.name)
-    return streams[0], streams[1]
+        running[half_block.updates] = half_block.coupling.part(y, residual, half_block.name)
+    return tuple(running)
 
 
 def run_reversible(
     half_blocks: Sequence[HalfBlock],
-    x1: Tensor,
-    x2: Tensor,
+    streams: Sequence[Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     guard: Guard | None = None,
-) -> tuple[Tensor, Tensor, "ReversibleRun | None"]:
-    """`reversible`, and the run that holds the final pair; None where autograd saved nothing.
+    *,
+    keeps_input: bool = False,
+) -> tuple[Streams, "ReversibleRun | None"]:
+    """`reversible`, and the run that holds the final streams; None where autograd saved nothing.
 
-    A `guard` bounds the error of what is rebuilt, where it can have one.
+    A `guard` bounds the error of what is rebuilt, where it can have one. A chain of one half-block that `keeps_input`
+    holds it in place of what it returned: then nothing is rebuilt.
     """
     if not torch.is_grad_enabled():
-        return *stored(half_blocks, x1, x2, args, kwargs), None
+        return stored(half_blocks, streams, args, kwargs), None
     if torch.compiler.is_dynamo_compiling():
-        streams_within = compiled(half_blocks, x1, x2, args, kwargs) or stored(half_blocks, x1, x2, args, kwargs)
-        return *streams_within, None
+        return compiled(half_blocks, streams, args, kwargs) or stored(half_blocks, streams, args, kwargs), None
     is_rebuilt = len(half_blocks) > 1  # Of one, nothing is.
     if not is_rebuilt or all(half_block.coupling.is_exact for half_block in half_blocks):
         guard = None
     elif guard is None:
-        warn_of_low_precision(half_blocks[0], x1)
-    if guard is not None and x1.is_cuda and torch.cuda.is_current_stream_capturing():
+        warn_of_low_precision(half_blocks[0], streams[0])
+    if guard is not None and streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise NotImplementedError(
             "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph: what it computes depends "
             "on what it measures; reverse exactly with `set_coupling(model, FixedPoint())`."
         )
-    is_placing = guard is not None and has_values(x1) and guard.begin(half_blocks[0].name)
+    is_placing = guard is not None and has_values(streams[0]) and guard.begin(half_blocks[0].name)
     run = ReversibleRun(args, kwargs, is_watched=is_rebuilt, guard=guard, is_placing=is_placing)
-    streams = [x1, x2]
-    del x1, x2  # From here on the streams may be freed as soon as they are used.
-    run_chain(half_blocks, streams, args, kwargs, run.advance)
-    y1, y2 = streams
+    running = list(streams)
+    before = streams if keeps_input else None
+    del streams  # From here on the streams may be freed as soon as they are used.
+    run_chain(half_blocks, running, args, kwargs, run.advance)
     if not run.needs_rebuilding:
-        return y1, y2, None
-    run.hold(y1, y2)
-    return y1, y2, run
+        return tuple(running), None
+    if before is not None:
+        run.hold_input(before)
+    else:
+        run.hold(*running)
+    return tuple(running), run
 
 
 class ReversibleRun:
@@ -185,7 +187,7 @@ class ReversibleRun:
 
     def advance(self, half_block: HalfBlock, streams: list[Tensor]) -> None:
         """Run the next half-block on `streams`, keeping none of its activations."""
-        source, stream = streams[1 - half_block.updates], streams[half_block.updates]
+        source, stream = streams[half_block.reads_stream], streams[half_block.updates]
         coupling, name = half_block.coupling, half_block.name
         call = Call(name, Conditions(half_block.function, source, self._tensors))
         index = len(self._steps)
@@ -222,7 +224,7 @@ class ReversibleRun:
         self._has_begun = True
         self._check_magnitudes()
         if self._watch is not None and self._held is not None:
-            self._watch.begin([self._held.peek(which) for which in (0, 1)])
+            self._watch.begin(self._held.peek())
         if self._guard is not None and self._is_placing:
             self._guard.forget({step.half_block.name for step in self._steps})
 
@@ -248,15 +250,22 @@ class ReversibleRun:
         for (index, norm), magnitude in zip(magnitudes, torch.stack([m for _, m in magnitudes]).tolist(), strict=True):
             check_range(self._steps[index].half_block, magnitude, norm.dtype)
 
-    def hold(self, y1: Tensor, y2: Tensor) -> None:
-        """Hold the final pair, or the same values seen through another tensor (the halves of the caller's output)."""
-        layouts = self._held.layouts if self._held is not None else (y1.stride(), y2.stride())
-        streams: list[Tensor | None] = [y1.detach(), y2.detach()]
+    def hold(self, *streams: Tensor) -> None:
+        """Hold the final streams, or the same values seen through another tensor (the parts of the caller's output)."""
+        layouts = self._held.layouts if self._held is not None else tuple(stream.stride() for stream in streams)
+        held: list[Tensor | None] = [stream.detach() for stream in streams]
         last = self._steps[-1].half_block
         if self._first_with_slots == len(self._steps) - 1 and last.coupling.passes_gradients:
-            # Only the last function runs again, and nothing below it: the stream that it updates is never read.
-            streams[last.updates] = None
-        self._held = _Streams(len(self._steps), streams, layouts)
+            # Only the last function runs again, and nothing below it: no stream but the one that it reads is needed.
+            held = [stream if which == last.reads_stream else None for which, stream in enumerate(held)]
+        self._held = _Streams(len(self._steps), held, layouts)
+
+    def hold_input(self, streams: Sequence[Tensor]) -> None:
+        """Hold what the only half-block began with."""
+        (step,) = self._steps
+        needed = (step.half_block.reads_stream, step.half_block.updates)
+        held = [stream.detach() if which in needed else None for which, stream in enumerate(streams)]
+        self._held = _Streams(0, held, tuple(stream.stride() for stream in streams))
 
     def rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""
@@ -375,10 +384,10 @@ class ReversibleRun:
         if self._watch is not None and distance > 0:
             if self._guard is not None:
                 self._keep_to_the_truth(streams, index, self._guard)
-            source = streams.read(1 - half_block.updates).detach()
+            source = streams.read(half_block.reads_stream).detach()
             self._watch.compare(index, source, half_block, distance)
         else:
-            source = streams.read(1 - half_block.updates).detach()
+            source = streams.read(half_block.reads_stream).detach()
         return source.requires_grad_(source_requires_grad)
 
     def _is_rounded(self, streams: "_Streams", index: int) -> bool:
@@ -390,15 +399,15 @@ class ReversibleRun:
     def _keep_to_the_truth(self, streams: "_Streams", index: int, guard: Guard) -> None:
         """Unless what function `index` reads is near enough to what it read, put the true pair into `streams`."""
         assert self._watch is not None
-        updates = self._steps[index].half_block.updates
-        error = self._watch.error_of(index, streams.read(1 - updates))
+        source = self._steps[index].half_block.reads_stream
+        error = self._watch.error_of(index, streams.read(source))
         if error is None or not has_values(error) or not guard.is_broken(float(error), is_placing=self._is_placing):
             return
         position = index + 1
         name = self._steps[position].half_block.name
         is_alone = streams.origin - position == 1
         streams.become(self._true_pair(position))
-        true_error = float(self._watch.error_of(index, streams.read(1 - updates)))  # type: ignore[arg-type]
+        true_error = float(self._watch.error_of(index, streams.read(source)))  # type: ignore[arg-type]
         if math.isnan(true_error):  # The model's own, which no keyframe mends.
             self._guard = None
         elif true_error > 0 and guard.is_broken(true_error, is_placing=False):
@@ -430,7 +439,7 @@ class ReversibleRun:
     def _step_forward(self, pair: "_Streams") -> "_Streams":
         """The pair behind the next half-block."""
         half_block, source_requires_grad, stream_requires_grad, call = self._steps[pair.position]
-        source = pair.read(1 - half_block.updates).detach().requires_grad_(source_requires_grad)
+        source = pair.read(half_block.reads_stream).detach().requires_grad_(source_requires_grad)
         x = pair.read(half_block.updates).detach()
         coupling, name = half_block.coupling, half_block.name
 
@@ -441,9 +450,8 @@ class ReversibleRun:
             return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
 
         result = call.repeat(compute, fill=False, is_rounded=False, needs_result=True).detach()
-        streams = [x, x]
-        streams[half_block.updates] = coupling.join(x, result, name) if coupling.passes_gradients else result
-        streams[1 - half_block.updates] = source
+        y = coupling.join(x, result, name) if coupling.passes_gradients else result
+        streams = [y if which == half_block.updates else pair.read(which) for which in range(len(pair.layouts))]
         return _Streams.of(pair.position + 1, streams)
 
 
@@ -459,9 +467,7 @@ class _Step(NamedTuple):
 class _Streams:
     """A pair of streams at a position in the chain: `position` half-blocks lie before it."""
 
-    def __init__(
-        self, position: int, tensors: Sequence[Tensor | None], layouts: tuple[tuple[int, ...], tuple[int, ...]]
-    ):
+    def __init__(self, position: int, tensors: Sequence[Tensor | None], layouts: tuple[tuple[int, ...], ...]):
         self.position = position
         self.origin = position
         """The position at which the pair was true; from there it was rebuilt."""
@@ -472,7 +478,7 @@ class _Streams:
     @classmethod
     def of(cls, position: int, streams: Sequence[Tensor]) -> "_Streams":
         """The pair of `streams`, as they lie."""
-        return cls(position, [each.detach() for each in streams], (streams[0].stride(), streams[1].stride()))
+        return cls(position, [each.detach() for each in streams], tuple(each.stride() for each in streams))
 
     def fork(self) -> "_Streams":
         """The same pair, to be walked back on its own. It sees the same memory, so neither writes to it."""
@@ -487,12 +493,12 @@ class _Streams:
         self._tensors, self._versions = other._tensors, other._versions
 
     def read(self, which: int) -> Tensor:
-        """Stream 0 or 1, laid out as the forward pass laid it out."""
+        """One stream, laid out as the forward pass laid it out."""
         self._check_version(which)
         tensor = self._tensors[which]
         assert tensor is not None
         if tensor.stride() != self.layouts[which]:
-            # Both at once: halves of one output share its memory, of which neither would let go alone.
+            # All at once: parts of one output share its memory, of which none would let go alone.
             for each, other in enumerate(self._tensors):
                 if other is not None and other.stride() != self.layouts[each]:
                     self._check_version(each)
@@ -512,9 +518,9 @@ class _Streams:
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
 
-    def peek(self, which: int) -> Tensor | None:
-        """The stream as it lies, if it is held."""
-        return self._tensors[which]
+    def peek(self) -> list[Tensor | None]:
+        """The streams as they lie, those that are held."""
+        return self._tensors
 
     def take(self, which: int) -> Tensor:
         """`read` without keeping it, so that the caller is its only owner unless somebody else sees the memory."""

@@ -81,9 +81,9 @@ class Downsample(nn.Module, AbstractPolicyHolder):
         x1, x2 = x
         # The shortcuts stay in the streams' precision: under autocast a projection comes in a lower one.
         y1 = self.shortcut1(x1).to(x1.dtype)
-        y1, x2, _ = self._policy.run([HalfBlock(self.f, 0, "downsample.f")], y1, x2, (), {})
+        (y1, x2), _ = self._policy.run([HalfBlock(self.f, 0, "downsample.f")], (y1, x2), (), {})
         y2 = self.shortcut2(x2).to(x2.dtype)
-        y1, y2, _ = self._policy.run([HalfBlock(self.g, 1, "downsample.g")], y1, y2, (), {})
+        (y1, y2), _ = self._policy.run([HalfBlock(self.g, 1, "downsample.g")], (y1, y2), (), {})
         return y1, y2
 
 

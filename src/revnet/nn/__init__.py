@@ -10,6 +10,7 @@ from revnet.nn._invertible import AbstractInvertible as AbstractInvertible
 from revnet.nn._invertible_conv import InvertibleConv1x1 as InvertibleConv1x1
 from revnet.nn._invertible_sequential import InvertibleSequential as InvertibleSequential
 from revnet.nn._momentum_block import MomentumBlock as MomentumBlock
+from revnet.nn._multi_stream_block import MultiStreamBlock as MultiStreamBlock
 from revnet.nn._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn._policy import AbstractModulePolicy as AbstractModulePolicy
 from revnet.nn._policy import AbstractPolicy as AbstractPolicy

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet._types import Streams
 from revnet.functional import Guard, HalfBlock, ReversibleRun, run_reversible
 from revnet.nn._policy import AbstractPolicy
 
@@ -23,13 +24,12 @@ class GuardedReverse(AbstractPolicy):
     def run(
         self,
         half_blocks: Sequence[HalfBlock],
-        x1: Tensor,
-        x2: Tensor,
+        streams: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
-        """Run `half_blocks`, keeping the final pair of streams, the first one, and those at keyframes."""
-        return run_reversible(half_blocks, x1, x2, args, kwargs, self._guard)
+    ) -> tuple[Streams, ReversibleRun | None]:
+        """Run `half_blocks`, keeping the final streams, the first one, and those at keyframes."""
+        return run_reversible(half_blocks, streams, args, kwargs, self._guard)
 
 
 def checked_tolerance(tolerance: float | None) -> float | None:

@@ -45,8 +45,8 @@ class InvertibleSequential(AbstractInvertible):
                     "or a reversible block; put what is not into the functions of a block, or behind the network."
                 )
         self.layers = nn.ModuleList()
-        # Blocks that split along the same dimension run together.
-        for _, group in groupby(layers, _split_dim):
+        # Blocks that split alike run together.
+        for _, group in groupby(layers, _split):
             members = list(group)
             blocks = [layer for layer in members if isinstance(layer, AbstractReversibleBlock)]
             self.layers.extend([ReversibleSequential(*blocks, policy=policy)] if blocks else members)
@@ -82,5 +82,5 @@ class InvertibleSequential(AbstractInvertible):
         return cast("list[AbstractInvertible]", list(self.layers))
 
 
-def _split_dim(layer: nn.Module) -> int | None:
-    return layer.split_dim if isinstance(layer, AbstractReversibleBlock) else None
+def _split(layer: nn.Module) -> tuple[int, int] | None:
+    return (layer.split_dim, layer.num_streams) if isinstance(layer, AbstractReversibleBlock) else None

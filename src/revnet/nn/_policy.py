@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revnet._types import Streams
 from revnet.functional import (
     HalfBlock,
     ReversibleRun,
@@ -30,11 +31,10 @@ class AbstractPolicy(abc.ABC):
     def run(
         self,
         half_blocks: Sequence[HalfBlock],
-        x1: Tensor,
-        x2: Tensor,
+        streams: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
+    ) -> tuple[Streams, ReversibleRun | None]:
         """Run `half_blocks` on the streams.
 
         Returns:
@@ -54,7 +54,7 @@ class AbstractModulePolicy(AbstractPolicy):
 class Reverse(AbstractPolicy):
     """Rebuild the activations in the backward pass: memory that does not grow with depth. The default.
 
-    Memory: the final pair of streams of consecutive blocks, and the activations of one residual function at a time.
+    Memory: the final streams of consecutive blocks, and the activations of one residual function at a time.
     Time: one more forward pass of each residual function, in theory a third more per step.
     Accuracy: the output is exact; gradients carry the rounding of the rebuilt streams, which grows with depth.
     """
@@ -62,13 +62,12 @@ class Reverse(AbstractPolicy):
     def run(
         self,
         half_blocks: Sequence[HalfBlock],
-        x1: Tensor,
-        x2: Tensor,
+        streams: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
-        """Run `half_blocks`, keeping only the final pair of streams."""
-        return run_reversible(half_blocks, x1, x2, args, kwargs)
+    ) -> tuple[Streams, ReversibleRun | None]:
+        """Run `half_blocks`, keeping only the final streams."""
+        return run_reversible(half_blocks, streams, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,12 @@ class Checkpoint(AbstractModulePolicy):
     def run(
         self,
         half_blocks: Sequence[HalfBlock],
-        x1: Tensor,
-        x2: Tensor,
+        streams: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
+    ) -> tuple[Streams, ReversibleRun | None]:
         """Run `half_blocks`, keeping the stream that each of them reads."""
-        return *checkpointed(half_blocks, x1, x2, args, kwargs), None
+        return checkpointed(half_blocks, streams, args, kwargs), None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module`, keeping its arguments."""
@@ -114,14 +112,13 @@ class Offload(AbstractModulePolicy):
     def run(
         self,
         half_blocks: Sequence[HalfBlock],
-        x1: Tensor,
-        x2: Tensor,
+        streams: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
+    ) -> tuple[Streams, ReversibleRun | None]:
         """Run `half_blocks` by ordinary autograd, with what it saves on the host."""
         functions = [half_block.function for half_block in half_blocks]
-        return *offloaded(lambda: stored(half_blocks, x1, x2, args, kwargs), functions, args, kwargs), None
+        return offloaded(lambda: stored(half_blocks, streams, args, kwargs), functions, args, kwargs), None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module` by ordinary autograd, with what it saves on the host."""
@@ -138,13 +135,12 @@ class Store(AbstractModulePolicy):
     def run(
         self,
         half_blocks: Sequence[HalfBlock],
-        x1: Tensor,
-        x2: Tensor,
+        streams: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, ReversibleRun | None]:
+    ) -> tuple[Streams, ReversibleRun | None]:
         """Run `half_blocks` by ordinary autograd."""
-        return *stored(half_blocks, x1, x2, args, kwargs), None
+        return stored(half_blocks, streams, args, kwargs), None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module` by ordinary autograd."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from revnet._types import TensorPair
+from revnet._types import Streams
 from revnet.functional import HalfBlock, inverse, split
 from revnet.nn._policy import AbstractPolicy
 
@@ -28,37 +28,38 @@ def has_hooks(module: nn.Module) -> bool:
 
 def run_forward(
     segments: Sequence[Segment],
-    x: Tensor | TensorPair,
+    x: Tensor | Streams,
     split_dim: int,
+    num_streams: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     log_dets: list[Tensor] | None = None,
 ) -> Any:
-    """Run `segments` in order on `x`; the output has the form of `x`, a tensor or a pair.
+    """Run `segments` in order on `x`; the output has the form of `x`, a tensor or a tuple.
 
     The half-blocks put their log-determinants into `log_dets`, if it is given.
     """
     first = segments[0][1][0] if segments else None
-    x1, x2, reads = _enter(split(x, split_dim), first)
+    streams, reads = _enter(split(x, split_dim, num_streams), first)
     if log_dets is not None:
-        _check_samples(x1, split_dim)
+        _check_samples(streams[0], split_dim)
     run = None
     for policy, half_blocks in segments:
         if log_dets is not None:
             half_blocks = [half_block._replace(log_dets=log_dets) for half_block in half_blocks]
-        x1, x2, run = policy.run(_reading(half_blocks, reads), x1, x2, args, kwargs)
+        streams, run = policy.run(_reading(half_blocks, reads), streams, args, kwargs)
     if reads is not None:  # What is held is the stream itself.
-        x1, x2, run = x1.to(reads), x2.to(reads), None
+        streams, run = tuple([stream.to(reads) for stream in streams]), None
     if not isinstance(x, Tensor):
-        return x1, x2
-    y = torch.cat((_apart(x1), _apart(x2)), split_dim)
+        return streams
+    y = torch.cat([_apart(stream) for stream in streams], split_dim)
     if run is not None:
-        # Hold the halves of the caller's own output rather than a second copy of them.
-        run.hold(*y.detach().split((x1.shape[split_dim], x2.shape[split_dim]), split_dim))
+        # Hold the parts of the caller's own output rather than a second copy of them.
+        run.hold(*y.detach().split([stream.shape[split_dim] for stream in streams], split_dim))
     return y
 
 
-def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | TensorPair) -> Tensor:
+def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:
     """The log-determinant of a chain that ended in `y`, (B,); zero where no link has one."""
     y1 = y if isinstance(y, Tensor) else y[0]
     return sum(log_dets, start=torch.zeros(len(y1), dtype=y1.real.dtype, device=y1.device))
@@ -76,16 +77,16 @@ def _reading(half_blocks: list[HalfBlock], reads: torch.dtype | None) -> list[Ha
     return half_blocks if reads is None else [half_block._replace(reads=reads) for half_block in half_blocks]
 
 
-def _enter(x: TensorPair, first: HalfBlock | None) -> tuple[Tensor, Tensor, torch.dtype | None]:
+def _enter(streams: Streams, first: HalfBlock | None) -> tuple[Streams, torch.dtype | None]:
     """The streams made ready, and what functions read if that is another type.
 
     Under autocast streams are float32, in which they can be rebuilt: functions compute in low precision all the same.
     """
-    x1, x2 = (each.float() if is_low_precision(each) else each for each in x)
+    streams = tuple([stream.float() if is_low_precision(stream) else stream for stream in streams])
     if first is None:
-        return x1, x2, None
-    stream1, stream2 = first.coupling.enter(x1), first.coupling.enter(x2)
-    return stream1, stream2, x1.dtype if stream1.dtype != x1.dtype else None
+        return streams, None
+    entered = tuple([first.coupling.enter(stream) for stream in streams])
+    return entered, streams[0].dtype if entered[0].dtype != streams[0].dtype else None
 
 
 def is_low_precision(x: Tensor) -> bool:
@@ -122,14 +123,15 @@ def _own(grad: Tensor | None) -> Tensor | None:
 
 def run_inverse(
     half_blocks: Sequence[HalfBlock],
-    y: Tensor | TensorPair,
+    y: Tensor | Streams,
     split_dim: int,
+    num_streams: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Undo `half_blocks` on `y`; the result has the form of `y`, a tensor or a pair."""
-    y1, y2, reads = _enter(split(y, split_dim), half_blocks[0] if half_blocks else None)
-    x1, x2 = inverse(_reading(list(half_blocks), reads), y1, y2, args, kwargs)
+    """Undo `half_blocks` on `y`; the result has the form of `y`, a tensor or a tuple."""
+    streams, reads = _enter(split(y, split_dim, num_streams), half_blocks[0] if half_blocks else None)
+    streams = inverse(_reading(list(half_blocks), reads), streams, args, kwargs)
     if reads is not None:
-        x1, x2 = x1.to(reads), x2.to(reads)
-    return torch.cat((x1, x2), split_dim) if isinstance(y, Tensor) else (x1, x2)
+        streams = tuple([stream.to(reads) for stream in streams])
+    return torch.cat(streams, split_dim) if isinstance(y, Tensor) else streams

@@ -6,7 +6,7 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from revnet._types import TensorPair
+from revnet._types import Streams, TensorPair
 from revnet.functional import Guard, HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._guarded import GuardedReverse, checked_tolerance, refuse_to_compile
@@ -80,6 +80,11 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
                     f"`blocks[{index}]` has split_dim={block.split_dim}, but must split as `blocks[0]` does, along "
                     f"{blocks[0].split_dim}; give all blocks of a sequence the same `split_dim`."
                 )
+            if block.num_streams != blocks[0].num_streams:
+                raise ValueError(
+                    f"`blocks[{index}]` has {block.num_streams} streams, but must have as many as `blocks[0]`, "
+                    f"{blocks[0].num_streams}; put blocks of other numbers of streams into sequences of their own."
+                )
         self.blocks = nn.ModuleList(blocks)
         self.set_policies(policy)
         self.tolerance = tolerance
@@ -134,8 +139,10 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
     @overload
     def forward(self, x: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
+    @overload
+    def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Streams: ...
 
-    def forward(self, x: Tensor | TensorPair, *args: Any, **kwargs: Any) -> Tensor | TensorPair:
+    def forward(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
         """Compute the output of the last block.
 
         Args:
@@ -147,14 +154,16 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         Returns:
             The output; a tensor for a tensor, a pair for a pair.
         """
-        return run_forward(self._guarded_segments(), x, self._split_dim, args, kwargs)
+        return run_forward(self._guarded_segments(), x, self._split_dim, self._num_streams, args, kwargs)
 
     @overload
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
     @overload
     def inverse(self, y: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
+    @overload
+    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
 
-    def inverse(self, y: Tensor | TensorPair, *args: Any, **kwargs: Any) -> Tensor | TensorPair:
+    def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
         """Compute the input from the output `y`, with the further arguments that the forward pass had.
 
         Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
@@ -162,11 +171,9 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         mode: in training mode it draws a new mask.
         """
         half_blocks = [half_block for _, half_blocks in self._segments() for half_block in half_blocks]
-        return run_inverse(half_blocks, y, self._split_dim, args, kwargs)
+        return run_inverse(half_blocks, y, self._split_dim, self._num_streams, args, kwargs)
 
-    def forward_with_log_det(
-        self, x: Tensor | TensorPair, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor | TensorPair, Tensor]:
+    def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
         """Compute the output, and the log-determinant of the map to it for each sample, (B,).
 
         Both are differentiable, and the policies hold for both. It is zero for additive blocks.
@@ -175,10 +182,10 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             ValueError: The blocks split along the batch, so that a sample has no map of its own.
         """
         log_dets: list[Tensor] = []
-        y = run_forward(self._guarded_segments(), x, self._split_dim, args, kwargs, log_dets)
+        y = run_forward(self._guarded_segments(), x, self._split_dim, self._num_streams, args, kwargs, log_dets)
         return y, sum_log_dets(log_dets, y)
 
-    def log_det(self, x: Tensor | TensorPair, *args: Any, **kwargs: Any) -> Tensor:
+    def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the log-determinant of the sequence at `x` alone, (B,)."""
         return self.forward_with_log_det(x, *args, **kwargs)[1]
 
@@ -214,6 +221,10 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     @property
     def _split_dim(self) -> int:
         return self._reversible_blocks()[0].split_dim if len(self.blocks) else 1
+
+    @property
+    def _num_streams(self) -> int:
+        return self._reversible_blocks()[0].num_streams if len(self.blocks) else 2
 
     def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
         return [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]

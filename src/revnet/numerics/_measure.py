@@ -210,8 +210,8 @@ def _drift_of(places: Sequence[_Place], records: Sequence[DriftRecord]) -> Drift
     readings = _readings(records)
     given = []
     for place in places:
-        pair = (_reading_of(stream, place.chain, place.start, readings) for stream in (0, 1))
-        given.append(_joined([reading for reading in pair if reading is not None]))
+        streams = (_reading_of(stream, place.chain, place.start, readings) for stream in range(place.block.num_streams))
+        given.append(_joined([reading for reading in streams if reading is not None]))
     drifts = []
     for index, (place, reading) in enumerate(zip(places, given, strict=True)):
         is_last = index + 1 == len(places) or places[index + 1].chain is not place.chain
@@ -251,7 +251,7 @@ def _readings(records: Iterable[DriftRecord]) -> dict[tuple[int, str], _Reading]
 
 
 def _joined(readings: Sequence[_Reading]) -> _Reading | None:
-    """The error of a pair of streams."""
+    """The error of all streams."""
     if not readings:
         return None
     error = math.sqrt(sum(reading.error**2 for reading in readings) / len(readings))
