@@ -98,6 +98,13 @@ def draw(images: Tensor, returned: Tensor, path: Path) -> None:
     save(figure, path)
 
 
+def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
+    """Share of the images whose class is right."""
+    with torch.inference_mode():
+        answers = torch.cat([classifier(batch).argmax(1) for batch in images.split(batch_size)])
+    return (answers == labels).double().mean().item()
+
+
 def learning(run: Path) -> list[str]:
     """The run's log, as a table, and what it found on the test images."""
     with (run / "metrics.csv").open(newline="") as file:
@@ -133,7 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classifier = load_classifier(given.run)
     if not isinstance(classifier.model, IRevNet):
         parser.error(f"`{given.run}` holds a {type(classifier.model).__name__}, but must hold an i-RevNet")
-    images = load_dataset(given.data).test.images[: given.num_images]
+    test = load_dataset(given.data).test
+    images, labels = test.images[: given.num_images], test.labels[: given.num_images]
+    untrained = Classifier.create(classifier.header, classifier.preprocess).eval()
+    before, after = (100 * accuracy(each, images, labels) for each in (untrained, classifier))
     back = reconstruction(classifier, images)
     depths = [by_depth(int(depth)) for depth in given.depths.split(",")]
     stem = f"irevnet_{hardware_name()}_{datetime.date.today()}"
@@ -160,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "## Training",
         "",
         *learning(given.run),
+        f"Of the {len(images):,} images below, {before:.2f} % before training, {after:.2f} % after.",
+        "",
         "## There and back",
         "",
         f"All {back['images']:,} test images went to the last map of the trained network and back, in float32. Of 256",
