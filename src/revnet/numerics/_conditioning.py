@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet._types import TensorPair
+from revnet._types import Streams
 from revnet.functional import HalfBlock
 from revnet.nn import AbstractReversibleBlock, Reverse, ReversibleSequential
 from revnet.nn._run import run_forward
@@ -14,7 +14,7 @@ from revnet.nn._run import run_forward
 
 def conditioning_penalty(
     sequence: ReversibleSequential,
-    x: Tensor | TensorPair,
+    x: Tensor | Streams,
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
     forward_weight: float = 1.0,
@@ -35,7 +35,7 @@ def conditioning_penalty(
 
     Args:
         sequence: The reversible part of a model; its functions draw no random numbers.
-        x: What it is given, a tensor or a pair, best as it is in training. Gradients flow into it too.
+        x: What it is given, a tensor or a tuple, best as it is in training. Gradients flow into it too.
         args: Further positional arguments of the residual functions.
         kwargs: Keyword arguments of the residual functions.
         forward_weight: Weight of the stretching of F; 0 leaves it out.
@@ -99,7 +99,7 @@ def _check(
             )
 
 
-def _call(module: nn.Module, x: Tensor | TensorPair, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(module: nn.Module, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `module`, on copies of its buffers: what they count is the training."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     return torch.func.functional_call(module, buffers, (x, *args), kwargs)
@@ -114,15 +114,15 @@ class _Inverse(nn.Module):
 
     def forward(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         half_blocks: list[HalfBlock] = []
-        split_dim = 1
+        split_dim, num_streams = 1, 2
         for index, block in enumerate(self.sequence):
             assert isinstance(block, AbstractReversibleBlock)
             half_blocks += block.half_blocks(f"blocks.{index}.")
-            split_dim = block.split_dim
+            split_dim, num_streams = block.split_dim, block.num_streams
         if not all(half_block.coupling.passes_gradients for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
         undone = [each._replace(function=_Negative(each.function), owner=None) for each in reversed(half_blocks)]
-        return run_forward([(Reverse(), undone)], y, split_dim, args, kwargs)
+        return run_forward([(Reverse(), undone)], y, split_dim, num_streams, args, kwargs)
 
 
 class _Negative(nn.Module):
@@ -137,11 +137,11 @@ class _Negative(nn.Module):
 # Streams, joined or apart ---------------------------------------------------------------------------------------------
 
 
-def _streams(x: Tensor | TensorPair) -> Sequence[Tensor]:
+def _streams(x: Tensor | Streams) -> Sequence[Tensor]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
-def _moved(x: Tensor | TensorPair, step: float) -> Any:
+def _moved(x: Tensor | Streams, step: float) -> Any:
     """`x`, each sample moved by `step` in a random direction."""
     streams = _streams(x)
     noise = [torch.randn_like(stream) for stream in streams]
@@ -153,7 +153,7 @@ def _moved(x: Tensor | TensorPair, step: float) -> Any:
     return moved[0] if isinstance(x, Tensor) else tuple(moved)
 
 
-def _mean_square(a: Tensor | TensorPair, b: Tensor | TensorPair) -> Tensor:
+def _mean_square(a: Tensor | Streams, b: Tensor | Streams) -> Tensor:
     """The squared distance of a sample, on average."""
     distances = [_squares(p - q) for p, q in zip(_streams(a), _streams(b), strict=True)]
     return torch.stack([distance.mean() for distance in distances]).sum()
