@@ -23,22 +23,21 @@ from tests.helpers import (
 
 
 @all_cases
-def test_a_pair_runs_as_its_joined_tensor_does(case):
+def test_streams_run_as_their_joined_tensor_does(case):
     sequence = case.sequence(2)
     twin = stored_twin(sequence)
-    dim = sequence[0].split_dim
+    dim, num_streams = sequence[0].split_dim, sequence[0].num_streams
     x, args, kwargs = case.input(), case.args(), case.kwargs()
     torch.manual_seed(1)
     expected = twin(x, *args, **kwargs)
-    x1, x2 = (half.detach().clone().requires_grad_() for half in x.chunk(2, dim))
+    streams = tuple(part.detach().clone().requires_grad_() for part in x.chunk(num_streams, dim))
     torch.manual_seed(1)
-    y1, y2 = sequence((x1, x2), *args, **kwargs)
-    assert torch.equal(torch.cat((y1, y2), dim), expected)
+    y = sequence(streams, *args, **kwargs)
+    assert torch.equal(torch.cat(y, dim), expected)
 
-    (squares(y1) + 2 * squares(y2)).backward()
-    first, second = expected.chunk(2, dim)
-    (squares(first) + 2 * squares(second)).backward()
-    assert_close(torch.cat((x1.grad, x2.grad), dim), x.grad)
+    sum((index + 1) * squares(stream) for index, stream in enumerate(y)).backward()
+    sum((index + 1) * squares(part) for index, part in enumerate(expected.chunk(num_streams, dim))).backward()
+    assert_close(torch.cat([stream.grad for stream in streams], dim), x.grad)
 
 
 @all_cases
