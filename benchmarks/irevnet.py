@@ -80,11 +80,11 @@ def by_depth(num_blocks: int, batch_size: int = 100) -> Row:
 
 def draw(images: Tensor, returned: Tensor, path: Path) -> None:
     """Images above those that came back, and the difference, magnified, below."""
-    gain = 1e4
+    gain = 1e5
     rows = {
         "image": images / 255,
         "from the last map": returned / 255,
-        f"difference x {gain:,.0f}": 0.5 + gain * (returned - images) / 255,
+        f"difference\nx {gain:,.0f}": 0.5 + gain * (returned - images) / 255,
     }
     figure = new_figure(1.05 * len(images) + 0.4, 3.5, layout="constrained")
     axes = figure.subplots(len(rows), len(images))
@@ -170,13 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "## Training",
         "",
         *learning(given.run),
-        f"Of the {len(images):,} images below, {before:.2f} % before training, {after:.2f} % after.",
+        f"Of the {len(images):,} images below, {before:.2f} % are right before training and {after:.2f} % after.",
         "",
         "## There and back",
         "",
-        f"All {back['images']:,} test images went to the last map of the trained network and back, in float32. Of 256",
-        f"grey levels, the largest error of a pixel is {back['largest_error']:.1e}, the mean {back['mean_error']:.1e};",
+        f"Of the test images, {back['images']:,} went to the last map of the trained network and back, in float32. The",
+        f"largest error of a value is {back['largest_error']:.1e} of 256 grey levels, the mean "
+        f"{back['mean_error']:.1e};",
         f"{back['changed_pixels']} of {images.numel():,} values differ when they are rounded to grey levels again.",
+        "",
+        "Above the images, in the middle what came back, below the difference, magnified.",
         "",
         f"![{stem}.png]({stem}.png)",
         "",
