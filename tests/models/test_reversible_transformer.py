@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 
 from revnet import Reverse, Store
-from revnet.functional import Additive
 from revnet.memory import measure, predict
 from revnet.models import (
     ReversibleTransformer,
@@ -151,7 +150,7 @@ def test_hashes_are_those_of_the_forward_pass_to_the_last_bit(is_causal):
 @all_options
 def test_the_whole_model_compiles(options):
     """In one graph; the kernels are those of PyTorch, so that not a bit of the output differs."""
-    model, tokens = make(**options, depth=2, coupling=Additive()), random_tokens(2, 20)
+    model, tokens = make(**options, depth=2), random_tokens(2, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     outputs = [step(compiled, tokens)]
     first = gradients(model)
