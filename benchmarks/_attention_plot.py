@@ -51,8 +51,10 @@ def plot_models(rows: Sequence[Row], path: Path) -> None:
                     marker="o",
                     label=f"{name}, {way}",
                 )
-        _by_value(axes)
         axes.set_ylabel("peak memory of a step (MiB)")
+    left.set_ylim(bottom=0)
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    _by_value(right)
     left.set_xticks(depths)
     left.set_xlabel("blocks")
     clear_frame(left)
