@@ -4,6 +4,10 @@ import csv
 from importlib import import_module
 
 import pytest
+import torch
+
+from revnet import ReversibleBlock, ReversibleSequential
+from tests.helpers import mlp
 
 
 @pytest.fixture
@@ -45,6 +49,17 @@ def test_any_depth(run):
     assert "`python benchmarks/exact.py --depths 4,16 --num-steps 4 --batch-size 8`" in page.replace(
         "`OMP_NUM_THREADS=1 ", "`"
     )
+
+
+def test_what_it_costs(run, monkeypatch):
+    model = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4)) for _ in range(2)])
+    monkeypatch.setattr(import_module("exact"), "_workloads", lambda: [("tiny", model, torch.randn(2, 8))])
+    page, rows = run("--cost", "--num-steps", "2")
+    (row,) = rows
+    assert float(row["float"]) == 1
+    assert 0 < float(row["check_share"]) < 1
+    assert min(float(row[way]) for way in ("exact", "exact_wide", "stored")) > 0
+    assert "| tiny |" in page
 
 
 def test_nothing_to_measure_is_told(capsys):
