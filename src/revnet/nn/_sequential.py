@@ -146,8 +146,9 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         """Compute the output of the last block.
 
         Args:
-            x: The activation, or the pair of streams. Not modified, and free to be modified afterwards. The output is
-                not: writing over it before the backward pass raises in that pass.
+            x: The activation, or the pair of streams. Not modified, and free to be modified afterwards; a pair under a
+                `tolerance` only after the backward pass. The output is not: writing over it before the backward pass
+                raises in that pass.
             args: Further positional arguments of every `f` and `g`.
             kwargs: Keyword arguments of every `f` and `g`.
 
