@@ -27,13 +27,13 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def largest_element(x: Tensor) -> Tensor:
-    """The magnitude of the largest element; NaN if there is one, 0 if there is nothing."""
+    """The magnitude of the largest element of a real tensor; NaN if there is one, 0 if there is nothing."""
     x = x.detach()
     if x.numel() == 0:
         return x.new_zeros(())
-    if x.is_complex():
-        return torch.linalg.vector_norm(x, torch.inf)
-    least, most = torch.aminmax(x)  # On a CPU in a tenth of the time that the norm takes.
+    # The norm that says it takes thirty times as long on a CPU; and of these, each is slow where the other is not.
+    is_dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    least, most = (x.amin(), x.amax()) if is_dense else torch.aminmax(x)
     return torch.maximum(most, -least)
 
 
