@@ -127,3 +127,13 @@ def test_under_autocast_the_inverse_is_as_near_as_float32_allows(layer):
         y = module(x)
         assert y.dtype == torch.float32
         assert_close(module.inverse(y), x, tolerance=1e-4)  # some roundings, times the condition of the matrices
+
+
+@all_layers
+def test_an_empty_batch_is_one(layer):
+    module = make(layer)
+    x = torch.empty(0, *layer.shape[1:], dtype=torch.float64)
+    y, log_det = module.forward_with_log_det(x)
+    assert y.shape == (0, *module(inputs(layer)).shape[1:])
+    assert log_det.shape == (0,)
+    assert module.inverse(y).shape == x.shape

@@ -144,6 +144,8 @@ class IRevNet(AbstractImageClassifier):
     Numerics:
         `inverse` undoes each block in floating point: images come back up to rounding that grows with depth. In
         evaluation mode; in training mode batch norm reads the statistics of the batch, which must be the same one.
+        Functions that compute in bfloat16 make that rounding far coarser, in the backward pass too;
+        `revnet.set_coupling(model, FixedPoint())` takes it away.
 
     Raises:
         TypeError: `num_blocks`, `strides` or `hidden_widths` is no sequence, or `policy` is no policy.

@@ -35,14 +35,14 @@ class HaarWavelet(AbstractInvertible):
         """Compute the four bands."""
         check_halvable(x, 2)
         B, C, H, W = x.shape
-        squares = x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(B, 4, -1)
+        squares = x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(B, 4, C * H * W // 4)
         return self._mix(squares).reshape(B, 4 * C, H // 2, W // 2)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Compute the image from its four bands."""
         check_multiple(y, 4)
         B, C, H, W = y.shape
-        squares = self._mix(y.reshape(B, 4, -1)).reshape(B, 2, 2, C // 4, H, W)
+        squares = self._mix(y.reshape(B, 4, C * H * W // 4)).reshape(B, 2, 2, C // 4, H, W)
         return squares.permute(0, 3, 4, 1, 5, 2).reshape(B, C // 4, 2 * H, 2 * W)
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:

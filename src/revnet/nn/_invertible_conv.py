@@ -55,7 +55,7 @@ class InvertibleConv1x1(AbstractInvertible):
         dtype = torch.promote_types(x.dtype, self.lower.dtype)
         with without_autocast(x):
             lower, upper = self._factors(dtype)
-            flat = x.to(dtype).reshape(len(x), self.num_channels, -1)
+            flat = x.to(dtype).reshape(len(x), self.num_channels, x.shape[2:].numel())
             return ((lower @ upper)[self.permutation] @ flat).view(x.shape)
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -64,15 +64,15 @@ class InvertibleConv1x1(AbstractInvertible):
         dtype = torch.promote_types(y.dtype, torch.float32)  # for smaller types there is no solver
         with without_autocast(y):
             lower, upper = self._factors(dtype)
-            mixed = y.to(dtype).reshape(len(y), self.num_channels, -1)[:, self.permutation.argsort()]
+            mixed = y.to(dtype).reshape(len(y), self.num_channels, y.shape[2:].numel())
+            mixed = mixed[:, self.permutation.argsort()]
             mixed = torch.linalg.solve_triangular(lower, mixed, upper=False, unitriangular=True)
             return torch.linalg.solve_triangular(upper, mixed, upper=True).to(y.dtype).view(y.shape)
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and the sum of `log_scale` for every place."""
         y = self(x)
-        num_places = x[0, 0].numel() if len(x) else 0
-        return y, (num_places * self.log_scale.sum()).to(y.dtype).expand(len(x))
+        return y, (x.shape[2:].numel() * self.log_scale.sum()).to(y.dtype).expand(len(x))
 
     def extra_repr(self) -> str:
         """The number of channels, for `repr`."""
