@@ -121,7 +121,7 @@ def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
         axes.plot(depths, sizes, marker="o", color=color, label=name)
         axes.annotate(f"{sizes[-1]:.2f} GiB", (depths[-1], sizes[-1]), (-4, 7), textcoords="offset points", ha="right")
     axes.set_xticks(depths)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * max(row["stored_bytes"] for row in rows) / 2**30)  # room for the last label
     axes.set_xlabel("blocks")
     axes.set_ylabel("activations of a step (GiB)")
     clear_frame(axes)

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=128, help="side of the volume for the published network")
-    parser.add_argument("--small-size", type=int, default=32, help="side of the volumes that are run")
-    parser.add_argument("--num-updates", type=int, default=60)
+    parser.add_argument("--small-size", type=int, default=24, help="side of the volumes that are run")
+    parser.add_argument("--num-updates", type=int, default=40)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.size % 16 or given.small_size % 4 or min(given.size, given.small_size, given.num_updates) < 1:
@@ -141,7 +141,7 @@ def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
         axes.plot(depths, sizes, marker="o", color=color, label=name)
         axes.annotate(f"{sizes[-1]:.1f} GiB", (depths[-1], sizes[-1]), (-4, 7), textcoords="offset points", ha="right")
     axes.set_xticks(DEPTHS)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * max(row["activation_bytes"] for row in rows) / GIB)  # room for the last label
     axes.set_xlabel("reversible blocks of each level, down and up")
     axes.set_ylabel("activations of a step (GiB)")
     clear_frame(axes)
