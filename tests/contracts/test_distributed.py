@@ -116,7 +116,7 @@ def check_tolerance(name: str) -> None:
     """Keyframes are each process's own affair."""
     model = make_model(name)
     twin = twin_of(model)
-    set_tolerance(model, 1e-15 if dist.get_rank() else 1e-3)
+    set_tolerance(model, 1e-20 if dist.get_rank() else 1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReconstructionWarning)  # So tight a bound takes storing everything.
         for module in (model, twin):
