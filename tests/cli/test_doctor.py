@@ -103,6 +103,10 @@ def test_a_step_that_fails_is_told_in_one_line(assert_refused, own):
     ("arguments", "message"),
     [
         (["resnet32", "--batch", 1, "--image", 8], "`model` (=ResNet) has no reversible block"),
+        (
+            ["revnet38", "--batch", 1, "--image", 1],
+            "the step failed: ValueError: Expected more than 1 value per channel",
+        ),
         (["revnet83"], "`revnet83` is no model; did you mean `revnet38`"),
         (["runs/none"], "`runs/none` is no file; pass a `.safetensors` or `.ckpt` file, or the folder of a run"),
         (["some.safetensors"], "`some.safetensors` is no file"),

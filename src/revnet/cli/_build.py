@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._machine import free_bytes
+from revnet.cli._blame import is_raised_by_revnet
 from revnet.cli._model import build_model
 from revnet.cli._step import StepFlags
 from revnet.errors import RevnetError
@@ -99,9 +100,9 @@ def running_it() -> Iterator[None]:
     """Tell in one line what happens while a step really runs: memory runs out, the user's code fails."""
     try:
         yield
-    except (RevnetError, ValueError):
-        raise
     except Exception as error:
+        if isinstance(error, RevnetError) or (isinstance(error, ValueError) and is_raised_by_revnet(error)):
+            raise
         raise ValueError(f"the step failed: {type(error).__name__}: {error}") from error
 
 

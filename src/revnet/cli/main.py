@@ -9,12 +9,11 @@ import difflib
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 import revnet
+from revnet.cli._blame import is_raised_by_revnet
 from revnet.errors import RevnetError
 
 COMMANDS = {
@@ -107,9 +106,7 @@ def _is_users(error: Exception) -> bool:
         return not str(error.name).startswith("revnet")
     if not isinstance(error, ValueError | TypeError | NotImplementedError):
         return False
-    # Only what revnet itself raises speaks to the user; a `TypeError` out of an expression is a bug.
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(revnet.__file__).parent in Path(place.filename).parents and (place.line or "").startswith("raise ")
+    return is_raised_by_revnet(error)
 
 
 def _tell(error: Exception) -> str:
