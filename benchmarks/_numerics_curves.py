@@ -19,7 +19,7 @@ from revnet._picture import clear_frame, new_figure, save
 from revnet.functional import DriftMeter
 from revnet.numerics import drift_of, measure_drift
 
-DEPTH, WIDTH, SCALE, BATCH, LR = 32, 32, 3, 100, 3e-3
+DEPTH, WIDTH, SCALE, BATCH, LR = 32, 32, 3, 50, 3e-3
 EVERY, GRADIENTS_EVERY = 5, 50
 NUM_TIMED = 15
 ZERO = 1e-10
