@@ -77,7 +77,7 @@ class LanguageConfig:
     """Most memory that an update may take, such as `16GiB` or `500MB`; what each block does with its activations is
     planned for it, in place of `policy`, to take the least time."""
 
-    epochs: int = 6
+    epochs: int = 4
     """Epochs, each of `updates_per_epoch`; at the end of each, the model is validated and saved."""
 
     updates_per_epoch: int | None = None
