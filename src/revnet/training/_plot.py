@@ -25,7 +25,8 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_nam
                 values = [scale * row[f"{part}_{quantity}"] for row in rows]
                 axes.plot(epochs, values, color=color, label=name, marker="o" if len(rows) < 10 else None)
         falls = [before["epoch"] + 0.5 for before, after in pairwise(rows) if after["lr"] < before["lr"]]
-        for epoch in falls if len(falls) <= len(rows) / 2 else []:  # else it falls all the time
+        is_stepwise = has_accuracy and len(falls) <= len(rows) / 2  # else it falls all the time
+        for epoch in falls if is_stepwise else []:
             label = "learning rate falls" if epoch == falls[0] else None
             axes.axvline(epoch, color=_GREY, linewidth=0.8, linestyle=":", label=label)
         axes.set_xlabel("epoch")
