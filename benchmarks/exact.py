@@ -14,6 +14,7 @@ import argparse
 import copy
 import datetime
 import gc
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -132,7 +133,8 @@ def exactness(kind: str, precision: str, depth: int, num_steps: int, batch_size:
     twin = copy.deepcopy(network)
     set_policy(twin, Store())
     images, labels = digits(num_steps * batch_size if num_steps * batch_size < 1797 else 1792)
-    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, momentum=0.9) for each in (network, twin)]
+    lr = min(0.01, 0.64 / depth)  # All blocks move the output one way, so that steps must shrink with their number.
+    optimizers = [torch.optim.SGD(each.parameters(), lr=lr, momentum=0.9) for each in (network, twin)]
     rebuilt = _inputs_of(network)
     losses: list[tuple[float, float]] = []
     equal_gradients, num_gradients = 0, 0
@@ -197,9 +199,9 @@ def _inputs_of(network: Network) -> Callable[[], tuple[int, int]]:
 
 
 def exactness_section(arguments: argparse.Namespace) -> Section:
-    """Conv and transformer, in both precisions."""
+    """Every kind of network in every precision."""
     sizes = arguments.depth, arguments.num_steps, arguments.batch_size
-    settings = [(kind, precision) for kind in arguments.kinds.split(",") for precision in ("32-true", "bf16-mixed")]
+    settings = list(itertools.product(arguments.kinds.split(","), arguments.precisions.split(",")))
     if arguments.num_workers == 1:
         rows = [exactness(*setting, *sizes) for setting in settings]
     else:
@@ -421,6 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depths", help="numbers of blocks, such as 10,100,1000,10000")
     parser.add_argument("--depth", type=int, default=1024, help="for --exactness")
     parser.add_argument("--kinds", default="conv,transformer", help="for --exactness")
+    parser.add_argument("--precisions", default="32-true,bf16-mixed", help="for --exactness")
     parser.add_argument("--num-workers", type=int, default=1, help="for --exactness: networks at a time")
     parser.add_argument("--num-steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -431,6 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = ["--exactness"] * given.exactness + ["--cost"] * given.cost
     options += [f"--depths {given.depths}"] if given.depths else []
     options += [f"--depth {given.depth} --kinds {given.kinds}"] if given.exactness else []
+    options += [f"--precisions {given.precisions}"] if given.exactness and "," not in given.precisions else []
     options += [f"--num-workers {given.num_workers}"] if given.num_workers > 1 else []
     options += [f"--num-steps {given.num_steps}", f"--batch-size {given.batch_size}"]
     command = f"python benchmarks/exact.py {' '.join(options)}"
