@@ -114,7 +114,7 @@ def _checkpointed_name(name: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "revnet39"], "there is no model 'revnet39'; choose of resnet32, "),
+        (["--models", "revnet39"], "there is no model 'revnet39'; choose of irevnet301, "),
         (["--real", "--model", "resnet110"], "--real needs a reversible --model, not resnet110; choose of revnet38, "),
         (["--batch-sizes", "4;16"], "--batch-sizes '4;16' must be numbers with commas between, such as 4,16"),
         (["--num-rounds", "0"], "batch sizes and rounds must be 1 or more"),

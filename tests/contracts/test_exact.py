@@ -28,7 +28,7 @@ from tests.helpers import (
 
 # Couplings of one kind, which take another; reversal has no exact form in complex numbers.
 EXACT = [
-    case for case in CASES if case.name != "complex" and not case.name.startswith(("affine", "momentum", "fixed-point"))
+    case for case in CASES if case.name != "complex" and not case.density and not case.name.startswith("fixed-point")
 ]
 all_exact_cases = pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 

@@ -169,7 +169,7 @@ def test_range_is_of_no_matter_where_nothing_is_rebuilt():
 def test_the_inverse_watches_the_range():
     half_blocks = [HalfBlock(Returning(1), 0, "f", coupling=FixedPoint())]
     with pytest.raises(ReconstructionError, match="a stream reached 2,000 at `f`, beyond the 1,024 up to which"):
-        inverse(half_blocks, torch.full((2,), 2000.0), torch.zeros(2), (), {})
+        inverse(half_blocks, (torch.full((2,), 2000.0), torch.zeros(2)), (), {})
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnet.memory._flops import FLOP_FORMULAS
 from revnet.memory._log import NOBODY, Call, Integers, StepLog
-from revnet.nn import ReversibleBlock
+from revnet.nn import AbstractReversibleBlock
 
 _aten = torch.ops.aten
 # Gives its argument back, of which nobody has heard before: what `torch.tensor` makes.
@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):
             for index, (name, module) in enumerate(model.named_modules()):
                 self._names.append(name)
                 # The model is called by `calling`; with a hook, a block would run in another way; scripts take none.
-                if index == 0 or isinstance(module, ReversibleBlock | torch.jit.ScriptModule):
+                if index == 0 or isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule):
                     continue
                 enter = module.register_forward_pre_hook(self._entering(index), prepend=True)
                 stack.callback(enter.remove)

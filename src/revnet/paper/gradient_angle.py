@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from revnet.nn import (
     AbstractPolicy,
+    AbstractReversibleBlock,
     Reverse,
-    ReversibleBlock,
     ReversibleSequential,
     Store,
     restoring_policies,
@@ -108,7 +108,7 @@ def check_reversible(model: nn.Module) -> None:
     sequences = _sequences(model)
     in_sequences = {id(block) for sequence in sequences for block in sequence}
     for name, module in model.named_modules():
-        if isinstance(module, ReversibleBlock) and id(module) not in in_sequences:
+        if isinstance(module, AbstractReversibleBlock) and id(module) not in in_sequences:
             raise ValueError(
                 f"`model` (={type(model).__name__}) has the block `{name}` outside of a ReversibleSequential, where it "
                 "cannot be stored; put it into one."
@@ -158,7 +158,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _is_reversible(module: nn.Module) -> bool:
-    return any(isinstance(part, ReversibleSequential | ReversibleBlock) for part in module.modules())
+    return any(isinstance(part, ReversibleSequential | AbstractReversibleBlock) for part in module.modules())
 
 
 def _is_divided(module: nn.Module) -> bool:
