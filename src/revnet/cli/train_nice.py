@@ -11,8 +11,8 @@ from revnet.training import NiceConfig
 def train_nice(*, resume: str | None = None, **settings: Any) -> None:
     """Fit NICE, a density with exact likelihood, to images; `revnet sample` then draws new ones.
 
-    Leaves weights, log and learning curve in a new folder. Without options it fits hand-written digits, in about two
-    minutes on two cores.
+    Leaves weights, log and learning curve in a new folder. Without options it fits hand-written digits, in about a
+    minute on two cores.
 
     Examples:
         revnet train nice
