@@ -251,7 +251,7 @@ def _tell(verdict: _Verdict) -> None:
         low = verdict.dtype in (torch.bfloat16, torch.float16)
         message = (
             f"the stream that `{verdict.name}` reads was rebuilt with a relative error of {error:.1g}, so that "
-            f"gradients are wrong by about as much. {_FLOAT32 if low else ''}{_WAY_OUT}"
+            f"gradients are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
 
