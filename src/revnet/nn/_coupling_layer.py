@@ -14,7 +14,7 @@ class CouplingLayer(AbstractReversibleBlock):
     """One residual function: `y1 = x1 + f(x2)`, and `y2 = x2`; the coupling layer of NICE and its successors.
 
     In a `ReversibleSequential`, layers that update the first stream and the second in turns do what half as many
-    `ReversibleBlock`s do. Take them where a network has an odd number of functions, or other layers in between.
+    blocks of two functions do. Take them where a network has an odd number of functions, or other layers in between.
 
     Args:
         f: The residual function: called with the stream that stays and the further arguments, it returns a tensor of

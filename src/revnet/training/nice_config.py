@@ -32,8 +32,8 @@ class NiceConfig:
     """What is trained: tells a file of these settings from others."""
 
     data: str = "digits"
-    """Data set of images, held in memory: a name (`digits`, `cifar10`, `cifar100`), or a path: a folder of parquet
-    files laid out as on the hub, or CIFAR's official archive. Their classes are not looked at."""
+    """Data set of images that fits into memory, by name (`digits`, `cifar10`, `cifar100`) or by path, of a folder of
+    parquet files laid out as on the hub or of CIFAR's official archive. Their classes are not looked at."""
 
     num_couplings: int = 8
     """Coupling layers; even. The paper's networks have 4."""
