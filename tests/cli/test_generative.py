@@ -116,7 +116,7 @@ def test_generate_continues_the_prompt(revnet, runs):
         (["train", "nice", "--prior", "flat"], "`--prior` (=flat) must be `logistic` or `gaussian`"),
         (["train", "nice", "--model", "revnet38"], "unknown option `--model`"),
         (["train", "nice", "--resume", "{runs}/nice", "--epochs", "3"], "leave out `--epochs`"),
-        (["train", "nice", "lm"], "unrecognized arguments: lm"),
+        (["train", "nice", "lm"], "`lm` needs an option before it; `revnet train nice --help` lists them all"),
         (["train", "--config", "digits/quick/nice"], "is for another task; its `task` says which"),
         (
             ["sample", "{runs}/lm"],

@@ -68,7 +68,7 @@ def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refuse
         (["--epochs"], "`--epochs` needs a value"),
         (["--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
         (["--zzz", "3"], "unknown option `--zzz`; `revnet train --help` lists them all"),
-        (["digits"], "unrecognized arguments: digits"),
+        (["digits"], "`digits` needs an option before it; `revnet train --help` lists them all"),
         (["--lr", "nan"], "`--lr` (=nan) must be a number"),
         (["--lr", "-1"], "`lr` (=-1.0) must be a finite number above 0"),
         (["--horizontal-flip", "maybe"], "`--horizontal-flip` (=maybe) must be true or false or null"),

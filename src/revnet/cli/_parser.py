@@ -146,6 +146,8 @@ def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:
     many = [action.dest.upper() for action in parser._actions if action.nargs == "+"]
     if many and (match := re.match(r"unrecognized arguments: ([^-].*)", message)):
         return f"`{match[1]}` stands apart from the other {many[0]}; write them one after the other."
+    if match := re.match(r"unrecognized arguments: ([^-].*)", message):
+        return f"`{match[1]}` needs an option before it; `{parser.prog} --help` lists them all."
     if match := re.match(r"argument (--\w+): expected one argument", message):
         return f"`{_flag(match[1])}` needs a value."
     if match := re.match(r'Parser key "config": (File does not exist|Path is not a file)', message):
