@@ -6,9 +6,9 @@ The coupling defines this update and its inverse. The additive coupling computes
 """
 
 from revnet.coupling._abstract import AbstractCoupling as AbstractCoupling
-from revnet.coupling.additive import Additive as Additive
-from revnet.coupling.additive import additive as additive
-from revnet.coupling.additive import additive_inverse as additive_inverse
-from revnet.coupling.affine import Affine as Affine
-from revnet.coupling.fixed_point import FixedPoint as FixedPoint
-from revnet.coupling.momentum import Momentum as Momentum
+from revnet.coupling._additive import Additive as Additive
+from revnet.coupling._additive import additive as additive
+from revnet.coupling._additive import additive_inverse as additive_inverse
+from revnet.coupling._affine import Affine as Affine
+from revnet.coupling._fixed_point import FixedPoint as FixedPoint
+from revnet.coupling._momentum import Momentum as Momentum
