@@ -16,7 +16,7 @@ from torch import nn
 
 from revnet import FixedPoint, ReconstructionWarning, set_coupling, set_tolerance
 from revnet._picture import clear_frame, new_figure, save
-from revnet.functional import DriftMeter
+from revnet.engine import DriftMeter
 from revnet.numerics import drift_of, measure_drift
 
 DEPTH, WIDTH, SCALE, BATCH, LR = 32, 32, 3, 50, 3e-3

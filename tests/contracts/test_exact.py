@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from revnet import FixedPoint, ReversibleBlock, ReversibleSequential, Store, set_coupling, set_policy
-from revnet.functional import DriftMeter
+from revnet.engine import DriftMeter
 from revnet.memory import measure, plan, predict
 from tests.helpers import (
     CASES,

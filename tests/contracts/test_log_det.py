@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.coupling import Affine
-from revnet.functional import ReversibleRun
+from revnet.engine._rebuild import Rebuilder
 from revnet.memory import measure
 from revnet.nn import CouplingLayer, MomentumBlock
 from tests.helpers import (
@@ -128,7 +128,7 @@ def test_nothing_is_left_behind():
     """No reference cycle, which only the garbage collector would break."""
 
     def num_runs():
-        return sum(type(each) is ReversibleRun for each in gc.get_objects())
+        return sum(type(each) is Rebuilder for each in gc.get_objects())
 
     sequence = CASE["affine"].sequence(3)
     gc.collect()

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.bench.cases import CASES
-from revnet.functional import HalfBlock, reversible, stored
+from revnet.engine import Chain, HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
 from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 
@@ -105,7 +105,7 @@ def test_a_single_function_holds_its_input_only():
     function = ConvResidual(32)
     x1, x2 = torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)
     with LiveBytes([x1, x2, *function.parameters(), *function.buffers()]) as counter:
-        y1, y2 = reversible([HalfBlock(function, 0)], (x1, x2), (), {})
+        y1, y2 = reversible(Chain([HalfBlock(function, 0, 1)]).bind(), (x1, x2))
         loss = y1.sum()
         assert y2 is x2
         assert counter.live_bytes == CONV_STREAM + 4  # y1 and the loss
@@ -114,7 +114,7 @@ def test_a_single_function_holds_its_input_only():
         loss.backward()
     gradients = [parameter.grad.clone() for parameter in function.parameters()]
     function.zero_grad()
-    stored([HalfBlock(function, 0)], (x1, x2), (), {})[0].sum().backward()
+    stored(Chain([HalfBlock(function, 0, 1)]).bind(), (x1, x2))[0].sum().backward()
     for gradient, parameter in zip(gradients, function.parameters(), strict=True):
         assert torch.equal(gradient, parameter.grad)  # nothing was rebuilt, so nothing was rounded
 

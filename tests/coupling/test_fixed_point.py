@@ -7,7 +7,7 @@ from torch import nn
 
 from revnet import FixedPoint, ReconstructionError, ReversibleBlock, ReversibleSequential, Store, set_coupling
 from revnet.coupling import AbstractCoupling
-from revnet.functional import HalfBlock, inverse
+from revnet.engine import Chain, HalfBlock, inverse
 
 
 def bits(x):
@@ -150,7 +150,7 @@ def test_a_stream_out_of_range_raises_with_the_bits_that_fit(value, bits, hint):
     with pytest.raises(ReconstructionError) as raised:
         sequence(torch.zeros(2, 4))
     assert "at `blocks.2.g`, beyond the " in str(raised.value)
-    assert f"; {hint}, or normalise" in str(raised.value)
+    assert f"; {hint}, or normalize" in str(raised.value)
     if "fraction_bits=" in hint:
         fitting = int(hint.split("fraction_bits=")[1].split("`")[0])
         sequence_that_reaches(value, FixedPoint(fitting))(torch.zeros(2, 4)).sum().backward()
@@ -168,9 +168,9 @@ def test_range_is_of_no_matter_where_nothing_is_rebuilt():
 
 
 def test_the_inverse_watches_the_range():
-    half_blocks = [HalfBlock(Returning(1), 0, "f", coupling=FixedPoint())]
+    chain = Chain([HalfBlock(Returning(1), 0, 1, "f", FixedPoint())]).bind()
     with pytest.raises(ReconstructionError, match="a stream reached 2,000 at `f`, beyond the 1,024 up to which"):
-        inverse(half_blocks, (torch.full((2,), 2000.0), torch.zeros(2)), (), {})
+        inverse(chain, (torch.full((2,), 2000.0), torch.zeros(2)))
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

@@ -21,7 +21,7 @@ from revnet import (
     set_tolerance,
 )
 from revnet.coupling import Affine
-from revnet.functional import DriftMeter
+from revnet.engine import DriftMeter
 from revnet.memory import measure, predict
 from revnet.nn import MomentumBlock
 from tests.helpers import ConvResidual, gradients, mlp, squares, stored_twin

@@ -218,9 +218,9 @@ def test_a_tolerance_is_seen_at_work_and_left_as_it_was(tmp_path):
     x = torch.randn(16, 16)
     unbounded = measure_drift(model, x)
     model.tolerance = 1e-3
-    before = model.guard_state()
+    before = model.tolerance_state()
     drift = measure_drift(model, x, gradients=True)
-    assert model.guard_state() == before
+    assert model.tolerance_state() == before
     assert model.keyframes == ()
     assert drift.error <= 1e-3 < unbounded.error
     assert (drift.tolerance, unbounded.tolerance, unbounded.keyframes) == (1e-3, None, ())

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.functional import split
+from revnet.engine import split
 from revnet.models._checks import check_num_classes, check_positive
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize

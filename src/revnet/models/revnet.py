@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._types import TensorPair
-from revnet.functional import HalfBlock, split
+from revnet.engine import Chain, HalfBlock, split
 from revnet.models._checks import check_choice, check_num_classes, check_positive, check_stages
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
@@ -81,9 +81,9 @@ class Downsample(nn.Module, AbstractPolicyHolder):
         x1, x2 = x
         # The shortcuts stay in the streams' precision: under autocast a projection comes in a lower one.
         y1 = self.shortcut1(x1).to(x1.dtype)
-        (y1, x2), _ = self._policy.run([HalfBlock(self.f, 0, "downsample.f")], (y1, x2), (), {})
+        y1, x2 = self._policy.run(Chain([HalfBlock(self.f, 0, 1, "downsample.f")]).bind(), (y1, x2))
         y2 = self.shortcut2(x2).to(x2.dtype)
-        (y1, y2), _ = self._policy.run([HalfBlock(self.g, 1, "downsample.g")], (y1, y2), (), {})
+        y1, y2 = self._policy.run(Chain([HalfBlock(self.g, 1, 0, "downsample.g")]).bind(), (y1, y2))
         return y1, y2
 
 

@@ -3,13 +3,18 @@
 import abc
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling
-from revnet.functional import HalfBlock, call_within
+from revnet.engine import Chain, HalfBlock, call_within
 from revnet.nn._policy import Reverse
 from revnet.nn._run import run_forward, run_inverse, sum_log_dets
+
+
+_REVERSE = Reverse()
 
 
 class AbstractReversibleBlock(nn.Module, abc.ABC):
@@ -28,6 +33,9 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
     @abc.abstractmethod
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """The residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
+
+    def _chain(self) -> Chain:
+        return Chain(self.half_blocks())
 
     @overload
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -50,7 +58,7 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
         run = call_within(self)
         if run is not None:
             return run(x, args, kwargs)
-        return run_forward([(Reverse(), self.half_blocks())], x, self.split_dim, self.num_streams, args, kwargs)
+        return run_forward([(_REVERSE, self._chain())], x, self.split_dim, self.num_streams, args, kwargs)
 
     @overload
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -64,7 +72,7 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
 
         Invert blocks with dropout in evaluation mode: in training mode it draws a new mask.
         """
-        return run_inverse(self.half_blocks(), y, self.split_dim, self.num_streams, args, kwargs)
+        return run_inverse(self._chain(), y, self.split_dim, self.num_streams, args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
         """Compute the output, and the log-determinant of the map to it for each sample, (B,).
@@ -75,12 +83,28 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
             ValueError: The block splits along the batch, so that a sample has no map of its own.
         """
         log_dets: list[Tensor] = []
-        y = run_forward([(Reverse(), self.half_blocks())], x, self.split_dim, self.num_streams, args, kwargs, log_dets)
+        y = run_forward([(_REVERSE, self._chain())], x, self.split_dim, self.num_streams, args, kwargs, log_dets=log_dets)
         return y, sum_log_dets(log_dets, y)
 
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the log-determinant of the block at `x` alone, (B,)."""
         return self.forward_with_log_det(x, *args, **kwargs)[1]
+
+
+def must_be_called(block: AbstractReversibleBlock) -> bool:
+    """Return whether a call of the block does more than run its residual functions.
+
+    It has hooks, or a `forward` of its own: a subclass's, or one that a tool has set on the instance.
+    """
+    return bool(
+        block._forward_hooks
+        or block._forward_pre_hooks
+        or block._backward_hooks
+        or block._backward_pre_hooks
+        or type(block).forward is not AbstractReversibleBlock.forward
+        or "forward" in block.__dict__
+        or (not torch.compiler.is_dynamo_compiling() and has_any_global_hook())
+    )
 
 
 def check_functions(**functions: nn.Module) -> None:

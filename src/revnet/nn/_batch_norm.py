@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from revnet.functional import normalises_as_batch_norm
+from revnet.engine import normalizes_as_batch_norm
 
 
-@normalises_as_batch_norm
+@normalizes_as_batch_norm
 class BatchNorm2dBiased(nn.BatchNorm2d):
     """Batch norm whose running variance averages the *biased* variance of the batches, as TensorFlow's does.
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
-from revnet.functional import HalfBlock
+from revnet.engine import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
 
 _ADDITIVE = Additive()
@@ -48,8 +48,8 @@ class ReversibleBlock(AbstractReversibleBlock):
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """The two residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
         return [
-            HalfBlock(self.f, 0, f"{prefix}f", coupling=self.coupling),
-            HalfBlock(self.g, 1, f"{prefix}g", coupling=self.coupling),
+            HalfBlock(self.f, 0, 1, prefix + "f", self.coupling, "f"),
+            HalfBlock(self.g, 1, 0, prefix + "g", self.coupling, "g"),
         ]
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
-from revnet.functional import HalfBlock
+from revnet.engine import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
 
 _ADDITIVE = Additive()
@@ -55,7 +55,7 @@ class CouplingLayer(AbstractReversibleBlock):
 
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """The one residual function; `prefix` names the layer in errors ("blocks.3.")."""
-        return [HalfBlock(self.f, self.updates, f"{prefix}f", coupling=self.coupling)]
+        return [HalfBlock(self.f, self.updates, 1 - self.updates, prefix + "f", self.coupling)]
 
     def extra_repr(self) -> str:
         """The stream, and the options that differ from the default, for `repr`."""

@@ -3,7 +3,7 @@
 from torch import nn
 
 from revnet.coupling import Momentum
-from revnet.functional import HalfBlock
+from revnet.engine import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_functions
 
 
@@ -44,8 +44,8 @@ class MomentumBlock(AbstractReversibleBlock):
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """The velocity's update and the activation's; `prefix` names the block in errors ("blocks.3.")."""
         return [
-            HalfBlock(self.f, 1, f"{prefix}f", coupling=self.coupling),
-            HalfBlock(self.step, 0, f"{prefix}step"),
+            HalfBlock(self.f, 1, 0, prefix + "f", self.coupling),
+            HalfBlock(self.step, 0, 1, prefix + "step", role="step", takes_arguments=False),
         ]
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
-from revnet.functional import HalfBlock
+from revnet.engine import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
 
 _ADDITIVE = Additive()
@@ -54,9 +54,10 @@ class MultiStreamBlock(AbstractReversibleBlock):
             HalfBlock(
                 function,
                 index,
+                (index - 1) % self.num_streams,
                 f"{prefix}functions.{index}",
-                coupling=self.coupling,
-                source=(index - 1) % self.num_streams,
+                self.coupling,
+                f"functions.{index}",
             )
             for index, function in enumerate(self.functions)
         ]

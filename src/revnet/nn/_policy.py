@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from revnet._types import Streams
-from revnet.functional import (
-    HalfBlock,
-    ReversibleRun,
+from revnet.engine import (
+    BoundChain,
     checkpointed,
     checkpointed_call,
     offloaded,
-    run_reversible,
+    offloaded_call,
+    reversible,
     stored,
 )
 
@@ -28,18 +28,8 @@ class AbstractPolicy(abc.ABC):
     """Runs consecutive half-blocks, and decides what the backward pass will find."""
 
     @abc.abstractmethod
-    def run(
-        self,
-        half_blocks: Sequence[HalfBlock],
-        streams: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Streams, ReversibleRun | None]:
-        """Run `half_blocks` on the streams.
-
-        Returns:
-            The streams after them, and the run that holds these streams for the backward pass, if one does.
-        """
+    def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run the half-blocks of `chain` on the streams, and return the streams after them."""
 
 
 class AbstractModulePolicy(AbstractPolicy):
@@ -59,15 +49,9 @@ class Reverse(AbstractPolicy):
     Accuracy: the output is exact; gradients carry the rounding of the rebuilt streams, which grows with depth.
     """
 
-    def run(
-        self,
-        half_blocks: Sequence[HalfBlock],
-        streams: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Streams, ReversibleRun | None]:
-        """Run `half_blocks`, keeping only the final streams."""
-        return run_reversible(half_blocks, streams, args, kwargs)
+    def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run the half-blocks, keeping only the final streams."""
+        return reversible(chain, streams)
 
 
 @dataclass(frozen=True)
@@ -85,15 +69,9 @@ class Checkpoint(AbstractModulePolicy):
         Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
     """
 
-    def run(
-        self,
-        half_blocks: Sequence[HalfBlock],
-        streams: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Streams, ReversibleRun | None]:
-        """Run `half_blocks`, keeping the stream that each of them reads."""
-        return checkpointed(half_blocks, streams, args, kwargs), None
+    def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run the half-blocks, keeping the stream that each of them reads."""
+        return checkpointed(chain, streams)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module`, keeping its arguments."""
@@ -109,20 +87,13 @@ class Offload(AbstractModulePolicy):
     Accuracy: plain autograd's, bit for bit.
     """
 
-    def run(
-        self,
-        half_blocks: Sequence[HalfBlock],
-        streams: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Streams, ReversibleRun | None]:
-        """Run `half_blocks` by ordinary autograd, with what it saves on the host."""
-        functions = [half_block.function for half_block in half_blocks]
-        return offloaded(lambda: stored(half_blocks, streams, args, kwargs), functions, args, kwargs), None
+    def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run the half-blocks by ordinary autograd, with what it saves on the host."""
+        return offloaded(chain, streams)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module` by ordinary autograd, with what it saves on the host."""
-        return offloaded(lambda: module(*args, **kwargs), [module], (), {})
+        return offloaded_call(module, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -132,15 +103,9 @@ class Store(AbstractModulePolicy):
     Memory: all activations of all blocks. Time: no recomputation. Accuracy: plain autograd's.
     """
 
-    def run(
-        self,
-        half_blocks: Sequence[HalfBlock],
-        streams: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Streams, ReversibleRun | None]:
-        """Run `half_blocks` by ordinary autograd."""
-        return stored(half_blocks, streams, args, kwargs), None
+    def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run the half-blocks by ordinary autograd."""
+        return stored(chain, streams)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module` by ordinary autograd."""

@@ -21,7 +21,7 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
     # A buffer that is expanded cannot be written to, neither by the model nor here.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not torch._debug_has_internal_overlap(buffer)]
     sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
-    guards = [(sequence, sequence.guard_state()) for sequence in sequences]
+    guards = [(sequence, sequence.tolerance_state()) for sequence in sequences]
     devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=devices):
@@ -35,7 +35,7 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
             holder.clear()
             holder.update(content)
         for sequence, state in guards:
-            sequence.restore_guard(state)
+            sequence.restore_tolerance(state)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -4,15 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams, TensorPair
-from revnet.functional import Guard, HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock
-from revnet.nn._guarded import GuardedReverse, checked_tolerance, refuse_to_compile
+from revnet.engine import Chain, HalfBlock, ToleranceKeeper
+from revnet.nn._abstract_block import AbstractReversibleBlock, must_be_called
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
-from revnet.nn._run import Segment, has_hooks, run_forward, run_inverse, sum_log_dets
+from revnet.nn._run import Segment, run_forward, run_inverse, sum_log_dets
+from revnet.nn._tolerance import checked_tolerance, refuse_to_compile
 
 _REVERSE = Reverse()
 
@@ -86,36 +87,37 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
                     f"{blocks[0].num_streams}; put blocks of other numbers of streams into sequences of their own."
                 )
         self.blocks = nn.ModuleList(blocks)
+        self._chains = _Chains()
         self.set_policies(policy)
         self.tolerance = tolerance
 
     @property
     def tolerance(self) -> float | None:
         """The bound on the relative error of rebuilt streams; None for none. Setting it forgets the keyframes."""
-        return None if self._guard is None else self._guard.tolerance
+        return None if self._keeper is None else self._keeper.tolerance
 
     @tolerance.setter
     def tolerance(self, tolerance: float | None) -> None:
         tolerance = checked_tolerance(tolerance)
-        self._guard = None if tolerance is None else Guard(tolerance)
+        self._keeper = None if tolerance is None else ToleranceKeeper(tolerance)
 
-    def guard_state(self) -> dict[str, Any] | None:
+    def tolerance_state(self) -> dict[str, Any] | None:
         """What the bound has learnt so far, of plain values; None without a `tolerance`.
 
         A run that is resumed with it has the keyframes of one that was not stopped, and so the same gradients.
         """
-        return None if self._guard is None else self._guard.state()
+        return None if self._keeper is None else self._keeper.state()
 
-    def restore_guard(self, state: Mapping[str, Any] | None) -> None:
-        """Take over what `guard_state` gave, of a sequence with as many blocks; nothing without a `tolerance`."""
-        if self._guard is not None and state is not None:
-            self._guard.restore(state)
+    def restore_tolerance(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what `tolerance_state` gave, of a sequence with as many blocks; nothing without a `tolerance`."""
+        if self._keeper is not None and state is not None:
+            self._keeper.restore(state)
 
     @property
     def keyframes(self) -> tuple[str, ...]:
         """The residual functions before which the pair of streams is held, by their names, in order."""
-        placed = frozenset() if self._guard is None else self._guard.keyframes
-        names = [half_block.name for _, half_blocks in self._segments() for half_block in half_blocks]
+        placed = frozenset() if self._keeper is None else self._keeper.keyframes
+        names = [half_block.name for _, chain in self._segments() for half_block in chain.half_blocks]
         return tuple(name for name in names if name in placed)
 
     @property
@@ -129,7 +131,16 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     @property
     def policies(self) -> tuple[AbstractPolicy, ...]:
         """The policies, one for each block."""
-        return self._policies
+        count = len(self.blocks)
+        if len(self._policies) == count:
+            return self._policies
+        if len(set(self._policies)) > 1:
+            raise ValueError(
+                f"`blocks` has {count} entries, but `policies` has {len(self._policies)}, and they differ, so that it "
+                "is not known which belongs to which; after adding or deleting blocks, call "
+                "`set_policies` with one policy, or one for each block."
+            )
+        return (self._policies or (_REVERSE,))[:1] * count
 
     def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
         """Give all blocks one policy, or each its own; the next forward pass follows it."""
@@ -155,7 +166,9 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         Returns:
             The output; a tensor for a tensor, a pair for a pair.
         """
-        return run_forward(self._guarded_segments(), x, self._split_dim, self._num_streams, args, kwargs)
+        return run_forward(
+            self._segments(), x, self._split_dim, self._num_streams, args, kwargs, tolerance=self._keeper
+        )
 
     @overload
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -171,8 +184,8 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         evaluation
         mode: in training mode it draws a new mask.
         """
-        half_blocks = [half_block for _, half_blocks in self._segments() for half_block in half_blocks]
-        return run_inverse(half_blocks, y, self._split_dim, self._num_streams, args, kwargs)
+        half_blocks = [half_block for _, chain in self._segments() for half_block in chain.half_blocks]
+        return run_inverse(Chain(half_blocks), y, self._split_dim, self._num_streams, args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
         """Compute the output, and the log-determinant of the map to it for each sample, (B,).
@@ -183,7 +196,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             ValueError: The blocks split along the batch, so that a sample has no map of its own.
         """
         log_dets: list[Tensor] = []
-        y = run_forward(self._guarded_segments(), x, self._split_dim, self._num_streams, args, kwargs, log_dets)
+        y = run_forward(self._segments(), x, self._split_dim, self._num_streams, args, kwargs, log_dets=log_dets, tolerance=self._keeper)
         return y, sum_log_dets(log_dets, y)
 
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
@@ -228,39 +241,86 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         return self._reversible_blocks()[0].num_streams if len(self.blocks) else 2
 
     def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
-        return [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
-
-    def _guarded_segments(self) -> list[Segment]:
-        """What runs: reversed blocks under the guard, if there is one."""
-        segments = self._segments()
-        if self._guard is None:
-            return segments
-        refuse_to_compile()
-        guarded = GuardedReverse(self._guard)
-        return [(guarded if policy == _REVERSE else policy, half_blocks) for policy, half_blocks in segments]
+        blocks = [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
+        if len(blocks) != len(self.blocks):
+            for index, block in enumerate(self.blocks):
+                if not isinstance(block, AbstractReversibleBlock):
+                    raise TypeError(
+                        f"`blocks[{index}]` is now a {type(block).__name__}, which is not a reversible block, and would "
+                        "be left out; wrap the block's functions `f` and `g` instead, or use `block.compile()`, which "
+                        "compiles them."
+                    )
+        return blocks
 
     def _segments(self) -> list[Segment]:
-        """Runs of blocks under the same policy: rebuilding them together keeps one pair of streams, not one a block."""
-        # Plain loops: `torch.compile` traces this.
-        segments: list[Segment] = []
-        first: HalfBlock | None = None
-        for index, block in enumerate(self._reversible_blocks()):
-            half_blocks = block.half_blocks(f"blocks.{index}.")
-            for half_block in half_blocks:
-                first = first or half_block
-                _check_couplings(first, half_block)
-            if has_hooks(block):
-                half_blocks = [half_block._replace(owner=block) for half_block in half_blocks]
-            if segments and segments[-1][0] == self.policies[index]:
-                segments[-1][1].extend(half_blocks)
-            else:
-                segments.append((self.policies[index], half_blocks))
-        return segments
+        """Return the blocks in runs of one policy: rebuilt together, they keep one pair of streams, not one each."""
+        if self._keeper is not None:
+            refuse_to_compile()
+        blocks = self._reversible_blocks()
+        half_blocks = [block.half_blocks(f"blocks.{index}.") for index, block in enumerate(blocks)]
+        called = [block if must_be_called(block) else None for block in blocks]
+        return self._chains.of(self.policies, half_blocks, called)
+
+
+class _Chains:
+    """The chains of a sequence, kept for as long as its blocks, their functions and their policies are the same.
+
+    They belong to the sequence object and are not copied with it, since they refer to its functions.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._segments: list[Segment] = []
+
+    def of(
+        self,
+        policies: tuple[AbstractPolicy, ...],
+        half_blocks: list[list[HalfBlock]],
+        called: list[AbstractReversibleBlock | None],
+    ) -> list[Segment]:
+        """Return the chains of these half-blocks, a list for each block.
+
+        Args:
+            policies: One for each block.
+            half_blocks: The half-blocks of each block.
+            called: The blocks that must be called, None for each of the others.
+        """
+        key = (policies, half_blocks, called)
+        if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
+            return _segments_of(*key)
+        if key != self._key:
+            # The list before the key: another thread that finds the new key must find the new list.
+            self._segments = _segments_of(*key)
+            self._key = key
+        return self._segments
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Chains":
+        return _Chains()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Chains, ()
+
+
+def _segments_of(
+    policies: tuple[AbstractPolicy, ...],
+    half_blocks: list[list[HalfBlock]],
+    called: list[AbstractReversibleBlock | None],
+) -> list[Segment]:
+    # Plain loops: `torch.compile` traces this.
+    runs: list[tuple[AbstractPolicy, list[HalfBlock], list[nn.Module | None]]] = []
+    for policy, of_block, block in zip(policies, half_blocks, called, strict=True):
+        for half_block in of_block:
+            _check_couplings(half_blocks[0][0], half_block)
+        if not runs or runs[-1][0] != policy:
+            runs.append((policy, [], []))
+        runs[-1][1].extend(of_block)
+        runs[-1][2].extend([block] * len(of_block))
+    return [(policy, Chain(of_run, blocks)) for policy, of_run, blocks in runs]
 
 
 def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
     """Raise for exact and other couplings in one sequence."""
-    if other.coupling.number != first.coupling.number and (other.coupling.is_exact or first.coupling.is_exact):
+    if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling != first.coupling:
         raise ValueError(
             f"`{other.name}` has the coupling {other.coupling}, and `{first.name}` {first.coupling}; where one is "
             "exact, streams lie on its grid, so that all of a sequence must have the same: see `set_coupling`."

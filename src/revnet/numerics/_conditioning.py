@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams
-from revnet.functional import HalfBlock
+from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractReversibleBlock, Reverse, ReversibleSequential
 from revnet.nn._run import run_forward
 
@@ -121,8 +121,8 @@ class _Inverse(nn.Module):
             split_dim, num_streams = block.split_dim, block.num_streams
         if not all(half_block.coupling.is_additive for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
-        undone = [each._replace(function=_Negative(each.function), owner=None) for each in reversed(half_blocks)]
-        return run_forward([(Reverse(), undone)], y, split_dim, num_streams, args, kwargs)
+        undone = [each._replace(function=_Negative(each.function)) for each in reversed(half_blocks)]
+        return run_forward([(Reverse(), Chain(undone))], y, split_dim, num_streams, args, kwargs)
 
 
 class _Negative(nn.Module):

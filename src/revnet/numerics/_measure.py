@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from revnet.errors import ReconstructionWarning
-from revnet.functional import DriftMeter, DriftRecord, HalfBlock
+from revnet.engine import DriftMeter, DriftRecord, HalfBlock
 from revnet.nn import (
     AbstractPolicy,
     AbstractReversibleBlock,
@@ -229,9 +229,9 @@ def _reading_of(
     stream: int, chain: Sequence[HalfBlock], start: int, readings: Mapping[tuple[int, str], _Reading]
 ) -> _Reading | None:
     """What was read of a stream as it is before half-block `start`: there or farther on, or before, if nobody wrote."""
-    behind = takewhile(lambda half_block: half_block.updates != stream, chain[start : start + _FARTHEST])
+    behind = takewhile(lambda half_block: half_block.target != stream, chain[start : start + _FARTHEST])
     before = takewhile(
-        lambda half_block: half_block.updates != stream, reversed(chain[max(0, start - _FARTHEST) : start])
+        lambda half_block: half_block.target != stream, reversed(chain[max(0, start - _FARTHEST) : start])
     )
     for half_block in (*behind, *before):
         reading = readings.get((id(half_block.function), half_block.name))

@@ -95,7 +95,7 @@ class GuardState(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Give what they have learnt."""
-        return {name: sequence.guard_state() for name, sequence in self._sequences.items()}
+        return {name: sequence.tolerance_state() for name, sequence in self._sequences.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember it until training starts."""
@@ -104,7 +104,7 @@ class GuardState(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it back."""
         for name, sequence in self._sequences.items():
-            sequence.restore_guard(self._restored.get(name))
+            sequence.restore_tolerance(self._restored.get(name))
 
 
 class LastUpdate(Callback):

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from revnet.functional import DriftMeter
+from revnet.engine import DriftMeter
 from revnet.numerics import Drift, drift_of, measure_drift
 from revnet.training._files import atomic_path
 

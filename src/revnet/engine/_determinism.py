@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from revnet.functional._recompute import Conditions, tensors_in
-from revnet.functional._storage import storage_key
+from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._restore import set_aside
+from revnet.engine._tensors import storage_key, tensors_in
 
 
 class Repetition(NamedTuple):
@@ -29,11 +30,12 @@ def repeat_function(
         kwargs: Its keyword arguments.
         num_runs: How often; a race between threads may need many runs to show.
     """
-    conditions = Conditions(function, None, tensors_in(args, kwargs))
+    surroundings = Surroundings(tensors_in(args, kwargs), ())
+    call = RecordedCall(type(function).__name__, None, function, surroundings)
     first: tuple[list[Tensor], list[Tensor]] | None = None
     errors = [0.0, 0.0]
     for _ in range(num_runs):
-        with torch.enable_grad(), conditions.restored():
+        with torch.enable_grad(), set_aside(call):
             results = _run(function, args, kwargs)
         if first is None:
             first = results

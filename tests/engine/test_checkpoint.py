@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Checkpoint, Offload, ReconstructionError, ReversibleBlock, ReversibleSequential, Store
-from revnet.functional import checkpointed_call, offloaded
+from revnet.engine import checkpointed_call, offloaded_call
 from revnet.memory import FlopCounter, LiveBytes
 from tests.helpers import all_cases, gradients, squares, stored_twin
 
@@ -156,13 +156,13 @@ def test_a_call_is_not_compiled_silently_into_a_stored_one():
 def test_offloaded_activations_go_to_the_host_once_and_parameters_stay(monkeypatch):
     """Here a CPU tensor plays the device's, since the copies are all that matters."""
     copies = []
-    monkeypatch.setattr("revnet.functional._offload._is_on_host", lambda tensor: False)
-    monkeypatch.setattr("revnet.functional._offload._OnHost.of", lambda tensor: copies.append(tensor) or _Copy(tensor))
+    monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
+    monkeypatch.setattr("revnet.engine._offload._OnHost.of", lambda tensor: copies.append(tensor) or _Copy(tensor))
     linear = nn.Linear(4, 4)
     module = nn.Sequential(linear, nn.ReLU(), nn.Linear(4, 4))
     twin = copy.deepcopy(module)
     x = torch.randn(3, 4)
-    y = offloaded(lambda: module(x), [module], (), {})
+    y = offloaded_call(module, (x,), {})
     # x, and the output of ReLU, which two operations save; no weight.
     assert [tuple(tensor.shape) for tensor in copies] == [(3, 4), (3, 4)]
     squares(y).backward()

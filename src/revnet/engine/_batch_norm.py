@@ -4,8 +4,7 @@ In training, batch norm spends its time on reductions, not on normalising. Those
 a fifth of the time as sums over rows, at the precision of the rounding that a rebuilt stream carries anyway.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from revnet.engine._torch_internals import in_functorch_transform
 
 _BATCH_NORMS = {_BatchNorm.forward}
 # Both of these read their running statistics in evaluation only, so a recomputation in training needs no earlier value.
@@ -24,7 +25,7 @@ _WORTHWHILE = 2**16  # Elements below which PyTorch's kernel is faster than seve
 BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
 
 
-def normalises_as_batch_norm(norm: BatchNorm) -> BatchNorm:
+def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
     """Have a subclass of PyTorch's batch norm treated as one; a class decorator.
 
     For a `forward` of its own that gives what PyTorch's gives, bit for bit, and differs only in what it writes to its
@@ -46,33 +47,47 @@ class Statistics(NamedTuple):
     variance: Tensor
 
 
-def batch_norms_of(function: nn.Module) -> list[nn.Module]:
-    """The batch norms in a residual function whose call may be replaced: PyTorch's own, in training, not compiled."""
-    norms: list[nn.Module] = []
+class ReplayedNorm(NamedTuple):
+    """A batch norm in training, and how a second run calls it so that its statistics stay as they are."""
+
+    attributes: dict[str, Any]
+    """The instance's attributes. Without `track_running_stats`, PyTorch's `forward` computes the same bits, and touches
+    no statistics."""
+    forward: Callable[[Tensor], Tensor] | None
+    """What to call instead of its own `forward`, which would write to them all the same; None for PyTorch's own."""
+    faster: Callable[[Tensor], Tensor]
+    """What to call on large rebuilt inputs."""
+
+
+def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
+    """Return the batch norms that a second run may call in another way, by their identity.
+
+    They are PyTorch's own, or marked with `normalizes_as_batch_norm`; in training, and not compiled.
+    """
+    norms: dict[int, ReplayedNorm] = {}
     for module in function.modules():
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            return []  # A compiled graph is guarded by the modules that it was made for.
-        is_plain = type(module).forward in _BATCH_NORMS and "forward" not in module.__dict__
-        if is_plain and module.training:
-            norms.append(module)
+            return {}  # A compiled graph is guarded by the modules that it was made for.
+        forward = type(module).forward
+        if forward in _BATCH_NORMS and "forward" not in module.__dict__ and module.training:
+            assert isinstance(module, _BatchNorm)
+            plain = None if forward is _BatchNorm.forward else partial(_BatchNorm.forward, module)
+            norms[id(module)] = ReplayedNorm(module.__dict__, plain, partial(_run_again, module))
     return norms
 
 
-@contextmanager
-def replaced(norms: list[nn.Module], run: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[None]:
-    """Calls of `norms` go to `run(module, x)` instead."""
-    for norm in norms:
-        norm.__dict__["forward"] = partial(run, norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.__dict__["forward"]
+def replays_faster(x: Tensor) -> bool:
+    """Return whether a function of `x` may have batch norms for which `faster` is worth its calls."""
+    return x.numel() >= _WORTHWHILE // 4 and x.device.type == "cpu"
 
 
-def run_as_it_is(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a replaced module would have done."""
-    return _BatchNorm.forward(norm, x)  # type: ignore[arg-type]
+def _run_again(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Call a batch norm whose statistics are not tracked at the moment."""
+    if not (torch.compiler.is_compiling() or in_functorch_transform()):
+        statistics = find_statistics(x)
+        if statistics is not None:
+            return normalize(norm, x, statistics)
+    return _BatchNorm.forward(norm, x)
 
 
 def find_statistics(x: Tensor) -> Statistics | None:
@@ -91,12 +106,12 @@ def find_statistics(x: Tensor) -> Statistics | None:
     return Statistics(mean, variance)
 
 
-def normalise(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
+def normalize(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
     """`norm(x)` in training, from statistics that are known; running statistics are not touched."""
-    return _Normalise.apply(x, norm.weight, norm.bias, *statistics, norm.eps)
+    return _Normalize.apply(x, norm.weight, norm.bias, *statistics, norm.eps)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """Saves what PyTorch's batch norm saves, in its order, so that it can stand in for it."""
 
     @staticmethod

@@ -18,8 +18,8 @@ from revnet import (
     create_model,
     set_coupling,
 )
-from revnet.functional import DriftMeter
-from revnet.functional._drift import MOST_SAMPLED, relative_error, sample
+from revnet.engine import DriftMeter
+from revnet.engine._drift import MOST_SAMPLED, relative_error, sample
 from tests.helpers import ConvResidual, mlp, squares
 
 

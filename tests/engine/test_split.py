@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revnet.functional import split
+from revnet.engine import split
 
 
 def test_split_takes_halves_along_any_dimension():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential
-from revnet.functional import _batch_norm, _recompute
+from revnet.engine import _batch_norm
+from revnet.engine._batch_norm import find_statistics
 from tests.helpers import ConvResidual, assert_close, gradients, stored_twin
 
 SHAPE = (8, 4, 48, 48)  # large enough for the faster way
@@ -47,7 +48,7 @@ def test_output_and_gradients_are_those_of_the_module(affine):
     norm = nn.BatchNorm2d(4, affine=affine).double()
     x = make_input().requires_grad_()
     results = []
-    for run in (norm, lambda x: _batch_norm.normalise(norm, x, _batch_norm.find_statistics(x))):
+    for run in (norm, lambda x: _batch_norm.normalize(norm, x, _batch_norm.find_statistics(x))):
         y = run(x)
         inputs = [x, *norm.parameters()]
         results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
@@ -65,9 +66,9 @@ def test_used_on_rebuilt_streams_and_right(monkeypatch):
 
     def find(x):
         seen.append(x.shape)
-        return _batch_norm.find_statistics(x)
+        return find_statistics(x)
 
-    monkeypatch.setattr(_recompute, "find_statistics", find)
+    monkeypatch.setattr(_batch_norm, "find_statistics", find)
     x = torch.randn(8, 8, 48, 48, dtype=torch.float64, requires_grad=True)
     twin_x = x.detach().clone().requires_grad_()
     sequence(x).sin().sum().backward()
@@ -106,7 +107,7 @@ def test_double_backward_and_differentiation_inside():
 
 def test_not_under_autocast(monkeypatch):
     """Low precision would turn a difference in the last place into one that counts."""
-    monkeypatch.setattr(_recompute, "find_statistics", lambda *_: pytest.fail("used"))
+    monkeypatch.setattr(_batch_norm, "find_statistics", lambda *_: pytest.fail("used"))
     sequence = ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(2)])
     with torch.autocast("cpu", torch.bfloat16):
         loss = sequence(torch.randn(8, 8, 48, 48)).sum()

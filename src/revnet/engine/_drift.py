@@ -14,14 +14,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from revnet.errors import ReconstructionError, ReconstructionWarning
-from revnet.functional._half_block import HalfBlock
-from revnet.functional._storage import has_values, is_plain
+from revnet.engine._chain import HalfBlock
+from revnet.engine._streams import StreamSnapshot
+from revnet.engine._tensors import has_values, is_plain
+from revnet.engine._torch_internals import in_functorch_transform
+
+if TYPE_CHECKING:
+    from revnet.engine._rebuild import Rebuilder
 
 MOST_SAMPLED = 512
 """Elements of a sample: enough for an error to be known within some percent."""
@@ -70,11 +75,11 @@ _active = threading.local()
 
 
 class DriftWatch:
-    """The samples of one run.
+    """Compares samples of what functions read with what they read again; an observer of one run.
 
     Args:
-        keeps_all: Whether to compare what every function reads, whenever it is rebuilt; else that of the first one,
-            once, and of all of them under a `DriftMeter`.
+        keeps_all: Whether to sample what every function reads, and compare it whenever it is rebuilt; otherwise the
+            first one alone, once, and all of them under a `DriftMeter`.
     """
 
     def __init__(self, *, keeps_all: bool = False) -> None:
@@ -82,63 +87,66 @@ class DriftWatch:
         self._keeps_all = keeps_all
         self._samples: dict[int, Tensor] = {}
         self._seen: set[int] = set()
-        self._first: int | None = None
         self._totals: list[Tensor] = []
         self._floor: Tensor | None = None
-        _tell_pending()
+        if _pending:
+            _report_pending()
 
-    def keep(self, index: int, source: Tensor) -> None:
-        """Sample what function `index` reads, if it will be compared; the first one always is."""
-        is_first = self._first is None
-        if (is_first or self._keeps_all or self._meter is not None) and _can_sample(source):
-            self._samples[index] = sample(source)
-        if is_first:
-            self._first = index
+    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
+        """Sample what function `index` has read, if it will be compared; the lowest always is."""
+        if index == run.first_with_slots or (run.lowest >= 0 and (self._keeps_all or self._meter is not None)):
+            source = streams[run.steps[index].half_block.source]
+            if _can_sample(source):
+                self._samples[index] = sample(source)
 
-    def begin(self, streams: Sequence[Tensor | None]) -> None:
-        """Note, before anything is rebuilt, how large the final streams are.
+    def before_rebuild(self, run: "Rebuilder") -> None:
+        """Note how large the final streams are.
 
         NaN and inf stay in a stream to its end: if these have none, no stream had.
         """
-        for stream in streams:
-            if stream is not None and self._samples and _can_sample(stream):
+        if not self._samples or run.held is None:
+            return
+        for stream in run.held.held:
+            if stream is not None and _can_sample(stream):
                 self._totals.append(_total(stream))
                 floor = _root_mean_square(sample(stream)) * torch.finfo(stream.dtype).eps ** 0.5
                 self._floor = floor if self._floor is None else torch.maximum(self._floor, floor)
 
-    def error_of(self, index: int, source: Tensor) -> Tensor | None:
-        """How far what function `index` reads, rebuilt, is from what it read; None if there is no sample."""
-        true = self._samples.get(index)
-        return None if true is None else relative_error(sample(source), true, self._floor)
-
-    def compare(self, index: int, source: Tensor, half_block: HalfBlock, distance: int) -> None:
-        """Note how far what function `index` reads again is from what it read, once, and judge it.
-
-        Args:
-            index: The function's place in the run.
-            source: What it reads, rebuilt.
-            half_block: The function, its name and its coupling.
-            distance: Half-blocks from there to the nearest stream that was kept.
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Note how far what function `index` reads again is from what it read, once, and judge the lowest.
 
         Raises:
             ReconstructionError: NaN or inf is in it that was not there in the forward pass.
         """
         if self._keeps_all and self._meter is None:
-            return  # Each error is judged before, by a guard.
+            return  # Each error is judged before, by the tolerance.
         if index in self._seen or index not in self._samples:  # Seen: the graph was retained, and is gone over again.
             return
         self._seen.add(index)
+        half_block = run.steps[index].half_block
+        source = streams.read(half_block.source).detach()
         true = self._samples[index] if self._keeps_all else self._samples.pop(index)
         error = relative_error(sample(source), true, self._floor)
         function, name = half_block.function, half_block.name
         if self._meter is not None:
+            distance = streams.origin - 1 - index
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
-        if index == self._first and not (self._meter is not None and self._meter.is_quiet):
-            parts = [_total(source), *self._totals]
-            totals = torch.stack(parts)
+        if index == run.lowest and not (self._meter is not None and self._meter.is_quiet):
+            totals = torch.stack([_total(source), *self._totals])
             if has_values(source):
                 is_exact = half_block.coupling.is_exact
                 _judge(_Verdict(weakref.ref(function), name, source.dtype, is_exact, error, totals))
+
+    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Do nothing: what is rebuilt is compared when a function reads it."""
+
+    def after_backward(self, run: "Rebuilder") -> None:
+        """Do nothing: the samples of a retained graph are needed again."""
+
+    def error_of(self, index: int, source: Tensor) -> Tensor | None:
+        """Return how far what function `index` reads, rebuilt, is from what it read; None if there is no sample."""
+        true = self._samples.get(index)
+        return None if true is None else relative_error(sample(source), true, self._floor)
 
 
 def sample(x: Tensor) -> Tensor:
@@ -214,19 +222,19 @@ def _judge(verdict: _Verdict) -> None:
         event.record()
         _pending.append((event, verdict))
     else:
-        _tell(verdict)
+        _report(verdict)
 
 
-def _tell_pending() -> None:
+def _report_pending() -> None:
     while _pending and not torch.cuda.is_current_stream_capturing():
         with _lock:
             verdict = _pending.popleft()[1] if _pending and _pending[0][0].query() else None
         if verdict is None:
             return
-        _tell(verdict)
+        _report(verdict)
 
 
-def _tell(verdict: _Verdict) -> None:
+def _report(verdict: _Verdict) -> None:
     rebuilt, *true = verdict.totals.tolist()
     if not all(map(math.isfinite, true)):
         return  # The model's own, with or without reversal.
@@ -284,6 +292,6 @@ def _can_sample(source: Tensor) -> bool:
         is_plain(source)
         and source.layout is torch.strided
         and source.numel() > 0
-        and not torch._C._are_functorch_transforms_active()
+        and not in_functorch_transform()
         and not (source.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -1,8 +1,16 @@
 """Whose memory it is: which tensors share it, whether it was written to, whether anybody else can see it."""
 
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+
+_version = attrgetter("_version")
 
 
 def storage_key(tensor: Tensor) -> int | None:
@@ -19,6 +27,14 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:  # Asking first would cost more, and this runs for every tensor.
         return 0
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the version counters of several tensors."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return list(map(version_of, tensors))
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -63,3 +79,10 @@ def is_plain(tensor: Tensor) -> bool:
 def is_only_owner(tensor: Tensor) -> bool:
     """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
     return _ALONE is not None and is_plain(tensor) and _use_count(tensor) == _ALONE
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors in the arguments of a call, however deep."""
+    if not any(values):
+        return []
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

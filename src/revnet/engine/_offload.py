@@ -8,13 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnet.functional._recompute import tensors_in
-from revnet.functional._storage import storage_key, version_of
+from revnet._types import Streams
+from revnet.engine._chain import BoundChain, stored
+from revnet.engine._tensors import storage_key, version_of
+from revnet.engine.compile import runs_plainly
 
 Result = TypeVar("Result")
 
 
-def offloaded(compute: Callable[[], Result], modules: Sequence[nn.Module], args: Any, kwargs: dict[str, Any]) -> Result:
+def offloaded(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+    """Run half-blocks by ordinary autograd, and keep on the host what it saves of them.
+
+    Arguments, results and errors are the ones that `reversible` documents.
+    """
+    functions = [half_block.function for half_block in chain.half_blocks]
+    return keeping_on_host(lambda: stored(chain, streams), functions, chain.tensors())
+
+
+def offloaded_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module by ordinary autograd, and keep on the host what it saves."""
+    return keeping_on_host(lambda: module(*args, **kwargs), [module], [])
+
+
+def keeping_on_host(
+    compute: Callable[[], Result], modules: Sequence[nn.Module], arguments: Sequence[Tensor]
+) -> Result:
     """Run `compute`, and keep on the host what autograd saves of it.
 
     As `torch.autograd.graph.save_on_cpu` does, but parameters, buffers and arguments, which outlive the call, stay
@@ -23,24 +41,24 @@ def offloaded(compute: Callable[[], Result], modules: Sequence[nn.Module], args:
     Args:
         compute: What to run.
         modules: The modules whose parameters and buffers stay.
-        args: The positional arguments that stay.
-        kwargs: The keyword arguments that stay.
+        arguments: Other tensors that stay.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or runs_plainly():
         return compute()
     if torch.compiler.is_dynamo_compiling():
         raise NotImplementedError(
             "activations cannot be kept on the host under `torch.compile`; use the policy `Reverse()` or `Store()`."
         )
-    staying = [*tensors_in(args, kwargs)]
+    staying = [*arguments]
     for module in modules:
         staying += [*module.parameters(), *module.buffers()]
     keys = {storage_key(tensor) for tensor in staying}
     copies: dict[tuple[Any, ...], tuple[weakref.ref[Any], _OnHost]] = {}
 
-    def pack(tensor: Tensor) -> _Here | _OnHost:
+    def pack(tensor: Tensor) -> _KeptInPlace | _OnHost:
         if storage_key(tensor) in keys or _is_on_host(tensor) or tensor.layout is not torch.strided:
-            return _Here(tensor, version_of(tensor))
+            # Without its node, which would refer to the tensor that the node saved: a cycle that nothing frees.
+            return _KeptInPlace(tensor if tensor.grad_fn is None else tensor.detach(), version_of(tensor))
         storage = tensor.untyped_storage()
         key = (storage._cdata, version_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         known = copies.get(key)
@@ -54,7 +72,7 @@ def offloaded(compute: Callable[[], Result], modules: Sequence[nn.Module], args:
         return compute()
 
 
-class _Here(NamedTuple):
+class _KeptInPlace(NamedTuple):
     """A saved tensor that stays where it is, guarded as autograd would guard it."""
 
     tensor: Tensor
@@ -91,5 +109,5 @@ def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _unpack(packed: _Here | _OnHost) -> Tensor:
+def _unpack(packed: _KeptInPlace | _OnHost) -> Tensor:
     return packed.unpack()

@@ -1,0 +1,113 @@
+"""Calling blocks within a chain, for their hooks and for a `forward` of their own.
+
+A chain runs residual functions, not blocks. A block that has hooks, or whose `forward` somebody replaced or overrode,
+must be called all the same. The chain then calls the block, whose `forward` finds by `call_within` that it is part of a
+chain, and hands over the streams.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from revnet._types import Streams
+from revnet.engine._tensors import storage_key
+
+if TYPE_CHECKING:
+    from revnet.engine._chain import BoundChain
+
+_calls = threading.local()
+
+
+def run_through_blocks(
+    chain: "BoundChain", streams: list[Tensor], advance: Callable[[int, list[Tensor]], None]
+) -> None:
+    """Run the half-blocks of a chain by `advance`, and call each block that must be called.
+
+    Raises:
+        NotImplementedError: `torch.compile` traces a chain with such blocks.
+        RuntimeError: A hook, or the block's own `forward`, replaced an input or output, which cannot be undone.
+    """
+    for block, indices in chain.chain.groups():
+        if block is None:
+            for index in indices:
+                advance(index, streams)
+        elif torch.compiler.is_dynamo_compiling():
+            raise hooks_are_not_compiled(chain.half_blocks[indices[0]].name)
+        else:
+            _run_block(chain, block, indices, streams, advance)
+
+
+def hooks_are_not_compiled(name: str) -> NotImplementedError:
+    """Return the error for a block with hooks under `torch.compile`."""
+    return NotImplementedError(
+        f"the block of `{name}` has hooks or a `forward` of its own, which a compiled reversible sequence does not "
+        "call; register hooks on its `f` and `g` or on the sequence instead."
+    )
+
+
+def _run_block(
+    chain: "BoundChain",
+    block: nn.Module,
+    indices: range,
+    streams: list[Tensor],
+    advance: Callable[[int, list[Tensor]], None],
+) -> None:
+    name = chain.half_blocks[indices[0]].name
+    kwargs = {**chain.kwargs, **{f"{role}_kwargs": own for role, own in chain.own_kwargs.items()}}
+    has_run = False
+
+    def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
+        nonlocal has_run
+        _check_same("input", name, (tuple(streams), chain.args, kwargs), (x, args_within, kwargs_within))
+        has_run = True
+        streams[:] = x
+        for index in indices:
+            advance(index, streams)
+        return tuple(streams)
+
+    before = getattr(_calls, "within", None)
+    _calls.within = (block, run)
+    try:
+        y = block(tuple(streams), *chain.args, **kwargs)
+    finally:
+        _calls.within = before
+    if not has_run:
+        raise RuntimeError(
+            f"the `forward` of the block of `{name}` ({type(block).__name__}) did not call the one that it replaces, "
+            "so that the sequence cannot run its residual functions reversibly; call `super().forward(x, *args, "
+            "**kwargs)` in it, or put the module before or after the sequence."
+        )
+    _check_same("output", name, tuple(streams), y)
+    streams[:] = y
+
+
+def call_within(block: nn.Module) -> Callable[..., Streams] | None:
+    """Return what `block.forward` must call with its arguments if a chain called it; otherwise None."""
+    within = None if torch.compiler.is_dynamo_compiling() else getattr(_calls, "within", None)
+    if within is None or within[0] is not block:
+        return None
+    _calls.within = None
+    run: Callable[..., Streams] = within[1]
+    return run
+
+
+def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
+    """Raise unless both hold the same values: tensors may be others, but must see the same memory."""
+    leaves, structure = tree_flatten(expected)
+    actual_leaves, actual_structure = tree_flatten(actual)
+    same = structure == actual_structure and all(
+        (storage_key(a), a.storage_offset(), a.shape, a.stride())
+        == (storage_key(b), b.storage_offset(), b.shape, b.stride())
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+        else a is b
+        for a, b in zip(leaves, actual_leaves, strict=True)
+    )
+    if not same:
+        raise RuntimeError(
+            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo (a `forward` of its own "
+            "counts as one); change what its `f` and `g` read or return instead, or put the change between two sequences."
+        )

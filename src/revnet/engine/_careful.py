@@ -1,0 +1,370 @@
+"""What recording and replaying a call must do only for some functions, and the errors of both.
+
+State in buffers, parameters that a function writes, tensors from elsewhere, early stops and forward-mode
+differentiation are all rare. `_record` asks cheaply whether one of them is there, and comes here if so.
+"""
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from sys import getrefcount
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from revnet.engine._tensors import has_values, storage_key, version_of, versions_of
+from revnet.engine._torch_internals import (
+    hooks_are_disabled,
+    is_forward_mode,
+    next_sequence_number,
+    push_saved_tensors_hooks,
+    sequence_number_of,
+)
+from revnet.errors import ReconstructionError
+
+if TYPE_CHECKING:
+    from revnet.engine._record import RecordedCall, Saved
+
+_CHECKSUM_INTERVAL = 64
+"""Calls of a plan between two checksums of the parameters, which show writes that leave no version."""
+
+_base_of = attrgetter("_base")
+
+
+# Slots ----------------------------------------------------------------------------------------------------------------
+
+
+def push_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+    """Push saved-tensor hooks, which transforms of `torch.func` forbid."""
+    try:
+        push_saved_tensors_hooks(pack, unpack)
+    except RuntimeError as error:
+        if hooks_are_disabled() is None:
+            raise
+        raise RuntimeError(
+            "a reversible sequence cannot be differentiated by `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, "
+            "since they forbid the saved-tensor hooks by which it rebuilds activations; keep them with "
+            "`set_policy(model, Store())`, or use `torch.autograd.grad`."
+        ) from error
+
+
+def take(saved: "Saved", number: int) -> Tensor:
+    """Return the tensor of a slot, rebuilt if it is not there."""
+    with saved.filler.lock:
+        if saved.constants is not None and number in saved.constants:
+            tensor, version = saved.constants[number]
+            if version_of(tensor) != version:
+                raise modified("a tensor that a residual function computed with", tensor, version)
+            return tensor
+        is_finished = saved.filler.is_finished
+        if saved.tensors is None or saved.tensors[number] is None:
+            saved.filler.rebuild(saved.index)
+        assert saved.tensors is not None
+        found: Tensor = saved.tensors[number]
+        expected = 0 if saved.versions is None else saved.versions[number]
+        if version_of(found) != expected:  # It was written to since it was saved; autograd would raise, too.
+            raise modified("a tensor that a residual function computed with", found, expected)
+        if is_finished:
+            saved.tensors[number] = None
+        else:
+            saved.was_read = True
+        return found
+
+
+def check_finished(is_finished: bool) -> None:
+    """Raise if the forward pass is not over."""
+    if not is_finished:
+        raise ReconstructionError(
+            "backward reached a reversible sequence whose forward pass has not finished; call it outside of the "
+            "residual functions."
+        )
+
+
+def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
+    """Do not take a stream for lasting that is an argument, too: as a stream, it is rebuilt elsewhere."""
+    keys = {storage_key(source) for source in sources}
+    for argument in call.surroundings.arguments:
+        if storage_key(argument) in keys:
+            call.lasting.discard(id(argument))
+
+
+def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
+    """Return the test whether a tensor outlives the call; a miss is harmless, since it is rebuilt then."""
+    if not is_forward_mode():
+        return lambda tensor: id(tensor) in lasting or id(tensor._base) in lasting
+    # Forward mode saves the primal of a dual tensor, which is another object with the same storage.
+    known = (*call.parameters, *call.buffers, *call.surroundings.arguments)
+    keys = {storage_key(each) for each in known} - {None}
+    return lambda tensor: id(tensor) in lasting or storage_key(tensor) in keys
+
+
+def make_pack(
+    call: "RecordedCall", saved: "Saved", tensors: list[Tensor], versions: list[int], nodes: list[int]
+) -> Callable[[Tensor], tuple[Any, int]]:
+    """Return a hook for a first run that also notes which operation saved each tensor."""
+    is_lasting = lasting_test(call, call.lasting)
+
+    def pack(tensor: Tensor) -> tuple[Any, int]:
+        if is_lasting(tensor):
+            return tensor, version_of(tensor)
+        versions.append(version_of(tensor))
+        tensors.append(tensor)
+        nodes.append(next_sequence_number())
+        return saved, len(tensors) - 1
+
+    return pack
+
+
+class StopReplay(BaseException):
+    """Stops a replay once every slot is filled. A BaseException so that user code does not catch it."""
+
+
+def make_replay_pack(
+    call: "RecordedCall", caught: list[Tensor], versions: list[int], lasting: set[int], stop_after: int
+) -> Callable[[Tensor], Tensor]:
+    """Return a hook for a second run that notes versions, and stops the run after `stop_after` tensors."""
+    is_lasting = lasting_test(call, lasting)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if is_lasting(tensor):
+            return tensor
+        tensor = tensor.detach()
+        caught.append(tensor)
+        versions.append(version_of(tensor))
+        if len(caught) == stop_after:
+            raise StopReplay
+        return tensor
+
+    return pack
+
+
+def stop_after(tensors: Sequence[Tensor], nodes: Sequence[int], own: Sequence[Any]) -> int:
+    """Return after how many saved tensors a replay may stop; -1 if it must run to the end.
+
+    An operation saves its inputs before it computes, so the last one need not compute at all. But some save room for
+    what they are about to compute (RReLU's noise): those must.
+    """
+    sources = {storage_key(each) for each in own[1:]}
+    is_complete = [
+        tensor.grad_fn is not None or storage_key(tensor) in sources
+        for tensor, node in zip(tensors, nodes, strict=True)
+        if node == nodes[-1]
+    ]
+    return len(tensors) if all(is_complete) else -1
+
+
+def find_constants(
+    call: "RecordedCall", tensors: Sequence[Tensor], versions: Sequence[int], own: Sequence[Any], start: int
+) -> dict[int, tuple[Tensor, int]] | None:
+    """Return the saved tensors that were there before the call, with their versions, by their number.
+
+    Such a tensor is neither parameter, buffer nor argument, and a replay would not compute it. Somebody else refers to
+    it (or to the tensor that it is a view of), and this call made no node for it.
+    """
+    if is_forward_mode():
+        return None  # Tangents come and go with their level.
+    bases = list(map(_base_of, tensors))
+    counts, base_counts = list(map(getrefcount, tensors)), list(map(getrefcount, bases))
+    casts = {state.dtype for state in call.autocast if state.enabled}
+    own_keys: set[int | None] = set()
+    found: dict[int, tuple[Tensor, int]] = {}
+    for number, (tensor, base) in enumerate(zip(tensors, bases, strict=True)):
+        origin, count = (tensor, counts[number]) if base is None else (base, base_counts[number])
+        if origin.grad_fn is not None and sequence_number_of(origin.grad_fn) >= start:
+            continue  # The call computed it.
+        uses = sum([each is origin for each in (*tensors, *bases)])
+        if count <= (FRESH_COUNT if base is None else _FRESH_BASE_COUNT) - 1 + uses:
+            continue  # The two lists alone refer to it.
+        if tensor.dtype in casts:
+            continue  # Autocast keeps what it cast for a while, and casts again.
+        own_keys = own_keys or {storage_key(each) for each in own if isinstance(each, Tensor)}
+        if tensor.layout is not torch.strided or storage_key(tensor) in own_keys:
+            continue
+        if origin.untyped_storage().nbytes() < tensor.nbytes:
+            continue  # FSDP has taken a parameter's memory away, and brings it back for the next call.
+        found[number] = (tensor.detach(), versions[number])
+    return found or None
+
+
+def check_constants(call: "RecordedCall", tensors: list[Any]) -> None:
+    """Drop from the tensors of a replay those that are kept, and raise if they are others."""
+    assert call.constants is not None
+    for number, (constant, _) in call.constants.items():
+        if number >= len(tensors):
+            continue
+        # A function may compute it again and put it in the old one's place; then it is the same but for rounding.
+        if storage_key(tensors[number]) != storage_key(constant) and _differ(tensors[number], constant):
+            fail(call, "used another tensor, which is not among its parameters, buffers and arguments")
+        tensors[number] = None
+
+
+def _differ(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors differ by more than a reconstruction does."""
+    tensor, other = tensor.detach().double(), other.detach().double()
+    return bool((tensor - other).norm() > 1e-2 * other.norm())
+
+
+def _fresh_counts() -> tuple[int, int]:
+    """Return how often a tensor is referred to that only a list holds, alone and as the base of a view.
+
+    Found rather than known, since it depends on the releases of Python and PyTorch.
+    """
+    tensors = [torch.empty(1, device="cpu")]
+    views = [torch.empty(1, device="cpu").view(1)]
+    bases = list(map(_base_of, views))
+    return max(map(getrefcount, tensors)), max(map(getrefcount, bases))
+
+
+FRESH_COUNT, _FRESH_BASE_COUNT = _fresh_counts()
+
+
+# State that a function changes ----------------------------------------------------------------------------------------
+
+
+def before(call: "RecordedCall") -> list[int | None] | None:
+    """Copy, before a call, what the function may write to; return checksums of its parameters now and then."""
+    plan = call.plan
+    if plan.states:
+        call.states = {place: call.buffers[place].detach().clone() for place in plan.states}
+        call.state_versions = {place: version_of(call.buffers[place]) for place in plan.states}
+    if plan.data_writes:
+        call.written = {place: call.parameters[place].detach().clone() for place in plan.data_writes}
+    if plan.fixed:
+        call.buffer_versions = {place: version_of(call.buffers[place]) for place in plan.fixed}
+    plan.num_calls[0] += 1
+    return _checksums(call.parameters) if plan.num_calls[0] % _CHECKSUM_INTERVAL == 1 else None
+
+
+def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
+    """Keep, after a call, the copies of what it changed, and note the versions that it left."""
+    if call.states:
+        _settle_states(call, is_first=checksums is not None)
+    versions = versions_of(call.parameters)
+    written = dict(call.written or {})
+    for place, (old, new) in enumerate(zip(call.versions, versions, strict=True)):
+        if old != new and place not in written:
+            # Written before use, as `nn.Embedding(max_norm=)` does: a replay works on a copy of what that left.
+            written[place] = call.parameters[place]
+    call.versions = versions
+    for place, (old_sum, new_sum) in enumerate(zip(checksums or (), _checksums(call.parameters), strict=False)):
+        if old_sum != new_sum and place not in written:
+            # Seen for the first time, so what was there before is lost: this replay begins with what the function left,
+            # and the check of its result says whether that was right. Next time a copy is taken before the call.
+            written[place] = call.parameters[place]
+            call.plan.data_writes.append(place)
+    call.written = written or None
+
+
+def _settle_states(call: "RecordedCall", *, is_first: bool) -> None:
+    assert call.states is not None
+    versions = call.buffer_versions or {}
+    for place, copy in list(call.states.items()):
+        buffer = call.buffers[place]
+        holder, name = call.plan.buffer_places[place]
+        # Kernels that keep running statistics write without raising the version, so that no vector is trusted to be
+        # constant. Large buffers (masks, position tables) are compared, unless that would wait for a device.
+        can_compare = has_values(buffer) and (buffer.device.type == "cpu" or is_first) and not _is_capturing(buffer)
+        if (
+            holder[name] is buffer
+            and buffer.dim() > 1
+            and version_of(buffer) == call.state_versions[place]
+            and not (can_compare and not _same_bits(buffer, copy))
+        ):
+            versions[place] = version_of(buffer)
+            del call.states[place]
+    call.buffer_versions = versions or None
+    call.states = call.states or None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.layout is not torch.strided:
+        return True
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Return a number for the bits of each tensor; None where they cannot be read.
+
+    The sum of the bits as integers, modulo 2^64: unlike a sum of the values, it sees a change of any one element.
+    """
+    return [_checksum(tensor) for tensor in tensors]
+
+
+def _checksum(tensor: Tensor) -> int | None:
+    tensor = tensor.data if type(tensor) is nn.Parameter else tensor
+    is_readable = has_values(tensor) and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.numel() > 0
+    if not is_readable or _is_capturing(tensor):
+        return None
+    flat = tensor.detach().view(-1)
+    # As long integers where that is possible, since a sum of shorter ones copies them all.
+    is_aligned = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
+    short = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64)
+    return int(flat.view(torch.int64 if is_aligned else short).sum())
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def check_versions(call: "RecordedCall") -> None:
+    """Raise if a parameter, buffer, argument or constant is not at the version that the first run left.
+
+    Raises:
+        ReconstructionError: It was modified in place after the forward pass.
+    """
+    surroundings = call.surroundings
+    pairs = [
+        *zip(call.parameters, call.versions, strict=True),
+        *zip(surroundings.arguments, surroundings.argument_versions, strict=True),
+        *[(call.buffers[place], version) for place, version in (call.buffer_versions or {}).items()],
+        *(call.constants or {}).values(),
+    ]
+    for tensor, version in pairs:
+        if version_of(tensor) != version:
+            raise ReconstructionError(
+                f"a parameter, buffer or argument of shape {tuple(tensor.shape)} was modified in place after the "
+                f"forward pass (version {version_of(tensor)}, expected {version}), so the activations of "
+                f"`{call.name}` cannot be rebuilt; run `backward` before modifying it, for instance before "
+                "`optimizer.step()`."
+            )
+
+
+def fail_metas(call: "RecordedCall", metas: list[Any]) -> NoReturn:
+    """Raise since the second run saved other tensors."""
+    for found, expected in zip(metas, call.metas, strict=False):
+        if found != expected:
+            fail(call, f"saved {_described(found)} where the forward pass saved {_described(expected)}")
+    if len(metas) > len(call.metas):
+        fail(call, f"saved more than the {len(call.metas)} tensors that the forward pass saved")
+    fail(call, f"saved {len(metas)} tensors where the forward pass saved {len(call.metas)}")
+
+
+def fail_results(call: "RecordedCall", metas: list[Any]) -> NoReturn:
+    """Raise since the second run returned another kind of result."""
+    found, expected = [", ".join(map(_described, each)) or "no tensor" for each in (metas, call.results)]
+    fail(call, f"returned {found} where the forward pass returned {expected}")
+
+
+def fail(call: "RecordedCall", difference: str) -> NoReturn:
+    """Raise since the function did something else than the first time."""
+    raise ReconstructionError(
+        f"`{call.name}` did something else when it ran again: it {difference}. A function whose activations are "
+        "computed again must do the same both times (no counters, caches or conditions that change); otherwise "
+        "keep its activations with the policy `Store()`."
+    )
+
+
+def modified(what: str, tensor: Tensor, version: int) -> RuntimeError:
+    """Return the error that autograd raises for a saved tensor that was written to."""
+    return RuntimeError(
+        f"one of the variables needed for gradient computation has been modified by an inplace operation: {what}, of "
+        f"shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; expected version {version} instead."
+    )
+
+
+def _described(meta: tuple[torch.Size, torch.dtype, torch.device]) -> str:
+    shape, dtype, device = meta
+    return f"{tuple(shape)} {dtype} on {device}"

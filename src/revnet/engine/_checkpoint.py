@@ -1,0 +1,187 @@
+"""Keeping what functions read, and computing again what is inside them.
+
+Where `Rebuilder` rebuilds the input of a function, this keeps it: the same slots in the graph, the same care around the
+second run, but no walk and no rounding. What a function computes after the last tensor that autograd saved is not
+computed again; for two convolutions or two linear layers that is the second one.
+
+References:
+    Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revnet._types import Streams
+from revnet.engine._careful import check_finished
+from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
+from revnet.engine._range import RangeWatch
+from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._tensors import tensors_in, version_of, versions_of
+from revnet.engine.compile import compiled, runs_plainly
+from revnet.errors import ReconstructionError
+
+
+def checkpointed(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+    """Run half-blocks and keep the stream that each one reads; the backward pass computes the rest again.
+
+    Arguments, results and errors are the ones that `reversible` documents.
+
+    Numerics:
+        Output and gradients are the ones of `stored`, bit for bit, where the functions are deterministic.
+    """
+    if not torch.is_grad_enabled() or runs_plainly():
+        return stored(chain, streams)
+    if torch.compiler.is_dynamo_compiling():
+        return _compiled_one_by_one(chain, streams)
+    run = _KeepingRun(chain, streams)
+
+    def advance(index: int, streams: list[Tensor]) -> None:
+        run.advance(chain, index, streams)
+
+    return run_half_blocks(chain, list(streams), advance)
+
+
+def _compiled_one_by_one(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+    """Trace each half-block as a chain of its own, which keeps what it reads."""
+    running = tuple(streams)
+    for index in range(len(chain.half_blocks)):
+        alone = chain.part(index, index + 1)
+        running = compiled(alone, running) or stored(alone, running)
+    return running
+
+
+class _KeepingRun:
+    """One forward pass through a chain, which keeps what each function reads.
+
+    What a function read is kept by its slots, so that it goes as soon as the backward pass has used them.
+    """
+
+    def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
+        self._chain = chain.for_replays()
+        self._surroundings = Surroundings(chain.tensors(), streams)
+        self._calls: list[tuple[HalfBlock, RecordedCall]] = []
+        self._range = RangeWatch() if chain.chain.has_exact else None
+        self._has_log_dets = chain.log_dets is not None
+        self._filled: int | None = None
+        self.is_finished = True
+        self.lock = threading.RLock()
+
+    def advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
+        """Run the next half-block on `streams`, keeping none of its activations."""
+        half_block, plans = chain.half_blocks[index], chain.chain.plans
+        source, stream = streams[half_block.source], streams[half_block.target]
+        if chain.chain.blocks is not None or not half_block.coupling.is_additive:
+            self._surroundings.refresh()
+        call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)
+        plans[index] = call.plan
+        self._calls.append((half_block, call))
+        self.is_finished = False
+        if half_block.coupling.is_additive:
+            residual = call.record(self, index, chain.call, (half_block, source), (source,), may_stop_early=True)
+            y = chain.join(half_block, stream, residual)
+            kept = (source,)
+        else:
+            y = call.record(
+                self,
+                index,
+                lambda: chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets),
+                (),
+                (source, stream),
+                may_stop_early=True,
+            )
+            kept = (source, stream)
+        self.is_finished = True
+        call.keep([(each.detach(), version_of(each), each.requires_grad) for each in kept])
+        if self._range is not None:
+            self._range.look(half_block, y)
+        streams[half_block.target] = y
+
+    def rebuild(self, index: int) -> None:
+        """Run function `index` again on what it read."""
+        check_finished(self.is_finished)
+        if self._range is not None:
+            self._range.check_waiting()
+        if self._filled is not None:
+            self._calls[self._filled][1].empty()
+        self._filled = index
+        half_block, call = self._calls[index]
+        leaves = []
+        for tensor, version, requires_grad in call.kept():
+            if version_of(tensor) != version:
+                raise ReconstructionError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"the stream that `{half_block.name}` read, of shape {tuple(tensor.shape)}, is at version "
+                    f"{version_of(tensor)}; expected version {version} instead. Use the operation's out-of-place form."
+                )
+            leaves.append(tensor.data.requires_grad_(requires_grad))
+        chain = self._chain
+        if half_block.coupling.is_additive:
+            call.replay(chain.call, (half_block, leaves[0]), fill=True, rounded=None, needs_result=False)
+            return
+        log_dets: list[Tensor] | None = [] if self._has_log_dets else None
+        call.replay(
+            lambda: chain.join(half_block, leaves[1], chain.call(half_block, leaves[0]), log_dets),
+            (),
+            fill=True,
+            rounded=None,
+            needs_result=False,
+        )
+
+
+def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module and keep its arguments; the backward pass computes its activations again.
+
+    As `torch.utils.checkpoint` does, but buffers such as batch-norm statistics count once.
+
+    Raises:
+        RuntimeError: The module modified an argument in place.
+        ReconstructionError: In the backward pass, the activations cannot be computed again.
+        NotImplementedError: Under `torch.compile`.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(
+            f"a {type(module).__name__} whose activations are computed again cannot be compiled whole; give it the "
+            "policy `Store()` before compiling, or compile the residual functions instead."
+        )
+    if not torch.is_grad_enabled() or runs_plainly():
+        return module(*args, **kwargs)
+    return _KeptCall(module, args, kwargs).run()
+
+
+class _KeptCall:
+    """One call of a module, able to be replayed since its arguments are kept."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self._module = module
+        self._args = args
+        self._kwargs = kwargs
+        self._tensors = tensors_in(args, kwargs)
+        surroundings = Surroundings(self._tensors, ())
+        self._call = RecordedCall(type(module).__name__, None, module, surroundings)
+        self.is_finished = False
+        self.lock = threading.RLock()
+
+    def run(self) -> Any:
+        """Compute for the first time."""
+        versions = versions_of(self._tensors)
+        result = self._call.record(self, 0, self._compute, (), may_stop_early=True)
+        if versions != versions_of(self._tensors):
+            raise RuntimeError(
+                f"{type(self._module).__name__} modified an argument in place, so that its activations cannot be "
+                "computed again; use the out-of-place form of its first operation (`inplace=False`), or the policy "
+                "`Store()`."
+            )
+        self.is_finished = True
+        return result
+
+    def rebuild(self, index: int) -> None:
+        """Compute again."""
+        check_finished(self.is_finished)
+        self._call.replay(self._compute, (), fill=True, rounded=None, needs_result=False)
+
+    def _compute(self) -> Any:
+        return self._module(*self._args, **self._kwargs)

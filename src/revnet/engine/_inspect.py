@@ -1,0 +1,94 @@
+"""Finding out what the engine needs to know of a residual function; see `Plan` in `_record`."""
+
+from itertools import chain
+from operator import attrgetter, itemgetter, methodcaller
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from revnet.engine._batch_norm import is_torch_norm, replayed_norms_of
+
+_device = attrgetter("device")
+values_of = methodcaller("values")
+
+
+def describe(function: nn.Module) -> dict[str, Any]:
+    """Return the fields of the function's `Plan`.
+
+    Raises:
+        ValueError: A parameter has no shape yet.
+    """
+    modules = list(function.modules())
+    parameter_dicts = [module._parameters for module in modules]
+    buffer_dicts = [module._buffers for module in modules]
+    child_dicts = [module._modules for module in modules]
+    dicts: list[Any] = [*parameter_dicts, *buffer_dicts, *child_dicts]
+    # The modules of `torch.jit` keep everything in C++, and only look as if they had dicts and attributes.
+    is_scripted = any([not isinstance(holder, dict) for holder in dicts])
+    has_flags = all(["training" in module.__dict__ for module in modules])
+    get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
+    flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
+    training = list(map(get_flag, flag_holders))
+    _refuse_lazy(modules)
+    parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
+    devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
+    norms = {} if is_scripted else replayed_norms_of(function)
+    statistics, fixed, states = _kinds_of_buffers(modules, training, set(norms))
+    return {
+        "modules": modules,
+        "dicts": dicts,
+        "sizes": list(map(len, dicts)),
+        "children": list(chain.from_iterable([values_of(children) for children in child_dicts])),
+        "flag_holders": flag_holders,
+        "get_flag": get_flag,
+        "training": training,
+        "parameter_places": parameter_places,
+        "buffer_places": buffer_places,
+        "device_list": devices,
+        "devices": frozenset([device for device in devices if device.type != "meta"]),
+        "statistics": statistics,
+        "fixed": fixed,
+        "states": states,
+        "norms": list(norms.values()),
+        "is_scripted": is_scripted,
+        "num_calls": [0],
+        "data_writes": [],
+    }
+
+
+def _kinds_of_buffers(
+    modules: list[nn.Module], training: list[bool], plain_norms: set[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the places of the buffers that a function only writes, of those that it only reads, and of all others."""
+    statistics: list[int] = []
+    fixed: list[int] = []
+    states: list[int] = []
+    place = 0
+    for module, is_training in zip(modules, training, strict=True):
+        is_norm = is_torch_norm(module)
+        for buffer in values_of(module._buffers):
+            if buffer is None:
+                continue
+            if not is_norm:
+                states.append(place)
+            elif not is_training:
+                fixed.append(place)
+            elif id(module) not in plain_norms:
+                statistics.append(place)
+            place += 1
+    return statistics, fixed, states
+
+
+def _places(holders: list[Any]) -> list[tuple[Any, str]]:
+    return [(holder, name) for holder in holders for name, tensor in holder.items() if tensor is not None]
+
+
+def _refuse_lazy(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_lazy(parameter):
+                raise ValueError(
+                    f"`{name}` of {type(module).__name__} has no shape yet; call the residual function once, under "
+                    "`torch.no_grad`, before it runs reversibly."
+                )

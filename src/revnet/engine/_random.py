@@ -1,0 +1,57 @@
+"""Random states of devices, which a replay restores so that it draws the same numbers."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+
+# `fork_rng` does this too, but asks every device first, which costs more than many residual functions.
+def get_random_state(device: torch.device) -> Tensor:
+    """Return the random state of a device, as a tensor of bytes on the CPU."""
+    if device.type == "cpu":
+        return torch.default_generator.get_state()
+    module = torch.get_device_module(device)
+    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Set the random state of a device."""
+    if device.type == "cpu":
+        torch.default_generator.set_state(state)
+        return
+    module = torch.get_device_module(device)
+    if device.type == "mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)
+
+
+def same_random_state(a: Tensor, b: Tensor) -> bool:
+    """Return whether two random states are equal."""
+    # States are real bytes on the CPU even under FakeTensorMode, which would refuse to compare them as tensors.
+    size = a.numel()
+    return size == b.numel() and _equal_bytes(a.data_ptr(), b.data_ptr(), size)
+
+
+def digest(state: Tensor) -> int:
+    """Return a number that stands for a random state."""
+    return hash(ctypes.string_at(state.data_ptr(), state.numel()))
+
+
+def _equal_bytes_by_copy(a: int, b: int, size: int) -> bool:
+    return ctypes.string_at(a, size) == ctypes.string_at(b, size)
+
+
+def _equal_bytes_by_memcmp(a: int, b: int, size: int) -> bool:
+    return _memcmp(a, b, size) == 0
+
+
+# A state of the CPU's generator has 5,056 bytes and is compared for every residual function: `memcmp` takes a sixth of
+# the time of `torch.equal`. Where the C library cannot be loaded this way (Windows), copies are compared.
+try:
+    _memcmp = ctypes.CDLL(None).memcmp
+    _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    _equal_bytes = _equal_bytes_by_memcmp
+except (OSError, TypeError, AttributeError):
+    _equal_bytes = _equal_bytes_by_copy

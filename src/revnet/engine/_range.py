@@ -1,0 +1,91 @@
+"""Watching that streams stay in the range in which a coupling reverses them exactly."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from revnet.engine._chain import HalfBlock
+from revnet.engine._streams import StreamSnapshot
+from revnet.engine._tensors import has_values, largest_element
+from revnet.errors import ReconstructionError
+
+if TYPE_CHECKING:
+    from revnet.engine._rebuild import Rebuilder
+
+
+class RangeWatch:
+    """Raises if a stream leaves the range of its exact coupling; an observer of one run.
+
+    On the CPU it raises at once. On a GPU it does not wait for the stream, and raises when the backward pass begins; in
+    a CUDA graph an assertion of the device fails.
+    """
+
+    def __init__(self) -> None:
+        self._magnitudes: list[tuple[HalfBlock, Tensor]] = []
+
+    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
+        """Look at the stream that half-block `index` has updated."""
+        self.look(run.steps[index].half_block, y)
+
+    def look(self, half_block: HalfBlock, y: Tensor) -> None:
+        """Look at a stream that a half-block has updated."""
+        if not half_block.coupling.is_exact:
+            return
+        magnitude = largest_element(y)
+        if y.device.type in ("cpu", "meta"):
+            if has_values(y):
+                # A number; `float` would be an operation more than a prediction of the step has.
+                value: Any = magnitude.tolist()
+                check_range(half_block, value, y.dtype)
+        elif torch.cuda.is_current_stream_capturing():
+            limit = half_block.coupling.limit(y.dtype)
+            assert limit is not None
+            torch._assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
+        else:
+            self._magnitudes.append((half_block, magnitude))
+
+    def before_rebuild(self, run: "Rebuilder") -> None:
+        """Look at what the forward pass did not wait for."""
+        self.check_waiting()
+
+    def check_waiting(self) -> None:
+        """Look at what the forward pass did not wait for."""
+        magnitudes, self._magnitudes = self._magnitudes, []
+        if not magnitudes or not has_values(magnitudes[0][1]):
+            return
+        values = torch.stack([magnitude for _, magnitude in magnitudes]).tolist()
+        for (half_block, magnitude), value in zip(magnitudes, values, strict=True):
+            check_range(half_block, value, magnitude.dtype)
+
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Do nothing."""
+
+    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Do nothing."""
+
+    def after_backward(self, run: "Rebuilder") -> None:
+        """Do nothing."""
+
+
+def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:
+    """Raise if a stream that the half-block has just updated left its range."""
+    if half_block.coupling.is_exact and has_values(y):
+        check_range(half_block, float(largest_element(y)), y.dtype)
+
+
+def check_range(half_block: HalfBlock, magnitude: float, dtype: torch.dtype) -> None:
+    """Raise if a stream left the range in which the half-block can be undone exactly.
+
+    Raises:
+        ReconstructionError: The stream is out of range. NaN and inf are not reported here: the model produced them.
+    """
+    limit = half_block.coupling.limit(dtype)
+    if limit is not None and math.isfinite(magnitude) and magnitude >= limit:
+        raise ReconstructionError(
+            f"a stream reached {magnitude:,.5g} at `{half_block.name}`, beyond the {limit:,.5g} up to which "
+            f"{half_block.coupling} is exact in {dtype}; {half_block.coupling.out_of_range_hint(magnitude, dtype)}, or "
+            "normalize what the residual functions return."
+        )

@@ -1,0 +1,367 @@
+"""The run of a chain: it records the forward pass, and walks the streams back in the backward pass."""
+
+import abc
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from revnet._types import Streams
+from revnet.coupling import Additive
+from revnet.engine._careful import check_finished
+from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks
+from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._streams import StreamSnapshot
+from revnet.engine._tensors import is_only_owner
+from revnet.engine._torch_internals import call_after_backward
+
+
+class Observer(Protocol):
+    """Watches a run, and may correct it: drift, tolerance and range are observers."""
+
+    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
+        """Half-block `index` has run on `streams`, and gave `y`."""
+
+    def before_rebuild(self, run: "Rebuilder") -> None:
+        """The backward pass asks for the first time."""
+
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Function `index` is about to run again on rebuilt `streams`."""
+
+    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Half-block `index` was undone; `streams` are the ones before it."""
+
+    def after_backward(self, run: "Rebuilder") -> None:
+        """The backward pass of a retained graph is over."""
+
+
+class AbstractStep(abc.ABC):
+    """A half-block that has run, and how to undo it.
+
+    Args:
+        half_block: The half-block.
+        call: The recorded call of its function, or of its function and its coupling.
+    """
+
+    __slots__ = ("call", "half_block", "source_requires_grad", "stream_requires_grad")
+
+    def __init__(self, half_block: HalfBlock, call: RecordedCall, streams: Sequence[Tensor]):
+        self.half_block = half_block
+        self.call = call
+        self.source_requires_grad = streams[half_block.source].requires_grad
+        self.stream_requires_grad = streams[half_block.target].requires_grad
+
+    @abc.abstractmethod
+    def first(self, run: "Rebuilder", chain: BoundChain, index: int, streams: Sequence[Tensor]) -> Tensor:
+        """Return the updated stream, leaving slots in the graph."""
+
+    @abc.abstractmethod
+    def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
+        """Undo the half-block before `streams.position`; `fill` its slots on the way."""
+
+    @abc.abstractmethod
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Fill the slots from the streams before the half-block, which stay as they are."""
+
+    @abc.abstractmethod
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the updated stream again, from the streams before the half-block."""
+
+    def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> Tensor:
+        """Return what the function reads, as the leaf of its second run."""
+        if streams.origin > index + 1:
+            for observer in run.observers:
+                observer.before_replay(run, index, streams)
+        # `data` has a version of its own: the stream's goes up when it is written over later on.
+        return streams.read(self.half_block.source).data.requires_grad_(self.source_requires_grad)
+
+    def is_rounded(self, streams: StreamSnapshot, index: int) -> bool:
+        """Return whether what the function reads again carries the rounding of a reconstruction."""
+        return streams.origin > index + 1 and not self.half_block.coupling.is_exact
+
+
+class AdditiveStep(AbstractStep):
+    """A half-block whose slots hold the function alone, since the coupling saves nothing."""
+
+    __slots__ = ()
+
+    def first(self, run: "Rebuilder", chain: BoundChain, index: int, streams: Sequence[Tensor]) -> Tensor:
+        """Return the updated stream, leaving slots of the function in the graph."""
+        half_block = self.half_block
+        source, stream = streams[half_block.source], streams[half_block.target]
+        residual = self.call.record(
+            run, index, chain.call, (half_block, source), (source,), may_stop_early=run.first_with_slots is None
+        )
+        if _can_add(half_block, stream, residual):
+            return stream + residual
+        return half_block.coupling.forward(stream, residual, half_block.name)
+
+    def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
+        """Run the function again, and take what it returns off the stream."""
+        index = streams.position - 1
+        is_needed = index > run.lowest
+        residual = self._run_again(run, streams, index, fill=fill, needs_result=is_needed)
+        if not is_needed:
+            return
+        half_block = self.half_block
+        y = streams.take(half_block.target)
+        try:
+            in_place = is_only_owner(y)
+            if _can_add(half_block, y, residual):
+                x = y.sub_(residual) if in_place else y - residual
+            else:
+                x = half_block.coupling.inverse(y, residual, half_block.name, in_place=in_place)
+        except BaseException:
+            streams.put(half_block.target, y)
+            raise
+        streams.put(half_block.target, x)
+        streams.position = index
+
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again on the stream that it read, which undoing it has left as it was."""
+        self._run_again(run, streams, index, fill=True, needs_result=False)
+
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the stream with what the function returns."""
+        residual = self._run_again(run, streams, streams.position, fill=False, needs_result=True)
+        return self.half_block.coupling.forward(streams.read(self.half_block.target), residual, self.half_block.name)
+
+    def _run_again(
+        self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
+    ) -> Tensor:
+        source = self.source_of(run, streams, index)
+        rounded = source if self.is_rounded(streams, index) else None
+        residual = self.call.replay(
+            run.chain.call, (self.half_block, source), fill=fill, rounded=rounded, needs_result=needs_result
+        )
+        return residual if residual is None else residual.detach()  # type: ignore[no-any-return]
+
+
+def _can_add(half_block: HalfBlock, stream: Tensor, residual: Tensor) -> bool:
+    """Return whether the coupling would do no more than add, so that its checks can be spared."""
+    return (
+        type(half_block.coupling) is Additive
+        and type(residual) is Tensor
+        and residual.dtype == stream.dtype
+        and residual.shape == stream.shape
+    )
+
+
+class JoinedStep(AbstractStep):
+    """A half-block whose slots hold the function and the coupling, which needs the stream for its gradient."""
+
+    __slots__ = ()
+
+    def first(self, run: "Rebuilder", chain: BoundChain, index: int, streams: Sequence[Tensor]) -> Tensor:
+        """Return the updated stream, leaving slots of function and coupling in the graph."""
+        half_block = self.half_block
+        source, stream = streams[half_block.source], streams[half_block.target]
+
+        def compute() -> Tensor:
+            return chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets)
+
+        y: Tensor = self.call.record(
+            run, index, compute, (), (source, stream), may_stop_early=run.first_with_slots is None
+        )
+        return y
+
+    def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
+        """Run the function again, take what it returns off the stream, and join them again with gradients."""
+        index = streams.position - 1
+        x = self._run_again(run, streams, index, fill=fill)
+        if index > run.lowest:
+            streams.put(self.half_block.target, x)
+            streams.position = index
+
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again, and join what it returns to the stream before it."""
+        self._run_again(run, streams, index, fill=True)
+
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the joined stream."""
+        half_block, index = self.half_block, streams.position
+        source = self.source_of(run, streams, index)
+        x = streams.read(half_block.target).data.requires_grad_(self.stream_requires_grad)
+
+        def compute() -> Tensor:
+            return run.chain.join(half_block, x, run.chain.call(half_block, source), run.new_log_dets())
+
+        y: Tensor = self.call.replay(compute, (), fill=False, rounded=None)
+        return y.detach()
+
+    def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
+        half_block, coupling = self.half_block, self.half_block.coupling
+        source = self.source_of(run, streams, index)
+        y_or_x = streams.read(half_block.target)
+        x = y_or_x if streams.position == index else None
+
+        def compute() -> Tensor:
+            nonlocal x
+            residual = run.chain.call(half_block, source)
+            if x is None:
+                with torch.no_grad():
+                    x = coupling.inverse(y_or_x, residual, half_block.name)
+            leaf = x.detach().requires_grad_(self.stream_requires_grad)
+            return run.chain.join(half_block, leaf, residual, run.new_log_dets())
+
+        # The stream before it is known only once the function has run to its end.
+        needs_result = x is None or not fill
+        rounded = source if self.is_rounded(streams, index) else None
+        self.call.replay(compute, (), fill=fill, rounded=rounded, needs_result=needs_result)
+        assert x is not None
+        return x
+
+
+class Rebuilder:
+    """One forward pass through a chain, able to rebuild what it did not keep.
+
+    The autograd graph owns it (rule 1). It records the half-blocks as steps, holds the final streams, and walks them
+    back when the backward pass asks for a slot. What it is asked for may come in any order, several times, and from
+    several threads.
+
+    Args:
+        chain: The call of the chain.
+        streams: The streams that it begins with.
+        observers: What watches the run.
+    """
+
+    def __init__(self, chain: BoundChain, streams: Sequence[Tensor], observers: Sequence[Observer]):
+        self.chain = chain.for_replays()
+        self.observers = observers
+        self.surroundings = Surroundings(chain.tensors(), streams)
+        self.steps: list[AbstractStep] = []
+        self.first_with_slots: int | None = None
+        """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt."""
+        self.keyframes: list[StreamSnapshot] = []
+        """Streams that are held below the final ones, from the lowest up."""
+        self.held: StreamSnapshot | None = None
+        """The final streams, from which all others are rebuilt; None until the forward pass is over."""
+        self.lock = threading.RLock()
+        self._has_log_dets = chain.log_dets is not None
+        self._last_alive = -1
+        self._walk: StreamSnapshot | None = None
+        self._filled: int | None = None
+        self._has_begun = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the forward pass is over."""
+        return self.held is not None
+
+    @property
+    def lowest(self) -> int:
+        """The half-block at which walking back ends."""
+        return -1 if self.first_with_slots is None else self.first_with_slots
+
+    def new_log_dets(self) -> list[Tensor] | None:
+        """Return where a replay leaves its log-determinants, which nobody reads; None where they are not computed."""
+        return [] if self._has_log_dets else None
+
+    # Forward --------------------------------------------------------------------------------------------------------
+
+    def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run the chain, keeping none of its activations but the final streams."""
+        running = list(streams)
+        del streams  # From here on a stream may be freed as soon as it is used.
+
+        def advance(index: int, streams: list[Tensor]) -> None:
+            self._advance(chain, index, streams)
+
+        final = run_half_blocks(chain, running, advance)
+        if self.first_with_slots is not None:
+            self.hold(final)
+            chain.run = weakref.ref(self)
+        return final
+
+    def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
+        half_block = chain.chain.half_blocks[index]
+        plans = chain.chain.plans
+        if chain.chain.blocks is not None or not half_block.coupling.is_additive:
+            self.surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks change autocast.
+        call = RecordedCall(half_block.name, plans[index], half_block.function, self.surroundings)
+        plans[index] = call.plan
+        step = (AdditiveStep if half_block.coupling.is_additive else JoinedStep)(half_block, call, streams)
+        self.steps.append(step)
+        y = step.first(self, chain, index, streams)
+        if call.metas:
+            self._last_alive = index
+            if self.first_with_slots is None:
+                self.first_with_slots = index
+        for observer in self.observers:
+            observer.on_forward(self, index, streams, y)
+        streams[half_block.target] = y
+
+    def hold(self, streams: Sequence[Tensor]) -> None:
+        """Hold the final streams, or the same values seen through other tensors (the parts of the caller's output)."""
+        strides = self.held.strides if self.held is not None else [stream.stride() for stream in streams]
+        held: list[Tensor | None] = [stream.detach() for stream in streams]
+        last = self.steps[-1].half_block
+        if self.first_with_slots == len(self.steps) - 1 and last.coupling.is_additive:
+            # Only the last function runs again, and nothing below it: only the stream that it reads is needed.
+            held = [stream if which == last.source else None for which, stream in enumerate(held)]
+        self.held = StreamSnapshot(len(self.steps), held, strides)
+
+    # Backward -------------------------------------------------------------------------------------------------------
+
+    def rebuild(self, index: int) -> None:
+        """Fill the slots of half-block `index`, walking the streams back to it."""
+        check_finished(self.is_finished)
+        if not self._has_begun:
+            self._has_begun = True
+            for observer in self.observers:
+                observer.before_rebuild(self)
+        # One function's activations at a time, even where nobody read the last one's (rule 3).
+        if self._filled is not None:
+            self.steps[self._filled].call.empty()
+        self._filled = index
+        streams = self._streams_for(index)
+        while streams.position > index + 1:
+            self._undo(streams, fill=False)
+        if streams.position == index + 1:
+            self._undo(streams, fill=True)
+        else:
+            self.steps[index].refill(self, streams, index)
+
+    def _undo(self, streams: StreamSnapshot, *, fill: bool) -> None:
+        index = streams.position - 1
+        self.steps[index].undo(self, streams, fill=fill)
+        if streams.position == index:
+            for observer in self.observers:
+                observer.after_undo(self, index, streams)
+
+    def _streams_for(self, index: int) -> StreamSnapshot:
+        """Return the streams to walk back to half-block `index`: at it or above it."""
+        nearest = [keyframe for keyframe in self.keyframes if keyframe.position >= index]
+        held = nearest[0] if nearest else self.held
+        assert held is not None
+        assert held.position >= index
+        while self._last_alive > index and not self.steps[self._last_alive].call.is_alive():
+            self._last_alive -= 1
+        if self._last_alive <= index:
+            # Nothing above `index` can be asked for again: what is held itself may move.
+            self._walk = None
+            self.held = held
+            if self.keyframes:
+                self.keyframes = [keyframe for keyframe in self.keyframes if keyframe.position < index]
+            return held
+        # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
+        if self._walk is None or self._walk.position < index or held.position < self._walk.position:
+            self._walk = held.fork()
+            self._drop_walk_after_backward()
+        return self._walk
+
+    def _drop_walk_after_backward(self) -> None:
+        run = weakref.ref(self)
+
+        def drop() -> None:
+            alive = run()
+            if alive is not None:
+                with alive.lock:  # Another thread may walk at this moment.
+                    alive._walk = None
+                    for observer in alive.observers:
+                        observer.after_backward(alive)
+
+        call_after_backward(drop)

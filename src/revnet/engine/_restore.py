@@ -1,0 +1,160 @@
+"""Putting back what a function saw in its first run, where it is not there anymore.
+
+A replay first looks whether everything is as it was (`RecordedCall.replay`). Usually it is, and nothing here is called.
+Otherwise, or if the function draws random numbers or keeps state in buffers, `restored` puts back each kind of state
+around the replay, and leaves everything as it was found.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from revnet.engine._random import digest, get_random_state, set_random_state
+from revnet.errors import ReconstructionError
+
+if TYPE_CHECKING:
+    from revnet.engine._record import RecordedCall
+
+
+class AutocastState(NamedTuple):
+    """What autocast does on one type of device."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+    cache_enabled: bool
+
+
+def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
+    """Return what autocast does now on these types of device, as far as they know it."""
+    cache_enabled = torch.is_autocast_cache_enabled()
+    return tuple(
+        [
+            AutocastState(
+                device_type,
+                torch.is_autocast_enabled(device_type),
+                torch.get_autocast_dtype(device_type),
+                cache_enabled,
+            )
+            for device_type in device_types
+            if _has_autocast(device_type)
+        ]
+    )
+
+
+@lru_cache(maxsize=16)
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+class TensorPlace(NamedTuple):
+    """Where a module holds one of its tensors, and the tensor that it held during the call."""
+
+    holder: Any
+    name: str
+    tensor: Tensor
+
+    @property
+    def current(self) -> Any:
+        """The tensor that is there now."""
+        return self.holder.get(self.name)
+
+    def swap(self, tensor: Tensor) -> Callable[[], None]:
+        """Put `tensor` in this place, and return the call that undoes it."""
+        before = self.holder[self.name]
+        self.holder[self.name] = tensor
+
+        def undo() -> None:
+            self.holder[self.name] = before
+
+        return undo
+
+
+@contextmanager
+def set_aside(call: "RecordedCall") -> Iterator[None]:
+    """Let a function that is about to run for its result alone leave no trace: in buffers, and in random states."""
+    call.states = {place: buffer.detach().clone() for place, buffer in enumerate(call.buffers)}
+    devices = call.surroundings.devices | call.plan.devices
+    call.random = [(device, get_random_state(device), None) for device in devices]
+    with restored(call):
+        yield
+
+
+@contextmanager
+def restored(call: "RecordedCall") -> Iterator[set[int]]:
+    """Put back everything that the function saw; on leaving, everything is as it was on entering.
+
+    Yields:
+        The identities of the tensors that outlive the call, copies that were put in place included.
+
+    Raises:
+        ReconstructionError: The replay did not draw the random numbers that the first run drew.
+    """
+    plan = call.plan
+    lasting = set(call.lasting)
+    with ExitStack() as stack:
+        for context in _autocast_contexts(call.autocast):
+            stack.enter_context(context)
+        for holder, flag in zip(plan.modules, plan.training, strict=True):
+            if holder.training != flag:
+                stack.callback(setattr, holder, "training", holder.training)
+                holder.training = flag
+        for parameter, requires_grad in zip(call.parameters, call.requires_grad, strict=True):
+            if parameter.requires_grad != requires_grad:
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(requires_grad)
+        copies: list[Tensor] = []  # Kept until the replay is over, so that no other tensor takes their identity.
+        for place, value in _places_to_fill(call):
+            is_copied = value is not None
+            if not is_copied and (place.current is place.tensor or is_sharded(place.tensor)):
+                continue
+            if plan.is_scripted:
+                raise NotImplementedError(
+                    f"`{call.name}` is or holds a module of `torch.jit` with state (`{place.name}`), which cannot be "
+                    "put back for its second run; keep its block's activations with the policy `Store()`."
+                )
+            tensor = place.tensor if value is None else value.detach().clone()
+            if is_copied:
+                copies.append(tensor.requires_grad_(place.tensor.requires_grad))
+                lasting.add(id(tensor))
+            stack.callback(place.swap(tensor))
+        for device, state, _ in call.random or ():
+            stack.callback(set_random_state, device, get_random_state(device))
+            set_random_state(device, state)
+        yield lasting
+        for device, _, end in call.random or ():
+            if end is not None and digest(get_random_state(device)) != end:
+                raise ReconstructionError(
+                    f"`{call.name}` did not draw the random numbers again that it drew in the forward pass, on "
+                    f"{device}: another thread drew from the same generator meanwhile, or the function is not "
+                    "deterministic; train in separate processes, or keep its block's activations with `Store()`."
+                )
+
+
+def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor | None]]:
+    """Yield each place of a tensor; with a value where the replay gets a copy of it, to write to."""
+    plan = call.plan
+    copied = {*plan.statistics}
+    for number, ((holder, name), parameter) in enumerate(zip(plan.parameter_places, call.parameters, strict=True)):
+        yield TensorPlace(holder, name, parameter), (call.written or {}).get(number)
+    for number, ((holder, name), buffer) in enumerate(zip(plan.buffer_places, call.buffers, strict=True)):
+        value = (call.states or {}).get(number)
+        yield TensorPlace(holder, name, buffer), buffer if value is None and number in copied else value
+
+
+def _autocast_contexts(then: tuple[AutocastState, ...]) -> list[AbstractContextManager[Any]]:
+    now = autocast_states(state.device_type for state in then)
+    return [
+        torch.autocast(state.device_type, state.dtype, state.enabled, state.cache_enabled)
+        for state, current in zip(then, now, strict=True)
+        if state.enabled or current.enabled
+    ]
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether FSDP manages the parameter: it swaps whole and sharded forms itself, in replays too."""
+    return hasattr(parameter, "device_mesh")

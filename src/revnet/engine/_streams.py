@@ -1,0 +1,213 @@
+"""The streams: splitting a tensor into them, joining them again, and holding them at one place of a chain."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from revnet._types import Streams, TensorPair
+from revnet.coupling import AbstractCoupling
+from revnet.engine._tensors import version_of
+from revnet.errors import ReconstructionError
+
+
+class StreamSnapshot:
+    """The streams at one position of a chain: `position` half-blocks lie before it.
+
+    A snapshot notices when somebody writes to its tensors. It is walked back in place: `take` gives a stream away, and
+    `put` sets the one that was rebuilt from it.
+    """
+
+    __slots__ = ("_tensors", "_versions", "origin", "position", "strides")
+
+    def __init__(self, position: int, tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...]]):
+        self.position = position
+        self.origin = position
+        """The position at which the streams were true; from there they were rebuilt."""
+        self.strides = strides
+        """How the forward pass laid each stream out: kernels round differently on another layout."""
+        self._tensors = list(tensors)
+        self._versions = [0 if tensor is None else version_of(tensor) for tensor in tensors]
+
+    @classmethod
+    def of(cls, position: int, streams: Sequence[Tensor]) -> "StreamSnapshot":
+        """Return a snapshot of `streams`, as they lie."""
+        return cls(position, [each.detach() for each in streams], [each.stride() for each in streams])
+
+    def fork(self) -> "StreamSnapshot":
+        """Return the same streams, to be walked back on their own; both see the same memory, so neither writes to it."""
+        held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self._tensors)]
+        fork = StreamSnapshot(self.position, held, self.strides)
+        fork.origin = self.origin
+        return fork
+
+    def replace_with(self, other: "StreamSnapshot") -> None:
+        """Become what `other` is, which is given up."""
+        self.position, self.origin, self.strides = other.position, other.origin, other.strides
+        self._tensors, self._versions = other._tensors, other._versions
+
+    def read(self, which: int) -> Tensor:
+        """Return one stream, laid out as the forward pass laid it out."""
+        tensor = self._tensors[which]
+        assert tensor is not None
+        if tensor._version != self._versions[which]:
+            self._check_version(which)
+        if tensor.stride() != self.strides[which]:
+            self._lay_out()
+            tensor = self._tensors[which]
+            assert tensor is not None
+        return tensor
+
+    def _lay_out(self) -> None:
+        """Lay out all streams as in the forward pass."""
+        # All at once: parts of one output share its memory, which one part alone would keep.
+        for which, tensor in enumerate(self._tensors):
+            if tensor is not None and tensor.stride() != self.strides[which]:
+                self._check_version(which)
+                dense = torch.empty_strided(tensor.shape, self.strides[which], dtype=tensor.dtype, device=tensor.device)
+                self.put(which, dense.copy_(tensor))
+
+    def _check_version(self, which: int) -> None:
+        tensor = self._tensors[which]
+        if tensor is not None and version_of(tensor) != self._versions[which]:
+            raise ReconstructionError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: an "
+                f"output of a reversible sequence, of shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; "
+                f"expected version {self._versions[which]}. The activations are rebuilt from that output: use the "
+                "operation's out-of-place form, or the policy `Store()` for the last block."
+            )
+
+    @property
+    def held(self) -> list[Tensor | None]:
+        """The streams as they lie; None for one that is not needed."""
+        return self._tensors
+
+    def take(self, which: int) -> Tensor:
+        """Return one stream without keeping it, so that the caller owns it unless somebody else sees the memory."""
+        tensor = self.read(which)
+        self._tensors[which] = None
+        return tensor
+
+    def put(self, which: int, tensor: Tensor) -> None:
+        """Set one stream."""
+        self._tensors[which] = tensor
+        self._versions[which] = tensor._version
+
+
+def prepare(
+    x: Tensor | Streams, dim: int, num_streams: int, coupling: AbstractCoupling | None
+) -> tuple[Streams, torch.dtype | None]:
+    """Split `x`, and make its streams ready for their first residual.
+
+    Under autocast streams are float32, in which they can be rebuilt; functions compute in low precision all the same.
+
+    Returns:
+        The streams, and the dtype in which functions read them, if it is not the streams' own.
+    """
+    streams = tuple([stream.float() if is_low_precision(stream) else stream for stream in split(x, dim, num_streams)])
+    if coupling is None:
+        return streams, None
+    prepared = tuple([coupling.prepare(stream) for stream in streams])
+    return prepared, streams[0].dtype if prepared[0].dtype != streams[0].dtype else None
+
+
+def is_low_precision(x: Tensor) -> bool:
+    """Return whether autocast has made `x` so imprecise that, as a stream, it could hardly be rebuilt."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    # PyTorch knows no autocast on the meta device, and raises when asked whether it is on.
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def with_own_gradient(stream: Tensor) -> Tensor:
+    """Return the stream, with a hook that copies its gradient out of the joined output's gradient.
+
+    The halves of a joined gradient are views of it, and one of them waits for the last residual function: it would keep
+    the whole.
+    """
+    if torch.compiler.is_dynamo_compiling() or not stream.requires_grad:
+        return stream
+    stream = stream.view_as(stream)
+    stream.register_hook(_copy_if_part)
+    return stream
+
+
+def _copy_if_part(grad: Tensor | None) -> Tensor | None:
+    try:
+        is_part = grad is not None and grad.untyped_storage().nbytes() > grad.nbytes
+    except NotImplementedError:  # Wrapped by a transform of `torch.func`.
+        return grad
+    return grad.clone() if grad is not None and is_part else grad
+
+
+@overload
+def split(x: Tensor | TensorPair, dim: int) -> TensorPair: ...
+@overload
+def split(x: Tensor | Streams, dim: int, num_streams: int) -> Streams: ...
+
+
+def split(x: Tensor | Streams, dim: int, num_streams: int = 2) -> Streams:
+    """Split `x` into streams of equal size along `dim`.
+
+    A pair of tensors, or a tuple or list of `num_streams` tensors, is already split and is returned unchanged, as a
+    tuple.
+
+    Args:
+        x: An activation whose size along `dim` is divisible by `num_streams`, or the streams `(x1, x2)`.
+        dim: The dimension to split: 1 for the channels of images, -1 for the features of sequences.
+        num_streams: The number of streams.
+
+    Returns:
+        The streams `(x1, x2)`. The parts of a tensor are dense copies, because residual functions run on them many
+        times, and kernels are slower on strided views and may round differently.
+
+    Raises:
+        TypeError: `x` is neither a tensor nor `num_streams` tensors, or is not floating-point.
+        ValueError: `x` has no dimension `dim`, or its size along `dim` is not divisible by `num_streams`.
+    """
+    if isinstance(x, Tensor):
+        _check_stream("x", x)
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(
+                f"`split_dim` (={dim}) must be a dimension of the input, which has shape {tuple(x.shape)}; "
+                f"pass one from {-x.dim()} to {x.dim() - 1}."
+            )
+        size = x.shape[dim]
+        if size % num_streams:
+            must = "even" if num_streams == 2 else f"a multiple of {num_streams}"
+            raise ValueError(
+                f"`x` has size {size} along dimension {dim} (shape {tuple(x.shape)}), which must be {must}, since a "
+                f"reversible block splits it in {_names(num_streams)[0]}; use "
+                f"{-(-size // num_streams) * num_streams} channels, or pass {_names(num_streams)[1]}."
+            )
+        return tuple([part.clone() for part in x.chunk(num_streams, dim)])
+    if not isinstance(x, (tuple, list)) or len(x) != num_streams:
+        raise TypeError(
+            f"`x` (={_describe(x)}) must be a tensor, which is split in {_names(num_streams)[0]}, or "
+            f"{_names(num_streams)[1]}."
+        )
+    for index, stream in enumerate(x):
+        _check_stream(f"x{index + 1}", stream)
+    return tuple(x)
+
+
+def _names(num_streams: int) -> tuple[str, str]:
+    """Return the words for the number of streams, and for the tensors that may be passed instead of one."""
+    return ("two", "a pair of tensors (x1, x2)") if num_streams == 2 else (f"{num_streams}", f"{num_streams} tensors")
+
+
+def _check_stream(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` (={_describe(x)}) must be a tensor.")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"`{name}` has dtype {x.dtype}, but a stream must be floating-point; convert it with `x.float()`."
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__

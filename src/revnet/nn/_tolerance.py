@@ -1,0 +1,27 @@
+"""Checking the bound on the error of rebuilt streams."""
+
+import torch
+
+
+def checked_tolerance(tolerance: float | None) -> float | None:
+    """Return the tolerance as a float.
+
+    Raises:
+        ValueError: It is neither None nor a number between 0 and 1.
+    """
+    if tolerance is None:
+        return None
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+        raise ValueError(
+            f"`tolerance` (={tolerance!r}) must be a relative error between 0 and 1, such as 1e-3, or None."
+        )
+    return float(tolerance)
+
+
+def refuse_to_compile() -> None:
+    """Raise under `torch.compile`, where no run can go forward again."""
+    if torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(
+            "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "
+            "`set_coupling(model, FixedPoint())`, or compile the residual functions: `block.f.compile()`."
+        )
