@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "revnet"
 LEVELS = {
     "errors": 0,
     "_types": 0,
+    "_torch_internals": 0,
     "_machine": 0,
     "_table": 0,
     "_picture": 1,

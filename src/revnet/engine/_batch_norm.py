@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from revnet.engine._torch_internals import in_functorch_transform
+from revnet._torch_internals import in_functorch_transform
 
 _BATCH_NORMS = {_BatchNorm.forward}
 # Both of these read their running statistics in evaluation only, so a recomputation in training needs no earlier value.

@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from revnet.engine._tensors import has_values, storage_key, version_of, versions_of
-from revnet.engine._torch_internals import (
+from revnet._torch_internals import (
     hooks_are_disabled,
     is_forward_mode,
     next_sequence_number,
-    push_saved_tensors_hooks,
     sequence_number_of,
 )
+from revnet.engine._random import digest, same_random_state
+from revnet.engine._tensors import has_values, storage_key, version_of, versions_of
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
-    from revnet.engine._record import RecordedCall, Saved
+    from revnet.engine._record import RecordedCall, Saved, Surroundings
 
-_CHECKSUM_INTERVAL = 64
+CHECKSUM_INTERVAL = 64
 """Calls of a plan between two checksums of the parameters, which show writes that leave no version."""
+
+_CPU = torch.device("cpu")
 
 _base_of = attrgetter("_base")
 
@@ -34,18 +36,15 @@ _base_of = attrgetter("_base")
 # Slots ----------------------------------------------------------------------------------------------------------------
 
 
-def push_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
-    """Push saved-tensor hooks, which transforms of `torch.func` forbid."""
-    try:
-        push_saved_tensors_hooks(pack, unpack)
-    except RuntimeError as error:
-        if hooks_are_disabled() is None:
-            raise
-        raise RuntimeError(
-            "a reversible sequence cannot be differentiated by `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, "
-            "since they forbid the saved-tensor hooks by which it rebuilds activations; keep them with "
-            "`set_policy(model, Store())`, or use `torch.autograd.grad`."
-        ) from error
+def no_hooks(error: RuntimeError) -> RuntimeError:
+    """Return the error for a transform of `torch.func`, which forbids saved-tensor hooks."""
+    if hooks_are_disabled() is None:
+        return error
+    return RuntimeError(
+        "a reversible sequence cannot be differentiated by `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, since "
+        "they forbid the saved-tensor hooks by which it rebuilds activations; keep them with `set_policy(model, "
+        "Store())`, or use `torch.autograd.grad`."
+    )
 
 
 def take(saved: "Saved", number: int) -> Tensor:
@@ -138,15 +137,15 @@ def make_replay_pack(
     return pack
 
 
-def stop_after(tensors: Sequence[Tensor], nodes: Sequence[int], own: Sequence[Any]) -> int:
+def stop_after(tensors: Sequence[Tensor], nodes: Sequence[int], sources: Sequence[Tensor]) -> int:
     """Return after how many saved tensors a replay may stop; -1 if it must run to the end.
 
     An operation saves its inputs before it computes, so the last one need not compute at all. But some save room for
     what they are about to compute (RReLU's noise): those must.
     """
-    sources = {storage_key(each) for each in own[1:]}
+    keys = {storage_key(each) for each in sources}
     is_complete = [
-        tensor.grad_fn is not None or storage_key(tensor) in sources
+        tensor.grad_fn is not None or storage_key(tensor) in keys
         for tensor, node in zip(tensors, nodes, strict=True)
         if node == nodes[-1]
     ]
@@ -231,8 +230,19 @@ def before(call: "RecordedCall") -> list[int | None] | None:
         call.written = {place: call.parameters[place].detach().clone() for place in plan.data_writes}
     if plan.fixed:
         call.buffer_versions = {place: version_of(call.buffers[place]) for place in plan.fixed}
-    plan.num_calls[0] += 1
-    return _checksums(call.parameters) if plan.num_calls[0] % _CHECKSUM_INTERVAL == 1 else None
+    return _checksums(call.parameters) if plan.num_calls[0] % CHECKSUM_INTERVAL == 1 else None
+
+
+def moved(
+    surroundings: "Surroundings", before: Sequence[Tensor], after: Sequence[Tensor]
+) -> list[tuple[torch.device, Tensor, int | None]] | None:
+    """Return the devices whose random state has moved, with the state before and a digest of the one after."""
+    found: list[tuple[torch.device, Tensor, int | None]] = [
+        (device, old, digest(new))
+        for device, old, new in zip((_CPU, *surroundings.others), before, after, strict=True)
+        if not same_random_state(old, new)
+    ]
+    return found or None
 
 
 def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
@@ -292,7 +302,9 @@ def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
 
 def _checksum(tensor: Tensor) -> int | None:
     tensor = tensor.data if type(tensor) is nn.Parameter else tensor
-    is_readable = has_values(tensor) and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.numel() > 0
+    is_readable = (
+        has_values(tensor) and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.numel() > 0
+    )
     if not is_readable or _is_capturing(tensor):
         return None
     flat = tensor.detach().view(-1)

@@ -16,7 +16,7 @@ from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._block_hooks import run_through_blocks
 from revnet.engine._streams import with_own_gradient
-from revnet.engine._tensors import tensors_in, version_of
+from revnet.engine._tensors import tensors_in
 
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
@@ -60,7 +60,7 @@ class Chain:
             None where there is none. Consecutive half-blocks of one block are run by one call of it.
     """
 
-    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "plans")
+    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "plans", "tolerated")
 
     def __init__(self, half_blocks: Sequence[HalfBlock], blocks: Sequence[nn.Module | None] | None = None):
         self.half_blocks = tuple(half_blocks)
@@ -71,6 +71,8 @@ class Chain:
         """Whether it does so anywhere."""
         self.plans: list[Plan | None] = [None] * len(self.half_blocks)
         """What is known of each function in the mode of its last call."""
+        self.tolerated: dict[int, float] = {}
+        """By how much results were off, and were found to be no error; see `AgreementWatch`."""
 
     def bind(
         self,
@@ -156,31 +158,28 @@ class BoundChain:
         """Return the tensors in the arguments, however deep."""
         return tensors_in(self.args, self.kwargs, self.own_kwargs)
 
-    def kwargs_of(self, half_block: HalfBlock) -> dict[str, Any]:
-        """Return the keyword arguments of one residual function."""
-        own = self.own_kwargs.get(half_block.role)
-        return {**self.kwargs, **own} if own else self.kwargs
+    def arguments_of(self, half_block: HalfBlock) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of one residual function besides the stream."""
+        if not half_block.takes_arguments:
+            return (), {}
+        own = self.own_kwargs.get(half_block.role) if self.own_kwargs else None
+        return self.args, {**self.kwargs, **own} if own else self.kwargs
 
     def call(self, half_block: HalfBlock, source: Tensor) -> Tensor:
         """Call a residual function, and refuse one that writes over its input, which could not be rebuilt."""
         if self.input_dtype is not None:
             source = source.to(self.input_dtype)
-        args, kwargs = (self.args, self.kwargs_of(half_block)) if half_block.takes_arguments else ((), {})
-        if torch.compiler.is_dynamo_compiling():  # Traced code has no versions; eager code and the operators have.
+        args, kwargs = self.arguments_of(half_block)
+        if torch.compiler.is_dynamo_compiling() or source.is_inference():  # These have no versions.
             residual: Tensor = half_block.function(source, *args, **kwargs)
             return residual
-        version = version_of(source)
+        version = source._version
         residual = half_block.function(source, *args, **kwargs)
-        if version_of(source) != version:
-            raise RuntimeError(
-                f"`{half_block.name}` modified its input in place, which a reversible block cannot undo; use the "
-                "out-of-place form of its first operation (`inplace=False`), or `clone` the input."
-            )
+        if source._version != version:
+            raise wrote_to_input(half_block)
         return residual
 
-    def join(
-        self, half_block: HalfBlock, x: Tensor, residual: Tensor, log_dets: list[Tensor] | None = None
-    ) -> Tensor:
+    def join(self, half_block: HalfBlock, x: Tensor, residual: Tensor, log_dets: list[Tensor] | None = None) -> Tensor:
         """Return the stream with a residual, and add its log-determinant to `log_dets`."""
         coupling = half_block.coupling
         y = coupling.forward(x, residual, half_block.name)
@@ -189,6 +188,14 @@ class BoundChain:
             if log_det is not None:
                 log_dets[:] = [sum(log_dets, start=log_det)]  # One sum, so that nothing grows with depth.
         return y
+
+
+def wrote_to_input(half_block: HalfBlock) -> RuntimeError:
+    """Return the error for a function that writes over its input."""
+    return RuntimeError(
+        f"`{half_block.name}` modified its input in place, which a reversible block cannot undo; use the out-of-place "
+        "form of its first operation (`inplace=False`), or `clone` the input."
+    )
 
 
 def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:

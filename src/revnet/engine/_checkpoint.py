@@ -81,7 +81,7 @@ class _KeepingRun:
         self._calls.append((half_block, call))
         self.is_finished = False
         if half_block.coupling.is_additive:
-            residual = call.record(self, index, chain.call, (half_block, source), (source,), may_stop_early=True)
+            residual = call.record(self, index, chain.call, (half_block, source), {}, (source,), may_stop_early=True)
             y = chain.join(half_block, stream, residual)
             kept = (source,)
         else:
@@ -90,6 +90,7 @@ class _KeepingRun:
                 index,
                 lambda: chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets),
                 (),
+                {},
                 (source, stream),
                 may_stop_early=True,
             )
@@ -120,12 +121,13 @@ class _KeepingRun:
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
         if half_block.coupling.is_additive:
-            call.replay(chain.call, (half_block, leaves[0]), fill=True, rounded=None, needs_result=False)
+            call.replay(chain.call, (half_block, leaves[0]), {}, fill=True, rounded=None, needs_result=False)
             return
         log_dets: list[Tensor] | None = [] if self._has_log_dets else None
         call.replay(
             lambda: chain.join(half_block, leaves[1], chain.call(half_block, leaves[0]), log_dets),
             (),
+            {},
             fill=True,
             rounded=None,
             needs_result=False,
@@ -168,7 +170,7 @@ class _KeptCall:
     def run(self) -> Any:
         """Compute for the first time."""
         versions = versions_of(self._tensors)
-        result = self._call.record(self, 0, self._compute, (), may_stop_early=True)
+        result = self._call.record(self, 0, self._compute, (), {}, may_stop_early=True)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
                 f"{type(self._module).__name__} modified an argument in place, so that its activations cannot be "
@@ -181,7 +183,7 @@ class _KeptCall:
     def rebuild(self, index: int) -> None:
         """Compute again."""
         check_finished(self.is_finished)
-        self._call.replay(self._compute, (), fill=True, rounded=None, needs_result=False)
+        self._call.replay(self._compute, (), {}, fill=True, rounded=None, needs_result=False)
 
     def _compute(self) -> Any:
         return self._module(*self._args, **self._kwargs)

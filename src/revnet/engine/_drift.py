@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,19 +19,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnet.errors import ReconstructionError, ReconstructionWarning
+from revnet._torch_internals import in_functorch_transform
 from revnet.engine._chain import HalfBlock
+from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values, is_plain
-from revnet.engine._torch_internals import in_functorch_transform
+from revnet.errors import ReconstructionError, ReconstructionWarning
 
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 MOST_SAMPLED = 512
 """Elements of a sample: enough for an error to be known within some percent."""
-WARN_ABOVE = 1e-2
-"""The relative error of a rebuilt stream from which on users are warned."""
 
 
 class DriftRecord(NamedTuple):
@@ -74,7 +73,12 @@ class DriftMeter:
 _active = threading.local()
 
 
-class DriftWatch:
+def meter_is_on() -> bool:
+    """Return whether a `DriftMeter` is on in this thread."""
+    return getattr(_active, "meter", None) is not None
+
+
+class DriftWatch(Observer):
     """Compares samples of what functions read with what they read again; an observer of one run.
 
     Args:
@@ -92,10 +96,12 @@ class DriftWatch:
         if _pending:
             _report_pending()
 
-    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
+    def on_forward(
+        self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
+    ) -> None:
         """Sample what function `index` has read, if it will be compared; the lowest always is."""
         if index == run.first_with_slots or (run.lowest >= 0 and (self._keeps_all or self._meter is not None)):
-            source = streams[run.steps[index].half_block.source]
+            source = streams[half_block.source]
             if _can_sample(source):
                 self._samples[index] = sample(source)
 
@@ -131,17 +137,10 @@ class DriftWatch:
         if self._meter is not None:
             distance = streams.origin - 1 - index
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
-        if index == run.lowest and not (self._meter is not None and self._meter.is_quiet):
+        if index == run.lowest and has_values(source) and not (self._meter is not None and self._meter.is_quiet):
             totals = torch.stack([_total(source), *self._totals])
-            if has_values(source):
-                is_exact = half_block.coupling.is_exact
-                _judge(_Verdict(weakref.ref(function), name, source.dtype, is_exact, error, totals))
-
-    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Do nothing: what is rebuilt is compared when a function reads it."""
-
-    def after_backward(self, run: "Rebuilder") -> None:
-        """Do nothing: the samples of a retained graph are needed again."""
+            kind = StreamKind(name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
+            _judge(_Verdict(weakref.ref(function), kind, error, totals))
 
     def error_of(self, index: int, source: Tensor) -> Tensor | None:
         """Return how far what function `index` reads, rebuilt, is from what it read; None if there is no sample."""
@@ -200,11 +199,32 @@ def _root_mean_square(x: Tensor) -> Tensor:
 # The verdict ----------------------------------------------------------------------------------------------------------
 
 
-class _Verdict(NamedTuple):
-    function: "weakref.ref[nn.Module]"
+class StreamKind(NamedTuple):
+    """What is known of a rebuilt stream before its error is."""
+
     name: str
+    """The function that reads it."""
     dtype: torch.dtype
     is_exact: bool
+    """Whether its coupling loses nothing."""
+    is_mixed: bool
+    """Whether functions compute in low precision under autocast, which amplifies what rounding leaves."""
+
+    @property
+    def warn_above(self) -> float:
+        """The relative error from which on users are warned."""
+        if self.is_exact:
+            return 0.0
+        return 1e-2 if self.is_mixed else _WARN_ABOVE.get(self.dtype, 1e-2)
+
+
+_WARN_ABOVE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3, torch.complex64: 1e-3}
+"""By dtype: about ten times what 256 blocks at initialization lose, far below what changes a gradient visibly."""
+
+
+class _Verdict(NamedTuple):
+    function: "weakref.ref[nn.Module]"
+    kind: StreamKind
     error: Tensor
     totals: Tensor
     """The sums of all elements, finite where each of them is: of the rebuilt stream, and of the final ones."""
@@ -236,30 +256,52 @@ def _report_pending() -> None:
 
 def _report(verdict: _Verdict) -> None:
     rebuilt, *true = verdict.totals.tolist()
-    if not all(map(math.isfinite, true)):
-        return  # The model's own, with or without reversal.
-    if not math.isfinite(rebuilt):
-        raise ReconstructionError(
-            f"the stream that `{verdict.name}` reads holds NaN or inf when it is rebuilt, and did not in the forward "
-            f"pass: undoing the blocks behind it amplifies rounding without bound. {_WAY_OUT}"
-        )
     # A number; `float` would be an operation more than a prediction of the step has.
     error: Any = verdict.error.tolist()
-    function = verdict.function()
-    if function is None or function in _warned or error <= (0 if verdict.is_exact else WARN_ABOVE):
+    report(verdict.function(), verdict.kind, error, is_finite=math.isfinite(rebuilt), was_finite=_are_finite(true))
+
+
+def _are_finite(numbers: Iterable[float]) -> bool:
+    return all(map(math.isfinite, numbers))
+
+
+def report(
+    function: nn.Module | None, kind: StreamKind, error: float, *, is_finite: bool = True, was_finite: bool = True
+) -> None:
+    """Warn of a rebuilt stream whose error is too large, once for each function.
+
+    Args:
+        function: The function that reads it; None if it is gone.
+        kind: The stream.
+        error: Its relative error.
+        is_finite: Whether all its elements are finite.
+        was_finite: Whether those of the final streams were, and so those of all true ones.
+
+    Raises:
+        ReconstructionError: NaN or inf is in it that was not there in the forward pass.
+    """
+    name = kind.name
+    if not was_finite:
+        return  # The model's own, with or without reversal.
+    if not is_finite:
+        raise ReconstructionError(
+            f"the stream that `{name}` reads holds NaN or inf when it is rebuilt, and did not in the forward pass: "
+            f"undoing the blocks behind it amplifies rounding without bound. {_WAY_OUT}"
+        )
+    if function is None or function in _warned or error <= kind.warn_above:
         return
     _warned.add(function)
-    if verdict.is_exact:
+    if kind.is_exact:
         message = (
-            f"the stream that `{verdict.name}` reads was rebuilt with a relative error of {error:.1g}, though its "
-            "coupling is exact: a residual function gives other numbers when it runs again. Set "
+            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}, though its coupling is "
+            "exact: a residual function gives other numbers when it runs again. Set "
             "`torch.use_deterministic_algorithms(True)`; `revnet.numerics.find_nondeterministic(model, x)` names it."
         )
     else:
-        low = verdict.dtype in (torch.bfloat16, torch.float16)
+        low = kind.dtype in (torch.bfloat16, torch.float16)
         message = (
-            f"the stream that `{verdict.name}` reads was rebuilt with a relative error of {error:.1g}, so that "
-            f"gradients are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
+            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}, so that gradients are "
+            f"wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
 

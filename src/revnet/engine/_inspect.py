@@ -1,5 +1,6 @@
 """Finding out what the engine needs to know of a residual function; see `Plan` in `_record`."""
 
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter, itemgetter, methodcaller
 from typing import Any
@@ -35,26 +36,50 @@ def describe(function: nn.Module) -> dict[str, Any]:
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
     norms = {} if is_scripted else replayed_norms_of(function)
     statistics, fixed, states = _kinds_of_buffers(modules, training, set(norms))
+    filled = [holder for holder in dicts if len(holder)]
+    held = list(chain.from_iterable(map(values_of, filled)))
+    kinds = [kind for kind, holders in enumerate((parameter_dicts, buffer_dicts, child_dicts)) for _ in _held(holders)]
+    pick = [
+        _picker([place for place, each in enumerate(held) if kinds[place] == kind and each is not None])
+        for kind in range(3)
+    ]
     return {
         "modules": modules,
         "dicts": dicts,
         "sizes": list(map(len, dicts)),
-        "children": list(chain.from_iterable([values_of(children) for children in child_dicts])),
+        "filled_dicts": filled,
+        "types": list(map(type, held)),
+        "children": pick[2](held),
+        "pick_parameters": pick[0],
+        "pick_buffers": pick[1],
+        "pick_children": pick[2],
         "flag_holders": flag_holders,
         "get_flag": get_flag,
         "training": training,
         "parameter_places": parameter_places,
         "buffer_places": buffer_places,
         "device_list": devices,
-        "devices": frozenset([device for device in devices if device.type != "meta"]),
+        "devices": frozenset([each for each in devices if each.type != "meta"]),
         "statistics": statistics,
         "fixed": fixed,
         "states": states,
         "norms": list(norms.values()),
         "is_scripted": is_scripted,
+        "values": values_of if is_scripted else dict.values,
         "num_calls": [0],
         "data_writes": [],
     }
+
+
+def _held(holders: list[Any]) -> list[Any]:
+    return list(chain.from_iterable(map(values_of, holders)))
+
+
+def _picker(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """Return the function that returns the entries of a list at these places."""
+    if len(places) > 1:
+        return itemgetter(*places)  # In C; with one place or none it would not return a tuple.
+    return lambda held: tuple([held[place] for place in places])
 
 
 def _kinds_of_buffers(

@@ -30,9 +30,7 @@ def offloaded_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return keeping_on_host(lambda: module(*args, **kwargs), [module], [])
 
 
-def keeping_on_host(
-    compute: Callable[[], Result], modules: Sequence[nn.Module], arguments: Sequence[Tensor]
-) -> Result:
+def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module], arguments: Sequence[Tensor]) -> Result:
     """Run `compute`, and keep on the host what autograd saves of it.
 
     As `torch.autograd.graph.save_on_cpu` does, but parameters, buffers and arguments, which outlive the call, stay

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from revnet.engine._chain import HalfBlock
-from revnet.engine._streams import StreamSnapshot
+from revnet.engine._observer import Observer
 from revnet.engine._tensors import has_values, largest_element
 from revnet.errors import ReconstructionError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 
-class RangeWatch:
+class RangeWatch(Observer):
     """Raises if a stream leaves the range of its exact coupling; an observer of one run.
 
     On the CPU it raises at once. On a GPU it does not wait for the stream, and raises when the backward pass begins; in
@@ -26,9 +26,11 @@ class RangeWatch:
     def __init__(self) -> None:
         self._magnitudes: list[tuple[HalfBlock, Tensor]] = []
 
-    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
+    def on_forward(
+        self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
+    ) -> None:
         """Look at the stream that half-block `index` has updated."""
-        self.look(run.steps[index].half_block, y)
+        self.look(half_block, y)
 
     def look(self, half_block: HalfBlock, y: Tensor) -> None:
         """Look at a stream that a half-block has updated."""
@@ -59,15 +61,6 @@ class RangeWatch:
         values = torch.stack([magnitude for _, magnitude in magnitudes]).tolist()
         for (half_block, magnitude), value in zip(magnitudes, values, strict=True):
             check_range(half_block, value, magnitude.dtype)
-
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Do nothing."""
-
-    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Do nothing."""
-
-    def after_backward(self, run: "Rebuilder") -> None:
-        """Do nothing."""
 
 
 def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:

@@ -4,38 +4,20 @@ import abc
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import call_after_backward
 from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine._careful import check_finished
-from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks
+from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, wrote_to_input
+from revnet.engine._observer import Observer
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import is_only_owner
-from revnet.engine._torch_internals import call_after_backward
-
-
-class Observer(Protocol):
-    """Watches a run, and may correct it: drift, tolerance and range are observers."""
-
-    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
-        """Half-block `index` has run on `streams`, and gave `y`."""
-
-    def before_rebuild(self, run: "Rebuilder") -> None:
-        """The backward pass asks for the first time."""
-
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Function `index` is about to run again on rebuilt `streams`."""
-
-    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Half-block `index` was undone; `streams` are the ones before it."""
-
-    def after_backward(self, run: "Rebuilder") -> None:
-        """The backward pass of a retained graph is over."""
 
 
 class AbstractStep(abc.ABC):
@@ -70,17 +52,15 @@ class AbstractStep(abc.ABC):
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the updated stream again, from the streams before the half-block."""
 
-    def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> Tensor:
-        """Return what the function reads, as the leaf of its second run."""
-        if streams.origin > index + 1:
+    def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
+        """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
+        is_rebuilt = streams.origin > index + 1
+        if is_rebuilt:
             for observer in run.observers:
                 observer.before_replay(run, index, streams)
         # `data` has a version of its own: the stream's goes up when it is written over later on.
-        return streams.read(self.half_block.source).data.requires_grad_(self.source_requires_grad)
-
-    def is_rounded(self, streams: StreamSnapshot, index: int) -> bool:
-        """Return whether what the function reads again carries the rounding of a reconstruction."""
-        return streams.origin > index + 1 and not self.half_block.coupling.is_exact
+        source = streams.read(self.half_block.source).data.requires_grad_(self.source_requires_grad)
+        return source, source if is_rebuilt and not self.half_block.coupling.is_exact else None
 
 
 class AdditiveStep(AbstractStep):
@@ -92,25 +72,46 @@ class AdditiveStep(AbstractStep):
         """Return the updated stream, leaving slots of the function in the graph."""
         half_block = self.half_block
         source, stream = streams[half_block.source], streams[half_block.target]
-        residual = self.call.record(
-            run, index, chain.call, (half_block, source), (source,), may_stop_early=run.first_with_slots is None
-        )
-        if _can_add(half_block, stream, residual):
+        may_stop_early = run.first_with_slots is None
+        if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
+            # `chain.call` without its questions.
+            version = source._version
+            residual = self.call.record(
+                run,
+                index,
+                half_block.function,
+                (source, *chain.args),
+                chain.kwargs,
+                (source,),
+                may_stop_early=may_stop_early,
+            )
+            if source._version != version:
+                raise wrote_to_input(half_block)
+        else:
+            residual = self.call.record(
+                run, index, chain.call, (half_block, source), {}, (source,), may_stop_early=may_stop_early
+            )
+        # What the coupling would do, without its checks, which cost more than the sum of small tensors.
+        if (
+            type(half_block.coupling) is Additive
+            and type(residual) is Tensor
+            and residual.dtype == stream.dtype
+            and residual.shape == stream.shape
+        ):
             return stream + residual
         return half_block.coupling.forward(stream, residual, half_block.name)
 
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
         """Run the function again, and take what it returns off the stream."""
-        index = streams.position - 1
+        index, half_block = streams.position - 1, self.half_block
         is_needed = index > run.lowest
         residual = self._run_again(run, streams, index, fill=fill, needs_result=is_needed)
         if not is_needed:
             return
-        half_block = self.half_block
         y = streams.take(half_block.target)
         try:
             in_place = is_only_owner(y)
-            if _can_add(half_block, y, residual):
+            if type(half_block.coupling) is Additive and residual.dtype == y.dtype and type(y) is Tensor:
                 x = y.sub_(residual) if in_place else y - residual
             else:
                 x = half_block.coupling.inverse(y, residual, half_block.name, in_place=in_place)
@@ -132,22 +133,24 @@ class AdditiveStep(AbstractStep):
     def _run_again(
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
     ) -> Tensor:
-        source = self.source_of(run, streams, index)
-        rounded = source if self.is_rounded(streams, index) else None
-        residual = self.call.replay(
-            run.chain.call, (self.half_block, source), fill=fill, rounded=rounded, needs_result=needs_result
-        )
+        source, rounded = self.source_of(run, streams, index)
+        chain, half_block = run.chain, self.half_block
+        if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
+            residual = self.call.replay(
+                half_block.function,
+                (source, *chain.args),
+                chain.kwargs,
+                fill=fill,
+                rounded=rounded,
+                needs_result=needs_result,
+            )
+            if source._version:
+                raise wrote_to_input(half_block)
+        else:
+            residual = self.call.replay(
+                chain.call, (half_block, source), {}, fill=fill, rounded=rounded, needs_result=needs_result
+            )
         return residual if residual is None else residual.detach()  # type: ignore[no-any-return]
-
-
-def _can_add(half_block: HalfBlock, stream: Tensor, residual: Tensor) -> bool:
-    """Return whether the coupling would do no more than add, so that its checks can be spared."""
-    return (
-        type(half_block.coupling) is Additive
-        and type(residual) is Tensor
-        and residual.dtype == stream.dtype
-        and residual.shape == stream.shape
-    )
 
 
 class JoinedStep(AbstractStep):
@@ -164,7 +167,7 @@ class JoinedStep(AbstractStep):
             return chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets)
 
         y: Tensor = self.call.record(
-            run, index, compute, (), (source, stream), may_stop_early=run.first_with_slots is None
+            run, index, compute, (), {}, (source, stream), may_stop_early=run.first_with_slots is None
         )
         return y
 
@@ -183,18 +186,18 @@ class JoinedStep(AbstractStep):
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the joined stream."""
         half_block, index = self.half_block, streams.position
-        source = self.source_of(run, streams, index)
+        source, _ = self.source_of(run, streams, index)
         x = streams.read(half_block.target).data.requires_grad_(self.stream_requires_grad)
 
         def compute() -> Tensor:
             return run.chain.join(half_block, x, run.chain.call(half_block, source), run.new_log_dets())
 
-        y: Tensor = self.call.replay(compute, (), fill=False, rounded=None)
+        y: Tensor = self.call.replay(compute, (), {}, fill=False, rounded=None)
         return y.detach()
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
         half_block, coupling = self.half_block, self.half_block.coupling
-        source = self.source_of(run, streams, index)
+        source, rounded = self.source_of(run, streams, index)
         y_or_x = streams.read(half_block.target)
         x = y_or_x if streams.position == index else None
 
@@ -209,8 +212,7 @@ class JoinedStep(AbstractStep):
 
         # The stream before it is known only once the function has run to its end.
         needs_result = x is None or not fill
-        rounded = source if self.is_rounded(streams, index) else None
-        self.call.replay(compute, (), fill=fill, rounded=rounded, needs_result=needs_result)
+        self.call.replay(compute, (), {}, fill=fill, rounded=rounded, needs_result=needs_result)
         assert x is not None
         return x
 
@@ -239,22 +241,16 @@ class Rebuilder:
         """Streams that are held below the final ones, from the lowest up."""
         self.held: StreamSnapshot | None = None
         """The final streams, from which all others are rebuilt; None until the forward pass is over."""
+        self.is_finished = False
+        """Whether the forward pass is over."""
+        self.lowest = -1
+        """The half-block at which walking back ends: `first_with_slots`, or -1."""
         self.lock = threading.RLock()
         self._has_log_dets = chain.log_dets is not None
         self._last_alive = -1
         self._walk: StreamSnapshot | None = None
         self._filled: int | None = None
         self._has_begun = False
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the forward pass is over."""
-        return self.held is not None
-
-    @property
-    def lowest(self) -> int:
-        """The half-block at which walking back ends."""
-        return -1 if self.first_with_slots is None else self.first_with_slots
 
     def new_log_dets(self) -> list[Tensor] | None:
         """Return where a replay leaves its log-determinants, which nobody reads; None where they are not computed."""
@@ -267,10 +263,7 @@ class Rebuilder:
         running = list(streams)
         del streams  # From here on a stream may be freed as soon as it is used.
 
-        def advance(index: int, streams: list[Tensor]) -> None:
-            self._advance(chain, index, streams)
-
-        final = run_half_blocks(chain, running, advance)
+        final = run_half_blocks(chain, running, partial(self._advance, chain))
         if self.first_with_slots is not None:
             self.hold(final)
             chain.run = weakref.ref(self)
@@ -289,9 +282,9 @@ class Rebuilder:
         if call.metas:
             self._last_alive = index
             if self.first_with_slots is None:
-                self.first_with_slots = index
+                self.first_with_slots = self.lowest = index
         for observer in self.observers:
-            observer.on_forward(self, index, streams, y)
+            observer.on_forward(self, index, half_block, streams, y)
         streams[half_block.target] = y
 
     def hold(self, streams: Sequence[Tensor]) -> None:
@@ -303,12 +296,16 @@ class Rebuilder:
             # Only the last function runs again, and nothing below it: only the stream that it reads is needed.
             held = [stream if which == last.source else None for which, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, strides)
+        self.is_finished = True
+        for observer in self.observers:
+            observer.on_hold(held)
 
     # Backward -------------------------------------------------------------------------------------------------------
 
     def rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""
-        check_finished(self.is_finished)
+        if not self.is_finished:
+            check_finished(False)
         if not self._has_begun:
             self._has_begun = True
             for observer in self.observers:
@@ -327,10 +324,11 @@ class Rebuilder:
 
     def _undo(self, streams: StreamSnapshot, *, fill: bool) -> None:
         index = streams.position - 1
-        self.steps[index].undo(self, streams, fill=fill)
+        step = self.steps[index]
+        step.undo(self, streams, fill=fill)
         if streams.position == index:
             for observer in self.observers:
-                observer.after_undo(self, index, streams)
+                observer.after_undo(self, index, step.half_block, streams)
 
     def _streams_for(self, index: int) -> StreamSnapshot:
         """Return the streams to walk back to half-block `index`: at it or above it."""

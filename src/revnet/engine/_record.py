@@ -7,8 +7,8 @@ buffers, random numbers, tensors from elsewhere, early stops) is in `_careful` a
 """
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain
 from operator import attrgetter, is_
 from sys import getrefcount
@@ -18,25 +18,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from revnet.engine import _careful, _inspect
-from revnet.engine._batch_norm import ReplayedNorm, replays_faster
-from revnet.engine._random import digest, get_random_state, same_random_state
-from revnet.engine._restore import AutocastState, autocast_states, restored
-from revnet.engine._tensors import version_of, versions_of
-from revnet.engine._torch_internals import (
+from revnet._torch_internals import (
+    HAS_ACCELERATOR,
     is_forward_mode,
     next_sequence_number,
     pop_saved_tensors_hooks,
     profiler_is_on,
     push_saved_tensors_hooks,
+    sequence_number_of,
     set_grad_enabled,
 )
+from revnet.engine import _careful, _inspect
+from revnet.engine._batch_norm import ReplayedNorm, replays_faster
+from revnet.engine._careful import CHECKSUM_INTERVAL, FRESH_COUNT
+from revnet.engine._random import ONLY_CPU, compare_bytes, cpu_random_state, get_random_state
+from revnet.engine._restore import AutocastState, autocast_states, restored
+from revnet.engine._tensors import versions_of
 
-_meta_of = attrgetter("shape", "dtype", "device")
+_meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrgetter("shape", "dtype")
+_version = attrgetter("_version")
+_base_of = attrgetter("_base")
 _requires_grad = attrgetter("requires_grad")
 _device = attrgetter("device")
 _flatten = chain.from_iterable
-_CPU = torch.device("cpu")
 _NO_VERSIONS: dict[int, int] = {}
 
 
@@ -85,7 +89,7 @@ def _unpack(packed: tuple[Any, int]) -> Tensor:
     """Return the tensor of a slot, or one that outlives the call, guarded as autograd would guard it."""
     owner, number = packed
     if type(owner) is not Saved:
-        if version_of(owner) != number:
+        if owner._version != number:
             raise _careful.modified("a parameter, buffer or argument of a residual function", owner, number)
         return owner  # type: ignore[no-any-return]
     if owner.is_plain:
@@ -110,9 +114,16 @@ class Plan(NamedTuple):
 
     modules: list[nn.Module]
     dicts: list[Any]
-    """Where the modules hold parameters, buffers and children, in this order."""
+    """Where the modules hold parameters, buffers and children."""
     sizes: list[int]
-    children: list[nn.Module | None]
+    filled_dicts: list[Any]
+    """The dicts that are not empty."""
+    types: list[type]
+    """The types of all that they hold, None included."""
+    children: tuple[nn.Module, ...]
+    pick_parameters: Callable[[list[Any]], tuple[Tensor, ...]]
+    pick_buffers: Callable[[list[Any]], tuple[Tensor, ...]]
+    pick_children: Callable[[list[Any]], tuple[nn.Module, ...]]
     flag_holders: list[Any]
     get_flag: Callable[[Any], bool]
     training: list[bool]
@@ -129,30 +140,29 @@ class Plan(NamedTuple):
     norms: list[ReplayedNorm]
     """Batch norms in training that can run without touching their statistics, which are not among the above."""
     is_scripted: bool
+    """Whether a module is one of `torch.jit`, whose dicts only look like such."""
+    values: Callable[[Any], Iterable[Any]]
+    """Returns the values of a dict."""
     num_calls: list[int]
     """One number: the calls so far."""
     data_writes: list[int]
     """Parameters that the function was seen to write through `.data`, by their place."""
 
-    def read(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Return the parameters and buffers as they are now; None if the function's structure has changed."""
-        dicts, values = self.dicts, _inspect.values_of if self.is_scripted else dict.values
-        third = len(self.modules)
+    def read(self) -> list[Any] | None:
+        """Return what the modules hold now, None if the function's structure has changed."""
         if (
             list(map(self.get_flag, self.flag_holders)) != self.training
-            or list(map(len, dicts)) != self.sizes
-            or not all(map(is_, _flatten(map(values, dicts[2 * third :])), self.children))
+            or list(map(len, self.dicts)) != self.sizes
+            or list(map(type, held := list(_flatten(map(self.values, self.filled_dicts))))) != self.types
+            or not all(map(is_, self.pick_children(held), self.children))
         ):
             return None
-        parameters = [each for each in _flatten(map(values, dicts[:third])) if each is not None]
-        buffers = [each for each in _flatten(map(values, dicts[third : 2 * third])) if each is not None]
-        if (
-            len(parameters) != len(self.parameter_places)
-            or len(buffers) != len(self.buffer_places)
-            or list(map(_device, _flatten((parameters, buffers)))) != self.device_list
+        # On a machine with nothing but a CPU, no tensor can move.
+        if HAS_ACCELERATOR and list(map(_device, self.pick_parameters(held) + self.pick_buffers(held))) != (
+            self.device_list
         ):
             return None
-        return parameters, buffers
+        return held
 
 
 class Surroundings:
@@ -163,23 +173,50 @@ class Surroundings:
         streams: The streams that the pass begins with.
     """
 
-    __slots__ = ("argument_ids", "argument_versions", "arguments", "autocast", "devices", "is_mixed", "random", "types")
+    __slots__ = (
+        "argument_ids",
+        "argument_versions",
+        "arguments",
+        "autocast",
+        "devices",
+        "is_forward_mode",
+        "is_mixed",
+        "others",
+        "random",
+        "types",
+    )
 
     def __init__(self, arguments: list[Tensor], streams: Sequence[Tensor]):
         self.arguments = arguments
         self.argument_ids = list(map(id, arguments))
         self.argument_versions = versions_of(arguments)
-        devices = {_CPU, *map(_device, arguments), *map(_device, streams)}
-        self.devices = frozenset([device for device in devices if device.type != "meta"])
-        self.types = sorted({device.type for device in devices})
+        self.devices: frozenset[torch.device] = ONLY_CPU
+        self.types: tuple[str, ...] = ("cpu",)
+        self.add_devices({tensor.device for tensor in (*arguments, *streams)})
+
+    def add_devices(self, devices: Iterable[torch.device]) -> None:
+        """Look after further devices, too."""
+        if not (more := frozenset([device for device in devices if device.type != "meta"])) <= self.devices:
+            self.devices = self.devices | more
+        self.others = [device for device in self.devices if device.type != "cpu"]
+        self.types = tuple(sorted({*self.types, *[device.type for device in devices]}))
         self.refresh()
 
     def refresh(self) -> None:
         """Look again at what code between two functions may have changed."""
-        self.random: dict[torch.device, Tensor] = {}
-        """The random state after the last function, which is the one before the next."""
+        self.random: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        """The random states after the last function, which are the ones before the next; None if unknown."""
         self.autocast: tuple[AutocastState, ...] = autocast_states(self.types)
         self.is_mixed = any([state.enabled for state in self.autocast])
+        self.is_forward_mode = is_forward_mode()
+
+    def random_states(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the random states of the CPU and of the other devices."""
+        return cpu_random_state(), self.other_states()
+
+    def other_states(self) -> tuple[Tensor, ...]:
+        """Return the random states of the devices besides the CPU."""
+        return tuple([get_random_state(device) for device in self.others]) if self.others else ()
 
 
 class RecordedCall:
@@ -197,6 +234,7 @@ class RecordedCall:
         "buffer_versions",
         "buffers",
         "constants",
+        "held",
         "is_mixed",
         "is_plain",
         "lasting",
@@ -217,20 +255,21 @@ class RecordedCall:
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
-        reading = None if plan is None else plan.read()
-        if plan is None or reading is None:
+        held = None if plan is None else plan.read()
+        if plan is None or held is None:
             plan = Plan(**_inspect.describe(function))
-            reading = plan.read()
-            assert reading is not None
+            held = plan.read()
+            assert held is not None
         self.name = name
         self.plan = plan
         self.surroundings = surroundings
         self.autocast = surroundings.autocast
         self.is_mixed = surroundings.is_mixed
-        self.parameters, self.buffers = reading
+        self.held = held
+        self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
         # What lasts is known by the tensor itself, which is held here: no other tensor can take its identity (rule 4).
         self.lasting = {*map(id, self.parameters), *map(id, self.buffers), *surroundings.argument_ids}
-        self.versions = versions_of(self.parameters)
+        self.versions = list(map(_version, self.parameters))
         self.requires_grad = list(map(_requires_grad, self.parameters))
         self.random: list[tuple[torch.device, Tensor, int | None]] | None = None
         """For each device on which the function draws: the random state before, and a digest of the one after."""
@@ -258,6 +297,7 @@ class RecordedCall:
         index: int,
         function: Callable[..., Any],
         args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         sources: tuple[Tensor, ...] = (),
         *,
         may_stop_early: bool = False,
@@ -268,50 +308,27 @@ class RecordedCall:
             filler: Fills the slots later.
             index: The number under which `filler` knows this call.
             function: What to call.
-            args: Its arguments.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
             sources: Inputs that are gone when the call is replayed, which then has others of the same values.
             may_stop_early: Whether a replay may end at the last saved tensor.
         """
-        plan, random = self.plan, self.surroundings.random
-        checksums = _careful.before(self)
-        if self.surroundings.arguments:
+        plan, surroundings = self.plan, self.surroundings
+        num_calls = plan.num_calls
+        num_calls[0] += 1
+        checksums = None
+        if plan.states or plan.fixed or plan.data_writes or num_calls[0] % CHECKSUM_INTERVAL == 1:
+            checksums = _careful.before(self)
+        if surroundings.arguments:
             _careful.forget_streams(self, sources)
-        devices = self.surroundings.devices | plan.devices
-        random_before = [random.get(device) for device in devices]
-        if None in random_before:
-            random_before = list(map(get_random_state, devices))
+        if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
+            surroundings.add_devices(plan.devices)
+        before, others_before = surroundings.random or surroundings.random_states()
         start = next_sequence_number()
         tensors: list[Tensor] = []
         versions: list[int] = []
         saved = Saved(filler, index, tensors, versions)
         nodes: list[int] | None = None
-        if may_stop_early or is_forward_mode():
-            nodes = []
-            pack = _careful.make_pack(self, saved, tensors, versions, nodes)
-        else:
-            pack = self._make_pack(saved, tensors, versions)
-        _careful.push_hooks(pack, _unpack)
-        try:
-            result = function(*args)
-        except BaseException:
-            tensors.clear()  # The traceback refers to the hook, which would keep every activation.
-            raise
-        finally:
-            pop_saved_tensors_hooks()
-        for device, state in zip(devices, random_before, strict=True):
-            random[device] = after = get_random_state(device)
-            if not same_random_state(state, after):
-                self.random = [*(self.random or []), (device, state, digest(after))]
-        if checksums is not None or self.states is not None or versions_of(self.parameters) != self.versions:
-            _careful.after(self, checksums)
-        self.results = metas_of(result)
-        if tensors:
-            self._keep_slots(saved, tensors, versions, nodes, (result, *sources), start)
-        return result
-
-    def _make_pack(
-        self, saved: Saved, tensors: list[Tensor], versions: list[int]
-    ) -> Callable[[Tensor], tuple[Any, int]]:
         lasting = self.lasting
 
         def pack(tensor: Tensor) -> tuple[Any, int]:
@@ -322,36 +339,61 @@ class RecordedCall:
             tensors.append(tensor)
             return saved, len(tensors) - 1
 
-        return pack
+        if may_stop_early or surroundings.is_forward_mode:
+            nodes = []
+            pack = _careful.make_pack(self, saved, tensors, versions, nodes)
+        try:
+            push_saved_tensors_hooks(pack, _unpack)
+        except RuntimeError as error:
+            raise _careful.no_hooks(error) from error
+        try:
+            result = function(*args, **kwargs)
+        except BaseException:
+            tensors.clear()  # The traceback refers to the hook, which would keep every activation.
+            raise
+        finally:
+            pop_saved_tensors_hooks()
+        after, others = surroundings.random = cpu_random_state(), surroundings.other_states()
+        if compare_bytes(before.data_ptr(), after.data_ptr(), before.numel()) or others:
+            self.random = _careful.moved(surroundings, (before, *others_before), (after, *others))
+        if checksums is not None or self.states is not None or list(map(_version, self.parameters)) != self.versions:
+            _careful.after(self, checksums)
+        self.results = [_meta_of(result)] if type(result) is Tensor else metas_of(result)
+        if tensors:
+            self._keep_slots(saved, tensors, versions, (result, *sources), start)
+            if nodes is not None:
+                self.stop_after = _careful.stop_after(tensors, nodes, sources)
+            # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
+            tensors.clear()
+        return result
 
     def _keep_slots(
-        self,
-        saved: Saved,
-        tensors: list[Tensor],
-        versions: list[int],
-        nodes: list[int] | None,
-        own: tuple[Any, ...],
-        start: int,
+        self, saved: Saved, tensors: list[Tensor], versions: list[int], own: tuple[Any, ...], start: int
     ) -> None:
-        """Note what the slots stand for, and let the tensors go."""
+        """Note what the slots stand for, and which of them a replay would not compute."""
         self.metas = list(map(_meta_of, tensors))
         self.saved = weakref.ref(saved)
-        # What a function computes for itself is referred to by this list alone. What others refer to may be a tensor
-        # from elsewhere, which a replay would not compute.
-        if max(map(getrefcount, tensors)) > _careful.FRESH_COUNT or any([each._base is not None for each in tensors]):
-            self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
-        self.is_plain = not (any(versions) or any(versions_of(tensors)) or saved.was_read or is_forward_mode())
+        # What a function computes for itself is referred to by this list alone. What others refer to as well, and has
+        # no node of this call, may come from elsewhere.
+        known: Any = None
+        for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
+            if (count <= FRESH_COUNT and base is None) or (origin := base if base is not None else tensor) is known:
+                continue
+            known, node = origin, origin.grad_fn
+            if (node is None or sequence_number_of(node) < start) and not any([origin is each for each in own]):
+                self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
+                break
+        self.is_plain = not (any(versions) or any(map(_version, tensors)) or saved.was_read)
+        if self.surroundings.is_forward_mode:
+            self.is_plain = False
         saved.is_plain = self.is_plain and self.constants is None
-        if nodes is not None:
-            self.stop_after = _careful.stop_after(tensors, nodes, own)
         saved.tensors = saved.versions = None
-        # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
-        tensors.clear()
 
     def replay(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         *,
         fill: bool,
         rounded: Tensor | None,
@@ -361,7 +403,8 @@ class RecordedCall:
 
         Args:
             function: What to call.
-            args: Its arguments, with inputs of the same values as in the first run.
+            args: Its positional arguments, with inputs of the same values as in the first run.
+            kwargs: Its keyword arguments.
             fill: Whether the backward pass asks for what autograd saved.
             rounded: The input, if it carries the rounding of a reconstruction.
             needs_result: Whether to go on to the end; otherwise the run may stop once the slots are filled (rule 7).
@@ -373,57 +416,81 @@ class RecordedCall:
             ReconstructionError: The function did something else than the first time (rule 8).
         """
         if (
-            versions_of(self.parameters) != self.versions
+            list(map(_version, self.parameters)) != self.versions
             or self.buffer_versions is not None
             or self.constants is not None
             or self.surroundings.arguments
         ):
             _careful.check_versions(self)
+        if self._is_as_it_was():
+            return self._run_again(function, args, kwargs, self.lasting, fill, rounded, needs_result)
+        with restored(self) as lasting:
+            return self._run_again(function, args, kwargs, lasting, fill, rounded, needs_result)
+
+    def _run_again(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        lasting: set[int],
+        fill: bool,
+        rounded: Tensor | None,
+        needs_result: bool,
+    ) -> Any:
         caught: list[Tensor] = []
+        pack: Callable[[Tensor], Any] = caught.append
         stop_after = -1 if needs_result else self.stop_after
-        versions: list[int] | None = None if self.is_plain and stop_after < 0 else []
-        is_as_it_was = self._is_as_it_was()
-        with nullcontext(self.lasting) if is_as_it_was else restored(self) as lasting:
-            pack: Callable[[Tensor], Any] = caught.append
-            if versions is not None:
-                pack = _careful.make_replay_pack(self, caught, versions, lasting, stop_after)
-            try:
-                result = self._call_again(function, args, pack, rounded)
-            except _careful.StopReplay:
-                result = None
-            except BaseException:
-                caught.clear()
-                raise
-            tensors = caught if versions is not None else [each for each in caught if not _lasts(each, lasting)]
-        if list(map(_meta_of, tensors)) != self.metas[: None if result is not None else stop_after]:
-            _careful.fail_metas(self, list(map(_meta_of, tensors)))
-        if result is not None and metas_of(result) != self.results:
-            _careful.fail_results(self, metas_of(result))
+        versions: list[int] | None = None
+        if not self.is_plain or stop_after > 0 or is_forward_mode():
+            versions = []
+            pack = _careful.make_replay_pack(self, caught, versions, lasting, stop_after)
+        try:
+            result = self._call_again(function, args, kwargs, pack, rounded)
+        except _careful.StopReplay:
+            result = None
+        except BaseException:
+            caught.clear()
+            raise
+        tensors = caught
+        if versions is None:
+            tensors = [
+                each
+                for each in caught
+                if id(each) not in lasting and ((base := each._base) is None or id(base) not in lasting)
+            ]
+        metas = list(map(_meta_of, tensors))
+        if metas != (self.metas if result is not None or stop_after < 0 else self.metas[:stop_after]):
+            _careful.fail_metas(self, metas)
+        if result is not None:
+            results = [_meta_of(result)] if type(result) is Tensor else metas_of(result)
+            if results != self.results:
+                _careful.fail_results(self, results)
         saved = self.saved() if fill and self.saved is not None else None
         if saved is not None:
             saved.tensors, saved.versions = list(tensors), versions
             if self.constants is not None:
                 _careful.check_constants(self, saved.tensors)
-        caught.clear()  # See `_keep_slots`: the nodes of this second run hold the hook, too.
+        caught.clear()  # See `record`: the nodes of this second run hold the hook, too.
         return result
 
     def _is_as_it_was(self) -> bool:
         """Return whether everything that the function depends on is as it was in its first run (rule 4)."""
         if self.random or self.states or self.written or self.plan.statistics or self.is_mixed:
             return False
-        reading = self.plan.read()
+        plan = self.plan
         return (
-            reading is not None
-            and all(map(is_, reading[0], self.parameters))
-            and all(map(is_, reading[1], self.buffers))
+            list(map(plan.get_flag, plan.flag_holders)) == plan.training
+            and list(map(len, plan.dicts)) == plan.sizes
+            and all(map(is_, _flatten(map(plan.values, plan.filled_dicts)), self.held))
             and list(map(_requires_grad, self.parameters)) == self.requires_grad
-            and not any([torch.is_autocast_enabled(state.device_type) for state in self.autocast])
+            and not any(map(torch.is_autocast_enabled, self.surroundings.types))
         )
 
     def _call_again(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
         pack: Callable[[Tensor], Any],
         rounded: Tensor | None,
     ) -> Any:
@@ -441,8 +508,8 @@ class RecordedCall:
                     norm.attributes["forward"] = forward
             if profiler_is_on():
                 with torch.profiler.record_function(f"revnet: replay {self.name}"):
-                    return function(*args)
-            return function(*args)
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             for norm, flag in zip(norms, flags, strict=True):
                 norm.attributes["track_running_stats"] = flag
@@ -479,10 +546,5 @@ def metas_of(result: Any) -> list[Any]:
     return [_meta_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _lasts(tensor: Tensor, lasting: set[int]) -> bool:
-    return id(tensor) in lasting or ((base := tensor._base) is not None and id(base) in lasting)
-
-
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
-

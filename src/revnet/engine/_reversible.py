@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from revnet._types import Streams
+from revnet.engine._agreement import AgreementWatch
 from revnet.engine._chain import BoundChain, stored
-from revnet.engine._drift import DriftWatch, warn_of_low_precision
+from revnet.engine._digest import can_digest
+from revnet.engine._drift import DriftWatch, meter_is_on, warn_of_low_precision
+from revnet.engine._observer import Observer
 from revnet.engine._range import RangeWatch, check_magnitude
-from revnet.engine._rebuild import Observer, Rebuilder
+from revnet.engine._rebuild import Rebuilder
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._restore import set_aside
 from revnet.engine._tensors import has_values
@@ -52,7 +55,10 @@ def _observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer
     observers: list[Observer] = []
     if len(half_blocks) > 1:  # Of a single one, nothing is rebuilt.
         keeper = None if is_exact else chain.tolerance
-        drift = DriftWatch(keeps_all=keeper is not None)
+        if keeper is None and can_digest(streams[0]) and not meter_is_on():
+            drift: Observer = AgreementWatch()
+        else:
+            drift = DriftWatch(keeps_all=keeper is not None)
         if keeper is not None:
             if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise NotImplementedError(
@@ -61,7 +67,7 @@ def _observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer
                 )
             first_name = half_blocks[0].name
             observers.append(ToleranceWatch(keeper, first_name, drift, has_values=has_values(streams[0])))
-        elif not is_exact:
+        elif not is_exact and streams[0].element_size() <= 2:
             warn_of_low_precision(half_blocks[0], streams[0])
         observers.append(drift)
     if chain.chain.has_exact:

@@ -1,7 +1,7 @@
 """The streams: splitting a tensor into them, joining them again, and holding them at one place of a chain."""
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class StreamSnapshot:
     `put` sets the one that was rebuilt from it.
     """
 
-    __slots__ = ("_tensors", "_versions", "origin", "position", "strides")
+    __slots__ = ("_versions", "held", "origin", "position", "strides")
 
     def __init__(self, position: int, tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...]]):
         self.position = position
@@ -27,7 +27,8 @@ class StreamSnapshot:
         """The position at which the streams were true; from there they were rebuilt."""
         self.strides = strides
         """How the forward pass laid each stream out: kernels round differently on another layout."""
-        self._tensors = list(tensors)
+        self.held = list(tensors)
+        """The streams as they lie; None for one that is not needed."""
         self._versions = [0 if tensor is None else version_of(tensor) for tensor in tensors]
 
     @classmethod
@@ -37,7 +38,7 @@ class StreamSnapshot:
 
     def fork(self) -> "StreamSnapshot":
         """Return the same streams, to be walked back on their own; both see the same memory, so neither writes to it."""
-        held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self._tensors)]
+        held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self.held)]
         fork = StreamSnapshot(self.position, held, self.strides)
         fork.origin = self.origin
         return fork
@@ -45,31 +46,31 @@ class StreamSnapshot:
     def replace_with(self, other: "StreamSnapshot") -> None:
         """Become what `other` is, which is given up."""
         self.position, self.origin, self.strides = other.position, other.origin, other.strides
-        self._tensors, self._versions = other._tensors, other._versions
+        self.held, self._versions = other.held, other._versions
 
     def read(self, which: int) -> Tensor:
         """Return one stream, laid out as the forward pass laid it out."""
-        tensor = self._tensors[which]
+        tensor = self.held[which]
         assert tensor is not None
         if tensor._version != self._versions[which]:
             self._check_version(which)
         if tensor.stride() != self.strides[which]:
             self._lay_out()
-            tensor = self._tensors[which]
+            tensor = self.held[which]
             assert tensor is not None
         return tensor
 
     def _lay_out(self) -> None:
         """Lay out all streams as in the forward pass."""
         # All at once: parts of one output share its memory, which one part alone would keep.
-        for which, tensor in enumerate(self._tensors):
+        for which, tensor in enumerate(self.held):
             if tensor is not None and tensor.stride() != self.strides[which]:
                 self._check_version(which)
                 dense = torch.empty_strided(tensor.shape, self.strides[which], dtype=tensor.dtype, device=tensor.device)
                 self.put(which, dense.copy_(tensor))
 
     def _check_version(self, which: int) -> None:
-        tensor = self._tensors[which]
+        tensor = self.held[which]
         if tensor is not None and version_of(tensor) != self._versions[which]:
             raise ReconstructionError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: an "
@@ -78,20 +79,15 @@ class StreamSnapshot:
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
 
-    @property
-    def held(self) -> list[Tensor | None]:
-        """The streams as they lie; None for one that is not needed."""
-        return self._tensors
-
     def take(self, which: int) -> Tensor:
         """Return one stream without keeping it, so that the caller owns it unless somebody else sees the memory."""
         tensor = self.read(which)
-        self._tensors[which] = None
+        self.held[which] = None
         return tensor
 
     def put(self, which: int, tensor: Tensor) -> None:
         """Set one stream."""
-        self._tensors[which] = tensor
+        self.held[which] = tensor
         self._versions[which] = tensor._version
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-
 _version = attrgetter("_version")
 
 
@@ -47,6 +46,8 @@ def largest_element(x: Tensor) -> Tensor:
     x = x.detach()
     if x.numel() == 0:
         return x.new_zeros(())
+    if x.numel() <= 2**12:
+        return torch.linalg.vector_norm(x, torch.inf)  # One operation in place of three.
     # The norm that says it takes thirty times as long on a CPU; and of these, each is slow where the other is not.
     is_dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     least, most = (x.amin(), x.amax()) if is_dense else torch.aminmax(x)

@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from revnet.engine._chain import HalfBlock
 from revnet.engine._drift import DriftWatch
+from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values
 from revnet.errors import ReconstructionError, ReconstructionWarning
@@ -90,7 +91,7 @@ class ToleranceKeeper:
         )
 
 
-class ToleranceWatch:
+class ToleranceWatch(Observer):
     """Keeps one run to the truth, as its keeper says; an observer.
 
     Args:
@@ -106,12 +107,14 @@ class ToleranceWatch:
         self._references: list[StreamSnapshot] = []
         """True streams to go forward from again; the first is the lowest that is needed."""
 
-    def on_forward(self, run: "Rebuilder", index: int, streams: Sequence[Tensor], y: Tensor) -> None:
+    def on_forward(
+        self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
+    ) -> None:
         """Hold the streams before half-block `index` if they are the lowest ones needed, or a keyframe."""
         if index == run.first_with_slots:
             self._references = [StreamSnapshot.of(index, streams)]
         elif run.lowest >= 0 and self._keeper is not None and not self._is_calibrating:
-            if run.steps[index].half_block.name in self._keeper.keyframes:
+            if half_block.name in self._keeper.keyframes:
                 run.keyframes.append(StreamSnapshot.of(index, streams))
 
     def before_rebuild(self, run: "Rebuilder") -> None:
@@ -150,9 +153,6 @@ class ToleranceWatch:
             if streams is not run.held:  # The graph is retained: next time, from here.
                 below = [keyframe for keyframe in run.keyframes if keyframe.position <= position]
                 run.keyframes = [*below, streams.fork(), *run.keyframes[len(below) :]]
-
-    def after_undo(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Do nothing: what is rebuilt is judged when a function reads it."""
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Let go of the streams on the way."""

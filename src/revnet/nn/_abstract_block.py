@@ -13,7 +13,6 @@ from revnet.engine import Chain, HalfBlock, call_within
 from revnet.nn._policy import Reverse
 from revnet.nn._run import run_forward, run_inverse, sum_log_dets
 
-
 _REVERSE = Reverse()
 
 
@@ -83,7 +82,9 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
             ValueError: The block splits along the batch, so that a sample has no map of its own.
         """
         log_dets: list[Tensor] = []
-        y = run_forward([(_REVERSE, self._chain())], x, self.split_dim, self.num_streams, args, kwargs, log_dets=log_dets)
+        y = run_forward(
+            [(_REVERSE, self._chain())], x, self.split_dim, self.num_streams, args, kwargs, log_dets=log_dets
+        )
         return y, sum_log_dets(log_dets, y)
 
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:

@@ -47,9 +47,10 @@ class ReversibleBlock(AbstractReversibleBlock):
 
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """The two residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
+        modules, coupling = self._modules, self.coupling  # `self.f` would take a search at each step.
         return [
-            HalfBlock(self.f, 0, 1, prefix + "f", self.coupling, "f"),
-            HalfBlock(self.g, 1, 0, prefix + "g", self.coupling, "g"),
+            HalfBlock(modules["f"], 0, 1, prefix + "f", coupling, "f"),  # type: ignore[arg-type]
+            HalfBlock(modules["g"], 1, 0, prefix + "g", coupling, "g"),  # type: ignore[arg-type]
         ]
 
     def extra_repr(self) -> str:

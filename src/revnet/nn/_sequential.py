@@ -196,7 +196,16 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             ValueError: The blocks split along the batch, so that a sample has no map of its own.
         """
         log_dets: list[Tensor] = []
-        y = run_forward(self._segments(), x, self._split_dim, self._num_streams, args, kwargs, log_dets=log_dets, tolerance=self._keeper)
+        y = run_forward(
+            self._segments(),
+            x,
+            self._split_dim,
+            self._num_streams,
+            args,
+            kwargs,
+            log_dets=log_dets,
+            tolerance=self._keeper,
+        )
         return y, sum_log_dets(log_dets, y)
 
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from revnet.errors import ReconstructionWarning
 from revnet.engine import DriftMeter, DriftRecord, HalfBlock
+from revnet.errors import ReconstructionWarning
 from revnet.nn import (
     AbstractPolicy,
     AbstractReversibleBlock,

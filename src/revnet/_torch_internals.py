@@ -4,6 +4,8 @@ Nothing else in `engine` names an underscored attribute of `torch`. When a relea
 file is the one to change; the tests in `tests/engine/test_torch_internals.py` say which one is missing.
 """
 
+from operator import methodcaller
+
 import torch
 
 # The public `torch.autograd.graph.saved_tensors_hooks` is a context manager that calls these two; entered and left for
@@ -30,6 +32,10 @@ hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_
 profiler_is_on = torch.autograd._profiler_enabled
 
 
+# Whether PyTorch was built for a device besides the CPU. `torch.accelerator` is public since 2.6.
+HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
+
+
 def is_forward_mode() -> bool:
     """Return whether a level of forward-mode differentiation is open, in which saved tensors are other objects.
 
@@ -38,9 +44,8 @@ def is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def sequence_number_of(node: torch.autograd.graph.Node) -> int:
-    """Return the place of a node in the order in which nodes were created on its thread."""
-    return node._sequence_nr()  # type: ignore[attr-defined, no-any-return]
+# The place of a node in the order in which nodes were created on its thread. Replacement: as `next_sequence_number`.
+sequence_number_of = methodcaller("_sequence_nr")
 
 
 def call_after_backward(callback: object) -> bool:

@@ -1,0 +1,214 @@
+"""Whether what runs a second time is what ran the first time, as far as a few numbers can tell; on the CPU.
+
+The forward pass keeps a digest of each stream before it is updated, and of the last tensor that the first and the last
+function saved. The backward pass compares them with what it rebuilds. Three things can be wrong:
+
+- The output was written over without a version (through `.data` or NumPy): its checksum differs. An error.
+- A function gave something else the second time (its own random generator, state in attributes, a tensor from
+  elsewhere that has changed): its result is off by far more than its input was. An error, after the function was run
+  again to make sure.
+- Rounding was amplified: drift. A warning, once for each function; see `_drift`.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from operator import sub
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from revnet.engine._chain import HalfBlock
+from revnet.engine._digest import Digest, Parts, checksum, digest_of, part_error, parts_of
+from revnet.engine._drift import StreamKind, report
+from revnet.engine._observer import Observer
+from revnet.engine._streams import StreamSnapshot
+from revnet.errors import ReconstructionError
+
+if TYPE_CHECKING:
+    from revnet.engine._rebuild import Rebuilder
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
+
+SUSPICIOUS = 64.0
+"""By how much more a result may be off than the streams so far, before its function is run again to make sure.
+
+A residual function amplifies a relative error a few times; if each did so by 64, a float32 stream would be lost after
+four blocks. The number decides when to look closer, not what is an error.
+"""
+EXCESS = 100.0
+"""By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
+_FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in _DTYPES}
+NOISE = 1024.0
+"""Units in the last place by which two runs of one function on one input may differ, say for alignment of memory."""
+
+
+class AgreementWatch(Observer):
+    """Compares digests of one run; an observer."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, Digest] = {}
+        """Of the stream that each half-block updates, before it does."""
+        self._checksums: list[int | None] | None = None
+        self._sizes: list[float] = []
+        """The norm of each stream's digest, as it is at present."""
+        self._worst = 0.0
+        """The largest relative error of any stream so far in this walk."""
+        self._position = -1
+        self._first: Parts | None = None
+        """Of what the lowest function reads, whose rebuilt stream has come the longest way."""
+        self._final: list[Digest] = []
+        """Of the final streams."""
+
+    def on_forward(
+        self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
+    ) -> None:
+        """Digest the stream that half-block `index` updates, if it will be rebuilt."""
+        if -1 < run.lowest < index:
+            self._before[index] = digest_of(streams[half_block.target])
+        elif index == run.lowest:
+            self._first = parts_of(streams[half_block.source])
+
+    def on_hold(self, streams: Sequence[Tensor | None]) -> None:
+        """Note the checksums of the final streams."""
+        if self._checksums is None:
+            self._checksums = [None if stream is None else checksum(stream) for stream in streams]
+
+    def before_rebuild(self, run: "Rebuilder") -> None:
+        """Raise if a final stream is not what it was.
+
+        Raises:
+            ReconstructionError: It was written over, in a way that leaves no version.
+        """
+        assert run.held is not None
+        for stream in run.held.held:
+            if stream is not None and self._first is not None:
+                self._final.append(digest_of(stream))
+        for stream, expected in zip(run.held.held, self._checksums or (), strict=True):
+            if stream is not None and expected is not None and checksum(stream) != expected:
+                raise ReconstructionError(
+                    f"an output of a reversible sequence, of shape {tuple(stream.shape)}, was written over after the "
+                    "forward pass, through `.data`, NumPy or the like; the activations are rebuilt from that output: "
+                    "`clone` it before writing, or use the policy `Store()` for the last block."
+                )
+
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Judge the drift of what the lowest function reads, once.
+
+        Raises:
+            ReconstructionError: NaN or inf is in it that was not there in the forward pass.
+        """
+        if index != run.lowest or self._first is None:
+            return
+        half_block = run.steps[index].half_block
+        source, first = streams.read(half_block.source), self._first
+        self._first = None
+        found = parts_of(source).values
+        # What is nothing compared with the other stream must not count as infinite where this one is zero.
+        size = max([math.hypot(*digest) / max(1, len(digest)) ** 0.5 for digest in self._final], default=0.0)
+        error = part_error(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
+        kind = StreamKind(half_block.name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
+        # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
+        is_finite = math.isfinite(sum(found))
+        was_finite = is_finite or math.isfinite(sum(map(sum, (*self._final, *self._before.values()))))
+        report(half_block.function, kind, error, is_finite=is_finite, was_finite=was_finite)
+
+    def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
+        """Compare the stream that was rebuilt by undoing half-block `index`."""
+        expected, target = self._before.get(index), half_block.target
+        x = streams.held[target]
+        if expected is None or x is None:
+            return
+        found = digest_of(x)
+        if index >= self._position:  # A new walk, from streams that are true.
+            self._worst, self._sizes = 0.0, [0.0] * len(streams.strides)
+        self._position = index
+        size = math.hypot(*expected)
+        # The sum was rounded at the size of the larger one, before or after.
+        scale = max(size, self._sizes[target])
+        self._sizes[target] = size
+        if found == expected:
+            return
+        error = math.dist(found, expected)
+        if not error <= scale * SUSPICIOUS * max(self._worst, _FLOOR[x.dtype]) or half_block.coupling.is_exact:
+            self._look_closer(run, index, streams, found, expected, error / scale if scale else math.inf)
+        if scale:
+            self._worst = max(self._worst, error / scale)
+
+    def _look_closer(
+        self,
+        run: "Rebuilder",
+        index: int,
+        streams: StreamSnapshot,
+        found: Digest,
+        expected: Digest,
+        error: float,
+    ) -> None:
+        """Raise if the stream before half-block `index` is wrong for another reason than rounding."""
+        x = streams.held[run.steps[index].half_block.target]
+        assert x is not None
+        tolerated, ratio = run.chain.chain.tolerated, error / max(self._worst, _FLOOR[x.dtype])
+        # NaN and inf are the model's own, or reported as drift.
+        if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
+            check_same(run, index, streams, found, expected, self._worst)
+            tolerated[index] = 4 * ratio
+
+    def after_backward(self, run: "Rebuilder") -> None:
+        """Begin anew with the next walk of a retained graph."""
+        self._position = -1
+
+
+def check_same(
+    run: "Rebuilder", index: int, streams: StreamSnapshot, found: Digest, expected: Digest, worst: float
+) -> None:
+    """Raise if the stream before half-block `index` is wrong for another reason than rounding.
+
+    The function runs twice more on the input that it has just had: two results that differ show that it is not
+    deterministic. Then once on an input that is perturbed by as much as the streams are off: if most elements are off
+    by far more than that explains, something that the function depends on has changed since the forward pass. (Most,
+    since a hash or a choice may jump for a few elements where its input moves in the last place: that is drift.)
+
+    Raises:
+        ReconstructionError: It is.
+    """
+    step = run.steps[index]
+    x = streams.held[step.half_block.target]
+    assert x is not None
+    eps = torch.finfo(x.dtype).eps
+    again = [_redo(run, index, streams, None) for _ in range(2)]
+    size = math.hypot(*digest_of(again[0])) or 1.0
+    if math.dist(*map(digest_of, again)) > NOISE * eps * size:
+        raise not_the_same(step.half_block.name, "and other numbers each time that it runs")
+    perturbed = _redo(run, index, streams, max(worst, 16 * eps))
+    response = _median_distance(digest_of(perturbed), digest_of(again[0]))
+    floor = max(response, eps * size / len(expected) ** 0.5)
+    if step.half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
+        raise not_the_same(step.half_block.name, "which rounding of its input does not explain")
+
+
+def not_the_same(name: str, how: str) -> ReconstructionError:
+    """Return the error for a function that gives other numbers when it runs again."""
+    return ReconstructionError(
+        f"`{name}` gave other numbers when it ran again, {how}: it draws random numbers outside of PyTorch or from a "
+        "generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward pass. "
+        "Draw with PyTorch's global generator, keep state in buffers, pass tensors as arguments, or keep the block's "
+        "activations with the policy `Store()`."
+    )
+
+
+def _redo(run: "Rebuilder", index: int, streams: StreamSnapshot, perturbation: float | None) -> Tensor:
+    """Return the stream that half-block `index` makes of the streams before it."""
+    half_block = run.steps[index].half_block
+    before = streams.fork()
+    before.position = before.origin = index
+    if perturbation is not None:
+        source = before.read(half_block.source)
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
+        before.put(half_block.source, source + source * signs.to(source.dtype) * perturbation)
+    return run.steps[index].redo(run, before)
+
+
+def _median_distance(a: Digest, b: Digest) -> float:
+    return statistics.median(map(abs, map(sub, a, b)))
