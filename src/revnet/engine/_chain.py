@@ -1,0 +1,178 @@
+"""What the engine runs: a chain of half-blocks, which is built once, and one call of it.
+
+A `Chain` holds what stays the same from call to call: the residual functions in order, how each joins its stream, and
+what the engine has found out about them (see `_plan`). A `BoundChain` adds what belongs to one call: the arguments, and
+what the caller wants to know. Policies and entry points take a bound chain and the streams, and return the streams.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revnet._types import Streams
+from revnet.coupling import AbstractCoupling, Additive
+from revnet.engine._tensors import tensors_in, version_of
+
+if TYPE_CHECKING:
+    from revnet.engine._plan import Plan
+    from revnet.engine._tolerance import ToleranceKeeper
+
+_ADDITIVE = Additive()
+
+
+class HalfBlock(NamedTuple):
+    """One residual function, the stream that it reads, and the stream that it updates.
+
+    A reversible block consists of two: `y1 = x1 + f(x2)` reads stream 1 and updates stream 0, then `y2 = x2 + g(y1)`
+    reads stream 0 and updates stream 1.
+    """
+
+    function: nn.Module
+    target: int
+    """The stream that it updates, counted from 0."""
+    source: int
+    """The stream that it reads, counted from 0."""
+    name: str = "f"
+    """The function's place in the model, for errors: "blocks.3.f"."""
+    coupling: AbstractCoupling = _ADDITIVE
+    """How the residual joins the stream."""
+    role: str = "f"
+    """The function's name in its block, "f" or "g", by which a caller passes arguments to it alone."""
+    takes_arguments: bool = True
+    """Whether the function is given the caller's further arguments."""
+
+
+class Chain:
+    """Half-blocks in order, with what the engine finds out about them once.
+
+    Args:
+        half_blocks: The half-blocks in the order in which they run.
+        blocks: For each half-block the block that must be called for it, since it has hooks or a `forward` of its own;
+            None where there is none. Consecutive half-blocks of one block are run by one call of it.
+    """
+
+    __slots__ = ("blocks", "half_blocks", "is_exact", "plans")
+
+    def __init__(self, half_blocks: Sequence[HalfBlock], blocks: Sequence[nn.Module | None] | None = None):
+        self.half_blocks = tuple(half_blocks)
+        self.blocks = None if blocks is None or not any(block is not None for block in blocks) else tuple(blocks)
+        self.is_exact = all([half_block.coupling.is_exact for half_block in half_blocks])
+        """Whether reversal loses nothing."""
+        self.plans: list[Plan | None] = [None] * len(self.half_blocks)
+        """What is known of each function in the mode of its last call; see `Plan`."""
+
+    def bind(
+        self,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        own_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> "BoundChain":
+        """Return one call of the chain.
+
+        Args:
+            args: Further positional arguments of every residual function.
+            kwargs: Keyword arguments of every residual function.
+            own_kwargs: Keyword arguments of the functions of one role, by the role: `{"f": {"mask": mask}}`.
+        """
+        return BoundChain(self, args, dict(kwargs or {}), {role: dict(own) for role, own in (own_kwargs or {}).items()})
+
+    def groups(self) -> Iterator[tuple[nn.Module | None, range]]:
+        """Yield the blocks that must be called, each with the indices of its half-blocks; None for no block."""
+        start = 0
+        for index in range(1, len(self.half_blocks) + 1):
+            if index == len(self.half_blocks) or self._block(index) is not self._block(start):
+                yield self._block(start), range(start, index)
+                start = index
+
+    def _block(self, index: int) -> nn.Module | None:
+        return None if self.blocks is None else self.blocks[index]
+
+
+class BoundChain:
+    """One call of a chain: its arguments, and what the caller wants to know.
+
+    Args:
+        chain: The chain.
+        args: Further positional arguments of every residual function.
+        kwargs: Keyword arguments of every residual function.
+        own_kwargs: Keyword arguments of the functions of one role, by the role.
+    """
+
+    __slots__ = ("args", "chain", "input_dtype", "kwargs", "log_dets", "on_joined", "own_kwargs", "tolerance")
+
+    def __init__(
+        self, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], own_kwargs: dict[str, dict[str, Any]]
+    ):
+        self.chain = chain
+        self.args = args
+        self.kwargs = kwargs
+        self.own_kwargs = own_kwargs
+        self.input_dtype: torch.dtype | None = None
+        """The dtype in which functions read a stream, where it differs from the stream's own."""
+        self.log_dets: list[Tensor] | None = None
+        """Where the log-determinants are added up, if the caller wants them: a list of one sum (B,), empty at zero."""
+        self.tolerance: ToleranceKeeper | None = None
+        """Keeps the error of rebuilt streams below a bound, if the caller wants one."""
+        self.on_joined: Any = None
+        """Called with views of the joined output, so that the engine holds those rather than a second copy."""
+
+    @property
+    def half_blocks(self) -> tuple[HalfBlock, ...]:
+        """The half-blocks, in order."""
+        return self.chain.half_blocks
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors in the arguments, however deep."""
+        return tensors_in(self.args, self.kwargs, self.own_kwargs)
+
+    def kwargs_of(self, half_block: HalfBlock) -> dict[str, Any]:
+        """Return the keyword arguments of one residual function."""
+        own = self.own_kwargs.get(half_block.role)
+        return {**self.kwargs, **own} if own else self.kwargs
+
+    def call(self, half_block: HalfBlock, source: Tensor) -> Tensor:
+        """Call a residual function, and refuse one that writes over its input, which could not be rebuilt."""
+        if self.input_dtype is not None:
+            source = source.to(self.input_dtype)
+        args, kwargs = (self.args, self.kwargs_of(half_block)) if half_block.takes_arguments else ((), {})
+        if torch.compiler.is_dynamo_compiling():  # Traced code has no versions; eager code and the operators have.
+            residual: Tensor = half_block.function(source, *args, **kwargs)
+            return residual
+        version = version_of(source)
+        residual = half_block.function(source, *args, **kwargs)
+        if version_of(source) != version:
+            raise RuntimeError(
+                f"`{half_block.name}` modified its input in place, which a reversible block cannot undo; use the "
+                "out-of-place form of its first operation (`inplace=False`), or `clone` the input."
+            )
+        return residual
+
+    def join(self, half_block: HalfBlock, x: Tensor, residual: Tensor) -> Tensor:
+        """Return the stream with a residual, and add up its log-determinant if the caller wants it."""
+        coupling = half_block.coupling
+        y = coupling.forward(x, residual, half_block.name)
+        if self.log_dets is not None and not coupling.is_additive:
+            log_det = coupling.log_det(x, residual)
+            if log_det is not None:
+                # One sum, so that nothing grows with depth.
+                self.log_dets[:] = [sum(self.log_dets, start=log_det)]
+        return y
+
+
+def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+    """Run half-blocks by ordinary autograd, which stores every activation: the twin of `reversible`.
+
+    It computes the same numbers with memory that grows with depth, and recomputes nothing. Arguments, results and
+    errors are those that `reversible` documents.
+    """
+    running = list(streams)
+    for block, indices in chain.chain.groups():
+        if block is not None:
+            raise NotImplementedError
+        for index in indices:
+            half_block = chain.half_blocks[index]
+            residual = chain.call(half_block, running[half_block.source])
+            running[half_block.target] = chain.join(half_block, running[half_block.target], residual)
+    return tuple(running)
