@@ -42,7 +42,7 @@ from revnet import (
 )
 from revnet.bench import describe_machine, hardware_name
 from revnet.bench.cases import CASES
-from revnet.functional import AbstractCoupling
+from revnet.coupling import AbstractCoupling
 from revnet.functional._drift import DriftWatch
 from revnet.memory import measure
 

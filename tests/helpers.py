@@ -24,7 +24,7 @@ from revnet import (
     Store,
     create_model,
 )
-from revnet.functional import Affine
+from revnet.coupling import Affine
 from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
 from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock, MultiStreamBlock
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from revnet import bench as bench
+    from revnet import coupling as coupling
     from revnet import data as data
     from revnet import functional as functional
     from revnet import memory as memory
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from revnet import numerics as numerics
     from revnet import paper as paper
     from revnet import training as training
+    from revnet.coupling import Additive as Additive
+    from revnet.coupling import FixedPoint as FixedPoint
     from revnet.errors import BudgetError as BudgetError
     from revnet.errors import CheckpointError as CheckpointError
     from revnet.errors import DataError as DataError
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     from revnet.errors import ReconstructionError as ReconstructionError
     from revnet.errors import ReconstructionWarning as ReconstructionWarning
     from revnet.errors import RevnetError as RevnetError
-    from revnet.functional import Additive as Additive
-    from revnet.functional import FixedPoint as FixedPoint
     from revnet.models import create_model as create_model
     from revnet.models import list_models as list_models
     from revnet.nn import AbstractPolicy as AbstractPolicy
@@ -43,15 +44,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("bench", "data", "functional", "memory", "models", "nn", "numerics", "paper", "training")
+_ROOMS = ("bench", "coupling", "data", "functional", "memory", "models", "nn", "numerics", "paper", "training")
 _HOME = {
-    "Additive": "revnet.functional",
+    "Additive": "revnet.coupling",
     "AbstractPolicy": "revnet.nn",
     "BudgetError": "revnet.errors",
     "Checkpoint": "revnet.nn",
     "CheckpointError": "revnet.errors",
     "DataError": "revnet.errors",
-    "FixedPoint": "revnet.functional",
+    "FixedPoint": "revnet.coupling",
     "MissingDependencyError": "revnet.errors",
     "Offload": "revnet.nn",
     "PolicySequential": "revnet.nn",
@@ -78,6 +79,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
+    "coupling",
     "create_model",
     "data",
     "DataError",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential
-from revnet.functional import Affine
+from revnet.coupling import Affine
 from revnet.nn import (
     AbstractInvertible,
     ChannelPermutation,

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
-from revnet.functional import Affine, ReversibleRun
+from revnet.coupling import Affine
+from revnet.functional import ReversibleRun
 from revnet.memory import measure
 from revnet.nn import CouplingLayer, MomentumBlock
 from tests.helpers import (

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential
-from revnet.functional import Affine
+from revnet.coupling import Affine
 from revnet.nn import CouplingLayer
 from tests.helpers import assert_close, mlp, scaling_mlp, squares
 
@@ -30,7 +30,7 @@ def test_one_stream_stays(updates):
     x = torch.randn(2, 4, 3, dtype=torch.float64)
     y = layer((x[0], x[1]))
     assert torch.equal(y[1 - updates], x[1 - updates])
-    assert_close(y[updates], Affine().join(x[updates], layer.f(x[1 - updates])))
+    assert_close(y[updates], Affine().forward(x[updates], layer.f(x[1 - updates])))
 
 
 def test_streams_of_different_sizes():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
-from revnet.functional import Affine
+from revnet.coupling import Affine
 from revnet.memory import measure
 from revnet.nn import CouplingLayer, HaarWavelet, InvertibleSequential, SpaceToDepth
 from tests.helpers import ConvResidual, assert_close, gradients, mlp, scaling_mlp, squares

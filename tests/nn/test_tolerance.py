@@ -20,7 +20,8 @@ from revnet import (
     set_coupling,
     set_tolerance,
 )
-from revnet.functional import Affine, DriftMeter
+from revnet.coupling import Affine
+from revnet.functional import DriftMeter
 from revnet.memory import measure, predict
 from revnet.nn import MomentumBlock
 from tests.helpers import ConvResidual, gradients, mlp, squares, stored_twin

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential, Store
-from revnet.functional import Affine, FixedPoint
+from revnet.coupling import Affine, FixedPoint
 from revnet.memory import measure
 from revnet.numerics import conditioning_penalty, measure_drift
 from tests.helpers import ConvResidual, assert_same_buffers, mlp

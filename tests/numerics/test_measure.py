@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
-from revnet.functional import FixedPoint
+from revnet.coupling import FixedPoint
 from revnet.nn import set_policy
 from revnet.numerics import GradientDrift, measure_drift
 from revnet.numerics._gradients import angle_and_error

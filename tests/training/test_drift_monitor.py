@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from revnet import ReversibleBlock, ReversibleSequential
-from revnet.functional import FixedPoint
+from revnet.coupling import FixedPoint
 from revnet.nn import set_coupling
 from revnet.numerics import measure_drift
 from revnet.training import DriftMonitor, TrainConfig, load_classifier, resume, train

@@ -70,7 +70,7 @@ def doctor(
 
     from revnet.cli._build import running_it
     from revnet.cli._specimen import build_specimen
-    from revnet.functional import FixedPoint
+    from revnet.coupling import FixedPoint
     from revnet.nn import set_coupling, set_tolerance
     from revnet.numerics import measure_drift
 

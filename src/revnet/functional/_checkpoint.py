@@ -38,7 +38,7 @@ def checkpointed(
         # A chain of one: of its final streams, the run holds the one that the function reads, since nothing else is
         # ever read again. Where gradients depend on the stream that it updates, that one too, as it was.
         alone = [half_block._replace(owner=None)]
-        keeps_input = not half_block.coupling.passes_gradients
+        keeps_input = not half_block.coupling.is_additive
         streams[:] = run_reversible(alone, tuple(streams), args, kwargs, keeps_input=keeps_input)[0]
 
     running = list(streams)

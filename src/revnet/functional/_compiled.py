@@ -21,8 +21,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revnet._types import TensorPair
+from revnet.coupling import AbstractCoupling
 from revnet.errors import ReconstructionError
-from revnet.functional._coupling import AbstractCoupling
 from revnet.functional._half_block import HalfBlock, check_magnitude, hooks_are_not_compiled, residual_of
 from revnet.functional._program import (
     PROGRAMS,
@@ -219,7 +219,7 @@ def _forward(
             more = run.log_det(call, streams[call.updates], residual.detach())
             if more is not None:
                 log_det = log_det + more
-            streams[call.updates] = call.coupling.join(streams[call.updates], residual.detach(), call.name)
+            streams[call.updates] = call.coupling.forward(streams[call.updates], residual.detach(), call.name)
             check_magnitude(half_block, streams[call.updates])
         del source, residual
     updated = {call.updates for call in run.calls}
@@ -293,17 +293,17 @@ def _backward(
             with torch.enable_grad(), run.entered(call.function, leaves[num_arguments:], buffers):
                 residual = residual_of(half_block, source, args, kwargs)
             coupling = call.coupling
-            if index > first or not coupling.passes_gradients:  # Below, nobody reads the stream.
+            if index > first or not coupling.is_additive:  # Below, nobody reads the stream.
                 streams[call.updates].part(residual.detach(), coupling, call.name)
             grad_y = grads[call.updates]
             if grad_y is None:
                 continue
             joined, x, log_det = residual, None, None
-            if not coupling.passes_gradients:
+            if not coupling.is_additive:
                 stream_is_wanted = index > 0 or wanted[call.updates]
                 x = streams[call.updates].tensor.detach().requires_grad_(stream_is_wanted)
                 with torch.enable_grad():
-                    joined = coupling.join(x, residual, call.name)
+                    joined = coupling.forward(x, residual, call.name)
                     log_det = run.log_det(call, x, residual)
             if not joined.requires_grad:
                 continue
@@ -368,7 +368,7 @@ class _Stream:
 
     def part(self, residual: Tensor, coupling: AbstractCoupling, name: str) -> None:
         in_place = self._is_own and is_only_owner(self.tensor)
-        self.tensor = coupling.part(self.tensor, residual, name, in_place=in_place)
+        self.tensor = coupling.inverse(self.tensor, residual, name, in_place=in_place)
         self._is_own = True
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from revnet._types import Streams
+from revnet.coupling import AbstractCoupling, Additive
 from revnet.errors import ReconstructionError
-from revnet.functional._coupling import AbstractCoupling, Additive
 from revnet.functional._storage import has_values, largest_element, storage_key, version_of
 
 _ADDITIVE = Additive()
@@ -167,8 +167,8 @@ def residual_of(half_block: HalfBlock, source: Tensor, args: tuple[Any, ...], kw
 def join(half_block: HalfBlock, x: Tensor, residual: Tensor) -> Tensor:
     """The stream with a residual; and the log-determinant of that, for those who ask for it."""
     coupling = half_block.coupling
-    y = coupling.join(x, residual, half_block.name)
-    if half_block.log_dets is not None and not coupling.passes_gradients:
+    y = coupling.forward(x, residual, half_block.name)
+    if half_block.log_dets is not None and not coupling.is_additive:
         log_det = coupling.log_det(x, residual)
         if log_det is not None:
             # Their sum alone, so that nothing grows with depth.
@@ -197,6 +197,6 @@ def check_range(half_block: HalfBlock, magnitude: float, dtype: torch.dtype) -> 
     if limit is not None and math.isfinite(magnitude) and magnitude >= limit:
         raise ReconstructionError(
             f"a stream reached {magnitude:,.5g} at `{half_block.name}`, beyond the {limit:,.5g} up to which "
-            f"{half_block.coupling} is exact in {dtype}; {half_block.coupling.way_out(magnitude, dtype)}, or "
+            f"{half_block.coupling} is exact in {dtype}; {half_block.coupling.out_of_range_hint(magnitude, dtype)}, or "
             "normalise what the residual functions return."
         )

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from revnet._types import TensorPair
+from revnet.coupling import AbstractCoupling
 from revnet.errors import ReconstructionError
 from revnet.functional._batch_norm import is_torch_norm
-from revnet.functional._coupling import AbstractCoupling
 from revnet.functional._half_block import HalfBlock, residual_of
 from revnet.functional._recompute import Entry
 from revnet.functional._storage import storage_key
@@ -61,7 +61,7 @@ class Program:
         self._training = training
         self._autocast = autocast
         self._arguments = arguments
-        self.has_log_det = wants_log_det and not all(call.coupling.passes_gradients for call in self.calls)
+        self.has_log_det = wants_log_det and not all(call.coupling.is_additive for call in self.calls)
         # Where the modules of each function hold their parameters and buffers, module by module.
         self._parameter_places = [_places(function, "_parameters") for function in functions]
         self._buffer_places = [_places(function, "_buffers") for function in functions]
@@ -105,7 +105,7 @@ class Program:
 
     def log_det(self, call: _Call, x: Tensor, residual: Tensor) -> Tensor | None:
         """That of one call, if it is wanted."""
-        if not self.has_log_det or call.coupling.passes_gradients:
+        if not self.has_log_det or call.coupling.is_additive:
             return None
         return call.coupling.log_det(x, residual)
 
@@ -225,7 +225,7 @@ def constant_buffers(program: int) -> list[bool]:
 
 @_constant_while_tracing
 def passes_gradients(program: int) -> bool:
-    return all(call.coupling.passes_gradients for call in PROGRAMS[program].calls)
+    return all(call.coupling.is_additive for call in PROGRAMS[program].calls)
 
 
 @_constant_while_tracing
@@ -319,7 +319,7 @@ def probe(
                         or copies[position].dim() <= 1
                     ):
                         changed.add(position)
-            streams[call.updates] = call.coupling.join(streams[call.updates], residual, call.name)
+            streams[call.updates] = call.coupling.forward(streams[call.updates], residual, call.name)
             draws.append(watch.draws)
         except (DataDependentOutputException, DynamicOutputShapeException):
             # What it does depends on values: expect everything.

@@ -104,7 +104,7 @@ def inverse(
             residual = residual_of(half_block, source, args, kwargs)
         y = running[half_block.updates]
         check_magnitude(half_block, y)
-        running[half_block.updates] = half_block.coupling.part(y, residual, half_block.name)
+        running[half_block.updates] = half_block.coupling.inverse(y, residual, half_block.name)
     return tuple(running)
 
 
@@ -198,8 +198,8 @@ class ReversibleRun:
         def residual() -> Tensor:
             return residual_of(half_block, source, self._args, self._kwargs)
 
-        if coupling.passes_gradients:
-            y = coupling.join(stream, call.first(self, index, residual, sources=(source,)), name)
+        if coupling.is_additive:
+            y = coupling.forward(stream, call.first(self, index, residual, sources=(source,)), name)
         else:
             y = call.first(self, index, lambda: join(half_block, stream, residual()), sources=(source, stream))
         if call.saved_anything():
@@ -257,7 +257,7 @@ class ReversibleRun:
         layouts = self._held.layouts if self._held is not None else tuple(stream.stride() for stream in streams)
         held: list[Tensor | None] = [stream.detach() for stream in streams]
         last = self._steps[-1].half_block
-        if self._first_with_slots == len(self._steps) - 1 and last.coupling.passes_gradients:
+        if self._first_with_slots == len(self._steps) - 1 and last.coupling.is_additive:
             # Only the last function runs again, and nothing below it: no stream but the one that it reads is needed.
             held = [stream if which == last.reads_stream else None for which, stream in enumerate(held)]
         self._held = _Streams(len(self._steps), held, layouts)
@@ -281,7 +281,7 @@ class ReversibleRun:
             self._step_back(streams, fill=False)
         if streams.position == index + 1:
             self._step_back(streams, fill=True)
-        elif not self._steps[index].half_block.coupling.passes_gradients:
+        elif not self._steps[index].half_block.coupling.is_additive:
             self._recompute_joined(streams, index, fill=True)
         else:
             # Already past it, which left the stream that it reads as it was.
@@ -327,7 +327,7 @@ class ReversibleRun:
         is_needed = self._first_with_slots is not None and index > self._first_with_slots
         half_block = self._steps[index].half_block
         coupling = half_block.coupling
-        if not coupling.passes_gradients:
+        if not coupling.is_additive:
             x = self._recompute_joined(streams, index, fill=fill)
             if is_needed:
                 streams.put(half_block.updates, x)
@@ -338,7 +338,7 @@ class ReversibleRun:
             return
         y = streams.take(half_block.updates)
         try:
-            x = coupling.part(y, residual, half_block.name, in_place=is_only_owner(y))
+            x = coupling.inverse(y, residual, half_block.name, in_place=is_only_owner(y))
         except BaseException:
             streams.put(half_block.updates, y)
             raise
@@ -370,7 +370,7 @@ class ReversibleRun:
             residual = residual_of(half_block, source, self._args, self._kwargs)
             if x is None:
                 with torch.no_grad():
-                    x = coupling.part(y_or_x, residual, name)
+                    x = coupling.inverse(y_or_x, residual, name)
             return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
 
         is_rounded = self._is_rounded(streams, index)
@@ -447,12 +447,12 @@ class ReversibleRun:
 
         def compute() -> Tensor:
             residual = residual_of(half_block, source, self._args, self._kwargs)
-            if coupling.passes_gradients:
+            if coupling.is_additive:
                 return residual
             return join(without_receiver(half_block), x.detach().requires_grad_(stream_requires_grad), residual)
 
         result = call.repeat(compute, fill=False, is_rounded=False, needs_result=True).detach()
-        y = coupling.join(x, result, name) if coupling.passes_gradients else result
+        y = coupling.forward(x, result, name) if coupling.is_additive else result
         streams = [y if which == half_block.updates else pair.read(which) for which in range(len(pair.layouts))]
         return _Streams.of(pair.position + 1, streams)
 

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from revnet.functional import AbstractCoupling, Additive, FixedPoint, chunked, rotary_table
+from revnet.coupling import AbstractCoupling, Additive, FixedPoint
+from revnet.functional import chunked, rotary_table
 from revnet.models._checks import check_choice, check_positive, check_share
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention

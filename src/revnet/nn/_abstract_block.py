@@ -6,7 +6,8 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from revnet._types import Streams, TensorPair
-from revnet.functional import AbstractCoupling, HalfBlock, call_within
+from revnet.coupling import AbstractCoupling
+from revnet.functional import HalfBlock, call_within
 from revnet.nn._policy import Reverse
 from revnet.nn._run import run_forward, run_inverse, sum_log_dets
 

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from revnet.functional import AbstractCoupling, Additive, HalfBlock
+from revnet.coupling import AbstractCoupling, Additive
+from revnet.functional import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
 
 _ADDITIVE = Additive()

@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import nn
 
-from revnet.functional import AbstractCoupling, Additive, HalfBlock
+from revnet.coupling import AbstractCoupling, Additive
+from revnet.functional import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
 
 _ADDITIVE = Additive()

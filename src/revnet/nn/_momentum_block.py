@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from revnet.functional import HalfBlock, Momentum
+from revnet.coupling import Momentum
+from revnet.functional import HalfBlock
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_functions
 
 
@@ -22,7 +23,7 @@ class MomentumBlock(AbstractReversibleBlock):
         x: a pair of tensors of one shape, or a tensor, even along `split_dim`. Output: the same.
 
     Numerics:
-        Going back magnifies errors by `1 / gamma` at each block; see `revnet.functional.Momentum`.
+        Going back magnifies errors by `1 / gamma` at each block; see `revnet.coupling.Momentum`.
 
     Raises:
         TypeError: `f` is no module.

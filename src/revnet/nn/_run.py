@@ -85,7 +85,7 @@ def _enter(streams: Streams, first: HalfBlock | None) -> tuple[Streams, torch.dt
     streams = tuple([stream.float() if is_low_precision(stream) else stream for stream in streams])
     if first is None:
         return streams, None
-    entered = tuple([first.coupling.enter(stream) for stream in streams])
+    entered = tuple([first.coupling.prepare(stream) for stream in streams])
     return entered, streams[0].dtype if entered[0].dtype != streams[0].dtype else None
 
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from revnet.functional import AbstractCoupling
+from revnet.coupling import AbstractCoupling
 from revnet.nn._abstract_block import check_coupling
 from revnet.nn._block import ReversibleBlock
 from revnet.nn._coupling_layer import CouplingLayer

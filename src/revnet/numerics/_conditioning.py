@@ -119,7 +119,7 @@ class _Inverse(nn.Module):
             assert isinstance(block, AbstractReversibleBlock)
             half_blocks += block.half_blocks(f"blocks.{index}.")
             split_dim, num_streams = block.split_dim, block.num_streams
-        if not all(half_block.coupling.passes_gradients for half_block in half_blocks):
+        if not all(half_block.coupling.is_additive for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
         undone = [each._replace(function=_Negative(each.function), owner=None) for each in reversed(half_blocks)]
         return run_forward([(Reverse(), undone)], y, split_dim, num_streams, args, kwargs)

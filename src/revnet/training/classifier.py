@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from revnet.coupling import FixedPoint
 from revnet.data import Preprocess
 from revnet.errors import CheckpointError
-from revnet.functional import FixedPoint
 from revnet.models import AbstractImageClassifier, create_model
 from revnet.nn import set_coupling
 from revnet.training._product import AbstractHeader, begin_metadata, check_fit, check_metadata

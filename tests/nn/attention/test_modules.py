@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
-from revnet.functional import FixedPoint, full_attention, hierarchical_attention, lsh_attention, rotary_table, rotate
+from revnet.coupling import FixedPoint
+from revnet.functional import full_attention, hierarchical_attention, lsh_attention, rotary_table, rotate
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 from tests.helpers import FeedForward, assert_close, gradients, squares
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from revnet import ReversibleBlock, ReversibleSequential, Store
-from revnet.functional import Affine
+from revnet.coupling import Affine
 from tests.helpers import assert_close, gradients, scaling_mlp, squares
 
 
@@ -17,12 +17,12 @@ def stream(*shape):
 @pytest.mark.parametrize(("shape", "doubled"), [((3, 4), (3, 8)), ((2, 4, 3, 3), (2, 8, 3, 3)), ((2, 5, 4), (2, 5, 8))])
 def test_the_inverse_undoes_it(coupling, shape, doubled):
     x, residual = stream(*shape), 2 * stream(*doubled)
-    y = coupling.join(x, residual)
-    assert_close(coupling.part(y, residual), x, tolerance=1e-9)
+    y = coupling.forward(x, residual)
+    assert_close(coupling.inverse(y, residual), x, tolerance=1e-9)
     before = y.clone()
-    result = coupling.part(y, residual, in_place=True)
+    result = coupling.inverse(y, residual, in_place=True)
     assert result.data_ptr() == y.data_ptr()
-    assert_close(result, coupling.part(before, residual), tolerance=1e-15)
+    assert_close(result, coupling.inverse(before, residual), tolerance=1e-15)
 
 
 def test_it_is_the_papers():
@@ -31,9 +31,9 @@ def test_it_is_the_papers():
     residual = torch.cat((t, raw), 1)
     s = 1.5 * torch.tanh(raw / 1.5)
     assert s.abs().max() <= 1.5
-    assert_close(Affine(reach=1.5).join(x, residual), x * s.exp() + t, tolerance=1e-15)
+    assert_close(Affine(reach=1.5).forward(x, residual), x * s.exp() + t, tolerance=1e-15)
     assert_close(Affine(reach=1.5).log_det(x, residual), s.sum(1), tolerance=1e-15)
-    assert_close(Affine("sigmoid").join(x, residual), x * torch.sigmoid(raw + 2) + t, tolerance=1e-14)
+    assert_close(Affine("sigmoid").forward(x, residual), x * torch.sigmoid(raw + 2) + t, tolerance=1e-14)
     assert_close(Affine("sigmoid").log_det(x, residual), F.logsigmoid(raw + 2).sum(1), tolerance=1e-15)
 
 
@@ -41,16 +41,16 @@ def test_the_doubled_dimension_is_found_where_the_stream_is_empty_or_square():
     for shape in ((0, 4), (4, 4), (1, 1)):
         x = stream(*shape)
         residual = stream(shape[0], 2 * shape[1])
-        assert Affine().join(x, residual).shape == shape
+        assert Affine().forward(x, residual).shape == shape
         assert Affine().log_det(x, residual).shape == shape[:1]
 
 
 def test_a_low_precision_residual_fits_a_float32_stream():
     x, residual = torch.randn(2, 3), torch.randn(2, 6).bfloat16()
-    y = Affine().join(x, residual)
+    y = Affine().forward(x, residual)
     assert y.dtype is torch.float32
     assert Affine().log_det(x, residual).dtype is torch.float32
-    assert_close(Affine().part(y, residual), x, tolerance=1e-5)  # roundings of float32, and scales up to e^2
+    assert_close(Affine().inverse(y, residual), x, tolerance=1e-5)  # roundings of float32, and scales up to e^2
 
 
 def test_gradients_under_autocast_are_the_twins():
@@ -84,7 +84,7 @@ def test_gradients_under_autocast_are_the_twins():
     ],
 )
 def test_a_residual_that_does_not_fit(residual, error, message):
-    for method in (Affine().join, Affine().part):
+    for method in (Affine().forward, Affine().inverse):
         with pytest.raises(error, match=message):
             method(torch.randn(3, 4), residual, "blocks.0.g")
 

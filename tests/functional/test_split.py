@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revnet.functional import additive, additive_inverse, split
+from revnet.functional import split
 
 
 def test_split_takes_halves_along_any_dimension():
@@ -46,37 +46,3 @@ def test_a_pair_is_taken_as_it_is():
 def test_split_refuses(x, dim, error, message):
     with pytest.raises(error, match=message):
         split(x, dim)
-
-
-def test_the_inverse_undoes_the_coupling():
-    x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    y = additive(x, residual)
-    torch.testing.assert_close(additive_inverse(y, residual), x, rtol=1e-15, atol=1e-15)
-    before = y.clone()
-    result = additive_inverse(y, residual, in_place=True)
-    assert result.data_ptr() == y.data_ptr()
-    assert torch.equal(result, before - residual)
-
-
-@pytest.mark.parametrize(
-    ("residual", "error", "message"),
-    [
-        (
-            torch.randn(3, 1),
-            ValueError,
-            r"`blocks\.0\.g` returned shape \(3, 1\), but must .* \(3, 4\).*not reversible",
-        ),
-        (torch.randn(3, 4, dtype=torch.float64), TypeError, r"`blocks\.0\.g` returned torch.float64, .*torch.float32"),
-        (None, TypeError, r"`blocks\.0\.g` returned NoneType, but must return one tensor"),
-        ((torch.randn(3, 4), 1), TypeError, r"returned tuple of 2"),
-    ],
-)
-def test_a_residual_that_does_not_fit(residual, error, message):
-    for function in (additive, additive_inverse):
-        with pytest.raises(error, match=message):
-            function(torch.randn(3, 4), residual, "blocks.0.g")
-
-
-def test_a_low_precision_residual_fits_a_float32_stream():
-    y = additive(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
-    assert y.dtype is torch.float32

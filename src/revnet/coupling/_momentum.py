@@ -1,4 +1,4 @@
-"""The momentum coupling: a stream keeps a share of itself, and takes the rest from the residual.
+"""The momentum coupling, which averages the stream and the residual.
 
 References:
     Sander et al. (2021), Momentum Residual Neural Networks, equation 3.
@@ -11,18 +11,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from revnet.functional._coupling import AbstractCoupling, check_residual
+from revnet.coupling._abstract import AbstractCoupling
+from revnet.coupling._check import check_residual
 
 
 @dataclass(frozen=True)
 class Momentum(AbstractCoupling):
-    """`y = gamma * x + (1 - gamma) * residual`: the velocity's half of a momentum block.
+    """The momentum coupling: `y = gamma * x + (1 - gamma) * residual`.
 
-    Accuracy: undoing it divides by `gamma`, and so magnifies the errors of the blocks above at each block: by
-    `gamma ** -depth`, 37,000 times for a hundred blocks at 0.9. Deep networks need a `gamma` near one, or float64.
+    It updates the velocity of a momentum block.
+
+    Accuracy: the inverse divides by `gamma`, so each block magnifies the errors of the blocks above it. Over the depth
+    of the network, errors grow by `gamma ** -depth`: 37,000 times for 100 blocks with `gamma=0.9`. Deep networks need
+    a `gamma` close to 1, or float64.
 
     Args:
-        gamma: The share that the stream keeps.
+        gamma: The share of the stream that is kept, between 0 and 1.
 
     Raises:
         ValueError: `gamma` is not between 0 and 1.
@@ -31,7 +35,7 @@ class Momentum(AbstractCoupling):
         Sander et al. (2021), Momentum Residual Neural Networks.
     """
 
-    passes_gradients: ClassVar[bool] = False
+    is_additive: ClassVar[bool] = False
 
     gamma: float = 0.9
 
@@ -43,27 +47,30 @@ class Momentum(AbstractCoupling):
             )
         super().__post_init__()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """The stream as it is."""
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return the stream unchanged."""
         return x
 
-    def join(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
-        """`gamma * x + (1 - gamma) * residual`."""
+    def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """Return `gamma * x + (1 - gamma) * residual`."""
         check_residual(x, residual, name)
         return torch.add(self.gamma * x, residual, alpha=1 - self.gamma)
 
-    def part(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
-        """`(y - (1 - gamma) * residual) / gamma`."""
+    def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+        """Return `(y - (1 - gamma) * residual) / gamma`."""
         check_residual(y, residual, name)
         if in_place:
             return y.sub_(residual, alpha=1 - self.gamma).div_(self.gamma)
         return torch.sub(y, residual, alpha=1 - self.gamma) / self.gamma
 
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`log gamma` for each element; twice that for complex ones, which have two."""
+        """Return the number of elements per sample times `log(gamma)`.
+
+        A complex element counts twice, because it holds two real numbers.
+        """
         per_element = math.log(self.gamma) * (2 if x.is_complex() else 1)
         total = per_element * (x.numel() // max(1, x.shape[0]))
         return torch.full((x.shape[0],), total, dtype=x.real.dtype, device=x.device)
 
     def limit(self, dtype: torch.dtype) -> None:
-        """None: there is rounding at every magnitude."""
+        """Return None: reversal rounds at every magnitude."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from revnet import ReconstructionError, ReversibleSequential, errors
-from revnet.functional import Momentum
+from revnet.coupling import Momentum
 from revnet.nn import MomentumBlock
 from tests.helpers import assert_close, mlp, squares
 
@@ -30,9 +30,9 @@ def test_with_little_momentum_it_is_a_residual_network():
 def test_the_inverse_undoes_it():
     coupling = Momentum(0.5)
     x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    y = coupling.join(x, residual)
-    assert_close(coupling.part(y, residual), x, tolerance=1e-15)
-    result = coupling.part(y, residual, in_place=True)
+    y = coupling.forward(x, residual)
+    assert_close(coupling.inverse(y, residual), x, tolerance=1e-15)
+    result = coupling.inverse(y, residual, in_place=True)
     assert result.data_ptr() == y.data_ptr()
     assert_close(result, x, tolerance=1e-15)
 
@@ -60,7 +60,7 @@ def test_shares_that_do_not_fit(gamma):
 
 
 def test_a_residual_that_does_not_fit():
-    for method in (Momentum().join, Momentum().part):
+    for method in (Momentum().forward, Momentum().inverse):
         with pytest.raises(ValueError, match=r"`f` returned shape \(3, 1\), but must return the shape of the stream"):
             method(torch.zeros(3, 4), torch.zeros(3, 1))
 

@@ -1,7 +1,7 @@
-"""The affine coupling: a residual scales the stream as well as shifting it.
+"""The affine coupling, in which the residual both scales and shifts the stream.
 
-One half of a block is `y = x * exp(log_scale) + shift`, undone by `x = (y - shift) * exp(-log_scale)`; its
-log-determinant is the sum of `log_scale`.
+One half of a block computes `y = x * exp(log_scale) + shift`. Its inverse is `x = (y - shift) * exp(-log_scale)`, and
+its log-determinant is the sum of `log_scale`.
 
 References:
     Dinh, Sohl-Dickstein and Bengio (2017), Density Estimation Using Real NVP, equations 7 and 8.
@@ -15,37 +15,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revnet.functional._coupling import AbstractCoupling, check_residual
+from revnet.coupling._abstract import AbstractCoupling
+from revnet.coupling._check import check_residual
 
 Bound = Literal["tanh", "sigmoid"]
 
 
 @dataclass(frozen=True)
 class Affine(AbstractCoupling):
-    """`y = x * exp(log_scale) + shift`, both from the residual function: for densities, where volumes must change.
+    """The affine coupling: `y = x * exp(log_scale) + shift`.
 
-    The residual function returns `shift` and a raw scale one after the other: a tensor twice as large as the stream
-    along one dimension, for instance (B, 2 C, H, W) for a stream (B, C, H, W). The raw scale is bounded, so that one
-    function cannot make its block impossible to undo.
+    Use it for density models, whose layers must change volumes. If you do not need a density, prefer `Additive()`,
+    which is more accurate and uses less memory.
 
-    Accuracy: what comes back carries the rounding of a product and a sum, and dividing by small scales magnifies the
-    errors of the blocks above; nothing is exact. Where no density is wanted, take `Additive()`.
-    Memory: as additive, and while one function is computed again, its scale and its stream too.
+    The residual function returns the shift and a raw scale, concatenated along one dimension. For a stream
+    (B, C, H, W), it returns (B, 2 C, H, W). The raw scale is bounded, so that a block stays invertible whatever its
+    residual function returns.
+
+    Accuracy: each block adds the rounding of a product and a sum. Dividing by small scales magnifies the errors of
+    the blocks above it. Reversal is never exact.
+    Memory: like `Additive()`, plus one scale and one stream while a residual function is replayed.
 
     Args:
-        bound: "tanh", `log_scale = reach * tanh(raw / reach)`, as in RealNVP; or "sigmoid", `exp(log_scale) =
-            sigmoid(raw + 2)`, as in Glow: never above 1, but as near to 0 as the function likes.
-        reach: The largest `log_scale` of "tanh", up or down.
+        bound: How the raw scale is bounded. "tanh" is `log_scale = reach * tanh(raw / reach)`, as in RealNVP.
+            "sigmoid" is `exp(log_scale) = sigmoid(raw + 2)`, as in Glow; this scale is always below 1, but it can come
+            arbitrarily close to 0.
+        reach: The largest absolute value of `log_scale` with "tanh".
 
     Raises:
-        ValueError: There is no such bound, or `reach` is not positive.
+        ValueError: `bound` is unknown, or `reach` is not a positive number.
 
     References:
         Dinh, Sohl-Dickstein and Bengio (2017), Density Estimation Using Real NVP.
         Kingma and Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, and its code.
     """
 
-    passes_gradients: ClassVar[bool] = False
+    is_additive: ClassVar[bool] = False
 
     bound: Bound = "tanh"
     reach: float = 2.0
@@ -57,33 +62,37 @@ class Affine(AbstractCoupling):
             raise ValueError(f"`reach` (={self.reach!r}) must be a positive number; 2 is usual.")
         super().__post_init__()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """The stream as it is."""
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return the stream unchanged.
+
+        Raises:
+            TypeError: The stream is complex.
+        """
         if x.is_complex():
             raise TypeError(
                 f"`x` has dtype {x.dtype}, but {self} needs real streams; use `Additive()` for complex ones."
             )
         return x
 
-    def join(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
-        """`x * exp(log_scale) + shift`."""
+    def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """Return `x * exp(log_scale) + shift`."""
         shift, raw = _halves(x, residual, name)
         return torch.addcmul(shift.to(x.dtype), x, self._log_scale(raw, x.dtype).exp())
 
-    def part(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
-        """`(y - shift) * exp(-log_scale)`."""
+    def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+        """Return `(y - shift) * exp(-log_scale)`."""
         shift, raw = _halves(y, residual, name)
         x = y.sub_(shift) if in_place else y - shift
         scale = (-self._log_scale(raw, y.dtype)).exp()
         return x.mul_(scale) if in_place else x * scale
 
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The sum of `log_scale`."""
+        """Return the sum of `log_scale` for each sample."""
         _, raw = _halves(x, residual, "f")
         return self._log_scale(raw, x.dtype).flatten(1).sum(1)
 
     def limit(self, dtype: torch.dtype) -> None:
-        """None: there is rounding at every magnitude."""
+        """Return None: reversal rounds at every magnitude."""
 
     def _log_scale(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
         raw = raw.to(dtype)
@@ -91,7 +100,7 @@ class Affine(AbstractCoupling):
 
 
 def _halves(x: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Shift and raw scale, along the one dimension in which the residual is twice as large as the stream."""
+    """Split the residual into shift and raw scale, along the one dimension where it is twice as large as the stream."""
     if isinstance(residual, Tensor):
         doubled = [dim for dim in range(min(x.dim(), residual.dim())) if residual.shape[dim] == 2 * x.shape[dim] != 0]
         if len(doubled) != 1 or x.dim() != residual.dim():
@@ -103,4 +112,4 @@ def _halves(x: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
         check_residual(x, shift, name)
         return shift, raw
     check_residual(x, residual, name)
-    raise AssertionError  # It has raised.
+    raise AssertionError  # Unreachable: `check_residual` raised.

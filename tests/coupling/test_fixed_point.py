@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from revnet import FixedPoint, ReconstructionError, ReversibleBlock, ReversibleSequential, Store, set_coupling
-from revnet.functional import AbstractCoupling, HalfBlock, inverse
+from revnet.coupling import AbstractCoupling
+from revnet.functional import HalfBlock, inverse
 
 
 def bits(x):
@@ -21,14 +22,14 @@ def half_of_limit(coupling, dtype, *shape):
     "coupling", [FixedPoint(), FixedPoint(1), FixedPoint(22), FixedPoint(40, is_wide=True)], ids=repr
 )
 @pytest.mark.parametrize("in_place", [False, True])
-def test_what_was_joined_comes_apart_to_the_last_bit(coupling, in_place):
+def test_the_inverse_undoes_it_to_the_last_bit(coupling, in_place):
     dtype = torch.float64 if coupling.is_wide else torch.float32
-    x = coupling.enter(half_of_limit(coupling, dtype, 10_000))
+    x = coupling.prepare(half_of_limit(coupling, dtype, 10_000))
     residual = half_of_limit(coupling, dtype, 10_000)
     x[:4], residual[:4] = 0, torch.tensor([-0.0, 1e-9, -1e-9, 0.0])
-    y = coupling.join(x, residual)
+    y = coupling.forward(x, residual)
     before = y.clone()
-    back = coupling.part(y, residual, in_place=in_place)
+    back = coupling.inverse(y, residual, in_place=in_place)
     assert torch.equal(bits(back), bits(x))
     assert (back.data_ptr() == y.data_ptr()) == in_place
     assert in_place or torch.equal(y, before)
@@ -36,8 +37,8 @@ def test_what_was_joined_comes_apart_to_the_last_bit(coupling, in_place):
     assert (before - x - residual).abs().max() <= 2.0 ** -(coupling.fraction_bits + 1)
 
 
-def test_streams_enter_on_the_grid_without_negative_zeros():
-    x = FixedPoint(2).enter(torch.tensor([0.3, -0.3, 0.125, 0.375, -0.0, -0.1, 5.0]))
+def test_prepared_streams_lie_on_the_grid_without_negative_zeros():
+    x = FixedPoint(2).prepare(torch.tensor([0.3, -0.3, 0.125, 0.375, -0.0, -0.1, 5.0]))
     assert bits(x).equal(bits(torch.tensor([0.25, -0.25, 0.0, 0.5, 0.0, 0.0, 5.0])))
 
 
@@ -52,7 +53,7 @@ def test_streams_enter_on_the_grid_without_negative_zeros():
     ],
 )
 def test_the_type_of_streams(dtype, coupling, stream):
-    assert coupling.enter(torch.ones(2, dtype=dtype)).dtype == stream
+    assert coupling.prepare(torch.ones(2, dtype=dtype)).dtype == stream
     assert coupling.limit(stream) == 2 ** ((24 if stream == torch.float32 else 53) - 14)
 
 
@@ -60,7 +61,7 @@ def test_gradients_pass_straight_through():
     coupling = FixedPoint(3)
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(5, requires_grad=True)
-    y = coupling.join(coupling.enter(x), residual)
+    y = coupling.forward(coupling.prepare(x), residual)
     weights = torch.randn(5, dtype=torch.float64)
     (weights * y).sum().backward()
     assert torch.equal(x.grad, weights)
@@ -73,7 +74,7 @@ def test_transforms():
     x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
 
     def joined(x, residual):
-        return coupling.join(coupling.enter(x), residual)
+        return coupling.forward(coupling.prepare(x), residual)
 
     expected = joined(x, residual)
     assert torch.equal(torch.func.vmap(joined)(x, residual), expected)
@@ -103,9 +104,9 @@ def test_streams_that_it_cannot_take_raise():
     with pytest.raises(
         TypeError, match=r"`x` has dtype torch.complex64, but FixedPoint\(.*needs real streams; use `Add"
     ):
-        FixedPoint().enter(torch.ones(2, dtype=torch.complex64))
+        FixedPoint().prepare(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(
-        TypeError, match=r"needs a stream of float32 or float64, which `enter` makes, but this is torch.bf"
+        TypeError, match=r"needs a stream of float32 or float64, which `prepare` makes, but this is torch.bf"
     ):
         FixedPoint().limit(torch.bfloat16)
 
@@ -136,7 +137,7 @@ def sequence_that_reaches(value, coupling):
 
 
 @pytest.mark.parametrize(
-    ("value", "bits", "way_out"),
+    ("value", "bits", "hint"),
     [
         (1100, 14, "set `fraction_bits=13` or less, set `is_wide=True`"),
         (5000, 14, "set `fraction_bits=11` or less, set `is_wide=True`"),
@@ -144,14 +145,14 @@ def sequence_that_reaches(value, coupling):
         (-7, 22, "set `fraction_bits=21` or less, set `is_wide=True`"),
     ],
 )
-def test_a_stream_out_of_range_raises_with_the_bits_that_fit(value, bits, way_out):
+def test_a_stream_out_of_range_raises_with_the_bits_that_fit(value, bits, hint):
     sequence = sequence_that_reaches(value, FixedPoint(bits))
     with pytest.raises(ReconstructionError) as raised:
         sequence(torch.zeros(2, 4))
     assert "at `blocks.2.g`, beyond the " in str(raised.value)
-    assert f"; {way_out}, or normalise" in str(raised.value)
-    if "fraction_bits=" in way_out:
-        fitting = int(way_out.split("fraction_bits=")[1].split("`")[0])
+    assert f"; {hint}, or normalise" in str(raised.value)
+    if "fraction_bits=" in hint:
+        fitting = int(hint.split("fraction_bits=")[1].split("`")[0])
         sequence_that_reaches(value, FixedPoint(fitting))(torch.zeros(2, 4)).sum().backward()
         with pytest.raises(ReconstructionError):
             sequence_that_reaches(value, FixedPoint(fitting + 1))(torch.zeros(2, 4))

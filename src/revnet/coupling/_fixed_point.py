@@ -1,9 +1,9 @@
-"""The coupling that reverses to the last bit: arithmetic on a grid, where subtraction undoes addition.
+"""The fixed-point coupling, which reverses exactly to the last bit.
 
-A stream lies on the multiples of 2^-k, and each residual is rounded to one before it is added. Sums and differences of
-such numbers are exact as long as they stay below 2^(p - k), p the bits of the floating-point type's significand: so
-that taking a residual off a stream again leaves the very bits that were there. The rounding has no derivative of its
-own; gradients pass it straight through.
+All values of a stream are multiples of 2^-k, and each residual is rounded to such a multiple before it is added. Sums
+and differences of these numbers are exact while they stay below 2^(p - k), where p is the number of bits in the
+significand of the floating-point type. Subtracting a residual therefore restores the stream bit for bit. Gradients
+pass through the rounding unchanged (the straight-through estimator).
 
 References:
     Maclaurin et al. (2015), Gradient-based Hyperparameter Optimization through Reversible Learning, section 2.2.
@@ -18,29 +18,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from revnet.functional._coupling import AbstractCoupling, check_residual
+from revnet.coupling._abstract import AbstractCoupling
+from revnet.coupling._check import check_residual
 
 _SIGNIFICAND_BITS = {torch.float32: 24, torch.float64: 53}
 
 
 @dataclass(frozen=True)
 class FixedPoint(AbstractCoupling):
-    """`y = x + residual` on a grid: what comes back is the old stream, to the last bit.
+    """The additive coupling in fixed-point arithmetic: `y = x + residual`, reversed exactly to the last bit.
 
-    The stream lies on the multiples of 2^-fraction_bits, to which each residual is rounded before it is added;
-    gradients pass that rounding straight through. Reconstruction is exact as long as the stream stays below
-    2^(24 - fraction_bits) in float32, 2^(53 - fraction_bits) in float64; beyond, the backward pass raises. It is the
-    network of the rounded residuals that is trained, whatever the policies.
+    All values of the stream are multiples of 2^-fraction_bits. Each residual is rounded to such a multiple before it
+    is added, and gradients pass through this rounding unchanged. Reversal is exact while the stream stays below
+    2^(24 - fraction_bits) in float32, or 2^(53 - fraction_bits) in float64. If a stream
+    reaches this limit in a run that must rebuild it, the run raises `ReconstructionError`. Residuals are rounded under
+    every policy, so all policies train the same network.
 
-    Accuracy: activations and gradients are those of the stored run, bit for bit, if the residual functions are
-    deterministic.
-    Memory: inputs of 16 bits become streams of 32; functions read, and the output has, what the input was.
-    Time: three passes over the stream for each residual in place of one, and one that watches the range.
+    Accuracy: activations and gradients equal a stored run's bit for bit if the residual functions are deterministic.
+    Memory: 16-bit inputs become float32 streams. The residual functions and the output keep the dtype of the input.
+    Time: each residual takes three passes over the stream instead of one, plus one pass that checks the range.
 
     Args:
-        fraction_bits: Bits behind the point, from 1 to 22, or 51 if wide: 14 leaves room up to 1,024 in float32.
-        is_wide: Whether streams are float64, which holds integers of 53 bits: room up to 5e11 with 14 fraction bits, at
-            twice the memory for streams. The residual functions compute in the type of the input as before.
+        fraction_bits: The number of bits after the binary point, from 1 to 22, or to 51 if `is_wide`. With 14, float32
+            streams must stay below 1,024.
+        is_wide: Whether streams are float64. With 14 fraction bits they must then stay below 5e11, and they take
+            twice the memory. The residual functions still compute in the dtype of the input.
 
     Raises:
         ValueError: `fraction_bits` is out of range.
@@ -64,8 +66,12 @@ class FixedPoint(AbstractCoupling):
             )
         super().__post_init__()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """The stream, rounded to the grid, in float32 or more."""
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return the stream in float32 or float64, rounded to the grid.
+
+        Raises:
+            TypeError: The stream is complex.
+        """
         if x.is_complex():
             raise TypeError(
                 f"`x` has dtype {x.dtype}, but {self} needs real streams; use `Additive()` for complex ones."
@@ -73,27 +79,31 @@ class FixedPoint(AbstractCoupling):
         is_wide = self.is_wide or x.dtype == torch.float64
         return _to_grid(x.to(torch.float64 if is_wide else torch.float32), self.fraction_bits)
 
-    def join(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
-        """`x` plus the rounded residual."""
+    def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """Return `x` plus the rounded residual."""
         check_residual(x, residual, name)
         return _add_on_grid(x, residual, self.fraction_bits)
 
-    def part(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
-        """`y` less the rounded residual."""
+    def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+        """Return `y` minus the rounded residual."""
         check_residual(y, residual, name)
         return _subtract_on_grid(y, residual, self.fraction_bits, in_place=in_place)
 
     def log_det(self, x: Tensor, residual: Tensor) -> None:
-        """None: on the grid it is a permutation."""
+        """Return None: the log-determinant is zero, since the coupling permutes the points of the grid."""
 
     def limit(self, dtype: torch.dtype) -> float:
-        """2^(significand bits - fraction_bits)."""
+        """Return 2^(significand bits - fraction_bits).
+
+        Raises:
+            TypeError: The dtype is neither float32 nor float64.
+        """
         if dtype not in _SIGNIFICAND_BITS:
-            raise TypeError(f"{self} needs a stream of float32 or float64, which `enter` makes, but this is {dtype}.")
+            raise TypeError(f"{self} needs a stream of float32 or float64, which `prepare` makes, but this is {dtype}.")
         return 2.0 ** (_SIGNIFICAND_BITS[dtype] - self.fraction_bits)
 
-    def way_out(self, magnitude: float, dtype: torch.dtype) -> str:
-        """The `fraction_bits` that would fit, if there are such."""
+    def out_of_range_hint(self, magnitude: float, dtype: torch.dtype) -> str:
+        """Return the setting with which a stream of this magnitude would fit, if there is one."""
         fitting = _SIGNIFICAND_BITS[dtype] - math.floor(math.log2(magnitude)) - 1
         wider = "" if dtype == torch.float64 else "set `is_wide=True`"
         if fitting < 1:
@@ -102,40 +112,40 @@ class FixedPoint(AbstractCoupling):
 
 
 def _to_grid(x: Tensor, fraction_bits: int) -> Tensor:
-    """Round to the nearest multiple of 2^-fraction_bits, 0 for -0; gradients pass straight through."""
+    """Round to the nearest multiple of 2^-fraction_bits, and -0 to 0; gradients pass through unchanged."""
     function = _TracedToGrid if torch.compiler.is_dynamo_compiling() else _ToGrid
     rounded: Tensor = function.apply(x, 2.0**fraction_bits)
     return rounded
 
 
 def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
-    """`x` plus the rounded residual, exact where `x` is on the grid; gradients are those of `x + residual`."""
+    """Return `x` plus the rounded residual, exact if `x` is on the grid; gradients are as for `x + residual`."""
     function = _TracedAddOnGrid if torch.compiler.is_dynamo_compiling() else _AddOnGrid
     y: Tensor = function.apply(x, residual, 2.0**fraction_bits)
     return y
 
 
 def _subtract_on_grid(y: Tensor, residual: Tensor, fraction_bits: int, *, in_place: bool) -> Tensor:
-    """What `_add_on_grid` added the residual to, to the last bit."""
+    """Undo `_add_on_grid`, exactly to the last bit."""
     if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
-        return _add_on_grid(y, -residual, fraction_bits)  # The inverse is differentiated; rounding is symmetric.
+        return _add_on_grid(y, -residual, fraction_bits)  # The inverse is being differentiated. Rounding is symmetric.
     scale = 2.0**fraction_bits
     steps = _grid_steps(residual, y.dtype, scale)
     return y.sub_(steps, alpha=1 / scale) if in_place else torch.sub(y, steps, alpha=1 / scale)
 
 
 def _grid_steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """How many steps of the grid; a power of two scales without rounding."""
+    """Return `x` in steps of the grid; scaling by a power of two does not round."""
     return (x.to(dtype) * scale).round_()
 
 
-# Each in two forms, since `torch.compile` traces none that has a rule for forward-mode differentiation.
+# Each function has two forms, because `torch.compile` cannot trace one that defines `jvp`.
 
 
 class _TracedToGrid(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:
-        # No subtraction brings back a negative zero, and no addition makes one out of others: 0 takes its place.
+        # Adding 0.0 turns -0 into 0. Addition and subtraction on the grid could not restore the sign of a zero.
         return _grid_steps(x, x.dtype, scale).mul_(1 / scale).add_(0.0)
 
     @staticmethod
@@ -158,7 +168,7 @@ class _ToGrid(_TracedToGrid):
 class _TracedAddOnGrid(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, residual: Tensor, scale: float) -> Tensor:
-        # A product with a power of two is exact, so that this rounds once, if at all.
+        # Multiplying by a power of two is exact, so this rounds at most once.
         return torch.add(x, _grid_steps(residual, x.dtype, scale), alpha=1 / scale)
 
     @staticmethod

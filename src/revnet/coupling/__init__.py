@@ -1,0 +1,14 @@
+"""Couplings: the rules that combine a residual with a stream and compute the stream back.
+
+One half of a reversible block updates a stream `x` with the output of a residual function that reads another stream.
+The coupling defines this update and its inverse. The additive coupling computes `y = x + residual` and
+`x = y - residual`.
+"""
+
+from revnet.coupling._abstract import AbstractCoupling as AbstractCoupling
+from revnet.coupling._additive import Additive as Additive
+from revnet.coupling._additive import additive as additive
+from revnet.coupling._additive import additive_inverse as additive_inverse
+from revnet.coupling._affine import Affine as Affine
+from revnet.coupling._fixed_point import FixedPoint as FixedPoint
+from revnet.coupling._momentum import Momentum as Momentum

@@ -1,0 +1,95 @@
+"""The interface of couplings, the rules that combine a residual with a stream and separate the two again."""
+
+import abc
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class AbstractCoupling(abc.ABC):
+    """A rule that combines a residual with a stream so that the stream can be computed back.
+
+    A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class
+    with equal fields are equal.
+    """
+
+    is_additive: ClassVar[bool] = True
+    """Whether the coupling is additive: the output's gradient is passed unchanged to both inputs, and the
+    log-determinant is zero."""
+    is_exact: ClassVar[bool] = False
+    """Whether the inverse is exact to the last bit while streams stay below `limit`."""
+    number: int
+    """Number that identifies the coupling in code traced by `torch.compile`, which can guard a number but not an
+    object."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "number", _NUMBERS.setdefault(self, len(_NUMBERS)))
+
+    def __reduce__(self) -> Any:
+        # Unpickling builds a new object, because a number is valid only in the process that assigned it.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def of_number(cls, number: int) -> "AbstractCoupling":
+        """Return the coupling that has this `number`."""
+        return next(coupling for coupling, its_number in _NUMBERS.items() if its_number == number)
+
+    @abc.abstractmethod
+    def prepare(self, x: Tensor) -> Tensor:
+        """Prepare a stream for its first residual.
+
+        Residual functions still read the stream in the dtype of `x`, even if the prepared stream is wider.
+        """
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """Combine a residual with the stream.
+
+        Args:
+            x: The stream. Not modified.
+            residual: The output of the residual function. Most couplings require the shape of `x`. Its dtype must
+                promote to the dtype of `x`.
+            name: The name of the residual function, for error messages.
+
+        Raises:
+            TypeError: `residual` is not a tensor, or its dtype would change the dtype of the stream.
+            ValueError: `residual` has a shape that does not fit the stream.
+        """
+
+    @abc.abstractmethod
+    def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
+        """Compute the stream that `forward` combined with the residual.
+
+        Args:
+            y: The result of `forward`. With `in_place`, it is overwritten and returned.
+            residual: The residual passed to `forward`.
+            name: The name of the residual function, for error messages.
+            in_place: Whether to write the result into `y`. Use it only if nothing else reads `y`.
+        """
+
+    @abc.abstractmethod
+    def log_det(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """Compute the log-determinant of `x -> y` at a fixed residual, for each sample.
+
+        It is called only if `is_additive` is False.
+
+        Returns:
+            A tensor of shape (B,), or None if the log-determinant is zero for every sample.
+        """
+
+    @abc.abstractmethod
+    def limit(self, dtype: torch.dtype) -> float | None:
+        """Return the magnitude below which a stream of this dtype is reversed exactly.
+
+        Returns:
+            The limit, or None if reversal is not exact at any magnitude.
+        """
+
+    def out_of_range_hint(self, magnitude: float, dtype: torch.dtype) -> str:
+        """Return advice for the error raised when a stream of this dtype reaches `magnitude`, beyond `limit`."""
+        return "use a coupling of a wider range"
+
+
+_NUMBERS: dict[AbstractCoupling, int] = {}

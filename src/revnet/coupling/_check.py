@@ -1,0 +1,28 @@
+"""Check what a residual function returned."""
+
+import torch
+from torch import Tensor
+
+
+def check_residual(x: Tensor, residual: Tensor, name: str) -> None:
+    """Raise if the residual cannot be combined with the stream `x`."""
+    if not isinstance(residual, Tensor):
+        raise TypeError(
+            f"`{name}` returned {_describe(residual)}, but must return one tensor, which is added to a stream."
+        )
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"`{name}` returned shape {tuple(residual.shape)}, but must return the shape of the stream to which it is "
+            f"added, {tuple(x.shape)}; a block that changes the shape is not reversible: put it between two sequences."
+        )
+    if torch.promote_types(x.dtype, residual.dtype) != x.dtype:
+        raise TypeError(
+            f"`{name}` returned {residual.dtype}, but the stream to which it is added is {x.dtype}, which would change "
+            f"and could not be rebuilt; cast the stream up with `x.to({residual.dtype})`, or the residual down."
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__

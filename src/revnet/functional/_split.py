@@ -1,0 +1,78 @@
+"""Split an activation into the streams of a reversible block."""
+
+from typing import overload
+
+from torch import Tensor
+
+from revnet._types import Streams, TensorPair
+
+
+@overload
+def split(x: Tensor | TensorPair, dim: int) -> TensorPair: ...
+@overload
+def split(x: Tensor | Streams, dim: int, num_streams: int) -> Streams: ...
+
+
+def split(x: Tensor | Streams, dim: int, num_streams: int = 2) -> Streams:
+    """Split `x` into streams of equal size along `dim`.
+
+    A pair of tensors, or a tuple or list of `num_streams` tensors, is already split and is returned unchanged, as a
+    tuple.
+
+    Args:
+        x: An activation whose size along `dim` is divisible by `num_streams`, or the streams `(x1, x2)`.
+        dim: The dimension to split: 1 for the channels of images, -1 for the features of sequences.
+        num_streams: The number of streams.
+
+    Returns:
+        The streams `(x1, x2)`. The parts of a tensor are dense copies, because residual functions run on them many
+        times, and kernels are slower on strided views and may round differently.
+
+    Raises:
+        TypeError: `x` is neither a tensor nor `num_streams` tensors, or is not floating-point.
+        ValueError: `x` has no dimension `dim`, or its size along `dim` is not divisible by `num_streams`.
+    """
+    if isinstance(x, Tensor):
+        _check_stream("x", x)
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(
+                f"`split_dim` (={dim}) must be a dimension of the input, which has shape {tuple(x.shape)}; "
+                f"pass one from {-x.dim()} to {x.dim() - 1}."
+            )
+        size = x.shape[dim]
+        if size % num_streams:
+            must = "even" if num_streams == 2 else f"a multiple of {num_streams}"
+            raise ValueError(
+                f"`x` has size {size} along dimension {dim} (shape {tuple(x.shape)}), which must be {must}, since a "
+                f"reversible block splits it in {_names(num_streams)[0]}; use "
+                f"{-(-size // num_streams) * num_streams} channels, or pass {_names(num_streams)[1]}."
+            )
+        return tuple([part.clone() for part in x.chunk(num_streams, dim)])
+    if not isinstance(x, (tuple, list)) or len(x) != num_streams:
+        raise TypeError(
+            f"`x` (={_describe(x)}) must be a tensor, which is split in {_names(num_streams)[0]}, or "
+            f"{_names(num_streams)[1]}."
+        )
+    for index, stream in enumerate(x):
+        _check_stream(f"x{index + 1}", stream)
+    return tuple(x)
+
+
+def _names(num_streams: int) -> tuple[str, str]:
+    """Return the words for the number of streams, and for the tensors that may be passed instead of one."""
+    return ("two", "a pair of tensors (x1, x2)") if num_streams == 2 else (f"{num_streams}", f"{num_streams} tensors")
+
+
+def _check_stream(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` (={_describe(x)}) must be a tensor.")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"`{name}` has dtype {x.dtype}, but a stream must be floating-point; convert it with `x.float()`."
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
