@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams
+from revnet.engine.compile import runs_plainly
 from revnet.functional._call import Call
 from revnet.functional._half_block import HalfBlock, run_chain
 from revnet.functional._recompute import Conditions, tensors_in
-from revnet.functional._reversible import run_reversible
+from revnet.functional._reversible import run_reversible, stored
 from revnet.functional._storage import version_of
 
 
@@ -33,6 +34,9 @@ def checkpointed(
     Numerics:
         Output and gradients are those of `stored`, bit for bit, where the functions are deterministic.
     """
+
+    if runs_plainly():
+        return stored(half_blocks, streams, args, kwargs)
 
     def advance(half_block: HalfBlock, streams: list[Tensor]) -> None:
         # A chain of one: of its final streams, the run holds the one that the function reads, since nothing else is
@@ -57,6 +61,8 @@ def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         ReconstructionError: In the backward pass, the activations cannot be computed again.
         NotImplementedError: Under `torch.compile`.
     """
+    if runs_plainly():
+        return module(*args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
         raise NotImplementedError(
             f"a {type(module).__name__} whose activations are computed again cannot be compiled whole; give it the "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from revnet.engine.compile import runs_plainly
 from revnet.functional._recompute import tensors_in
 from revnet.functional._storage import storage_key, version_of
 
@@ -26,7 +27,7 @@ def offloaded(compute: Callable[[], Result], modules: Sequence[nn.Module], args:
         args: The positional arguments that stay.
         kwargs: The keyword arguments that stay.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or runs_plainly():
         return compute()
     if torch.compiler.is_dynamo_compiling():
         raise NotImplementedError(

@@ -6,7 +6,6 @@ them), and the buffers as they were before the function updated them. `Condition
 and brings them back around the second; what cannot be brought back, because it was modified in place, raises.
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -16,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from revnet.engine._random import bytes_of, get_random_state, same_random_state, set_random_state
+from revnet.engine._restore import TensorPlace as Entry
 from revnet.errors import ReconstructionError
-from revnet.functional._batch_norm import (
+from revnet.engine._batch_norm import (
     batch_norms_of,
     find_statistics,
     is_torch_norm,
@@ -218,29 +219,7 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 def digest(state: Tensor) -> int:
     """A number for a random state."""
-    return hash(_bytes_of(state))
-
-
-class Entry(NamedTuple):
-    """Where a module holds one of its tensors, and the tensor that it held during the call."""
-
-    holder: dict[str, Any]
-    name: str
-    tensor: Tensor
-
-    @property
-    def current(self) -> Any:
-        return self.holder.get(self.name)
-
-    def swap(self, tensor: Tensor) -> Callable[[], None]:
-        """Put `tensor` in this place; returns the call that undoes it."""
-        before = self.holder[self.name]
-        self.holder[self.name] = tensor
-
-        def undo() -> None:
-            self.holder[self.name] = before
-
-        return undo
+    return hash(bytes_of(state))
 
 
 class _AutocastState(NamedTuple):
@@ -265,35 +244,6 @@ def _autocast_states(device_types: Iterable[str]) -> list[_AutocastState]:
 
 def _random_states(devices: Iterable[torch.device]) -> list[tuple[torch.device, Tensor]]:
     return [(device, get_random_state(device)) for device in devices]
-
-
-# `fork_rng` does this too, but asks every device first, which costs more than many a residual function.
-def get_random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.default_generator.get_state()
-    module = torch.get_device_module(device)
-    return module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
-
-
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.default_generator.set_state(state)
-        return
-    module = torch.get_device_module(device)
-    if device.type == "mps":
-        module.set_rng_state(state)
-    else:
-        module.set_rng_state(state, device)
-
-
-def same_random_state(a: Tensor, b: Tensor) -> bool:
-    """Whether two random states are the same."""
-    # States are real bytes on the CPU even under FakeTensorMode, which would refuse to compare them as tensors.
-    return _bytes_of(a) == _bytes_of(b)
-
-
-def _bytes_of(state: Tensor) -> bytes:
-    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
 def _is_sharded(parameter: Tensor) -> bool:

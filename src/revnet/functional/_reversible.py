@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from revnet._types import Streams
+from revnet.engine import _chain
+from revnet.engine.compile import compiled, runs_plainly
 from revnet.errors import ReconstructionError
 from revnet.functional._call import Call
-from revnet.functional._compiled import compiled
 from revnet.functional._drift import DriftWatch, warn_of_low_precision
 from revnet.functional._guard import Guard
 from revnet.functional._half_block import (
@@ -122,10 +123,11 @@ def run_reversible(
     A `guard` bounds the error of what is rebuilt, where it can have one. A chain of one half-block that `keeps_input`
     holds it in place of what it returned: then nothing is rebuilt.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or runs_plainly():
         return stored(half_blocks, streams, args, kwargs), None
     if torch.compiler.is_dynamo_compiling():
-        return compiled(half_blocks, streams, args, kwargs) or stored(half_blocks, streams, args, kwargs), None
+        bound = _bound(half_blocks, args, kwargs)
+        return compiled(bound, streams) or stored(half_blocks, streams, args, kwargs), None
     is_rebuilt = len(half_blocks) > 1  # Of one, nothing is.
     if not is_rebuilt or all(half_block.coupling.is_exact for half_block in half_blocks):
         guard = None
@@ -149,6 +151,23 @@ def run_reversible(
     else:
         run.hold(*running)
     return tuple(running), run
+
+
+def _bound(
+    half_blocks: Sequence[HalfBlock], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> "_chain.BoundChain":
+    """Temporary: the chain that `compiled` takes."""
+    chain = _chain.Chain(
+        [
+            _chain.HalfBlock(each.function, each.updates, each.reads_stream, each.name, each.coupling)
+            for each in half_blocks
+        ],
+        [each.owner for each in half_blocks],
+    )
+    bound = chain.bind(args, kwargs)
+    bound.input_dtype = half_blocks[0].reads
+    bound.log_dets = half_blocks[0].log_dets
+    return bound
 
 
 class ReversibleRun:

@@ -260,7 +260,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
 
 def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
     """Raise for exact and other couplings in one sequence."""
-    if other.coupling.number != first.coupling.number and (other.coupling.is_exact or first.coupling.is_exact):
+    if other.coupling != first.coupling and (other.coupling.is_exact or first.coupling.is_exact):
         raise ValueError(
             f"`{other.name}` has the coupling {other.coupling}, and `{first.name}` {first.coupling}; where one is "
             "exact, streams lie on its grid, so that all of a sequence must have the same: see `set_coupling`."
