@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-# `torch.random.fork_rng` does this too, but it queries every device first, which can cost more than a residual function.
+# `torch.random.fork_rng` does this too, but queries every device first, which can cost more than a residual function.
 def get_random_state(device: torch.device) -> Tensor:
     """Return the state of the device's default generator, as bytes on the CPU."""
     if device.type == "cpu":

@@ -34,7 +34,6 @@ def checkpointed(
     Numerics:
         Output and gradients are those of `stored`, bit for bit, where the functions are deterministic.
     """
-
     if runs_plainly():
         return stored(half_blocks, streams, args, kwargs)
 

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from revnet.engine._random import bytes_of, get_random_state, same_random_state, set_random_state
-from revnet.engine._restore import TensorPlace as Entry
-from revnet.errors import ReconstructionError
 from revnet.engine._batch_norm import (
     batch_norms_of,
     find_statistics,
@@ -26,6 +23,9 @@ from revnet.engine._batch_norm import (
     replaced,
     run_as_it_is,
 )
+from revnet.engine._random import bytes_of, get_random_state, same_random_state, set_random_state
+from revnet.engine._restore import TensorPlace as Entry
+from revnet.errors import ReconstructionError
 from revnet.functional._storage import storage_key, version_of
 
 

@@ -153,9 +153,7 @@ def run_reversible(
     return tuple(running), run
 
 
-def _bound(
-    half_blocks: Sequence[HalfBlock], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> "_chain.BoundChain":
+def _bound(half_blocks: Sequence[HalfBlock], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_chain.BoundChain":
     """Temporary: the chain that `compiled` takes."""
     chain = _chain.Chain(
         [

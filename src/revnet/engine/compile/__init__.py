@@ -51,7 +51,7 @@ def runs_plainly() -> bool:
     That is under `torch.export` and `torch.jit.trace`, and what is built on them, such as ONNX exporters. What they
     write must consist of PyTorch's own operators, and there is no backward pass to save memory for.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:

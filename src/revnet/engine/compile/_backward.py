@@ -67,10 +67,7 @@ class BackwardPass:
             for index in reversed(range(self._first, len(self._program.steps))):
                 step = self._program.steps[index]
                 self._restore(step, self._kept[index])
-                graph = self._rerun(index, step)
-                if graph is not None:
-                    self._differentiate(index, step, graph)
-                del graph  # Frees the leaves, so that the next step may write over the stream.
+                self._differentiate(step, self._rerun(index, step))
         return self._collect()
 
     def _first_step(self) -> int:
@@ -152,19 +149,21 @@ class BackwardPass:
                     "function, pass it as an argument, or keep its block's activations with the policy `Store()`."
                 )
 
-    def _differentiate(self, index: int, step: Step, graph: _Graph) -> None:
+    def _differentiate(self, step: Step, graph: _Graph | None) -> None:
         """Add the gradients of one step to the ones of the streams, the arguments and the parameters."""
-        positions = [position for position in graph.leaves if self._returned[position]]
-        inputs = [graph.leaves[position] for position in positions]
-        if graph.source.requires_grad:
-            positions.append(step.source)
-            inputs.append(graph.source)
-        if graph.x is not None:
-            self._gradients[step.target] = None  # It goes through the coupling, and comes back below.
-            if graph.x.requires_grad:
-                positions.append(step.target)
-                inputs.append(graph.x)
-        found = torch.autograd.grad(graph.ends, inputs, graph.gradients, allow_unused=True)
+        if graph is None:
+            return
+        ends, gradients, source, x, leaves = graph
+        inputs = {position: leaf for position, leaf in leaves.items() if self._returned[position]}
+        if source.requires_grad:
+            inputs[step.source] = source
+        if x is not None:
+            self._gradients[step.target] = None  # It passes through the coupling, and comes back as the one of `x`.
+            if x.requires_grad:
+                inputs[step.target] = x
+        found = torch.autograd.grad(ends, list(inputs.values()), gradients, allow_unused=True)
+        positions = list(inputs)
+        del graph, ends, gradients, source, x, leaves, inputs  # Frees the graph's memory for the sums.
         for position, gradient in zip(positions, found, strict=True):
             self._gradients[position] = _sum(self._gradients[position], gradient)
 

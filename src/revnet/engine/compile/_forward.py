@@ -1,13 +1,11 @@
 """The forward pass of a program, which keeps no activation."""
 
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnet.engine._chain import HalfBlock
 from revnet.engine._random import get_random_state, same_random_state
 from revnet.engine._range import check_magnitude
 from revnet.engine._tensors import version_of
@@ -36,8 +34,7 @@ class ForwardPass:
         self._wanted = wanted
         self._is_constant = program.found.is_constant
         self._buffers = [
-            buffer if constant else buffer.clone()
-            for buffer, constant in zip(buffers, self._is_constant, strict=True)
+            buffer if constant else buffer.clone() for buffer, constant in zip(buffers, self._is_constant, strict=True)
         ]
         self._devices = devices_of(inputs[0], inputs[NUM_STREAMS:])
         self._streams = inputs[:NUM_STREAMS]
@@ -52,9 +49,7 @@ class ForwardPass:
             self._join(step, residual)
             del residual  # Its memory is free for the next function.
         y1, y2 = (self._streams[each] if each in self._program.targets else x1.new_empty(0) for each in (0, 1))
-        changed = [
-            buffer for buffer, constant in zip(self._buffers, self._is_constant, strict=True) if not constant
-        ]
+        changed = [buffer for buffer, constant in zip(self._buffers, self._is_constant, strict=True) if not constant]
         return y1, y2, self._log_det, pack(self._kept, x1.device), changed
 
     def _residual(self, index: int, step: Step) -> Tensor:

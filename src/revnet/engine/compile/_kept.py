@@ -49,9 +49,7 @@ def pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
 
 
-def unpack(
-    program: Program, state: Tensor, devices: Sequence[torch.device], buffers: Sequence[Tensor]
-) -> list[Kept]:
+def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buffers: Sequence[Tensor]) -> list[Kept]:
     """Return for each step what `pack` was given."""
     position = 0
 

@@ -31,7 +31,7 @@ Place = tuple[dict[str, Any], str]
 
 
 class Step(NamedTuple):
-    """A half-block of a program, with its function by number, so that the program keeps no module alive."""
+    """A half-block of a program, field for field, but with a number for the function, so that nothing is kept alive."""
 
     function: int
     """The function, counted among the program's functions."""
@@ -135,7 +135,13 @@ class Program:
                 "backward pass is done."
             )
         return HalfBlock(
-            function, step.target, step.source, step.name, step.coupling, step.role, takes_arguments=step.takes_arguments
+            function,
+            step.target,
+            step.source,
+            step.name,
+            step.coupling,
+            step.role,
+            takes_arguments=step.takes_arguments,
         )
 
     def leaves(self, step: Step, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> dict[int, Tensor]:
