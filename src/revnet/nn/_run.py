@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from revnet._types import Streams
+from revnet.engine.compile import runs_plainly
 from revnet.functional import HalfBlock, inverse, split
 from revnet.nn._policy import AbstractPolicy
 
@@ -106,7 +107,7 @@ def _apart(stream: Tensor) -> Tensor:
     The halves of a joined gradient are views of it, and one of them waits for the last residual function: it would keep
     the whole.
     """
-    if torch.compiler.is_dynamo_compiling() or not stream.requires_grad:
+    if torch.compiler.is_dynamo_compiling() or runs_plainly() or not stream.requires_grad:
         return stream
     stream = stream.view_as(stream)
     stream.register_hook(_own)

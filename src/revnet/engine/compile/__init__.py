@@ -43,6 +43,7 @@ from revnet.engine.compile._program import (
     number_of,
     program_of,
 )
+from revnet.engine.compile._refusal import refuse
 
 
 def runs_plainly() -> bool:
@@ -61,7 +62,7 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
         The streams after the half-blocks; or None, without having done anything, if no gradient will be wanted.
 
     Raises:
-        NotImplementedError: There are more than two streams, a block has hooks, there is a tolerance, functions have
+        CannotCompile: There are more than two streams, a block has hooks, there is a tolerance, functions have
             sharded parameters or share a buffer, or a function leaves something behind for its caller.
     """
     _check(chain, streams)
@@ -105,19 +106,19 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
 def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
     """Raise for what the operators cannot run."""
     if len(streams) != NUM_STREAMS:
-        raise NotImplementedError(
+        refuse(
             f"{len(streams)} streams cannot be compiled as a whole; compile the residual functions instead: "
             "`for function in block.functions: function.compile()`."
         )
     if chain.tolerance is not None:
-        raise NotImplementedError(
+        refuse(
             "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "
             "`set_coupling(model, FixedPoint())`, or compile the residual functions: `block.f.compile()`."
         )
     if chain.chain.blocks is not None:
         for half_block, block in zip(chain.half_blocks, chain.chain.blocks, strict=True):
             if block is not None:
-                raise NotImplementedError(
+                refuse(
                     f"the block of `{half_block.name}` has hooks or a `forward` of its own, which a compiled "
                     "reversible sequence does not call; register hooks on its `f` and `g`, or on the sequence."
                 )

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revnet.engine._random import get_random_state, same_random_state
 from revnet.engine._range import check_magnitude
 from revnet.engine._tensors import version_of
+from revnet.engine._torch_internals import autograd_in_operators
 from revnet.engine.compile._kept import devices_of, keep, pack
 from revnet.engine.compile._program import NUM_STREAMS, Program, Step
 from revnet.engine.compile._side_effects import check_no_graph_left
@@ -63,7 +64,7 @@ class ForwardPass:
         guarded = [*leaves.values(), *(b for b, c in zip(self._buffers, self._is_constant, strict=True) if c)]
         versions = [version_of(tensor) for tensor in guarded]
         # With gradients, so that the same kernels run as in the recomputation; what they save is dropped at once.
-        with torch.enable_grad(), saved_tensors_hooks(lambda _: None, _nothing_saved):
+        with autograd_in_operators(), torch.enable_grad(), saved_tensors_hooks(lambda _: None, _nothing_saved):
             residual, rebound = program.call(step, source, leaves, self._buffers)
         for position, value in rebound.items():
             self._buffers[position].copy_(value.detach())

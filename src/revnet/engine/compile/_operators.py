@@ -13,7 +13,8 @@ from revnet.engine.compile._backward import BackwardPass, gradient_metas
 from revnet.engine.compile._forward import ForwardPass, Results
 from revnet.engine.compile._kept import devices_of, num_bytes
 from revnet.engine.compile._probe import probe
-from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS
+from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS, Findings
+from revnet.engine.compile._refusal import CannotCompile
 
 _LIBRARY = torch.library.Library("revnet", "DEF")
 # The inputs are both streams, the arguments and the parameters, and `wanted` says which require a gradient. The results
@@ -38,7 +39,13 @@ def _forward(program: int, *operands: Any) -> Results:
 def _forward_fake(program: int, inputs: list[Tensor], buffers: list[Tensor], wanted: list[bool]) -> Results:
     run = PROGRAMS[program]
     x1 = inputs[0]
-    streams = probe(run, inputs, buffers, wanted)
+    try:
+        streams = probe(run, inputs, buffers, wanted)
+    except CannotCompile as refusal:
+        # `changing_buffers`, which comes next in the trace, raises it; until then any result will do.
+        run.refusal = refusal
+        run.findings = Findings([], [True] * len(buffers), [])
+        return x1.new_empty(0), x1.new_empty(0), x1.new_empty(0), x1.new_empty(0, dtype=torch.uint8), []
     y1, y2 = (streams[which] if which in run.targets else x1.new_empty(0) for which in range(NUM_STREAMS))
     size = num_bytes(run, devices_of(x1, inputs[NUM_STREAMS:]), buffers)
     changed = [torch.empty_like(b) for b, constant in zip(buffers, run.found.is_constant, strict=True) if not constant]

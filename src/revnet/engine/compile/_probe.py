@@ -5,6 +5,7 @@ operator is traced for the first time. This tells which of them draw random numb
 which parameters their results depend on. A function that does otherwise later is noticed and raises.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ from revnet.engine._torch_internals import (
     tree_leaves,
 )
 from revnet.engine.compile._program import NUM_STREAMS, Called, Findings, Program, Reach, Step
-from revnet.engine.compile._side_effects import Attributes, check_attributes
-from revnet.errors import ReconstructionError
+from revnet.engine.compile._refusal import CannotCompile
+from revnet.engine.compile._side_effects import Attributes, check_attributes, check_no_graph_left
 
 
 def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor], wanted: Sequence[bool]) -> TensorPair:
@@ -38,8 +39,8 @@ def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor],
         The streams after the last step.
 
     Raises:
-        NotImplementedError: A function leaves something behind that the caller would not get.
-        ReconstructionError: A function writes to a parameter or an argument.
+        CannotCompile: A function leaves something behind that the caller would not get, or writes to a parameter or
+            an argument.
     """
     streams = list(inputs[:NUM_STREAMS])
     found = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]
@@ -68,18 +69,15 @@ def _probe_step(
     wanted: Sequence[bool],
 ) -> _Found:
     """Run one step, and put the stream that it updates into `streams`."""
-    half_block = program.half_block(step)
+    before = Attributes(program.half_block(step).function)
     leaves = program.leaves(step, inputs, wanted)
-    copies = [buffer.clone() for buffer in buffers]
     source = streams[step.source].detach()
-    before = Attributes(half_block.function)
+    copies = [buffer.clone() for buffer in buffers]
     watch = _Watch()
     try:
         with autograd_in_operators(), torch.enable_grad(), real_tensors_allowed(source), watch:
-            source.requires_grad_()
-            called = program.call(step, source, leaves, copies)
-        if before.changed() is not None:
-            _check_only_the_first_call_writes(program, step, source, leaves, copies)
+            called = program.call(step, source.requires_grad_(), leaves, copies)
+        _check_only_the_first_call_writes(program, step, source, leaves, copies, before)
         streams[step.target] = step.coupling.forward(streams[step.target], called.residual.detach(), step.name)
     except DEPENDS_ON_VALUES:
         # Such a function could do anything, so everything is expected of it.
@@ -90,13 +88,24 @@ def _probe_step(
         before.put_back()  # Fake tensors must not stay in caches.
     changed = _changed_buffers(program, step, called, copies, watch)
     _check_only_buffers_are_written(step, leaves, watch)
-    return _Found(watch.draws, changed, _reach(called.residual, source, leaves))
+    found = _Found(watch.draws, changed, _reach(called.residual, source, leaves))
+    watched = [weakref.ref(leaf) for leaf in (source, *leaves.values()) if leaf.requires_grad]
+    del called, source, leaves
+    check_no_graph_left(step.name, watched, may_collect=True)
+    return found
 
 
 def _check_only_the_first_call_writes(
-    program: Program, step: Step, source: Tensor, leaves: dict[int, Tensor], buffers: Sequence[Tensor]
+    program: Program,
+    step: Step,
+    source: Tensor,
+    leaves: dict[int, Tensor],
+    buffers: Sequence[Tensor],
+    before: Attributes,
 ) -> None:
     """Raise for a function that changes attributes in every call; a cache is filled in the first one only."""
+    if before.changed() is None:
+        return
     after_one = Attributes(program.half_block(step).function)
     with autograd_in_operators(), torch.enable_grad(), real_tensors_allowed(source):
         program.call(step, source, leaves, [buffer.clone() for buffer in buffers])
@@ -120,7 +129,7 @@ def _changed_buffers(
 
 def _check_only_buffers_are_written(step: Step, leaves: dict[int, Tensor], watch: "_Watch") -> None:
     if any(watch.has_written(leaf) for leaf in leaves.values()):
-        raise ReconstructionError(
+        raise CannotCompile(
             f"`{step.name}` writes to a parameter or an argument, which a compiled reversible sequence cannot repeat; "
             "keep its block's activations with the policy `Store()`."
         )

@@ -18,6 +18,7 @@ from revnet.engine._batch_norm import is_torch_norm
 from revnet.engine._chain import BoundChain, Chain, HalfBlock
 from revnet.engine._restore import TensorPlace
 from revnet.engine._torch_internals import constant_while_tracing, tree_flatten, tree_unflatten
+from revnet.engine.compile._refusal import CannotCompile
 from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_hooks
 from revnet.errors import ReconstructionError
 
@@ -101,6 +102,8 @@ class Program:
         self.has_log_det = wants_log_det and not all(step.coupling.is_additive for step in steps)
         self.targets = {step.target for step in steps}
         self.findings: Findings | None = None
+        self.refusal: CannotCompile | None = None
+        """Why the program cannot run, if the probe found a reason."""
         self.cyclic_steps: set[int] = set()
         """Steps whose functions leave reference cycles; see `check_no_graph_left`."""
         self._functions = [weakref.ref(function) for function in functions]
@@ -122,8 +125,13 @@ class Program:
 
     @property
     def found(self) -> Findings:
-        """What the probe found; there is a probe before any operator runs."""
-        assert self.findings is not None
+        """What the probe found."""
+        if self.findings is None:
+            # The trace broke where the probe failed, and the operator was left to run by itself.
+            raise ReconstructionError(
+                "the residual functions of a compiled reversible sequence cannot run on tensors without values; compile "
+                "the residual functions instead: `block.f.compile(); block.g.compile()`."
+            )
         return self.findings
 
     def half_block(self, step: Step) -> HalfBlock:
@@ -162,7 +170,7 @@ class Program:
 
         Raises:
             RuntimeError: The function modified its input in place.
-            NotImplementedError: The function filled a container among its arguments.
+            CannotCompile: The function filled a container among its arguments.
         """
         half_block = self.half_block(step)
         tensors = iter([leaves[position] for position in self.argument_positions] if step.takes_arguments else [])
@@ -307,7 +315,14 @@ def program_of(
 
 @constant_while_tracing
 def changing_buffers(program: int) -> list[int]:
-    """Return the positions of the buffers that a program writes to."""
+    """Return the positions of the buffers that a program writes to.
+
+    Raises:
+        CannotCompile: The probe found that the program cannot run.
+    """
+    refusal = PROGRAMS[program].refusal
+    if refusal is not None:
+        raise refusal
     return [position for position, constant in enumerate(PROGRAMS[program].found.is_constant) if not constant]
 
 
@@ -323,18 +338,18 @@ def _check(functions: Sequence[nn.Module]) -> None:
     for function in functions:
         for parameter in function.parameters():
             if hasattr(parameter, "device_mesh"):
-                raise NotImplementedError(
+                raise CannotCompile(
                     "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; compile its "
                     "residual functions instead: `block.f.compile(); block.g.compile()`."
                 )
         for holder, name in places(function, "_buffers"):
             if id(holder[name]) in seen:
-                raise NotImplementedError(
+                raise CannotCompile(
                     f"`{name}` is a buffer of two modules in a compiled reversible sequence; share the whole residual "
                     "function instead, or compile the residual functions only: `block.f.compile(); block.g.compile()`."
                 )
             if holder[name].requires_grad:
-                raise NotImplementedError(
+                raise CannotCompile(
                     f"`{name}` is a buffer that requires a gradient, which a compiled reversible sequence would lose; "
                     "make it an `nn.Parameter`, or compile the residual functions only: `block.f.compile(); "
                     "block.g.compile()`."

@@ -16,17 +16,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from revnet.engine._torch_internals import tree_flatten
+from revnet.engine.compile._refusal import CannotCompile
 
 _CONTAINERS = (list, dict, set, deque)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
 
-def _refusal(name: str, what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"`{name}` {what}, which would not reach the caller of a compiled reversible sequence with its gradient; "
-        "compile the residual functions instead (`block.f.compile(); block.g.compile()`), or keep the block's "
-        "activations with the policy `Store()`."
+def _refusal(name: str, what: str) -> CannotCompile:
+    return CannotCompile(
+        f"`{name}` {what}, which a compiled reversible sequence can neither pass to its caller nor repeat in the "
+        "backward pass; compile the residual functions instead (`block.f.compile(); block.g.compile()`), or keep the "
+        "block's activations with the policy `Store()`."
     )
 
 
@@ -34,7 +35,7 @@ def check_arguments(name: str, arguments: Any, flat: Sequence[Any], spec: Any) -
     """Raise if a function changed a list or dict among its arguments, which were flattened to `flat` and `spec`.
 
     Raises:
-        NotImplementedError: It did.
+        CannotCompile: It did.
     """
     leaves, spec_now = tree_flatten(arguments)
     if spec_now != spec or any(now is not before for now, before in zip(leaves, flat, strict=True)):
@@ -81,7 +82,7 @@ def check_attributes(name: str, before: Attributes) -> None:
     """Raise if a function changed an attribute of its modules since `before`.
 
     Raises:
-        NotImplementedError: It did.
+        CannotCompile: It did.
     """
     changed = before.changed()
     if changed is not None:
@@ -100,7 +101,7 @@ def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], *, m
         Whether the function leaves reference cycles, so that no conclusion is possible.
 
     Raises:
-        NotImplementedError: Something does.
+        CannotCompile: Something does.
     """
     alive = [leaf for leaf in leaves if leaf() is not None]
     if not alive:
