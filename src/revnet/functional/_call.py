@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from revnet.engine._refusal import refuse
 from revnet.errors import ReconstructionError
 from revnet.functional._recompute import Conditions
 from revnet.functional._storage import storage_key, version_of
@@ -314,6 +315,11 @@ def _modified(what: str, tensor: Tensor, version: int) -> str:
 
 
 def _unpack(packed: _Slot | _Lasting) -> Tensor:
+    if torch.compiler.is_dynamo_compiling():
+        refuse(
+            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; run `backward` outside "
+            "of it (`torch._dynamo.config.compiled_autograd = False`), or compile the model as a whole."
+        )
     return packed.unpack()
 
 

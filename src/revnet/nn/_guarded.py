@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revnet._types import Streams
+from revnet.engine.compile import runs_plainly
 from revnet.functional import Guard, HalfBlock, ReversibleRun, run_reversible
 from revnet.nn._policy import AbstractPolicy
 
@@ -49,7 +50,7 @@ def checked_tolerance(tolerance: float | None) -> float | None:
 
 def refuse_to_compile() -> None:
     """Raise under `torch.compile`, where no run can go forward again."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() and not runs_plainly():
         raise NotImplementedError(
             "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "
             "`set_coupling(model, FixedPoint())`, or compile the residual functions: `block.f.compile()`."

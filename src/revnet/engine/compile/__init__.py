@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from revnet._types import Streams
 from revnet.engine._chain import BoundChain
+from revnet.engine._refusal import refuse
 from revnet.engine._torch_internals import tree_flatten, tree_unflatten
 from revnet.engine.compile import _operators as _operators  # Defines the operators.
 from revnet.engine.compile._program import (
@@ -43,7 +44,6 @@ from revnet.engine.compile._program import (
     number_of,
     program_of,
 )
-from revnet.engine.compile._refusal import refuse
 
 
 def runs_plainly() -> bool:

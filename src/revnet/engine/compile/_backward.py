@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from revnet.coupling import AbstractCoupling
 from revnet.engine._random import get_random_state, set_random_state
 from revnet.engine._tensors import is_only_owner, storage_key
+from revnet.engine._torch_internals import autograd_in_operators
 from revnet.engine.compile._kept import Kept, devices_of, unpack
 from revnet.engine.compile._probe import leaves_of
 from revnet.engine.compile._program import NUM_STREAMS, Program, Step
@@ -90,18 +91,28 @@ class BackwardPass:
         coupling, target = step.coupling, self._streams[step.target]
         source = self._streams[step.source].tensor.detach().requires_grad_(self._is_wanted(index, step.source))
         leaves = self._program.leaves(step, self._inputs, self._wanted)
-        with torch.enable_grad():
+        with autograd_in_operators(), torch.enable_grad():
             residual, _ = self._program.call(step, source, leaves, self._buffers)
+        self._check_graph(index, step, residual)
         if index > self._first or not coupling.is_additive:  # Below the first step, the stream is not read.
             target.undo(residual.detach(), coupling, step.name)
         if coupling.is_additive:
             return self._graph(step, [(residual, self._gradients[step.target])], source, None, leaves)
         x = target.tensor.detach().requires_grad_(self._is_wanted(index, step.target))
-        with torch.enable_grad():
+        with autograd_in_operators(), torch.enable_grad():
             y = coupling.forward(x, residual, step.name)
             log_det = self._program.log_det(step, x, residual)
         results = [(y, self._gradients[step.target]), (log_det, self._incoming[NUM_STREAMS])]
         return self._graph(step, results, source, x, leaves)
+
+    def _check_graph(self, index: int, step: Step, residual: Tensor) -> None:
+        """Raise if a residual has no graph, though in the probe it depended on inputs that get a gradient."""
+        expected = any(self._returned[position] for position in self._program.found.reaches[index].inputs)
+        if expected and not residual.requires_grad:
+            raise ReconstructionError(
+                f"`{step.name}` returned a tensor that requires no gradient, but did when it was traced; keep its "
+                "block's activations with the policy `Store()`."
+            )
 
     def _is_wanted(self, index: int, stream: int) -> bool:
         """Whether anything below step `index`, or the caller, wants the gradient of a stream."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet.engine._refusal import CannotCompile
 from revnet.engine.compile._backward import BackwardPass, gradient_metas
 from revnet.engine.compile._forward import ForwardPass, Results
 from revnet.engine.compile._kept import devices_of, num_bytes
 from revnet.engine.compile._probe import probe
 from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS, Findings
-from revnet.engine.compile._refusal import CannotCompile
 
 _LIBRARY = torch.library.Library("revnet", "DEF")
 # The inputs are both streams, the arguments and the parameters, and `wanted` says which require a gradient. The results

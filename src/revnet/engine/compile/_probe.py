@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from revnet._types import TensorPair
+from revnet.engine._refusal import CannotCompile
 from revnet.engine._tensors import storage_key
 from revnet.engine._torch_internals import (
     DEPENDS_ON_VALUES,
@@ -22,7 +23,6 @@ from revnet.engine._torch_internals import (
     tree_leaves,
 )
 from revnet.engine.compile._program import NUM_STREAMS, Called, Findings, Program, Reach, Step
-from revnet.engine.compile._refusal import CannotCompile
 from revnet.engine.compile._side_effects import Attributes, check_attributes, check_no_graph_left
 
 

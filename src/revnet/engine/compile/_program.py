@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from revnet.coupling import AbstractCoupling
 from revnet.engine._batch_norm import is_torch_norm
 from revnet.engine._chain import BoundChain, Chain, HalfBlock
+from revnet.engine._refusal import CannotCompile
 from revnet.engine._restore import TensorPlace
 from revnet.engine._torch_internals import constant_while_tracing, tree_flatten, tree_unflatten
-from revnet.engine.compile._refusal import CannotCompile
 from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_hooks
 from revnet.errors import ReconstructionError
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revnet.engine._refusal import CannotCompile
 from revnet.engine._torch_internals import tree_flatten
-from revnet.engine.compile._refusal import CannotCompile
 
 _CONTAINERS = (list, dict, set, deque)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
