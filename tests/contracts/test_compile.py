@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 
 import revnet
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
+from revnet.engine.compile._program import PROGRAMS
 from revnet.errors import ReconstructionError
-from revnet.functional._program import PROGRAMS
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
 
 # PyTorch, tracing any custom `autograd.Function`, warns itself not to do what it does.

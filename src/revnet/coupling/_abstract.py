@@ -1,8 +1,7 @@
 """The interface of couplings, the rules that combine a residual with a stream and separate the two again."""
 
 import abc
-from dataclasses import fields
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,21 +19,6 @@ class AbstractCoupling(abc.ABC):
     log-determinant is zero."""
     is_exact: ClassVar[bool] = False
     """Whether the inverse is exact to the last bit while streams stay below `limit`."""
-    number: int
-    """Number that identifies the coupling in code traced by `torch.compile`, which can guard a number but not an
-    object."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "number", _NUMBERS.setdefault(self, len(_NUMBERS)))
-
-    def __reduce__(self) -> Any:
-        # Unpickling builds a new object, because a number is valid only in the process that assigned it.
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-
-    @classmethod
-    def of_number(cls, number: int) -> "AbstractCoupling":
-        """Return the coupling that has this `number`."""
-        return next(coupling for coupling, its_number in _NUMBERS.items() if its_number == number)
 
     @abc.abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
@@ -90,6 +74,3 @@ class AbstractCoupling(abc.ABC):
     def out_of_range_hint(self, magnitude: float, dtype: torch.dtype) -> str:
         """Return advice for the error raised when a stream of this dtype reaches `magnitude`, beyond `limit`."""
         return "use a coupling of a wider range"
-
-
-_NUMBERS: dict[AbstractCoupling, int] = {}

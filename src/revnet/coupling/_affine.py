@@ -60,7 +60,6 @@ class Affine(AbstractCoupling):
             raise ValueError(f"`bound` (={self.bound!r}) must be 'tanh' or 'sigmoid'.")
         if isinstance(self.reach, bool) or not isinstance(self.reach, int | float) or not 0 < self.reach < math.inf:
             raise ValueError(f"`reach` (={self.reach!r}) must be a positive number; 2 is usual.")
-        super().__post_init__()
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the stream unchanged.

@@ -65,7 +65,6 @@ class FixedPoint(AbstractCoupling):
                 f"`fraction_bits` (={self.fraction_bits}) must be from 1 to {most}, so that a {stream} stream has room "
                 "before the point; 14 is usual, with room up to 1,024 in float32."
             )
-        super().__post_init__()
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the stream in float32 or float64, rounded to the grid.

@@ -45,7 +45,6 @@ class Momentum(AbstractCoupling):
                 f"`gamma` (={self.gamma!r}) must be between 0 and 1: with 0 nothing is left to go back by, with 1 "
                 "nothing is added; 0.9 is usual."
             )
-        super().__post_init__()
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the stream unchanged."""

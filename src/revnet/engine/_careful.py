@@ -19,6 +19,7 @@ from revnet._torch_internals import (
     sequence_number_of,
 )
 from revnet.engine._random import digest, same_random_state
+from revnet.engine._refusal import refuse
 from revnet.engine._tensors import has_values, storage_key, version_of, versions_of
 from revnet.errors import ReconstructionError
 
@@ -49,6 +50,7 @@ def no_hooks(error: RuntimeError) -> RuntimeError:
 
 def take(saved: "Saved", number: int) -> Tensor:
     """Return the tensor of a slot, rebuilt if it is not there."""
+    refuse_compiled_autograd()
     with saved.filler.lock:
         if saved.constants is not None and number in saved.constants:
             tensor, version = saved.constants[number]
@@ -68,6 +70,15 @@ def take(saved: "Saved", number: int) -> Tensor:
         else:
             saved.was_read = True
         return found
+
+
+def refuse_compiled_autograd() -> None:
+    """Raise in a backward pass that `torch.compile` traces."""
+    if torch.compiler.is_dynamo_compiling():
+        refuse(
+            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; run `backward` outside "
+            "of it (`torch._dynamo.config.compiled_autograd = False`), or compile the model as a whole."
+        )
 
 
 def check_finished(is_finished: bool) -> None:

@@ -94,6 +94,7 @@ def _unpack(packed: tuple[Any, int]) -> Tensor:
         return owner  # type: ignore[no-any-return]
     if owner.is_plain:
         if owner.tensors is None:
+            _careful.refuse_compiled_autograd()
             with owner.filler.lock:
                 if owner.tensors is None:
                     owner.filler.rebuild(owner.index)

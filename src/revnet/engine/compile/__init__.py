@@ -1,11 +1,138 @@
-"""stub"""
+"""Running a chain inside a graph of `torch.compile`: the operators that the graph takes whole, backward pass included.
+
+Saved-tensor hooks, on which the engine is built, cannot be traced. Under `torch.compile` a chain of half-blocks is
+therefore one operator, and its gradient is another:
+
+    forward     runs the chain and keeps the final streams, as the engine does                      `_forward`
+    backward    rebuilds the streams, and differentiates one residual function at a time            `_backward`
+
+The operators run the functions as they are, in Python; the compiler sees only what goes in and out of them, and no
+inner function is fused. It must know everything that they read and write:
+
+- The *inputs* are tensors that may need a gradient: both streams, the tensors among the arguments, and the parameters.
+- The *buffers* are inputs too. Those that change come back as results, and the graph copies them into place.
+- What the backward pass has to find again travels in one tensor of bytes: random states, and buffers as each step
+  found them (`_kept`).
+- The rest is a *program*, to which the graph refers by a number (`_program`): the functions, and what the trace fixed
+  and guards (training flags, autocast, couplings, arguments that are not tensors). `torch.compile` makes a new program
+  if any of it changes. A program goes when its functions go.
+
+What a function does is found while tracing, by a run on fake tensors (`_probe`): whether it draws random numbers, which
+buffers it writes to, and on which parameters its result depends. A parameter on which nothing depends gets no gradient,
+as in plain autograd. A function that later does what the probe did not see raises. So does one that leaves something
+behind for its caller, such as an auxiliary loss in a list, which would lose its gradient (`_side_effects`).
+
+References:
+    Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+
+from revnet._torch_internals import tree_flatten, tree_unflatten
+from revnet._types import Streams
+from revnet.engine._chain import BoundChain
+from revnet.engine._refusal import refuse
+from revnet.engine.compile import _operators as _operators  # Defines the operators.
+from revnet.engine.compile._program import (
+    NUM_STREAMS,
+    TENSOR,
+    changing_buffers,
+    has_log_det,
+    number_of,
+    program_of,
+)
 
 
-def compiled(chain, streams):
-    raise NotImplementedError
+def runs_plainly() -> bool:
+    """Whether a chain must run by ordinary autograd, since what runs it will be written to a file.
+
+    That is under `torch.export` and `torch.jit.trace`, and what is built on them, such as ONNX exporters. What they
+    write must consist of PyTorch's own operators, and there is no backward pass to save memory for.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
-def runs_plainly():
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
+    """Run a chain as `reversible` does, for `torch.compile` to trace; not to be called otherwise.
+
+    Returns:
+        The streams after the half-blocks; or None, without having done anything, if no gradient will be wanted.
+
+    Raises:
+        CannotCompile: There are more than two streams, a block has hooks, there is a tolerance, functions have
+            sharded parameters or share a buffer, or a function leaves something behind for its caller.
+    """
+    _check(chain, streams)
+    functions, numbers, steps = _steps(chain)
+    leaves, spec = tree_flatten((chain.args, chain.kwargs, chain.own_kwargs))
+    inputs = [*streams, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]]
+    buffers: list[Tensor] = []
+    training: list[list[bool]] = []
+    for function in functions:
+        flags = []
+        for module in function.modules():
+            flags.append(module.training)
+            inputs.extend([tensor for tensor in module._parameters.values() if tensor is not None])
+            buffers.extend([tensor for tensor in module._buffers.values() if tensor is not None])
+        training.append(flags)
+    wanted = [tensor.requires_grad for tensor in inputs]
+    if not any(wanted):
+        return None
+    program = program_of(
+        numbers,
+        steps,
+        training,
+        [
+            (device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
+            for device_type in dict.fromkeys(("cpu", streams[0].device.type))
+        ],
+        tree_unflatten([TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec),
+        chain.input_dtype,
+        chain.log_dets is not None,
+    )
+    y1, y2, log_det, _, changed = torch.ops.revnet.forward(program, inputs, buffers, wanted)
+    with torch.no_grad():
+        for position, value in zip(changing_buffers(program), changed, strict=True):
+            buffers[position].copy_(value)
+    if chain.log_dets is not None and has_log_det(program):
+        chain.log_dets[:] = [sum(chain.log_dets, start=log_det)]
+    targets = [half_block.target for half_block in chain.half_blocks]
+    return y1 if 0 in targets else streams[0], y2 if 1 in targets else streams[1]
+
+
+def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
+    """Raise for what the operators cannot run."""
+    if len(streams) != NUM_STREAMS:
+        refuse(
+            f"{len(streams)} streams cannot be compiled as a whole; compile the residual functions instead: "
+            "`for function in block.functions: function.compile()`."
+        )
+    if chain.tolerance is not None:
+        refuse(
+            "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "
+            "`set_coupling(model, FixedPoint())`, or compile the residual functions: `block.f.compile()`."
+        )
+    if chain.chain.blocks is not None:
+        for half_block, block in zip(chain.half_blocks, chain.chain.blocks, strict=True):
+            if block is not None:
+                refuse(
+                    f"the block of `{half_block.name}` has hooks or a `forward` of its own, which a compiled "
+                    "reversible sequence does not call; register hooks on its `f` and `g`, or on the sequence."
+                )
+
+
+def _steps(chain: BoundChain) -> tuple[list[nn.Module], list[int], list[tuple[int, int, int, str, int, str, bool]]]:
+    """Return the distinct functions of a chain, their numbers, and the steps of its program."""
+    functions: list[nn.Module] = []
+    numbers: list[int] = []
+    steps = []
+    for function, target, source, name, coupling, role, takes_arguments in chain.half_blocks:
+        number = number_of(function)
+        if number not in numbers:
+            numbers.append(number)
+            functions.append(function)
+        steps.append((numbers.index(number), target, source, name, number_of(coupling), role, takes_arguments))
+    return functions, numbers, steps

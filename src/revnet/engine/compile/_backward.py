@@ -1,0 +1,246 @@
+"""The backward pass of a program: it rebuilds the streams, and differentiates one residual function at a time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from revnet._torch_internals import autograd_in_operators
+from revnet.coupling import AbstractCoupling
+from revnet.engine._random import get_random_state, set_random_state
+from revnet.engine._tensors import is_only_owner, storage_key
+from revnet.engine.compile._kept import Kept, devices_of, unpack
+from revnet.engine.compile._probe import leaves_of
+from revnet.engine.compile._program import NUM_STREAMS, Program, Step
+from revnet.errors import ReconstructionError
+
+
+class _Graph(NamedTuple):
+    """The graph of one step, and what to differentiate it by."""
+
+    ends: list[GradientEdge]
+    gradients: list[Tensor]
+    source: Tensor
+    x: Tensor | None
+    """The stream that the step updates, as a leaf; None if its gradient passes unchanged."""
+    leaves: dict[int, Tensor]
+
+
+class BackwardPass:
+    """One backward pass.
+
+    Args:
+        program: The program.
+        inputs: Both streams after the last step, the arguments and the parameters.
+        constants: The buffers that no step writes to.
+        state: What the forward pass kept.
+        gradients: The gradients of both streams and of the log-determinant; None for what has none.
+        wanted: For each input, whether it requires a gradient.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        inputs: list[Tensor],
+        constants: list[Tensor],
+        state: Tensor,
+        gradients: list[Tensor | None],
+        wanted: list[bool],
+    ):
+        self._program = program
+        self._inputs = inputs
+        self._wanted = wanted
+        self._incoming = gradients
+        self._returned = program.reached(wanted, [gradient is not None for gradient in gradients])
+        self._devices = devices_of(inputs[0], inputs[NUM_STREAMS:])
+        self._buffers = program.buffers_for_replay(constants)
+        self._kept = unpack(program, state, self._devices, self._buffers)
+        self._streams = [_Stream(stream) for stream in inputs[:NUM_STREAMS]]
+        self._gradients: list[Tensor | None] = [*gradients[:NUM_STREAMS], *[None] * (len(inputs) - NUM_STREAMS)]
+        self._first = self._first_step()
+
+    def run(self) -> list[Tensor]:
+        """Walk back to the first step that any gradient is wanted of, and return the gradients of what is wanted."""
+        with _random_states_left_alone(self._devices):
+            for index in reversed(range(self._first, len(self._program.steps))):
+                step = self._program.steps[index]
+                self._restore(step, self._kept[index])
+                self._differentiate(step, self._rerun(index, step))
+        return self._collect()
+
+    def _first_step(self) -> int:
+        """Return the first step that the pass must reach."""
+        if any(self._returned[:NUM_STREAMS]):
+            return 0
+        wanted = {position for position, is_wanted in enumerate(self._returned) if is_wanted}
+        reaches = self._program.found.reaches
+        return next((index for index, reach in enumerate(reaches) if reach.inputs & wanted), len(reaches))
+
+    def _restore(self, step: Step, kept: Kept) -> None:
+        """Set random states and buffers to what the step found in the forward pass."""
+        for device, state in zip(self._devices, kept.random_states, strict=False):  # None if it draws nothing.
+            set_random_state(device, state)
+        for position, value in zip(self._program.kept(step), kept.buffers, strict=True):
+            self._buffers[position].copy_(value)
+
+    def _rerun(self, index: int, step: Step) -> _Graph | None:
+        """Call the function again, undo the step, and return the graph to differentiate, if there is one."""
+        coupling, target = step.coupling, self._streams[step.target]
+        source = self._streams[step.source].tensor.detach().requires_grad_(self._is_wanted(index, step.source))
+        leaves = self._program.leaves(step, self._inputs, self._wanted)
+        with autograd_in_operators(), torch.enable_grad():
+            residual, _ = self._program.call(step, source, leaves, self._buffers)
+        self._check_graph(index, step, residual)
+        if index > self._first or not coupling.is_additive:  # Below the first step, the stream is not read.
+            target.undo(residual.detach(), coupling, step.name)
+        if coupling.is_additive:
+            return self._graph(step, [(residual, self._gradients[step.target])], source, None, leaves)
+        x = target.tensor.detach().requires_grad_(self._is_wanted(index, step.target))
+        with autograd_in_operators(), torch.enable_grad():
+            y = coupling.forward(x, residual, step.name)
+            log_det = self._program.log_det(step, x, residual)
+        results = [(y, self._gradients[step.target]), (log_det, self._incoming[NUM_STREAMS])]
+        return self._graph(step, results, source, x, leaves)
+
+    def _check_graph(self, index: int, step: Step, residual: Tensor) -> None:
+        """Raise if a residual has no graph, though in the probe it depended on inputs that get a gradient."""
+        expected = any(self._returned[position] for position in self._program.found.reaches[index].inputs)
+        if expected and not residual.requires_grad:
+            raise ReconstructionError(
+                f"`{step.name}` returned a tensor that requires no gradient, but did when it was traced; keep its "
+                "block's activations with the policy `Store()`."
+            )
+
+    def _is_wanted(self, index: int, stream: int) -> bool:
+        """Whether anything below step `index`, or the caller, wants the gradient of a stream."""
+        return index > self._first or self._returned[stream]
+
+    def _graph(
+        self,
+        step: Step,
+        results: Sequence[tuple[Tensor | None, Tensor | None]],
+        source: Tensor,
+        x: Tensor | None,
+        leaves: dict[int, Tensor],
+    ) -> _Graph | None:
+        # Edges rather than tensors, so that the values of the results are freed before the gradients are made.
+        ends, gradients = [], []
+        for result, gradient in results:
+            if result is not None and gradient is not None and result.requires_grad:
+                ends.append(get_gradient_edge(result))
+                gradients.append(gradient.to(result.dtype))
+        if not ends:
+            return None
+        self._check_leaves(step, ends, [source, *([] if x is None else [x])], leaves)
+        return _Graph(ends, gradients, source, x, leaves)
+
+    def _check_leaves(
+        self, step: Step, ends: Sequence[GradientEdge], streams: Sequence[Tensor], leaves: dict[int, Tensor]
+    ) -> None:
+        """Raise if a result depends on a tensor whose gradient would be lost."""
+        returned = [leaf for position, leaf in leaves.items() if self._returned[position]]
+        known = {id(leaf) for leaf in (*streams, *returned)}
+        own = {id(leaf) for leaf in leaves.values()}
+        for end in ends:
+            for key, leaf in leaves_of(end.node).items():
+                if key in known:
+                    continue
+                if key in own:
+                    raise ReconstructionError(
+                        f"`{step.name}` uses a parameter or an argument of shape {tuple(leaf.shape)} that it did not "
+                        "use when it was traced, so that its gradient would be lost; keep its block's activations "
+                        "with the policy `Store()`."
+                    )
+                raise ReconstructionError(
+                    f"`{step.name}` uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is neither "
+                    "its parameter nor its argument, and torch.compile cannot see it; make it an `nn.Parameter` of the "
+                    "function, pass it as an argument, or keep its block's activations with the policy `Store()`."
+                )
+
+    def _differentiate(self, step: Step, graph: _Graph | None) -> None:
+        """Add the gradients of one step to the ones of the streams, the arguments and the parameters."""
+        if graph is None:
+            return
+        ends, gradients, source, x, leaves = graph
+        inputs = {position: leaf for position, leaf in leaves.items() if self._returned[position]}
+        if source.requires_grad:
+            inputs[step.source] = source
+        if x is not None:
+            self._gradients[step.target] = None  # It passes through the coupling, and comes back as the one of `x`.
+            if x.requires_grad:
+                inputs[step.target] = x
+        found = torch.autograd.grad(ends, list(inputs.values()), gradients, allow_unused=True)
+        positions = list(inputs)
+        del graph, ends, gradients, source, x, leaves, inputs  # Frees the graph's memory for the sums.
+        for position, gradient in zip(positions, found, strict=True):
+            self._gradients[position] = _sum(self._gradients[position], gradient)
+
+    def _collect(self) -> list[Tensor]:
+        """Return the gradients as the graph was promised them."""
+        results = []
+        # An operator must return nothing twice, and none of its inputs.
+        seen = {storage_key(gradient) for gradient in self._incoming if gradient is not None}
+        metas = gradient_metas(self._inputs, self._incoming, self._returned)
+        found = [gradient for gradient, is_wanted in zip(self._gradients, self._returned, strict=True) if is_wanted]
+        for meta, gradient in zip(metas, found, strict=True):
+            result = _laid_out_as(meta, gradient)
+            results.append(result.clone() if storage_key(result) in seen else result)
+            seen.add(storage_key(result))
+        return results
+
+
+class _Stream:
+    """A stream on its way back. Its first tensor belongs to the graph; later ones may be written over."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self._is_own = False
+
+    def undo(self, residual: Tensor, coupling: AbstractCoupling, name: str) -> None:
+        """Take a residual off."""
+        in_place = self._is_own and is_only_owner(self.tensor)
+        self.tensor = coupling.inverse(self.tensor, residual, name, in_place=in_place)
+        self._is_own = True
+
+
+def gradient_metas(
+    inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], returned: Sequence[bool]
+) -> list[Tensor]:
+    """Return, for each input whose gradient is returned, a tensor of its shape, dtype and layout."""
+    # The end of a stream that is not read is not kept, but then the stream has a gradient.
+    streams = [
+        stream if gradient is None else gradient
+        for stream, gradient in zip(inputs[:NUM_STREAMS], gradients[:NUM_STREAMS], strict=True)
+    ]
+    every = [*streams, *inputs[NUM_STREAMS:]]
+    return [meta for meta, is_returned in zip(every, returned, strict=True) if is_returned]
+
+
+def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    # Never in place: autograd may give the same tensor as several gradients.
+    if total is None or gradient is None:
+        return gradient if total is None else total
+    return total + gradient
+
+
+def _laid_out_as(meta: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return the gradient in the layout of `torch.empty_like(meta)`, which the graph was promised; zeros for none."""
+    if gradient is None:
+        return torch.zeros_like(meta)
+    promised = torch.empty_like(meta, device="meta")  # For its layout alone, which most gradients have already.
+    if gradient.stride() == promised.stride() and gradient.dtype == promised.dtype:
+        return gradient
+    return torch.empty_like(meta).copy_(gradient)
+
+
+@contextmanager
+def _random_states_left_alone(devices: Sequence[torch.device]) -> Iterator[None]:
+    before = [get_random_state(device) for device in devices]
+    try:
+        yield
+    finally:
+        for device, state in zip(devices, before, strict=True):
+            set_random_state(device, state)

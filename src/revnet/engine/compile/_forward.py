@@ -1,0 +1,109 @@
+"""The forward pass of a program, which keeps no activation."""
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from revnet._torch_internals import autograd_in_operators
+from revnet.engine._random import get_random_state, same_random_state
+from revnet.engine._range import check_magnitude
+from revnet.engine._tensors import version_of
+from revnet.engine.compile._kept import devices_of, keep, pack
+from revnet.engine.compile._program import NUM_STREAMS, Program, Step
+from revnet.engine.compile._side_effects import check_no_graph_left
+from revnet.errors import ReconstructionError
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+"""Both streams (empty if nothing updates them), the log-determinant, what is kept, and the changed buffers."""
+
+
+class ForwardPass:
+    """One forward pass.
+
+    Args:
+        program: The program.
+        inputs: Both streams, the arguments and the parameters.
+        buffers: The buffers of all functions. Not modified.
+        wanted: For each of `inputs`, whether it requires a gradient.
+    """
+
+    def __init__(self, program: Program, inputs: list[Tensor], buffers: list[Tensor], wanted: list[bool]):
+        self._program = program
+        self._inputs = inputs
+        self._wanted = wanted
+        self._is_constant = program.found.is_constant
+        self._buffers = [
+            buffer if constant else buffer.clone() for buffer, constant in zip(buffers, self._is_constant, strict=True)
+        ]
+        self._devices = devices_of(inputs[0], inputs[NUM_STREAMS:])
+        self._streams = inputs[:NUM_STREAMS]
+        self._log_det = program.no_log_det(inputs[0])
+        self._kept: list[Tensor] = []
+
+    def run(self) -> Results:
+        """Run all steps."""
+        x1 = self._inputs[0]
+        for index, step in enumerate(self._program.steps):
+            residual = self._residual(index, step)
+            self._join(step, residual)
+            del residual  # Its memory is free for the next function.
+        y1, y2 = (self._streams[each] if each in self._program.targets else x1.new_empty(0) for each in (0, 1))
+        changed = [buffer for buffer, constant in zip(self._buffers, self._is_constant, strict=True) if not constant]
+        return y1, y2, self._log_det, pack(self._kept, x1.device), changed
+
+    def _residual(self, index: int, step: Step) -> Tensor:
+        """Call the function of a step, and check that it does what the probe saw."""
+        program = self._program
+        draws = program.found.draws[index]
+        random_states = [get_random_state(device) for device in self._devices]
+        self._kept += keep(program, step, draws, random_states, self._buffers)
+        source = self._streams[step.source].detach().requires_grad_()
+        leaves = program.leaves(step, self._inputs, self._wanted)
+        guarded = [*leaves.values(), *(b for b, c in zip(self._buffers, self._is_constant, strict=True) if c)]
+        versions = [version_of(tensor) for tensor in guarded]
+        # With gradients, so that the same kernels run as in the recomputation; what they save is dropped at once.
+        with autograd_in_operators(), torch.enable_grad(), saved_tensors_hooks(lambda _: None, _nothing_saved):
+            residual, rebound = program.call(step, source, leaves, self._buffers)
+        for position, value in rebound.items():
+            self._buffers[position].copy_(value.detach())
+        residual = residual.detach()
+        has_written = versions != [version_of(tensor) for tensor in guarded]
+        has_drawn = not all(
+            same_random_state(state, get_random_state(device))
+            for state, device in zip(random_states, self._devices, strict=True)
+        )
+        _check_foreseen(step, has_drawn and not draws, has_written)
+        watched = [weakref.ref(leaf) for leaf in (source, *leaves.values()) if leaf.requires_grad]
+        del source, leaves, guarded, rebound
+        if check_no_graph_left(step.name, watched, may_collect=index not in program.cyclic_steps):
+            program.cyclic_steps.add(index)
+        return residual
+
+    def _join(self, step: Step, residual: Tensor) -> None:
+        """Update the target stream with a residual."""
+        with torch.no_grad():
+            log_det = self._program.log_det(step, self._streams[step.target], residual)
+            if log_det is not None:
+                self._log_det = self._log_det + log_det
+            y = step.coupling.forward(self._streams[step.target], residual, step.name)
+            self._streams[step.target] = y
+            check_magnitude(self._program.half_block(step), y)
+
+
+def _check_foreseen(step: Step, has_drawn: bool, has_written: bool) -> None:
+    """Raise if a function did what the probe did not see, so that its recomputation would differ."""
+    if has_drawn or has_written:
+        what = "drew random numbers" if has_drawn else "wrote to a buffer, a parameter or an argument"
+        raise ReconstructionError(
+            f"`{step.name}` {what}, but did not when it was traced; a function that does so only sometimes "
+            "cannot be part of a compiled reversible sequence: keep its block's activations with the policy `Store()`."
+        )
+
+
+def _nothing_saved(_: None) -> Tensor:
+    raise ReconstructionError(
+        "a residual function of a compiled reversible sequence differentiates inside itself, which works uncompiled "
+        "only; compile the residual functions instead: `block.f.compile(); block.g.compile()`."
+    )

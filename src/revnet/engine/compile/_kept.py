@@ -1,0 +1,67 @@
+"""What the backward pass of a program must find again: random states, and buffers as each step found them.
+
+The graph keeps all of it as one tensor of bytes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from revnet.engine._random import get_random_state
+from revnet.engine.compile._program import Program, Step
+
+
+class Kept(NamedTuple):
+    """What one step must find again."""
+
+    random_states: list[Tensor]
+    """The state of each device, or nothing if the function draws no random numbers."""
+    buffers: list[Tensor]
+    """The values of `Program.kept`."""
+
+
+def devices_of(x1: Tensor, tensors: Sequence[Tensor]) -> list[torch.device]:
+    """Return every device whose random state matters, in a fixed order."""
+    devices = {torch.device("cpu"), x1.device, *(tensor.device for tensor in tensors)}
+    return sorted((device for device in devices if device.type != "meta"), key=str)
+
+
+def keep(
+    program: Program, step: Step, draws: bool, random_states: Sequence[Tensor], buffers: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return copies of what a step must find again, before it runs."""
+    return [*(random_states if draws else []), *(buffers[position].clone() for position in program.kept(step))]
+
+
+def num_bytes(program: Program, devices: Sequence[torch.device], buffers: Sequence[Tensor]) -> int:
+    """Return how many bytes a program keeps."""
+    states = sum(get_random_state(device).numel() for device in devices)
+    size = sum(states for draws in program.found.draws if draws)
+    kept = [buffers[position] for step in program.steps for position in program.kept(step)]
+    return size + sum(buffer.numel() * buffer.element_size() for buffer in kept)
+
+
+def pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the bytes of all tensors, one after the other."""
+    pieces = [tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for tensor in tensors]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
+
+
+def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buffers: Sequence[Tensor]) -> list[Kept]:
+    """Return for each step what `pack` was given."""
+    position = 0
+
+    def take(like: Tensor) -> Tensor:
+        nonlocal position
+        size = like.numel() * like.element_size()
+        piece = state[position : position + size].clone()  # A copy, so that it is aligned.
+        position += size
+        return piece.view(like.dtype).view(like.shape).to(like.device)
+
+    now = [get_random_state(device) for device in devices]
+    return [
+        Kept([take(each) for each in now] if draws else [], [take(buffers[each]) for each in program.kept(step)])
+        for step, draws in zip(program.steps, program.found.draws, strict=True)
+    ]

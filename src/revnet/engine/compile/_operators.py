@@ -1,0 +1,103 @@
+"""The operators that a compiled graph contains, one for each pass.
+
+To the compiler they are as opaque as a convolution: it knows the shapes of their results, and which operator computes
+the gradient of which.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revnet.engine._refusal import CannotCompile
+from revnet.engine.compile._backward import BackwardPass, gradient_metas
+from revnet.engine.compile._forward import ForwardPass, Results
+from revnet.engine.compile._kept import devices_of, num_bytes
+from revnet.engine.compile._probe import probe
+from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS, Findings
+
+_LIBRARY = torch.library.Library("revnet", "DEF")
+# The inputs are both streams, the arguments and the parameters, and `wanted` says which require a gradient. The results
+# are both streams, the log-determinant, the kept bytes, and the buffers that changed.
+_LIBRARY.define(
+    "forward(SymInt program, Tensor[] inputs, Tensor[] buffers, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
+)
+# Here the inputs are the streams after the last step, the arguments and the parameters.
+_LIBRARY.define(
+    "backward(SymInt program, Tensor[] inputs, Tensor[] constants, Tensor state, Tensor?[] gradients, bool[] wanted) "
+    "-> Tensor[]"
+)
+
+
+@torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")
+def _forward(program: int, *operands: Any) -> Results:
+    return ForwardPass(PROGRAMS[program], *operands).run()
+
+
+@torch.library.register_fake("revnet::forward", lib=_LIBRARY)
+def _forward_fake(program: int, inputs: list[Tensor], buffers: list[Tensor], wanted: list[bool]) -> Results:
+    run = PROGRAMS[program]
+    x1 = inputs[0]
+    try:
+        streams = probe(run, inputs, buffers, wanted)
+    except CannotCompile as refusal:
+        # `changing_buffers`, which comes next in the trace, raises it; until then any result will do.
+        run.refusal = refusal
+        run.findings = Findings([], [True] * len(buffers), [])
+        return x1.new_empty(0), x1.new_empty(0), x1.new_empty(0), x1.new_empty(0, dtype=torch.uint8), []
+    y1, y2 = (streams[which] if which in run.targets else x1.new_empty(0) for which in range(NUM_STREAMS))
+    size = num_bytes(run, devices_of(x1, inputs[NUM_STREAMS:]), buffers)
+    changed = [torch.empty_like(b) for b, constant in zip(buffers, run.found.is_constant, strict=True) if not constant]
+    return y1, y2, run.no_log_det(x1), x1.new_empty(size, dtype=torch.uint8), changed
+
+
+@torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
+def _backward(program: int, *operands: Any) -> list[Tensor]:
+    return BackwardPass(PROGRAMS[program], *operands).run()
+
+
+@torch.library.register_fake("revnet::backward", lib=_LIBRARY)
+def _backward_fake(
+    program: int,
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    state: Tensor,
+    gradients: list[Tensor | None],
+    wanted: list[bool],
+) -> list[Tensor]:
+    returned = PROGRAMS[program].reached(wanted, [gradient is not None for gradient in gradients])
+    return [torch.empty_like(meta) for meta in gradient_metas(inputs, gradients, returned)]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    """Keep what the backward operator needs: the final streams, the arguments, and what the forward operator kept."""
+    program, tensors, buffers, wanted = inputs
+    y1, y2, _, state, changed = output
+    run = PROGRAMS[program]
+    # A stream that no step updates ends as it began.
+    ends = [y if which in run.targets else x for which, (x, y) in enumerate(zip(tensors[:2], (y1, y2), strict=True))]
+    if len(run.steps) == 1 and run.steps[0].coupling.is_additive:
+        ends[run.steps[0].target] = y1.new_empty(0)  # Of a single step, the updated stream is never read again.
+    constants = [b for b, constant in zip(buffers, run.found.is_constant, strict=True) if constant]
+    ctx.save_for_backward(*ends, *tensors[NUM_STREAMS:], *constants, state)
+    ctx.mark_non_differentiable(state, *changed)
+    # A parameter that the loss does not depend on must get None, not zeros, which a weight decay would act on.
+    ctx.set_materialize_grads(False)
+    ctx.program, ctx.wanted, ctx.num_inputs, ctx.num_buffers = program, wanted, len(tensors), len(buffers)
+
+
+def _gradients(ctx: Any, grad_y1: Any, grad_y2: Any, grad_log_det: Any, *_: Any) -> Any:
+    *saved, state = ctx.saved_tensors
+    incoming = [grad_y1, grad_y2, grad_log_det]
+    returned = PROGRAMS[ctx.program].reached(ctx.wanted, [gradient is not None for gradient in incoming])
+    found = iter(
+        torch.ops.revnet.backward(
+            ctx.program, saved[: ctx.num_inputs], saved[ctx.num_inputs :], state, incoming, ctx.wanted
+        )
+    )
+    gradients = [next(found) if is_returned else None for is_returned in returned]
+    return None, gradients, [None] * ctx.num_buffers, None
+
+
+torch.library.register_autograd("revnet::forward", _gradients, setup_context=_save_for_backward, lib=_LIBRARY)

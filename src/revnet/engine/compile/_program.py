@@ -1,0 +1,357 @@
+"""Programs: everything that a compiled chain runs, apart from the tensors that the graph passes to its operators.
+
+`torch.compile` fixes a program while it traces, and guards what the program depends on. Operators find it by its
+number.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revnet._torch_internals import constant_while_tracing, tree_flatten, tree_unflatten
+from revnet.coupling import AbstractCoupling
+from revnet.engine._batch_norm import is_torch_norm
+from revnet.engine._chain import BoundChain, Chain, HalfBlock
+from revnet.engine._refusal import CannotCompile
+from revnet.engine._restore import TensorPlace
+from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_hooks
+from revnet.errors import ReconstructionError
+
+TENSOR = "<tensor>"
+"""Stands for a tensor in the structure of the arguments, whose other leaves are constants."""
+
+NUM_STREAMS = 2
+
+Place = tuple[dict[str, Any], str]
+"""The `_parameters` or `_buffers` of a module, and a name in it."""
+
+
+class Step(NamedTuple):
+    """A half-block of a program, field for field, but with a number for the function, so that nothing is kept alive."""
+
+    function: int
+    """The function, counted among the program's functions."""
+    target: int
+    source: int
+    name: str
+    coupling: AbstractCoupling
+    role: str
+    takes_arguments: bool
+
+
+class Reach(NamedTuple):
+    """What a residual depends on differentiably."""
+
+    inputs: frozenset[int]
+    """Positions of arguments and parameters among the inputs of the operators."""
+    source: bool
+    """Whether the residual depends on the stream that the function reads."""
+
+
+class Findings(NamedTuple):
+    """What is known about the functions of a program after they ran once on fake tensors; see `_probe`."""
+
+    draws: list[bool]
+    """For each step, whether the function draws random numbers."""
+    is_constant: list[bool]
+    """For each buffer, whether every step leaves it as it is."""
+    reaches: list[Reach]
+    """For each step, what the residual depends on."""
+
+
+class Called(NamedTuple):
+    """The result of calling a residual function."""
+
+    residual: Tensor
+    rebound: dict[int, Tensor]
+    """Tensors that the function put in the places of its buffers (`self.average = ...`), by position."""
+
+
+class Program:
+    """What a compiled chain of half-blocks runs, apart from the tensors that the graph passes.
+
+    The inputs of its operators are both streams, the tensors among the arguments, and the parameters of all functions,
+    in this order. A program does not keep the functions alive. It is removed when the first of them is.
+
+    Args:
+        functions: The distinct residual functions.
+        steps: The half-blocks in order.
+        training: The training flags of each function's modules.
+        autocast: For each device type, the dtype and whether autocast is on.
+        arguments: `args`, `kwargs` and `own_kwargs` of a bound chain, with `TENSOR` for each tensor.
+        input_dtype: The dtype in which functions read a stream, if it is not the dtype of the stream.
+        wants_log_det: Whether the caller wants log-determinants.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[nn.Module],
+        steps: Sequence[Step],
+        training: Sequence[Sequence[bool]],
+        autocast: Sequence[tuple[str, torch.dtype, bool]],
+        arguments: Any,
+        input_dtype: torch.dtype | None,
+        wants_log_det: bool,
+    ):
+        self.steps = steps
+        self.has_log_det = wants_log_det and not all(step.coupling.is_additive for step in steps)
+        self.targets = {step.target for step in steps}
+        self.findings: Findings | None = None
+        self.refusal: CannotCompile | None = None
+        """Why the program cannot run, if the probe found a reason."""
+        self.cyclic_steps: set[int] = set()
+        """Steps whose functions leave reference cycles; see `check_no_graph_left`."""
+        self._functions = [weakref.ref(function) for function in functions]
+        self._training = training
+        self._autocast = autocast
+        self._argument_leaves, self._argument_spec = tree_flatten(arguments)
+        self._input_dtype = input_dtype
+        self._parameter_places = [places(function, "_parameters") for function in functions]
+        self._buffer_places = [places(function, "_buffers") for function in functions]
+        first_parameter = NUM_STREAMS + self._argument_leaves.count(TENSOR)
+        self.argument_positions = range(NUM_STREAMS, first_parameter)
+        self.parameter_positions = _consecutive(first_parameter, self._parameter_places)
+        """For each function, where the inputs hold its parameters."""
+        self.buffer_positions = _consecutive(0, self._buffer_places)
+        """For each function, where the list of all buffers holds its own."""
+        # Batch norm in training writes to its statistics and never reads them, so a second run needs no earlier value.
+        norms = {id(m._buffers) for f in functions for m in f.modules() if is_torch_norm(m) and m.training}
+        self._is_scratch = [id(holder) in norms for held in self._buffer_places for holder, _ in held]
+
+    @property
+    def found(self) -> Findings:
+        """What the probe found."""
+        if self.findings is None:
+            # The trace broke where the probe failed, and the operator was left to run by itself.
+            raise ReconstructionError(
+                "the residual functions of a compiled reversible sequence cannot run on tensors without values; compile "
+                "the residual functions instead: `block.f.compile(); block.g.compile()`."
+            )
+        return self.findings
+
+    def half_block(self, step: Step) -> HalfBlock:
+        """Return the half-block that a step stands for."""
+        function = self._functions[step.function]()
+        if function is None:
+            raise ReconstructionError(
+                "a residual function of a compiled reversible sequence no longer exists; keep the model until the "
+                "backward pass is done."
+            )
+        return HalfBlock(
+            function,
+            step.target,
+            step.source,
+            step.name,
+            step.coupling,
+            step.role,
+            takes_arguments=step.takes_arguments,
+        )
+
+    def leaves(self, step: Step, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> dict[int, Tensor]:
+        """Return the inputs that a function gets besides its stream, each as a new leaf, by position."""
+        # New leaves for each call: nothing hangs on the graph of the caller, and what a function keeps is noticed.
+        leaves: dict[int, Tensor] = {}
+        if step.takes_arguments:
+            for position in self.argument_positions:
+                leaves[position] = inputs[position].detach().requires_grad_(wanted[position])
+        for position in self.parameter_positions[step.function]:
+            leaves[position] = nn.Parameter(inputs[position].detach(), requires_grad=wanted[position])
+        return leaves
+
+    def call(self, step: Step, source: Tensor, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]) -> Called:
+        """Call a residual function as `BoundChain.call` does, with these tensors for its own.
+
+        It runs under the training flags and the autocast state of the trace.
+
+        Raises:
+            RuntimeError: The function modified its input in place.
+            CannotCompile: The function filled a container among its arguments.
+        """
+        half_block = self.half_block(step)
+        tensors = iter([leaves[position] for position in self.argument_positions] if step.takes_arguments else [])
+        flat = [next(tensors, None) if leaf == TENSOR else leaf for leaf in self._argument_leaves]
+        args, kwargs, own_kwargs = arguments = tree_unflatten(flat, self._argument_spec)
+        chain = BoundChain(Chain([half_block]), args, kwargs, own_kwargs)
+        chain.input_dtype = self._input_dtype
+        with self._entered(half_block, step.function, leaves, buffers):
+            residual = chain.call(half_block, source)
+            rebound = {
+                position: holder[name]
+                for position, (holder, name) in zip(
+                    self.buffer_positions[step.function], self._buffer_places[step.function], strict=True
+                )
+                if holder[name] is not buffers[position]
+            }
+        check_arguments(step.name, arguments, flat, self._argument_spec)
+        drop_graphs_of_hooks(half_block.function)
+        return Called(residual, rebound)
+
+    @contextmanager
+    def _entered(
+        self, half_block: HalfBlock, which: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+            for device_type, dtype, enabled in self._autocast:
+                if enabled or torch.is_autocast_enabled(device_type):
+                    # No cache: it would keep casts of tensors that do not outlive the call.
+                    stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
+            for module, training in zip(half_block.function.modules(), self._training[which], strict=True):
+                if module.training != training:
+                    stack.callback(setattr, module, "training", module.training)
+                    module.training = training
+            for position, (holder, name) in zip(
+                self.parameter_positions[which], self._parameter_places[which], strict=True
+            ):
+                stack.callback(TensorPlace(holder, name, leaves[position]).swap(leaves[position]))
+            for position, (holder, name) in zip(self.buffer_positions[which], self._buffer_places[which], strict=True):
+                stack.callback(TensorPlace(holder, name, buffers[position]).swap(buffers[position]))
+            yield
+
+    def no_log_det(self, x1: Tensor) -> Tensor:
+        """Return zeros, (B,), the log-determinant before any step; an empty tensor if it stays zero or unwanted."""
+        return x1.new_zeros(len(x1) if self.has_log_det else 0, dtype=x1.dtype.to_real())
+
+    def log_det(self, step: Step, x: Tensor, residual: Tensor) -> Tensor | None:
+        """Return the log-determinant of a step, or None if it is zero or unwanted."""
+        if not self.has_log_det or step.coupling.is_additive:
+            return None
+        return step.coupling.log_det(x, residual)
+
+    def kept(self, step: Step) -> list[int]:
+        """Return the positions of the buffers that a second run must find as the first one found them."""
+        is_constant, is_scratch = self.found.is_constant, self._is_scratch
+        return [
+            position
+            for position in self.buffer_positions[step.function]
+            if not (is_constant[position] or is_scratch[position])
+        ]
+
+    def buffers_for_replay(self, constants: Sequence[Tensor]) -> list[Tensor]:
+        """Return all buffers, with copies for the ones that steps write to."""
+        remaining = iter(constants)
+        all_places = itertools.chain.from_iterable(self._buffer_places)
+        return [
+            next(remaining) if constant else holder[name].detach().clone()
+            for constant, (holder, name) in zip(self.found.is_constant, all_places, strict=True)
+        ]
+
+    def reached(self, wanted: Sequence[bool], has_gradient: Sequence[bool]) -> list[bool]:
+        """Say for each input whether a backward pass finds a gradient for it.
+
+        Args:
+            wanted: For each input, whether it requires a gradient.
+            has_gradient: For both streams and the log-determinant, whether a gradient comes in.
+        """
+        is_live = list(has_gradient[:NUM_STREAMS])
+        inputs: set[int] = set()
+        for step, reach in zip(reversed(self.steps), reversed(self.found.reaches), strict=True):
+            if has_gradient[NUM_STREAMS] and not step.coupling.is_additive:
+                is_live[step.target] = True
+            if is_live[step.target]:
+                inputs |= reach.inputs
+                is_live[step.source] |= reach.source
+        inputs |= {which for which in range(NUM_STREAMS) if is_live[which]}
+        return [is_wanted and position in inputs for position, is_wanted in enumerate(wanted)]
+
+
+def places(function: nn.Module, attribute: Literal["_parameters", "_buffers"]) -> list[Place]:
+    """Return the places in which a function's modules hold their parameters or buffers, module by module."""
+    return [
+        (holder, name)
+        for holder in (getattr(module, attribute) for module in function.modules())
+        for name, tensor in holder.items()
+        if tensor is not None
+    ]
+
+
+def _consecutive(start: int, items: Sequence[Sequence[Any]]) -> list[range]:
+    """Return the positions of each sequence's items, if all of them stand one after the other from `start` on."""
+    ends = list(itertools.accumulate(map(len, items), initial=start))
+    return [range(first, last) for first, last in itertools.pairwise(ends)]
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+# A traced graph can hold numbers, but no modules and couplings. Numbers hold in one process only.
+
+PROGRAMS: dict[int, Program] = {}
+_numbers = itertools.count()
+_things: "weakref.WeakValueDictionary[int, nn.Module | AbstractCoupling]" = weakref.WeakValueDictionary()
+_number_by_thing: "weakref.WeakKeyDictionary[nn.Module | AbstractCoupling, int]" = weakref.WeakKeyDictionary()
+
+
+@constant_while_tracing
+def number_of(thing: nn.Module | AbstractCoupling) -> int:
+    """Return the number by which traced code knows a function or a coupling; the trace holds for this one only."""
+    number = _number_by_thing.setdefault(thing, next(_numbers))
+    _things[number] = thing
+    return number
+
+
+@constant_while_tracing
+def program_of(
+    functions: list[int], steps: list[tuple[int, int, int, str, int, str, bool]], *rest: Any, **more: Any
+) -> int:
+    """Make a program while tracing, and return its number.
+
+    Args:
+        functions: The numbers of the functions.
+        steps: For each half-block the fields of a `Step`, with the coupling by its number.
+        rest: Further positional arguments of `Program`.
+        more: Keyword arguments of `Program`.
+    """
+    modules: list[Any] = [_things[number] for number in functions]
+    _check(modules)
+    made = [Step(*step[:4], _things[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]
+    number = next(_numbers)
+    PROGRAMS[number] = Program(modules, made, *rest, **more)
+    weakref.finalize(modules[0], PROGRAMS.pop, number, None)
+    return number
+
+
+@constant_while_tracing
+def changing_buffers(program: int) -> list[int]:
+    """Return the positions of the buffers that a program writes to.
+
+    Raises:
+        CannotCompile: The probe found that the program cannot run.
+    """
+    refusal = PROGRAMS[program].refusal
+    if refusal is not None:
+        raise refusal
+    return [position for position, constant in enumerate(PROGRAMS[program].found.is_constant) if not constant]
+
+
+@constant_while_tracing
+def has_log_det(program: int) -> bool:
+    """Whether a program computes a log-determinant."""
+    return PROGRAMS[program].has_log_det
+
+
+def _check(functions: Sequence[nn.Module]) -> None:
+    """Raise for functions whose parameters or buffers the operators cannot handle."""
+    seen: set[int] = set()
+    for function in functions:
+        for parameter in function.parameters():
+            if hasattr(parameter, "device_mesh"):
+                raise CannotCompile(
+                    "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; compile its "
+                    "residual functions instead: `block.f.compile(); block.g.compile()`."
+                )
+        for holder, name in places(function, "_buffers"):
+            if id(holder[name]) in seen:
+                raise CannotCompile(
+                    f"`{name}` is a buffer of two modules in a compiled reversible sequence; share the whole residual "
+                    "function instead, or compile the residual functions only: `block.f.compile(); block.g.compile()`."
+                )
+            if holder[name].requires_grad:
+                raise CannotCompile(
+                    f"`{name}` is a buffer that requires a gradient, which a compiled reversible sequence would lose; "
+                    "make it an `nn.Parameter`, or compile the residual functions only: `block.f.compile(); "
+                    "block.g.compile()`."
+                )
+            seen.add(id(holder[name]))

@@ -1,0 +1,158 @@
+"""What residual functions leave behind besides their result, which would never reach the caller of a compiled graph.
+
+Auxiliary losses are the usual case: a function appends one to a list, or sets an attribute, for the caller to add to
+the loss. An operator runs the function on tensors that are not connected to the caller's graph, so such a loss would
+lose its gradient without a word. Every way of leaving something behind is noticed in one of three ways: containers
+among the arguments are compared after each call; attributes of the modules are compared while tracing; and after each
+call of the forward pass nothing may hold the graph any more.
+"""
+
+import gc
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from revnet._torch_internals import tree_flatten
+from revnet.engine._refusal import CannotCompile
+
+_CONTAINERS = (list, dict, set, deque)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _refusal(name: str, what: str) -> CannotCompile:
+    return CannotCompile(
+        f"`{name}` {what}, which a compiled reversible sequence can neither pass to its caller nor repeat in the "
+        "backward pass; compile the residual functions instead (`block.f.compile(); block.g.compile()`), or keep the "
+        "block's activations with the policy `Store()`."
+    )
+
+
+def check_arguments(name: str, arguments: Any, flat: Sequence[Any], spec: Any) -> None:
+    """Raise if a function changed a list or dict among its arguments, which were flattened to `flat` and `spec`.
+
+    Raises:
+        CannotCompile: It did.
+    """
+    leaves, spec_now = tree_flatten(arguments)
+    if spec_now != spec or any(now is not before for now, before in zip(leaves, flat, strict=True)):
+        raise _refusal(name, "filled a list or dict among its arguments")
+
+
+class Attributes:
+    """The attributes of a function's modules as they are now, lists and dicts in them included.
+
+    Args:
+        function: The residual function.
+    """
+
+    def __init__(self, function: nn.Module):
+        self._modules = [(module, _own_attributes(module)) for module in function.modules()]
+        values = [value for _, attributes in self._modules for value in attributes.values()]
+        self._containers = [(each, each.copy()) for value in values for each in _containers(value)]
+
+    def changed(self) -> str | None:
+        """Return a description of the first thing that is no longer as it was, or None."""
+        for module, before in self._modules:
+            now = _own_attributes(module)
+            # Tensors that hooks set anew before each call are the same in both runs.
+            for key in (now.keys() | before.keys()) - _set_by_hooks(module):
+                if key not in now or key not in before or not _is_same(now[key], before[key]):
+                    return f"`{key}` of {type(module).__name__}"
+        for container, saved in self._containers:
+            if not _has_same_items(container, saved):
+                return f"a {type(container).__name__}"
+        return None
+
+    def put_back(self) -> None:
+        """Make everything as it was."""
+        for module, before in self._modules:
+            for key in _own_attributes(module).keys() - before.keys():
+                del vars(module)[key]
+            vars(module).update(before)
+        for container, saved in self._containers:
+            container.clear()
+            container.update(saved) if isinstance(container, (dict, set)) else container.extend(saved)
+
+
+def check_attributes(name: str, before: Attributes) -> None:
+    """Raise if a function changed an attribute of its modules since `before`.
+
+    Raises:
+        CannotCompile: It did.
+    """
+    changed = before.changed()
+    if changed is not None:
+        raise _refusal(name, f"changes {changed} in every call")
+
+
+def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], *, may_collect: bool) -> bool:
+    """Raise if anything holds the graph of a call that is over, which is when one of its leaves still exists.
+
+    Args:
+        name: The name of the function, for the error.
+        leaves: The leaves of the graph.
+        may_collect: Whether to look for reference cycles, which may hold the graph without anyone's intention.
+
+    Returns:
+        Whether the function leaves reference cycles, so that no conclusion is possible.
+
+    Raises:
+        CannotCompile: Something does.
+    """
+    alive = [leaf for leaf in leaves if leaf() is not None]
+    if not alive:
+        return False
+    if may_collect:
+        gc.collect()
+        if any(leaf() is not None for leaf in alive):
+            raise _refusal(name, "keeps a tensor that it computed")
+    return True
+
+
+def drop_graphs_of_hooks(function: nn.Module) -> None:
+    """Detach the tensors that hooks such as the ones of weight norm and pruning set anew before each call."""
+    for module in function.modules():
+        for name in _set_by_hooks(module):
+            tensor = vars(module).get(name)
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                vars(module)[name] = tensor.detach()
+
+
+def _set_by_hooks(module: nn.Module) -> set[str]:
+    hooks = module._forward_pre_hooks.values()
+    names = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
+    return {name for name in names if isinstance(name, str)}
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """Yield the list, dict or the like itself, and the ones inside it."""
+    seen: set[int] = set()
+    remaining = [value]
+    while remaining:
+        each = remaining.pop()
+        if id(each) in seen or not isinstance(each, (*_CONTAINERS, tuple)):
+            continue
+        seen.add(id(each))
+        remaining.extend(each.values() if isinstance(each, dict) else each)
+        if isinstance(each, _CONTAINERS):
+            yield each
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+
+
+def _has_same_items(a: Any, b: Any) -> bool:
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return all(key in b and _is_same(value, b[key]) for key, value in a.items())
+    return bool(a == b) if isinstance(a, set) else all(map(_is_same, a, b))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b)
