@@ -68,6 +68,8 @@ def test_every_contender_has_a_row(small, tmp_path, capsys):
             assert not row["ratio_median"]
         else:
             assert text.count(f"\n| {contender} | ") == len(HOST_CASES)
+            assert f"| {case} | {contender} | " in text or row["revnet_calls"] == "0"
+            assert (row["revnet_calls"] != "0") == contender.startswith("revnet")
             assert float(row["step_seconds"]) / 4e-6 == pytest.approx(float(row["half_block_microseconds"]))
     for case in HOST_CASES:
         assert rows[case.name, "plain"]["ratio_median"] == rows[case.name, "plain"]["least_over_least"] == "1.0"

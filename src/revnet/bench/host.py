@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from revnet.bench.calls import Calls, count_calls
 from revnet.bench.cases import Case, FunctionPair
 from revnet.bench.contenders import Contender
 from revnet.bench.host_cases import HOST_CASES, HOST_CONTENDERS, LOOP
@@ -55,6 +56,12 @@ class HostSubject:
         """Drop the gradients of earlier steps."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def count_calls(self) -> Calls:
+        """Return the Python calls inside revnet in one step, which is not the first."""
+        first, second = self.inputs(2)
+        self.step(first)
+        return count_calls(lambda: self.step(second))
 
     def turn_seconds(self) -> float:
         """Return the processor time of one step, of `STEPS_PER_TURN` timed together."""
@@ -96,6 +103,8 @@ class HostRow:
     case: str
     contender: str
     times: HostTimes | None = None
+    calls: Calls | None = None
+    """Python calls inside revnet in one step."""
     note: str = ""
     """Why there is no measurement."""
 
@@ -108,9 +117,14 @@ class HostResults:
     num_blocks: int
     rows: list[HostRow] = field(default_factory=list)
 
+    @property
+    def num_half_blocks(self) -> int:
+        """Number of residual functions."""
+        return 2 * self.num_blocks
+
     def microseconds(self, times: HostTimes) -> float:
         """Return the processor time per half-block."""
-        return times.step_seconds / (2 * self.num_blocks) * 1e6
+        return times.step_seconds / self.num_half_blocks * 1e6
 
 
 def measure_host(num_rounds: int, say: Callable[[str], None] = print, *, num_blocks: int = NUM_BLOCKS) -> HostResults:
@@ -153,7 +167,8 @@ def _measure_case(case: Case, num_rounds: int, num_blocks: int) -> Iterator[Host
         if name in notes:
             yield HostRow(case.name, name, note=notes[name])
         else:
-            yield HostRow(case.name, name, HostTimes.of(seconds[name], seconds[LOOP.name]))
+            times = HostTimes.of(seconds[name], seconds[LOOP.name])
+            yield HostRow(case.name, name, times, subjects[name].count_calls())
 
 
 def _rounds(subjects: dict[str, HostSubject], num_rounds: int) -> dict[str, list[float]]:

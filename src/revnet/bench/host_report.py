@@ -13,7 +13,8 @@ from revnet.bench.host_cases import HOST_CASES, HOST_CONTENDERS
 _THEME = "host"
 _COLUMNS = (
     *("case", "blocks", "contender", "step_seconds", "half_block_microseconds"),
-    *("ratio_first_quartile", "ratio_median", "ratio_third_quartile", "least_over_least", "note"),
+    *("ratio_first_quartile", "ratio_median", "ratio_third_quartile", "least_over_least"),
+    *("revnet_calls", "revnet_files", "revnet_lines", "note"),
 )
 
 
@@ -70,6 +71,7 @@ def host_markdown(results: HostResults, command: str, *, load: str) -> str:
     ]
     for case in HOST_CASES:
         lines += _table(results, case.name)
+    lines += _calls_section(results)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -92,6 +94,23 @@ def _table(results: HostResults, case: str) -> Iterator[str]:
     yield ""
 
 
+def _calls_section(results: HostResults) -> Iterator[str]:
+    yield "## Python calls inside revnet"
+    yield ""
+    yield (
+        "Exact, without noise: calls in one step, divided by the number of half-blocks; the files that have one of the "
+        "functions called, and their lines, which is what has to be read to follow the step. Calls of PyTorch and of "
+        "the residual functions are not counted."
+    )
+    yield ""
+    yield "| case | contender | calls per half-block | files | lines |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    for row in results.rows:
+        if row.calls is not None and row.calls.num_calls:
+            cells = [row.case, row.contender, f"{row.calls.num_calls / results.num_half_blocks:.1f}"]
+            yield f"| {' | '.join([*cells, str(row.calls.num_files), f'{row.calls.num_lines:,}'])} |"
+
+
 def _load() -> str:
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
@@ -106,4 +125,5 @@ def _write_csv(results: HostResults, path: Path) -> None:
                 step, ratio = row.times.step_seconds, row.times.over_plain
                 values = (step, results.microseconds(row.times), ratio.first, ratio.median, ratio.third)
                 values = (*values, row.times.least_over_least)
-            writer.writerow((row.case, results.num_blocks, row.contender, *values, row.note))
+            calls = ("",) * 3 if row.calls is None else (row.calls.num_calls, row.calls.num_files, row.calls.num_lines)
+            writer.writerow((row.case, results.num_blocks, row.contender, *values, *calls, row.note))
