@@ -161,31 +161,38 @@ def _measure_case(case: Case, num_rounds: int, num_blocks: int) -> Iterator[Host
             subjects[contender.name] = subject
         except Exception as error:
             notes[contender.name] = one_line(error)
-    seconds = _rounds(subjects, num_rounds)
+    with frozen():
+        seconds = _rounds(subjects, num_rounds)
+        calls = {name: subject.count_calls() for name, subject in subjects.items()}
     for contender in HOST_CONTENDERS:
         name = contender.name
         if name in notes:
             yield HostRow(case.name, name, note=notes[name])
         else:
-            times = HostTimes.of(seconds[name], seconds[LOOP.name])
-            yield HostRow(case.name, name, times, subjects[name].count_calls())
+            yield HostRow(case.name, name, HostTimes.of(seconds[name], seconds[LOOP.name]), calls[name])
 
 
 def _rounds(subjects: dict[str, HostSubject], num_rounds: int) -> dict[str, list[float]]:
     """Processor time of a step of each subject, by rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     shuffle = random.Random(0).shuffle  # a generator of its own: revtorch draws from the global one
+    for _ in range(num_rounds):
+        names = list(subjects)
+        shuffle(names)
+        for name in names:
+            seconds[name].append(subjects[name].turn_seconds())
+    return seconds
+
+
+@contextmanager
+def frozen() -> Iterator[None]:
+    """Keep what is there already out of garbage collections: those between turns then cost next to nothing."""
     gc.collect()
-    gc.freeze()  # the collections between turns look at what steps left behind, and not at all of PyTorch
+    gc.freeze()
     try:
-        for _ in range(num_rounds):
-            names = list(subjects)
-            shuffle(names)
-            for name in names:
-                seconds[name].append(subjects[name].turn_seconds())
+        yield
     finally:
         gc.unfreeze()
-    return seconds
 
 
 @contextmanager
