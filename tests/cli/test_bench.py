@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import revnet.bench
+from revnet import bench
 from revnet.bench import QUICK, Settings
+from revnet.bench.host import NUM_QUICK_ROUNDS, NUM_ROUNDS
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def calls(monkeypatch):
         calls.append((settings, folder, command))
         return folder / "page.md"
 
-    monkeypatch.setattr(revnet.bench, "run_benchmark", run_benchmark)
+    monkeypatch.setattr(bench, "run_benchmark", run_benchmark)
     return calls
 
 
@@ -42,8 +43,26 @@ def test_options(revnet, calls):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "num_rounds"), [([], NUM_ROUNDS), (["--quick"], NUM_QUICK_ROUNDS), (["--num-rounds", "7"], 7)]
+)
+def test_host(revnet, monkeypatch, tmp_path, arguments, num_rounds):
+    calls = []
+
+    def run_host_benchmark(num_rounds, folder, command):
+        calls.append((num_rounds, folder, command))
+        (folder / "page.md").write_text("the page\n")
+        return folder / "page.md"
+
+    monkeypatch.setattr(bench, "run_host_benchmark", run_host_benchmark)
+    monkeypatch.chdir(tmp_path)
+    assert revnet("bench", "--host", *arguments) == (0, "the page\n\nwrote page.md and its CSV\n", "")
+    assert calls == [(num_rounds, Path(), " ".join(["revnet bench --host", *arguments]))]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--host", "--device", "cuda"], "`--device` (=cuda) must be cpu with `--host`"),
         (["--num-rounds", "0"], "`--num-rounds` (=0) must be a positive integer."),
         (["--device", "abacus"], "`--device` (=abacus) is no device; use cpu or cuda."),
         (["--device", "meta"], "`--device` (=meta) must be cpu or cuda."),

@@ -7,6 +7,9 @@ from revnet.bench.cases import CASES as CASES
 from revnet.bench.cases import Case as Case
 from revnet.bench.contenders import CONTENDERS as CONTENDERS
 from revnet.bench.contenders import Contender as Contender
+from revnet.bench.host_cases import HOST_CASES as HOST_CASES
+from revnet.bench.host_cases import HOST_CONTENDERS as HOST_CONTENDERS
+from revnet.bench.host_report import run_host_benchmark as run_host_benchmark
 from revnet.bench.run import QUICK as QUICK
 from revnet.bench.run import Results as Results
 from revnet.bench.run import Settings as Settings

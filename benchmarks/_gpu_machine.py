@@ -1,0 +1,32 @@
+"""What the page of `gpu.py` opens with; found in a process of its own, since asking a GPU takes memory on it."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from _gpu_part import Part, Setting
+from _gpu_step import low_precision
+from _memory_page import MIB, Row
+
+from revnet.bench import describe_machine, hardware_name
+
+
+def rows(setting: Setting) -> Iterator[Row]:
+    """Yield the name of the hardware, for files, and the lines."""
+    lines = describe_machine("{command}", device=setting.device)
+    if setting.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(setting.device)
+        lines.append(
+            f"- GPU: {properties.total_memory / MIB:,.0f} MiB, capability {properties.major}.{properties.minor}, "
+            f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; TF32 in convolutions: "
+            f"{torch.backends.cudnn.allow_tf32}, in matrix products: {torch.backends.cuda.matmul.allow_tf32}; 16 bits: "
+            f"{low_precision(setting.device)}"
+        )
+    yield {"hardware": hardware_name(setting.device), "lines": lines}
+
+
+def lines(found: Sequence[Row]) -> list[str]:
+    """Return the lines."""
+    return list(found[0]["lines"])
+
+
+MACHINE = Part("machine", "Machine", 60, rows, lines)

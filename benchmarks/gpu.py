@@ -1,0 +1,216 @@
+"""One script for one GPU: tests, times and memory, within eight minutes.
+
+    PYTHONPATH=src:. python benchmarks/gpu.py
+    PYTHONPATH=src:. python benchmarks/gpu.py --parts tests,ratios
+    PYTHONPATH=src:. python benchmarks/gpu.py --device cpu --quick     # a dry run
+
+It needs PyTorch, NumPy and pytest, no network, and a checkout of the repository in which revnet need not be installed.
+`--parts` selects, in order of worth:
+
+- `tests`: the tests that are marked `gpu`;
+- `ratios`: host and step time against plain autograd, `torch.utils.checkpoint` and `save_on_cpu`, at three sizes;
+- `memory`: allocated and reserved bytes against `revnet.memory.predict`;
+- `models`: RevNet-38, -110 and -164 on small images, RevNet-104 against ResNet-101 on large ones;
+- `batches`: the largest batches by `revnet.memory.max_batch_size`, each checked by one step;
+- `transformer`: a transformer on 1,024 to 65,536 tokens.
+
+Each part runs in a process of its own with a limit of time. One that fails, or takes too long, keeps what it has
+measured so far, and the next one runs. Writes a page, and a CSV for each part, into benchmarks/results/.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from _gpu_batches import BATCHES
+from _gpu_machine import MACHINE
+from _gpu_memory import MEMORY
+from _gpu_models import MODELS
+from _gpu_part import Part, Setting
+from _gpu_ratios import RATIOS
+from _gpu_tests import ROOT, TESTS
+from _gpu_transformer import TRANSFORMER
+from _memory_page import Row, table
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {part.name: part for part in (TESTS, RATIOS, MEMORY, MODELS, BATCHES, TRANSFORMER)}
+TOTAL_SECONDS = 460
+"""For all parts. The first ones are worth most, so the last ones get what is left."""
+ERROR = "error"
+"""Only column of the row with which a part that failed ends."""
+LEAST_SECONDS = 20
+"""For a part: in less it would not even load what it needs."""
+
+
+@dataclass
+class Outcome:
+    """What became of a part."""
+
+    part: Part
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+    note: str = ""
+    """What went wrong."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts, and write the results.
+
+    Returns:
+        0, or 1 if something failed, which the page tells.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas between")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: see that everything runs")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--run", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)  # what each process gets
+    given = parser.parse_args(arguments)
+    setting = Setting(torch.device(given.device), given.quick)
+    if given.run:
+        part_name, path = given.run
+        return run_here({**PARTS, MACHINE.name: MACHINE}[part_name], setting, Path(path))
+    names = given.parts.split(",")
+    complaint = wrong(names, setting, given.output_dir)
+    if complaint:
+        parser.error(complaint)
+    command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
+    outcomes = run_all([part for name, part in PARTS.items() if name in names], setting, given.output_dir, command)
+    return int(any(outcome.note for outcome in outcomes))
+
+
+def wrong(names: Sequence[str], setting: Setting, folder: Path) -> str | None:
+    """What can be seen to be wrong before anything takes minutes."""
+    for name in names:
+        if name not in PARTS:
+            return f"there is no part {name!r}; choose of {', '.join(PARTS)}"
+    if setting.device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU; `--device cpu --quick` is a dry run without one"
+    if setting.device.type != "cuda" and not setting.quick:
+        return f"--device {setting.device} would take hours; add --quick for a dry run"
+    if not folder.is_dir():
+        return f"--output-dir {folder} is no folder; make it first"
+    return None
+
+
+def run_all(parts: Sequence[Part], setting: Setting, folder: Path, command: str) -> list[Outcome]:
+    """Run one part after the other, and write the page after each."""
+    end = time.monotonic() + TOTAL_SECONDS
+    machine = run_apart(MACHINE, setting, MACHINE.limit_seconds)
+    hardware = machine.rows[0]["hardware"] if machine.rows else setting.device.type
+    theme = "-".join(["gpu", *["quick"] * setting.quick, *[part.name for part in parts if len(parts) < len(PARTS)]])
+    stem = f"{theme}_{hardware}_{datetime.date.today()}"
+    outcomes: list[Outcome] = []
+    for part in parts:
+        print(f"--- {part.name}", flush=True)
+        left = min(part.limit_seconds, end - time.monotonic())
+        outcome = run_apart(part, setting, left) if left > LEAST_SECONDS else Outcome(part, note="no time was left")
+        outcomes.append(outcome)
+        if outcome.rows:
+            write_csv(outcome.rows, folder / f"{stem}_{part.name}.csv")
+        text = page(machine, outcomes, command)
+        (folder / f"{stem}.md").write_text(text)
+    print(text)
+    return outcomes
+
+
+def run_apart(part: Part, setting: Setting, seconds: float) -> Outcome:
+    """Run a part in a process of its own, and end it, with the processes that it started, when its time is over."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows"
+        path.touch()
+        command = [sys.executable, __file__, "--device", str(setting.device), *["--quick"] * setting.quick]
+        paths = [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [*command, "--run", part.name, str(path)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            start_new_session=True,
+        )
+        note = ""
+        try:
+            code = process.wait(seconds)
+            if code:
+                note = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            note = f"ended after {seconds:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        outcome = Outcome(part, seconds=time.monotonic() - start, note=note)
+        outcome.rows = read_rows(path)
+    if outcome.rows and ERROR in outcome.rows[-1]:
+        outcome.note = outcome.rows.pop()[ERROR]
+    return outcome
+
+
+def run_here(part: Part, setting: Setting, path: Path) -> int:
+    """Run a part in this process, and write each row as soon as it is there."""
+    with path.open("w") as file:
+        try:
+            for row in part.rows(setting):
+                print(json.dumps(row), file=file, flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            first = next(iter(str(error).splitlines()), "")
+            print(json.dumps({ERROR: f"{type(error).__name__}: {first}"[:300]}), file=file, flush=True)
+            return 1
+    return 0
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return what a part has written, up to a line that it could not finish."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def page(machine: Outcome, outcomes: Sequence[Outcome], command: str) -> str:
+    """Write the page: what ran and what failed, then the tables."""
+    head = MACHINE.lines(machine.rows) if machine.rows else [f"- The machine could not be described: {machine.note}"]
+    cells = [[each.part.name, each.note or "done", f"{each.seconds:.0f}"] for each in outcomes]
+    text = [
+        "# Reversible training on one GPU",
+        "",
+        *[line.replace("{command}", command) for line in head],
+        "",
+        *table(("part", "outcome", "seconds"), cells),
+    ]
+    for outcome in outcomes:
+        text += [f"## {outcome.part.title}", ""]
+        text += [f"**Not complete: {outcome.note}**", ""] if outcome.note else []
+        text += [*"\n".join(outcome.part.lines(outcome.rows)).rstrip().splitlines(), ""] if outcome.rows else []
+    return "\n".join(text).rstrip() + "\n"
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows; one that failed lacks some columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

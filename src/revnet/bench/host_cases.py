@@ -1,0 +1,105 @@
+"""What `revnet bench --host` runs: blocks so small that their arithmetic hardly counts, and ways of running them."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+import revnet
+from revnet.bench.cases import Attention, Case, FunctionPair, feed_forward
+from revnet.bench.contenders import CONTENDERS, Contender, Group
+from revnet.nn import AbstractPolicy, Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
+
+
+def conv_residual(num_channels: int) -> nn.Sequential:
+    """Batch norm, ReLU and 3x3 convolution, twice, all of them PyTorch's own."""
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        convolution = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
+        layers += [nn.BatchNorm2d(num_channels), nn.ReLU(), convolution]
+    return nn.Sequential(*layers)
+
+
+HOST_CASES: Sequence[Case] = (
+    Case(
+        "conv",
+        "F = G = BN-ReLU-conv3x3, twice, no bias; streams of 4 channels, 4x4 pixels, batch 1",
+        lambda: (conv_residual(4), conv_residual(4)),
+        (1, 4, 4, 4),
+        split_dim=1,
+    ),
+    Case(
+        "transformer",
+        "F = LN + 2-head attention, G = LN + MLP x4 (GELU); streams of 8 features, 4 tokens, batch 1",
+        lambda: (Attention(8, num_heads=2), feed_forward(8)),
+        (1, 4, 8),
+        split_dim=2,
+    ),
+)
+
+
+class Loop(nn.Module):
+    """Plain autograd: the blocks in a loop, between `chunk` and `cat`.
+
+    Args:
+        functions: The residual functions of all blocks.
+        split_dim: The dimension along which the streams are joined.
+    """
+
+    def __init__(self, functions: Sequence[FunctionPair], split_dim: int):
+        super().__init__()
+        self.blocks = Group(functions)
+        self.split_dim = split_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks."""
+        return torch.cat(self.blocks(*x.chunk(2, self.split_dim)), self.split_dim)
+
+
+def _sequence(policy: AbstractPolicy, *, is_exact: bool = False) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
+    """A sequence of this library under `policy`, with additive or with exact couplings."""
+
+    def make(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
+        coupling = revnet.FixedPoint() if is_exact else revnet.Additive()
+        blocks = [ReversibleBlock(f, g, split_dim=split_dim, coupling=coupling) for f, g in functions]
+        return ReversibleSequential(*blocks, policy=policy)
+
+    return make
+
+
+def _revtorch_as_it_comes(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
+    revtorch = import_module("revtorch.revtorch")
+    return revtorch.ReversibleSequence(
+        nn.ModuleList([revtorch.ReversibleBlock(f, g, split_along_dim=split_dim) for f, g in functions])
+    )
+
+
+def _known(name: str) -> Contender:
+    return next(contender for contender in CONTENDERS if contender.name == name)
+
+
+LOOP = Contender("plain", "the loop `x1 = x1 + f(x2); x2 = x2 + g(x1)`, between `chunk` and `cat`", Loop)
+"""What the other contenders are compared with on the host."""
+
+HOST_CONTENDERS: Sequence[Contender] = (
+    LOOP,
+    Contender(
+        "revtorch",
+        "`ReversibleSequence`, its default mode, which is right for functions without randomness only; "
+        "`fix_random_seed=True` costs four times as much here",
+        _revtorch_as_it_comes,
+        "revtorch",
+    ),
+    *map(_known, ("revlib", "memcnn", "checkpoint")),
+    Contender("revnet, Reverse()", "`ReversibleSequential(..., policy=Reverse())`, the default", _sequence(Reverse())),
+    Contender("revnet, Checkpoint()", "the same with `Checkpoint()`", _sequence(Checkpoint())),
+    Contender(
+        "revnet, FixedPoint()",
+        "`Reverse()` with `FixedPoint()` couplings, which rebuild every bit",
+        _sequence(Reverse(), is_exact=True),
+    ),
+    Contender(
+        "revnet, Store()", "the same with `Store()`: plain autograd behind revnet's interface", _sequence(Store())
+    ),
+)

@@ -1,0 +1,129 @@
+"""The page and the table of `revnet bench --host`."""
+
+import csv
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from revnet._machine import describe_machine, hardware_name
+from revnet.bench.host import STEPS_PER_TURN, HostResults, measure_host, one_thread
+from revnet.bench.host_cases import HOST_CASES, HOST_CONTENDERS
+
+_THEME = "host"
+_COLUMNS = (
+    *("case", "blocks", "contender", "step_seconds", "half_block_microseconds"),
+    *("ratio_first_quartile", "ratio_median", "ratio_third_quartile", "least_over_least"),
+    *("revnet_calls", "revnet_files", "revnet_lines", "note"),
+)
+
+
+def run_host_benchmark(num_rounds: int, folder: Path, command: str) -> Path:
+    """Measure the host's part of a step, and write `host_<hardware>_<date>` as Markdown and CSV.
+
+    Args:
+        num_rounds: Turns of each contender.
+        folder: Where the files go; made if it is not there.
+        command: What was run, for the page.
+
+    Returns:
+        The path of the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    load = _load()
+    results = measure_host(num_rounds)
+    with one_thread():  # which the page mentions
+        text = host_markdown(results, command, load=f"{load} before, {_load()} after")
+    page = folder / f"{_THEME}_{hardware_name()}_{datetime.date.today()}.md"
+    _write_csv(results, page.with_suffix(".csv"))
+    page.write_text(text)
+    return page
+
+
+def host_markdown(results: HostResults, command: str, *, load: str) -> str:
+    """Write the page: circumstances first, then a table for each case.
+
+    Args:
+        results: What was measured.
+        command: What was run.
+        load: How busy the machine was with other programs.
+    """
+    peers = {
+        contender.package: contender.version() or "not installed" for contender in HOST_CONTENDERS if contender.package
+    }
+    lines = [
+        "# Processor time of a step on tiny tensors",
+        "",
+        *describe_machine(command, peers=peers),
+        f"- Programs that wanted to run, on average over a minute: {load}",
+        f"- Workloads, {results.num_blocks} blocks in float32, the same residual functions, weights and input for all:",
+        *[f"  - {case.name}: {case.description}" for case in HOST_CASES],
+        "- Contenders:",
+        *[f"  - {contender.name}: {contender.description}" for contender in HOST_CONTENDERS],
+        "",
+        "A step is the forward pass, the loss `y.square().mean()` and the backward pass; the input requires a "
+        "gradient. Times are processor time on one thread. "
+        f"{results.num_rounds} rounds; in each, every contender makes one step to warm up and {STEPS_PER_TURN} that "
+        "are timed, in an order that changes. *Step / plain* is the median over rounds of the ratio within the round, "
+        "with first and third quartile; *least / least* compares the fastest turns. Microseconds are of the median "
+        "step, divided by the number of half-blocks (residual functions); *above plain* is what the contender adds.",
+        "",
+    ]
+    for case in HOST_CASES:
+        lines += _table(results, case.name)
+    lines += _calls_section(results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(results: HostResults, case: str) -> Iterator[str]:
+    rows = [row for row in results.rows if row.case == case]
+    plain = rows[0].times
+    assert plain is not None
+    yield f"| {case} | step / plain | quartiles | least / least | microseconds per half-block | above plain |"
+    yield f"| --- |{' ---: |' * 5}"
+    for row in rows:
+        if row.times is not None:
+            ratio, cost = row.times.over_plain, results.microseconds(row.times)
+            cells = [f"{ratio.median:.2f}", f"{ratio.first:.2f}-{ratio.third:.2f}", f"{row.times.least_over_least:.2f}"]
+            cells += [f"{cost:.0f}", f"{cost - results.microseconds(plain):.0f}"]
+            yield f"| {row.contender} | {' | '.join(cells)} |"
+    yield ""
+    for row in rows:
+        if row.note:
+            yield f"- {row.contender}: {row.note}"
+    yield ""
+
+
+def _calls_section(results: HostResults) -> Iterator[str]:
+    yield "## Python calls inside revnet"
+    yield ""
+    yield (
+        "Exact, without noise: calls in one step, divided by the number of half-blocks; the files that have one of the "
+        "functions called, and their lines, which is what has to be read to follow the step. Calls of PyTorch and of "
+        "the residual functions are not counted."
+    )
+    yield ""
+    yield "| case | contender | calls per half-block | files | lines |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    for row in results.rows:
+        if row.calls is not None and row.calls.num_calls:
+            cells = [row.case, row.contender, f"{row.calls.num_calls / results.num_half_blocks:.1f}"]
+            yield f"| {' | '.join([*cells, str(row.calls.num_files), f'{row.calls.num_lines:,}'])} |"
+
+
+def _load() -> str:
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def _write_csv(results: HostResults, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for row in results.rows:
+            values: tuple[float | str, ...] = ("",) * 6
+            if row.times is not None:
+                step, ratio = row.times.step_seconds, row.times.over_plain
+                values = (step, results.microseconds(row.times), ratio.first, ratio.median, ratio.third)
+                values = (*values, row.times.least_over_least)
+            calls = ("",) * 3 if row.calls is None else (row.calls.num_calls, row.calls.num_files, row.calls.num_lines)
+            writer.writerow((row.case, results.num_blocks, row.contender, *values, *calls, row.note))

@@ -1,0 +1,208 @@
+"""`benchmarks/gpu.py` without a GPU: every part runs with tiny sizes, and one that fails does not stop the others."""
+
+import csv
+import time
+from importlib import import_module
+
+import pytest
+import torch
+
+from tests.helpers import CASE
+
+
+@pytest.fixture
+def gpu():
+    return import_module("gpu")
+
+
+@pytest.fixture
+def setting():
+    return import_module("_gpu_part").Setting(torch.device("cpu"), quick=True)
+
+
+@pytest.fixture
+def in_this_process(gpu, monkeypatch, tmp_path):
+    """Parts run here, which saves the time in which each process loads PyTorch."""
+
+    def run_apart(part, setting, seconds):
+        path = tmp_path / f"{part.name}.rows"
+        gpu.run_here(part, setting, path)
+        outcome = gpu.Outcome(part, gpu.read_rows(path))
+        if outcome.rows and gpu.ERROR in outcome.rows[-1]:
+            outcome.note = outcome.rows.pop()[gpu.ERROR]
+        return outcome
+
+    monkeypatch.setattr(gpu, "run_apart", run_apart)
+
+
+@pytest.fixture
+def part(gpu):
+    """A part of one row; it then fails, or sleeps."""
+
+    def make(name, *, fails=False):
+        def rows(setting):
+            yield {"number": 1}
+            if fails:
+                raise ArithmeticError("on demand\nlong story")
+
+        return import_module("_gpu_part").Part(name, f"Title of {name}", 60, rows, lambda rows: [f"{name}: {rows}", ""])
+
+    return make
+
+
+def test_a_dry_run_writes_everything(gpu, in_this_process, tmp_path, capsys):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    assert gpu.main(["--device", "cpu", "--quick", "--output-dir", str(folder)]) == 0
+    (page,) = folder.glob("*.md")
+    assert page.name.startswith("gpu-quick_cpu")
+    text = page.read_text()
+    assert capsys.readouterr().out.rstrip().endswith(text.rstrip())
+    assert "- Versions: PyTorch " in text
+    assert f"`python benchmarks/gpu.py --device cpu --quick --output-dir {folder}`" in text.replace(
+        "`OMP_NUM_THREADS=1 ", "`"
+    )
+    assert "Not complete" not in text
+    tables = {}
+    for name, part in gpu.PARTS.items():
+        assert f"| {name} | done | " in text
+        assert f"## {part.title}\n" in text
+        with (folder / f"{page.stem}_{name}.csv").open(newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert all(row["outcome"] in ("skipped", "passed") for row in tables["tests"])
+    assert len(tables["tests"]) > len(CASE)
+    assert {row["contender"] for row in tables["ratios"]} >= {"plain", "checkpoint", "save_on_cpu", "revnet, Reverse()"}
+    assert all(
+        row["step_ratio"] == row["host_ratio"] == "1.0" for row in tables["ratios"] if row["contender"] == "plain"
+    )
+    assert all(row["allocated_bytes"] == row["predicted_bytes"] for row in tables["memory"])
+    assert len(tables["models"]) == 3
+    for row in tables["batches"]:
+        assert int(row["batch"]) > 1
+        assert int(row["allocated_bytes"]) <= int(row["budget_bytes"])
+    assert not any(
+        row["note"] for name in ("ratios", "memory", "models", "batches", "transformer") for row in tables[name]
+    )
+
+
+def test_a_part_that_fails_does_not_stop_the_others(gpu, in_this_process, setting, part, tmp_path, capsys):
+    outcomes = gpu.run_all([part("first", fails=True), part("second")], setting, tmp_path, "gpu.py")
+    assert [outcome.note for outcome in outcomes] == ["ArithmeticError: on demand", ""]
+    (page,) = tmp_path.glob("*.md")
+    text = page.read_text()
+    assert "| first | ArithmeticError: on demand | 0 |" in text
+    assert "**Not complete: ArithmeticError: on demand**\n\nfirst: [{'number': 1}]" in text
+    assert "| second | done | 0 |" in text
+    assert len(list(tmp_path.glob("*.csv"))) == 2
+
+
+def test_no_part_begins_after_the_time_is_over(gpu, in_this_process, setting, part, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "TOTAL_SECONDS", gpu.LEAST_SECONDS)
+    (outcome,) = gpu.run_all([part("late")], setting, tmp_path, "gpu.py")
+    assert (outcome.note, outcome.rows) == ("no time was left", [])
+    assert "**Not complete: no time was left**" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_all_of_it_takes_less_than_eight_minutes(gpu):
+    assert gpu.TOTAL_SECONDS + gpu.LEAST_SECONDS <= 8 * 60
+    assert list(gpu.PARTS) == ["tests", "ratios", "memory", "models", "batches", "transformer"]
+
+
+def test_a_part_has_a_process_of_its_own(gpu, setting):
+    outcome = gpu.run_apart(gpu.MACHINE, setting, 120)
+    (row,) = outcome.rows
+    assert row["hardware"].startswith("cpu")
+    assert not outcome.note
+
+
+def test_a_process_that_takes_too_long_is_ended(gpu, setting, part):
+    start = time.monotonic()
+    outcome = gpu.run_apart(gpu.MACHINE, setting, 0.01)
+    assert (outcome.note, outcome.rows) == ("ended after 0 s", [])
+    assert time.monotonic() - start < 60
+    unknown = gpu.run_apart(part("no such part"), setting, 120)
+    assert unknown.note == "exit code 1"
+
+
+def test_a_line_that_was_not_finished_is_left_out(gpu, tmp_path):
+    path = tmp_path / "rows"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert gpu.read_rows(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_what_becomes_of_tests(setting, monkeypatch, tmp_path, capsys):
+    tests = import_module("_gpu_tests")
+    mark = "pytestmark = pytest.mark." + "gpu\n"  # split: this file has no such tests
+    (tmp_path / "tests" / "contracts").mkdir(parents=True)
+    (tmp_path / "tests" / "contracts" / "test_it.py").write_text(
+        f"import pytest\n{mark}def test_a():\n    pass\ndef test_b():\n    assert 1 == 2\n"
+        "def test_c():\n    pytest.skip('no')\n"
+    )
+    (tmp_path / "tests" / "test_more.py").write_text(f"import pytest, no_such_package\n{mark}")
+    (tmp_path / "tests" / "test_other.py").write_text("import no_such_package_either")
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    assert tests.files_with_marks(quick=True) == ["tests/contracts/test_it.py"]
+    monkeypatch.setattr(tests, "files_with_marks", lambda quick: ["tests/contracts/test_it.py", "tests/test_more.py"])
+    found = []
+    with pytest.raises(import_module("_gpu_part").PartError, match="1 tests failed; pytest ended with exit code 1"):
+        found.extend(_until_it_fails(tests.rows(setting), found))
+    outcomes = {row["test"]: row["outcome"] for row in found if row["outcome"] != "reason"}
+    name = "tests/contracts/test_it.py::test_"
+    assert outcomes == {f"{name}a": "passed", f"{name}b": "failed", f"{name}c": "skipped"}
+    page = "\n".join(tests.lines(found))
+    assert "| tests/contracts/test_it.py | 1 | 1 | 1 |" in page
+    assert f"- `{name}b`: assert 1 == 2" in page
+    assert "- `tests/test_more.py`: ModuleNotFoundError: No module named 'no_such_package'" in page
+
+
+def _until_it_fails(rows, found):
+    for row in rows:
+        found.append(row)
+    return []
+
+
+def test_a_step_that_does_not_fit_is_noted():
+    step = import_module("_gpu_step")
+    cpu = torch.device("cpu")
+
+    def fail(error):
+        raise error
+
+    assert step.attempt(lambda: None, cpu) == ""
+    assert step.attempt(lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried ...")), cpu) == "out of memory"
+    assert step.attempt(lambda: fail(RuntimeError("no kernel\nlong story")), cpu) == "RuntimeError: no kernel"
+    with pytest.raises(ZeroDivisionError):
+        step.attempt(lambda: 1 / 0, cpu)
+
+
+def test_turns_are_taken_in_rounds(setting):
+    step = import_module("_gpu_step")
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+    full = import_module("_gpu_part").Setting(torch.device("cpu"), quick=False)
+    turns = step.take_turns(steps, full, seconds=60.0)
+    assert [len(turns[name]) for name in "abc"] == [step.MOST_ROUNDS] * 3
+    assert sorted(calls) == sorted("abc" * (step.NUM_STEPS + 1) * step.MOST_ROUNDS)
+    assert [len(found) for found in step.take_turns(steps, full, seconds=0.0).values()] == [1] * 3
+    assert [len(found) for found in step.take_turns(steps, setting, seconds=60.0).values()] == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "tests,speed"], "there is no part 'speed'; choose of tests, ratios, "),
+        (["--device", "cpu"], "--device cpu would take hours; add --quick for a dry run"),
+        (["--device", "cpu", "--quick", "--output-dir", "no/such"], "--output-dir no/such is no folder; make it first"),
+    ],
+)
+def test_mistakes_have_a_line(gpu, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpu_is_needed(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert "PyTorch sees no GPU; `--device cpu --quick` is a dry run without one" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""What a plain step costs on the host, in numbers that are the same on every machine: Python calls inside revnet.
+
+Time is not tested: it is noise on a shared machine. `revnet bench --host` measures it.
+"""
+
+import pytest
+import torch
+
+from revnet.bench import HOST_CASES
+from revnet.bench.host import HostSubject
+from revnet.bench.host_cases import HOST_CONTENDERS
+
+NUM_BLOCKS = 16
+MOST_CALLS = {"conv": 15_499, "transformer": 11_093}
+"""Python calls inside revnet in one step of 16 blocks under `Reverse()`, as Python 3.11 counts them.
+
+Lower these when a change saves calls. A change that needs more has to say what they are for.
+"""
+MOST_FILES = 12
+"""Files of revnet in which one of these calls happens."""
+MOST_LINES = 2_700
+"""Lines of these files, rounded up to the next hundred."""
+
+all_host_cases = pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
+
+
+def reverse(case, num_blocks):
+    (contender,) = [contender for contender in HOST_CONTENDERS if contender.name == "revnet, Reverse()"]
+    return HostSubject(contender, case, case.functions(num_blocks, torch.device("cpu")))
+
+
+@pytest.fixture
+def calls(case):
+    return reverse(case, NUM_BLOCKS).count_calls()
+
+
+@all_host_cases
+def test_a_plain_step_makes_no_more_calls(case, calls):
+    assert calls.num_calls <= MOST_CALLS[case.name], (
+        f"{calls.num_calls:,} Python calls inside revnet ({calls.num_calls / (2 * NUM_BLOCKS):.1f} per half-block): "
+        + ", ".join(f"{path.name} {number:,}" for path, number in calls.by_file.most_common())
+    )
+
+
+@all_host_cases
+def test_a_plain_step_can_be_followed_in_few_files(case, calls):
+    assert calls.num_files <= MOST_FILES
+    assert calls.num_lines <= MOST_LINES
+
+
+@all_host_cases
+def test_later_steps_make_the_same_calls(case):
+    """Nothing piles up from step to step."""
+    subject = reverse(case, 2)
+    first = subject.count_calls()
+    for x in subject.inputs(5):
+        subject.step(x)
+    assert subject.count_calls().by_file == first.by_file
