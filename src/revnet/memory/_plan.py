@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from revnet._machine import free_bytes
@@ -132,7 +133,7 @@ def plan(
     *inputs: Any,
     budget: str | int,
     kwargs: Mapping[str, Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
@@ -207,7 +208,7 @@ def max_batch_size(
     *inputs: Any,
     budget: str | int,
     kwargs: Mapping[str, Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
@@ -249,7 +250,7 @@ class _Step(NamedTuple):
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    optimizer: OptimizerFactory | None
+    optimizer: OptimizerFactory | Optimizer | None
     loss: Loss | None
     autocast: torch.dtype | None
     dtype: torch.dtype | None
