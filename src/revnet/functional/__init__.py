@@ -1,6 +1,6 @@
 """Functions on tensors, and the run that rebuilds activations."""
 
-from revnet.functional._batch_norm import normalises_as_batch_norm as normalises_as_batch_norm
+from revnet.functional._batch_norm import normalizes_as_batch_norm as normalizes_as_batch_norm
 from revnet.functional._checkpoint import checkpointed as checkpointed
 from revnet.functional._checkpoint import checkpointed_call as checkpointed_call
 from revnet.functional._chunked import chunked as chunked

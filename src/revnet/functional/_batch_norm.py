@@ -24,7 +24,7 @@ _WORTHWHILE = 2**16  # Elements below which PyTorch's kernel is faster than seve
 BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
 
 
-def normalises_as_batch_norm(norm: BatchNorm) -> BatchNorm:
+def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
     """Have a subclass of PyTorch's batch norm treated as one; a class decorator.
 
     For a `forward` of its own that gives what PyTorch's gives, bit for bit, and differs only in what it writes to its
