@@ -12,17 +12,32 @@ class AbstractCoupling(abc.ABC):
     """A rule that combines a residual with a stream so that the stream can be computed back.
 
     A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class
-    with equal fields are equal.
+    with equal fields are equal. A class that defines `forward` must also define `is_additive`.
+
+    Raises:
+        TypeError: When a subclass is defined: it has a `forward`, but does not say whether that is additive.
     """
 
-    is_additive: ClassVar[bool] = True
+    is_additive: ClassVar[bool]
     """Whether the coupling is additive: the output's gradient is passed unchanged to both inputs, and the
-    log-determinant is zero."""
+    log-determinant is zero. It has no default, because a wrong value gives wrong gradients without an error."""
     is_exact: ClassVar[bool] = False
     """Whether the inverse is exact to the last bit while streams stay below `limit`."""
     number: int
     """Number that identifies the coupling in code traced by `torch.compile`, which can guard a number but not an
     object."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward = next(position for position, base in enumerate(cls.__mro__) if "forward" in vars(base))
+        if cls.__mro__[forward] is AbstractCoupling:
+            return  # Still abstract.
+        # It counts if the class with this `forward`, or a subclass of it, says so: a base class spoke of another one.
+        if not any("is_additive" in vars(base) for base in cls.__mro__[: forward + 1]):
+            raise TypeError(
+                f"{cls.__name__} defines `forward`, so it must define `is_additive` too: True if gradients pass "
+                "unchanged to both inputs, as they do for a sum, else False."
+            )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "number", _NUMBERS.setdefault(self, len(_NUMBERS)))

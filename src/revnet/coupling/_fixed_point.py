@@ -51,7 +51,9 @@ class FixedPoint(AbstractCoupling):
         Maclaurin et al. (2015), Gradient-based Hyperparameter Optimization through Reversible Learning, section 2.2.
     """
 
+    is_additive: ClassVar[bool] = True
     is_exact: ClassVar[bool] = True
+
     fraction_bits: int = 14
     is_wide: bool = False
 
