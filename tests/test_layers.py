@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "revnet"
 LEVELS = {
     "errors": 0,
+    "_checks": 0,
     "_types": 0,
     "_torch_internals": 0,
     "_machine": 0,

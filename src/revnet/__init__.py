@@ -2,6 +2,9 @@
 
 The names below load PyTorch when they are first used, not when `revnet` is imported: the command line must answer
 `revnet --help` at once, and every module of a package pays for what its `__init__` imports.
+
+`from revnet import *` imports classes and functions only. The rooms, such as `revnet.nn`, are attributes of the package
+that a star import leaves out, because `nn` would replace the `nn` of `from torch import nn`.
 """
 
 from importlib import import_module
@@ -72,27 +75,17 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
-    "__version__",
     "AbstractPolicy",
     "Additive",
-    "bench",
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
-    "coupling",
     "create_model",
-    "data",
     "DataError",
     "FixedPoint",
-    "functional",
     "list_models",
-    "memory",
     "MissingDependencyError",
-    "models",
-    "nn",
-    "numerics",
     "Offload",
-    "paper",
     "PolicySequential",
     "PredictionError",
     "ReconstructionError",
@@ -105,7 +98,6 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "set_policy",
     "set_tolerance",
     "Store",
-    "training",
 ]
 
 
@@ -118,4 +110,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS, "__version__"])

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 # The base class of dispatch modes, and the flattening of nested arguments that `torch.compile` can trace. Both are
 # documented in PyTorch's developer notes only. If they move, follow them: nothing else sees each operator of a call,
 # and `torch.compile` recognizes no other flattening.
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -30,7 +31,7 @@ pop_saved_tensors_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 set_grad_enabled = torch._C._set_grad_enabled
 
 # The number that the next node of the autograd graph gets on this thread: a tensor whose node has a lower number was
-# computed earlier. There is no public way to ask. Replacement: run a cheap operation and read its node's `_sequence_nr`.
+# computed earlier. There is no public way to ask. Replacement: run a cheap operation and read its node's number.
 next_sequence_number = torch._C._autograd._get_sequence_nr
 
 # Whether a transform of `torch.func` wraps tensors just now, so that they have no values. Replacement: catch the error
@@ -42,8 +43,12 @@ hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_
 
 # Whether a profiler is on; asked before each replay, so that the name of the range is only built when it is seen.
 # Replacement: enter `record_function` always.
-profiler_is_on = torch.autograd._profiler_enabled
+profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
+
+# Whether a hook is registered on all modules, which a block that is not called would miss. Public registration, private
+# question. Replacement: call every block (slower).
+has_global_module_hook = _has_any_global_hook
 
 # Whether PyTorch was built for a device besides the CPU. `torch.accelerator` is public since 2.6.
 HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
@@ -61,7 +66,7 @@ def is_forward_mode() -> bool:
 sequence_number_of = methodcaller("_sequence_nr")
 
 
-def call_after_backward(callback: object) -> bool:
+def call_after_backward(callback: Callable[[], None]) -> bool:
     """Have the autograd engine call `callback` when this backward pass ends; False outside of a backward pass.
 
     DistributedDataParallel and FSDP depend on the same call. Replacement: `Tensor.register_hook` on the lowest stream.

@@ -226,7 +226,8 @@ class Branching(nn.Module):
         ({"budget": 0}, ValueError, r"`budget` \(=0\) must be positive"),
         ({"budget": None}, TypeError, r"`budget` \(=None\) must be a number of bytes"),
         ({"budget": "1GiB", "timing": "counted"}, TypeError, r"`timing` \(='counted'\) must be a `CountedTiming\(\)`"),
-        ({"budget": "1GiB", "policies": [Reverse]}, TypeError, r"`policies` holds .*Reverse.*, which is no policy"),
+        ({"budget": "1GiB", "policies": [Reverse]}, TypeError, r"`policies\[0\]` \(=.*Reverse.*\) must be a policy"),
+        ({"budget": "1GiB", "policies": "store"}, TypeError, r"`policies` \(='store'\) must be a sequence of policies"),
         ({"budget": "1GiB", "policies": []}, ValueError, "`policies` must hold one policy or more"),
     ],
 )

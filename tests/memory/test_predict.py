@@ -443,12 +443,43 @@ def test_wrong_arguments(call):
         call(model, x, autocast="bf16")
 
 
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "adafactor": torch.optim.Adafactor,
+    "rmsprop": partial(torch.optim.RMSprop, momentum=0.5, centered=True),
+    "nadam": torch.optim.NAdam,
+}
+
+
+@pytest.mark.parametrize("call", [measure, predict])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_an_optimizer_of_the_model_counts_as_what_makes_it(call, make):
+    model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3)), torch.randn(2, 30)
+    optimizer = make(model.parameters())
+    assert call(model, x, optimizer=optimizer) == call(model, x, optimizer=make)
+    assert not optimizer.state
+    held = optimizer.param_groups[0]["params"]
+    assert all(parameter is own for parameter, own in zip(held, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("call", [measure, predict])
+def test_the_groups_of_an_optimizer_count(call):
+    """A momentum for one layer, none for the other, and a frozen layer that the optimizer leaves out."""
+    model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3), nn.Linear(3, 3)), torch.randn(2, 30)
+    model[2].requires_grad_(False)
+    groups = [{"params": model[1].named_parameters(), "momentum": 0.9}, {"params": model[0].named_parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert call(model, x, optimizer=optimizer).optimizer_bytes == (20 * 3 + 3) * 4
+
+
 @pytest.mark.parametrize("call", [measure, predict])
 def test_wrong_optimizers(call):
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
-    with pytest.raises(TypeError, match=r"^`optimizer` \(=SGD\) is an optimizer already; pass what makes one"):
-        call(model, x, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match=r"^`optimizer` \(='adamw'\) must make an optimizer of parameters, such as"):
+    with pytest.raises(ValueError, match=r"^`optimizer` \(=SGD\) holds a parameter that `model` does not have; pass"):
+        call(model, x, optimizer=torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"^`optimizer` \(='adamw'\) must be an optimizer of the model, or make one"):
         call(model, x, optimizer="adamw")
     with pytest.raises(TypeError, match=r"^`optimizer` \(=list\) made a list; it must make a `torch.optim.Optimizer`"):
         call(model, x, optimizer=list)

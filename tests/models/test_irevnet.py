@@ -137,7 +137,7 @@ def test_memory_is_flat_in_the_number_of_blocks():
         ({"hidden_widths": (8,)}, ValueError, r"`hidden_widths` \(=\(8,\)\) must have an entry"),
         ({"num_blocks": (1, 0, 1)}, ValueError, r"`num_blocks\[1\]` \(=0\) must be a positive"),
         ({"num_blocks": 3}, TypeError, r"`num_blocks` \(=3\) must be a sequence"),
-        ({"policy": "store"}, TypeError, "must be a policy"),
+        ({"policy": "x"}, ValueError, "must be a policy"),
     ],
 )
 def test_options_that_do_not_fit(options, error, message):

@@ -202,7 +202,7 @@ def test_bits_per_dim_of_uniform_images_are_those_of_their_grey_levels():
         ({"num_couplings": 3}, ValueError, r"`num_couplings` \(=3\) must be even.*use 4"),
         ({"num_couplings": 0}, ValueError, r"`num_couplings` \(=0\) must be a positive"),
         ({"prior": "uniform"}, ValueError, "`prior` .* must be 'logistic' or 'gaussian'"),
-        ({"policy": "store"}, TypeError, "`policy` .* must be a policy"),
+        ({"policy": "x"}, ValueError, "`policy` .* must be a policy"),
     ],
 )
 def test_options_that_do_not_fit(options, error, message):

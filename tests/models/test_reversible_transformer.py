@@ -284,9 +284,11 @@ def test_bad_options_are_refused(options, message):
         make(**options)
 
 
-@pytest.mark.parametrize("policy", ["store", Store, [Reverse()]])
+@pytest.mark.parametrize("policy", [3, Store, [Reverse()]])
 def test_what_is_no_policy_is_refused(policy):
-    with pytest.raises(TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)` or `Store\(\)`"):
+    with pytest.raises(
+        TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`, .*`Store\(\)`"
+    ):
         make(policy=policy)
 
 

@@ -166,9 +166,11 @@ def test_odd_widths_are_refused(block):
         RevNet(num_blocks=(1,), widths=(4, 7), block=block)
 
 
-@pytest.mark.parametrize("policy", ["store", Store, [Reverse()]])
+@pytest.mark.parametrize("policy", [3, Store, [Reverse()]])
 def test_what_is_no_policy_is_refused(policy):
-    with pytest.raises(TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)` or `Store\(\)`"):
+    with pytest.raises(
+        TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`, .*`Store\(\)`"
+    ):
         create_model("revnet38", policy=policy)
 
 

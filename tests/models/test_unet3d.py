@@ -219,7 +219,7 @@ def test_one_level_takes_any_size():
         ({"num_decoder_blocks": 0}, ValueError, r"`num_decoder_blocks` \(=0\) must be a positive integer"),
         ({"num_classes": 0}, ValueError, r"`num_classes` \(=0\) must be a positive integer"),
         ({"in_channels": 1.5}, ValueError, r"`in_channels` \(=1.5\) must be a positive integer"),
-        ({"policy": "store"}, TypeError, r"`policy` \(='store'\) must be a policy: `Reverse\(\)` or `Store\(\)`"),
+        ({"policy": "x"}, ValueError, r"`policy` \(='x'\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`"),
     ],
 )
 def test_bad_options_are_refused(options, error, message):

@@ -119,7 +119,7 @@ def test_inputs_that_do_not_fit(x, error, message):
 @pytest.mark.parametrize(
     ("functions", "error", "message"),
     [
-        ([mlp(2)], ValueError, "`functions` are 1, but must be two or more"),
+        ([mlp(2)], ValueError, r"`functions` \(=1 of them\) must be two or more"),
         ([mlp(2), torch.tanh], TypeError, r"`functions\[1\]` .* must be an nn.Module"),
     ],
 )

@@ -13,7 +13,7 @@ from revnet import (
     create_model,
     set_policy,
 )
-from revnet.nn import policy_holders, restoring_policies
+from revnet.nn import InvertibleSequential, as_policy, policy_holders, restoring_policies
 from tests.helpers import mlp
 
 
@@ -47,6 +47,37 @@ def test_set_policy_reaches_every_unit_that_can_take_it():
     assert policies(model) == {"0": (Checkpoint(),), "1": (Reverse(),) * 3}
 
 
+POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
+
+
+@pytest.mark.parametrize(("name", "policy"), POLICIES.items())
+def test_a_name_stands_for_a_policy_wherever_one_is_taken(name, policy):
+    blocks = [ReversibleBlock(mlp(2), mlp(2)) for _ in range(2)]
+    assert as_policy(name) == as_policy(policy) == policy
+    assert ReversibleSequential(*blocks, policy=name).policies == (policy,) * 2
+    assert ReversibleSequential(*blocks, policy=[name, Store()]).policies == (policy, Store())
+    assert InvertibleSequential(*blocks, policy=name).layers[0].policies == (policy,) * 2
+    if name != "reverse":
+        assert PolicySequential(nn.ReLU(), policy=name).policies == (policy,)
+    model = make_model()
+    set_policy(model, name)
+    assert policies(model)["1"] == (policy,) * 3
+    for model_name in ("revnet38", "irevnet_cifar", "revvit_cifar"):
+        model = create_model(model_name, policy=name)
+        assert {each for holder in reversible_holders(model) for each in holder.policies} == {policy}
+
+
+def reversible_holders(model):
+    return [holder for holder in policy_holders(model).values() if holder.policy_units[0].is_reversible]
+
+
+def test_the_message_names_all_policies():
+    with pytest.raises(TypeError) as error:
+        as_policy(None, "policies[3]")
+    assert str(error.value).startswith("`policies[3]` (=None) must be")
+    assert all(f"`{policy}`" in str(error.value) for policy in POLICIES.values())
+
+
 def test_units_of_the_published_networks():
     for name, num_units in (("revnet38", 1 + 3 + 3 + 3), ("resnet32", 1 + 15)):
         model = create_model(name)
@@ -59,7 +90,14 @@ def test_units_of_the_published_networks():
     [
         (nn.Linear(2, 2), Store(), ValueError, r"`model` \(=Linear\) has nothing that can take the policy Store\(\)"),
         (create_model("resnet32"), Reverse(), ValueError, r"`model` \(=ResNet\) has nothing that can take the policy"),
-        (make_model(), "store", TypeError, r"`policy` \(='store'\) must be a policy"),
+        (
+            make_model(),
+            "Store",
+            ValueError,
+            r"`policy` \(='Store'\) must be a policy: .* in lower case, such as 'store'",
+        ),
+        (make_model(), 3, TypeError, r"`policy` \(=3\) must be a policy"),
+        (3, Store(), TypeError, r"`model` \(=3\) must be an nn.Module"),
     ],
 )
 def test_set_policy_refuses(model, policy, error, message):
@@ -74,6 +112,8 @@ def test_a_unit_refuses_what_it_cannot_take():
         PolicySequential(nn.ReLU(), policy=Reverse())
     with pytest.raises(TypeError, match=r"`policy` \(=None\) must be a policy"):
         PolicySequential(nn.ReLU(), policy=None)
+    with pytest.raises(TypeError, match=r"`policy\[1\]` \(=3\) must be a policy"):
+        make_model()[1].set_policies([Store(), 3, Store()])
     with pytest.raises(ValueError, match="`policy` has 2 entries for 3 blocks"):
         make_model()[1].set_policies([Store(), Store()])
 

@@ -65,12 +65,11 @@ def memory(
     from revnet.errors import PredictionError
     from revnet.memory import StepMemory, format_bytes, plot_timeline, predict
     from revnet.memory import measure as measure_step
-    from revnet.nn import Checkpoint, Reverse, Store, set_policy
+    from revnet.nn import set_policy
 
-    policies = {"reverse": Reverse(), "checkpoint": Checkpoint(), "store": Store()}
     step = build_step(flags)
     if policy is not None:
-        set_policy(step.model, policies[policy])
+        set_policy(step.model, policy)
     found: StepMemory | None = None
     try:
         found = predict(step.model, step.inputs, device=step.device, **step.options)
@@ -84,7 +83,7 @@ def memory(
         how = "measured" if found is None else f"measured; the predicted peak is {format_bytes(found.peak_bytes)}"
         step = with_data(step, flags, needed_bytes=None if found is None else found.peak_bytes)
         if policy is not None:
-            set_policy(step.model, policies[policy])
+            set_policy(step.model, policy)
         with running_it():
             found = measure_step(step.model, step.inputs, **step.options)
     assert found is not None

@@ -1,7 +1,7 @@
 """The interface of couplings, the rules that combine a residual with a stream and separate the two again."""
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,14 +11,29 @@ class AbstractCoupling(abc.ABC):
     """A rule that combines a residual with a stream so that the stream can be computed back.
 
     A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class
-    with equal fields are equal.
+    with equal fields are equal. A class that defines `forward` must also define `is_additive`.
+
+    Raises:
+        TypeError: When a subclass is defined: it has a `forward`, but does not say whether that is additive.
     """
 
-    is_additive: ClassVar[bool] = True
+    is_additive: ClassVar[bool]
     """Whether the coupling is additive: the output's gradient is passed unchanged to both inputs, and the
-    log-determinant is zero."""
+    log-determinant is zero. It has no default, because a wrong value gives wrong gradients without an error."""
     is_exact: ClassVar[bool] = False
     """Whether the inverse is exact to the last bit while streams stay below `limit`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward = next(position for position, base in enumerate(cls.__mro__) if "forward" in vars(base))
+        if cls.__mro__[forward] is AbstractCoupling:
+            return  # Still abstract.
+        # It counts if the class with this `forward`, or a subclass of it, says so: a base class spoke of another one.
+        if not any("is_additive" in vars(base) for base in cls.__mro__[: forward + 1]):
+            raise TypeError(
+                f"{cls.__name__} defines `forward`, so it must define `is_additive` too: True if gradients pass "
+                "unchanged to both inputs, as they do for a sum, else False."
+            )
 
     @abc.abstractmethod
     def prepare(self, x: Tensor) -> Tensor:

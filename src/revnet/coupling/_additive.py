@@ -6,6 +6,7 @@ References:
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Additive(AbstractCoupling):
 
     Accuracy: each block rebuilds its input up to half a unit in the last place.
     """
+
+    is_additive: ClassVar[bool] = True
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the stream unchanged."""

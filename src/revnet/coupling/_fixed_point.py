@@ -52,7 +52,9 @@ class FixedPoint(AbstractCoupling):
         Maclaurin et al. (2015), Gradient-based Hyperparameter Optimization through Reversible Learning, section 2.2.
     """
 
+    is_additive: ClassVar[bool] = True
     is_exact: ClassVar[bool] = True
+
     fraction_bits: int = 14
     is_wide: bool = False
 
@@ -135,8 +137,7 @@ def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
         y = x + residual
         torch.add(x.data, _grid_steps(residual.data, x.dtype, scale), alpha=1 / scale, out=y.data)
         return y
-    y = _AddOnGrid.apply(x, residual, scale)
-    return y
+    return _AddOnGrid.apply(x, residual, scale)
 
 
 def _subtract_on_grid(y: Tensor, residual: Tensor, fraction_bits: int, *, in_place: bool) -> Tensor:

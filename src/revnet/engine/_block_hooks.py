@@ -108,6 +108,7 @@ def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
     )
     if not same:
         raise RuntimeError(
-            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo (a `forward` of its own "
-            "counts as one); change what its `f` and `g` read or return instead, or put the change between two sequences."
+            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo (a `forward` of its "
+            "own counts as one); change what its `f` and `g` read or return instead, or put the change between two "
+            "sequences."
         )

@@ -76,8 +76,8 @@ def refuse_compiled_autograd() -> None:
     """Raise in a backward pass that `torch.compile` traces."""
     if torch.compiler.is_dynamo_compiling():
         refuse(
-            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; run `backward` outside "
-            "of it (`torch._dynamo.config.compiled_autograd = False`), or compile the model as a whole."
+            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; run `backward` "
+            "outside of it (`torch._dynamo.config.compiled_autograd = False`), or compile the model as a whole."
         )
 
 

@@ -65,9 +65,9 @@ class Chain:
     def __init__(self, half_blocks: Sequence[HalfBlock], blocks: Sequence[nn.Module | None] | None = None):
         self.half_blocks = tuple(half_blocks)
         self.blocks = None if blocks is None or not any(block is not None for block in blocks) else tuple(blocks)
-        self.is_exact = all([half_block.coupling.is_exact for half_block in half_blocks])
+        self.is_exact = all(half_block.coupling.is_exact for half_block in half_blocks)
         """Whether reversal loses nothing."""
-        self.has_exact = any([half_block.coupling.is_exact for half_block in half_blocks])
+        self.has_exact = any(half_block.coupling.is_exact for half_block in half_blocks)
         """Whether it does so anywhere."""
         self.plans: list[Plan | None] = [None] * len(self.half_blocks)
         """What is known of each function in the mode of its last call."""

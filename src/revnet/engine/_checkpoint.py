@@ -83,7 +83,7 @@ class _KeepingRun:
         if half_block.coupling.is_additive:
             residual = call.record(self, index, chain.call, (half_block, source), {}, (source,), may_stop_early=True)
             y = chain.join(half_block, stream, residual)
-            kept = (source,)
+            kept: tuple[Tensor, ...] = (source,)
         else:
             y = call.record(
                 self,

@@ -132,10 +132,10 @@ def checksum(x: Tensor) -> int | None:
     # As long integers where that is possible: a sum of shorter ones makes a copy of them all.
     itemsize = x.element_size()
     strides = [*x.stride()[:-1], x.storage_offset(), x.shape[-1]]
-    is_aligned = itemsize >= 8 or not any([each * itemsize % 8 for each in strides])
+    is_aligned = itemsize >= 8 or not any(each * itemsize % 8 for each in strides)
     short = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(itemsize, torch.int64)
-    total: int = x.view(torch.int64 if is_aligned else short).sum().tolist()
-    return total
+    total: Any = x.view(torch.int64 if is_aligned else short).sum().tolist()
+    return int(total)
 
 
 def flatten(nested: Any, dims: int) -> list[float]:

@@ -26,8 +26,8 @@ def describe(function: nn.Module) -> dict[str, Any]:
     child_dicts = [module._modules for module in modules]
     dicts: list[Any] = [*parameter_dicts, *buffer_dicts, *child_dicts]
     # The modules of `torch.jit` keep everything in C++, and only look as if they had dicts and attributes.
-    is_scripted = any([not isinstance(holder, dict) for holder in dicts])
-    has_flags = all(["training" in module.__dict__ for module in modules])
+    is_scripted = any(not isinstance(holder, dict) for holder in dicts)
+    has_flags = all("training" in module.__dict__ for module in modules)
     get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
     flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
     training = list(map(get_flag, flag_holders))
@@ -38,7 +38,8 @@ def describe(function: nn.Module) -> dict[str, Any]:
     statistics, fixed, states = _kinds_of_buffers(modules, training, set(norms))
     filled = [holder for holder in dicts if len(holder)]
     held = list(chain.from_iterable(map(values_of, filled)))
-    kinds = [kind for kind, holders in enumerate((parameter_dicts, buffer_dicts, child_dicts)) for _ in _held(holders)]
+    by_kind: list[list[Any]] = [list(parameter_dicts), list(buffer_dicts), list(child_dicts)]
+    kinds = [kind for kind, holders in enumerate(by_kind) for _ in _held(holders)]
     pick = [
         _picker([place for place, each in enumerate(held) if kinds[place] == kind and each is not None])
         for kind in range(3)

@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ class AdditiveStep(AbstractStep):
 
     def _run_again(
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
-    ) -> Tensor:
+    ) -> Any:
         source, rounded = self.source_of(run, streams, index)
         chain, half_block = run.chain, self.half_block
         if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
@@ -150,7 +151,7 @@ class AdditiveStep(AbstractStep):
             residual = self.call.replay(
                 chain.call, (half_block, source), {}, fill=fill, rounded=rounded, needs_result=needs_result
             )
-        return residual if residual is None else residual.detach()  # type: ignore[no-any-return]
+        return residual if residual is None else residual.detach()
 
 
 class JoinedStep(AbstractStep):

@@ -85,13 +85,13 @@ class Saved:
         """Whether a slot was read before the forward pass was over, by a function that differentiates inside."""
 
 
-def _unpack(packed: tuple[Any, int]) -> Tensor:
+def _unpack(packed: tuple[Any, int]) -> Any:
     """Return the tensor of a slot, or one that outlives the call, guarded as autograd would guard it."""
     owner, number = packed
     if type(owner) is not Saved:
         if owner._version != number:
             raise _careful.modified("a parameter, buffer or argument of a residual function", owner, number)
-        return owner  # type: ignore[no-any-return]
+        return owner
     if owner.is_plain:
         if owner.tensors is None:
             _careful.refuse_compiled_autograd()
@@ -100,9 +100,9 @@ def _unpack(packed: tuple[Any, int]) -> Tensor:
                     owner.filler.rebuild(owner.index)
         tensors = owner.tensors
         tensor = None if tensors is None else tensors[number]
-        if tensor is not None and not tensor._version:
+        if tensors is not None and tensor is not None and not tensor._version:
             tensors[number] = None  # One operation of the interpreter, so that no lock is needed.
-            return tensor  # type: ignore[no-any-return]
+            return tensor
     return _careful.take(owner, number)
 
 
@@ -208,7 +208,7 @@ class Surroundings:
         self.random: tuple[Tensor, tuple[Tensor, ...]] | None = None
         """The random states after the last function, which are the ones before the next; None if unknown."""
         self.autocast: tuple[AutocastState, ...] = autocast_states(self.types)
-        self.is_mixed = any([state.enabled for state in self.autocast])
+        self.is_mixed = any(state.enabled for state in self.autocast)
         self.is_forward_mode = is_forward_mode()
 
     def random_states(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -342,7 +342,9 @@ class RecordedCall:
 
         if may_stop_early or surroundings.is_forward_mode:
             nodes = []
-            pack = _careful.make_pack(self, saved, tensors, versions, nodes)
+            pack = _careful.make_pack(  # type: ignore[assignment]
+                self, saved, tensors, versions, nodes
+            )
         try:
             push_saved_tensors_hooks(pack, _unpack)
         except RuntimeError as error:
@@ -381,7 +383,7 @@ class RecordedCall:
             if (count <= FRESH_COUNT and base is None) or (origin := base if base is not None else tensor) is known:
                 continue
             known, node = origin, origin.grad_fn
-            if (node is None or sequence_number_of(node) < start) and not any([origin is each for each in own]):
+            if (node is None or sequence_number_of(node) < start) and not any(origin is each for each in own):
                 self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
                 break
         self.is_plain = not (any(versions) or any(map(_version, tensors)) or saved.was_read)

@@ -55,21 +55,20 @@ def _observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer
     observers: list[Observer] = []
     if len(half_blocks) > 1:  # Of a single one, nothing is rebuilt.
         keeper = None if is_exact else chain.tolerance
-        if keeper is None and can_digest(streams[0]) and not meter_is_on():
-            drift: Observer = AgreementWatch()
+        if keeper is None:
+            if not is_exact and streams[0].element_size() <= 2:
+                warn_of_low_precision(half_blocks[0], streams[0])
+            samples_on_host = can_digest(streams[0]) and not meter_is_on()
+            observers.append(AgreementWatch() if samples_on_host else DriftWatch())
         else:
-            drift = DriftWatch(keeps_all=keeper is not None)
-        if keeper is not None:
             if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise NotImplementedError(
                     "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph: what it computes "
                     "depends on what it measures; reverse exactly with `set_coupling(model, FixedPoint())`."
                 )
-            first_name = half_blocks[0].name
-            observers.append(ToleranceWatch(keeper, first_name, drift, has_values=has_values(streams[0])))
-        elif not is_exact and streams[0].element_size() <= 2:
-            warn_of_low_precision(half_blocks[0], streams[0])
-        observers.append(drift)
+            drift = DriftWatch(keeps_all=True)
+            tolerance = ToleranceWatch(keeper, half_blocks[0].name, drift, has_values=has_values(streams[0]))
+            observers += [tolerance, drift]
     if chain.chain.has_exact:
         observers.append(RangeWatch())
     return observers

@@ -37,7 +37,7 @@ class StreamSnapshot:
         return cls(position, [each.detach() for each in streams], [each.stride() for each in streams])
 
     def fork(self) -> "StreamSnapshot":
-        """Return the same streams, to be walked back on their own; both see the same memory, so neither writes to it."""
+        """Return the same streams, to be walked back on their own. Both see the same memory, so neither writes to it."""
         held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self.held)]
         fork = StreamSnapshot(self.position, held, self.strides)
         fork.origin = self.origin

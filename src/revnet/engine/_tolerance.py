@@ -113,9 +113,13 @@ class ToleranceWatch(Observer):
         """Hold the streams before half-block `index` if they are the lowest ones needed, or a keyframe."""
         if index == run.first_with_slots:
             self._references = [StreamSnapshot.of(index, streams)]
-        elif run.lowest >= 0 and self._keeper is not None and not self._is_calibrating:
-            if half_block.name in self._keeper.keyframes:
-                run.keyframes.append(StreamSnapshot.of(index, streams))
+        elif (
+            run.lowest >= 0
+            and self._keeper is not None
+            and not self._is_calibrating
+            and half_block.name in self._keeper.keyframes
+        ):
+            run.keyframes.append(StreamSnapshot.of(index, streams))
 
     def before_rebuild(self, run: "Rebuilder") -> None:
         """Forget the keyframes if they are placed again in this pass."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from revnet.memory._optimizer import OptimizerFactory, check_optimizer, optimizer_cost
+from revnet.memory._optimizer import OptimizerFactory, as_factory, optimizer_cost
 from revnet.memory._step import Loss, check_step, device_of, run_step
 from revnet.memory._step_memory import CudaMemory, StepMemory
 from revnet.memory._summary import summarise
@@ -20,7 +21,7 @@ def measure(
     model: nn.Module,
     *inputs: Any,
     kwargs: Mapping[str, Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
 ) -> StepMemory:
@@ -35,9 +36,10 @@ def measure(
         model: Any module, in the mode (training or evaluation) in which it shall be measured.
         inputs: Its arguments, with tensors on the model's device.
         kwargs: Its keyword arguments.
-        optimizer: Makes the optimizer of parameters: `torch.optim.AdamW`, or
-            `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`. None counts no optimizer. Counted is a step after the
-            first, when the optimizer has its state.
+        optimizer: Makes the optimizer from parameters: `torch.optim.AdamW`, or
+            `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`. An optimizer of the model is accepted too. It is not
+            changed. None counts no optimizer. The step that is counted comes after the first, when the optimizer has
+            its state.
         loss: From the model's output to a scalar; None for the sum of all outputs that require a gradient.
         autocast: The lower precision under which the forward pass and the loss run, such as `torch.bfloat16`; None for
             what is in force.
@@ -50,7 +52,7 @@ def measure(
         ValueError: No output depends on anything that requires a gradient, or a lazy module has no shape yet.
     """
     check_step(model, kwargs, loss, autocast)
-    check_optimizer(optimizer)
+    factory = as_factory(optimizer, list(model.parameters()))
     device = device_of(model, inputs, kwargs)
     if autocast is not None and not torch.amp.is_autocast_available(device.type):
         raise ValueError(
@@ -65,8 +67,8 @@ def measure(
         args, named = tree_map_only(Tensor, leaf_of, (inputs, dict(kwargs or {})))
         result = run_step(model, args, named, loss=loss, autocast=autocast)
     cost = None
-    if optimizer is not None:
-        cost = optimizer_cost(optimizer, parameters, result.has_gradient, device.type)
+    if factory is not None:
+        cost = optimizer_cost(factory, parameters, result.has_gradient, device.type)
     return summarise(model, result, cost, cuda() if device.type == "cuda" else None)
 
 

@@ -1,5 +1,6 @@
 """What an optimizer needs: its state, and the bytes of a step."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revnet._checks import describe
 from revnet.memory._log import Integers
 from revnet.memory._recorder import Recorder
 from revnet.memory._step import tensors_in
@@ -28,18 +30,52 @@ class OptimizerCost(NamedTuple):
     """Bytes alive beyond parameters, gradients and state, after each operation of a step."""
 
 
-def check_optimizer(factory: Any) -> None:
-    """Raise for an optimizer where something that makes one is wanted."""
-    if isinstance(factory, Optimizer):
-        name = type(factory).__name__
+def as_factory(
+    optimizer: OptimizerFactory | Optimizer | None, parameters: Sequence[nn.Parameter]
+) -> OptimizerFactory | None:
+    """Return a function that makes the optimizer from parameters.
+
+    Args:
+        optimizer: Such a function, or an optimizer of the model, whose class, options and parameter groups are used.
+        parameters: The parameters of the model, in order.
+
+    Raises:
+        TypeError: `optimizer` is neither a function nor an optimizer.
+        ValueError: `optimizer` holds a parameter that the model does not have.
+    """
+    if isinstance(optimizer, Optimizer):
+        return _Copied(optimizer, parameters)
+    if optimizer is not None and not callable(optimizer):
         raise TypeError(
-            f"`optimizer` (={name}) is an optimizer already; pass what makes one of parameters: `torch.optim.{name}`, "
-            f"or `functools.partial(torch.optim.{name}, lr=0.1)`."
+            f"`optimizer` (={describe(optimizer)}) must be an optimizer of the model, or make one from parameters, "
+            "such as `torch.optim.AdamW`."
         )
-    if factory is not None and not callable(factory):
-        raise TypeError(
-            f"`optimizer` (={factory!r}) must make an optimizer of parameters, such as `torch.optim.AdamW`."
-        )
+    return optimizer
+
+
+class _Copied:
+    """Makes an optimizer with the class, options and groups of another one, but with new parameters and no state."""
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]):
+        index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self.__name__ = type(optimizer).__name__
+        self._class = type(optimizer)
+        self._groups: list[tuple[list[int], dict[str, Any]]] = []
+        for group in optimizer.param_groups:
+            if any(id(parameter) not in index_of for parameter in group["params"]):
+                raise ValueError(
+                    f"`optimizer` (={self.__name__}) holds a parameter that `model` does not have; pass an optimizer "
+                    f"of `model.parameters()`, or what makes one, such as `torch.optim.{self.__name__}`."
+                )
+            options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            self._groups.append(([index_of[id(parameter)] for parameter in group["params"]], options))
+        # `defaults` may hold more than the constructor takes: that of AdamW holds what AdamW passes to Adam.
+        taken = inspect.signature(self._class).parameters
+        self._defaults = {name: value for name, value in optimizer.defaults.items() if name in taken}
+
+    def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
+        groups = [{**options, "params": [parameters[index] for index in indices]} for indices, options in self._groups]
+        return self._class(groups, **self._defaults)
 
 
 def optimizer_cost(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from revnet._machine import free_bytes
@@ -24,7 +25,7 @@ from revnet.memory._step import Loss, device_of, tensors_in
 from revnet.memory._step_memory import StepMemory
 from revnet.memory._timing import CountedTiming, MeasuredTiming, measure_seconds, num_samples
 from revnet.memory._units import Unit, assign, find_units, set_policies
-from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, restoring_policies
+from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy, restoring_policies
 
 POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
 """What a plan chooses from, from the least memory to the most."""
@@ -132,12 +133,12 @@ def plan(
     *inputs: Any,
     budget: str | int,
     kwargs: Mapping[str, Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    policies: Sequence[AbstractPolicy] = POLICIES,
+    policies: Sequence[AbstractPolicy | str] = POLICIES,
     timing: CountedTiming | MeasuredTiming | None = None,
 ) -> Plan:
     """Choose a policy for each unit of `model`, such that a training step fits a budget in the least time.
@@ -161,8 +162,8 @@ def plan(
         autocast: As for `predict`.
         dtype: As for `predict`.
         device: As for `predict`.
-        policies: What units may have, from the least memory to the most; a unit takes those that it accepts. `Store()`
-            is always among them.
+        policies: Policies that units may have, or their names, from the least memory to the most. A unit takes the
+            policies that it accepts. `Store()` is always added.
         timing: How time is known: `CountedTiming()` from shapes, the default; `MeasuredTiming()` by running steps.
 
     Raises:
@@ -175,11 +176,11 @@ def plan(
     timing = CountedTiming() if timing is None else timing
     if not isinstance(timing, CountedTiming | MeasuredTiming):
         raise TypeError(f"`timing` (={timing!r}) must be a `CountedTiming()` or a `MeasuredTiming()`.")
-    policies = _checked(policies)
+    allowed = _checked(policies)
     step = _Step(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
     with restoring_policies(model):
         with step.predicted() as prediction:
-            units, (costs, excess_bytes) = _count(step, prediction, policies, timing)
+            units, (costs, excess_bytes) = _count(step, prediction, allowed, timing)
         if isinstance(timing, MeasuredTiming):
             costs = replace(costs, seconds=_measure(step, units, costs, timing))
         frontier = find_frontier(costs)
@@ -207,7 +208,7 @@ def max_batch_size(
     *inputs: Any,
     budget: str | int,
     kwargs: Mapping[str, Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
@@ -249,7 +250,7 @@ class _Step(NamedTuple):
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    optimizer: OptimizerFactory | None
+    optimizer: OptimizerFactory | Optimizer | None
     loss: Loss | None
     autocast: torch.dtype | None
     dtype: torch.dtype | None
@@ -282,14 +283,14 @@ class _Step(NamedTuple):
         return self._replace(args=args, kwargs=kwargs, device=device)
 
 
-def _checked(policies: Sequence[AbstractPolicy]) -> tuple[AbstractPolicy, ...]:
-    for policy in policies:
-        if not isinstance(policy, AbstractPolicy):
-            raise TypeError(f"`policies` holds {policy!r}, which is no policy; pass such as `[Reverse(), Store()]`.")
-    if not policies:
+def _checked(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractPolicy, ...]:
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        raise TypeError(f"`policies` (={policies!r}) must be a sequence of policies, such as `[Reverse(), Store()]`.")
+    chosen = [as_policy(policy, f"policies[{index}]") for index, policy in enumerate(policies)]
+    if not chosen:
         raise ValueError("`policies` must hold one policy or more, such as `[Reverse(), Store()]`.")
     # What times are relative to, and last, where the most memory is.
-    return (*[policy for policy in policies if policy != Store()], Store())
+    return (*[policy for policy in chosen if policy != Store()], Store())
 
 
 def _count(

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from revnet.errors import PredictionError
 from revnet.memory._fake import Faker, faked
-from revnet.memory._optimizer import OptimizerCost, OptimizerFactory, check_optimizer, optimizer_cost
+from revnet.memory._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
 from revnet.memory._recorder import Recorder
 from revnet.memory._step import Loss, StepResult, check_step, device_of, run_step, tensors_in
 from revnet.memory._step_memory import StepMemory
@@ -31,7 +32,7 @@ def predict(
     model: nn.Module,
     *inputs: Any,
     kwargs: Mapping[str, Any] | None = None,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
     loss: Loss | None = None,
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
@@ -53,9 +54,10 @@ def predict(
         model: Any module, in the mode (training or evaluation) in which it shall be predicted.
         inputs: Its arguments: real tensors, or tensors on the meta device.
         kwargs: Its keyword arguments.
-        optimizer: Makes the optimizer of parameters: `torch.optim.AdamW`, or
-            `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`. None counts no optimizer. Counted is a step after the
-            first, when the optimizer has its state.
+        optimizer: Makes the optimizer from parameters: `torch.optim.AdamW`, or
+            `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`. An optimizer of the model is accepted too. It is not
+            changed. None counts no optimizer. The step that is counted comes after the first, when the optimizer has
+            its state.
         loss: From the model's output to a scalar; None for the sum of all outputs that require a gradient.
         autocast: The lower precision under which the forward pass and the loss run, such as `torch.bfloat16`; None for
             what is in force.
@@ -80,7 +82,7 @@ def predicting(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
     *,
-    optimizer: OptimizerFactory | None,
+    optimizer: OptimizerFactory | Optimizer | None,
     loss: Loss | None,
     autocast: torch.dtype | None,
     dtype: torch.dtype | None,
@@ -88,7 +90,7 @@ def predicting(
 ) -> Iterator["Prediction"]:
     """Fake tensors in the place of a model's own, for any number of steps; otherwise as `predict`."""
     check_step(model, kwargs, loss, autocast)
-    check_optimizer(optimizer)
+    factory = as_factory(optimizer, list(model.parameters()))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"`dtype` (={dtype!r}) must be a floating-point type such as `torch.bfloat16`, or None.")
     place = None if device is None else _checked_device("device", device)
@@ -103,7 +105,7 @@ def predicting(
         stack.enter_context(_quiet())
         stack.enter_context(faked(model, faker))
         args, named = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
-        yield Prediction(model, args, named, optimizer=optimizer, loss=loss, autocast=autocast)
+        yield Prediction(model, args, named, optimizer=factory, loss=loss, autocast=autocast)
 
 
 class Prediction:

@@ -32,3 +32,39 @@ from revnet.models.revnet import revnet104 as revnet104
 from revnet.models.revnet import revnet110 as revnet110
 from revnet.models.revnet import revnet164 as revnet164
 from revnet.models.unet3d import UNet3d as UNet3d
+
+# Listed because a star import without it would also import the files, one of which is named `revnet`.
+__all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
+    "AbstractImageClassifier",
+    "create_model",
+    "h_transformer_base",
+    "h_transformer_large",
+    "h_transformer_small",
+    "IRevNet",
+    "irevnet301",
+    "irevnet_cifar",
+    "list_models",
+    "NICE",
+    "nice",
+    "published_image_size",
+    "reformer_enwik8",
+    "register_model",
+    "ResNet",
+    "resnet101",
+    "resnet110",
+    "resnet164",
+    "resnet32",
+    "resnet50",
+    "ReversibleTransformer",
+    "ReversibleViT",
+    "RevNet",
+    "revnet104",
+    "revnet110",
+    "revnet164",
+    "revnet38",
+    "revnet56",
+    "revvit_base",
+    "revvit_cifar",
+    "revvit_small",
+    "UNet3d",
+]

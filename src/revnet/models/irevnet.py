@@ -26,7 +26,15 @@ from revnet.models._checks import check_num_classes, check_positive
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
-from revnet.nn import AbstractPolicy, CouplingLayer, PolicySequential, Reverse, ReversibleSequential, SpaceToDepth
+from revnet.nn import (
+    AbstractPolicy,
+    CouplingLayer,
+    PolicySequential,
+    Reverse,
+    ReversibleSequential,
+    SpaceToDepth,
+    as_policy,
+)
 
 
 class Stem(SpaceToDepth):
@@ -166,16 +174,13 @@ class IRevNet(AbstractImageClassifier):
         hidden_widths: Sequence[int] | None = None,
         num_classes: int = 10,
         in_channels: int = 3,
-        policy: AbstractPolicy | None = None,
+        policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
         check_num_classes(num_classes)
         check_positive(in_channels=in_channels)
         _check_stages(num_blocks, strides, hidden_widths)
-        if policy is None:
-            policy = Reverse()
-        if not isinstance(policy, AbstractPolicy):
-            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        policy = Reverse() if policy is None else as_policy(policy)
         # Of one stream: the stem makes four channels of each, for two streams.
         widths = list(accumulate(strides, lambda width, stride: width * stride**2, initial=2 * in_channels))
         if hidden_widths is None:
@@ -260,7 +265,9 @@ def _check_stages(num_blocks: Sequence[int], strides: Sequence[int], hidden_widt
 
 
 @register_model(image_size=32)
-def irevnet_cifar(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> IRevNet:
+def irevnet_cifar(
+    *, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None
+) -> IRevNet:
     """A small bijective i-RevNet for CIFAR, of our own: 2,590,642 parameters for 10 classes.
 
     The published network for CIFAR is none: it adds 29 empty channels to the image. Rebuilt, they are not quite empty,
@@ -277,7 +284,7 @@ def irevnet_cifar(*, num_classes: int = 10, in_channels: int = 3, policy: Abstra
 
 
 @register_model(image_size=224)
-def irevnet301(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | None = None) -> IRevNet:
+def irevnet301(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> IRevNet:
     """i-RevNet-301 for ImageNet, bijective: 125,120,356 parameters for 1000 classes."""
     return IRevNet(
         num_blocks=(6, 16, 72, 6),

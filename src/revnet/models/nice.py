@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from revnet.models._checks import check_choice, check_positive
 from revnet.models._prior import PRIORS, PriorName, draw
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
 
 
 class CouplingFunction(nn.Sequential):
@@ -79,7 +79,7 @@ class NICE(nn.Module):
         hidden_dim: int = 1000,
         num_hidden: int = 5,
         prior: PriorName = "logistic",
-        policy: AbstractPolicy | None = None,
+        policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
         _check_image_shape(image_shape)
@@ -100,7 +100,7 @@ class NICE(nn.Module):
                 ReversibleBlock(CouplingFunction(even, odd, **sizes), CouplingFunction(odd, even, **sizes))
                 for _ in range(num_couplings // 2)
             ],
-            policy=Reverse() if policy is None else policy,
+            policy=Reverse() if policy is None else as_policy(policy),
         )
         self.log_scale = nn.Parameter(torch.zeros(self.num_components))
 
@@ -248,7 +248,7 @@ def nice(
     hidden_dim: int = 1000,
     num_hidden: int = 5,
     prior: PriorName = "logistic",
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> NICE:
     """NICE for images of `image_shape`, with the paper's network for MNIST: 19,158,352 parameters there."""
     return NICE(

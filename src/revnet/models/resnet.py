@@ -172,8 +172,8 @@ class ResidualBlock(nn.Module, AbstractPolicyHolder):
         """The one policy."""
         return (self._policy,)
 
-    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
-        """Set the policy; the next forward pass follows it."""
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
+        """Set the policy. The next forward pass follows it."""
         (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from revnet.coupling import AbstractCoupling, Additive, FixedPoint
 from revnet.functional import chunked, rotary_table
 from revnet.models._checks import check_choice, check_positive, check_share
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 
 ATTENTIONS = ("full", "lsh", "hierarchical")
@@ -140,7 +140,7 @@ class ReversibleTransformer(nn.Module):
         ff_chunks: int = 1,
         dropout: float = 0.0,
         coupling: AbstractCoupling | None = None,
-        policy: AbstractPolicy | None = None,
+        policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
         check_positive(vocab_size=vocab_size, dim=dim, depth=depth, num_heads=num_heads, max_length=max_length)
@@ -150,10 +150,7 @@ class ReversibleTransformer(nn.Module):
         hidden_dim = round(dim * ff_mult)
         if hidden_dim < 1:
             raise ValueError(f"`ff_mult` (={ff_mult}) must be positive; 4 is usual.")
-        if policy is None:
-            policy = Reverse()
-        if not isinstance(policy, AbstractPolicy):
-            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        policy = Reverse() if policy is None else as_policy(policy)
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.is_causal = is_causal
@@ -329,7 +326,7 @@ def reformer_enwik8(
     max_length: int = 65_536,
     ff_chunks: int = 1,
     dropout: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
     """The Reformer of 12 blocks for the bytes of enwik8, 64k at a time: 139,319,554 parameters.
 
@@ -357,7 +354,7 @@ def h_transformer_small(
     max_length: int = 16_384,
     ff_chunks: int = 1,
     dropout: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
     """An H-Transformer-1D decoder of the authors' small size, reversible: 31,017,344 parameters."""
     return ReversibleTransformer(
@@ -381,7 +378,7 @@ def h_transformer_base(
     max_length: int = 16_384,
     ff_chunks: int = 1,
     dropout: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
     """An H-Transformer-1D decoder of the authors' base size, reversible: 140,189,056 parameters."""
     return ReversibleTransformer(
@@ -405,7 +402,7 @@ def h_transformer_large(
     max_length: int = 16_384,
     ff_chunks: int = 1,
     dropout: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
     """An H-Transformer-1D decoder of the authors' large size, reversible: 400,944,512 parameters."""
     return ReversibleTransformer(

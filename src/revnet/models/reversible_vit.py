@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from revnet.models._checks import check_num_classes, check_positive, check_share
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._registry import register_model
-from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import (
+    AbstractPolicy,
+    PolicySequential,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    as_policy,
+)
 
 _EPS = 1e-6
 """Of layer norms, as the published code and most ViTs have it."""
@@ -193,7 +200,7 @@ class ReversibleViT(AbstractImageClassifier):
         in_channels: int = 3,
         dropout: float = 0.0,
         drop_path: float = 0.0,
-        policy: AbstractPolicy | None = None,
+        policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
         check_num_classes(num_classes)
@@ -213,10 +220,7 @@ class ReversibleViT(AbstractImageClassifier):
                 f"`dim` (={dim}) must be a multiple of `num_heads` (={num_heads}), which share it; "
                 f"pass {dim + num_heads - dim % num_heads}, or other heads."
             )
-        if policy is None:
-            policy = Reverse()
-        if not isinstance(policy, AbstractPolicy):
-            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        policy = Reverse() if policy is None else as_policy(policy)
         self.num_classes = num_classes
         self.num_features = 2 * dim
         self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": "stem"}]
@@ -273,7 +277,7 @@ def revvit_cifar(
     img_size: int = 32,
     dropout: float = 0.0,
     drop_path: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleViT:
     """A reversible ViT for CIFAR, with patches of 4x4: 2,699,530 parameters for 10 classes. Not of the paper."""
     return ReversibleViT(
@@ -299,7 +303,7 @@ def revvit_small(
     img_size: int = 224,
     dropout: float = 0.0,
     drop_path: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleViT:
     """Rev-ViT-S for ImageNet: 22,434,664 parameters for 1000 classes. The paper trains it with `drop_path=0.1`."""
     return ReversibleViT(
@@ -323,7 +327,7 @@ def revvit_base(
     img_size: int = 224,
     dropout: float = 0.0,
     drop_path: float = 0.0,
-    policy: AbstractPolicy | None = None,
+    policy: AbstractPolicy | str | None = None,
 ) -> ReversibleViT:
     """Rev-ViT-B for ImageNet: 87,335,656 parameters for 1000 classes. The paper trains it with `drop_path=0.2`."""
     return ReversibleViT(

@@ -29,6 +29,7 @@ from revnet.nn import (
     Reverse,
     ReversibleBlock,
     ReversibleSequential,
+    as_policy,
     one_for_each,
 )
 
@@ -72,8 +73,8 @@ class Downsample(nn.Module, AbstractPolicyHolder):
         """The one policy."""
         return (self._policy,)
 
-    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
-        """Set the policy; the next forward pass follows it."""
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
+        """Set the policy. The next forward pass follows it."""
         (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: TensorPair) -> TensorPair:
@@ -130,7 +131,7 @@ class RevNet(AbstractImageClassifier):
         stem: StemName = "small",
         num_classes: int = 10,
         in_channels: int = 3,
-        policy: AbstractPolicy | None = None,
+        policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
         check_choice("block", block, tuple(BLOCK_KINDS))
@@ -138,10 +139,7 @@ class RevNet(AbstractImageClassifier):
         check_stages(num_blocks, widths, multiple_of=2, may_shrink=block == "bottleneck")
         check_num_classes(num_classes)
         check_positive(in_channels=in_channels)
-        if policy is None:
-            policy = Reverse()
-        if not isinstance(policy, AbstractPolicy):
-            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        policy = Reverse() if policy is None else as_policy(policy)
         channels = BLOCK_KINDS[block].channels(widths)
         self.num_classes = num_classes
         self.num_features = channels[-1]
@@ -211,7 +209,7 @@ def _stage(
 
 
 @register_model(image_size=32)
-def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
     """RevNet-38 for CIFAR: 464,890 parameters for 10 classes. The pair of ResNet-32."""
     return RevNet(
         num_blocks=(3, 3, 3), widths=(32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels, policy=policy
@@ -219,7 +217,7 @@ def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPol
 
 
 @register_model(image_size=32)
-def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
     """RevNet-110 for CIFAR: 1,729,194 parameters for 10 classes. The pair of ResNet-110."""
     return RevNet(
         num_blocks=(9, 9, 9), widths=(32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, policy=policy
@@ -227,7 +225,7 @@ def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPo
 
 
 @register_model(image_size=32)
-def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
     """RevNet-164 for CIFAR, of bottlenecks: 1,748,778 parameters for 10 classes. The pair of ResNet-164."""
     return RevNet(
         num_blocks=(9, 9, 9),
@@ -240,7 +238,7 @@ def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPo
 
 
 @register_model(image_size=224)
-def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
     """RevNet-56 for ImageNet, of bottlenecks: 27,553,128 parameters for 1000 classes. The pair of ResNet-50."""
     return RevNet(
         num_blocks=(2, 2, 3, 2),
@@ -254,7 +252,7 @@ def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractP
 
 
 @register_model(image_size=224)
-def revnet104(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | None = None) -> RevNet:
+def revnet104(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
     """RevNet-104 for ImageNet, of bottlenecks: 45,428,072 parameters for 1000 classes. The pair of ResNet-101."""
     return RevNet(
         num_blocks=(2, 2, 11, 2),

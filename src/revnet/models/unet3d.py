@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet.models._checks import check_positive
-from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import (
+    AbstractPolicy,
+    PolicySequential,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    as_policy,
+)
 
 
 class Residual(nn.Module):
@@ -76,7 +83,7 @@ class UNet3d(nn.Module):
         widths: Sequence[int] = (60, 120, 240, 360, 480),
         num_blocks: int = 1,
         num_decoder_blocks: int | None = None,
-        policy: AbstractPolicy | None = None,
+        policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
         if num_decoder_blocks is None:
@@ -84,10 +91,7 @@ class UNet3d(nn.Module):
         check_positive(in_channels=in_channels, num_classes=num_classes)
         check_positive(num_blocks=num_blocks, num_decoder_blocks=num_decoder_blocks)
         _check_widths(widths)
-        if policy is None:
-            policy = Reverse()
-        if not isinstance(policy, AbstractPolicy):
-            raise TypeError(f"`policy` (={policy!r}) must be a policy: `Reverse()` or `Store()`.")
+        policy = Reverse() if policy is None else as_policy(policy)
         self.in_channels = in_channels
         self.num_classes = num_classes
         # The published net has 30 groups in every norm: half of the first width.

@@ -20,6 +20,7 @@ from revnet.nn._policy import Reverse as Reverse
 from revnet.nn._policy import Store as Store
 from revnet.nn._policy_holder import AbstractPolicyHolder as AbstractPolicyHolder
 from revnet.nn._policy_holder import PolicyUnit as PolicyUnit
+from revnet.nn._policy_holder import as_policy as as_policy
 from revnet.nn._policy_holder import one_for_each as one_for_each
 from revnet.nn._policy_holder import policy_holders as policy_holders
 from revnet.nn._policy_holder import restoring_policies as restoring_policies

@@ -1,12 +1,13 @@
-"""What every reversible block offers: forward, inverse and log-determinant, all from its half-blocks."""
+"""The interface of reversible blocks: forward, inverse and log-determinant, all computed from half-blocks."""
 
 import abc
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
+from revnet._checks import describe, is_integer
+from revnet._torch_internals import has_global_module_hook
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock, call_within
@@ -19,19 +20,21 @@ _REVERSE = Reverse()
 class AbstractReversibleBlock(nn.Module, abc.ABC):
     """A module whose input can be computed from its output, as a chain of half-blocks.
 
-    A block says which residual functions it has, and which stream each one updates. Called alone, it keeps its output
-    and rebuilds the rest in the backward pass; several in a row belong in a `ReversibleSequential`, which keeps only
-    the last output.
+    A subclass defines the residual functions of the block and the stream that each of them updates. A block that is
+    called alone keeps its output and rebuilds the rest in the backward pass. Put several blocks in a row into a
+    `ReversibleSequential`, which keeps only the last output.
     """
 
     split_dim: int
-    """The dimension along which a tensor input is split into streams."""
+    """Dimension along which a tensor input is split into streams."""
+    has_default_split_dim: bool = False
+    """Whether `split_dim` was left out when the block was built, so that it is 1."""
     num_streams: int = 2
-    """How many there are."""
+    """Number of streams."""
 
     @abc.abstractmethod
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
-        """The residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
+        """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
 
     def _chain(self) -> Chain:
         return Chain(self.half_blocks())
@@ -57,6 +60,7 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
         run = call_within(self)
         if run is not None:
             return run(x, args, kwargs)
+        check_default_split(self, x)
         return run_forward([(_REVERSE, self._chain())], x, self.split_dim, self.num_streams, args, kwargs)
 
     @overload
@@ -71,6 +75,7 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
 
         Invert blocks with dropout in evaluation mode: in training mode it draws a new mask.
         """
+        check_default_split(self, y)
         return run_inverse(self._chain(), y, self.split_dim, self.num_streams, args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
@@ -81,6 +86,7 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
         Raises:
             ValueError: The block splits along the batch, so that a sample has no map of its own.
         """
+        check_default_split(self, x)
         log_dets: list[Tensor] = []
         y = run_forward(
             [(_REVERSE, self._chain())], x, self.split_dim, self.num_streams, args, kwargs, log_dets=log_dets
@@ -104,8 +110,40 @@ def must_be_called(block: AbstractReversibleBlock) -> bool:
         or block._backward_pre_hooks
         or type(block).forward is not AbstractReversibleBlock.forward
         or "forward" in block.__dict__
-        or (not torch.compiler.is_dynamo_compiling() and has_any_global_hook())
+        or (not torch.compiler.is_dynamo_compiling() and has_global_module_hook())
     )
+
+
+def choose_split_dim(split_dim: int | None) -> tuple[int, bool]:
+    """Return the dimension to split, and whether it is the default.
+
+    Raises:
+        TypeError: `split_dim` is neither an integer nor None.
+    """
+    if split_dim is None:
+        return 1, True
+    if not is_integer(split_dim):
+        raise TypeError(
+            f"`split_dim` (={describe(split_dim)}) must be an integer, the dimension of the input to split: 1 for the "
+            "channels of images, -1 for the features of sequences."
+        )
+    return split_dim, False
+
+
+def check_default_split(block: AbstractReversibleBlock, x: Tensor | Streams) -> None:
+    """Raise for a three-dimensional tensor that the block would split along the default dimension.
+
+    Such a tensor is (B, C, L) or (B, T, D). Dimension 1 of the latter holds the tokens: splitting them runs without an
+    error, but mixes tokens instead of features, and a causal model would see the future.
+
+    Raises:
+        ValueError: `x` has three dimensions, and the block was built without `split_dim`.
+    """
+    if isinstance(x, Tensor) and x.dim() == 3 and block.has_default_split_dim and block.split_dim == 1:
+        raise ValueError(
+            f"`split_dim` must be passed to {type(block).__name__} for a three-dimensional input (shape "
+            f"{tuple(x.shape)}); pass `split_dim=-1` for (B, T, D), or `split_dim=1` for (B, C, L)."
+        )
 
 
 def check_functions(**functions: nn.Module) -> None:
@@ -113,12 +151,15 @@ def check_functions(**functions: nn.Module) -> None:
     for name, function in functions.items():
         if not isinstance(function, nn.Module):
             raise TypeError(
-                f"`{name}` (={function!r}) must be an nn.Module, so that its parameters and buffers are known when it "
-                "runs again in the backward pass; wrap the function in a module."
+                f"`{name}` (={describe(function)}) must be an nn.Module, so that its parameters and buffers are known "
+                "when it runs again in the backward pass; wrap the function in a module."
             )
 
 
 def check_coupling(coupling: AbstractCoupling) -> None:
-    """Raise unless it is a coupling."""
+    """Raise unless `coupling` is a coupling."""
     if not isinstance(coupling, AbstractCoupling):
-        raise TypeError(f"`coupling` (={coupling!r}) must be a coupling, such as `Additive()` or `Affine()`.")
+        raise TypeError(
+            f"`coupling` (={describe(coupling)}) must be a coupling, such as `Additive()`, `FixedPoint()` or "
+            "`Affine()`."
+        )

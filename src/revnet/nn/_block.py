@@ -4,49 +4,56 @@ from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, choose_split_dim
 
 _ADDITIVE = Additive()
 
 
 class ReversibleBlock(AbstractReversibleBlock):
-    """Two residual functions, joined so that the input can be computed from the output.
+    """Combine two residual functions so that the input can be computed from the output.
 
-    `y1 = x1 + f(x2)`, `y2 = x2 + g(y1)`; reversed, `x2 = y2 - g(y1)`, `x1 = y1 - f(x2)`. Called alone, the block keeps
-    its output and rebuilds the rest in the backward pass; several in a row belong in a `ReversibleSequential`, which
-    keeps only the last output.
+    The block computes `y1 = x1 + f(x2)` and `y2 = x2 + g(y1)`. Its inverse is `x2 = y2 - g(y1)` and `x1 = y1 - f(x2)`.
+    A block that is called alone keeps its output and rebuilds the rest in the backward pass. Put several blocks in a
+    row into a `ReversibleSequential`, which keeps only the last output.
 
     Args:
-        f: The residual function of the first stream: called with `x2` and the further arguments, it returns a tensor of
-            `x1`'s shape. It may contain anything (dropout, batch norm, other devices), but must not write over its
-            input.
-        g: The residual function of the second stream: called with `y1`, returns a tensor of `x2`'s shape.
-        split_dim: The dimension along which a tensor input is split into `x1, x2`.
-        coupling: How residuals join the streams: `Additive()`; `FixedPoint()` for a reversal that is exact to the last
-            bit; `Affine()` for densities.
+        f: The residual function of the first stream. It is called with `x2` and the further arguments, and returns a
+            tensor with the shape of `x1`. It may contain anything, such as dropout or batch norm, but it must not
+            modify its input.
+        g: The residual function of the second stream. It is called with `y1` and the further arguments, and returns a
+            tensor with the shape of `x2`.
+        split_dim: The dimension along which a tensor input is split into `x1, x2`: 1 for the channels of images, -1 for
+            the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because
+            it may be (B, T, D) as well as (B, C, L).
+        coupling: How the residuals are combined with the streams. `FixedPoint()` makes the reversal exact to the last
+            bit, and `Affine()` is for densities.
 
     Shape:
-        x: a tensor, even along `split_dim`, for instance (B, C, H, W) with C even; or a pair of tensors. Output: the
-            same.
+        x: A tensor whose size along `split_dim` is even, such as (B, C, H, W) with an even C, or a pair of tensors.
+        Output: the same.
 
     Raises:
-        TypeError: `f` or `g` is no module, or `coupling` is none.
+        TypeError: `f` or `g` is not a module, `split_dim` is not an integer, or `coupling` is not a coupling. In the
+            passes: the input is not a tensor or a pair.
+        ValueError: In the passes: the input cannot be split along `split_dim`.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7.
     """
 
-    def __init__(self, f: nn.Module, g: nn.Module, *, split_dim: int = 1, coupling: AbstractCoupling = _ADDITIVE):
+    def __init__(
+        self, f: nn.Module, g: nn.Module, *, split_dim: int | None = None, coupling: AbstractCoupling = _ADDITIVE
+    ):
         super().__init__()
         check_functions(f=f, g=g)
         check_coupling(coupling)
         self.f = f
         self.g = g
         self.coupling = coupling
-        self.split_dim = split_dim
+        self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
 
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
-        """The two residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
+        """Return the two residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
         modules, coupling = self._modules, self.coupling  # `self.f` would take a search at each step.
         return [
             HalfBlock(modules["f"], 0, 1, prefix + "f", coupling, "f"),  # type: ignore[arg-type]
@@ -54,7 +61,7 @@ class ReversibleBlock(AbstractReversibleBlock):
         ]
 
     def extra_repr(self) -> str:
-        """The options that differ from the default, for `repr`."""
-        options = [f"split_dim={self.split_dim}"] if self.split_dim != 1 else []
+        """Return the options that differ from the default, for `repr`."""
+        options = [] if self.has_default_split_dim else [f"split_dim={self.split_dim}"]
         options += [f"coupling={self.coupling}"] if self.coupling != _ADDITIVE else []
         return ", ".join(options)

@@ -4,31 +4,35 @@ from typing import Literal
 
 from torch import nn
 
+from revnet._checks import describe, is_integer
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, choose_split_dim
 
 _ADDITIVE = Additive()
 
 
 class CouplingLayer(AbstractReversibleBlock):
-    """One residual function: `y1 = x1 + f(x2)`, and `y2 = x2`; the coupling layer of NICE and its successors.
+    """Update one stream from the other: `y1 = x1 + f(x2)` and `y2 = x2`. This is the coupling layer of NICE.
 
-    In a `ReversibleSequential`, layers that update the first stream and the second in turns do what half as many
-    blocks of two functions do. Take them where a network has an odd number of functions, or other layers in between.
+    In a `ReversibleSequential`, layers that update the two streams alternately compute what half the number of
+    two-function blocks computes. Use coupling layers in networks that have an odd number of functions, or other layers
+    in between.
 
     Args:
-        f: The residual function: called with the stream that stays and the further arguments, it returns a tensor of
-            the shape of the other stream.
-        updates: The stream that it updates, 0 for the first or 1 for the second.
-        split_dim: The dimension along which a tensor input is split into `x1, x2`.
-        coupling: How the residual joins the stream: `Additive()`, `FixedPoint()` or `Affine()`.
+        f: The residual function. It is called with the stream that stays and the further arguments, and returns a
+            tensor with the shape of the other stream.
+        updates: The stream that the layer updates: 0 for the first, 1 for the second.
+        split_dim: The dimension along which a tensor input is split into `x1, x2`: 1 for the channels of images, -1 for
+            the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because
+            it may be (B, T, D) as well as (B, C, L).
+        coupling: How the residual is combined with the stream: `Additive()`, `FixedPoint()` or `Affine()`.
 
     Shape:
-        x: a tensor, even along `split_dim`, or a pair of tensors. Output: the same.
+        x: A tensor whose size along `split_dim` is even, or a pair of tensors. Output: the same.
 
     Raises:
-        TypeError: `f` is no module, or `coupling` is none.
+        TypeError: `f` is not a module, `split_dim` is not an integer, or `coupling` is not a coupling.
         ValueError: `updates` is neither 0 nor 1.
 
     References:
@@ -40,26 +44,26 @@ class CouplingLayer(AbstractReversibleBlock):
         f: nn.Module,
         *,
         updates: Literal[0, 1] = 0,
-        split_dim: int = 1,
+        split_dim: int | None = None,
         coupling: AbstractCoupling = _ADDITIVE,
     ):
         super().__init__()
         check_functions(f=f)
         check_coupling(coupling)
-        if updates not in (0, 1):
-            raise ValueError(f"`updates` (={updates!r}) must be 0 for the first stream, or 1 for the second.")
+        if not is_integer(updates) or updates not in (0, 1):
+            raise ValueError(f"`updates` (={describe(updates)}) must be 0 for the first stream, or 1 for the second.")
         self.f = f
         self.updates = updates
-        self.split_dim = split_dim
+        self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
         self.coupling = coupling
 
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
-        """The one residual function; `prefix` names the layer in errors ("blocks.3.")."""
+        """Return the residual function. `prefix`, such as "blocks.3.", names the layer in errors."""
         return [HalfBlock(self.f, self.updates, 1 - self.updates, prefix + "f", self.coupling)]
 
     def extra_repr(self) -> str:
-        """The stream, and the options that differ from the default, for `repr`."""
+        """Return the stream and the options that differ from the default, for `repr`."""
         options = [f"updates={self.updates}"]
-        options += [f"split_dim={self.split_dim}"] if self.split_dim != 1 else []
+        options += [] if self.has_default_split_dim else [f"split_dim={self.split_dim}"]
         options += [f"coupling={self.coupling}"] if self.coupling != _ADDITIVE else []
         return ", ".join(options)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._invertible import AbstractInvertible, zero_log_det
 from revnet.nn._policy import AbstractPolicy, Reverse
+from revnet.nn._policy_holder import as_policy
 from revnet.nn._sequential import ReversibleSequential
 
 _REVERSE = Reverse()
@@ -35,9 +36,10 @@ class InvertibleSequential(AbstractInvertible):
     def __init__(
         self,
         *layers: AbstractInvertible | AbstractReversibleBlock | ReversibleSequential,
-        policy: AbstractPolicy = _REVERSE,
+        policy: AbstractPolicy | str = _REVERSE,
     ):
         super().__init__()
+        policy = as_policy(policy)
         for index, layer in enumerate(layers):
             if not isinstance(layer, AbstractInvertible | AbstractReversibleBlock | ReversibleSequential):
                 raise TypeError(

@@ -4,52 +4,55 @@ from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, choose_split_dim
 
 _ADDITIVE = Additive()
 
 
 class MultiStreamBlock(AbstractReversibleBlock):
-    """As many residual functions as streams, each updating its stream from the one before it.
+    """Update several streams in turn, each by its own residual function of the stream before it.
 
-    `y1 = x1 + f1(xn)`, `y2 = x2 + f2(y1)`, ..., `yn = xn + fn(yn-1)`; reversed, last to first. With two functions it is
-    a `ReversibleBlock`. The more streams, the narrower each is, and the smaller the activations of a function, of which
-    one at a time is rebuilt; but a function sees one stream only, so that it takes more blocks for all of them to mix.
+    The block computes `y1 = x1 + f1(xn)`, `y2 = x2 + f2(y1)`, ..., `yn = xn + fn(yn-1)`. Its inverse runs from the last
+    function to the first. With two functions the block is a `ReversibleBlock`. With more streams each stream is
+    narrower, and so are the activations of a function, of which only one at a time is rebuilt. But a function sees
+    only one stream, so more blocks are needed to mix all streams.
 
     Args:
-        functions: The residual functions, two or more: each is called with a stream and the further arguments, and
-            returns a tensor of the next stream's shape.
-        split_dim: The dimension along which a tensor input is split into streams.
-        coupling: How residuals join the streams.
+        functions: The residual functions, two or more. Each one is called with a stream and the further arguments, and
+            returns a tensor with the shape of the next stream.
+        split_dim: The dimension along which a tensor input is split into streams: 1 for the channels of images, -1 for
+            the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because
+            it may be (B, T, D) as well as (B, C, L).
+        coupling: How the residuals are combined with the streams.
 
     Shape:
-        x: a tensor whose size along `split_dim` the number of streams divides, or a tuple of so many tensors. Output:
-            the same.
+        x: A tensor whose size along `split_dim` is divisible by the number of streams, or a tuple with one tensor for
+            each stream. Output: the same.
 
     Raises:
-        TypeError: A function is no module, or `coupling` is none.
+        TypeError: A function is not a module, `split_dim` is not an integer, or `coupling` is not a coupling.
         ValueError: There are fewer than two functions.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7, for two.
     """
 
-    def __init__(self, *functions: nn.Module, split_dim: int = 1, coupling: AbstractCoupling = _ADDITIVE):
+    def __init__(self, *functions: nn.Module, split_dim: int | None = None, coupling: AbstractCoupling = _ADDITIVE):
         super().__init__()
         check_functions(**{f"functions[{index}]": function for index, function in enumerate(functions)})
         check_coupling(coupling)
         if len(functions) < 2:
             raise ValueError(
-                f"`functions` are {len(functions)}, but must be two or more, one for each stream; `CouplingLayer` is "
-                "the block of one function."
+                f"`functions` (={len(functions)} of them) must be two or more, one for each stream; use `CouplingLayer` "
+                "for a block of one function."
             )
         self.functions = nn.ModuleList(functions)
         self.num_streams = len(functions)
-        self.split_dim = split_dim
+        self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
         self.coupling = coupling
 
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
-        """The residual functions in order; `prefix` names the block in errors ("blocks.3.")."""
+        """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
         return [
             HalfBlock(
                 function,
@@ -63,7 +66,7 @@ class MultiStreamBlock(AbstractReversibleBlock):
         ]
 
     def extra_repr(self) -> str:
-        """The options that differ from the default, for `repr`."""
-        options = [f"split_dim={self.split_dim}"] if self.split_dim != 1 else []
+        """Return the options that differ from the default, for `repr`."""
+        options = [] if self.has_default_split_dim else [f"split_dim={self.split_dim}"]
         options += [f"coupling={self.coupling}"] if self.coupling != _ADDITIVE else []
         return ", ".join(options)

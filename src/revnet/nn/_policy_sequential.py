@@ -25,7 +25,7 @@ class PolicySequential(nn.Sequential, AbstractPolicyHolder):
         TypeError: `policy` is none, or one for reversible blocks.
     """
 
-    def __init__(self, *modules: Any, policy: AbstractModulePolicy = _STORE):
+    def __init__(self, *modules: Any, policy: AbstractModulePolicy | str = _STORE):
         super().__init__(*modules)
         self.set_policies(policy)
 
@@ -39,7 +39,7 @@ class PolicySequential(nn.Sequential, AbstractPolicyHolder):
         """The one policy."""
         return (self._policy,)
 
-    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
         """Set the policy; the next forward pass follows it."""
         (self._policy,) = one_for_each(policy, self.policy_units)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revnet._types import Streams, TensorPair
 from revnet.engine import Chain, HalfBlock, ToleranceKeeper
-from revnet.nn._abstract_block import AbstractReversibleBlock, must_be_called
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_default_split, must_be_called
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
 from revnet.nn._run import Segment, run_forward, run_inverse, sum_log_dets
@@ -166,9 +166,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         Returns:
             The output; a tensor for a tensor, a pair for a pair.
         """
-        return run_forward(
-            self._segments(), x, self._split_dim, self._num_streams, args, kwargs, tolerance=self._keeper
-        )
+        return run_forward(self._segments(), x, *self._split(x), args, kwargs, tolerance=self._keeper)
 
     @overload
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -185,7 +183,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         mode: in training mode it draws a new mask.
         """
         half_blocks = [half_block for _, chain in self._segments() for half_block in chain.half_blocks]
-        return run_inverse(Chain(half_blocks), y, self._split_dim, self._num_streams, args, kwargs)
+        return run_inverse(Chain(half_blocks), y, *self._split(y), args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
         """Compute the output, and the log-determinant of the map to it for each sample, (B,).
@@ -199,8 +197,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         y = run_forward(
             self._segments(),
             x,
-            self._split_dim,
-            self._num_streams,
+            *self._split(x),
             args,
             kwargs,
             log_dets=log_dets,
@@ -241,13 +238,13 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             options.append(f"tolerance={self.tolerance:g}, {len(self.keyframes)} keyframes")
         return ", ".join(options)
 
-    @property
-    def _split_dim(self) -> int:
-        return self._reversible_blocks()[0].split_dim if len(self.blocks) else 1
-
-    @property
-    def _num_streams(self) -> int:
-        return self._reversible_blocks()[0].num_streams if len(self.blocks) else 2
+    def _split(self, x: Tensor | Streams) -> tuple[int, int]:
+        """Return along which dimension and into how many streams the blocks split `x`."""
+        for block in self.blocks:
+            assert isinstance(block, AbstractReversibleBlock)
+            check_default_split(block, x)
+            return block.split_dim, block.num_streams
+        return 1, 2
 
     def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
         blocks = [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
@@ -255,9 +252,9 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             for index, block in enumerate(self.blocks):
                 if not isinstance(block, AbstractReversibleBlock):
                     raise TypeError(
-                        f"`blocks[{index}]` is now a {type(block).__name__}, which is not a reversible block, and would "
-                        "be left out; wrap the block's functions `f` and `g` instead, or use `block.compile()`, which "
-                        "compiles them."
+                        f"`blocks[{index}]` is now a {type(block).__name__}, which is not a reversible block, and "
+                        "would be left out; wrap the block's functions `f` and `g` instead, or use `block.compile()`, "
+                        "which compiles them."
                     )
         return blocks
 

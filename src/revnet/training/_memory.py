@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
-from revnet.nn import Checkpoint, Store, policy_holders, set_policy
+from revnet.nn import Store, policy_holders, set_policy
 from revnet.training._device import find_device
 from revnet.training._settings import RunSettings
-
-_POLICIES = {"checkpoint": Checkpoint(), "store": Store()}  # and "reverse" is what models have
 
 
 class PeakBytes(NamedTuple):
@@ -75,8 +73,8 @@ def apply_policies(model: nn.Module, config: RunSettings, made_plan: Plan | None
     """Give `model` the policies of the plan, or the one of the settings."""
     if made_plan is not None:
         made_plan.apply(model)
-    elif config.policy in _POLICIES:
-        set_policy(model, _POLICIES[config.policy])
+    elif config.policy != "reverse":  # Models have this one already, where they can take it.
+        set_policy(model, config.policy)
 
 
 def tell_plan(made_plan: Plan) -> str:

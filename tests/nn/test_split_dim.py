@@ -1,0 +1,55 @@
+"""The dimension along which blocks split: chosen, or left out, which a three-dimensional input does not allow."""
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import ReversibleBlock
+from revnet.nn import CouplingLayer, MomentumBlock, MultiStreamBlock
+from revnet.nn._abstract_block import check_default_split
+
+MAKERS = {
+    "block": lambda **options: ReversibleBlock(nn.Identity(), nn.Identity(), **options),
+    "layer": lambda **options: CouplingLayer(nn.Identity(), **options),
+    "streams": lambda **options: MultiStreamBlock(nn.Identity(), nn.Identity(), nn.Identity(), **options),
+    "momentum": lambda **options: MomentumBlock(nn.Identity(), **options),
+}
+all_makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+
+
+@all_makers
+def test_three_dimensions_need_a_chosen_split_dim(make):
+    """(B, T, D) split along 1 would mix tokens, and (B, C, L) split along -1 places."""
+    block, x = make(), torch.randn(2, 6, 12)
+    assert block.split_dim == 1
+    with pytest.raises(
+        ValueError,
+        match=r"^`split_dim` must be passed to \w+ for a three-dimensional input \(shape \(2, 6, 12\)\); pass",
+    ) as error:
+        check_default_split(block, x)
+    assert "`split_dim=-1` for (B, T, D), or `split_dim=1` for (B, C, L)" in str(error.value)
+    for chosen in (1, -1, 2):
+        assert make(split_dim=chosen).split_dim == chosen
+        check_default_split(make(split_dim=chosen), x)
+
+
+@all_makers
+@pytest.mark.parametrize("shape", [(4, 6), (2, 6, 4, 4), (2, 6, 4, 4, 4)])
+def test_other_inputs_are_split_along_the_channels(make, shape):
+    x = torch.randn(shape)
+    check_default_split(make(), x)
+    check_default_split(make(), (x, x))
+    check_default_split(make(), (torch.randn(2, 6, 12),) * 2)  # It is split already.
+
+
+@all_makers
+@pytest.mark.parametrize("split_dim", ["x", 1.0, True, nn.ReLU()])
+def test_split_dim_is_an_integer(make, split_dim):
+    with pytest.raises(TypeError, match=r"`split_dim` \(=.*\) must be an integer, the dimension of the input to split"):
+        make(split_dim=split_dim)
+
+
+@all_makers
+def test_a_chosen_split_dim_is_shown(make):
+    assert "split_dim" not in repr(make())
+    assert "split_dim=1" in repr(make(split_dim=1))
