@@ -6,10 +6,12 @@ An upgrade of PyTorch begins here: when a release removes one of these, this fil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from operator import methodcaller
+from types import CodeType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -64,6 +66,21 @@ def is_forward_mode() -> bool:
 
 # The place of a node in the order in which nodes were created on its thread. Replacement: as `next_sequence_number`.
 sequence_number_of = methodcaller("_sequence_nr")
+
+
+def never_compile(function: Callable[..., object]) -> None:
+    """Have `torch.compile` leave alone the functions that `function` defines inside itself.
+
+    Saved-tensor hooks are called while a compiled residual function runs, and would each be traced and guarded.
+    Replacement: `torch.compiler.disable`, whose wrapper costs more than the hooks do.
+    """
+    strategy = getattr(eval_frame, "_FrameExecStrategy", None)
+    if strategy is None:
+        return  # An optimization alone: releases that name it otherwise trace the hooks.
+    skip = strategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    for constant in function.__code__.co_consts:
+        if isinstance(constant, CodeType):
+            eval_frame.set_code_exec_strategy(constant, skip)
 
 
 def call_after_backward(callback: Callable[[], None]) -> bool:

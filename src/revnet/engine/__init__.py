@@ -95,10 +95,10 @@ The code cites these by number.
     output that was written over, a result that is off by far more than its input: each is a `ReconstructionError` (or
     the error that autograd would raise), never another gradient. Rounding that was amplified is not wrong; it warns.
 
-Where to put what comes next. A coupling that keeps bits beside the stream: its step keeps them (`AbstractStep`). Streams
-that come back from outside, as in a pipeline: `Rebuilder.hold` is the one place where a run gets its streams, and may be
-called again. Holding the stream that one function reads: a keyframe before it. Keeping outputs of operators: a mode
-around `RecordedCall._call_again`, with what it keeps in `Saved`.
+Where to put what comes next. A coupling that keeps bits besides the stream: its step keeps them (`AbstractStep`).
+Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the one place where a run gets its streams,
+and may be called again. Holding the stream that one function reads: a keyframe before it. Keeping outputs of operators:
+a mode around `RecordedCall._call_again`, with what it keeps in `Saved`.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.

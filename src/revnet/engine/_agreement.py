@@ -12,13 +12,14 @@ function saved. The backward pass compares them with what it rebuilds. Three thi
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import sub
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from revnet.engine._careful import NOISE, not_the_same
 from revnet.engine._chain import HalfBlock
 from revnet.engine._digest import Digest, Parts, checksum, digest_of, part_error, parts_of
 from revnet.engine._drift import StreamKind, report
@@ -40,8 +41,6 @@ four blocks. The number decides when to look closer, not what is an error.
 EXCESS = 100.0
 """By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
 _FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in _DTYPES}
-NOISE = 1024.0
-"""Units in the last place by which two runs of one function on one input may differ, say for alignment of memory."""
 
 
 class AgreementWatch(Observer):
@@ -56,6 +55,7 @@ class AgreementWatch(Observer):
         self._worst = 0.0
         """The largest relative error of any stream so far in this walk."""
         self._position = -1
+        self._eps = torch.finfo(torch.float32).eps
         self._first: Parts | None = None
         """Of what the lowest function reads, whose rebuilt stream has come the longest way."""
         self._final: list[Digest] = []
@@ -69,6 +69,7 @@ class AgreementWatch(Observer):
             self._before[index] = digest_of(streams[half_block.target])
         elif index == run.lowest:
             self._first = parts_of(streams[half_block.source])
+            self._eps = torch.finfo(streams[half_block.source].dtype).eps
 
     def on_hold(self, streams: Sequence[Tensor | None]) -> None:
         """Note the checksums of the final streams."""
@@ -151,8 +152,29 @@ class AgreementWatch(Observer):
         tolerated, ratio = run.chain.chain.tolerated, error / max(self._worst, _FLOOR[x.dtype])
         # NaN and inf are the model's own, or reported as drift.
         if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
-            check_same(run, index, streams, found, expected, self._worst)
+            check_same(run, index, lambda change: digest_of(_redo(run, index, streams, change)), found, expected, self)
             tolerated[index] = 4 * ratio
+
+    def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """Compare the last tensor that the lowest function saved, since its result is not looked at."""
+        call = run.steps[index].call
+        tolerated, ratio = run.chain.chain.tolerated, call.tail_error / max(self._worst, 4 * self._eps)
+        if math.isfinite(ratio) and ratio > tolerated.get(index, SUSPICIOUS):
+            found, expected = call.tail_found, call.tail
+            assert found is not None
+            assert expected is not None
+            check_same(run, index, lambda change: _tail(run, index, streams, change), found, expected, self)
+            tolerated[index] = 4 * ratio
+
+    @property
+    def eps(self) -> float:
+        """The unit in the last place of the streams."""
+        return self._eps
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of any stream so far in this walk."""
+        return self._worst
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Begin anew with the next walk of a retained graph."""
@@ -160,54 +182,67 @@ class AgreementWatch(Observer):
 
 
 def check_same(
-    run: "Rebuilder", index: int, streams: StreamSnapshot, found: Digest, expected: Digest, worst: float
+    run: "Rebuilder",
+    index: int,
+    measure: Callable[[float], Digest],
+    found: Digest,
+    expected: Digest,
+    watch: AgreementWatch,
 ) -> None:
-    """Raise if the stream before half-block `index` is wrong for another reason than rounding.
+    """Raise if half-block `index` gave something else the second time for another reason than rounding.
 
     The function runs twice more on the input that it has just had: two results that differ show that it is not
     deterministic. Then once on an input that is perturbed by as much as the streams are off: if most elements are off
     by far more than that explains, something that the function depends on has changed since the forward pass. (Most,
     since a hash or a choice may jump for a few elements where its input moves in the last place: that is drift.)
 
+    Args:
+        run: The run.
+        index: The half-block.
+        measure: Runs the function with its input changed by a relative amount, and returns a digest of what it gives.
+        found: The digest of what it gave the second time.
+        expected: The digest of what it gave the first time.
+        watch: Knows how far the streams are off.
+
     Raises:
-        ReconstructionError: It is.
+        ReconstructionError: It did.
     """
-    step = run.steps[index]
-    x = streams.held[step.half_block.target]
-    assert x is not None
-    eps = torch.finfo(x.dtype).eps
-    again = [_redo(run, index, streams, None) for _ in range(2)]
-    size = math.hypot(*digest_of(again[0])) or 1.0
-    if math.dist(*map(digest_of, again)) > NOISE * eps * size:
-        raise not_the_same(step.half_block.name, "and other numbers each time that it runs")
-    perturbed = _redo(run, index, streams, max(worst, 16 * eps))
-    response = _median_distance(digest_of(perturbed), digest_of(again[0]))
-    floor = max(response, eps * size / len(expected) ** 0.5)
-    if step.half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
-        raise not_the_same(step.half_block.name, "which rounding of its input does not explain")
-
-
-def not_the_same(name: str, how: str) -> ReconstructionError:
-    """Return the error for a function that gives other numbers when it runs again."""
-    return ReconstructionError(
-        f"`{name}` gave other numbers when it ran again, {how}: it draws random numbers outside of PyTorch or from a "
-        "generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward pass. "
-        "Draw with PyTorch's global generator, keep state in buffers, pass tensors as arguments, or keep the block's "
-        "activations with the policy `Store()`."
-    )
-
-
-def _redo(run: "Rebuilder", index: int, streams: StreamSnapshot, perturbation: float | None) -> Tensor:
-    """Return the stream that half-block `index` makes of the streams before it."""
     half_block = run.steps[index].half_block
-    before = streams.fork()
-    before.position = before.origin = index
-    if perturbation is not None:
-        source = before.read(half_block.source)
+    again, once_more = measure(0.0), measure(0.0)
+    size, eps = math.hypot(*again) or 1.0, watch.eps
+    if math.dist(again, once_more) > NOISE * eps * size:
+        raise not_the_same(half_block.name, "and other numbers each time that it runs")
+    change = max(watch.worst, 16 * eps)
+    response = _median_distance(measure(change), again)
+    floor = max(response, eps * size / len(expected) ** 0.5)
+    if half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
+        raise not_the_same(half_block.name, "which rounding of its input does not explain")
+
+
+def _perturbed(streams: StreamSnapshot, which: int, change: float) -> StreamSnapshot:
+    """Return a copy of the streams, of which one is changed by a relative amount, up or down at each element."""
+    copy = streams.fork()
+    copy.origin = copy.position  # What watches a run need not look at it.
+    if change:
+        source = copy.read(which)
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
-        before.put(half_block.source, source + source * signs.to(source.dtype) * perturbation)
-    return run.steps[index].redo(run, before)
+        copy.put(which, source + source * signs.to(source.dtype) * change)
+    return copy
+
+
+def _redo(run: "Rebuilder", index: int, streams: StreamSnapshot, change: float) -> Tensor:
+    """Return the stream that half-block `index` makes of the streams before it."""
+    step = run.steps[index]
+    return step.redo(run, _perturbed(streams, step.half_block.source, change))
+
+
+def _tail(run: "Rebuilder", index: int, streams: StreamSnapshot, change: float) -> Digest:
+    """Return a digest of the last tensor that half-block `index` saves."""
+    step = run.steps[index]
+    step.rerun(run, _perturbed(streams, step.half_block.source, change), index)
+    assert step.call.tail_found is not None
+    return step.call.tail_found
 
 
 def _median_distance(a: Digest, b: Digest) -> float:

@@ -4,6 +4,7 @@ State in buffers, parameters that a function writes, tensors from elsewhere, ear
 differentiation are all rare. `_record` asks cheaply whether one of them is there, and comes here if so.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from sys import getrefcount
@@ -228,6 +229,39 @@ def _fresh_counts() -> tuple[int, int]:
 FRESH_COUNT, _FRESH_BASE_COUNT = _fresh_counts()
 
 
+def compare_tails(call: "RecordedCall", dtype: torch.dtype, *, is_rounded: bool) -> None:
+    """Note by how much the last saved tensor differs from the first run's; raise if its input was the same.
+
+    Raises:
+        ReconstructionError: The input of the replay is bit for bit the one of the first run, and the tensor is not.
+    """
+    assert call.tail is not None
+    assert call.tail_found is not None
+    size = math.hypot(*call.tail)
+    if not math.isfinite(size):
+        return  # NaN and inf are the model's own.
+    distance = math.dist(call.tail, call.tail_found)
+    call.tail_error = distance / size if size else math.inf
+    # Two runs on one input may differ in the last places, say for the alignment of memory.
+    noise = NOISE * torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    if not is_rounded and not distance <= noise * size:
+        raise not_the_same(call.name, "on the input that it had in the forward pass")
+
+
+NOISE = 1024.0
+"""Units in the last place by which two runs of one function on one input may differ."""
+
+
+def not_the_same(name: str, how: str) -> ReconstructionError:
+    """Return the error for a function that gives other numbers when it runs again."""
+    return ReconstructionError(
+        f"`{name}` gave other numbers when it ran again, {how}: it draws random numbers outside of PyTorch or from a "
+        "generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward pass. "
+        "Draw with PyTorch's global generator, keep state in buffers, pass tensors as arguments, or keep the block's "
+        "activations with the policy `Store()`."
+    )
+
+
 # State that a function changes ----------------------------------------------------------------------------------------
 
 
@@ -388,6 +422,6 @@ def modified(what: str, tensor: Tensor, version: int) -> RuntimeError:
     )
 
 
-def _described(meta: tuple[torch.Size, torch.dtype, torch.device]) -> str:
-    shape, dtype, device = meta
-    return f"{tuple(shape)} {dtype} on {device}"
+def _described(meta: tuple[Any, ...]) -> str:
+    shape, dtype, *device = meta
+    return f"{tuple(shape)} {dtype}" + "".join(f" on {each}" for each in device)

@@ -75,19 +75,20 @@ def _groups(shape: tuple[int, ...], step: int, size: int) -> tuple[tuple[int, ..
 def part_error(found: Digest, true: Parts, floor: float) -> float:
     """Return the largest relative error of any part of a sample, and of the whole.
 
+    A part that was zero throughout does not count: any rounding of the other stream would be infinitely much of it.
+
     Args:
         found: The elements as they are now.
         true: The elements as they were.
-        floor: As how large an element of a part counts at least.
+        floor: How large an element of the whole counts at least.
     """
     values = true.values
-    whole = math.dist(found, values)
-    least = floor * len(values) ** 0.5
-    worst = whole / max(math.hypot(*values), least, _TINY)
+    distance = math.dist(found, values)
+    worst = distance / max(math.hypot(*values), floor * len(values) ** 0.5, _TINY)
     for group in true.groups:
         before = [values[place] for place in group]
-        size = max(math.hypot(*before), floor * len(group) ** 0.5, _TINY)
-        if whole > worst * size:  # Otherwise no part of the whole error can be that much.
+        size = math.hypot(*before)
+        if size and distance > worst * size:  # Otherwise no part of the whole distance can be that much.
             worst = max(worst, math.dist([found[place] for place in group], before) / size)
     return worst
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, itemgetter, methodcaller
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import nn
@@ -11,13 +11,17 @@ from torch.nn.parameter import is_lazy
 from revnet.engine._batch_norm import is_torch_norm, replayed_norms_of
 
 _device = attrgetter("device")
-values_of = methodcaller("values")
 
 
-def describe(function: nn.Module) -> dict[str, Any]:
+def describe(function: nn.Module, name: str) -> dict[str, Any]:
     """Return the fields of the function's `Plan`.
 
+    Args:
+        function: The function.
+        name: Its place in the model, for errors.
+
     Raises:
+        NotImplementedError: It holds a module of `torch.jit`.
         ValueError: A parameter has no shape yet.
     """
     modules = list(function.modules())
@@ -25,8 +29,12 @@ def describe(function: nn.Module) -> dict[str, Any]:
     buffer_dicts = [module._buffers for module in modules]
     child_dicts = [module._modules for module in modules]
     dicts: list[Any] = [*parameter_dicts, *buffer_dicts, *child_dicts]
-    # The modules of `torch.jit` keep everything in C++, and only look as if they had dicts and attributes.
-    is_scripted = any(not isinstance(holder, dict) for holder in dicts)
+    if any(not isinstance(holder, dict) for holder in dicts):
+        raise NotImplementedError(
+            f"`{name}` holds a module of `torch.jit`, whose executor saves other tensors from run to run, so that what "
+            "it computes cannot be rebuilt; use the module that it was scripted from, or keep its block's activations "
+            "with the policy `Store()`."
+        )
     has_flags = all("training" in module.__dict__ for module in modules)
     get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
     flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
@@ -34,10 +42,10 @@ def describe(function: nn.Module) -> dict[str, Any]:
     _refuse_lazy(modules)
     parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
-    norms = {} if is_scripted else replayed_norms_of(function)
+    norms = replayed_norms_of(function)
     statistics, fixed, states = _kinds_of_buffers(modules, training, set(norms))
     filled = [holder for holder in dicts if len(holder)]
-    held = list(chain.from_iterable(map(values_of, filled)))
+    held = list(chain.from_iterable(map(dict.values, filled)))
     by_kind: list[list[Any]] = [list(parameter_dicts), list(buffer_dicts), list(child_dicts)]
     kinds = [kind for kind, holders in enumerate(by_kind) for _ in _held(holders)]
     pick = [
@@ -65,15 +73,13 @@ def describe(function: nn.Module) -> dict[str, Any]:
         "fixed": fixed,
         "states": states,
         "norms": list(norms.values()),
-        "is_scripted": is_scripted,
-        "values": values_of if is_scripted else dict.values,
         "num_calls": [0],
         "data_writes": [],
     }
 
 
 def _held(holders: list[Any]) -> list[Any]:
-    return list(chain.from_iterable(map(values_of, holders)))
+    return list(chain.from_iterable(map(dict.values, holders)))
 
 
 def _picker(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
@@ -93,7 +99,7 @@ def _kinds_of_buffers(
     place = 0
     for module, is_training in zip(modules, training, strict=True):
         is_norm = is_torch_norm(module)
-        for buffer in values_of(module._buffers):
+        for buffer in module._buffers.values():
             if buffer is None:
                 continue
             if not is_norm:

@@ -32,5 +32,8 @@ class Observer:
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
         """Half-block `index` was undone; `streams` are the ones before it."""
 
+    def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+        """The slots of half-block `index` were filled by a replay whose last saved tensor was another one."""
+
     def after_backward(self, run: "Rebuilder") -> None:
         """The backward pass of a retained graph is over."""

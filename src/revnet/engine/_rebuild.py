@@ -50,6 +50,10 @@ class AbstractStep(abc.ABC):
         """Fill the slots from the streams before the half-block, which stay as they are."""
 
     @abc.abstractmethod
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again for nothing but its digest, and leave the streams as they are."""
+
+    @abc.abstractmethod
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the updated stream again, from the streams before the half-block."""
 
@@ -126,6 +130,10 @@ class AdditiveStep(AbstractStep):
         """Run the function again on the stream that it read, which undoing it has left as it was."""
         self._run_again(run, streams, index, fill=True, needs_result=False)
 
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again on the stream that it read."""
+        self._run_again(run, streams, index, fill=False, needs_result=False)
+
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the stream with what the function returns."""
         residual = self._run_again(run, streams, streams.position, fill=False, needs_result=True)
@@ -183,6 +191,10 @@ class JoinedStep(AbstractStep):
     def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
         """Run the function again, and join what it returns to the stream before it."""
         self._run_again(run, streams, index, fill=True)
+
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run function and coupling again."""
+        self._run_again(run, streams, index, fill=False)
 
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the joined stream."""
@@ -309,6 +321,8 @@ class Rebuilder:
             check_finished(False)
         if not self._has_begun:
             self._has_begun = True
+            assert self.held is not None
+            self.held.check_memory()
             for observer in self.observers:
                 observer.before_rebuild(self)
         # One function's activations at a time, even where nobody read the last one's (rule 3).
@@ -322,6 +336,9 @@ class Rebuilder:
             self._undo(streams, fill=True)
         else:
             self.steps[index].refill(self, streams, index)
+        if self.steps[index].call.tail_error:
+            for observer in self.observers:
+                observer.after_fill(self, index, streams)
 
     def _undo(self, streams: StreamSnapshot, *, fill: bool) -> None:
         index = streams.position - 1

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from revnet._torch_internals import (
     HAS_ACCELERATOR,
     is_forward_mode,
+    never_compile,
     next_sequence_number,
     pop_saved_tensors_hooks,
     profiler_is_on,
@@ -31,6 +32,7 @@ from revnet._torch_internals import (
 from revnet.engine import _careful, _inspect
 from revnet.engine._batch_norm import ReplayedNorm, replays_faster
 from revnet.engine._careful import CHECKSUM_INTERVAL, FRESH_COUNT
+from revnet.engine._digest import Digest, can_digest, digest_of
 from revnet.engine._random import ONLY_CPU, compare_bytes, cpu_random_state, get_random_state
 from revnet.engine._restore import AutocastState, autocast_states, restored
 from revnet.engine._tensors import versions_of
@@ -41,6 +43,7 @@ _base_of = attrgetter("_base")
 _requires_grad = attrgetter("requires_grad")
 _device = attrgetter("device")
 _flatten = chain.from_iterable
+_values = dict.values
 _NO_VERSIONS: dict[int, int] = {}
 
 
@@ -140,10 +143,6 @@ class Plan(NamedTuple):
     """All other buffers."""
     norms: list[ReplayedNorm]
     """Batch norms in training that can run without touching their statistics, which are not among the above."""
-    is_scripted: bool
-    """Whether a module is one of `torch.jit`, whose dicts only look like such."""
-    values: Callable[[Any], Iterable[Any]]
-    """Returns the values of a dict."""
     num_calls: list[int]
     """One number: the calls so far."""
     data_writes: list[int]
@@ -154,7 +153,7 @@ class Plan(NamedTuple):
         if (
             list(map(self.get_flag, self.flag_holders)) != self.training
             or list(map(len, self.dicts)) != self.sizes
-            or list(map(type, held := list(_flatten(map(self.values, self.filled_dicts))))) != self.types
+            or list(map(type, held := list(_flatten(map(_values, self.filled_dicts))))) != self.types
             or not all(map(is_, self.pick_children(held), self.children))
         ):
             return None
@@ -251,6 +250,9 @@ class RecordedCall:
         "states",
         "stop_after",
         "surroundings",
+        "tail",
+        "tail_error",
+        "tail_found",
         "versions",
         "written",
     )
@@ -258,7 +260,7 @@ class RecordedCall:
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
         held = None if plan is None else plan.read()
         if plan is None or held is None:
-            plan = Plan(**_inspect.describe(function))
+            plan = Plan(**_inspect.describe(function, name))
             held = plan.read()
             assert held is not None
         self.name = name
@@ -291,6 +293,12 @@ class RecordedCall:
         """Whether no saved tensor was written to, and none was read before the forward pass was over."""
         self.stop_after = -1
         """After how many saved tensors a replay may stop; -1 for at the end."""
+        self.tail: Digest | None = None
+        """A sample of the last saved tensor, where the result is not compared: a replay need not come to it."""
+        self.tail_found: Digest | None = None
+        """The same of the last replay."""
+        self.tail_error = 0.0
+        """How far it was off, relative to its size."""
 
     def record(
         self,
@@ -366,6 +374,8 @@ class RecordedCall:
             self._keep_slots(saved, tensors, versions, (result, *sources), start)
             if nodes is not None:
                 self.stop_after = _careful.stop_after(tensors, nodes, sources)
+                if can_digest(tensors[-1]):
+                    self.tail = digest_of(tensors[-1])
             # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
             tensors.clear()
         return result
@@ -468,6 +478,11 @@ class RecordedCall:
             results = [_meta_of(result)] if type(result) is Tensor else metas_of(result)
             if results != self.results:
                 _careful.fail_results(self, results)
+        if self.tail is not None:
+            self.tail_found = digest_of(tensors[-1])
+            self.tail_error = 0.0
+            if self.tail_found != self.tail:
+                _careful.compare_tails(self, tensors[-1].dtype, is_rounded=rounded is not None)
         saved = self.saved() if fill and self.saved is not None else None
         if saved is not None:
             saved.tensors, saved.versions = list(tensors), versions
@@ -484,7 +499,7 @@ class RecordedCall:
         return (
             list(map(plan.get_flag, plan.flag_holders)) == plan.training
             and list(map(len, plan.dicts)) == plan.sizes
-            and all(map(is_, _flatten(map(plan.values, plan.filled_dicts)), self.held))
+            and all(map(is_, _flatten(map(_values, plan.filled_dicts)), self.held))
             and list(map(_requires_grad, self.parameters)) == self.requires_grad
             and not any(map(torch.is_autocast_enabled, self.surroundings.types))
         )
@@ -551,3 +566,7 @@ def metas_of(result: Any) -> list[Any]:
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
+
+
+for _recording in (RecordedCall.record, _careful.make_pack, _careful.make_replay_pack, _careful.lasting_test):
+    never_compile(_recording)

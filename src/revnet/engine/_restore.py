@@ -112,11 +112,6 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
             is_copied = value is not None
             if not is_copied and (place.current is place.tensor or is_sharded(place.tensor)):
                 continue
-            if plan.is_scripted:
-                raise NotImplementedError(
-                    f"`{call.name}` is or holds a module of `torch.jit` with state (`{place.name}`), which cannot be "
-                    "put back for its second run; keep its block's activations with the policy `Store()`."
-                )
             tensor = place.tensor if value is None else value.detach().clone()
             if is_copied:
                 copies.append(tensor.requires_grad_(place.tensor.requires_grad))

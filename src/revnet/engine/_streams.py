@@ -37,7 +37,7 @@ class StreamSnapshot:
         return cls(position, [each.detach() for each in streams], [each.stride() for each in streams])
 
     def fork(self) -> "StreamSnapshot":
-        """Return the same streams, to be walked back on their own. Both see the same memory, so neither writes to it."""
+        """Return the same streams, to be walked back on their own. Both see one memory, so neither writes to it."""
         held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self.held)]
         fork = StreamSnapshot(self.position, held, self.strides)
         fork.origin = self.origin
@@ -78,6 +78,20 @@ class StreamSnapshot:
                 f"expected version {self._versions[which]}. The activations are rebuilt from that output: use the "
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
+
+    def check_memory(self) -> None:
+        """Raise if somebody has taken the memory of a stream away, which a read would crash on."""
+        for tensor in self.held:
+            if (
+                tensor is not None
+                and tensor.layout is torch.strided
+                and tensor.untyped_storage().nbytes() < (tensor.numel() * tensor.element_size())
+            ):
+                raise ReconstructionError(
+                    f"the memory of an output of a reversible sequence, of shape {tuple(tensor.shape)}, was freed "
+                    "after the forward pass (`untyped_storage().resize_(0)`), so the activations cannot be rebuilt; "
+                    "restore it before `backward`, or keep the last block's activations with the policy `Store()`."
+                )
 
     def take(self, which: int) -> Tensor:
         """Return one stream without keeping it, so that the caller owns it unless somebody else sees the memory."""

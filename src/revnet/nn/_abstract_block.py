@@ -93,6 +93,14 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
         )
         return y, sum_log_dets(log_dets, y)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Compile the residual functions, with the arguments of `torch.compile`; the block runs them uncompiled.
+
+        A sequence runs the functions of its blocks and not the blocks, so that a compiled block would not be called.
+        """
+        for half_block in self.half_blocks():
+            half_block.function.compile(*args, **kwargs)
+
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the log-determinant of the block at `x` alone, (B,)."""
         return self.forward_with_log_det(x, *args, **kwargs)[1]

@@ -1,0 +1,566 @@
+"""Cases in which a reversible library is silently wrong: each is right, or raises a line that names the cause."""
+
+import gc
+import random
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from revnet import (
+    Checkpoint,
+    FixedPoint,
+    Offload,
+    ReconstructionError,
+    ReconstructionWarning,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    set_policy,
+)
+from revnet.nn import MomentumBlock
+from tests.helpers import ConvResidual, gradients, mlp, stored_twin
+
+
+def mlp_stack(depth=4, width=8, policy=None, **options):
+    return ReversibleSequential(
+        *[ReversibleBlock(mlp(width), mlp(width), split_dim=-1, **options) for _ in range(depth)],
+        policy=policy or Reverse(),
+    )
+
+
+def backward(sequence, x, **kwargs):
+    loss = sequence(x, **kwargs).square().mean()
+    loss.backward()
+    return loss
+
+
+# What a sequence runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, lambda block: nn.Sequential(block), lambda block: nn.Linear(4, 4)],
+    ids=["compile", "sequential", "linear"],
+)
+def test_a_block_that_was_replaced_by_something_else_is_named(wrap):
+    sequence = mlp_stack(3)
+    sequence.blocks[1] = wrap(sequence.blocks[1])
+    kind = type(sequence.blocks[1]).__name__
+    for run in (sequence, sequence.inverse, lambda x: sequence.policy_units):
+        with pytest.raises(TypeError, match=rf"`blocks\[1\]` is now a {kind}, which is not a reversible block"):
+            run(torch.randn(2, 16))
+
+
+@pytest.mark.parametrize("change", ["delete", "append"])
+def test_blocks_may_be_deleted_and_appended(change):
+    sequence = mlp_stack(3)
+    x = torch.randn(2, 16)
+    backward(sequence, x)
+    if change == "delete":
+        del sequence.blocks[1]
+    else:
+        sequence.blocks.append(ReversibleBlock(mlp(8), mlp(8), split_dim=-1))
+    twin = stored_twin(sequence)
+    assert len(sequence.policies) == len(sequence.blocks)
+    sequence.zero_grad()
+    assert torch.equal(backward(sequence, x), backward(twin, x))
+    torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+def test_blocks_and_policies_that_differ_in_number_are_counted():
+    sequence = mlp_stack(3, policy=[Reverse(), Store(), Reverse()])
+    del sequence.blocks[1]
+    with pytest.raises(ValueError, match="`blocks` has 2 entries, but `policies` has 3, and they differ"):
+        sequence(torch.randn(2, 16))
+    sequence.set_policies([Reverse(), Store()])
+    backward(sequence, torch.randn(2, 16))
+
+
+class Counting(ReversibleBlock):
+    """A block with a `forward` of its own."""
+
+    calls = 0
+
+    def forward(self, x, *args, **kwargs):
+        self.calls += 1
+        return super().forward(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Store(), Checkpoint()], ids=str)
+def test_a_forward_of_a_subclass_is_called(policy):
+    sequence = ReversibleSequential(*[Counting(mlp(8), mlp(8), split_dim=-1) for _ in range(3)], policy=policy)
+    backward(sequence, torch.randn(2, 16))
+    assert [block.calls for block in sequence] == [1, 1, 1]
+
+
+def test_a_forward_that_is_set_on_a_block_is_called():
+    sequence = mlp_stack(3)
+    calls = []
+    old = sequence.blocks[1].forward
+
+    def new(*args, **kwargs):
+        calls.append(1)
+        return old(*args, **kwargs)
+
+    sequence.blocks[1].forward = new
+    backward(sequence, torch.randn(2, 16))
+    assert calls == [1]
+
+
+def test_a_forward_that_does_something_else_raises():
+    class Doubling(ReversibleBlock):
+        def forward(self, x, *args, **kwargs):
+            return tuple(2 * stream for stream in super().forward(x, *args, **kwargs))
+
+    class Skipping(ReversibleBlock):
+        def forward(self, x, *args, **kwargs):
+            return x
+
+    for kind, message in ((Doubling, "replaced its output"), (Skipping, "did not call the one that it replaces")):
+        with pytest.raises(RuntimeError, match=message):
+            ReversibleSequential(kind(mlp(8), mlp(8), split_dim=-1))(torch.randn(2, 16))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_compile_of_a_block_compiles_its_functions():
+    block = ReversibleBlock(mlp(8), mlp(8), split_dim=-1)
+    block.compile(backend="aot_eager")
+    assert block._compiled_call_impl is None
+    assert block.f._compiled_call_impl is not None
+    assert block.g._compiled_call_impl is not None
+    x = torch.randn(2, 16, requires_grad=True)
+    backward(ReversibleSequential(block, ReversibleBlock(mlp(8), mlp(8), split_dim=-1)), x)
+    assert x.grad is not None
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """Takes one argument that must be there."""
+
+    def __init__(self, width, name):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.name = name
+
+    def forward(self, x, **kwargs):
+        assert set(kwargs) == {self.name}, kwargs
+        return torch.tanh(self.linear(x)) * kwargs[self.name]
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Store(), Checkpoint(), Offload()], ids=str)
+def test_arguments_by_function(policy):
+    blocks = [ReversibleBlock(Scaled(4, "mask"), Scaled(4, "scale"), split_dim=-1) for _ in range(3)]
+    mask = torch.rand(2, 4, requires_grad=True)
+    kwargs = {"f_kwargs": {"mask": mask}, "g_kwargs": {"scale": 0.5}}
+    sequence, twin = ReversibleSequential(*blocks, policy=policy), ReversibleSequential(*blocks, policy=Store())
+    x = torch.randn(2, 8)
+    found = torch.autograd.grad(sequence(x, **kwargs).sin().sum(), [mask, *sequence.parameters()])
+    expected = torch.autograd.grad(twin(x, **kwargs).sin().sum(), [mask, *twin.parameters()])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(sequence.inverse(sequence(x, **kwargs), **kwargs), x)
+    assert torch.equal(blocks[0](x, **kwargs), sequence[:1](x, **kwargs))
+
+
+def test_arguments_by_function_are_checked():
+    sequence = ReversibleSequential(ReversibleBlock(Scaled(4, "mask"), Scaled(4, "scale"), split_dim=-1))
+    x = torch.randn(2, 8)
+    with pytest.raises(TypeError, match=r"`f_kwargs` .* must be a dict of keyword arguments"):
+        sequence(x, f_kwargs=3)
+    with pytest.raises(TypeError, match="`mask` is in `f_kwargs` and among the arguments of all functions"):
+        sequence(x, mask=1, f_kwargs={"mask": 1})
+    with pytest.raises(TypeError, match="`g_kwargs` is for residual functions named `g`"):
+        MomentumBlock(mlp(4))(torch.randn(2, 8), g_kwargs={"scale": 1})
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Store(), Checkpoint(), Offload()], ids=str)
+def test_a_momentum_block_takes_arguments(policy):
+    sequence = ReversibleSequential(*[MomentumBlock(Scaled(4, "mask")) for _ in range(3)], policy=policy)
+    mask = torch.rand(2, 4)
+    backward(sequence, torch.randn(2, 8), mask=mask)
+    assert all(parameter.grad is not None for parameter in sequence.parameters())
+
+
+# What must be the same in both runs -----------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Adds numbers that PyTorch does not know to come again."""
+
+    def __init__(self, width, source, size=0.1):
+        super().__init__()
+        self.inner = mlp(width)
+        self.source, self.size = source, size
+        self.count = 0
+        self.generator = torch.Generator().manual_seed(0)
+        self.elsewhere = 1.0
+
+    def forward(self, x):
+        if self.source == "python":
+            scale = random.random()
+        elif self.source == "numpy":
+            scale = float(np.random.rand())
+        elif self.source == "generator":
+            scale = torch.rand((), generator=self.generator)
+        elif self.source == "counter":
+            self.count += 1
+            scale = self.count
+        else:
+            scale = self.elsewhere
+        return self.inner(x * (1 + self.size * scale))
+
+
+@pytest.mark.parametrize("source", ["python", "numpy", "generator", "counter"])
+@pytest.mark.parametrize("index", [0, 3, 7])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_numbers_that_differ_the_second_time_raise(policy, index, source):
+    """In the first function, in one in the middle and in the last, whose input is bit for bit what it was."""
+    sequence = mlp_stack(4, policy=policy)
+    block, which = sequence.blocks[index // 2], "fg"[index % 2]
+    setattr(block, which, Noisy(8, source))
+    loss = sequence(torch.randn(16, 16)).square().mean()
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` gave other numbers"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("index", [0, 3, 7])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_something_that_changed_in_between_raises(policy, index):
+    sequence = mlp_stack(4, policy=policy)
+    block, which = sequence.blocks[index // 2], "fg"[index % 2]
+    noisy = Noisy(8, "attribute", size=1.0)
+    setattr(block, which, noisy)
+    loss = sequence(torch.randn(16, 16)).square().mean()
+    noisy.elsewhere = 1.1
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` gave other numbers"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("source", ["python", "counter"])
+def test_under_an_exact_coupling(source):
+    sequence = mlp_stack(4, coupling=FixedPoint())
+    sequence.blocks[1].g = Noisy(8, source, size=1e-2)
+    loss = sequence(torch.randn(16, 16)).square().mean()
+    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.g` gave other numbers"):
+        loss.backward()
+
+
+def conv_stack(depth, width=4):
+    return ReversibleSequential(*[ReversibleBlock(ConvResidual(width), ConvResidual(width)) for _ in range(depth)])
+
+
+def scale_weights(module, factor):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+
+
+@pytest.mark.parametrize("kind", ["deep", "mixed", "scaled", "trained", "deterministic"])
+def test_no_false_alarm(kind):
+    """Rounding that is amplified is no error, and not even a warning where gradients are good."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        if kind == "deep":
+            backward(conv_stack(256), torch.randn(2, 8, 8, 8))
+        elif kind == "mixed":
+            warnings.simplefilter("ignore", ReconstructionWarning)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = conv_stack(64)(torch.randn(2, 8, 8, 8)).square().mean()
+            loss.backward()
+        elif kind == "scaled":
+            warnings.simplefilter("ignore", ReconstructionWarning)
+            for sequence, x in ((conv_stack(32), torch.randn(2, 8, 8, 8)), (mlp_stack(16), torch.randn(16, 16))):
+                scale_weights(sequence, 4)
+                backward(sequence, x)
+        elif kind == "trained":
+            warnings.simplefilter("ignore", ReconstructionWarning)
+            sequence = mlp_stack(16)
+            optimizer = torch.optim.Adam(sequence.parameters(), lr=3e-3)
+            x, y = torch.randn(64, 16), torch.randn(64, 16)
+            for _ in range(500):
+                optimizer.zero_grad()
+                (sequence(x) - y).square().mean().backward()
+                optimizer.step()
+        else:
+            torch.use_deterministic_algorithms(True)
+            try:
+                backward(conv_stack(16), torch.randn(2, 8, 8, 8))
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+
+def test_a_channel_in_small_units_warns():
+    """Its share of the stream's norm is nothing, but a function that normalizes each channel reads it as any other."""
+    torch.manual_seed(0)
+    sequence = conv_stack(4, width=8)
+    x = torch.randn(8, 16, 8, 8)
+    x[:, 11] *= 1e-6  # of the stream that the first function reads
+    with pytest.warns(ReconstructionWarning, match=r"the stream that `blocks\.0\.f` reads was rebuilt with"):
+        backward(sequence, x)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_output_that_is_written_over_without_a_version_raises(how, joined):
+    sequence = mlp_stack(4)
+    x = torch.randn(64, 16)
+    y = sequence(x) if joined else sequence(tuple(x.chunk(2, -1)))[1]
+    loss = y.square().mean()
+    if how == "data":
+        y.data.clamp_(max=y.data.max() - 1e-3)
+    else:
+        y.detach().numpy()[3, 5] += 0.5
+    with pytest.raises(ReconstructionError, match="was written over after the forward pass"):
+        loss.backward()
+
+
+def test_an_output_whose_memory_is_gone_raises():
+    sequence = mlp_stack(4)
+    y = sequence(torch.randn(4, 16))
+    loss = y.sum()
+    y.untyped_storage().resize_(0)
+    with pytest.raises(ReconstructionError, match=r"was freed after the forward pass"):
+        loss.backward()
+
+
+# State ----------------------------------------------------------------------------------------------------------------
+
+
+class MaxNorm(nn.Module):
+    """Rebinds its weight's memory, as max-norm constraints do."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        weight = self.linear.weight
+        weight.data = weight.data / weight.data.norm(dim=1, keepdim=True).clamp_min(1)
+        return torch.tanh(self.linear(torch.tanh(x)))
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_parameter_whose_memory_is_rebound(policy):
+    """What lasts is known by the tensor, not by an address that the allocator gives away again."""
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(MaxNorm(8), MaxNorm(8), split_dim=-1) for _ in range(4)]
+    sequence = ReversibleSequential(*blocks, policy=policy).double()
+    scale_weights(sequence, 8)
+    twin = stored_twin(sequence)
+    x = torch.randn(16, 16, dtype=torch.float64)
+    for module in (sequence, twin):
+        backward(module, x)
+    torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+class Teacher(nn.Module):
+    """Averages its weight in a second one, written through `.data` or NumPy."""
+
+    def __init__(self, width, kind, how):
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        average = torch.zeros(width, width)
+        if kind == "parameter":
+            self.average = nn.Parameter(average, requires_grad=False)
+        else:
+            self.register_buffer("average", average)
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "data":
+            self.average.data.mul_(0.5).add_(self.linear.weight.data, alpha=0.5)
+        else:
+            array = self.average.detach().numpy()
+            array *= 0.5
+            array += 0.5 * self.linear.weight.detach().numpy()
+        return torch.tanh(self.linear(x) @ self.average)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy"])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_buffer_that_is_written_without_a_version_counts_once(policy, how):
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(Teacher(8, "buffer", how), mlp(8), split_dim=-1) for _ in range(3)]
+    sequence = ReversibleSequential(*blocks, policy=policy)
+    twin = stored_twin(sequence)
+    x = torch.randn(16, 16)
+    for _ in range(3):
+        for module in (sequence, twin):
+            module.zero_grad()
+            backward(module, x)
+        torch.testing.assert_close(gradients(sequence), gradients(twin), rtol=1e-4, atol=1e-6)
+    for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy"])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_parameter_that_is_written_without_a_version_is_right_or_raises(policy, how):
+    """What it was before the first call is lost; from the second call on it is copied."""
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(Teacher(8, "parameter", how), mlp(8), split_dim=-1) for _ in range(3)]
+    sequence = ReversibleSequential(*blocks, policy=policy)
+    twin = stored_twin(sequence)
+    x = torch.randn(16, 16)
+    with pytest.raises(ReconstructionError, match="gave other numbers when it ran again"):
+        backward(sequence, x)
+    backward(twin, x)
+    for _ in range(2):
+        for module in (sequence, twin):
+            module.zero_grad()
+            backward(module, x)
+        torch.testing.assert_close(gradients(sequence), gradients(twin), rtol=1e-4, atol=1e-6)
+
+
+class ActNorm(nn.Module):
+    """Sets its parameters from the first batch."""
+
+    def __init__(self, width, through_data):
+        super().__init__()
+        self.shift, self.log_scale = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.linear = nn.Linear(width, width)
+        self.is_set, self.through_data = False, through_data
+
+    def forward(self, x):
+        if not self.is_set:
+            self.is_set = True
+            with torch.no_grad():
+                shift, log_scale = -x.mean(0), -x.std(0).log()
+                if self.through_data:
+                    self.shift.data.copy_(shift)
+                    self.log_scale.data.copy_(log_scale)
+                else:
+                    self.shift.copy_(shift)
+                    self.log_scale.copy_(log_scale)
+        return torch.tanh(self.linear((x + self.shift) * self.log_scale.exp()))
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_parameters_that_set_themselves_in_the_first_forward_pass(policy, through_data):
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(ActNorm(8, through_data), ActNorm(8, through_data), split_dim=-1) for _ in range(3)]
+    sequence = ReversibleSequential(*blocks, policy=policy).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(16, 16, dtype=torch.float64)
+    for _ in range(2):
+        for module in (sequence, twin):
+            module.zero_grad()
+            backward(module, x)
+        torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_function_that_writes_its_parameter_before_using_it(policy):
+    """As `nn.Embedding(max_norm=)` does, with a version."""
+
+    class Embedded(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.embedding = nn.Embedding(5, width, max_norm=0.5)
+            self.inner = mlp(width)
+
+        def forward(self, x, *, tokens):
+            return self.inner(x + self.embedding(tokens))
+
+    torch.manual_seed(0)
+    blocks = [ReversibleBlock(Embedded(4), Embedded(4), split_dim=-1) for _ in range(3)]
+    sequence = ReversibleSequential(*blocks, policy=policy).double()
+    twin = stored_twin(sequence)
+    x, tokens = torch.randn(6, 8, dtype=torch.float64), torch.arange(6) % 5
+    for module in (sequence, twin):
+        backward(module, x, tokens=tokens)
+    torch.testing.assert_close(gradients(sequence), gradients(twin))
+    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_function_of_torch_jit_is_named(policy):
+    """Its executor saves other tensors from run to run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated.
+        scripted = torch.jit.script(mlp(4))
+    sequence = ReversibleSequential(
+        ReversibleBlock(mlp(4), nn.Sequential(scripted), split_dim=-1), ReversibleBlock(mlp(4), mlp(4), split_dim=-1)
+    )
+    set_policy(sequence, policy)
+    with pytest.raises(NotImplementedError, match=r"`blocks\.0\.g` holds a module of `torch\.jit`"):
+        sequence(torch.randn(3, 8))
+    set_policy(sequence, Store())
+    backward(sequence, torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("frozen_first", [True, False])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_parameters_that_are_frozen_or_thawed_in_between(policy, frozen_first):
+    """As a discriminator is between a generator's forward and backward pass."""
+    torch.manual_seed(0)
+    sequence = mlp_stack(3, policy=policy).double().requires_grad_(not frozen_first)
+    twin = stored_twin(sequence)
+    results = []
+    for module in (sequence, twin):
+        x = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss = module(x).square().mean()
+        module.requires_grad_(frozen_first)
+        loss.backward()
+        assert all(parameter.requires_grad == frozen_first for parameter in module.parameters())
+        results.append([x.grad, *[each.grad for each in module.parameters() if each.grad is not None]])
+    torch.testing.assert_close(*results)
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), Offload(), Store()], ids=str)
+def test_a_forward_pass_whose_loss_is_dropped_is_freed(policy):
+    """Without the help of the garbage collector."""
+    sequence = mlp_stack(3, policy=policy)
+    x = torch.randn(4, 16, requires_grad=True)
+    backward(sequence, x)
+    gc.collect()
+    gc.disable()
+    try:
+        y = sequence(x)
+        storage = weakref.ref(y.untyped_storage())
+        del y
+        assert storage() is None
+        assert not [each for each in gc.get_objects() if type(each).__name__ in ("Rebuilder", "_KeepingRun")]
+    finally:
+        gc.enable()
+
+
+def test_a_plan_keeps_no_parameter():
+    sequence = mlp_stack(2)
+    backward(sequence, torch.randn(2, 16))
+    old = weakref.ref(sequence.blocks[0].f[0].weight)
+    sequence.blocks[0].f[0].weight = nn.Parameter(torch.zeros(8, 8))
+    gc.collect()
+    assert old() is None
+
+
+def test_set_policy_is_followed_after_a_step():
+    """What a sequence keeps from the last step does not outlive a change."""
+    sequence = mlp_stack(3)
+    x = torch.randn(2, 16)
+    expected = sequence(x)
+    for policy in (Store(), Checkpoint(), Reverse()):
+        set_policy(sequence, policy)
+        assert torch.equal(sequence(x), expected)
+        assert sequence.policies == (policy,) * 3
+    sequence.blocks[1].f = nn.Identity()
+    assert not torch.equal(sequence(x), expected)
+
+
+def test_torch_func_names_the_way_out():
+    sequence = mlp_stack(2)
+    with pytest.raises(RuntimeError, match=r"keep them with `set_policy\(model, Store\(\)\)`"):
+        torch.func.grad(lambda x: sequence(x).sum())(torch.randn(2, 16))
