@@ -4,7 +4,7 @@ An upgrade of PyTorch begins here: when a release removes one of these, this fil
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import methodcaller
 from types import CodeType
 from typing import TypeVar
@@ -97,10 +97,6 @@ def call_after_backward(callback: Callable[[], None]) -> bool:
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-# What a fake tensor raises when a program depends on values. If they disappear, catch what replaces them: see
-# `torch._subclasses.fake_tensor.UnsupportedFakeTensorException` and its neighbors.
-DEPENDS_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-
 
 def constant_while_tracing(function: Function) -> Function:
     """Run a function while `torch.compile` traces its caller, and take the result for a constant.
@@ -115,21 +111,34 @@ def constant_while_tracing(function: Function) -> Function:
 
 
 @contextmanager
-def real_tensors_allowed(fake: Tensor) -> Iterator[None]:
-    """Let operators mix `fake` with real tensors, which then count as fake ones.
+def fakes_for_a_trial(fake: Tensor) -> Iterator[None]:
+    """Let operators mix `fake` with real tensors, which then count as fake ones, and read values that it does not have.
 
-    Reason: a residual function may use tensors that the trace does not know, such as a constant in an attribute.
-    There is no public way to reach the mode of a fake tensor. When it disappears: such functions cannot be traced, and
-    their error must say so.
+    Reason: a residual function may use tensors that the trace does not know, such as a constant in an attribute, and
+    may ask for values, for which the mode of a fake tensor makes up symbols. Its results are discarded. There is no
+    public way to reach that mode. When it disappears: such functions cannot be traced, and their error must say so.
     """
     mode = detect_fake_mode(fake)
     assert mode is not None
     allowed = mode.allow_non_fake_inputs
     mode.allow_non_fake_inputs = True
     try:
-        yield
+        with nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols():
+            yield
     finally:
         mode.allow_non_fake_inputs = allowed
+
+
+def depends_on_values() -> tuple[type[Exception], ...]:
+    """Return the exceptions of a program that depends on values when it runs on fake tensors.
+
+    Reason: none of them is public. When they disappear: catch what replaces them, of which
+    `torch._subclasses.fake_tensor` has a list.
+    """
+    # Not at the head of this file, since it loads SymPy; whoever traces has loaded it already.
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
 
 def autograd_in_operators() -> AbstractContextManager[None]:

@@ -6,11 +6,16 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
+from torch.nn.utils import prune
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 import revnet
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
+from revnet.coupling import Additive
+from revnet.engine._chain import Chain, HalfBlock
+from revnet.engine.compile import compiled
 from revnet.engine.compile._program import PROGRAMS
 from revnet.errors import ReconstructionError
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
@@ -76,9 +81,10 @@ def test_one_graph_trains_as_the_twin(case):
     assert_steps_as_twin(case.sequence(3), case)
 
 
-def test_more_than_two_streams_are_refused():
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_more_than_two_streams_are_refused(fullgraph):
     case = CASE["three-streams"]
-    compiled = torch.compile(case.sequence(3), backend="eager", fullgraph=True)
+    compiled = torch.compile(case.sequence(3), backend="eager", fullgraph=fullgraph)
     with pytest.raises(Exception, match="3 streams cannot be compiled as a whole; compile the residual functions"):
         compiled(case.input())
 
@@ -357,6 +363,250 @@ def test_randomness_that_the_trace_did_not_see_raises():
     sequence[0].f.active = True
     with pytest.raises(ReconstructionError, match=r"`blocks.0.f` drew random numbers, but did not when it was traced"):
         compiled(torch.randn(4, 6))
+
+
+LOSSES = []
+
+
+class Auxiliary(nn.Linear):
+    """Leaves an auxiliary loss behind for its caller, in one of many ways."""
+
+    def __init__(self, way):
+        super().__init__(3, 3)
+        self.way = way
+        self.losses = {"all": []}
+
+    def forward(self, x, losses):
+        loss = self.weight.square().sum()
+        match self.way:
+            case "list argument":
+                losses[0].append(loss)
+            case "dict argument":
+                losses[1][len(losses[1])] = loss
+            case "attribute":
+                self.loss = loss
+            case "list in an attribute":
+                self.losses["all"].append(loss)
+            case "global list":
+                LOSSES.append(loss)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("list argument", "filled a list or dict among its arguments"),
+        ("dict argument", "filled a list or dict among its arguments"),
+        ("attribute", "changes `loss` of Auxiliary in every call"),
+        ("list in an attribute", "changes a list in every call"),
+        ("global list", "keeps a tensor that it computed"),
+    ],
+)
+def test_an_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, fullgraph):
+    sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary(way)))
+    compiled = torch.compile(sequence, backend="aot_eager", fullgraph=fullgraph)
+    LOSSES.clear()
+    with pytest.raises(Exception, match=rf"`blocks\.0\.g` {message}, which a compiled .*`block\.f\.compile\(\)"):
+        compiled(torch.randn(4, 6), ([], {}))
+
+
+def test_an_auxiliary_loss_that_the_trace_did_not_see_raises():
+    sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary("none")))
+    compiled = compile_whole(sequence)
+    compiled(torch.randn(4, 6), ([], {}))
+    sequence[0].g.way = "global list"
+    LOSSES.clear()
+    with pytest.raises(NotImplementedError, match=r"`blocks\.0\.g` keeps a tensor that it computed"):
+        compiled(torch.randn(4, 6), ([], {}))
+
+
+def test_a_function_that_counts_its_calls_raises():
+    class Counting(nn.Linear):
+        count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return super().forward(x) / self.count
+
+    sequence = ReversibleSequential(ReversibleBlock(Counting(3, 3), nn.Linear(3, 3)))
+    with pytest.raises(Exception, match=r"`blocks\.0\.f` changes `count` of Counting in every call"):
+        compile_whole(sequence)(torch.randn(4, 6))
+
+
+def test_a_function_that_writes_to_its_parameter_raises():
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(4, 3, max_norm=1)
+
+        def forward(self, x):
+            return x * self.embedding(torch.arange(4))
+
+    sequence = ReversibleSequential(ReversibleBlock(Bounded(), nn.Linear(3, 3)))
+    with pytest.raises(Exception, match=r"`blocks\.0\.f` writes to a parameter or an argument"):
+        compile_whole(sequence)(torch.randn(4, 6))
+
+
+class Cached(nn.Linear):
+    """Computes a constant in its first call, and keeps a reference cycle in each."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.cache = {}
+
+    def forward(self, x):
+        if x.shape not in self.cache:
+            self.cache[x.shape] = torch.linspace(0, 1, 3, dtype=x.dtype)
+        y = super().forward(x) * self.cache[x.shape]
+
+        def find(depth):
+            return find(depth - 1) if depth else y.tanh()
+
+        return find(3)
+
+
+def branching():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if x.sum() > 0 else 2 * y
+
+    return Branching(3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "make_function",
+    [
+        Cached,
+        branching,
+        lambda: nn.utils.weight_norm(nn.Linear(3, 3)),
+        lambda: prune.l1_unstructured(nn.Linear(3, 3), "weight", 0.5),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+    ],
+    ids=["cached", "branching", "weight-norm-hook", "pruned", "weight-norm"],
+)
+def test_functions_that_only_look_as_if_they_left_something(make_function):
+    sequence = ReversibleSequential(*[ReversibleBlock(make_function(), make_function()) for _ in range(2)]).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    compiled = compile_whole(sequence)
+    for _ in range(2):
+        sequence.zero_grad()
+        compiled(x).square().sum().backward()
+    reversed_gradients = {name: gradient.clone() for name, gradient in gradients(sequence).items()}
+    sequence.zero_grad()
+    sequence.set_policies(Store())
+    sequence(x).square().sum().backward()
+    assert_close(reversed_gradients, gradients(sequence))
+
+
+class PartlyUsed(nn.Module):
+    """Uses one of two layers, and no argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(3, 3)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x, context):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("output", [0, 1, slice(None)])
+def test_what_is_not_used_gets_no_gradient(output):
+    """As in plain autograd: an optimizer leaves it alone, where zeros would make it decay the weight."""
+    sequence = ReversibleSequential(*[ReversibleBlock(PartlyUsed(), PartlyUsed()) for _ in range(2)]).double()
+    twin = stored_twin(sequence)
+    x1, x2 = torch.randn(4, 6, dtype=torch.float64).chunk(2, 1)
+    context = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for module, transform in ((sequence, compile_whole), (twin, lambda call: call)):
+        loss_of(transform(lambda module=module: module((x1, x2), context)[output])()).backward()
+    assert_close(gradients(sequence), gradients(twin))
+    assert gradients(sequence)["blocks.0.f.unused.weight"] is None
+    assert context.grad is None
+
+
+class Scaled(nn.Linear):
+    """Takes a scale by keyword, and needs it."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+
+    def forward(self, x, *, scale):
+        return super().forward(x) * scale
+
+
+def test_arguments_by_function():
+    f, g, h = Scaled(), Scaled(), nn.Linear(3, 3)
+    chain = Chain(
+        [
+            HalfBlock(f, target=0, source=1, name="f", role="f"),
+            HalfBlock(g, target=1, source=0, name="g", role="g"),
+            HalfBlock(h, target=0, source=1, name="h", role="h", takes_arguments=False),
+        ]
+    )
+    x1, x2, f_scale, g_scale = (torch.randn(4, 3, requires_grad=True) for _ in range(4))
+
+    @compile_whole
+    def run(*streams):
+        return compiled(chain.bind(own_kwargs={"f": {"scale": f_scale}, "g": {"scale": g_scale}}), streams)
+
+    y1 = x1 + f(x2, scale=f_scale)
+    y2 = x2 + g(y1, scale=g_scale)
+    y1 = y1 + h(y2)
+    leaves = [x1, x2, f_scale, g_scale, *f.parameters(), *g.parameters(), *h.parameters()]
+    expected = torch.autograd.grad(loss_of((y1, y2)), leaves)
+    actual = run(x1, x2)
+    assert_close(actual, (y1, y2), tolerance=1e-6)
+    assert_close(torch.autograd.grad(loss_of(actual), leaves), expected, tolerance=1e-4)
+
+
+def test_another_coupling_is_another_graph():
+    num_graphs = 0
+
+    def count(graph, _):
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph
+
+    sequence = CASE["mlp"].sequence(2).float()
+    x = torch.randn(4, 6)
+    compiled = compile_whole(sequence, backend=count)
+    for expected, coupling in enumerate((Additive(), FixedPoint(8), FixedPoint(10), Additive()), start=1):
+        set_coupling(sequence, coupling)
+        for _ in range(2):
+            assert torch.equal(compiled(x), stored_twin(sequence)(x))
+        assert num_graphs == expected
+
+
+def test_models_that_differ_inside_have_different_digests():
+    """Compiled graphs are cached on disk, where only this tells one program from another of the same number."""
+    digests = set()
+    for function in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Dropout()), PartlyUsed().used.requires_grad_()):
+        torch._dynamo.reset()
+        compile_whole(ReversibleBlock(function, nn.Linear(3, 3)))(torch.randn(4, 6))
+        digests.add(PROGRAMS[max(PROGRAMS)].digest())
+    assert len(digests) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_autograd():
+    """Uncompiled, a backward pass would be compiled hook by hook, for minutes; compiled, it is one operator."""
+    sequence = CASE["mlp"].sequence(2)
+    twin = stored_twin(sequence)
+    x = CASE["mlp"].input(requires_grad=False)
+    loss_of(twin(x)).backward()
+    loss = loss_of(sequence(x))
+    with compiled_autograd._enable(torch.compile(backend="eager")), pytest.raises(Exception, match="compiled autograd"):
+        loss.backward()
+    torch._dynamo.reset()
+    for backend in ("eager", "aot_eager"):
+        sequence.zero_grad()
+        loss = loss_of(compile_whole(sequence)(x))
+        with compiled_autograd._enable(torch.compile(backend=backend)):
+            loss.backward()
+        assert_close(gradients(sequence), gradients(twin))
 
 
 def test_hooks_of_blocks_raise():

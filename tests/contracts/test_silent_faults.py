@@ -128,6 +128,7 @@ def test_a_forward_that_does_something_else_raises():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compile_of_a_block_compiles_its_functions():
     block = ReversibleBlock(mlp(8), mlp(8), split_dim=-1)
     block.compile(backend="aot_eager")

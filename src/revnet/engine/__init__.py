@@ -123,3 +123,5 @@ from revnet.engine._reversible import reversible as reversible
 from revnet.engine._streams import prepare as prepare
 from revnet.engine._streams import split as split
 from revnet.engine._tolerance import ToleranceKeeper as ToleranceKeeper
+from revnet.engine._tracing import refuse as refuse
+from revnet.engine._tracing import runs_plainly as runs_plainly

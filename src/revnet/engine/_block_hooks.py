@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from revnet._types import Streams
 from revnet.engine._tensors import storage_key
+from revnet.engine._tracing import refuse
 
 if TYPE_CHECKING:
     from revnet.engine._chain import BoundChain
@@ -36,17 +37,13 @@ def run_through_blocks(
             for index in indices:
                 advance(index, streams)
         elif torch.compiler.is_dynamo_compiling():
-            raise hooks_are_not_compiled(chain.half_blocks[indices[0]].name)
+            refuse(
+                f"the block of `{chain.half_blocks[indices[0]].name}` has hooks or a `forward` of its own, which a "
+                "compiled reversible sequence does not call; register hooks on its `f` and `g` or on the sequence "
+                "instead."
+            )
         else:
             _run_block(chain, block, indices, streams, advance)
-
-
-def hooks_are_not_compiled(name: str) -> NotImplementedError:
-    """Return the error for a block with hooks under `torch.compile`."""
-    return NotImplementedError(
-        f"the block of `{name}` has hooks or a `forward` of its own, which a compiled reversible sequence does not "
-        "call; register hooks on its `f` and `g` or on the sequence instead."
-    )
 
 
 def _run_block(

@@ -20,8 +20,8 @@ from revnet._torch_internals import (
     sequence_number_of,
 )
 from revnet.engine._random import digest, same_random_state
-from revnet.engine._refusal import refuse
 from revnet.engine._tensors import has_values, storage_key, version_of, versions_of
+from revnet.engine._tracing import refuse
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:

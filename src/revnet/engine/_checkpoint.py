@@ -21,7 +21,8 @@ from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._range import RangeWatch
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._tensors import tensors_in, version_of, versions_of
-from revnet.engine.compile import compiled, runs_plainly
+from revnet.engine._tracing import refuse, runs_plainly
+from revnet.engine.compile import compiled
 from revnet.errors import ReconstructionError
 
 
@@ -144,13 +145,13 @@ def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         ReconstructionError: In the backward pass, the activations cannot be computed again.
         NotImplementedError: Under `torch.compile`.
     """
+    if not torch.is_grad_enabled() or runs_plainly():
+        return module(*args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
-        raise NotImplementedError(
+        refuse(
             f"a {type(module).__name__} whose activations are computed again cannot be compiled whole; give it the "
             "policy `Store()` before compiling, or compile the residual functions instead."
         )
-    if not torch.is_grad_enabled() or runs_plainly():
-        return module(*args, **kwargs)
     return _KeptCall(module, args, kwargs).run()
 
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from revnet._types import Streams
 from revnet.engine._chain import BoundChain, stored
 from revnet.engine._tensors import storage_key, version_of
-from revnet.engine.compile import runs_plainly
+from revnet.engine._tracing import refuse, runs_plainly
 
 Result = TypeVar("Result")
 
@@ -44,9 +44,7 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
     if not torch.is_grad_enabled() or runs_plainly():
         return compute()
     if torch.compiler.is_dynamo_compiling():
-        raise NotImplementedError(
-            "activations cannot be kept on the host under `torch.compile`; use the policy `Reverse()` or `Store()`."
-        )
+        refuse("activations cannot be kept on the host under `torch.compile`; use the policy `Reverse()` or `Store()`.")
     staying = [*arguments]
     for module in modules:
         staying += [*module.parameters(), *module.buffers()]

@@ -17,7 +17,8 @@ from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._restore import set_aside
 from revnet.engine._tensors import has_values
 from revnet.engine._tolerance import ToleranceWatch
-from revnet.engine.compile import compiled, runs_plainly
+from revnet.engine._tracing import runs_plainly
+from revnet.engine.compile import compiled
 
 
 def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:

@@ -9,6 +9,7 @@ from torch import Tensor
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling
 from revnet.engine._tensors import version_of
+from revnet.engine._tracing import runs_plainly
 from revnet.errors import ReconstructionError
 
 
@@ -137,7 +138,7 @@ def with_own_gradient(stream: Tensor) -> Tensor:
     The halves of a joined gradient are views of it, and one of them waits for the last residual function: it would keep
     the whole.
     """
-    if torch.compiler.is_dynamo_compiling() or not stream.requires_grad:
+    if torch.compiler.is_dynamo_compiling() or not stream.requires_grad or runs_plainly():
         return stream
     stream = stream.view_as(stream)
     stream.register_hook(_copy_if_part)

@@ -93,7 +93,7 @@ class AbstractReversibleBlock(nn.Module, abc.ABC):
         )
         return y, sum_log_dets(log_dets, y)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the residual functions, with the arguments of `torch.compile`; the block runs them uncompiled.
 
         A sequence runs the functions of its blocks and not the blocks, so that a compiled block would not be called.

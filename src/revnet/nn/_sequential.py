@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams, TensorPair
-from revnet.engine import Chain, HalfBlock, ToleranceKeeper
+from revnet.engine import Chain, HalfBlock, ToleranceKeeper, runs_plainly
 from revnet.nn._abstract_block import AbstractReversibleBlock, check_default_split, must_be_called
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
@@ -260,7 +260,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
 
     def _segments(self) -> list[Segment]:
         """Return the blocks in runs of one policy: rebuilt together, they keep one pair of streams, not one each."""
-        if self._keeper is not None:
+        if self._keeper is not None and not runs_plainly():
             refuse_to_compile()
         blocks = self._reversible_blocks()
         half_blocks = [block.half_blocks(f"blocks.{index}.") for index, block in enumerate(blocks)]

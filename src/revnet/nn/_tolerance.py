@@ -2,6 +2,8 @@
 
 import torch
 
+from revnet.engine import refuse
+
 
 def checked_tolerance(tolerance: float | None) -> float | None:
     """Return the tolerance as a float.
@@ -21,7 +23,7 @@ def checked_tolerance(tolerance: float | None) -> float | None:
 def refuse_to_compile() -> None:
     """Raise under `torch.compile`, where no run can go forward again."""
     if torch.compiler.is_dynamo_compiling():
-        raise NotImplementedError(
+        refuse(
             "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "
             "`set_coupling(model, FixedPoint())`, or compile the residual functions: `block.f.compile()`."
         )

@@ -34,25 +34,18 @@ from torch import Tensor, nn
 from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet._types import Streams
 from revnet.engine._chain import BoundChain
-from revnet.engine._refusal import refuse
+from revnet.engine._tracing import refuse
+from revnet.engine._tracing import runs_plainly as runs_plainly
 from revnet.engine.compile import _operators as _operators  # Defines the operators.
 from revnet.engine.compile._program import (
     NUM_STREAMS,
     TENSOR,
     changing_buffers,
+    digest_of,
     has_log_det,
     number_of,
     program_of,
 )
-
-
-def runs_plainly() -> bool:
-    """Whether a chain must run by ordinary autograd, since what runs it will be written to a file.
-
-    That is under `torch.export` and `torch.jit.trace`, and what is built on them, such as ONNX exporters. What they
-    write must consist of PyTorch's own operators, and there is no backward pass to save memory for.
-    """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
@@ -62,10 +55,11 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
         The streams after the half-blocks; or None, without having done anything, if no gradient will be wanted.
 
     Raises:
-        CannotCompile: There are more than two streams, a block has hooks, there is a tolerance, functions have
+        CannotCompileError: There are more than two streams, a block has hooks, there is a tolerance, functions have
             sharded parameters or share a buffer, or a function leaves something behind for its caller.
     """
     _check(chain, streams)
+    # Plain loops from here on, since the compiler traces this function line by line.
     functions, numbers, steps = _steps(chain)
     leaves, spec = tree_flatten((chain.args, chain.kwargs, chain.own_kwargs))
     inputs = [*streams, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]]
@@ -93,7 +87,10 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
         chain.input_dtype,
         chain.log_dets is not None,
     )
-    y1, y2, log_det, _, changed = torch.ops.revnet.forward(program, inputs, buffers, wanted)
+    # First, since whatever follows depends on what the probe finds. No result is used, so the graph drops it.
+    torch.ops.revnet.probe(program, inputs, buffers, wanted)
+    y1, y2, log_det, _, changed = torch.ops.revnet.forward(program, digest_of(program), inputs, buffers, wanted)
+    # In the graph rather than in the operator: an operator with a gradient must not write to its inputs.
     with torch.no_grad():
         for position, value in zip(changing_buffers(program), changed, strict=True):
             buffers[position].copy_(value)
@@ -130,7 +127,7 @@ def _steps(chain: BoundChain) -> tuple[list[nn.Module], list[int], list[tuple[in
     numbers: list[int] = []
     steps = []
     for function, target, source, name, coupling, role, takes_arguments in chain.half_blocks:
-        number = number_of(function)
+        number = number_of(function)  # A function that serves twice has its parameters passed once.
         if number not in numbers:
             numbers.append(number)
             functions.append(function)

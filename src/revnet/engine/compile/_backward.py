@@ -77,7 +77,7 @@ class BackwardPass:
             return 0
         wanted = {position for position, is_wanted in enumerate(self._returned) if is_wanted}
         reaches = self._program.found.reaches
-        return next((index for index, reach in enumerate(reaches) if reach.inputs & wanted), len(reaches))
+        return next((index for index, reach in enumerate(reaches) if wanted.intersection(reach.inputs)), len(reaches))
 
     def _restore(self, step: Step, kept: Kept) -> None:
         """Set random states and buffers to what the step found in the forward pass."""

@@ -66,9 +66,11 @@ class ForwardPass:
         # With gradients, so that the same kernels run as in the recomputation; what they save is dropped at once.
         with autograd_in_operators(), torch.enable_grad(), saved_tensors_hooks(lambda _: None, _nothing_saved):
             residual, rebound = program.call(step, source, leaves, self._buffers)
+        # The graph copies what it gets back into the module's own tensor, so a replaced buffer stays the same object.
         for position, value in rebound.items():
             self._buffers[position].copy_(value.detach())
         residual = residual.detach()
+        # Compared with what the probe saw: the graph has no room for states and buffers beyond those.
         has_written = versions != [version_of(tensor) for tensor in guarded]
         has_drawn = not all(
             same_random_state(state, get_random_state(device))
@@ -76,13 +78,13 @@ class ForwardPass:
         )
         _check_foreseen(step, has_drawn and not draws, has_written)
         watched = [weakref.ref(leaf) for leaf in (source, *leaves.values()) if leaf.requires_grad]
-        del source, leaves, guarded, rebound
-        if check_no_graph_left(step.name, watched, may_collect=index not in program.cyclic_steps):
-            program.cyclic_steps.add(index)
+        del source, leaves, guarded, rebound  # From here on, only what the function keeps refers to the leaves.
+        check_no_graph_left(step.name, watched, program.cyclic)
         return residual
 
     def _join(self, step: Step, residual: Tensor) -> None:
         """Update the target stream with a residual."""
+        # The backward operator differentiates the coupling; here there is nothing to record.
         with torch.no_grad():
             log_det = self._program.log_det(step, self._streams[step.target], residual)
             if log_det is not None:

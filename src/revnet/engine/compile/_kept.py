@@ -24,6 +24,7 @@ class Kept(NamedTuple):
 
 def devices_of(x1: Tensor, tensors: Sequence[Tensor]) -> list[torch.device]:
     """Return every device whose random state matters, in a fixed order."""
+    # The CPU's always: a function on another device may draw there before it copies.
     devices = {torch.device("cpu"), x1.device, *(tensor.device for tensor in tensors)}
     return sorted((device for device in devices if device.type != "meta"), key=str)
 
@@ -37,6 +38,7 @@ def keep(
 
 def num_bytes(program: Program, devices: Sequence[torch.device], buffers: Sequence[Tensor]) -> int:
     """Return how many bytes a program keeps."""
+    # The states are real even while tracing; only their number of bytes counts.
     states = sum(get_random_state(device).numel() for device in devices)
     size = sum(states for draws in program.found.draws if draws)
     kept = [buffers[position] for step in program.steps for position in program.kept(step)]
@@ -45,6 +47,7 @@ def num_bytes(program: Program, devices: Sequence[torch.device], buffers: Sequen
 
 def pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the bytes of all tensors, one after the other."""
+    # One tensor instead of one per step: a graph of a thousand half-blocks would carry thousands through its passes.
     pieces = [tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for tensor in tensors]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
 

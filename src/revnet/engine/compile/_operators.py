@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet.engine._refusal import CannotCompile
+from revnet.engine._tracing import CannotCompileError
 from revnet.engine.compile._backward import BackwardPass, gradient_metas
 from revnet.engine.compile._forward import ForwardPass, Results
 from revnet.engine.compile._kept import devices_of, num_bytes
 from revnet.engine.compile._probe import probe
-from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS, Findings
+from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS
 
 _LIBRARY = torch.library.Library("revnet", "DEF")
 # The inputs are both streams, the arguments and the parameters, and `wanted` says which require a gradient. The results
-# are both streams, the log-determinant, the kept bytes, and the buffers that changed.
+# are both streams, the log-determinant, the kept bytes, and the buffers that changed. The digest is there for caches of
+# compiled graphs alone: they last longer than programs, whose numbers hold in one process only.
+_LIBRARY.define("probe(SymInt program, Tensor[] inputs, Tensor[] buffers, bool[] wanted) -> Tensor")
 _LIBRARY.define(
-    "forward(SymInt program, Tensor[] inputs, Tensor[] buffers, bool[] wanted) "
+    "forward(SymInt program, str digest, Tensor[] inputs, Tensor[] buffers, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 # Here the inputs are the streams after the last step, the arguments and the parameters.
@@ -30,22 +32,32 @@ _LIBRARY.define(
 )
 
 
+@torch.library.impl(_LIBRARY, "probe", "CompositeExplicitAutograd")
+def _probe(program: int, inputs: list[Tensor], *_: Any) -> Tensor:
+    return inputs[0].new_empty(0)  # The probe is for the trace; no result depends on this one, so the graph drops it.
+
+
+@torch.library.register_fake("revnet::probe", lib=_LIBRARY)
+def _probe_fake(program: int, inputs: list[Tensor], *operands: Any) -> Tensor:
+    try:
+        probe(PROGRAMS[program], inputs, *operands)
+    except CannotCompileError as refusal:
+        PROGRAMS[program].refusal = refusal  # `digest_of`, which comes next in the trace, raises it.
+    return inputs[0].new_empty(0)
+
+
 @torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")
-def _forward(program: int, *operands: Any) -> Results:
+def _forward(program: int, digest: str, *operands: Any) -> Results:
     return ForwardPass(PROGRAMS[program], *operands).run()
 
 
 @torch.library.register_fake("revnet::forward", lib=_LIBRARY)
-def _forward_fake(program: int, inputs: list[Tensor], buffers: list[Tensor], wanted: list[bool]) -> Results:
+def _forward_fake(
+    program: int, digest: str, inputs: list[Tensor], buffers: list[Tensor], wanted: list[bool]
+) -> Results:
     run = PROGRAMS[program]
     x1 = inputs[0]
-    try:
-        streams = probe(run, inputs, buffers, wanted)
-    except CannotCompile as refusal:
-        # `changing_buffers`, which comes next in the trace, raises it; until then any result will do.
-        run.refusal = refusal
-        run.findings = Findings([], [True] * len(buffers), [])
-        return x1.new_empty(0), x1.new_empty(0), x1.new_empty(0), x1.new_empty(0, dtype=torch.uint8), []
+    streams = probe(run, inputs, buffers, wanted)
     y1, y2 = (streams[which] if which in run.targets else x1.new_empty(0) for which in range(NUM_STREAMS))
     size = num_bytes(run, devices_of(x1, inputs[NUM_STREAMS:]), buffers)
     changed = [torch.empty_like(b) for b, constant in zip(buffers, run.found.is_constant, strict=True) if not constant]
@@ -72,7 +84,7 @@ def _backward_fake(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     """Keep what the backward operator needs: the final streams, the arguments, and what the forward operator kept."""
-    program, tensors, buffers, wanted = inputs
+    program, _, tensors, buffers, wanted = inputs
     y1, y2, _, state, changed = output
     run = PROGRAMS[program]
     # A stream that no step updates ends as it began.
@@ -97,7 +109,7 @@ def _gradients(ctx: Any, grad_y1: Any, grad_y2: Any, grad_log_det: Any, *_: Any)
         )
     )
     gradients = [next(found) if is_returned else None for is_returned in returned]
-    return None, gradients, [None] * ctx.num_buffers, None
+    return None, None, gradients, [None] * ctx.num_buffers, None
 
 
 torch.library.register_autograd("revnet::forward", _gradients, setup_context=_save_for_backward, lib=_LIBRARY)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import (
-    DEPENDS_ON_VALUES,
     TorchDispatchMode,
     autograd_in_operators,
-    real_tensors_allowed,
+    depends_on_values,
+    fakes_for_a_trial,
     tree_leaves,
 )
 from revnet._types import TensorPair
-from revnet.engine._refusal import CannotCompile
 from revnet.engine._tensors import storage_key
+from revnet.engine._tracing import CannotCompileError
 from revnet.engine.compile._program import NUM_STREAMS, Called, Findings, Program, Reach, Step
 from revnet.engine.compile._side_effects import Attributes, check_attributes, check_no_graph_left
 
@@ -39,15 +39,17 @@ def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor],
         The streams after the last step.
 
     Raises:
-        CannotCompile: A function leaves something behind that the caller would not get, or writes to a parameter or
-            an argument.
+        CannotCompileError: A function leaves something behind that the caller would not get, or writes to a
+            parameter or an argument.
     """
     streams = list(inputs[:NUM_STREAMS])
+    # The shapes are needed each time the forward operator is traced, hence functions run each time.
     found = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]
     if program.findings is None:
         changed = {position for each in found for position in each.changed}
         is_constant = [position not in changed for position in range(len(buffers))]
-        program.findings = Findings([each.draws for each in found], is_constant, [each.reach for each in found])
+        ends = [f"{stream.dtype} {stream.shape} {stream.stride()}" for stream in streams]
+        program.findings = Findings([each.draws for each in found], is_constant, [each.reach for each in found], ends)
     return streams[0], streams[1]
 
 
@@ -72,17 +74,17 @@ def _probe_step(
     before = Attributes(program.half_block(step).function)
     leaves = program.leaves(step, inputs, wanted)
     source = streams[step.source].detach()
-    copies = [buffer.clone() for buffer in buffers]
+    copies = [buffer.clone() for buffer in buffers]  # With storages of their own, so that each write is known.
     watch = _Watch()
     try:
-        with autograd_in_operators(), torch.enable_grad(), real_tensors_allowed(source), watch:
+        with autograd_in_operators(), torch.enable_grad(), fakes_for_a_trial(source), watch:
             called = program.call(step, source.requires_grad_(), leaves, copies)
         _check_only_the_first_call_writes(program, step, source, leaves, copies, before)
         streams[step.target] = step.coupling.forward(streams[step.target], called.residual.detach(), step.name)
-    except DEPENDS_ON_VALUES:
+    except depends_on_values():
         # Such a function could do anything, so everything is expected of it.
         streams[step.target] = torch.empty_like(streams[step.target])
-        everything = Reach(frozenset(position for position in leaves if wanted[position]), source=True)
+        everything = Reach(tuple(position for position in leaves if wanted[position]), source=True)
         return _Found(True, set(program.buffer_positions[step.function]), everything)
     finally:
         before.put_back()  # Fake tensors must not stay in caches.
@@ -91,7 +93,7 @@ def _probe_step(
     found = _Found(watch.draws, changed, _reach(called.residual, source, leaves))
     watched = [weakref.ref(leaf) for leaf in (source, *leaves.values()) if leaf.requires_grad]
     del called, source, leaves
-    check_no_graph_left(step.name, watched, may_collect=True)
+    check_no_graph_left(step.name, watched, program.cyclic)
     return found
 
 
@@ -106,8 +108,9 @@ def _check_only_the_first_call_writes(
     """Raise for a function that changes attributes in every call; a cache is filled in the first one only."""
     if before.changed() is None:
         return
+    # Now the cache holds fake tensors. A function that leaves them alone this time will do so with real ones.
     after_one = Attributes(program.half_block(step).function)
-    with autograd_in_operators(), torch.enable_grad(), real_tensors_allowed(source):
+    with autograd_in_operators(), torch.enable_grad(), fakes_for_a_trial(source):
         program.call(step, source, leaves, [buffer.clone() for buffer in buffers])
     try:
         check_attributes(step.name, after_one)
@@ -129,7 +132,7 @@ def _changed_buffers(
 
 def _check_only_buffers_are_written(step: Step, leaves: dict[int, Tensor], watch: "_Watch") -> None:
     if any(watch.has_written(leaf) for leaf in leaves.values()):
-        raise CannotCompile(
+        raise CannotCompileError(
             f"`{step.name}` writes to a parameter or an argument, which a compiled reversible sequence cannot repeat; "
             "keep its block's activations with the policy `Store()`."
         )
@@ -138,7 +141,7 @@ def _check_only_buffers_are_written(step: Step, leaves: dict[int, Tensor], watch
 def _reach(residual: Tensor, source: Tensor, leaves: dict[int, Tensor]) -> Reach:
     """Return the leaves on which a residual depends."""
     found = leaves_of(residual.grad_fn)
-    reached = frozenset(position for position, leaf in leaves.items() if id(leaf) in found)
+    reached = tuple(position for position, leaf in leaves.items() if id(leaf) in found)
     return Reach(reached, id(source) in found)
 
 
@@ -176,6 +179,7 @@ class _Watch(TorchDispatchMode):
         values = {argument.name: argument.default_value for argument in func._schema.arguments}
         values.update(zip(values, args, strict=False))
         values.update(kwargs or {})
+        # Attention takes its random numbers only if there is a dropout, which its tag does not say.
         is_off = values.get("dropout_p") == 0 or values.get("train") is False or values.get("training") is False
         if torch.Tag.nondeterministic_seeded in func.tags and not is_off:
             self.draws = True

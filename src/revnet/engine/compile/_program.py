@@ -4,6 +4,7 @@
 number.
 """
 
+import hashlib
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ from revnet._torch_internals import constant_while_tracing, tree_flatten, tree_u
 from revnet.coupling import AbstractCoupling
 from revnet.engine._batch_norm import is_torch_norm
 from revnet.engine._chain import BoundChain, Chain, HalfBlock
-from revnet.engine._refusal import CannotCompile
 from revnet.engine._restore import TensorPlace
+from revnet.engine._tracing import CannotCompileError
 from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_hooks
 from revnet.errors import ReconstructionError
 
@@ -47,7 +48,7 @@ class Step(NamedTuple):
 class Reach(NamedTuple):
     """What a residual depends on differentiably."""
 
-    inputs: frozenset[int]
+    inputs: tuple[int, ...]
     """Positions of arguments and parameters among the inputs of the operators."""
     source: bool
     """Whether the residual depends on the stream that the function reads."""
@@ -62,6 +63,8 @@ class Findings(NamedTuple):
     """For each buffer, whether every step leaves it as it is."""
     reaches: list[Reach]
     """For each step, what the residual depends on."""
+    streams: list[str]
+    """For each stream, the dtype and the layout that it ends with."""
 
 
 class Called(NamedTuple):
@@ -102,10 +105,10 @@ class Program:
         self.has_log_det = wants_log_det and not all(step.coupling.is_additive for step in steps)
         self.targets = {step.target for step in steps}
         self.findings: Findings | None = None
-        self.refusal: CannotCompile | None = None
+        self.refusal: CannotCompileError | None = None
         """Why the program cannot run, if the probe found a reason."""
-        self.cyclic_steps: set[int] = set()
-        """Steps whose functions leave reference cycles; see `check_no_graph_left`."""
+        self.cyclic: set[str] = set()
+        """Names of the functions that leave reference cycles; see `check_no_graph_left`."""
         self._functions = [weakref.ref(function) for function in functions]
         self._training = training
         self._autocast = autocast
@@ -129,10 +132,16 @@ class Program:
         if self.findings is None:
             # The trace broke where the probe failed, and the operator was left to run by itself.
             raise ReconstructionError(
-                "the residual functions of a compiled reversible sequence cannot run on tensors without values; compile "
-                "the residual functions instead: `block.f.compile(); block.g.compile()`."
+                "the residual functions of a compiled reversible sequence cannot run on tensors without values; "
+                "compile the residual functions instead: `block.f.compile(); block.g.compile()`."
             )
         return self.findings
+
+    def digest(self) -> str:
+        """Return a string for everything that the shapes and the gradients of the operators depend on."""
+        steps = [(step.target, step.source, type(step.coupling).__qualname__, step.coupling) for step in self.steps]
+        traits = (steps, self.found, self._is_scratch, self.has_log_det, self._input_dtype, self._autocast)
+        return hashlib.sha256(repr(traits).encode()).hexdigest()
 
     def half_block(self, step: Step) -> HalfBlock:
         """Return the half-block that a step stands for."""
@@ -170,7 +179,7 @@ class Program:
 
         Raises:
             RuntimeError: The function modified its input in place.
-            CannotCompile: The function filled a container among its arguments.
+            CannotCompileError: The function filled a container among its arguments.
         """
         half_block = self.half_block(step)
         tensors = iter([leaves[position] for position in self.argument_positions] if step.takes_arguments else [])
@@ -253,7 +262,7 @@ class Program:
             if has_gradient[NUM_STREAMS] and not step.coupling.is_additive:
                 is_live[step.target] = True
             if is_live[step.target]:
-                inputs |= reach.inputs
+                inputs.update(reach.inputs)
                 is_live[step.source] |= reach.source
         inputs |= {which for which in range(NUM_STREAMS) if is_live[which]}
         return [is_wanted and position in inputs for position, is_wanted in enumerate(wanted)]
@@ -314,15 +323,21 @@ def program_of(
 
 
 @constant_while_tracing
-def changing_buffers(program: int) -> list[int]:
-    """Return the positions of the buffers that a program writes to.
+def digest_of(program: int) -> str:
+    """Return a string that two programs share only if their operators have results of the same number and kind.
 
     Raises:
-        CannotCompile: The probe found that the program cannot run.
+        CannotCompileError: The probe found that the program cannot run.
     """
     refusal = PROGRAMS[program].refusal
     if refusal is not None:
         raise refusal
+    return PROGRAMS[program].digest()
+
+
+@constant_while_tracing
+def changing_buffers(program: int) -> list[int]:
+    """Return the positions of the buffers that a program writes to."""
     return [position for position, constant in enumerate(PROGRAMS[program].found.is_constant) if not constant]
 
 
@@ -338,18 +353,18 @@ def _check(functions: Sequence[nn.Module]) -> None:
     for function in functions:
         for parameter in function.parameters():
             if hasattr(parameter, "device_mesh"):
-                raise CannotCompile(
+                raise CannotCompileError(
                     "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; compile its "
                     "residual functions instead: `block.f.compile(); block.g.compile()`."
                 )
         for holder, name in places(function, "_buffers"):
             if id(holder[name]) in seen:
-                raise CannotCompile(
+                raise CannotCompileError(
                     f"`{name}` is a buffer of two modules in a compiled reversible sequence; share the whole residual "
                     "function instead, or compile the residual functions only: `block.f.compile(); block.g.compile()`."
                 )
             if holder[name].requires_grad:
-                raise CannotCompile(
+                raise CannotCompileError(
                     f"`{name}` is a buffer that requires a gradient, which a compiled reversible sequence would lose; "
                     "make it an `nn.Parameter`, or compile the residual functions only: `block.f.compile(); "
                     "block.g.compile()`."

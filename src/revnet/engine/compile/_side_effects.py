@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from revnet._torch_internals import tree_flatten
-from revnet.engine._refusal import CannotCompile
+from revnet.engine._tracing import CannotCompileError
 
 _CONTAINERS = (list, dict, set, deque)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
 
-def _refusal(name: str, what: str) -> CannotCompile:
-    return CannotCompile(
+def _refusal(name: str, what: str) -> CannotCompileError:
+    return CannotCompileError(
         f"`{name}` {what}, which a compiled reversible sequence can neither pass to its caller nor repeat in the "
         "backward pass; compile the residual functions instead (`block.f.compile(); block.g.compile()`), or keep the "
         "block's activations with the policy `Store()`."
@@ -35,8 +35,9 @@ def check_arguments(name: str, arguments: Any, flat: Sequence[Any], spec: Any) -
     """Raise if a function changed a list or dict among its arguments, which were flattened to `flat` and `spec`.
 
     Raises:
-        CannotCompile: It did.
+        CannotCompileError: It did.
     """
+    # The arguments were put together for this call, so whatever is in them now came from the function.
     leaves, spec_now = tree_flatten(arguments)
     if spec_now != spec or any(now is not before for now, before in zip(leaves, flat, strict=True)):
         raise _refusal(name, "filled a list or dict among its arguments")
@@ -70,6 +71,7 @@ class Attributes:
     def put_back(self) -> None:
         """Make everything as it was."""
         for module, before in self._modules:
+            # In place, since modules and containers may be known by identity elsewhere.
             for key in _own_attributes(module).keys() - before.keys():
                 del vars(module)[key]
             vars(module).update(before)
@@ -82,35 +84,32 @@ def check_attributes(name: str, before: Attributes) -> None:
     """Raise if a function changed an attribute of its modules since `before`.
 
     Raises:
-        CannotCompile: It did.
+        CannotCompileError: It did.
     """
     changed = before.changed()
     if changed is not None:
         raise _refusal(name, f"changes {changed} in every call")
 
 
-def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], *, may_collect: bool) -> bool:
+def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], cyclic: set[str]) -> None:
     """Raise if anything holds the graph of a call that is over, which is when one of its leaves still exists.
 
     Args:
-        name: The name of the function, for the error.
+        name: The name of the function.
         leaves: The leaves of the graph.
-        may_collect: Whether to look for reference cycles, which may hold the graph without anyone's intention.
-
-    Returns:
-        Whether the function leaves reference cycles, so that no conclusion is possible.
+        cyclic: The names of functions that leave reference cycles, which hold a graph without anyone's intention. The
+            check learns them from what a garbage collection frees, which is slow, and then leaves them alone.
 
     Raises:
-        CannotCompile: Something does.
+        CannotCompileError: Something does.
     """
+    # A graph refers to its leaves, and PyTorch keeps the Python object of a tensor as long as the tensor.
     alive = [leaf for leaf in leaves if leaf() is not None]
-    if not alive:
-        return False
-    if may_collect:
+    if alive and name not in cyclic:
         gc.collect()
         if any(leaf() is not None for leaf in alive):
             raise _refusal(name, "keeps a tensor that it computed")
-    return True
+        cyclic.add(name)
 
 
 def drop_graphs_of_hooks(function: nn.Module) -> None:
@@ -123,6 +122,7 @@ def drop_graphs_of_hooks(function: nn.Module) -> None:
 
 
 def _set_by_hooks(module: nn.Module) -> set[str]:
+    # They are objects with the name of the tensor that they set; pruning calls it `_tensor_name`.
     hooks = module._forward_pre_hooks.values()
     names = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
     return {name for name in names if isinstance(name, str)}
@@ -155,4 +155,5 @@ def _has_same_items(a: Any, b: Any) -> bool:
 
 
 def _is_same(a: Any, b: Any) -> bool:
+    # Tensors by identity: comparing values is slow, and impossible for fake ones.
     return a is b or (type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b)
