@@ -85,7 +85,8 @@ def test_gradients_are_right(is_causal):
     mask = torch.rand(1, 11) > 0.2
 
     def function(q, k, v):
-        return hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
+        y = hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
+        return y[:, :, mask[0]]  # The outputs of the other tokens mean nothing.
 
     assert torch.autograd.gradcheck(function, (q, k, v))
 
