@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential
-from tests.helpers import CASE, assert_close, gradients, mlp, squares, stored_twin
+from tests.helpers import CASE, mlp, squares, stored_twin
 
 
 @pytest.mark.parametrize("input_requires_grad", [True, False])
@@ -45,8 +45,9 @@ def test_forward_without_autocast_backward_inside_it():
         loss = module(x).square().sum()
         with torch.autocast("cpu", torch.bfloat16):
             loss.backward()
-    # The twin's own backward runs partly in bfloat16 then; the recomputation must not.
-    assert_close(gradients(sequence), gradients(twin), tolerance=1e-4)
+    # The recomputation must not run in bfloat16, which rounds by 2^-9 each time.
+    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
+        assert (parameter.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm()
 
 
 class InFullPrecision(nn.Module):

@@ -55,7 +55,7 @@ def test_in_single_precision(case):
         squares(outputs[-1]).backward()
     assert torch.equal(*outputs)
     for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
-        assert (parameter.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm() + 1e-5
+        assert (parameter.grad - expected.grad).norm() <= 5e-3 * expected.grad.norm() + 1e-4
 
 
 class Steps(nn.Module):

@@ -109,7 +109,8 @@ def test_views(name, as_pair, view):
         else:
             squares(module(view(x), *args, **kwargs)).backward()
 
-    assert_trains_as_twin(case.sequence(2), case, step)
+    # Of features that are all alike, a layer norm makes noise too, magnified by 1 / sqrt(eps), or 300.
+    assert_trains_as_twin(case.sequence(2), case, step, tolerance=1e-7)
 
 
 def test_both_streams_one_tensor():

@@ -7,7 +7,7 @@ from revnet.coupling import additive, additive_inverse
 def test_the_inverse_undoes_the_coupling():
     x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     y = additive(x, residual)
-    torch.testing.assert_close(additive_inverse(y, residual), x, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(additive_inverse(y, residual), x, rtol=1e-14, atol=1e-14)
     before = y.clone()
     result = additive_inverse(y, residual, in_place=True)
     assert result.data_ptr() == y.data_ptr()

@@ -49,8 +49,10 @@ def test_autocast_is_that_of_the_forward_pass():
             y = function(x)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), (x, module[3].weight))))
     assert results[0][0].dtype == torch.bfloat16
-    # The gradient of a weight is a sum of two chunks, each rounded to bfloat16's 8 bits.
-    torch.testing.assert_close(results[0], results[1], rtol=2**-6, atol=2**-6)
+    # The gradient of a weight is a sum of two chunks, each rounded to bfloat16's 8 bits: three roundings of 2^-9, of
+    # numbers that may be larger than their sum.
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).abs().max() <= 2**-4 * expected.abs().max()
 
 
 class Whole(nn.Module):

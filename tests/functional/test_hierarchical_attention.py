@@ -85,7 +85,8 @@ def test_gradients_are_right(is_causal):
     mask = torch.rand(1, 11) > 0.2
 
     def function(q, k, v):
-        return hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
+        y = hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
+        return y[:, :, mask[0]]  # The outputs of the other tokens mean nothing.
 
     assert torch.autograd.gradcheck(function, (q, k, v))
 
@@ -110,4 +111,5 @@ def test_low_precision_has_scores_in_float32():
     q, k, v = random_inputs(64)
     low = hierarchical_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), block_size=8)
     assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.double(), hierarchical_attention(q, k, v, block_size=8), rtol=0.05, atol=0.05)
+    # Inputs, scores, weights and values are rounded by 2^-9 each, scores of up to about ten before their exponential.
+    assert (low - hierarchical_attention(q, k, v, block_size=8)).abs().max() <= 0.1 * v.abs().max()

@@ -10,7 +10,8 @@ def test_pairs_turn_by_their_position():
     y = rotate(x, rotary_table(5, 6, dtype=torch.float64))
     for position in range(5):
         for pair in range(3):
-            turn = torch.polar(torch.ones(()).double(), torch.tensor(position * 10_000 ** (-2 * pair / 6)).double())
+            angle = torch.tensor(position * 10_000 ** (-2 * pair / 6), dtype=torch.float64)
+            turn = torch.polar(torch.ones_like(angle), angle)
             expected = torch.complex(x[..., position, pair], x[..., position, pair + 3]) * turn
             actual = torch.complex(y[..., position, pair], y[..., position, pair + 3])
             torch.testing.assert_close(actual, expected)

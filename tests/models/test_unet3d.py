@@ -173,8 +173,7 @@ def test_it_learns_to_segment_balls():
     """Which cannot be told from the noise voxel by voxel."""
     generator = torch.Generator().manual_seed(0)
     volumes, masks = balls(16, 16, generator)
-    assert max(dice(volumes > threshold, masks) for threshold in torch.arange(0, 3, 0.1)) < 0.6
-
+    best_threshold = max(dice(volumes > threshold, masks) for threshold in torch.arange(0, 3, 0.1))
     model = UNet3d(in_channels=1, num_classes=1, widths=(8, 16, 32))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(30):
@@ -183,7 +182,7 @@ def test_it_learns_to_segment_balls():
         F.binary_cross_entropy_with_logits(model(x), y.float()).backward()
         optimizer.step()
     with torch.no_grad():
-        assert dice(model.eval()(volumes) > 0, masks) > 0.8
+        assert dice(model.eval()(volumes) > 0, masks) > 2 * best_threshold
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_the_haar_bands_are_means_and_differences():
     a, b, c, d = (x[..., row::2, column::2] for row in (0, 1) for column in (0, 1))
     bands = [a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]
     y = HaarWavelet().double()(x)
-    assert_close(y, torch.cat(bands, 1) / 2, tolerance=1e-15)
+    assert_close(y, torch.cat(bands, 1) / 2, tolerance=1e-14)
     assert_close(y.square().sum(), x.square().sum(), tolerance=1e-12)
 
 
@@ -41,7 +41,7 @@ def test_a_permutation_is_the_order_that_was_asked_for():
 def test_the_convolution_begins_as_a_rotation_and_is_one_matrix():
     layer = InvertibleConv1x1(5).double()
     matrix = layer(torch.eye(5, dtype=torch.float64)).T
-    assert_close(matrix @ matrix.T, torch.eye(5, dtype=torch.float64), tolerance=1e-6)  # drawn in float32
+    assert_close(matrix @ matrix.T, torch.eye(5, dtype=torch.float64), tolerance=1e-5)  # drawn in float32
     assert_close(layer.log_det(torch.randn(2, 5, 3, 3).double()), torch.zeros(2).double(), tolerance=1e-5)
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     assert_close(layer(x), F.conv2d(x, matrix[:, :, None, None]), tolerance=1e-12)

@@ -45,8 +45,22 @@ class Steep(nn.Module):
         return torch.sin(self.slope * self.linear(x))
 
 
-def steep_sequence(tolerance=1e-3, depth=DEPTH, **options):
-    blocks = [ReversibleBlock(Steep(), Steep()) for _ in range(depth)]
+class Nearby(nn.Module):
+    """Has the values of `function`, and its gradients at an input that is off by `distance`, in a random direction."""
+
+    def __init__(self, function, distance):
+        super().__init__()
+        self.function = function
+        self.distance = distance
+
+    def forward(self, x):
+        offset = torch.randn_like(x)
+        nearby = self.function(x + offset * (self.distance * x.detach().norm() / offset.norm()))
+        return nearby + (self.function(x) - nearby).detach()
+
+
+def steep_sequence(tolerance=1e-3, depth=DEPTH, slope=2.0, **options):
+    blocks = [ReversibleBlock(Steep(slope), Steep(slope)) for _ in range(depth)]
     return ReversibleSequential(*blocks, tolerance=tolerance, **options)
 
 
@@ -64,22 +78,32 @@ def backward(sequence):
 
 
 def test_the_error_stays_below_the_bound_from_the_first_step_on():
-    sequence = steep_sequence()
-    assert largest_error(copy.deepcopy(steep_sequence(None)), backward) > 0.1
+    sequence = steep_sequence(slope=3.0)
+    # In float64, going back through all blocks multiplies errors by more than 1e10. So in float32 rounding errors grow
+    # to the size of the streams, whatever they were at first.
+    unbounded = copy.deepcopy(sequence)
+    unbounded.tolerance = None
+    assert largest_error(unbounded, backward) > 100 * 0.5e-3
     for _ in range(3):
-        assert 0 < largest_error(sequence, backward) <= 0.5e-3
-        assert 0 < len(sequence.keyframes) <= 4
+        assert 0 < largest_error(sequence, backward) <= 0.5e-3  # Half of the tolerance is what the guard lets pass.
+        # Undoing one function multiplies errors by at most 1 + slope: a keyframe lasts for four functions or more.
+        assert 0 < len(sequence.keyframes) <= DEPTH / 2
 
 
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
-def test_gradients_are_the_twins_up_to_what_the_bound_makes_of_them(tolerance):
-    sequence = steep_sequence(tolerance)
-    twin = stored_twin(sequence)
-    for module in (sequence, twin):
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-5])
+def test_gradients_are_as_near_as_the_streams_of_the_backward_pass(tolerance):
+    sequence = steep_sequence(tolerance, slope=3.0)
+    twin, nearby = stored_twin(sequence), stored_twin(sequence)
+    for block in nearby:
+        block.f, block.g = Nearby(block.f, tolerance / 2), Nearby(block.g, tolerance / 2)
+    found = []
+    for module in (sequence, nearby, twin):
         backward(module)
-    pairs = list(zip(gradients(sequence).values(), gradients(twin).values(), strict=True))
-    error = sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(b.square().sum() for _, b in pairs).sqrt()
-    assert error <= 2 * tolerance  # The slope of a sine's derivative.
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(module).values()]))
+    error, measured = (found[0] - found[2]).norm(), (found[1] - found[2]).norm()
+    # What errors of this size do to the gradients is measured in random directions. To first order, the worst direction
+    # does at most sqrt(elements) times as much, and errors of all functions that add up sqrt(functions) times.
+    assert 0 < error <= (4 * WIDTH * 2 * DEPTH) ** 0.5 * measured
 
 
 def test_a_tighter_bound_takes_more_keyframes():
@@ -132,7 +156,7 @@ def test_policies_mix_with_it(policy):
 
 
 def test_a_retained_graph_is_gone_through_again():
-    sequence = steep_sequence()
+    sequence = steep_sequence(1e-5)
     twin = stored_twin(sequence)
     for module in (sequence, twin):
         x = torch.randn(4, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
@@ -171,7 +195,7 @@ def test_random_functions_and_statistics_are_those_of_the_twin():
     for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
         assert torch.equal(buffer, expected)
     for gradient, expected in zip(gradients(sequence).values(), gradients(twin).values(), strict=True):
-        assert (gradient - expected).norm() <= 1e-4 * expected.norm() + 1e-7
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm() + 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:undoing:revnet.ReconstructionWarning")
@@ -297,16 +321,21 @@ def test_compiled_as_a_whole_it_raises():
         torch.compile(sequence, fullgraph=True, backend="eager")(torch.randn(4, 6))
 
 
+def halving():
+    """A function whose scales are about a half, for an affine coupling."""
+    function = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
+    with torch.no_grad():
+        function[2].bias[4:] = -2.0  # The coupling takes the sigmoid of this plus two.
+    return function
+
+
 @pytest.mark.parametrize("kind", ["momentum", "affine"])
 def test_couplings_that_change_the_stream(kind):
-    """Going back through a momentum block doubles errors; through an affine one with its scales."""
+    """Going back through a momentum block doubles errors, and so does going back through an affine one here."""
     if kind == "momentum":
         blocks = [MomentumBlock(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), gamma=0.5) for _ in range(24)]
     else:
-        functions = [nn.Sequential(nn.Linear(4, 8), nn.Tanh()) for _ in range(48)]
-        blocks = [
-            ReversibleBlock(*functions[2 * index : 2 * index + 2], coupling=Affine("sigmoid")) for index in range(24)
-        ]
+        blocks = [ReversibleBlock(halving(), halving(), coupling=Affine("sigmoid")) for _ in range(24)]
     sequence = ReversibleSequential(*blocks, tolerance=1e-4)
     twin = stored_twin(sequence)
     x = torch.randn(4, 8)
@@ -321,4 +350,4 @@ def test_couplings_that_change_the_stream(kind):
     loss.backward(retain_graph=True)
     loss.backward()
     for gradient, expected in zip(gradients(sequence).values(), gradients(twin).values(), strict=True):
-        assert (gradient - expected).norm() <= 1e-3 * expected.norm()
+        assert (gradient - expected).norm() <= 1e-2 * expected.norm()

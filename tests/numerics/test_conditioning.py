@@ -141,19 +141,20 @@ def test_memory_does_not_grow_with_depth():
 
 
 def test_descending_it_makes_the_inverse_amplify_less():
-    torch.manual_seed(0)
-    model, x = sequence(12, width=8).float(), torch.randn(32, 16)
+    model = sequence(8, lambda width: nn.Linear(width, width), width=8)
+    x = torch.randn(32, 16, dtype=torch.float64)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)
+            parameter.mul_(2.5)
     before = measure_drift(model, x)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in range(30):
         optimizer.zero_grad()
         conditioning_penalty(model, x).log().backward()
         optimizer.step()
     after = measure_drift(model, x)
-    assert after.error < before.error / 3
+    # Undoing a linear block multiplies errors by 5 before and by 1.5 after: eight blocks, by 4e5 and by 26.
+    assert after.error < before.error / 100
     assert after.amplification < before.amplification
 
 

@@ -38,6 +38,22 @@ def perceptrons(depth=6, scale=1.0, policy=None):
     return model
 
 
+class Wave(nn.Module):
+    """Amplifies small differences, wherever it is: undoing a block of two multiplies them by about four."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.init.orthogonal_(nn.Parameter(torch.empty(8, 8)))
+
+    def forward(self, x):
+        return torch.sin(3 * x @ self.linear)
+
+
+def waves():
+    """So steep that rounding errors of float32 grow to the size of the streams."""
+    return ReversibleSequential(*[ReversibleBlock(Wave(), Wave()) for _ in range(20)])
+
+
 def test_errors_are_relative_to_the_true_streams():
     shift = 0.25
     blocks = [
@@ -166,7 +182,7 @@ def test_what_becomes_nan_is_told_not_raised():
 
 
 def test_drift_that_matters_warns_nobody_and_tells_all(recwarn):
-    drift = measure_drift(perceptrons(depth=40, scale=8.0), torch.randn(16, 16))
+    drift = measure_drift(waves(), torch.randn(16, 16))
     assert len(recwarn) == 0
     assert drift.error > 1e-2
     assert drift.verdict.startswith("Wrong: what `blocks.")
@@ -186,7 +202,7 @@ def test_autocast_keeps_the_streams_in_float32():
     model = nn.Sequential(nn.Linear(16, 16), perceptrons(depth=24))
     drift = measure_drift(model, torch.randn(16, 16), autocast=torch.bfloat16)
     assert drift.dtype == torch.float32
-    assert drift.error < 1e-3
+    assert drift.error < 0.1  # A rounding to bfloat16 that tips over is 2^-8 of what a function returns.
     assert drift.blocks[3].name == "1.blocks.3"
 
 
@@ -214,8 +230,7 @@ def test_a_compiled_model_is_measured_as_it_was_before():
 
 
 def test_a_tolerance_is_seen_at_work_and_left_as_it_was(tmp_path):
-    model = perceptrons(depth=40, scale=8.0)
-    x = torch.randn(16, 16)
+    model, x = waves(), torch.randn(16, 16)
     unbounded = measure_drift(model, x)
     model.tolerance = 1e-3
     before = model.tolerance_state()

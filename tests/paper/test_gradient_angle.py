@@ -100,8 +100,9 @@ def test_what_follows_the_last_block_has_the_same_gradient(make_model):
     assert (head.group, together.group) == ("head", ALL)
     assert (head.angle_degrees, head.relative_error) == (0, 0)
     assert head.reference_angle_degrees > 0
-    # In float32, at worst with ReLUs on the other side.
-    assert all(error.angle_degrees == 0 if is_exact else 0 < error.angle_degrees < 20 for error in stages)
+    # In float32, at worst with ReLUs on the other side, at best 0.
+    assert all(error.angle_degrees < 20 for error in stages)
+    assert not is_exact or together.relative_error == 0
     assert len({error.group for error in stages}) == len(stages) >= 2
 
 

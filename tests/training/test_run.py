@@ -191,17 +191,18 @@ def test_a_run_ends_after_its_last_update(out_dir, max_updates):
 
 def test_the_stored_twin_learns_the_same(tmp_path):
     results = {}
-    for policy in ("reverse", "store"):
+    for name, policy, lr in (("reverse", "reverse", 0.01), ("store", "store", 0.01), ("start", "store", 1e-9)):
         # One update: rounding that differs grows thirtyfold with each, at this learning rate and so early. Already the
         # first gradient is 2e-3 away, and plain autograd's 1e-2 from float64's (`revnet figure gradient-angle`).
-        config = TrainConfig(max_updates=1, batch_size=400, lr=0.01, policy=policy, out_dir=str(tmp_path / policy))
-        results[policy] = train(config, quiet=True)
+        config = TrainConfig(max_updates=1, batch_size=400, lr=lr, policy=policy, out_dir=str(tmp_path / name))
+        results[name] = train(config, quiet=True)
     assert results["store"].peak_bytes == results["reverse"].stored_peak_bytes > results["reverse"].peak_bytes
     assert results["store"].stored_peak_bytes is None
-    states = [load_classifier(result.folder).state_dict() for result in results.values()]
-    weights = [name for name, tensor in states[0].items() if tensor.ndim == 4]
-    for name in weights:
-        assert (states[0][name] - states[1][name]).norm() < 1e-3 * states[1][name].norm(), name
+    reverse, store, start = (
+        torch.cat([weight.flatten() for weight in load_classifier(result.folder).parameters() if weight.ndim == 4])
+        for result in results.values()
+    )
+    assert (reverse - store).norm() < 0.3 * (store - start).norm()
 
 
 def test_a_model_that_stores_anyway_needs_no_policy(out_dir):

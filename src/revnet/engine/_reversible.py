@@ -15,7 +15,7 @@ from revnet.engine._range import RangeWatch, check_magnitude
 from revnet.engine._rebuild import Rebuilder
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._restore import set_aside
-from revnet.engine._tensors import has_values
+from revnet.engine._tensors import has_values, is_plain
 from revnet.engine._tolerance import ToleranceWatch
 from revnet.engine._tracing import runs_plainly
 from revnet.engine.compile import compiled
@@ -59,8 +59,10 @@ def _observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer
         if keeper is None:
             if not is_exact and streams[0].element_size() <= 2:
                 warn_of_low_precision(half_blocks[0], streams[0])
-            samples_on_host = can_digest(streams[0]) and not meter_is_on()
-            observers.append(AgreementWatch() if samples_on_host else DriftWatch())
+            if not is_on_host(streams[0]) or meter_is_on():
+                observers.append(DriftWatch())
+            elif can_digest(streams[0]):
+                observers.append(AgreementWatch())
         else:
             if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise NotImplementedError(
@@ -92,3 +94,8 @@ def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         check_magnitude(half_block, y)
         running[half_block.target] = half_block.coupling.inverse(y, residual, half_block.name)
     return tuple(running)
+
+
+def is_on_host(stream: Tensor) -> bool:
+    """Return whether a stream is an ordinary tensor of the CPU, or a fake one that stands for such."""
+    return is_plain(stream) and stream.device.type in ("cpu", "meta")
