@@ -30,7 +30,7 @@ from revnet.errors import ReconstructionError
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
 
 SUSPICIOUS = 64.0
 """By how much more a result may be off than the streams so far, before its function is run again to make sure.

@@ -19,8 +19,9 @@ from revnet._torch_internals import (
     next_sequence_number,
     sequence_number_of,
 )
+from revnet.engine._digest import can_digest, checksum, same_bits
 from revnet.engine._random import digest, same_random_state
-from revnet.engine._tensors import has_values, storage_key, version_of, versions_of
+from revnet.engine._tensors import storage_key, version_of, versions_of
 from revnet.engine._tracing import refuse
 from revnet.errors import ReconstructionError
 
@@ -293,7 +294,7 @@ def moved(
 def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
     """Keep, after a call, the copies of what it changed, and note the versions that it left."""
     if call.states:
-        _settle_states(call, is_first=checksums is not None)
+        _settle_states(call)
     versions = versions_of(call.parameters)
     written = dict(call.written or {})
     for place, (old, new) in enumerate(zip(call.versions, versions, strict=True)):
@@ -310,20 +311,20 @@ def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
     call.written = written or None
 
 
-def _settle_states(call: "RecordedCall", *, is_first: bool) -> None:
+def _settle_states(call: "RecordedCall") -> None:
     assert call.states is not None
     versions = call.buffer_versions or {}
     for place, copy in list(call.states.items()):
         buffer = call.buffers[place]
         holder, name = call.plan.buffer_places[place]
         # Kernels that keep running statistics write without raising the version, so that no vector is trusted to be
-        # constant. Large buffers (masks, position tables) are compared, unless that would wait for a device.
-        can_compare = has_values(buffer) and (buffer.device.type == "cpu" or is_first) and not _is_capturing(buffer)
+        # constant. Large buffers (masks, position tables) are compared, on the CPU: a device would have to be waited for.
+        can_compare = can_digest(buffer) and can_digest(copy)
         if (
             holder[name] is buffer
             and buffer.dim() > 1
             and version_of(buffer) == call.state_versions[place]
-            and not (can_compare and not _same_bits(buffer, copy))
+            and not (can_compare and not same_bits(buffer, copy))
         ):
             versions[place] = version_of(buffer)
             del call.states[place]
@@ -331,36 +332,9 @@ def _settle_states(call: "RecordedCall", *, is_first: bool) -> None:
     call.states = call.states or None
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.layout is not torch.strided:
-        return True
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Return a number for the bits of each tensor; None where they cannot be read.
-
-    The sum of the bits as integers, modulo 2^64: unlike a sum of the values, it sees a change of any one element.
-    """
-    return [_checksum(tensor) for tensor in tensors]
-
-
-def _checksum(tensor: Tensor) -> int | None:
-    tensor = tensor.data if type(tensor) is nn.Parameter else tensor
-    is_readable = (
-        has_values(tensor) and tensor.layout is torch.strided and tensor.is_contiguous() and tensor.numel() > 0
-    )
-    if not is_readable or _is_capturing(tensor):
-        return None
-    flat = tensor.detach().view(-1)
-    # As long integers where that is possible, since a sum of shorter ones copies them all.
-    is_aligned = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    short = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64)
-    return int(flat.view(torch.int64 if is_aligned else short).sum())
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Return a number for the bits of each tensor; None where they cannot be read."""
+    return [checksum(each.data if type(each) is nn.Parameter else each) for each in tensors]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from revnet._types import Streams
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
+from revnet.engine._drift import meter_is_quiet
 from revnet.engine._range import RangeWatch
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._tensors import tensors_in, version_of, versions_of
@@ -82,7 +83,16 @@ class _KeepingRun:
         self._calls.append((half_block, call))
         self.is_finished = False
         if half_block.coupling.is_additive:
-            residual = call.record(self, index, chain.call, (half_block, source), {}, (source,), may_stop_early=True)
+            residual = call.record(
+                self,
+                index,
+                chain.call,
+                (half_block, source),
+                {},
+                (source,),
+                may_stop_early=True,
+                keeps_tail=not meter_is_quiet(),
+            )
             y = chain.join(half_block, stream, residual)
             kept: tuple[Tensor, ...] = (source,)
         else:
@@ -94,6 +104,7 @@ class _KeepingRun:
                 {},
                 (source, stream),
                 may_stop_early=True,
+                keeps_tail=not meter_is_quiet(),
             )
             kept = (source, stream)
         self.is_finished = True
@@ -171,7 +182,7 @@ class _KeptCall:
     def run(self) -> Any:
         """Compute for the first time."""
         versions = versions_of(self._tensors)
-        result = self._call.record(self, 0, self._compute, (), {}, may_stop_early=True)
+        result = self._call.record(self, 0, self._compute, (), {}, may_stop_early=True, keeps_tail=True)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
                 f"{type(self._module).__name__} modified an argument in place, so that its activations cannot be "

@@ -78,6 +78,12 @@ def meter_is_on() -> bool:
     return getattr(_active, "meter", None) is not None
 
 
+def meter_is_quiet() -> bool:
+    """Return whether a quiet `DriftMeter` is on in this thread."""
+    meter = getattr(_active, "meter", None)
+    return meter is not None and meter.is_quiet
+
+
 class DriftWatch(Observer):
     """Compares samples of what functions read with what they read again; an observer of one run.
 

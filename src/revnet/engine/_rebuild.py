@@ -15,6 +15,7 @@ from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, wrote_to_input
+from revnet.engine._drift import meter_is_quiet
 from revnet.engine._observer import Observer
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._streams import StreamSnapshot
@@ -77,7 +78,7 @@ class AdditiveStep(AbstractStep):
         """Return the updated stream, leaving slots of the function in the graph."""
         half_block = self.half_block
         source, stream = streams[half_block.source], streams[half_block.target]
-        may_stop_early = run.first_with_slots is None
+        is_lowest = run.first_with_slots is None
         if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
             # `chain.call` without its questions.
             version = source._version
@@ -88,13 +89,21 @@ class AdditiveStep(AbstractStep):
                 (source, *chain.args),
                 chain.kwargs,
                 (source,),
-                may_stop_early=may_stop_early,
+                may_stop_early=is_lowest,
+                keeps_tail=is_lowest and run.is_watched,
             )
             if source._version != version:
                 raise wrote_to_input(half_block)
         else:
             residual = self.call.record(
-                run, index, chain.call, (half_block, source), {}, (source,), may_stop_early=may_stop_early
+                run,
+                index,
+                chain.call,
+                (half_block, source),
+                {},
+                (source,),
+                may_stop_early=is_lowest,
+                keeps_tail=is_lowest and run.is_watched,
             )
         # What the coupling would do, without its checks, which cost more than the sum of small tensors.
         if (
@@ -176,7 +185,14 @@ class JoinedStep(AbstractStep):
             return chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets)
 
         y: Tensor = self.call.record(
-            run, index, compute, (), {}, (source, stream), may_stop_early=run.first_with_slots is None
+            run,
+            index,
+            compute,
+            (),
+            {},
+            (source, stream),
+            may_stop_early=run.first_with_slots is None,
+            keeps_tail=run.first_with_slots is None and run.is_watched,
         )
         return y
 
@@ -246,6 +262,8 @@ class Rebuilder:
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor], observers: Sequence[Observer]):
         self.chain = chain.for_replays()
         self.observers = observers
+        self.is_watched = not meter_is_quiet()
+        """Whether what is wrong raises; a quiet `DriftMeter` only records it."""
         self.surroundings = Surroundings(chain.tensors(), streams)
         self.steps: list[AbstractStep] = []
         self.first_with_slots: int | None = None

@@ -310,6 +310,7 @@ class RecordedCall:
         sources: tuple[Tensor, ...] = (),
         *,
         may_stop_early: bool = False,
+        keeps_tail: bool = False,
     ) -> Any:
         """Run the function for the first time, leaving slots of `filler`'s call number `index` in the graph.
 
@@ -321,6 +322,7 @@ class RecordedCall:
             kwargs: Its keyword arguments.
             sources: Inputs that are gone when the call is replayed, which then has others of the same values.
             may_stop_early: Whether a replay may end at the last saved tensor.
+            keeps_tail: Whether to compare that tensor, since nobody compares the result.
         """
         plan, surroundings = self.plan, self.surroundings
         num_calls = plan.num_calls
@@ -374,7 +376,7 @@ class RecordedCall:
             self._keep_slots(saved, tensors, versions, (result, *sources), start)
             if nodes is not None:
                 self.stop_after = _careful.stop_after(tensors, nodes, sources)
-                if can_digest(tensors[-1]):
+                if keeps_tail and can_digest(tensors[-1]):
                     self.tail = digest_of(tensors[-1])
             # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
             tensors.clear()
@@ -501,7 +503,7 @@ class RecordedCall:
             and list(map(len, plan.dicts)) == plan.sizes
             and all(map(is_, _flatten(map(_values, plan.filled_dicts)), self.held))
             and list(map(_requires_grad, self.parameters)) == self.requires_grad
-            and not any(map(torch.is_autocast_enabled, self.surroundings.types))
+            and not any([torch.is_autocast_enabled(state.device_type) for state in self.autocast])
         )
 
     def _call_again(

@@ -59,7 +59,7 @@ def _observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer
         if keeper is None:
             if not is_exact and streams[0].element_size() <= 2:
                 warn_of_low_precision(half_blocks[0], streams[0])
-            if not is_on_host(streams[0]) or meter_is_on():
+            if meter_is_on() or not is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
                 observers.append(DriftWatch())
             elif can_digest(streams[0]):
                 observers.append(AgreementWatch())
