@@ -43,8 +43,8 @@ class MultiStreamBlock(AbstractReversibleBlock):
         check_coupling(coupling)
         if len(functions) < 2:
             raise ValueError(
-                f"`functions` (={len(functions)} of them) must be two or more, one for each stream; use `CouplingLayer` "
-                "for a block of one function."
+                f"`functions` (={len(functions)} of them) must be two or more, one for each stream; use `CouplingLayer`"
+                " for a block of one function."
             )
         self.functions = nn.ModuleList(functions)
         self.num_streams = len(functions)
