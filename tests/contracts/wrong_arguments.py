@@ -107,10 +107,10 @@ class Target:
         return found
 
     def call_with(self, name: str, value: Any) -> Any:
+        """Call with one argument, or the first positional one, in the place of the right one."""
         arguments = self.make_arguments()
-        positional = list(arguments.pop(name if name.startswith("*") else "*", ()))
-        for key in [key for key in arguments if key.startswith("*")]:
-            positional = list(arguments.pop(key))
+        starred = next((key for key in arguments if key.startswith("*")), None)
+        positional = [] if starred is None else list(arguments.pop(starred))
         if name.startswith("*"):
             positional[0] = value
         else:

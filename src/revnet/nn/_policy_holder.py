@@ -140,6 +140,8 @@ def one_for_each(
         policies = (as_policy(policy),) * len(units)
     else:
         policies = tuple([as_policy(each, f"policy[{index}]") for index, each in enumerate(policy)])
+        if policies == policy:  # A holder that gets its policies back keeps the very tuple.
+            policies = policy
     if len(policies) != len(units):
         raise ValueError(
             f"`policy` has {len(policies)} entries for {len(units)} blocks; pass one policy, or one for each block."
