@@ -94,7 +94,7 @@ def test_the_driver_knows_what_annotations_allow():
     ],
 )
 def test_the_driver_judges(call, judgement, monkeypatch):
-    """On functions that are wrong in each way; those of this file count as revnet's."""
+    """On functions that are wrong in each way; the functions of this file count as revnet's."""
     monkeypatch.setattr(wrong_arguments, "SOURCE", str(ROOT))
     monkeypatch.setattr(wrong_arguments, "LIMIT_SECONDS", 0.2)
     target = wrong_arguments.Target("call", lambda name: call(name), dict)

@@ -83,7 +83,7 @@ class Target:
     make_arguments: Callable[[], dict[str, Any]]
     """The right arguments. One named "*blocks" holds the positional ones."""
     signature: Any = None
-    """Whose parameters and annotations count, if not those of `call`."""
+    """Function whose parameters and annotations count, if it is not `call`."""
     also: dict[str, str] = field(default_factory=dict)
     """Other names under which an error may mention an argument: callers know it as such."""
     silent: frozenset[str] = frozenset()
