@@ -4,10 +4,12 @@ Each helper raises an error of one line that a tired reader can act on. It names
 value, and says which rule the value breaks and what to pass instead.
 """
 
-import math
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 MOST_LAYERS = 100_000
@@ -25,18 +27,22 @@ def describe(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module):
         return type(value).__name__
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # Of an integer of 5,000 digits, say, or of a broken class.
+        return f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Return whether `value` is an integer, which a bool is not here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether `value` is a finite number, which a bool is not here."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: an integer may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_count(name: str, value: Any, *, least: int = 1, most: int = _MOST, hint: str = "") -> None:
@@ -56,6 +62,12 @@ def check_count(name: str, value: Any, *, least: int = 1, most: int = _MOST, hin
         raise ValueError(f"`{name}` (={describe(value)}) must be at most {most:,}{hint}.")
     rule = {0: "a positive integer, or 0", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
     raise ValueError(f"`{name}` (={describe(value)}) must be {rule}{hint}.")
+
+
+def check_counts(*, most: int = _MOST, **counts: Any) -> None:
+    """Raise unless each of `counts` is an integer from 1 to `most`."""
+    for name, value in counts.items():
+        check_count(name, value, most=most)
 
 
 def check_bool(**flags: Any) -> None:
@@ -93,5 +105,62 @@ def check_module(name: str, value: Any, *, hint: str = "pass a model") -> None:
 
 def check_tensor(name: str, value: Any, *, hint: str = "convert it with `torch.as_tensor`") -> None:
     """Raise unless `value` is a tensor; `hint` says how to make one."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor | torch.fx.Proxy):  # `torch.fx` traces with proxies.
         raise TypeError(f"`{name}` (={describe(value)}) must be a tensor; {hint}.")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raise unless the tensor `value` is floating-point or complex."""
+    if not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"`{name}` has dtype {value.dtype}, but must be floating-point; pass `{name}.float()`.")
+
+
+def check_mask(mask: Any, shape: Sequence[int]) -> None:
+    """Raise unless `mask` is None, or a bool tensor of `shape`, (B, T)."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        shown = str(mask.dtype) if isinstance(mask, Tensor) else describe(mask)
+        raise TypeError(f"`mask` (={shown}) must be a bool tensor, true where a token is real; pass `mask.bool()`.")
+    if mask.shape != tuple(shape):
+        raise ValueError(
+            f"`mask` has shape {tuple(mask.shape)}, but must have the shape of the tokens, {tuple(shape)}: (B, T)."
+        )
+
+
+def check_per_head(**tensors: Any) -> None:
+    """Raise unless each of `tensors` is floating-point and (B, H, T, D)."""
+    for name, value in tensors.items():
+        check_tensor(name, value, hint="pass (B, H, T, D)")
+        if value.dim() != 4:
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}, but must have (B, H, T, D): batch, heads, tokens, features."
+            )
+        check_floating(name, value)
+
+
+def check_same_heads(name: str, value: Tensor, like: Tensor, *, num_dims: int = 4) -> None:
+    """Raise unless `value` has the first `num_dims` sizes of `like`."""
+    if value.shape[:num_dims] != like.shape[:num_dims]:
+        rule = "the shape of the queries" if num_dims == 4 else "the batch, heads and tokens of the queries"
+        raise ValueError(
+            f"`{name}` has shape {tuple(value.shape)}, but must have {rule}, {tuple(like.shape[:num_dims])}."
+        )
+
+
+def check_block_size(block_size: Any) -> None:
+    """Raise unless `block_size` is a positive even integer."""
+    check_count("block_size", block_size)
+    if block_size % 2:
+        raise ValueError(
+            f"`block_size` (={block_size}) must be even, because the level below has covered half of each block; pass "
+            f"{block_size + 1}."
+        )
+
+
+def check_generator(generator: Any) -> None:
+    """Raise unless `generator` is a `torch.Generator` or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"`generator` (={describe(generator)}) must be a `torch.Generator`, or None for PyTorch's random state."
+        )

@@ -13,7 +13,7 @@ class Base(AbstractCoupling):
 
 
 def define_scaling(*bases, **attributes):
-    """A coupling that scales, `y = 2 x + residual`, so that the gradient of `x` is twice that of `y`."""
+    """A coupling that scales, `y = 2 x + residual`, so that `x` gets twice the gradient of `y`."""
 
     def forward(self, x, residual, name="f"):
         return 2 * x + residual

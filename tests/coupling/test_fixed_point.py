@@ -91,8 +91,8 @@ def test_transforms():
         ((0,), r"`fraction_bits` \(=0\) must be from 1 to 22, so that a float32 stream has room"),
         ((23,), r"`fraction_bits` \(=23\) must be from 1 to 22"),
         ((52, True), r"`fraction_bits` \(=52\) must be from 1 to 51, so that a float64 stream"),
-        ((14.0,), r"`fraction_bits` \(=14.0\) must be a whole number"),
-        ((True,), r"`fraction_bits` \(=True\) must be a whole number"),
+        ((14.0,), r"`fraction_bits` \(=14.0\) must be an integer"),
+        ((True,), r"`fraction_bits` \(=True\) must be an integer"),
     ],
 )
 def test_what_is_no_grid_raises(arguments, message):

@@ -28,8 +28,13 @@ def test_a_pair_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("x", "dim", "error", "message"),
     [
-        (torch.randn(2, 63), 1, ValueError, r"`x` has size 63 along dimension 1 .*must be even.*use 64 channels"),
-        (torch.randn(2, 4), 2, ValueError, r"`split_dim` \(=2\) must be a dimension of the input, .*from -2 to 1"),
+        (
+            torch.randn(2, 63),
+            1,
+            ValueError,
+            r"`x` \(of shape .*\) has size 63 along `split_dim` \(=1\), .*must be even.*use 64 channels",
+        ),
+        (torch.randn(2, 4), 2, ValueError, r"`split_dim` \(=2\) must be a dimension of `x`, .*from -2 to 1"),
         (torch.randn(()), 1, ValueError, r"`split_dim` \(=1\) must be a dimension"),
         (
             torch.ones(2, 4, dtype=torch.int64),

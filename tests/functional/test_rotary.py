@@ -36,5 +36,5 @@ def test_low_precision_is_turned_in_float32_and_returned():
 def test_odd_heads_and_other_lengths_are_refused():
     with pytest.raises(ValueError, match=r"`head_dim` \(=5\) must be even, since rotary positions turn features in"):
         rotary_table(3, 5)
-    with pytest.raises(ValueError, match=r"`rotary` has shape \(2, 3, 2\), but must have \(2, 7, 2\); make it with"):
+    with pytest.raises(ValueError, match=r"`table` has shape \(2, 3, 2\), but must have \(2, 7, 2\); make it with"):
         rotate(torch.randn(1, 1, 7, 4), rotary_table(3, 4))

@@ -215,7 +215,11 @@ def test_options_that_do_not_fit(options, error, message):
     [
         (lambda m: m(torch.rand(2, 1, 4, 4)), ValueError, r"`x` \(of shape \(2, 1, 4, 4\)\) must be \(B, 1, 3, 4\)"),
         (lambda m: m(torch.rand(1, 3, 4)), ValueError, r"`x` .* must be \(B, 1, 3, 4\)"),
-        (lambda m: m(torch.ones(2, *SHAPE, dtype=torch.uint8)), TypeError, "dtype torch.uint8.*divide grey levels"),
+        (
+            lambda m: m(torch.ones(2, *SHAPE, dtype=torch.uint8)),
+            TypeError,
+            "dtype torch.uint8.*add uniform noise, and divide gray levels",
+        ),
         (lambda m: m.inverse(torch.rand(2, 11)), ValueError, r"`z` \(of shape \(2, 11\)\) must be \(B, 12\)"),
         (lambda m: m.sample(0), ValueError, r"`num_samples` \(=0\)"),
         (lambda m: m.sample(1, temperature=-1), ValueError, r"`temperature` \(=-1\) must be a finite number"),

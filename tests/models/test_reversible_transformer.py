@@ -264,17 +264,23 @@ def test_generation_can_be_repeated_and_looks_at_the_last_positions_alone(option
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 9}, r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or other heads"),
+        (
+            {"dim": 9},
+            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or another number",
+        ),
         ({"dim": 6}, r"`head_dim` \(=3\) must be even, since rotary positions turn features in pairs"),
         ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
         ({"vocab_size": 0}, r"`vocab_size` \(=0\) must be a positive integer"),
         ({"max_length": 2.5}, r"`max_length` \(=2.5\) must be a positive integer"),
-        ({"ff_mult": 0}, r"`ff_mult` \(=0\) must be positive"),
+        ({"ff_mult": 0}, r"`ff_mult` \(=0\) must be a positive number"),
         ({"ff_chunks": 0}, r"`ff_chunks` \(=0\) must be a positive integer"),
         ({"attention": "lsh", "bucket_size": 0}, r"`bucket_size` \(=0\) must be a positive integer"),
         ({"attention": "lsh", "num_hashes": 1.5}, r"`num_hashes` \(=1.5\) must be a positive integer"),
         ({"attention": "hierarchical", "block_size": 0}, r"`block_size` \(=0\) must be a positive integer"),
-        ({"attention": "hierarchical", "block_size": 5}, r"`block_size` \(=5\) must be even, since a half of .*pass 6"),
+        (
+            {"attention": "hierarchical", "block_size": 5},
+            r"`block_size` \(=5\) must be even, because the level below .*pass 6",
+        ),
         ({"dropout": 1}, r"`dropout` \(=1\) must be a number from 0 to below 1"),
         ({"attention": "flash"}, r"`attention` \(='flash'\) must be 'full' or 'lsh' or 'hierarchical'"),
     ],
@@ -298,7 +304,7 @@ def test_what_is_no_policy_is_refused(policy):
         (torch.zeros(5, dtype=torch.long), None, ValueError, r"`tokens` has shape \(5,\), but must have \(B, T\)"),
         (torch.zeros(1, 0, dtype=torch.long), None, ValueError, r"`tokens` has shape \(1, 0\), but must have \(B, T\)"),
         (torch.zeros(1, 5), None, TypeError, r"`tokens` \(=torch.float32\) must be a tensor of integers"),
-        ([[1, 2]], None, TypeError, r"`tokens` \(=list\) must be a tensor of integers"),
+        ([[1, 2]], None, TypeError, r"`tokens` \(=\[\[1, 2\]\]\) must be a tensor of integers"),
         (torch.zeros(1, 65, dtype=torch.long), None, ValueError, r"`tokens` has 65 positions, more than `max_length`"),
         (torch.full((1, 5), 11), None, ValueError, r"`tokens` must be from 0 to 10, but are from 11 to 11; build"),
         (torch.full((1, 5), -1), None, ValueError, r"`tokens` must be from 0 to 10, but are from -1 to -1"),
@@ -306,7 +312,7 @@ def test_what_is_no_policy_is_refused(policy):
             torch.zeros(2, 5, dtype=torch.long),
             torch.ones(5, 2, dtype=torch.bool),
             ValueError,
-            r"`mask` has shape \(5, 2\), but must have that of the tokens, \(2, 5\)",
+            r"`mask` has shape \(5, 2\), but must have the shape of the tokens, \(2, 5\)",
         ),
         (
             torch.zeros(2, 5, dtype=torch.long),
@@ -326,7 +332,7 @@ def test_bad_inputs_are_refused(tokens, mask, error, message):
     ("arguments", "message"),
     [
         ({"num_new": -1}, r"`num_new` \(=-1\) must be a positive integer, or 0"),
-        ({"temperature": -1.0}, r"`temperature` \(=-1.0\) must be positive, or 0 for the likeliest token"),
+        ({"temperature": -1.0}, r"`temperature` \(=-1.0\) must be positive, or 0 for the most likely token"),
         ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be positive"),
         ({"top_k": 0}, r"`top_k` \(=0\) must be a positive integer"),
         ({"top_p": 0.0}, r"`top_p` \(=0.0\) must be above 0 and at most 1"),

@@ -262,13 +262,16 @@ def test_images_that_cannot_be_cut_are_refused(size):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 9}, r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or other heads"),
+        (
+            {"dim": 9},
+            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or another number",
+        ),
         ({"img_size": 30}, r"`img_size` \(=30\) must be a multiple of `patch_size` \(=4\); pass 32, or other patches"),
         ({"img_size": 1}, r"`img_size` \(=1\) must be a multiple of `patch_size` \(=4\); pass 4, or"),
         ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
         ({"patch_size": (4, 4)}, r"`patch_size` \(=\(4, 4\)\) must be a positive integer"),
         ({"num_heads": 0}, r"`num_heads` \(=0\) must be a positive integer"),
-        ({"mlp_ratio": 0}, r"`mlp_ratio` \(=0\) must be positive; 4 is usual"),
+        ({"mlp_ratio": 0}, r"`mlp_ratio` \(=0\) must be a positive number; 4 is usual"),
         ({"dropout": 1}, r"`dropout` \(=1\) must be a number from 0 to below 1"),
         ({"drop_path": -0.1}, r"`drop_path` \(=-0.1\) must be a number from 0 to below 1"),
         ({"num_classes": -1}, r"`num_classes` \(=-1\) must be a positive integer, or 0"),

@@ -101,7 +101,7 @@ def test_blocks_of_other_numbers_of_streams_do_not_mix():
         (
             torch.randn(2, 7),
             ValueError,
-            r"size 7 along dimension 1 .*a multiple of 3, .*in 3; use 9 channels, or pass 3 ten",
+            r"size 7 along `split_dim` \(=1\), .*a multiple of `num_streams` \(=3\), .*use 9 channels, or pass 3 ten",
         ),
         (
             (torch.randn(2, 2),) * 2,

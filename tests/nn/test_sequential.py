@@ -63,7 +63,7 @@ def test_errors_name_the_block():
     sequence = ReversibleSequential(block(), ReversibleBlock(nn.Linear(2, 3), mlp(2)))
     with pytest.raises(ValueError, match=r"`blocks\.1\.f` returned shape \(4, 3\)"):
         sequence(torch.randn(4, 4))
-    with pytest.raises(ValueError, match=r"`x` has size 63 along dimension 1"):
+    with pytest.raises(ValueError, match=r"`x` \(of shape .*\) has size 63 along `split_dim` \(=1\)"):
         sequence(torch.randn(4, 63))
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from revnet._checks import check_bool, check_tensor
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_residual
 
@@ -56,9 +57,11 @@ def additive(x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         `y`, with the shape and dtype of `x`.
 
     Raises:
-        TypeError: `residual` is not a tensor, or its dtype would change the dtype of the stream.
+        TypeError: `x` or `residual` is not a tensor, or the dtype of `residual` would change the dtype of the stream.
         ValueError: `residual` has a different shape.
     """
+    if not isinstance(x, Tensor):
+        check_tensor("x", x)
     check_residual(x, residual, name)
     return x + residual
 
@@ -74,12 +77,17 @@ def additive_inverse(y: Tensor, residual: Tensor, name: str = "f", *, in_place: 
             `y`.
 
     Raises:
-        TypeError: `residual` is not a tensor, or its dtype would change the dtype of the stream.
+        TypeError: `y` or `residual` is not a tensor, `in_place` is not a bool, or the dtype of `residual` would change
+            the dtype of the stream.
         ValueError: `residual` has a different shape.
 
     Numerics:
         Floating-point addition rounds, so the result equals the original `x` up to half a unit in the last place of
         `y`.
     """
+    if not isinstance(y, Tensor):
+        check_tensor("y", y)
+    if in_place is not True and in_place is not False:
+        check_bool(in_place=in_place)
     check_residual(y, residual, name)
     return y.sub_(residual) if in_place else y - residual

@@ -7,7 +7,6 @@ References:
     Dinh, Sohl-Dickstein and Bengio (2017), Density Estimation Using Real NVP, equations 7 and 8.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revnet._checks import check_choice, check_positive_number
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_residual
 
@@ -56,10 +56,8 @@ class Affine(AbstractCoupling):
     reach: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.bound not in ("tanh", "sigmoid"):
-            raise ValueError(f"`bound` (={self.bound!r}) must be 'tanh' or 'sigmoid'.")
-        if isinstance(self.reach, bool) or not isinstance(self.reach, int | float) or not 0 < self.reach < math.inf:
-            raise ValueError(f"`reach` (={self.reach!r}) must be a positive number; 2 is usual.")
+        check_choice("bound", self.bound, ("tanh", "sigmoid"))
+        check_positive_number("reach", self.reach, hint="2 is usual")
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the stream unchanged.

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from revnet._checks import check_bool, describe, is_integer
 from revnet._torch_internals import in_functorch_transform
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_residual
@@ -46,6 +47,7 @@ class FixedPoint(AbstractCoupling):
             twice the memory. The residual functions still compute in the dtype of the input.
 
     Raises:
+        TypeError: `is_wide` is not a bool.
         ValueError: `fraction_bits` is out of range.
 
     References:
@@ -59,13 +61,14 @@ class FixedPoint(AbstractCoupling):
     is_wide: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.fraction_bits, bool) or not isinstance(self.fraction_bits, int):
-            raise ValueError(f"`fraction_bits` (={self.fraction_bits!r}) must be a whole number; 14 is usual.")
+        check_bool(is_wide=self.is_wide)
+        if not is_integer(self.fraction_bits):
+            raise ValueError(f"`fraction_bits` (={describe(self.fraction_bits)}) must be an integer; 14 is usual.")
         stream, most = ("float64", 51) if self.is_wide else ("float32", 22)
         if not 1 <= self.fraction_bits <= most:
             raise ValueError(
-                f"`fraction_bits` (={self.fraction_bits}) must be from 1 to {most}, so that a {stream} stream has room "
-                "before the point; 14 is usual, with room up to 1,024 in float32."
+                f"`fraction_bits` (={describe(self.fraction_bits)}) must be from 1 to {most}, so that a {stream} "
+                "stream has room before the point; 14 is usual, with room up to 1,024 in float32."
             )
 
     def prepare(self, x: Tensor) -> Tensor:

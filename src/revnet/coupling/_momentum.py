@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from revnet._checks import describe, is_number
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_residual
 
@@ -40,10 +41,10 @@ class Momentum(AbstractCoupling):
     gamma: float = 0.9
 
     def __post_init__(self) -> None:
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma < 1:
+        if not is_number(self.gamma) or not 0 < self.gamma < 1:
             raise ValueError(
-                f"`gamma` (={self.gamma!r}) must be between 0 and 1: with 0 nothing is left to go back by, with 1 "
-                "nothing is added; 0.9 is usual."
+                f"`gamma` (={describe(self.gamma)}) must be between 0 and 1: with 0 nothing is left to go back by, "
+                "with 1 nothing is added; 0.9 is usual."
             )
 
     def prepare(self, x: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ def _settle_states(call: "RecordedCall") -> None:
         buffer = call.buffers[place]
         holder, name = call.plan.buffer_places[place]
         # Kernels that keep running statistics write without raising the version, so that no vector is trusted to be
-        # constant. Large buffers (masks, position tables) are compared, on the CPU: a device would have to be waited for.
+        # constant. Large buffers (masks, position tables) are compared; on the CPU, since devices would be waited for.
         can_compare = can_digest(buffer) and can_digest(copy)
         if (
             holder[name] is buffer

@@ -503,7 +503,7 @@ class RecordedCall:
             and list(map(len, plan.dicts)) == plan.sizes
             and all(map(is_, _flatten(map(_values, plan.filled_dicts)), self.held))
             and list(map(_requires_grad, self.parameters)) == self.requires_grad
-            and not any([torch.is_autocast_enabled(state.device_type) for state in self.autocast])
+            and not any(torch.is_autocast_enabled(state.device_type) for state in self.autocast)
         )
 
     def _call_again(

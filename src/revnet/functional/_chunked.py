@@ -1,4 +1,4 @@
-"""A module on one part of its input after the other, forward and backward.
+"""Running a module on one chunk of its input after the other, forward and backward.
 
 References:
     Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, section 3.
@@ -11,22 +11,36 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from revnet._checks import check_count, check_module, check_tensor, describe, is_integer
+
 
 def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> Tensor:
     """Compute `module(x)` in chunks along `dim`, so that its activations exist for one chunk at a time.
 
-    That holds in the backward pass too, which keeps `x` and computes each chunk again. Each step costs one more forward
-    pass of the module. Traced by `torch.compile`, the chunks are those of ordinary autograd.
+    This also holds in the backward pass, which keeps `x` and computes each chunk again, at the cost of one more forward
+    pass of the module. Under `torch.compile` the chunks run by ordinary autograd.
 
     Args:
-        module: Treats the places along `dim` each by itself, and draws no random numbers and keeps no state.
-        x: Its input.
-        num_chunks: How many parts; fewer if `x` has fewer places.
-        dim: The dimension to cut.
+        module: A module that treats the positions along `dim` independently, draws no random numbers and keeps no
+            state.
+        x: Input of the module.
+        num_chunks: Number of chunks. There are fewer if `x` has fewer positions.
+        dim: Dimension along which `x` is split.
 
     Returns:
-        What `module(x)` is, up to the rounding of kernels on other shapes.
+        The value of `module(x)`, up to the rounding of kernels that run on other shapes.
+
+    Raises:
+        TypeError: `module` is not a module, `x` is not a tensor, or `dim` is not an integer.
+        ValueError: `num_chunks` is not a positive integer, or `x` has no dimension `dim`.
     """
+    check_module("module", module, hint="wrap the function in a module")
+    check_tensor("x", x)
+    check_count("num_chunks", num_chunks)
+    if not is_integer(dim):
+        raise TypeError(f"`dim` (={describe(dim)}) must be an integer, the dimension along which `x` is split.")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"`dim` (={describe(dim)}) must be a dimension of `x`, which has shape {tuple(x.shape)}.")
     if num_chunks == 1:
         result: Tensor = module(x)
     elif torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
@@ -71,7 +85,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _autocast_now(device_type: str) -> AbstractContextManager[Any]:
-    """The autocast that is in force, to be entered again."""
+    """Return a context that enters the current autocast again."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)

@@ -4,31 +4,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revnet._checks import check_bool, check_mask, check_per_head
+
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """Softmax of all products of queries and keys: PyTorch's kernels, with the masks of the other attentions.
+    """Compute the attention of every token to every other token with PyTorch's kernels.
 
-    The cost grows with the square of the length. Without `mask` the products are never held; with it they are.
+    The cost grows with the square of the length. The products of queries and keys are held only if there is a `mask`.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        is_causal: Whether a token sees itself and what stands before it, and nothing else.
-        mask: Which tokens are real; the others are seen by themselves alone, and their own outputs mean nothing.
+        is_causal: Whether a token sees only itself and earlier tokens.
+        mask: Which tokens are real. A token that is not real is seen only by itself, and its output is meaningless.
 
     Shape:
         q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
 
+    Raises:
+        TypeError: An argument is not of the type in the signature.
+        ValueError: A tensor has another number of dimensions, or `mask` has another shape.
+
     References:
         Vaswani et al. (2017), Attention Is All You Need, section 3.2.1.
     """
+    check_per_head(q=q, k=k, v=v)
+    check_bool(is_causal=is_causal)
+    check_mask(mask, (q.shape[0], q.shape[-2]))
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     T = q.shape[-2]
     seen = mask[:, None, None, :]  # (B, 1, 1, T)
     if is_causal:
         seen = seen & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    # Itself in any case: the softmax over nothing is not a number.
+    # A token always sees itself: the softmax over nothing is not a number.
     seen = seen | torch.eye(T, dtype=torch.bool, device=q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)

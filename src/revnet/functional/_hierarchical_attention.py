@@ -22,33 +22,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revnet._checks import check_block_size, check_bool, check_mask, check_per_head, check_same_heads
 from revnet.functional._block_attention import UNSEEN, block_attention
 
 
 def hierarchical_attention(
     q: Tensor, k: Tensor, v: Tensor, *, block_size: int = 64, is_causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """Softmax over all tokens, with the products of far ones computed for groups of them.
+    """Compute the attention to near tokens one by one, and to far tokens in groups.
 
-    Up to `2 * block_size` tokens there is one level, and this is full attention.
+    Up to `2 * block_size` tokens there is one level, and the result is full attention.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        block_size: Tokens of a block on every level, the paper's N_r; even.
-        is_causal: Whether a token sees itself and what stands before it, and nothing else.
-        mask: Which tokens are real; the others count in no group, and their own outputs mean nothing.
+        block_size: Tokens per block on every level, an even number. The paper calls it N_r.
+        is_causal: Whether a token sees only itself and earlier tokens.
+        mask: Which tokens are real. A token that is not real counts in no group, and its output is meaningless.
 
     Shape:
         q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
 
+    Raises:
+        TypeError: An argument is not of the type in the signature.
+        ValueError: `block_size` is not a positive even number, or the shapes do not fit.
+
     Numerics:
-        Gradients can be taken once, not of gradients.
+        The result can be differentiated once, not twice.
 
     References:
         Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.
     """
+    check_per_head(q=q, k=k, v=v)
+    check_same_heads("k", k, q)
+    check_same_heads("v", v, q, num_dims=3)
+    check_block_size(block_size)
+    check_bool(is_causal=is_causal)
+    check_mask(mask, (q.shape[0], q.shape[-2]))
     real = torch.ones(1, q.shape[-2], device=q.device) if mask is None else mask
     counts = real[:, None, :].to(torch.promote_types(q.dtype, torch.float32))
     levels = [_attend(q, k, v, counts, block_size, is_causal=is_causal, is_finest=True)]

@@ -23,6 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revnet._checks import (
+    MOST_LAYERS,
+    check_bool,
+    check_count,
+    check_generator,
+    check_mask,
+    check_per_head,
+    check_same_heads,
+)
 from revnet.functional._block_attention import block_attention
 
 _MOST_BITS = 6
@@ -39,32 +48,44 @@ def lsh_attention(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Softmax over the tokens that at least one round of hashing puts near.
+    """Compute the attention to the tokens that at least one round of hashing finds near.
 
-    A token counts once, however many rounds find it, which is appendix A's correction for duplicates; and sees itself
-    only if it finds no other. The random rotations are the same for all of the batch. If one bucket holds everything,
-    up to about `1.4 * bucket_size` tokens, none are drawn and nothing is missed.
+    A token counts once, even if several rounds find it, which is the correction for duplicates of appendix A. A token
+    sees itself only if it finds no other. The random rotations are the same for the whole batch. If one bucket holds
+    all tokens, up to about `1.4 * bucket_size`, no rotations are drawn and nothing is missed.
 
     Args:
-        qk: Queries, which are the keys too; as keys they are scaled to length sqrt(D).
+        qk: Queries, which are also the keys. As keys they are scaled to length sqrt(D).
         v: Values.
-        bucket_size: How many tokens a bucket has on average. Chunks have twice as many.
-        num_hashes: Rounds of hashing.
-        is_causal: Whether a token sees what stands before it, and nothing else: of its bucket the nearest
-            `2 * bucket_size` earlier tokens. Otherwise, those of its bucket in its chunk and in the chunk before.
-        mask: Which tokens are real; the others are seen by none of these, and their own outputs mean nothing.
-        generator: Where rotations are drawn from, on its own device; PyTorch's global state by default.
+        bucket_size: Average number of tokens per bucket. A chunk has twice this number.
+        num_hashes: Number of hashing rounds.
+        is_causal: Whether a token sees only earlier tokens: the nearest `2 * bucket_size` of its bucket. Otherwise it
+            sees the tokens of its bucket in its chunk and in the chunk before.
+        mask: Which tokens are real. A token that is not real is not seen by real ones, and its output is meaningless.
+        generator: Generator that draws the rotations on its own device. The default is PyTorch's global one.
 
     Shape:
         qk, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
 
+    Raises:
+        TypeError: An argument is not of the type in the signature.
+        ValueError: A count is not positive, or the shapes do not fit.
+
     Numerics:
-        A token whose vector lies between two buckets may change over by rounding, and then sees others. Where the
-        vectors are rebuilt, let them be so exactly (`FixedPoint`). Gradients can be taken once, not of gradients.
+        A token whose vector lies between two buckets may move to the other one by rounding, and then sees other tokens.
+        If the vectors are rebuilt, use `FixedPoint`, which rebuilds them exactly. The result can be differentiated
+        once, not twice.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, equations 2 to 7 and appendix A.
     """
+    check_per_head(qk=qk, v=v)
+    check_same_heads("v", v, qk, num_dims=3)
+    check_count("bucket_size", bucket_size)
+    check_count("num_hashes", num_hashes, most=MOST_LAYERS)
+    check_bool(is_causal=is_causal)
+    check_mask(mask, (qk.shape[0], qk.shape[-2]))
+    check_generator(generator)
     T = qk.shape[-2]
     num_bits = max(0, round(math.log2(T / bucket_size)))
     rounds = [

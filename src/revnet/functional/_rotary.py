@@ -9,53 +9,68 @@ References:
 import torch
 from torch import Tensor
 
+from revnet._checks import MOST_CHANNELS, check_count, check_per_head, check_tensor, describe
+
 _LONGEST_WAVE = 10_000.0
-"""The base of the frequencies, as RoFormer has it."""
+"""Base of the frequencies, as in RoFormer."""
+_MOST_POSITIONS = 2**26
+"""Largest number of positions. A larger table would take minutes."""
 
 
 def rotary_table(
     length: int, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Cosines and sines of the angles by which `rotate` turns; one table serves all layers.
+    """Return the cosines and sines of the angles that `rotate` uses. One table serves all layers.
 
     Args:
-        length: The number of positions, T.
-        head_dim: Features of a head, which turn in pairs.
-        device: Where the table shall be.
+        length: Number of positions, T.
+        head_dim: Features of a head, which are rotated in pairs.
+        device: Device of the table.
         dtype: float32, or float64 for functions that compute in float64.
 
     Returns:
-        (2, T, head_dim / 2).
+        A tensor of shape (2, T, head_dim / 2).
 
     Raises:
-        ValueError: `head_dim` is odd.
+        TypeError: `device` is not a device, or `dtype` is not floating-point.
+        ValueError: `length` or `head_dim` is not a positive integer, or `head_dim` is odd.
     """
+    if not torch.compiler.is_compiling():  # A graph may be for any length, and must not be bound by a check.
+        check_count("length", length, most=_MOST_POSITIONS)
+    check_count("head_dim", head_dim, most=MOST_CHANNELS)
     if head_dim % 2:
         raise ValueError(
             f"`head_dim` (={head_dim}) must be even, since rotary positions turn features in pairs; pass another `dim` "
             f"or `num_heads`, such that a head has {head_dim + 1} features for instance."
         )
+    if device is not None and not isinstance(device, torch.device):
+        raise TypeError(f"`device` (={describe(device)}) must be a `torch.device`, such as `x.device`, or None.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` (={describe(dtype)}) must be a floating-point dtype, such as `torch.float32`.")
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
     angles = torch.outer(torch.arange(length, device=device, dtype=dtype), _LONGEST_WAVE**-exponents)
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn feature `i` of each position together with feature `i + head_dim / 2`.
+    """Rotate feature `i` of each position together with feature `i + head_dim / 2`.
 
     Args:
         x: Queries or keys, (B, H, T, head_dim).
-        table: What `rotary_table` made for T positions.
+        table: Output of `rotary_table` for T positions.
 
     Returns:
-        The turned ones, in the shape and dtype of `x`.
+        The rotated queries or keys, with the shape and dtype of `x`.
 
     Raises:
+        TypeError: An argument is not a tensor.
         ValueError: `table` was made for another length or head.
     """
-    if table.shape[1:] != (x.shape[-2], x.shape[-1] // 2):
+    check_per_head(x=x)
+    check_tensor("table", table, hint="make it with `rotary_table`")
+    if table.shape != (2, x.shape[-2], x.shape[-1] // 2):
         raise ValueError(
-            f"`rotary` has shape {tuple(table.shape)}, but must have (2, {x.shape[-2]}, {x.shape[-1] // 2}); make it "
+            f"`table` has shape {tuple(table.shape)}, but must have (2, {x.shape[-2]}, {x.shape[-1] // 2}); make it "
             f"with `rotary_table({x.shape[-2]}, {x.shape[-1]})`."
         )
     cos, sin = table

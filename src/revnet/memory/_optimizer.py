@@ -69,7 +69,7 @@ class _Copied:
                 )
             options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
             self._groups.append(([index_of[id(parameter)] for parameter in group["params"]], options))
-        # `defaults` may hold more than the constructor takes: that of AdamW holds what AdamW passes to Adam.
+        # `defaults` may hold more than the constructor takes: AdamW has a default that it passes to Adam.
         taken = inspect.signature(self._class).parameters
         self._defaults = {name: value for name, value in optimizer.defaults.items() if name in taken}
 

@@ -1,54 +1,56 @@
-"""Checks of the arguments that all models have."""
+"""Checks of the arguments that several models have."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from revnet._checks import (
+    MOST_CHANNELS,
+    MOST_LAYERS,
+    check_count,
+    check_floating,
+    check_tensor,
+    describe,
+    is_integer,
+    is_number,
+)
 
 
-def check_positive(**counts: int) -> None:
-    """Raise unless each of `counts` is a positive integer."""
-    for name, count in counts.items():
-        if not _is_integer(count) or count < 1:
-            raise ValueError(f"`{name}` (={count!r}) must be a positive integer.")
-
-
-def check_share(**shares: float) -> None:
-    """Raise unless each of `shares` is a number from 0 to below 1."""
-    for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
-            raise ValueError(f"`{name}` (={share!r}) must be a number from 0 to below 1; 0 drops nothing.")
-
-
-def check_num_classes(num_classes: int) -> None:
+def check_num_classes(num_classes: Any) -> None:
     """Raise unless `num_classes` is a positive integer, or 0."""
-    if not _is_integer(num_classes) or num_classes < 0:
+    if not is_integer(num_classes) or num_classes < 0:
         raise ValueError(
-            f"`num_classes` (={num_classes!r}) must be a positive integer, or 0 for pooled features in place of logits."
+            f"`num_classes` (={describe(num_classes)}) must be a positive integer, or 0 for pooled features instead of "
+            "logits."
         )
+    check_count("num_classes", num_classes, least=0)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` (={value!r}) must be {' or '.join(map(repr, choices))}.")
+def check_sequence(name: str, values: Any, *, example: str) -> None:
+    """Raise unless `values` is a sequence; `example` shows one."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise TypeError(f"`{name}` (={describe(values)}) must be a sequence of integers, for instance {example}.")
 
 
-def check_stages(
-    num_blocks: Sequence[int], widths: Sequence[int], *, multiple_of: int = 1, may_shrink: bool = False
-) -> None:
+def check_counts_of(name: str, values: Any, *, most: int, example: str) -> None:
+    """Raise unless `values` is a sequence of integers from 1 to `most`."""
+    check_sequence(name, values, example=example)
+    for index, value in enumerate(values):
+        check_count(f"{name}[{index}]", value, most=most)
+
+
+def check_stages(num_blocks: Any, widths: Any, *, multiple_of: int = 1, may_shrink: bool = False) -> None:
     """Raise unless `widths` gives a width to the stem and to each stage of `num_blocks`."""
-    for name, counts in (("num_blocks", num_blocks), ("widths", widths)):
-        if not isinstance(counts, Sequence) or isinstance(counts, str):
-            raise TypeError(f"`{name}` (={counts!r}) must be a sequence of integers, for instance (3, 3, 3).")
+    check_sequence("widths", widths, example="(16, 16, 32, 64)")
+    check_counts_of("num_blocks", num_blocks, most=MOST_LAYERS, example="(3, 3, 3)")
     if not num_blocks:
-        raise ValueError(f"`num_blocks` (={num_blocks!r}) must name at least one stage, for instance (3, 3, 3).")
-    for stage, count in enumerate(num_blocks):
-        check_positive(**{f"num_blocks[{stage}]": count})
+        raise ValueError(f"`num_blocks` (={describe(num_blocks)}) must name at least one stage, such as (3, 3, 3).")
     if len(widths) != len(num_blocks) + 1:
         raise ValueError(
-            f"`widths` (={tuple(widths)}) must have one width for the stem and one for each of the {len(num_blocks)} "
-            f"stages of `num_blocks`, {len(num_blocks) + 1} in all."
+            f"`widths` (={describe(tuple(widths))}) must have one width for the stem and one for each of the "
+            f"{len(num_blocks)} stages of `num_blocks`, {len(num_blocks) + 1} in all."
         )
     for stage, width in enumerate(widths):
-        check_positive(**{f"widths[{stage}]": width})
+        check_count(f"widths[{stage}]", width, most=MOST_CHANNELS)
         if width % multiple_of:
             raise ValueError(
                 f"`widths[{stage}]` (={width}) must be a multiple of {multiple_of}, since a reversible block splits "
@@ -56,10 +58,34 @@ def check_stages(
             )
         if stage and width < widths[stage - 1] and not may_shrink:
             raise ValueError(
-                f"`widths` (={tuple(widths)}) must not shrink: the shortcut between stages of basic blocks can only "
-                "add channels; widen the later ones, or use block='bottleneck', whose shortcut is a convolution."
+                f"`widths` (={describe(tuple(widths))}) must not shrink: the shortcut between stages of basic blocks "
+                "can only add channels; widen the later stages, or use block='bottleneck', whose shortcut is a "
+                "convolution."
             )
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_ratio(name: str, ratio: Any, dim: int) -> None:
+    """Raise unless `ratio` is a positive number, and `ratio * dim` a possible width."""
+    if not is_number(ratio) or ratio * dim < 1:
+        raise ValueError(f"`{name}` (={describe(ratio)}) must be a positive number; 4 is usual.")
+    if ratio * dim > MOST_CHANNELS:
+        raise ValueError(f"`{name}` (={describe(ratio)}) must give at most {MOST_CHANNELS:,} features; 4 is usual.")
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise unless `num_heads` heads can share `dim` features."""
+    if dim % num_heads:
+        raise ValueError(
+            f"`dim` (={dim}) must be a multiple of `num_heads` (={num_heads}), which share it; "
+            f"pass {dim + num_heads - dim % num_heads}, or another number of heads."
+        )
+
+
+def check_images(x: Any) -> None:
+    """Raise unless `x` is a floating-point batch of images."""
+    check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(
+            f"`x` (of shape {tuple(x.shape)}) must be (B, C, H, W), a batch of images; for one image pass `x[None]`."
+        )
+    check_floating("x", x)

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from revnet.models._checks import check_choice, check_num_classes
+from revnet._checks import check_bool, check_choice, describe, is_integer
+from revnet.models._checks import check_images, check_num_classes
 from revnet.nn import PolicySequential, ReversibleSequential
 
 
@@ -56,20 +57,28 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the final features before pooling, (B, num_features, H', W')."""
+        check_images(x)
         return self._finish(self._join(self.stages(self._enter(self.stem(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool final features, and compute the logits from them.
+        """Pool final features and compute the logits.
 
         Args:
-            x: What `forward_features` returned.
-            pre_logits: Return the pooled features, (B, num_features), without the linear layer.
+            x: The output of `forward_features`.
+            pre_logits: Whether to return the pooled features, (B, num_features), without the linear layer.
         """
+        check_images(x)
+        check_bool(pre_logits=pre_logits)
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"`x` (of shape {tuple(x.shape)}) must be (B, {self.num_features}, H, W), as `forward_features` "
+                "returns it."
+            )
         pooled = x.mean((-2, -1))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits, (B, num_classes); without a head the pooled features, (B, num_features)."""
+        """Compute the logits, (B, num_classes), or without a head the pooled features, (B, num_features)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -83,25 +92,28 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the final features, and feature maps on the way to them.
 
-        A map may enter the loss. In a reversible network it joins the two streams into a tensor of its own, which is
-        kept as long as you keep it; the stages go on from the streams, and hold what they always hold.
+        A map may be part of the loss. In a reversible network it joins the two streams into a tensor of its own, which
+        exists as long as you hold it. The stages continue from the streams, and hold what they always hold.
 
         Args:
             x: Images, (B, in_channels, H, W).
-            indices: Which maps of `feature_info`: the last so many for a number, these for a sequence (negative ones
-                count from the end), all for None. They come in the network's order.
-            norm: Take the last stage's map after the final norm (and, of a convolutional network, ReLU).
-            stop_early: Leave out the stages beyond the last map asked for.
-            output_fmt: The layout of the maps, "NCHW".
-            intermediates_only: Return the maps alone.
+            indices: The maps of `feature_info` to return: a number for the last maps, a sequence for chosen maps, where
+                negative numbers count from the end, or None for all maps. They are in the order of the network.
+            norm: Whether to apply the final norm, and in a convolutional network ReLU, to the map of the last stage.
+            stop_early: Whether to skip the stages after the last map that is returned.
+            output_fmt: Layout of the maps, "NCHW".
+            intermediates_only: Whether to return only the maps.
 
         Returns:
-            The final features, and the list of maps. Where `stop_early` left out stages, the last map stands in for the
-            final features.
+            The final features and the list of maps. If `stop_early` skipped stages, the last map replaces the final
+            features.
 
         Raises:
-            ValueError: There is no such map, or no such layout.
+            TypeError: `x` is not a floating-point tensor, or a flag is not a bool.
+            ValueError: A map or the layout does not exist.
         """
+        check_images(x)
+        check_bool(norm=norm, stop_early=stop_early, intermediates_only=intermediates_only)
         check_choice("output_fmt", output_fmt, ("NCHW",))
         wanted = _select(indices, len(self.feature_info))
         last = len(self.stages)
@@ -129,16 +141,19 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         return maps if intermediates_only else (features, maps)
 
     def get_classifier(self) -> nn.Linear | nn.Identity:
-        """The head: what turns pooled features into logits."""
+        """Return the head, which computes logits from pooled features."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one, drawn as the first was, on the device and in the dtype of the old.
+        """Replace the head with a newly initialized one, on the device and with the dtype of the old head.
 
-        Make the optimizer afterwards: one made before still holds the old head.
+        Create the optimizer afterwards, because an existing optimizer still holds the old head.
 
         Args:
-            num_classes: Size of the output; 0 for the identity.
+            num_classes: Size of the output, or 0 for the identity.
+
+        Raises:
+            ValueError: `num_classes` is not a positive integer, or 0.
         """
         check_num_classes(num_classes)
         old = self.head.weight if isinstance(self.head, nn.Linear) else next(self.parameters())
@@ -149,25 +164,25 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
 
 
 def make_head(num_features: int, num_classes: int) -> nn.Linear | nn.Identity:
-    """The layer behind the pooling: linear, or nothing for 0 classes."""
+    """Return the layer after the pooling: linear, or the identity for 0 classes."""
     return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
 
 
 def _select(indices: int | Sequence[int] | None, num_maps: int) -> set[int]:
-    """The maps that `indices` means, counted from 0."""
+    """Return the maps that `indices` means, counted from 0."""
     if indices is None:
         return set(range(num_maps))
-    if isinstance(indices, int):
+    if is_integer(indices):
         if not 1 <= indices <= num_maps:
             raise ValueError(
-                f"`indices` (={indices}) must be from 1 to {num_maps}, the number of feature maps; for one map pass "
-                f"a list, [{indices}]."
+                f"`indices` (={describe(indices)}) must be from 1 to {num_maps}, the number of feature maps; for "
+                "one map pass a list."
             )
         return set(range(num_maps - indices, num_maps))
-    chosen = list(indices)
-    if not chosen or not all(isinstance(index, int) and -num_maps <= index < num_maps for index in chosen):
+    chosen = list(indices) if isinstance(indices, Sequence) else []
+    if not chosen or not all(is_integer(index) and -num_maps <= index < num_maps for index in chosen):
         raise ValueError(
-            f"`indices` (={indices!r}) must name one or more of the {num_maps} feature maps, from 0 to {num_maps - 1}; "
-            "`feature_info` lists them."
+            f"`indices` (={describe(indices)}) must name one or more of the {num_maps} feature maps, from 0 to "
+            f"{num_maps - 1}; `feature_info` lists them."
         )
     return {index % num_maps for index in chosen}

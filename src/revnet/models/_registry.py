@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from revnet._checks import check_count, describe
 from revnet.models._image_classifier import AbstractImageClassifier
 
 
@@ -18,14 +19,18 @@ EntryFunction = TypeVar("EntryFunction", bound=Callable[..., AbstractImageClassi
 
 
 def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunction]:
-    """Make an entry function known to `create_model` under its own name; a decorator.
+    """Register an entry function, so that `create_model` knows it by its name. This is a decorator.
 
-    The function takes `num_classes` and `in_channels`, with the published network's as defaults, and options of its
-    own, all by keyword.
+    The function takes `num_classes` and `in_channels`, whose defaults are the values of the published network, and
+    options of its own, all by keyword.
 
     Args:
         image_size: Side of the images for which the network was published.
+
+    Raises:
+        ValueError: `image_size` is not a positive integer.
     """
+    check_count("image_size", image_size)
 
     def register(function: EntryFunction) -> EntryFunction:
         _ENTRIES[function.__name__] = _Entry(function, image_size)
@@ -35,15 +40,18 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows, sorted with numbers in numeric order."""
+    """Return the names that `create_model` knows, sorted with numbers in numeric order."""
     return sorted(_ENTRIES, key=_in_numeric_order)
 
 
 def published_image_size(name: str) -> int:
-    """The side of the images for which a model of `list_models()` was published: 32 for CIFAR's, 224 for ImageNet's.
+    """Return the side of the images for which a model was published: 32 for CIFAR, 224 for ImageNet.
+
+    Args:
+        name: One of `list_models()`.
 
     Raises:
-        ValueError: There is no model of that name.
+        ValueError: No model has this name.
     """
     return _entry(name).image_size
 
@@ -55,17 +63,17 @@ def create_model(
 
     Args:
         name: One of `list_models()`.
-        num_classes: Size of the output; 0 for pooled features in place of logits. By default that of the published
-            network: 10 for CIFAR's, 1000 for ImageNet's.
-        in_channels: Channels of the input images: 3 for colour, 1 for grey.
-        options: Further options of the model's entry function, such as `policy=Store()` for a reversible one.
+        num_classes: Size of the output, or 0 for pooled features instead of logits. The default is the number of the
+            published network: 10 for CIFAR, 1000 for ImageNet.
+        in_channels: Channels of the input images: 3 for color, 1 for gray.
+        options: Further options of the model's entry function, such as `policy=Store()` for a reversible model.
 
     Returns:
-        The model, freshly initialised from PyTorch's random state.
+        The model, initialized from PyTorch's random state.
 
     Raises:
-        ValueError: There is no model of that name, or a count is not positive.
-        TypeError: The model has no such option.
+        ValueError: No model has this name, or a count is not positive.
+        TypeError: The model does not have one of the options.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -73,10 +81,12 @@ def create_model(
 
 
 def _entry(name: str) -> _Entry:
-    if name not in _ENTRIES:
-        close = difflib.get_close_matches(str(name), _ENTRIES, n=1)
+    if not isinstance(name, str) or name not in _ENTRIES:
+        close = difflib.get_close_matches(describe(name).strip("'"), _ENTRIES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ValueError(f"`name` (={name!r}) is no model of revnet; {hint}the models are: {', '.join(list_models())}.")
+        raise ValueError(
+            f"`name` (={describe(name)}) is no model of revnet; {hint}the models are: {', '.join(list_models())}."
+        )
     return _ENTRIES[name]
 
 

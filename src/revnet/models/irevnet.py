@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_count, check_floating, check_tensor, describe
 from revnet._types import TensorPair
 from revnet.engine import split
-from revnet.models._checks import check_num_classes, check_positive
+from revnet.models._checks import check_counts_of, check_images, check_num_classes
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
@@ -138,27 +139,30 @@ class IRevNet(AbstractImageClassifier):
     """A fully invertible classifier.
 
     Args:
-        num_blocks: Residual functions of each stage.
-        strides: 2 for each stage that halves the image, 1 for one that does not. The stem halves it already. Where the
-            image is halved, there are four times as many channels.
-        hidden_widths: Channels inside the residual functions of each stage; None for a quarter of the stream's.
-        num_classes: Size of the output; 0 for pooled features in place of logits.
+        num_blocks: Number of residual functions in each stage.
+        strides: 2 for each stage that halves the image, 1 for each other stage. The stem has already halved it once.
+            Halving multiplies the channels by 4.
+        hidden_widths: Channels inside the residual functions of each stage. None means a quarter of the stream.
+        num_classes: Size of the output, or 0 for pooled features instead of logits.
         in_channels: Channels of the input images.
-        policy: What to do with the activations of the blocks, `Reverse()` by default. `Store()` makes the stored twin.
+        policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`. `Store()` makes the
+            stored twin.
 
     Shape:
-        x: (B, in_channels, H, W), sides divisible by how often the image is halved. Output: logits (B, num_classes).
+        x: (B, in_channels, H, W) with sides that can be halved as often as the network does. Output: logits,
+        (B, num_classes).
 
     Numerics:
-        `inverse` undoes each block in floating point: images come back up to rounding that grows with depth. In
-        evaluation mode; in training mode batch norm reads the statistics of the batch, which must be the same one.
-        Functions that compute in bfloat16 make that rounding far coarser, in the backward pass too;
-        `revnet.set_coupling(model, FixedPoint())` takes it away.
+        `inverse` undoes each block in floating point, so images come back up to rounding that grows with depth. Use
+        evaluation mode: in training mode, batch norm reads the statistics of the batch, which must be the same batch.
+        Functions that compute in bfloat16 make this rounding much coarser, also in the backward pass.
+        `revnet.set_coupling(model, FixedPoint())` removes it.
 
     Raises:
-        TypeError: `num_blocks`, `strides` or `hidden_widths` is no sequence, or `policy` is no policy.
-        ValueError: A count is not positive, the lengths differ, or a stride is above 2. In the passes: the shape does
-            not fit.
+        TypeError: `num_blocks`, `strides` or `hidden_widths` is not a sequence, or `policy` is not a policy. In the
+            passes: the input is not a floating-point tensor.
+        ValueError: A count is not positive, the lengths differ, a stride is above 2, or no policy has this name. In the
+            passes: the shape does not fit.
 
     References:
         Jacobsen, Smeulders and Oyallon (2018), i-RevNet: Deep Invertible Networks, section 3.
@@ -178,11 +182,16 @@ class IRevNet(AbstractImageClassifier):
     ):
         super().__init__()
         check_num_classes(num_classes)
-        check_positive(in_channels=in_channels)
+        check_count("in_channels", in_channels, most=MOST_CHANNELS)
         _check_stages(num_blocks, strides, hidden_widths)
         policy = Reverse() if policy is None else as_policy(policy)
         # Of one stream: the stem makes four channels of each, for two streams.
         widths = list(accumulate(strides, lambda width, stride: width * stride**2, initial=2 * in_channels))
+        if widths[-1] > MOST_CHANNELS:
+            raise ValueError(
+                f"`strides` (={describe(tuple(strides))}) must halve the image less often: each time it has four times "
+                f"as many channels, in the end {2 * widths[-1]:,}."
+            )
         if hidden_widths is None:
             hidden_widths = [max(1, width // 4) for width in widths[1:]]
         reductions = list(accumulate(strides, lambda a, b: a * b, initial=2))
@@ -216,15 +225,18 @@ class IRevNet(AbstractImageClassifier):
 
         The final features are this map after batch norm and ReLU, which loses what is negative.
         """
+        check_images(x)
         return self._join(self.stages(self._enter(self.stem(x))))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Compute the images from the last map, as `forward_invertible` returns it."""
+        check_tensor("y", y)
         if y.ndim != 4 or y.shape[1] != self.num_features:
             raise ValueError(
                 f"`y` (of shape {tuple(y.shape)}) must be (B, {self.num_features}, H, W), as `forward_invertible` "
                 "returns it."
             )
+        check_floating("y", y)
         streams = split(y, 1)
         for stage in reversed(self.stages):
             assert isinstance(stage, Stage)
@@ -247,17 +259,14 @@ class IRevNet(AbstractImageClassifier):
 
 
 def _check_stages(num_blocks: Sequence[int], strides: Sequence[int], hidden_widths: Sequence[int] | None) -> None:
-    counts = {"num_blocks": num_blocks, "strides": strides}
-    counts |= {} if hidden_widths is None else {"hidden_widths": hidden_widths}
-    for name, values in counts.items():
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise TypeError(f"`{name}` (={values!r}) must be a sequence of integers, for instance (1, 2, 2).")
-        for stage, value in enumerate(values):
-            check_positive(**{f"{name}[{stage}]": value})
+    counts = {"num_blocks": (num_blocks, MOST_LAYERS), "strides": (strides, MOST_LAYERS)}
+    counts |= {} if hidden_widths is None else {"hidden_widths": (hidden_widths, MOST_CHANNELS)}
+    for name, (values, most) in counts.items():
+        check_counts_of(name, values, most=most, example="(1, 2, 2)")
         if len(values) != len(num_blocks) or not values:
             raise ValueError(
-                f"`{name}` (={tuple(values)}) must have an entry for each stage, of which `num_blocks` "
-                f"(={tuple(num_blocks)}) names {len(num_blocks) or 'none'}."
+                f"`{name}` (={describe(tuple(values))}) must have an entry for each stage, of which `num_blocks` "
+                f"(={describe(tuple(num_blocks))}) names {len(num_blocks)}."
             )
     for stage, stride in enumerate(strides):
         if stride > 2:

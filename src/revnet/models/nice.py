@@ -17,9 +17,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from revnet.models._checks import check_choice, check_positive
+from revnet._checks import (
+    MOST_CHANNELS,
+    MOST_LAYERS,
+    check_choice,
+    check_count,
+    check_counts,
+    check_generator,
+    check_tensor,
+    describe,
+    is_number,
+)
 from revnet.models._prior import PRIORS, PriorName, draw
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
+
+_MOST_STEPS = 1_000_000
+_MOST_SAMPLES = 1_000_000
 
 
 class CouplingFunction(nn.Sequential):
@@ -41,31 +54,33 @@ class CouplingFunction(nn.Sequential):
 
 
 class NICE(nn.Module):
-    """A density of images, and a way to draw from it.
+    """A density of images that can also be sampled.
 
-    The defaults are the paper's network for MNIST but for the first: 4 coupling layers of 5 hidden layers of 1000
-    units. For CIFAR-10 it has 4 hidden layers of 2000 units.
+    The defaults, except for `image_shape`, are the paper's network for MNIST: 4 coupling layers with 5 hidden layers of
+    1000 units each. For CIFAR-10 the paper uses 4 hidden layers of 2000 units.
 
     Args:
-        image_shape: C, H, W of the images.
-        num_couplings: Coupling layers; even, since a reversible block consists of two.
+        image_shape: The shape of the images, (C, H, W).
+        num_couplings: Number of coupling layers. It is even, because a reversible block consists of two.
         hidden_dim: Units of each hidden layer.
-        num_hidden: Hidden layers of each coupling layer.
-        prior: The law of a code's components: "logistic", which the paper takes for most data sets, or "gaussian".
-        policy: What to do with the activations of the blocks, `Reverse()` by default; `Store()` makes the stored twin.
+        num_hidden: Number of hidden layers in each coupling layer.
+        prior: Distribution of the components of a code: "logistic", which the paper uses for most data sets, or
+            "gaussian".
+        policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`. `Store()` makes the
+            stored twin.
 
     Shape:
-        x: (B, C, H, W), in [0, 1], with uniform noise as wide as a grey level added (*dequantised*).
+        x: (B, C, H, W) in [0, 1], *dequantized* by adding uniform noise that is as wide as one gray level.
         z: (B, D).
 
     Raises:
-        TypeError: `policy` is no policy.
-        ValueError: A count is not positive, `num_couplings` is odd, `image_shape` has fewer than two components, or
-            there is no such prior. In the forward pass: the images have another shape.
+        TypeError: `policy` is not a policy. In the passes: the input is not a floating-point tensor.
+        ValueError: A count is not positive, `num_couplings` is odd, `image_shape` has fewer than two components, or no
+            prior or policy has this name. In the passes: the input has another shape.
 
     Numerics:
-        `inverse` gives images back up to the rounding of one addition and subtraction a coupling, and of the scaling:
-        to 1e-6 in float32, where the functions return no more than the size of the images.
+        `inverse` restores images up to the rounding of the scaling and of one addition and subtraction per coupling.
+        In float32 the error is about 1e-6 if the functions return values that are not larger than the images.
 
     References:
         Dinh, Krueger and Bengio (2015), NICE: Non-linear Independent Components Estimation.
@@ -83,7 +98,8 @@ class NICE(nn.Module):
     ):
         super().__init__()
         _check_image_shape(image_shape)
-        check_positive(num_couplings=num_couplings, hidden_dim=hidden_dim, num_hidden=num_hidden)
+        check_counts(num_couplings=num_couplings, num_hidden=num_hidden, most=MOST_LAYERS)
+        check_count("hidden_dim", hidden_dim, most=MOST_CHANNELS)
         check_choice("prior", prior, tuple(PRIORS))
         if num_couplings % 2:
             raise ValueError(
@@ -114,6 +130,7 @@ class NICE(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """Compute the image of each code, (B, C, H, W)."""
+        check_tensor("z", z)
         if z.ndim != 2 or z.shape[1] != self.num_components:
             raise ValueError(
                 f"`z` (of shape {tuple(z.shape)}) must be (B, {self.num_components}), a batch of codes, as `forward` "
@@ -131,28 +148,30 @@ class NICE(nn.Module):
         return PRIORS[self.prior].log_prob(z).sum(1) + log_det
 
     def bits_per_dim(self, log_prob: Tensor, num_levels: int) -> Tensor:
-        """Bits for each component of an image, from the log-density of the dequantised image.
+        """Return the bits per component of an image, given the log-density of the dequantized image.
 
         Args:
-            log_prob: What `log_prob` returned for images in [0, 1].
-            num_levels: Grey levels of the images as they were: 256, or 17 for the digits of scikit-learn.
+            log_prob: The output of `log_prob` for images in [0, 1].
+            num_levels: Number of gray levels of the original images: 256, or 17 for the digits of scikit-learn.
         """
-        check_positive(num_levels=num_levels)
+        check_tensor("log_prob", log_prob, hint="pass what `log_prob` returned")
+        check_count("num_levels", num_levels)
         return math.log2(num_levels) - log_prob / (self.num_components * math.log(2))
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images, (num_samples, C, H, W); values may lie outside of [0, 1].
+        """Draw images, (num_samples, C, H, W). Values may lie outside of [0, 1].
 
         Args:
-            num_samples: How many.
-            temperature: What codes are multiplied by: below 1, images that are likelier and less varied.
-            generator: Where random numbers come from; PyTorch's random state by default.
+            num_samples: Number of images.
+            temperature: Factor for the codes. Values below 1 give images that are more likely and less varied.
+            generator: Source of random numbers. The default is PyTorch's random state.
         """
-        check_positive(num_samples=num_samples)
+        check_count("num_samples", num_samples, most=_MOST_SAMPLES)
         _check_not_negative(temperature=temperature)
+        check_generator(generator)
         z = draw(PRIORS[self.prior], (num_samples, self.num_components), self.log_scale, generator)
-        return self.inverse(temperature * z)
+        return self.inverse(float(temperature) * z)
 
     def inpaint(
         self,
@@ -164,28 +183,30 @@ class NICE(nn.Module):
         noise: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Fill in the missing part of images by climbing the log-density, from noise, within [0, 1].
+        """Fill in the missing part of images by ascending the log-density from noise, within [0, 1].
 
-        `x <- clip(x + a (d log p / dx + noise e))` on the missing pixels, e standard normal, the step shrinking as
-        `a = step_size 100 / (100 + step)`.
+        Each step computes `x <- clip(x + a (d log p / dx + noise e))` on the missing pixels, where e is standard normal
+        and `a = step_size 100 / (100 + step)`.
 
         Args:
-            x: Images, (B, C, H, W) in [0, 1]; what is missing is not read.
-            mask: Of `x`'s shape, or one that broadcasts to it: True or 1 where a pixel is known.
-            num_steps: How many steps.
-            step_size: The first step; the paper's is 0.1.
-            noise: What the noise is multiplied by; 0 climbs straight.
-            generator: Where random numbers come from; PyTorch's random state by default.
+            x: Images, (B, C, H, W) in [0, 1]. The missing pixels are not read.
+            mask: A tensor that has the shape of `x` or broadcasts to it, True or 1 where a pixel is known.
+            num_steps: Number of steps.
+            step_size: Size of the first step. The paper uses 0.1.
+            noise: Factor for the noise. 0 means plain gradient ascent.
+            generator: Source of random numbers. The default is PyTorch's random state.
 
         Returns:
-            The images, with the known pixels as they were.
+            The images, with the known pixels unchanged.
 
         References:
             Dinh, Krueger and Bengio (2015), NICE, section 5.2.
         """
         self._check_images("x", x)
-        check_positive(num_steps=num_steps)
+        check_tensor("mask", mask, hint="pass True or 1 where a pixel is known")
+        check_count("num_steps", num_steps, most=_MOST_STEPS, hint="the paper uses 300")
         _check_not_negative(step_size=step_size, noise=noise)
+        check_generator(generator)
         is_known = self._known(mask, x)
 
         def like_x(values: Literal["uniform", "normal"]) -> Tensor:
@@ -197,11 +218,12 @@ class NICE(nn.Module):
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = filled.clone().requires_grad_()
                 (gradient,) = torch.autograd.grad(self.log_prob(leaf).sum(), leaf)
-            ascent = step_size * 100 / (100 + step) * (gradient + noise * like_x("normal"))
+            ascent = step_size * 100 / (100 + step) * (gradient + float(noise) * like_x("normal"))
             filled = torch.where(is_known, filled, (filled + ascent).clamp(0, 1))
         return filled
 
     def _check_images(self, name: str, x: Tensor) -> None:
+        check_tensor(name, x)
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
             shape = "(B, {}, {}, {})".format(*self.image_shape)
             raise ValueError(
@@ -210,8 +232,8 @@ class NICE(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(
-                f"`{name}` has dtype {x.dtype}, but must be floating-point, in [0, 1]; divide grey levels by their "
-                "number, after adding uniform noise."
+                f"`{name}` has dtype {x.dtype}, but must be floating-point, in [0, 1]; add uniform noise, and divide "
+                "gray levels by their number."
             )
 
     def _known(self, mask: Tensor, x: Tensor) -> Tensor:
@@ -226,19 +248,24 @@ class NICE(nn.Module):
 
 def _check_image_shape(image_shape: tuple[int, int, int]) -> None:
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
-        raise ValueError(f"`image_shape` (={image_shape!r}) must be (C, H, W), for instance (1, 8, 8).")
+        raise ValueError(f"`image_shape` (={describe(image_shape)}) must be (C, H, W), for instance (1, 8, 8).")
     for index, size in enumerate(image_shape):
-        check_positive(**{f"image_shape[{index}]": size})
+        check_count(f"image_shape[{index}]", size)
     if math.prod(image_shape) < 2:
         raise ValueError(
             f"`image_shape` (={image_shape!r}) has one component, but at least two are needed, one for each stream."
+        )
+    if math.prod(image_shape) > MOST_CHANNELS:
+        raise ValueError(
+            f"`image_shape` (={describe(image_shape)}) must have at most {MOST_CHANNELS:,} components, which layers "
+            "read all at once; resize the images."
         )
 
 
 def _check_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
-        if not (isinstance(number, int | float) and math.isfinite(number) and number >= 0):
-            raise ValueError(f"`{name}` (={number!r}) must be a finite number, not below 0.")
+        if not is_number(number) or number < 0:
+            raise ValueError(f"`{name}` (={describe(number)}) must be a finite number, not below 0.")
 
 
 def nice(

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models._checks import check_choice, check_num_classes, check_positive, check_stages
+from revnet._checks import MOST_CHANNELS, check_choice, check_count
+from revnet.models._checks import check_num_classes, check_stages
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
@@ -231,22 +232,22 @@ class ResNet(AbstractImageClassifier):
     """A pre-activation ResNet.
 
     Args:
-        num_blocks: Blocks of each stage; every stage but the first halves the image.
-        widths: Width of the stem and of each stage, as in the paper's table: a stage of bottlenecks has 4 times as many
-            channels.
-        block: "basic", two 3x3 convolutions; or "bottleneck", a 3x3 between two 1x1.
-        stem: "small", for images such as CIFAR's: a 3x3 convolution; or "large", for images such as ImageNet's: a 7x7
+        num_blocks: Number of blocks in each stage. Every stage except the first halves the image.
+        widths: Width of the stem and of each stage, as in the paper's table. A bottleneck stage has 4 times this number
+            of channels.
+        block: "basic" for two 3x3 convolutions, or "bottleneck" for a 3x3 convolution between two 1x1 convolutions.
+        stem: "small" for images of CIFAR's size: a 3x3 convolution. "large" for images of ImageNet's size: a 7x7
             convolution and max-pooling, each with stride 2.
-        num_classes: Size of the output; 0 for pooled features in place of logits.
+        num_classes: Size of the output, or 0 for pooled features instead of logits.
         in_channels: Channels of the input images.
 
     Shape:
-        x: (B, in_channels, H, W), any H and W. Output: logits (B, num_classes).
+        x: (B, in_channels, H, W) with any H and W. Output: logits, (B, num_classes).
 
     Raises:
-        TypeError: `num_blocks` or `widths` is no sequence.
-        ValueError: A count is not positive, `widths` does not fit `num_blocks` or the block, or there is no such block
-            or stem.
+        TypeError: `num_blocks` or `widths` is not a sequence. In the forward pass: `x` is not a floating-point tensor.
+        ValueError: A count is not positive, `widths` does not fit `num_blocks` or the block, or no block or stem has
+            this name.
     """
 
     is_reversible = False
@@ -266,7 +267,7 @@ class ResNet(AbstractImageClassifier):
         check_choice("stem", stem, tuple(STEM_KINDS))
         check_stages(num_blocks, widths, may_shrink=block == "bottleneck")
         check_num_classes(num_classes)
-        check_positive(in_channels=in_channels)
+        check_count("in_channels", in_channels, most=MOST_CHANNELS)
         channels = BLOCK_KINDS[block].channels(widths)
         self.num_classes = num_classes
         self.num_features = channels[-1]

@@ -20,16 +20,33 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import (
+    MOST_CHANNELS,
+    MOST_LAYERS,
+    check_block_size,
+    check_bool,
+    check_choice,
+    check_count,
+    check_counts,
+    check_generator,
+    check_mask,
+    check_share,
+    check_tensor,
+    describe,
+    is_number,
+)
 from revnet.coupling import AbstractCoupling, Additive, FixedPoint
 from revnet.functional import chunked, rotary_table
-from revnet.models._checks import check_choice, check_positive, check_share
+from revnet.models._checks import check_heads, check_ratio
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 
 ATTENTIONS = ("full", "lsh", "hierarchical")
 """What `ReversibleTransformer` takes as `attention`."""
 _DEVIATION = 0.02
-"""Of initial weights."""
+"""Standard deviation of the initial weights."""
+_MOST_NEW = 1_000_000
+"""Largest number of tokens that one call generates."""
 
 
 class AttentionResidual(nn.Module):
@@ -81,41 +98,45 @@ class ReversibleTransformer(nn.Module):
     """A reversible transformer: a language model, or with `is_causal=False` an encoder.
 
     Args:
-        vocab_size: How many tokens there are.
-        dim: Features of a token, in each of the two streams; a multiple of `num_heads`, such that a head has an even
-            number.
+        vocab_size: Number of different tokens.
+        dim: Features of a token in each of the two streams. It is a multiple of `num_heads`, and each head has an even
+            number of features.
         depth: Number of blocks.
-        num_heads: Heads of the attention.
-        max_length: The most tokens of a sequence. Nothing is learnt for a position; `generate` looks so far back.
-        is_causal: Whether a token sees itself and what stands before it, and nothing else: a decoder. Otherwise each
-            sees all: an encoder.
-        attention: "full", whose cost grows with the square of the length; "lsh", the Reformer's, among tokens that
-            random rotations put into one bucket; "hierarchical", the H-Transformer-1D's, which sees far tokens in
+        num_heads: Number of attention heads.
+        max_length: Largest number of tokens in a sequence, and the number of tokens that `generate` looks back. No
+            parameter depends on it.
+        is_causal: Whether a token sees only itself and earlier tokens, as in a decoder. Otherwise each token sees all
+            tokens, as in an encoder.
+        attention: "full" has a cost that grows with the square of the length. "lsh", as in the Reformer, attends among
+            tokens that random rotations put into one bucket. "hierarchical", as in H-Transformer-1D, sees far tokens in
             groups.
-        bucket_size: Of LSH attention: how many tokens a bucket has on average.
-        num_hashes: Of LSH attention: rounds of hashing.
-        block_size: Of hierarchical attention: tokens of a block, even.
-        ff_mult: Width of the perceptrons inside, in units of `dim`.
-        ff_chunks: In how many chunks of the tokens the perceptrons run, one after the other: a hidden layer that is so
-            many times smaller, for one more computation of it in the backward pass.
-        dropout: Share of features dropped after the embedding and of each residual.
-        coupling: How residuals join the streams. `Additive()` by default; for LSH attention `FixedPoint()`, since a
-            token that lies between two buckets must be rebuilt to the last bit to fall into the same one again.
-        policy: What to do with the activations of the blocks, `Reverse()` by default. `Store()` makes the stored twin.
+        bucket_size: Average number of tokens per bucket in LSH attention.
+        num_hashes: Number of hashing rounds in LSH attention.
+        block_size: Tokens per block in hierarchical attention, an even number.
+        ff_mult: Hidden width of the perceptrons, as a multiple of `dim`.
+        ff_chunks: Number of chunks of tokens on which the perceptrons run one after the other. The hidden layer gets
+            smaller by this factor, and is computed once more in the backward pass.
+        dropout: Share of features dropped after the embedding and from each residual.
+        coupling: How residuals are combined with the streams. The default is `Additive()`, and for LSH attention
+            `FixedPoint()`: a token that lies between two buckets must be rebuilt to the last bit, so that it falls into
+            the same bucket again.
+        policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`. `Store()` makes the
+            stored twin.
 
     Shape:
         tokens: (B, T), integers. mask: (B, T), bool, true where a token is real. Output: logits, (B, T, vocab_size).
 
     Numerics:
-        Under autocast the streams are float32, in which they can be rebuilt; the residual functions compute in low
-        precision. `blocks.inverse` gives the embedded tokens back to 6e-8 after 12 new blocks in float32; on the
-        fixed-point grid exactly, once the embedding has been rounded to it, by at most 2^-15.
+        Under autocast the streams stay in float32, so that they can be rebuilt, and the residual functions compute in
+        low precision. In float32, `blocks.inverse` restores the embedded tokens to 6e-8 after 12 new blocks. On the
+        fixed-point grid it restores them exactly, once the embedding has been rounded to the grid by at most 2^-15.
 
     Raises:
-        TypeError: `policy` or `coupling` is none.
-        ValueError: There is no such attention, a count is not positive, `dropout` is not from 0 to below 1, `num_heads`
-            does not divide `dim`, or a head has an odd number of features. In the forward pass: `tokens` or `mask` has
-            another shape.
+        TypeError: `policy` is not a policy, `coupling` is not a coupling, or `is_causal` is not a bool. In the forward
+            pass: `tokens` or `mask` has another type.
+        ValueError: No attention or policy has this name, a count is not positive, `dropout` is not from 0 to below 1,
+            `dim` is not a multiple of `num_heads`, or a head has an odd number of features. In the forward pass:
+            `tokens` or `mask` has another shape.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer.
@@ -143,13 +164,17 @@ class ReversibleTransformer(nn.Module):
         policy: AbstractPolicy | str | None = None,
     ):
         super().__init__()
-        check_positive(vocab_size=vocab_size, dim=dim, depth=depth, num_heads=num_heads, max_length=max_length)
-        check_positive(ff_chunks=ff_chunks)
+        check_counts(vocab_size=vocab_size, max_length=max_length, ff_chunks=ff_chunks)
+        check_counts(bucket_size=bucket_size, num_hashes=num_hashes)
+        check_counts(dim=dim, num_heads=num_heads, most=MOST_CHANNELS)
+        check_count("depth", depth, most=MOST_LAYERS)
+        check_block_size(block_size)
+        check_bool(is_causal=is_causal)
         check_share(dropout=dropout)
         check_choice("attention", attention, ATTENTIONS)
+        check_ratio("ff_mult", ff_mult, dim)
+        check_heads(dim, num_heads)
         hidden_dim = round(dim * ff_mult)
-        if hidden_dim < 1:
-            raise ValueError(f"`ff_mult` (={ff_mult}) must be positive; 4 is usual.")
         policy = Reverse() if policy is None else as_policy(policy)
         self.vocab_size = vocab_size
         self.max_length = max_length
@@ -187,22 +212,26 @@ class ReversibleTransformer(nn.Module):
         self._initialize()
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute the logits of each token's successor; of an encoder, those of the token itself."""
+        """Compute the logits of the next token at each position, or in an encoder, of the token itself."""
         return self.head(self.forward_features(tokens, mask))
 
     def forward_features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the final features of each token, (B, T, 2 * dim): its embedding in context."""
         x = self.embed(tokens)
+        check_mask(mask, tokens.shape)
         return self.norm(self.blocks(x, mask=mask, rotary=self.rotary(x)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the blocks read: the embedded tokens, once for each stream, (B, T, 2 * dim)."""
+        """Compute the input of the blocks: the embedded tokens, once for each stream, (B, T, 2 * dim)."""
         self._check(tokens)
         # Joined, not as a pair: what the blocks hold for the backward pass is then what the norm reads.
         return self.dropout(self._look_up(tokens)).repeat(1, 1, 2)
 
     def rotary(self, x: Tensor) -> Tensor:
-        """The angles of positions for the attention on `x`, (B, T, 2 * dim); an argument of the blocks."""
+        """Return the rotary table for the attention on `x`, (B, T, 2 * dim). It is an argument of the blocks."""
+        check_tensor("x", x, hint="pass what `embed` returned")
+        if x.dim() != 3:
+            raise ValueError(f"`x` has shape {tuple(x.shape)}, but must have (B, T, {self.num_features}).")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return rotary_table(x.shape[1], self._head_dim, device=x.device, dtype=dtype)
 
@@ -217,27 +246,30 @@ class ReversibleTransformer(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue sequences, token by token, in evaluation mode.
+        """Continue sequences token by token, in evaluation mode.
 
         Args:
-            tokens: How the sequences begin, (B, T), T at least 1; the last `max_length` are looked at.
-            num_new: How many tokens to append.
-            temperature: Divides the logits: below 1 safer, above 1 wilder; 0 takes the likeliest token.
-            top_k: Draw from so many of the likeliest tokens only.
-            top_p: Draw from the likeliest tokens that together have this probability.
-            generator: Where randomness comes from; PyTorch's global state by default.
+            tokens: The beginnings of the sequences, (B, T) with T at least 1. Only the last `max_length` are used.
+            num_new: Number of tokens to append.
+            temperature: Divisor of the logits. Values below 1 give safer text, and values above 1 wilder text. 0 always
+                takes the most likely token.
+            top_k: Draw only from this number of the most likely tokens.
+            top_p: Draw only from the most likely tokens that together have this probability.
+            generator: Source of random numbers. The default is PyTorch's random state.
 
         Returns:
-            (B, T + num_new), `tokens` and what follows them.
+            The sequences, (B, T + num_new).
 
         Raises:
+            TypeError: `tokens` is not a tensor of integers, or `generator` is not a generator.
             ValueError: The model is an encoder, or an argument is out of range.
         """
         self._check_generate(tokens, num_new, temperature, top_k, top_p)
+        check_generator(generator)
         with _evaluating(self):
             for _ in range(num_new):
                 logits = self.head(self.forward_features(tokens[:, -self.max_length :])[:, -1])
-                token = _draw(logits.float(), temperature, top_k, top_p, generator)
+                token = _draw(logits.float(), float(temperature), top_k, top_p, generator)
                 tokens = torch.cat((tokens, token.to(tokens.dtype)), dim=1)
         return tokens
 
@@ -252,8 +284,8 @@ class ReversibleTransformer(nn.Module):
 
     def _check(self, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-            kind = str(tokens.dtype) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise TypeError(f"`tokens` (={kind}) must be a tensor of integers; pass `tokens.long()`.")
+            shown = str(tokens.dtype) if isinstance(tokens, Tensor) else describe(tokens)
+            raise TypeError(f"`tokens` (={shown}) must be a tensor of integers; pass `tokens.long()`.")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(
                 f"`tokens` has shape {tuple(tokens.shape)}, but must have (B, T), T at least 1; pass `tokens[None]` "
@@ -271,14 +303,15 @@ class ReversibleTransformer(nn.Module):
         self._check(tokens[:, -self.max_length :] if isinstance(tokens, Tensor) and tokens.dim() == 2 else tokens)
         if not self.is_causal:
             raise ValueError("an encoder cannot generate, since its tokens see later ones; pass `is_causal=True`.")
-        if isinstance(num_new, bool) or not isinstance(num_new, int) or num_new < 0:
-            raise ValueError(f"`num_new` (={num_new!r}) must be a positive integer, or 0.")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"`temperature` (={temperature!r}) must be positive, or 0 for the likeliest token.")
+        check_count("num_new", num_new, least=0, most=_MOST_NEW)
+        if not is_number(temperature) or temperature < 0:
+            raise ValueError(
+                f"`temperature` (={describe(temperature)}) must be positive, or 0 for the most likely token."
+            )
         if top_k is not None:
-            check_positive(top_k=top_k)
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"`top_p` (={top_p!r}) must be above 0 and at most 1, which leaves out nothing.")
+            check_count("top_k", top_k)
+        if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"`top_p` (={describe(top_p)}) must be above 0 and at most 1, which leaves out nothing.")
 
     def _initialize(self) -> None:
         """Normal with deviation 0.02, smaller where a residual ends by the square root of their number; as in GPT-2."""

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models._checks import check_num_classes, check_positive, check_share
+from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_count, check_counts, check_share
+from revnet.models._checks import check_heads, check_num_classes, check_ratio
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._registry import register_model
 from revnet.nn import (
@@ -30,9 +31,11 @@ from revnet.nn import (
 )
 
 _EPS = 1e-6
-"""Of layer norms, as the published code and most ViTs have it."""
+"""Epsilon of the layer norms, as in the published code and most ViTs."""
 _DEVIATION = 0.02
-"""Of initial weights."""
+"""Standard deviation of the initial weights."""
+_MOST_PIXELS = 2**16
+"""Largest side of an image."""
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -154,32 +157,35 @@ class ReversibleViT(AbstractImageClassifier):
     """A reversible vision transformer.
 
     Args:
-        img_size: Side of the square images for which the position embedding is learnt. Images of other sizes, square
-            or not, are taken too: it is interpolated for them.
-        patch_size: Side of the square patches, each of which becomes a token; must divide `img_size`.
-        dim: Features of a token, in each of the two streams; a multiple of `num_heads`.
+        img_size: Side of the square images for which the position embedding is learned. It is interpolated for images
+            of other sizes, which need not be square.
+        patch_size: Side of the square patches, each of which becomes a token. `img_size` is a multiple of it.
+        dim: Features of a token in each of the two streams, a multiple of `num_heads`.
         depth: Number of blocks.
-        num_heads: Heads of the attention.
-        mlp_ratio: Width of the perceptrons inside, in units of `dim`.
-        num_classes: Size of the output; 0 for pooled features in place of logits.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden width of the perceptrons, as a multiple of `dim`.
+        num_classes: Size of the output, or 0 for pooled features instead of logits.
         in_channels: Channels of the input images.
         dropout: Share of features dropped after the position embedding, the attention and each layer of a perceptron.
-        drop_path: Share of samples for which a residual of the last block is dropped; it rises from 0 in the first.
-            Both residuals of a block draw for themselves, as in timm; the published code draws once for both.
-        policy: What to do with the activations of the blocks, `Reverse()` by default. `Store()` makes the stored twin.
-            The patch embedding keeps its own: `model.stem.set_policies(Checkpoint())` changes that.
+        drop_path: Share of samples for which a residual of the last block is dropped. The share rises linearly from 0
+            in the first block. The two residuals of a block draw independently, as in timm. The published code draws
+            once for both.
+        policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`. `Store()` makes the
+            stored twin. The patch embedding keeps its own policy, which `model.stem.set_policies(Checkpoint())`
+            changes.
 
     Shape:
-        x: (B, in_channels, H, W), H and W multiples of `patch_size`. Output: logits (B, num_classes).
+        x: (B, in_channels, H, W), where H and W are multiples of `patch_size`. Output: logits, (B, num_classes).
 
     Numerics:
-        Under autocast the streams are float32, in which they can be rebuilt; the residual functions compute in low
-        precision.
+        Under autocast the streams stay in float32, so that they can be rebuilt, and the residual functions compute in
+        low precision.
 
     Raises:
-        TypeError: `policy` is none.
-        ValueError: A count is not positive, a share is not from 0 to below 1, `patch_size` does not divide `img_size`,
-            or `num_heads` does not divide `dim`. In the forward pass: it does not divide the sides of the images.
+        TypeError: `policy` is not a policy. In the forward pass: `x` is not a floating-point tensor.
+        ValueError: A count is not positive, a share is not from 0 to below 1, `img_size` is not a multiple of
+            `patch_size`, `dim` is not a multiple of `num_heads`, or no policy has this name. In the forward pass: the
+            sides of the images are not multiples of `patch_size`.
 
     References:
         Mangalam et al. (2022), Reversible Vision Transformers.
@@ -204,22 +210,18 @@ class ReversibleViT(AbstractImageClassifier):
     ):
         super().__init__()
         check_num_classes(num_classes)
-        check_positive(in_channels=in_channels, img_size=img_size, patch_size=patch_size)
-        check_positive(dim=dim, depth=depth, num_heads=num_heads)
+        check_counts(in_channels=in_channels, dim=dim, num_heads=num_heads, most=MOST_CHANNELS)
+        check_counts(img_size=img_size, patch_size=patch_size, most=_MOST_PIXELS)
+        check_count("depth", depth, most=MOST_LAYERS)
         check_share(dropout=dropout, drop_path=drop_path)
+        check_ratio("mlp_ratio", mlp_ratio, dim)
         hidden_dim = int(dim * mlp_ratio)
-        if hidden_dim < 1:
-            raise ValueError(f"`mlp_ratio` (={mlp_ratio}) must be positive; 4 is usual.")
         if img_size % patch_size:
             raise ValueError(
                 f"`img_size` (={img_size}) must be a multiple of `patch_size` (={patch_size}); "
                 f"pass {max(1, round(img_size / patch_size)) * patch_size}, or other patches."
             )
-        if dim % num_heads:
-            raise ValueError(
-                f"`dim` (={dim}) must be a multiple of `num_heads` (={num_heads}), which share it; "
-                f"pass {dim + num_heads - dim % num_heads}, or other heads."
-            )
+        check_heads(dim, num_heads)
         policy = Reverse() if policy is None else as_policy(policy)
         self.num_classes = num_classes
         self.num_features = 2 * dim

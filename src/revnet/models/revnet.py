@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revnet._checks import MOST_CHANNELS, check_choice, check_count
 from revnet._types import TensorPair
 from revnet.engine import Chain, HalfBlock, split
-from revnet.models._checks import check_choice, check_num_classes, check_positive, check_stages
+from revnet.models._checks import check_num_classes, check_stages
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
@@ -92,29 +93,31 @@ class RevNet(AbstractImageClassifier):
     """A reversible residual network.
 
     Args:
-        num_blocks: Blocks of each stage; every stage but the first halves the image.
-        widths: Width of the stem and of each stage, both streams together, as in the paper's table; even. A stage of
-            bottlenecks has 4 times as many channels.
-        block: "basic", two 3x3 convolutions in each residual function; or "bottleneck", a 3x3 between two 1x1.
-        stem: "small", for images such as CIFAR's: a 3x3 convolution; or "large", for images such as ImageNet's: a 7x7
+        num_blocks: Number of blocks in each stage. Every stage except the first halves the image.
+        widths: Width of the stem and of each stage, both streams together, as in the paper's table. Widths are even. A
+            bottleneck stage has 4 times this number of channels.
+        block: "basic" for two 3x3 convolutions in each residual function, or "bottleneck" for a 3x3 convolution between
+            two 1x1 convolutions.
+        stem: "small" for images of CIFAR's size: a 3x3 convolution. "large" for images of ImageNet's size: a 7x7
             convolution and max-pooling, each with stride 2.
-        num_classes: Size of the output; 0 for pooled features in place of logits.
+        num_classes: Size of the output, or 0 for pooled features instead of logits.
         in_channels: Channels of the input images.
-        policy: What to do with the activations of the reversible blocks, `Reverse()` by default. `Store()` makes the
-            stored twin. The stem, which is not reversible, keeps its own: `model.stem.set_policies(Checkpoint())`
-            changes that.
+        policy: Policy for the activations of the reversible blocks, or its name. The default is `Reverse()`. `Store()`
+            makes the stored twin. The stem is not reversible and keeps its own policy, which
+            `model.stem.set_policies(Checkpoint())` changes.
 
     Shape:
-        x: (B, in_channels, H, W), any H and W. Output: logits (B, num_classes).
+        x: (B, in_channels, H, W) with any H and W. Output: logits, (B, num_classes).
 
     Numerics:
-        Under autocast the streams are float32, in which they can be rebuilt; the residual functions compute in low
-        precision.
+        Under autocast the streams stay in float32, so that they can be rebuilt, and the residual functions compute in
+        low precision.
 
     Raises:
-        TypeError: `num_blocks` or `widths` is no sequence, or `policy` is none.
-        ValueError: A count is not positive, a width is odd, `widths` does not fit `num_blocks` or the block, or there
-            is no such block or stem.
+        TypeError: `num_blocks` or `widths` is not a sequence, or `policy` is not a policy. In the forward pass: `x` is
+            not a floating-point tensor.
+        ValueError: A count is not positive, a width is odd, `widths` does not fit `num_blocks` or the block, or no
+            block, stem or policy has this name.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, section 3.2.
@@ -138,7 +141,7 @@ class RevNet(AbstractImageClassifier):
         check_choice("stem", stem, tuple(STEM_KINDS))
         check_stages(num_blocks, widths, multiple_of=2, may_shrink=block == "bottleneck")
         check_num_classes(num_classes)
-        check_positive(in_channels=in_channels)
+        check_count("in_channels", in_channels, most=MOST_CHANNELS)
         policy = Reverse() if policy is None else as_policy(policy)
         channels = BLOCK_KINDS[block].channels(widths)
         self.num_classes = num_classes

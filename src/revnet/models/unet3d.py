@@ -20,7 +20,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet.models._checks import check_positive
+from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_tensor, describe
+from revnet.models._checks import check_counts_of
 from revnet.nn import (
     AbstractPolicy,
     PolicySequential,
@@ -55,24 +56,25 @@ class UNet3d(nn.Module):
 
     Args:
         in_channels: Channels of the input.
-        num_classes: Channels of the output: logits of so many classes, or regions.
-        widths: Channels of each level, both streams together, from the full size down; even. Every level halves the
-            volume of the one before it.
-        num_blocks: Reversible blocks of each level on the way down.
-        num_decoder_blocks: Reversible blocks of each level on the way up; None for as many as on the way down. The
-            paper tries more blocks on the way down than on the way up, where it stays with one.
-        policy: What to do with the activations of the blocks, `Reverse()` by default; `Store()` makes the stored twin.
-            What leads from level to level, `downsamples` and `upsamples`, has a policy of its own, `Store()`;
-            `revnet.nn.set_policy(model.downsamples, Checkpoint())` spares the indices of the pooling and its output.
+        num_classes: Channels of the output, which are the logits of the classes or regions.
+        widths: Channels of each level, both streams together, from the full size down. Widths are even. Every level
+            halves the sides of the volume.
+        num_blocks: Number of reversible blocks in each level on the way down.
+        num_decoder_blocks: Number of reversible blocks in each level on the way up. None means the same number as on
+            the way down. The paper tries more blocks on the way down, and always uses one on the way up.
+        policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`. `Store()` makes the
+            stored twin. The modules between the levels, `downsamples` and `upsamples`, have a policy of their own,
+            `Store()`. `revnet.nn.set_policy(model.downsamples, Checkpoint())` saves the indices of the pooling and its
+            output.
 
     Shape:
-        x: (B, in_channels, D, H, W), all three multiples of 2 to the number of levels but one: 16 for five levels.
+        x: (B, in_channels, D, H, W), where D, H and W are multiples of 2^(levels - 1): 16 for five levels.
         Output: (B, num_classes, D, H, W).
 
     Raises:
-        TypeError: `widths` is no sequence, or `policy` is no policy.
-        ValueError: A count is not positive, or a width is odd. In the forward pass: the volume cannot be halved that
-            often, or has another number of channels.
+        TypeError: `widths` is not a sequence, or `policy` is not a policy. In the forward pass: `x` is not a tensor.
+        ValueError: A count is not positive, a width is odd, or no policy has this name. In the forward pass: the volume
+            cannot be halved that often, or has another number of channels.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class UNet3d(nn.Module):
         super().__init__()
         if num_decoder_blocks is None:
             num_decoder_blocks = num_blocks
-        check_positive(in_channels=in_channels, num_classes=num_classes)
-        check_positive(num_blocks=num_blocks, num_decoder_blocks=num_decoder_blocks)
+        check_counts(in_channels=in_channels, num_classes=num_classes, most=MOST_CHANNELS)
+        check_counts(num_blocks=num_blocks, num_decoder_blocks=num_decoder_blocks, most=MOST_LAYERS)
         _check_widths(widths)
         policy = Reverse() if policy is None else as_policy(policy)
         self.in_channels = in_channels
@@ -125,6 +127,7 @@ class UNet3d(nn.Module):
         return self.head(y)
 
     def _check_volume(self, x: Tensor) -> None:
+        check_tensor("x", x)
         shape = "x".join(map(str, x.shape))
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -150,12 +153,10 @@ def _blocks(width: int, num_groups: int, num_blocks: int, policy: AbstractPolicy
 
 
 def _check_widths(widths: Sequence[int]) -> None:
-    if not isinstance(widths, Sequence) or isinstance(widths, str):
-        raise TypeError(f"`widths` (={widths!r}) must be a sequence of integers, for instance (60, 120, 240).")
+    check_counts_of("widths", widths, most=MOST_CHANNELS, example="(60, 120, 240)")
     if not widths:
-        raise ValueError(f"`widths` (={widths!r}) must name at least one level, for instance (60, 120, 240).")
+        raise ValueError(f"`widths` (={describe(widths)}) must name at least one level, for instance (60, 120, 240).")
     for level, width in enumerate(widths):
-        check_positive(**{f"widths[{level}]": width})
         if width % 2:
             raise ValueError(
                 f"`widths[{level}]` (={width}) must be even, since a reversible block splits the channels in two; "

@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from revnet._checks import check_count, check_share, describe, is_number
+from revnet._checks import MOST_CHANNELS, check_count, check_share, check_tensor, describe, is_number
 from revnet.engine import normalizes_as_batch_norm
 
 _CONVERTERS = {"convert_sync_batchnorm", "convert_syncbn_model"}
@@ -39,7 +39,7 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
     """
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1):
-        check_count("num_features", num_features)
+        check_count("num_features", num_features, most=MOST_CHANNELS)
         if not is_number(eps) or eps < 0:
             raise ValueError(f"`eps` (={describe(eps)}) must be a number, 0 or more; 1e-5 is usual.")
         if momentum is not None:
@@ -65,6 +65,8 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`. In training mode, also update the running statistics."""
+        if not isinstance(x, Tensor):
+            check_tensor("x", x)
         running_var = self.running_var
         if not (self.training and self.track_running_stats) or running_var is None:
             return super().forward(x)

@@ -1,4 +1,4 @@
-"""What every invertible layer offers."""
+"""The interface of invertible layers, and checks of their inputs."""
 
 import abc
 from contextlib import AbstractContextManager, nullcontext
@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_tensor
+
 
 class AbstractInvertible(nn.Module, abc.ABC):
-    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` says how it changes volumes."""
+    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` tells how volumes change."""
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -29,25 +31,31 @@ class AbstractInvertible(nn.Module, abc.ABC):
 
 
 def zero_log_det(x: Tensor) -> Tensor:
-    """That of a map which leaves volumes as they are."""
-    return torch.zeros(len(x), dtype=x.real.dtype, device=x.device)
+    """Return the log-determinant of a map that preserves volumes."""
+    dtype = x.real.dtype if x.is_floating_point() or x.is_complex() else torch.get_default_dtype()
+    return torch.zeros(len(x), dtype=dtype, device=x.device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """For what low precision would make hard to undo, or rounds for nothing."""
+    """Return a context without autocast, for computations that low precision would make hard to undo."""
     # PyTorch knows no autocast on the meta device.
     is_available = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if is_available else nullcontext()
 
 
 def check_images(x: Tensor, name: str = "x") -> None:
-    """Raise unless it is a batch of maps."""
+    """Raise unless `x` is a batch of images."""
+    if not isinstance(x, Tensor):
+        check_tensor(name, x)
     if x.dim() != 4:
-        raise ValueError(f"`{name}` (of shape {tuple(x.shape)}) must be (B, C, H, W), a batch of images or of maps.")
+        raise ValueError(
+            f"`{name}` (of shape {tuple(x.shape)}) must be (B, C, H, W), a batch of images; for one image pass "
+            f"`{name}[None]`."
+        )
 
 
 def check_halvable(x: Tensor, factor: int) -> None:
-    """Raise unless the sides of images can be divided."""
+    """Raise unless the sides of the images are multiples of `factor`."""
     check_images(x)
     height, width = x.shape[-2:]
     if height % factor or width % factor:
@@ -58,7 +66,7 @@ def check_halvable(x: Tensor, factor: int) -> None:
 
 
 def check_multiple(y: Tensor, factor: int) -> None:
-    """Raise unless the channels can be dealt out to squares of pixels."""
+    """Raise unless the number of channels is a multiple of `factor`."""
     check_images(y, "y")
     if y.shape[1] % factor:
         raise ValueError(

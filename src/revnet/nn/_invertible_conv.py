@@ -1,30 +1,35 @@
-"""An invertible 1x1 convolution: a learnt permutation of channels."""
+"""An invertible 1x1 convolution: a learned permutation of channels."""
 
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_count, check_floating
 from revnet.nn._invertible import AbstractInvertible, without_autocast
 from revnet.nn._permutation import check_channels
 
+_MOST_CHANNELS = 2**15
+"""A decomposition of a larger matrix would take hours."""
+
 
 class InvertibleConv1x1(AbstractInvertible):
-    """Mix channels by a learnt square matrix, the same at every place; begins as a random rotation.
+    """Mix channels by a learned square matrix, which is the same at every position and starts as a random rotation.
 
-    The matrix is kept as `P L (U + diag(s))`, with L and U triangular, so that its log-determinant is the sum of
-    `log |s|` and costs nothing; P and the signs of s stay as they are drawn, and s cannot reach zero.
+    The matrix is stored as `P L (U + diag(s))` with triangular L and U, so its log-determinant is the sum of `log |s|`
+    and costs almost nothing. P and the signs of s are drawn once and stay fixed, and s cannot reach zero.
 
     Args:
         num_channels: Channels of the input.
 
     Shape:
-        x: (B, num_channels, ...), with any number of places, or none. Output: the same.
+        x: (B, num_channels, ...), with any number of further dimensions. Output: the same.
 
     Raises:
-        ValueError: `num_channels` is no positive integer. In the passes: another number of channels.
+        ValueError: `num_channels` is not a positive integer. In the passes: the input has another number of channels.
+        TypeError: In the passes: the input is not a floating-point tensor.
 
     Numerics:
-        Under autocast computed as without it. The error of the inverse is that of a product, times the
-        condition number of the matrix, which is 1 at first.
+        Autocast does not change the result. The error of the inverse is the error of a matrix product times the
+        condition number of the matrix, which is 1 at the start.
 
     References:
         Kingma and Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, section 3.2.
@@ -35,8 +40,7 @@ class InvertibleConv1x1(AbstractInvertible):
 
     def __init__(self, num_channels: int):
         super().__init__()
-        if isinstance(num_channels, bool) or not isinstance(num_channels, int) or num_channels < 1:
-            raise ValueError(f"`num_channels` (={num_channels!r}) must be a positive integer.")
+        check_count("num_channels", num_channels, most=_MOST_CHANNELS)
         self.num_channels = num_channels
         # In float64, and from the CPU: there is no decomposition on the meta device.
         rotation, _ = torch.linalg.qr(torch.randn(num_channels, num_channels, dtype=torch.float64, device="cpu"))
@@ -52,6 +56,7 @@ class InvertibleConv1x1(AbstractInvertible):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels."""
         check_channels(x, self.num_channels, "x")
+        check_floating("x", x)
         dtype = torch.promote_types(x.dtype, self.lower.dtype)
         with without_autocast(x):
             lower, upper = self._factors(dtype)
@@ -59,8 +64,9 @@ class InvertibleConv1x1(AbstractInvertible):
             return ((lower @ upper)[self.permutation] @ flat).view(x.shape)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Take the mix apart, one triangular factor after the other."""
+        """Undo the mix, one triangular factor after the other."""
         check_channels(y, self.num_channels, "y")
+        check_floating("y", y)  # Rounded to integers, the result would not be the inverse.
         dtype = torch.promote_types(y.dtype, torch.float32)  # for smaller types there is no solver
         with without_autocast(y):
             lower, upper = self._factors(dtype)
@@ -70,16 +76,16 @@ class InvertibleConv1x1(AbstractInvertible):
             return torch.linalg.solve_triangular(upper, mixed, upper=True).to(y.dtype).view(y.shape)
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the sum of `log_scale` for every place."""
+        """Return the output, and the sum of `log_scale` over all positions."""
         y = self(x)
         return y, (x.shape[2:].numel() * self.log_scale.sum()).to(y.dtype).expand(len(x))
 
     def extra_repr(self) -> str:
-        """The number of channels, for `repr`."""
+        """Return the number of channels, for `repr`."""
         return f"{self.num_channels}"
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """L and U + diag(s)."""
+        """Return L and U + diag(s)."""
         identity = torch.eye(self.num_channels, dtype=self.lower.dtype, device=self.lower.device)
         lower = self.lower.tril(-1) + identity
         upper = self.upper.triu(1) + (self.signs * self.log_scale.exp()).diag()

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from revnet._checks import check_tensor, describe
 from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._invertible import AbstractInvertible, zero_log_det
 from revnet.nn._policy import AbstractPolicy, Reverse
@@ -15,22 +16,22 @@ _REVERSE = Reverse()
 
 
 class InvertibleSequential(AbstractInvertible):
-    """Invertible layers and reversible blocks in a row: the input can be computed from the output, shapes and all.
+    """Run invertible layers and reversible blocks in a row, so that the input can be computed from the output.
 
-    Blocks that follow one another run as one `ReversibleSequential`, and are kept as one: of their activations, only
-    the output is held. The layers between them run by ordinary autograd; those of this library hold nothing, but for
-    the 1x1 convolution, which holds its input. A network whose memory shall be flat therefore has many blocks between
-    two layers.
+    Consecutive blocks run as one `ReversibleSequential`, which holds only its output. The layers between them run by
+    ordinary autograd. The layers of this library hold nothing, except for the 1x1 convolution, which holds its input.
+    For constant memory, put many blocks between two layers.
 
     Args:
-        layers: Invertible layers, reversible blocks and sequences of them, whole networks of this kind.
-        policy: What to do with the activations of the blocks, `Reverse()` by default.
+        layers: Invertible layers, reversible blocks, sequences of blocks, and other networks of this kind.
+        policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`.
 
     Raises:
-        TypeError: A layer is none of these.
+        TypeError: A layer is not invertible, or `policy` is not a policy.
+        ValueError: No policy has this name.
 
     Shape:
-        x: a tensor as the first layer takes it. Output: as the last one returns it.
+        x: A tensor that the first layer accepts. Output: the output of the last layer.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class InvertibleSequential(AbstractInvertible):
         for index, layer in enumerate(layers):
             if not isinstance(layer, AbstractInvertible | AbstractReversibleBlock | ReversibleSequential):
                 raise TypeError(
-                    f"`layers[{index}]` (={type(layer).__name__}) must be invertible: a layer such as `SpaceToDepth`, "
-                    "or a reversible block; put what is not into the functions of a block, or behind the network."
+                    f"`layers[{index}]` (={describe(layer)}) must be invertible: a layer such as `SpaceToDepth`, or a "
+                    "reversible block; put other modules into the functions of a block, or after the network."
                 )
         self.layers = nn.ModuleList()
         # Blocks that split alike run together.
@@ -55,18 +56,21 @@ class InvertibleSequential(AbstractInvertible):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the features."""
+        check_tensor("x", x)
         for layer in self.layers:
             x = layer(x)
         return x
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Compute the input from the features. Invert networks with batch norm or dropout in evaluation mode."""
+        """Compute the input from the features. Use evaluation mode if the network has batch norm or dropout."""
+        check_tensor("y", y)
         for layer in reversed(self._invertible_layers()):
             y = layer.inverse(y)
         return y
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the features, and the log-determinant of the whole for each sample, (B,)."""
+        """Compute the features, and the log-determinant of the whole network for each sample, (B,)."""
+        check_tensor("x", x)
         total = zero_log_det(x)
         for layer in self._invertible_layers():
             x, log_det = layer.forward_with_log_det(x)
@@ -80,7 +84,7 @@ class InvertibleSequential(AbstractInvertible):
         return self.layers[index]
 
     def _invertible_layers(self) -> list[AbstractInvertible]:
-        """The layers, sequences of blocks among them: on a tensor they are layers like the others."""
+        """Return the layers. On a tensor, a sequence of blocks is a layer like the others."""
         return cast("list[AbstractInvertible]", list(self.layers))
 
 

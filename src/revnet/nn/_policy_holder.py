@@ -126,13 +126,22 @@ def one_for_each(
         units: The units.
 
     Raises:
-        TypeError: An entry is not a policy, or it is for reversible blocks and the unit is not reversible.
+        TypeError: An entry is not a policy, or it is for reversible blocks and the unit is not reversible. Or `units`
+            is not a sequence of units.
         ValueError: No policy has this name, or the number of policies is not the number of units.
     """
+    if (
+        not isinstance(units, Sequence)
+        or isinstance(units, str)
+        or not all(isinstance(unit, PolicyUnit) for unit in units)
+    ):
+        raise TypeError(f"`units` (={describe(units)}) must be a sequence of `PolicyUnit`.")
     if isinstance(policy, str) or not isinstance(policy, Sequence):
         policies = (as_policy(policy),) * len(units)
     else:
         policies = tuple([as_policy(each, f"policy[{index}]") for index, each in enumerate(policy)])
+        if policies == policy:  # A holder that gets its policies back keeps the very tuple.
+            policies = policy
     if len(policies) != len(units):
         raise ValueError(
             f"`policy` has {len(policies)} entries for {len(units)} blocks; pass one policy, or one for each block."

@@ -1,10 +1,12 @@
-"""Modules in a row that are not reversible, under one policy."""
+"""Modules in a row that run under one policy and need not be reversible."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from revnet._checks import check_module
 from revnet.nn._policy import AbstractModulePolicy, AbstractPolicy, Store
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
 
@@ -12,20 +14,25 @@ _STORE = Store()
 
 
 class PolicySequential(nn.Sequential, AbstractPolicyHolder):
-    """An `nn.Sequential` that runs as one unit under a policy: a stem, a head, a stage that is not reversible.
+    """An `nn.Sequential` that runs as one unit under a policy, such as a stem, a head, or a stage of ordinary blocks.
 
-    Under `Checkpoint()` only its input is kept, and all its activations are computed again at once. Buffers, such as
-    batch-norm statistics, count once, and dropout draws the same mask again.
+    Under `Checkpoint()` the unit keeps only its input and computes all its activations again at once. Buffers such as
+    batch-norm statistics are updated once, and dropout draws the same mask again.
 
     Args:
         modules: The modules, or one ordered dict of them, as for `nn.Sequential`.
-        policy: `Store()` keeps the activations, `Checkpoint()` computes them again, `Offload()` keeps them on the host.
+        policy: The policy or its name. `Store()` keeps the activations, `Checkpoint()` computes them again, and
+            `Offload()` keeps them on the host.
 
     Raises:
-        TypeError: `policy` is none, or one for reversible blocks.
+        TypeError: A module is not an `nn.Module`, or `policy` is not a policy for such modules.
+        ValueError: No policy has this name.
     """
 
     def __init__(self, *modules: Any, policy: AbstractModulePolicy | str = _STORE):
+        if not (len(modules) == 1 and isinstance(modules[0], OrderedDict)):
+            for index, module in enumerate(modules):
+                check_module(f"modules[{index}]", module, hint="wrap the function in a module")
         super().__init__(*modules)
         self.set_policies(policy)
 
@@ -51,5 +58,5 @@ class PolicySequential(nn.Sequential, AbstractPolicyHolder):
         return self._policy.call(nn.Sequential(*self), (x,), {})
 
     def extra_repr(self) -> str:
-        """The policy, if it is another than the default, for `repr`."""
+        """Return the policy if it differs from the default, for `repr`."""
         return "" if self._policy == _STORE else f"policy={self._policy}"

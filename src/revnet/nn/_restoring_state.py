@@ -1,4 +1,4 @@
-"""A model that is run to be looked at, and left as it was."""
+"""Running a model without changing its state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,15 +6,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from revnet._checks import check_module
 from revnet.nn._sequential import ReversibleSequential
 
 
 @contextmanager
 def restoring_state(model: nn.Module) -> Iterator[None]:
-    """Take the gradients of `model` away; on leaving, put them, the buffers, keyframes and the random states back.
+    """Clear the gradients of `model`. On leaving, restore them, the buffers, the keyframes and the random states.
 
-    What runs inside leaves no trace in the model, and what runs next starts from the same random state.
+    Code that runs inside leaves no trace in the model, and code that runs next starts from the same random state.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    check_module("model", model)
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters]
     holders = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
@@ -42,5 +47,5 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
 
 
 def _plain_modules(model: nn.Module) -> list[nn.Module]:
-    """Those that can rebind a buffer, as scripts cannot."""
+    """Return the modules that can rebind a buffer, which scripted modules cannot."""
     return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]

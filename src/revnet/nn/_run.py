@@ -103,7 +103,7 @@ def run_inverse(
 ) -> Any:
     """Undo the half-blocks of `chain` on `y`; the result has the form of `y`, a tensor or a tuple."""
     coupling = chain.half_blocks[0].coupling if chain.half_blocks else None
-    streams, input_dtype = prepare(y, split_dim, num_streams, coupling)
+    streams, input_dtype = prepare(y, split_dim, num_streams, coupling, name="y")
     own_kwargs = _take_own(kwargs, [(None, chain)]) if kwargs else {}  # type: ignore[list-item]
     bound = chain.bind(args, kwargs, own_kwargs)
     bound.input_dtype = input_dtype

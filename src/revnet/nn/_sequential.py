@@ -66,10 +66,11 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def __init__(
         self,
         *blocks: AbstractReversibleBlock,
-        policy: AbstractPolicy | Sequence[AbstractPolicy] = _REVERSE,
+        policy: AbstractPolicy | str | Sequence[AbstractPolicy | str] = _REVERSE,
         tolerance: float | None = None,
     ):
         super().__init__()
+        checked_tolerance(tolerance)  # Before the setter: a module would become a child instead.
         for index, block in enumerate(blocks):
             if not isinstance(block, AbstractReversibleBlock):
                 raise TypeError(
@@ -142,7 +143,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             )
         return (self._policies or (_REVERSE,))[:1] * count
 
-    def set_policies(self, policy: AbstractPolicy | Sequence[AbstractPolicy]) -> None:
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
         """Give all blocks one policy, or each its own; the next forward pass follows it."""
         self._policies = one_for_each(policy, self.policy_units)
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from revnet._checks import check_module
 from revnet.coupling import AbstractCoupling
 from revnet.nn._abstract_block import check_coupling
 from revnet.nn._block import ReversibleBlock
@@ -12,19 +13,20 @@ _TAKES_ONE = (ReversibleBlock, CouplingLayer, MultiStreamBlock)
 
 
 def set_coupling(model: nn.Module, coupling: AbstractCoupling) -> None:
-    """Give all reversible blocks of `model` one coupling; the next forward pass follows it.
+    """Give all reversible blocks of `model` one coupling. The next forward pass follows it.
 
-    Reached are `ReversibleBlock`, `CouplingLayer` and `MultiStreamBlock`; a `MomentumBlock` keeps its own. What a model
-    keeps instead of reversing, such as the first block of a RevNet's stage, is exact with any.
+    This changes every `ReversibleBlock`, `CouplingLayer` and `MultiStreamBlock`. A `MomentumBlock` keeps its coupling.
+    Parts of a model that are kept instead of reversed, such as the first block of a RevNet stage, are always exact.
 
     Args:
-        model: A model with reversible blocks.
-        coupling: `FixedPoint()`, for instance, makes reversal exact.
+        model: A model that contains reversible blocks.
+        coupling: The coupling. `FixedPoint()` makes reversal exact.
 
     Raises:
-        TypeError: `coupling` is none.
+        TypeError: `model` is not a module, or `coupling` is not a coupling.
         ValueError: `model` has no reversible block.
     """
+    check_module("model", model)
     check_coupling(coupling)
     blocks = [module for module in model.modules() if isinstance(module, _TAKES_ONE)]
     if not blocks:

@@ -1,25 +1,28 @@
-"""Down-sampling that loses nothing: squares of pixels become channels."""
+"""Downsampling without loss: squares of pixels become channels."""
 
 from torch import Tensor
 
+from revnet._checks import check_count
 from revnet.nn._invertible import AbstractInvertible, check_halvable, check_multiple, zero_log_det
 
 
 class SpaceToDepth(AbstractInvertible):
-    """Lay the pixels of each square one behind the other, as channels.
+    """Turn squares of pixels into channels.
 
-    Channels are ordered by place: first all channels of the square's first pixel, then all of the next one, as in
-    TensorFlow's `space_to_depth` and the published i-RevNet. `torch.nn.PixelUnshuffle` orders them the other way, all
-    pixels of the first channel first, so that halves of the channels would be other halves of the image.
+    Channels are ordered by position: first all channels of the first pixel of a square, then all channels of the next
+    pixel, as in TensorFlow's `space_to_depth` and the published i-RevNet. `torch.nn.PixelUnshuffle` uses another order,
+    with all pixels of the first channel first, so splitting the channels in two would split the image differently.
 
     Args:
         block_size: Side of the squares.
 
     Shape:
-        x: (B, C, H, W), sides divisible by `block_size`. Output: (B, C block_size^2, H / block_size, W / block_size).
+        x: (B, C, H, W) with sides divisible by `block_size`. Output: (B, C block_size^2, H / block_size,
+        W / block_size).
 
     Raises:
-        ValueError: `block_size` is no positive integer. In the passes: the shape cannot be divided.
+        ValueError: `block_size` is not a positive integer. In the passes: the input has a shape that does not fit.
+        TypeError: In the passes: the input is not a tensor.
 
     References:
         Jacobsen, Smeulders and Oyallon (2018), i-RevNet: Deep Invertible Networks, section 3.1.
@@ -27,8 +30,7 @@ class SpaceToDepth(AbstractInvertible):
 
     def __init__(self, block_size: int = 2):
         super().__init__()
-        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"`block_size` (={block_size!r}) must be a positive integer; 2 halves the image.")
+        check_count("block_size", block_size, most=2**15, hint="2 halves the image")
         self.block_size = block_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,9 +50,9 @@ class SpaceToDepth(AbstractInvertible):
         return squares.permute(0, 3, 4, 1, 5, 2).reshape(B, C // side**2, H * side, W * side)
 
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and zeros: nothing but places change."""
+        """Return the output, and zeros, because volumes do not change."""
         return self(x), zero_log_det(x)
 
     def extra_repr(self) -> str:
-        """The block size, for `repr`."""
+        """Return the block size, for `repr`."""
         return f"block_size={self.block_size}"

@@ -2,6 +2,7 @@
 
 import torch
 
+from revnet._checks import describe, is_number
 from revnet.engine import refuse
 
 
@@ -13,9 +14,9 @@ def checked_tolerance(tolerance: float | None) -> float | None:
     """
     if tolerance is None:
         return None
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+    if not is_number(tolerance) or not 0 < tolerance < 1:
         raise ValueError(
-            f"`tolerance` (={tolerance!r}) must be a relative error between 0 and 1, such as 1e-3, or None."
+            f"`tolerance` (={describe(tolerance)}) must be a relative error between 0 and 1, such as 1e-3, or None."
         )
     return float(tolerance)
 

@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused(make):
         module(random_input(D=6))
     with pytest.raises(ValueError, match=r"`x` has shape \(30, 8\), but must have \(B, T, 8\)"):
         module(random_input()[0])
-    with pytest.raises(ValueError, match=r"`mask` has shape \(30,\), but must have that of the tokens, \(2, 30\)"):
+    with pytest.raises(ValueError, match=r"`mask` has shape \(30,\), but must have the shape of the tokens, \(2, 30\)"):
         module(random_input(), mask=torch.ones(30, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"`mask` \(=torch.int64\) must be a bool tensor"):
         module(random_input(), mask=torch.ones(2, 30, dtype=torch.long))

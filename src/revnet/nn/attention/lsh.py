@@ -1,40 +1,42 @@
-"""Attention by locality-sensitive hashing, the Reformer's."""
+"""Attention by locality-sensitive hashing, as in the Reformer."""
 
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import MOST_LAYERS, check_bool, check_count
 from revnet.functional import lsh_attention, rotate
-from revnet.nn.attention._heads import check_count, check_heads, check_sequence, join_heads, split_heads
+from revnet.nn.attention._heads import check_heads, check_sequence, join_heads, split_heads
 
 _SEED = 0
-"""Of the rotations in evaluation."""
+"""Seed of the rotations in evaluation mode."""
 
 
 class LSHAttention(nn.Module):
-    """Attention among tokens that random rotations put into the same bucket, at O(T log T) for T tokens.
+    """Attend among tokens that random rotations put into the same bucket, at O(T log T) cost for T tokens.
 
-    Queries and keys are the same vectors, which `FullAttention` tells apart: another model, not another way to compute
-    the same. Up to some thousand tokens full attention is faster, and misses nothing.
+    Queries and keys are the same vectors, unlike in `FullAttention`, so this is another model and not another way to
+    compute the same one. Up to a few thousand tokens, full attention is faster and misses nothing.
 
-    In training each call draws rotations from PyTorch's global state; in evaluation they are always the same ones. In a
-    reversible block, use `FixedPoint()`: a token whose vector lies between two buckets may change over by the rounding
-    of a reconstruction.
+    In training mode each call draws rotations from PyTorch's global random state. In evaluation mode they are always
+    the same. In a reversible block, use `FixedPoint()`: a token whose vector lies between two buckets may move to the
+    other one because of the rounding of a reconstruction.
 
     Args:
         dim: Features of a token.
-        num_heads: Heads, which share the features.
-        is_causal: Whether a token sees what stands before it, and nothing else.
-        bucket_size: How many tokens a bucket has on average; in a round a token sees at most four times as many, or
-            twice if causal. Up to 1.4 times as many tokens, all are in one bucket.
-        num_hashes: Rounds of hashing. More of them miss less, at a cost that grows with them.
+        num_heads: Number of heads, which share the features.
+        is_causal: Whether a token sees only earlier tokens.
+        bucket_size: Average number of tokens per bucket. In a round a token sees at most four times this number, or
+            twice this number if causal. Up to 1.4 times this number of tokens, all are in one bucket.
+        num_hashes: Number of hashing rounds. More rounds miss less, at a cost that grows with their number.
 
     Shape:
         x: (B, T, dim). mask: (B, T), bool, true where a token is real. rotary: (2, T, dim / num_heads / 2), from
         `rotary_table`. Output: (B, T, dim).
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or a count is not positive. In the forward pass: the shapes do
-            not fit.
+        ValueError: `dim` is not a multiple of `num_heads`, or a count is not positive. In the forward pass: the shapes
+            do not fit.
+        TypeError: `is_causal` is not a bool. In the forward pass: an argument is not a tensor.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer.
@@ -45,8 +47,9 @@ class LSHAttention(nn.Module):
     ):
         super().__init__()
         check_heads(dim, num_heads)
+        check_bool(is_causal=is_causal)
         check_count("bucket_size", bucket_size)
-        check_count("num_hashes", num_hashes)
+        check_count("num_hashes", num_hashes, most=MOST_LAYERS)
         self.dim = dim
         self.num_heads = num_heads
         self.is_causal = is_causal
@@ -57,8 +60,8 @@ class LSHAttention(nn.Module):
         self.project = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
-        """Compute what each token takes from those it finds."""
-        check_sequence(x, self.dim, mask)
+        """Compute the output of each token."""
+        check_sequence(x, self.dim, self.num_heads, mask, rotary)
         (qk,) = split_heads(self.qk(x), 1, self.num_heads)
         (v,) = split_heads(self.v(x), 1, self.num_heads)
         if rotary is not None:
@@ -75,7 +78,7 @@ class LSHAttention(nn.Module):
         return self.project(join_heads(y))
 
     def extra_repr(self) -> str:
-        """Heads, direction and hashing, for `repr`."""
+        """Return the options, for `repr`."""
         return (
             f"num_heads={self.num_heads}, is_causal={self.is_causal}, bucket_size={self.bucket_size}, "
             f"num_hashes={self.num_hashes}"

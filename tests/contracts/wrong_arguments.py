@@ -1,0 +1,480 @@
+"""Passes wrong arguments to the public functions and constructors, one at a time, and judges what happens.
+
+`python -m tests.contracts.wrong_arguments` prints the judgements as JSON lines. A run takes all of `TARGETS`, every
+argument of each, and every value of `WRONG`; `--quick` takes a few values. It limits its memory and the time of a call.
+
+A judgement is one of
+
+* right: an error of revnet, in one line, that names the argument; or a result, where the annotation allows the value
+* accepted: a result, though the annotation does not allow the value
+* nameless: an error of revnet, or within its code, that does not name the argument
+* several lines: an error of revnet that is longer than one line
+* foreign: an error that another package raised, in its own words
+* endless: a call that took longer than `LIMIT_SECONDS`, or killed the process
+"""
+
+import collections.abc
+import faulthandler
+import inspect
+import json
+import math
+import re
+import resource
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+from torch import Tensor, nn
+
+import revnet
+from revnet import coupling, functional, models
+from revnet import nn as rnn
+from revnet.nn import attention
+
+LIMIT_SECONDS = 10.0
+LIMIT_BYTES = 4 * 2**30
+"""Memory that a run may take beyond what it has after its imports."""
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "'x'": lambda: "x",
+    "''": lambda: "",
+    "b'x'": lambda: b"x",
+    "None": lambda: None,
+    "a module": nn.ReLU,
+    "a class": lambda: nn.ReLU,
+    "a function": lambda: torch.tanh,
+    "an object": object,
+    "-1": lambda: -1,
+    "0": lambda: 0,
+    "3": lambda: 3,
+    "2.5": lambda: 2.5,
+    "nan": lambda: math.nan,
+    "inf": lambda: math.inf,
+    "1j": lambda: 1j,
+    "True": lambda: True,
+    "10**9": lambda: 10**9,
+    "10**30": lambda: 10**30,
+    "10**5000": lambda: 10**5000,
+    "[]": list,
+    "[1, 'x']": lambda: [1, "x"],
+    "{}": dict,
+    "{'a': 1}": lambda: {"a": 1},
+    "(10**9,) * 3": lambda: (10**9,) * 3,
+    "an iterator": lambda: iter([1]),
+    "a tensor": lambda: torch.zeros(2),
+    "a tensor of integers": lambda: torch.zeros(1, 4, 8, 8, dtype=torch.int64),
+}
+QUICK = ("'x'", "None", "a module", "-1", "10**9", "True")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something public that is called."""
+
+    name: str
+    call: Callable[..., Any]
+    make_arguments: Callable[[], dict[str, Any]]
+    """The right arguments. One named "*blocks" holds the positional ones."""
+    signature: Any = None
+    """Function whose parameters and annotations count, if it is not `call`."""
+    also: dict[str, str] = field(default_factory=dict)
+    """Other names under which an error may mention an argument: callers know it as such."""
+    silent: frozenset[str] = frozenset()
+    """Arguments that are not tried: only messages show them."""
+
+    def parameters(self) -> dict[str, Any]:
+        """The arguments to try, with their annotations."""
+        function = self.signature or self.call
+        function = function.__init__ if isinstance(function, type) else function
+        hints = typing.get_type_hints(function)
+        found = {}
+        given = self.make_arguments()
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name == "self" or name in self.silent or parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                name = f"*{name}"
+                if name not in given:
+                    continue
+            found[name] = hints.get(name.lstrip("*"), Any)
+        return found
+
+    def call_with(self, name: str, value: Any) -> Any:
+        """Call with one argument, or the first positional one, in the place of the right one."""
+        arguments = self.make_arguments()
+        starred = next((key for key in arguments if key.startswith("*")), None)
+        positional = [] if starred is None else list(arguments.pop(starred))
+        if name.startswith("*"):
+            positional[0] = value
+        else:
+            arguments[name] = value
+        result = self.call(*positional, **arguments)
+        if isinstance(result, typing.ContextManager):
+            with result:
+                pass
+        return result
+
+
+# What is right ---------------------------------------------------------------------------------------------------
+
+
+def linear() -> nn.Module:
+    return nn.Linear(2, 2)
+
+
+def block(**options: Any) -> revnet.ReversibleBlock:
+    return revnet.ReversibleBlock(linear(), linear(), **options)
+
+
+def sequence() -> revnet.ReversibleSequential:
+    return revnet.ReversibleSequential(block(), block())
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(shape or (1, 4, 8, 8))
+
+
+def heads() -> Tensor:
+    return torch.randn(1, 2, 8, 4)
+
+
+def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Published sizes are too large to be built thousands of times."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("meta"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+RESNET = {"num_blocks": (1, 1), "widths": (4, 4, 8), "num_classes": 2}
+VIT = {"img_size": 8, "patch_size": 4, "dim": 8, "depth": 1, "num_heads": 2, "num_classes": 2}
+TRANSFORMER = {"vocab_size": 10, "dim": 8, "depth": 1, "num_heads": 2, "max_length": 16}
+UNET = {"in_channels": 2, "widths": (4, 8)}
+NICE = {"image_shape": (1, 4, 4), "num_couplings": 2, "hidden_dim": 4, "num_hidden": 1}
+IREVNET = {"num_blocks": (1, 1), "strides": (1, 2), "num_classes": 2}
+
+CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
+    (coupling.Additive, {}),
+    (coupling.Affine, {}),
+    (coupling.FixedPoint, {}),
+    (coupling.Momentum, {}),
+    (rnn.BatchNorm2dBiased, {"num_features": 4}),
+    (rnn.ReversibleBlock, {"f": linear(), "g": linear()}),
+    (rnn.Conv2dSame, {"in_channels": 4, "out_channels": 2, "kernel_size": 3}),
+    (rnn.CouplingLayer, {"f": linear()}),
+    (rnn.HaarWavelet, {}),
+    (rnn.InvertibleConv1x1, {"num_channels": 4}),
+    (rnn.InvertibleSequential, {"*layers": [rnn.SpaceToDepth(), block()]}),
+    (rnn.MomentumBlock, {"f": linear()}),
+    (rnn.MultiStreamBlock, {"*functions": [linear(), linear(), linear()]}),
+    (rnn.ChannelPermutation, {"num_channels": 4}),
+    (rnn.Checkpoint, {}),
+    (rnn.Offload, {}),
+    (rnn.Reverse, {}),
+    (rnn.Store, {}),
+    (rnn.PolicySequential, {"*modules": [linear()]}),
+    (rnn.ReversibleSequential, {"*blocks": [block(), block()]}),
+    (rnn.SpaceToDepth, {}),
+    (attention.FullAttention, {"dim": 8, "num_heads": 2}),
+    (attention.HierarchicalAttention, {"dim": 8, "num_heads": 2, "block_size": 4}),
+    (attention.LSHAttention, {"dim": 8, "num_heads": 2, "bucket_size": 4}),
+    (models.ResNet, RESNET),
+    (models.RevNet, RESNET),
+    (models.IRevNet, IREVNET),
+    (models.NICE, NICE),
+    (models.ReversibleViT, VIT),
+    (models.ReversibleTransformer, TRANSFORMER),
+    (models.UNet3d, UNET),
+]
+UNITS = sequence().policy_units
+
+FUNCTIONS = [
+    Target(
+        "additive",
+        coupling.additive,
+        lambda: {"x": heads(), "residual": heads()},
+        also={"x": "f", "residual": "f"},  # Users know the residual by the function that returned it.
+        silent=frozenset({"name"}),
+    ),
+    Target(
+        "additive_inverse",
+        coupling.additive_inverse,
+        lambda: {"y": heads(), "residual": heads()},
+        also={"y": "f", "residual": "f"},
+        silent=frozenset({"name"}),
+    ),
+    Target("as_policy", rnn.as_policy, lambda: {"policy": "store"}, silent=frozenset({"name"})),
+    Target("one_for_each", rnn.one_for_each, lambda: {"policy": "store", "units": UNITS}),
+    Target("policy_holders", rnn.policy_holders, lambda: {"model": sequence()}),
+    Target("restoring_policies", rnn.restoring_policies, lambda: {"model": sequence()}),
+    Target("restoring_state", rnn.restoring_state, lambda: {"model": sequence()}),
+    Target("set_coupling", rnn.set_coupling, lambda: {"model": sequence(), "coupling": coupling.FixedPoint()}),
+    Target("set_policy", rnn.set_policy, lambda: {"model": sequence(), "policy": "store"}),
+    Target("set_tolerance", rnn.set_tolerance, lambda: {"model": sequence(), "tolerance": 1e-3}),
+    Target("chunked", functional.chunked, lambda: {"module": linear(), "x": images(1, 4, 2), "num_chunks": 2}),
+    Target("full_attention", functional.full_attention, lambda: {"q": heads(), "k": heads(), "v": heads()}),
+    Target(
+        "hierarchical_attention",
+        functional.hierarchical_attention,
+        lambda: {"q": heads(), "k": heads(), "v": heads(), "block_size": 2},
+    ),
+    Target("lsh_attention", functional.lsh_attention, lambda: {"qk": heads(), "v": heads(), "bucket_size": 2}),
+    Target("rotary_table", functional.rotary_table, lambda: {"length": 8, "head_dim": 4}),
+    Target("rotate", functional.rotate, lambda: {"x": heads(), "table": functional.rotary_table(8, 4)}),
+    Target(
+        "split",
+        functional.split,
+        lambda: {"x": images(), "dim": 1},
+        also={"dim": "split_dim"},  # Users know it as the argument of a block.
+        silent=frozenset({"name"}),
+    ),
+    Target("create_model", on_meta(models.create_model), lambda: {"name": "resnet32"}, models.create_model),
+    Target("list_models", models.list_models, dict),
+    Target("published_image_size", models.published_image_size, lambda: {"name": "resnet32"}),
+    Target("register_model", models.register_model, lambda: {"image_size": 32}),
+]
+ENTRY_FUNCTIONS = [
+    *models.list_models(),
+    "nice",
+    "reformer_enwik8",
+    "h_transformer_small",
+    "h_transformer_base",
+    "h_transformer_large",
+]
+
+# An instance, and the right arguments of its methods by their names.
+IMAGES = {"x": images, "y": images}
+FEATURES = {"x": lambda: images(2, 4), "y": lambda: images(2, 4)}
+TOKENS = {"x": lambda: images(1, 4, 8)}
+CLASSIFIER: dict[str, Callable[[], Any]] = {"x": lambda: images(1, 3, 8, 8), "num_classes": lambda: 2}
+INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
+    (partial(rnn.BatchNorm2dBiased, 4), IMAGES),
+    (partial(rnn.Conv2dSame, 4, 2, 3, 2), IMAGES),
+    (rnn.HaarWavelet, IMAGES),
+    (partial(rnn.InvertibleConv1x1, 4), IMAGES),
+    (partial(rnn.ChannelPermutation, 4), IMAGES),
+    (rnn.SpaceToDepth, IMAGES),
+    (
+        lambda: rnn.InvertibleSequential(rnn.SpaceToDepth(), rnn.HaarWavelet()),
+        {**IMAGES, "y": lambda: images(1, 16, 2, 2)},
+    ),
+    (block, FEATURES),
+    (lambda: rnn.CouplingLayer(linear()), FEATURES),
+    (lambda: rnn.MomentumBlock(linear()), FEATURES),
+    (lambda: rnn.MultiStreamBlock(linear(), linear()), FEATURES),
+    (sequence, {**FEATURES, "policy": revnet.Store}),
+    (partial(attention.FullAttention, 8, 2), TOKENS),
+    (partial(attention.HierarchicalAttention, 8, 2, block_size=2), TOKENS),
+    (partial(attention.LSHAttention, 8, 2, bucket_size=2), TOKENS),
+    (partial(models.ResNet, **RESNET), CLASSIFIER),
+    (partial(models.RevNet, **RESNET), CLASSIFIER),
+    (partial(models.IRevNet, **IREVNET), {**CLASSIFIER, "y": lambda: images(1, 48, 2, 2)}),
+    (partial(models.ReversibleViT, **VIT), CLASSIFIER),
+    (partial(models.UNet3d, **UNET), {"x": lambda: images(1, 2, 4, 4, 4)}),
+    (
+        partial(models.NICE, **NICE),
+        {
+            "x": lambda: images(1, 1, 4, 4),
+            "z": lambda: images(1, 16),
+            "mask": lambda: torch.ones(4, 4),
+            "log_prob": lambda: torch.zeros(1),
+            "num_levels": lambda: 16,
+            "num_samples": lambda: 1,
+            "num_steps": lambda: 1,
+        },
+    ),
+    (
+        partial(models.ReversibleTransformer, **TRANSFORMER),
+        {"tokens": lambda: torch.zeros(1, 4, dtype=torch.long), "num_new": lambda: 1, "x": lambda: images(1, 4, 16)},
+    ),
+]
+LEFT_OUT_METHODS = {
+    "half_blocks": "its argument is shown in messages only",
+    "restore_guard": "it takes what `guard_state` returned",
+    "extra_repr": "no arguments",
+}
+
+LEFT_OUT = {
+    **dict.fromkeys(
+        [name for name in dir(functional) if name[0] != "_" and name not in {target.name for target in FUNCTIONS}],
+        "part of the engine, which modules call with arguments that they have checked",
+    ),
+    **dict.fromkeys(
+        [name for name in [*dir(rnn), *dir(coupling), *dir(models)] if name.startswith("Abstract")], "abstract"
+    ),
+    "PolicyUnit": "a record",
+}
+
+
+def public_names() -> set[str]:
+    """The names that the rooms export."""
+    rooms = (coupling, functional, rnn, attention, models)
+    return {
+        name
+        for room in rooms
+        for name, value in vars(room).items()
+        if name[0] != "_" and not isinstance(value, types.ModuleType)
+    }
+
+
+def _head_arguments(model: Any, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """`forward_head` reads features, not images."""
+    if name == "forward_head":
+        arguments["x"] = images(1, model.num_features, 2, 2)
+    return arguments
+
+
+def _methods(make: Callable[[], Any], samples: dict[str, Callable[[], Any]]) -> Iterator[Target]:
+    instance = make()
+    for name in sorted(dir(type(instance))):
+        function = inspect.getattr_static(type(instance), name)
+        if name[0] == "_" or name in LEFT_OUT_METHODS or not inspect.isfunction(function):
+            continue
+        if not function.__module__.startswith("revnet."):
+            continue
+        required = [
+            parameter.name
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and parameter.name != "self"
+        ]
+        optional = [each for each in inspect.signature(function).parameters if each in ("num_steps",)]
+
+        def arguments(required: list[str] = [*required, *optional], name: str = name) -> dict[str, Any]:  # noqa: B006
+            return _head_arguments(instance, name, {each: samples[each]() for each in required})
+
+        def call(name: str = name, **kwargs: Any) -> Any:
+            own = make()
+            return (own if name == "forward" else getattr(own, name))(**kwargs)
+
+        # An instance may be costly; what a call changes in it must not last.
+        yield Target(f"{type(instance).__name__}.{name}", call, arguments, function, also={"y": "x"})
+
+
+def targets() -> list[Target]:
+    """Everything that is called."""
+    found = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
+    found += FUNCTIONS
+    for name in ENTRY_FUNCTIONS:
+        function = getattr(models, name)
+        options = {"image_shape": (1, 4, 4)} if name == "nice" else {}
+        found.append(Target(name, on_meta(function), lambda options=options: dict(options), function))
+    for make, samples in INSTANCES:
+        found += _methods(make, samples)
+    return found
+
+
+# What is judged --------------------------------------------------------------------------------------------------
+
+
+def allows(annotation: Any, value: Any) -> bool:
+    """Whether a value is of the annotated type; a bool is no number."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(allows(each, value) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation in (int, float):
+        kinds = (int,) if annotation is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return all(allows(inner[0], each) for each in value)
+        return len(value) == len(inner) and all(map(allows, inner, value))
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if isinstance(origin, type) and issubclass(origin, collections.abc.Sequence):
+        return isinstance(value, origin) and not isinstance(value, str) and all(allows(inner[0], x) for x in value)
+    if isinstance(annotation, type):
+        return isinstance(value, annotation)
+    raise NotImplementedError(f"teach `allows` about {annotation}")
+
+
+class TooLongError(BaseException):
+    """A call took too long."""
+
+
+def _stop(*_: Any) -> None:
+    raise TooLongError
+
+
+SOURCE = str(Path(revnet.__file__).parent)
+
+
+def watch() -> None:
+    """Have calls end that take too long."""
+    signal.signal(signal.SIGALRM, _stop)
+
+
+def judge(target: Target, name: str, annotation: Any, value: Any) -> tuple[str, str]:
+    """The judgement, and what was said."""
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
+    faulthandler.dump_traceback_later(4 * LIMIT_SECONDS, exit=True)  # Within one call of C no signal is seen.
+    try:
+        target.call_with(name, value)
+    except TooLongError:
+        return "endless", ""
+    except Exception as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return _judge_error(target, name.lstrip("*"), error), f"{type(error).__name__}: {error}"[:300]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+    return ("right" if allows(annotation, value) else "accepted"), ""
+
+
+def _judge_error(target: Target, name: str, error: Exception) -> str:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or not traceback.tb_frame.f_code.co_filename.startswith(SOURCE):
+        return "foreign"
+    names = "|".join(re.escape(each) for each in (name, target.also.get(name, name)))
+    if not re.search(rf"`(\w+\.)?({names})\d?\b", str(error)):
+        return "nameless"
+    return "several lines" if "\n" in str(error) else "right"
+
+
+def cases(quick: bool) -> Iterator[tuple[Target, str, Any, str]]:
+    """All that is tried: a target, an argument with its annotation, and the name of a value."""
+    for target in targets():
+        for name, annotation in target.parameters().items():
+            for label in QUICK if quick else WRONG:
+                yield target, name, annotation, label
+
+
+def main() -> None:
+    """Judge all cases from the one with the given number on."""
+    quick, start = "--quick" in sys.argv, int(sys.argv[1])
+    watch()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + LIMIT_BYTES, resource.RLIM_INFINITY))
+    torch.set_num_threads(1)
+    for number, (target, name, annotation, label) in enumerate(cases(quick)):
+        if number < start:
+            continue
+        place = f"{target.name}({name}={label})"
+        print(json.dumps([number, place]), flush=True)  # So that what kills the process is known.
+        torch.manual_seed(0)
+        judgement, message = judge(target, name, annotation, WRONG[label]())
+        print(json.dumps([number, place, judgement, message]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
