@@ -22,6 +22,7 @@ from revnet import (
     Store,
     set_policy,
 )
+from revnet.memory import LiveBytes
 from revnet.nn import MomentumBlock
 from tests.helpers import ConvResidual, gradients, mlp, stored_twin
 
@@ -530,10 +531,11 @@ def test_a_forward_pass_whose_loss_is_dropped_is_freed(policy):
     gc.collect()
     gc.disable()
     try:
-        y = sequence(x)
-        storage = weakref.ref(y.untyped_storage())
-        del y
-        assert storage() is None
+        with LiveBytes([x, *sequence.parameters()]) as counter:
+            y = sequence(x)
+            assert counter.live_bytes > 0
+            del y
+            assert counter.live_bytes == 0
         assert not [each for each in gc.get_objects() if type(each).__name__ in ("Rebuilder", "_KeepingRun")]
     finally:
         gc.enable()

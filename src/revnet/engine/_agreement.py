@@ -21,7 +21,7 @@ from torch import Tensor
 
 from revnet.engine._careful import NOISE, not_the_same
 from revnet.engine._chain import HalfBlock
-from revnet.engine._digest import Digest, Parts, checksum, digest_of, part_error, parts_of
+from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, relative_errors
 from revnet.engine._drift import StreamKind, report
 from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
@@ -108,12 +108,12 @@ class AgreementWatch(Observer):
         found = parts_of(source).values
         # What is nothing compared with the other stream must not count as infinite where this one is zero.
         size = max([math.hypot(*digest) / max(1, len(digest)) ** 0.5 for digest in self._final], default=0.0)
-        error = part_error(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
+        error, of_part = relative_errors(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
         kind = StreamKind(half_block.name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
         # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
         is_finite = math.isfinite(sum(found))
         was_finite = is_finite or math.isfinite(sum(map(sum, (*self._final, *self._before.values()))))
-        report(half_block.function, kind, error, is_finite=is_finite, was_finite=was_finite)
+        report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
         """Compare the stream that was rebuilt by undoing half-block `index`."""

@@ -185,7 +185,8 @@ def find_constants(
         if origin.grad_fn is not None and sequence_number_of(origin.grad_fn) >= start:
             continue  # The call computed it.
         uses = sum([each is origin for each in (*tensors, *bases)])
-        if count <= (FRESH_COUNT if base is None else _FRESH_BASE_COUNT) - 1 + uses:
+        is_base = any(each is origin for each in bases)  # A view in C++ refers to it, too.
+        if count <= (_FRESH_BASE_COUNT if is_base else FRESH_COUNT) - 1 + uses:
             continue  # The two lists alone refer to it.
         if tensor.dtype in casts:
             continue  # Autocast keeps what it cast for a while, and casts again.

@@ -1,7 +1,7 @@
 """Samples of tensors as plain numbers on the host: what a run remembers of a stream at no cost in tensor memory.
 
-They are read through NumPy, which shares the memory of a tensor of the CPU: no operator of PyTorch runs, so that a
-measured step has the operators of a predicted one, and none of them allocates.
+They are read through NumPy, which shares the memory of a tensor of the CPU, so that nothing is allocated, and a measured
+step has the allocations of a predicted one.
 """
 
 import math
@@ -85,8 +85,9 @@ def _groups(shape: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
     step = _step(numel, size)
     groups: list[tuple[int, ...]] = []
     inner = 1
-    for count in reversed(shape):
-        if count > 1:
+    for dim, count in reversed(list(enumerate(shape))):
+        # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
+        if count > 1 and (dim < 2 or len(shape) <= 3):
             members: list[list[int]] = [[] for _ in range(count)]
             for place in range(len(range(0, numel, step))):
                 members[place * step // inner % count].append(place)
@@ -96,8 +97,8 @@ def _groups(shape: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(groups)
 
 
-def part_error(found: Digest, true: Parts, floor: float) -> float:
-    """Return the largest relative error of any part of a sample, and of the whole.
+def relative_errors(found: Digest, true: Parts, floor: float) -> tuple[float, float]:
+    """Return the relative error of a sample as a whole, and the largest of any of its parts.
 
     A part that was zero throughout does not count: any rounding of the other stream would be infinitely much of it.
 
@@ -107,14 +108,13 @@ def part_error(found: Digest, true: Parts, floor: float) -> float:
         floor: How large an element of the whole counts at least.
     """
     values = true.values
-    distance = math.dist(found, values)
-    worst = distance / max(math.hypot(*values), floor * len(values) ** 0.5, _TINY)
+    distance, worst = math.dist(found, values), 0.0
     for group in true.groups:
         before = [values[place] for place in group]
         size = math.hypot(*before)
         if size and distance > worst * size:  # Otherwise no part of the whole distance can be that much.
             worst = max(worst, math.dist([found[place] for place in group], before) / size)
-    return worst
+    return distance / max(math.hypot(*values), floor * len(values) ** 0.5, _TINY), worst
 
 
 def checksum(x: Tensor) -> int | None:

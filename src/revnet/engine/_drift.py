@@ -228,6 +228,10 @@ _WARN_ABOVE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3,
 """By dtype: about ten times what 256 blocks at initialization lose, far below what changes a gradient visibly."""
 
 
+_PART = 10.0
+"""By how much more a part may be off than the whole: there are many parts, and some are small by chance."""
+
+
 class _Verdict(NamedTuple):
     function: "weakref.ref[nn.Module]"
     kind: StreamKind
@@ -272,7 +276,13 @@ def _are_finite(numbers: Iterable[float]) -> bool:
 
 
 def report(
-    function: nn.Module | None, kind: StreamKind, error: float, *, is_finite: bool = True, was_finite: bool = True
+    function: nn.Module | None,
+    kind: StreamKind,
+    error: float,
+    of_part: float = 0.0,
+    *,
+    is_finite: bool = True,
+    was_finite: bool = True,
 ) -> None:
     """Warn of a rebuilt stream whose error is too large, once for each function.
 
@@ -280,6 +290,7 @@ def report(
         function: The function that reads it; None if it is gone.
         kind: The stream.
         error: Its relative error.
+        of_part: The largest relative error of a channel, a token or a sample of it.
         is_finite: Whether all its elements are finite.
         was_finite: Whether those of the final streams were, and so those of all true ones.
 
@@ -294,6 +305,9 @@ def report(
             f"the stream that `{name}` reads holds NaN or inf when it is rebuilt, and did not in the forward pass: "
             f"undoing the blocks behind it amplifies rounding without bound. {_WAY_OUT}"
         )
+    where = ""
+    if error <= kind.warn_above < of_part / _PART:
+        error, where = of_part, " in one of its channels, tokens or samples, which a function may normalize"
     if function is None or function in _warned or error <= kind.warn_above:
         return
     _warned.add(function)
@@ -306,8 +320,8 @@ def report(
     else:
         low = kind.dtype in (torch.bfloat16, torch.float16)
         message = (
-            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}, so that gradients are "
-            f"wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
+            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}{where}, so that gradients "
+            f"are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
 
