@@ -388,16 +388,8 @@ class RecordedCall:
         """Note what the slots stand for, and which of them a replay would not compute."""
         self.metas = list(map(_meta_of, tensors))
         self.saved = weakref.ref(saved)
-        # What a function computes for itself is referred to by this list alone. What others refer to as well, and has
-        # no node of this call, may come from elsewhere.
-        known: Any = None
-        for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
-            if (count <= FRESH_COUNT and base is None) or (origin := base if base is not None else tensor) is known:
-                continue
-            known, node = origin, origin.grad_fn
-            if (node is None or sequence_number_of(node) < start) and not any(origin is each for each in own):
-                self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
-                break
+        if _may_come_from_elsewhere(tensors, own, start):
+            self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
         self.is_plain = not (any(versions) or any(map(_version, tensors)) or saved.was_read)
         if self.surroundings.is_forward_mode:
             self.is_plain = False
@@ -557,6 +549,26 @@ class RecordedCall:
         saved = None if self.saved is None else self.saved()
         if saved is not None:
             saved.tensors = saved.versions = None
+
+
+def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
+    """Return whether somebody else refers to one of the tensors, and the call made no node for it.
+
+    What a function computes for itself is referred to by this list alone. (In a function of its own, so that none of
+    its variables refers to a tensor when the references are counted again.)
+    """
+    known: Any = None
+    for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
+        if (count <= FRESH_COUNT and base is None) or (origin := tensor if base is None else base) is known:
+            continue
+        known, node = origin, origin.grad_fn
+        if (node is None or sequence_number_of(node) < start) and not _is_one_of(origin, own):
+            return True
+    return False
+
+
+def _is_one_of(tensor: Tensor, own: tuple[Any, ...]) -> bool:
+    return id(tensor) in map(id, own)
 
 
 def metas_of(result: Any) -> list[Any]:
