@@ -1,6 +1,6 @@
 """Samples of tensors as plain numbers on the host: what a run remembers of a stream at no cost in tensor memory.
 
-They are read through NumPy, which shares the memory of a tensor of the CPU, so that nothing is allocated, and a measured
+They are read through NumPy, which shares the memory of a tensor of the CPU, so that nothing is allocated and a measured
 step has the allocations of a predicted one.
 """
 

@@ -320,8 +320,8 @@ def report(
     else:
         low = kind.dtype in (torch.bfloat16, torch.float16)
         message = (
-            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}{where}, so that gradients "
-            f"are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
+            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}{where}, so that "
+            f"gradients are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
 
