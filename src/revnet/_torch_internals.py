@@ -5,6 +5,7 @@ An upgrade of PyTorch begins here: when a release removes one of these, this fil
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from operator import methodcaller
 from types import CodeType
 from typing import TypeVar
@@ -56,16 +57,16 @@ has_global_module_hook = _has_any_global_hook
 HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 
 
-def is_forward_mode() -> bool:
-    """Return whether a level of forward-mode differentiation is open, in which saved tensors are other objects.
-
-    Replacement: `torch.autograd.forward_ad` has no public question; treat every call as in forward mode (slower).
-    """
-    return torch.autograd.forward_ad._current_level >= 0
-
-
 # The place of a node in the order in which nodes were created on its thread. Replacement: as `next_sequence_number`.
-sequence_number_of = methodcaller("_sequence_nr")
+sequence_number_of: Callable[[torch.autograd.graph.Node], int] = methodcaller("_sequence_nr")
+
+# The level of forward-mode differentiation that is open, in which saved tensors are other objects; -1 outside. It is a
+# partial, so that asking makes no Python call. Replacement: treat every call as in forward mode (slower).
+forward_mode_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
+
+# How many tensors and Python objects refer to a storage, by its address. There is no public way to ask. Replacement:
+# never write a stream over (a stream more of memory).
+storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def never_compile(function: Callable[..., object]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -258,6 +258,21 @@ def check_functions_sharded_in_low_precision() -> None:
         assert difference <= 1e-2 * whole(expected.grad).norm()  # one unit in the last place is 2^-8
 
 
+def check_first_version_is_named(how: str, *, use_orig_params: bool) -> None:
+    """The first version of FSDP takes parameters out of their modules."""
+    sequence = CASE["mlp"].sequence(2)
+    options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+    module: nn.Module = sequence
+    if how == "function":
+        sequence.blocks[0].f = FullyShardedDataParallel(sequence.blocks[0].f, **options)
+    elif how == "block":
+        sequence.blocks[0] = FullyShardedDataParallel(sequence.blocks[0], **options)
+    else:
+        module = FullyShardedDataParallel(sequence, **options)
+    with pytest.raises((NotImplementedError, TypeError), match=r"FullyShardedDataParallel.*fully_shard"):
+        module(process_input("mlp"))
+
+
 DATA_PARALLEL = {
     "plain": (0, {}),
     "find unused": (0, {"find_unused_parameters": True}),
@@ -304,6 +319,11 @@ CHECKS = {
     "one block unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "blocks"),
     "functions sharded in low precision": check_functions_sharded_in_low_precision,
     "sharded blocks called one by one": check_sharded_blocks_called_one_by_one,
+    **{
+        f"first version of FSDP, {how}, {use}": partial(check_first_version_is_named, how, use_orig_params=use)
+        for how in ("function", "block", "sequence")
+        for use in (False, True)
+    },
 }
 
 

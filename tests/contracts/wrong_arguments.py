@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import revnet
-from revnet import coupling, functional, models
+from revnet import coupling, engine, functional, models
 from revnet import nn as rnn
 from revnet.nn import attention
 
@@ -232,7 +232,7 @@ FUNCTIONS = [
     Target("rotate", functional.rotate, lambda: {"x": heads(), "table": functional.rotary_table(8, 4)}),
     Target(
         "split",
-        functional.split,
+        engine.split,
         lambda: {"x": images(), "dim": 1},
         also={"dim": "split_dim"},  # Users know it as the argument of a block.
         silent=frozenset({"name"}),
@@ -358,7 +358,7 @@ def _methods(make: Callable[[], Any], samples: dict[str, Callable[[], Any]]) -> 
             return (own if name == "forward" else getattr(own, name))(**kwargs)
 
         # An instance may be costly; what a call changes in it must not last.
-        yield Target(f"{type(instance).__name__}.{name}", call, arguments, function, also={"y": "x"})
+        yield Target(f"{type(instance).__name__}.{name}", call, arguments, function)
 
 
 def targets() -> list[Target]:

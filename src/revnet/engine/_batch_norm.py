@@ -20,6 +20,7 @@ _BATCH_NORMS = {_BatchNorm.forward}
 _OTHER_NORMS = {SyncBatchNorm.forward, _InstanceNorm.forward}
 
 _WORTHWHILE = 2**16  # Elements below which PyTorch's kernel is faster than several calls.
+WORTHWHILE = _WORTHWHILE // 4  # Elements of a stream below which no activation of its function is as large, likely.
 
 
 BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
@@ -74,11 +75,6 @@ def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
             plain = None if forward is _BatchNorm.forward else partial(_BatchNorm.forward, module)
             norms[id(module)] = ReplayedNorm(module.__dict__, plain, partial(_run_again, module))
     return norms
-
-
-def replays_faster(x: Tensor) -> bool:
-    """Return whether a function of `x` may have batch norms for which `faster` is worth its calls."""
-    return x.numel() >= _WORTHWHILE // 4 and x.device.type == "cpu"
 
 
 def _run_again(norm: _BatchNorm, x: Tensor) -> Tensor:

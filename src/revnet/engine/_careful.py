@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import (
+    forward_mode_level,
     hooks_are_disabled,
-    is_forward_mode,
     next_sequence_number,
     sequence_number_of,
 )
@@ -102,7 +102,7 @@ def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
 
 def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
     """Return the test whether a tensor outlives the call; a miss is harmless, since it is rebuilt then."""
-    if not is_forward_mode():
+    if forward_mode_level() < 0:
         return lambda tensor: id(tensor) in lasting or id(tensor._base) in lasting
     # Forward mode saves the primal of a dual tensor, which is another object with the same storage.
     known = (*call.parameters, *call.buffers, *call.surroundings.arguments)
@@ -173,7 +173,7 @@ def find_constants(
     Such a tensor is neither parameter, buffer nor argument, and a replay would not compute it. Somebody else refers to
     it (or to the tensor that it is a view of), and this call made no node for it.
     """
-    if is_forward_mode():
+    if forward_mode_level() >= 0:
         return None  # Tangents come and go with their level.
     bases = list(map(_base_of, tensors))
     counts, base_counts = list(map(getrefcount, tensors)), list(map(getrefcount, bases))

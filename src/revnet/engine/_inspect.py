@@ -1,6 +1,6 @@
 """Finding out what the engine needs to know of a residual function; see `Plan` in `_record`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -21,7 +21,7 @@ def describe(function: nn.Module, name: str) -> dict[str, Any]:
         name: Its place in the model, for errors.
 
     Raises:
-        NotImplementedError: It holds a module of `torch.jit`.
+        NotImplementedError: It holds a module of `torch.jit`, or one that the first version of FSDP manages.
         ValueError: A parameter has no shape yet.
     """
     modules = list(function.modules())
@@ -40,6 +40,7 @@ def describe(function: nn.Module, name: str) -> dict[str, Any]:
     flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
     training = list(map(get_flag, flag_holders))
     _refuse_lazy(modules)
+    _refuse_fsdp1(modules, name)
     parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
     norms = replayed_norms_of(function)
@@ -82,11 +83,11 @@ def _held(holders: list[Any]) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, holders)))
 
 
-def _picker(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    """Return the function that returns the entries of a list at these places."""
+def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """Return the function that returns the entries of a list at these places; one in C, since it runs at each call."""
     if len(places) > 1:
-        return itemgetter(*places)  # In C; with one place or none it would not return a tuple.
-    return lambda held: tuple([held[place] for place in places])
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
 def _kinds_of_buffers(
@@ -124,3 +125,17 @@ def _refuse_lazy(modules: list[nn.Module]) -> None:
                     f"`{name}` of {type(module).__name__} has no shape yet; call the residual function once, under "
                     "`torch.no_grad`, before it runs reversibly."
                 )
+
+
+def _refuse_fsdp1(modules: list[nn.Module], name: str) -> None:
+    for module in modules:
+        is_wrapper = type(module).__name__ == "FullyShardedDataParallel"
+        # FSDP puts its marks on the modules below a wrapper; the second version leaves parameters in their places.
+        is_managed = getattr(module, "_is_fsdp_managed_module", False)
+        has_parameters = all(each is None or isinstance(each, nn.Parameter) for each in module._parameters.values())
+        if is_wrapper or (is_managed and not (getattr(module, "_fsdp_use_orig_params", False) and has_parameters)):
+            raise NotImplementedError(
+                f"`{name}` is sharded by `FullyShardedDataParallel`, which takes parameters out of their modules, so "
+                "that it cannot run again in the backward pass; shard functions, blocks, the sequence or the model with "
+                "`torch.distributed.fsdp.fully_shard` instead."
+            )

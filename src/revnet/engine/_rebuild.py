@@ -15,7 +15,7 @@ from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, wrote_to_input
-from revnet.engine._drift import meter_is_quiet
+from revnet.engine._drift import active_meter
 from revnet.engine._observer import Observer
 from revnet.engine._record import RecordedCall, Surroundings
 from revnet.engine._streams import StreamSnapshot
@@ -262,7 +262,7 @@ class Rebuilder:
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor], observers: Sequence[Observer]):
         self.chain = chain.for_replays()
         self.observers = observers
-        self.is_watched = not meter_is_quiet()
+        self.is_watched = (meter := active_meter()) is None or not meter.is_quiet
         """Whether what is wrong raises; a quiet `DriftMeter` only records it."""
         self.surroundings = Surroundings(chain.tensors(), streams)
         self.steps: list[AbstractStep] = []

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from revnet._torch_internals import (
     HAS_ACCELERATOR,
-    is_forward_mode,
+    forward_mode_level,
     never_compile,
     next_sequence_number,
     pop_saved_tensors_hooks,
@@ -30,7 +30,7 @@ from revnet._torch_internals import (
     set_grad_enabled,
 )
 from revnet.engine import _careful, _inspect
-from revnet.engine._batch_norm import ReplayedNorm, replays_faster
+from revnet.engine._batch_norm import WORTHWHILE, ReplayedNorm
 from revnet.engine._careful import CHECKSUM_INTERVAL, FRESH_COUNT
 from revnet.engine._digest import Digest, can_digest, digest_of
 from revnet.engine._random import ONLY_CPU, compare_bytes, cpu_random_state, get_random_state
@@ -97,7 +97,8 @@ def _unpack(packed: tuple[Any, int]) -> Any:
         return owner
     if owner.is_plain:
         if owner.tensors is None:
-            _careful.refuse_compiled_autograd()
+            if torch.compiler.is_dynamo_compiling():
+                _careful.refuse_compiled_autograd()
             with owner.filler.lock:
                 if owner.tensors is None:
                     owner.filler.rebuild(owner.index)
@@ -124,10 +125,10 @@ class Plan(NamedTuple):
     """The dicts that are not empty."""
     types: list[type]
     """The types of all that they hold, None included."""
-    children: tuple[nn.Module, ...]
-    pick_parameters: Callable[[list[Any]], tuple[Tensor, ...]]
-    pick_buffers: Callable[[list[Any]], tuple[Tensor, ...]]
-    pick_children: Callable[[list[Any]], tuple[nn.Module, ...]]
+    children: Sequence[nn.Module]
+    pick_parameters: Callable[[list[Any]], Sequence[Tensor]]
+    pick_buffers: Callable[[list[Any]], Sequence[Tensor]]
+    pick_children: Callable[[list[Any]], Sequence[nn.Module]]
     flag_holders: list[Any]
     get_flag: Callable[[Any], bool]
     training: list[bool]
@@ -158,7 +159,7 @@ class Plan(NamedTuple):
         ):
             return None
         # On a machine with nothing but a CPU, no tensor can move.
-        if HAS_ACCELERATOR and list(map(_device, self.pick_parameters(held) + self.pick_buffers(held))) != (
+        if HAS_ACCELERATOR and list(map(_device, (*self.pick_parameters(held), *self.pick_buffers(held)))) != (
             self.device_list
         ):
             return None
@@ -208,7 +209,7 @@ class Surroundings:
         """The random states after the last function, which are the ones before the next; None if unknown."""
         self.autocast: tuple[AutocastState, ...] = autocast_states(self.types)
         self.is_mixed = any(state.enabled for state in self.autocast)
-        self.is_forward_mode = is_forward_mode()
+        self.is_forward_mode = forward_mode_level() >= 0
 
     def random_states(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the random states of the CPU and of the other devices."""
@@ -448,7 +449,7 @@ class RecordedCall:
         pack: Callable[[Tensor], Any] = caught.append
         stop_after = -1 if needs_result else self.stop_after
         versions: list[int] | None = None
-        if not self.is_plain or stop_after > 0 or is_forward_mode():
+        if not self.is_plain or stop_after > 0 or forward_mode_level() >= 0:
             versions = []
             pack = _careful.make_replay_pack(self, caught, versions, lasting, stop_after)
         try:
@@ -508,7 +509,7 @@ class RecordedCall:
     ) -> Any:
         """Call the function with gradients and hooks, so that its batch norms do not count the batch twice."""
         norms = self.plan.norms
-        is_faster = bool(norms) and rounded is not None and not self.is_mixed and replays_faster(rounded)
+        is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not self.is_mixed
         flags = [norm.attributes["track_running_stats"] for norm in norms]
         has_grad = torch.is_grad_enabled()
         push_saved_tensors_hooks(pack, _identity)

@@ -9,7 +9,7 @@ from revnet._types import Streams
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._chain import BoundChain, stored
 from revnet.engine._digest import can_digest
-from revnet.engine._drift import DriftWatch, meter_is_on, warn_of_low_precision
+from revnet.engine._drift import DriftWatch, active_meter, warn_of_low_precision
 from revnet.engine._observer import Observer
 from revnet.engine._range import RangeWatch, check_magnitude
 from revnet.engine._rebuild import Rebuilder
@@ -59,7 +59,7 @@ def _observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer
         if keeper is None:
             if not is_exact and streams[0].element_size() <= 2:
                 warn_of_low_precision(half_blocks[0], streams[0])
-            if meter_is_on() or not is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
+            if active_meter() is not None or not is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
                 observers.append(DriftWatch())
             elif can_digest(streams[0]):
                 observers.append(AgreementWatch())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revnet._checks import describe
 from revnet._types import Streams, TensorPair
-from revnet.coupling import AbstractCoupling
+from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._tensors import version_of
 from revnet.engine._tracing import runs_plainly
 from revnet.errors import ReconstructionError
@@ -121,6 +121,8 @@ def prepare(
         [stream.float() if is_low_precision(stream) else stream for stream in split(x, dim, num_streams, name=name)]
     )
     if coupling is None:
+        return streams, None
+    if type(coupling) is Additive:
         return streams, None
     prepared = tuple([coupling.prepare(stream) for stream in streams])
     return prepared, streams[0].dtype if prepared[0].dtype != streams[0].dtype else None

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from revnet._torch_internals import storage_use_count
+
 _version = attrgetter("_version")
 
 
@@ -54,32 +56,30 @@ def largest_element(x: Tensor) -> Tensor:
     return torch.maximum(most, -least)
 
 
-def _use_count(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
 def _count_alone() -> int | None:
-    """What `_use_count` says of a tensor that nothing shares; None where it cannot tell, in some release of PyTorch."""
-    if not hasattr(torch._C, "_storage_Use_Count"):
+    """Return the use count of a storage that nothing shares; None where it cannot be told, in some release."""
+    if storage_use_count is None:
         return None
     tensor = torch.empty(1, device="cpu")
-    alone = _use_count(tensor)
+    alone = storage_use_count(tensor.untyped_storage()._cdata)
     view = tensor.detach()
-    return alone if _use_count(view) == alone + 1 else None
+    return alone if storage_use_count(view.untyped_storage()._cdata) == alone + 1 else None
 
 
-_ALONE = _count_alone()
+ALONE = _count_alone()
 _PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted as the one that it stands for.
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor, or a fake one that stands for such."""
+    """Return whether it is an ordinary tensor, or a fake one that stands for such."""
     return type(tensor) in _PLAIN
 
 
 def is_only_owner(tensor: Tensor) -> bool:
-    """Whether no other tensor sees this one's memory: not the user's, not a slot's, not one that autograd kept."""
-    return _ALONE is not None and is_plain(tensor) and _use_count(tensor) == _ALONE
+    """Return whether no other tensor sees this one's memory: not the user's, not a slot's, not one of autograd."""
+    if storage_use_count is None or type(tensor) not in _PLAIN:
+        return False
+    return storage_use_count(tensor.untyped_storage()._cdata) == ALONE
 
 
 def tensors_in(*values: Any) -> list[Tensor]:

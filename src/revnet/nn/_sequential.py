@@ -254,8 +254,8 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
                 if not isinstance(block, AbstractReversibleBlock):
                     raise TypeError(
                         f"`blocks[{index}]` is now a {type(block).__name__}, which is not a reversible block, and "
-                        "would be left out; wrap the block's functions `f` and `g` instead, or use `block.compile()`, "
-                        "which compiles them."
+                        "would be left out; wrap the block's functions `f` and `g` instead. `block.compile()` compiles "
+                        "them, and `torch.distributed.fsdp.fully_shard(block)` shards a block in place."
                     )
         return blocks
 
