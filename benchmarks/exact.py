@@ -43,7 +43,7 @@ from revnet import (
 from revnet.bench import describe_machine, hardware_name
 from revnet.bench.cases import CASES
 from revnet.coupling import AbstractCoupling
-from revnet.engine._drift import DriftWatch
+from revnet.engine._agreement import AgreementWatch
 from revnet.memory import measure
 
 RESULTS = Path(__file__).parent / "results"
@@ -393,7 +393,7 @@ def _step_seconds(model: nn.Module, x: Tensor) -> float:
 
 
 def _check_share(model: nn.Module, x: Tensor) -> float:
-    """The share of a step that the methods of the drift check take."""
+    """Return the share of a step that the methods of the check of samples take."""
     spent = 0.0
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -408,8 +408,8 @@ def _check_share(model: nn.Module, x: Tensor) -> float:
         return call
 
     with ExitStack() as stack:
-        for name in ("__init__", "keep", "begin", "compare"):
-            stack.enter_context(mock.patch.object(DriftWatch, name, timed(getattr(DriftWatch, name))))
+        for name in ("__init__", "on_forward", "on_hold", "before_rebuild", "before_replay", "after_undo"):
+            stack.enter_context(mock.patch.object(AgreementWatch, name, timed(getattr(AgreementWatch, name))))
         start = time.perf_counter()
         model(x).square().mean().backward()
         return spent / (time.perf_counter() - start)

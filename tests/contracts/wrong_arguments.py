@@ -299,7 +299,7 @@ INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
 ]
 LEFT_OUT_METHODS = {
     "half_blocks": "its argument is shown in messages only",
-    "restore_guard": "it takes what `guard_state` returned",
+    "restore_tolerance": "it takes what `tolerance_state` returned",
     "extra_repr": "no arguments",
 }
 

@@ -11,7 +11,7 @@ from sys import getrefcount
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revnet._torch_internals import (
     forward_mode_level,
@@ -335,7 +335,7 @@ def _settle_states(call: "RecordedCall") -> None:
 
 def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
     """Return a number for the bits of each tensor; None where they cannot be read."""
-    return [checksum(each.data if type(each) is nn.Parameter else each) for each in tensors]
+    return list(map(checksum, tensors))
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
 """Samples of tensors as plain numbers on the host: what a run remembers of a stream at no cost in tensor memory.
 
-They are read through NumPy, which shares the memory of a tensor of the CPU, so that nothing is allocated and a measured
-step has the allocations of a predicted one.
+They are read through NumPy from the memory of a tensor of the CPU, so that nothing is allocated, no operator of PyTorch
+runs, and a measured step has the operations of a predicted one.
 """
 
+import ctypes
 import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
 
@@ -20,6 +21,21 @@ SIZE = 32
 Digest = list[float]
 
 _TINY = 1e-300
+_DTYPES = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.complex128: np.complex128,
+    torch.complex64: np.complex64,
+    torch.int64: np.int64,
+    torch.int32: np.int32,
+    torch.int16: np.int16,
+    torch.int8: np.int8,
+    torch.uint8: np.uint8,
+    torch.bool: np.bool_,
+}
+"""The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
+_READABLE = (Tensor, nn.Parameter)
 _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 
 
@@ -29,14 +45,34 @@ def can_digest(x: Tensor) -> bool:
         type(x) is Tensor
         and x.device.type == "cpu"
         and x.layout is torch.strided
-        and x.dtype is not torch.bfloat16
+        and x.dtype in _DTYPES
         and not in_functorch_transform()
     )
 
 
+def has_memory(x: Tensor) -> bool:
+    """Return whether a tensor's memory is there: FSDP takes away that of a parameter after its function."""
+    return x.untyped_storage().nbytes() >= x.nbytes and x.data_ptr() != 0
+
+
+def _array(x: Tensor) -> Any:
+    """Return a tensor's memory as an array, which must not outlive it.
+
+    `Tensor.numpy` would do, but it marks the storage as one that cannot be resized, as FSDP must.
+    """
+    itemsize = x.element_size()
+    strides = tuple([stride * itemsize for stride in x.stride()])
+    shape = tuple(x.shape)
+    if 0 in shape:
+        return np.empty(shape, _DTYPES.get(x.dtype, _INTEGERS.get(itemsize, np.int64)))
+    span = sum([(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]) + itemsize
+    memory: Any = (ctypes.c_char * span).from_address(x.data_ptr())
+    return np.ndarray(shape, _DTYPES.get(x.dtype, _INTEGERS.get(itemsize, np.int64)), memory, 0, strides)
+
+
 def digest_of(x: Tensor) -> Digest:
     """Return a sample of the elements of a tensor of which `can_digest` is true, spread over all dimensions."""
-    array = x.data.numpy()
+    array = _array(x)
     if array.flags.c_contiguous:
         sample = array.reshape(-1)[:: _step(array.size, SIZE)]
     else:
@@ -70,7 +106,7 @@ class Parts(NamedTuple):
 
 def parts_of(x: Tensor) -> Parts:
     """Return a sample in which each channel, token and sample of the batch has several elements."""
-    array = x.data.numpy()
+    array = _array(x)
     size = max(512, 4 * max(array.shape, default=1))
     sample = array[_places(array.shape, size)] if array.ndim and array.size else array.reshape(-1)
     groups = _groups(array.shape, size)
@@ -122,9 +158,11 @@ def checksum(x: Tensor) -> int | None:
 
     Unlike a sum of the values, it sees a change of any one element.
     """
-    if not can_digest(x) or x.numel() == 0:
+    if type(x) not in _READABLE or x.device.type != "cpu" or x.layout is not torch.strided or x.numel() == 0:
         return None
-    array = x.data.numpy()
+    if in_functorch_transform() or not has_memory(x):
+        return None
+    array = _array(x)
     if array.ndim == 0 or array.strides[-1] != array.itemsize:
         array = np.ascontiguousarray(array).reshape(-1)
     # As long integers where that is possible, which takes a quarter of the time.
@@ -136,5 +174,5 @@ def checksum(x: Tensor) -> int | None:
 
 def same_bits(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors of one shape and dtype, of which `can_digest` is true, hold the same bits."""
-    a, b = (np.ascontiguousarray(each.data.numpy()).reshape(-1) for each in (x, y))
+    a, b = (np.ascontiguousarray(_array(each)).reshape(-1) for each in (x, y))
     return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))

@@ -136,6 +136,6 @@ def _refuse_fsdp1(modules: list[nn.Module], name: str) -> None:
         if is_wrapper or (is_managed and not (getattr(module, "_fsdp_use_orig_params", False) and has_parameters)):
             raise NotImplementedError(
                 f"`{name}` is sharded by `FullyShardedDataParallel`, which takes parameters out of their modules, so "
-                "that it cannot run again in the backward pass; shard functions, blocks, the sequence or the model with "
+                "that it cannot run again in the backward pass; shard functions, blocks, the sequence or the root with "
                 "`torch.distributed.fsdp.fully_shard` instead."
             )

@@ -61,7 +61,7 @@ class AbstractStep(abc.ABC):
     def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
         """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
         is_rebuilt = streams.origin > index + 1
-        if is_rebuilt:
+        if is_rebuilt and not run.is_checking:
             for observer in run.observers:
                 observer.before_replay(run, index, streams)
         # `data` has a version of its own: the stream's goes up when it is written over later on.
@@ -276,6 +276,8 @@ class Rebuilder:
         """Whether the forward pass is over."""
         self.lowest = -1
         """The half-block at which walking back ends: `first_with_slots`, or -1."""
+        self.is_checking = False
+        """Whether an observer runs functions again to look at what they give."""
         self.lock = threading.RLock()
         self._has_log_dets = chain.log_dets is not None
         self._last_alive = -1

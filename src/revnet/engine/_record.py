@@ -32,7 +32,7 @@ from revnet._torch_internals import (
 from revnet.engine import _careful, _inspect
 from revnet.engine._batch_norm import WORTHWHILE, ReplayedNorm
 from revnet.engine._careful import CHECKSUM_INTERVAL, FRESH_COUNT
-from revnet.engine._digest import Digest, can_digest, digest_of
+from revnet.engine._digest import Digest, can_digest, digest_of, has_memory
 from revnet.engine._random import ONLY_CPU, compare_bytes, cpu_random_state, get_random_state
 from revnet.engine._restore import AutocastState, autocast_states, restored
 from revnet.engine._tensors import versions_of
@@ -377,7 +377,7 @@ class RecordedCall:
             self._keep_slots(saved, tensors, versions, (result, *sources), start)
             if nodes is not None:
                 self.stop_after = _careful.stop_after(tensors, nodes, sources)
-                if keeps_tail and can_digest(tensors[-1]):
+                if keeps_tail and can_digest(tensors[-1]) and has_memory(tensors[-1]):
                     self.tail = digest_of(tensors[-1])
             # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
             tensors.clear()
@@ -473,7 +473,7 @@ class RecordedCall:
             results = [_meta_of(result)] if type(result) is Tensor else metas_of(result)
             if results != self.results:
                 _careful.fail_results(self, results)
-        if self.tail is not None:
+        if self.tail is not None and has_memory(tensors[-1]):
             self.tail_found = digest_of(tensors[-1])
             self.tail_error = 0.0
             if self.tail_found != self.tail:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import describe
+from revnet._torch_internals import in_functorch_transform
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._tensors import version_of
@@ -81,14 +82,21 @@ class StreamSnapshot:
                 "operation's out-of-place form, or the policy `Store()` for the last block."
             )
 
+    def is_unmodified(self, which: int) -> bool:
+        """Return whether a stream is at the version at which it was put."""
+        tensor = self.held[which]
+        return tensor is not None and version_of(tensor) == self._versions[which]
+
     def check_memory(self) -> None:
         """Raise if somebody has taken the memory of a stream away, which a read would crash on."""
         for tensor in self.held:
-            if (
-                tensor is not None
-                and tensor.layout is torch.strided
-                and tensor.untyped_storage().nbytes() < (tensor.numel() * tensor.element_size())
-            ):
+            if type(tensor) is not Tensor or in_functorch_transform() or tensor.layout is not torch.strided:
+                continue
+            try:
+                is_there = tensor.untyped_storage().nbytes() >= tensor.nbytes
+            except RuntimeError:  # Batched by a transform that is over; whoever reads it is told so.
+                continue
+            if not is_there and tensor.untyped_storage().nbytes() == 0:
                 raise ReconstructionError(
                     f"the memory of an output of a reversible sequence, of shape {tuple(tensor.shape)}, was freed "
                     "after the forward pass (`untyped_storage().resize_(0)`), so the activations cannot be rebuilt; "
