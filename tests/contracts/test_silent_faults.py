@@ -567,3 +567,12 @@ def test_torch_func_names_the_way_out():
     sequence = mlp_stack(2)
     with pytest.raises(RuntimeError, match=r"keep them with `set_policy\(model, Store\(\)\)`"):
         torch.func.grad(lambda x: sequence(x).sum())(torch.randn(2, 16))
+
+
+def test_replays_have_names_in_a_profile():
+    sequence = mlp_stack(2)
+    x = torch.randn(2, 16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backward(sequence, x)
+    names = [event.name for event in profile.events() if event.name.startswith("revnet: ")]
+    assert names == [f"revnet: replay blocks.{index}.{which}" for index in (1, 0) for which in "gf"]

@@ -179,6 +179,7 @@ class Surroundings:
         "argument_versions",
         "arguments",
         "autocast",
+        "autocast_types",
         "devices",
         "is_forward_mode",
         "is_mixed",
@@ -208,6 +209,7 @@ class Surroundings:
         self.random: tuple[Tensor, tuple[Tensor, ...]] | None = None
         """The random states after the last function, which are the ones before the next; None if unknown."""
         self.autocast: tuple[AutocastState, ...] = autocast_states(self.types)
+        self.autocast_types = tuple([state.device_type for state in self.autocast])
         self.is_mixed = any(state.enabled for state in self.autocast)
         self.is_forward_mode = forward_mode_level() >= 0
 
@@ -491,13 +493,14 @@ class RecordedCall:
         if self.random or self.states or self.written or self.plan.statistics or self.is_mixed:
             return False
         plan = self.plan
-        return (
-            list(map(plan.get_flag, plan.flag_holders)) == plan.training
-            and list(map(len, plan.dicts)) == plan.sizes
-            and all(map(is_, _flatten(map(_values, plan.filled_dicts)), self.held))
-            and list(map(_requires_grad, self.parameters)) == self.requires_grad
-            and not any(torch.is_autocast_enabled(state.device_type) for state in self.autocast)
-        )
+        if (
+            list(map(plan.get_flag, plan.flag_holders)) != plan.training
+            or list(map(len, plan.dicts)) != plan.sizes
+            or not all(map(is_, _flatten(map(_values, plan.filled_dicts)), self.held))
+            or list(map(_requires_grad, self.parameters)) != self.requires_grad
+        ):
+            return False
+        return not any(map(torch.is_autocast_enabled, self.surroundings.autocast_types))
 
     def _call_again(
         self,
