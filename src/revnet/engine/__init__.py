@@ -57,7 +57,7 @@ NOTE [ One training step ]
                   for each half-block above i that was not undone yet: step.undo without filling
                   step.undo of i, filling
                     observers: is the rebuilt source near enough?
-                    RecordedCall.replay
+                    replay                          engine/_replay
                       versions, and everything else that the function depends on: as it was?
                         if not: `restored` puts it back, for the time of the replay  engine/_restore
                       run with hooks that catch; batch norms leave their statistics alone
@@ -98,7 +98,7 @@ The code cites these by number.
 Where to put what comes next. A coupling that keeps bits besides the stream: its step keeps them (`AbstractStep`).
 Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the one place where a run gets its streams,
 and may be called again. Holding the stream that one function reads: a keyframe before it. Keeping outputs of operators:
-a mode around `RecordedCall._call_again`, with what it keeps in `Saved`.
+a mode around `_call_again` in `_replay`, with what it keeps in `Saved`.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.

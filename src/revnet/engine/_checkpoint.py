@@ -21,6 +21,7 @@ from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._drift import meter_is_quiet
 from revnet.engine._range import RangeWatch
 from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._replay import replay
 from revnet.engine._tensors import tensors_in, version_of, versions_of
 from revnet.engine._tracing import refuse, runs_plainly
 from revnet.engine.compile import compiled
@@ -133,10 +134,11 @@ class _KeepingRun:
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
         if half_block.coupling.is_additive:
-            call.replay(chain.call, (half_block, leaves[0]), {}, fill=True, rounded=None, needs_result=False)
+            replay(call, chain.call, (half_block, leaves[0]), {}, fill=True, rounded=None, needs_result=False)
             return
         log_dets: list[Tensor] | None = [] if self._has_log_dets else None
-        call.replay(
+        replay(
+            call,
             lambda: chain.join(half_block, leaves[1], chain.call(half_block, leaves[0]), log_dets),
             (),
             {},
@@ -195,7 +197,7 @@ class _KeptCall:
     def rebuild(self, index: int) -> None:
         """Compute again."""
         check_finished(self.is_finished)
-        self._call.replay(self._compute, (), {}, fill=True, rounded=None, needs_result=False)
+        replay(self._call, self._compute, (), {}, fill=True, rounded=None, needs_result=False)
 
     def _compute(self) -> Any:
         return self._module(*self._args, **self._kwargs)

@@ -18,6 +18,7 @@ from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, wrote_t
 from revnet.engine._drift import active_meter
 from revnet.engine._observer import Observer
 from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._replay import replay
 from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import is_only_owner
 
@@ -154,7 +155,8 @@ class AdditiveStep(AbstractStep):
         source, rounded = self.source_of(run, streams, index)
         chain, half_block = run.chain, self.half_block
         if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
-            residual = self.call.replay(
+            residual = replay(
+                self.call,
                 half_block.function,
                 (source, *chain.args),
                 chain.kwargs,
@@ -165,8 +167,8 @@ class AdditiveStep(AbstractStep):
             if source._version:
                 raise wrote_to_input(half_block)
         else:
-            residual = self.call.replay(
-                chain.call, (half_block, source), {}, fill=fill, rounded=rounded, needs_result=needs_result
+            residual = replay(
+                self.call, chain.call, (half_block, source), {}, fill=fill, rounded=rounded, needs_result=needs_result
             )
         return residual if residual is None else residual.detach()
 
@@ -221,7 +223,7 @@ class JoinedStep(AbstractStep):
         def compute() -> Tensor:
             return run.chain.join(half_block, x, run.chain.call(half_block, source), run.new_log_dets())
 
-        y: Tensor = self.call.replay(compute, (), {}, fill=False, rounded=None)
+        y: Tensor = replay(self.call, compute, (), {}, fill=False, rounded=None)
         return y.detach()
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
@@ -241,7 +243,7 @@ class JoinedStep(AbstractStep):
 
         # The stream before it is known only once the function has run to its end.
         needs_result = x is None or not fill
-        self.call.replay(compute, (), {}, fill=fill, rounded=rounded, needs_result=needs_result)
+        replay(self.call, compute, (), {}, fill=fill, rounded=rounded, needs_result=needs_result)
         assert x is not None
         return x
 

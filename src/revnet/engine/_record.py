@@ -1,8 +1,8 @@
 """One call of a function that keeps none of its activations, and what it takes to run it again.
 
 `RecordedCall.record` runs the function under saved-tensor hooks that leave a *slot* in the autograd graph for each
-tensor that autograd wants to save. `RecordedCall.replay` runs it again under hooks that catch the same tensors, and
-fills the slots. This file holds what happens in every step; what happens only where a function needs it (state in
+tensor that autograd wants to save. `replay` (in `_replay`) runs it again under hooks that catch the same tensors, and
+fills the slots. These two files hold what happens in every step; what happens only where a function needs it (state in
 buffers, random numbers, tensors from elsewhere, early stops) is in `_careful` and `_restore`.
 """
 
@@ -24,20 +24,18 @@ from revnet._torch_internals import (
     never_compile,
     next_sequence_number,
     pop_saved_tensors_hooks,
-    profiler_is_on,
     push_saved_tensors_hooks,
     sequence_number_of,
-    set_grad_enabled,
 )
 from revnet.engine import _careful, _inspect
-from revnet.engine._batch_norm import WORTHWHILE, ReplayedNorm
+from revnet.engine._batch_norm import ReplayedNorm
 from revnet.engine._careful import CHECKSUM_INTERVAL, FRESH_COUNT
 from revnet.engine._digest import Digest, can_digest, digest_of, has_memory
 from revnet.engine._random import ONLY_CPU, compare_bytes, cpu_random_state, get_random_state
-from revnet.engine._restore import AutocastState, autocast_states, restored
+from revnet.engine._restore import AutocastState, autocast_states
 from revnet.engine._tensors import versions_of
 
-_meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrgetter("shape", "dtype")
+meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrgetter("shape", "dtype")
 _version = attrgetter("_version")
 _base_of = attrgetter("_base")
 _requires_grad = attrgetter("requires_grad")
@@ -374,7 +372,7 @@ class RecordedCall:
             self.random = _careful.moved(surroundings, (before, *others_before), (after, *others))
         if checksums is not None or self.states is not None or list(map(_version, self.parameters)) != self.versions:
             _careful.after(self, checksums)
-        self.results = [_meta_of(result)] if type(result) is Tensor else metas_of(result)
+        self.results = [meta_of(result)] if type(result) is Tensor else metas_of(result)
         if tensors:
             self._keep_slots(saved, tensors, versions, (result, *sources), start)
             if nodes is not None:
@@ -389,7 +387,7 @@ class RecordedCall:
         self, saved: Saved, tensors: list[Tensor], versions: list[int], own: tuple[Any, ...], start: int
     ) -> None:
         """Note what the slots stand for, and which of them a replay would not compute."""
-        self.metas = list(map(_meta_of, tensors))
+        self.metas = list(map(meta_of, tensors))
         self.saved = weakref.ref(saved)
         if _may_come_from_elsewhere(tensors, own, start):
             self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
@@ -398,140 +396,6 @@ class RecordedCall:
             self.is_plain = False
         saved.is_plain = self.is_plain and self.constants is None
         saved.tensors = saved.versions = None
-
-    def replay(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        fill: bool,
-        rounded: Tensor | None,
-        needs_result: bool = True,
-    ) -> Any:
-        """Run the function again as the first time, and `fill` the slots that are still there.
-
-        Args:
-            function: What to call.
-            args: Its positional arguments, with inputs of the same values as in the first run.
-            kwargs: Its keyword arguments.
-            fill: Whether the backward pass asks for what autograd saved.
-            rounded: The input, if it carries the rounding of a reconstruction.
-            needs_result: Whether to go on to the end; otherwise the run may stop once the slots are filled (rule 7).
-
-        Returns:
-            The result; None if the run stopped early.
-
-        Raises:
-            ReconstructionError: The function did something else than the first time (rule 8).
-        """
-        if (
-            list(map(_version, self.parameters)) != self.versions
-            or self.buffer_versions is not None
-            or self.constants is not None
-            or self.surroundings.arguments
-        ):
-            _careful.check_versions(self)
-        if self._is_as_it_was():
-            return self._run_again(function, args, kwargs, self.lasting, fill, rounded, needs_result)
-        with restored(self) as lasting:
-            return self._run_again(function, args, kwargs, lasting, fill, rounded, needs_result)
-
-    def _run_again(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        lasting: set[int],
-        fill: bool,
-        rounded: Tensor | None,
-        needs_result: bool,
-    ) -> Any:
-        caught: list[Tensor] = []
-        pack: Callable[[Tensor], Any] = caught.append
-        stop_after = -1 if needs_result else self.stop_after
-        versions: list[int] | None = None
-        if not self.is_plain or stop_after > 0 or forward_mode_level() >= 0:
-            versions = []
-            pack = _careful.make_replay_pack(self, caught, versions, lasting, stop_after)
-        try:
-            result = self._call_again(function, args, kwargs, pack, rounded)
-        except _careful.StopReplay:
-            result = None
-        except BaseException:
-            caught.clear()
-            raise
-        tensors = caught
-        if versions is None:
-            tensors = [
-                each
-                for each in caught
-                if id(each) not in lasting and ((base := each._base) is None or id(base) not in lasting)
-            ]
-        metas = list(map(_meta_of, tensors))
-        if metas != (self.metas if result is not None or stop_after < 0 else self.metas[:stop_after]):
-            _careful.fail_metas(self, metas)
-        if result is not None:
-            results = [_meta_of(result)] if type(result) is Tensor else metas_of(result)
-            if results != self.results:
-                _careful.fail_results(self, results)
-        if self.tail is not None and has_memory(tensors[-1]):
-            self.tail_found = digest_of(tensors[-1])
-            self.tail_error = 0.0
-            if self.tail_found != self.tail:
-                _careful.compare_tails(self, tensors[-1].dtype, is_rounded=rounded is not None)
-        saved = self.saved() if fill and self.saved is not None else None
-        if saved is not None:
-            saved.tensors, saved.versions = list(tensors), versions
-            if self.constants is not None:
-                _careful.check_constants(self, saved.tensors)
-        caught.clear()  # See `record`: the nodes of this second run hold the hook, too.
-        return result
-
-    def _is_as_it_was(self) -> bool:
-        """Return whether everything that the function depends on is as it was in its first run (rule 4)."""
-        if self.random or self.states or self.written or self.plan.statistics or self.is_mixed:
-            return False
-        plan = self.plan
-        if (
-            list(map(plan.get_flag, plan.flag_holders)) != plan.training
-            or list(map(len, plan.dicts)) != plan.sizes
-            or not all(map(is_, _flatten(map(_values, plan.filled_dicts)), self.held))
-            or list(map(_requires_grad, self.parameters)) != self.requires_grad
-        ):
-            return False
-        return not any(map(torch.is_autocast_enabled, self.surroundings.autocast_types))
-
-    def _call_again(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        pack: Callable[[Tensor], Any],
-        rounded: Tensor | None,
-    ) -> Any:
-        """Call the function with gradients and hooks, so that its batch norms do not count the batch twice."""
-        norms = self.plan.norms
-        is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not self.is_mixed
-        flags = [norm.attributes["track_running_stats"] for norm in norms]
-        has_grad = torch.is_grad_enabled()
-        push_saved_tensors_hooks(pack, _identity)
-        try:
-            set_grad_enabled(True)
-            for norm in norms:
-                norm.attributes["track_running_stats"] = False
-                if (forward := norm.faster if is_faster else norm.forward) is not None:
-                    norm.attributes["forward"] = forward
-            if profiler_is_on():
-                with torch.profiler.record_function(f"revnet: replay {self.name}"):
-                    return function(*args, **kwargs)
-            return function(*args, **kwargs)
-        finally:
-            for norm, flag in zip(norms, flags, strict=True):
-                norm.attributes["track_running_stats"] = flag
-                norm.attributes.pop("forward", None)
-            set_grad_enabled(has_grad)
-            pop_saved_tensors_hooks()
 
     def keep(self, inputs: list[tuple[Tensor, int, bool]]) -> None:
         """Keep what the function read for as long as there are slots."""
@@ -578,12 +442,8 @@ def _is_one_of(tensor: Tensor, own: tuple[Any, ...]) -> bool:
 def metas_of(result: Any) -> list[Any]:
     """Return shape, dtype and device of the tensors that a function returned."""
     if isinstance(result, Tensor):
-        return [_meta_of(result)]
-    return [_meta_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
+        return [meta_of(result)]
+    return [meta_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 for _recording in (RecordedCall.record, _careful.make_pack, _careful.make_replay_pack, _careful.lasting_test):

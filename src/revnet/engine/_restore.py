@@ -1,6 +1,6 @@
 """Putting back what a function saw in its first run, where it is not there anymore.
 
-A replay first looks whether everything is as it was (`RecordedCall.replay`). Usually it is, and nothing here is called.
+A replay first looks whether everything is as it was (`replay`). Usually it is, and nothing here is called.
 Otherwise, or if the function draws random numbers or keeps state in buffers, `restored` puts back each kind of state
 around the replay, and leaves everything as it was found.
 """
