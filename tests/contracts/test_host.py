@@ -11,14 +11,14 @@ from revnet.bench.host import HostSubject
 from revnet.bench.host_cases import HOST_CONTENDERS
 
 NUM_BLOCKS = 16
-MOST_CALLS = {"conv": 2_652, "transformer": 2_299}
+MOST_CALLS = {"conv": 2_547, "transformer": 2_173}
 """Python calls inside revnet in one step of 16 blocks under `Reverse()`, as Python 3.11 counts them.
 
 Lower these when a change saves calls. A change that needs more has to say what they are for.
 """
-MOST_FILES = 17
+MOST_FILES = 18
 """Files of revnet in which one of these calls happens."""
-MOST_LINES = 3_800
+MOST_LINES = 3_900
 """Lines of these files, rounded up to the next hundred."""
 
 all_host_cases = pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
