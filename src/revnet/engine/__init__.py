@@ -10,7 +10,7 @@ the real one, hooks, partial gradients, retained graphs and double backward beha
 NOTE [ Who refers to whom ]
 
 Arrows are references; `~>` is a weak one. There is one `Rebuilder` (the *run*) for each forward pass through a chain,
-one `RecordedCall` for each residual function in it, and one `Saved` for each call of which autograd saved anything.
+one `RecordedCall` for each residual function in it, and one `Saved` for each call of which autograd saved anything. ::
 
     autograd graph of one forward pass             what outlives the pass
 
@@ -35,6 +35,8 @@ A slot is what the pack hook returns: a pair of a `Saved` and a number, or the t
 tensor outlives the call anyway.
 
 NOTE [ One training step ]
+
+What calls what, and where it is. ::
 
     forward   ReversibleSequential.forward            nn/_sequential
                 chain of its blocks, cached           engine/_chain
