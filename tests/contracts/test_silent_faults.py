@@ -324,6 +324,13 @@ def test_an_output_that_is_written_over_without_a_version_raises(how, joined):
         loss.backward()
 
 
+def test_an_output_of_another_layout_is_no_alarm():
+    """The streams lie as the input does, and the parts of the joined output as it does."""
+    sequence = conv_stack(3)
+    backward(sequence, torch.randn(2, 8, 5, 6).transpose(2, 3))
+    backward(sequence, torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last))
+
+
 def test_an_output_whose_memory_is_gone_raises():
     sequence = mlp_stack(4)
     y = sequence(torch.randn(4, 16))
