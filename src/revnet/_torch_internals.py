@@ -13,8 +13,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+
+# Fake tensors, which have shapes and no values, the mode that makes them, the mode that is on, and what they raise where
+# a value is needed. Documented in PyTorch's developer notes only. If they move, follow them: predictions run on them.
+from torch._guards import active_fake_mode as active_fake_mode
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as UnsupportedFakeTensorException
+from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 
 # The base class of dispatch modes, and the flattening of nested arguments that `torch.compile` can trace. Both are
 # documented in PyTorch's developer notes only. If they move, follow them: nothing else sees each operator of a call,
@@ -59,6 +68,18 @@ HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 
 # The place of a node in the order in which nodes were created on its thread. Replacement: as `next_sequence_number`.
 sequence_number_of: Callable[[torch.autograd.graph.Node], int] = methodcaller("_sequence_nr")
+
+# The node that a backward pass runs on this thread; None outside of one. There is no public way to ask. Replacement:
+# hooks on the nodes.
+current_node: Callable[[], torch.autograd.graph.Node | None] = torch._C._current_autograd_node
+
+# An assertion that a GPU makes when it comes to it, so that nobody waits; there is no public one. Replacement: read the
+# value, which cannot be captured in a CUDA graph.
+assert_async = torch._assert_async
+
+# Whether several elements of a tensor share memory, as in an expanded one, which cannot be written to. Replacement:
+# compare sizes and strides.
+has_internal_overlap = torch._debug_has_internal_overlap
 
 # The level of forward-mode differentiation that is open, in which saved tensors are other objects; -1 outside. It is a
 # partial, so that asking makes no Python call. Replacement: treat every call as in forward mode (slower).

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import assert_async
 from revnet.engine._chain import HalfBlock
 from revnet.engine._observer import Observer
 from revnet.engine._tensors import has_values, largest_element
@@ -45,7 +46,7 @@ class RangeWatch(Observer):
         elif torch.cuda.is_current_stream_capturing():
             limit = half_block.coupling.limit(y.dtype)
             assert limit is not None
-            torch._assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
+            assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
         else:
             self._magnitudes.append((half_block, magnitude))
 

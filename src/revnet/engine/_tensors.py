@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from revnet._torch_internals import storage_use_count
+from revnet._torch_internals import FakeTensor, in_functorch_transform, storage_use_count
 
 _version = attrgetter("_version")
 
@@ -40,7 +39,7 @@ def versions_of(tensors: Sequence[Tensor]) -> list[int]:
 
 def has_values(tensor: Tensor) -> bool:
     """Whether the tensor is more than a shape: not fake, not on the meta device, not inside a transform."""
-    return type(tensor) is Tensor and not tensor.is_meta and not torch._C._are_functorch_transforms_active()
+    return type(tensor) is Tensor and not tensor.is_meta and not in_functorch_transform()
 
 
 def largest_element(x: Tensor) -> Tensor:

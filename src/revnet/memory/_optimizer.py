@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnet._checks import describe
+from revnet._torch_internals import DataDependentOutputException, FakeTensorMode, active_fake_mode
 from revnet.memory._log import Integers
 from revnet.memory._recorder import Recorder
 from revnet.memory._step import tensors_in

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import (
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from revnet._torch_internals import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
+    active_fake_mode,
 )
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
-
 from revnet.errors import PredictionError
 from revnet.memory._fake import Faker, faked
 from revnet.memory._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revnet._torch_internals import current_node, next_sequence_number, sequence_number_of
 from revnet.memory._flops import FLOP_FORMULAS
 from revnet.memory._log import NOBODY, Call, Integers, StepLog
 from revnet.nn import AbstractReversibleBlock
@@ -219,7 +220,7 @@ class Recorder(TorchDispatchMode):
 
     def _is_forward(self) -> bool:
         """Whether the forward pass runs, and no backward pass inside it, which calls modules to compute again."""
-        return self._forward_end is None and torch._C._current_autograd_node() is None
+        return self._forward_end is None and current_node() is None
 
     def _note_gradient(self, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -281,13 +282,13 @@ class _OpenCall:
 
 
 def _next_sequence() -> int:
-    return torch._C._autograd._get_sequence_nr()
+    return next_sequence_number()
 
 
 def _running_sequence() -> int | None:
     """The sequence number of the node that a backward pass runs on this thread."""
-    node = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
+    node = current_node()
+    return None if node is None else sequence_number_of(node)
 
 
 def _tensors_in(values: Any) -> list[Tensor]:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from revnet._torch_internals import active_fake_mode
 from revnet.memory._cpu_kernels import CpuKernels
 from revnet.memory._log import StepLog
 from revnet.memory._recorder import Recorder

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from revnet._checks import check_module
+from revnet._torch_internals import has_internal_overlap
 from revnet.nn._sequential import ReversibleSequential
 
 
@@ -24,7 +25,7 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
     gradients = [parameter.grad for parameter in parameters]
     holders = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
     # A buffer that is expanded cannot be written to, neither by the model nor here.
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not torch._debug_has_internal_overlap(buffer)]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not has_internal_overlap(buffer)]
     sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
     guards = [(sequence, sequence.tolerance_state()) for sequence in sequences]
     devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
