@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-# Fake tensors, which have shapes and no values, the mode that makes them, the mode that is on, and what they raise where
-# a value is needed. Documented in PyTorch's developer notes only. If they move, follow them: predictions run on them.
+# Fake tensors, which have shapes and no values, the mode that makes them, the mode that is on, and what they raise if a
+# value is needed. Documented in PyTorch's developer notes only. If they move, follow them: predictions run on them.
 from torch._guards import active_fake_mode as active_fake_mode
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
