@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
 
+Change = tuple[float, float] | None
+"""By how much each element is changed, relative to itself and whatever its size; None for not at all."""
+
 SUSPICIOUS = 64.0
 """By how much more a result may be off than the streams so far, before its function is run again to make sure.
 
@@ -52,8 +55,10 @@ class AgreementWatch(Observer):
         self._checksums: list[int | None] = []
         self._sizes: list[float] = []
         """The norm of each stream's digest, as it is at present."""
+        self._errors: list[float] = []
+        """How far the digest of each stream is off at present, by its norm."""
         self._worst = 0.0
-        """The largest relative error of any stream so far in this walk."""
+        """The largest error of any stream so far in this walk, relative to the larger stream at each step."""
         self._position = -1
         self._eps = torch.finfo(torch.float32).eps
         self._first: Parts | None = None
@@ -112,7 +117,7 @@ class AgreementWatch(Observer):
         error, of_part = relative_errors(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
         kind = StreamKind(half_block.name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
         # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
-        is_finite = math.isfinite(sum(found))
+        is_finite = math.isfinite(found.sum())
         was_finite = is_finite or math.isfinite(sum(map(sum, (*self._final, *self._before.values()))))
         report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
 
@@ -123,20 +128,27 @@ class AgreementWatch(Observer):
         if expected is None or x is None:
             return
         found = digest_of(x)
+        count = len(streams.strides)
         if index >= self._position:  # A new walk, from streams that are true.
-            self._worst, self._sizes = 0.0, [0.0] * len(streams.strides)
+            self._worst, self._sizes, self._errors = 0.0, [0.0] * count, [0.0] * count
         self._position = index
         size = math.hypot(*expected)
         # The sum was rounded at the size of the larger one, before or after.
         scale = max(size, self._sizes[target])
-        self._sizes[target] = size
+        self._sizes[target], self._errors[target] = size, 0.0
         if found == expected:
             return
-        error = math.dist(found, expected)
-        if not error <= scale * SUSPICIOUS * max(self._worst, _FLOOR[x.dtype]) or half_block.coupling.is_exact:
-            self._look_closer(run, index, streams, found, expected, error / scale if scale else math.inf)
+        self._errors[target] = error = math.dist(found, expected)
+        before = max(self._worst, self._relative_error(half_block.source), _FLOOR[x.dtype])
+        if not error <= scale * SUSPICIOUS * before or half_block.coupling.is_exact:
+            self._look_closer(run, index, streams, found, expected, error / (scale * before) if scale else math.inf)
         if scale:
             self._worst = max(self._worst, error / scale)
+
+    def _relative_error(self, stream: int) -> float:
+        """Return how far a stream is off at present, relative to itself; 0 for one that was not undone yet."""
+        size = self._sizes[stream] if self._sizes else 0.0
+        return self._errors[stream] / size if size else 0.0
 
     def _look_closer(
         self,
@@ -145,12 +157,10 @@ class AgreementWatch(Observer):
         streams: StreamSnapshot,
         found: Digest,
         expected: Digest,
-        error: float,
+        ratio: float,
     ) -> None:
         """Raise if the stream before half-block `index` is wrong for another reason than rounding."""
-        x = streams.held[run.steps[index].half_block.target]
-        assert x is not None
-        tolerated, ratio = run.chain.chain.tolerated, error / max(self._worst, _FLOOR[x.dtype])
+        tolerated = run.chain.chain.tolerated
         # NaN and inf are the model's own, or reported as drift.
         if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
             check_same(run, index, lambda change: digest_of(_redo(run, index, streams, change)), found, expected, self)
@@ -158,8 +168,9 @@ class AgreementWatch(Observer):
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
         """Compare the last tensor that the lowest function saved, since its result is not looked at."""
-        call = run.steps[index].call
-        tolerated, ratio = run.chain.chain.tolerated, call.tail_error / max(self._worst, 4 * self._eps)
+        call, half_block = run.steps[index].call, run.steps[index].half_block
+        before = max(self._worst, self._relative_error(half_block.source), 4 * self._eps)
+        tolerated, ratio = run.chain.chain.tolerated, call.tail_error / before
         if math.isfinite(ratio) and ratio > tolerated.get(index, SUSPICIOUS):
             found, expected = call.tail_found, call.tail
             assert found is not None
@@ -172,10 +183,12 @@ class AgreementWatch(Observer):
         """The unit in the last place of the streams."""
         return self._eps
 
-    @property
-    def worst(self) -> float:
-        """The largest relative error of any stream so far in this walk."""
-        return self._worst
+    def perturbation(self, stream: int) -> tuple[float, float]:
+        """Return by how much a stream may be off: relative to each element, and of any element."""
+        numel = len(next(iter(self._before.values()), [0.0]))
+        error = self._errors[stream] if self._errors else 0.0
+        relative = max(self._worst, self._relative_error(stream), 16 * self._eps)
+        return relative, 2 * error / math.sqrt(max(1, numel))
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Begin anew with the next walk of a retained graph."""
@@ -185,7 +198,7 @@ class AgreementWatch(Observer):
 def check_same(
     run: "Rebuilder",
     index: int,
-    measure: Callable[[float], Digest],
+    measure: Callable[[Change], Digest],
     found: Digest,
     expected: Digest,
     watch: AgreementWatch,
@@ -200,7 +213,7 @@ def check_same(
     Args:
         run: The run.
         index: The half-block.
-        measure: Runs the function with its input changed by a relative amount, and returns a digest of what it gives.
+        measure: Runs the function with its input changed or as it is, and returns a digest of what it gives.
         found: The digest of what it gave the second time.
         expected: The digest of what it gave the first time.
         watch: Knows how far the streams are off.
@@ -209,10 +222,10 @@ def check_same(
         ReconstructionError: It did.
     """
     half_block, eps = run.steps[index].half_block, watch.eps
-    change = max(watch.worst, 16 * eps)
+    change = watch.perturbation(half_block.source)
     run.is_checking = True
     try:
-        again, once_more, perturbed = measure(0.0), measure(0.0), measure(change)
+        again, once_more, perturbed = measure(None), measure(None), measure(change)
     finally:
         run.is_checking = False
     size = math.hypot(*again) or 1.0
@@ -224,24 +237,25 @@ def check_same(
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
 
 
-def _perturbed(streams: StreamSnapshot, which: int, change: float) -> StreamSnapshot:
-    """Return a copy of the streams, of which one is changed by a relative amount, up or down at each element."""
+def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSnapshot:
+    """Return a copy of the streams, of which one is changed, up or down at each element."""
     copy = streams.fork()
-    if change:
+    if change is not None:
+        relative, absolute = change
         source = copy.read(which)
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
-        copy.put(which, source + source * signs.to(source.dtype) * change)
+        copy.put(which, source + signs.to(source.dtype) * (source.abs() * relative + absolute))
     return copy
 
 
-def _redo(run: "Rebuilder", index: int, streams: StreamSnapshot, change: float) -> Tensor:
+def _redo(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Tensor:
     """Return the stream that half-block `index` makes of the streams before it."""
     step = run.steps[index]
     return step.redo(run, _perturbed(streams, step.half_block.source, change))
 
 
-def _tail(run: "Rebuilder", index: int, streams: StreamSnapshot, change: float) -> Digest:
+def _tail(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
     """Return a digest of the last tensor that half-block `index` saves."""
     step = run.steps[index]
     step.rerun(run, _perturbed(streams, step.half_block.source, change), index)

@@ -96,6 +96,8 @@ def _reader(kind: Any, numel: int) -> tuple[Any, int]:
 
 def _digest_of_any(x: Tensor) -> Digest:
     array = _array(x)
+    if array.size == 0:
+        return []
     sample = array[_places(array.shape, SIZE)]
     if sample.dtype.kind == "c":
         sample = np.ascontiguousarray(sample).view(sample.real.dtype)
@@ -118,41 +120,37 @@ def _places(shape: tuple[int, ...], most: int) -> tuple[Any, ...]:
 class Parts(NamedTuple):
     """A sample of a stream, and which of its elements belong to one channel, one token, one sample of the batch."""
 
-    values: Digest
-    groups: tuple[tuple[int, ...], ...]
-    """The places of the elements of each part."""
+    values: Any
+    """An array of float64."""
+    groups: tuple[tuple[Any, int], ...]
+    """For each dimension that is judged, the part to which each element belongs, and the number of parts."""
 
 
 def parts_of(x: Tensor) -> Parts:
     """Return a sample in which each channel, token and sample of the batch has several elements."""
     array = _array(x)
-    size = max(512, 4 * max(array.shape, default=1))
-    sample = array[_places(array.shape, size)] if array.ndim and array.size else array.reshape(-1)
-    groups = _groups(array.shape, size)
-    if sample.dtype.kind == "c":
-        sample, groups = np.ascontiguousarray(sample).view(sample.real.dtype), ()
-    return Parts(sample.tolist(), groups)
+    if array.size == 0 or array.ndim == 0 or array.dtype.kind == "c":
+        return Parts(np.array(digest_of(x)), ())
+    size = max(512, _LEAST * max(array.shape))
+    return Parts(array[_places(array.shape, size)].astype(np.float64), _groups(array.shape, size))
+
+
+_LEAST = 16
+"""Elements of a part below which it is not judged: a part of a few is small by chance."""
 
 
 @lru_cache(maxsize=64)
-def _groups(shape: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
-    numel = math.prod(shape)
-    step = _step(numel, size)
-    groups: list[tuple[int, ...]] = []
-    inner = 1
-    for dim, count in reversed(list(enumerate(shape))):
+def _groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
+    places = _places(shape, size)
+    return tuple(
+        (places[dim], count)
+        for dim, count in enumerate(shape)
         # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
-        if count > 1 and (dim < 2 or len(shape) <= 3):
-            members: list[list[int]] = [[] for _ in range(count)]
-            for place in range(len(range(0, numel, step))):
-                members[place * step // inner % count].append(place)
-            # Parts of one or two elements say little: a small one of these is small by chance.
-            groups += [tuple(each) for each in members if len(each) >= 4]
-        inner *= count
-    return tuple(groups)
+        if (dim < 2 or len(shape) <= 3) and count > 1 and len(places[dim]) >= _LEAST * count
+    )
 
 
-def relative_errors(found: Digest, true: Parts, floor: float) -> tuple[float, float]:
+def relative_errors(found: Any, true: Parts, floor: float) -> tuple[float, float]:
     """Return the relative error of a sample as a whole, and the largest of any of its parts.
 
     A part that was zero throughout does not count: any rounding of the other stream would be infinitely much of it.
@@ -162,14 +160,16 @@ def relative_errors(found: Digest, true: Parts, floor: float) -> tuple[float, fl
         true: The elements as they were.
         floor: How large an element of the whole counts at least.
     """
-    values = true.values
-    distance, worst = math.dist(found, values), 0.0
-    for group in true.groups:
-        before = [values[place] for place in group]
-        size = math.hypot(*before)
-        if size and distance > worst * size:  # Otherwise no part of the whole distance can be that much.
-            worst = max(worst, math.dist([found[place] for place in group], before) / size)
-    return distance / max(math.hypot(*values), floor * len(values) ** 0.5, _TINY), worst
+    differences, squares = np.square(found - true.values), np.square(true.values)
+    size = max(math.sqrt(squares.sum()), floor * math.sqrt(len(squares)), _TINY)
+    whole, worst = math.sqrt(differences.sum()) / size, 0.0
+    for part, count in true.groups:
+        of_part = np.bincount(part, squares, count)
+        is_there = of_part > 0
+        if is_there.any():
+            shares = np.bincount(part, differences, count)[is_there] / of_part[is_there]
+            worst = max(worst, math.sqrt(shares.max()))
+    return whole, worst
 
 
 def checksum(x: Tensor) -> int | None:

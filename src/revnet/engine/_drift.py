@@ -227,8 +227,8 @@ _WARN_ABOVE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3,
 """By dtype: about ten times what 256 blocks at initialization lose, far below what changes a gradient visibly."""
 
 
-_PART = 10.0
-"""By how much more a part may be off than the whole: there are many parts, and some are small by chance."""
+_PART = 100.0
+"""By how much more a part may be off than the whole: there are many parts, and in most networks some are small."""
 
 
 class _Verdict(NamedTuple):
