@@ -100,7 +100,7 @@ class AgreementWatch(Observer):
                     "`clone` it before writing, or use the policy `Store()` for the last block."
                 )
 
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
         """Judge the drift of what the lowest function reads, once.
 
         Raises:

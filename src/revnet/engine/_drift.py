@@ -123,7 +123,7 @@ class DriftWatch(Observer):
                 floor = _root_mean_square(sample(stream)) * torch.finfo(stream.dtype).eps ** 0.5
                 self._floor = floor if self._floor is None else torch.maximum(self._floor, floor)
 
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
         """Note how far what function `index` reads again is from what it read, once, and judge the lowest.
 
         Raises:
@@ -140,7 +140,6 @@ class DriftWatch(Observer):
         error = relative_error(sample(source), true, self._floor)
         function, name = half_block.function, half_block.name
         if self._meter is not None:
-            distance = streams.origin - 1 - index
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
         if index == run.lowest and has_values(source) and not (self._meter is not None and self._meter.is_quiet):
             totals = torch.stack([_total(source), *self._totals])

@@ -26,8 +26,8 @@ class Observer:
     def before_rebuild(self, run: "Rebuilder") -> None:
         """The backward pass asks for the first time."""
 
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Function `index` is about to run again on rebuilt `streams`."""
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
+        """Function `index` is about to run again on `streams`, which were true `distance` half-blocks above."""
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
         """Half-block `index` was undone; `streams` are the ones before it."""

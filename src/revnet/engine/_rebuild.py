@@ -61,13 +61,15 @@ class AbstractStep(abc.ABC):
 
     def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
         """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
-        is_rebuilt = streams.origin > index + 1
-        if is_rebuilt and not run.is_checking:
+        distance = streams.origin - 1 - index
+        if distance > 0 and not run.is_checking:
             for observer in run.observers:
-                observer.before_replay(run, index, streams)
+                observer.before_replay(run, index, streams, distance)
         # `data` has a version of its own: the stream's goes up when it is written over later on.
         source = streams.read(self.half_block.source).data.requires_grad_(self.source_requires_grad)
-        return source, source if is_rebuilt and not self.half_block.coupling.is_exact else None
+        # An observer may have put the true streams in place.
+        is_rounded = streams.origin > index + 1 and not self.half_block.coupling.is_exact
+        return source, source if is_rounded else None
 
 
 class AdditiveStep(AbstractStep):

@@ -126,7 +126,7 @@ class ToleranceWatch(Observer):
         if self._keeper is not None and self._is_calibrating:
             self._keeper.forget({step.half_block.name for step in run.steps})
 
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
         """Put the true streams in place unless what function `index` reads is near enough to what it read."""
         keeper, source = self._keeper, run.steps[index].half_block.source
         self._references = [each for each in self._references if each.position <= index + 1] or self._references[:1]
