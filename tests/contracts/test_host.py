@@ -11,14 +11,14 @@ from revnet.bench.host import HostSubject
 from revnet.bench.host_cases import HOST_CONTENDERS
 
 NUM_BLOCKS = 16
-MOST_CALLS = {"conv": 2_547, "transformer": 2_173}
+MOST_CALLS = {"conv": 2_582, "transformer": 2_198}
 """Python calls inside revnet in one step of 16 blocks under `Reverse()`, as Python 3.11 counts them.
 
 Lower these when a change saves calls. A change that needs more has to say what they are for.
 """
 MOST_FILES = 18
 """Files of revnet in which one of these calls happens."""
-MOST_LINES = 3_900
+MOST_LINES = 4_000
 """Lines of these files, rounded up to the next hundred."""
 
 all_host_cases = pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
