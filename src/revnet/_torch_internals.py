@@ -73,7 +73,7 @@ sequence_number_of: Callable[[torch.autograd.graph.Node], int] = methodcaller("_
 # hooks on the nodes.
 current_node: Callable[[], torch.autograd.graph.Node | None] = torch._C._current_autograd_node
 
-# An assertion that a GPU makes when it comes to it, so that nobody waits; there is no public one. Replacement: read the
+# An assertion that a GPU makes when it comes to it, so that nothing waits. Not public. Replacement: read the
 # value, which cannot be captured in a CUDA graph.
 assert_async = torch._assert_async
 

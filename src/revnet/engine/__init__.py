@@ -65,7 +65,7 @@ What calls what, and where it is. ::
                       run with hooks that catch; batch norms leave their statistics alone
                       compare what was saved and returned with the first run
                       fill Saved.tensors
-                    stream - residual, in place if nobody else sees the memory
+                    stream - residual, in place if nothing else sees the memory
                     observers: is the rebuilt stream near enough?
                 autograd takes the tensors of i one by one, and differentiates function i
 
@@ -80,7 +80,7 @@ The code cites these by number.
     C++, where no collector sees it.
  2. *A slot gives its tensor away.* Reading a slot clears it, so that a tensor is freed as soon as autograd has used it.
     A slot that is read twice (a retained graph) is rebuilt for the second time.
- 3. *One function's activations at a time.* Before a function's slots are filled, those of the function before are
+ 3. *One function's activations at a time.* Before a function's slots are filled, the last function's are
     emptied, whether they were read or not.
  4. *What must be equal in both runs* is the function's structure, parameters, buffers, arguments, training flags,
     `requires_grad` flags, autocast and random numbers. Each is looked at before a replay, cheaply. What can be put back

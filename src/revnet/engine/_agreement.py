@@ -191,7 +191,7 @@ class AgreementWatch(Observer):
         return relative, 2 * error / math.sqrt(max(1, numel))
 
     def after_backward(self, run: "Rebuilder") -> None:
-        """Begin anew with the next walk of a retained graph."""
+        """Start again with the next walk of a retained graph."""
         self._position = -1
 
 

@@ -1,6 +1,6 @@
 """Calling blocks within a chain, for their hooks and for a `forward` of their own.
 
-A chain runs residual functions, not blocks. A block that has hooks, or whose `forward` somebody replaced or overrode,
+A chain runs residual functions, not blocks. A block that has hooks, or whose `forward` was replaced or overridden,
 must be called all the same. The chain then calls the block, whose `forward` finds by `call_within` that it is part of a
 chain, and hands over the streams.
 """

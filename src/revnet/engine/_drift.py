@@ -189,7 +189,7 @@ def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -
 
 
 def _total(x: Tensor) -> Tensor:
-    """The sum of all elements, which tells whether each is finite in less time than looking at each."""
+    """Return the sum of all elements, which shows whether each is finite faster than a look at each."""
     x = x.detach()
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
@@ -244,7 +244,7 @@ _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def _judge(verdict: _Verdict) -> None:
-    """Tell what is wrong: at once on the CPU, on a GPU when its work is done, so that nobody waits for it."""
+    """Report what is wrong: at once on the CPU, and on a GPU when its work is done, so that nothing waits."""
     if verdict.error.is_cuda:
         event = torch.cuda.Event()
         event.record()

@@ -290,7 +290,7 @@ class Rebuilder:
         self._has_begun = False
 
     def new_log_dets(self) -> list[Tensor] | None:
-        """Return where a replay leaves its log-determinants, which nobody reads; None where they are not computed."""
+        """Return where a replay leaves its log-determinants, which are not read; None where they are not computed."""
         return [] if self._has_log_dets else None
 
     # Forward --------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ class Rebuilder:
             self.held.check_memory()
             for observer in self.observers:
                 observer.before_rebuild(self)
-        # One function's activations at a time, even where nobody read the last one's (rule 3).
+        # One function's activations at a time, even where the last one's were not read (rule 3).
         if self._filled is not None:
             self.steps[self._filled].call.empty()
         self._filled = index

@@ -225,7 +225,7 @@ class RecordedCall:
 
     Args:
         name: The function's place in the model, for errors: "blocks.3.f".
-        plan: What is known of the function; made anew if it is None or stale.
+        plan: What is known of the function; made again if it is None or stale.
         function: The function.
         surroundings: What the calls of one forward pass share.
     """
@@ -323,7 +323,7 @@ class RecordedCall:
             kwargs: Its keyword arguments.
             sources: Inputs that are gone when the call is replayed, which then has others of the same values.
             may_stop_early: Whether a replay may end at the last saved tensor.
-            keeps_tail: Whether to compare that tensor, since nobody compares the result.
+            keeps_tail: Whether to compare that tensor, because the result is not compared.
         """
         plan, surroundings = self.plan, self.surroundings
         num_calls = plan.num_calls
@@ -420,7 +420,7 @@ class RecordedCall:
 
 
 def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
-    """Return whether somebody else refers to one of the tensors, and the call made no node for it.
+    """Return whether something else refers to one of the tensors, and the call made no node for it.
 
     What a function computes for itself is referred to by this list alone. (In a function of its own, so that none of
     its variables refers to a tensor when the references are counted again.)

@@ -18,7 +18,7 @@ from revnet.errors import ReconstructionError
 class StreamSnapshot:
     """The streams at one position of a chain: `position` half-blocks lie before it.
 
-    A snapshot notices when somebody writes to its tensors. It is walked back in place: `take` gives a stream away, and
+    A snapshot notices when its tensors are written to. It is walked back in place: `take` gives a stream away, and
     `put` sets the one that was rebuilt from it.
     """
 
@@ -88,13 +88,13 @@ class StreamSnapshot:
         return tensor is not None and version_of(tensor) == self._versions[which]
 
     def check_memory(self) -> None:
-        """Raise if somebody has taken the memory of a stream away, which a read would crash on."""
+        """Raise if the memory of a stream was freed, which a read would crash on."""
         for tensor in self.held:
             if type(tensor) is not Tensor or in_functorch_transform() or tensor.layout is not torch.strided:
                 continue
             try:
                 is_there = tensor.untyped_storage().nbytes() >= tensor.nbytes
-            except RuntimeError:  # Batched by a transform that is over; whoever reads it is told so.
+            except RuntimeError:  # Batched by a transform that is over: reading it raises.
                 continue
             if not is_there and tensor.untyped_storage().nbytes() == 0:
                 raise ReconstructionError(
@@ -104,7 +104,7 @@ class StreamSnapshot:
                 )
 
     def take(self, which: int) -> Tensor:
-        """Return one stream without keeping it, so that the caller owns it unless somebody else sees the memory."""
+        """Return one stream without keeping it, so that the caller owns it unless another tensor sees the memory."""
         tensor = self.read(which)
         self.held[which] = None
         return tensor

@@ -48,7 +48,7 @@ def largest_element(x: Tensor) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros(())
     if x.numel() <= 2**12:
-        return torch.linalg.vector_norm(x, torch.inf)  # One operation in place of three.
+        return torch.linalg.vector_norm(x, torch.inf)  # One operation instead of three.
     # The norm that says it takes thirty times as long on a CPU; and of these, each is slow where the other is not.
     is_dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     least, most = (x.amin(), x.amax()) if is_dense else torch.aminmax(x)
@@ -56,7 +56,7 @@ def largest_element(x: Tensor) -> Tensor:
 
 
 def _count_alone() -> int | None:
-    """Return the use count of a storage that nothing shares; None where it cannot be told, in some release."""
+    """Return the use count of a storage that nothing shares; None where PyTorch does not say."""
     if storage_use_count is None:
         return None
     tensor = torch.empty(1, device="cpu")

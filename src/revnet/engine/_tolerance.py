@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 _INTERVAL = 100
-"""Passes after which keyframes are placed anew."""
+"""Passes after which keyframes are placed again."""
 _PLACE_ABOVE = 0.25
 _BROKEN_ABOVE = 0.5
 """Of the tolerance. A sample knows an error but roughly, so that it may not come nearer; keyframes are placed with some
@@ -59,7 +59,7 @@ class ToleranceKeeper:
         self._has_warned = state["has_warned"]
 
     def begin(self, first_name: str) -> bool:
-        """Count a pass through the run of that first half-block; whether it shall place its keyframes anew."""
+        """Count a pass through the run of that first half-block; return whether it places its keyframes again."""
         count = self._num_passes.get(first_name, 0)
         self._num_passes[first_name] = count + 1
         return count % _INTERVAL == 0
@@ -69,7 +69,7 @@ class ToleranceKeeper:
         return not error <= self.tolerance * (_PLACE_ABOVE if is_calibrating else _BROKEN_ABOVE)
 
     def forget(self, names: set[str]) -> None:
-        """Drop keyframes, to be placed anew."""
+        """Drop keyframes, which are placed again."""
         self.keyframes -= names
 
     def add_keyframe(self, name: str) -> None:

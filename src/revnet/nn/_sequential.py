@@ -23,7 +23,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
 
     The backward pass rebuilds each block's input from its output, so that the memory for activations is the same for
     four blocks and for four hundred. It behaves as plain autograd does: gradients, hooks, `torch.autograd.grad`,
-    retained graphs, double backward, batch-norm statistics, dropout and autocast are those of the stored twin, which is
+    retained graphs, double backward, batch-norm statistics, dropout and autocast equal the stored twin's, which is
     the same sequence with `policy=Store()`.
 
     Use it where activations decide what fits. For a few blocks on small inputs, plain autograd is faster.
@@ -39,7 +39,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         x: a tensor, even along the blocks' `split_dim`, or a pair of tensors. Output: the same.
 
     Raises:
-        TypeError: A block is not reversible, or a policy is none.
+        TypeError: A block is not reversible, or an entry of `policy` is not a policy.
         ValueError: The blocks' `split_dim` differ, there are not as many policies as blocks, or `tolerance` is no
             relative error.
         NotImplementedError: A sequence with a `tolerance` is compiled as a whole.
@@ -52,10 +52,10 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         With a `tolerance`, each rebuilt stream is compared with a sample of the true one before a function reads it.
         Where the error comes near the bound, the blocks below run forward once more to find the truth, and a keyframe
         is placed, which the next forward pass holds; so the first step is protected, too. Every 100 passes the
-        keyframes are placed anew. Where undoing one residual function breaks the bound, its stream is stored, and a
+        keyframes are placed again. Where undoing one residual function breaks the bound, its stream is stored, and a
         warning says so once. Exact couplings need none of it.
 
-        That costs, beside the pair at each keyframe (neighbours share a stream), the pair at the start and up to 2 KiB
+        That costs, besides the pair at each keyframe (neighbours share a stream), the pair at the start and up to 2 KiB
         for each residual function; in a pass that places keyframes, about one forward pass, and pairs whose number is
         as the root of the depth.
 

@@ -59,7 +59,7 @@ class Attributes:
         """Return a description of the first thing that is no longer as it was, or None."""
         for module, before in self._modules:
             now = _own_attributes(module)
-            # Tensors that hooks set anew before each call are the same in both runs.
+            # Tensors that hooks set again before each call are the same in both runs.
             for key in (now.keys() | before.keys()) - _set_by_hooks(module):
                 if key not in now or key not in before or not _is_same(now[key], before[key]):
                     return f"`{key}` of {type(module).__name__}"
@@ -113,7 +113,7 @@ def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], cycl
 
 
 def drop_graphs_of_hooks(function: nn.Module) -> None:
-    """Detach the tensors that hooks such as the ones of weight norm and pruning set anew before each call."""
+    """Detach the tensors that hooks such as the ones of weight norm and pruning set again before each call."""
     for module in function.modules():
         for name in _set_by_hooks(module):
             tensor = vars(module).get(name)
