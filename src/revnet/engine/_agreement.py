@@ -1,7 +1,8 @@
 """Whether what runs a second time is what ran the first time, as far as a few numbers can tell; on the CPU.
 
-The forward pass keeps a digest of each stream before it is updated, and of the last tensor that the first and the last
-function saved. The backward pass compares them with what it rebuilds. Three things can be wrong:
+The forward pass keeps a digest of each stream before it is updated, and of the last tensor that a function saved where
+the result of the function is not compared. The backward pass compares them with what it rebuilds. Three things can be
+wrong:
 
 - The output was written over without a version (through `.data` or NumPy): its checksum differs. An error.
 - A function gave something else the second time (its own random generator, state in attributes, a tensor from

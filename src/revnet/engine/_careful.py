@@ -303,7 +303,9 @@ def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
             # Written before use, as `nn.Embedding(max_norm=)` does: a replay works on a copy of what that left.
             written[place] = call.parameters[place]
     call.versions = versions
-    for place, (old_sum, new_sum) in enumerate(zip(checksums or (), _checksums(call.parameters), strict=False)):
+    # The parameters are only read again where a sum from before the call is there to compare with.
+    new_sums = () if checksums is None else _checksums(call.parameters)
+    for place, (old_sum, new_sum) in enumerate(zip(checksums or (), new_sums, strict=False)):
         if old_sum != new_sum and place not in written:
             # Seen for the first time, so what was there before is lost: this replay begins with what the function left,
             # and the check of its result says whether that was right. Next time a copy is taken before the call.

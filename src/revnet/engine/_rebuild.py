@@ -3,7 +3,7 @@
 import abc
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,32 +82,25 @@ class AdditiveStep(AbstractStep):
         half_block = self.half_block
         source, stream = streams[half_block.source], streams[half_block.target]
         is_lowest = run.first_with_slots is None
-        if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
-            # `chain.call` without its questions.
-            version = source._version
-            residual = self.call.record(
-                run,
-                index,
-                half_block.function,
-                (source, *chain.args),
-                chain.kwargs,
-                (source,),
-                may_stop_early=is_lowest,
-                keeps_tail=is_lowest and run.is_watched,
-            )
-            if source._version != version:
-                raise wrote_to_input(half_block)
-        else:
-            residual = self.call.record(
-                run,
-                index,
-                chain.call,
-                (half_block, source),
-                {},
-                (source,),
-                may_stop_early=is_lowest,
-                keeps_tail=is_lowest and run.is_watched,
-            )
+        function: Callable[..., Any] = chain.call
+        args: tuple[Any, ...] = (half_block, source)
+        kwargs: dict[str, Any] = {}
+        is_plain = chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments
+        if is_plain:  # `chain.call` without its questions.
+            function, args, kwargs = half_block.function, (source, *chain.args), chain.kwargs
+        version = source._version
+        residual = self.call.record(
+            run,
+            index,
+            function,
+            args,
+            kwargs,
+            (source,),
+            may_stop_early=is_lowest,
+            keeps_tail=is_lowest and run.is_watched,
+        )
+        if is_plain and source._version != version:
+            raise wrote_to_input(half_block)
         # What the coupling would do, without its checks, which cost more than the sum of small tensors.
         if (
             type(half_block.coupling) is Additive
@@ -156,22 +149,15 @@ class AdditiveStep(AbstractStep):
     ) -> Any:
         source, rounded = self.source_of(run, streams, index)
         chain, half_block = run.chain, self.half_block
-        if chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments:
-            residual = replay(
-                self.call,
-                half_block.function,
-                (source, *chain.args),
-                chain.kwargs,
-                fill=fill,
-                rounded=rounded,
-                needs_result=needs_result,
-            )
-            if source._version:
-                raise wrote_to_input(half_block)
-        else:
-            residual = replay(
-                self.call, chain.call, (half_block, source), {}, fill=fill, rounded=rounded, needs_result=needs_result
-            )
+        function: Callable[..., Any] = chain.call
+        args: tuple[Any, ...] = (half_block, source)
+        kwargs: dict[str, Any] = {}
+        is_plain = chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments
+        if is_plain:
+            function, args, kwargs = half_block.function, (source, *chain.args), chain.kwargs
+        residual = replay(self.call, function, args, kwargs, fill=fill, rounded=rounded, needs_result=needs_result)
+        if is_plain and source._version:
+            raise wrote_to_input(half_block)
         return residual if residual is None else residual.detach()
 
 
