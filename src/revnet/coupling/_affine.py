@@ -16,7 +16,7 @@ from torch import Tensor
 
 from revnet._checks import check_choice, check_positive_number
 from revnet.coupling._abstract import AbstractCoupling
-from revnet.coupling._check import check_residual
+from revnet.coupling._check import check_real, check_residual
 
 Bound = Literal["tanh", "sigmoid"]
 
@@ -65,10 +65,7 @@ class Affine(AbstractCoupling):
         Raises:
             TypeError: The stream is complex.
         """
-        if x.is_complex():
-            raise TypeError(
-                f"`x` has dtype {x.dtype}, but {self} needs real streams; use `Additive()` for complex ones."
-            )
+        check_real(x, self)
         return x
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:

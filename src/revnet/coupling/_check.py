@@ -1,7 +1,15 @@
-"""Check what a residual function returned."""
+"""Check the streams of a coupling, and what a residual function returned."""
 
 import torch
 from torch import Tensor
+
+
+def check_real(x: Tensor, coupling: object) -> None:
+    """Raise if the stream `x` is complex, for a coupling that needs real ones."""
+    if x.is_complex():
+        raise TypeError(
+            f"`x` has dtype {x.dtype}, but {coupling} needs real streams; use `Additive()` for complex ones."
+        )
 
 
 def check_residual(x: Tensor, residual: Tensor, name: str) -> None:

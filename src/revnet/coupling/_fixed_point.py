@@ -21,7 +21,7 @@ from torch import Tensor
 from revnet._checks import check_bool, describe, is_integer
 from revnet._torch_internals import in_functorch_transform
 from revnet.coupling._abstract import AbstractCoupling
-from revnet.coupling._check import check_residual
+from revnet.coupling._check import check_real, check_residual
 
 _SIGNIFICAND_BITS = {torch.float32: 24, torch.float64: 53}
 
@@ -77,10 +77,7 @@ class FixedPoint(AbstractCoupling):
         Raises:
             TypeError: The stream is complex.
         """
-        if x.is_complex():
-            raise TypeError(
-                f"`x` has dtype {x.dtype}, but {self} needs real streams; use `Additive()` for complex ones."
-            )
+        check_real(x, self)
         is_wide = self.is_wide or x.dtype == torch.float64
         return _to_grid(x.to(torch.float64 if is_wide else torch.float32), self.fraction_bits)
 
