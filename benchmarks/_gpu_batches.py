@@ -14,7 +14,7 @@ from revnet import AbstractPolicy, Store
 from revnet.memory import max_batch_size, measure
 
 SHARE = 0.9
-"""Of the memory that is free, the rest being for what is no tensor, and for gaps between tensors."""
+"""Fraction of the free memory to use. The rest is for fragmentation and for memory that is not in tensors."""
 QUICK_BUDGET = 2**20
 
 

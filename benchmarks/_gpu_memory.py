@@ -58,7 +58,7 @@ def _row(config: Config, policy: AbstractPolicy, setting: Setting) -> Row:
         "predicted_bytes": predicted.peak_bytes,
         "predict_seconds": time.perf_counter() - start,
     }
-    if device.type != "cuda":  # there is no allocator to ask, so the bytes are counted
+    if device.type != "cuda":  # a CPU has no memory statistics; count the bytes
         counted = measure(make(config.name, policy), inputs_of(config.name, config.size), **options)
         return row | {"allocated_bytes": counted.peak_bytes, "other_bytes": 0, "reserved_bytes": None, "note": ""}
     constant_bytes = predicted.parameter_bytes + predicted.buffer_bytes + predicted.input_bytes
@@ -68,7 +68,7 @@ def _row(config: Config, policy: AbstractPolicy, setting: Setting) -> Row:
 def _watched(
     config: Config, policy: AbstractPolicy, device: torch.device, autocast: torch.dtype | None, constant_bytes: int
 ) -> Row:
-    """Ask the allocator, of which nobody else in this process has anything."""
+    """Measure a training step by the statistics of the CUDA allocator."""
     found: Row = {"allocated_bytes": None, "other_bytes": None, "reserved_bytes": None}
 
     def run() -> None:
@@ -90,7 +90,7 @@ def lines(found: Sequence[Row]) -> list[str]:
         "A training step with SGD and momentum; everything counted: parameters, gradients, the optimizer's state,",
         "activations. *Predicted* by `revnet.memory.predict(..., device=...)` on the meta device. *Allocated* and",
         "*reserved* are PyTorch's peaks over one step, after two to warm up. *Other* was allocated before that step",
-        "and belongs to none of its tensors: workspaces of cuBLAS, which are not predicted. On a CPU, *allocated* is",
+        "and is not one of its tensors: workspaces of cuBLAS, which are not predicted. On a CPU, *allocated* is",
         "what `revnet.memory.measure` counts.",
         "",
         *table((*columns, "reserved, MiB", "reserved / predicted", "predicting, s"), [_cells(row) for row in found]),

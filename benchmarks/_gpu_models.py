@@ -85,7 +85,7 @@ def lines(found: Sequence[Row]) -> list[str]:
     """Write the table."""
     columns = ("network", "batch", "pixels", "images/s", "step, ms", "step / twin", "host, ms", "peak, MiB")
     return [
-        "Training steps with SGD and momentum in float32, channels-last. Those of a group take turns: the reversible",
+        "Training steps with SGD and momentum in float32, channels-last. A group is timed in turns: the reversible",
         "network, its stored twin, the ordinary network of its size. *Step / twin* is the median over rounds of the",
         "ratio within the round; *host* is the processor time until everything is launched; *peak* is allocated above",
         "what was there before the step.",

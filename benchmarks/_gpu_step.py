@@ -51,7 +51,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give memory that nobody uses back to the driver."""
+    """Return unused cached memory to the driver."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
