@@ -91,7 +91,7 @@ storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use
 
 
 def never_compile(function: Callable[..., object]) -> None:
-    """Have `torch.compile` leave alone the functions that `function` defines inside itself.
+    """Have `torch.compile` leave alone `function`, and the functions that it defines inside itself.
 
     Saved-tensor hooks are called while a compiled residual function runs, and would each be traced and guarded.
     Replacement: `torch.compiler.disable`, whose wrapper costs more than the hooks do.
@@ -100,7 +100,7 @@ def never_compile(function: Callable[..., object]) -> None:
     if strategy is None:
         return  # An optimization alone: releases that name it otherwise trace the hooks.
     skip = strategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
-    for constant in function.__code__.co_consts:
+    for constant in (function.__code__, *function.__code__.co_consts):
         if isinstance(constant, CodeType):
             eval_frame.set_code_exec_strategy(constant, skip)
 

@@ -12,29 +12,23 @@ wrong:
 """
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
-from operator import sub
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from revnet.engine._careful import NOISE, not_the_same
 from revnet.engine._chain import HalfBlock
-from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, relative_errors
-from revnet.engine._drift import StreamKind, report
+from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, reader_of, relative_errors
+from revnet.engine._drift import PART, WARN_ABOVE, StreamKind, report
 from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
+from revnet.engine._suspicion import check_same, stream_again, tail_again
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
-
-Change = tuple[float, float] | None
-"""By how much each element is changed, relative to itself and whatever its size; None for not at all."""
 
 SUSPICIOUS = 64.0
 """By how much more a result may be off than the streams so far, before its function is run again to make sure.
@@ -42,9 +36,9 @@ SUSPICIOUS = 64.0
 A residual function amplifies a relative error a few times; if each did so by 64, a float32 stream would be lost after
 four blocks. The number decides when to look closer, not what is an error.
 """
-EXCESS = 100.0
-"""By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
 _FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in _DTYPES}
+"""The relative error of rounding, by which any stream may be off."""
 
 
 class AgreementWatch(Observer):
@@ -64,18 +58,30 @@ class AgreementWatch(Observer):
         self._eps = torch.finfo(torch.float32).eps
         self._first: Parts | None = None
         """Of what the lowest function reads, whose rebuilt stream has come the longest way."""
-        self._final: list[Digest] = []
+        self._read: Any = None
+        """Reads a stream at an address, if it is as most are: contiguous, of `_numel` elements and of `_dtype`."""
+        self._numel, self._dtype, self._every = 0, torch.float32, slice(None)
+        self._final: dict[int, Digest] = {}
         """Of the final streams."""
 
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
         """Digest the stream that half-block `index` updates, if it will be rebuilt."""
+        if index >= len(run.chain.chain.half_blocks) - len(streams):
+            self._final[half_block.target] = digest_of(y)
         if -1 < run.lowest < index:
-            self._before[index] = digest_of(streams[half_block.target])
+            x = streams[half_block.target]
+            if x.dtype is self._dtype and x.numel() == self._numel and x.is_contiguous():
+                self._before[index] = self._read(x.data_ptr())[self._every]
+            else:
+                self._before[index] = digest_of(x)
         elif index == run.lowest:
-            self._first = parts_of(streams[half_block.source])
-            self._eps = torch.finfo(streams[half_block.source].dtype).eps
+            source = streams[half_block.source]
+            self._first = parts_of(source)
+            self._eps = torch.finfo(source.dtype).eps
+            self._read, self._every = reader_of(source)
+            self._numel, self._dtype = source.numel() if self._read else -1, source.dtype
 
     def on_hold(self, streams: Sequence[Tensor | None]) -> None:
         """Note the checksums of the final streams, which depend on how they lie."""
@@ -88,9 +94,6 @@ class AgreementWatch(Observer):
             ReconstructionError: It was written over, in a way that leaves no version.
         """
         assert run.held is not None
-        for stream in run.held.held:
-            if stream is not None and self._first is not None:
-                self._final.append(digest_of(stream))
         for which, (stream, expected) in enumerate(zip(run.held.held, self._checksums, strict=True)):
             # A stream with another version raises when it is read, by its own error.
             is_silent = stream is not None and expected is not None and run.held.is_unmodified(which)
@@ -101,36 +104,21 @@ class AgreementWatch(Observer):
                     "`clone` it before writing, or use the policy `Store()` for the last block."
                 )
 
-    def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
-        """Judge the drift of what the lowest function reads, once.
-
-        Raises:
-            ReconstructionError: NaN or inf is in it that was not there in the forward pass.
-        """
-        if index != run.lowest or self._first is None:
-            return
-        half_block = run.steps[index].half_block
-        source, first = streams.read(half_block.source), self._first
-        self._first = None
-        found = parts_of(source).values
-        # What is nothing compared with the other stream must not count as infinite where this one is zero.
-        size = max([math.hypot(*digest) / max(1, len(digest)) ** 0.5 for digest in self._final], default=0.0)
-        error, of_part = relative_errors(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
-        kind = StreamKind(half_block.name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
-        # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
-        is_finite = math.isfinite(found.sum())
-        was_finite = is_finite or math.isfinite(sum(map(sum, (*self._final, *self._before.values()))))
-        report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
-
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
         """Compare the stream that was rebuilt by undoing half-block `index`."""
+        if self._first is not None and index == run.lowest + 1:
+            first, self._first, lowest = self._first, None, run.steps[run.lowest].half_block
+            self._judge(run, lowest, streams.read(lowest.source), first)
         expected, target = self._before.get(index), half_block.target
         x = streams.held[target]
         if expected is None or x is None:
             return
-        found = digest_of(x)
-        count = len(streams.strides)
+        if x.dtype is self._dtype and x.numel() == self._numel and x.is_contiguous():
+            found = self._read(x.data_ptr())[self._every]
+        else:
+            found = digest_of(x)
         if index >= self._position:  # A new walk, from streams that are true.
+            count = len(streams.strides)
             self._worst, self._sizes, self._errors = 0.0, [0.0] * count, [0.0] * count
         self._position = index
         size = math.hypot(*expected)
@@ -140,11 +128,35 @@ class AgreementWatch(Observer):
         if found == expected:
             return
         self._errors[target] = error = math.dist(found, expected)
-        before = max(self._worst, self._relative_error(half_block.source), _FLOOR[x.dtype])
+        of_source = self._sizes[half_block.source]
+        of_source = self._errors[half_block.source] / of_source if of_source else 0.0
+        before = max(self._worst, of_source, _FLOOR[x.dtype])
         if not error <= scale * SUSPICIOUS * before or half_block.coupling.is_exact:
             self._look_closer(run, index, streams, found, expected, error / (scale * before) if scale else math.inf)
         if scale:
             self._worst = max(self._worst, error / scale)
+
+    def _judge(self, run: "Rebuilder", half_block: HalfBlock, source: Tensor, first: Parts) -> None:
+        """Judge the drift of what the lowest function is about to read again.
+
+        Raises:
+            ReconstructionError: NaN or inf is in it that was not there in the forward pass.
+        """
+        found = parts_of(source).values
+        # What is nothing compared with the other stream must not count as infinite where this one is zero.
+        size = max([math.hypot(*digest) / max(1, len(digest)) ** 0.5 for digest in self._final.values()], default=0.0)
+        error, of_part = relative_errors(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
+        # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
+        is_finite = math.isfinite(found.sum())
+        if (
+            is_finite
+            and max(error, of_part / PART) <= WARN_ABOVE.get(source.dtype, 0.0)
+            and not half_block.coupling.is_exact
+        ):
+            return
+        was_finite = is_finite or math.isfinite(sum(map(sum, (*self._final.values(), *self._before.values()))))
+        kind = StreamKind(half_block.name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
+        report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
 
     def _relative_error(self, stream: int) -> float:
         """Return how far a stream is off at present, relative to itself; 0 for one that was not undone yet."""
@@ -164,19 +176,19 @@ class AgreementWatch(Observer):
         tolerated = run.chain.chain.tolerated
         # NaN and inf are the model's own, or reported as drift.
         if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
-            check_same(run, index, lambda change: digest_of(_redo(run, index, streams, change)), found, expected, self)
+            check_same(run, index, partial(stream_again, run, index, streams), found, expected, self)
             tolerated[index] = 4 * ratio
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
         """Compare the last tensor that the lowest function saved, since its result is not looked at."""
-        call, half_block = run.steps[index].call, run.steps[index].half_block
-        before = max(self._worst, self._relative_error(half_block.source), 4 * self._eps)
-        tolerated, ratio = run.chain.chain.tolerated, call.tail_error / before
+        step = run.steps[index]
+        tail = step.tail
+        assert tail is not None
+        before = max(self._worst, self._relative_error(step.half_block.source), 4 * self._eps)
+        tolerated, ratio = run.chain.chain.tolerated, tail.error / before
         if math.isfinite(ratio) and ratio > tolerated.get(index, SUSPICIOUS):
-            found, expected = call.tail_found, call.tail
-            assert found is not None
-            assert expected is not None
-            check_same(run, index, lambda change: _tail(run, index, streams, change), found, expected, self)
+            measure = partial(tail_again, run, index, streams)
+            check_same(run, index, measure, tail.found, tail.expected, self)
             tolerated[index] = 4 * ratio
 
     @property
@@ -194,75 +206,3 @@ class AgreementWatch(Observer):
     def after_backward(self, run: "Rebuilder") -> None:
         """Start again with the next walk of a retained graph."""
         self._position = -1
-
-
-def check_same(
-    run: "Rebuilder",
-    index: int,
-    measure: Callable[[Change], Digest],
-    found: Digest,
-    expected: Digest,
-    watch: AgreementWatch,
-) -> None:
-    """Raise if half-block `index` gave something else the second time for another reason than rounding.
-
-    The function runs twice more on the input that it has just had: two results that differ show that it is not
-    deterministic. Then once on an input that is perturbed by as much as the streams are off: if most elements are off
-    by far more than that explains, something that the function depends on has changed since the forward pass. (Most,
-    since a hash or a choice may jump for a few elements where its input moves in the last place: that is drift.)
-
-    Args:
-        run: The run.
-        index: The half-block.
-        measure: Runs the function with its input changed or as it is, and returns a digest of what it gives.
-        found: The digest of what it gave the second time.
-        expected: The digest of what it gave the first time.
-        watch: Knows how far the streams are off.
-
-    Raises:
-        ReconstructionError: It did.
-    """
-    half_block, eps = run.steps[index].half_block, watch.eps
-    change = watch.perturbation(half_block.source)
-    run.is_checking = True
-    try:
-        again, once_more, perturbed = measure(None), measure(None), measure(change)
-    finally:
-        run.is_checking = False
-    size = math.hypot(*again) or 1.0
-    if math.dist(again, once_more) > NOISE * eps * size:
-        raise not_the_same(half_block.name, "and other numbers each time that it runs")
-    response = _median_distance(perturbed, again)
-    floor = max(response, eps * size / len(expected) ** 0.5)
-    if half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
-        raise not_the_same(half_block.name, "which rounding of its input does not explain")
-
-
-def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSnapshot:
-    """Return a copy of the streams, of which one is changed, up or down at each element."""
-    copy = streams.fork()
-    if change is not None:
-        relative, absolute = change
-        source = copy.read(which)
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
-        copy.put(which, source + signs.to(source.dtype) * (source.abs() * relative + absolute))
-    return copy
-
-
-def _redo(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Tensor:
-    """Return the stream that half-block `index` makes of the streams before it."""
-    step = run.steps[index]
-    return step.redo(run, _perturbed(streams, step.half_block.source, change))
-
-
-def _tail(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
-    """Return a digest of the last tensor that half-block `index` saves."""
-    step = run.steps[index]
-    step.rerun(run, _perturbed(streams, step.half_block.source, change), index)
-    assert step.call.tail_found is not None
-    return step.call.tail_found
-
-
-def _median_distance(a: Digest, b: Digest) -> float:
-    return statistics.median(map(abs, map(sub, a, b)))

@@ -4,8 +4,7 @@ State in buffers, parameters that a function writes, tensors from elsewhere, ear
 differentiation are all rare. `_record` asks cheaply whether one of them is there, and comes here if so.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import (
+    HAS_ACCELERATOR,
     forward_mode_level,
     hooks_are_disabled,
-    next_sequence_number,
     sequence_number_of,
+    tree_leaves,
 )
 from revnet.engine._digest import can_digest, checksum, same_bits
-from revnet.engine._random import digest, same_random_state
+from revnet.engine._random import RandomStates, digest, same_random_state
 from revnet.engine._tensors import storage_key, version_of, versions_of
 from revnet.engine._tracing import refuse
 from revnet.errors import ReconstructionError
@@ -34,6 +34,7 @@ CHECKSUM_INTERVAL = 64
 _CPU = torch.device("cpu")
 
 _base_of = attrgetter("_base")
+meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrgetter("shape", "dtype")
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------
@@ -95,74 +96,7 @@ def check_finished(is_finished: bool) -> None:
 def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
     """Do not take a stream for lasting that is an argument, too: as a stream, it is rebuilt elsewhere."""
     keys = {storage_key(source) for source in sources}
-    for argument in call.surroundings.arguments:
-        if storage_key(argument) in keys:
-            call.lasting.discard(id(argument))
-
-
-def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
-    """Return the test whether a tensor outlives the call; a miss is harmless, since it is rebuilt then."""
-    if forward_mode_level() < 0:
-        return lambda tensor: id(tensor) in lasting or id(tensor._base) in lasting
-    # Forward mode saves the primal of a dual tensor, which is another object with the same storage.
-    known = (*call.parameters, *call.buffers, *call.surroundings.arguments)
-    keys = {storage_key(each) for each in known} - {None}
-    return lambda tensor: id(tensor) in lasting or storage_key(tensor) in keys
-
-
-def make_pack(
-    call: "RecordedCall", saved: "Saved", tensors: list[Tensor], versions: list[int], nodes: list[int]
-) -> Callable[[Tensor], tuple[Any, int]]:
-    """Return a hook for a first run that also notes which operation saved each tensor."""
-    is_lasting = lasting_test(call, call.lasting)
-
-    def pack(tensor: Tensor) -> tuple[Any, int]:
-        if is_lasting(tensor):
-            return tensor, version_of(tensor)
-        versions.append(version_of(tensor))
-        tensors.append(tensor)
-        nodes.append(next_sequence_number())
-        return saved, len(tensors) - 1
-
-    return pack
-
-
-class StopReplay(BaseException):
-    """Stops a replay once every slot is filled. A BaseException so that user code does not catch it."""
-
-
-def make_replay_pack(
-    call: "RecordedCall", caught: list[Tensor], versions: list[int], lasting: set[int], stop_after: int
-) -> Callable[[Tensor], Tensor]:
-    """Return a hook for a second run that notes versions, and stops the run after `stop_after` tensors."""
-    is_lasting = lasting_test(call, lasting)
-
-    def pack(tensor: Tensor) -> Tensor:
-        if is_lasting(tensor):
-            return tensor
-        tensor = tensor.detach()
-        caught.append(tensor)
-        versions.append(version_of(tensor))
-        if len(caught) == stop_after:
-            raise StopReplay
-        return tensor
-
-    return pack
-
-
-def stop_after(tensors: Sequence[Tensor], nodes: Sequence[int], sources: Sequence[Tensor]) -> int:
-    """Return after how many saved tensors a replay may stop; -1 if it must run to the end.
-
-    An operation saves its inputs before it computes, so the last one need not compute at all. But some save room for
-    what they are about to compute (RReLU's noise): those must.
-    """
-    keys = {storage_key(each) for each in sources}
-    is_complete = [
-        tensor.grad_fn is not None or storage_key(tensor) in keys
-        for tensor, node in zip(tensors, nodes, strict=True)
-        if node == nodes[-1]
-    ]
-    return len(tensors) if all(is_complete) else -1
+    call.lasting = call.lasting - {id(each) for each in call.surroundings.arguments if storage_key(each) in keys}
 
 
 def find_constants(
@@ -231,39 +165,6 @@ def _fresh_counts() -> tuple[int, int]:
 FRESH_COUNT, _FRESH_BASE_COUNT = _fresh_counts()
 
 
-def compare_tails(call: "RecordedCall", dtype: torch.dtype, *, is_rounded: bool) -> None:
-    """Note by how much the last saved tensor differs from the first run's; raise if its input was the same.
-
-    Raises:
-        ReconstructionError: The input of the replay is bit for bit the one of the first run, and the tensor is not.
-    """
-    assert call.tail is not None
-    assert call.tail_found is not None
-    size = math.hypot(*call.tail)
-    if not math.isfinite(size):
-        return  # NaN and inf are the model's own.
-    distance = math.dist(call.tail, call.tail_found)
-    call.tail_error = distance / size if size else math.inf
-    # Two runs on one input may differ in the last places, say for the alignment of memory.
-    noise = NOISE * torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
-    if not is_rounded and not distance <= noise * size:
-        raise not_the_same(call.name, "on the input that it had in the forward pass")
-
-
-NOISE = 1024.0
-"""Units in the last place by which two runs of one function on one input may differ."""
-
-
-def not_the_same(name: str, how: str) -> ReconstructionError:
-    """Return the error for a function that gives other numbers when it runs again."""
-    return ReconstructionError(
-        f"`{name}` gave other numbers when it ran again, {how}: it draws random numbers outside of PyTorch or from a "
-        "generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward pass. "
-        "Draw with PyTorch's global generator, keep state in buffers, pass tensors as arguments, or keep the block's "
-        "activations with the policy `Store()`."
-    )
-
-
 # State that a function changes ----------------------------------------------------------------------------------------
 
 
@@ -277,17 +178,17 @@ def before(call: "RecordedCall") -> list[int | None] | None:
         call.written = {place: call.parameters[place].detach().clone() for place in plan.data_writes}
     if plan.fixed:
         call.buffer_versions = {place: version_of(call.buffers[place]) for place in plan.fixed}
-    return _checksums(call.parameters) if plan.num_calls[0] % CHECKSUM_INTERVAL == 1 else None
+    return _checksums(call.parameters) if plan.num_calls % CHECKSUM_INTERVAL == 1 else None
 
 
 def moved(
-    surroundings: "Surroundings", before: Sequence[Tensor], after: Sequence[Tensor]
+    surroundings: "Surroundings", before: RandomStates, after: RandomStates
 ) -> list[tuple[torch.device, Tensor, int | None]] | None:
     """Return the devices whose random state has moved, with the state before and a digest of the one after."""
+    devices = (_CPU, *surroundings.others)
+    states = zip(devices, (before[0], *before[2]), (after[0], *after[2]), strict=True)
     found: list[tuple[torch.device, Tensor, int | None]] = [
-        (device, old, digest(new))
-        for device, old, new in zip((_CPU, *surroundings.others), before, after, strict=True)
-        if not same_random_state(old, new)
+        (device, old, digest(new)) for device, old, new in states if not same_random_state(old, new)
     ]
     return found or None
 
@@ -397,6 +298,11 @@ def modified(what: str, tensor: Tensor, version: int) -> RuntimeError:
         f"one of the variables needed for gradient computation has been modified by an inplace operation: {what}, of "
         f"shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; expected version {version} instead."
     )
+
+
+def metas_of(result: Any) -> list[Any]:
+    """Return shape, dtype and device of the tensors that a function returned."""
+    return [meta_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _described(meta: tuple[Any, ...]) -> str:

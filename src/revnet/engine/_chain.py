@@ -19,8 +19,8 @@ from revnet.engine._streams import with_own_gradient
 from revnet.engine._tensors import tensors_in
 
 if TYPE_CHECKING:
+    from revnet.engine._plan import Plan
     from revnet.engine._rebuild import Rebuilder
-    from revnet.engine._record import Plan
     from revnet.engine._tolerance import ToleranceKeeper
 
 _ADDITIVE = Additive()

@@ -91,6 +91,8 @@ class DriftWatch(Observer):
             first one alone, once, and all of them under a `DriftMeter`.
     """
 
+    looks_before_replays = True
+
     def __init__(self, *, keeps_all: bool = False) -> None:
         self._meter: DriftMeter | None = getattr(_active, "meter", None)
         self._keeps_all = keeps_all
@@ -219,14 +221,14 @@ class StreamKind(NamedTuple):
         """The relative error from which on users are warned."""
         if self.is_exact:
             return 0.0
-        return 1e-2 if self.is_mixed else _WARN_ABOVE.get(self.dtype, 1e-2)
+        return 1e-2 if self.is_mixed else WARN_ABOVE.get(self.dtype, 1e-2)
 
 
-_WARN_ABOVE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3, torch.complex64: 1e-3}
+WARN_ABOVE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3, torch.complex64: 1e-3}
 """By dtype: about ten times what 256 blocks at initialization lose, far below what changes a gradient visibly."""
 
 
-_PART = 100.0
+PART = 100.0
 """By how much more a part may be off than the whole: there are many parts, and in most networks some are small."""
 
 
@@ -304,7 +306,7 @@ def report(
             f"undoing the blocks behind it amplifies rounding without bound. {_WAY_OUT}"
         )
     where = ""
-    if error <= kind.warn_above < of_part / _PART:
+    if error <= kind.warn_above < of_part / PART:
         error, where = of_part, " in one of its channels, tokens or samples, which a function may normalize"
     if function is None or function in _warned or error <= kind.warn_above:
         return

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class Observer:
     """Is asked at each turn of a run. By itself it does nothing; an observer overrides the turns that it needs."""
 
+    looks_before_replays = False
+    """Whether it overrides `before_replay`."""
+
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:

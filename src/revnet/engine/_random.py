@@ -10,6 +10,11 @@ ONLY_CPU = frozenset([torch.device("cpu")])
 
 
 cpu_random_state = torch.default_generator.get_state
+NUM_BYTES = cpu_random_state().numel()
+"""The size of a state of the CPU's generator."""
+
+RandomStates = tuple[Tensor, int, tuple[Tensor, ...]]
+"""The state of the CPU's generator, the address of its bytes, and the states of the other devices."""
 
 
 # `fork_rng` does this too, but asks every device first, which costs more than many residual functions.

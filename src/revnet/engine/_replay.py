@@ -6,7 +6,7 @@ puts back what is not, catches what autograd saves, and compares it with the fir
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from revnet._torch_internals import (
     set_grad_enabled,
 )
 from revnet.engine import _careful
-from revnet.engine._batch_norm import WORTHWHILE
-from revnet.engine._digest import digest_of, has_memory
-from revnet.engine._record import RecordedCall, meta_of, metas_of
+from revnet.engine._batch_norm import WORTHWHILE, ReplayedNorm
+from revnet.engine._careful import meta_of
+from revnet.engine._early_stop import StopReplay, make_replay_pack
+from revnet.engine._record import RecordedCall
 from revnet.engine._restore import restored
 
 _version = attrgetter("_version")
@@ -58,17 +59,30 @@ def replay(
     Raises:
         ReconstructionError: The function did something else than the first time (rule 8).
     """
+    plan, surroundings = call.plan, call.surroundings
     if (
         list(map(_version, call.parameters)) != call.versions
         or call.buffer_versions is not None
         or call.constants is not None
-        or call.surroundings.arguments
+        or surroundings.arguments
     ):
         _careful.check_versions(call)
-    if _is_as_it_was(call):
-        return _run_again(call, function, args, kwargs, call.lasting, fill, rounded, needs_result)
-    with restored(call) as lasting:
-        return _run_again(call, function, args, kwargs, lasting, fill, rounded, needs_result)
+    # Is everything that the function depends on as it was in its first run (rule 4)?
+    if (
+        call.is_mixed
+        or call.random
+        or call.states
+        or call.written
+        or plan.statistics
+        or list(map(plan.get_flag, plan.flag_holders)) != plan.training
+        or any(plan.empty)
+        or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
+        or list(map(_requires_grad, call.parameters)) != call.requires_grad
+        or any(map(torch.is_autocast_enabled, surroundings.autocast_types))
+    ):
+        with restored(call) as lasting:
+            return _run_again(call, function, args, kwargs, lasting, fill, rounded, needs_result)
+    return _run_again(call, function, args, kwargs, call.lasting, fill, rounded, needs_result)
 
 
 def _run_again(
@@ -82,19 +96,38 @@ def _run_again(
     needs_result: bool,
 ) -> Any:
     caught: list[Tensor] = []
-    pack: Callable[[Tensor], Any] = caught.append
+    pack: Callable[[Tensor], Any] = caught.append  # In C; what lasts is left out afterwards.
     stop_after = -1 if needs_result else call.stop_after
     versions: list[int] | None = None
     if not call.is_plain or stop_after > 0 or forward_mode_level() >= 0:
         versions = []
-        pack = _careful.make_replay_pack(call, caught, versions, lasting, stop_after)
+        pack = make_replay_pack(call, caught, versions, lasting, stop_after)
+    norms = call.plan.norms
+    flags: list[bool] = []
+    has_grad = torch.is_grad_enabled()
+    push_saved_tensors_hooks(pack, _identity)
     try:
-        result = _call_again(call, function, args, kwargs, pack, rounded)
-    except _careful.StopReplay:
+        set_grad_enabled(True)
+        if norms:
+            flags = _leave_statistics(norms, None if call.is_mixed else rounded)
+        if profiler_is_on():
+            with torch.profiler.record_function(f"revnet: replay {call.name}"):
+                result = function(*args, **kwargs)
+        else:
+            result = function(*args, **kwargs)
+    except StopReplay:
         result = None
     except BaseException:
-        caught.clear()
+        caught.clear()  # The traceback refers to the hook, which would keep every activation.
         raise
+    finally:
+        for norm, flag in zip(norms, flags):  # noqa: B905 - cheaper, and there are no flags if nothing was done
+            attributes = norm.attributes
+            attributes["track_running_stats"] = flag
+            if "forward" in attributes:
+                del attributes["forward"]
+        set_grad_enabled(has_grad)
+        pop_saved_tensors_hooks()
     tensors = caught
     if versions is None:
         tensors = [
@@ -106,68 +139,31 @@ def _run_again(
     if metas != (call.metas if result is not None or stop_after < 0 else call.metas[:stop_after]):
         _careful.fail_metas(call, metas)
     if result is not None:
-        results = [meta_of(result)] if type(result) is Tensor else metas_of(result)
+        results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
         if results != call.results:
             _careful.fail_results(call, results)
-    if call.tail is not None and has_memory(tensors[-1]):
-        call.tail_found = digest_of(tensors[-1])
-        call.tail_error = 0.0
-        if call.tail_found != call.tail:
-            _careful.compare_tails(call, tensors[-1].dtype, is_rounded=rounded is not None)
-    saved = call.saved() if fill and call.saved is not None else None
-    if saved is not None:
-        saved.tensors, saved.versions = list(tensors), versions
+    if call.tail is not None:
+        call.tail.compare(call, tensors[-1], is_rounded=rounded is not None)
+    if fill and call.saved is not None and (saved := call.saved()) is not None:
+        saved.tensors, saved.versions = tensors[:], versions
         if call.constants is not None:
             _careful.check_constants(call, saved.tensors)
-    caught.clear()  # See `record`: the nodes of this second run hold the hook, too.
+    caught.clear()  # The nodes hold the hook, and the hook this list, as in `record` (rule 1).
     return result
 
 
-def _is_as_it_was(call: RecordedCall) -> bool:
-    """Return whether everything that the function depends on is as it was in its first run (rule 4)."""
-    if call.random or call.states or call.written or call.plan.statistics or call.is_mixed:
-        return False
-    plan = call.plan
-    if (
-        list(map(plan.get_flag, plan.flag_holders)) != plan.training
-        or list(map(len, plan.dicts)) != plan.sizes
-        or not all(map(is_, _flatten(map(_values, plan.filled_dicts)), call.held))
-        or list(map(_requires_grad, call.parameters)) != call.requires_grad
-    ):
-        return False
-    return not any(map(torch.is_autocast_enabled, call.surroundings.autocast_types))
+def _leave_statistics(norms: list[ReplayedNorm], rounded: Tensor | None) -> list[bool]:
+    """Have batch norms leave their running statistics alone; return whether each of them tracked any.
 
-
-def _call_again(
-    call: RecordedCall,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    pack: Callable[[Tensor], Any],
-    rounded: Tensor | None,
-) -> Any:
-    """Call the function with gradients and hooks, so that its batch norms do not count the batch twice."""
-    norms = call.plan.norms
-    is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not call.is_mixed
+    Those of a large rebuilt input are computed faster, too.
+    """
     flags = [norm.attributes["track_running_stats"] for norm in norms]
-    has_grad = torch.is_grad_enabled()
-    push_saved_tensors_hooks(pack, _identity)
-    try:
-        set_grad_enabled(True)
-        for norm in norms:
-            norm.attributes["track_running_stats"] = False
-            if (forward := norm.faster if is_faster else norm.forward) is not None:
-                norm.attributes["forward"] = forward
-        if profiler_is_on():
-            with torch.profiler.record_function(f"revnet: replay {call.name}"):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
-    finally:
-        for norm, flag in zip(norms, flags, strict=True):
-            norm.attributes["track_running_stats"] = flag
-            norm.attributes.pop("forward", None)
-        set_grad_enabled(has_grad)
-        pop_saved_tensors_hooks()
+    is_faster = rounded is not None and rounded.numel() >= WORTHWHILE
+    for norm in norms:
+        norm.attributes["track_running_stats"] = False
+        if (forward := norm.faster if is_faster else norm.forward) is not None:
+            norm.attributes["forward"] = forward
+    return flags
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class AutocastState(NamedTuple):
 
 
 def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
-    """Return what autocast does now on these types of device, as far as they know it."""
+    """Return what autocast does now on these types of device, which know it."""
     cache_enabled = torch.is_autocast_cache_enabled()
     return tuple(
         [
@@ -41,13 +41,13 @@ def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
                 cache_enabled,
             )
             for device_type in device_types
-            if _has_autocast(device_type)
         ]
     )
 
 
 @lru_cache(maxsize=16)
-def _has_autocast(device_type: str) -> bool:
+def has_autocast(device_type: str) -> bool:
+    """Return whether PyTorch knows autocast on this type of device."""
     return torch.amp.is_autocast_available(device_type)
 
 
@@ -97,7 +97,7 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
     plan = call.plan
     lasting = set(call.lasting)
     with ExitStack() as stack:
-        for context in _autocast_contexts(call.autocast):
+        for context in _autocast_contexts(call):
             stack.enter_context(context)
         for holder, flag in zip(plan.modules, plan.training, strict=True):
             if holder.training != flag:
@@ -141,12 +141,14 @@ def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor 
         yield TensorPlace(holder, name, buffer), buffer if value is None and number in copied else value
 
 
-def _autocast_contexts(then: tuple[AutocastState, ...]) -> list[AbstractContextManager[Any]]:
-    now = autocast_states(state.device_type for state in then)
+def _autocast_contexts(call: "RecordedCall") -> list[AbstractContextManager[Any]]:
+    if not call.autocast:
+        types = filter(torch.is_autocast_enabled, call.surroundings.autocast_types)
+        return [torch.autocast(device_type, enabled=False) for device_type in types]
     return [
         torch.autocast(state.device_type, state.dtype, state.enabled, state.cache_enabled)
-        for state, current in zip(then, now, strict=True)
-        if state.enabled or current.enabled
+        for state in call.autocast
+        if state.enabled or torch.is_autocast_enabled(state.device_type)
     ]
 
 

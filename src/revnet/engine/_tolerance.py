@@ -100,6 +100,8 @@ class ToleranceWatch(Observer):
         drift: Has the samples of what each function reads.
     """
 
+    looks_before_replays = True
+
     def __init__(self, keeper: ToleranceKeeper, first_name: str, drift: DriftWatch, *, has_values: bool):
         self._keeper: ToleranceKeeper | None = keeper
         self._drift = drift

@@ -1,0 +1,219 @@
+"""What is known of the structure of a residual function: found once, checked cheaply at each call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, replayed_norms_of
+
+_device = attrgetter("device")
+
+
+@dataclass(slots=True)
+class Plan:
+    """The structure of a residual function in one mode.
+
+    A plan refers to no parameter. Each call reads the tensors afresh from the places that the plan knows, so that a
+    step under `torch.func.functional_call`, FSDP or weight norm, whose parameters are new every time, needs no new one.
+    """
+
+    modules: list[nn.Module]
+    flag_holders: list[Any]
+    """What holds the `training` flag of each module."""
+    get_flag: Callable[[Any], bool]
+    training: list[bool]
+    empty: list[Any]
+    """The dicts of parameters, buffers and children that hold nothing."""
+    filled: list[Any]
+    """The other ones."""
+    sizes: list[int]
+    """How much each of them holds."""
+    types: list[type]
+    """The types of all that they hold, None included."""
+    children: Sequence[nn.Module]
+    pick_children: Callable[[list[Any]], Sequence[nn.Module]]
+    """Picks the children out of a list of all that the dicts hold; likewise the next two."""
+    pick_parameters: Callable[[list[Any]], Sequence[Tensor]]
+    pick_buffers: Callable[[list[Any]], Sequence[Tensor]]
+    parameter_places: list[tuple[Any, str]]
+    buffer_places: list[tuple[Any, str]]
+    device_list: list[torch.device]
+    """The devices of parameters and buffers, in order."""
+    devices: frozenset[torch.device]
+    statistics: list[int]
+    """Buffers that the function writes and does not read, as batch norm in training does; by their place."""
+    fixed: list[int]
+    """Buffers that it reads and does not write, as batch norm in evaluation does."""
+    states: list[int]
+    """All other buffers."""
+    norms: list[ReplayedNorm]
+    """Batch norms in training that can run without touching their statistics, which are not among the above."""
+    num_calls: int
+    """The calls so far."""
+    data_writes: list[int]
+    """Parameters that the function was seen to write through `.data`, by their place."""
+    known: tuple[list[int], set[int]]
+    """The identities of all that the dicts held at the last call, and of the parameters and buffers among them.
+
+    The plan holds the children. A tensor that is gone may leave its identity to another one, which is then at the same
+    place, so that the structure is the same.
+    """
+    metas: list[Any]
+    """Shape, dtype and device of each tensor that the last call saved."""
+    results: list[Any]
+    """The same of each tensor that it returned."""
+
+    def fit(self, held: list[Any], ids: list[int]) -> set[int] | None:
+        """Return the identities of parameters and buffers, if these fit the structure; otherwise None.
+
+        Args:
+            held: All that the dicts hold.
+            ids: Their identities, which the plan remembers.
+        """
+        if (
+            list(map(len, self.filled)) != self.sizes
+            or list(map(type, held)) != self.types
+            or not all(map(is_, self.pick_children(held), self.children))
+        ):
+            return None
+        lasting = {*map(id, self.pick_parameters(held)), *map(id, self.pick_buffers(held))}
+        self.known = ids, lasting  # At once, since other threads read it.
+        return lasting
+
+    def has_devices_of(self, held: list[Any]) -> bool:
+        """Return whether the tensors are where they were when the plan was made."""
+        return list(map(_device, (*self.pick_parameters(held), *self.pick_buffers(held)))) == self.device_list
+
+
+def plan_for(function: nn.Module, name: str) -> Plan:
+    """Return the plan of a function as it is now.
+
+    Args:
+        function: The function.
+        name: Its place in the model, for errors.
+
+    Raises:
+        NotImplementedError: It holds a module of `torch.jit`, or one that the first version of FSDP manages.
+        ValueError: A parameter has no shape yet.
+    """
+    modules = list(function.modules())
+    parameter_dicts: list[Any] = [module._parameters for module in modules]
+    buffer_dicts: list[Any] = [module._buffers for module in modules]
+    child_dicts: list[Any] = [module._modules for module in modules]
+    dicts = [*parameter_dicts, *buffer_dicts, *child_dicts]
+    if any(not isinstance(holder, dict) for holder in dicts):
+        raise NotImplementedError(
+            f"`{name}` holds a module of `torch.jit`, whose executor saves other tensors from run to run, so that what "
+            "it computes cannot be rebuilt; use the module that it was scripted from, or keep its block's activations "
+            "with the policy `Store()`."
+        )
+    has_flags = all("training" in module.__dict__ for module in modules)
+    get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
+    flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
+    _refuse_lazy(modules)
+    _refuse_fsdp1(modules, name)
+    parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
+    devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
+    norms = replayed_norms_of(function)
+    statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
+    filled = [holder for holder in dicts if len(holder)]
+    held = _held(filled)
+    by_kind = (parameter_dicts, buffer_dicts, child_dicts)
+    kinds = [kind for kind, holders in enumerate(by_kind) for _ in _held(holders)]
+    pick = [
+        _picker([place for place, each in enumerate(held) if kinds[place] == kind and each is not None])
+        for kind in range(3)
+    ]
+    return Plan(
+        modules=modules,
+        flag_holders=flag_holders,
+        get_flag=get_flag,
+        training=list(map(get_flag, flag_holders)),
+        empty=[holder for holder in dicts if not len(holder)],
+        filled=filled,
+        sizes=list(map(len, filled)),
+        types=list(map(type, held)),
+        children=pick[2](held),
+        pick_children=pick[2],
+        pick_parameters=pick[0],
+        pick_buffers=pick[1],
+        parameter_places=parameter_places,
+        buffer_places=buffer_places,
+        device_list=devices,
+        devices=frozenset([each for each in devices if each.type != "meta"]),
+        statistics=statistics,
+        fixed=fixed,
+        states=states,
+        norms=list(norms.values()),
+        num_calls=0,
+        data_writes=[],
+        known=([], set()),
+        metas=[],
+        results=[],
+    )
+
+
+def _held(holders: list[Any]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, holders)))
+
+
+def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """Return the function that returns the entries of a list at these places; one in C, since it runs at each call."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
+
+
+def _kinds_of_buffers(modules: list[nn.Module], plain_norms: set[int]) -> tuple[list[int], list[int], list[int]]:
+    """Return the places of the buffers that a function only writes, of those that it only reads, and of all others."""
+    statistics: list[int] = []
+    fixed: list[int] = []
+    states: list[int] = []
+    place = 0
+    for module in modules:
+        is_norm = is_torch_norm(module)
+        for buffer in module._buffers.values():
+            if buffer is None:
+                continue
+            if not is_norm:
+                states.append(place)
+            elif not module.training:
+                fixed.append(place)
+            elif id(module) not in plain_norms:
+                statistics.append(place)
+            place += 1
+    return statistics, fixed, states
+
+
+def _places(holders: list[Any]) -> list[tuple[Any, str]]:
+    return [(holder, name) for holder in holders for name, tensor in holder.items() if tensor is not None]
+
+
+def _refuse_lazy(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_lazy(parameter):
+                raise ValueError(
+                    f"`{name}` of {type(module).__name__} has no shape yet; call the residual function once, under "
+                    "`torch.no_grad`, before it runs reversibly."
+                )
+
+
+def _refuse_fsdp1(modules: list[nn.Module], name: str) -> None:
+    for module in modules:
+        is_wrapper = type(module).__name__ == "FullyShardedDataParallel"
+        # FSDP puts its marks on the modules below a wrapper; the second version leaves parameters in their places.
+        is_managed = getattr(module, "_is_fsdp_managed_module", False)
+        has_parameters = all(each is None or isinstance(each, nn.Parameter) for each in module._parameters.values())
+        if is_wrapper or (is_managed and not (getattr(module, "_fsdp_use_orig_params", False) and has_parameters)):
+            raise NotImplementedError(
+                f"`{name}` is sharded by `FullyShardedDataParallel`, which takes parameters out of their modules, so "
+                "that it cannot run again in the backward pass; shard functions, blocks, the sequence or the root with "
+                "`torch.distributed.fsdp.fully_shard` instead."
+            )

@@ -1,0 +1,137 @@
+"""Half-blocks that have run, and how to undo them."""
+
+import abc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from revnet.engine._chain import BoundChain, HalfBlock
+from revnet.engine._record import RecordedCall
+from revnet.engine._replay import replay
+from revnet.engine._streams import StreamSnapshot
+
+if TYPE_CHECKING:
+    from revnet.engine._rebuild import Rebuilder
+
+
+class AbstractStep(RecordedCall, abc.ABC):
+    """A half-block that has run, and how to undo it: the recorded call of its function, or of function and coupling."""
+
+    __slots__ = ("half_block", "source_requires_grad", "stream_requires_grad")
+
+    half_block: HalfBlock
+    source_requires_grad: bool
+    stream_requires_grad: bool
+
+    @abc.abstractmethod
+    def first(
+        self, run: "Rebuilder", chain: BoundChain, index: int, half_block: HalfBlock, streams: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the updated stream, leaving slots in the graph."""
+
+    @abc.abstractmethod
+    def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
+        """Undo the half-block before `streams.position`; `fill` its slots on the way."""
+
+    @abc.abstractmethod
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Fill the slots from the streams before the half-block, which stay as they are."""
+
+    @abc.abstractmethod
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again for nothing but its digest, and leave the streams as they are."""
+
+    @abc.abstractmethod
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the updated stream again, from the streams before the half-block."""
+
+    def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
+        """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
+        half_block = self.half_block
+        if run.correctors and index + 1 < streams.origin and not run.is_checking:
+            for observer in run.correctors:
+                observer.before_replay(run, index, streams, streams.origin - 1 - index)
+        # `data` has a version of its own: the stream's goes up when it is written over later on.
+        source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
+        # A corrector may have put the true streams in place.
+        return source, None if index + 1 == streams.origin or half_block.coupling.is_exact else source
+
+
+class JoinedStep(AbstractStep):
+    """A half-block whose slots hold the function and the coupling, which needs the stream for its gradient."""
+
+    __slots__ = ()
+
+    def first(
+        self, run: "Rebuilder", chain: BoundChain, index: int, half_block: HalfBlock, streams: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the updated stream, leaving slots of function and coupling in the graph."""
+        self.half_block = half_block
+        source, stream = streams[half_block.source], streams[half_block.target]
+        self.source_requires_grad, self.stream_requires_grad = source.requires_grad, stream.requires_grad
+
+        def compute() -> Tensor:
+            return chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets)
+
+        y: Tensor = self.record(
+            run,
+            index,
+            compute,
+            (),
+            {},
+            (source, stream),
+            may_stop_early=run.first_with_slots is None,
+            keeps_tail=run.first_with_slots is None and run.is_watched,
+        )
+        return y
+
+    def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
+        """Run the function again, take what it returns off the stream, and join them again with gradients."""
+        index = streams.position - 1
+        x = self._run_again(run, streams, index, fill=fill)
+        if index > run.lowest:
+            streams.put(self.half_block.target, x)
+            streams.position = index
+
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again, and join what it returns to the stream before it."""
+        self._run_again(run, streams, index, fill=True)
+
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run function and coupling again."""
+        self._run_again(run, streams, index, fill=False)
+
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the joined stream."""
+        half_block, index = self.half_block, streams.position
+        source, _ = self.source_of(run, streams, index)
+        x = streams.read(half_block.target).data.requires_grad_(self.stream_requires_grad)
+
+        def compute() -> Tensor:
+            return run.chain.join(half_block, x, run.chain.call(half_block, source), run.new_log_dets())
+
+        y: Tensor = replay(self, compute, (), {}, fill=False, rounded=None)
+        return y.detach()
+
+    def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
+        half_block, coupling = self.half_block, self.half_block.coupling
+        source, rounded = self.source_of(run, streams, index)
+        y_or_x = streams.read(half_block.target)
+        x = y_or_x if streams.position == index else None
+
+        def compute() -> Tensor:
+            nonlocal x
+            residual = run.chain.call(half_block, source)
+            if x is None:
+                with torch.no_grad():
+                    x = coupling.inverse(y_or_x, residual, half_block.name)
+            leaf = x.detach().requires_grad_(self.stream_requires_grad)
+            return run.chain.join(half_block, leaf, residual, run.new_log_dets())
+
+        # The stream before it is known only once the function has run to its end.
+        needs_result = x is None or not fill
+        replay(self, compute, (), {}, fill=fill, rounded=rounded, needs_result=needs_result)
+        assert x is not None
+        return x
