@@ -10,7 +10,7 @@ from revnet.coupling import Additive
 from revnet.engine._chain import BoundChain, HalfBlock, wrote_to_input
 from revnet.engine._replay import replay
 from revnet.engine._step import AbstractStep
-from revnet.engine._streams import StreamSnapshot
+from revnet.engine._snapshot import StreamSnapshot
 from revnet.engine._tensors import is_only_owner
 
 if TYPE_CHECKING:

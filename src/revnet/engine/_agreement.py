@@ -23,7 +23,7 @@ from revnet.engine._chain import HalfBlock
 from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, reader_of, relative_errors
 from revnet.engine._drift import PART, WARN_ABOVE, StreamKind, report
 from revnet.engine._observer import Observer
-from revnet.engine._streams import StreamSnapshot
+from revnet.engine._snapshot import StreamSnapshot
 from revnet.engine._suspicion import check_same, stream_again, tail_again
 from revnet.errors import ReconstructionError
 

@@ -17,7 +17,7 @@ from revnet.engine._drift import active_meter
 from revnet.engine._observer import Observer
 from revnet.engine._record import Surroundings
 from revnet.engine._step import AbstractStep, JoinedStep
-from revnet.engine._streams import StreamSnapshot
+from revnet.engine._snapshot import StreamSnapshot
 
 
 class Rebuilder:

@@ -10,7 +10,7 @@ import torch
 
 from revnet.engine._digest import Digest, digest_of
 from revnet.engine._early_stop import NOISE, not_the_same
-from revnet.engine._streams import StreamSnapshot
+from revnet.engine._snapshot import StreamSnapshot
 
 if TYPE_CHECKING:
     from revnet.engine._agreement import AgreementWatch
