@@ -6,7 +6,6 @@ from torch import nn
 
 from revnet import ReversibleBlock
 from revnet.nn import CouplingLayer, MomentumBlock, MultiStreamBlock
-from revnet.nn._abstract_block import check_default_split
 
 MAKERS = {
     "block": lambda **options: ReversibleBlock(nn.Identity(), nn.Identity(), **options),
@@ -26,20 +25,20 @@ def test_three_dimensions_need_a_chosen_split_dim(make):
         ValueError,
         match=r"^`split_dim` must be passed to \w+ for a three-dimensional input \(shape \(2, 6, 12\)\); pass",
     ) as error:
-        check_default_split(block, x)
+        block(x)
     assert "`split_dim=-1` for (B, T, D), or `split_dim=1` for (B, C, L)" in str(error.value)
     for chosen in (1, -1, 2):
         assert make(split_dim=chosen).split_dim == chosen
-        check_default_split(make(split_dim=chosen), x)
+        make(split_dim=chosen)(x)
 
 
 @all_makers
 @pytest.mark.parametrize("shape", [(4, 6), (2, 6, 4, 4), (2, 6, 4, 4, 4)])
 def test_other_inputs_are_split_along_the_channels(make, shape):
-    x = torch.randn(shape)
-    check_default_split(make(), x)
-    check_default_split(make(), (x, x))
-    check_default_split(make(), (torch.randn(2, 6, 12),) * 2)  # It is split already.
+    x, block = torch.randn(shape), make()
+    block(x)
+    block((x,) * block.num_streams)
+    block((torch.randn(2, 6, 12),) * block.num_streams)  # It is split already.
 
 
 @all_makers

@@ -38,10 +38,11 @@ NOTE [ One training step ]
 
 What calls what, and where it is. ::
 
-    forward   ReversibleSequential.forward            nn/_sequential
-                chain of its blocks, cached           engine/_chain
+    forward   AbstractReversible.forward              nn/_reversible_module
+                chain of its blocks, cached           nn/_chains
                 streams split                         engine/_streams
-                Reverse().run -> reversible           engine/_reversible
+                one call of the chain                 engine/_chain
+                Reverse().run = reversible            engine/_reversible
                   Rebuilder.run                       engine/_rebuild
                     for each half-block: step.first
                       RecordedCall.record             engine/_record
@@ -51,6 +52,7 @@ What calls what, and where it is. ::
                         forget what autograd saved; note shapes and dtypes
                       stream + residual
                       observers: digest the stream    engine/_agreement
+                streams joined                        engine/_streams
                   hold the final streams, or views of the joined output
 
     backward  autograd asks a slot of half-block i    _unpack in engine/_record
@@ -107,6 +109,7 @@ References:
 """
 
 from revnet.engine._batch_norm import normalizes_as_batch_norm as normalizes_as_batch_norm
+from revnet.engine._block_hooks import block_calls as block_calls
 from revnet.engine._block_hooks import call_within as call_within
 from revnet.engine._chain import BoundChain as BoundChain
 from revnet.engine._chain import Chain as Chain
@@ -122,8 +125,9 @@ from revnet.engine._offload import offloaded as offloaded
 from revnet.engine._offload import offloaded_call as offloaded_call
 from revnet.engine._reversible import inverse as inverse
 from revnet.engine._reversible import reversible as reversible
-from revnet.engine._streams import prepare as prepare
-from revnet.engine._streams import split as split
+from revnet.engine._split import split as split
+from revnet.engine._streams import begin as begin
+from revnet.engine._streams import joined as joined
 from revnet.engine._tolerance import ToleranceKeeper as ToleranceKeeper
 from revnet.engine._tracing import refuse as refuse
 from revnet.engine._tracing import runs_plainly as runs_plainly

@@ -20,7 +20,15 @@ from revnet.engine._tracing import refuse
 if TYPE_CHECKING:
     from revnet.engine._chain import BoundChain
 
-_calls = threading.local()
+
+class _BlockCalls(threading.local):
+    """The call of a block by a chain that runs in this thread."""
+
+    within: tuple[nn.Module, Callable[..., Streams]] | None = None
+    """The block, and what its `forward` must call; None where no chain calls a block."""
+
+
+block_calls = _BlockCalls()
 
 
 def run_through_blocks(
@@ -66,12 +74,12 @@ def _run_block(
             advance(index, streams)
         return tuple(streams)
 
-    before = getattr(_calls, "within", None)
-    _calls.within = (block, run)
+    before = block_calls.within
+    block_calls.within = (block, run)
     try:
         y = block(tuple(streams), *chain.args, **kwargs)
     finally:
-        _calls.within = before
+        block_calls.within = before
     if not has_run:
         raise RuntimeError(
             f"the `forward` of the block of `{name}` ({type(block).__name__}) did not call the one that it replaces, "
@@ -84,12 +92,11 @@ def _run_block(
 
 def call_within(block: nn.Module) -> Callable[..., Streams] | None:
     """Return what `block.forward` must call with its arguments if a chain called it; otherwise None."""
-    within = None if torch.compiler.is_dynamo_compiling() else getattr(_calls, "within", None)
+    within = None if torch.compiler.is_dynamo_compiling() else block_calls.within
     if within is None or within[0] is not block:
         return None
-    _calls.within = None
-    run: Callable[..., Streams] = within[1]
-    return run
+    block_calls.within = None
+    return within[1]
 
 
 def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:

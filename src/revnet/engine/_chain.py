@@ -7,6 +7,7 @@ what the caller wants to know. Policies and entry points take a bound chain and 
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._block_hooks import run_through_blocks
-from revnet.engine._streams import with_own_gradient
 from revnet.engine._tensors import tensors_in
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ class Chain:
             kwargs: Keyword arguments of every residual function.
             own_kwargs: Keyword arguments of the functions of one role, by the role: `{"f": {"mask": mask}}`.
         """
-        return BoundChain(self, args, dict(kwargs or {}), {role: dict(own) for role, own in (own_kwargs or {}).items()})
+        for_all = dict(kwargs or {})
+        own = {role: dict(given) for role, given in (own_kwargs or {}).items()}
+        return BoundChain(self, args, for_all, own, is_plain=len(args) + len(for_all) + len(own) == 0)
 
     def groups(self) -> Iterator[tuple[nn.Module | None, range]]:
         """Yield the blocks that must be called, each with the indices of its half-blocks; None for no block."""
@@ -101,53 +103,45 @@ class Chain:
         return None if self.blocks is None else self.blocks[index]
 
 
+@dataclass(slots=True, eq=False)
 class BoundChain:
-    """One call of a chain: its arguments, and what the caller wants to know.
+    """One call of a chain: its arguments, and what the caller wants to know."""
 
-    Args:
-        chain: The chain.
-        args: Further positional arguments of every residual function.
-        kwargs: Keyword arguments of every residual function.
-        own_kwargs: Keyword arguments of the functions of one role, by the role.
-    """
-
-    __slots__ = ("args", "chain", "input_dtype", "kwargs", "log_dets", "own_kwargs", "run", "tolerance")
-
-    def __init__(
-        self, chain: Chain, args: tuple[Any, ...], kwargs: dict[str, Any], own_kwargs: dict[str, dict[str, Any]]
-    ):
-        self.chain = chain
-        self.args = args
-        self.kwargs = kwargs
-        self.own_kwargs = own_kwargs
-        self.input_dtype: torch.dtype | None = None
-        """The dtype in which functions read a stream, where it differs from the stream's own."""
-        self.log_dets: list[Tensor] | None = None
-        """Where the log-determinants are added up, if the caller wants them: a list of one sum (B,), empty at zero."""
-        self.tolerance: ToleranceKeeper | None = None
-        """Keeps the error of rebuilt streams below a bound, if the caller wants one."""
-        self.run: weakref.ref[Rebuilder] | None = None
-        """What holds the final streams for the backward pass, if anything does."""
+    chain: Chain
+    """The chain."""
+    args: tuple[Any, ...]
+    """Further positional arguments of every residual function."""
+    kwargs: dict[str, Any]
+    """Keyword arguments of every residual function."""
+    own_kwargs: dict[str, dict[str, Any]]
+    """Keyword arguments of the functions of one role, by the role."""
+    input_dtype: torch.dtype | None = None
+    """The dtype in which functions read a stream, where it differs from the stream's own."""
+    log_dets: list[Tensor] | None = None
+    """Where the log-determinants are added up, if the caller wants them: a list of one sum (B,), empty at zero."""
+    tolerance: "ToleranceKeeper | None" = None
+    """Keeps the error of rebuilt streams below a bound, if the caller wants one."""
+    is_plain: bool = False
+    """Whether it is known that `call` is `half_block.function(source)`: there are no arguments and no `input_dtype`."""
+    run: "weakref.ref[Rebuilder] | None" = None
+    """What holds the final streams for the backward pass, if anything does."""
 
     def for_replays(self) -> "BoundChain":
         """Return the same call without what refers to the caller's graph, which a run must not keep alive."""
-        chain = BoundChain(self.chain, self.args, self.kwargs, self.own_kwargs)
-        chain.input_dtype = self.input_dtype
-        return chain
+        return BoundChain(self.chain, self.args, self.kwargs, self.own_kwargs, self.input_dtype, is_plain=self.is_plain)
 
     def part(self, start: int, stop: int) -> "BoundChain":
         """Return the call of some of the half-blocks, apart from the blocks that they belong to."""
-        part = BoundChain(Chain(self.half_blocks[start:stop]), self.args, self.kwargs, self.own_kwargs)
-        part.input_dtype, part.log_dets = self.input_dtype, self.log_dets
-        return part
-
-    def joined(self, streams: Streams, dim: int) -> Tensor:
-        """Return the streams in one tensor, and have the run hold its parts rather than a second copy."""
-        y = torch.cat([with_own_gradient(stream) for stream in streams], dim)
-        run = None if self.run is None else self.run()
-        if run is not None:
-            run.hold(y.detach().split([stream.shape[dim] for stream in streams], dim))
-        return y
+        chain = Chain(self.half_blocks[start:stop])
+        return BoundChain(
+            chain,
+            self.args,
+            self.kwargs,
+            self.own_kwargs,
+            self.input_dtype,
+            self.log_dets,
+            is_plain=self.is_plain,
+        )
 
     @property
     def half_blocks(self) -> tuple[HalfBlock, ...]:

@@ -4,7 +4,8 @@ from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, choose_split_dim
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
+from revnet.nn._split_dim import choose_split_dim
 
 _ADDITIVE = Additive()
 
@@ -52,12 +53,12 @@ class ReversibleBlock(AbstractReversibleBlock):
         self.coupling = coupling
         self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
 
+    @reads("coupling", children=("f", "g"))
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the two residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
-        modules, coupling = self._modules, self.coupling  # `self.f` would take a search at each step.
         return [
-            HalfBlock(modules["f"], 0, 1, prefix + "f", coupling, "f"),  # type: ignore[arg-type]
-            HalfBlock(modules["g"], 1, 0, prefix + "g", coupling, "g"),  # type: ignore[arg-type]
+            HalfBlock(self.f, 0, 1, prefix + "f", self.coupling, "f"),
+            HalfBlock(self.g, 1, 0, prefix + "g", self.coupling, "g"),
         ]
 
     def extra_repr(self) -> str:

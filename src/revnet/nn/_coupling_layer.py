@@ -7,7 +7,8 @@ from torch import nn
 from revnet._checks import describe, is_integer
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, choose_split_dim
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
+from revnet.nn._split_dim import choose_split_dim
 
 _ADDITIVE = Additive()
 
@@ -57,6 +58,7 @@ class CouplingLayer(AbstractReversibleBlock):
         self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
         self.coupling = coupling
 
+    @reads("coupling", "updates", children=("f",))
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the residual function. `prefix`, such as "blocks.3.", names the layer in errors."""
         return [HalfBlock(self.f, self.updates, 1 - self.updates, prefix + "f", self.coupling)]

@@ -4,7 +4,8 @@ from torch import nn
 
 from revnet.coupling import Momentum
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_functions, choose_split_dim
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_functions, reads
+from revnet.nn._split_dim import choose_split_dim
 
 
 class MomentumBlock(AbstractReversibleBlock):
@@ -45,6 +46,7 @@ class MomentumBlock(AbstractReversibleBlock):
         self.coupling = Momentum(gamma)
         self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
 
+    @reads("coupling", children=("f", "step"))
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the updates of the velocity and of the activation. `prefix`, such as "blocks.3.", names the block."""
         return [

@@ -4,7 +4,8 @@ from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, choose_split_dim
+from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
+from revnet.nn._split_dim import choose_split_dim
 
 _ADDITIVE = Additive()
 
@@ -51,6 +52,7 @@ class MultiStreamBlock(AbstractReversibleBlock):
         self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
         self.coupling = coupling
 
+    @reads("coupling", list_name="functions")
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
         return [

@@ -1,4 +1,4 @@
-"""Streams in and out of chains: what blocks and sequences share."""
+"""What a run of a block or a sequence seldom needs: arguments of single functions, log-determinants, the inverse."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from revnet._types import Streams
-from revnet.engine import Chain, ToleranceKeeper, inverse, prepare
+from revnet.engine import BoundChain, Chain, begin, inverse
 from revnet.nn._policy import AbstractPolicy
 
 Segment = tuple[AbstractPolicy, Chain]
@@ -18,43 +18,9 @@ ROLES = ("f", "g")
 """The names of residual functions to which a caller can pass arguments alone, as `f_kwargs` and `g_kwargs`."""
 
 
-def run_forward(
-    segments: Sequence[Segment],
-    x: Tensor | Streams,
-    split_dim: int,
-    num_streams: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    log_dets: list[Tensor] | None = None,
-    tolerance: ToleranceKeeper | None = None,
-) -> Any:
-    """Run `segments` in order on `x`; the output has the form of `x`, a tensor or a tuple.
-
-    The half-blocks add up their log-determinants in `log_dets`, if it is given.
-    """
-    coupling = segments[0][1].half_blocks[0].coupling if segments else None
-    streams, input_dtype = prepare(x, split_dim, num_streams, coupling)
-    if log_dets is not None:
-        _check_samples(streams[0], split_dim)
-    own_kwargs = _take_own(kwargs, segments) if kwargs else {}
-    chain = None
-    for policy, unbound in segments:
-        chain = unbound.bind(args, kwargs, own_kwargs)
-        chain.input_dtype, chain.log_dets, chain.tolerance = input_dtype, log_dets, tolerance
-        streams = policy.run(chain, streams)
-    if input_dtype is not None:  # What is held is the stream itself, not its copy in another dtype.
-        streams, chain = tuple([stream.to(input_dtype) for stream in streams]), None
-    if not isinstance(x, Tensor):
-        return streams
-    if chain is None:
-        chain = Chain(()).bind()
-    return chain.joined(streams, split_dim)
-
-
-def _take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Mapping[str, Any]]:
+def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:
     """Take the arguments of single functions, `f_kwargs` and `g_kwargs`, out of `kwargs`."""
-    own: dict[str, Mapping[str, Any]] = {}
+    own: dict[str, dict[str, Any]] = {}
     for role in ROLES:
         given = kwargs.pop(role + _OWN, None)
         if given is None:
@@ -75,7 +41,7 @@ def _take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, 
             raise TypeError(
                 f"`{both[0]}` is in `{role}_kwargs` and among the arguments of all functions; pass it once."
             )
-        own[role] = given
+        own[role] = dict(given)
     return own
 
 
@@ -85,7 +51,8 @@ def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:
     return sum(log_dets, start=torch.zeros(len(y1), dtype=y1.real.dtype, device=y1.device))
 
 
-def _check_samples(x1: Tensor, split_dim: int) -> None:
+def check_samples(x1: Tensor, split_dim: int) -> None:
+    """Raise if the streams are split along the batch."""
     if split_dim % x1.dim() == 0:
         raise ValueError(
             f"`split_dim` (={split_dim}) is the batch, so that a sample has no map and no log-determinant of its own; "
@@ -103,11 +70,9 @@ def run_inverse(
 ) -> Any:
     """Undo the half-blocks of `chain` on `y`; the result has the form of `y`, a tensor or a tuple."""
     coupling = chain.half_blocks[0].coupling if chain.half_blocks else None
-    streams, input_dtype = prepare(y, split_dim, num_streams, coupling, name="y")
-    own_kwargs = _take_own(kwargs, [(None, chain)]) if kwargs else {}  # type: ignore[list-item]
-    bound = chain.bind(args, kwargs, own_kwargs)
-    bound.input_dtype = input_dtype
-    streams = inverse(bound, streams)
+    streams, input_dtype = begin(y, split_dim, num_streams, coupling, name="y")
+    own_kwargs = take_own(kwargs, [(None, chain)]) if kwargs else {}  # type: ignore[list-item]
+    streams = inverse(BoundChain(chain, args, kwargs, own_kwargs, input_dtype), streams)
     if input_dtype is not None:
         streams = tuple([stream.to(input_dtype) for stream in streams])
     return torch.cat(streams, split_dim) if isinstance(y, Tensor) else streams

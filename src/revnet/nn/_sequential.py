@@ -4,21 +4,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from revnet._types import Streams, TensorPair
-from revnet.engine import Chain, HalfBlock, ToleranceKeeper, runs_plainly
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_default_split, must_be_called
+from revnet.engine import ToleranceKeeper, runs_plainly
+from revnet.nn._abstract_block import AbstractReversibleBlock
+from revnet.nn._chains import Chains
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
-from revnet.nn._run import Segment, run_forward, run_inverse, sum_log_dets
+from revnet.nn._reversible_module import AbstractReversible, Course
 from revnet.nn._tolerance import checked_tolerance, refuse_to_compile
 
 _REVERSE = Reverse()
 
 
-class ReversibleSequential(nn.Module, AbstractPolicyHolder):
+class ReversibleSequential(AbstractReversible, AbstractPolicyHolder):
     """Run reversible blocks in order and keep only the final activation.
 
     The backward pass rebuilds each block's input from its output, so that the memory for activations is the same for
@@ -63,6 +62,8 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
         Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
     """
 
+    _chains: Chains
+
     def __init__(
         self,
         *blocks: AbstractReversibleBlock,
@@ -88,7 +89,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
                     f"{blocks[0].num_streams}; put blocks of other numbers of streams into sequences of their own."
                 )
         self.blocks = nn.ModuleList(blocks)
-        self._chains = _Chains()
+        self._chains = Chains()
         self.set_policies(policy)
         self.tolerance = tolerance
 
@@ -118,7 +119,7 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def keyframes(self) -> tuple[str, ...]:
         """The residual functions before which the pair of streams is held, by their names, in order."""
         placed = frozenset() if self._keeper is None else self._keeper.keyframes
-        names = [half_block.name for _, chain in self._segments() for half_block in chain.half_blocks]
+        names = [half_block.name for _, chain in self._course().segments for half_block in chain.half_blocks]
         return tuple(name for name in names if name in placed)
 
     @property
@@ -146,69 +147,6 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
     def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
         """Give all blocks one policy, or each its own; the next forward pass follows it."""
         self._policies = one_for_each(policy, self.policy_units)
-
-    @overload
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
-    @overload
-    def forward(self, x: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
-    @overload
-    def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Streams: ...
-
-    def forward(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the output of the last block.
-
-        Args:
-            x: The activation, or the pair of streams. Not modified, and free to be modified afterwards; a pair under a
-                `tolerance` only after the backward pass. The output is not: writing over it before the backward pass
-                raises in that pass.
-            args: Further positional arguments of every `f` and `g`.
-            kwargs: Keyword arguments of every `f` and `g`.
-
-        Returns:
-            The output; a tensor for a tensor, a pair for a pair.
-        """
-        return run_forward(self._segments(), x, *self._split(x), args, kwargs, tolerance=self._keeper)
-
-    @overload
-    def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
-    @overload
-    def inverse(self, y: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
-    @overload
-    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
-
-    def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the input from the output `y`, with the further arguments that the forward pass had.
-
-        Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
-        evaluation
-        mode: in training mode it draws a new mask.
-        """
-        half_blocks = [half_block for _, chain in self._segments() for half_block in chain.half_blocks]
-        return run_inverse(Chain(half_blocks), y, *self._split(y), args, kwargs)
-
-    def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
-        """Compute the output, and the log-determinant of the map to it for each sample, (B,).
-
-        Both are differentiable, and the policies hold for both. It is zero for additive blocks.
-
-        Raises:
-            ValueError: The blocks split along the batch, so that a sample has no map of its own.
-        """
-        log_dets: list[Tensor] = []
-        y = run_forward(
-            self._segments(),
-            x,
-            *self._split(x),
-            args,
-            kwargs,
-            log_dets=log_dets,
-            tolerance=self._keeper,
-        )
-        return y, sum_log_dets(log_dets, y)
-
-    def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the log-determinant of the sequence at `x` alone, (B,)."""
-        return self.forward_with_log_det(x, *args, **kwargs)[1]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -239,14 +177,6 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
             options.append(f"tolerance={self.tolerance:g}, {len(self.keyframes)} keyframes")
         return ", ".join(options)
 
-    def _split(self, x: Tensor | Streams) -> tuple[int, int]:
-        """Return along which dimension and into how many streams the blocks split `x`."""
-        for block in self.blocks:
-            assert isinstance(block, AbstractReversibleBlock)
-            check_default_split(block, x)
-            return block.split_dim, block.num_streams
-        return 1, 2
-
     def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
         blocks = [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
         if len(blocks) != len(self.blocks):
@@ -259,76 +189,8 @@ class ReversibleSequential(nn.Module, AbstractPolicyHolder):
                     )
         return blocks
 
-    def _segments(self) -> list[Segment]:
+    def _find_course(self) -> Course:
         """Return the blocks in runs of one policy: rebuilt together, they keep one pair of streams, not one each."""
         if self._keeper is not None and not runs_plainly():
             refuse_to_compile()
-        blocks = self._reversible_blocks()
-        half_blocks = [block.half_blocks(f"blocks.{index}.") for index, block in enumerate(blocks)]
-        called = [block if must_be_called(block) else None for block in blocks]
-        return self._chains.of(self.policies, half_blocks, called)
-
-
-class _Chains:
-    """The chains of a sequence, kept for as long as its blocks, their functions and their policies are the same.
-
-    They belong to the sequence object and are not copied with it, since they refer to its functions.
-    """
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._segments: list[Segment] = []
-
-    def of(
-        self,
-        policies: tuple[AbstractPolicy, ...],
-        half_blocks: list[list[HalfBlock]],
-        called: list[AbstractReversibleBlock | None],
-    ) -> list[Segment]:
-        """Return the chains of these half-blocks, a list for each block.
-
-        Args:
-            policies: One for each block.
-            half_blocks: The half-blocks of each block.
-            called: The blocks that must be called, None for each of the others.
-        """
-        key = (policies, half_blocks, called)
-        if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
-            return _segments_of(*key)
-        if key != self._key:
-            # The list before the key: another thread that finds the new key must find the new list.
-            self._segments = _segments_of(*key)
-            self._key = key
-        return self._segments
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Chains":
-        return _Chains()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Chains, ()
-
-
-def _segments_of(
-    policies: tuple[AbstractPolicy, ...],
-    half_blocks: list[list[HalfBlock]],
-    called: list[AbstractReversibleBlock | None],
-) -> list[Segment]:
-    # Plain loops: `torch.compile` traces this.
-    runs: list[tuple[AbstractPolicy, list[HalfBlock], list[nn.Module | None]]] = []
-    for policy, of_block, block in zip(policies, half_blocks, called, strict=True):
-        for half_block in of_block:
-            _check_couplings(half_blocks[0][0], half_block)
-        if not runs or runs[-1][0] != policy:
-            runs.append((policy, [], []))
-        runs[-1][1].extend(of_block)
-        runs[-1][2].extend([block] * len(of_block))
-    return [(policy, Chain(of_run, blocks)) for policy, of_run, blocks in runs]
-
-
-def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
-    """Raise for exact and other couplings in one sequence."""
-    if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling != first.coupling:
-        raise ValueError(
-            f"`{other.name}` has the coupling {other.coupling}, and `{first.name}` {first.coupling}; where one is "
-            "exact, streams lie on its grid, so that all of a sequence must have the same: see `set_coupling`."
-        )
+        return self._chains.of(self, self._reversible_blocks(), ReversibleSequential)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from revnet._types import Streams
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractReversibleBlock, Reverse, ReversibleSequential
-from revnet.nn._run import run_forward
+from revnet.nn._abstract_block import course_of
+from revnet.nn._reversible_module import run_forward
 
 
 def conditioning_penalty(
@@ -114,15 +115,15 @@ class _Inverse(nn.Module):
 
     def forward(self, y: Any, *args: Any, **kwargs: Any) -> Any:
         half_blocks: list[HalfBlock] = []
-        split_dim, num_streams = 1, 2
+        first: AbstractReversibleBlock | None = None
         for index, block in enumerate(self.sequence):
             assert isinstance(block, AbstractReversibleBlock)
+            first = block if first is None else first
             half_blocks += block.half_blocks(f"blocks.{index}.")
-            split_dim, num_streams = block.split_dim, block.num_streams
         if not all(half_block.coupling.is_additive for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
         undone = [each._replace(function=_Negative(each.function)) for each in reversed(half_blocks)]
-        return run_forward([(Reverse(), Chain(undone))], y, split_dim, num_streams, args, kwargs)
+        return run_forward(course_of([(Reverse(), Chain(undone))], first), y, args, kwargs)
 
 
 class _Negative(nn.Module):

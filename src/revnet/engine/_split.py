@@ -1,0 +1,122 @@
+"""Splitting a tensor into streams, with every check and for every coupling; the plain case is in `_streams`."""
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from revnet._checks import describe
+from revnet._types import Streams, TensorPair
+from revnet.coupling import AbstractCoupling, Additive
+
+MOST_STREAMS = 1_000_000
+
+
+def prepare(
+    x: Tensor | Streams, dim: int, num_streams: int, coupling: AbstractCoupling | None, *, name: str = "x"
+) -> tuple[Streams, torch.dtype | None]:
+    """Split `x`, and make its streams ready for their first residual.
+
+    Under autocast streams are float32, in which they can be rebuilt; functions compute in low precision all the same.
+
+    Returns:
+        The streams, and the dtype in which functions read them, if it is not the streams' own.
+    """
+    streams = tuple(
+        [stream.float() if is_low_precision(stream) else stream for stream in split(x, dim, num_streams, name=name)]
+    )
+    if coupling is None:
+        return streams, None
+    if type(coupling) is Additive:
+        return streams, None
+    prepared = tuple([coupling.prepare(stream) for stream in streams])
+    return prepared, streams[0].dtype if prepared[0].dtype != streams[0].dtype else None
+
+
+def is_low_precision(x: Tensor) -> bool:
+    """Return whether autocast has made `x` so imprecise that, as a stream, it could hardly be rebuilt."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    # PyTorch knows no autocast on the meta device, and raises when asked whether it is on.
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@overload
+def split(x: Tensor | TensorPair, dim: int, *, name: str = "x") -> TensorPair: ...
+@overload
+def split(x: Tensor | Streams, dim: int, num_streams: int, *, name: str = "x") -> Streams: ...
+
+
+def split(x: Tensor | Streams, dim: int, num_streams: int = 2, *, name: str = "x") -> Streams:
+    """Split `x` into streams of equal size along `dim`.
+
+    A pair of tensors, or a tuple or list of `num_streams` tensors, is already split and is returned unchanged, as a
+    tuple.
+
+    Args:
+        x: An activation whose size along `dim` is divisible by `num_streams`, or the streams `(x1, x2)`.
+        dim: The dimension to split: 1 for the channels of images, -1 for the features of sequences.
+        num_streams: The number of streams.
+        name: The name of the argument, for error messages.
+
+    Returns:
+        The streams `(x1, x2)`. The parts of a tensor are dense copies, because residual functions run on them many
+        times, and kernels are slower on strided views and may round differently.
+
+    Raises:
+        TypeError: `x` is neither a tensor nor `num_streams` tensors, or is not floating-point. Or `dim` is not an
+            integer.
+        ValueError: `num_streams` is not an integer of at least 2, `x` has no dimension `dim`, or its size along `dim`
+            is not divisible by `num_streams`.
+    """
+    if (
+        type(num_streams) is not int or not 2 <= num_streams <= MOST_STREAMS
+    ):  # Runs in every forward pass: no call; no bool.
+        raise ValueError(f"`num_streams` (={describe(num_streams)}) must be an integer from 2 to {MOST_STREAMS:,}.")
+    if type(dim) is not int:
+        raise TypeError(f"`dim` (={describe(dim)}) must be an integer, the dimension to split.")
+    if isinstance(x, Tensor):
+        _check_stream(name, x)
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(
+                f"`split_dim` (={describe(dim)}) must be a dimension of `{name}`, which has shape {tuple(x.shape)}; "
+                f"pass one from {-x.dim()} to {x.dim() - 1}."
+            )
+        size = x.shape[dim]
+        if size % num_streams:
+            must = "must be even" if num_streams == 2 else f"must be a multiple of `num_streams` (={num_streams})"
+            raise ValueError(
+                f"`{name}` (of shape {tuple(x.shape)}) has size {size} along `split_dim` (={dim}), which {must}, since "
+                f"a reversible block splits it in {_names(num_streams)[0]}; use "
+                f"{-(-size // num_streams) * num_streams} channels, or pass {_names(num_streams)[1]}."
+            )
+        return tuple([part.clone() for part in x.chunk(num_streams, dim)])
+    if not isinstance(x, (tuple, list)) or len(x) != num_streams:
+        raise TypeError(
+            f"`{name}` (={_describe(x)}) must be a tensor, which is split in {_names(num_streams)[0]}, or "
+            f"{_names(num_streams)[1]}."
+        )
+    for index, stream in enumerate(x):
+        _check_stream(f"{name}{index + 1}", stream)
+    return tuple(x)
+
+
+def _names(num_streams: int) -> tuple[str, str]:
+    """Return the words for the number of streams, and for the tensors that may be passed instead of one."""
+    return ("two", "a pair of tensors (x1, x2)") if num_streams == 2 else (f"{num_streams}", f"{num_streams} tensors")
+
+
+def _check_stream(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` (={_describe(x)}) must be a tensor.")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"`{name}` has dtype {x.dtype}, but a stream must be floating-point; convert it with `{name}.float()`."
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__

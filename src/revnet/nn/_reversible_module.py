@@ -1,0 +1,187 @@
+"""What reversible blocks and sequences of them share: how they run. A plain step enters no other file of this room."""
+
+import abc
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from revnet._torch_internals import has_global_module_hook
+from revnet._types import Streams, TensorPair
+from revnet.engine import BoundChain, Chain, ToleranceKeeper, begin, block_calls, call_within, joined
+from revnet.nn._policy import AbstractPolicy
+from revnet.nn._run import Segment, check_samples, run_inverse, sum_log_dets, take_own
+from revnet.nn._split_dim import unclear_split_dim
+
+if TYPE_CHECKING:
+    from revnet.nn._chains import Chains
+
+
+class AbstractReversible(nn.Module, abc.ABC):
+    """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
+
+    _chains: "Chains | None" = None
+    _keeper: ToleranceKeeper | None = None
+
+    @abc.abstractmethod
+    def _find_course(self) -> "Course":
+        """Return what the module runs."""
+
+    @overload
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    @overload
+    def forward(self, x: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
+    @overload
+    def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Streams: ...
+
+    def forward(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
+        """Compute the output: of a block, or of the last block of a sequence.
+
+        Args:
+            x: The activation, or the streams. Not modified, and free to be modified afterwards; streams under a
+                `tolerance` only after the backward pass. The output is not: writing over it before the backward pass
+                raises in that pass.
+            args: Further positional arguments of every residual function, such as `f` and `g`.
+            kwargs: Keyword arguments of every residual function. `f_kwargs` and `g_kwargs` are for one of them alone.
+
+        Returns:
+            The output; a tensor for a tensor, a tuple for a tuple.
+        """
+        if not torch.compiler.is_dynamo_compiling() and block_calls.within and (run := call_within(self)):
+            return run(x, args, kwargs)
+        return run_forward(self._course(), x, args, kwargs, tolerance=self._keeper)
+
+    @overload
+    def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    @overload
+    def inverse(self, y: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
+    @overload
+    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
+
+    def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
+        """Compute the input from the output `y`, with the further arguments that the forward pass had.
+
+        Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
+        evaluation mode: in training mode it draws a new mask.
+        """
+        course = self._course()
+        half_blocks = [half_block for _, chain in course.segments for half_block in chain.half_blocks]
+        return run_inverse(Chain(half_blocks), y, *course.split(y), args, kwargs)
+
+    def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
+        """Compute the output, and the log-determinant of the map to it for each sample, (B,).
+
+        Both are differentiable, and activations are kept or rebuilt for both as in `forward`. It is zero for additive
+        blocks.
+
+        Raises:
+            ValueError: The blocks split along the batch, so that a sample has no map of its own.
+        """
+        log_dets: list[Tensor] = []
+        y = run_forward(self._course(), x, args, kwargs, log_dets, self._keeper)
+        return y, sum_log_dets(log_dets, y)
+
+    def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the log-determinant at `x` alone, (B,)."""
+        return self.forward_with_log_det(x, *args, **kwargs)[1]
+
+    def _course(self) -> "Course":
+        """Return what the module runs: what it ran last, if it is made of the same."""
+        if self._chains is not None and not torch.compiler.is_dynamo_compiling():
+            known = self._chains.known
+            if known is not None and known.origin is not None and known.origin.is_same(self):
+                return known.course
+        return self._find_course()
+
+
+class Course(NamedTuple):
+    """What a module runs."""
+
+    segments: Sequence[Segment]
+    """Chains of half-blocks in order, each with its policy."""
+    split_dim: int
+    num_streams: int
+    unsure: type[nn.Module] | None
+    """The class of the first block, if its `split_dim` was left out."""
+
+    def split(self, x: Tensor | Streams) -> tuple[int, int]:
+        """Return along which dimension and into how many streams `x` is split."""
+        if self.unsure is not None and isinstance(x, Tensor) and x.dim() == 3:
+            raise unclear_split_dim(self.unsure, x)
+        return self.split_dim, self.num_streams
+
+
+Reads = tuple[Callable[[Any], Any], tuple[str, ...], str | None]
+"""What a block's `half_blocks` reads: a getter of attributes, the names of children, and of a list of functions."""
+
+
+class Origin(NamedTuple):
+    """What the chains of a sequence were made of. It keeps nothing alive that they do not."""
+
+    policies: tuple[AbstractPolicy, ...]
+    reads: list[Reads]
+    """What to read from each block."""
+    found: list[Any]
+    """What was read from each block."""
+
+    def is_same(self, sequence: Any) -> bool:
+        """Return whether the chains would be the same if they were made now."""
+        blocks = sequence._modules.get("blocks")
+        if self.policies is not sequence._policies or type(blocks) is not nn.ModuleList:
+            return False
+        if len(self.reads) != len(blocks._modules) or has_global_module_hook():
+            return False
+        try:
+            return self.found == look(blocks._modules.values(), self.reads)
+        except (AttributeError, KeyError):  # Making the chains says what is missing.
+            return False
+
+
+def look(blocks: Iterable[Any], reads: Iterable[Reads]) -> list[Any]:
+    """Return what each block's `half_blocks` reads, and what decides on whether the block itself must be called."""
+    return [
+        (
+            type(block),
+            type(block).forward,
+            type(block).half_blocks,
+            "forward" in block.__dict__ or "half_blocks" in block.__dict__,
+            bool(
+                block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
+            ),
+            attributes(block),
+            list(map(block._modules.get, children)),
+            list_name and (type(block._modules[list_name]), *block._modules[list_name]._modules.values()),
+        )
+        for block, (attributes, children, list_name) in zip(blocks, reads, strict=True)
+    ]
+
+
+def run_forward(
+    course: Course,
+    x: Tensor | Streams,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    log_dets: list[Tensor] | None = None,
+    tolerance: ToleranceKeeper | None = None,
+) -> Any:
+    """Run a course on `x`; the output has the form of `x`, a tensor or a tuple.
+
+    The half-blocks add up their log-determinants in `log_dets`, if it is given.
+    """
+    segments = course.segments
+    dim, num_streams = course.split(x)
+    coupling = segments[0][1].half_blocks[0].coupling if segments else None
+    streams, input_dtype = begin(x, dim, num_streams, coupling)
+    if log_dets is not None:
+        check_samples(streams[0], dim)
+    own_kwargs = take_own(kwargs, segments) if kwargs else {}
+    is_plain = input_dtype is None and len(args) + len(kwargs) + len(own_kwargs) == 0
+    run = None
+    for policy, chain in segments:
+        call = BoundChain(chain, args, kwargs, own_kwargs, input_dtype, log_dets, tolerance, is_plain)
+        streams = policy.run(call, streams)
+        run = call.run
+    if input_dtype is not None:  # What is held is the stream itself, not its copy in another dtype.
+        streams, run = tuple([stream.to(input_dtype) for stream in streams]), None
+    return joined(streams, dim, None if run is None else run()) if isinstance(x, Tensor) else streams
