@@ -121,10 +121,10 @@ from revnet.engine._determinism import Repetition as Repetition
 from revnet.engine._determinism import repeat_function as repeat_function
 from revnet.engine._drift import DriftMeter as DriftMeter
 from revnet.engine._drift import DriftRecord as DriftRecord
+from revnet.engine._inverse import inverse as inverse
 from revnet.engine._offload import offloaded as offloaded
 from revnet.engine._offload import offloaded_call as offloaded_call
-from revnet.engine._reversible import inverse as inverse
-from revnet.engine._reversible import reversible as reversible
+from revnet.engine._rebuild import reversible as reversible
 from revnet.engine._split import split as split
 from revnet.engine._streams import begin as begin
 from revnet.engine._streams import joined as joined

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from revnet.engine import _careful
 from revnet.engine._chain import HalfBlock
 from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, reader_of, relative_errors
 from revnet.engine._drift import PART, WARN_ABOVE, StreamKind, report
 from revnet.engine._observer import Observer
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._streams import StreamSnapshot
 from revnet.engine._suspicion import check_same, stream_again, tail_again
-from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
@@ -94,15 +94,11 @@ class AgreementWatch(Observer):
             ReconstructionError: It was written over, in a way that leaves no version.
         """
         assert run.held is not None
-        for which, (stream, expected) in enumerate(zip(run.held.held, self._checksums, strict=True)):
+        for stream, version, expected in zip(run.held.held, run.held.versions, self._checksums, strict=True):
             # A stream with another version raises when it is read, by its own error.
-            is_silent = stream is not None and expected is not None and run.held.is_unmodified(which)
+            is_silent = stream is not None and expected is not None and stream._version == version
             if stream is not None and is_silent and checksum(stream) != expected:
-                raise ReconstructionError(
-                    f"an output of a reversible sequence, of shape {tuple(stream.shape)}, was written over after the "
-                    "forward pass, through `.data`, NumPy or the like; the activations are rebuilt from that output: "
-                    "`clone` it before writing, or use the policy `Store()` for the last block."
-                )
+                raise _careful.overwritten_output(stream)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
         """Compare the stream that was rebuilt by undoing half-block `index`."""

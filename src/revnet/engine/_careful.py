@@ -1,10 +1,10 @@
 """What recording and replaying a call must do only for some functions, and the errors of both.
 
-State in buffers, parameters that a function writes, tensors from elsewhere, early stops and forward-mode
-differentiation are all rare. `_record` asks cheaply whether one of them is there, and comes here if so.
+Random numbers, tensors from elsewhere, writes to saved tensors and forward-mode differentiation are all rare. `_record`
+and `_replay` ask cheaply whether one of them is there, and come here if so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,20 +16,18 @@ from revnet._torch_internals import (
     HAS_ACCELERATOR,
     forward_mode_level,
     hooks_are_disabled,
+    never_compile,
+    next_sequence_number,
     sequence_number_of,
     tree_leaves,
 )
-from revnet.engine._digest import can_digest, checksum, same_bits
 from revnet.engine._random import RandomStates, digest, same_random_state
-from revnet.engine._tensors import storage_key, version_of, versions_of
+from revnet.engine._tensors import storage_key, version_of
 from revnet.engine._tracing import refuse
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall, Saved, Surroundings
-
-CHECKSUM_INTERVAL = 64
-"""Calls of a plan between two checksums of the parameters, which show writes that leave no version."""
 
 _CPU = torch.device("cpu")
 
@@ -99,6 +97,64 @@ def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
     call.lasting = call.lasting - {id(each) for each in call.surroundings.arguments if storage_key(each) in keys}
 
 
+def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
+    """Return the test whether a tensor outlives the call; a miss is harmless, since it is rebuilt then."""
+    if forward_mode_level() < 0:
+        return lambda tensor: id(tensor) in lasting or id(tensor._base) in lasting
+    # Forward mode saves the primal of a dual tensor, which is another object with the same storage.
+    known = (*call.parameters, *call.buffers, *call.surroundings.arguments)
+    keys = {storage_key(each) for each in known} - {None}
+    return lambda tensor: id(tensor) in lasting or storage_key(tensor) in keys
+
+
+def make_pack(call: "RecordedCall", saved: "Saved") -> Callable[[Tensor], int]:
+    """Return a hook for a first run in forward mode, which notes what `Saved.pack_and_note` does."""
+    is_lasting = lasting_test(call, call.lasting)
+    tensors, versions = saved.tensors, saved.versions
+    assert tensors is not None
+    assert versions is not None
+
+    def pack(tensor: Tensor) -> int:
+        if is_lasting(tensor):
+            saved.others.append(tensor)
+            saved.other_versions.append(version_of(tensor))
+            return -len(saved.others)
+        versions.append(version_of(tensor))
+        tensors.append(tensor)
+        saved.nodes.append(next_sequence_number())
+        return len(tensors) - 1
+
+    return pack
+
+
+def make_replay_pack(
+    call: "RecordedCall",
+    caught: list[Tensor],
+    versions: list[int],
+    lasting: set[int],
+    stop_after: int,
+    stop: type[BaseException],
+) -> Callable[[Tensor], Tensor]:
+    """Return a hook for a second run that notes versions, and raises `stop` after `stop_after` tensors."""
+    is_lasting = lasting_test(call, lasting)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if is_lasting(tensor):
+            return tensor
+        tensor = tensor.detach()
+        caught.append(tensor)
+        versions.append(version_of(tensor))
+        if len(caught) == stop_after:
+            raise stop
+        return tensor
+
+    return pack
+
+
+for _maker in (make_pack, make_replay_pack, lasting_test):
+    never_compile(_maker)
+
+
 def find_constants(
     call: "RecordedCall", tensors: Sequence[Tensor], versions: Sequence[int], own: Sequence[Any], start: int
 ) -> dict[int, tuple[Tensor, int]] | None:
@@ -165,22 +221,6 @@ def _fresh_counts() -> tuple[int, int]:
 FRESH_COUNT, _FRESH_BASE_COUNT = _fresh_counts()
 
 
-# State that a function changes ----------------------------------------------------------------------------------------
-
-
-def before(call: "RecordedCall") -> list[int | None] | None:
-    """Copy, before a call, what the function may write to; return checksums of its parameters now and then."""
-    plan = call.plan
-    if plan.states:
-        call.states = {place: call.buffers[place].detach().clone() for place in plan.states}
-        call.state_versions = {place: version_of(call.buffers[place]) for place in plan.states}
-    if plan.data_writes:
-        call.written = {place: call.parameters[place].detach().clone() for place in plan.data_writes}
-    if plan.fixed:
-        call.buffer_versions = {place: version_of(call.buffers[place]) for place in plan.fixed}
-    return _checksums(call.parameters) if plan.num_calls % CHECKSUM_INTERVAL == 1 else None
-
-
 def moved(
     surroundings: "Surroundings", before: RandomStates, after: RandomStates
 ) -> list[tuple[torch.device, Tensor, int | None]] | None:
@@ -191,54 +231,6 @@ def moved(
         (device, old, digest(new)) for device, old, new in states if not same_random_state(old, new)
     ]
     return found or None
-
-
-def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
-    """Keep, after a call, the copies of what it changed, and note the versions that it left."""
-    if call.states:
-        _settle_states(call)
-    versions = versions_of(call.parameters)
-    written = dict(call.written or {})
-    for place, (old, new) in enumerate(zip(call.versions, versions, strict=True)):
-        if old != new and place not in written:
-            # Written before use, as `nn.Embedding(max_norm=)` does: a replay works on a copy of what that left.
-            written[place] = call.parameters[place]
-    call.versions = versions
-    # The parameters are only read again where a sum from before the call is there to compare with.
-    new_sums = () if checksums is None else _checksums(call.parameters)
-    for place, (old_sum, new_sum) in enumerate(zip(checksums or (), new_sums, strict=False)):
-        if old_sum != new_sum and place not in written:
-            # Seen for the first time, so what was there before is lost: this replay begins with what the function left,
-            # and the check of its result says whether that was right. Next time a copy is taken before the call.
-            written[place] = call.parameters[place]
-            call.plan.data_writes.append(place)
-    call.written = written or None
-
-
-def _settle_states(call: "RecordedCall") -> None:
-    assert call.states is not None
-    versions = call.buffer_versions or {}
-    for place, copy in list(call.states.items()):
-        buffer = call.buffers[place]
-        holder, name = call.plan.buffer_places[place]
-        # Kernels that keep running statistics write without raising the version, so that no vector is trusted to be
-        # constant. Large buffers (masks, position tables) are compared; on the CPU, since devices would be waited for.
-        can_compare = can_digest(buffer) and can_digest(copy)
-        if (
-            holder[name] is buffer
-            and buffer.dim() > 1
-            and version_of(buffer) == call.state_versions[place]
-            and not (can_compare and not same_bits(buffer, copy))
-        ):
-            versions[place] = version_of(buffer)
-            del call.states[place]
-    call.buffer_versions = versions or None
-    call.states = call.states or None
-
-
-def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Return a number for the bits of each tensor; None where they cannot be read."""
-    return list(map(checksum, tensors))
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -303,6 +295,44 @@ def modified(what: str, tensor: Tensor, version: int) -> RuntimeError:
 def metas_of(result: Any) -> list[Any]:
     """Return shape, dtype and device of the tensors that a function returned."""
     return [meta_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def not_the_same(name: str, how: str) -> ReconstructionError:
+    """Return the error for a function that gives other numbers when it runs again."""
+    return ReconstructionError(
+        f"`{name}` gave other numbers when it ran again, {how}: it draws random numbers outside of PyTorch or from a "
+        "generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward pass. "
+        "Draw with PyTorch's global generator, keep state in buffers, pass tensors as arguments, or keep the block's "
+        "activations with the policy `Store()`."
+    )
+
+
+def modified_output(tensor: Tensor, version: int) -> ReconstructionError:
+    """Return the error for a final stream that was written to."""
+    return ReconstructionError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: an output of "
+        f"a reversible sequence, of shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; expected version "
+        f"{version}. The activations are rebuilt from that output: use the operation's out-of-place form, or the "
+        "policy `Store()` for the last block."
+    )
+
+
+def overwritten_output(tensor: Tensor) -> ReconstructionError:
+    """Return the error for a final stream that was written to in a way that leaves no version."""
+    return ReconstructionError(
+        f"an output of a reversible sequence, of shape {tuple(tensor.shape)}, was written over after the forward pass, "
+        "through `.data`, NumPy or the like; the activations are rebuilt from that output: `clone` it before writing, "
+        "or use the policy `Store()` for the last block."
+    )
+
+
+def freed_output(tensor: Tensor) -> ReconstructionError:
+    """Return the error for a final stream whose memory is gone."""
+    return ReconstructionError(
+        f"the memory of an output of a reversible sequence, of shape {tuple(tensor.shape)}, was freed after the "
+        "forward pass (`untyped_storage().resize_(0)`), so the activations cannot be rebuilt; restore it before "
+        "`backward`, or keep the last block's activations with the policy `Store()`."
+    )
 
 
 def _described(meta: tuple[Any, ...]) -> str:

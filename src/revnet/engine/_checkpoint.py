@@ -109,7 +109,8 @@ class _KeepingRun:
             )
             kept = (source, stream)
         self.is_finished = True
-        call.keep([(each.detach(), version_of(each), each.requires_grad) for each in kept])
+        if (saved := call.slots()) is not None:
+            saved.kept = [(each.detach(), version_of(each), each.requires_grad) for each in kept]
         if self._range is not None:
             self._range.look(half_block, y)
         streams[half_block.target] = y
@@ -124,7 +125,8 @@ class _KeepingRun:
         self._filled = index
         half_block, call = self._calls[index]
         leaves = []
-        for tensor, version, requires_grad in call.kept():
+        saved = call.slots()
+        for tensor, version, requires_grad in () if saved is None or saved.kept is None else saved.kept:
             if version_of(tensor) != version:
                 raise ReconstructionError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "

@@ -1,7 +1,7 @@
 """Samples of tensors as plain numbers on the host: what a run remembers of a stream at no cost in tensor memory.
 
-They are read through NumPy from the memory of a tensor of the CPU, so that nothing is allocated, no operator of PyTorch
-runs, and a measured step has the operations of a predicted one.
+They are read from the memory of a tensor of the CPU, so that nothing is allocated, no operator of PyTorch runs, and a
+measured step has the operations of a predicted one. Contiguous tensors are read here, all others in `_arrays`.
 """
 
 import ctypes
@@ -14,31 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
-
-SIZE = 32
-"""Elements of a digest."""
+from revnet.engine._arrays import (
+    DTYPES,
+    INTEGERS,
+    LEAST,
+    SIZE,
+    array_of,
+    bytes_reader,
+    digest_of_any,
+    groups,
+    places,
+    step_of,
+)
+from revnet.engine._careful import not_the_same
 
 Digest = list[float]
 
+NOISE = 1024.0
+"""Units in the last place by which two runs of one function on one input may differ."""
 _TINY = 1e-300
-_DTYPES = {
-    torch.float64: np.float64,
-    torch.float32: np.float32,
-    torch.float16: np.float16,
-    torch.complex128: np.complex128,
-    torch.complex64: np.complex64,
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.int16: np.int16,
-    torch.int8: np.int8,
-    torch.uint8: np.uint8,
-    torch.bool: np.bool_,
-}
-"""The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
 _READABLE = (Tensor, nn.Parameter)
 _C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 """The dtypes of most streams, which the standard library reads faster than NumPy."""
-_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 
 
 def can_digest(x: Tensor) -> bool:
@@ -47,83 +44,29 @@ def can_digest(x: Tensor) -> bool:
         type(x) is Tensor
         and x.device.type == "cpu"
         and x.layout is torch.strided
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and not in_functorch_transform()
     )
 
 
-def has_memory(x: Tensor) -> bool:
-    """Return whether a tensor's memory is there: FSDP takes away that of a parameter after its function."""
-    return x.untyped_storage().nbytes() >= x.nbytes and x.data_ptr() != 0
-
-
-def _array(x: Tensor) -> Any:
-    """Return a tensor's memory as an array, which must not outlive it.
-
-    `Tensor.numpy` would do, but it marks the storage as one that cannot be resized, as FSDP must.
-    """
-    itemsize = x.element_size()
-    strides = tuple([stride * itemsize for stride in x.stride()])
-    shape = tuple(x.shape)
-    if 0 in shape:
-        return np.empty(shape, _DTYPES.get(x.dtype, _INTEGERS.get(itemsize, np.int64)))
-    span = sum([(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]) + itemsize
-    memory: Any = _bytes_reader(span)(x.data_ptr())
-    return np.ndarray(shape, _DTYPES.get(x.dtype, _INTEGERS.get(itemsize, np.int64)), memory, 0, strides)
-
-
-@lru_cache(maxsize=256)
-def _bytes_reader(span: int) -> Any:
-    """Return what reads so many bytes at an address; kept, since making its type takes longer than reading."""
-    return (ctypes.c_char * span).from_address
-
-
 def digest_of(x: Tensor) -> Digest:
     """Return a sample of the elements of a tensor of which `can_digest` is true, spread over all dimensions."""
-    kind = _C_TYPES.get(x.dtype)
-    if kind is None or not x.is_contiguous() or x.numel() == 0:
-        return _digest_of_any(x)
-    read, step = _reader(kind, x.numel())
-    digest: Digest = read(x.data_ptr())[::step]
+    read, every = reader_of(x)
+    if read is None or not x.is_contiguous():
+        return digest_of_any(x)
+    digest: Digest = read(x.data_ptr())[every]
     return digest
 
 
 def reader_of(x: Tensor) -> tuple[Any, slice]:
-    """Return what reads a contiguous tensor like `x` at an address, and the sample to take of it; None if nothing."""
+    """Return what reads a contiguous tensor like `x` at an address, and the sample to take; None for neither."""
     kind = _C_TYPES.get(x.dtype)
-    if kind is None or x.numel() == 0:
-        return None, slice(None)
-    read, step = _reader(kind, x.numel())
-    return read, slice(None, None, step)
+    return (None, slice(None)) if kind is None or x.numel() == 0 else _reader(kind, x.numel())
 
 
 @lru_cache(maxsize=256)
-def _reader(kind: Any, numel: int) -> tuple[Any, int]:
-    """Return what reads so many elements at an address, and the step of a sample of them."""
-    return (kind * numel).from_address, _step(numel, SIZE)
-
-
-def _digest_of_any(x: Tensor) -> Digest:
-    array = _array(x)
-    if array.size == 0:
-        return []
-    sample = array[_places(array.shape, SIZE)]
-    if sample.dtype.kind == "c":
-        sample = np.ascontiguousarray(sample).view(sample.real.dtype)
-    return list(np.atleast_1d(sample).tolist())
-
-
-def _step(numel: int, most: int) -> int:
-    """Return the step of a sample of about `most` elements."""
-    # An odd step meets every residue of the dimensions, which are mostly even: all channels, all tokens in turn.
-    return 1 if numel <= most else (numel // most) | 1
-
-
-@lru_cache(maxsize=256)
-def _places(shape: tuple[int, ...], most: int) -> tuple[Any, ...]:
-    """Return the places of the same elements in an array of another layout."""
-    numel = math.prod(shape)
-    return np.unravel_index(np.arange(0, numel, _step(numel, most)), shape) if numel and shape else ()
+def _reader(kind: Any, numel: int) -> tuple[Any, slice]:
+    return (kind * numel).from_address, slice(None, None, step_of(numel, SIZE))
 
 
 class Parts(NamedTuple):
@@ -137,26 +80,11 @@ class Parts(NamedTuple):
 
 def parts_of(x: Tensor) -> Parts:
     """Return a sample in which each channel, token and sample of the batch has several elements."""
-    array = _array(x)
+    array = array_of(x)
     if array.size == 0 or array.ndim == 0 or array.dtype.kind == "c":
         return Parts(np.array(digest_of(x)), ())
-    size = max(512, _LEAST * max(array.shape))
-    return Parts(array[_places(array.shape, size)].astype(np.float64), _groups(array.shape, size))
-
-
-_LEAST = 16
-"""Elements of a part below which it is not judged: a part of a few is small by chance."""
-
-
-@lru_cache(maxsize=64)
-def _groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
-    places = _places(shape, size)
-    return tuple(
-        (places[dim], count)
-        for dim, count in enumerate(shape)
-        # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
-        if (dim < 2 or len(shape) <= 3) and count > 1 and len(places[dim]) >= _LEAST * count
-    )
+    size = max(512, LEAST * max(array.shape))
+    return Parts(array[places(array.shape, size)].astype(np.float64), groups(array.shape, size))
 
 
 def relative_errors(found: Any, true: Parts, floor: float) -> tuple[float, float]:
@@ -191,17 +119,56 @@ def checksum(x: Tensor) -> int | None:
     if in_functorch_transform() or not has_memory(x):
         return None
     if x.is_contiguous():
-        array = np.frombuffer(_bytes_reader(x.nbytes)(x.data_ptr()), np.uint8)
+        array = np.frombuffer(bytes_reader(x.nbytes)(x.data_ptr()), np.uint8)
     else:
-        array = _array(x)
+        array = array_of(x)
         if array.strides[-1] != array.itemsize:
             array = np.ascontiguousarray(array)
     # As long integers where that is possible, which takes a quarter of the time. A sum of integers wraps in silence.
     is_even = array.shape[-1] * array.itemsize % 8 == 0
-    return int(array.view(np.int64 if is_even else _INTEGERS[array.itemsize]).sum(dtype=np.int64))
+    return int(array.view(np.int64 if is_even else INTEGERS[array.itemsize]).sum(dtype=np.int64))
 
 
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors of one shape and dtype, of which `can_digest` is true, hold the same bits."""
-    a, b = (np.ascontiguousarray(_array(each)).reshape(-1) for each in (x, y))
-    return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
+def has_memory(x: Tensor) -> bool:
+    """Return whether a tensor's memory is there: FSDP takes away that of a parameter after its function."""
+    return x.untyped_storage().nbytes() >= x.nbytes and x.data_ptr() != 0
+
+
+class Tail:
+    """A sample of the last tensor that a function saved, taken again in each replay."""
+
+    __slots__ = ("error", "expected", "found")
+
+    def __init__(self, expected: Digest):
+        self.expected = expected
+        self.found: Digest = []
+        """The sample of the last replay."""
+        self.error = 0.0
+        """How far it is off, relative to its size."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Tail | None":
+        """Return the sample of a first run; None where values cannot be read."""
+        return cls(digest_of(tensor)) if can_digest(tensor) and has_memory(tensor) else None
+
+    def compare(self, name: str, tensor: Tensor, *, is_rounded: bool) -> None:
+        """Note by how much a replay's last saved tensor differs from the first run's.
+
+        Raises:
+            ReconstructionError: The input of the replay is bit for bit the one of the first run, and the tensor is not.
+        """
+        self.error = 0.0
+        if not has_memory(tensor):
+            return
+        self.found = digest_of(tensor)
+        if self.found == self.expected:
+            return
+        size, dtype = math.hypot(*self.expected), tensor.dtype
+        if not math.isfinite(size):
+            return  # NaN and inf are the model's own.
+        distance = math.dist(self.expected, self.found)
+        self.error = distance / size if size else math.inf
+        # Two runs on one input may differ in the last places, say for the alignment of memory.
+        noise = NOISE * torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+        if not is_rounded and not distance <= noise * size:
+            raise not_the_same(name, "on the input that it had in the forward pass")

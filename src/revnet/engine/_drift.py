@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from revnet._torch_internals import in_functorch_transform
 from revnet.engine._chain import HalfBlock
 from revnet.engine._observer import Observer
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values, is_plain
 from revnet.errors import ReconstructionError, ReconstructionWarning
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from revnet.engine._chain import HalfBlock
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._streams import StreamSnapshot
 
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder

@@ -1,23 +1,61 @@
-"""The run of a chain: it records the forward pass, and walks the streams back in the backward pass."""
+"""The run of a chain: it records the forward pass, and walks the streams back; and the step of most half-blocks."""
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from revnet._torch_internals import call_after_backward
 from revnet._types import Streams
-from revnet.engine._additive_step import AdditiveStep
+from revnet.coupling import Additive
+from revnet.engine import _careful
+from revnet.engine._agreement import AgreementWatch
 from revnet.engine._block_hooks import run_through_blocks
-from revnet.engine._careful import check_finished
-from revnet.engine._chain import BoundChain
+from revnet.engine._chain import BoundChain, HalfBlock, stored, wrote_to_input
+from revnet.engine._digest import can_digest
 from revnet.engine._drift import active_meter
 from revnet.engine._observer import Observer
+from revnet.engine._observers import drop_walk_after_backward, observers_of
 from revnet.engine._record import Surroundings
+from revnet.engine._replay import replay
 from revnet.engine._step import AbstractStep, JoinedStep
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._streams import StreamSnapshot
+from revnet.engine._tensors import ALONE, PLAIN, use_count
+from revnet.engine.compile import compiled
+
+
+def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+    """Run half-blocks and keep only the final streams; the backward pass rebuilds the rest.
+
+    Args:
+        chain: The half-blocks in order, with the arguments of their functions.
+        streams: The streams, two or more. Not modified.
+
+    Returns:
+        The streams after the last half-block. Modifying one in place before the backward pass makes that pass raise.
+
+    Raises:
+        TypeError: A residual function returned no tensor, or one of a dtype that the stream cannot hold.
+        ValueError: A residual function returned another shape than that of the stream it updates.
+        RuntimeError: A residual function modified its input in place.
+        ReconstructionError: In the backward pass, the activations cannot be rebuilt. Never a wrong gradient instead.
+
+    Numerics:
+        The output is the one of `stored`, bit for bit. Gradients differ by the rounding of `(x + r) - r`, which grows
+        with depth.
+
+    References:
+        Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7 and Algorithm 1.
+    """
+    is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if is_traced or not torch.is_grad_enabled():  # As `runs_plainly` says.
+        return stored(chain, streams)
+    if torch.compiler.is_dynamo_compiling():
+        return compiled(chain, streams) or stored(chain, streams)
+    return Rebuilder(chain, streams).run(chain, streams)
 
 
 class Rebuilder:
@@ -30,16 +68,22 @@ class Rebuilder:
     Args:
         chain: The call of the chain.
         streams: The streams that it begins with.
-        observers: What watches the run.
     """
 
-    def __init__(self, chain: BoundChain, streams: Sequence[Tensor], observers: Sequence[Observer]):
-        self.chain = chain.for_replays()
-        self.observers = observers
-        self.correctors = [observer for observer in observers if observer.looks_before_replays]
-        self.is_watched = (meter := active_meter()) is None or not meter.is_quiet
+    def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
+        self.chain = chain if chain.log_dets is None else chain.for_replays()
+        meter = active_meter()
+        self.is_watched = meter is None or not meter.is_quiet
         """Whether what is wrong raises; a quiet `DriftMeter` only records it."""
-        self.surroundings = Surroundings(chain.tensors(), streams)
+        is_usual = len(chain.chain.half_blocks) > 1 and chain.tolerance is None and not chain.chain.has_exact
+        self.observers: list[Observer] = (
+            [AgreementWatch()]
+            if is_usual and meter is None and streams[0].dtype is torch.float32 and can_digest(streams[0])
+            else observers_of(chain, streams)
+        )
+        self.correctors = [each for each in self.observers if each.looks_before_replays]
+        """Observers that may put other streams in place before a function runs again."""
+        self.surroundings = Surroundings([] if chain.is_plain else chain.tensors(), streams)
         self.steps: list[AbstractStep] = []
         self.first_with_slots: int | None = None
         """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt."""
@@ -56,7 +100,7 @@ class Rebuilder:
         self.lock = threading.RLock()
         self._has_log_dets = chain.log_dets is not None
         self._last_alive = -1
-        self._walk: StreamSnapshot | None = None
+        self.walk: StreamSnapshot | None = None
         self._filled: int | None = None
         self._has_begun = False
 
@@ -118,7 +162,7 @@ class Rebuilder:
     def rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""
         if not self.is_finished:
-            check_finished(False)
+            _careful.check_finished(False)
         if not self._has_begun:
             self._has_begun = True
             assert self.held is not None
@@ -150,30 +194,110 @@ class Rebuilder:
         if self.keyframes:
             held = next((keyframe for keyframe in self.keyframes if keyframe.position >= index), held)
         assert held is not None
-        while self._last_alive > index and not self.steps[self._last_alive].is_alive():
+        while self._last_alive > index and self.steps[self._last_alive].slots() is None:
             self._last_alive -= 1
         if self._last_alive <= index:
             # Nothing above `index` can be asked for again: what is held itself may move.
-            self._walk = None
+            self.walk = None
             self.held = held
             if self.keyframes:
                 self.keyframes = [keyframe for keyframe in self.keyframes if keyframe.position < index]
             return held
         # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
-        if self._walk is None or self._walk.position < index or held.position < self._walk.position:
-            self._walk = held.fork()
-            self._drop_walk_after_backward()
-        return self._walk
+        if self.walk is None or self.walk.position < index or held.position < self.walk.position:
+            self.walk = held.fork()
+            drop_walk_after_backward(self)
+        return self.walk
 
-    def _drop_walk_after_backward(self) -> None:
-        run = weakref.ref(self)
 
-        def drop() -> None:
-            alive = run()
-            if alive is not None:
-                with alive.lock:  # Another thread may walk at this moment.
-                    alive._walk = None
-                    for observer in alive.observers:
-                        observer.after_backward(alive)
+class AdditiveStep(AbstractStep):
+    """A half-block whose coupling saves nothing for its gradient."""
 
-        call_after_backward(drop)
+    __slots__ = ()
+
+    def first(
+        self, run: "Rebuilder", chain: BoundChain, index: int, half_block: HalfBlock, streams: Sequence[Tensor]
+    ) -> Tensor:
+        """Return the updated stream, leaving slots of the function in the graph."""
+        self.half_block = half_block
+        source, stream = streams[half_block.source], streams[half_block.target]
+        self.source_requires_grad = source.requires_grad
+        is_lowest = run.first_with_slots is None
+        function: Callable[..., Any] = chain.call
+        args: tuple[Any, ...] = (half_block, source)
+        kwargs: Mapping[str, Any] = {}
+        is_plain = chain.is_plain or (chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments)
+        if is_plain:  # `chain.call` without its questions.
+            function, args, kwargs = half_block.function, (source, *chain.args), chain.kwargs
+        version = source._version
+        residual = self.record(
+            run,
+            index,
+            function,
+            args,
+            kwargs,
+            (source,),
+            may_stop_early=is_lowest,
+            keeps_tail=is_lowest and run.is_watched,
+        )
+        if is_plain and source._version != version:
+            raise wrote_to_input(half_block)
+        # What the coupling would do, without its checks, which cost more than the sum of small tensors.
+        if (
+            type(half_block.coupling) is Additive
+            and type(residual) is Tensor
+            and residual.dtype == stream.dtype
+            and residual.shape == stream.shape
+        ):
+            return stream + residual
+        return half_block.coupling.forward(stream, residual, half_block.name)
+
+    def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
+        """Run the function again, and take what it returns off the stream."""
+        index, half_block = streams.position - 1, self.half_block
+        is_needed = index > run.lowest
+        residual = self._run_again(run, streams, index, fill=fill, needs_result=is_needed)
+        if not is_needed:
+            return
+        y = streams.take(half_block.target)
+        try:
+            # Written over only by the one who alone refers to its storage (rule 5).
+            in_place = ALONE is not None and type(y) in PLAIN and use_count(y.untyped_storage()._cdata) == ALONE
+            if type(half_block.coupling) is Additive and residual.dtype == y.dtype and type(y) is Tensor:
+                x = y.sub_(residual) if in_place else y - residual
+            else:
+                x = half_block.coupling.inverse(y, residual, half_block.name, in_place=in_place)
+        except BaseException:
+            streams.put(half_block.target, y)
+            raise
+        streams.put(half_block.target, x)
+        streams.position = index
+
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again on the stream that it read, which undoing it has left as it was."""
+        self._run_again(run, streams, index, fill=True, needs_result=False)
+
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again on the stream that it read."""
+        self._run_again(run, streams, index, fill=False, needs_result=False)
+
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the stream with what the function returns."""
+        residual = self._run_again(run, streams, streams.position, fill=False, needs_result=True)
+        return self.half_block.coupling.forward(streams.read(self.half_block.target), residual, self.half_block.name)
+
+    def _run_again(
+        self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
+    ) -> Any:
+        source, rounded = self.source_of(run, streams, index)
+        chain, half_block = run.chain, self.half_block
+        function: Callable[..., Any] = chain.call
+        args: tuple[Any, ...] = (half_block, source)
+        kwargs: Mapping[str, Any] = {}
+        is_plain = chain.is_plain or (chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments)
+        if is_plain:
+            function, args, kwargs = half_block.function, (source, *chain.args), chain.kwargs
+        residual = replay(self, function, args, kwargs, fill=fill, rounded=rounded, needs_result=needs_result)
+        if is_plain and source._version:
+            raise wrote_to_input(half_block)
+        return residual.detach() if residual is not None and torch.is_grad_enabled() else residual

@@ -8,11 +8,10 @@ buffers, random numbers, tensors from elsewhere, early stops) is in `_careful` a
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import chain
 from operator import attrgetter
 from sys import getrefcount
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,15 @@ from revnet._torch_internals import (
     push_saved_tensors_hooks,
     sequence_number_of,
 )
-from revnet.engine import _careful, _early_stop
-from revnet.engine._careful import CHECKSUM_INTERVAL, FRESH_COUNT, meta_of
+from revnet.engine import _careful, _states
+from revnet.engine._careful import FRESH_COUNT, meta_of
+from revnet.engine._digest import Tail
 from revnet.engine._plan import Plan, plan_for
 from revnet.engine._random import NUM_BYTES, ONLY_CPU, RandomStates, compare_bytes, cpu_random_state, get_random_state
 from revnet.engine._restore import AutocastState, autocast_states, has_autocast
-from revnet.engine._tensors import versions_of
+from revnet.engine._slot_filler import SlotFiller
+from revnet.engine._states import CHECKSUM_INTERVAL
+from revnet.engine._tensors import storage_key, versions_of
 
 _version = attrgetter("_version")
 _base_of = attrgetter("_base")
@@ -42,24 +44,6 @@ _values = dict.values
 _NO_VERSIONS: dict[int, int] = {}
 
 
-class SlotFiller(Protocol):
-    """What fills the slots of its calls when the backward pass asks for them.
-
-    The autograd graph owns the filler (rule 1): each slot refers to it, and nothing else does.
-    """
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """Held while slots are filled and emptied: several devices run several backward threads over one graph."""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the forward pass is over, so that calls can be replayed."""
-
-    def rebuild(self, index: int) -> None:
-        """Fill the slots of call number `index`."""
-
-
 class Saved:
     """What all slots of one call refer to: the filler, and the tensors while they are there.
 
@@ -68,8 +52,8 @@ class Saved:
     """
 
     __slots__ = (
-        *("__weakref__", "constants", "filler", "index", "is_plain", "kept", "lasting", "others", "other_versions"),
-        *("tensors", "versions", "was_read"),
+        *("__weakref__", "constants", "filler", "index", "is_plain", "kept", "lasting", "nodes", "other_versions"),
+        *("others", "tensors", "versions", "was_read"),
     )
 
     def __init__(self, filler: SlotFiller, index: int, lasting: set[int]):
@@ -79,6 +63,8 @@ class Saved:
         """The identities of the tensors that outlive the call."""
         self.tensors: list[Any] | None = []
         self.versions: list[int] | None = []
+        self.nodes: list[int] = []
+        """The number of the operation that saved each tensor, where that is noted."""
         self.others: list[Tensor] = []
         """Tensors that outlive the call, and views of such: their slots count down from -1."""
         self.other_versions: list[int] = []
@@ -102,6 +88,13 @@ class Saved:
         self.versions.append(tensor._version)  # type: ignore[union-attr]
         tensors.append(tensor)  # type: ignore[union-attr]
         return len(tensors) - 1  # type: ignore[arg-type]
+
+    def pack_and_note(self, tensor: Tensor) -> int:
+        """Return the slot of a tensor, and note which operation saves it."""
+        number = self.pack(tensor)
+        if number >= 0:
+            self.nodes.append(next_sequence_number())
+        return number
 
     def unpack(self, number: int) -> Any:
         """Return the tensor of a slot, or one that outlives the call, guarded as autograd would guard it."""
@@ -257,7 +250,7 @@ class RecordedCall:
         """Whether no saved tensor was written to, and none was read before the forward pass was over."""
         self.stop_after = -1
         """After how many saved tensors a replay may stop; -1 for at the end."""
-        self.tail: _early_stop.Tail | None = None
+        self.tail: Tail | None = None
         """A sample of the last saved tensor, where the result is not compared: a replay need not come to it."""
 
     def record(
@@ -288,7 +281,7 @@ class RecordedCall:
         plan.num_calls += 1
         checksums = None
         if plan.states or plan.fixed or plan.data_writes or plan.num_calls % CHECKSUM_INTERVAL == 1:
-            checksums = _careful.before(self)
+            checksums = _states.before(self)
         if surroundings.arguments:
             _careful.forget_streams(self, sources)
         if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
@@ -298,11 +291,9 @@ class RecordedCall:
         saved = Saved(filler, index, self.lasting)
         tensors = saved.tensors
         assert tensors is not None
-        nodes: list[int] | None = None
-        pack: Callable[[Tensor], int] = saved.pack
-        if may_stop_early or surroundings.is_forward_mode:
-            nodes = []
-            pack = _early_stop.make_pack(self, saved, nodes)
+        pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
+        if surroundings.is_forward_mode:
+            pack = _careful.make_pack(self, saved)
         try:
             push_saved_tensors_hooks(pack, saved.unpack)
         except RuntimeError as error:
@@ -320,15 +311,14 @@ class RecordedCall:
         if compare_bytes(before[1], pointer, NUM_BYTES) or surroundings.others:
             self.random = _careful.moved(surroundings, before, surroundings.random)
         if checksums is not None or self.states is not None or list(map(_version, self.parameters)) != self.versions:
-            _careful.after(self, checksums)
+            _states.after(self, checksums)
         results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
         self.results = plan.results = plan.results if results == plan.results else results
         if tensors:
             self._keep_slots(saved, (result, *sources), start)
-            if nodes is not None:
-                self.stop_after = _early_stop.stop_after(tensors, nodes, sources)
-                if keeps_tail:
-                    self.tail = _early_stop.Tail.of(tensors[-1])
+            if may_stop_early:
+                self._find_stop(tensors, saved.nodes, sources)
+                self.tail = Tail.of(tensors[-1]) if keeps_tail else None
             # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
             tensors.clear()
         return result
@@ -350,25 +340,26 @@ class RecordedCall:
         saved.is_plain = self.is_plain and self.constants is None
         saved.tensors = saved.versions = None
 
-    def keep(self, inputs: list[tuple[Tensor, int, bool]]) -> None:
-        """Keep what the function read for as long as there are slots."""
-        saved = None if self.saved is None else self.saved()
-        if saved is not None:
-            saved.kept = inputs
+    def _find_stop(self, tensors: list[Tensor], nodes: list[int], sources: tuple[Tensor, ...]) -> None:
+        """Find after how many saved tensors a replay may stop.
 
-    def kept(self) -> list[tuple[Tensor, int, bool]]:
-        """Return what the function read."""
-        saved = None if self.saved is None else self.saved()
-        return [] if saved is None or saved.kept is None else saved.kept
+        An operation saves its inputs before it computes, so the last one need not compute at all. But some save room
+        for what they are about to compute (RReLU's noise): those must.
+        """
+        for tensor, node in zip(reversed(tensors), reversed(nodes), strict=True):
+            if node != nodes[-1]:
+                break
+            if tensor.grad_fn is None and storage_key(tensor) not in map(storage_key, sources):
+                return
+        self.stop_after = len(tensors)
 
-    def is_alive(self) -> bool:
-        """Return whether a backward pass can still ask for any of the slots."""
-        return self.saved is not None and self.saved() is not None
+    def slots(self) -> Saved | None:
+        """Return what the slots refer to; None if no backward pass can ask for any of them."""
+        return None if self.saved is None else self.saved()
 
     def empty(self) -> None:
         """Forget the tensors of the slots."""
-        saved = None if self.saved is None else self.saved()
-        if saved is not None:
+        if self.saved is not None and (saved := self.saved()) is not None:
             saved.tensors = saved.versions = None
 
 
@@ -392,5 +383,5 @@ def _is_one_of(tensor: Tensor, own: tuple[Any, ...]) -> bool:
     return id(tensor) in map(id, own)
 
 
-for _hook in (Saved.pack, Saved.unpack, _early_stop.make_pack, _early_stop.make_replay_pack, _early_stop.lasting_test):
+for _hook in (Saved.pack, Saved.pack_and_note, Saved.unpack):
     never_compile(_hook)

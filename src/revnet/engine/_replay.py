@@ -14,6 +14,7 @@ from torch import Tensor
 
 from revnet._torch_internals import (
     forward_mode_level,
+    never_compile,
     pop_saved_tensors_hooks,
     profiler_is_on,
     push_saved_tensors_hooks,
@@ -22,7 +23,6 @@ from revnet._torch_internals import (
 from revnet.engine import _careful
 from revnet.engine._batch_norm import WORTHWHILE, ReplayedNorm
 from revnet.engine._careful import meta_of
-from revnet.engine._early_stop import StopReplay, make_replay_pack
 from revnet.engine._record import RecordedCall
 from revnet.engine._restore import restored
 
@@ -99,9 +99,11 @@ def _run_again(
     pack: Callable[[Tensor], Any] = caught.append  # In C; what lasts is left out afterwards.
     stop_after = -1 if needs_result else call.stop_after
     versions: list[int] | None = None
-    if not call.is_plain or stop_after > 0 or forward_mode_level() >= 0:
+    if not call.is_plain or forward_mode_level() >= 0:
         versions = []
-        pack = make_replay_pack(call, caught, versions, lasting, stop_after)
+        pack = _careful.make_replay_pack(call, caught, versions, lasting, stop_after, StopReplay)
+    elif stop_after > 0:
+        pack = _make_stopping_pack(caught, lasting, stop_after)
     norms = call.plan.norms
     flags: list[bool] = []
     has_grad = torch.is_grad_enabled()
@@ -143,13 +145,35 @@ def _run_again(
         if results != call.results:
             _careful.fail_results(call, results)
     if call.tail is not None:
-        call.tail.compare(call, tensors[-1], is_rounded=rounded is not None)
+        call.tail.compare(call.name, tensors[-1], is_rounded=rounded is not None)
     if fill and call.saved is not None and (saved := call.saved()) is not None:
         saved.tensors, saved.versions = tensors[:], versions
         if call.constants is not None:
             _careful.check_constants(call, saved.tensors)
     caught.clear()  # The nodes hold the hook, and the hook this list, as in `record` (rule 1).
     return result
+
+
+class StopReplay(BaseException):
+    """Stops a replay once every slot is filled. A BaseException so that user code does not catch it."""
+
+
+def _make_stopping_pack(caught: list[Tensor], lasting: set[int], stop_after: int) -> Callable[[Tensor], None]:
+    """Return a hook that catches what does not last, and stops the run after `stop_after` tensors.
+
+    It returns nothing, as `list.append` does: a node that got its own output back would keep itself alive.
+    """
+
+    def pack(tensor: Tensor) -> None:
+        if id(tensor) not in lasting and ((base := tensor._base) is None or id(base) not in lasting):
+            caught.append(tensor)
+            if len(caught) == stop_after:
+                raise StopReplay
+
+    return pack
+
+
+never_compile(_make_stopping_pack)
 
 
 def _leave_statistics(norms: list[ReplayedNorm], rounded: Tensor | None) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from revnet.engine._chain import BoundChain, HalfBlock
 from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._streams import StreamSnapshot
 
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder

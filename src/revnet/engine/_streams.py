@@ -1,12 +1,18 @@
-"""The two ends of a chain: splitting a tensor into streams, and joining them. What is rare, and errors: `_split`."""
+"""The streams: splitting a tensor into them, joining them, and holding them at one place of a chain.
 
+What is rare, and errors, are in `_split` and `_careful`.
+"""
+
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import in_functorch_transform
 from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
+from revnet.engine import _careful
 from revnet.engine._split import MOST_STREAMS, prepare
 from revnet.engine._tracing import runs_plainly
 
@@ -65,3 +71,85 @@ def _copy_if_part(grad: Tensor | None) -> Tensor | None:
     except NotImplementedError:  # Wrapped by a transform of `torch.func`.
         return grad
     return grad.clone() if grad is not None and is_part else grad
+
+
+class StreamSnapshot:
+    """The streams at one position of a chain: `position` half-blocks lie before it.
+
+    A snapshot notices when its tensors are written to. It is walked back in place: `take` gives a stream away, and
+    `put` sets the one that was rebuilt from it.
+    """
+
+    __slots__ = ("held", "origin", "position", "strides", "versions")
+
+    def __init__(self, position: int, tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...]]):
+        self.position = position
+        self.origin = position
+        """The position at which the streams were true; from there they were rebuilt."""
+        self.strides = strides
+        """How the forward pass laid each stream out: kernels round differently on another layout."""
+        self.held = list(tensors)
+        """The streams as they lie; None for one that is not needed."""
+        self.versions = [0 if each is None or each.is_inference() else each._version for each in tensors]
+
+    @classmethod
+    def of(cls, position: int, streams: Sequence[Tensor]) -> "StreamSnapshot":
+        """Return a snapshot of `streams`, as they lie."""
+        return cls(position, [each.detach() for each in streams], [each.stride() for each in streams])
+
+    def fork(self) -> "StreamSnapshot":
+        """Return the same streams, to be walked back on their own. Both see one memory, so neither writes to it."""
+        held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self.held)]
+        fork = StreamSnapshot(self.position, held, self.strides)
+        fork.origin = self.origin
+        return fork
+
+    def replace_with(self, other: "StreamSnapshot") -> None:
+        """Become what `other` is, which is given up."""
+        self.position, self.origin, self.strides = other.position, other.origin, other.strides
+        self.held, self.versions = other.held, other.versions
+
+    def read(self, which: int) -> Tensor:
+        """Return one stream, laid out as the forward pass laid it out."""
+        tensor = self.held[which]
+        assert tensor is not None
+        if tensor._version != self.versions[which]:
+            raise _careful.modified_output(tensor, self.versions[which])
+        if tensor.stride() != self.strides[which]:
+            self._lay_out()
+            tensor = self.held[which]
+            assert tensor is not None
+        return tensor
+
+    def _lay_out(self) -> None:
+        """Lay out all streams as in the forward pass."""
+        # All at once: parts of one output share its memory, which one part alone would keep.
+        for which, tensor in enumerate(self.held):
+            if tensor is not None and tensor.stride() != self.strides[which]:
+                if tensor._version != self.versions[which]:
+                    raise _careful.modified_output(tensor, self.versions[which])
+                dense = torch.empty_strided(tensor.shape, self.strides[which], dtype=tensor.dtype, device=tensor.device)
+                self.put(which, dense.copy_(tensor))
+
+    def check_memory(self) -> None:
+        """Raise if the memory of a stream was freed, which a read would crash on."""
+        for each in self.held:
+            if type(each) is not Tensor or in_functorch_transform() or each.layout is not torch.strided:
+                continue
+            try:
+                is_gone = each.untyped_storage().nbytes() == 0 < each.nbytes
+            except RuntimeError:  # Batched by a transform that is over: reading it raises.
+                continue
+            if is_gone:
+                raise _careful.freed_output(each)
+
+    def take(self, which: int) -> Tensor:
+        """Return one stream without keeping it, so that the caller owns it unless another tensor sees the memory."""
+        tensor = self.read(which)
+        self.held[which] = None
+        return tensor
+
+    def put(self, which: int, tensor: Tensor) -> None:
+        """Set one stream."""
+        self.held[which] = tensor
+        self.versions[which] = tensor._version

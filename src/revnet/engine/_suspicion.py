@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from revnet.engine._digest import Digest, digest_of
-from revnet.engine._early_stop import NOISE, not_the_same
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._careful import not_the_same
+from revnet.engine._digest import NOISE, Digest, digest_of
+from revnet.engine._streams import StreamSnapshot
 
 if TYPE_CHECKING:
     from revnet.engine._agreement import AgreementWatch

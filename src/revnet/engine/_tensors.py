@@ -66,17 +66,18 @@ def _count_alone() -> int | None:
 
 
 ALONE = _count_alone()
-_PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted as the one that it stands for.
+use_count: Any = storage_use_count
+PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted as the one that it stands for.
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Return whether it is an ordinary tensor, or a fake one that stands for such."""
-    return type(tensor) in _PLAIN
+    return type(tensor) in PLAIN
 
 
 def is_only_owner(tensor: Tensor) -> bool:
     """Return whether no other tensor sees this one's memory: not the user's, not a slot's, not one of autograd."""
-    if storage_use_count is None or type(tensor) not in _PLAIN:
+    if storage_use_count is None or type(tensor) not in PLAIN:
         return False
     return storage_use_count(tensor.untyped_storage()._cdata) == ALONE
 

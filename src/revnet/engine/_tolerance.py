@@ -15,7 +15,7 @@ from torch import Tensor
 from revnet.engine._chain import HalfBlock
 from revnet.engine._drift import DriftWatch
 from revnet.engine._observer import Observer
-from revnet.engine._snapshot import StreamSnapshot
+from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values
 from revnet.errors import ReconstructionError, ReconstructionWarning
 

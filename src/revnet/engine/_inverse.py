@@ -1,0 +1,30 @@
+"""Going backward through a chain without a run: from the streams after it to the ones before it."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from revnet._types import Streams
+from revnet.engine._chain import BoundChain
+from revnet.engine._range import check_magnitude
+from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._restore import set_aside
+
+
+def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+    """Compute the streams before the half-blocks from the ones after them.
+
+    Runs by ordinary autograd and is differentiable. Buffers (batch-norm statistics) are left as they are. In training
+    mode batch norm uses the statistics of this batch, as the forward pass did; random functions such as dropout do
+    not repeat the forward pass's draw, so invert those in evaluation mode.
+    """
+    running = list(streams)
+    surroundings = Surroundings(chain.tensors(), streams)
+    for half_block in reversed(chain.half_blocks):
+        call = RecordedCall(half_block.name, None, half_block.function, surroundings)
+        with set_aside(call):
+            residual = chain.call(half_block, running[half_block.source])
+        y = running[half_block.target]
+        check_magnitude(half_block, y)
+        running[half_block.target] = half_block.coupling.inverse(y, residual, half_block.name)
+    return tuple(running)

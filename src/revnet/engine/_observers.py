@@ -1,0 +1,72 @@
+"""Which observers watch a run, and when the walk of a retained graph ends."""
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from revnet._torch_internals import call_after_backward
+from revnet.engine._agreement import AgreementWatch
+from revnet.engine._chain import BoundChain
+from revnet.engine._digest import can_digest
+from revnet.engine._drift import DriftWatch, active_meter, warn_of_low_precision
+from revnet.engine._observer import Observer
+from revnet.engine._range import RangeWatch
+from revnet.engine._tensors import has_values, is_plain
+from revnet.engine._tolerance import ToleranceWatch
+
+if TYPE_CHECKING:
+    from revnet.engine._rebuild import Rebuilder
+
+
+def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]:
+    """Return what watches one run of the chain, which begins with these streams.
+
+    Raises:
+        NotImplementedError: A run with a `tolerance` is captured in a CUDA graph.
+    """
+    half_blocks, is_exact = chain.half_blocks, chain.chain.is_exact
+    observers: list[Observer] = []
+    if len(half_blocks) > 1:  # Of a single one, nothing is rebuilt.
+        keeper = None if is_exact else chain.tolerance
+        if keeper is None:
+            if not is_exact and streams[0].element_size() <= 2:
+                warn_of_low_precision(half_blocks[0], streams[0])
+            if active_meter() is not None or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
+                observers.append(DriftWatch())
+            elif can_digest(streams[0]):
+                observers.append(AgreementWatch())
+        else:
+            if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise NotImplementedError(
+                    "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph: what it computes "
+                    "depends on what it measures; reverse exactly with `set_coupling(model, FixedPoint())`."
+                )
+            drift = DriftWatch(keeps_all=True)
+            tolerance = ToleranceWatch(keeper, half_blocks[0].name, drift, has_values=has_values(streams[0]))
+            observers += [tolerance, drift]
+    if chain.chain.has_exact:
+        observers.append(RangeWatch())
+    return observers
+
+
+def _is_on_host(stream: Tensor) -> bool:
+    """Return whether a stream is an ordinary tensor of the CPU, or a fake one that stands for such."""
+    return is_plain(stream) and stream.device.type in ("cpu", "meta")
+
+
+def drop_walk_after_backward(run: "Rebuilder") -> None:
+    """Have a run drop its walk on a fork, and observers what belongs to it, when this backward pass ends (rule 6)."""
+    reference = weakref.ref(run)
+
+    def drop() -> None:
+        alive = reference()
+        if alive is not None:
+            with alive.lock:  # Another thread may walk at this moment.
+                alive.walk = None
+                for observer in alive.observers:
+                    observer.after_backward(alive)
+
+    call_after_backward(drop)
