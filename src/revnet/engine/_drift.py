@@ -27,6 +27,7 @@ from revnet.engine._tensors import has_values, is_plain
 from revnet.errors import ReconstructionError, ReconstructionWarning
 
 if TYPE_CHECKING:
+    from revnet.engine._agreement import AgreementWatch
     from revnet.engine._rebuild import Rebuilder
 
 MOST_SAMPLED = 512
@@ -324,6 +325,33 @@ def report(
             f"gradients are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
+
+
+def report_drift(
+    watch: "AgreementWatch",
+    run: "Rebuilder",
+    half_block: HalfBlock,
+    dtype: torch.dtype,
+    found: Any,
+    error: float,
+    of_part: float,
+) -> None:
+    """Report what an `AgreementWatch` found of the stream that the lowest half-block reads; see `report`.
+
+    Args:
+        watch: Has the digests of the true streams.
+        run: The run.
+        half_block: The lowest half-block.
+        dtype: Of the stream.
+        found: A sample of it.
+        error: Its relative error.
+        of_part: The largest relative error of a part.
+    """
+    # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
+    is_finite = math.isfinite(found.sum())
+    was_finite = is_finite or math.isfinite(sum(map(sum, (*watch.final.values(), *watch.before.values()))))
+    kind = StreamKind(half_block.name, dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
+    report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
 
 
 def warn_of_low_precision(half_block: HalfBlock, stream: Tensor) -> None:

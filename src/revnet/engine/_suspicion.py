@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from operator import sub
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,63 @@ if TYPE_CHECKING:
 Change = tuple[float, float] | None
 """By how much each element is changed, relative to itself and whatever its size; None for not at all."""
 
+SUSPICIOUS_TAIL = 64.0
+"""By how much more a saved tensor may be off than the streams, before its function is run again: as `SUSPICIOUS`."""
 EXCESS = 100.0
 """By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
+
+
+def look_closer(
+    watch: "AgreementWatch",
+    run: "Rebuilder",
+    index: int,
+    streams: StreamSnapshot,
+    found: Digest,
+    expected: Digest,
+    ratio: float,
+) -> None:
+    """Raise if the stream before half-block `index` is wrong for another reason than rounding.
+
+    Args:
+        watch: Knows how far the streams are off.
+        run: The run.
+        index: The half-block, which was undone.
+        streams: The streams before it.
+        found: The digest of the stream that it updates, as it was rebuilt.
+        expected: The digest of that stream as it was.
+        ratio: By how much more it is off than the streams so far.
+    """
+    tolerated = run.chain.chain.tolerated
+    # NaN and inf are the model's own, or reported as drift.
+    if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
+        check_same(run, index, partial(_stream_again, run, index, streams), found, expected, watch)
+        tolerated[index] = 4 * ratio
+
+
+def look_at_tail(watch: "AgreementWatch", run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+    """Raise if the last tensor that half-block `index` saved is wrong for another reason than rounding."""
+    step = run.steps[index]
+    tail, source = step.tail, step.half_block.source
+    assert tail is not None
+    before = max(watch.worst, _relative_error(watch, source), 4 * watch.eps)
+    tolerated, ratio = run.chain.chain.tolerated, tail.error / before
+    if math.isfinite(ratio) and ratio > tolerated.get(index, SUSPICIOUS_TAIL):
+        check_same(run, index, partial(_tail_again, run, index, streams), tail.found, tail.expected, watch)
+        tolerated[index] = 4 * ratio
+
+
+def _relative_error(watch: "AgreementWatch", stream: int) -> float:
+    """Return how far a stream is off at present, relative to itself; 0 for one that was not undone yet."""
+    size = watch.sizes[stream] if watch.sizes else 0.0
+    return watch.errors[stream] / size if size else 0.0
+
+
+def _perturbation(watch: "AgreementWatch", stream: int) -> tuple[float, float]:
+    """Return by how much a stream may be off: relative to each element, and of any element."""
+    numel = len(next(iter(watch.before.values()), [0.0]))
+    error = watch.errors[stream] if watch.errors else 0.0
+    relative = max(watch.worst, _relative_error(watch, stream), 16 * watch.eps)
+    return relative, 2 * error / math.sqrt(max(1, numel))
 
 
 def check_same(
@@ -50,7 +106,7 @@ def check_same(
         ReconstructionError: It did.
     """
     half_block, eps = run.steps[index].half_block, watch.eps
-    change = watch.perturbation(half_block.source)
+    change = _perturbation(watch, half_block.source)
     run.is_checking = True
     try:
         again, once_more, perturbed = measure(None), measure(None), measure(change)
@@ -77,13 +133,13 @@ def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSna
     return copy
 
 
-def stream_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
+def _stream_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
     """Return a digest of the stream that half-block `index` makes of the streams before it."""
     step = run.steps[index]
     return digest_of(step.redo(run, _perturbed(streams, step.half_block.source, change)))
 
 
-def tail_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
+def _tail_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
     """Return a digest of the last tensor that half-block `index` saves."""
     step = run.steps[index]
     assert step.tail is not None
