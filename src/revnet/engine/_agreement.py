@@ -143,7 +143,13 @@ class AgreementWatch(Observer):
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
         """Compare the last tensor that the lowest function saved, since its result is not looked at."""
-        _suspicion.look_at_tail(self, run, index, streams)
+        step = run.steps[index]
+        tail, source = step.tail, step.half_block.source
+        assert tail is not None
+        of_source = self.errors[source] / (self.sizes[source] or math.inf) if self.sizes else 0.0
+        ratio = tail.error / max(self.worst, of_source, 4 * self.eps)
+        if not ratio <= SUSPICIOUS:
+            _suspicion.look_at_tail(self, run, index, streams, ratio)
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Start again with the next walk of a retained graph."""

@@ -123,6 +123,8 @@ class BoundChain:
     """Keeps the error of rebuilt streams below a bound, if the caller wants one."""
     is_plain: bool = False
     """Whether it is known that `call` is `half_block.function(source)`: there are no arguments and no `input_dtype`."""
+    is_joined: bool = False
+    """Whether the caller joins the final streams by `joined`, which then gives them to the run."""
     run: "weakref.ref[Rebuilder] | None" = None
     """What holds the final streams for the backward pass, if anything does."""
 

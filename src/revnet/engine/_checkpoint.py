@@ -109,7 +109,7 @@ class _KeepingRun:
             )
             kept = (source, stream)
         self.is_finished = True
-        if (saved := call.slots()) is not None:
+        if (saved := call.saved()) is not None:
             saved.kept = [(each.detach(), version_of(each), each.requires_grad) for each in kept]
         if self._range is not None:
             self._range.look(half_block, y)
@@ -120,12 +120,12 @@ class _KeepingRun:
         check_finished(self.is_finished)
         if self._range is not None:
             self._range.check_waiting()
-        if self._filled is not None:
-            self._calls[self._filled][1].empty()
+        if self._filled is not None and (filled := self._calls[self._filled][1].saved()) is not None:
+            filled.tensors = filled.versions = None
         self._filled = index
         half_block, call = self._calls[index]
         leaves = []
-        saved = call.slots()
+        saved = call.saved()
         for tensor, version, requires_grad in () if saved is None or saved.kept is None else saved.kept:
             if version_of(tensor) != version:
                 raise ReconstructionError(

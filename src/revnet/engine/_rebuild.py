@@ -100,6 +100,7 @@ class Rebuilder:
         self.lock = threading.RLock()
         self._has_log_dets = chain.log_dets is not None
         self._last_alive = -1
+        self._strides: list[tuple[int, ...]] = []
         self.walk: StreamSnapshot | None = None
         self._filled: int | None = None
         self._has_begun = False
@@ -122,7 +123,9 @@ class Rebuilder:
             run_through_blocks(chain, running, partial(self._advance, chain))
         final = tuple(running)
         if self.first_with_slots is not None:
-            self.hold(final)
+            self._strides = [stream.stride() for stream in final]
+            if not chain.is_joined:
+                self.hold(final)
             chain.run = weakref.ref(self)
         return final
 
@@ -146,13 +149,12 @@ class Rebuilder:
 
     def hold(self, streams: Sequence[Tensor]) -> None:
         """Hold the final streams, or the same values seen through other tensors (the parts of the caller's output)."""
-        strides = self.held.strides if self.held is not None else [stream.stride() for stream in streams]
         held: list[Tensor | None] = [stream.detach() for stream in streams]
         last = self.steps[-1].half_block
         if self.first_with_slots == len(self.steps) - 1 and last.coupling.is_additive:
             # Only the last function runs again, and nothing below it: only the stream that it reads is needed.
             held = [stream if which == last.source else None for which, stream in enumerate(held)]
-        self.held = StreamSnapshot(len(self.steps), held, strides)
+        self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
         for observer in self.observers:
             observer.on_hold(held)
@@ -169,12 +171,19 @@ class Rebuilder:
             self.held.check_memory()
             for observer in self.observers:
                 observer.before_rebuild(self)
+        steps, last = self.steps, self._last_alive
         # One function's activations at a time, even where the last one's were not read (rule 3).
-        steps = self.steps
-        if self._filled is not None:
-            steps[self._filled].empty()
+        if self._filled is not None and (saved := steps[self._filled].saved()) is not None:
+            saved.tensors = saved.versions = None
         self._filled = index
-        streams = self._streams_for(index)
+        while last > index and steps[last].saved() is None:
+            last -= 1
+        self._last_alive = last
+        if last > index or self.keyframes:
+            streams = self._streams_for(index)
+        else:  # Nothing above can be asked for again: what is held itself may move.
+            assert self.held is not None
+            self.walk, streams = None, self.held
         if streams.position == index:
             steps[index].refill(self, streams, index)
         while (position := streams.position) > index:
@@ -188,20 +197,20 @@ class Rebuilder:
             for observer in self.observers:
                 observer.after_fill(self, index, streams)
 
+    def correct(self, index: int, streams: StreamSnapshot) -> None:
+        """Have observers look at what function `index` is about to read again."""
+        if (distance := streams.origin - 1 - index) > 0 and not self.is_checking:
+            for observer in self.correctors:
+                observer.before_replay(self, index, streams, distance)
+
     def _streams_for(self, index: int) -> StreamSnapshot:
-        """Return the streams to walk back to half-block `index`: at it or above it."""
-        held = self.held
-        if self.keyframes:
-            held = next((keyframe for keyframe in self.keyframes if keyframe.position >= index), held)
+        """Return the streams to walk back to half-block `index`, at it or above it, where that is not simply `held`."""
+        held = next((keyframe for keyframe in self.keyframes if keyframe.position >= index), self.held)
         assert held is not None
-        while self._last_alive > index and self.steps[self._last_alive].slots() is None:
-            self._last_alive -= 1
-        if self._last_alive <= index:
-            # Nothing above `index` can be asked for again: what is held itself may move.
+        if self._last_alive <= index:  # Nothing above can be asked for again: what is held itself may move.
             self.walk = None
             self.held = held
-            if self.keyframes:
-                self.keyframes = [keyframe for keyframe in self.keyframes if keyframe.position < index]
+            self.keyframes = [keyframe for keyframe in self.keyframes if keyframe.position < index]
             return held
         # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
         if self.walk is None or self.walk.position < index or held.position < self.walk.position:
@@ -289,8 +298,13 @@ class AdditiveStep(AbstractStep):
     def _run_again(
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
     ) -> Any:
-        source, rounded = self.source_of(run, streams, index)
         chain, half_block = run.chain, self.half_block
+        if run.correctors:
+            run.correct(index, streams)
+        # `data` has a version of its own: the stream's goes up when it is written over later on.
+        source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
+        # A corrector may have put the true streams in place.
+        rounded = None if index + 1 == streams.origin or half_block.coupling.is_exact else source
         function: Callable[..., Any] = chain.call
         args: tuple[Any, ...] = (half_block, source)
         kwargs: Mapping[str, Any] = {}

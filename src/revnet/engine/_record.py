@@ -42,6 +42,8 @@ _device = attrgetter("device")
 _flatten = chain.from_iterable
 _values = dict.values
 _NO_VERSIONS: dict[int, int] = {}
+_nothing: Callable[[], None] = type(None)
+"""Returns None, without a Python call."""
 
 
 class Saved:
@@ -241,7 +243,8 @@ class RecordedCall:
         self.buffer_versions: dict[int, int] | None = None
         """The versions of buffers that must stay as they are, by their place."""
         self.constants: dict[int, tuple[Tensor, int]] | None = None
-        self.saved: weakref.ref[Saved] | None = None
+        self.saved: Callable[[], Saved | None] = _nothing
+        """Returns what the slots refer to: a weak reference. None if no backward pass can ask for any of them."""
         self.metas: list[Any] = []
         """Shape, dtype and device of each saved tensor."""
         self.results: list[Any] = []
@@ -353,15 +356,6 @@ class RecordedCall:
                 return
         self.stop_after = len(tensors)
 
-    def slots(self) -> Saved | None:
-        """Return what the slots refer to; None if no backward pass can ask for any of them."""
-        return None if self.saved is None else self.saved()
-
-    def empty(self) -> None:
-        """Forget the tensors of the slots."""
-        if self.saved is not None and (saved := self.saved()) is not None:
-            saved.tensors = saved.versions = None
-
 
 def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
     """Return whether something else refers to one of the tensors, and the call made no node for it.
@@ -370,17 +364,14 @@ def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start:
     its variables refers to a tensor when the references are counted again.)
     """
     known: Any = None
+    ids = list(map(id, own))
     for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
         if (count <= FRESH_COUNT and base is None) or (origin := tensor if base is None else base) is known:
             continue
         known, node = origin, origin.grad_fn
-        if (node is None or sequence_number_of(node) < start) and not _is_one_of(origin, own):
+        if (node is None or sequence_number_of(node) < start) and id(origin) not in ids:
             return True
     return False
-
-
-def _is_one_of(tensor: Tensor, own: tuple[Any, ...]) -> bool:
-    return id(tensor) in map(id, own)
 
 
 for _hook in (Saved.pack, Saved.pack_and_note, Saved.unpack):

@@ -21,7 +21,7 @@ from revnet._torch_internals import (
     set_grad_enabled,
 )
 from revnet.engine import _careful
-from revnet.engine._batch_norm import WORTHWHILE, ReplayedNorm
+from revnet.engine._batch_norm import WORTHWHILE
 from revnet.engine._careful import meta_of
 from revnet.engine._record import RecordedCall
 from revnet.engine._restore import restored
@@ -106,12 +106,16 @@ def _run_again(
         pack = _make_stopping_pack(caught, lasting, stop_after)
     norms = call.plan.norms
     flags: list[bool] = []
+    is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not call.is_mixed
     has_grad = torch.is_grad_enabled()
     push_saved_tensors_hooks(pack, _identity)
     try:
         set_grad_enabled(True)
-        if norms:
-            flags = _leave_statistics(norms, None if call.is_mixed else rounded)
+        for norm in norms:
+            flags.append((attributes := norm.attributes)["track_running_stats"])
+            attributes["track_running_stats"] = False
+            if (forward := norm.faster if is_faster else norm.forward) is not None:
+                attributes["forward"] = forward
         if profiler_is_on():
             with torch.profiler.record_function(f"revnet: replay {call.name}"):
                 result = function(*args, **kwargs)
@@ -146,7 +150,7 @@ def _run_again(
             _careful.fail_results(call, results)
     if call.tail is not None:
         call.tail.compare(call.name, tensors[-1], is_rounded=rounded is not None)
-    if fill and call.saved is not None and (saved := call.saved()) is not None:
+    if fill and (saved := call.saved()) is not None:
         saved.tensors, saved.versions = tensors[:], versions
         if call.constants is not None:
             _careful.check_constants(call, saved.tensors)
@@ -174,20 +178,6 @@ def _make_stopping_pack(caught: list[Tensor], lasting: set[int], stop_after: int
 
 
 never_compile(_make_stopping_pack)
-
-
-def _leave_statistics(norms: list[ReplayedNorm], rounded: Tensor | None) -> list[bool]:
-    """Have batch norms leave their running statistics alone; return whether each of them tracked any.
-
-    Those of a large rebuilt input are computed faster, too.
-    """
-    flags = [norm.attributes["track_running_stats"] for norm in norms]
-    is_faster = rounded is not None and rounded.numel() >= WORTHWHILE
-    for norm in norms:
-        norm.attributes["track_running_stats"] = False
-        if (forward := norm.faster if is_faster else norm.forward) is not None:
-            norm.attributes["forward"] = forward
-    return flags
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -50,9 +50,8 @@ class AbstractStep(RecordedCall, abc.ABC):
     def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
         """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
         half_block = self.half_block
-        if run.correctors and index + 1 < streams.origin and not run.is_checking:
-            for observer in run.correctors:
-                observer.before_replay(run, index, streams, streams.origin - 1 - index)
+        if run.correctors:
+            run.correct(index, streams)
         # `data` has a version of its own: the stream's goes up when it is written over later on.
         source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
         # A corrector may have put the true streams in place.

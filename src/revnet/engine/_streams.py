@@ -145,7 +145,9 @@ class StreamSnapshot:
 
     def take(self, which: int) -> Tensor:
         """Return one stream without keeping it, so that the caller owns it unless another tensor sees the memory."""
-        tensor = self.read(which)
+        tensor = self.held[which]
+        if tensor is None or tensor._version != self.versions[which] or tensor.stride() != self.strides[which]:
+            tensor = self.read(which)
         self.held[which] = None
         return tensor
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 Change = tuple[float, float] | None
 """By how much each element is changed, relative to itself and whatever its size; None for not at all."""
 
-SUSPICIOUS_TAIL = 64.0
-"""By how much more a saved tensor may be off than the streams, before its function is run again: as `SUSPICIOUS`."""
 EXCESS = 100.0
 """By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
 
@@ -53,14 +51,11 @@ def look_closer(
         tolerated[index] = 4 * ratio
 
 
-def look_at_tail(watch: "AgreementWatch", run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+def look_at_tail(watch: "AgreementWatch", run: "Rebuilder", index: int, streams: StreamSnapshot, ratio: float) -> None:
     """Raise if the last tensor that half-block `index` saved is wrong for another reason than rounding."""
-    step = run.steps[index]
-    tail, source = step.tail, step.half_block.source
+    tail, tolerated = run.steps[index].tail, run.chain.chain.tolerated
     assert tail is not None
-    before = max(watch.worst, _relative_error(watch, source), 4 * watch.eps)
-    tolerated, ratio = run.chain.chain.tolerated, tail.error / before
-    if math.isfinite(ratio) and ratio > tolerated.get(index, SUSPICIOUS_TAIL):
+    if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
         check_same(run, index, partial(_tail_again, run, index, streams), tail.found, tail.expected, watch)
         tolerated[index] = 4 * ratio
 

@@ -177,11 +177,14 @@ def run_forward(
         check_samples(streams[0], dim)
     own_kwargs = take_own(kwargs, segments) if kwargs else {}
     is_plain = input_dtype is None and len(args) + len(kwargs) + len(own_kwargs) == 0
-    run = None
-    for policy, chain in segments:
-        call = BoundChain(chain, args, kwargs, own_kwargs, input_dtype, log_dets, tolerance, is_plain)
+    # Where they are converted, what is held is the streams themselves, not their parts in another dtype.
+    is_joined = isinstance(x, Tensor) and input_dtype is None
+    call, last = None, len(segments) - 1
+    for index, (policy, chain) in enumerate(segments):
+        for_join = is_joined and index == last
+        call = BoundChain(chain, args, kwargs, own_kwargs, input_dtype, log_dets, tolerance, is_plain, for_join)
         streams = policy.run(call, streams)
-        run = call.run
-    if input_dtype is not None:  # What is held is the stream itself, not its copy in another dtype.
-        streams, run = tuple([stream.to(input_dtype) for stream in streams]), None
+    if input_dtype is not None:
+        streams = tuple([stream.to(input_dtype) for stream in streams])
+    run = call.run if call is not None and is_joined else None
     return joined(streams, dim, None if run is None else run()) if isinstance(x, Tensor) else streams
