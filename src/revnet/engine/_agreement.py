@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from revnet.engine import _careful, _suspicion
+from revnet.engine._arrays import reader_of
 from revnet.engine._chain import HalfBlock
-from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, reader_of, relative_errors
+from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, relative_errors
 from revnet.engine._drift import PART, WARN_ABOVE, report_drift
 from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
@@ -75,7 +76,7 @@ class AgreementWatch(Observer):
             source = streams[half_block.source]
             self._first = parts_of(source)
             self.eps = torch.finfo(source.dtype).eps
-            self._read, self._every = reader_of(source)
+            self._read, self._every = reader_of(source.dtype, source.numel())
             self._numel, self._dtype = source.numel() if self._read else -1, source.dtype
         if index >= len(run.chain.chain.half_blocks) - len(streams):
             self.final[half_block.target] = digest_of(y)

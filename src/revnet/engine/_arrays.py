@@ -1,13 +1,12 @@
-"""Reading tensors of the CPU through NumPy, whatever their layout: what digests need besides the plain case."""
+"""How tensors of the CPU are read without an operator of PyTorch: found once for each shape, and kept."""
 
 import ctypes
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 SIZE = 32
 """Elements of a digest."""
@@ -28,32 +27,44 @@ DTYPES = {
 """The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
 """The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
 INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
+C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+"""The dtypes of most streams, which the standard library reads faster than NumPy."""
 
 
-def array_of(x: Tensor) -> Any:
-    """Return a tensor's memory as an array, which must not outlive it.
+class Layout(NamedTuple):
+    """How NumPy reads a tensor at an address."""
 
-    `Tensor.numpy` would do, but it marks the storage as one that cannot be resized, as FSDP must.
-    """
-    itemsize = x.element_size()
-    strides = tuple([stride * itemsize for stride in x.stride()])
-    shape = tuple(x.shape)
-    if 0 in shape:
-        return np.empty(shape, DTYPES.get(x.dtype, INTEGERS.get(itemsize, np.int64)))
-    span = sum([(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]) + itemsize
-    memory: Any = bytes_reader(span)(x.data_ptr())
-    return np.ndarray(shape, DTYPES.get(x.dtype, INTEGERS.get(itemsize, np.int64)), memory, 0, strides)
+    read: Any
+    """Returns the memory at an address."""
+    shape: tuple[int, ...]
+    dtype: Any
+    strides: tuple[int, ...]
+    """In bytes."""
 
 
 @lru_cache(maxsize=256)
-def bytes_reader(span: int) -> Any:
-    """Return what reads so many bytes at an address; kept, since making its type takes longer than reading."""
-    return (ctypes.c_char * span).from_address
+def layout_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    """Return how to read tensors of this shape, stride and dtype; kept, since this takes longer than reading."""
+    itemsize = dtype.itemsize
+    strides = tuple([step * itemsize for step in stride])
+    span = sum([(count - 1) * step for count, step in zip(shape, strides, strict=True)]) + itemsize
+    memory = (ctypes.c_char * (0 if 0 in shape else span)).from_address
+    return Layout(memory, tuple(shape), DTYPES.get(dtype, INTEGERS.get(itemsize, np.int64)), strides)
 
 
-def digest_of_any(x: Tensor) -> list[float]:
-    """Return a digest of a tensor of any layout, of which `can_digest` is true."""
-    array = array_of(x)
+@lru_cache(maxsize=256)
+def reader_of(dtype: torch.dtype, numel: int) -> tuple[Any, slice]:
+    """Return what reads a contiguous tensor at an address, and the sample to take of it; None where NumPy must."""
+    kind = C_TYPES.get(dtype)
+    return (
+        (None, slice(None))
+        if kind is None or not numel
+        else ((kind * numel).from_address, slice(None, None, step_of(numel, SIZE)))
+    )
+
+
+def digest_of_array(array: Any) -> list[float]:
+    """Return a sample of the elements of an array, spread over all dimensions."""
     if array.size == 0:
         return []
     sample = array[places(array.shape, SIZE)]
@@ -91,7 +102,7 @@ def groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
     )
 
 
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors of one shape and dtype, of which `can_digest` is true, hold the same bits."""
-    a, b = (np.ascontiguousarray(array_of(each)).reshape(-1) for each in (x, y))
+def same_bits(a: Any, b: Any) -> bool:
+    """Return whether two arrays of one shape and dtype hold the same bits."""
+    a, b = (np.ascontiguousarray(each).reshape(-1) for each in (a, b))
     return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))

@@ -27,7 +27,8 @@ from revnet.engine._tracing import refuse
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
-    from revnet.engine._record import RecordedCall, Saved, Surroundings
+    from revnet.engine._record import RecordedCall, Saved
+    from revnet.engine._surroundings import Surroundings
 
 _CPU = torch.device("cpu")
 

@@ -197,8 +197,19 @@ def wrote_to_input(half_block: HalfBlock) -> RuntimeError:
 def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     """Run half-blocks by ordinary autograd, which stores every activation: the twin of `reversible`.
 
-    It computes the same numbers with memory that grows with depth, and recomputes nothing. Arguments, results and
-    errors are the ones that `reversible` documents.
+    It computes the same numbers with memory that grows with depth, and recomputes nothing.
+
+    Args:
+        chain: The half-blocks in order, with the arguments of their functions.
+        streams: The streams, two or more. Not modified.
+
+    Returns:
+        The streams after the last half-block.
+
+    Raises:
+        TypeError: A residual function returned no tensor, or one of a dtype that the stream cannot hold.
+        ValueError: A residual function returned another shape than that of the stream it updates.
+        RuntimeError: A residual function modified its input in place.
     """
 
     def advance(index: int, streams: list[Tensor]) -> None:

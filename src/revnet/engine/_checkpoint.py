@@ -20,8 +20,9 @@ from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._drift import meter_is_quiet
 from revnet.engine._range import RangeWatch
-from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
+from revnet.engine._surroundings import Surroundings
 from revnet.engine._tensors import tensors_in, version_of, versions_of
 from revnet.engine._tracing import refuse, runs_plainly
 from revnet.engine.compile import compiled
@@ -31,7 +32,7 @@ from revnet.errors import ReconstructionError
 def checkpointed(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     """Run half-blocks and keep the stream that each one reads; the backward pass computes the rest again.
 
-    Arguments, results and errors are the ones that `reversible` documents.
+    Arguments, results and errors are the ones of `stored`.
 
     Numerics:
         Output and gradients are the ones of `stored`, bit for bit, where the functions are deterministic.
@@ -65,7 +66,7 @@ class _KeepingRun:
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
         self._chain = chain.for_replays()
-        self._surroundings = Surroundings(chain.tensors(), streams)
+        self._surroundings = Surroundings.of(chain.tensors(), streams)
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
         self._range = RangeWatch() if chain.chain.has_exact else None
         self._has_log_dets = chain.log_dets is not None
@@ -89,7 +90,6 @@ class _KeepingRun:
                 index,
                 chain.call,
                 (half_block, source),
-                {},
                 (source,),
                 may_stop_early=True,
                 keeps_tail=not meter_is_quiet(),
@@ -102,7 +102,6 @@ class _KeepingRun:
                 index,
                 lambda: chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets),
                 (),
-                {},
                 (source, stream),
                 may_stop_early=True,
                 keeps_tail=not meter_is_quiet(),
@@ -136,14 +135,13 @@ class _KeepingRun:
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
         if half_block.coupling.is_additive:
-            replay(call, chain.call, (half_block, leaves[0]), {}, fill=True, rounded=None, needs_result=False)
+            replay(call, chain.call, (half_block, leaves[0]), fill=True, rounded=None, needs_result=False)
             return
         log_dets: list[Tensor] | None = [] if self._has_log_dets else None
         replay(
             call,
             lambda: chain.join(half_block, leaves[1], chain.call(half_block, leaves[0]), log_dets),
             (),
-            {},
             fill=True,
             rounded=None,
             needs_result=False,
@@ -178,7 +176,7 @@ class _KeptCall:
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
-        surroundings = Surroundings(self._tensors, ())
+        surroundings = Surroundings.of(self._tensors, ())
         self._call = RecordedCall(type(module).__name__, None, module, surroundings)
         self.is_finished = False
         self.lock = threading.RLock()
@@ -186,7 +184,7 @@ class _KeptCall:
     def run(self) -> Any:
         """Compute for the first time."""
         versions = versions_of(self._tensors)
-        result = self._call.record(self, 0, self._compute, (), {}, may_stop_early=True, keeps_tail=True)
+        result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=True)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
                 f"{type(self._module).__name__} modified an argument in place, so that its activations cannot be "
@@ -199,7 +197,7 @@ class _KeptCall:
     def rebuild(self, index: int) -> None:
         """Compute again."""
         check_finished(self.is_finished)
-        replay(self._call, self._compute, (), {}, fill=True, rounded=None, needs_result=False)
+        replay(self._call, self._compute, (), fill=True, rounded=None, needs_result=False)
 
     def _compute(self) -> Any:
         return self._module(*self._args, **self._kwargs)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._record import RecordedCall
 from revnet.engine._restore import set_aside
+from revnet.engine._surroundings import Surroundings
 from revnet.engine._tensors import storage_key, tensors_in
 
 
@@ -30,7 +31,7 @@ def repeat_function(
         kwargs: Its keyword arguments.
         num_runs: How often; a race between threads may need many runs to show.
     """
-    surroundings = Surroundings(tensors_in(args, kwargs), ())
+    surroundings = Surroundings.of(tensors_in(args, kwargs), ())
     call = RecordedCall(type(function).__name__, None, function, surroundings)
     first: tuple[list[Tensor], list[Tensor]] | None = None
     errors = [0.0, 0.0]

@@ -1,12 +1,10 @@
 """Samples of tensors as plain numbers on the host: what a run remembers of a stream at no cost in tensor memory.
 
 They are read from the memory of a tensor of the CPU, so that nothing is allocated, no operator of PyTorch runs, and a
-measured step has the operations of a predicted one. Contiguous tensors are read here, all others in `_arrays`.
+measured step has the operations of a predicted one.
 """
 
-import ctypes
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,18 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
-from revnet.engine._arrays import (
-    DTYPES,
-    INTEGERS,
-    LEAST,
-    SIZE,
-    array_of,
-    bytes_reader,
-    digest_of_any,
-    groups,
-    places,
-    step_of,
-)
+from revnet.engine._arrays import DTYPES, INTEGERS, LEAST, digest_of_array, groups, layout_of, places, reader_of
 from revnet.engine._careful import not_the_same
 
 Digest = list[float]
@@ -34,39 +21,35 @@ NOISE = 1024.0
 """Units in the last place by which two runs of one function on one input may differ."""
 _TINY = 1e-300
 _READABLE = (Tensor, nn.Parameter)
-_C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
-"""The dtypes of most streams, which the standard library reads faster than NumPy."""
 
 
 def can_digest(x: Tensor) -> bool:
     """Return whether a tensor has values that can be read without waiting for a device, and that NumPy knows."""
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.layout is torch.strided
-        and x.dtype in DTYPES
-        and not in_functorch_transform()
-    )
+    is_strided = type(x) is Tensor and x.device.type == "cpu" and x.layout is torch.strided
+    return is_strided and x.dtype in DTYPES and not in_functorch_transform()
+
+
+def has_memory(x: Tensor) -> bool:
+    """Return whether a tensor's memory is there: FSDP takes away that of a parameter after its function."""
+    return x.untyped_storage().nbytes() >= x.nbytes and x.data_ptr() != 0
+
+
+def array_of(x: Tensor) -> Any:
+    """Return a tensor's memory as an array, which must not outlive it.
+
+    `Tensor.numpy` would do, but it marks the storage as one that cannot be resized, as FSDP must.
+    """
+    read, shape, dtype, strides = layout_of(x.shape, x.stride(), x.dtype)
+    return np.ndarray(shape, dtype, read(x.data_ptr()), 0, strides)
 
 
 def digest_of(x: Tensor) -> Digest:
     """Return a sample of the elements of a tensor of which `can_digest` is true, spread over all dimensions."""
-    read, every = reader_of(x)
+    read, every = reader_of(x.dtype, x.numel())
     if read is None or not x.is_contiguous():
-        return digest_of_any(x)
+        return digest_of_array(array_of(x))
     digest: Digest = read(x.data_ptr())[every]
     return digest
-
-
-def reader_of(x: Tensor) -> tuple[Any, slice]:
-    """Return what reads a contiguous tensor like `x` at an address, and the sample to take; None for neither."""
-    kind = _C_TYPES.get(x.dtype)
-    return (None, slice(None)) if kind is None or x.numel() == 0 else _reader(kind, x.numel())
-
-
-@lru_cache(maxsize=256)
-def _reader(kind: Any, numel: int) -> tuple[Any, slice]:
-    return (kind * numel).from_address, slice(None, None, step_of(numel, SIZE))
 
 
 class Parts(NamedTuple):
@@ -118,20 +101,12 @@ def checksum(x: Tensor) -> int | None:
         return None
     if in_functorch_transform() or not has_memory(x):
         return None
-    if x.is_contiguous():
-        array = np.frombuffer(bytes_reader(x.nbytes)(x.data_ptr()), np.uint8)
-    else:
-        array = array_of(x)
-        if array.strides[-1] != array.itemsize:
-            array = np.ascontiguousarray(array)
+    array = array_of(x)
+    if array.ndim == 0 or array.strides[-1] != array.itemsize:
+        array = np.ascontiguousarray(array).reshape(-1)
     # As long integers where that is possible, which takes a quarter of the time. A sum of integers wraps in silence.
     is_even = array.shape[-1] * array.itemsize % 8 == 0
     return int(array.view(np.int64 if is_even else INTEGERS[array.itemsize]).sum(dtype=np.int64))
-
-
-def has_memory(x: Tensor) -> bool:
-    """Return whether a tensor's memory is there: FSDP takes away that of a parameter after its function."""
-    return x.untyped_storage().nbytes() >= x.nbytes and x.data_ptr() != 0
 
 
 class Tail:

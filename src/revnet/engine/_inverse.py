@@ -7,8 +7,9 @@ from torch import Tensor
 from revnet._types import Streams
 from revnet.engine._chain import BoundChain
 from revnet.engine._range import check_magnitude
-from revnet.engine._record import RecordedCall, Surroundings
+from revnet.engine._record import RecordedCall
 from revnet.engine._restore import set_aside
+from revnet.engine._surroundings import Surroundings
 
 
 def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
@@ -19,7 +20,7 @@ def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     not repeat the forward pass's draw, so invert those in evaluation mode.
     """
     running = list(streams)
-    surroundings = Surroundings(chain.tensors(), streams)
+    surroundings = Surroundings.of(chain.tensors(), streams)
     for half_block in reversed(chain.half_blocks):
         call = RecordedCall(half_block.name, None, half_block.function, surroundings)
         with set_aside(call):

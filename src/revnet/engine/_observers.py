@@ -1,19 +1,18 @@
-"""Which observers watch a run, and when the walk of a retained graph ends."""
+"""Which observers watch a run, and the turn of the ones that may correct it."""
 
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import call_after_backward
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._chain import BoundChain
 from revnet.engine._digest import can_digest
 from revnet.engine._drift import DriftWatch, active_meter, warn_of_low_precision
 from revnet.engine._observer import Observer
 from revnet.engine._range import RangeWatch
+from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values, is_plain
 from revnet.engine._tolerance import ToleranceWatch
 
@@ -57,16 +56,8 @@ def _is_on_host(stream: Tensor) -> bool:
     return is_plain(stream) and stream.device.type in ("cpu", "meta")
 
 
-def drop_walk_after_backward(run: "Rebuilder") -> None:
-    """Have a run drop its walk on a fork, and observers what belongs to it, when this backward pass ends (rule 6)."""
-    reference = weakref.ref(run)
-
-    def drop() -> None:
-        alive = reference()
-        if alive is not None:
-            with alive.lock:  # Another thread may walk at this moment.
-                alive.walk = None
-                for observer in alive.observers:
-                    observer.after_backward(alive)
-
-    call_after_backward(drop)
+def correct(run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+    """Have the observers of a run look at what function `index` is about to read again."""
+    if (distance := streams.origin - 1 - index) > 0 and not run.is_checking:
+        for observer in run.correctors:
+            observer.before_replay(run, index, streams, distance)

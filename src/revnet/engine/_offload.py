@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 def offloaded(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     """Run half-blocks by ordinary autograd, and keep on the host what it saves of them.
 
-    Arguments, results and errors are the ones that `reversible` documents.
+    Arguments, results and errors are the ones of `stored`.
     """
     functions = [half_block.function for half_block in chain.half_blocks]
     return keeping_on_host(lambda: stored(chain, streams), functions, chain.tensors())

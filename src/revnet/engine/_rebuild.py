@@ -2,13 +2,14 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import forward_mode_level
 from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine import _careful
@@ -18,11 +19,13 @@ from revnet.engine._chain import BoundChain, HalfBlock, stored, wrote_to_input
 from revnet.engine._digest import can_digest
 from revnet.engine._drift import active_meter
 from revnet.engine._observer import Observer
-from revnet.engine._observers import drop_walk_after_backward, observers_of
-from revnet.engine._record import Surroundings
+from revnet.engine._observers import correct, observers_of
+from revnet.engine._random import cpu_random_state
 from revnet.engine._replay import replay
-from revnet.engine._step import AbstractStep, JoinedStep
+from revnet.engine._retained import streams_for
+from revnet.engine._step import AbstractFunctionStep, AbstractStep, JoinedStep
 from revnet.engine._streams import StreamSnapshot
+from revnet.engine._surroundings import Surroundings
 from revnet.engine._tensors import ALONE, PLAIN, use_count
 from revnet.engine.compile import compiled
 
@@ -30,18 +33,8 @@ from revnet.engine.compile import compiled
 def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     """Run half-blocks and keep only the final streams; the backward pass rebuilds the rest.
 
-    Args:
-        chain: The half-blocks in order, with the arguments of their functions.
-        streams: The streams, two or more. Not modified.
-
-    Returns:
-        The streams after the last half-block. Modifying one in place before the backward pass makes that pass raise.
-
-    Raises:
-        TypeError: A residual function returned no tensor, or one of a dtype that the stream cannot hold.
-        ValueError: A residual function returned another shape than that of the stream it updates.
-        RuntimeError: A residual function modified its input in place.
-        ReconstructionError: In the backward pass, the activations cannot be rebuilt. Never a wrong gradient instead.
+    Arguments, results and errors are the ones of `stored`. Modifying a final stream in place before the backward pass
+    makes that pass raise, as does whatever cannot be rebuilt (`ReconstructionError`): never a wrong gradient instead.
 
     Numerics:
         The output is the one of `stored`, bit for bit. Gradients differ by the rounding of `(x + r) - r`, which grows
@@ -83,7 +76,12 @@ class Rebuilder:
         )
         self.correctors = [each for each in self.observers if each.looks_before_replays]
         """Observers that may put other streams in place before a function runs again."""
-        self.surroundings = Surroundings([] if chain.is_plain else chain.tensors(), streams)
+        is_on_cpu = streams[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        self.surroundings = (
+            Surroundings(random=((state := cpu_random_state()), state.data_ptr(), ()))
+            if is_on_cpu and chain.is_plain and forward_mode_level() < 0
+            else Surroundings.of(chain.tensors(), streams)
+        )
         self.steps: list[AbstractStep] = []
         self.first_with_slots: int | None = None
         """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt."""
@@ -98,16 +96,12 @@ class Rebuilder:
         self.is_checking = False
         """Whether an observer runs functions again to look at what they give."""
         self.lock = threading.RLock()
-        self._has_log_dets = chain.log_dets is not None
-        self._last_alive = -1
+        self.has_log_dets = chain.log_dets is not None
+        self.last_alive = -1
         self._strides: list[tuple[int, ...]] = []
         self.walk: StreamSnapshot | None = None
         self._filled: int | None = None
         self._has_begun = False
-
-    def new_log_dets(self) -> list[Tensor] | None:
-        """Return where a replay leaves its log-determinants, which are not read; None where they are not computed."""
-        return [] if self._has_log_dets else None
 
     # Forward --------------------------------------------------------------------------------------------------------
 
@@ -140,7 +134,7 @@ class Rebuilder:
         self.steps.append(step)
         y = step.first(self, chain, index, half_block, streams)
         if step.metas:
-            self._last_alive = index
+            self.last_alive = index
             if self.first_with_slots is None:
                 self.first_with_slots = self.lowest = index
         for observer in self.observers:
@@ -171,16 +165,16 @@ class Rebuilder:
             self.held.check_memory()
             for observer in self.observers:
                 observer.before_rebuild(self)
-        steps, last = self.steps, self._last_alive
+        steps, last = self.steps, self.last_alive
         # One function's activations at a time, even where the last one's were not read (rule 3).
         if self._filled is not None and (saved := steps[self._filled].saved()) is not None:
             saved.tensors = saved.versions = None
         self._filled = index
         while last > index and steps[last].saved() is None:
             last -= 1
-        self._last_alive = last
+        self.last_alive = last
         if last > index or self.keyframes:
-            streams = self._streams_for(index)
+            streams = streams_for(self, index)
         else:  # Nothing above can be asked for again: what is held itself may move.
             assert self.held is not None
             self.walk, streams = None, self.held
@@ -197,29 +191,8 @@ class Rebuilder:
             for observer in self.observers:
                 observer.after_fill(self, index, streams)
 
-    def correct(self, index: int, streams: StreamSnapshot) -> None:
-        """Have observers look at what function `index` is about to read again."""
-        if (distance := streams.origin - 1 - index) > 0 and not self.is_checking:
-            for observer in self.correctors:
-                observer.before_replay(self, index, streams, distance)
 
-    def _streams_for(self, index: int) -> StreamSnapshot:
-        """Return the streams to walk back to half-block `index`, at it or above it, where that is not simply `held`."""
-        held = next((keyframe for keyframe in self.keyframes if keyframe.position >= index), self.held)
-        assert held is not None
-        if self._last_alive <= index:  # Nothing above can be asked for again: what is held itself may move.
-            self.walk = None
-            self.held = held
-            self.keyframes = [keyframe for keyframe in self.keyframes if keyframe.position < index]
-            return held
-        # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
-        if self.walk is None or self.walk.position < index or held.position < self.walk.position:
-            self.walk = held.fork()
-            drop_walk_after_backward(self)
-        return self.walk
-
-
-class AdditiveStep(AbstractStep):
+class AdditiveStep(AbstractFunctionStep):
     """A half-block whose coupling saves nothing for its gradient."""
 
     __slots__ = ()
@@ -231,20 +204,12 @@ class AdditiveStep(AbstractStep):
         self.half_block = half_block
         source, stream = streams[half_block.source], streams[half_block.target]
         self.source_requires_grad = source.requires_grad
-        is_lowest = run.first_with_slots is None
-        function: Callable[..., Any] = chain.call
-        args: tuple[Any, ...] = (half_block, source)
-        kwargs: Mapping[str, Any] = {}
-        is_plain = chain.is_plain or (chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments)
-        if is_plain:  # `chain.call` without its questions.
-            function, args, kwargs = half_block.function, (source, *chain.args), chain.kwargs
-        version = source._version
+        is_lowest, is_plain, version = run.first_with_slots is None, chain.is_plain, source._version
         residual = self.record(
             run,
             index,
-            function,
-            args,
-            kwargs,
+            half_block.function if is_plain else chain.call,
+            (source,) if is_plain else (half_block, source),
             (source,),
             may_stop_early=is_lowest,
             keeps_tail=is_lowest and run.is_watched,
@@ -265,7 +230,7 @@ class AdditiveStep(AbstractStep):
         """Run the function again, and take what it returns off the stream."""
         index, half_block = streams.position - 1, self.half_block
         is_needed = index > run.lowest
-        residual = self._run_again(run, streams, index, fill=fill, needs_result=is_needed)
+        residual = self.run_again(run, streams, index, fill=fill, needs_result=is_needed)
         if not is_needed:
             return
         y = streams.take(half_block.target)
@@ -282,36 +247,20 @@ class AdditiveStep(AbstractStep):
         streams.put(half_block.target, x)
         streams.position = index
 
-    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run the function again on the stream that it read, which undoing it has left as it was."""
-        self._run_again(run, streams, index, fill=True, needs_result=False)
-
-    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run the function again on the stream that it read."""
-        self._run_again(run, streams, index, fill=False, needs_result=False)
-
-    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
-        """Return the stream with what the function returns."""
-        residual = self._run_again(run, streams, streams.position, fill=False, needs_result=True)
-        return self.half_block.coupling.forward(streams.read(self.half_block.target), residual, self.half_block.name)
-
-    def _run_again(
+    def run_again(
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
     ) -> Any:
         chain, half_block = run.chain, self.half_block
         if run.correctors:
-            run.correct(index, streams)
+            correct(run, index, streams)
         # `data` has a version of its own: the stream's goes up when it is written over later on.
         source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
         # A corrector may have put the true streams in place.
         rounded = None if index + 1 == streams.origin or half_block.coupling.is_exact else source
-        function: Callable[..., Any] = chain.call
-        args: tuple[Any, ...] = (half_block, source)
-        kwargs: Mapping[str, Any] = {}
-        is_plain = chain.is_plain or (chain.input_dtype is None and not chain.own_kwargs and half_block.takes_arguments)
-        if is_plain:
-            function, args, kwargs = half_block.function, (source, *chain.args), chain.kwargs
-        residual = replay(self, function, args, kwargs, fill=fill, rounded=rounded, needs_result=needs_result)
+        is_plain = chain.is_plain
+        function: Callable[..., Any] = half_block.function if is_plain else chain.call
+        args = (source,) if is_plain else (half_block, source)
+        residual = replay(self, function, args, fill=fill, rounded=rounded, needs_result=needs_result)
         if is_plain and source._version:
             raise wrote_to_input(half_block)
         return residual.detach() if residual is not None and torch.is_grad_enabled() else residual

@@ -7,7 +7,7 @@ buffers, random numbers, tensors from elsewhere, early stops) is in `_careful` a
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
 from sys import getrefcount
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from revnet._torch_internals import (
     HAS_ACCELERATOR,
-    forward_mode_level,
     never_compile,
     next_sequence_number,
     pop_saved_tensors_hooks,
@@ -29,11 +28,11 @@ from revnet.engine import _careful, _states
 from revnet.engine._careful import FRESH_COUNT, meta_of
 from revnet.engine._digest import Tail
 from revnet.engine._plan import Plan, plan_for
-from revnet.engine._random import NUM_BYTES, ONLY_CPU, RandomStates, compare_bytes, cpu_random_state, get_random_state
-from revnet.engine._restore import AutocastState, autocast_states, has_autocast
+from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
 from revnet.engine._slot_filler import SlotFiller
 from revnet.engine._states import CHECKSUM_INTERVAL
-from revnet.engine._tensors import storage_key, versions_of
+from revnet.engine._surroundings import Surroundings
+from revnet.engine._tensors import storage_key
 
 _version = attrgetter("_version")
 _base_of = attrgetter("_base")
@@ -49,8 +48,7 @@ _nothing: Callable[[], None] = type(None)
 class Saved:
     """What all slots of one call refer to: the filler, and the tensors while they are there.
 
-    A slot is a number, and the hook that unpacks it is bound to its `Saved`. Numbers cost the collector nothing; pairs,
-    of which a step would make thousands, took a sixth of the time of a step on small tensors.
+    A slot is a number, and the hook that unpacks it is bound to its `Saved`: objects would be thousands in each step.
     """
 
     __slots__ = (
@@ -119,60 +117,6 @@ class Saved:
                 tensors[number] = None  # Given away (rule 2); one operation of the interpreter, so without the lock.
                 return found
         return _careful.take(self, number)
-
-
-class Surroundings:
-    """What the functions of one forward pass share.
-
-    Args:
-        arguments: The tensors in the further arguments, which outlive the call.
-        streams: The streams that the pass begins with.
-    """
-
-    __slots__ = (
-        *("argument_ids", "argument_versions", "arguments", "autocast", "autocast_types"),
-        *("devices", "is_forward_mode", "is_mixed", "others", "random"),
-    )
-
-    def __init__(self, arguments: list[Tensor], streams: Sequence[Tensor]):
-        self.arguments = arguments
-        self.argument_ids = list(map(id, arguments))
-        self.argument_versions = versions_of(arguments) if arguments else []
-        self.devices: frozenset[torch.device] = ONLY_CPU
-        self.others: list[torch.device] = []
-        """The devices besides the CPU."""
-        self.autocast_types: tuple[str, ...] = ("cpu",)
-        devices = {*map(_device, arguments), *map(_device, streams)}
-        if devices == ONLY_CPU:
-            self.refresh()
-        else:
-            self.add_devices(devices)
-
-    def add_devices(self, devices: Iterable[torch.device]) -> None:
-        """Look after further devices, too."""
-        types = {*self.autocast_types, *[device.type for device in devices]}
-        self.autocast_types = tuple(sorted(filter(has_autocast, types)))
-        self.devices |= {device for device in devices if device.type != "meta"}
-        self.others = [device for device in self.devices if device.type != "cpu"]
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Look again at what code between two functions may have changed."""
-        self.random: RandomStates | None = None
-        """The random states after the last function, which are the ones before the next; None if unknown."""
-        self.is_mixed = any(map(torch.is_autocast_enabled, self.autocast_types))
-        self.autocast: tuple[AutocastState, ...] = autocast_states(self.autocast_types) if self.is_mixed else ()
-        """What autocast does; empty where it is off."""
-        self.is_forward_mode = forward_mode_level() >= 0
-
-    def random_states(self) -> RandomStates:
-        """Return the random states of all devices."""
-        state = cpu_random_state()
-        return state, state.data_ptr(), self.other_states()
-
-    def other_states(self) -> tuple[Tensor, ...]:
-        """Return the random states of the devices besides the CPU."""
-        return tuple(map(get_random_state, self.others))
 
 
 class RecordedCall:
@@ -262,7 +206,6 @@ class RecordedCall:
         index: int,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
         sources: tuple[Tensor, ...] = (),
         *,
         may_stop_early: bool = False,
@@ -274,8 +217,7 @@ class RecordedCall:
             filler: Fills the slots later.
             index: The number under which `filler` knows this call.
             function: What to call.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
+            args: Its arguments.
             sources: Inputs that are gone when the call is replayed, which then has others of the same values.
             may_stop_early: Whether a replay may end at the last saved tensor.
             keeps_tail: Whether to compare that tensor, because the result is not compared.
@@ -302,7 +244,7 @@ class RecordedCall:
         except RuntimeError as error:
             raise _careful.no_hooks(error) from error
         try:
-            result = function(*args, **kwargs)
+            result = function(*args)
         except BaseException:
             tensors.clear()  # The traceback refers to the hook, which would keep every activation.
             raise

@@ -4,7 +4,7 @@ This is the second run of rules 4, 7 and 8 in the note of `revnet.engine`: it lo
 puts back what is not, catches what autograd saves, and compares it with the first run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -36,7 +36,6 @@ def replay(
     call: RecordedCall,
     function: Callable[..., Any],
     args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
     *,
     fill: bool,
     rounded: Tensor | None,
@@ -47,8 +46,7 @@ def replay(
     Args:
         call: The first run.
         function: What to call.
-        args: Its positional arguments, with inputs of the same values as in the first run.
-        kwargs: Its keyword arguments.
+        args: Its arguments, with inputs of the same values as in the first run.
         fill: Whether the backward pass asks for what autograd saved.
         rounded: The input, if it carries the rounding of a reconstruction.
         needs_result: Whether to go on to the end; otherwise the run may stop once the slots are filled (rule 7).
@@ -81,15 +79,14 @@ def replay(
         or any(map(torch.is_autocast_enabled, surroundings.autocast_types))
     ):
         with restored(call) as lasting:
-            return _run_again(call, function, args, kwargs, lasting, fill, rounded, needs_result)
-    return _run_again(call, function, args, kwargs, call.lasting, fill, rounded, needs_result)
+            return _run_again(call, function, args, lasting, fill, rounded, needs_result)
+    return _run_again(call, function, args, call.lasting, fill, rounded, needs_result)
 
 
 def _run_again(
     call: RecordedCall,
     function: Callable[..., Any],
     args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
     lasting: set[int],
     fill: bool,
     rounded: Tensor | None,
@@ -118,9 +115,9 @@ def _run_again(
                 attributes["forward"] = forward
         if profiler_is_on():
             with torch.profiler.record_function(f"revnet: replay {call.name}"):
-                result = function(*args, **kwargs)
+                result = function(*args)
         else:
-            result = function(*args, **kwargs)
+            result = function(*args)
     except StopReplay:
         result = None
     except BaseException:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from revnet.engine._arrays import same_bits
-from revnet.engine._digest import can_digest, checksum
+from revnet.engine._digest import array_of, can_digest, checksum
 from revnet.engine._tensors import version_of, versions_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _settle_states(call: "RecordedCall") -> None:
             holder[name] is buffer
             and buffer.dim() > 1
             and version_of(buffer) == call.state_versions[place]
-            and not (can_compare and not same_bits(buffer, copy))
+            and not (can_compare and not same_bits(array_of(buffer), array_of(copy)))
         ):
             versions[place] = version_of(buffer)
             del call.states[place]

@@ -2,12 +2,13 @@
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from revnet.engine._chain import BoundChain, HalfBlock
+from revnet.engine._observers import correct
 from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
 from revnet.engine._streams import StreamSnapshot
@@ -51,11 +52,36 @@ class AbstractStep(RecordedCall, abc.ABC):
         """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
         half_block = self.half_block
         if run.correctors:
-            run.correct(index, streams)
+            correct(run, index, streams)
         # `data` has a version of its own: the stream's goes up when it is written over later on.
         source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
         # A corrector may have put the true streams in place.
         return source, None if index + 1 == streams.origin or half_block.coupling.is_exact else source
+
+
+class AbstractFunctionStep(AbstractStep):
+    """A half-block whose slots hold the function alone."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    def run_again(
+        self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
+    ) -> Any:
+        """Run the function again on the stream that it read, and return what it returns if that is needed."""
+
+    def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again on the stream that it read, which undoing it has left as it was."""
+        self.run_again(run, streams, index, fill=True, needs_result=False)
+
+    def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
+        """Run the function again on the stream that it read."""
+        self.run_again(run, streams, index, fill=False, needs_result=False)
+
+    def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
+        """Return the stream with what the function returns."""
+        residual = self.run_again(run, streams, streams.position, fill=False, needs_result=True)
+        return self.half_block.coupling.forward(streams.read(self.half_block.target), residual, self.half_block.name)
 
 
 class JoinedStep(AbstractStep):
@@ -79,7 +105,6 @@ class JoinedStep(AbstractStep):
             index,
             compute,
             (),
-            {},
             (source, stream),
             may_stop_early=run.first_with_slots is None,
             keeps_tail=run.first_with_slots is None and run.is_watched,
@@ -109,9 +134,9 @@ class JoinedStep(AbstractStep):
         x = streams.read(half_block.target).data.requires_grad_(self.stream_requires_grad)
 
         def compute() -> Tensor:
-            return run.chain.join(half_block, x, run.chain.call(half_block, source), run.new_log_dets())
+            return run.chain.join(half_block, x, run.chain.call(half_block, source), _new_log_dets(run))
 
-        y: Tensor = replay(self, compute, (), {}, fill=False, rounded=None)
+        y: Tensor = replay(self, compute, (), fill=False, rounded=None)
         return y.detach()
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
@@ -127,10 +152,15 @@ class JoinedStep(AbstractStep):
                 with torch.no_grad():
                     x = coupling.inverse(y_or_x, residual, half_block.name)
             leaf = x.detach().requires_grad_(self.stream_requires_grad)
-            return run.chain.join(half_block, leaf, residual, run.new_log_dets())
+            return run.chain.join(half_block, leaf, residual, _new_log_dets(run))
 
         # The stream before it is known only once the function has run to its end.
         needs_result = x is None or not fill
-        replay(self, compute, (), {}, fill=fill, rounded=rounded, needs_result=needs_result)
+        replay(self, compute, (), fill=fill, rounded=rounded, needs_result=needs_result)
         assert x is not None
         return x
+
+
+def _new_log_dets(run: "Rebuilder") -> list[Tensor] | None:
+    """Return where a replay leaves its log-determinants, which are not read; None where they are not computed."""
+    return [] if run.has_log_dets else None

@@ -1,6 +1,7 @@
 """Modules that hold residual functions and run them reversibly."""
 
 from revnet.nn._abstract_block import AbstractReversibleBlock as AbstractReversibleBlock
+from revnet.nn._abstract_reversible import AbstractReversible as AbstractReversible
 from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
 from revnet.nn._block import ReversibleBlock as ReversibleBlock
 from revnet.nn._conv import Conv2dSame as Conv2dSame
@@ -27,7 +28,6 @@ from revnet.nn._policy_holder import restoring_policies as restoring_policies
 from revnet.nn._policy_holder import set_policy as set_policy
 from revnet.nn._policy_sequential import PolicySequential as PolicySequential
 from revnet.nn._restoring_state import restoring_state as restoring_state
-from revnet.nn._reversible_module import AbstractReversible as AbstractReversible
 from revnet.nn._sequential import ReversibleSequential as ReversibleSequential
 from revnet.nn._set_coupling import set_coupling as set_coupling
 from revnet.nn._set_tolerance import set_tolerance as set_tolerance

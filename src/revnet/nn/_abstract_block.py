@@ -11,7 +11,7 @@ from revnet._checks import describe
 from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock
 from revnet.nn._policy import Reverse
-from revnet.nn._reversible_module import AbstractReversible, Course, Reads
+from revnet.nn._reversible_module import Course, Reads, ReversibleModule
 from revnet.nn._run import Segment
 
 _REVERSE = Reverse()
@@ -24,7 +24,7 @@ READS: dict[_HalfBlocks, Reads] = {}
 """What the `half_blocks` methods of this library read from their block."""
 
 
-class AbstractReversibleBlock(AbstractReversible):
+class AbstractReversibleBlock(ReversibleModule):
     """A module whose input can be computed from its output, as a chain of half-blocks.
 
     A subclass defines the residual functions of the block and the stream that each of them updates. A block that is

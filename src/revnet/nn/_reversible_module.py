@@ -1,6 +1,5 @@
-"""What reversible blocks and sequences of them share: how they run. A plain step enters no other file of this room."""
+"""How reversible blocks and sequences of them run forward. A plain step enters no other file of this room."""
 
-import abc
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -9,24 +8,21 @@ from torch import Tensor, nn
 
 from revnet._torch_internals import has_global_module_hook
 from revnet._types import Streams, TensorPair
-from revnet.engine import BoundChain, Chain, ToleranceKeeper, begin, block_calls, call_within, joined
+from revnet.engine import BoundChain, ToleranceKeeper, begin, block_calls, call_within, joined
+from revnet.nn._abstract_reversible import AbstractReversible
 from revnet.nn._policy import AbstractPolicy
-from revnet.nn._run import Segment, check_samples, run_inverse, sum_log_dets, take_own
+from revnet.nn._run import Segment, check_samples, take_own
 from revnet.nn._split_dim import unclear_split_dim
 
 if TYPE_CHECKING:
     from revnet.nn._chains import Chains
 
 
-class AbstractReversible(nn.Module, abc.ABC):
-    """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
+class ReversibleModule(AbstractReversible):
+    """How blocks and sequences run forward."""
 
     _chains: "Chains | None" = None
     _keeper: ToleranceKeeper | None = None
-
-    @abc.abstractmethod
-    def _find_course(self) -> "Course":
-        """Return what the module runs."""
 
     @overload
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -50,41 +46,12 @@ class AbstractReversible(nn.Module, abc.ABC):
         """
         if not torch.compiler.is_dynamo_compiling() and block_calls.within and (run := call_within(self)):
             return run(x, args, kwargs)
-        return run_forward(self._course(), x, args, kwargs, tolerance=self._keeper)
+        return run_forward(self._course(), x, args, kwargs, None, self._keeper)
 
-    @overload
-    def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
-    @overload
-    def inverse(self, y: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
-    @overload
-    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
-
-    def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the input from the output `y`, with the further arguments that the forward pass had.
-
-        Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
-        evaluation mode: in training mode it draws a new mask.
-        """
-        course = self._course()
-        half_blocks = [half_block for _, chain in course.segments for half_block in chain.half_blocks]
-        return run_inverse(Chain(half_blocks), y, *course.split(y), args, kwargs)
-
-    def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
-        """Compute the output, and the log-determinant of the map to it for each sample, (B,).
-
-        Both are differentiable, and activations are kept or rebuilt for both as in `forward`. It is zero for additive
-        blocks.
-
-        Raises:
-            ValueError: The blocks split along the batch, so that a sample has no map of its own.
-        """
-        log_dets: list[Tensor] = []
-        y = run_forward(self._course(), x, args, kwargs, log_dets, self._keeper)
-        return y, sum_log_dets(log_dets, y)
-
-    def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the log-determinant at `x` alone, (B,)."""
-        return self.forward_with_log_det(x, *args, **kwargs)[1]
+    def _run(
+        self, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any], log_dets: list[Tensor] | None
+    ) -> Any:
+        return run_forward(self._course(), x, args, kwargs, log_dets, self._keeper)
 
     def _course(self) -> "Course":
         """Return what the module runs: what it ran last, if it is made of the same."""

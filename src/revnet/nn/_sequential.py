@@ -11,13 +11,13 @@ from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._chains import Chains
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
-from revnet.nn._reversible_module import AbstractReversible, Course
+from revnet.nn._reversible_module import Course, ReversibleModule
 from revnet.nn._tolerance import checked_tolerance, refuse_to_compile
 
 _REVERSE = Reverse()
 
 
-class ReversibleSequential(AbstractReversible, AbstractPolicyHolder):
+class ReversibleSequential(ReversibleModule, AbstractPolicyHolder):
     """Run reversible blocks in order and keep only the final activation.
 
     The backward pass rebuilds each block's input from its output, so that the memory for activations is the same for

@@ -1,0 +1,40 @@
+"""Walking back where a graph is retained, or where streams are held on the way."""
+
+import weakref
+from typing import TYPE_CHECKING
+
+from revnet._torch_internals import call_after_backward
+from revnet.engine._streams import StreamSnapshot
+
+if TYPE_CHECKING:
+    from revnet.engine._rebuild import Rebuilder
+
+
+def streams_for(run: "Rebuilder", index: int) -> StreamSnapshot:
+    """Return the streams to walk back to half-block `index`, at it or above it."""
+    held = next((keyframe for keyframe in run.keyframes if keyframe.position >= index), run.held)
+    assert held is not None
+    if run.last_alive <= index:  # Nothing above can be asked for again: what is held itself may move.
+        run.walk = None
+        run.held = held
+        run.keyframes = [keyframe for keyframe in run.keyframes if keyframe.position < index]
+        return held
+    # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
+    if run.walk is None or run.walk.position < index or held.position < run.walk.position:
+        run.walk = held.fork()
+        _drop_walk_after_backward(run)
+    return run.walk
+
+
+def _drop_walk_after_backward(run: "Rebuilder") -> None:
+    reference = weakref.ref(run)
+
+    def drop() -> None:
+        alive = reference()
+        if alive is not None:
+            with alive.lock:  # Another thread may walk at this moment.
+                alive.walk = None
+                for observer in alive.observers:
+                    observer.after_backward(alive)
+
+    call_after_backward(drop)

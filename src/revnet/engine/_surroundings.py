@@ -1,0 +1,71 @@
+"""What the functions of one forward pass share: arguments, devices, random states and autocast."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from revnet._torch_internals import forward_mode_level
+from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state
+from revnet.engine._restore import AutocastState, autocast_states, has_autocast
+from revnet.engine._tensors import versions_of
+
+
+@dataclass(slots=True, eq=False)
+class Surroundings:
+    """What the functions of one forward pass share. As it is made, it is that of a plain pass on the CPU."""
+
+    arguments: list[Tensor] = field(default_factory=list)
+    """The tensors in the further arguments, which outlive the call."""
+    argument_ids: list[int] = field(default_factory=list)
+    argument_versions: list[int] = field(default_factory=list)
+    devices: frozenset[torch.device] = ONLY_CPU
+    others: list[torch.device] = field(default_factory=list)
+    """The devices besides the CPU."""
+    autocast_types: tuple[str, ...] = ("cpu",)
+    """The types of the devices that know autocast."""
+    random: RandomStates | None = None
+    """The random states after the last function, which are the ones before the next; None if unknown."""
+    is_mixed: bool = False
+    """Whether autocast is on for any of the devices."""
+    autocast: tuple[AutocastState, ...] = ()
+    """What autocast does; empty where it is off."""
+    is_forward_mode: bool = False
+    """Whether a level of forward-mode differentiation is open."""
+
+    @classmethod
+    def of(cls, arguments: list[Tensor], streams: Sequence[Tensor]) -> "Surroundings":
+        """Return the surroundings of a pass.
+
+        Args:
+            arguments: The tensors in the further arguments.
+            streams: The streams that the pass begins with.
+        """
+        surroundings = cls(arguments, list(map(id, arguments)), versions_of(arguments))
+        surroundings.add_devices({tensor.device for tensor in (*arguments, *streams)})
+        return surroundings
+
+    def add_devices(self, devices: Iterable[torch.device]) -> None:
+        """Look after further devices, too."""
+        types = {*self.autocast_types, *[device.type for device in devices]}
+        self.autocast_types = tuple(sorted(filter(has_autocast, types)))
+        self.devices |= {device for device in devices if device.type != "meta"}
+        self.others = [device for device in self.devices if device.type != "cpu"]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what code between two functions may have changed."""
+        self.random = None
+        self.is_mixed = any(map(torch.is_autocast_enabled, self.autocast_types))
+        self.autocast = autocast_states(self.autocast_types) if self.is_mixed else ()
+        self.is_forward_mode = forward_mode_level() >= 0
+
+    def random_states(self) -> RandomStates:
+        """Return the random states of all devices."""
+        state = cpu_random_state()
+        return state, state.data_ptr(), self.other_states()
+
+    def other_states(self) -> tuple[Tensor, ...]:
+        """Return the random states of the devices besides the CPU."""
+        return tuple(map(get_random_state, self.others))
