@@ -93,9 +93,9 @@ class AgreementWatch(Observer):
         """
         assert run.held is not None
         for stream, version, expected in zip(run.held.held, run.held.versions, self._checksums, strict=True):
-            # A stream with another version raises when it is read, by its own error.
-            is_silent = stream is not None and expected is not None and stream._version == version
-            if stream is not None and is_silent and checksum(stream) != expected:
+            if stream is None or expected is None or stream._version != version:
+                continue  # A stream with another version raises when it is read, by its own error.
+            if checksum(stream) != expected:
                 raise _careful.overwritten_output(stream)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, replayed_norms_of
+from revnet.engine._random import ONLY_CPU
 
 _device = attrgetter("device")
 
@@ -120,6 +121,7 @@ def plan_for(function: nn.Module, name: str) -> Plan:
     _refuse_fsdp1(modules, name)
     parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
+    used = frozenset([each for each in devices if each.type != "meta"])
     norms = replayed_norms_of(function)
     statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
     filled = [holder for holder in dicts if len(holder)]
@@ -146,7 +148,7 @@ def plan_for(function: nn.Module, name: str) -> Plan:
         parameter_places=parameter_places,
         buffer_places=buffer_places,
         device_list=devices,
-        devices=frozenset([each for each in devices if each.type != "meta"]),
+        devices=ONLY_CPU if used <= ONLY_CPU else used,  # The same object, which is compared faster.
         statistics=statistics,
         fixed=fixed,
         states=states,

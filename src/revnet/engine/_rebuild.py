@@ -55,55 +55,46 @@ class Rebuilder:
     """One forward pass through a chain, able to rebuild what it did not keep.
 
     The autograd graph owns it (rule 1). It records the half-blocks as steps, holds the final streams, and walks them
-    back when the backward pass asks for a slot. What it is asked for may come in any order, several times, and from
-    several threads.
-
-    Args:
-        chain: The call of the chain.
-        streams: The streams that it begins with.
+    back when the backward pass asks for a slot: in any order, several times, and from several threads.
     """
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
         self.chain = chain if chain.log_dets is None else chain.for_replays()
+        self.has_log_dets = chain.log_dets is not None
         meter = active_meter()
         self.is_watched = meter is None or not meter.is_quiet
         """Whether what is wrong raises; a quiet `DriftMeter` only records it."""
         is_usual = len(chain.chain.half_blocks) > 1 and chain.tolerance is None and not chain.chain.has_exact
-        self.observers: list[Observer] = (
-            [AgreementWatch()]
-            if is_usual and meter is None and streams[0].dtype is torch.float32 and can_digest(streams[0])
-            else observers_of(chain, streams)
-        )
+        is_usual = is_usual and meter is None and streams[0].dtype is torch.float32 and can_digest(streams[0])
+        self.observers: list[Observer] = [AgreementWatch()] if is_usual else observers_of(chain, streams)
         self.correctors = [each for each in self.observers if each.looks_before_replays]
         """Observers that may put other streams in place before a function runs again."""
-        is_on_cpu = streams[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        self.surroundings = (
-            Surroundings(random=((state := cpu_random_state()), state.data_ptr(), ()))
-            if is_on_cpu and chain.is_plain and forward_mode_level() < 0
-            else Surroundings.of(chain.tensors(), streams)
-        )
+        is_usual = streams[0].device.type == "cpu" and chain.is_plain and forward_mode_level() < 0
+        if is_usual and not torch.is_autocast_enabled("cpu"):
+            self.surroundings = Surroundings(random=((state := cpu_random_state()), state.data_ptr(), ()))
+        else:
+            self.surroundings = Surroundings.of(chain.tensors(), streams)
         self.steps: list[AbstractStep] = []
         self.first_with_slots: int | None = None
         """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt."""
+        self.lowest = -1
+        """The half-block at which walking back ends: `first_with_slots`, or -1."""
         self.keyframes: list[StreamSnapshot] = []
         """Streams that are held below the final ones, from the lowest up."""
         self.held: StreamSnapshot | None = None
         """The final streams, from which all others are rebuilt; None until the forward pass is over."""
+        self.walk: StreamSnapshot | None = None
+        """A copy that is walked back while the graph is retained."""
         self.is_finished = False
         """Whether the forward pass is over."""
-        self.lowest = -1
-        """The half-block at which walking back ends: `first_with_slots`, or -1."""
         self.is_checking = False
         """Whether an observer runs functions again to look at what they give."""
         self.lock = threading.RLock()
-        self.has_log_dets = chain.log_dets is not None
         self.last_alive = -1
+        """The highest half-block of which a backward pass may still ask for anything."""
         self._strides: list[tuple[int, ...]] = []
-        self.walk: StreamSnapshot | None = None
         self._filled: int | None = None
         self._has_begun = False
-
-    # Forward --------------------------------------------------------------------------------------------------------
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         """Run the chain, keeping none of its activations but the final streams."""
@@ -146,14 +137,12 @@ class Rebuilder:
         held: list[Tensor | None] = [stream.detach() for stream in streams]
         last = self.steps[-1].half_block
         if self.first_with_slots == len(self.steps) - 1 and last.coupling.is_additive:
-            # Only the last function runs again, and nothing below it: only the stream that it reads is needed.
+            # Only the last function runs again, and needs nothing but the stream that it reads.
             held = [stream if which == last.source else None for which, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
         for observer in self.observers:
             observer.on_hold(held)
-
-    # Backward -------------------------------------------------------------------------------------------------------
 
     def rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""
@@ -205,24 +194,15 @@ class AdditiveStep(AbstractFunctionStep):
         source, stream = streams[half_block.source], streams[half_block.target]
         self.source_requires_grad = source.requires_grad
         is_lowest, is_plain, version = run.first_with_slots is None, chain.is_plain, source._version
-        residual = self.record(
-            run,
-            index,
-            half_block.function if is_plain else chain.call,
-            (source,) if is_plain else (half_block, source),
-            (source,),
-            may_stop_early=is_lowest,
-            keeps_tail=is_lowest and run.is_watched,
-        )
+        function: Callable[..., Any] = half_block.function if is_plain else chain.call
+        args = (source,) if is_plain else (half_block, source)
+        keeps_tail = is_lowest and run.is_watched
+        residual = self.record(run, index, function, args, (source,), may_stop_early=is_lowest, keeps_tail=keeps_tail)
         if is_plain and source._version != version:
             raise wrote_to_input(half_block)
         # What the coupling would do, without its checks, which cost more than the sum of small tensors.
-        if (
-            type(half_block.coupling) is Additive
-            and type(residual) is Tensor
-            and residual.dtype == stream.dtype
-            and residual.shape == stream.shape
-        ):
+        is_usual = type(half_block.coupling) is Additive and type(residual) is Tensor
+        if is_usual and residual.dtype == stream.dtype and residual.shape == stream.shape:
             return stream + residual
         return half_block.coupling.forward(stream, residual, half_block.name)
 

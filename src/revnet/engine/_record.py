@@ -2,8 +2,7 @@
 
 `RecordedCall.record` runs the function under saved-tensor hooks that leave a *slot* in the autograd graph for each
 tensor that autograd wants to save. `replay` (in `_replay`) runs it again under hooks that catch the same tensors, and
-fills the slots. These two files hold what happens in every step; what happens only where a function needs it (state in
-buffers, random numbers, tensors from elsewhere, early stops) is in `_careful` and `_restore`.
+fills the slots. What happens only where a function needs it is in `_careful`, `_states` and `_restore`.
 """
 
 import weakref
@@ -57,8 +56,7 @@ class Saved:
     )
 
     def __init__(self, filler: SlotFiller, index: int, lasting: set[int]):
-        self.filler = filler
-        self.index = index
+        self.filler, self.index = filler, index
         self.lasting = lasting
         """The identities of the tensors that outlive the call."""
         self.tensors: list[Any] | None = []
@@ -79,14 +77,13 @@ class Saved:
 
     def pack(self, tensor: Tensor) -> int:
         """Return the slot of a tensor that autograd saves in a first run."""
-        # A miss is harmless: what is not known to last is rebuilt.
-        lasting, tensors = self.lasting, self.tensors
+        lasting = self.lasting  # A miss is harmless: what is not known to last is rebuilt.
         if id(tensor) in lasting or ((base := tensor._base) is not None and id(base) in lasting):
             self.others.append(tensor)
             self.other_versions.append(tensor._version)
             return -len(self.others)
         self.versions.append(tensor._version)  # type: ignore[union-attr]
-        tensors.append(tensor)  # type: ignore[union-attr]
+        (tensors := self.tensors).append(tensor)  # type: ignore[union-attr]
         return len(tensors) - 1  # type: ignore[arg-type]
 
     def pack_and_note(self, tensor: Tensor) -> int:
@@ -130,20 +127,9 @@ class RecordedCall:
     """
 
     __slots__ = (
-        *(
-            "autocast",
-            "buffer_versions",
-            "buffers",
-            "constants",
-            "held",
-            "ids",
-            "is_mixed",
-            "is_plain",
-            "lasting",
-            "metas",
-        ),
-        *("name", "parameters", "plan", "random", "requires_grad", "results", "saved", "state_versions", "states"),
-        *("stop_after", "surroundings", "tail", "versions", "written"),
+        *("autocast", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain", "lasting"),
+        *("metas", "name", "parameters", "plan", "random", "requires_grad", "results", "saved", "state_versions"),
+        *("states", "stop_after", "surroundings", "tail", "versions", "written"),
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
@@ -165,13 +151,9 @@ class RecordedCall:
             ids = list(map(id, held))
             lasting = plan.fit(held, ids)
             assert lasting is not None
-        self.name = name
-        self.plan = plan
-        self.surroundings = surroundings
-        self.autocast = surroundings.autocast
-        self.is_mixed = surroundings.is_mixed
-        self.held = held
-        self.ids = ids
+        self.name, self.plan, self.surroundings = name, plan, surroundings
+        self.autocast, self.is_mixed = surroundings.autocast, surroundings.is_mixed
+        self.held, self.ids = held, ids
         self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
         # What lasts is known by the tensor itself, which is held here: no other tensor can take its identity (rule 4).
         self.lasting = {*lasting, *surroundings.argument_ids} if surroundings.argument_ids else lasting
@@ -211,12 +193,12 @@ class RecordedCall:
         may_stop_early: bool = False,
         keeps_tail: bool = False,
     ) -> Any:
-        """Run the function for the first time, leaving slots of `filler`'s call number `index` in the graph.
+        """Call `function` for the first time, leaving slots of `filler`'s call number `index` in the graph.
 
         Args:
             filler: Fills the slots later.
             index: The number under which `filler` knows this call.
-            function: What to call.
+            function: What to call; the function, or it and the coupling.
             args: Its arguments.
             sources: Inputs that are gone when the call is replayed, which then has others of the same values.
             may_stop_early: Whether a replay may end at the last saved tensor.
@@ -234,8 +216,7 @@ class RecordedCall:
         before = surroundings.random or surroundings.random_states()
         start = next_sequence_number()
         saved = Saved(filler, index, self.lasting)
-        tensors = saved.tensors
-        assert tensors is not None
+        tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
         if surroundings.is_forward_mode:
             pack = _careful.make_pack(self, saved)
@@ -260,7 +241,7 @@ class RecordedCall:
         results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
         self.results = plan.results = plan.results if results == plan.results else results
         if tensors:
-            self._keep_slots(saved, (result, *sources), start)
+            self._keep_slots(saved, tensors, (result, *sources), start)
             if may_stop_early:
                 self._find_stop(tensors, saved.nodes, sources)
                 self.tail = Tail.of(tensors[-1]) if keeps_tail else None
@@ -268,20 +249,17 @@ class RecordedCall:
             tensors.clear()
         return result
 
-    def _keep_slots(self, saved: Saved, own: tuple[Any, ...], start: int) -> None:
+    def _keep_slots(self, saved: Saved, tensors: list[Tensor], own: tuple[Any, ...], start: int) -> None:
         """Note what the slots stand for, and which of them a replay would not compute."""
-        plan, tensors, versions = self.plan, saved.tensors, saved.versions
-        assert tensors is not None
+        metas, plan, versions = list(map(meta_of, tensors)), self.plan, saved.versions
         assert versions is not None
-        metas = list(map(meta_of, tensors))
         # The same list again, so that there is nothing new for the collector to look at.
         self.metas = plan.metas = plan.metas if metas == plan.metas else metas
         self.saved = weakref.ref(saved)
         if _may_come_from_elsewhere(tensors, own, start):
             self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
-        self.is_plain = not (
-            any(versions) or any(map(_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode
-        )
+        # Versions never go down, so these show what was written to at any time.
+        self.is_plain = not (any(map(_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode)
         saved.is_plain = self.is_plain and self.constants is None
         saved.tensors = saved.versions = None
 
@@ -302,8 +280,7 @@ class RecordedCall:
 def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
     """Return whether something else refers to one of the tensors, and the call made no node for it.
 
-    What a function computes for itself is referred to by this list alone. (In a function of its own, so that none of
-    its variables refers to a tensor when the references are counted again.)
+    What a function computes for itself is referred to by this list alone.
     """
     known: Any = None
     ids = list(map(id, own))

@@ -41,18 +41,15 @@ def replay(
     rounded: Tensor | None,
     needs_result: bool = True,
 ) -> Any:
-    """Run the function again as the first time, and `fill` the slots that are still there.
+    """Run a function again as the first time; return its result, or None if the run stopped early.
 
     Args:
         call: The first run.
         function: What to call.
         args: Its arguments, with inputs of the same values as in the first run.
-        fill: Whether the backward pass asks for what autograd saved.
+        fill: Whether to fill the slots that are still there.
         rounded: The input, if it carries the rounding of a reconstruction.
         needs_result: Whether to go on to the end; otherwise the run may stop once the slots are filled (rule 7).
-
-    Returns:
-        The result; None if the run stopped early.
 
     Raises:
         ReconstructionError: The function did something else than the first time (rule 8).
@@ -114,30 +111,23 @@ def _run_again(
             if (forward := norm.faster if is_faster else norm.forward) is not None:
                 attributes["forward"] = forward
         if profiler_is_on():
-            with torch.profiler.record_function(f"revnet: replay {call.name}"):
-                result = function(*args)
-        else:
-            result = function(*args)
+            function = torch.profiler.record_function(f"revnet: replay {call.name}")(function)
+        result = function(*args)
     except StopReplay:
         result = None
     except BaseException:
         caught.clear()  # The traceback refers to the hook, which would keep every activation.
         raise
     finally:
-        for norm, flag in zip(norms, flags):  # noqa: B905 - cheaper, and there are no flags if nothing was done
-            attributes = norm.attributes
-            attributes["track_running_stats"] = flag
-            if "forward" in attributes:
-                del attributes["forward"]
+        for norm, flag in zip(norms, flags):  # noqa: B905 - no flags, if nothing was done
+            norm.attributes["track_running_stats"] = flag
+            if "forward" in norm.attributes:
+                del norm.attributes["forward"]
         set_grad_enabled(has_grad)
         pop_saved_tensors_hooks()
     tensors = caught
     if versions is None:
-        tensors = [
-            each
-            for each in caught
-            if id(each) not in lasting and ((base := each._base) is None or id(base) not in lasting)
-        ]
+        tensors = [t for t in caught if id(t) not in lasting and ((base := t._base) is None or id(base) not in lasting)]
     metas = list(map(meta_of, tensors))
     if metas != (call.metas if result is not None or stop_after < 0 else call.metas[:stop_after]):
         _careful.fail_metas(call, metas)

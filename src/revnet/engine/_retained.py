@@ -21,7 +21,7 @@ def streams_for(run: "Rebuilder", index: int) -> StreamSnapshot:
         return held
     # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
     if run.walk is None or run.walk.position < index or held.position < run.walk.position:
-        run.walk = held.fork()
+        run.walk = fork(held)
         _drop_walk_after_backward(run)
     return run.walk
 
@@ -38,3 +38,11 @@ def _drop_walk_after_backward(run: "Rebuilder") -> None:
                     observer.after_backward(alive)
 
     call_after_backward(drop)
+
+
+def fork(streams: StreamSnapshot) -> StreamSnapshot:
+    """Return the same streams, to be walked back on their own. Both see one memory, so neither writes to it."""
+    held = [None if tensor is None else streams.read(which).detach() for which, tensor in enumerate(streams.held)]
+    copy = StreamSnapshot(streams.position, held, streams.strides)
+    copy.origin = streams.origin
+    return copy

@@ -1,7 +1,4 @@
-"""The streams: splitting a tensor into them, joining them, and holding them at one place of a chain.
-
-What is rare, and errors, are in `_split` and `_careful`.
-"""
+"""The streams: splitting a tensor into them, joining them, and holding them at one place of a chain."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,10 +20,7 @@ if TYPE_CHECKING:
 def begin(
     x: Tensor | Streams, dim: int, num_streams: int, coupling: AbstractCoupling | None, *, name: str = "x"
 ) -> tuple[Streams, torch.dtype | None]:
-    """Return the streams that a chain begins with, and the dtype in which functions read them, if it is not theirs.
-
-    The arguments and errors are the ones of `prepare`.
-    """
+    """Return what `prepare` does, the streams that a chain begins with, at less cost in the usual case."""
     if (
         isinstance(x, Tensor)
         and x.dtype in (torch.float32, torch.float64)
@@ -83,9 +77,8 @@ class StreamSnapshot:
     __slots__ = ("held", "origin", "position", "strides", "versions")
 
     def __init__(self, position: int, tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...]]):
-        self.position = position
-        self.origin = position
-        """The position at which the streams were true; from there they were rebuilt."""
+        self.position = self.origin = position
+        """The position at which the streams were true, the origin, and the one to which they are walked back."""
         self.strides = strides
         """How the forward pass laid each stream out: kernels round differently on another layout."""
         self.held = list(tensors)
@@ -96,18 +89,6 @@ class StreamSnapshot:
     def of(cls, position: int, streams: Sequence[Tensor]) -> "StreamSnapshot":
         """Return a snapshot of `streams`, as they lie."""
         return cls(position, [each.detach() for each in streams], [each.stride() for each in streams])
-
-    def fork(self) -> "StreamSnapshot":
-        """Return the same streams, to be walked back on their own. Both see one memory, so neither writes to it."""
-        held = [None if tensor is None else self.read(which).detach() for which, tensor in enumerate(self.held)]
-        fork = StreamSnapshot(self.position, held, self.strides)
-        fork.origin = self.origin
-        return fork
-
-    def replace_with(self, other: "StreamSnapshot") -> None:
-        """Become what `other` is, which is given up."""
-        self.position, self.origin, self.strides = other.position, other.origin, other.strides
-        self.held, self.versions = other.held, other.versions
 
     def read(self, which: int) -> Tensor:
         """Return one stream, laid out as the forward pass laid it out."""
@@ -134,20 +115,17 @@ class StreamSnapshot:
     def check_memory(self) -> None:
         """Raise if the memory of a stream was freed, which a read would crash on."""
         for each in self.held:
-            if type(each) is not Tensor or in_functorch_transform() or each.layout is not torch.strided:
-                continue
-            try:
-                is_gone = each.untyped_storage().nbytes() == 0 < each.nbytes
-            except RuntimeError:  # Batched by a transform that is over: reading it raises.
-                continue
-            if is_gone:
-                raise _careful.freed_output(each)
+            if type(each) is Tensor and each.layout is torch.strided and not in_functorch_transform():
+                try:
+                    is_gone = each.untyped_storage().nbytes() == 0 < each.nbytes
+                except RuntimeError:  # Batched by a transform that is over: reading it raises.
+                    continue
+                if is_gone:
+                    raise _careful.freed_output(each)
 
     def take(self, which: int) -> Tensor:
         """Return one stream without keeping it, so that the caller owns it unless another tensor sees the memory."""
-        tensor = self.held[which]
-        if tensor is None or tensor._version != self.versions[which] or tensor.stride() != self.strides[which]:
-            tensor = self.read(which)
+        tensor = self.read(which)
         self.held[which] = None
         return tensor
 

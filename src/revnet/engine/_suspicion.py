@@ -11,6 +11,7 @@ import torch
 
 from revnet.engine._careful import not_the_same
 from revnet.engine._digest import NOISE, Digest, digest_of
+from revnet.engine._retained import fork
 from revnet.engine._streams import StreamSnapshot
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def check_same(
 
 def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSnapshot:
     """Return a copy of the streams, of which one is changed, up or down at each element."""
-    copy = streams.fork()
+    copy = fork(streams)
     if change is not None:
         relative, absolute = change
         source = copy.read(which)

@@ -15,6 +15,7 @@ from torch import Tensor
 from revnet.engine._chain import HalfBlock
 from revnet.engine._drift import DriftWatch
 from revnet.engine._observer import Observer
+from revnet.engine._retained import fork
 from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values
 from revnet.errors import ReconstructionError, ReconstructionWarning
@@ -142,7 +143,9 @@ class ToleranceWatch(Observer):
         position = index + 1
         name = run.steps[position].half_block.name
         is_alone = streams.origin - position == 1
-        streams.replace_with(self._recompute_streams(run, position))
+        true = self._recompute_streams(run, position)
+        streams.position, streams.origin, streams.strides = true.position, true.origin, true.strides
+        streams.held, streams.versions = true.held, true.versions
         true_error = float(self._drift.error_of(index, streams.read(source)))  # type: ignore[arg-type]
         if math.isnan(true_error):  # The model's own, which no keyframe removes.
             self._keeper = None
@@ -158,7 +161,7 @@ class ToleranceWatch(Observer):
                 keeper.warn_single_step(name, float(error))
             if streams is not run.held:  # The graph is retained: next time, from here.
                 below = [keyframe for keyframe in run.keyframes if keyframe.position <= position]
-                run.keyframes = [*below, streams.fork(), *run.keyframes[len(below) :]]
+                run.keyframes = [*below, fork(streams), *run.keyframes[len(below) :]]
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Let go of the streams on the way."""
@@ -167,7 +170,7 @@ class ToleranceWatch(Observer):
     def _recompute_streams(self, run: "Rebuilder", position: int) -> StreamSnapshot:
         """Return the streams at `position` as the forward pass had them: from the nearest true ones, forward again."""
         below = [each for each in (*self._references, *run.keyframes) if each.position <= position]
-        streams = max(below, key=lambda each: each.position).fork()
+        streams = fork(max(below, key=lambda each: each.position))
         # Streams on the way that may be asked for next, few enough, and near enough to go on from.
         spacing = max(1, math.isqrt(position - streams.position))
         while streams.position < position:

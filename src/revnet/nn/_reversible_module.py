@@ -113,9 +113,7 @@ def look(blocks: Iterable[Any], reads: Iterable[Reads]) -> list[Any]:
             type(block).forward,
             type(block).half_blocks,
             "forward" in block.__dict__ or "half_blocks" in block.__dict__,
-            bool(
-                block._forward_hooks or block._forward_pre_hooks or block._backward_hooks or block._backward_pre_hooks
-            ),
+            any((block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)),
             attributes(block),
             list(map(block._modules.get, children)),
             list_name and (type(block._modules[list_name]), *block._modules[list_name]._modules.values()),
@@ -132,10 +130,7 @@ def run_forward(
     log_dets: list[Tensor] | None = None,
     tolerance: ToleranceKeeper | None = None,
 ) -> Any:
-    """Run a course on `x`; the output has the form of `x`, a tensor or a tuple.
-
-    The half-blocks add up their log-determinants in `log_dets`, if it is given.
-    """
+    """Run a course on `x`, and add up log-determinants in `log_dets`; the output has the form of `x`."""
     segments = course.segments
     dim, num_streams = course.split(x)
     coupling = segments[0][1].half_blocks[0].coupling if segments else None
