@@ -11,7 +11,7 @@ from typing import Literal
 
 from revnet.errors import MissingDependencyError
 from revnet.training._checks import check_integer
-from revnet.training.config import Precision
+from revnet.training.choices import Precision
 
 InputDtype = Literal["float32", "int64"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]

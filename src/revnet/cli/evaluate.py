@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from revnet.training.config import OnCorrupt
+from revnet.training.choices import OnCorrupt
 
 
 def evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
 from revnet.training._checks import check_integer
-from revnet.training.config import Policy, Precision
+from revnet.training.choices import Policy, Precision
 
 
 def memory(

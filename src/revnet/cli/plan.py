@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import get_args
 
 from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
-from revnet.training.config import Optimizer, Precision
+from revnet.training.choices import Optimizer, Precision
 
 _IN_PYTHON = {
     "sgd": "optimizer=partial(torch.optim.SGD, momentum=0.9)",

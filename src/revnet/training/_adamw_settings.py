@@ -6,7 +6,7 @@ from typing import Protocol, get_args
 
 from revnet.training._checks import check_choice, check_integer, check_memory_budget, check_name, check_number
 from revnet.training._settings import RunSettings
-from revnet.training.config import Device, Policy, Precision
+from revnet.training.choices import Device, Policy, Precision
 
 
 class AdamWSettings(RunSettings, Protocol):

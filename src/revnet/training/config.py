@@ -5,29 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
-from revnet.training._checks import (
-    check_choice,
-    check_fractions,
-    check_integer,
-    check_memory_budget,
-    check_name,
-    check_number,
-    check_range,
-)
+from revnet.training._checks import check_fractions, check_name, check_range
 from revnet.training._settings import load_settings, save_settings
-
-Preprocessing = Literal["standardize", "mean_image", "imagenet", "unit_range"]
-Precision = Literal["32-true", "bf16-mixed"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
-Schedule = Literal["step", "cosine"]
-Optimizer = Literal["sgd", "adamw"]
-Policy = Literal["reverse", "checkpoint", "store"]
-OnCorrupt = Literal["stop", "skip"]
-
-# Each update of AdamW moves every weight by about the learning rate: with that of SGD nothing is learnt.
-_HIGHEST_LR_OF_ADAMW = 0.05
+from revnet.training._train_checks import check_train_config
+from revnet.training.choices import Device, OnCorrupt, Optimizer, Policy, Precision, Preprocessing, Schedule
 
 # What a data set is given where the settings leave it open.
 _USUAL: dict[str, dict[str, Any]] = {
@@ -185,77 +168,12 @@ class TrainConfig:
     """Folder of the run, which must not hold one yet; null takes the next free `runs/<data>_<model>_<number>`."""
 
     def __post_init__(self) -> None:
-        for name in ("data", "model"):
-            check_name(name, getattr(self, name))
-        check_integer("epochs", self.epochs, at_least=1)
-        check_integer("batch_size", self.batch_size, at_least=1)
-        check_integer("seed", self.seed, at_least=0, at_most=2**32 - 1)
-        check_number("lr", self.lr, "above 0", lambda x: x > 0, "0.1 is usual")
-        check_number("decay_factor", self.decay_factor, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.1 is usual")
-        check_number("momentum", self.momentum, "from 0 to below 1", lambda x: 0 <= x < 1, "0.9 is usual")
-        check_number("weight_decay", self.weight_decay, "0 or more", lambda x: x >= 0, "2e-4 is usual")
-        check_number("val_fraction", self.val_fraction, "from 0 to below 1", lambda x: 0 <= x < 1, "0.1 is usual")
-        check_number("warmup", self.warmup, "from 0 to below 1", lambda x: 0 <= x < 1, "0.05 is usual")
-        check_number("label_smoothing", self.label_smoothing, "from 0 to below 1", lambda x: 0 <= x < 1, "0.1 is usual")
-        check_number("full_size_at", self.full_size_at, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.6 is usual")
-        for name, choices in (
-            ("precision", get_args(Precision)),
-            ("device", get_args(Device)),
-            ("schedule", get_args(Schedule)),
-            ("optimizer", get_args(Optimizer)),
-            ("policy", get_args(Policy)),
-            ("on_corrupt", get_args(OnCorrupt)),
-        ):
-            check_choice(name, getattr(self, name), choices)
-        if self.preprocess is not None:
-            check_choice("preprocess", self.preprocess, get_args(Preprocessing))
-        if self.memory_budget is not None:
-            check_memory_budget(self.memory_budget, self.policy)
-        if self.tolerance is not None:
-            self._check_tolerance(self.tolerance)
-        check_integer("cutout", self.cutout, at_least=0)
-        for name, at_least in (
-            ("max_updates", 1),
-            ("drift_every", 1),
-            ("crop_padding", 0),
-            ("image_size", 1),
-            ("start_size", 1),
-            ("num_threads", 1),
-            ("num_workers", 0),
-        ):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), at_least=at_least)
-        for name in ("exact", "nesterov", "color_distortion"):
-            if getattr(self, name) not in (True, False):
-                raise TypeError(f"`{name}` (={getattr(self, name)!r}) must be true or false.")
-        if self.horizontal_flip not in (True, False, None):
-            raise TypeError(f"`horizontal_flip` (={self.horizontal_flip!r}) must be true, false or null.")
-        if self.optimizer == "adamw" and self.nesterov:
-            raise ValueError("`nesterov` (=True) is for the `optimizer` sgd, not for adamw; leave it out.")
-        if self.optimizer == "adamw" and self.lr > _HIGHEST_LR_OF_ADAMW:
-            raise ValueError(
-                f"`lr` (={self.lr}) must be {_HIGHEST_LR_OF_ADAMW} or less with the `optimizer` adamw; 0.001 is usual."
-            )
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("`nesterov` (=True) needs a `momentum` above 0; 0.9 is usual.")
+        check_train_config(self)
         # YAML has lists only; the frozen dataclass wants a tuple, which compares and hashes.
         object.__setattr__(self, "decay_at", check_fractions("decay_at", self.decay_at))
         object.__setattr__(self, "crop_area", check_range("crop_area", self.crop_area))
         if self.out_dir is not None:
             check_name("out_dir", self.out_dir)
-
-    def _check_tolerance(self, tolerance: float) -> None:
-        check_number("tolerance", tolerance, "above 0 and below 1", lambda x: 0 < x < 1, "1e-3 is usual")
-        if self.exact:
-            raise ValueError(
-                f"`tolerance` (={tolerance}) bounds an error that there is none of with `exact`; leave one of the two "
-                "out."
-            )
-        if self.policy != "reverse":
-            raise ValueError(
-                f"`tolerance` (={tolerance}) is for what is rebuilt, and the `policy` {self.policy} rebuilds nothing; "
-                "leave one of the two out."
-            )
 
     def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
         """Fill what was left to the data set.

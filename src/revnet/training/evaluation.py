@@ -18,8 +18,8 @@ from revnet.data import ImageDataset, Loader, load_dataset, make_loader
 from revnet.training._checkpoint import find_weights, load_classifier
 from revnet.training._checks import check_integer
 from revnet.training._device import find_device
+from revnet.training.choices import OnCorrupt
 from revnet.training.classifier import Classifier, Header
-from revnet.training.config import OnCorrupt
 from revnet.training.confusion import Confusion
 from revnet.training.evaluate_result import EvaluateResult
 

@@ -9,7 +9,7 @@ from typing import Literal, Self, get_args
 from revnet.training._adamw_settings import check_run_settings
 from revnet.training._checks import check_choice, check_integer, check_name, check_number
 from revnet.training._settings import load_settings, save_settings
-from revnet.training.config import Device, OnCorrupt, Policy, Precision
+from revnet.training.choices import Device, OnCorrupt, Policy, Precision
 
 Prior = Literal["logistic", "gaussian"]
 
