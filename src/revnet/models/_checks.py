@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from revnet._checks import (
     MOST_CHANNELS,
     MOST_LAYERS,
@@ -89,3 +92,20 @@ def check_images(x: Any) -> None:
             f"`x` (of shape {tuple(x.shape)}) must be (B, C, H, W), a batch of images; for one image pass `x[None]`."
         )
     check_floating("x", x)
+
+
+def check_tokens(tokens: Any, *, most: int) -> None:
+    """Raise unless `tokens` is a batch of sequences of at most `most` integers."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        shown = str(tokens.dtype) if isinstance(tokens, Tensor) else describe(tokens)
+        raise TypeError(f"`tokens` (={shown}) must be a tensor of integers; pass `tokens.long()`.")
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ValueError(
+            f"`tokens` has shape {tuple(tokens.shape)}, but must have (B, T), T at least 1; pass `tokens[None]` for "
+            "one sequence."
+        )
+    if tokens.shape[1] > most:
+        raise ValueError(
+            f"`tokens` has {tokens.shape[1]} positions, more than `max_length` (={most}); build the model with a "
+            "larger one, or pass a part."
+        )

@@ -14,8 +14,6 @@ References:
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +30,11 @@ from revnet._checks import (
     check_mask,
     check_share,
     check_tensor,
-    describe,
-    is_number,
 )
 from revnet.coupling import AbstractCoupling, Additive, FixedPoint
 from revnet.functional import chunked, rotary_table
-from revnet.models._checks import check_heads, check_ratio
+from revnet.models._checks import check_heads, check_ratio, check_tokens
+from revnet.models._sampling import check_sampling, draw_tokens, evaluating
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 
@@ -45,8 +42,6 @@ ATTENTIONS = ("full", "lsh", "hierarchical")
 """What `ReversibleTransformer` takes as `attention`."""
 _DEVIATION = 0.02
 """Standard deviation of the initial weights."""
-_MOST_NEW = 1_000_000
-"""Largest number of tokens that one call generates."""
 
 
 class AttentionResidual(nn.Module):
@@ -209,7 +204,7 @@ class ReversibleTransformer(nn.Module):
         self.head = nn.Linear(2 * dim, vocab_size)
         self._head_dim = dim // num_heads
         rotary_table(1, self._head_dim)  # raises if heads are odd
-        self._initialize()
+        _initialize(self)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the logits of the next token at each position, or in an encoder, of the token itself."""
@@ -223,7 +218,7 @@ class ReversibleTransformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the input of the blocks: the embedded tokens, once for each stream, (B, T, 2 * dim)."""
-        self._check(tokens)
+        check_tokens(tokens, most=self.max_length)
         # Joined, not as a pair: what the blocks hold for the backward pass is then what the norm reads.
         return self.dropout(self._look_up(tokens)).repeat(1, 1, 2)
 
@@ -264,12 +259,16 @@ class ReversibleTransformer(nn.Module):
             TypeError: `tokens` is not a tensor of integers, or `generator` is not a generator.
             ValueError: The model is an encoder, or an argument is out of range.
         """
-        self._check_generate(tokens, num_new, temperature, top_k, top_p)
+        seen = tokens[:, -self.max_length :] if isinstance(tokens, Tensor) and tokens.dim() == 2 else tokens
+        check_tokens(seen, most=self.max_length)
+        if not self.is_causal:
+            raise ValueError("an encoder cannot generate, since its tokens see later ones; pass `is_causal=True`.")
+        check_sampling(num_new, temperature, top_k, top_p)
         check_generator(generator)
-        with _evaluating(self):
+        with evaluating(self):
             for _ in range(num_new):
                 logits = self.head(self.forward_features(tokens[:, -self.max_length :])[:, -1])
-                token = _draw(logits.float(), float(temperature), top_k, top_p, generator)
+                token = draw_tokens(logits.float(), float(temperature), top_k, top_p, generator)
                 tokens = torch.cat((tokens, token.to(tokens.dtype)), dim=1)
         return tokens
 
@@ -282,75 +281,19 @@ class ReversibleTransformer(nn.Module):
                 "build the model with a larger `vocab_size`."
             ) from None
 
-    def _check(self, tokens: Tensor) -> None:
-        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-            shown = str(tokens.dtype) if isinstance(tokens, Tensor) else describe(tokens)
-            raise TypeError(f"`tokens` (={shown}) must be a tensor of integers; pass `tokens.long()`.")
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(
-                f"`tokens` has shape {tuple(tokens.shape)}, but must have (B, T), T at least 1; pass `tokens[None]` "
-                "for one sequence."
-            )
-        if tokens.shape[1] > self.max_length:
-            raise ValueError(
-                f"`tokens` has {tokens.shape[1]} positions, more than `max_length` (={self.max_length}); build the "
-                "model with a larger one, or pass a part."
-            )
 
-    def _check_generate(
-        self, tokens: Tensor, num_new: int, temperature: float, top_k: int | None, top_p: float | None
-    ) -> None:
-        self._check(tokens[:, -self.max_length :] if isinstance(tokens, Tensor) and tokens.dim() == 2 else tokens)
-        if not self.is_causal:
-            raise ValueError("an encoder cannot generate, since its tokens see later ones; pass `is_causal=True`.")
-        check_count("num_new", num_new, least=0, most=_MOST_NEW)
-        if not is_number(temperature) or temperature < 0:
-            raise ValueError(
-                f"`temperature` (={describe(temperature)}) must be positive, or 0 for the most likely token."
-            )
-        if top_k is not None:
-            check_count("top_k", top_k)
-        if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
-            raise ValueError(f"`top_p` (={describe(top_p)}) must be above 0 and at most 1, which leaves out nothing.")
+def _initialize(model: ReversibleTransformer) -> None:
+    """Draw the initial weights as GPT-2 does.
 
-    def _initialize(self) -> None:
-        """Normal with deviation 0.02, smaller where a residual ends by the square root of their number; as in GPT-2."""
-        ends = 2 * len(self.blocks)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                is_end = name.endswith(("attention.project", "layers.3"))
-                nn.init.normal_(module.weight, std=_DEVIATION / math.sqrt(ends) if is_end else _DEVIATION)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def _draw(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """A token for each row of logits, (B, vocab_size); returns (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    values, order = (logits / temperature).sort(-1, descending=True)
-    if top_k is not None:
-        values[:, top_k:] = -math.inf
-    probabilities = values.softmax(-1)
-    if top_p is not None:
-        # The token that reaches the sum is in, and so the likeliest one always is.
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode; on leaving, each in the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    Normal with deviation 0.02, smaller where a residual ends by the square root of the number of residuals.
+    """
+    num_residuals = 2 * len(model.blocks)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            is_end = name.endswith(("attention.project", "layers.3"))
+            nn.init.normal_(module.weight, std=_DEVIATION / math.sqrt(num_residuals) if is_end else _DEVIATION)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def reformer_enwik8(
