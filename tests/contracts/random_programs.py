@@ -1,0 +1,135 @@
+"""Random sequences, and random questions of autograd about them.
+
+A seed draws a sequence (depth, residual functions, tied weights, policies, what is frozen, blocks with hooks and with a
+`forward` of their own) and a program: inputs whose channels differ in scale, calls before any backward, parameters that
+are thawed in between, partial gradients in any order over a retained graph, second derivatives.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from tests.helpers import leaves
+
+
+class Averaged(nn.Module):
+    """Keeps an average of its weight in a matrix that it writes through `.data`, where no version tells.
+
+    Plain autograd saves the matrix itself, and so differentiates with whatever a later call has written. `copies` makes
+    it differentiate with what the call has used.
+    """
+
+    copies = False
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("average", torch.zeros(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average.data.mul_(0.5).add_(self.linear.weight.data, alpha=0.5)
+        return torch.tanh(self.linear(x)) @ (self.average.clone() if self.copies else self.average)
+
+
+class Wrapped(ReversibleBlock):
+    """A block with a `forward` of its own."""
+
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, *args, **kwargs)
+
+
+FUNCTIONS = [
+    lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Dropout(0.4), nn.Linear(3, 3)),
+    lambda: nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3)),
+    lambda: nn.Identity(),
+    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+    lambda: nn.Sequential(nn.Linear(3, 3), nn.Sigmoid()),
+    lambda: nn.Sequential(nn.RReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))),
+    Averaged,
+]
+
+
+def draw_sequence(draw: random.Random) -> ReversibleSequential:
+    shared = [draw.choice(FUNCTIONS)() for _ in range(3)]
+
+    def function() -> nn.Module:
+        return draw.choice(shared) if draw.random() < 0.3 else draw.choice(FUNCTIONS)()
+
+    blocks = [
+        (Wrapped if draw.random() < 0.15 else ReversibleBlock)(function(), function())
+        for _ in range(draw.randint(1, 7))
+    ]
+    for block in blocks:
+        if draw.random() < 0.1:
+            block.register_forward_hook(lambda *_: None)
+    if draw.random() < 0.2:
+        blocks.append(blocks[0])
+    policies = [draw.choice([Reverse(), Reverse(), Reverse(), Store()]) for _ in blocks]
+    sequence = ReversibleSequential(*blocks, policy=policies).double()
+    for parameter in sequence.parameters():
+        parameter.requires_grad_(draw.random() < 0.75)
+    return sequence.train(draw.random() < 0.8)
+
+
+def draw_inputs(draw: random.Random) -> list[tuple[Tensor, Tensor] | Tensor]:
+    """Inputs of one to three calls; pairs or tensors, some requiring gradients."""
+    as_pair = draw.random() < 0.5
+    inputs = []
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        scales = torch.tensor([10.0 ** draw.randint(-4, 2) if draw.random() < 0.1 else 1.0 for _ in range(3)])
+        halves = [torch.randn(4, 3, dtype=torch.float64) * scales for _ in range(2)]
+        if as_pair:
+            inputs.append(tuple(half.requires_grad_(draw.random() < 0.6) for half in halves))
+        else:
+            inputs.append(torch.cat(halves, 1).requires_grad_(draw.random() < 0.6))
+    return inputs
+
+
+def second_derivatives(penalty: Tensor, of: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(penalty, of, retain_graph=True, allow_unused=True)
+
+
+def run_program(
+    sequence: ReversibleSequential,
+    inputs: list,
+    seed: int,
+    *,
+    call: Callable | None = None,
+    differentiate_again: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]] = second_derivatives,
+) -> list[Tensor | None]:
+    """Return everything that can be observed; None is a gradient that autograd does not give.
+
+    Args:
+        sequence: The sequence.
+        inputs: The inputs of its calls.
+        seed: Seed of the questions.
+        call: What is called in place of the sequence, such as a compiled form of it.
+        differentiate_again: What gives second derivatives.
+    """
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    outputs = leaves([(call or sequence)(x) for x in inputs])
+    observed = [output.detach().clone() for output in outputs]
+    outputs = [output for output in outputs if output.requires_grad]
+    wanted = [tensor for tensor in [*sequence.parameters(), *leaves(inputs)] if tensor.requires_grad]
+    asked = {id(tensor) for tensor in wanted}
+    toggled = [each for each in sequence.parameters() if id(each) not in asked and draw.random() < 0.3]
+    for parameter in toggled:  # thawed after the forward pass, which nothing may notice
+        parameter.requires_grad_()
+    num_questions = draw.randint(1, 4) if outputs else 0
+    for question in range(num_questions):
+        chosen = draw.sample(outputs, draw.randint(1, len(outputs)))
+        of = draw.sample(wanted, draw.randint(1, len(wanted)))
+        loss = sum((index + 1) * output.square().sum() for index, output in enumerate(chosen))
+        twice = draw.random() < 0.25
+        gradients = torch.autograd.grad(
+            loss, of, retain_graph=question < num_questions - 1 or twice, create_graph=twice, allow_unused=True
+        )
+        observed += [None if gradient is None else gradient.detach().clone() for gradient in gradients]
+        penalty = sum(each.square().sum() for each in gradients if each is not None and each.requires_grad)
+        if twice and isinstance(penalty, Tensor):
+            observed += differentiate_again(penalty, of)
+    return [*observed, *(buffer.clone() for buffer in sequence.buffers()), torch.get_rng_state()]
