@@ -58,6 +58,11 @@ hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_
 profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
+# Whether autocast is on for any type of device; asked before each replay. Replacement: `torch.is_autocast_enabled` of
+# each type of device that the run uses.
+any_autocast_is_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
 # Whether a hook is registered on all modules, which a block that is not called would miss. Public registration, private
 # question. Replacement: call every block (slower).
 has_global_module_hook = _has_any_global_hook

@@ -73,6 +73,7 @@ def digest_of_array(array: Any) -> list[float]:
     return list(np.atleast_1d(sample).tolist())
 
 
+@lru_cache(maxsize=256)
 def step_of(numel: int, most: int) -> int:
     """Return the step of a sample of about `most` elements."""
     # An odd step meets every residue of the dimensions, which are mostly even: all channels, all tokens in turn.

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
-from revnet.engine._arrays import DTYPES, INTEGERS, LEAST, digest_of_array, groups, layout_of, places, reader_of
+from revnet.engine._arrays import (
+    DTYPES,
+    INTEGERS,
+    LEAST,
+    digest_of_array,
+    groups,
+    layout_of,
+    places,
+    reader_of,
+    step_of,
+)
 from revnet.engine._careful import not_the_same
 
 Digest = list[float]
@@ -67,7 +77,8 @@ def parts_of(x: Tensor) -> Parts:
     if array.size == 0 or array.ndim == 0 or array.dtype.kind == "c":
         return Parts(np.array(digest_of(x)), ())
     size = max(512, LEAST * max(array.shape))
-    return Parts(array[places(array.shape, size)].astype(np.float64), groups(array.shape, size))
+    flat = array.reshape(-1)[:: step_of(array.size, size)] if x.is_contiguous() else array[places(array.shape, size)]
+    return Parts(flat.astype(np.float64), groups(array.shape, size))
 
 
 def relative_errors(found: Any, true: Parts, floor: float) -> tuple[float, float]:
@@ -82,14 +93,12 @@ def relative_errors(found: Any, true: Parts, floor: float) -> tuple[float, float
     """
     differences, squares = np.square(found - true.values), np.square(true.values)
     size = max(math.sqrt(squares.sum()), floor * math.sqrt(len(squares)), _TINY)
-    whole, worst = math.sqrt(differences.sum()) / size, 0.0
+    worst = 0.0
     for part, count in true.groups:
         of_part = np.bincount(part, squares, count)
-        is_there = of_part > 0
-        if is_there.any():
-            shares = np.bincount(part, differences, count)[is_there] / of_part[is_there]
-            worst = max(worst, math.sqrt(shares.max()))
-    return whole, worst
+        of_part[of_part == 0] = math.inf
+        worst = max(worst, (np.bincount(part, differences, count) / of_part).max())
+    return math.sqrt(differences.sum()) / size, math.sqrt(worst)
 
 
 def checksum(x: Tensor) -> int | None:

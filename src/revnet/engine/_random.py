@@ -58,7 +58,7 @@ def _compare_copies(a: int, b: int, size: int) -> int:
 # the time of `torch.equal`. Where the C library cannot be loaded this way (Windows), copies are compared.
 compare_bytes: Any = _compare_copies
 try:
-    compare_bytes = ctypes.CDLL(None).memcmp
+    compare_bytes = ctypes.PyDLL(None).memcmp  # It is over sooner than the interpreter's lock could be given away.
     compare_bytes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 except (OSError, TypeError, AttributeError):
     pass

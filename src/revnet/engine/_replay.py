@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import (
+    any_autocast_is_on,
     forward_mode_level,
     never_compile,
     pop_saved_tensors_hooks,
@@ -54,12 +55,12 @@ def replay(
     Raises:
         ReconstructionError: The function did something else than the first time (rule 8).
     """
-    plan, surroundings = call.plan, call.surroundings
+    plan = call.plan
     if (
         list(map(_version, call.parameters)) != call.versions
         or call.buffer_versions is not None
         or call.constants is not None
-        or surroundings.arguments
+        or call.surroundings.arguments
     ):
         _careful.check_versions(call)
     # Is everything that the function depends on as it was in its first run (rule 4)?
@@ -73,7 +74,7 @@ def replay(
         or any(plan.empty)
         or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
         or list(map(_requires_grad, call.parameters)) != call.requires_grad
-        or any(map(torch.is_autocast_enabled, surroundings.autocast_types))
+        or any_autocast_is_on()
     ):
         with restored(call) as lasting:
             return _run_again(call, function, args, lasting, fill, rounded, needs_result)
