@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revnet.engine import _careful, _suspicion
+from revnet.engine import _careful, _parts, _suspicion
 from revnet.engine._arrays import reader_of
 from revnet.engine._chain import HalfBlock
-from revnet.engine._digest import Digest, Parts, checksum, digest_of, parts_of, relative_errors
+from revnet.engine._digest import Digest, checksum, digest_of
 from revnet.engine._drift import PART, WARN_ABOVE, report_drift
 from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
@@ -33,6 +33,8 @@ SUSPICIOUS = 64.0
 A residual function amplifies a relative error a few times; if each did so by 64, a float32 stream would be lost after
 four blocks. The number decides when to look closer, not what is an error.
 """
+PARTS_INTERVAL = 16
+"""Runs of a chain between two looks at the parts of a stream, which cost more than all else on small tensors."""
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
 _FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in _DTYPES}
 """The relative error of rounding, by which any stream may be off."""
@@ -46,7 +48,8 @@ class AgreementWatch(Observer):
         """Of the stream that each half-block updates, before it does."""
         self.final: dict[int, Digest] = {}
         """Of the final streams."""
-        self._checksums: list[int | None] = []
+        self._checksums: list[tuple[Tensor, int | None, int]] = []
+        """The tensors that are held, with checksums and versions."""
         self.sizes: list[float] = []
         """The norm of each stream's digest, as it is at present."""
         self.errors: list[float] = []
@@ -56,8 +59,10 @@ class AgreementWatch(Observer):
         self.eps = torch.finfo(torch.float32).eps
         """The unit in the last place of the streams."""
         self._position = -1
-        self._first: Parts | None = None
+        self._first: Digest | None = None
         """Of what the lowest function reads, whose rebuilt stream has come the longest way."""
+        self._parts: _parts.Parts | None = None
+        """A larger sample of the same, where its parts are looked at, too."""
         self._read: Any = None
         """Reads a stream at an address, if it is as most are: contiguous, of `_numel` elements and of `_dtype`."""
         self._numel, self._dtype, self._every = -1, torch.float32, slice(None)
@@ -74,16 +79,19 @@ class AgreementWatch(Observer):
                 self.before[index] = digest_of(x)
         elif index == run.lowest:
             source = streams[half_block.source]
-            self._first = parts_of(source)
+            self._first = digest_of(source)
+            if run.chain.chain.num_runs % PARTS_INTERVAL == 1:
+                self._parts = _parts.parts_of(source)
             self.eps = torch.finfo(source.dtype).eps
             self._read, self._every = reader_of(source.dtype, source.numel())
             self._numel, self._dtype = source.numel() if self._read else -1, source.dtype
         if index >= len(run.chain.chain.half_blocks) - len(streams):
             self.final[half_block.target] = digest_of(y)
 
-    def on_hold(self, streams: Sequence[Tensor | None]) -> None:
-        """Note the checksums of the final streams, which depend on how they lie."""
-        self._checksums = [None if stream is None else checksum(stream) for stream in streams]
+    def on_hold(self, streams: Sequence[Tensor | None], whole: Tensor | None) -> None:
+        """Note the checksums of the final streams, or of the output that they are parts of."""
+        held = [each for each in streams if each is not None] if whole is None or None in streams else [whole]
+        self._checksums = [(each, checksum(each), each._version) for each in held]
 
     def before_rebuild(self, run: "Rebuilder") -> None:
         """Raise if a final stream is not what it was.
@@ -91,12 +99,11 @@ class AgreementWatch(Observer):
         Raises:
             ReconstructionError: It was written over, in a way that leaves no version.
         """
-        assert run.held is not None
-        for stream, version, expected in zip(run.held.held, run.held.versions, self._checksums, strict=True):
-            if stream is None or expected is None or stream._version != version:
-                continue  # A stream with another version raises when it is read, by its own error.
-            if checksum(stream) != expected:
-                raise _careful.overwritten_output(stream)
+        checksums, self._checksums = self._checksums, []
+        for tensor, expected, version in checksums:
+            # One with another version raises when it is read, by its own error.
+            if expected is not None and tensor._version == version and checksum(tensor) != expected:
+                raise _careful.overwritten_output(tensor)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
         """Compare the stream that was rebuilt by undoing half-block `index`, and judge the drift above the lowest.
@@ -133,13 +140,14 @@ class AgreementWatch(Observer):
         """Judge, once, the drift of what the lowest function is about to read again."""
         source, first = streams.read(half_block.source), self._first
         assert first is not None
-        self._first = None
-        found = parts_of(source).values
+        self._first, of_part, found = None, 0.0, digest_of(source)
         # What is nothing compared with the other stream must not count as infinite where this one is zero.
-        size = max([math.hypot(*digest) / max(1, len(digest)) ** 0.5 for digest in self.final.values()], default=0.0)
-        error, of_part = relative_errors(found, first, size * torch.finfo(source.dtype).eps ** 0.5)
+        size = max([math.hypot(*digest) for digest in self.final.values()]) * self.eps**0.5
+        error = math.dist(found, first) / (max(size, math.hypot(*first)) or math.inf)
+        if self._parts is not None:
+            error, of_part = _parts.relative_errors(source, self._parts, size / max(1, len(first)) ** 0.5)
         bound = 0.0 if half_block.coupling.is_exact else WARN_ABOVE.get(source.dtype, 0.0)
-        if not (max(error, of_part / PART) <= bound and math.isfinite(found.sum())):
+        if not (max(error, of_part / PART) <= bound and math.isfinite(sum(found))):
             report_drift(self, run, half_block, source.dtype, found, error, of_part)
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:

@@ -60,7 +60,7 @@ class Chain:
             None where there is none. Consecutive half-blocks of one block are run by one call of it.
     """
 
-    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "plans", "tolerated")
+    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "num_runs", "plans", "tolerated")
 
     def __init__(self, half_blocks: Sequence[HalfBlock], blocks: Sequence[nn.Module | None] | None = None):
         self.half_blocks = tuple(half_blocks)
@@ -71,6 +71,8 @@ class Chain:
         """Whether it does so anywhere."""
         self.plans: list[Plan | None] = [None] * len(self.half_blocks)
         """What is known of each function in the mode of its last call."""
+        self.num_runs = 0
+        """How often it has run reversibly."""
         self.tolerated: dict[int, float] = {}
         """By how much results were off, and were found to be no error; see `AgreementWatch`."""
 

@@ -332,7 +332,7 @@ def report_drift(
     run: "Rebuilder",
     half_block: HalfBlock,
     dtype: torch.dtype,
-    found: Any,
+    found: Sequence[float],
     error: float,
     of_part: float,
 ) -> None:
@@ -348,7 +348,7 @@ def report_drift(
         of_part: The largest relative error of a part.
     """
     # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
-    is_finite = math.isfinite(found.sum())
+    is_finite = math.isfinite(sum(found))
     was_finite = is_finite or math.isfinite(sum(map(sum, (*watch.final.values(), *watch.before.values()))))
     kind = StreamKind(half_block.name, dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
     report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)

@@ -23,8 +23,8 @@ class Observer:
     ) -> None:
         """Half-block `index` has read `streams`, and gave `y`."""
 
-    def on_hold(self, streams: Sequence[Tensor | None]) -> None:
-        """The forward pass is over, and these final streams are held."""
+    def on_hold(self, streams: Sequence[Tensor | None], whole: Tensor | None) -> None:
+        """The forward pass is over, and these final streams are held, which are parts of `whole` if there is one."""
 
     def before_rebuild(self, run: "Rebuilder") -> None:
         """The backward pass asks for the first time."""

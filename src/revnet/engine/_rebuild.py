@@ -61,6 +61,7 @@ class Rebuilder:
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
         self.chain = chain if chain.log_dets is None else chain.for_replays()
         self.has_log_dets = chain.log_dets is not None
+        chain.chain.num_runs += 1
         meter = active_meter()
         self.is_watched = meter is None or not meter.is_quiet
         """Whether what is wrong raises; a quiet `DriftMeter` only records it."""
@@ -132,8 +133,8 @@ class Rebuilder:
             observer.on_forward(self, index, half_block, streams, y)
         streams[half_block.target] = y
 
-    def hold(self, streams: Sequence[Tensor]) -> None:
-        """Hold the final streams, or the same values seen through other tensors (the parts of the caller's output)."""
+    def hold(self, streams: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        """Hold the final streams, or the same values seen through other tensors: the parts of the output, `whole`."""
         held: list[Tensor | None] = [stream.detach() for stream in streams]
         last = self.steps[-1].half_block
         if self.first_with_slots == len(self.steps) - 1 and last.coupling.is_additive:
@@ -142,7 +143,7 @@ class Rebuilder:
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
         for observer in self.observers:
-            observer.on_hold(held)
+            observer.on_hold(held, whole)
 
     def rebuild(self, index: int) -> None:
         """Fill the slots of half-block `index`, walking the streams back to it."""

@@ -42,7 +42,8 @@ def joined(streams: Streams, dim: int, run: "Rebuilder | None") -> Tensor:
         return torch.cat(streams, dim)
     y = torch.cat([with_own_gradient(stream) for stream in streams], dim)
     if run is not None:
-        run.hold(y.detach().split([stream.shape[dim] for stream in streams], dim))
+        whole = y.detach()
+        run.hold(whole.split([stream.shape[dim] for stream in streams], dim), whole)
     return y
 
 
