@@ -1,12 +1,8 @@
 """Whether what runs a second time is what ran the first time, as far as a few numbers can tell; on the CPU.
 
-The forward pass keeps a digest of each stream before it is updated; the backward pass compares it with what it rebuilt.
-Three things can be wrong:
-
-- The output was written over without a version (through `.data` or NumPy): its checksum differs. An error.
-- A function gave something else the second time (its own random generator, state in attributes, a tensor from
-  elsewhere that has changed): its result is off by far more than its input was. An error; see `_suspicion`.
-- Rounding was amplified: drift. A warning, once for each function; see `_drift`.
+An output that was written over without a version, through `.data` or NumPy, has another checksum: an error. A function
+that gives something else the second time is off by far more than its input was: an error, see `_suspicion`. Rounding
+that was amplified is drift: a warning, see `_drift`.
 """
 
 import math
@@ -17,7 +13,7 @@ import torch
 from torch import Tensor
 
 from revnet.engine import _careful, _parts, _suspicion
-from revnet.engine._arrays import reader_of
+from revnet.engine._arrays import DTYPES, reader_of
 from revnet.engine._chain import HalfBlock
 from revnet.engine._digest import Digest, checksum, digest_of
 from revnet.engine._drift import PART, WARN_ABOVE, report_drift
@@ -30,13 +26,11 @@ if TYPE_CHECKING:
 SUSPICIOUS = 64.0
 """By how much more a result may be off than the streams so far, before its function is run again to make sure.
 
-A residual function amplifies a relative error a few times; if each did so by 64, a float32 stream would be lost after
-four blocks. The number decides when to look closer, not what is an error.
+If each function amplified errors by as much, a float32 stream would be lost after four blocks.
 """
 PARTS_INTERVAL = 16
 """Runs of a chain between two looks at the parts of a stream, which cost more than all else on small tensors."""
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.complex128, torch.complex64)
-_FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in _DTYPES}
+_FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex}
 """The relative error of rounding, by which any stream may be off."""
 
 
@@ -49,11 +43,9 @@ class AgreementWatch(Observer):
         self.final: dict[int, Digest] = {}
         """Of the final streams."""
         self._checksums: list[tuple[Tensor, int | None, int]] = []
-        """The tensors that are held, with checksums and versions."""
         self.sizes: list[float] = []
-        """The norm of each stream's digest, as it is at present."""
         self.errors: list[float] = []
-        """How far the digest of each stream is off at present, by its norm."""
+        """The norm of each stream's digest, as it is at present, and how far it is off."""
         self.worst = 0.0
         """The largest error of any stream so far in this walk, relative to the larger stream at each step."""
         self.eps = torch.finfo(torch.float32).eps
@@ -89,28 +81,19 @@ class AgreementWatch(Observer):
             self.final[half_block.target] = digest_of(y)
 
     def on_hold(self, streams: Sequence[Tensor | None], whole: Tensor | None) -> None:
-        """Note the checksums of the final streams, or of the output that they are parts of."""
+        """Note checksums and versions of the final streams, or of the output that they are parts of."""
         held = [each for each in streams if each is not None] if whole is None or None in streams else [whole]
         self._checksums = [(each, checksum(each), each._version) for each in held]
 
     def before_rebuild(self, run: "Rebuilder") -> None:
-        """Raise if a final stream is not what it was.
-
-        Raises:
-            ReconstructionError: It was written over, in a way that leaves no version.
-        """
+        """Raise if a final stream was written over in a way that leaves no version."""
         checksums, self._checksums = self._checksums, []
-        for tensor, expected, version in checksums:
-            # One with another version raises when it is read, by its own error.
+        for tensor, expected, version in checksums:  # One with another version raises when it is read.
             if expected is not None and tensor._version == version and checksum(tensor) != expected:
                 raise _careful.overwritten_output(tensor)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
-        """Compare the stream that was rebuilt by undoing half-block `index`, and judge the drift above the lowest.
-
-        Raises:
-            ReconstructionError: It is not what it was, and rounding does not explain that.
-        """
+        """Raise if the stream that was rebuilt is not what it was; at the lowest half-block, judge its drift."""
         expected, target = self.before.get(index), half_block.target
         x = streams.held[target]
         if expected is not None and x is not None:

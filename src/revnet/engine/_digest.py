@@ -1,7 +1,6 @@
 """Samples of tensors as plain numbers on the host: what a run remembers of a stream at no cost in tensor memory.
 
-They are read from the memory of a tensor of the CPU, so that nothing is allocated, no operator of PyTorch runs, and a
-measured step has the operations of a predicted one.
+They are read from memory, without an operator of PyTorch, so that a measured step is what a predicted one is.
 """
 
 import math
@@ -26,8 +25,6 @@ Digest = list[float]
 
 NOISE = 1024.0
 """Units in the last place by which two runs of one function on one input may differ."""
-_SMALL = 2**14
-_READABLE = (Tensor, nn.Parameter)
 
 
 def can_digest(x: Tensor) -> bool:
@@ -60,15 +57,17 @@ def digest_of(x: Tensor) -> Digest:
 
 
 def checksum(x: Tensor) -> int | None:
-    """Return a number for the bits of a tensor: their sum as integers modulo 2^64; None where they cannot be read.
-
-    Unlike a sum of the values, it sees a change of any one element. Comparable for tensors laid out alike.
-    """
-    if type(x) not in _READABLE or x.device.type != "cpu" or x.layout is not torch.strided or x.numel() == 0:
+    """Return a number for the bits of a tensor as it lies, which shows any change; None where they cannot be read."""
+    if (
+        type(x) not in (Tensor, nn.Parameter)
+        or x.device.type != "cpu"
+        or x.layout is not torch.strided
+        or x.numel() == 0
+    ):
         return None
     if in_functorch_transform() or not has_memory(x):
         return None
-    if x.nbytes <= _SMALL and x.is_contiguous():  # Not their sum, but as good, and without NumPy.
+    if x.nbytes <= 2**14 and x.is_contiguous():  # Not their sum, but as good, and without NumPy.
         return hash(string_at(x.data_ptr(), x.nbytes))
     array = array_of(x)
     if array.ndim == 0 or array.strides[-1] != array.itemsize:
@@ -96,11 +95,7 @@ class Tail:
         return cls(digest_of(tensor)) if can_digest(tensor) and has_memory(tensor) else None
 
     def compare(self, name: str, tensor: Tensor, *, is_rounded: bool) -> None:
-        """Note by how much a replay's last saved tensor differs from the first run's.
-
-        Raises:
-            ReconstructionError: The input of the replay is bit for bit the one of the first run, and the tensor is not.
-        """
+        """Note by how much a replay's last saved tensor is off; raise if it is, and the replay's input was not."""
         self.error = 0.0
         if not has_memory(tensor):
             return

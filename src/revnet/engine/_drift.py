@@ -108,7 +108,7 @@ class DriftWatch(Observer):
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
         """Sample what function `index` has read, if it will be compared; the lowest always is."""
-        if index == run.first_with_slots or (run.lowest >= 0 and (self._keeps_all or self._meter is not None)):
+        if index == run.lowest or (run.lowest >= 0 and (self._keeps_all or self._meter is not None)):
             source = streams[half_block.source]
             if _can_sample(source):
                 self._samples[index] = sample(source)

@@ -92,8 +92,8 @@ class Plan:
         return list(map(_device, (*self.pick_parameters(held), *self.pick_buffers(held)))) == self.device_list
 
 
-def plan_for(function: nn.Module, name: str) -> Plan:
-    """Return the plan of a function as it is now.
+def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]:
+    """Return the plan of a function as it is now, all that its modules hold, and the identities of its tensors.
 
     Args:
         function: The function.
@@ -132,7 +132,7 @@ def plan_for(function: nn.Module, name: str) -> Plan:
         _picker([place for place, each in enumerate(held) if kinds[place] == kind and each is not None])
         for kind in range(3)
     ]
-    return Plan(
+    plan = Plan(
         modules=modules,
         flag_holders=flag_holders,
         get_flag=get_flag,
@@ -159,6 +159,9 @@ def plan_for(function: nn.Module, name: str) -> Plan:
         metas=[],
         results=[],
     )
+    lasting = plan.fit(held, list(map(id, held)))
+    assert lasting is not None
+    return plan, held, lasting
 
 
 def _held(holders: list[Any]) -> list[Any]:

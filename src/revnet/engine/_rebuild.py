@@ -33,12 +33,10 @@ from revnet.engine.compile import compiled
 def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     """Run half-blocks and keep only the final streams; the backward pass rebuilds the rest.
 
-    Arguments, results and errors are the ones of `stored`. Modifying a final stream in place before the backward pass
-    makes that pass raise, as does whatever cannot be rebuilt (`ReconstructionError`): never a wrong gradient instead.
+    Arguments and results are the ones of `stored`, bit for bit. Gradients differ by the rounding of `(x + r) - r`.
 
-    Numerics:
-        The output is the one of `stored`, bit for bit. Gradients differ by the rounding of `(x + r) - r`, which grows
-        with depth.
+    Raises:
+        ReconstructionError: In the backward pass, what cannot be rebuilt, or was modified: never a wrong gradient.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7 and Algorithm 1.
@@ -76,10 +74,8 @@ class Rebuilder:
         else:
             self.surroundings = Surroundings.of(chain.tensors(), streams)
         self.steps: list[AbstractStep] = []
-        self.first_with_slots: int | None = None
-        """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt."""
         self.lowest = -1
-        """The half-block at which walking back ends: `first_with_slots`, or -1."""
+        """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt. -1 for none."""
         self.keyframes: list[StreamSnapshot] = []
         """Streams that are held below the final ones, from the lowest up."""
         self.held: StreamSnapshot | None = None
@@ -101,14 +97,13 @@ class Rebuilder:
         """Run the chain, keeping none of its activations but the final streams."""
         running = list(streams)
         del streams  # From here on a stream may be freed as soon as it is used.
-
         if chain.chain.blocks is None:
             for index in range(len(chain.chain.half_blocks)):
                 self._advance(chain, index, running)
         else:
             run_through_blocks(chain, running, partial(self._advance, chain))
         final = tuple(running)
-        if self.first_with_slots is not None:
+        if self.lowest >= 0:
             self._strides = [stream.stride() for stream in final]
             if not chain.is_joined:
                 self.hold(final)
@@ -127,8 +122,8 @@ class Rebuilder:
         y = step.first(self, chain, index, half_block, streams)
         if step.metas:
             self.last_alive = index
-            if self.first_with_slots is None:
-                self.first_with_slots = self.lowest = index
+            if self.lowest < 0:
+                self.lowest = index
         for observer in self.observers:
             observer.on_forward(self, index, half_block, streams, y)
         streams[half_block.target] = y
@@ -137,7 +132,7 @@ class Rebuilder:
         """Hold the final streams, or the same values seen through other tensors: the parts of the output, `whole`."""
         held: list[Tensor | None] = [stream.detach() for stream in streams]
         last = self.steps[-1].half_block
-        if self.first_with_slots == len(self.steps) - 1 and last.coupling.is_additive:
+        if self.lowest == len(self.steps) - 1 and last.coupling.is_additive:
             # Only the last function runs again, and needs nothing but the stream that it reads.
             held = [stream if which == last.source else None for which, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
@@ -174,7 +169,7 @@ class Rebuilder:
             step = steps[position - 1]
             step.undo(self, streams, fill=position == index + 1)
             if streams.position == position:
-                break  # Nothing is ever asked for below the lowest one, which is not undone.
+                break  # The lowest is not undone.
             for observer in self.observers:
                 observer.after_undo(self, position - 1, step.half_block, streams)
         if (tail := steps[index].tail) is not None and tail.error:
@@ -194,7 +189,7 @@ class AdditiveStep(AbstractFunctionStep):
         self.half_block = half_block
         source, stream = streams[half_block.source], streams[half_block.target]
         self.source_requires_grad = source.requires_grad
-        is_lowest, is_plain, version = run.first_with_slots is None, chain.is_plain, source._version
+        is_lowest, is_plain, version = run.lowest < 0, chain.is_plain, source._version
         function: Callable[..., Any] = half_block.function if is_plain else chain.call
         args = (source,) if is_plain else (half_block, source)
         keeps_tail = is_lowest and run.is_watched

@@ -39,7 +39,6 @@ _requires_grad = attrgetter("requires_grad")
 _device = attrgetter("device")
 _flatten = chain.from_iterable
 _values = dict.values
-_NO_VERSIONS: dict[int, int] = {}
 _nothing: Callable[[], None] = type(None)
 """Returns None, without a Python call."""
 
@@ -48,6 +47,7 @@ class Saved:
     """What all slots of one call refer to: the filler, and the tensors while they are there.
 
     A slot is a number, and the hook that unpacks it is bound to its `Saved`: objects would be thousands in each step.
+    `lasting` are the identities of the tensors that outlive the call.
     """
 
     __slots__ = (
@@ -56,9 +56,7 @@ class Saved:
     )
 
     def __init__(self, filler: SlotFiller, index: int, lasting: set[int]):
-        self.filler, self.index = filler, index
-        self.lasting = lasting
-        """The identities of the tensors that outlive the call."""
+        self.filler, self.index, self.lasting = filler, index, lasting
         self.tensors: list[Any] | None = []
         self.versions: list[int] | None = []
         self.nodes: list[int] = []
@@ -119,17 +117,14 @@ class Saved:
 class RecordedCall:
     """One call of a function, able to be replayed.
 
-    Args:
-        name: The function's place in the model, for errors: "blocks.3.f".
-        plan: What is known of the function; made again if it is None or stale.
-        function: The function.
-        surroundings: What the calls of one forward pass share.
+    Its `plan` is what is known of the function, and is made again if it is None or stale. Its `name` is the function's
+    place in the model, for errors: "blocks.3.f".
     """
 
     __slots__ = (
         *("autocast", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain", "lasting"),
-        *("metas", "name", "parameters", "plan", "random", "requires_grad", "results", "saved", "state_versions"),
-        *("states", "stop_after", "surroundings", "tail", "versions", "written"),
+        *("metas", "name", "parameters", "plan", "random", "requires_grad", "results", "saved", "states"),
+        *("stop_after", "surroundings", "tail", "versions", "written"),
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
@@ -146,11 +141,8 @@ class RecordedCall:
             # On a machine with nothing but a CPU, no tensor can move.
             or (HAS_ACCELERATOR and not plan.has_devices_of(held))
         ):
-            plan = plan_for(function, name)
-            held = list(_flatten(map(_values, plan.filled)))
-            ids = list(map(id, held))
-            lasting = plan.fit(held, ids)
-            assert lasting is not None
+            plan, held, lasting = plan_for(function, name)
+            ids = plan.known[0]
         self.name, self.plan, self.surroundings = name, plan, surroundings
         self.autocast, self.is_mixed = surroundings.autocast, surroundings.is_mixed
         self.held, self.ids = held, ids
@@ -163,7 +155,6 @@ class RecordedCall:
         """For each device on which the function draws: the random state before, and a digest of the one after."""
         self.states: dict[int, Tensor] | None = None
         """Copies of buffers that the function changes, as they were before it, by their place."""
-        self.state_versions: dict[int, int] = _NO_VERSIONS
         self.written: dict[int, Tensor] | None = None
         """What a replay begins with for parameters that the function writes, by their place."""
         self.buffer_versions: dict[int, int] | None = None
@@ -172,9 +163,8 @@ class RecordedCall:
         self.saved: Callable[[], Saved | None] = _nothing
         """Returns what the slots refer to: a weak reference. None if no backward pass can ask for any of them."""
         self.metas: list[Any] = []
-        """Shape, dtype and device of each saved tensor."""
         self.results: list[Any] = []
-        """The same of each tensor that the function returned."""
+        """Shape, dtype and device of each tensor that was saved, and of each that was returned."""
         self.is_plain = True
         """Whether no saved tensor was written to, and none was read before the forward pass was over."""
         self.stop_after = -1

@@ -1,8 +1,4 @@
-"""Running a recorded function again, and filling its slots; see `RecordedCall`.
-
-This is the second run of rules 4, 7 and 8 in the note of `revnet.engine`: it looks whether everything is as it was,
-puts back what is not, catches what autograd saves, and compares it with the first run.
-"""
+"""Running a recorded function again, and filling its slots: the second run of rules 4, 7 and 8 of the note."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -31,16 +27,12 @@ _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
 _flatten = chain.from_iterable
 _values = dict.values
+Function = Callable[..., Any]
+Args = tuple[Any, ...]
 
 
 def replay(
-    call: RecordedCall,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    *,
-    fill: bool,
-    rounded: Tensor | None,
-    needs_result: bool = True,
+    call: RecordedCall, function: Function, args: Args, *, fill: bool, rounded: Tensor | None, needs_result: bool = True
 ) -> Any:
     """Run a function again as the first time; return its result, or None if the run stopped early.
 
@@ -56,20 +48,12 @@ def replay(
         ReconstructionError: The function did something else than the first time (rule 8).
     """
     plan = call.plan
-    if (
-        list(map(_version, call.parameters)) != call.versions
-        or call.buffer_versions is not None
-        or call.constants is not None
-        or call.surroundings.arguments
-    ):
+    has_more = call.buffer_versions is not None or call.constants is not None or call.surroundings.arguments
+    if has_more or list(map(_version, call.parameters)) != call.versions:
         _careful.check_versions(call)
     # Is everything that the function depends on as it was in its first run (rule 4)?
     if (
-        call.is_mixed
-        or call.random
-        or call.states
-        or call.written
-        or plan.statistics
+        (call.is_mixed or call.random or call.states or call.written or plan.statistics)
         or list(map(plan.get_flag, plan.flag_holders)) != plan.training
         or any(plan.empty)
         or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
@@ -83,8 +67,8 @@ def replay(
 
 def _run_again(
     call: RecordedCall,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    function: Function,
+    args: Args,
     lasting: set[int],
     fill: bool,
     rounded: Tensor | None,
@@ -147,16 +131,13 @@ def _run_again(
 
 
 class StopReplay(BaseException):
-    """Stops a replay once every slot is filled. A BaseException so that user code does not catch it."""
+    """Stops a replay once every slot is filled. User code does not catch it."""
 
 
 def _make_stopping_pack(caught: list[Tensor], lasting: set[int], stop_after: int) -> Callable[[Tensor], None]:
-    """Return a hook that catches what does not last, and stops the run after `stop_after` tensors.
+    """Return a hook that catches what does not last, and stops the run after `stop_after` tensors."""
 
-    It returns nothing, as `list.append` does: a node that got its own output back would keep itself alive.
-    """
-
-    def pack(tensor: Tensor) -> None:
+    def pack(tensor: Tensor) -> None:  # Not the tensor: a node that holds its own output keeps itself alive.
         if id(tensor) not in lasting and ((base := tensor._base) is None or id(base) not in lasting):
             caught.append(tensor)
             if len(caught) == stop_after:

@@ -1,7 +1,10 @@
 """Walking back where a graph is retained, or where streams are held on the way."""
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from revnet._torch_internals import call_after_backward
 from revnet.engine._streams import StreamSnapshot
@@ -46,3 +49,8 @@ def fork(streams: StreamSnapshot) -> StreamSnapshot:
     copy = StreamSnapshot(streams.position, held, streams.strides)
     copy.origin = streams.origin
     return copy
+
+
+def snapshot_of(position: int, streams: Sequence[Tensor]) -> StreamSnapshot:
+    """Return a snapshot of `streams`, as they lie."""
+    return StreamSnapshot(position, [each.detach() for each in streams], [each.stride() for each in streams])

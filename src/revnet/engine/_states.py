@@ -21,11 +21,10 @@ def before(call: "RecordedCall") -> list[int | None] | None:
     plan = call.plan
     if plan.states:
         call.states = {place: call.buffers[place].detach().clone() for place in plan.states}
-        call.state_versions = {place: version_of(call.buffers[place]) for place in plan.states}
     if plan.data_writes:
         call.written = {place: call.parameters[place].detach().clone() for place in plan.data_writes}
-    if plan.fixed:
-        call.buffer_versions = {place: version_of(call.buffers[place]) for place in plan.fixed}
+    if plan.fixed or plan.states:
+        call.buffer_versions = {place: version_of(call.buffers[place]) for place in (*plan.fixed, *plan.states)}
     return _checksums(call.parameters) if plan.num_calls % CHECKSUM_INTERVAL == 1 else None
 
 
@@ -53,22 +52,21 @@ def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
 
 def _settle_states(call: "RecordedCall") -> None:
     assert call.states is not None
-    versions = call.buffer_versions or {}
+    assert call.buffer_versions is not None
     for place, copy in list(call.states.items()):
         buffer = call.buffers[place]
         holder, name = call.plan.buffer_places[place]
         # Kernels that keep running statistics write without raising the version, so that no vector is trusted to be
         # constant. Large buffers (masks, position tables) are compared; on the CPU, since devices would be waited for.
         can_compare = can_digest(buffer) and can_digest(copy)
-        if (
+        is_constant = (
             holder[name] is buffer
             and buffer.dim() > 1
-            and version_of(buffer) == call.state_versions[place]
+            and version_of(buffer) == call.buffer_versions[place]
             and not (can_compare and not same_bits(array_of(buffer), array_of(copy)))
-        ):
-            versions[place] = version_of(buffer)
-            del call.states[place]
-    call.buffer_versions = versions or None
+        )
+        del (call.states if is_constant else call.buffer_versions)[place]
+    call.buffer_versions = call.buffer_versions or None
     call.states = call.states or None
 
 

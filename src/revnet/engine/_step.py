@@ -106,8 +106,8 @@ class JoinedStep(AbstractStep):
             compute,
             (),
             (source, stream),
-            may_stop_early=run.first_with_slots is None,
-            keeps_tail=run.first_with_slots is None and run.is_watched,
+            may_stop_early=run.lowest < 0,
+            keeps_tail=run.lowest < 0 and run.is_watched,
         )
         return y
 

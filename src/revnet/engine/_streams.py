@@ -16,23 +16,18 @@ from revnet.engine._tracing import runs_plainly
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
+_USUAL = (torch.float32, torch.float64)
+
 
 def begin(
     x: Tensor | Streams, dim: int, num_streams: int, coupling: AbstractCoupling | None, *, name: str = "x"
 ) -> tuple[Streams, torch.dtype | None]:
     """Return what `prepare` does, the streams that a chain begins with, at less cost in the usual case."""
-    if (
-        isinstance(x, Tensor)
-        and x.dtype in (torch.float32, torch.float64)
-        and (coupling is None or type(coupling) is Additive)
-        and type(num_streams) is int
-        and 1 < num_streams <= MOST_STREAMS
-        and type(dim) is int
-        and -x.dim() <= dim < x.dim()
-        and x.shape[dim] % num_streams == 0
-    ):
-        # Dense copies: kernels are slower on strided views, and may round differently.
-        return tuple([part.clone() for part in x.chunk(num_streams, dim)]), None
+    if isinstance(x, Tensor) and x.dtype in _USUAL and (coupling is None or type(coupling) is Additive):
+        is_usual = type(num_streams) is int and 1 < num_streams <= MOST_STREAMS and type(dim) is int
+        if is_usual and -x.dim() <= dim < x.dim() and x.shape[dim] % num_streams == 0:
+            # Dense copies: kernels are slower on strided views, and may round differently.
+            return tuple([part.clone() for part in x.chunk(num_streams, dim)]), None
     return prepare(x, dim, num_streams, coupling, name=name)
 
 
@@ -53,10 +48,9 @@ def with_own_gradient(stream: Tensor) -> Tensor:
     The halves of a joined gradient are views of it, and one of them waits for the last residual function: it would keep
     the whole.
     """
-    if not stream.requires_grad:
-        return stream
-    stream = stream.view_as(stream)
-    stream.register_hook(_copy_if_part)
+    if stream.requires_grad:
+        stream = stream.view_as(stream)
+        stream.register_hook(_copy_if_part)
     return stream
 
 
@@ -85,11 +79,6 @@ class StreamSnapshot:
         self.held = list(tensors)
         """The streams as they lie; None for one that is not needed."""
         self.versions = [0 if each is None or each.is_inference() else each._version for each in tensors]
-
-    @classmethod
-    def of(cls, position: int, streams: Sequence[Tensor]) -> "StreamSnapshot":
-        """Return a snapshot of `streams`, as they lie."""
-        return cls(position, [each.detach() for each in streams], [each.stride() for each in streams])
 
     def read(self, which: int) -> Tensor:
         """Return one stream, laid out as the forward pass laid it out."""

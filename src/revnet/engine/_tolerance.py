@@ -15,7 +15,7 @@ from torch import Tensor
 from revnet.engine._chain import HalfBlock
 from revnet.engine._drift import DriftWatch
 from revnet.engine._observer import Observer
-from revnet.engine._retained import fork
+from revnet.engine._retained import fork, snapshot_of
 from revnet.engine._streams import StreamSnapshot
 from revnet.engine._tensors import has_values
 from revnet.errors import ReconstructionError, ReconstructionWarning
@@ -114,15 +114,15 @@ class ToleranceWatch(Observer):
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
         """Hold the streams before half-block `index` if they are the lowest ones needed, or a keyframe."""
-        if index == run.first_with_slots:
-            self._references = [StreamSnapshot.of(index, streams)]
+        if index == run.lowest:
+            self._references = [snapshot_of(index, streams)]
         elif (
             run.lowest >= 0
             and self._keeper is not None
             and not self._is_calibrating
             and half_block.name in self._keeper.keyframes
         ):
-            run.keyframes.append(StreamSnapshot.of(index, streams))
+            run.keyframes.append(snapshot_of(index, streams))
 
     def before_rebuild(self, run: "Rebuilder") -> None:
         """Forget the keyframes if they are placed again in this pass."""
@@ -177,7 +177,7 @@ class ToleranceWatch(Observer):
             step = run.steps[streams.position]
             y, target = step.redo(run, streams), step.half_block.target
             moved = [y if which == target else streams.read(which) for which in range(len(streams.strides))]
-            streams = StreamSnapshot.of(streams.position + 1, moved)
+            streams = snapshot_of(streams.position + 1, moved)
             if streams.position < position and (position - streams.position) % spacing == 0:
                 self._references.append(streams)
         return streams

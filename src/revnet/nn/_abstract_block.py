@@ -10,8 +10,9 @@ from torch import nn
 from revnet._checks import describe
 from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock
+from revnet.nn._course import Course
 from revnet.nn._policy import Reverse
-from revnet.nn._reversible_module import Course, Reads, ReversibleModule
+from revnet.nn._reversible_module import Reads, ReversibleModule
 from revnet.nn._run import Segment
 
 _REVERSE = Reverse()

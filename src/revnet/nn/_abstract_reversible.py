@@ -1,27 +1,26 @@
 """What a reversible block and a sequence of them can do besides running forward: the inverse, and log-determinants."""
 
 import abc
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
 from revnet._types import Streams, TensorPair
 from revnet.engine import Chain
+from revnet.nn._course import Course
 from revnet.nn._run import run_inverse, sum_log_dets
-
-if TYPE_CHECKING:
-    from revnet.nn._reversible_module import Course
+from revnet.nn._split_dim import unclear_split_dim
 
 
 class AbstractReversible(nn.Module, abc.ABC):
     """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
 
     @abc.abstractmethod
-    def _find_course(self) -> "Course":
+    def _find_course(self) -> Course:
         """Return what the module runs."""
 
     @abc.abstractmethod
-    def _course(self) -> "Course":
+    def _course(self) -> Course:
         """Return what the module runs; what it ran last, if that is the same."""
 
     @abc.abstractmethod
@@ -45,7 +44,9 @@ class AbstractReversible(nn.Module, abc.ABC):
         """
         course = self._course()
         half_blocks = [half_block for _, chain in course.segments for half_block in chain.half_blocks]
-        return run_inverse(Chain(half_blocks), y, *course.split(y), args, kwargs)
+        if course.unsure is not None and isinstance(y, Tensor) and y.dim() == 3:
+            raise unclear_split_dim(course.unsure, y)
+        return run_inverse(Chain(half_blocks), y, course.split_dim, course.num_streams, args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
         """Compute the output, and the log-determinant of the map to it for each sample, (B,).

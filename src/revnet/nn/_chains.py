@@ -9,8 +9,9 @@ from torch import nn
 from revnet._torch_internals import has_global_module_hook
 from revnet.engine import Chain, HalfBlock
 from revnet.nn._abstract_block import READS, AbstractReversibleBlock, course_of
+from revnet.nn._course import Course
 from revnet.nn._policy import AbstractPolicy
-from revnet.nn._reversible_module import Course, Origin, look
+from revnet.nn._reversible_module import Origin, look
 from revnet.nn._run import Segment
 
 if TYPE_CHECKING:

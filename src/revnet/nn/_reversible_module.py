@@ -1,6 +1,6 @@
 """How reversible blocks and sequences of them run forward. A plain step enters no other file of this room."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -10,8 +10,9 @@ from revnet._torch_internals import has_global_module_hook
 from revnet._types import Streams, TensorPair
 from revnet.engine import BoundChain, ToleranceKeeper, begin, block_calls, call_within, joined
 from revnet.nn._abstract_reversible import AbstractReversible
+from revnet.nn._course import Course
 from revnet.nn._policy import AbstractPolicy
-from revnet.nn._run import Segment, check_samples, take_own
+from revnet.nn._run import check_samples, take_own
 from revnet.nn._split_dim import unclear_split_dim
 
 if TYPE_CHECKING:
@@ -62,23 +63,6 @@ class ReversibleModule(AbstractReversible):
         return self._find_course()
 
 
-class Course(NamedTuple):
-    """What a module runs."""
-
-    segments: Sequence[Segment]
-    """Chains of half-blocks in order, each with its policy."""
-    split_dim: int
-    num_streams: int
-    unsure: type[nn.Module] | None
-    """The class of the first block, if its `split_dim` was left out."""
-
-    def split(self, x: Tensor | Streams) -> tuple[int, int]:
-        """Return along which dimension and into how many streams `x` is split."""
-        if self.unsure is not None and isinstance(x, Tensor) and x.dim() == 3:
-            raise unclear_split_dim(self.unsure, x)
-        return self.split_dim, self.num_streams
-
-
 Reads = tuple[Callable[[Any], Any], tuple[str, ...], str | None]
 """What a block's `half_blocks` reads: a getter of attributes, the names of children, and of a list of functions."""
 
@@ -88,7 +72,6 @@ class Origin(NamedTuple):
 
     policies: tuple[AbstractPolicy, ...]
     reads: list[Reads]
-    """What to read from each block."""
     found: list[Any]
     """What was read from each block."""
 
@@ -132,7 +115,9 @@ def run_forward(
 ) -> Any:
     """Run a course on `x`, and add up log-determinants in `log_dets`; the output has the form of `x`."""
     segments = course.segments
-    dim, num_streams = course.split(x)
+    if course.unsure is not None and isinstance(x, Tensor) and x.dim() == 3:
+        raise unclear_split_dim(course.unsure, x)
+    dim, num_streams = course.split_dim, course.num_streams
     coupling = segments[0][1].half_blocks[0].coupling if segments else None
     streams, input_dtype = begin(x, dim, num_streams, coupling)
     if log_dets is not None:

@@ -9,9 +9,10 @@ from torch import nn
 from revnet.engine import ToleranceKeeper, runs_plainly
 from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._chains import Chains
+from revnet.nn._course import Course
 from revnet.nn._policy import AbstractPolicy, Reverse
 from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
-from revnet.nn._reversible_module import Course, ReversibleModule
+from revnet.nn._reversible_module import ReversibleModule
 from revnet.nn._tolerance import checked_tolerance, refuse_to_compile
 
 _REVERSE = Reverse()
