@@ -10,66 +10,72 @@ the real one, hooks, partial gradients, retained graphs and double backward beha
 NOTE [ Who refers to whom ]
 
 Arrows are references; `~>` is a weak one. There is one `Rebuilder` (the *run*) for each forward pass through a chain,
-one `RecordedCall` for each residual function in it, and one `Saved` for each call of which autograd saved anything. ::
+one step for each half-block in it, and one `Saved` for each step of which autograd saved anything. ::
 
     autograd graph of one forward pass             what outlives the pass
 
-      node  --> slot (Saved, number)                 ReversibleSequential
-      node  --> slot (Saved, number)                   |
-                  |                                    +--> Chain          half-blocks, found out once
+      node  --> slot: a number                       ReversibleSequential
+            --> hook, bound to the Saved               |
+                  |                                    +--> Chain          half-blocks, found once
                   v                                           +--> Plan    of each function: its structure
                 Saved --> tensors, while they are filled                   (no tensor)
+                  |   --> others: parameters, buffers, arguments
                   |   --> constants: tensors from elsewhere
                   v
       run:  Rebuilder --> held: StreamSnapshot       final streams; walked back in place
                   |   --> walk: StreamSnapshot       a fork of it, while the graph is retained
                   |   --> keyframes                  streams held in between, under a tolerance
                   |   --> observers                  agreement, drift, tolerance, range
+                  |   --> surroundings               what its calls share: arguments, devices, random states
                   v
-                steps: AdditiveStep | JoinedStep
-                  +--> RecordedCall --> parameters, buffers, arguments: the tensors themselves
-                         |         --> versions, random states, copies of buffers that the function changes
-                         +~> Saved
+                steps: AdditiveStep | JoinedStep     each of them a RecordedCall
+                  |   --> parameters, buffers, arguments: the tensors themselves
+                  |   --> versions, random states, copies of buffers that the function changes
+                  +~> Saved
 
-A slot is what the pack hook returns: a pair of a `Saved` and a number, or the tensor itself with its version where the
-tensor outlives the call anyway.
+A slot is what the pack hook returns. Numbers from 0 up stand for tensors that are rebuilt, negative ones for tensors
+that outlive the call anyway, with the versions that they had.
 
 NOTE [ One training step ]
 
-What calls what, and where it is. ::
+What calls what, and where it is. A plain step runs through these seven files and no others, which a test holds. ::
 
-    forward   AbstractReversible.forward              nn/_reversible_module
-                chain of its blocks, cached           nn/_chains
+    forward   ReversibleModule.forward                nn/_reversible_module
+                what it ran last, if it is made of the same
                 streams split                         engine/_streams
-                one call of the chain                 engine/_chain
-                Reverse().run = reversible            engine/_reversible
-                  Rebuilder.run                       engine/_rebuild
+                Reverse().run = reversible            engine/_rebuild
+                  Rebuilder.run
                     for each half-block: step.first
-                      RecordedCall.record             engine/_record
-                        plan.read: is the function what it was? which tensors does it hold?
+                      RecordedCall                    engine/_record
+                        is the function what its plan says? which tensors does it hold?
+                      record
                         push hooks, call the function, pop hooks
                         random states and versions: did it draw, did it write?
                         forget what autograd saved; note shapes and dtypes
                       stream + residual
-                      observers: digest the stream    engine/_agreement
+                      observers: digest the stream    engine/_agreement, engine/_digest
                 streams joined                        engine/_streams
                   hold the final streams, or views of the joined output
 
-    backward  autograd asks a slot of half-block i    _unpack in engine/_record
-                Rebuilder.rebuild(i)
+    backward  autograd asks a slot of half-block i    Saved.unpack in engine/_record
+                Rebuilder.rebuild(i)                  engine/_rebuild
                   observers: are the held streams what they were?
                   for each half-block above i that was not undone yet: step.undo without filling
                   step.undo of i, filling
                     observers: is the rebuilt source near enough?
-                    replay                          engine/_replay
+                    replay                            engine/_replay
                       versions, and everything else that the function depends on: as it was?
-                        if not: `restored` puts it back, for the time of the replay  engine/_restore
+                        if not: `restored` puts it back, for the time of the replay (engine/_restore)
                       run with hooks that catch; batch norms leave their statistics alone
                       compare what was saved and returned with the first run
                       fill Saved.tensors
                     stream - residual, in place if nothing else sees the memory
                     observers: is the rebuilt stream near enough?
                 autograd takes the tensors of i one by one, and differentiates function i
+
+What is rare is elsewhere: random numbers and tensors from elsewhere in `_careful`, state in buffers in `_states`,
+putting back in `_restore`, retained graphs and keyframes in `_retained`, other couplings in `_step`, other observers
+in `_observers`, a suspicious result in `_suspicion`, and the parts of a stream, in one run of sixteen, in `_parts`.
 
 NOTE [ Rules ]
 
@@ -99,10 +105,24 @@ The code cites these by number.
     output that was written over, a result that is off by far more than its input: each is a `ReconstructionError` (or
     the error that autograd would raise), never another gradient. Rounding that was amplified is not wrong; it warns.
 
+NOTE [ Traps ]
+
+Each of these was a bug once, or a slow step.
+
+ - A pack hook of a second run returns nothing. A node that got its own output back would keep itself alive.
+ - A second run reads `stream.data`, whose version is its own. `detach` shares the stream's version, which goes up when
+   the stream is written over, and each saved input would look as if it had been written to.
+ - A plan holds no tensor. It knows tensors by `id` only while a call holds them; under `functional_call`, FSDP and
+   weight norm they are new in each step.
+ - Whether a tensor comes from elsewhere shows in its reference count, so no variable may refer to it while it is asked.
+ - What looks cheap alone costs two to five times as much between kernels, where it finds no cache warm; NumPy, once in
+   a run, costs more than a check of every function. `revnet bench --host` measures, and `tests/contracts/test_host.py`
+   counts.
+
 Where to put what comes next. A coupling that keeps bits besides the stream: its step keeps them (`AbstractStep`).
 Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the one place where a run gets its streams,
 and may be called again. Holding the stream that one function reads: a keyframe before it. Keeping outputs of operators:
-a mode around `_call_again` in `_replay`, with what it keeps in `Saved`.
+a mode around the call in `_replay`, with what it keeps in `Saved`.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.

@@ -58,14 +58,8 @@ def digest_of(x: Tensor) -> Digest:
 
 def checksum(x: Tensor) -> int | None:
     """Return a number for the bits of a tensor as it lies, which shows any change; None where they cannot be read."""
-    if (
-        type(x) not in (Tensor, nn.Parameter)
-        or x.device.type != "cpu"
-        or x.layout is not torch.strided
-        or x.numel() == 0
-    ):
-        return None
-    if in_functorch_transform() or not has_memory(x):
+    is_on_host = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
+    if not is_on_host or x.numel() == 0 or in_functorch_transform() or not has_memory(x):
         return None
     if x.nbytes <= 2**14 and x.is_contiguous():  # Not their sum, but as good, and without NumPy.
         return hash(string_at(x.data_ptr(), x.nbytes))
