@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import random
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.errors import ReconstructionError
 from tests.helpers import (
     CASE,
     DEPTH,
@@ -187,6 +189,46 @@ def test_on_a_stream_of_its_own():
             squares(module(x)).backward()
         torch.cuda.current_stream().wait_stream(stream)
     assert_close(gradients(sequence), gradients(twin), tolerance=1e-8)
+
+
+class Outside(nn.Module):
+    """Scales by a number that PyTorch does not know to come again."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner = mlp(width)
+
+    def forward(self, x):
+        return self.inner(x * random.random())
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_outside_randomness_raises_in_the_first_run(place):
+    functions = [Outside(4) if place == number else mlp(4) for number in range(4)]
+    blocks = [ReversibleBlock(*functions[start : start + 2], split_dim=-1) for start in (0, 2)]
+    sequence = ReversibleSequential(*blocks).to(DEVICE)
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{place // 2}\.{'fg'[place % 2]}` gave other numbers"):
+        sequence(torch.randn(3, 8, device=DEVICE)).square().sum().backward()
+
+
+def test_a_silent_write_over_the_output_raises_in_the_first_run():
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), split_dim=-1) for _ in range(2)]).to(DEVICE)
+    y = sequence(torch.randn(3, 8, device=DEVICE))
+    loss = y.square().sum()
+    y.data.zero_()
+    with pytest.raises(ReconstructionError, match="written over after the forward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_alarm_without_a_reason(autocast):
+    """`cudnn.benchmark` may choose another algorithm for the second run."""
+    blocks = [ReversibleBlock(ConvResidual(16), ConvResidual(16)) for _ in range(32)]
+    sequence = ReversibleSequential(*blocks).to(DEVICE)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch.autocast(DEVICE, torch.bfloat16, autocast):
+        for _ in range(3):
+            y = sequence(torch.randn(4, 32, 16, 16, device=DEVICE))
+            y.square().mean().backward()
 
 
 def peak_bytes(depth, policy, *, dropout=0.0):

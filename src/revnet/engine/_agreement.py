@@ -76,7 +76,10 @@ class AgreementWatch(Observer):
                 self._parts = _parts.parts_of(source)
             self.eps = torch.finfo(source.dtype).eps
             self._read, self._every = reader_of(source.dtype, source.numel())
-            self._numel, self._dtype = source.numel() if self._read else -1, source.dtype
+            self._numel, self._dtype = (
+                source.numel() if self._read and source.device.type == "cpu" else -1,
+                source.dtype,
+            )
         if index >= len(run.chain.chain.half_blocks) - len(streams):
             self.final[half_block.target] = digest_of(y)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from revnet._types import Streams
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
+from revnet.engine._device_digest import WAITING_INTERVAL
 from revnet.engine._drift import meter_is_quiet
 from revnet.engine._range import RangeWatch
 from revnet.engine._record import RecordedCall
@@ -70,6 +71,9 @@ class _KeepingRun:
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
         self._range = RangeWatch() if chain.chain.has_exact else None
         self._has_log_dets = chain.log_dets is not None
+        chain.chain.num_runs += 1
+        can_read = streams[0].device.type == "cpu" or chain.chain.num_runs % WAITING_INTERVAL == 1
+        self._keeps_tail = can_read and not meter_is_quiet()
         self._filled: int | None = None
         self.is_finished = True
         self.lock = threading.RLock()
@@ -92,7 +96,7 @@ class _KeepingRun:
                 (half_block, source),
                 (source,),
                 may_stop_early=True,
-                keeps_tail=not meter_is_quiet(),
+                keeps_tail=self._keeps_tail,
             )
             y = chain.join(half_block, stream, residual)
             kept: tuple[Tensor, ...] = (source,)
@@ -104,7 +108,7 @@ class _KeepingRun:
                 (),
                 (source, stream),
                 may_stop_early=True,
-                keeps_tail=not meter_is_quiet(),
+                keeps_tail=self._keeps_tail,
             )
             kept = (source, stream)
         self.is_finished = True
@@ -176,6 +180,7 @@ class _KeptCall:
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
+        self._is_on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
         surroundings = Surroundings.of(self._tensors, ())
         self._call = RecordedCall(type(module).__name__, None, module, surroundings)
         self.is_finished = False
@@ -184,7 +189,7 @@ class _KeptCall:
     def run(self) -> Any:
         """Compute for the first time."""
         versions = versions_of(self._tensors)
-        result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=True)
+        result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=self._is_on_cpu)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
                 f"{type(self._module).__name__} modified an argument in place, so that its activations cannot be "

@@ -12,14 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
-from revnet.engine._arrays import (
-    DTYPES,
-    INTEGERS,
-    digest_of_array,
-    layout_of,
-    reader_of,
-)
+from revnet.engine._arrays import DTYPES, INTEGERS, digest_of_array, layout_of, reader_of
 from revnet.engine._careful import not_the_same
+from revnet.engine._device_digest import checksum_on_device, may_wait_for, sample_on_device
 
 Digest = list[float]
 
@@ -49,6 +44,8 @@ def array_of(x: Tensor) -> Any:
 
 def digest_of(x: Tensor) -> Digest:
     """Return a sample of the elements of a tensor of which `can_digest` is true, spread over all dimensions."""
+    if x.device.type != "cpu":
+        return sample_on_device(x)
     read, every = reader_of(x.dtype, x.numel())
     if read is None or not x.is_contiguous():
         return digest_of_array(array_of(x))
@@ -60,7 +57,7 @@ def checksum(x: Tensor) -> int | None:
     """Return a number for the bits of a tensor as it lies, which shows any change; None where they cannot be read."""
     is_on_host = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.layout is torch.strided
     if not is_on_host or x.numel() == 0 or in_functorch_transform() or not has_memory(x):
-        return None
+        return checksum_on_device(x) if may_wait_for(x) and x.numel() else None
     if x.nbytes <= 2**14 and x.is_contiguous():  # Not their sum, but as good, and without NumPy.
         return hash(string_at(x.data_ptr(), x.nbytes))
     array = array_of(x)
@@ -86,7 +83,7 @@ class Tail:
     @classmethod
     def of(cls, tensor: Tensor) -> "Tail | None":
         """Return the sample of a first run; None where values cannot be read."""
-        return cls(digest_of(tensor)) if can_digest(tensor) and has_memory(tensor) else None
+        return cls(digest_of(tensor)) if (can_digest(tensor) or may_wait_for(tensor)) and has_memory(tensor) else None
 
     def compare(self, name: str, tensor: Tensor, *, is_rounded: bool) -> None:
         """Note by how much a replay's last saved tensor is off; raise if it is, and the replay's input was not."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._chain import BoundChain
+from revnet.engine._device_digest import WAITING_INTERVAL, may_wait_for
 from revnet.engine._digest import can_digest
 from revnet.engine._drift import DriftWatch, active_meter, warn_of_low_precision
 from revnet.engine._observer import Observer
@@ -33,9 +34,12 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
         if keeper is None:
             if not is_exact and streams[0].element_size() <= 2:
                 warn_of_low_precision(half_blocks[0], streams[0])
-            if active_meter() is not None or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
+            waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
+            is_read = waits or can_digest(streams[0])
+            is_elsewhere = not (waits or _is_on_host(streams[0]))
+            if active_meter() is not None or is_elsewhere or streams[0].dtype == torch.bfloat16:
                 observers.append(DriftWatch())
-            elif can_digest(streams[0]):
+            elif is_read:
                 observers.append(AgreementWatch())
         else:
             if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from revnet.engine._arrays import LEAST, groups, places, step_of
+from revnet.engine._device_digest import sample_on_device
 from revnet.engine._digest import array_of, digest_of
 
 _TINY = 1e-300
@@ -23,6 +24,9 @@ class Parts(NamedTuple):
 
 def parts_of(x: Tensor) -> Parts:
     """Return a sample in which each channel, token and sample of the batch has several elements."""
+    if x.device.type != "cpu":
+        size = max(512, LEAST * max(x.shape, default=1))
+        return Parts(np.array(sample_on_device(x, size)), () if x.is_complex() else groups(tuple(x.shape), size))
     array = array_of(x)
     if array.size == 0 or array.ndim == 0 or array.dtype.kind == "c":
         return Parts(np.array(digest_of(x)), ())

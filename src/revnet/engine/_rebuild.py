@@ -61,11 +61,12 @@ class Rebuilder:
         self.has_log_dets = chain.log_dets is not None
         chain.chain.num_runs += 1
         meter = active_meter()
-        self.is_watched = meter is None or not meter.is_quiet
-        """Whether what is wrong raises; a quiet `DriftMeter` only records it."""
         is_usual = len(chain.chain.half_blocks) > 1 and chain.tolerance is None and not chain.chain.has_exact
         is_usual = is_usual and meter is None and streams[0].dtype is torch.float32 and can_digest(streams[0])
         self.observers: list[Observer] = [AgreementWatch()] if is_usual else observers_of(chain, streams)
+        can_read = streams[0].device.type == "cpu" or AgreementWatch in map(type, self.observers)
+        self.is_watched = can_read and (meter is None or not meter.is_quiet)
+        """Whether the values of saved tensors are looked at, and what is wrong raises."""
         self.correctors = [each for each in self.observers if each.looks_before_replays]
         """Observers that may put other streams in place before a function runs again."""
         is_usual = streams[0].device.type == "cpu" and chain.is_plain and forward_mode_level() < 0

@@ -1,0 +1,117 @@
+"""Digests of tensors on a GPU, as far as a CPU can tell: their operators give the same anywhere."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import ReversibleBlock, ReversibleSequential
+from revnet.engine import Chain, HalfBlock, _agreement, _device_digest, _observers, _suspicion
+from revnet.engine._agreement import AgreementWatch
+from revnet.engine._device_digest import WAITING_INTERVAL, checksum_on_device, may_wait_for, sample_on_device
+from revnet.engine._digest import digest_of
+from revnet.engine._drift import DriftWatch
+from revnet.errors import ReconstructionError
+from tests.helpers import mlp
+
+LAYOUTS = {
+    "contiguous": torch.randn(3, 5, 7, 11),
+    "channels last": torch.randn(3, 5, 7, 11).to(memory_format=torch.channels_last),
+    "a part": torch.randn(3, 10, 7, 11)[:, 5:],
+    "transposed": torch.randn(8, 9, 10).transpose(1, 2),
+    "double": torch.randn(40, 2, dtype=torch.float64),
+    "half": torch.randn(33).half(),
+    "integers": torch.arange(50),
+    "a number": torch.tensor(3.0),
+    "nothing": torch.randn(0, 4),
+}
+
+all_layouts = pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@all_layouts
+def test_a_sample_has_the_elements_of_a_digest(x):
+    assert sample_on_device(x) == digest_of(x)
+
+
+def test_a_complex_sample_has_real_and_imaginary_parts():
+    x = torch.randn(8, dtype=torch.complex64)
+    assert sample_on_device(x) == torch.view_as_real(x).flatten().double().tolist()
+
+
+@all_layouts
+def test_a_checksum_sees_one_bit(x):
+    if x.numel() == 0:
+        return
+    y = x.clone()
+    before = checksum_on_device(y)
+    assert checksum_on_device(x) == before
+    y.view(-1)[-1:].copy_(y.view(-1)[-1:] * 2 + 1) if y.is_contiguous() else y.mul_(2)
+    assert checksum_on_device(y) != before
+
+
+def test_a_tensor_of_the_cpu_is_not_waited_for():
+    assert not may_wait_for(torch.randn(3))
+    assert not may_wait_for(torch.randn(3, device="meta"))
+
+
+def test_a_gpu_is_waited_for_in_the_first_run_and_in_each_64th(monkeypatch):
+    monkeypatch.setattr(_observers, "may_wait_for", lambda x: True)
+    monkeypatch.setattr(_observers, "can_digest", lambda x: False)
+    monkeypatch.setattr(_observers, "_is_on_host", lambda x: False)
+    chain = Chain([HalfBlock(mlp(4), 0, 1), HalfBlock(mlp(4), 1, 0)])
+    streams = (torch.randn(2, 4), torch.randn(2, 4))
+    kinds = []
+    for run in range(1, 2 * WAITING_INTERVAL + 2):
+        chain.num_runs = run
+        (observer,) = _observers.observers_of(chain.bind(), streams)
+        kinds.append(type(observer))
+    waiting = [run for run, kind in enumerate(kinds, 1) if kind is AgreementWatch]
+    assert waiting == [1, 1 + WAITING_INTERVAL, 1 + 2 * WAITING_INTERVAL]
+    assert {*kinds} == {AgreementWatch, DriftWatch}
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Have runs read their streams by operators of the device."""
+    monkeypatch.setattr(_agreement, "digest_of", sample_on_device)
+    monkeypatch.setattr(_agreement, "checksum", checksum_on_device)
+    monkeypatch.setattr(_agreement, "reader_of", lambda dtype, numel: (None, slice(None)))
+    monkeypatch.setattr(_suspicion, "digest_of", sample_on_device)
+    monkeypatch.setattr(_device_digest, "may_wait_for", lambda x: True)
+
+
+class Outside(nn.Module):
+    """Scales by a number that PyTorch does not know to come again."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner = mlp(width)
+
+    def forward(self, x):
+        return self.inner(x * random.random())
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_outside_randomness_raises(as_on_a_gpu, place):
+    functions = [Outside(4) if place == number else mlp(4) for number in range(4)]
+    blocks = [ReversibleBlock(*functions[start : start + 2], split_dim=-1) for start in (0, 2)]
+    sequence = ReversibleSequential(*blocks)
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{place // 2}\.{'fg'[place % 2]}` gave other numbers"):
+        sequence(torch.randn(3, 8)).square().sum().backward()
+
+
+def test_a_write_over_the_output_raises(as_on_a_gpu):
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), split_dim=-1) for _ in range(2)])
+    y = sequence(torch.randn(3, 8))
+    loss = y.square().sum()
+    y.data.zero_()
+    with pytest.raises(ReconstructionError, match="written over after the forward pass"):
+        loss.backward()
+
+
+def test_no_alarm_without_a_reason(as_on_a_gpu):
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8), split_dim=-1) for _ in range(32)])
+    for _ in range(3):
+        sequence(torch.randn(5, 16)).square().sum().backward()
