@@ -309,6 +309,21 @@ def test_a_channel_in_small_units_warns():
         backward(sequence, x)
 
 
+def test_a_tolerance_holds_for_a_channel_in_small_units():
+    """Without it a parameter's gradient is off by four fifths; it takes one keyframe."""
+    torch.manual_seed(0)
+    sequence = conv_stack(4, width=8)
+    twin = stored_twin(sequence)
+    sequence.tolerance = 1e-3
+    x = torch.randn(8, 16, 8, 8)
+    x[:, 11] *= 1e-7  # of the stream that the first function reads
+    for module in (sequence, twin):
+        backward(module, x)
+    assert sequence.keyframes == ("blocks.0.g",)
+    for parameter, other in zip(sequence.parameters(), twin.parameters(), strict=True):
+        assert (parameter.grad - other.grad).norm() < 1e-3 * other.grad.norm()
+
+
 @pytest.mark.parametrize("how", ["data", "numpy"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_an_output_that_is_written_over_without_a_version_raises(how, joined):
