@@ -90,7 +90,7 @@ class AgreementWatch(Observer):
 
     def before_rebuild(self, run: "Rebuilder") -> None:
         """Raise if a final stream was written over in a way that leaves no version."""
-        checksums, self._checksums = self._checksums, []
+        checksums, self._checksums = self._checksums, []  # They refer to the streams, which are to be freed.
         for tensor, expected, version in checksums:  # One with another version raises when it is read.
             if expected is not None and tensor._version == version and checksum(tensor) != expected:
                 raise _careful.overwritten_output(tensor)

@@ -25,7 +25,6 @@ DTYPES = {
     torch.bool: np.bool_,
 }
 """The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
-"""The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
 INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 """The dtypes of most streams, which the standard library reads faster than NumPy."""
@@ -47,6 +46,7 @@ def layout_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) ->
     """Return how to read tensors of this shape, stride and dtype; kept, since this takes longer than reading."""
     itemsize = dtype.itemsize
     strides = tuple([step * itemsize for step in stride])
+    # Not the number of elements: strides may leave gaps, or meet an element many times, as `expand` does.
     span = sum([(count - 1) * step for count, step in zip(shape, strides, strict=True)]) + itemsize
     memory = (ctypes.c_char * (0 if 0 in shape else span)).from_address
     return Layout(memory, tuple(shape), DTYPES.get(dtype, INTEGERS.get(itemsize, np.int64)), strides)
@@ -58,7 +58,7 @@ def reader_of(dtype: torch.dtype, numel: int) -> tuple[Any, slice]:
     kind = C_TYPES.get(dtype)
     return (
         (None, slice(None))
-        if kind is None or not numel
+        if kind is None or not numel  # The address of an empty tensor is 0.
         else ((kind * numel).from_address, slice(None, None, step_of(numel, SIZE)))
     )
 
@@ -68,6 +68,7 @@ def digest_of_array(array: Any) -> list[float]:
     if array.size == 0:
         return []
     sample = array[places(array.shape, SIZE)]
+    # `math.dist` and `math.hypot`, by which digests are compared, know real numbers only.
     if sample.dtype.kind == "c":
         sample = np.ascontiguousarray(sample).view(sample.real.dtype)
     return list(np.atleast_1d(sample).tolist())
@@ -105,5 +106,6 @@ def groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
 
 def same_bits(a: Any, b: Any) -> bool:
     """Return whether two arrays of one shape and dtype hold the same bits."""
+    # Bits rather than values: NaN equals itself, and -0.0 is not 0.0.
     a, b = (np.ascontiguousarray(each).reshape(-1) for each in (a, b))
     return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))

@@ -38,6 +38,7 @@ def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
 
 def is_torch_norm(module: nn.Module) -> bool:
     """Whether the module is a normalisation of PyTorch's own, which in training only writes to its statistics."""
+    # By its `forward`: that of a subclass may read the statistics that it writes.
     return isinstance(module, _NormBase) and type(module).forward in _BATCH_NORMS | _OTHER_NORMS
 
 
@@ -70,6 +71,7 @@ def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
             return {}  # A compiled graph is guarded by the modules that it was made for.
         forward = type(module).forward
+        # A `forward` that was set on the instance must run. In evaluation, statistics are read and not written.
         if forward in _BATCH_NORMS and "forward" not in module.__dict__ and module.training:
             assert isinstance(module, _BatchNorm)
             plain = None if forward is _BatchNorm.forward else partial(_BatchNorm.forward, module)
@@ -96,6 +98,7 @@ def find_statistics(x: Tensor) -> Statistics | None:
         return None
     B, C = x.shape[:2]
     count = x.numel() // C
+    # Without a graph: the backward formula of batch norm takes the gradient through the statistics, too.
     x = x.detach().view(B, C, -1)
     mean = x.sum(-1).sum(0) / count
     variance = torch.linalg.vector_norm(x - mean.view(1, C, 1), dim=-1).square().sum(0) / count
@@ -116,11 +119,13 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
         ctx.eps = eps
+        # As in evaluation, with these for the running statistics: otherwise the kernel would find them once more.
         return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, weight, mean, inverse = ctx.saved_tensors
+        # As in training (True): the statistics are of this batch, and depend on `x`.
         grads = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, weight, None, None, mean, inverse, True, ctx.eps, list(ctx.needs_input_grad[:3])
         )

@@ -67,13 +67,16 @@ def _run_block(
 
     def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
         nonlocal has_run
+        # Before anything runs: a stream that a hook put there has no way back to the one that it replaced.
         _check_same("input", name, (tuple(streams), chain.args, kwargs), (x, args_within, kwargs_within))
         has_run = True
+        # Hooks hand on other tensors of the same memory: gradients reach a backward hook through their nodes only.
         streams[:] = x
         for index in indices:
             advance(index, streams)
         return tuple(streams)
 
+    # Put back afterwards: the `forward` of another block may run this chain before it asks for its own call.
     before = block_calls.within
     block_calls.within = (block, run)
     try:
@@ -95,12 +98,14 @@ def call_within(block: nn.Module) -> Callable[..., Streams] | None:
     within = None if torch.compiler.is_dynamo_compiling() else block_calls.within
     if within is None or within[0] is not block:
         return None
+    # Once: a block that calls this `forward` twice must not advance the chain twice.
     block_calls.within = None
     return within[1]
 
 
 def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
     """Raise unless both hold the same values: tensors may be others, but must see the same memory."""
+    # By memory: full backward hooks of a module wrap what goes in and out into new tensors.
     leaves, structure = tree_flatten(expected)
     actual_leaves, actual_structure = tree_flatten(actual)
     same = structure == actual_structure and all(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 _base_of = attrgetter("_base")
+# Where there is no accelerator, no tensor can be on another device.
 meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrgetter("shape", "dtype")
 
 
@@ -67,6 +68,7 @@ def take(saved: "Saved", number: int) -> Tensor:
         expected = 0 if saved.versions is None else saved.versions[number]
         if version_of(found) != expected:  # It was written to since it was saved; autograd would raise, too.
             raise modified("a tensor that a residual function computed with", found, expected)
+        # Earlier, a function that differentiates inside itself may read it again, and nothing could rebuild it.
         if is_finished:
             saved.tensors[number] = None
         else:
@@ -142,6 +144,8 @@ def make_replay_pack(
     def pack(tensor: Tensor) -> Tensor:
         if is_lasting(tensor):
             return tensor
+        # Returned, since a function that differentiates inside itself asks for it; without its node, since a node that
+        # holds its own output keeps itself alive.
         tensor = tensor.detach()
         caught.append(tensor)
         versions.append(version_of(tensor))
@@ -167,6 +171,7 @@ def find_constants(
     if forward_mode_level() >= 0:
         return None  # Tangents come and go with their level.
     bases = list(map(_base_of, tensors))
+    # By `map`: a loop variable would count as one reference more.
     counts, base_counts = list(map(getrefcount, tensors)), list(map(getrefcount, bases))
     casts = {state.dtype for state in call.autocast if state.enabled}
     own_keys: set[int | None] = set()
@@ -228,6 +233,7 @@ def moved(
     """Return the devices whose random state has moved, with the state before and a digest of the one after."""
     devices = (_CPU, *surroundings.others)
     states = zip(devices, (before[0], *before[2]), (after[0], *after[2]), strict=True)
+    # The state after is only compared, never set, so a number does.
     found: list[tuple[torch.device, Tensor, int | None]] = [
         (device, old, digest(new)) for device, old, new in states if not same_random_state(old, new)
     ]

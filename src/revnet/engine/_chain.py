@@ -127,11 +127,13 @@ class BoundChain:
     """Whether it is known that `call` is `half_block.function(source)`: there are no arguments and no `input_dtype`."""
     is_joined: bool = False
     """Whether the caller joins the final streams by `joined`, which then gives them to the run."""
+    # Weak: the graph owns the run (rule 1).
     run: "weakref.ref[Rebuilder] | None" = None
     """What holds the final streams for the backward pass, if anything does."""
 
     def for_replays(self) -> "BoundChain":
         """Return the same call without what refers to the caller's graph, which a run must not keep alive."""
+        # `log_dets` holds tensors whose nodes lead back to the run (rule 1).
         return BoundChain(self.chain, self.args, self.kwargs, self.own_kwargs, self.input_dtype, is_plain=self.is_plain)
 
     def part(self, start: int, stop: int) -> "BoundChain":

@@ -55,6 +55,7 @@ def _compiled_one_by_one(chain: BoundChain, streams: Sequence[Tensor]) -> Stream
     running = tuple(streams)
     for index in range(len(chain.half_blocks)):
         alone = chain.part(index, index + 1)
+        # `compiled` returns None as long as nothing wants a gradient.
         running = compiled(alone, running) or stored(alone, running)
     return running
 
@@ -66,12 +67,14 @@ class _KeepingRun:
     """
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
+        # The log-determinants of `chain` have nodes that lead back to this run (rule 1).
         self._chain = chain.for_replays()
         self._surroundings = Surroundings.of(chain.tensors(), streams)
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
         self._range = RangeWatch() if chain.chain.has_exact else None
         self._has_log_dets = chain.log_dets is not None
         chain.chain.num_runs += 1
+        # On a GPU, reading a value waits for all that was launched before it.
         can_read = streams[0].device.type == "cpu" or chain.chain.num_runs % WAITING_INTERVAL == 1
         self._keeps_tail = can_read and not meter_is_quiet()
         self._filled: int | None = None
@@ -83,10 +86,12 @@ class _KeepingRun:
         half_block, plans = chain.half_blocks[index], chain.chain.plans
         source, stream = streams[half_block.source], streams[half_block.target]
         if chain.chain.blocks is not None or not half_block.coupling.is_additive:
+            # Hooks and couplings may draw random numbers, and hooks change autocast.
             self._surroundings.refresh()
         call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)
         plans[index] = call.plan
         self._calls.append((half_block, call))
+        # Until what it read is kept, below, this call cannot be replayed.
         self.is_finished = False
         if half_block.coupling.is_additive:
             residual = call.record(
@@ -95,12 +100,13 @@ class _KeepingRun:
                 chain.call,
                 (half_block, source),
                 (source,),
-                may_stop_early=True,
+                may_stop_early=True,  # A replay has no use for the result (rule 7).
                 keeps_tail=self._keeps_tail,
             )
             y = chain.join(half_block, stream, residual)
             kept: tuple[Tensor, ...] = (source,)
         else:
+            # With the coupling, which saves the stream for its gradient.
             y = call.record(
                 self,
                 index,
@@ -113,6 +119,7 @@ class _KeepingRun:
             kept = (source, stream)
         self.is_finished = True
         if (saved := call.saved()) is not None:
+            # `detach` drops the node, which may lead back to the slots (rule 1), and shares the version: writes show.
             saved.kept = [(each.detach(), version_of(each), each.requires_grad) for each in kept]
         if self._range is not None:
             self._range.look(half_block, y)
@@ -123,6 +130,7 @@ class _KeepingRun:
         check_finished(self.is_finished)
         if self._range is not None:
             self._range.check_waiting()
+        # One function's activations at a time, even where the last one's were not read (rule 3).
         if self._filled is not None and (filled := self._calls[self._filled][1].saved()) is not None:
             filled.tensors = filled.versions = None
         self._filled = index
@@ -136,11 +144,13 @@ class _KeepingRun:
                     f"the stream that `{half_block.name}` read, of shape {tuple(tensor.shape)}, is at version "
                     f"{version_of(tensor)}; expected version {version} instead. Use the operation's out-of-place form."
                 )
+            # `data` has a version of its own, 0: otherwise each saved input would look as if it had been written to.
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
         if half_block.coupling.is_additive:
             replay(call, chain.call, (half_block, leaves[0]), fill=True, rounded=None, needs_result=False)
             return
+        # Computed again for what autograd saves of it; nobody reads the sum.
         log_dets: list[Tensor] | None = [] if self._has_log_dets else None
         replay(
             call,
@@ -180,6 +190,7 @@ class _KeptCall:
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
+        # The tail is not compared on a GPU, where reading waits: a single call has no runs of which to take each 64th.
         self._is_on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
         surroundings = Surroundings.of(self._tensors, ())
         self._call = RecordedCall(type(module).__name__, None, module, surroundings)
@@ -188,6 +199,7 @@ class _KeptCall:
 
     def run(self) -> Any:
         """Compute for the first time."""
+        # Looked at here: in the backward pass, the check of versions would say that it was the caller.
         versions = versions_of(self._tensors)
         result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=self._is_on_cpu)
         if versions != versions_of(self._tensors):

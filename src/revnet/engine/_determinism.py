@@ -32,6 +32,7 @@ def repeat_function(
         num_runs: How often; a race between threads may need many runs to show.
     """
     surroundings = Surroundings.of(tensors_in(args, kwargs), ())
+    # Never recorded: it knows the buffers and devices that `set_aside` takes care of.
     call = RecordedCall(type(function).__name__, None, function, surroundings)
     first: tuple[list[Tensor], list[Tensor]] | None = None
     errors = [0.0, 0.0]
@@ -75,10 +76,12 @@ def _difference(tensor: Tensor, first: Tensor) -> float:
     if storage_key(tensor) == storage_key(first) or torch.equal(tensor, first):
         return 0.0
     both_nan = tensor.isnan() & first.isnan()
+    # In float32 at least: the norm of a float16 tensor overflows.
     tensor, first = (
         each.masked_fill(both_nan, 0).to(torch.promote_types(each.dtype, torch.float32)) for each in (tensor, first)
     )
     if torch.equal(tensor, first):
         return 0.0
     error = torch.linalg.vector_norm(tensor - first) / torch.linalg.vector_norm(first).clamp_min(1e-30)
+    # NaN is left where one run has NaN or inf and the other has not.
     return float(error.nan_to_num(nan=torch.inf))

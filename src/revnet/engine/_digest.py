@@ -62,7 +62,7 @@ def checksum(x: Tensor) -> int | None:
         return hash(string_at(x.data_ptr(), x.nbytes))
     array = array_of(x)
     if array.ndim == 0 or array.strides[-1] != array.itemsize:
-        array = np.ascontiguousarray(array).reshape(-1)
+        array = np.ascontiguousarray(array).reshape(-1)  # `view` needs a dense last dimension.
     # As long integers where that is possible, which takes a quarter of the time. A sum of integers wraps in silence.
     is_even = array.shape[-1] * array.itemsize % 8 == 0
     return int(array.view(np.int64 if is_even else INTEGERS[array.itemsize]).sum(dtype=np.int64))

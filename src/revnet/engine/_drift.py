@@ -101,6 +101,7 @@ class DriftWatch(Observer):
         self._seen: set[int] = set()
         self._totals: list[Tensor] = []
         self._floor: Tensor | None = None
+        # What earlier steps left to be judged on a GPU is likely to be done by now.
         if _pending:
             _report_pending()
 
@@ -139,6 +140,7 @@ class DriftWatch(Observer):
         self._seen.add(index)
         half_block = run.steps[index].half_block
         source = streams.read(half_block.source).detach()
+        # Under a tolerance, the sample is needed again when a retained graph is gone over again.
         true = self._samples[index] if self._keeps_all else self._samples.pop(index)
         error = relative_error(sample(source), true, self._floor)
         function, name = half_block.function, half_block.name
@@ -147,6 +149,7 @@ class DriftWatch(Observer):
         if index == run.lowest and has_values(source) and not (self._meter is not None and self._meter.is_quiet):
             totals = torch.stack([_total(source), *self._totals])
             kind = StreamKind(name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
+            # Weak: a verdict may wait in `_pending` for longer than the model lives.
             _judge(_Verdict(weakref.ref(function), kind, error, totals))
 
     def error_of(self, index: int, source: Tensor) -> Tensor | None:
@@ -164,6 +167,7 @@ class DriftWatch(Observer):
 
 def sample(x: Tensor) -> Tensor:
     """A few hundred elements, evenly spread over all dimensions, as a copy."""
+    # A copy: a slice is a view, which would keep the whole stream.
     return x.detach()[_grid(x.shape)].clone()
 
 
@@ -192,11 +196,13 @@ def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -
         floor: As how large, by its root mean square, the true sample counts at least: rounding that is nothing beside
             the other stream must not count as infinite where this one is zero.
     """
+    # In float32 at least: squares of float16 overflow or vanish.
     dtype = torch.promote_types(true.dtype, torch.float32)
     true = true.to(dtype)
     size = torch.linalg.vector_norm(true)
     if floor is not None:
         size = torch.maximum(size, floor * true.numel() ** 0.5)
+    # 0 / 0 would be NaN, which stands for a stream that is not finite.
     return torch.linalg.vector_norm(rebuilt.to(dtype) - true) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
@@ -213,6 +219,7 @@ def _largest_part_error(rebuilt: Tensor, true: Tensor) -> Tensor | None:
         if (dim < 2 or true.dim() <= 3) and count > 1 and true.numel() >= _LEAST_OF_PART * count:
             others = [other for other in range(true.dim()) if other != dim]
             sizes, errors = squares.sum(others), differences.sum(others)
+            # An `if` would wait for the device.
             of_dim = torch.where(sizes > 0, errors / sizes, torch.zeros_like(sizes)).amax()
             largest = of_dim if largest is None else torch.maximum(largest, of_dim)
     return None if largest is None else largest.sqrt()
@@ -226,7 +233,9 @@ def _total(x: Tensor) -> Tensor:
     """Return the sum of all elements, which shows whether each is finite faster than a look at each."""
     x = x.detach()
     if x.is_complex():
+        # `view_as_real` refuses a lazy conjugate.
         x = torch.view_as_real(x.resolve_conj())
+    # In float32 at least: a sum in float16 overflows, and finite elements would look infinite.
     return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -274,6 +283,7 @@ class _Verdict(NamedTuple):
 
 _pending: "deque[tuple[torch.cuda.Event, _Verdict]]" = deque()
 _lock = threading.Lock()
+# Weak: to have been warned of must not keep a model alive.
 _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -288,11 +298,14 @@ def _judge(verdict: _Verdict) -> None:
 
 
 def _report_pending() -> None:
+    # An event must not be asked while a CUDA graph is captured: the capture would fail.
     while _pending and not torch.cuda.is_current_stream_capturing():
+        # Asked and taken in one step: otherwise another thread may take it in between, and this one takes the next.
         with _lock:
             verdict = _pending.popleft()[1] if _pending and _pending[0][0].query() else None
         if verdict is None:
             return
+        # Outside of the lock: a warning may run the user's code, which may come here again.
         _report(verdict)
 
 

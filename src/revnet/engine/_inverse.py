@@ -22,6 +22,7 @@ def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     running = list(streams)
     surroundings = Surroundings.of(chain.tensors(), streams)
     for half_block in reversed(chain.half_blocks):
+        # Never recorded: it knows the buffers and devices that `set_aside` takes care of.
         call = RecordedCall(half_block.name, None, half_block.function, surroundings)
         with set_aside(call):
             residual = chain.call(half_block, running[half_block.source])

@@ -34,9 +34,11 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
         if keeper is None:
             if not is_exact and streams[0].element_size() <= 2:
                 warn_of_low_precision(half_blocks[0], streams[0])
+            # The first run has number 1. What a function gets from outside of PyTorch is wrong in that one, too.
             waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
             is_read = waits or can_digest(streams[0])
             is_elsewhere = not (waits or _is_on_host(streams[0]))
+            # A meter wants records of each function; and NumPy, which reads digests, does not know bfloat16.
             if active_meter() is not None or is_elsewhere or streams[0].dtype == torch.bfloat16:
                 observers.append(DriftWatch())
             elif is_read:
@@ -49,6 +51,7 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
                 )
             drift = DriftWatch(keeps_all=True)
             tolerance = ToleranceWatch(keeper, half_blocks[0].name, drift, has_values=has_values(streams[0]))
+            # In this order: drift is to be of what the function reads after the tolerance has put it right.
             observers += [tolerance, drift]
     if chain.chain.has_exact:
         observers.append(RangeWatch())
@@ -62,6 +65,7 @@ def _is_on_host(stream: Tensor) -> bool:
 
 def correct(run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
     """Have the observers of a run look at what function `index` is about to read again."""
+    # In a check the input is changed on purpose.
     if (distance := streams.origin - 1 - index) > 0 and not run.is_checking:
         for observer in run.correctors:
             observer.before_replay(run, index, streams, distance)

@@ -48,6 +48,7 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
     staying = [*arguments]
     for module in modules:
         staying += [*module.parameters(), *module.buffers()]
+    # By memory: views such as `weight.t()` stay, too.
     keys = {storage_key(tensor) for tensor in staying}
     copies: dict[tuple[Any, ...], tuple[weakref.ref[Any], _OnHost]] = {}
 
@@ -56,11 +57,13 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
             # Without its node, which would refer to the tensor that the node saved: a cycle that nothing frees.
             return _KeptInPlace(tensor if tensor.grad_fn is None else tensor.detach(), version_of(tensor))
         storage = tensor.untyped_storage()
+        # With the version: a tensor that was written to between two operations has other values for the second.
         key = (storage._cdata, version_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         known = copies.get(key)
         if known is not None and known[0]() is not None:  # Else another storage has taken its place.
             return known[1]
         packed = _OnHost.of(tensor)
+        # Weak: to free the storage is what the copy is for.
         copies[key] = (weakref.ref(storage), packed)
         return packed
 
@@ -92,6 +95,7 @@ class _OnHost(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_OnHost":
+        # Pinned, so that copying back does not hold up the host.
         copy = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=torch.cuda.is_available()
         )

@@ -114,6 +114,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
             "it computes cannot be rebuilt; use the module that it was scripted from, or keep its block's activations "
             "with the policy `Store()`."
         )
+    # Flags are read at each call, and a dict in C is read fastest; but a module may define `training` as a property.
     has_flags = all("training" in module.__dict__ for module in modules)
     get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
     flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
@@ -121,7 +122,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
     _refuse_fsdp1(modules, name)
     parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
-    used = frozenset([each for each in devices if each.type != "meta"])
+    used = frozenset([each for each in devices if each.type != "meta"])  # The meta device has no random state.
     norms = replayed_norms_of(function)
     statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
     filled = [holder for holder in dicts if len(holder)]
@@ -172,6 +173,7 @@ def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
     """Return the function that returns the entries of a list at these places; one in C, since it runs at each call."""
     if len(places) > 1:
         return itemgetter(*places)
+    # Of a single place, `itemgetter` returns the entry itself; a slice returns a list.
     return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
@@ -190,6 +192,7 @@ def _kinds_of_buffers(modules: list[nn.Module], plain_norms: set[int]) -> tuple[
                 states.append(place)
             elif not module.training:
                 fixed.append(place)
+            # A replay has the plain ones run without statistics, so that theirs need no copy.
             elif id(module) not in plain_norms:
                 statistics.append(place)
             place += 1
@@ -212,6 +215,7 @@ def _refuse_lazy(modules: list[nn.Module]) -> None:
 
 def _refuse_fsdp1(modules: list[nn.Module], name: str) -> None:
     for module in modules:
+        # By name: nobody who does not use FSDP has to import it.
         is_wrapper = type(module).__name__ == "FullyShardedDataParallel"
         # FSDP puts its marks on the modules below a wrapper; the second version leaves parameters in their places.
         is_managed = getattr(module, "_is_fsdp_managed_module", False)

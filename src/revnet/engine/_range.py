@@ -46,6 +46,7 @@ class RangeWatch(Observer):
         elif torch.cuda.is_current_stream_capturing():
             limit = half_block.coupling.limit(y.dtype)
             assert limit is not None
+            # NaN and inf pass, as in `check_range`: the model's own.
             assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
         else:
             self._magnitudes.append((half_block, magnitude))
@@ -59,6 +60,7 @@ class RangeWatch(Observer):
         magnitudes, self._magnitudes = self._magnitudes, []
         if not magnitudes or not has_values(magnitudes[0][1]):
             return
+        # One wait for all of them.
         values = torch.stack([magnitude for _, magnitude in magnitudes]).tolist()
         for (half_block, magnitude), value in zip(magnitudes, values, strict=True):
             check_range(half_block, value, magnitude.dtype)

@@ -108,7 +108,7 @@ class Rebuilder:
             self._strides = [stream.stride() for stream in final]
             if not chain.is_joined:
                 self.hold(final)
-            chain.run = weakref.ref(self)
+            chain.run = weakref.ref(self)  # The graph owns the run (rule 1).
         return final
 
     def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
@@ -131,7 +131,7 @@ class Rebuilder:
 
     def hold(self, streams: Sequence[Tensor], whole: Tensor | None = None) -> None:
         """Hold the final streams, or the same values seen through other tensors: the parts of the output, `whole`."""
-        held: list[Tensor | None] = [stream.detach() for stream in streams]
+        held: list[Tensor | None] = [stream.detach() for stream in streams]  # A node would lead back here (rule 1).
         last = self.steps[-1].half_block
         if self.lowest == len(self.steps) - 1 and last.coupling.is_additive:
             # Only the last function runs again, and needs nothing but the stream that it reads.
@@ -156,7 +156,7 @@ class Rebuilder:
         if self._filled is not None and (saved := steps[self._filled].saved()) is not None:
             saved.tensors = saved.versions = None
         self._filled = index
-        while last > index and steps[last].saved() is None:
+        while last > index and steps[last].saved() is None:  # Its slots are gone, so nobody can ask for them.
             last -= 1
         self.last_alive = last
         if last > index or self.keyframes:
@@ -164,7 +164,7 @@ class Rebuilder:
         else:  # Nothing above can be asked for again: what is held itself may move.
             assert self.held is not None
             self.walk, streams = None, self.held
-        if streams.position == index:
+        if streams.position == index:  # Undone already, and asked for again.
             steps[index].refill(self, streams, index)
         while (position := streams.position) > index:
             step = steps[position - 1]
@@ -219,7 +219,7 @@ class AdditiveStep(AbstractFunctionStep):
             else:
                 x = half_block.coupling.inverse(y, residual, half_block.name, in_place=in_place)
         except BaseException:
-            streams.put(half_block.target, y)
+            streams.put(half_block.target, y)  # For a backward pass that tries again.
             raise
         streams.put(half_block.target, x)
         streams.position = index

@@ -103,8 +103,8 @@ class Saved:
             if self.tensors is None:
                 if torch.compiler.is_dynamo_compiling():
                     _careful.refuse_compiled_autograd()
-                with self.filler.lock:
-                    if self.tensors is None:
+                with self.filler.lock:  # Each device has a backward thread of its own.
+                    if self.tensors is None:  # Another thread may have filled it meanwhile.
                         self.filler.rebuild(self.index)
             tensors = self.tensors
             found = None if tensors is None else tensors[number]
@@ -131,13 +131,13 @@ class RecordedCall:
         held: list[Any] = [] if plan is None else list(_flatten(map(_values, plan.filled)))
         ids = list(map(id, held))
         known, lasting = ([], None) if plan is None else plan.known
-        if plan is not None and ids != known:
+        if plan is not None and ids != known:  # New tensors, as FSDP brings; the structure may be the same.
             lasting = plan.fit(held, ids)
         if (
             plan is None
             or lasting is None
             or list(map(plan.get_flag, plan.flag_holders)) != plan.training
-            or any(plan.empty)
+            or any(plan.empty)  # Filled since: `held` has nothing of them.
             # On a machine with nothing but a CPU, no tensor can move.
             or (HAS_ACCELERATOR and not plan.has_devices_of(held))
         ):
@@ -203,8 +203,8 @@ class RecordedCall:
             _careful.forget_streams(self, sources)
         if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
             surroundings.add_devices(plan.devices)
-        before = surroundings.random or surroundings.random_states()
-        start = next_sequence_number()
+        before = surroundings.random or surroundings.random_states()  # Read once between two functions.
+        start = next_sequence_number()  # A node with a lower number was there before the call.
         saved = Saved(filler, index, self.lasting)
         tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
@@ -245,7 +245,7 @@ class RecordedCall:
         assert versions is not None
         # The same list again, so that there is nothing new for the collector to look at.
         self.metas = plan.metas = plan.metas if metas == plan.metas else metas
-        self.saved = weakref.ref(saved)
+        self.saved = weakref.ref(saved)  # The graph owns it (rule 1).
         if _may_come_from_elsewhere(tensors, own, start):
             self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
         # Versions never go down, so these show what was written to at any time.
@@ -273,7 +273,7 @@ def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start:
     What a function computes for itself is referred to by this list alone.
     """
     known: Any = None
-    ids = list(map(id, own))
+    ids = list(map(id, own))  # The result and the inputs: others refer to them, and a replay has its own.
     for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
         if (count <= FRESH_COUNT and base is None) or (origin := tensor if base is None else base) is known:
             continue

@@ -58,7 +58,7 @@ def replay(
         or any(plan.empty)
         or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
         or list(map(_requires_grad, call.parameters)) != call.requires_grad
-        or any_autocast_is_on()
+        or any_autocast_is_on()  # It was off: `is_mixed` is asked above.
     ):
         with restored(call) as lasting:
             return _run_again(call, function, args, lasting, fill, rounded, needs_result)
@@ -87,9 +87,9 @@ def _run_again(
     flags: list[bool] = []
     is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not call.is_mixed
     has_grad = torch.is_grad_enabled()
-    push_saved_tensors_hooks(pack, _identity)
+    push_saved_tensors_hooks(pack, _identity)  # Only a function that differentiates inside itself unpacks here.
     try:
-        set_grad_enabled(True)
+        set_grad_enabled(True)  # A backward pass runs without, and nothing would be saved.
         for norm in norms:
             flags.append((attributes := norm.attributes)["track_running_stats"])
             attributes["track_running_stats"] = False
@@ -123,7 +123,7 @@ def _run_again(
     if call.tail is not None:
         call.tail.compare(call.name, tensors[-1], is_rounded=rounded is not None)
     if fill and (saved := call.saved()) is not None:
-        saved.tensors, saved.versions = tensors[:], versions
+        saved.tensors, saved.versions = tensors[:], versions  # A copy, since `caught` is cleared.
         if call.constants is not None:
             _careful.check_constants(call, saved.tensors)
     caught.clear()  # The nodes hold the hook, and the hook this list, as in `record` (rule 1).

@@ -66,6 +66,7 @@ class TensorPlace(NamedTuple):
     def swap(self, tensor: Tensor) -> Callable[[], None]:
         """Put `tensor` in this place, and return the call that undoes it."""
         before = self.holder[self.name]
+        # Into the dict: `setattr` of a module refuses a plain tensor where a parameter is.
         self.holder[self.name] = tensor
 
         def undo() -> None:
@@ -77,8 +78,10 @@ class TensorPlace(NamedTuple):
 @contextmanager
 def set_aside(call: "RecordedCall") -> Iterator[None]:
     """Let a function that is about to run for its result alone leave no trace: in buffers, and in random states."""
+    # All buffers: which of them the function writes is not known before it has run.
     call.states = {place: buffer.detach().clone() for place, buffer in enumerate(call.buffers)}
     devices = call.surroundings.devices | call.plan.devices
+    # Without a digest of the state after: there is no run whose numbers it has to draw.
     call.random = [(device, get_random_state(device), None) for device in devices]
     with restored(call):
         yield
@@ -99,6 +102,7 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
     with ExitStack() as stack:
         for context in _autocast_contexts(call):
             stack.enter_context(context)
+        # One by one: `train()` would set those of the children, and models override it to keep a norm frozen.
         for holder, flag in zip(plan.modules, plan.training, strict=True):
             if holder.training != flag:
                 stack.callback(setattr, holder, "training", holder.training)
@@ -110,6 +114,7 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
         copies: list[Tensor] = []  # Kept until the replay is over, so that no other tensor takes their identity.
         for place, value in _places_to_fill(call):
             is_copied = value is not None
+            # What the function writes to is copied even if it is still there: the replay must not write to it again.
             if not is_copied and (place.current is place.tensor or is_sharded(place.tensor)):
                 continue
             tensor = place.tensor if value is None else value.detach().clone()
@@ -122,6 +127,7 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
             set_random_state(device, state)
         yield lasting
         for device, _, end in call.random or ():
+            # Compared here, since leaving the stack sets other states.
             if end is not None and digest(get_random_state(device)) != end:
                 raise ReconstructionError(
                     f"`{call.name}` did not draw the random numbers again that it drew in the forward pass, on "
@@ -138,10 +144,12 @@ def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor 
         yield TensorPlace(holder, name, parameter), (call.written or {}).get(number)
     for number, ((holder, name), buffer) in enumerate(zip(plan.buffer_places, call.buffers, strict=True)):
         value = (call.states or {}).get(number)
+        # What is only written may begin with any value, so with a copy of the present one.
         yield TensorPlace(holder, name, buffer), buffer if value is None and number in copied else value
 
 
 def _autocast_contexts(call: "RecordedCall") -> list[AbstractContextManager[Any]]:
+    # It was off, and is on if the backward pass runs under autocast.
     if not call.autocast:
         types = filter(torch.is_autocast_enabled, call.surroundings.autocast_types)
         return [torch.autocast(device_type, enabled=False) for device_type in types]

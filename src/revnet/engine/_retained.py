@@ -30,6 +30,7 @@ def streams_for(run: "Rebuilder", index: int) -> StreamSnapshot:
 
 
 def _drop_walk_after_backward(run: "Rebuilder") -> None:
+    # Weak: the graph owns the run (rule 1), and not the queue of the autograd engine.
     reference = weakref.ref(run)
 
     def drop() -> None:
@@ -45,6 +46,7 @@ def _drop_walk_after_backward(run: "Rebuilder") -> None:
 
 def fork(streams: StreamSnapshot) -> StreamSnapshot:
     """Return the same streams, to be walked back on their own. Both see one memory, so neither writes to it."""
+    # `detach` shares the version, so that the fork notices a write to what it was forked from.
     held = [None if tensor is None else streams.read(which).detach() for which, tensor in enumerate(streams.held)]
     copy = StreamSnapshot(streams.position, held, streams.strides)
     copy.origin = streams.origin

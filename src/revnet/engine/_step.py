@@ -72,6 +72,7 @@ class AbstractFunctionStep(AbstractStep):
 
     def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
         """Run the function again on the stream that it read, which undoing it has left as it was."""
+        # Nothing is undone, so the run may stop early (rule 7).
         self.run_again(run, streams, index, fill=True, needs_result=False)
 
     def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
@@ -95,6 +96,7 @@ class JoinedStep(AbstractStep):
         """Return the updated stream, leaving slots of function and coupling in the graph."""
         self.half_block = half_block
         source, stream = streams[half_block.source], streams[half_block.target]
+        # The leaves of a replay must require gradients as these do, or autograd saves other tensors (rule 4).
         self.source_requires_grad, self.stream_requires_grad = source.requires_grad, stream.requires_grad
 
         def compute() -> Tensor:
@@ -137,18 +139,21 @@ class JoinedStep(AbstractStep):
             return run.chain.join(half_block, x, run.chain.call(half_block, source), _new_log_dets(run))
 
         y: Tensor = replay(self, compute, (), fill=False, rounded=None)
+        # Its graph would keep all that this replay saved.
         return y.detach()
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
         half_block, coupling = self.half_block, self.half_block.coupling
         source, rounded = self.source_of(run, streams, index)
         y_or_x = streams.read(half_block.target)
+        # If it is undone already, this is the stream before it.
         x = y_or_x if streams.position == index else None
 
         def compute() -> Tensor:
             nonlocal x
             residual = run.chain.call(half_block, source)
             if x is None:
+                # The first run had no inverse, so what autograd saved of it would have no slots.
                 with torch.no_grad():
                     x = coupling.inverse(y_or_x, residual, half_block.name)
             leaf = x.detach().requires_grad_(self.stream_requires_grad)

@@ -37,7 +37,7 @@ def joined(streams: Streams, dim: int, run: "Rebuilder | None") -> Tensor:
         return torch.cat(streams, dim)
     y = torch.cat([with_own_gradient(stream) for stream in streams], dim)
     if run is not None:
-        whole = y.detach()
+        whole = y.detach()  # Its node would lead back to the run (rule 1).
         run.hold(whole.split([stream.shape[dim] for stream in streams], dim), whole)
     return y
 

@@ -49,13 +49,16 @@ class Surroundings:
     def add_devices(self, devices: Iterable[torch.device]) -> None:
         """Look after further devices, too."""
         types = {*self.autocast_types, *[device.type for device in devices]}
+        # PyTorch raises if it is asked about autocast on a type of device that has none.
         self.autocast_types = tuple(sorted(filter(has_autocast, types)))
+        # The meta device has no random state.
         self.devices |= {device for device in devices if device.type != "meta"}
         self.others = [device for device in self.devices if device.type != "cpu"]
         self.refresh()
 
     def refresh(self) -> None:
         """Look again at what code between two functions may have changed."""
+        # That code may have drawn.
         self.random = None
         self.is_mixed = any(map(torch.is_autocast_enabled, self.autocast_types))
         self.autocast = autocast_states(self.autocast_types) if self.is_mixed else ()

@@ -22,7 +22,7 @@ Change = tuple[float, float] | None
 """By how much each element is changed, relative to itself and whatever its size; None for not at all."""
 
 _DEVICE_NOISE = {False: 1e-2, True: 1e-1}
-"""By how much two runs on one input may differ on a GPU, relative to the result; with autocast, and without."""
+"""By how much two runs on one input may differ on a GPU, relative to the result; without autocast, and with it."""
 EXCESS = 100.0
 """By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
 
@@ -51,6 +51,7 @@ def look_closer(
     # NaN and inf are the model's own, or reported as drift.
     if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
         check_same(run, index, streams, partial(_stream_again, run, index, streams), found, expected, watch)
+        # With room, so that the next steps are not held up by the same check.
         tolerated[index] = 4 * ratio
 
 
@@ -107,6 +108,7 @@ def check_same(
     """
     half_block, eps = run.steps[index].half_block, watch.eps
     change = _perturbation(watch, half_block.source)
+    # The input is changed on purpose; an observer would put it right.
     run.is_checking = True
     try:
         again, once_more, perturbed = measure(None), measure(None), measure(change)
@@ -119,6 +121,7 @@ def check_same(
     if math.dist(again, once_more) > noise * size:
         raise not_the_same(half_block.name, "and other numbers each time that it runs")
     response = _median_distance(perturbed, again)
+    # A result that does not respond at all is rounded all the same.
     floor = max(response, eps * size / len(expected) ** 0.5)
     if half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
@@ -126,10 +129,12 @@ def check_same(
 
 def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSnapshot:
     """Return a copy of the streams, of which one is changed, up or down at each element."""
+    # A fork, since the walk goes on from these streams.
     copy = fork(streams)
     if change is not None:
         relative, absolute = change
         source = copy.read(which)
+        # A generator of its own: the global one would move, and the training run with it.
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
         copy.put(which, source + signs.to(source.dtype) * (source.abs() * relative + absolute))

@@ -61,6 +61,7 @@ class ToleranceKeeper:
 
     def begin(self, first_name: str) -> bool:
         """Count a pass through the run of that first half-block; return whether it places its keyframes again."""
+        # By chain: a sequence of several policies has several, and one keeper.
         count = self._num_passes.get(first_name, 0)
         self._num_passes[first_name] = count + 1
         return count % _INTERVAL == 0
@@ -106,6 +107,7 @@ class ToleranceWatch(Observer):
     def __init__(self, keeper: ToleranceKeeper, first_name: str, drift: DriftWatch, *, has_values: bool):
         self._keeper: ToleranceKeeper | None = keeper
         self._drift = drift
+        # A prediction on fake tensors is no pass, and must not use up the one that places keyframes.
         self._is_calibrating = has_values and keeper.begin(first_name)
         self._references: list[StreamSnapshot] = []
         """True streams to go forward from again; the first is the lowest that is needed."""
@@ -119,6 +121,7 @@ class ToleranceWatch(Observer):
         elif (
             run.lowest >= 0
             and self._keeper is not None
+            # To be placed again, keyframes must not hide the errors that show where they belong.
             and not self._is_calibrating
             and half_block.name in self._keeper.keyframes
         ):
@@ -132,6 +135,7 @@ class ToleranceWatch(Observer):
     def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
         """Put the true streams in place unless what function `index` reads is near enough to what it read."""
         keeper, source = self._keeper, run.steps[index].half_block.source
+        # The walk goes down, so that those above are done with. From the lowest, all others can be computed.
         self._references = [each for each in self._references if each.position <= index + 1] or self._references[:1]
         if keeper is None:
             return
@@ -142,8 +146,9 @@ class ToleranceWatch(Observer):
             return
         position = index + 1
         name = run.steps[position].half_block.name
-        is_alone = streams.origin - position == 1
+        is_alone = streams.origin - position == 1  # Before `streams` is set to others.
         true = self._recompute_streams(run, position)
+        # In place: the run walks this snapshot back, and goes on from what is in it.
         streams.position, streams.origin, streams.strides = true.position, true.origin, true.strides
         streams.held, streams.versions = true.held, true.versions
         true_error = float(self._drift.error_of(index, streams.read(source)))  # type: ignore[arg-type]
@@ -160,16 +165,19 @@ class ToleranceWatch(Observer):
             if is_alone:
                 keeper.warn_single_step(name, float(error))
             if streams is not run.held:  # The graph is retained: next time, from here.
+                # In order: `streams_for` takes the first that is not below the half-block.
                 below = [keyframe for keyframe in run.keyframes if keyframe.position <= position]
                 run.keyframes = [*below, fork(streams), *run.keyframes[len(below) :]]
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Let go of the streams on the way."""
+        # The first is where a second pass over a retained graph goes forward from.
         del self._references[1:]
 
     def _recompute_streams(self, run: "Rebuilder", position: int) -> StreamSnapshot:
         """Return the streams at `position` as the forward pass had them: from the nearest true ones, forward again."""
         below = [each for each in (*self._references, *run.keyframes) if each.position <= position]
+        # A fork: the run walks it back in place, and the reference stays true.
         streams = fork(max(below, key=lambda each: each.position))
         # Streams on the way that may be asked for next, few enough, and near enough to go on from.
         spacing = max(1, math.isqrt(position - streams.position))

@@ -80,7 +80,7 @@ class Origin(NamedTuple):
         blocks = sequence._modules.get("blocks")
         if self.policies is not sequence._policies or type(blocks) is not nn.ModuleList:
             return False
-        if len(self.reads) != len(blocks._modules) or has_global_module_hook():
+        if len(self.reads) != len(blocks._modules) or has_global_module_hook():  # Such a hook must see each block.
             return False
         try:
             return self.found == look(blocks._modules.values(), self.reads)

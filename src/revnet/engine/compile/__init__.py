@@ -67,6 +67,7 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
     training: list[list[bool]] = []
     for function in functions:
         flags = []
+        # In the order of `places`, by which the program finds them again.
         for module in function.modules():
             flags.append(module.training)
             inputs.extend([tensor for tensor in module._parameters.values() if tensor is not None])
@@ -97,6 +98,7 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
     if chain.log_dets is not None and has_log_det(program):
         chain.log_dets[:] = [sum(chain.log_dets, start=log_det)]
     targets = [half_block.target for half_block in chain.half_blocks]
+    # An operator must not return its inputs, so a stream that no step updates does not pass through it.
     return y1 if 0 in targets else streams[0], y2 if 1 in targets else streams[1]
 
 

@@ -131,6 +131,7 @@ class BackwardPass:
         for result, gradient in results:
             if result is not None and gradient is not None and result.requires_grad:
                 ends.append(get_gradient_edge(result))
+                # A residual may be of lower precision than the stream that it joins, and than its gradient.
                 gradients.append(gradient.to(result.dtype))
         if not ends:
             return None
@@ -238,6 +239,7 @@ def _laid_out_as(meta: Tensor, gradient: Tensor | None) -> Tensor:
 
 @contextmanager
 def _random_states_left_alone(devices: Sequence[torch.device]) -> Iterator[None]:
+    # Each step sets the states of the forward pass; what the caller draws next must not depend on that.
     before = [get_random_state(device) for device in devices]
     try:
         yield

@@ -63,7 +63,7 @@ def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buf
         position += size
         return piece.view(like.dtype).view(like.shape).to(like.device)
 
-    now = [get_random_state(device) for device in devices]
+    now = [get_random_state(device) for device in devices]  # For their sizes alone.
     return [
         Kept([take(each) for each in now] if draws else [], [take(buffers[each]) for each in program.kept(step)])
         for step, draws in zip(program.steps, program.found.draws, strict=True)

@@ -45,6 +45,7 @@ def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor],
     streams = list(inputs[:NUM_STREAMS])
     # The shapes are needed each time the forward operator is traced, hence functions run each time.
     found = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]
+    # Once: the traced code has already taken the first findings for constants.
     if program.findings is None:
         changed = {position for each in found for position in each.changed}
         is_constant = [position not in changed for position in range(len(buffers))]
@@ -78,6 +79,7 @@ def _probe_step(
     watch = _Watch()
     try:
         with autograd_in_operators(), torch.enable_grad(), fakes_for_a_trial(source), watch:
+            # Whether or not its gradient is wanted: the reach is to say on what the residual depends.
             called = program.call(step, source.requires_grad_(), leaves, copies)
         _check_only_the_first_call_writes(program, step, source, leaves, copies, before)
         streams[step.target] = step.coupling.forward(streams[step.target], called.residual.detach(), step.name)
@@ -148,6 +150,7 @@ def _reach(residual: Tensor, source: Tensor, leaves: dict[int, Tensor]) -> Reach
 def leaves_of(node: Any) -> dict[int, Tensor]:
     """Return the leaves that a graph hands gradients to, by their ids; `node` is its end."""
     leaves: dict[int, Tensor] = {}
+    # No recursion: a graph may be deeper than the stack of Python.
     remaining, seen = [node], {node}
     while remaining:
         each = remaining.pop()

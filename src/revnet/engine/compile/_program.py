@@ -109,6 +109,7 @@ class Program:
         """Why the program cannot run, if the probe found a reason."""
         self.cyclic: set[str] = set()
         """Names of the functions that leave reference cycles; see `check_no_graph_left`."""
+        # Weak: `PROGRAMS` is global, and would keep each model that was ever compiled.
         self._functions = [weakref.ref(function) for function in functions]
         self._training = training
         self._autocast = autocast
@@ -139,6 +140,7 @@ class Program:
 
     def digest(self) -> str:
         """Return a string for everything that the shapes and the gradients of the operators depend on."""
+        # No number and no identity, which hold in one process only: compiled graphs are cached on disk.
         steps = [(step.target, step.source, type(step.coupling).__qualname__, step.coupling) for step in self.steps]
         traits = (steps, self.found, self._is_scratch, self.has_log_det, self._input_dtype, self._autocast)
         return hashlib.sha256(repr(traits).encode()).hexdigest()
@@ -189,6 +191,7 @@ class Program:
         chain.input_dtype = self._input_dtype
         with self._entered(half_block, step.function, leaves, buffers):
             residual = chain.call(half_block, source)
+            # Before the context puts the module's own buffers back.
             rebound = {
                 position: holder[name]
                 for position, (holder, name) in zip(
@@ -197,6 +200,7 @@ class Program:
                 if holder[name] is not buffers[position]
             }
         check_arguments(step.name, arguments, flat, self._argument_spec)
+        # Else their graph would look like something that the function keeps (`check_no_graph_left`).
         drop_graphs_of_hooks(half_block.function)
         return Called(residual, rebound)
 
@@ -209,6 +213,7 @@ class Program:
                 if enabled or torch.is_autocast_enabled(device_type):
                     # No cache: it would keep casts of tensors that do not outlive the call.
                     stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
+            # One by one: `train()` would set those of the children, and models override it to keep a norm frozen.
             for module, training in zip(half_block.function.modules(), self._training[which], strict=True):
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
@@ -242,6 +247,7 @@ class Program:
 
     def buffers_for_replay(self, constants: Sequence[Tensor]) -> list[Tensor]:
         """Return all buffers, with copies for the ones that steps write to."""
+        # Of the copies only shape and dtype count: each step's values are restored before it, and scratch is not read.
         remaining = iter(constants)
         all_places = itertools.chain.from_iterable(self._buffer_places)
         return [
@@ -259,6 +265,7 @@ class Program:
         is_live = list(has_gradient[:NUM_STREAMS])
         inputs: set[int] = set()
         for step, reach in zip(reversed(self.steps), reversed(self.found.reaches), strict=True):
+            # A log-determinant depends on the stream that its coupling updates.
             if has_gradient[NUM_STREAMS] and not step.coupling.is_additive:
                 is_live[step.target] = True
             if is_live[step.target]:
@@ -289,6 +296,7 @@ def _consecutive(start: int, items: Sequence[Sequence[Any]]) -> list[range]:
 
 PROGRAMS: dict[int, Program] = {}
 _numbers = itertools.count()
+# Weak both ways: a number must not keep a model alive.
 _things: "weakref.WeakValueDictionary[int, nn.Module | AbstractCoupling]" = weakref.WeakValueDictionary()
 _number_by_thing: "weakref.WeakKeyDictionary[nn.Module | AbstractCoupling, int]" = weakref.WeakKeyDictionary()
 
@@ -318,6 +326,7 @@ def program_of(
     made = [Step(*step[:4], _things[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]
     number = next(_numbers)
     PROGRAMS[number] = Program(modules, made, *rest, **more)
+    # Without one of its functions, no graph that refers to the program can run.
     weakref.finalize(modules[0], PROGRAMS.pop, number, None)
     return number
 

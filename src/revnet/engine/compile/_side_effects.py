@@ -19,6 +19,7 @@ from revnet._torch_internals import tree_flatten
 from revnet.engine._tracing import CannotCompileError
 
 _CONTAINERS = (list, dict, set, deque)
+# Hooks, and what a program swaps by itself: parameters, buffers and flags.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -134,6 +135,7 @@ def _containers(value: Any) -> Iterator[Any]:
     remaining = [value]
     while remaining:
         each = remaining.pop()
+        # By identity: a container may hold itself, and a list has no hash.
         if id(each) in seen or not isinstance(each, (*_CONTAINERS, tuple)):
             continue
         seen.add(id(each))
