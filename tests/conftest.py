@@ -1,5 +1,15 @@
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+
+# TorchInductor's cache does not tell instruction sets apart: a kernel that was generated for AVX-512 and is compiled
+# again for AVX2, as under `ATEN_CPU_CAPABILITY=avx2`, leaves half of its output unwritten.
+CACHE = f"torchinductor-revnet-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / CACHE))
 
 
 @pytest.fixture(autouse=True)

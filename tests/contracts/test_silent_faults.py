@@ -299,6 +299,33 @@ def test_no_false_alarm(kind):
                 torch.use_deterministic_algorithms(False)
 
 
+class NoisyAtTheEnd(nn.Module):
+    """Draws after the last tensor that autograd saves, so that a replay that stops there has not drawn yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_numbers_that_are_drawn_after_the_last_saved_tensor_are_no_alarm(policy):
+    sequence = ReversibleSequential(
+        *[ReversibleBlock(NoisyAtTheEnd(), NoisyAtTheEnd(), split_dim=-1) for _ in range(2)], policy=policy
+    )
+    twin = stored_twin(sequence)
+    x = torch.randn(3, 8)
+    ends = []
+    for module in (sequence, twin):
+        torch.manual_seed(1)
+        backward(module, x)
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+    torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
 def test_a_channel_in_small_units_warns():
     """Its share of the stream's norm is nothing, but a function that normalizes each channel reads it as any other."""
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from revnet.engine._agreement import AgreementWatch
 from revnet.engine._device_digest import WAITING_INTERVAL, checksum_on_device, may_wait_for, sample_on_device
 from revnet.engine._digest import digest_of
 from revnet.engine._drift import DriftWatch
+from revnet.engine._streams import StreamSnapshot
 from revnet.errors import ReconstructionError
 from tests.helpers import mlp
 
@@ -115,3 +116,8 @@ def test_no_alarm_without_a_reason(as_on_a_gpu):
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8), split_dim=-1) for _ in range(32)])
     for _ in range(3):
         sequence(torch.randn(5, 16)).square().sum().backward()
+
+
+def test_a_stream_is_perturbed_on_its_device():
+    streams = StreamSnapshot(0, [torch.randn(3, device="meta")], [(1,)])
+    assert _suspicion._perturbed(streams, 0, (1e-3, 0.0)).read(0).is_meta

@@ -21,7 +21,7 @@ from revnet.engine import _careful
 from revnet.engine._batch_norm import WORTHWHILE
 from revnet.engine._careful import meta_of
 from revnet.engine._record import RecordedCall
-from revnet.engine._restore import restored
+from revnet.engine._restore import run_restored
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
@@ -60,8 +60,7 @@ def replay(
         or list(map(_requires_grad, call.parameters)) != call.requires_grad
         or any_autocast_is_on()  # It was off: `is_mixed` is asked above.
     ):
-        with restored(call) as lasting:
-            return _run_again(call, function, args, lasting, fill, rounded, needs_result)
+        return run_restored(call, _run_again, function, args, fill, rounded, needs_result)
     return _run_again(call, function, args, call.lasting, fill, rounded, needs_result)
 
 

@@ -129,11 +129,41 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
         for device, _, end in call.random or ():
             # Compared here, since leaving the stack sets other states.
             if end is not None and digest(get_random_state(device)) != end:
-                raise ReconstructionError(
+                raise OtherNumbersError(
                     f"`{call.name}` did not draw the random numbers again that it drew in the forward pass, on "
                     f"{device}: another thread drew from the same generator meanwhile, or the function is not "
                     "deterministic; train in separate processes, or keep its block's activations with `Store()`."
                 )
+
+
+class OtherNumbersError(ReconstructionError):
+    """A replay drew other random numbers than the first run, or not as many."""
+
+
+def run_restored(
+    call: "RecordedCall",
+    run_again: Callable[..., Any],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    fill: bool,
+    rounded: Tensor | None,
+    needs_result: bool,
+) -> Any:
+    """Run a function again by `run_again`, with everything put back.
+
+    Raises:
+        ReconstructionError: As `restored` does.
+    """
+    try:
+        with restored(call) as lasting:
+            return run_again(call, function, args, lasting, fill, rounded, needs_result)
+    except OtherNumbersError:
+        if needs_result or call.stop_after < 0:
+            raise
+    # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can tell.
+    call.stop_after = -1
+    with restored(call) as lasting:
+        return run_again(call, function, args, lasting, fill, rounded, needs_result)
 
 
 def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor | None]]:

@@ -137,7 +137,7 @@ def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSna
         # A generator of its own: the global one would move, and the training run with it.
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
-        copy.put(which, source + signs.to(source.dtype) * (source.abs() * relative + absolute))
+        copy.put(which, source + signs.to(source) * (source.abs() * relative + absolute))
     return copy
 
 
