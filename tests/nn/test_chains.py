@@ -424,3 +424,27 @@ def test_forward_is_documented_where_users_look():
     for kind in (ReversibleSequential, ReversibleBlock):
         assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "args", "kwargs"]
         assert "writing over it before the backward pass" in inspect.getdoc(kind.forward)
+
+
+@all_blocks
+def test_a_block_that_is_called_alone_keeps_its_chain(make):
+    block, x = make(), torch.randn(2, 8)
+    for _ in range(3):
+        block(x).sum().backward()
+    ((_, chain),) = block._course().segments
+    assert chain.num_runs == 3
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(x), block(x))
+        ((_, others),) = other._course().segments
+        assert others is not chain
+        assert others.half_blocks[0].function is not chain.half_blocks[0].function
+
+
+def test_a_block_that_is_called_alone_sees_another_function():
+    block, x = BLOCKS["block"](), torch.randn(2, 8)
+    block(x).sum().backward()
+    block.f = mlp(4)
+    block(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in block.f.parameters())
+    block.coupling = FixedPoint()
+    assert block._course().segments[0][1].is_exact

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 
 from revnet._checks import describe
@@ -45,7 +46,11 @@ class AbstractReversibleBlock(ReversibleModule):
         """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
 
     def _find_course(self) -> Course:
-        return course_of([(_REVERSE, Chain(self.half_blocks()))], self)
+        half_blocks = self.half_blocks()
+        if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
+            return course_of([(_REVERSE, Chain(half_blocks))], self)
+        alone = self.__dict__.setdefault("_alone", _Alone())
+        return course_of([(_REVERSE, alone.chain_of(half_blocks))], self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the residual functions, with the arguments of `torch.compile`; the block runs them uncompiled.
@@ -54,6 +59,29 @@ class AbstractReversibleBlock(ReversibleModule):
         """
         for half_block in self.half_blocks():
             half_block.function.compile(*args, **kwargs)
+
+
+class _Alone:
+    """The chain of a block that is called alone, kept for as long as its half-blocks are the same.
+
+    It belongs to the block object and is not copied with it, since it refers to its functions.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[HalfBlock], Chain] | None = None
+
+    def chain_of(self, half_blocks: list[HalfBlock]) -> Chain:
+        """Return the chain of these half-blocks: the one of the last call, if they are the same."""
+        known = self._known
+        if known is None or known[0] != half_blocks:
+            self._known = known = (half_blocks, Chain(half_blocks))
+        return known[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Alone":
+        return _Alone()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Alone, ()
 
 
 def course_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Course:

@@ -123,7 +123,9 @@ class _Inverse(nn.Module):
         if not all(half_block.coupling.is_additive for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
         undone = [each._replace(function=_Negative(each.function)) for each in reversed(half_blocks)]
-        return run_forward(course_of([(Reverse(), Chain(undone))], first), y, args, kwargs)
+        chain = Chain(undone)
+        chain.num_runs = 1  # The first run of a chain on a GPU waits for it, and this chain is a new one in each step.
+        return run_forward(course_of([(Reverse(), chain)], first), y, args, kwargs)
 
 
 class _Negative(nn.Module):
