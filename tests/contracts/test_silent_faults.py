@@ -4,6 +4,7 @@ import gc
 import random
 import warnings
 import weakref
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -324,6 +325,100 @@ def test_numbers_that_are_drawn_after_the_last_saved_tensor_are_no_alarm(policy)
         ends.append(torch.get_rng_state())
     assert torch.equal(*ends)
     torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+class Forked(nn.Module):
+    """Draws random numbers, and leaves the state as it was; the last saved tensor does not depend on them."""
+
+    def __init__(self, seeds=False):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.seeds = seeds
+
+    def forward(self, x):
+        if self.seeds:
+            torch.manual_seed(7)
+            return self.first(nn.functional.dropout(x, 0.5))
+        with torch.random.fork_rng(devices=[]):
+            a = nn.functional.dropout(self.first(x), 0.5)
+        return a + self.second(x).tanh()
+
+
+@pytest.mark.parametrize("seeds", [False, True])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_random_state_that_a_function_puts_back_itself(policy, seeds):
+    """Before and after it is the same, so nothing shows that it drew; and something else draws before backward."""
+    blocks = [ReversibleBlock(Forked(seeds), Forked(seeds), split_dim=-1) for _ in range(2)]
+    sequence = ReversibleSequential(*blocks, policy=policy)
+    twin = stored_twin(sequence)
+    x = torch.randn(3, 8)
+    ends = []
+    for module in (sequence, twin):
+        torch.manual_seed(1)
+        loss = module(x).square().mean()
+        torch.rand(3)
+        loss.backward()
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+    torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_forward_that_is_set_on_a_batch_norm_stays(policy):
+    sequence = conv_stack(2, width=8)
+    sequence.set_policies(policy)
+    x = torch.randn(2, 16, 4, 4)
+    backward(sequence, x)
+    norm = next(module for module in sequence.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.forward = MethodType(lambda self, y: 2 * nn.BatchNorm2d.forward(self, y), norm)
+    twin = stored_twin(sequence)
+    for module in (sequence, twin):
+        module.zero_grad()
+        backward(module, x)
+    assert "forward" in norm.__dict__
+    torch.testing.assert_close(gradients(sequence), gradients(twin), rtol=1e-3, atol=1e-5)
+
+
+class PenaltyOfParameters(nn.Module):
+    """Differentiates inside itself, and reads nothing but parameters for that."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        (slope,) = torch.autograd.grad((self.first.weight * self.second.weight).sum(), self.first.weight)
+        return self.first(x).tanh() + self.second(x) * slope.mean()
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_a_function_that_differentiates_its_parameters_inside(policy):
+    blocks = [ReversibleBlock(PenaltyOfParameters(), PenaltyOfParameters(), split_dim=-1) for _ in range(2)]
+    sequence = ReversibleSequential(*blocks, policy=policy)
+    twin = stored_twin(sequence)
+    x = torch.randn(3, 8)
+    for module in (sequence, twin):
+        backward(module, x)
+    torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+def test_streams_that_are_conjugated_or_negated_lazily_are_no_alarm():
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), split_dim=-1) for _ in range(2)]).double()
+    z = torch.randn(2, 3, 4, dtype=torch.complex128)
+    streams = tuple(z.conj().imag)
+    assert streams[0].is_neg()
+    sum(y.sum() for y in sequence(streams)).backward()
+
+
+def test_autocast_that_hooks_of_functions_switch():
+    sequence = mlp_stack(2)
+    device = "cpu"
+    sequence.blocks[1].f.register_forward_pre_hook(lambda *_: torch.set_autocast_enabled(device, True))
+    sequence.blocks[1].g.register_forward_hook(lambda *_: torch.set_autocast_enabled(device, False))
+    try:
+        backward(sequence, torch.randn(3, 16))
+    finally:
+        torch.set_autocast_enabled(device, False)
 
 
 def test_a_channel_in_small_units_warns():

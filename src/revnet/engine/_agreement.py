@@ -28,10 +28,8 @@ SUSPICIOUS = 64.0
 
 If each function amplified errors by as much, a float32 stream would be lost after four blocks.
 """
-PARTS_INTERVAL = 16
-"""Runs of a chain between two looks at the parts of a stream, which cost more than all else on small tensors."""
+PARTS_INTERVAL = 16  # Runs between two looks at the parts of a stream, which are dear on small tensors.
 _FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex}
-"""The relative error of rounding, by which any stream may be off."""
 
 
 class AgreementWatch(Observer):
@@ -49,7 +47,6 @@ class AgreementWatch(Observer):
         self.worst = 0.0
         """The largest error of any stream so far in this walk, relative to the larger stream at each step."""
         self.eps = torch.finfo(torch.float32).eps
-        """The unit in the last place of the streams."""
         self._position = -1
         self._first: Digest | None = None
         """Of what the lowest function reads, whose rebuilt stream has come the longest way."""

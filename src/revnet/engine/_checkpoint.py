@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnet._torch_internals import any_autocast_is_on
 from revnet._types import Streams
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
@@ -85,7 +86,8 @@ class _KeepingRun:
         """Run the next half-block on `streams`, keeping none of its activations."""
         half_block, plans = chain.half_blocks[index], chain.chain.plans
         source, stream = streams[half_block.source], streams[half_block.target]
-        if chain.chain.blocks is not None or not half_block.coupling.is_additive:
+        is_other = any_autocast_is_on() != self._surroundings.is_mixed
+        if is_other or chain.chain.blocks is not None or not half_block.coupling.is_additive:
             # Hooks and couplings may draw random numbers, and hooks change autocast.
             self._surroundings.refresh()
         call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)
@@ -128,6 +130,7 @@ class _KeepingRun:
     def rebuild(self, index: int) -> None:
         """Run function `index` again on what it read."""
         check_finished(self.is_finished)
+        self._surroundings.look_at_random_states(self._calls[0][1].before)
         if self._range is not None:
             self._range.check_waiting()
         # One function's activations at a time, even where the last one's were not read (rule 3).
@@ -214,6 +217,7 @@ class _KeptCall:
     def rebuild(self, index: int) -> None:
         """Compute again."""
         check_finished(self.is_finished)
+        self._call.surroundings.look_at_random_states(self._call.before)
         replay(self._call, self._compute, (), fill=True, rounded=None, needs_result=False)
 
     def _compute(self) -> Any:

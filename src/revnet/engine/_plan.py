@@ -1,7 +1,7 @@
 """What is known of the structure of a residual function: found once, checked cheaply at each call."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
@@ -69,6 +69,11 @@ class Plan:
     """Shape, dtype and device of each tensor that the last call saved."""
     results: list[Any]
     """The same of each tensor that it returned."""
+    norm_attributes: list[dict[str, Any]] = field(init=False)
+    """The attributes of the norms. A `forward` among them was set after the plan was made."""
+
+    def __post_init__(self) -> None:
+        self.norm_attributes = [norm.attributes for norm in self.norms]
 
     def fit(self, held: list[Any], ids: list[int]) -> set[int] | None:
         """Return the identities of parameters and buffers, if these fit the structure; otherwise None.

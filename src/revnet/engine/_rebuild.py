@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import forward_mode_level
+from revnet._torch_internals import any_autocast_is_on, forward_mode_level
 from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine import _careful
@@ -20,7 +20,7 @@ from revnet.engine._digest import can_digest
 from revnet.engine._drift import active_meter
 from revnet.engine._observer import Observer
 from revnet.engine._observers import correct, observers_of
-from revnet.engine._random import cpu_random_state
+from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
 from revnet.engine._replay import replay
 from revnet.engine._retained import streams_for
 from revnet.engine._step import AbstractFunctionStep, AbstractStep, JoinedStep
@@ -84,7 +84,6 @@ class Rebuilder:
         self.walk: StreamSnapshot | None = None
         """A copy that is walked back while the graph is retained."""
         self.is_finished = False
-        """Whether the forward pass is over."""
         self.is_checking = False
         """Whether an observer runs functions again to look at what they give."""
         self.lock = threading.RLock()
@@ -114,7 +113,7 @@ class Rebuilder:
     def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
         half_block, plans, surroundings = chain.chain.half_blocks[index], chain.chain.plans, self.surroundings
         is_additive = half_block.coupling.is_additive
-        if chain.chain.blocks is not None or not is_additive:
+        if chain.chain.blocks is not None or not is_additive or any_autocast_is_on() != surroundings.is_mixed:
             surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks change autocast.
         kind: type[AbstractStep] = AdditiveStep if is_additive else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
@@ -164,6 +163,10 @@ class Rebuilder:
         else:  # Nothing above can be asked for again: what is held itself may move.
             assert self.held is not None
             self.walk, streams = None, self.held
+        if streams.position == streams.origin:  # A new walk. What was drawn since must not reach the replays.
+            state, others = cpu_random_state(), self.surroundings.others
+            if others or compare_bytes(steps[0].before[1], state.data_ptr(), NUM_BYTES):
+                self.surroundings.look_at_random_states(steps[0].before)
         if streams.position == index:  # Undone already, and asked for again.
             steps[index].refill(self, streams, index)
         while (position := streams.position) > index:

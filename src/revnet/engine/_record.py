@@ -8,7 +8,7 @@ fills the slots. What happens only where a function needs it is in `_careful`, `
 import weakref
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from sys import getrefcount
 from typing import Any
 
@@ -39,8 +39,8 @@ _requires_grad = attrgetter("requires_grad")
 _device = attrgetter("device")
 _flatten = chain.from_iterable
 _values = dict.values
-_nothing: Callable[[], None] = type(None)
-"""Returns None, without a Python call."""
+_has_own_forward = methodcaller("__contains__", "forward")
+_nothing: Callable[[], None] = type(None)  # Without a Python call.
 
 
 class Saved:
@@ -94,10 +94,10 @@ class Saved:
     def unpack(self, number: int) -> Any:
         """Return the tensor of a slot, or one that outlives the call, guarded as autograd would guard it."""
         if number < 0:
-            tensor = self.others[~number]
-            if tensor._version != self.other_versions[~number]:
-                what = "a parameter, buffer or argument of a residual function"
-                raise _careful.modified(what, tensor, self.other_versions[~number])
+            tensor, version = self.others[~number], self.other_versions[~number]
+            if tensor._version != version:
+                raise _careful.modified("a parameter, buffer or argument of a residual function", tensor, version)
+            self.was_read = True  # If the forward pass is not over, the function differentiates inside.
             return tensor
         if self.is_plain:
             if self.tensors is None:
@@ -122,9 +122,9 @@ class RecordedCall:
     """
 
     __slots__ = (
-        *("autocast", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain", "lasting"),
-        *("metas", "name", "parameters", "plan", "random", "requires_grad", "results", "saved", "states"),
-        *("stop_after", "surroundings", "tail", "versions", "written"),
+        *("autocast", "before", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain"),
+        *("lasting", "metas", "name", "others", "parameters", "plan", "random", "requires_grad", "results"),
+        *("saved", "states", "stop_after", "surroundings", "tail", "versions", "written"),
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
@@ -138,6 +138,7 @@ class RecordedCall:
             or lasting is None
             or list(map(plan.get_flag, plan.flag_holders)) != plan.training
             or any(plan.empty)  # Filled since: `held` has nothing of them.
+            or any(map(_has_own_forward, plan.norm_attributes))
             # On a machine with nothing but a CPU, no tensor can move.
             or (HAS_ACCELERATOR and not plan.has_devices_of(held))
         ):
@@ -203,7 +204,8 @@ class RecordedCall:
             _careful.forget_streams(self, sources)
         if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
             surroundings.add_devices(plan.devices)
-        before = surroundings.random or surroundings.random_states()  # Read once between two functions.
+        self.before = before = surroundings.random or surroundings.random_states()  # Read once between two functions.
+        self.others = surroundings.others
         start = next_sequence_number()  # A node with a lower number was there before the call.
         saved = Saved(filler, index, self.lasting)
         tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
@@ -221,10 +223,9 @@ class RecordedCall:
             raise
         finally:
             pop_saved_tensors_hooks()
-        after = cpu_random_state()
-        pointer = after.data_ptr()
-        surroundings.random = after, pointer, surroundings.other_states() if surroundings.others else ()
-        if compare_bytes(before[1], pointer, NUM_BYTES) or surroundings.others:
+        surroundings.random, after = before, cpu_random_state()
+        if compare_bytes(before[1], after.data_ptr(), NUM_BYTES) or surroundings.others:
+            surroundings.random = after, after.data_ptr(), surroundings.other_states()
             self.random = _careful.moved(surroundings, before, surroundings.random)
         if checksums is not None or self.states is not None or list(map(_version, self.parameters)) != self.versions:
             _states.after(self, checksums)

@@ -54,6 +54,7 @@ def replay(
     # Is everything that the function depends on as it was in its first run (rule 4)?
     if (
         (call.is_mixed or call.random or call.states or call.written or plan.statistics)
+        or call.surroundings.has_moved
         or list(map(plan.get_flag, plan.flag_holders)) != plan.training
         or any(plan.empty)
         or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
@@ -83,16 +84,18 @@ def _run_again(
     elif stop_after > 0:
         pack = _make_stopping_pack(caught, lasting, stop_after)
     norms = call.plan.norms
-    flags: list[bool] = []
+    flags: list[tuple[bool, Function | None]] = []
     is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not call.is_mixed
     has_grad = torch.is_grad_enabled()
     push_saved_tensors_hooks(pack, _identity)  # Only a function that differentiates inside itself unpacks here.
     try:
         set_grad_enabled(True)  # A backward pass runs without, and nothing would be saved.
         for norm in norms:
-            flags.append((attributes := norm.attributes)["track_running_stats"])
+            attributes = norm.attributes
+            forward = None if "forward" in attributes else norm.faster if is_faster else norm.forward
+            flags.append((attributes["track_running_stats"], forward))
             attributes["track_running_stats"] = False
-            if (forward := norm.faster if is_faster else norm.forward) is not None:
+            if forward is not None:
                 attributes["forward"] = forward
         if profiler_is_on():
             function = torch.profiler.record_function(f"revnet: replay {call.name}")(function)
@@ -103,10 +106,10 @@ def _run_again(
         caught.clear()  # The traceback refers to the hook, which would keep every activation.
         raise
     finally:
-        for norm, flag in zip(norms, flags):  # noqa: B905 - no flags, if nothing was done
+        for norm, (flag, forward) in zip(norms, flags):  # noqa: B905 - no flags, if nothing was done
             norm.attributes["track_running_stats"] = flag
-            if "forward" in norm.attributes:
-                del norm.attributes["forward"]
+            if forward is not None:
+                norm.attributes.pop("forward", None)
         set_grad_enabled(has_grad)
         pop_saved_tensors_hooks()
     tensors = caught

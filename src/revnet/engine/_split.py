@@ -25,6 +25,8 @@ def prepare(
     streams = tuple(
         [stream.float() if is_low_precision(stream) else stream for stream in split(x, dim, num_streams, name=name)]
     )
+    # A rebuilt stream is never conjugated or negated lazily, and what lies in memory is compared.
+    streams = tuple([stream.resolve_conj().resolve_neg() for stream in streams])
     if coupling is None:
         return streams, None
     if type(coupling) is Additive:

@@ -27,7 +27,7 @@ def begin(
         is_usual = type(num_streams) is int and 1 < num_streams <= MOST_STREAMS and type(dim) is int
         if is_usual and -x.dim() <= dim < x.dim() and x.shape[dim] % num_streams == 0:
             # Dense copies: kernels are slower on strided views, and may round differently.
-            return tuple([part.clone() for part in x.chunk(num_streams, dim)]), None
+            return tuple([part.resolve_neg().clone() for part in x.chunk(num_streams, dim)]), None
     return prepare(x, dim, num_streams, coupling, name=name)
 
 

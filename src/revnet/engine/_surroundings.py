@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import forward_mode_level
-from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state
+from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state, same_random_state
 from revnet.engine._restore import AutocastState, autocast_states, has_autocast
 from revnet.engine._tensors import versions_of
 
@@ -27,6 +27,8 @@ class Surroundings:
     """The types of the devices that know autocast."""
     random: RandomStates | None = None
     """The random states after the last function, which are the ones before the next; None if unknown."""
+    has_moved: bool = False
+    """Whether the random state is another one now than before the first function, so that replays put it back."""
     is_mixed: bool = False
     """Whether autocast is on for any of the devices."""
     autocast: tuple[AutocastState, ...] = ()
@@ -63,6 +65,16 @@ class Surroundings:
         self.is_mixed = any(map(torch.is_autocast_enabled, self.autocast_types))
         self.autocast = autocast_states(self.autocast_types) if self.is_mixed else ()
         self.is_forward_mode = forward_mode_level() >= 0
+
+    def look_at_random_states(self, begin: RandomStates) -> None:
+        """Note whether the random states are other ones now than before the first function.
+
+        A function may draw and put the state back itself, so that nothing shows that it drew.
+        """
+        self.has_moved = not (
+            same_random_state(begin[0], cpu_random_state())
+            and all(map(same_random_state, begin[2], self.other_states()))
+        )
 
     def random_states(self) -> RandomStates:
         """Return the random states of all devices."""

@@ -33,7 +33,7 @@ class ReversibleModule(AbstractReversible):
     def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Streams: ...
 
     def forward(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the output: of a block, or of the last block of a sequence.
+        """Compute the output of a block, or of a sequence's last block: a tensor for a tensor, a tuple for a tuple.
 
         Args:
             x: The activation, or the streams. Not modified, and free to be modified afterwards; streams under a
@@ -41,9 +41,6 @@ class ReversibleModule(AbstractReversible):
                 raises in that pass.
             args: Further positional arguments of every residual function, such as `f` and `g`.
             kwargs: Keyword arguments of every residual function. `f_kwargs` and `g_kwargs` are for one of them alone.
-
-        Returns:
-            The output; a tensor for a tensor, a tuple for a tuple.
         """
         if not torch.compiler.is_dynamo_compiling() and block_calls.within and (run := call_within(self)):
             return run(x, args, kwargs)
