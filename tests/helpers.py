@@ -1,6 +1,7 @@
 """Every kind of block and policy, once. The contracts run over these lists: a newcomer is tested by being added."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from revnet import (
     create_model,
 )
 from revnet.coupling import Affine
+from revnet.errors import ReconstructionError
 from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
 from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock, MultiStreamBlock
 
@@ -424,3 +426,33 @@ def assert_same_buffers(module: nn.Module, twin: nn.Module) -> None:
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+class Outside(nn.Module):
+    """Scales by a number that PyTorch does not know to come again."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * random.random())
+
+
+def assert_outside_randomness_raises(place: int, device: str = "cpu") -> None:
+    """Function number `place` of two blocks is named as the one that gives other numbers."""
+    functions = [Outside(4) if place == number else mlp(4) for number in range(4)]
+    blocks = [ReversibleBlock(*functions[start : start + 2], split_dim=-1) for start in (0, 2)]
+    sequence = ReversibleSequential(*blocks).to(device)
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{place // 2}\.{'fg'[place % 2]}` gave other numbers"):
+        sequence(torch.randn(3, 8, device=device)).square().sum().backward()
+
+
+def assert_silent_write_raises(device: str = "cpu") -> None:
+    """An output that is written over without a version is noticed."""
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), split_dim=-1) for _ in range(2)]).to(device)
+    y = sequence(torch.randn(3, 8, device=device))
+    loss = y.square().sum()
+    y.data.zero_()
+    with pytest.raises(ReconstructionError, match="written over after the forward pass"):
+        loss.backward()

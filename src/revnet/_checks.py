@@ -34,6 +34,13 @@ def describe(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
+def describe_kind(value: object) -> str:
+    """Return what kind of object `value` is, where a message is about that alone: "tuple of 3", "ndarray"."""
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
 def is_integer(value: object) -> TypeGuard[int]:
     """Return whether `value` is an integer, which a bool is not here."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -74,8 +74,8 @@ HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 # The place of a node in the order in which nodes were created on its thread. Replacement: as `next_sequence_number`.
 sequence_number_of: Callable[[torch.autograd.graph.Node], int] = methodcaller("_sequence_nr")
 
-# The node that a backward pass runs on this thread; None outside of one. There is no public way to ask. Replacement:
-# hooks on the nodes.
+# The autograd node that is running on this thread, or None outside of a backward pass. No public API returns it.
+# Replacement: hooks on the nodes.
 current_node: Callable[[], torch.autograd.graph.Node | None] = torch._C._current_autograd_node
 
 # An assertion that a GPU makes when it comes to it, so that nothing waits. Not public. Replacement: read the

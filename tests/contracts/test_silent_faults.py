@@ -4,6 +4,7 @@ import gc
 import random
 import warnings
 import weakref
+from functools import partial
 from types import MethodType
 
 import numpy as np
@@ -311,20 +312,25 @@ class NoisyAtTheEnd(nn.Module):
         return self.linear(x) + torch.randn_like(x)
 
 
-@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
-def test_numbers_that_are_drawn_after_the_last_saved_tensor_are_no_alarm(policy):
-    sequence = ReversibleSequential(
-        *[ReversibleBlock(NoisyAtTheEnd(), NoisyAtTheEnd(), split_dim=-1) for _ in range(2)], policy=policy
-    )
+def assert_same_numbers(make, policy, *, num_drawn):
+    """Gradients and the random state are the twin's, with `num_drawn` numbers drawn between forward and backward."""
+    sequence = ReversibleSequential(*[ReversibleBlock(make(), make(), split_dim=-1) for _ in range(2)], policy=policy)
     twin = stored_twin(sequence)
     x = torch.randn(3, 8)
     ends = []
     for module in (sequence, twin):
         torch.manual_seed(1)
-        backward(module, x)
+        loss = module(x).square().mean()
+        torch.rand(num_drawn)
+        loss.backward()
         ends.append(torch.get_rng_state())
     assert torch.equal(*ends)
     torch.testing.assert_close(gradients(sequence), gradients(twin))
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_numbers_that_are_drawn_after_the_last_saved_tensor_are_no_alarm(policy):
+    assert_same_numbers(NoisyAtTheEnd, policy, num_drawn=0)
 
 
 class Forked(nn.Module):
@@ -348,19 +354,7 @@ class Forked(nn.Module):
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_a_random_state_that_a_function_puts_back_itself(policy, seeds):
     """Before and after it is the same, so nothing shows that it drew; and something else draws before backward."""
-    blocks = [ReversibleBlock(Forked(seeds), Forked(seeds), split_dim=-1) for _ in range(2)]
-    sequence = ReversibleSequential(*blocks, policy=policy)
-    twin = stored_twin(sequence)
-    x = torch.randn(3, 8)
-    ends = []
-    for module in (sequence, twin):
-        torch.manual_seed(1)
-        loss = module(x).square().mean()
-        torch.rand(3)
-        loss.backward()
-        ends.append(torch.get_rng_state())
-    assert torch.equal(*ends)
-    torch.testing.assert_close(gradients(sequence), gradients(twin))
+    assert_same_numbers(partial(Forked, seeds), policy, num_drawn=3)
 
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)

@@ -1,20 +1,16 @@
 """Digests of tensors on a GPU, as far as a CPU can tell: their operators give the same anywhere."""
 
-import random
-
 import pytest
 import torch
-from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential
-from revnet.engine import Chain, HalfBlock, _agreement, _device_digest, _observers, _suspicion
+from revnet.engine import Chain, HalfBlock, _agreement, _observers, _suspicion
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._device_digest import WAITING_INTERVAL, checksum_on_device, may_wait_for, sample_on_device
 from revnet.engine._digest import digest_of
 from revnet.engine._drift import DriftWatch
 from revnet.engine._streams import StreamSnapshot
-from revnet.errors import ReconstructionError
-from tests.helpers import mlp
+from tests.helpers import assert_outside_randomness_raises, assert_silent_write_raises, mlp
 
 LAYOUTS = {
     "contiguous": torch.randn(3, 5, 7, 11),
@@ -80,36 +76,15 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_agreement, "checksum", checksum_on_device)
     monkeypatch.setattr(_agreement, "reader_of", lambda dtype, numel: (None, slice(None)))
     monkeypatch.setattr(_suspicion, "digest_of", sample_on_device)
-    monkeypatch.setattr(_device_digest, "may_wait_for", lambda x: True)
-
-
-class Outside(nn.Module):
-    """Scales by a number that PyTorch does not know to come again."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.inner = mlp(width)
-
-    def forward(self, x):
-        return self.inner(x * random.random())
 
 
 @pytest.mark.parametrize("place", range(4))
 def test_outside_randomness_raises(as_on_a_gpu, place):
-    functions = [Outside(4) if place == number else mlp(4) for number in range(4)]
-    blocks = [ReversibleBlock(*functions[start : start + 2], split_dim=-1) for start in (0, 2)]
-    sequence = ReversibleSequential(*blocks)
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{place // 2}\.{'fg'[place % 2]}` gave other numbers"):
-        sequence(torch.randn(3, 8)).square().sum().backward()
+    assert_outside_randomness_raises(place)
 
 
 def test_a_write_over_the_output_raises(as_on_a_gpu):
-    sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), split_dim=-1) for _ in range(2)])
-    y = sequence(torch.randn(3, 8))
-    loss = y.square().sum()
-    y.data.zero_()
-    with pytest.raises(ReconstructionError, match="written over after the forward pass"):
-        loss.backward()
+    assert_silent_write_raises()
 
 
 def test_no_alarm_without_a_reason(as_on_a_gpu):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from revnet._checks import describe_kind
+
 
 def check_real(x: Tensor, coupling: object) -> None:
     """Raise if the stream `x` is complex, for a coupling that needs real ones."""
@@ -16,7 +18,7 @@ def check_residual(x: Tensor, residual: Tensor, name: str) -> None:
     """Raise if the residual cannot be combined with the stream `x`."""
     if not isinstance(residual, Tensor):
         raise TypeError(
-            f"`{name}` returned {_describe(residual)}, but must return one tensor, which is added to a stream."
+            f"`{name}` returned {describe_kind(residual)}, but must return one tensor, which is added to a stream."
         )
     if residual.shape != x.shape:
         raise ValueError(
@@ -28,9 +30,3 @@ def check_residual(x: Tensor, residual: Tensor, name: str) -> None:
             f"`{name}` returned {residual.dtype}, but the stream to which it is added is {x.dtype}, which would change "
             f"and could not be rebuilt; cast the stream up with `x.to({residual.dtype})`, or the residual down."
         )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__

@@ -7,6 +7,7 @@ that was amplified is drift: a warning, see `_drift`.
 
 import math
 from collections.abc import Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,10 +74,8 @@ class AgreementWatch(Observer):
                 self._parts = _parts.parts_of(source)
             self.eps = torch.finfo(source.dtype).eps
             self._read, self._every = reader_of(source.dtype, source.numel())
-            self._numel, self._dtype = (
-                source.numel() if self._read and source.device.type == "cpu" else -1,
-                source.dtype,
-            )
+            self._numel = source.numel() if self._read and source.device.type == "cpu" else -1
+            self._dtype = source.dtype
         if index >= len(run.chain.chain.half_blocks) - len(streams):
             self.final[half_block.target] = digest_of(y)
 
@@ -125,7 +124,7 @@ class AgreementWatch(Observer):
         assert first is not None
         self._first, of_part, found = None, 0.0, digest_of(source)
         # What is nothing compared with the other stream must not count as infinite where this one is zero.
-        size = max([math.hypot(*digest) for digest in self.final.values()]) * self.eps**0.5
+        size = max(starmap(math.hypot, self.final.values())) * self.eps**0.5
         error = math.dist(found, first) / (max(size, math.hypot(*first)) or math.inf)
         if self._parts is not None:
             error, of_part = _parts.relative_errors(source, self._parts, size / max(1, len(first)) ** 0.5)
@@ -135,13 +134,15 @@ class AgreementWatch(Observer):
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
         """Compare the last tensor that the lowest function saved, since its result is not looked at."""
-        step = run.steps[index]
-        tail, source = step.tail, step.half_block.source
+        tail, source = run.steps[index].tail, run.steps[index].half_block.source
         assert tail is not None
-        of_source = self.errors[source] / (self.sizes[source] or math.inf) if self.sizes else 0.0
-        ratio = tail.error / max(self.worst, of_source, 4 * self.eps)
+        ratio = tail.error / max(self.worst, self.relative_error(source), 4 * self.eps)
         if not ratio <= SUSPICIOUS:
-            _suspicion.look_at_tail(self, run, index, streams, ratio)
+            _suspicion.look_closer(self, run, index, streams, tail.found, tail.expected, ratio, is_tail=True)
+
+    def relative_error(self, stream: int) -> float:
+        """Return how far a stream is off at present, relative to itself; 0 for one that was not undone yet."""
+        return self.errors[stream] / (self.sizes[stream] or math.inf) if self.sizes else 0.0
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Start again with the next walk of a retained graph."""

@@ -89,19 +89,27 @@ def places(shape: tuple[int, ...], most: int) -> tuple[Any, ...]:
 
 
 LEAST = 16
-"""Elements of a part below which it is not judged: a part of a few is small by chance."""
+"""Elements of a part below which it is not judged."""
 
 
 @lru_cache(maxsize=64)
 def groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
     """Return the part of each sampled element and the number of parts, for each dimension that is judged."""
     of_dim = places(shape, size)
-    return tuple(
-        (of_dim[dim], count)
-        for dim, count in enumerate(shape)
-        # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
-        if (dim < 2 or len(shape) <= 3) and count > 1 and len(of_dim[dim]) >= LEAST * count
-    )
+    return tuple([(of_dim[dim], shape[dim]) for dim in judged_dims(shape, len(of_dim[0]), LEAST)]) if of_dim else ()
+
+
+def judged_dims(shape: tuple[int, ...], num_sampled: int, least: int) -> list[int]:
+    """Return the dimensions along which a stream has parts to judge: samples of the batch, channels, tokens.
+
+    Args:
+        shape: Of the stream.
+        num_sampled: Number of elements of a sample of it.
+        least: Elements of the sample below which a part is not judged: a part of a few is small by chance.
+    """
+    # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
+    dims = range(len(shape) if len(shape) <= 3 else 2)
+    return [dim for dim in dims if shape[dim] > 1 and num_sampled >= least * shape[dim]]
 
 
 def same_bits(a: Any, b: Any) -> bool:

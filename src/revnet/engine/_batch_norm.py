@@ -38,7 +38,7 @@ def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
 
 def is_torch_norm(module: nn.Module) -> bool:
     """Whether the module is a normalisation of PyTorch's own, which in training only writes to its statistics."""
-    # By its `forward`: that of a subclass may read the statistics that it writes.
+    # Compare `forward`, because a subclass's own may read the statistics that it writes.
     is_own = "forward" in module.__dict__  # Set by a user, and may do anything.
     return isinstance(module, _NormBase) and not is_own and type(module).forward in _BATCH_NORMS | _OTHER_NORMS
 

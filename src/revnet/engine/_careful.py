@@ -21,7 +21,7 @@ from revnet._torch_internals import (
     sequence_number_of,
     tree_leaves,
 )
-from revnet.engine._random import RandomStates, digest, same_random_state
+from revnet.engine._random import RandomStates, by_device, digest, same_random_state
 from revnet.engine._tensors import storage_key, version_of
 from revnet.engine._tracing import refuse
 from revnet.errors import ReconstructionError
@@ -30,10 +30,8 @@ if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall, Saved
     from revnet.engine._surroundings import Surroundings
 
-_CPU = torch.device("cpu")
-
 _base_of = attrgetter("_base")
-# Where there is no accelerator, no tensor can be on another device.
+# Without an accelerator, every tensor is on the CPU.
 meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrgetter("shape", "dtype")
 
 
@@ -231,11 +229,10 @@ def moved(
     surroundings: "Surroundings", before: RandomStates, after: RandomStates
 ) -> list[tuple[torch.device, Tensor, int | None]] | None:
     """Return the devices whose random state has moved, with the state before and a digest of the one after."""
-    devices = (_CPU, *surroundings.others)
-    states = zip(devices, (before[0], *before[2]), (after[0], *after[2]), strict=True)
+    pairs = zip(by_device(surroundings.others, before), by_device(surroundings.others, after), strict=True)
     # The state after is only compared, never set, so a number does.
     found: list[tuple[torch.device, Tensor, int | None]] = [
-        (device, old, digest(new)) for device, old, new in states if not same_random_state(old, new)
+        (device, old, digest(new)) for (device, old), (_, new) in pairs if not same_random_state(old, new)
     ]
     return found or None
 

@@ -212,7 +212,7 @@ def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
 
     Raises:
         TypeError: A residual function returned no tensor, or one of a dtype that the stream cannot hold.
-        ValueError: A residual function returned another shape than that of the stream it updates.
+        ValueError: The shape of a residual differs from the shape of the stream that it updates.
         RuntimeError: A residual function modified its input in place.
     """
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet._torch_internals import any_autocast_is_on
 from revnet._types import Streams
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
@@ -86,8 +85,7 @@ class _KeepingRun:
         """Run the next half-block on `streams`, keeping none of its activations."""
         half_block, plans = chain.half_blocks[index], chain.chain.plans
         source, stream = streams[half_block.source], streams[half_block.target]
-        is_other = any_autocast_is_on() != self._surroundings.is_mixed
-        if is_other or chain.chain.blocks is not None or not half_block.coupling.is_additive:
+        if chain.chain.blocks is not None or not half_block.coupling.is_additive:
             # Hooks and couplings may draw random numbers, and hooks change autocast.
             self._surroundings.refresh()
         call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)

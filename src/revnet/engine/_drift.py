@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
+from revnet.engine._arrays import judged_dims
 from revnet.engine._chain import HalfBlock
 from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
@@ -153,7 +154,7 @@ class DriftWatch(Observer):
             _judge(_Verdict(weakref.ref(function), kind, error, totals))
 
     def error_of(self, index: int, source: Tensor) -> Tensor | None:
-        """Return how far what function `index` reads, rebuilt, is from what it read; None if there is no sample.
+        """Return the relative error of the rebuilt input of function `index`, or None if there is no sample of it.
 
         A channel, token or sample of the batch counts, too, with a hundredth of its own error.
         """
@@ -214,19 +215,17 @@ def _largest_part_error(rebuilt: Tensor, true: Tensor) -> Tensor | None:
     dtype = torch.promote_types(true.dtype, torch.float32)
     differences, squares = (rebuilt.to(dtype) - true.to(dtype)).abs().square(), true.to(dtype).abs().square()
     largest: Tensor | None = None
-    for dim, count in enumerate(true.shape):
-        # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
-        if (dim < 2 or true.dim() <= 3) and count > 1 and true.numel() >= _LEAST_OF_PART * count:
-            others = [other for other in range(true.dim()) if other != dim]
-            sizes, errors = squares.sum(others), differences.sum(others)
-            # An `if` would wait for the device.
-            of_dim = torch.where(sizes > 0, errors / sizes, torch.zeros_like(sizes)).amax()
-            largest = of_dim if largest is None else torch.maximum(largest, of_dim)
+    for dim in judged_dims(true.shape, true.numel(), _LEAST_OF_PART):
+        others = [other for other in range(true.dim()) if other != dim]
+        sizes, errors = squares.sum(others), differences.sum(others)
+        # An `if` would wait for the device.
+        of_dim = torch.where(sizes > 0, errors / sizes, torch.zeros_like(sizes)).amax()
+        largest = of_dim if largest is None else torch.maximum(largest, of_dim)
     return None if largest is None else largest.sqrt()
 
 
 _LEAST_OF_PART = 8
-"""Elements of a part below which it is not judged: a part of a few is small by chance."""
+"""Elements of a part below which it is not judged; a sample of a device has fewer than one of the host."""
 
 
 def _total(x: Tensor) -> Tensor:

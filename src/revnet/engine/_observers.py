@@ -36,13 +36,11 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
                 warn_of_low_precision(half_blocks[0], streams[0])
             # The first run has number 1. What a function gets from outside of PyTorch is wrong in that one, too.
             waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
-            is_read = waits or can_digest(streams[0])
-            is_elsewhere = not (waits or _is_on_host(streams[0]))
-            # A meter wants records of each function; and NumPy, which reads digests, does not know bfloat16.
-            if active_meter() is not None or is_elsewhere or streams[0].dtype == torch.bfloat16:
-                observers.append(DriftWatch())
-            elif is_read:
+            has_meter = active_meter() is not None  # It wants records of each function.
+            if not has_meter and (waits or can_digest(streams[0])):
                 observers.append(AgreementWatch())
+            elif has_meter or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
+                observers.append(DriftWatch())
         else:
             if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise NotImplementedError(

@@ -24,14 +24,13 @@ class Parts(NamedTuple):
 
 def parts_of(x: Tensor) -> Parts:
     """Return a sample in which each channel, token and sample of the batch has several elements."""
+    size = max(512, LEAST * max(x.shape, default=1))
     if x.device.type != "cpu":
-        size = max(512, LEAST * max(x.shape, default=1))
         # A complex sample has two numbers for each element, which the places of elements do not fit.
         return Parts(np.array(sample_on_device(x, size)), () if x.is_complex() else groups(tuple(x.shape), size))
     array = array_of(x)
     if array.size == 0 or array.ndim == 0 or array.dtype.kind == "c":
         return Parts(np.array(digest_of(x)), ())
-    size = max(512, LEAST * max(array.shape))
     # The same elements either way; to reshape what is not contiguous would copy all of it.
     flat = array.reshape(-1)[:: step_of(array.size, size)] if x.is_contiguous() else array[places(array.shape, size)]
     return Parts(flat.astype(np.float64), groups(array.shape, size))

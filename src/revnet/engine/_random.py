@@ -1,12 +1,14 @@
 """Random states of devices, which a replay restores so that it draws the same numbers."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ONLY_CPU = frozenset([torch.device("cpu")])
+_CPU = torch.device("cpu")
+ONLY_CPU = frozenset([_CPU])
 
 
 cpu_random_state = torch.default_generator.get_state
@@ -15,6 +17,11 @@ NUM_BYTES = cpu_random_state().numel()
 
 RandomStates = tuple[Tensor, int, tuple[Tensor, ...]]
 """The state of the CPU's generator, the address of its bytes, and the states of the other devices."""
+
+
+def by_device(others: Sequence[torch.device], states: RandomStates) -> list[tuple[torch.device, Tensor]]:
+    """Return each device with its random state: the CPU, and the other ones as far as there are states of them."""
+    return list(zip((_CPU, *others), (states[0], *states[2]), strict=False))
 
 
 # `fork_rng` does this too, but asks every device first, which costs more than many residual functions.

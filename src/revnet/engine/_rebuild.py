@@ -4,12 +4,13 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import any_autocast_is_on, forward_mode_level
+from revnet._torch_internals import forward_mode_level
 from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine import _careful
@@ -67,7 +68,7 @@ class Rebuilder:
         can_read = streams[0].device.type == "cpu" or AgreementWatch in map(type, self.observers)
         self.is_watched = can_read and (meter is None or not meter.is_quiet)
         """Whether the values of saved tensors are looked at, and what is wrong raises."""
-        self.correctors = [each for each in self.observers if each.looks_before_replays]
+        self.correctors = list(filter(attrgetter("looks_before_replays"), self.observers))
         """Observers that may put other streams in place before a function runs again."""
         is_usual = streams[0].device.type == "cpu" and chain.is_plain and forward_mode_level() < 0
         if is_usual and not torch.is_autocast_enabled("cpu"):
@@ -91,7 +92,6 @@ class Rebuilder:
         """The highest half-block of which a backward pass may still ask for anything."""
         self._strides: list[tuple[int, ...]] = []
         self._filled: int | None = None
-        self._has_begun = False
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         """Run the chain, keeping none of its activations but the final streams."""
@@ -113,7 +113,7 @@ class Rebuilder:
     def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
         half_block, plans, surroundings = chain.chain.half_blocks[index], chain.chain.plans, self.surroundings
         is_additive = half_block.coupling.is_additive
-        if chain.chain.blocks is not None or not is_additive or any_autocast_is_on() != surroundings.is_mixed:
+        if chain.chain.blocks is not None or not is_additive:
             surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks change autocast.
         kind: type[AbstractStep] = AdditiveStep if is_additive else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
@@ -144,8 +144,7 @@ class Rebuilder:
         """Fill the slots of half-block `index`, walking the streams back to it."""
         if not self.is_finished:
             _careful.check_finished(False)
-        if not self._has_begun:
-            self._has_begun = True
+        if self._filled is None:  # Nothing was asked for yet.
             assert self.held is not None
             self.held.check_memory()
             for observer in self.observers:
@@ -180,6 +179,15 @@ class Rebuilder:
             for observer in self.observers:
                 observer.after_fill(self, index, streams)
 
+    def source_of(self, step: AbstractStep, streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
+        """Return what a step's function reads, as the leaf of its second run; and again if it carries rounding."""
+        if self.correctors:
+            correct(self, index, streams)
+        # `data` has a version of its own: the stream's goes up when it is written over later on.
+        source = streams.read(step.half_block.source).data.requires_grad_(step.source_requires_grad)
+        # A corrector may have put the true streams in place.
+        return source, None if index + 1 == streams.origin or step.half_block.coupling.is_exact else source
+
 
 class AdditiveStep(AbstractFunctionStep):
     """A half-block whose coupling saves nothing for its gradient."""
@@ -213,7 +221,8 @@ class AdditiveStep(AbstractFunctionStep):
         residual = self.run_again(run, streams, index, fill=fill, needs_result=is_needed)
         if not is_needed:
             return
-        y = streams.take(half_block.target)
+        y = streams.read(half_block.target)
+        streams.held[half_block.target] = None  # So that `y` is its only owner, unless another tensor sees the memory.
         try:
             # Written over only by the one who alone refers to its storage (rule 5).
             in_place = ALONE is not None and type(y) in PLAIN and use_count(y.untyped_storage()._cdata) == ALONE
@@ -231,16 +240,10 @@ class AdditiveStep(AbstractFunctionStep):
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
     ) -> Any:
         chain, half_block = run.chain, self.half_block
-        if run.correctors:
-            correct(run, index, streams)
-        # `data` has a version of its own: the stream's goes up when it is written over later on.
-        source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
-        # A corrector may have put the true streams in place.
-        rounded = None if index + 1 == streams.origin or half_block.coupling.is_exact else source
-        is_plain = chain.is_plain
-        function: Callable[..., Any] = half_block.function if is_plain else chain.call
-        args = (source,) if is_plain else (half_block, source)
+        source, rounded = run.source_of(self, streams, index)
+        function: Callable[..., Any] = half_block.function if chain.is_plain else chain.call
+        args = (source,) if chain.is_plain else (half_block, source)
         residual = replay(self, function, args, fill=fill, rounded=rounded, needs_result=needs_result)
-        if is_plain and source._version:
+        if chain.is_plain and source._version:
             raise wrote_to_input(half_block)
         return residual.detach() if residual is not None and torch.is_grad_enabled() else residual

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from revnet._torch_internals import (
     HAS_ACCELERATOR,
+    any_autocast_is_on,
     never_compile,
     next_sequence_number,
     pop_saved_tensors_hooks,
@@ -145,6 +146,8 @@ class RecordedCall:
             plan, held, lasting = plan_for(function, name)
             ids = plan.known[0]
         self.name, self.plan, self.surroundings = name, plan, surroundings
+        if any_autocast_is_on() != surroundings.is_mixed:
+            surroundings.refresh()  # A hook of a function has switched it.
         self.autocast, self.is_mixed = surroundings.autocast, surroundings.is_mixed
         self.held, self.ids = held, ids
         self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
@@ -204,8 +207,7 @@ class RecordedCall:
             _careful.forget_streams(self, sources)
         if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
             surroundings.add_devices(plan.devices)
-        self.before = before = surroundings.random or surroundings.random_states()  # Read once between two functions.
-        self.others = surroundings.others
+        self.before, self.others = surroundings.random or surroundings.random_states(), surroundings.others
         start = next_sequence_number()  # A node with a lower number was there before the call.
         saved = Saved(filler, index, self.lasting)
         tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
@@ -223,10 +225,10 @@ class RecordedCall:
             raise
         finally:
             pop_saved_tensors_hooks()
-        surroundings.random, after = before, cpu_random_state()
-        if compare_bytes(before[1], after.data_ptr(), NUM_BYTES) or surroundings.others:
+        surroundings.random, after = self.before, cpu_random_state()
+        if compare_bytes(self.before[1], after.data_ptr(), NUM_BYTES) or surroundings.others:
             surroundings.random = after, after.data_ptr(), surroundings.other_states()
-            self.random = _careful.moved(surroundings, before, surroundings.random)
+            self.random = _careful.moved(surroundings, self.before, surroundings.random)
         if checksums is not None or self.states is not None or list(map(_version, self.parameters)) != self.versions:
             _states.after(self, checksums)
         results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revnet.engine._random import digest, get_random_state, set_random_state
+from revnet.engine._random import by_device, digest, get_random_state, set_random_state
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
                 copies.append(tensor.requires_grad_(place.tensor.requires_grad))
                 lasting.add(id(tensor))
             stack.callback(place.swap(tensor))
-        for device, state, _ in call.random or _states_before(call):
+        # One that left the states as they were may have drawn all the same, and put them back itself.
+        states = [(device, state) for device, state, _ in call.random or ()] or by_device(call.others, call.before)
+        for device, state in states:
             stack.callback(set_random_state, device, get_random_state(device))
             set_random_state(device, state)
         yield lasting
@@ -134,12 +136,6 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
                     f"{device}: another thread drew from the same generator meanwhile, or the function is not "
                     "deterministic; train in separate processes, or keep its block's activations with `Store()`."
                 )
-
-
-def _states_before(call: "RecordedCall") -> list[tuple[torch.device, Tensor, None]]:
-    """Return the random states before a call that left them as they were, but may have drawn all the same."""
-    devices, (state, _, others) = (torch.device("cpu"), *call.others), call.before
-    return [(device, each, None) for device, each in zip(devices, (state, *others), strict=False)]
 
 
 class OtherNumbersError(ReconstructionError):

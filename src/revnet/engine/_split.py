@@ -5,7 +5,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from revnet._checks import describe
+from revnet._checks import describe, describe_kind
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling, Additive
 
@@ -96,7 +96,7 @@ def split(x: Tensor | Streams, dim: int, num_streams: int = 2, *, name: str = "x
         return tuple([part.clone() for part in x.chunk(num_streams, dim)])
     if not isinstance(x, (tuple, list)) or len(x) != num_streams:
         raise TypeError(
-            f"`{name}` (={_describe(x)}) must be a tensor, which is split in {_names(num_streams)[0]}, or "
+            f"`{name}` (={describe_kind(x)}) must be a tensor, which is split in {_names(num_streams)[0]}, or "
             f"{_names(num_streams)[1]}."
         )
     for index, stream in enumerate(x):
@@ -111,14 +111,8 @@ def _names(num_streams: int) -> tuple[str, str]:
 
 def _check_stream(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"`{name}` (={_describe(x)}) must be a tensor.")
+        raise TypeError(f"`{name}` (={describe_kind(x)}) must be a tensor.")
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
             f"`{name}` has dtype {x.dtype}, but a stream must be floating-point; convert it with `{name}.float()`."
         )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from revnet.engine._chain import BoundChain, HalfBlock
-from revnet.engine._observers import correct
 from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
 from revnet.engine._streams import StreamSnapshot
@@ -47,16 +46,6 @@ class AbstractStep(RecordedCall, abc.ABC):
     @abc.abstractmethod
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the updated stream again, from the streams before the half-block."""
-
-    def source_of(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
-        """Return what the function reads, as the leaf of its second run; and again if it carries rounding."""
-        half_block = self.half_block
-        if run.correctors:
-            correct(run, index, streams)
-        # `data` has a version of its own: the stream's goes up when it is written over later on.
-        source = streams.read(half_block.source).data.requires_grad_(self.source_requires_grad)
-        # A corrector may have put the true streams in place.
-        return source, None if index + 1 == streams.origin or half_block.coupling.is_exact else source
 
 
 class AbstractFunctionStep(AbstractStep):
@@ -132,7 +121,7 @@ class JoinedStep(AbstractStep):
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
         """Return the joined stream."""
         half_block, index = self.half_block, streams.position
-        source, _ = self.source_of(run, streams, index)
+        source, _ = run.source_of(self, streams, index)
         x = streams.read(half_block.target).data.requires_grad_(self.stream_requires_grad)
 
         def compute() -> Tensor:
@@ -144,7 +133,7 @@ class JoinedStep(AbstractStep):
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
         half_block, coupling = self.half_block, self.half_block.coupling
-        source, rounded = self.source_of(run, streams, index)
+        source, rounded = run.source_of(self, streams, index)
         y_or_x = streams.read(half_block.target)
         # If it is undone already, this is the stream before it.
         x = y_or_x if streams.position == index else None

@@ -65,8 +65,8 @@ def _copy_if_part(grad: Tensor | None) -> Tensor | None:
 class StreamSnapshot:
     """The streams at one position of a chain: `position` half-blocks lie before it.
 
-    A snapshot notices when its tensors are written to. It is walked back in place: `take` gives a stream away, and
-    `put` sets the one that was rebuilt from it.
+    A snapshot notices when its tensors are written to. It is walked back in place: `put` sets a stream that was
+    rebuilt.
     """
 
     __slots__ = ("held", "origin", "position", "strides", "versions")
@@ -112,12 +112,6 @@ class StreamSnapshot:
                     continue
                 if is_gone:
                     raise _careful.freed_output(each)
-
-    def take(self, which: int) -> Tensor:
-        """Return one stream without keeping it, so that the caller owns it unless another tensor sees the memory."""
-        tensor = self.read(which)
-        self.held[which] = None
-        return tensor
 
     def put(self, which: int, tensor: Tensor) -> None:
         """Set one stream."""

@@ -35,46 +35,35 @@ def look_closer(
     found: Digest,
     expected: Digest,
     ratio: float,
+    *,
+    is_tail: bool = False,
 ) -> None:
-    """Raise if the stream before half-block `index` is wrong for another reason than rounding.
+    """Raise if half-block `index` gave something else the second time for another reason than rounding.
 
     Args:
         watch: Knows how far the streams are off.
         run: The run.
-        index: The half-block, which was undone.
+        index: The half-block.
         streams: The streams before it.
         found: The digest of the stream that it updates, as it was rebuilt.
         expected: The digest of that stream as it was.
         ratio: By how much more it is off than the streams so far.
+        is_tail: Whether the digests are of the last tensor that its function saved instead.
     """
     tolerated = run.chain.chain.tolerated
     # NaN and inf are the model's own, or reported as drift.
     if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
-        check_same(run, index, streams, partial(_stream_again, run, index, streams), found, expected, watch)
+        measure = partial(_tail_again if is_tail else _stream_again, run, index, streams)
+        check_same(run, index, streams, measure, found, expected, watch)
         # With room, so that the next steps are not held up by the same check.
         tolerated[index] = 4 * ratio
-
-
-def look_at_tail(watch: "AgreementWatch", run: "Rebuilder", index: int, streams: StreamSnapshot, ratio: float) -> None:
-    """Raise if the last tensor that half-block `index` saved is wrong for another reason than rounding."""
-    tail, tolerated = run.steps[index].tail, run.chain.chain.tolerated
-    assert tail is not None
-    if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
-        check_same(run, index, streams, partial(_tail_again, run, index, streams), tail.found, tail.expected, watch)
-        tolerated[index] = 4 * ratio
-
-
-def _relative_error(watch: "AgreementWatch", stream: int) -> float:
-    """Return how far a stream is off at present, relative to itself; 0 for one that was not undone yet."""
-    size = watch.sizes[stream] if watch.sizes else 0.0
-    return watch.errors[stream] / size if size else 0.0
 
 
 def _perturbation(watch: "AgreementWatch", stream: int) -> tuple[float, float]:
     """Return by how much a stream may be off: relative to each element, and of any element."""
     numel = len(next(iter(watch.before.values()), [0.0]))
     error = watch.errors[stream] if watch.errors else 0.0
-    relative = max(watch.worst, _relative_error(watch, stream), 16 * watch.eps)
+    relative = max(watch.worst, watch.relative_error(stream), 16 * watch.eps)
     return relative, 2 * error / math.sqrt(max(1, numel))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from revnet._checks import describe
 from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock
-from revnet.nn._course import Course
+from revnet.nn._course import Course, Kept
 from revnet.nn._policy import Reverse
 from revnet.nn._reversible_module import Reads, ReversibleModule
 from revnet.nn._run import Segment
@@ -61,11 +61,8 @@ class AbstractReversibleBlock(ReversibleModule):
             half_block.function.compile(*args, **kwargs)
 
 
-class _Alone:
-    """The chain of a block that is called alone, kept for as long as its half-blocks are the same.
-
-    It belongs to the block object and is not copied with it, since it refers to its functions.
-    """
+class _Alone(Kept):
+    """The chain of a block that is called alone, kept for as long as its half-blocks are the same."""
 
     def __init__(self) -> None:
         self._known: tuple[list[HalfBlock], Chain] | None = None
@@ -76,12 +73,6 @@ class _Alone:
         if known is None or known[0] != half_blocks:
             self._known = known = (half_blocks, Chain(half_blocks))
         return known[1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Alone":
-        return _Alone()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Alone, ()
 
 
 def course_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Course:

@@ -1,7 +1,7 @@
 """The chains of a sequence: how they are made of its blocks, and for how long they are kept."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from revnet._torch_internals import has_global_module_hook
 from revnet.engine import Chain, HalfBlock
 from revnet.nn._abstract_block import READS, AbstractReversibleBlock, course_of
-from revnet.nn._course import Course
+from revnet.nn._course import Course, Kept
 from revnet.nn._policy import AbstractPolicy
 from revnet.nn._reversible_module import Origin, look
 from revnet.nn._run import Segment
@@ -30,11 +30,8 @@ class Known(NamedTuple):
     """What the course was made of; None where a look at that is not enough, so that the key is made in each step."""
 
 
-class Chains:
-    """The chains of a sequence, kept for as long as its blocks, their functions and their policies are the same.
-
-    They belong to the sequence object and are not copied with it, since they refer to its functions.
-    """
+class Chains(Kept):
+    """The chains of a sequence, kept for as long as its blocks, their functions and their policies are the same."""
 
     def __init__(self) -> None:
         self.known: Known | None = None
@@ -64,12 +61,6 @@ class Chains:
         course = course_of(segments, first)
         self.known = Known(key, course, _origin_of(sequence, blocks, key, kind))
         return course
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Chains":
-        return Chains()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Chains, ()
 
 
 def must_be_called(block: AbstractReversibleBlock) -> bool:

@@ -1,7 +1,7 @@
-"""What a reversible block or sequence runs."""
+"""What a reversible block or sequence runs, and what it keeps of that."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import nn
 
@@ -17,3 +17,13 @@ class Course(NamedTuple):
     num_streams: int
     unsure: type[nn.Module] | None
     """The class of the first block, if its `split_dim` was left out."""
+
+
+class Kept:
+    """What a module keeps from call to call. It refers to the module's own functions, so copies begin without it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
