@@ -1,10 +1,10 @@
 # Two commands for a fresh machine:
 #   make train   sets up .venv and trains the default network on real data
 #   make test    sets up .venv and runs every check that CI runs
-# Beside them: make test-slow (checks that take minutes), make docs (docs/_build/index.html), make clean.
+# Others: make test-slow (checks that take minutes), make docs (docs/_build/index.html), make clean.
 #
 # constraints.txt pins the tested PyTorch. On Linux, PyPI's build of it carries CUDA; for another build,
-# install torch into .venv your way first (see README, "Which PyTorch").
+# install torch into .venv your way first (see "Which PyTorch" in the README).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 $(BIN)/python:
@@ -33,10 +33,6 @@ $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@ $(VENV)/.installed-train
-
-$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs,train]'
-	touch $@
 
 clean:
 	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache
