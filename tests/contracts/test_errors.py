@@ -228,7 +228,7 @@ def test_backward_called_within_a_residual_function_raises():
             return y
 
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(3), Backward()) for _ in range(2)])
-    with pytest.raises(RuntimeError, match="whose forward pass has not finished; call it outside"):
+    with pytest.raises(RuntimeError, match="whose forward pass has not finished; call `backward` outside"):
         sequence(torch.randn(4, 6, requires_grad=True))
 
 

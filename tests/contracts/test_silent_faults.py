@@ -230,7 +230,7 @@ def test_numbers_that_differ_the_second_time_raise(policy, index, source):
     block, which = sequence.blocks[index // 2], "fg"[index % 2]
     setattr(block, which, Noisy(8, source))
     loss = sequence(torch.randn(16, 16)).square().mean()
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` gave other numbers"):
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` returned different numbers"):
         loss.backward()
 
 
@@ -243,7 +243,7 @@ def test_something_that_changed_in_between_raises(policy, index):
     setattr(block, which, noisy)
     loss = sequence(torch.randn(16, 16)).square().mean()
     noisy.elsewhere = 1.1
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` gave other numbers"):
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` returned different numbers"):
         loss.backward()
 
 
@@ -252,7 +252,7 @@ def test_under_an_exact_coupling(source):
     sequence = mlp_stack(4, coupling=FixedPoint())
     sequence.blocks[1].g = Noisy(8, source, size=1e-2)
     loss = sequence(torch.randn(16, 16)).square().mean()
-    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.g` gave other numbers"):
+    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.g` returned different numbers"):
         loss.backward()
 
 
@@ -451,7 +451,7 @@ def test_an_output_that_is_written_over_without_a_version_raises(how, joined):
         y.data.clamp_(max=y.data.max() - 1e-3)
     else:
         y.detach().numpy()[3, 5] += 0.5
-    with pytest.raises(ReconstructionError, match="was written over after the forward pass"):
+    with pytest.raises(ReconstructionError, match="was overwritten after the forward pass"):
         loss.backward()
 
 
@@ -550,7 +550,7 @@ def test_a_parameter_that_is_written_without_a_version_is_right_or_raises(policy
     sequence = ReversibleSequential(*blocks, policy=policy)
     twin = stored_twin(sequence)
     x = torch.randn(16, 16)
-    with pytest.raises(ReconstructionError, match="gave other numbers when it ran again"):
+    with pytest.raises(ReconstructionError, match="returned different numbers when it ran again"):
         backward(sequence, x)
     backward(twin, x)
     for _ in range(2):

@@ -152,7 +152,7 @@ def test_a_function_that_does_not_repeat_itself_is_told_in_exact_mode():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(3)])
     sequence[1].f = Counting(8, 8)
     set_coupling(sequence, FixedPoint())
-    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.f` gave other numbers when it ran again"):
+    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.f` returned different numbers when it ran again"):
         step(sequence)
 
 
