@@ -149,7 +149,7 @@ def test_without_gradients_a_call_is_plain():
 
 def test_a_call_is_not_compiled_silently_into_a_stored_one():
     model = Checkpointed(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
-    with pytest.raises(Exception, match="whose activations are computed again cannot be compiled whole"):
+    with pytest.raises(Exception, match="whose activations are recomputed cannot be compiled as a whole"):
         torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 3))
 
 
