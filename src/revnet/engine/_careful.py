@@ -62,17 +62,17 @@ def take(saved: "Saved", number: int) -> Tensor:
         if saved.tensors is None or saved.tensors[number] is None:
             saved.filler.rebuild(saved.index)
         assert saved.tensors is not None
-        tensor: Tensor = saved.tensors[number]
+        rebuilt: Tensor = saved.tensors[number]
         expected = 0 if saved.versions is None else saved.versions[number]
-        if version_of(tensor) != expected:  # Written to since it was saved; autograd would raise, too.
-            raise modified("a tensor that a residual function computed with", tensor, expected)
+        if version_of(rebuilt) != expected:  # Written to since it was saved; autograd would raise, too.
+            raise modified("a tensor that a residual function computed with", rebuilt, expected)
         # Before the end of the forward pass, a function that differentiates inside itself may read it again, and
         # nothing could rebuild it.
         if is_finished:
             saved.tensors[number] = None
         else:
             saved.was_read = True
-        return tensor
+        return rebuilt
 
 
 def refuse_compiled_autograd() -> None:

@@ -86,9 +86,9 @@ class ToleranceKeeper:
         self._has_warned = True
         size = "NaN" if math.isnan(error) else f"{error:.1g}"
         warnings.warn(
-            f"undoing `{name}` alone has a relative error of {size}, which is close to or above the tolerance of "
-            f"{self.tolerance:g}, so its stream is stored instead of rebuilt, as are others like it; keep the streams "
-            "in a higher precision, use `FixedPoint()`, or see why it amplifies rounding with `revnet doctor`.",
+            f"undoing `{name}` alone has a relative error of {size}, too close to the tolerance of {self.tolerance:g} "
+            "or above it, so its stream is stored instead of rebuilt, as for any other function of this kind; keep the "
+            "streams in a higher precision, use `FixedPoint()`, or see why it amplifies rounding with `revnet doctor`.",
             ReconstructionWarning,
             stacklevel=2,
         )
