@@ -62,5 +62,6 @@ def test_randomness_from_outside_raises(seed):
     blocks = [ReversibleBlock(f, g) for f, g in zip(functions[::2], functions[1::2], strict=True)]
     sequence = ReversibleSequential(*blocks, policy=draw.choice([Reverse(), Checkpoint()])).double()
     loss = sequence(torch.randn(8, 6, dtype=torch.float64)).square().sum()
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{which // 2}\.{'fg'[which % 2]}` returned different numbers"):
+    name = rf"blocks\.{which // 2}\.{'fg'[which % 2]}"
+    with pytest.raises(ReconstructionError, match=f"`{name}` returned different numbers"):
         loss.backward()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revnet.engine import split
+from revnet.engine._split import split
 
 
 def test_split_takes_halves_along_any_dimension():

@@ -37,7 +37,6 @@ from revnet.engine._tensors import storage_key
 _version = attrgetter("_version")
 _base_of = attrgetter("_base")
 _requires_grad = attrgetter("requires_grad")
-_device = attrgetter("device")
 _flatten = chain.from_iterable
 _values = dict.values
 _has_own_forward = methodcaller("__contains__", "forward")
@@ -271,10 +270,7 @@ class RecordedCall:
 
 
 def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
-    """Return whether something else refers to one of the tensors, and the call created no node for it.
-
-    A tensor that the function computed for itself is referred to by this list alone.
-    """
+    """Return whether a tensor existed before the call: others refer to it, and the call created no node for it."""
     known: Any = None
     ids = list(map(id, own))  # The result and the inputs have other references, and a replay has its own.
     for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
