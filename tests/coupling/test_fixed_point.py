@@ -88,7 +88,7 @@ def test_works_under_transforms():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), r"`fraction_bits` \(=0\) must be from 1 to 22, so that a float32 stream has room"),
+        ((0,), r"`fraction_bits` \(=0\) must be from 1 to 22, so that a float32 stream has bits left"),
         ((23,), r"`fraction_bits` \(=23\) must be from 1 to 22"),
         ((52, True), r"`fraction_bits` \(=52\) must be from 1 to 51, so that a float64 stream"),
         ((14.0,), r"`fraction_bits` \(=14.0\) must be an integer"),

@@ -138,7 +138,7 @@ class AgreementWatch(Observer):
         assert tail is not None
         ratio = tail.error / max(self.worst, self.relative_error(source), 4 * self.eps)
         if not ratio <= SUSPICIOUS:
-            _suspicion.look_closer(self, run, index, streams, tail.found, tail.expected, ratio, is_tail=True)
+            _suspicion.look_closer(self, run, index, streams, tail.actual, tail.expected, ratio, is_tail=True)
 
     def relative_error(self, stream: int) -> float:
         """Return the current relative error of a stream; 0 if it has not been undone yet."""

@@ -67,7 +67,7 @@ def _run_block(
 
     def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
         nonlocal has_run
-        # Checked before anything runs: there is no way back from a stream that a hook put in.
+        # Checked before anything runs: the streams that a hook has replaced cannot be rebuilt.
         _check_same("input", name, (tuple(streams), chain.args, kwargs), (x, args_within, kwargs_within))
         has_run = True
         # Hooks pass on other tensors with the same memory; gradients reach a backward hook only through the nodes of

@@ -79,8 +79,8 @@ def refuse_compiled_autograd() -> None:
     """Raise in a backward pass that `torch.compile` traces."""
     if torch.compiler.is_dynamo_compiling():
         refuse(
-            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; turn that off "
-            "(`torch._dynamo.config.compiled_autograd = False`), or compile the model as a whole."
+            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; turn it off with "
+            "`torch._dynamo.config.compiled_autograd = False`, or compile the model as a whole."
         )
 
 
@@ -179,13 +179,13 @@ def find_constants(
         origin, count = (tensor, counts[number]) if base is None else (base, base_counts[number])
         if origin.grad_fn is not None and sequence_number_of(origin.grad_fn) >= start:
             continue  # The call computed it.
-        uses = sum([each is origin for each in (*tensors, *bases)])
-        is_base = any(each is origin for each in bases)  # A view in C++ refers to it, too.
+        uses = sum([tensor is origin for tensor in (*tensors, *bases)])
+        is_base = any(tensor is origin for tensor in bases)  # A view in C++ refers to it, too.
         if count <= (_FRESH_BASE_COUNT if is_base else FRESH_COUNT) - 1 + uses:
             continue  # Only the two lists refer to it.
         if tensor.dtype in casts:
             continue  # Autocast caches what it has cast for a while, and casts again later.
-        own_keys = own_keys or {storage_key(each) for each in own if isinstance(each, Tensor)}
+        own_keys = own_keys or {storage_key(value) for value in own if isinstance(value, Tensor)}
         if tensor.layout is not torch.strided or storage_key(tensor) in own_keys:
             continue
         if origin.untyped_storage().nbytes() < tensor.nbytes:
@@ -232,10 +232,10 @@ def moved(
     """Return the devices whose random state has changed, with the state before and a digest of the state after."""
     pairs = zip(by_device(surroundings.others, before), by_device(surroundings.others, after), strict=True)
     # The state after is only compared and never set, so a number suffices.
-    found: list[tuple[torch.device, Tensor, int | None]] = [
+    changed: list[tuple[torch.device, Tensor, int | None]] = [
         (device, old, digest(new)) for (device, old), (_, new) in pairs if not same_random_state(old, new)
     ]
-    return found or None
+    return changed or None
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ def check_versions(call: "RecordedCall") -> None:
 
 def fail_metas(call: "RecordedCall", metas: list[Any]) -> NoReturn:
     """Raise because a replay saved different tensors."""
-    for found, expected in zip(metas, call.metas, strict=False):
-        if found != expected:
-            fail(call, f"saved {_described(found)} where the forward pass saved {_described(expected)}")
+    for actual, expected in zip(metas, call.metas, strict=False):
+        if actual != expected:
+            fail(call, f"saved {_described(actual)} where the forward pass saved {_described(expected)}")
     if len(metas) > len(call.metas):
         fail(call, f"saved more than the {len(call.metas)} tensors that the forward pass saved")
     fail(call, f"saved {len(metas)} tensors where the forward pass saved {len(call.metas)}")
@@ -276,8 +276,8 @@ def fail_metas(call: "RecordedCall", metas: list[Any]) -> NoReturn:
 
 def fail_results(call: "RecordedCall", metas: list[Any]) -> NoReturn:
     """Raise because a replay returned a different kind of result."""
-    found, expected = [", ".join(map(_described, each)) or "no tensor" for each in (metas, call.results)]
-    fail(call, f"returned {found} where the forward pass returned {expected}")
+    actual, expected = [", ".join(map(_described, of_run)) or "no tensor" for of_run in (metas, call.results)]
+    fail(call, f"returned {actual} where the forward pass returned {expected}")
 
 
 def fail(call: "RecordedCall", difference: str) -> NoReturn:
@@ -342,4 +342,4 @@ def freed_output(tensor: Tensor) -> ReconstructionError:
 
 def _described(meta: tuple[Any, ...]) -> str:
     shape, dtype, *device = meta
-    return f"{tuple(shape)} {dtype}" + "".join(f" on {each}" for each in device)
+    return f"{tuple(shape)} {dtype}" + "".join(f" on {where}" for where in device)

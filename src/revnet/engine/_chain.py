@@ -1,4 +1,4 @@
-"""What the engine runs: a chain of half-blocks, which is built once, and one call of it.
+"""The chain of half-blocks that the engine runs, which is built once, and one call of it.
 
 A `Chain` holds everything that stays the same from call to call: the residual functions in order, how each of them
 updates its stream, and what the engine has learned about them (see `Plan`). A `BoundChain` adds the state of one call:

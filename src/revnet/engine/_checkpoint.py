@@ -1,8 +1,8 @@
 """Keep the inputs of residual functions, and recompute their activations in the backward pass.
 
 Where `Rebuilder` rebuilds the input of a function, the classes here keep it. The slots in the graph and the checks of
-the second run are the same, but there is no walk and no rounding. Operations after the last tensor that autograd saved
-are not repeated. In a function with two convolutions or two linear layers, that is the second one.
+the second run are the same, but it neither walks streams back nor adds rounding. Operations after the last tensor that
+autograd saved are not repeated. In a function with two convolutions or two linear layers, that is the second one.
 
 References:
     Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.

@@ -71,11 +71,11 @@ def checksum(x: Tensor) -> int | None:
 class Tail:
     """Sample of the last tensor that a function saved, taken again in each replay."""
 
-    __slots__ = ("error", "expected", "found")
+    __slots__ = ("actual", "error", "expected")
 
     def __init__(self, expected: Digest):
         self.expected = expected
-        self.found: Digest = []
+        self.actual: Digest = []
         """Sample of the last replay."""
         self.error = 0.0
         """Relative error of that sample."""
@@ -90,13 +90,13 @@ class Tail:
         self.error = 0.0
         if not has_memory(tensor):
             return
-        self.found = digest_of(tensor)
-        if self.found == self.expected:
+        self.actual = digest_of(tensor)
+        if self.actual == self.expected:
             return
         size, dtype = math.hypot(*self.expected), tensor.dtype
         if not math.isfinite(size):
             return  # The model produced NaN or inf.
-        distance = math.dist(self.expected, self.found)
+        distance = math.dist(self.expected, self.actual)
         self.error = distance / size if size else math.inf
         # Two runs on one input may differ in the last places, for example because memory is aligned differently.
         noise = NOISE * torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0

@@ -135,7 +135,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
     by_kind = (parameter_dicts, buffer_dicts, child_dicts)
     kinds = [kind for kind, holders in enumerate(by_kind) for _ in _held(holders)]
     pick = [
-        _picker([place for place, each in enumerate(held) if kinds[place] == kind and each is not None])
+        _picker([place for place, value in enumerate(held) if kinds[place] == kind and value is not None])
         for kind in range(3)
     ]
     plan = Plan(

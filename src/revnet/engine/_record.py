@@ -107,10 +107,10 @@ class Saved:
                     if self.tensors is None:  # Another thread may have filled it meanwhile.
                         self.filler.rebuild(self.index)
             tensors = self.tensors
-            found = None if tensors is None else tensors[number]
-            if tensors is not None and found is not None and not found._version:
+            filled = None if tensors is None else tensors[number]
+            if tensors is not None and filled is not None and not filled._version:
                 tensors[number] = None  # Given away (rule 2); one interpreter operation, so it needs no lock.
-                return found
+                return filled
         return _careful.take(self, number)
 
 

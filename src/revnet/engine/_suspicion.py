@@ -32,7 +32,7 @@ def look_closer(
     run: "Rebuilder",
     index: int,
     streams: StreamSnapshot,
-    found: Digest,
+    actual: Digest,
     expected: Digest,
     ratio: float,
     *,
@@ -45,7 +45,7 @@ def look_closer(
         run: The run.
         index: The index of the half-block.
         streams: The streams before the half-block.
-        found: The digest of the rebuilt stream that it updates.
+        actual: The digest of the rebuilt stream that it updates.
         expected: The digest of the true stream.
         ratio: The error of the rebuilt stream, relative to the errors of the streams so far.
         is_tail: Whether the digests are of the last tensor that its function saved instead.
@@ -54,7 +54,7 @@ def look_closer(
     # The model produced NaN or inf, or they are reported as drift.
     if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
         measure = partial(_tail_again if is_tail else _stream_again, run, index, streams)
-        check_same(run, index, streams, measure, found, expected, watch)
+        check_same(run, index, streams, measure, actual, expected, watch)
         # With a margin, so that the next steps do not repeat the same check.
         tolerated[index] = 4 * ratio
 
@@ -72,7 +72,7 @@ def check_same(
     index: int,
     streams: StreamSnapshot,
     measure: Callable[[Change], Digest],
-    found: Digest,
+    actual: Digest,
     expected: Digest,
     watch: "AgreementWatch",
 ) -> None:
@@ -89,7 +89,7 @@ def check_same(
         index: The index of the half-block.
         streams: The streams before the half-block.
         measure: Runs the function, with its input changed or unchanged, and returns a digest of the result.
-        found: The digest of the second result.
+        actual: The digest of the second result.
         expected: The digest of the first result.
         watch: Has the errors of the streams.
 
@@ -113,7 +113,7 @@ def check_same(
     response = _median_distance(perturbed, again)
     # A result that does not respond at all is still rounded.
     floor = max(response, eps * size / len(expected) ** 0.5)
-    if half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
+    if half_block.coupling.is_exact or _median_distance(actual, expected) > EXCESS * floor:
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
 
 
@@ -142,7 +142,7 @@ def _tail_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: C
     step = run.steps[index]
     assert step.tail is not None
     step.rerun(run, _perturbed(streams, step.half_block.source, change), index)
-    return step.tail.found
+    return step.tail.actual
 
 
 def _median_distance(a: Digest, b: Digest) -> float:

@@ -138,7 +138,9 @@ class ToleranceWatch(Observer):
         """Replace the streams by exact ones if the error of the input of function `index` is too large."""
         keeper, source = self._keeper, run.steps[index].half_block.source
         # The walk goes down, so the references above are no longer needed. All others can be computed from the lowest.
-        self._references = [each for each in self._references if each.position <= index + 1] or self._references[:1]
+        self._references = [
+            reference for reference in self._references if reference.position <= index + 1
+        ] or self._references[:1]
         if keeper is None:
             return
         error = self._drift.error_of(index, streams.read(source))
