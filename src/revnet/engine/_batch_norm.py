@@ -5,6 +5,7 @@ take a fifth of the time of PyTorch's reductions, and round no more than a rebui
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,7 +51,8 @@ class Statistics(NamedTuple):
     variance: Tensor
 
 
-class ReplayedNorm(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class ReplayedNorm:
     """A batch norm in training, and how a replay calls it without changing its statistics."""
 
     attributes: dict[str, Any]

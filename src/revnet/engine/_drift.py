@@ -13,8 +13,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ MOST_SAMPLED = 512
 """Maximum number of elements of a sample; enough to know an error to within a few percent."""
 
 
-class DriftRecord(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class DriftRecord:
     """One residual function, and the error of its rebuilt input."""
 
     function: nn.Module
@@ -246,7 +248,8 @@ def _root_mean_square(x: Tensor) -> Tensor:
 # The verdict ----------------------------------------------------------------------------------------------------------
 
 
-class StreamKind(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StreamKind:
     """Properties of a rebuilt stream that are known before its error is."""
 
     name: str
@@ -276,7 +279,8 @@ PART = 100.0
 small."""
 
 
-class _Verdict(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Verdict:
     function: "weakref.ref[nn.Module]"
     kind: StreamKind
     error: Tensor

@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
         return compute()
 
 
-class _KeptInPlace(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeptInPlace:
     """A saved tensor that stays where it is, with autograd's check of the version."""
 
     tensor: Tensor
@@ -87,7 +89,8 @@ class _KeptInPlace(NamedTuple):
         return self.tensor
 
 
-class _OnHost(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _OnHost:
     """Copy of a saved tensor in host memory."""
 
     copy: Tensor

@@ -1,7 +1,8 @@
 """Errors of the parts of a stream that a function may normalize: a channel, a token, or a sample of the batch."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +14,8 @@ from revnet.engine._digest import array_of, digest_of
 _TINY = 1e-300  # Replaces a norm of zero, to avoid a division by zero.
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
     """Sample of a stream, and the channel, token and sample of the batch that each element belongs to."""
 
     values: Any

@@ -7,8 +7,9 @@ for the time of the replay, and then sets it to its present value again.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
 
 
-class AutocastState(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class AutocastState:
     """State of autocast on one type of device."""
 
     device_type: str
@@ -51,7 +53,8 @@ def has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-class TensorPlace(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorPlace:
     """Place where a module holds one of its tensors, and the tensor that it held during the call."""
 
     holder: Any

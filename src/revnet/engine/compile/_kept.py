@@ -4,7 +4,7 @@ The graph keeps all of it as one tensor of bytes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from revnet.engine._random import get_random_state
 from revnet.engine.compile._program import Program, Step
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
     """State that the backward pass needs for one step."""
 
     random_states: list[Tensor]

@@ -9,6 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,7 +46,8 @@ class Step(NamedTuple):
     takes_arguments: bool
 
 
-class Reach(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reach:
     """The tensors on which a residual depends differentiably."""
 
     inputs: tuple[int, ...]
@@ -54,7 +56,8 @@ class Reach(NamedTuple):
     """Whether the residual depends on the stream that the function reads."""
 
 
-class Findings(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Findings:
     """Behavior of a program's functions, as observed in one run on fake tensors; see `_probe`."""
 
     draws: list[bool]
