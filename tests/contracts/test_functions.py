@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Batch norm over the last dimension."""
 
     def __init__(self, **options):
@@ -100,8 +100,8 @@ FUNCTIONS = {
     "unpacks twice": Scaled,
     "multi-head attention": SelfAttention,
     "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
-    "batch norm, cumulative average": lambda: Normalised(momentum=None),
-    "batch norm, no statistics": lambda: Normalised(track_running_stats=False),
+    "batch norm, cumulative average": lambda: Normalized(momentum=None),
+    "batch norm, no statistics": lambda: Normalized(track_running_stats=False),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
     "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),

@@ -125,7 +125,7 @@ class Density(torch.nn.Module):
 
 
 def test_nothing_remains_allocated():
-    """There is no reference cycle that only the garbage collector would break."""
+    """Reference cycles, which only the garbage collector would break, do not occur."""
 
     def num_runs():
         return sum(type(each) is Rebuilder for each in gc.get_objects())

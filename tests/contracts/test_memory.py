@@ -195,7 +195,7 @@ def train(num_steps, use):
                 graph = y.sum()
                 graph.backward(retain_graph=True)
             elif use == "tensor of the graph looked at":
-                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # Behind the concatenation of the streams.
+                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # Follows the concatenation of the streams.
                 norm = last.next_functions[1][0]
                 assert norm._saved_input.shape == (4, 4)
                 del norm, last
@@ -223,7 +223,7 @@ def assert_flat(use, num_steps):
     gc.disable()
     try:
         for step, live in enumerate(train(num_steps, use)):
-            if step % (num_steps // 4) == 5:  # Five steps fill what is filled once.
+            if step % (num_steps // 4) == 5:  # Five steps fill all caches.
                 live_bytes.append(live)
                 num_objects.append(len(gc.get_objects()))
     finally:

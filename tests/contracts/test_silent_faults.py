@@ -663,7 +663,7 @@ def test_parameters_frozen_or_unfrozen_before_backward(policy, frozen_first):
     torch.testing.assert_close(*results)
 
 
-# What is kept ---------------------------------------------------------------------------------------------------------
+# Lifetimes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), Offload(), Store()], ids=str)

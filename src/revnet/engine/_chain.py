@@ -33,8 +33,8 @@ Advance = Callable[[int, list[Tensor]], None]
 class HalfBlock(NamedTuple):
     """One residual function, the stream that it reads, and the stream that it updates.
 
-    A reversible block consists of two half-blocks: `y1 = x1 + f(x2)` reads stream 1 and updates stream 0, then `y2 = x2
-    + g(y1)` reads stream 0 and updates stream 1.
+    A reversible block consists of two half-blocks. `y1 = x1 + f(x2)` reads stream 1 and updates stream 0. Then
+    `y2 = x2 + g(y1)` reads stream 0 and updates stream 1.
     """
 
     function: nn.Module
@@ -58,7 +58,7 @@ class Chain:
     Args:
         half_blocks: The half-blocks in the order in which they run.
         blocks: For each half-block, the block that must be called for it because it has hooks or a `forward` of its
-            own; None if there is no such block. Consecutive half-blocks of one block are run by a single call of the
+            own; None for other half-blocks. Consecutive half-blocks of one block are run by a single call of the
             block.
     """
 
@@ -124,7 +124,7 @@ class BoundChain:
     log_dets: list[Tensor] | None = None
     """List that receives the log-determinants, if the caller wants them: one sum (B,), or empty for zero."""
     tolerance: "ToleranceKeeper | None" = None
-    """Bounds the error of rebuilt streams, if the caller wants a bound."""
+    """Keeper of the bound on the error of rebuilt streams, if the caller wants a bound."""
     is_plain: bool = False
     """Whether `call` is known to be `half_block.function(source)`: there are no arguments and no `input_dtype`."""
     is_joined: bool = False

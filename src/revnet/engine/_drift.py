@@ -157,7 +157,7 @@ class DriftWatch(Observer):
             _judge(_Verdict(weakref.ref(function), kind, error, totals))
 
     def error_of(self, index: int, source: Tensor) -> Tensor | None:
-        """Return the relative error of the rebuilt input of function `index`, or None if there is no sample.
+        """Return the relative error of the rebuilt input of function `index`, or None without a sample.
 
         A channel, a token, or a sample of the batch also counts, with a hundredth of its own error.
         """
@@ -250,7 +250,7 @@ def _root_mean_square(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class StreamKind:
-    """Properties of a rebuilt stream that are known before its error is."""
+    """Properties of a rebuilt stream, apart from its error."""
 
     name: str
     """Name of the function that reads it."""

@@ -80,9 +80,9 @@ def check_same(
 
     The function runs two more times on its present input. If the results differ, it is not deterministic. Then it runs
     once on an input that is perturbed by as much as the streams are off. If most elements of the result are off by far
-    more than that explains, something that the function depends on has changed since the forward pass. The check looks
-    at most elements rather than all, because a hash or a choice may jump for a few elements when its input changes in
-    the last place. That is drift.
+    more than that explains, something that the function depends on has changed since the forward pass. A few elements
+    are not enough, because a hash or a choice may jump for some elements when its input changes in the last place.
+    That is drift.
 
     Args:
         run: The run.

@@ -14,7 +14,7 @@ _version = attrgetter("_version")
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """Return a key that all views of the same memory share, on every device; None if there is no storage.
+    """Return a key that all views of the same memory share, on every device; None without a storage.
 
     A `data_ptr` does not serve, because it is 0 for fake and for empty tensors.
     """

@@ -37,7 +37,7 @@ class BackwardPass:
         inputs: Both streams after the last step, the arguments and the parameters.
         constants: The buffers that no step writes to.
         state: The bytes that the forward pass kept.
-        gradients: The gradients of both streams and of the log-determinant; None where there is no gradient.
+        gradients: The gradients of both streams and of the log-determinant; None for a missing gradient.
         wanted: For each input, whether it requires a gradient.
     """
 
