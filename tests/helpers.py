@@ -444,7 +444,8 @@ def assert_outside_randomness_raises(place: int, device: str = "cpu") -> None:
     functions = [Outside(4) if place == number else mlp(4) for number in range(4)]
     blocks = [ReversibleBlock(*functions[start : start + 2], split_dim=-1) for start in (0, 2)]
     sequence = ReversibleSequential(*blocks).to(device)
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{place // 2}\.{'fg'[place % 2]}` gave other numbers"):
+    name = rf"blocks\.{place // 2}\.{'fg'[place % 2]}"
+    with pytest.raises(ReconstructionError, match=f"`{name}` returned different numbers"):
         sequence(torch.randn(3, 8, device=device)).square().sum().backward()
 
 
@@ -454,5 +455,5 @@ def assert_silent_write_raises(device: str = "cpu") -> None:
     y = sequence(torch.randn(3, 8, device=device))
     loss = y.square().sum()
     y.data.zero_()
-    with pytest.raises(ReconstructionError, match="written over after the forward pass"):
+    with pytest.raises(ReconstructionError, match="overwritten after the forward pass"):
         loss.backward()

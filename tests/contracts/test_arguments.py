@@ -62,14 +62,14 @@ def test_an_output_that_is_an_argument_of_the_next_sequence():
 
 
 class GraphConvolution(nn.Module):
-    """Averages over neighbours, which a sparse matrix names."""
+    """Averages over neighbors, which a sparse matrix names."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 3)
 
-    def forward(self, x, neighbours):
-        return torch.tanh(self.linear(torch.sparse.mm(neighbours, x)))
+    def forward(self, x, neighbors):
+        return torch.tanh(self.linear(torch.sparse.mm(neighbors, x)))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -84,9 +84,9 @@ def test_sparse_arguments(layout, requires_grad):
     dense = torch.eye(4, dtype=torch.float64).roll(1, 0) / 2 + torch.eye(4, dtype=torch.float64)
     results = []
     for module in (sequence, twin):
-        neighbours = dense.to_sparse(layout=layout).requires_grad_(requires_grad)
-        squares(module(x, neighbours)).backward()
-        results.append([gradients(module), neighbours.grad.to_dense() if requires_grad else None])
+        neighbors = dense.to_sparse(layout=layout).requires_grad_(requires_grad)
+        squares(module(x, neighbors)).backward()
+        results.append([gradients(module), neighbors.grad.to_dense() if requires_grad else None])
     assert_close(*results)
 
 

@@ -1,4 +1,4 @@
-"""Reversible execution behaves as plain autograd does: each row against the stored twin, for each kind of block."""
+"""Reversible execution behaves like plain autograd: tests compare it with the stored twin, for every kind of block."""
 
 import warnings
 
@@ -28,7 +28,7 @@ from tests.helpers import (
 
 @all_policies
 @all_cases
-def test_output_gradients_buffers_and_random_state_are_the_twins(case, policy):
+def test_outputs_gradients_buffers_and_random_state_equal_the_twin(case, policy):
     outputs = []
 
     def step(module, x, args, kwargs):
@@ -41,7 +41,7 @@ def test_output_gradients_buffers_and_random_state_are_the_twins(case, policy):
 
 
 @pytest.mark.parametrize("case", [case for case in CASE.values() if not case.args()], ids=lambda case: case.name)
-def test_in_single_precision(case):
+def test_single_precision(case):
     sequence = case.sequence(DEPTH).float() if case.dtype.is_floating_point else case.sequence(DEPTH)
     if case.dtype.is_complex:
         for parameter in sequence.parameters():
@@ -71,7 +71,7 @@ class Steps(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:the streams that begin:revnet.ReconstructionWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_where_nothing_is_rounded_gradients_are_the_twins_bit_for_bit(dtype):
+def test_gradients_equal_the_twin_bit_for_bit_without_rounding(dtype):
     sequence = ReversibleSequential(*[ReversibleBlock(Steps(), Steps()) for _ in range(3)]).to(dtype)
     twin = stored_twin(sequence)
     x = torch.randint(-4, 5, (4, 6)).to(dtype)
@@ -92,7 +92,7 @@ def test_gradcheck_and_gradgradcheck(case):
 
 
 @all_cases
-def test_called_twice_before_backward(case):
+def test_two_calls_before_backward(case):
     other = case.input()
 
     def step(module, x, args, kwargs):
@@ -104,7 +104,7 @@ def test_called_twice_before_backward(case):
 
 @all_cases
 def test_applied_to_its_own_output(case):
-    """Tied weights: one sequence, two runs, in one graph."""
+    """Tied weights: one sequence with two runs in one graph."""
 
     def step(module, x, args, kwargs):
         squares(module(module(x, *args, **kwargs), *args, **kwargs)).backward()
@@ -125,7 +125,7 @@ def test_gradients_accumulate_over_micro_batches(case):
 
 @all_cases
 def test_autograd_grad_of_some_parameters(case):
-    """Only some slots are asked for: the streams walk down through blocks whose gradients nobody wants."""
+    """Only some slots are read: the streams walk down through blocks whose gradients are not needed."""
 
     def step(module, x, args, kwargs):
         loss = squares(module(x.detach(), *args, **kwargs))
@@ -176,7 +176,7 @@ def test_double_backward(case, policy):
             grads = torch.autograd.grad(loss, [x, *module.parameters()], create_graph=True)
             (loss + sum(squares(grad) for grad in grads)).backward()
 
-    assert_trains_as_twin(case.sequence(DEPTH, policy), case, step, tolerance=1e-7)  # values near 1e3
+    assert_trains_as_twin(case.sequence(DEPTH, policy), case, step, tolerance=1e-7)  # Values near 1e3.
 
 
 def saved_tensors(y):
@@ -190,8 +190,9 @@ def saved_tensors(y):
 
 
 @all_cases
-def test_saved_tensors_looked_at_before_backward(case):
-    """From the last to the first and back again: outside of a backward pass, each look rebuilds what it sees."""
+def test_saved_tensors_can_be_read_before_backward(case):
+    """From the last to the first and back again. Outside of a backward pass, each read rebuilds the tensors that it
+    returns."""
     if case.name == "group-and-instance-norm":
         pytest.skip("instance norm saves a copy of its running statistics, which its backward pass does not read")
 
@@ -237,8 +238,8 @@ def test_anomaly_mode(case):
 
 
 @all_cases
-def test_saved_tensors_hooks_around_it(case):
-    """`save_on_cpu` gets what is left to save: the sequence's own hooks are the inner ones."""
+def test_outer_saved_tensors_hooks(case):
+    """`save_on_cpu` gets only the remaining tensors, because the sequence's own hooks are the inner ones."""
 
     def step(module, x, args, kwargs):
         with torch.autograd.graph.save_on_cpu():
@@ -302,7 +303,7 @@ def test_evaluation_mode_has_gradients(case):
 
 @all_cases
 def test_switched_to_evaluation_before_backward(case):
-    """A validation pass between forward and backward must not change what is recomputed."""
+    """A validation pass between forward and backward must not change the replay."""
 
     def step(module, x, args, kwargs):
         loss = squares(module(x, *args, **kwargs))

@@ -1,4 +1,4 @@
-"""`torch.compile` of a whole model, in one graph: the stored twin's gradients, and the memory still saved."""
+"""`torch.compile` of a whole model, in one graph: gradients equal the stored twin's, and the memory is still saved."""
 
 import gc
 import weakref
@@ -20,12 +20,12 @@ from revnet.engine.compile._program import PROGRAMS
 from revnet.errors import ReconstructionError
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
 
-# PyTorch, tracing any custom `autograd.Function`, warns itself not to do what it does.
+# PyTorch raises this warning itself when it traces any custom `autograd.Function`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
-# What PyTorch refuses to trace, in the stored twin too.
+# PyTorch cannot trace these, in the stored twin either.
 UNTRACEABLE = {"recurrent"}
-# What the operators do not take.
+# The operators do not support these.
 UNTRACEABLE |= {"three-streams", "four-affine-streams"}
 TRACEABLE = [case for case in CASES if case.name not in UNTRACEABLE]
 all_traceable_cases = pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
@@ -53,7 +53,7 @@ def loss_of(y):
 
 
 def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast=False, tolerance=1e-9):
-    """Whole training steps of the compiled sequence and of its uncompiled stored twin."""
+    """Check whole training steps of the compiled sequence against its uncompiled stored twin."""
     twin = stored_twin(sequence)
     compiled = compile_whole(sequence) if compiled is None else compiled
     x, args, kwargs = case.input(), case.args(), case.kwargs()
@@ -82,7 +82,7 @@ def test_one_graph_trains_as_the_twin(case):
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
-def test_more_than_two_streams_are_refused(fullgraph):
+def test_more_than_two_streams_raise(fullgraph):
     case = CASE["three-streams"]
     compiled = torch.compile(case.sequence(3), backend="eager", fullgraph=fullgraph)
     with pytest.raises(Exception, match="3 streams cannot be compiled as a whole; compile the residual functions"):
@@ -103,7 +103,7 @@ def test_keeping_activations_on_the_host_raises():
         compile_whole(sequence)(CASE["mlp"].input())
 
 
-def test_a_pair_goes_in_and_out():
+def test_pair_as_input_and_output():
     case = CASE["conv"]
     sequence = case.sequence(2)
     twin = stored_twin(sequence)
@@ -131,7 +131,7 @@ def test_inductor():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_graph_breaks_elsewhere_do_no_harm():
+def test_graph_breaks_elsewhere():
     case = CASE["conv"]
     sequence = case.sequence(2)
 
@@ -167,8 +167,8 @@ def test_compiled_residual_functions_within_a_compiled_model(in_place):
     assert_close([p.grad for p in sequence.parameters()], [p.grad for p in twin.parameters()])
 
 
-def test_gradients_that_are_one_tensor():
-    """What a sum hands to both of its sides is one tensor, which nothing may add to afterwards."""
+def test_gradients_that_share_a_tensor():
+    """A sum passes one tensor to both of its sides as their gradient; nothing may add to it in place afterwards."""
 
     class Shift(nn.Module):
         def forward(self, x, context):
@@ -184,7 +184,7 @@ def test_gradients_that_are_one_tensor():
     assert_close((x.grad, context.grad), (twin_x.grad, twin_context.grad), tolerance=1e-5)
 
 
-def test_a_block_alone():
+def test_single_block():
     case = CASE["conv"]
     block = case.make_block().double()
     twin = stored_twin(ReversibleSequential(block))
@@ -197,7 +197,7 @@ def test_a_block_alone():
 
 
 @pytest.mark.parametrize("name", [name for name in revnet.list_models() if name == "revnet38"])
-def test_a_model(name):
+def test_whole_model(name):
     model = revnet.create_model(name).double()
     twin = revnet.create_model(name, policy=Store()).double()
     twin.load_state_dict(model.state_dict())
@@ -225,8 +225,8 @@ def test_frozen_parameters_and_input(input_requires_grad):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_nothing_needs_a_gradient_until_later(depth):
-    """A frozen stack, and a trained one behind it."""
+def test_frozen_stack_before_a_trained_one(depth):
+    """A frozen stack, followed by a trained one."""
     frozen = CASE["mlp"].sequence(depth).requires_grad_(False)
     model = nn.Sequential(frozen, CASE["mlp"].sequence(2))
     x = CASE["mlp"].input(requires_grad=False)
@@ -256,12 +256,12 @@ def test_one_output_unused():
     x1, x2 = case.input(requires_grad=False).chunk(2, -1)
     for module in (compile_whole(sequence), twin):
         module((x1, x2))[0].square().sum().backward()
-    # Compiled graphs give zeros for what has no gradient, as PyTorch's own do.
+    # Compiled graphs give zeros for outputs without a gradient, as PyTorch's own do.
     for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
         assert_close(parameter.grad, torch.zeros_like(parameter) if expected.grad is None else expected.grad)
 
 
-def test_evaluation_and_training_are_two_graphs():
+def test_evaluation_and_training_have_different_graphs():
     case = CASE["conv-dropout"]
     sequence = case.sequence(2)
     compiled = compile_whole(sequence)
@@ -271,7 +271,7 @@ def test_evaluation_and_training_are_two_graphs():
         assert_steps_as_twin(sequence, case, compiled=compiled, num_steps=1)
 
 
-def test_one_module_in_another_mode_is_another_graph():
+def test_changed_mode_of_one_module_makes_a_new_graph():
     case = CASE["conv"]
     sequence = case.sequence(2)
     compiled = compile_whole(sequence)
@@ -331,13 +331,13 @@ def test_weights_updated_between_steps():
     assert_close(list(sequence.parameters()), list(twin.parameters()))
 
 
-def test_bad_residual_is_told_while_compiling():
+def test_wrong_residual_raises_while_compiling():
     sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 2), nn.Linear(3, 3)))
     with pytest.raises(Exception, match=r"`blocks.0.f` returned shape \(4, 2\), but must return the shape"):
         compile_whole(sequence)(torch.randn(4, 6))
 
 
-def test_a_gradient_that_would_be_lost_raises():
+def test_lost_gradient_raises():
     outside = torch.ones(3, requires_grad=True)
 
     class Leaning(nn.Linear):
@@ -350,7 +350,7 @@ def test_a_gradient_that_would_be_lost_raises():
         loss.backward()
 
 
-def test_randomness_that_the_trace_did_not_see_raises():
+def test_random_numbers_not_seen_while_tracing_raise():
     class Sometimes(nn.Linear):
         active = False
 
@@ -369,7 +369,7 @@ LOSSES = []
 
 
 class Auxiliary(nn.Linear):
-    """Leaves an auxiliary loss behind for its caller, in one of many ways."""
+    """Passes an auxiliary loss to its caller, in one of many ways."""
 
     def __init__(self, way):
         super().__init__(3, 3)
@@ -403,7 +403,7 @@ class Auxiliary(nn.Linear):
         ("global list", "keeps a tensor that it computed"),
     ],
 )
-def test_an_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, fullgraph):
+def test_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, fullgraph):
     sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary(way)))
     compiled = torch.compile(sequence, backend="aot_eager", fullgraph=fullgraph)
     LOSSES.clear()
@@ -411,7 +411,7 @@ def test_an_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, ful
         compiled(torch.randn(4, 6), ([], {}))
 
 
-def test_an_auxiliary_loss_that_the_trace_did_not_see_raises():
+def test_auxiliary_loss_not_seen_while_tracing_raises():
     sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary("none")))
     compiled = compile_whole(sequence)
     compiled(torch.randn(4, 6), ([], {}))
@@ -421,7 +421,7 @@ def test_an_auxiliary_loss_that_the_trace_did_not_see_raises():
         compiled(torch.randn(4, 6), ([], {}))
 
 
-def test_a_function_that_counts_its_calls_raises():
+def test_function_that_counts_its_calls_raises():
     class Counting(nn.Linear):
         count = 0
 
@@ -434,7 +434,7 @@ def test_a_function_that_counts_its_calls_raises():
         compile_whole(sequence)(torch.randn(4, 6))
 
 
-def test_a_function_that_writes_to_its_parameter_raises():
+def test_function_that_writes_to_its_parameter_raises():
     class Bounded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -449,7 +449,7 @@ def test_a_function_that_writes_to_its_parameter_raises():
 
 
 class Cached(nn.Linear):
-    """Computes a constant in its first call, and keeps a reference cycle in each."""
+    """Computes a constant in its first call, and leaves a reference cycle in each call."""
 
     def __init__(self):
         super().__init__(3, 3)
@@ -487,7 +487,7 @@ def branching():
     ],
     ids=["cached", "branching", "weight-norm-hook", "pruned", "weight-norm"],
 )
-def test_functions_that_only_look_as_if_they_left_something(make_function):
+def test_functions_with_harmless_attributes(make_function):
     sequence = ReversibleSequential(*[ReversibleBlock(make_function(), make_function()) for _ in range(2)]).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     compiled = compile_whole(sequence)
@@ -514,8 +514,8 @@ class PartlyUsed(nn.Module):
 
 
 @pytest.mark.parametrize("output", [0, 1, slice(None)])
-def test_what_is_not_used_gets_no_gradient(output):
-    """As in plain autograd: an optimizer leaves it alone, where zeros would make it decay the weight."""
+def test_unused_parameters_get_no_gradient(output):
+    """As in plain autograd: an optimizer skips the weight, whereas zeros would make it decay."""
     sequence = ReversibleSequential(*[ReversibleBlock(PartlyUsed(), PartlyUsed()) for _ in range(2)]).double()
     twin = stored_twin(sequence)
     x1, x2 = torch.randn(4, 6, dtype=torch.float64).chunk(2, 1)
@@ -528,7 +528,7 @@ def test_what_is_not_used_gets_no_gradient(output):
 
 
 class Scaled(nn.Linear):
-    """Takes a scale by keyword, and needs it."""
+    """A function with a required keyword argument."""
 
     def __init__(self):
         super().__init__(3, 3)
@@ -562,7 +562,7 @@ def test_arguments_by_function():
     assert_close(torch.autograd.grad(loss_of(actual), leaves), expected, tolerance=1e-4)
 
 
-def test_another_coupling_is_another_graph():
+def test_changed_coupling_makes_a_new_graph():
     num_graphs = 0
 
     def count(graph, _):
@@ -580,8 +580,8 @@ def test_another_coupling_is_another_graph():
         assert num_graphs == expected
 
 
-def test_models_that_differ_inside_have_different_digests():
-    """Compiled graphs are cached on disk, where only this tells one program from another of the same number."""
+def test_different_models_have_different_digests():
+    """Compiled graphs are cached on disk, where only the digest distinguishes two programs of the same number."""
     digests = set()
     for function in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Dropout()), PartlyUsed().used.requires_grad_()):
         torch._dynamo.reset()
@@ -592,7 +592,7 @@ def test_models_that_differ_inside_have_different_digests():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_autograd():
-    """Uncompiled, a backward pass would be compiled hook by hook, for minutes; compiled, it is one operator."""
+    """Uncompiled, a backward pass would be compiled hook by hook, which takes minutes; compiled, it is one operator."""
     sequence = CASE["mlp"].sequence(2)
     twin = stored_twin(sequence)
     x = CASE["mlp"].input(requires_grad=False)
@@ -624,7 +624,7 @@ def test_shared_buffer_raises():
 
 
 def peak_bytes(module, x):
-    """The most bytes that PyTorch's allocator had handed out at once in one step."""
+    """Return the maximum of the bytes that PyTorch's allocator had given out in one step."""
     for _ in range(2):
         module(x).sum().backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -637,8 +637,8 @@ def peak_bytes(module, x):
     return peak
 
 
-def test_the_memory_saving_is_kept():
-    """Per block, a compiled graph adds the gradients that it returns, and no activation."""
+def test_memory_is_flat_in_depth():
+    """For each block, a compiled graph adds the gradients that it returns, and no activation."""
 
     def peak(depth, policy):
         torch._dynamo.reset()
@@ -654,7 +654,7 @@ def test_the_memory_saving_is_kept():
     assert peak(6, Store()) - peak(2, Store()) > 4 * 7 * stream
 
 
-def test_programs_go_with_their_functions():
+def test_programs_are_deleted_with_their_functions():
     sequence = CASE["mlp"].sequence(2)
     compile_whole(sequence)(CASE["mlp"].input()).sum().backward()
     number = max(PROGRAMS)
@@ -681,7 +681,7 @@ def test_exact_reversal_is_exact(autocast):
         assert torch.equal(gradient, expected)
 
 
-def test_a_stream_out_of_range_raises():
+def test_stream_out_of_range_raises():
     sequence = ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)])
     set_coupling(sequence, FixedPoint())
     with pytest.raises(ReconstructionError, match=r"a stream reached .* at `blocks.0.f`, beyond the 1,024 up to which"):

@@ -35,7 +35,7 @@ DEPTH = 4
 
 
 class WithHead(nn.Module):
-    """A sequence and what is around it; some parameters may go unused."""
+    """A sequence between other layers; some parameters may go unused."""
 
     def __init__(self, sequence: ReversibleSequential, num_unused: int = 0):
         super().__init__()
@@ -130,7 +130,7 @@ def check_tolerance(name: str) -> None:
 def check_data_parallel_against_one_process(name: str) -> None:
     model = make_model(name)
     expected = single_process_gradients(model, name)
-    parallel = DistributedDataParallel(model)  # kept: without it nobody communicates
+    parallel = DistributedDataParallel(model)  # Kept: without it, the processes do not communicate.
     parallel(process_input(name)).backward()
     assert_same_gradients(model, expected, 1 / NUM_PROCESSES)
 

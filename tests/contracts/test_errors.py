@@ -1,4 +1,4 @@
-"""After an error everything is as it was: random state, flags, buffers, autocast, memory, and the next step."""
+"""After an error, all state is unchanged: random state, flags, buffers, autocast, memory, and the next step."""
 
 import gc
 
@@ -95,7 +95,7 @@ def test_error_in_forward(wrong, place, policy):
     after = [torch.get_rng_state(), *sequence.buffers()]
 
     function.fault = None
-    # The functions before the fault have drawn and counted, as they have in the twin.
+    # The functions before the fault have drawn and counted, as in the twin.
     twin_function = twin.get_submodule(f"blocks.{place}")
     twin_function.fault = fault
     torch.manual_seed(1)
@@ -108,8 +108,9 @@ def test_error_in_forward(wrong, place, policy):
 
 
 @all_policies
-def test_what_nobody_reads_is_not_computed_again(policy):
-    """The last layer of a function whose residual is not needed: the lowest one, and every one of a checkpoint."""
+def test_unneeded_layers_are_not_recomputed(policy):
+    """The last layer of a function whose residual is not needed: the lowest function, and every function of a
+    checkpoint."""
     sequence = make_sequence(policy)
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -127,7 +128,7 @@ def test_what_nobody_reads_is_not_computed_again(policy):
 @pytest.mark.parametrize("backward_mode", ["plain", "autocast", "no_grad"])
 @pytest.mark.parametrize("place", PLACES[1:])
 @pytest.mark.parametrize("kind", ["shape", "dtype", "exception"])
-def test_error_in_recomputation(kind, place, backward_mode):
+def test_error_in_a_replay(kind, place, backward_mode):
     fault, error, message = WRONG[kind]
     if kind != "exception":
         error, message = ReconstructionError, r"did something else when it ran again: it returned"
@@ -150,7 +151,7 @@ def test_error_in_recomputation(kind, place, backward_mode):
     for value, expected in zip(observe(sequence), before, strict=True):
         assert torch.equal(value, expected)
 
-    # The same graph, once the fault is mended.
+    # The same graph, once the fault is repaired.
     function.fault = None
     sequence.zero_grad()
     loss.backward()
@@ -202,7 +203,7 @@ class Counting(nn.Module):
         return self.linear(x.tanh() if self.calls > 2 else x).sigmoid()
 
 
-def test_function_that_does_something_else_the_second_time_raises():
+def test_function_that_does_not_repeat_itself_raises():
     sequence = ReversibleSequential(ReversibleBlock(Counting(), Counting()), ReversibleBlock(Counting(), Counting()))
     for block in sequence:
         block.f.calls = block.g.calls = 2
@@ -214,7 +215,7 @@ def test_function_that_does_something_else_the_second_time_raises():
 
 
 def test_backward_called_within_a_residual_function_raises():
-    """Of the graph that is being made; that of another one is fine."""
+    """Backward through the graph under construction raises; backward through another graph works."""
 
     class Backward(nn.Module):
         def __init__(self):
@@ -228,12 +229,12 @@ def test_backward_called_within_a_residual_function_raises():
             return y
 
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(3), Backward()) for _ in range(2)])
-    with pytest.raises(RuntimeError, match="whose forward pass has not finished; call it outside"):
+    with pytest.raises(RuntimeError, match="whose forward pass has not finished; call `backward` outside"):
         sequence(torch.randn(4, 6, requires_grad=True))
 
 
 def test_interrupted_backward_can_be_repeated():
-    """An error in the caller's own hook, in the middle of the backward pass."""
+    """An error in a hook of the caller, in the middle of the backward pass."""
     case = CASE["conv-dropout"]
 
     def step(module, x, args, kwargs):
@@ -252,7 +253,7 @@ def test_interrupted_backward_can_be_repeated():
     assert_trains_as_twin(case.sequence(3), case, step)
 
 
-def test_error_under_store_has_the_same_words():
+def test_error_under_store_has_the_same_message():
     for policy in (Reverse(), Store()):
         sequence = make_sequence(policy)
         sequence[2].f.fault = lambda y: None

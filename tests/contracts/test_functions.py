@@ -1,4 +1,4 @@
-"""Residual functions of all sorts: what they contain, what they keep, and what they do inside themselves."""
+"""Residual functions of all kinds: what they contain, what they keep, and what they compute inside."""
 
 from collections.abc import Callable
 
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Batch norm over the last dimension."""
 
     def __init__(self, **options):
@@ -100,8 +100,8 @@ FUNCTIONS = {
     "unpacks twice": Scaled,
     "multi-head attention": SelfAttention,
     "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
-    "batch norm, cumulative average": lambda: Normalised(momentum=None),
-    "batch norm, no statistics": lambda: Normalised(track_running_stats=False),
+    "batch norm, cumulative average": lambda: Normalized(momentum=None),
+    "batch norm, no statistics": lambda: Normalized(track_running_stats=False),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
     "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
@@ -123,7 +123,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS.keys())
-def test_any_function(make):
+def test_functions_train_like_the_stored_twin(make):
     outcomes = []
     for policy in (Reverse(), Store()):
         torch.manual_seed(3)
@@ -141,7 +141,7 @@ def test_any_function(make):
 
 
 class Routed(nn.Module):
-    """Leaves an auxiliary loss on itself, as layers with experts do."""
+    """Stores an auxiliary loss as an attribute, as mixture-of-experts layers do."""
 
     def __init__(self):
         super().__init__()
@@ -154,8 +154,8 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0], ids=["alone", "with the output"])
-def test_losses_that_functions_leave_on_themselves(weight):
-    """They belong to the graph of the forward pass, and reach the saved tensors by another way than the output."""
+def test_auxiliary_losses_in_attributes(weight):
+    """The losses belong to the forward graph, and reach the saved tensors on another path than the output."""
     sequence = ReversibleSequential(*[ReversibleBlock(Routed(), Routed()) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -179,7 +179,7 @@ class Scaling(nn.Module):
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3)], ids=["vector", "matrix"])
 def test_buffers_replaced_between_forward_and_backward(shape):
-    """Each run keeps the tensors that its forward pass found."""
+    """Each run keeps the tensors that its forward pass used."""
     sequence = ReversibleSequential(*[ReversibleBlock(Scaling(*shape), mlp(3)) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_buffers_replaced_between_forward_and_backward(shape):
 
 
 def test_kernels_chosen_around_the_forward_pass_only():
-    """Elsewhere another kernel may run, and save other tensors."""
+    """Outside of the context, another kernel may run, and save different tensors."""
     sequence = ReversibleSequential(*[ReversibleBlock(Attention(4), Attention(4), split_dim=-1) for _ in range(2)])
     twin = stored_twin(sequence)
     x = torch.randn(2, 5, 8)
@@ -216,7 +216,7 @@ class OverwritesWhatIsSaved(nn.Linear):
         return super().forward(x).sigmoid().add_(1)
 
 
-def test_saved_tensor_written_over_by_the_function_raises_as_in_the_twin():
+def test_saved_tensor_overwritten_by_the_function_raises_as_in_the_twin():
     sequence = ReversibleSequential(*[ReversibleBlock(OverwritesWhatIsSaved(3, 3), nn.Linear(3, 3)) for _ in range(2)])
     for module in (sequence, stored_twin(sequence)):
         loss = module(torch.randn(4, 6)).sum()
@@ -225,8 +225,8 @@ def test_saved_tensor_written_over_by_the_function_raises_as_in_the_twin():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_an_operation_that_saves_what_it_has_not_computed_yet(depth):
-    """RReLU's noise, by the last operation of the lowest function."""
+def test_operation_that_saves_memory_before_it_computes(depth):
+    """RReLU's noise, saved by the last operation of the lowest function."""
     blocks = [ReversibleBlock(nn.Sequential(nn.Linear(3, 3), nn.RReLU()), nn.RReLU()) for _ in range(depth)]
     sequence = ReversibleSequential(*blocks).double()
     twin = stored_twin(sequence)
@@ -240,7 +240,7 @@ def test_an_operation_that_saves_what_it_has_not_computed_yet(depth):
 
 
 class Holder(nn.Module):
-    """Keeps a tensor where no module looks for one."""
+    """Keeps a tensor in a list, where it is not registered with the module."""
 
     def __init__(self):
         super().__init__()
@@ -252,16 +252,16 @@ class Holder(nn.Module):
 
 
 @pytest.mark.parametrize("change", ["modified", "replaced"])
-def test_a_tensor_from_elsewhere_that_changes_raises(change):
+def test_unregistered_tensor_that_changes_raises(change):
     sequence = ReversibleSequential(*[ReversibleBlock(Holder(), Holder()) for _ in range(2)]).double()
     loss = sequence(torch.randn(4, 6, dtype=torch.float64)).sum()
     held = sequence[0].f.held
     held[0] = held[0].add_(1) if change == "modified" else held[0] + 1
-    with pytest.raises(RuntimeError, match=r"was modified in place|used another tensor"):
+    with pytest.raises(RuntimeError, match=r"was modified in place|used a different tensor"):
         loss.backward()
 
 
-def test_a_tensor_from_elsewhere_that_stays_is_right():
+def test_unregistered_tensor_that_does_not_change():
     sequence = ReversibleSequential(*[ReversibleBlock(Holder(), Holder()) for _ in range(2)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -271,7 +271,7 @@ def test_a_tensor_from_elsewhere_that_stays_is_right():
 
 
 class Stash(nn.Linear):
-    """Leaves its activations, with their graph and without, for somebody to look at."""
+    """Stores its activations as attributes, with their graph and without."""
 
     def forward(self, x):
         self.seen = super().forward(x).tanh()
@@ -280,7 +280,7 @@ class Stash(nn.Linear):
         return self.seen * self.mask * self.weights
 
 
-def test_a_function_that_leaves_its_activations_about():
+def test_function_that_stores_its_activations():
     sequence = ReversibleSequential(*[ReversibleBlock(Stash(3, 3), Stash(3, 3)) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -291,7 +291,7 @@ def test_a_function_that_leaves_its_activations_about():
 
 
 class DrawsOnce(nn.Linear):
-    """Draws random numbers that change nothing, the first time only: as another thread would."""
+    """Draws random numbers without an effect, only on the first call, as another thread would."""
 
     drawn = 0
 
@@ -303,17 +303,17 @@ class DrawsOnce(nn.Linear):
         return x
 
 
-def test_other_random_numbers_in_the_recomputation_raise():
+def test_different_random_numbers_in_the_replay_raise():
     sequence = ReversibleSequential(ReversibleBlock(DrawsOnce(3, 3), DrawsOnce(3, 3)))
     state = torch.get_rng_state()
     loss = sequence(torch.randn(4, 6)).sum()
-    with pytest.raises(ReconstructionError, match="did not draw the random numbers again"):
+    with pytest.raises(ReconstructionError, match="did not draw the same random numbers"):
         loss.backward()
     assert not torch.equal(torch.get_rng_state(), state)
 
 
 def test_vector_buffer_written_to_before_backward():
-    """The function saw the old one, and so does the recomputation; the new one stays."""
+    """The replay reads the old values, as the function did; the new values remain."""
 
     class Scaled(nn.Linear):
         def __init__(self):

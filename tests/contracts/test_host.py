@@ -1,6 +1,6 @@
-"""What a plain step costs on the host, in numbers that are the same on every machine: Python calls inside revnet.
+"""The host cost of a plain step, in numbers that are equal on every machine: Python calls inside revnet.
 
-Time is not tested: it is noise on a shared machine. `revnet bench --host` measures it.
+Time is not tested, because it is noise on a shared machine. `revnet bench --host` measures it.
 """
 
 import pytest
@@ -12,14 +12,14 @@ from revnet.bench.host_cases import HOST_CONTENDERS
 
 NUM_BLOCKS = 16
 MOST_CALLS = {"conv": 1_842, "transformer": 1_454}
-"""Python calls inside revnet in one step of 16 blocks under `Reverse()`, as Python 3.11 counts them.
+"""Maximum Python calls inside revnet in one step of 16 blocks under `Reverse()`, as counted by Python 3.11.
 
-Lower these when a change saves calls. A change that needs more has to say what they are for.
+Lower these when a change saves calls. A change that needs more must explain why.
 """
 MOST_FILES = 7
-"""Files of revnet in which one of these calls happens."""
+"""Maximum number of files of revnet that these calls run through."""
 MOST_LINES = 1_200
-"""Lines of these files."""
+"""Maximum number of lines in these files."""
 
 all_host_cases = pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
 
@@ -35,7 +35,7 @@ def calls(case):
 
 
 @all_host_cases
-def test_a_plain_step_makes_no_more_calls(case, calls):
+def test_plain_step_makes_no_more_calls(case, calls):
     assert calls.num_calls <= MOST_CALLS[case.name], (
         f"{calls.num_calls:,} Python calls inside revnet ({calls.num_calls / (2 * NUM_BLOCKS):.1f} per half-block): "
         + ", ".join(f"{path.name} {number:,}" for path, number in calls.by_file.most_common())
@@ -43,14 +43,14 @@ def test_a_plain_step_makes_no_more_calls(case, calls):
 
 
 @all_host_cases
-def test_a_plain_step_can_be_followed_in_few_files(case, calls):
+def test_plain_step_runs_through_few_files(case, calls):
     assert calls.num_files <= MOST_FILES
     assert calls.num_lines <= MOST_LINES
 
 
 @all_host_cases
 def test_later_steps_make_the_same_calls(case):
-    """Nothing piles up from step to step."""
+    """Nothing accumulates from step to step."""
     subject = reverse(case, 2)
     first = subject.count_calls()
     for x in subject.inputs(5):

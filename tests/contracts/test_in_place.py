@@ -1,4 +1,4 @@
-"""Writing over tensors between forward and backward: harmless where nothing is read again, an error everywhere else."""
+"""Writes to tensors between forward and backward: harmless if nothing reads the tensor again, an error otherwise."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.helpers import (
 
 @all_cases
 def test_input_modified_after_forward_is_harmless(case):
-    """Nothing of the input is kept, so this is right even where plain autograd has to raise."""
+    """The input is not kept, so this works even where plain autograd must raise."""
 
     def step(module, x, args, kwargs):
         start = x.clone()
@@ -45,7 +45,7 @@ def test_streams_of_a_pair_modified_after_forward_are_harmless():
 
 @all_cases
 def test_input_modified_before_forward(case):
-    """By an activation in place just before the blocks."""
+    """By an in-place activation just before the blocks."""
 
     def step(module, x, args, kwargs):
         squares(module((x * 2).add_(1).tanh_(), *args, **kwargs)).backward()
@@ -86,11 +86,11 @@ def test_output_of_a_pair_modified_before_backward_raises(which):
 
 @pytest.mark.parametrize("as_pair", [False, True], ids=["tensor", "pair"])
 def test_output_modified_between_two_backward_passes_is_right_or_raises(as_pair):
-    """The first pass may have left nothing that the second one reads from the output."""
+    """After the first pass, the second may have nothing left to read from the output."""
     sequence = CASE["mlp"].sequence(3)
     x = CASE["mlp"].input()
     y = sequence(x.chunk(2, 1) if as_pair else x)
-    loss = y[0].sum() + 2 * y[1].sum() if as_pair else y.sum()  # saves nothing that autograd itself would check
+    loss = y[0].sum() + 2 * y[1].sum() if as_pair else y.sum()  # Saves nothing that autograd itself would check.
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     for half in y if as_pair else (y,):
         half.detach().add_(1)
@@ -99,7 +99,7 @@ def test_output_modified_between_two_backward_passes_is_right_or_raises(as_pair)
 
 
 @all_cases
-def test_a_copy_of_the_output_may_be_modified(case):
+def test_copy_of_the_output_can_be_modified(case):
     def step(module, x, args, kwargs):
         y = module(x, *args, **kwargs)
         copy = y.clone()
@@ -108,8 +108,8 @@ def test_a_copy_of_the_output_may_be_modified(case):
     assert_trains_as_twin(case.sequence(2), case, step)
 
 
-def test_the_output_may_be_modified_after_a_stored_last_block():
-    """The way out that the error names."""
+def test_output_can_be_modified_after_a_stored_last_block():
+    """The remedy that the error names."""
 
     def step(module, x, args, kwargs):
         squares(module(x).relu_()).backward()
@@ -117,8 +117,8 @@ def test_the_output_may_be_modified_after_a_stored_last_block():
     assert_trains_as_twin(CASE["conv"].sequence(3, [Reverse(), Reverse(), Store()]), CASE["conv"], step)
 
 
-def test_the_gradient_may_be_modified():
-    """Hooks that clip in place see gradients, never the engine's streams."""
+def test_gradients_can_be_modified():
+    """Hooks that clip in place see gradients, and never the engine's streams."""
 
     def step(module, x, args, kwargs):
         y = module(x)
@@ -146,8 +146,8 @@ def test_parameter_or_argument_modified_before_backward_raises(what):
         loss.backward()
 
 
-def test_parameter_modified_that_is_all_that_autograd_saved_raises():
-    """Frozen linear layers save their weights only, so that nothing is rebuilt that could notice."""
+def test_modified_parameter_raises_if_nothing_else_was_saved():
+    """Frozen linear layers save only their weights, so no rebuilt tensor could reveal the change."""
     functions = [nn.Linear(3, 3).requires_grad_(False) for _ in range(4)]
     sequence = ReversibleSequential(ReversibleBlock(*functions[:2]), ReversibleBlock(*functions[2:]))
     loss = sequence(torch.randn(4, 6, requires_grad=True)).sum()
@@ -158,7 +158,7 @@ def test_parameter_modified_that_is_all_that_autograd_saved_raises():
 
 @pytest.mark.parametrize("name", ["conv", "averaging"])
 def test_buffer_modified_before_backward_in_evaluation_raises(name):
-    """In training nothing reads the running statistics again; in evaluation everything does."""
+    """In training, nothing reads the running statistics again; in evaluation, every replay does."""
     sequence = CASE[name].sequence(2).eval()
     loss = sequence(CASE[name].input()).sum()
     buffers = dict(sequence[0].f.named_buffers())
@@ -186,14 +186,14 @@ WRITES = {
 @pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 @pytest.mark.parametrize("name", ["f", "g"])
-def test_function_that_writes_over_its_input_raises(name, write, policy):
+def test_function_that_overwrites_its_input_raises(name, write, policy):
     functions = {"f": mlp(3), "g": mlp(3), name: WritesOver(write)}
     sequence = ReversibleSequential(ReversibleBlock(mlp(3), mlp(3)), ReversibleBlock(**functions), policy=policy)
     with pytest.raises(RuntimeError, match=rf"`blocks\.1\.{name}` modified its input in place.*inplace=False"):
         sequence(torch.randn(4, 6))
 
 
-def test_function_that_writes_over_its_own_tensors_is_fine():
+def test_function_can_overwrite_its_own_tensors():
     def block():
         function = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Hardtanh(inplace=True))
         return ReversibleBlock(function, mlp(3))
@@ -203,7 +203,7 @@ def test_function_that_writes_over_its_own_tensors_is_fine():
 
 
 def test_function_that_returns_its_input():
-    """The residual is a stream: rebuilding must not subtract a stream from itself in place and spoil the other."""
+    """The residual is a stream. Rebuilding must not subtract it from itself in place and corrupt the other stream."""
     sequence = ReversibleSequential(*[ReversibleBlock(nn.Identity(), mlp(3)) for _ in range(3)]).double()
     assert_trains_as_twin(sequence, CASE["mlp"], lambda module, x, *_: squares(module(x)).backward())
 

@@ -99,7 +99,7 @@ def test_gradients_are_numerically_right(layer):
     module, x = make(layer), inputs(layer)
     parameters = tuple(module.parameters())
     if sum(parameter.numel() for parameter in parameters) > 50:
-        parameters = ()  # those of blocks are compared with their twins in test_log_det
+        parameters = ()  # Parameters of blocks are compared with their twins in test_log_det.
     assert torch.autograd.gradcheck(lambda x, *_: module.forward_with_log_det(x), (x, *parameters), fast_mode=True)
     assert torch.autograd.gradcheck(module.inverse, module(x).detach().requires_grad_(), fast_mode=True)
 

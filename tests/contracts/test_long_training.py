@@ -1,6 +1,6 @@
-"""A training loop of 2,000 steps leaves nothing behind: no Python object, no tensor, no resident memory.
+"""A training loop of 2,000 steps keeps no Python object, tensor or resident memory alive.
 
-`make test-slow` runs it; it alone:
+`make test-slow` runs it. To run only this:
 
     python -m pytest -m slow -rP --show-capture=stdout tests/contracts/test_long_training.py
 """
@@ -22,11 +22,11 @@ NUM_FEATURES = 32
 BATCH_SIZE = 64
 FIRST, LAST = 200, 2000
 SLACK_BYTES = 4 * 2**20
-"""What the allocator may take or give back by chance."""
+"""Bytes that the allocator may take or return by chance."""
 
 
 class Live(NamedTuple):
-    """What a process holds."""
+    """Objects, tensors and memory of a process."""
 
     num_objects: int
     num_tensors: int
@@ -35,16 +35,16 @@ class Live(NamedTuple):
 
 def count_live() -> tuple[int, int, int]:
     num_objects, num_tensors = 0, 0
-    for each in gc.get_objects():
+    for value in gc.get_objects():
         num_objects += 1
-        # By its type, since objects that pretend to be of another class do not like to be asked.
-        num_tensors += issubclass(type(each), Tensor)
+        # By its type, because objects that imitate another class may fail when asked.
+        num_tensors += issubclass(type(value), Tensor)
     num_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return num_objects, num_tensors, num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def train(policy) -> tuple[Live, Live]:
-    """Return what is live after the first steps, which fill what is filled once, and after the last."""
+    """Return the live objects after the first steps, which fill all caches, and after the last step."""
     torch.manual_seed(0)
     blocks = [
         ReversibleBlock(
@@ -63,11 +63,11 @@ def train(policy) -> tuple[Live, Live]:
         optimizer.step()
 
     gc.collect()
-    gc.disable()  # what only the garbage collector frees counts as left behind
+    gc.disable()  # Objects that only the garbage collector frees count as leaked.
     try:
         for _ in range(FIRST):
             step()
-        num_objects, num_tensors, resident_bytes = count_live()  # as numbers: a `Live` would be one object more
+        num_objects, num_tensors, resident_bytes = count_live()  # As numbers: a `Live` would be one more object.
         for _ in range(LAST - FIRST):
             step()
         last = Live(*count_live())
@@ -83,8 +83,8 @@ def resident_growth(first: Live, last: Live) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=["reverse", "checkpoint"])
-def test_two_thousand_steps_leave_nothing_behind(policy):
-    # A leak of one stream per step would be seen.
+def test_memory_is_flat_over_two_thousand_steps(policy):
+    # A leak of one stream per step would show.
     assert (LAST - FIRST) * BATCH_SIZE * NUM_FEATURES * 4 > 2 * SLACK_BYTES
     plain = resident_growth(*train(Store()))
     first, last = train(policy)

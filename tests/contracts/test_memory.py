@@ -1,4 +1,4 @@
-"""The promise, in exact bytes: activation memory does not grow with depth, and nothing stays behind."""
+"""Activation memory, in exact bytes: it does not grow with depth, and nothing remains allocated."""
 
 import gc
 
@@ -13,7 +13,7 @@ from revnet.engine import Chain, HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
 from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 
-# The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
+# One stream is 1 MiB (conv) or 0.5 MiB (transformer).
 CONV_STREAM = 8 * 32 * 32 * 32 * 4
 TRANSFORMER_STREAM = 2 * 256 * 256 * 4
 
@@ -30,14 +30,14 @@ def transformer_stack(depth):
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
 def test_conv_stack_needs_nine_streams_at_any_depth(depth):
-    """The pair, the two gradients, three saved tensors, the residual, its gradient; and some scalars and vectors."""
+    """The pair, the two gradients, three saved tensors, the residual, its gradient, and some scalars and vectors."""
     memory = measure(conv_stack(depth), torch.randn(8, 64, 32, 32))
     assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 520
-    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4  # the final pair, and the loss
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4  # The final pair, and the loss.
 
 
-def test_two_hundred_and_fifty_six_blocks_need_no_more():
-    """Counted without computing, which counts the same bytes (see below)."""
+def test_memory_of_256_blocks_is_the_same():
+    """Counted without computing, which gives the same bytes (see below)."""
     with FakeTensorMode():
         memory = measure(conv_stack(256), torch.randn(8, 64, 32, 32))
     assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 520
@@ -45,15 +45,15 @@ def test_two_hundred_and_fifty_six_blocks_need_no_more():
 
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
-def test_a_pair_costs_what_a_tensor_costs(depth):
+def test_pair_needs_the_memory_of_a_tensor(depth):
     memory = measure(conv_stack(depth), (torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)))
     assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 528
     assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 8
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
-    """A network's head sends one; it is split at once, so that neither half keeps the other."""
+def test_dense_gradient_of_the_output_needs_no_more_memory(requires_grad):
+    """A network's head sends a dense gradient; it is split at once, so that neither half keeps the other alive."""
 
     class Head(nn.Module):
         def __init__(self):
@@ -68,7 +68,8 @@ def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
 
 
 def test_transformer_stack_is_flat_in_depth():
-    """The pair, its gradients, the perceptron's norm, its hidden layer twice and that layer's gradient; a weight's."""
+    """The pair, its gradients, the perceptron's norm, its hidden layer twice, the gradient of that layer, and a
+    weight's."""
     peaks = [measure(transformer_stack(depth), torch.randn(2, 256, 512)).activation_bytes for depth in (4, 8, 16)]
     with FakeTensorMode():
         peaks.append(measure(transformer_stack(256), torch.randn(2, 256, 512)).activation_bytes)
@@ -77,38 +78,38 @@ def test_transformer_stack_is_flat_in_depth():
 
 
 def test_low_precision_copies_of_weights_are_not_kept():
-    """Autocast casts a weight once, for all functions that share it, and keeps the cast until it ends."""
+    """Autocast casts a weight once for all functions that share it, and keeps the cast until it exits."""
     function = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh())
     sequence = ReversibleSequential(*[ReversibleBlock(function, function, split_dim=-1) for _ in range(3)])
     x = torch.randn(4, 128, requires_grad=True)
     with LiveBytes([x, *sequence.parameters()]) as counter:
         with torch.autocast("cpu", torch.bfloat16):
             loss = sequence(x).sum()
-        assert counter.live_bytes == 4 * 128 * 4 + 4  # the output and the loss
+        assert counter.live_bytes == 4 * 128 * 4 + 4  # The output and the loss.
         loss.backward()
 
 
-def test_the_stored_twin_grows_with_depth():
-    """The counter sees what there is to see: eight saved tensors for each block."""
+def test_memory_of_the_stored_twin_grows_with_depth():
+    """The counter sees what it should: eight saved tensors for each block."""
     peaks = [measure(conv_stack(depth, Store()), torch.randn(8, 64, 32, 32)).activation_bytes for depth in (4, 8)]
     assert peaks[1] - peaks[0] >= 4 * 8 * CONV_STREAM
 
 
-def test_a_stored_last_block_costs_its_activations_only():
+def test_stored_last_block_adds_only_its_activations():
     depth = 8
     mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
     assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= 12 * CONV_STREAM + SAMPLE + 1024
 
 
-def test_a_single_function_holds_its_input_only():
-    """Not the stream that it updates, which nothing reads again; the input is the caller's."""
+def test_single_function_holds_only_its_input():
+    """It does not hold the stream that it updates, which nothing reads again; the input belongs to the caller."""
     function = ConvResidual(32)
     x1, x2 = torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)
     with LiveBytes([x1, x2, *function.parameters(), *function.buffers()]) as counter:
         y1, y2 = reversible(Chain([HalfBlock(function, 0, 1)]).bind(), (x1, x2))
         loss = y1.sum()
         assert y2 is x2
-        assert counter.live_bytes == CONV_STREAM + 4  # y1 and the loss
+        assert counter.live_bytes == CONV_STREAM + 4  # y1 and the loss.
         del y1
         assert counter.live_bytes == 4
         loss.backward()
@@ -116,7 +117,7 @@ def test_a_single_function_holds_its_input_only():
     function.zero_grad()
     stored(Chain([HalfBlock(function, 0, 1)]).bind(), (x1, x2))[0].sum().backward()
     for gradient, parameter in zip(gradients, function.parameters(), strict=True):
-        assert torch.equal(gradient, parameter.grad)  # nothing was rebuilt, so nothing was rounded
+        assert torch.equal(gradient, parameter.grad)  # Nothing was rebuilt, so nothing was rounded.
 
 
 def test_dropout_keeps_random_states_not_masks():
@@ -129,8 +130,8 @@ def test_dropout_keeps_random_states_not_masks():
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode(), torch.device("meta")], ids=["fake", "meta"])
-def test_counted_without_computing(mode):
-    """From shapes alone, the same bytes."""
+def test_counts_memory_without_computing(mode):
+    """Shapes alone give the same bytes."""
     expected = measure(conv_stack(4), torch.randn(8, 64, 32, 32))
     with mode:
         assert measure(conv_stack(4), torch.randn(8, 64, 32, 32)) == expected
@@ -145,7 +146,7 @@ def live_bytes_after(step, parameters):
 
 
 @pytest.mark.parametrize("use", ["backward", "forward only", "retained", "two graphs"])
-def test_nothing_stays_behind(use):
+def test_nothing_remains_allocated(use):
     sequence = conv_stack(3)
     for parameter in sequence.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -168,7 +169,7 @@ def test_nothing_stays_behind(use):
 
 
 def train(num_steps, use):
-    """Steps of one kind; yields after each."""
+    """Run training steps of one kind; yield after each."""
     sequence = ReversibleSequential(
         *[ReversibleBlock(nn.Sequential(mlp(4), nn.Dropout(0.2)), nn.BatchNorm1d(4)) for _ in range(3)]
     )
@@ -194,7 +195,7 @@ def train(num_steps, use):
                 graph = y.sum()
                 graph.backward(retain_graph=True)
             elif use == "tensor of the graph looked at":
-                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # behind the joining of both streams
+                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # Follows the concatenation of the streams.
                 norm = last.next_functions[1][0]
                 assert norm._saved_input.shape == (4, 4)
                 del norm, last
@@ -216,34 +217,34 @@ USES = [
 
 
 def assert_flat(use, num_steps):
-    """Neither bytes nor Python objects grow, and it is not the garbage collector that sees to it."""
+    """Check that neither bytes nor Python objects grow, without help of the garbage collector."""
     live_bytes, num_objects = [], []
     gc.collect()
     gc.disable()
     try:
         for step, live in enumerate(train(num_steps, use)):
-            if step % (num_steps // 4) == 5:  # five steps to fill what is filled once
+            if step % (num_steps // 4) == 5:  # Five steps fill all caches.
                 live_bytes.append(live)
                 num_objects.append(len(gc.get_objects()))
     finally:
         gc.enable()
     assert len(set(live_bytes)) == 1
     assert live_bytes[0] == 0 or use == "graph kept until the next step"
-    assert max(num_objects) - num_objects[0] <= 20  # the lists of this function
+    assert max(num_objects) - num_objects[0] <= 20  # The lists of this function.
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_hundred_steps_leave_nothing_behind(use):
+def test_memory_is_flat_over_a_hundred_steps(use):
     assert_flat(use, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
-def test_a_thousand_steps_leave_nothing_behind(use):
+def test_memory_is_flat_over_a_thousand_steps(use):
     assert_flat(use, 1000)
 
 
-def test_a_retained_graph_holds_the_final_pair_only():
+def test_retained_graph_holds_only_the_final_pair():
     sequence = conv_stack(4)
     for parameter in sequence.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -255,7 +256,7 @@ def test_a_retained_graph_holds_the_final_pair_only():
         assert counter.live_bytes <= 2 * CONV_STREAM + 1024
 
 
-def test_the_graph_is_freed_without_the_garbage_collector():
+def test_graph_is_freed_without_the_garbage_collector():
     sequence = conv_stack(2)
     keep = [*sequence.parameters(), *sequence.buffers()]
     gc.collect()
@@ -268,7 +269,7 @@ def test_the_graph_is_freed_without_the_garbage_collector():
         gc.enable()
 
 
-def test_measuring_leaves_the_model_as_it_was():
+def test_measuring_does_not_change_the_model():
     sequence = ReversibleSequential(ReversibleBlock(nn.Sequential(ConvResidual(4), nn.Dropout()), ConvResidual(4)))
     x = torch.randn(2, 8, 4, 4)
     sequence(x).sum().backward()
@@ -283,6 +284,6 @@ def test_measuring_leaves_the_model_as_it_was():
         assert torch.equal(buffer, expected)
 
 
-def test_a_twin_has_the_same_parameters():
+def test_twin_has_the_same_parameters():
     sequence = conv_stack(2)
     assert list(stored_twin(sequence).state_dict()) == list(sequence.state_dict())

@@ -1,6 +1,6 @@
-"""Random sequences, compiled whole and asked random questions of autograd, answer as their stored twins do.
+"""Random sequences, compiled as a whole, and random autograd calls give the results of their stored twins.
 
-`make test-slow` runs all; these alone, with the share of the programs that are refused:
+`make test-slow` runs all of them. To run only these, and print the share of refused programs:
 
     python -m pytest -m slow -rP --show-capture=stdout tests/contracts/test_random_compiled_programs.py
 """
@@ -30,19 +30,19 @@ WRITTEN = "one of the variables needed for gradient computation has been modifie
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-    # Inductor draws other random numbers than an uncompiled run unless it is told not to.
+    # By default, Inductor draws different random numbers from an uncompiled run.
     with torch._inductor.config.patch(fallback_random=True):
         yield
     torch._dynamo.reset()
 
 
 def is_hooked(sequence: ReversibleSequential) -> bool:
-    """Whether a block has a hook or a `forward` of its own."""
+    """Return whether a block has a hook or a `forward` of its own."""
     return any(type(block) is not ReversibleBlock or block._forward_hooks for block in sequence)
 
 
 def shares_buffers(sequence: ReversibleSequential) -> bool:
-    """Whether a function with buffers serves a stored block and a reversed one."""
+    """Return whether a function with buffers is part of a stored block and of a reversed one."""
     buffers = {True: set(), False: set()}
     for block, policy in zip(sequence, sequence.policies, strict=True):
         buffers[isinstance(policy, Reverse)] |= set(block.buffers())
@@ -50,7 +50,7 @@ def shares_buffers(sequence: ReversibleSequential) -> bool:
 
 
 def refuse_to_differentiate_again(penalty, of):
-    """Second derivatives of a compiled graph, which PyTorch refuses whatever the graph."""
+    """Check that PyTorch refuses second derivatives of a compiled graph, as it does for every graph."""
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         torch.autograd.grad(penalty, of, retain_graph=True, allow_unused=True)
     return []
@@ -63,7 +63,7 @@ def run_compiled(sequence: ReversibleSequential, inputs: list, seed: int, backen
 
 
 def can_be_compiled(twin: ReversibleSequential, inputs: list, seed: int, backend: str) -> bool:
-    """Whether PyTorch takes the stored twin, which consists of its own operators."""
+    """Return whether PyTorch compiles the stored twin, which consists of its own operators."""
     try:
         run_compiled(twin, inputs, seed, backend)
     except RuntimeError as error:
@@ -106,7 +106,7 @@ def check_program(seed: int, backend: str) -> str | None:
 
 
 def check_programs(num_programs: int, first_seed: int, backend: str) -> None:
-    """Check programs until so many of them have run, and print how many were refused."""
+    """Check programs until `num_programs` of them have run, and print how many were refused."""
     results: Counter[str | None] = Counter()
     seed = first_seed
     while results[None] < num_programs:

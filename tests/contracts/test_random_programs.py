@@ -1,4 +1,4 @@
-"""Random sequences, asked random questions of autograd, answer as their stored twins do."""
+"""Random sequences and random autograd calls give the results of their stored twins."""
 
 import copy
 import random
@@ -23,7 +23,7 @@ def check_programs(seeds) -> None:
         expected = run_program(twin, copy.deepcopy(inputs), seed)
         assert len(observed) == len(expected), seed
         for value, expected_value in zip(observed, expected, strict=True):
-            assert_close(value, expected_value, tolerance=1e-7)  # second derivatives amplify the rounding
+            assert_close(value, expected_value, tolerance=1e-7)  # Second derivatives amplify the rounding.
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ class Outside(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_randomness_from_outside_raises(seed):
+def test_random_numbers_from_outside_raise(seed):
     torch.manual_seed(seed)
     draw = random.Random(seed)
     functions = [draw.choice(FUNCTIONS[:2] + FUNCTIONS[4:])() for _ in range(2 * draw.randint(1, 6))]
@@ -62,5 +62,6 @@ def test_randomness_from_outside_raises(seed):
     blocks = [ReversibleBlock(f, g) for f, g in zip(functions[::2], functions[1::2], strict=True)]
     sequence = ReversibleSequential(*blocks, policy=draw.choice([Reverse(), Checkpoint()])).double()
     loss = sequence(torch.randn(8, 6, dtype=torch.float64)).square().sum()
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{which // 2}\.{'fg'[which % 2]}` gave other numbers"):
+    name = rf"blocks\.{which // 2}\.{'fg'[which % 2]}"
+    with pytest.raises(ReconstructionError, match=f"`{name}` returned different numbers"):
         loss.backward()

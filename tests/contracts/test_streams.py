@@ -1,4 +1,4 @@
-"""Any stream is a good stream: pairs, views, other memory formats, empty ones, and streams used elsewhere as well."""
+"""Streams of any kind: pairs, views, other memory formats, empty ones, and streams that are used elsewhere as well."""
 
 import copy
 
@@ -23,7 +23,7 @@ from tests.helpers import (
 
 
 @all_cases
-def test_streams_run_as_their_joined_tensor_does(case):
+def test_streams_give_the_result_of_their_concatenation(case):
     sequence = case.sequence(2)
     twin = stored_twin(sequence)
     dim, num_streams = sequence[0].split_dim, sequence[0].num_streams
@@ -41,7 +41,7 @@ def test_streams_run_as_their_joined_tensor_does(case):
 
 
 @all_cases
-def test_inverse_gives_the_input_and_leaves_the_buffers(case):
+def test_inverse_returns_the_input_and_keeps_the_buffers(case):
     sequence = case.sequence(DEPTH).eval()
     x, args, kwargs = case.input(), case.args(), case.kwargs()
     y = sequence(x, *args, **kwargs)
@@ -50,7 +50,7 @@ def test_inverse_gives_the_input_and_leaves_the_buffers(case):
     assert all(torch.equal(now, before) for now, before in zip(sequence.buffers(), buffers, strict=True))
 
 
-def test_inverse_in_training_uses_the_batch_and_leaves_the_statistics():
+def test_inverse_in_training_uses_the_batch_and_keeps_the_statistics():
     case = CASE["conv"]
     sequence = case.sequence(DEPTH)
     x = case.input()
@@ -74,11 +74,11 @@ def test_inverse_is_differentiable(case):
 
 @all_policies
 @all_cases
-def test_streams_used_elsewhere_too(case, policy):
-    """A skip around the sequence, an activation before it, and its output used twice."""
+def test_streams_used_elsewhere(case, policy):
+    """A skip connection around the sequence, an activation before it, and an output that is used twice."""
 
     def step(module, x, args, kwargs):
-        x = x * (x.real.relu() + 0.1)  # No exact zeros: rebuilt, they would be on either side of the next ReLU's kink.
+        x = x * (x.real.relu() + 0.1)  # No exact zeros: rebuilt, they may lie on either side of a ReLU's kink.
         y = module(x, *args, **kwargs)
         squares(x + y * y.tanh()).backward()
 
@@ -99,7 +99,7 @@ VIEWS = {
 @pytest.mark.parametrize("as_pair", [False, True], ids=["tensor", "pair"])
 @pytest.mark.parametrize("name", ["mlp", "attention", "transposed", "averaging", "nested-arguments", "complex"])
 def test_views(name, as_pair, view):
-    """No batch norm here: of copies of one sample it makes noise, magnified a thousand times by each function."""
+    """Without batch norm: on copies of one sample it yields noise, which each function amplifies a thousandfold."""
     case = CASE[name]
 
     def step(module, x, args, kwargs):
@@ -109,11 +109,11 @@ def test_views(name, as_pair, view):
         else:
             squares(module(view(x), *args, **kwargs)).backward()
 
-    # Of features that are all alike, a layer norm makes noise too, magnified by 1 / sqrt(eps), or 300.
+    # On equal features, a layer norm yields noise too, amplified by 1 / sqrt(eps), or 300.
     assert_trains_as_twin(case.sequence(2), case, step, tolerance=1e-7)
 
 
-def test_both_streams_one_tensor():
+def test_one_tensor_as_both_streams():
     def step(module, x, args, kwargs):
         half = x[:, :3]
         y1, y2 = module((half, half), *args, **kwargs)
@@ -125,7 +125,7 @@ def test_both_streams_one_tensor():
 @pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("second", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats(first, second):
-    """Of parameters, and of streams; each stream keeps its own."""
+    """Memory formats of parameters and of streams; each stream keeps its own."""
 
     def step(module, x, args, kwargs):
         x1, x2 = x.chunk(2, 1)
@@ -162,7 +162,7 @@ def test_empty_batch(train):
     assert all(not parameter.grad.any() for parameter in sequence.parameters())
 
 
-def test_no_channels():
+def test_streams_without_channels():
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()
@@ -179,7 +179,7 @@ def test_no_channels():
     assert [parameter.grad.item() for parameter in sequence.parameters()] == [0, 0, 0, 0]
 
 
-def test_no_blocks():
+def test_sequence_without_blocks():
     sequence = ReversibleSequential()
     x = torch.randn(4, 6, requires_grad=True)
     y = sequence(x)
@@ -189,7 +189,7 @@ def test_no_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_whole_numbers_are_refused(dtype):
+def test_rejects_integers(dtype):
     sequence = CASE["mlp"].sequence(2)
     x = torch.ones(4, 6, dtype=dtype)
     with pytest.raises(TypeError, match=rf"`x` has dtype {dtype}, but a stream must be floating-point.*x\.float\(\)"):
@@ -199,7 +199,7 @@ def test_whole_numbers_are_refused(dtype):
 
 
 def test_streams_of_different_dtypes():
-    """A float32 stream beside a float64 one, each kept as it is."""
+    """A float32 stream with a float64 stream; each keeps its dtype."""
 
     class Cast(nn.Module):
         def __init__(self, dtype):

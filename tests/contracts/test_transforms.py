@@ -1,4 +1,4 @@
-"""Under PyTorch's transforms: right, or an error before any wrong number."""
+"""Under PyTorch's transforms, the result is right, or there is an error before any wrong number."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from tests.helpers import (
 )
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # PyTorch's forward mode uses it
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap of fused attention
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # PyTorch's forward mode uses it.
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # Raised by vmap of fused attention.
 ]
 
 
@@ -33,7 +33,7 @@ def test_vmap(name):
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied"])
 def test_gradient_of_a_vmapped_sequence_raises(name):
-    """Saved tensors are batched inside of `vmap` and gone outside of it."""
+    """Saved tensors are batched inside of `vmap`, and no longer exist outside of it."""
     sequence = CASE[name].sequence(2)
     x = torch.stack((CASE[name].input(), CASE[name].input()))
     loss = squares(torch.func.vmap(sequence)(x))
@@ -53,12 +53,12 @@ def test_gradient_of_a_vmapped_sequence_raises(name):
     ids=["grad", "vjp", "jacrev", "hessian", "per-sample"],
 )
 def test_reverse_mode_of_torch_func_raises(transform):
-    """PyTorch refuses saved-tensor hooks there, and says so."""
+    """PyTorch forbids saved-tensor hooks there, and the error names the alternatives."""
     sequence = CASE["mlp"].sequence(2)
     x = CASE["mlp"].input(requires_grad=False)
-    with pytest.raises(RuntimeError, match="forbid the saved-tensor hooks by which"):
+    with pytest.raises(RuntimeError, match="forbid the saved-tensor hooks that rebuild"):
         transform(sequence, x)
-    loss = squares(sequence(x))  # and nothing is left behind
+    loss = squares(sequence(x))  # The error has no lasting effect.
     loss.backward()
 
 
@@ -101,7 +101,7 @@ def test_forward_mode_of_parameters_over_reverse_mode():
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("of", ["primal", "tangent"])
 def test_reverse_mode_over_forward_mode_is_right_or_raises(batch, inside, of):
-    """The graph of a tangent cannot be rebuilt. With a batch of 3 all saved tensors have one shape."""
+    """The graph of a tangent cannot be rebuilt. With a batch of 3, all saved tensors have the same shape."""
     sequence = CASE["mlp"].sequence(2)
     twin = stored_twin(sequence)
     x = torch.randn(batch, 6, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_reverse_mode_over_forward_mode_is_right_or_raises(batch, inside, of):
 
 
 def test_batched_gradients():
-    """`is_grads_batched`: the backward pass under `vmap`, the recomputation within it."""
+    """With `is_grads_batched`, the backward pass runs under `vmap`, and so does the replay."""
 
     def step(module, x, args, kwargs):
         directions = torch.randn(3, *x.shape, dtype=x.dtype)
@@ -134,7 +134,7 @@ def test_batched_gradients():
 
 @all_cases
 def test_parameters_swapped_by_functional_call(case):
-    """The forward pass ran on other parameters than the module holds by the time of backward."""
+    """The forward pass ran with other parameters than the module holds at the time of the backward pass."""
 
     def step(module, x, args, kwargs):
         swapped = {n: (p.detach() * 1.5).requires_grad_() for n, p in module.named_parameters()}
@@ -155,10 +155,10 @@ def test_buffers_swapped_by_functional_call():
     assert_trains_as_twin(case.sequence(3), case, step)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at that of every input
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo reads it for every input.
 @pytest.mark.parametrize("name", ["conv", "attention"])
 def test_compiled_residual_functions(name):
-    """AOTAutograd's own graph, without the compiler behind it."""
+    """AOTAutograd's own graph, without a compiler."""
     case = CASE[name]
     sequence = case.sequence(2)
     twin = stored_twin(sequence)

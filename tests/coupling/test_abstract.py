@@ -1,4 +1,4 @@
-"""What every coupling must define, a third party's too."""
+"""The attributes that every coupling must define, including third-party couplings."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from revnet.coupling import AbstractCoupling, Additive, Affine, FixedPoint, Mome
 
 
 class Base(AbstractCoupling):
-    """Still abstract, so it need not say anything."""
+    """Still abstract, so it need not define `is_additive`."""
 
     def prepare(self, x):
         return x
 
 
 def define_scaling(*bases, **attributes):
-    """A coupling that scales, `y = 2 x + residual`, so that `x` gets twice the gradient of `y`."""
+    """Return a coupling class that scales, `y = 2 x + residual`, so that `x` gets twice the gradient of `y`."""
 
     def forward(self, x, residual, name="f"):
         return 2 * x + residual
@@ -22,14 +22,14 @@ def define_scaling(*bases, **attributes):
 
 
 @pytest.mark.parametrize("bases", [(AbstractCoupling,), (Base,), (Additive,), (FixedPoint,), (Base, Affine)])
-def test_a_forward_without_a_word_on_gradients_is_refused(bases):
-    """Taken for additive, it would get wrong gradients in silence."""
+def test_forward_without_is_additive_raises(bases):
+    """If it were treated as additive, it would silently get wrong gradients."""
     with pytest.raises(TypeError, match=r"^Scaling defines `forward`, so it must define `is_additive` too: True if"):
         define_scaling(*bases)
     assert define_scaling(*bases, is_additive=False).is_additive is False
 
 
-def test_a_subclass_that_changes_something_else_inherits():
+def test_subclass_without_forward_inherits_is_additive():
     class Named(Additive):
         def limit(self, dtype):
             return None
@@ -37,7 +37,7 @@ def test_a_subclass_that_changes_something_else_inherits():
     assert Named().is_additive
 
 
-def test_the_couplings_say_what_they_are():
+def test_couplings_define_is_additive():
     assert {coupling: coupling.is_additive for coupling in (Additive, Affine, FixedPoint, Momentum)} == {
         Additive: True,
         Affine: False,

@@ -4,7 +4,7 @@ import torch
 from revnet.coupling import additive, additive_inverse
 
 
-def test_the_inverse_undoes_the_coupling():
+def test_inverse_undoes_forward():
     x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     y = additive(x, residual)
     torch.testing.assert_close(additive_inverse(y, residual), x, rtol=1e-14, atol=1e-14)
@@ -27,12 +27,12 @@ def test_the_inverse_undoes_the_coupling():
         ((torch.randn(3, 4), 1), TypeError, r"returned tuple of 2"),
     ],
 )
-def test_a_residual_that_does_not_fit(residual, error, message):
+def test_rejects_a_wrong_residual(residual, error, message):
     for function in (additive, additive_inverse):
         with pytest.raises(error, match=message):
             function(torch.randn(3, 4), residual, "blocks.0.g")
 
 
-def test_a_low_precision_residual_fits_a_float32_stream():
+def test_accepts_a_low_precision_residual():
     y = additive(torch.ones(2), torch.ones(2, dtype=torch.bfloat16))
     assert y.dtype is torch.float32

@@ -16,7 +16,7 @@ def stream(*shape):
 
 @pytest.mark.parametrize("coupling", [Affine(), Affine(reach=0.5), Affine("sigmoid")], ids=str)
 @pytest.mark.parametrize(("shape", "doubled"), [((3, 4), (3, 8)), ((2, 4, 3, 3), (2, 8, 3, 3)), ((2, 5, 4), (2, 5, 8))])
-def test_the_inverse_undoes_it(coupling, shape, doubled):
+def test_inverse_undoes_forward(coupling, shape, doubled):
     x, residual = stream(*shape), 2 * stream(*doubled)
     y = coupling.forward(x, residual)
     assert_close(coupling.inverse(y, residual), x, tolerance=1e-9)
@@ -26,7 +26,7 @@ def test_the_inverse_undoes_it(coupling, shape, doubled):
     assert_close(result, coupling.inverse(before, residual), tolerance=1e-14)
 
 
-def test_it_is_the_papers():
+def test_matches_the_paper():
     """Equations 7 and 8 of Real NVP, with shift t and log-scale s."""
     x, t, raw = stream(3, 4), stream(3, 4), 5 * stream(3, 4)
     residual = torch.cat((t, raw), 1)
@@ -38,7 +38,7 @@ def test_it_is_the_papers():
     assert_close(Affine("sigmoid").log_det(x, residual), F.logsigmoid(raw + 2).sum(1), tolerance=1e-14)
 
 
-def test_the_doubled_dimension_is_found_where_the_stream_is_empty_or_square():
+def test_finds_the_doubled_dimension_of_empty_and_square_streams():
     for shape in ((0, 4), (4, 4), (1, 1)):
         x = stream(*shape)
         residual = stream(shape[0], 2 * shape[1])
@@ -46,15 +46,15 @@ def test_the_doubled_dimension_is_found_where_the_stream_is_empty_or_square():
         assert Affine().log_det(x, residual).shape == shape[:1]
 
 
-def test_a_low_precision_residual_fits_a_float32_stream():
+def test_accepts_a_low_precision_residual():
     x, residual = torch.randn(2, 3), torch.randn(2, 6).bfloat16()
     y = Affine().forward(x, residual)
     assert y.dtype is torch.float32
     assert Affine().log_det(x, residual).dtype is torch.float32
-    assert_close(Affine().inverse(y, residual), x, tolerance=1e-5)  # roundings of float32, and scales up to e^2
+    assert_close(Affine().inverse(y, residual), x, tolerance=1e-5)  # Float32 rounding, with scales up to e^2.
 
 
-def test_gradients_under_autocast_are_the_twins():
+def test_gradients_under_autocast_equal_the_stored_twin():
     sequence = ReversibleSequential(
         *[ReversibleBlock(scaling_mlp(4), scaling_mlp(4), coupling=Affine()) for _ in range(6)]
     )
@@ -68,7 +68,7 @@ def test_gradients_under_autocast_are_the_twins():
         assert y.dtype == log_det.dtype == torch.float32
         (squares(y) + log_det.sum()).backward()
         steps.append(gradients(module))
-    # Rebuilt streams are off by some roundings of float32, which tip a bfloat16 rounding now and then.
+    # Rebuilt streams carry float32 rounding errors, which sometimes change a bfloat16 rounding.
     assert_close(steps[0], steps[1], tolerance=2e-2)
 
 
@@ -84,7 +84,7 @@ def test_gradients_under_autocast_are_the_twins():
         ((torch.randn(3, 4), torch.randn(3, 4)), TypeError, "returned tuple of 2"),
     ],
 )
-def test_a_residual_that_does_not_fit(residual, error, message):
+def test_rejects_a_wrong_residual(residual, error, message):
     for method in (Affine().forward, Affine().inverse):
         with pytest.raises(error, match=message):
             method(torch.randn(3, 4), residual, "blocks.0.g")
@@ -99,18 +99,18 @@ def test_a_residual_that_does_not_fit(residual, error, message):
         ({"reach": float("inf")}, r"`reach` \(=inf\)"),
     ],
 )
-def test_options_that_do_not_fit(options, message):
+def test_rejects_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         Affine(**options)
 
 
-def test_complex_streams_are_refused():
+def test_rejects_complex_streams():
     block = ReversibleBlock(scaling_mlp(2), scaling_mlp(2), coupling=Affine())
     with pytest.raises(TypeError, match=r"complex64, but Affine\(.*needs real streams"):
         block(torch.randn(3, 4, dtype=torch.complex64))
 
 
-def test_equal_ones_are_one():
+def test_equal_couplings_compare_equal():
     assert Affine() == Affine("tanh", 2.0) == pickle.loads(pickle.dumps(Affine()))
     assert Affine() != Affine("sigmoid")
     assert copy.deepcopy(Affine("sigmoid")) == Affine("sigmoid")

@@ -22,7 +22,7 @@ def half_of_limit(coupling, dtype, *shape):
     "coupling", [FixedPoint(), FixedPoint(1), FixedPoint(22), FixedPoint(40, is_wide=True)], ids=repr
 )
 @pytest.mark.parametrize("in_place", [False, True])
-def test_the_inverse_undoes_it_to_the_last_bit(coupling, in_place):
+def test_inverse_undoes_forward_to_the_last_bit(coupling, in_place):
     dtype = torch.float64 if coupling.is_wide else torch.float32
     x = coupling.prepare(half_of_limit(coupling, dtype, 10_000))
     residual = half_of_limit(coupling, dtype, 10_000)
@@ -37,7 +37,7 @@ def test_the_inverse_undoes_it_to_the_last_bit(coupling, in_place):
     assert (before - x - residual).abs().max() <= 2.0 ** -(coupling.fraction_bits + 1)
 
 
-def test_prepared_streams_lie_on_the_grid_without_negative_zeros():
+def test_prepare_rounds_to_the_grid_without_negative_zeros():
     x = FixedPoint(2).prepare(torch.tensor([0.3, -0.3, 0.125, 0.375, -0.0, -0.1, 5.0]))
     assert bits(x).equal(bits(torch.tensor([0.25, -0.25, 0.0, 0.5, 0.0, 0.0, 5.0])))
 
@@ -52,12 +52,12 @@ def test_prepared_streams_lie_on_the_grid_without_negative_zeros():
         (torch.bfloat16, FixedPoint(is_wide=True), torch.float64),
     ],
 )
-def test_the_type_of_streams(dtype, coupling, stream):
+def test_dtype_of_streams(dtype, coupling, stream):
     assert coupling.prepare(torch.ones(2, dtype=dtype)).dtype == stream
     assert coupling.limit(stream) == 2 ** ((24 if stream == torch.float32 else 53) - 14)
 
 
-def test_gradients_pass_straight_through():
+def test_gradients_pass_through_unchanged():
     coupling = FixedPoint(3)
     x = torch.randn(5, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(5, requires_grad=True)
@@ -68,8 +68,8 @@ def test_gradients_pass_straight_through():
     assert torch.equal(residual.grad, weights.float())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own
-def test_transforms():
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # From PyTorch itself.
+def test_works_under_transforms():
     coupling = FixedPoint(30, is_wide=True)
     x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
 
@@ -88,19 +88,19 @@ def test_transforms():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), r"`fraction_bits` \(=0\) must be from 1 to 22, so that a float32 stream has room"),
+        ((0,), r"`fraction_bits` \(=0\) must be from 1 to 22, so that a float32 stream has bits left"),
         ((23,), r"`fraction_bits` \(=23\) must be from 1 to 22"),
         ((52, True), r"`fraction_bits` \(=52\) must be from 1 to 51, so that a float64 stream"),
         ((14.0,), r"`fraction_bits` \(=14.0\) must be an integer"),
         ((True,), r"`fraction_bits` \(=True\) must be an integer"),
     ],
 )
-def test_what_is_no_grid_raises(arguments, message):
+def test_rejects_a_wrong_grid(arguments, message):
     with pytest.raises(ValueError, match=message):
         FixedPoint(*arguments)
 
 
-def test_streams_that_it_cannot_take_raise():
+def test_rejects_other_streams():
     with pytest.raises(
         TypeError, match=r"`x` has dtype torch.complex64, but FixedPoint\(.*needs real streams; use `Add"
     ):
@@ -111,14 +111,14 @@ def test_streams_that_it_cannot_take_raise():
         FixedPoint().limit(torch.bfloat16)
 
 
-def test_it_is_a_value():
+def test_equal_couplings_compare_equal():
     assert FixedPoint(12) == FixedPoint(12) != FixedPoint(13)
     assert pickle.loads(pickle.dumps(FixedPoint(12, is_wide=True))) == FixedPoint(12, is_wide=True)
     assert copy.deepcopy(FixedPoint(12)) == FixedPoint(12)
 
 
 class Returning(nn.Module):
-    """Returns one number everywhere, with a parameter so that there is something to train."""
+    """Returns one number everywhere. The number is a parameter, so that there is something to train."""
 
     def __init__(self, value):
         super().__init__()
@@ -145,7 +145,7 @@ def sequence_that_reaches(value, coupling):
         (-7, 22, "set `fraction_bits=21` or less, set `is_wide=True`"),
     ],
 )
-def test_a_stream_out_of_range_raises_with_the_bits_that_fit(value, bits, hint):
+def test_stream_out_of_range_raises_with_a_fitting_setting(value, bits, hint):
     sequence = sequence_that_reaches(value, FixedPoint(bits))
     with pytest.raises(ReconstructionError) as raised:
         sequence(torch.zeros(2, 4))
@@ -159,7 +159,7 @@ def test_a_stream_out_of_range_raises_with_the_bits_that_fit(value, bits, hint):
     sequence_that_reaches(value, FixedPoint(bits, is_wide=True))(torch.zeros(2, 4)).sum().backward()
 
 
-def test_range_is_of_no_matter_where_nothing_is_rebuilt():
+def test_does_not_check_the_range_without_reversal():
     sequence = sequence_that_reaches(1100, FixedPoint())
     with torch.no_grad():
         sequence(torch.zeros(2, 4))
@@ -167,14 +167,14 @@ def test_range_is_of_no_matter_where_nothing_is_rebuilt():
     sequence(torch.zeros(2, 4)).sum().backward()
 
 
-def test_the_inverse_watches_the_range():
+def test_inverse_checks_the_range():
     chain = Chain([HalfBlock(Returning(1), 0, 1, "f", FixedPoint())]).bind()
     with pytest.raises(ReconstructionError, match="a stream reached 2,000 at `f`, beyond the 1,024 up to which"):
         inverse(chain, (torch.full((2,), 2000.0), torch.zeros(2)))
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_what_is_not_finite_is_the_models_own(value):
+def test_ignores_nonfinite_values(value):
     sequence = sequence_that_reaches(value, FixedPoint())
     y = sequence(torch.zeros(2, 4))
     assert not y.isfinite().all()

@@ -1,4 +1,4 @@
-"""Batch norm in a recomputation: the faster way to its statistics gives what PyTorch's kernel gives."""
+"""Batch norm in a replay: the faster statistics equal the ones of PyTorch's kernel."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from revnet.engine import _batch_norm
 from revnet.engine._batch_norm import find_statistics
 from tests.helpers import ConvResidual, assert_close, gradients, stored_twin
 
-SHAPE = (8, 4, 48, 48)  # large enough for the faster way
+SHAPE = (8, 4, 48, 48)  # Large enough for the faster statistics.
 
 
 def make_input(dtype=torch.float64):
@@ -19,8 +19,8 @@ def make_input(dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_statistics(dtype, tolerance):
-    """Of channels whose means are up to a hundred times their deviations."""
+def test_statistics_are_accurate(dtype, tolerance):
+    """The channels have means of up to a hundred standard deviations."""
     x = make_input(dtype)
     statistics = _batch_norm.find_statistics(x)
     variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
@@ -39,12 +39,12 @@ def test_statistics(dtype, tolerance):
     ],
     ids=["small", "channels last", "bfloat16", "no pixels", "meta"],
 )
-def test_left_to_pytorch(x):
+def test_leaves_other_inputs_to_pytorch(x):
     assert _batch_norm.find_statistics(x) is None
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_output_and_gradients_are_those_of_the_module(affine):
+def test_output_and_gradients_equal_the_module(affine):
     norm = nn.BatchNorm2d(4, affine=affine).double()
     x = make_input().requires_grad_()
     results = []
@@ -59,7 +59,7 @@ def make_sequence():
     return ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(3)]).double()
 
 
-def test_used_on_rebuilt_streams_and_right(monkeypatch):
+def test_runs_on_rebuilt_streams_with_correct_results(monkeypatch):
     sequence = make_sequence()
     twin = stored_twin(sequence)
     seen = []
@@ -73,7 +73,7 @@ def test_used_on_rebuilt_streams_and_right(monkeypatch):
     twin_x = x.detach().clone().requires_grad_()
     sequence(x).sin().sum().backward()
     twin(twin_x).sin().sum().backward()
-    assert len(seen) == 2 * (2 * 3 - 1)  # not in the last function, which reads what the forward pass left
+    assert len(seen) == 2 * (2 * 3 - 1)  # Not in the last function, whose input is not rebuilt.
     assert_close(x.grad, twin_x.grad)
     assert_close(gradients(sequence), gradients(twin))
     for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
@@ -81,9 +81,9 @@ def test_used_on_rebuilt_streams_and_right(monkeypatch):
     assert all("forward" not in module.__dict__ for module in sequence.modules())
 
 
-def test_double_backward_and_differentiation_inside():
+def test_double_backward_and_inner_differentiation():
     class Inside(nn.Module):
-        """A residual that is a gradient, through a batch norm."""
+        """A residual that is itself a gradient through a batch norm."""
 
         def __init__(self):
             super().__init__()
@@ -105,8 +105,8 @@ def test_double_backward_and_differentiation_inside():
     assert_close(*results, tolerance=1e-6)
 
 
-def test_not_under_autocast(monkeypatch):
-    """Low precision would turn a difference in the last place into one that counts."""
+def test_does_not_run_under_autocast(monkeypatch):
+    """Low precision would amplify a difference in the last place."""
     monkeypatch.setattr(_batch_norm, "find_statistics", lambda *_: pytest.fail("used"))
     sequence = ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(2)])
     with torch.autocast("cpu", torch.bfloat16):

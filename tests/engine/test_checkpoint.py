@@ -1,4 +1,4 @@
-"""What a checkpointed function keeps, computes again, and leaves behind."""
+"""What a checkpointed function keeps, recomputes, and leaves unchanged."""
 
 import copy
 
@@ -21,7 +21,7 @@ def step(module, x, seed=1):
 
 
 @all_cases
-def test_gradients_of_a_checkpointed_sequence_are_the_twins_bit_for_bit(case):
+def test_gradients_equal_the_stored_twin_bit_for_bit(case):
     sequence = case.sequence(3, Checkpoint())
     twin = stored_twin(sequence)
     inputs = (case.input(), case.args(), case.kwargs())
@@ -32,20 +32,20 @@ def test_gradients_of_a_checkpointed_sequence_are_the_twins_bit_for_bit(case):
         assert gradient is expected is None or torch.equal(gradient, expected), name
 
 
-def test_it_holds_the_stream_that_each_function_reads():
+def test_holds_the_input_of_each_function():
     blocks = [ReversibleBlock(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8)) for _ in range(5)]
     sequence = ReversibleSequential(*blocks, policy=Checkpoint())
     pair = (torch.randn(16, 8), torch.randn(16, 8))
     with LiveBytes([*sequence.parameters(), *pair]) as counter:
         y = sequence(pair)
         stream = 16 * 8 * 4
-        # Of each block x2 and y1; the first x2 is the caller's, and the last pair the output.
+        # x2 and y1 of each block; the first x2 belongs to the caller, and the last pair is the output.
         assert counter.live_bytes == (5 - 1) * 2 * stream + 2 * stream + stream - stream
         del y
     assert counter.live_bytes == 0
 
 
-def test_the_last_product_of_each_function_is_not_computed_again():
+def test_does_not_recompute_the_last_product_of_a_function():
     def function():
         return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
 
@@ -60,7 +60,7 @@ def test_the_last_product_of_each_function_is_not_computed_again():
 
 
 @pytest.mark.parametrize("last", [nn.RReLU(), nn.Dropout(0.5), nn.BatchNorm1d(3), nn.MaxPool1d(1), nn.Sigmoid()])
-def test_operations_that_save_what_they_compute_are_computed(last):
+def test_recomputes_operations_that_save_their_result(last):
     def function():
         return nn.Sequential(nn.Linear(3, 3), copy.deepcopy(last))
 
@@ -74,7 +74,7 @@ def test_operations_that_save_what_they_compute_are_computed(last):
 
 
 class Stem(nn.Module):
-    """Not reversible: another shape, a batch norm, dropout, two outputs."""
+    """A module that is not reversible: it changes the shape, and has batch norm, dropout and two outputs."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("x_requires_grad", [True, False])
 @pytest.mark.parametrize("with_scale", [True, False])
-def test_a_call_leaves_what_a_plain_call_leaves(x_requires_grad, with_scale):
+def test_call_has_the_effects_of_a_plain_call(x_requires_grad, with_scale):
     stem = Stem()
     twin = copy.deepcopy(stem)
     results = []
@@ -115,7 +115,7 @@ def test_a_call_leaves_what_a_plain_call_leaves(x_requires_grad, with_scale):
         assert torch.equal(value, expected)
 
 
-def test_a_call_keeps_its_arguments_alone():
+def test_call_keeps_only_its_arguments():
     stem = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 4))
     x = torch.randn(8, 4)
     with LiveBytes([*stem.parameters(), x]) as counter:
@@ -127,12 +127,12 @@ def test_a_call_keeps_its_arguments_alone():
         loss.backward()
 
 
-def test_a_call_that_writes_over_its_argument_raises():
+def test_call_that_overwrites_its_argument_raises():
     with pytest.raises(RuntimeError, match=r"Sequential modified an argument in place.*`inplace=False`"):
         checkpointed_call(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)), (torch.randn(2, 3),), {})
 
 
-def test_an_argument_that_was_written_over_raises_in_the_backward_pass():
+def test_overwritten_argument_raises_in_the_backward_pass():
     x = torch.randn(2, 3)
     y = checkpointed_call(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), (x,), {})
     x.add_(1)
@@ -140,21 +140,21 @@ def test_an_argument_that_was_written_over_raises_in_the_backward_pass():
         y.sum().backward()
 
 
-def test_without_gradients_a_call_is_plain():
+def test_call_without_gradients_is_plain():
     stem = Stem().eval()
     x = torch.randn(2, 3)
     with torch.no_grad():
         assert torch.equal(checkpointed_call(stem, (x,), {})["features"], stem(x)["features"])
 
 
-def test_a_call_is_not_compiled_silently_into_a_stored_one():
+def test_compiling_a_call_raises():
     model = Checkpointed(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
-    with pytest.raises(Exception, match="whose activations are computed again cannot be compiled whole"):
+    with pytest.raises(Exception, match="whose activations are recomputed cannot be compiled as a whole"):
         torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 3))
 
 
-def test_offloaded_activations_go_to_the_host_once_and_parameters_stay(monkeypatch):
-    """Here a CPU tensor plays the device's, since the copies are all that matters."""
+def test_offloads_each_activation_once_and_no_parameters(monkeypatch):
+    """A CPU tensor stands for a device tensor, since only the copies matter."""
     copies = []
     monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
     monkeypatch.setattr("revnet.engine._offload._OnHost.of", lambda tensor: copies.append(tensor) or _Copy(tensor))
@@ -179,15 +179,15 @@ class _Copy:
         return self.tensor
 
 
-def test_what_stays_on_the_host_is_guarded_against_writes():
+def test_writes_to_kept_tensors_raise():
     sequence = ReversibleSequential(ReversibleBlock(nn.Sigmoid(), nn.Linear(2, 2)), policy=Offload())
     y1, y2 = sequence((torch.randn(3, 2), torch.randn(3, 2, requires_grad=True)))
-    y1.add_(1)  # g's input
+    y1.add_(1)  # The input of g.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (y1 + y2).sum().backward()
 
 
-def test_streams_of_fake_tensors_are_rebuilt_in_place_as_real_ones_are():
+def test_rebuilds_fake_streams_in_place_like_real_ones():
     peaks = []
     for mode in (torch.enable_grad(), FakeTensorMode()):
         with mode:

@@ -1,4 +1,4 @@
-"""Digests of tensors on a GPU, as far as a CPU can tell: their operators give the same anywhere."""
+"""Digests of tensors on a GPU, as far as a CPU can test them: their operators give the same results on any device."""
 
 import pytest
 import torch
@@ -28,17 +28,17 @@ all_layouts = pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS)
 
 
 @all_layouts
-def test_a_sample_has_the_elements_of_a_digest(x):
+def test_sample_has_the_elements_of_a_digest(x):
     assert sample_on_device(x) == digest_of(x)
 
 
-def test_a_complex_sample_has_real_and_imaginary_parts():
+def test_complex_sample_has_real_and_imaginary_parts():
     x = torch.randn(8, dtype=torch.complex64)
     assert sample_on_device(x) == torch.view_as_real(x).flatten().double().tolist()
 
 
 @all_layouts
-def test_a_checksum_sees_one_bit(x):
+def test_checksum_detects_one_bit(x):
     if x.numel() == 0:
         return
     y = x.clone()
@@ -48,12 +48,12 @@ def test_a_checksum_sees_one_bit(x):
     assert checksum_on_device(y) != before
 
 
-def test_a_tensor_of_the_cpu_is_not_waited_for():
+def test_does_not_wait_for_cpu_tensors():
     assert not may_wait_for(torch.randn(3))
     assert not may_wait_for(torch.randn(3, device="meta"))
 
 
-def test_a_gpu_is_waited_for_in_the_first_run_and_in_each_64th(monkeypatch):
+def test_waits_for_a_gpu_in_the_first_run_and_every_64th_after(monkeypatch):
     monkeypatch.setattr(_observers, "may_wait_for", lambda x: True)
     monkeypatch.setattr(_observers, "can_digest", lambda x: False)
     monkeypatch.setattr(_observers, "_is_on_host", lambda x: False)
@@ -71,7 +71,7 @@ def test_a_gpu_is_waited_for_in_the_first_run_and_in_each_64th(monkeypatch):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Have runs read their streams by operators of the device."""
+    """Make runs read their streams with device operators."""
     monkeypatch.setattr(_agreement, "digest_of", sample_on_device)
     monkeypatch.setattr(_agreement, "checksum", checksum_on_device)
     monkeypatch.setattr(_agreement, "reader_of", lambda dtype, numel: (None, slice(None)))
@@ -79,20 +79,20 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_outside_randomness_raises(as_on_a_gpu, place):
+def test_random_numbers_from_outside_raise(as_on_a_gpu, place):
     assert_outside_randomness_raises(place)
 
 
-def test_a_write_over_the_output_raises(as_on_a_gpu):
+def test_overwritten_output_raises(as_on_a_gpu):
     assert_silent_write_raises()
 
 
-def test_no_alarm_without_a_reason(as_on_a_gpu):
+def test_correct_functions_do_not_raise(as_on_a_gpu):
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8), split_dim=-1) for _ in range(32)])
     for _ in range(3):
         sequence(torch.randn(5, 16)).square().sum().backward()
 
 
-def test_a_stream_is_perturbed_on_its_device():
+def test_perturbs_a_stream_on_its_device():
     streams = StreamSnapshot(0, [torch.randn(3, device="meta")], [(1,)])
     assert _suspicion._perturbed(streams, 0, (1e-3, 0.0)).read(0).is_meta

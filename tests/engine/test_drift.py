@@ -1,4 +1,4 @@
-"""The check that every run makes: it warns once, of what is wrong, and of nothing else."""
+"""The drift check of every run: it warns once about errors, and never without one."""
 
 import threading
 
@@ -24,7 +24,7 @@ from tests.helpers import ConvResidual, mlp, squares
 
 
 class Steep(nn.Module):
-    """Magnifies small differences, and stays below 1."""
+    """Amplifies small differences; its values stay below 1."""
 
     def __init__(self, slope):
         super().__init__()
@@ -44,12 +44,12 @@ def step(module, x=None):
     squares(module(torch.randn(4, 16) if x is None else x)).backward()
 
 
-def test_wrong_gradients_are_warned_of_once():
+def test_warns_once_of_wrong_gradients():
     sequence = steep()
     with pytest.warns(
         ReconstructionWarning,
-        match=r"that `blocks.0.f` reads was rebuilt with a relative error of .*, so that gradients are wrong by "
-        r"as much or more. Bound the error with `tolerance=1e-3`.*`FixedPoint\(\)`.*`revnet doctor`",
+        match=r"that `blocks.0.f` reads was rebuilt with a relative error of .*, so gradients are off by at "
+        r"least as much. Bound the error with `tolerance=1e-3`.*`FixedPoint\(\)`.*`revnet doctor`",
     ):
         step(sequence)
     step(sequence)  # Warnings are errors here.
@@ -67,7 +67,7 @@ def test_wrong_gradients_are_warned_of_once():
     ids=["mlp", "conv", "revnet38"],
 )
 @pytest.mark.parametrize("how", ["training", "evaluation", "frozen below", "frozen above", "retained", "double"])
-def test_nothing_is_said_of_what_is_well(make, how):
+def test_does_not_warn_about_accurate_models(make, how):
     model = make()
     shape = (
         (2, 3, 8, 8)
@@ -95,8 +95,8 @@ def test_nothing_is_said_of_what_is_well(make, how):
 
 
 @pytest.mark.parametrize("which", ["both", "first", "second"])
-def test_streams_of_zeros(which):
-    """What rounding leaves of them is nothing beside the other stream, and does no harm."""
+def test_does_not_warn_about_zero_streams(which):
+    """Their rounding errors are negligible compared with the other stream, and do no harm."""
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(6)])
     x1, x2 = torch.randn(4, 8), torch.randn(4, 8)
     zero = torch.zeros(4, 8)
@@ -107,7 +107,7 @@ def test_streams_of_zeros(which):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_in_the_forward_pass_is_the_models_own(value):
+def test_ignores_nonfinite_values_of_the_forward_pass(value):
     sequence = steep(4, 0.5)
     x = torch.randn(4, 16)
     x[0, 0] = value
@@ -116,7 +116,7 @@ def test_what_is_not_finite_in_the_forward_pass_is_the_models_own(value):
 
 
 class Exploding(nn.Module):
-    """Finite the first time; where its input is not what it was, far more than can be taken off."""
+    """Finite on the first call; if its input differs on the next call, the result is infinite."""
 
     def __init__(self):
         super().__init__()
@@ -129,17 +129,17 @@ class Exploding(nn.Module):
         return y if seen is None else y + (x.detach() - seen) * torch.inf
 
 
-def test_nan_that_only_reversal_makes_raises():
+def test_nan_caused_by_reversal_raises():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(3)])
     sequence[1].f = Exploding()
     with pytest.raises(
-        ReconstructionError, match=r"that `blocks.0.f` reads holds NaN or inf when it is rebuilt, and did not in"
+        ReconstructionError, match=r"that `blocks.0.f` reads contains NaN or inf when it is rebuilt, but did not in"
     ):
         step(sequence)
 
 
 class Counting(nn.Linear):
-    """Gives other numbers each time."""
+    """Returns different numbers on each call."""
 
     num_calls = 0
 
@@ -148,30 +148,30 @@ class Counting(nn.Linear):
         return super().forward(x) * (1 + 1e-3 * self.num_calls)
 
 
-def test_a_function_that_does_not_repeat_itself_is_told_in_exact_mode():
+def test_function_that_does_not_repeat_itself_raises_in_exact_mode():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(3)])
     sequence[1].f = Counting(8, 8)
     set_coupling(sequence, FixedPoint())
-    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.f` gave other numbers when it ran again"):
+    with pytest.raises(ReconstructionError, match=r"`blocks\.1\.f` returned different numbers when it ran again"):
         step(sequence)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_warned_of_once_with_the_way_out(dtype):
+def test_warns_once_of_low_precision_and_names_remedies(dtype):
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(2)]).to(dtype)
     x = torch.randn(4, 16, dtype=dtype)
     with pytest.warns(
-        ReconstructionWarning, match=rf"`blocks.0.f` are {dtype}, so that each block .*let autocast comp"
+        ReconstructionWarning, match=rf"`blocks.0.f` are {dtype}, so undoing each block .*let autocast comp"
     ):
         sequence(x)
     sequence(x)
 
 
-@pytest.mark.parametrize("way_out", ["stored", "exact", "bounded"])
-def test_low_precision_is_let_be_where_it_does_no_harm(way_out):
-    options = {"policy": Store()} if way_out == "stored" else {"tolerance": 0.1} if way_out == "bounded" else {}
+@pytest.mark.parametrize("remedy", ["stored", "exact", "bounded"])
+def test_does_not_warn_of_harmless_low_precision(remedy):
+    options = {"policy": Store()} if remedy == "stored" else {"tolerance": 0.1} if remedy == "bounded" else {}
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(2)], **options).bfloat16()
-    if way_out == "exact":
+    if remedy == "exact":
         set_coupling(sequence, FixedPoint())
     sequence(torch.randn(4, 16).bfloat16()).float().sum().backward()
     assert sequence[0].f[0].weight.grad.isfinite().all()
@@ -189,7 +189,7 @@ def test_autocast_keeps_streams_in_float32():
     assert max(float(record.error) for record in meter.records) < 1e-5
 
 
-def test_a_meter_sees_every_rebuilt_input_once_and_by_name():
+def test_meter_records_each_rebuilt_input_once_by_name():
     sequence = steep(4, 0.5)
     sequence.set_policies([Reverse(), Reverse(), Store(), Reverse()])
     meter = DriftMeter()
@@ -207,7 +207,7 @@ def test_a_meter_sees_every_rebuilt_input_once_and_by_name():
     assert all(0 <= float(record.error) < 1e-5 for record in meter.records)
 
 
-def test_a_meter_is_its_threads_own():
+def test_meter_records_only_its_own_thread():
     sequence, meter = steep(2, 0.5), DriftMeter()
     with meter.on():
         thread = threading.Thread(target=step, args=(sequence,))
@@ -216,7 +216,7 @@ def test_a_meter_is_its_threads_own():
     assert meter.records == []
 
 
-def test_a_quiet_meter_says_nothing():
+def test_quiet_meter_does_not_warn():
     meter = DriftMeter(is_quiet=True)
     with meter.on():
         step(steep())
@@ -225,7 +225,7 @@ def test_a_quiet_meter_says_nothing():
 
 
 @pytest.mark.parametrize("where", ["fake", "meta"])
-def test_where_there_are_no_values_nothing_is_judged(where):
+def test_does_not_judge_tensors_without_values(where):
     with FakeTensorMode() if where == "fake" else torch.device("meta"):
         sequence = steep(8)
         step(sequence, torch.randn(4, 16))
@@ -238,10 +238,10 @@ def test_samples_are_small_and_spread(shape):
     taken = sample(x)
     assert min(x.numel(), MOST_SAMPLED // 2) <= taken.numel() <= MOST_SAMPLED
     if len(shape) > 1:
-        assert all(size > 1 or of == 1 for size, of in zip(taken.shape, shape, strict=True))
+        assert all(size > 1 or full_size == 1 for size, full_size in zip(taken.shape, shape, strict=True))
 
 
-def test_relative_errors():
+def test_relative_error_of_samples():
     x = torch.tensor([3.0, 4.0])
     assert relative_error(x, x) == 0
     assert relative_error(x * 1.1, x) == pytest.approx(0.1, rel=1e-4)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from revnet.engine import split
+from revnet.engine._split import split
 
 
-def test_split_takes_halves_along_any_dimension():
+def test_splits_along_any_dimension():
     x = torch.arange(24.0).view(2, 4, 3)
     x1, x2 = split(x, 1)
     assert torch.equal(torch.cat((x1, x2), 1), x)
@@ -12,14 +12,14 @@ def test_split_takes_halves_along_any_dimension():
     assert split(x.transpose(1, 2), -1)[1].shape == (2, 3, 2)
 
 
-def test_halves_are_dense_and_keep_the_memory_format():
+def test_parts_are_dense_and_keep_the_memory_format():
     x = torch.randn(2, 4, 3, 3)
     assert all(half.is_contiguous() for half in split(x, 1))
     x = x.to(memory_format=torch.channels_last)
     assert all(half.is_contiguous(memory_format=torch.channels_last) for half in split(x, 1))
 
 
-def test_a_pair_is_taken_as_it_is():
+def test_returns_a_pair_unchanged():
     x1, x2 = torch.randn(2, 3), torch.randn(2, 5)
     assert split((x1, x2), 1) == (x1, x2)
     assert split([x1, x2], 1) == (x1, x2)
@@ -48,6 +48,6 @@ def test_a_pair_is_taken_as_it_is():
         ((torch.randn(2), torch.ones(2, dtype=torch.bool)), 0, TypeError, r"`x2` has dtype torch.bool"),
     ],
 )
-def test_split_refuses(x, dim, error, message):
+def test_rejects_wrong_inputs(x, dim, error, message):
     with pytest.raises(error, match=message):
         split(x, dim)

@@ -1,4 +1,4 @@
-"""The interface of couplings, the rules that combine a residual with a stream and separate the two again."""
+"""The interface of couplings, which combine a residual with a stream and separate the two again."""
 
 import abc
 from typing import Any, ClassVar
@@ -10,11 +10,11 @@ from torch import Tensor
 class AbstractCoupling(abc.ABC):
     """A rule that combines a residual with a stream so that the stream can be computed back.
 
-    A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class
-    with equal fields are equal. A class that defines `forward` must also define `is_additive`.
+    A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class with
+    equal fields are equal. A class that defines `forward` must also define `is_additive`.
 
     Raises:
-        TypeError: When a subclass is defined: it has a `forward`, but does not say whether that is additive.
+        TypeError: On the definition of a subclass that has a `forward` but does not define `is_additive`.
     """
 
     is_additive: ClassVar[bool]
@@ -28,7 +28,7 @@ class AbstractCoupling(abc.ABC):
         forward = next(position for position, base in enumerate(cls.__mro__) if "forward" in vars(base))
         if cls.__mro__[forward] is AbstractCoupling:
             return  # Still abstract.
-        # It counts if the class with this `forward`, or a subclass of it, says so: a base class spoke of another one.
+        # The class with this `forward`, or a subclass of it, must define it; a base class described another `forward`.
         if not any("is_additive" in vars(base) for base in cls.__mro__[: forward + 1]):
             raise TypeError(
                 f"{cls.__name__} defines `forward`, so it must define `is_additive` too: True if gradients pass "

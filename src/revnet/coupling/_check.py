@@ -1,4 +1,4 @@
-"""Check the streams of a coupling, and what a residual function returned."""
+"""Checks of the streams of a coupling, and of the results of residual functions."""
 
 import torch
 from torch import Tensor

@@ -30,21 +30,22 @@ _SIGNIFICAND_BITS = {torch.float32: 24, torch.float64: 53}
 class FixedPoint(AbstractCoupling):
     """The additive coupling in fixed-point arithmetic: `y = x + residual`, reversed exactly to the last bit.
 
-    All values of the stream are multiples of 2^-fraction_bits. Each residual is rounded to such a multiple before it
-    is added, and gradients pass through this rounding unchanged. Reversal is exact while the stream stays below
-    2^(24 - fraction_bits) in float32, or 2^(53 - fraction_bits) in float64. If a stream
-    reaches this limit in a run that must rebuild it, the run raises `ReconstructionError`. Residuals are rounded under
-    every policy, so all policies train the same network.
+    All values of the stream are multiples of 2^-fraction_bits. Each residual is rounded to such a multiple before it is
+    added, and gradients pass through this rounding unchanged. Reversal is exact while the stream stays below
+    2^(24 - fraction_bits) in float32, or 2^(53 - fraction_bits) in float64. If a stream reaches this limit in a run
+    that must rebuild it, the run raises `ReconstructionError`. Residuals are rounded under every policy, so all
+    policies train the same network.
 
-    Accuracy: activations and gradients equal a stored run's bit for bit if the residual functions are deterministic.
+    Accuracy: if the residual functions are deterministic, activations and gradients equal the ones of a stored run bit
+    for bit.
     Memory: 16-bit inputs become float32 streams. The residual functions and the output keep the dtype of the input.
     Time: each residual takes three passes over the stream instead of one, plus one pass that checks the range.
 
     Args:
         fraction_bits: The number of bits after the binary point, from 1 to 22, or to 51 if `is_wide`. With 14, float32
             streams must stay below 1,024.
-        is_wide: Whether streams are float64. With 14 fraction bits they must then stay below 5e11, and they take
-            twice the memory. The residual functions still compute in the dtype of the input.
+        is_wide: Whether streams are float64. With 14 fraction bits they must then stay below 5e11, and they take twice
+            the memory. The residual functions still compute in the dtype of the input.
 
     Raises:
         TypeError: `is_wide` is not a bool.
@@ -68,7 +69,7 @@ class FixedPoint(AbstractCoupling):
         if not 1 <= self.fraction_bits <= most:
             raise ValueError(
                 f"`fraction_bits` (={describe(self.fraction_bits)}) must be from 1 to {most}, so that a {stream} "
-                "stream has room before the point; 14 is usual, with room up to 1,024 in float32."
+                "stream has bits left before the point; 14 is usual, with a range of 1,024 in float32."
             )
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -105,16 +106,16 @@ class FixedPoint(AbstractCoupling):
         return 2.0 ** (_SIGNIFICAND_BITS[dtype] - self.fraction_bits)
 
     def out_of_range_hint(self, magnitude: float, dtype: torch.dtype) -> str:
-        """Return the setting with which a stream of this magnitude would fit, if there is one."""
+        """Return the setting with which a stream of this magnitude fits, if there is one."""
         fitting = _SIGNIFICAND_BITS[dtype] - math.floor(math.log2(magnitude)) - 1
         wider = "" if dtype == torch.float64 else "set `is_wide=True`"
         if fitting < 1:
-            return wider or "no `fraction_bits` would fit: let the residual functions return less"
+            return wider or "no `fraction_bits` would fit: scale down the outputs of the residual functions"
         return f"set `fraction_bits={fitting}`" + (f" or less, {wider}" if wider else "")
 
 
 _SMALL = 2**14
-"""Elements up to which the cost of a call counts for more than that of another pass over the tensor."""
+"""Number of elements up to which a call costs more than a pass over the tensor."""
 
 
 def _to_grid(x: Tensor, fraction_bits: int) -> Tensor:

@@ -43,8 +43,8 @@ class Momentum(AbstractCoupling):
     def __post_init__(self) -> None:
         if not is_number(self.gamma) or not 0 < self.gamma < 1:
             raise ValueError(
-                f"`gamma` (={describe(self.gamma)}) must be between 0 and 1: with 0 nothing is left to go back by, "
-                "with 1 nothing is added; 0.9 is usual."
+                f"`gamma` (={describe(self.gamma)}) must be between 0 and 1: with 0 the stream is lost, with 1 the "
+                "residual is; 0.9 is usual."
             )
 
     def prepare(self, x: Tensor) -> Tensor:

@@ -1,153 +1,155 @@
-"""The engine: reversible execution as a real autograd graph.
+"""The engine: reversible execution on the ordinary autograd graph.
 
-A chain of half-blocks, `y = x + f(other stream)`, runs forward in the ordinary way, but under saved-tensor hooks that
-keep nothing of what autograd wants to save. Only the final streams are held. When the backward pass first asks for a
-saved tensor of a half-block, the run walks the streams back to it: it runs each residual function once more on the
-stream that it read, under hooks that catch what autograd now saves again, and takes its output off the stream that it
-wrote. It is `torch.utils.checkpoint(use_reentrant=False)` with the input rebuilt instead of stored. Since the graph is
-the real one, hooks, partial gradients, retained graphs and double backward behave as they always do.
+A chain of half-blocks, `y = x + f(other stream)`, runs forward as usual, but under saved-tensor hooks that keep none of
+the tensors that autograd wants to save. Only the final streams are held. When the backward pass first asks for a saved
+tensor of a half-block, the engine walks the streams back to that half-block. On the way it calls each residual function
+again on the stream that the function read, under hooks that collect the tensors that autograd now saves, and subtracts
+the result from the stream that the half-block updated. This is `torch.utils.checkpoint(use_reentrant=False)`, except
+that the inputs are rebuilt instead of stored. Because the graph is the ordinary one, hooks, partial gradients, retained
+graphs and double backward behave as they always do.
+
+A policy calls one of `reversible`, `stored`, `checkpointed` and `offloaded`. They all take a `BoundChain` and the
+streams, and return the streams.
 
 NOTE [ Who refers to whom ]
 
-Arrows are references; `~>` is a weak one. There is one `Rebuilder` (the *run*) for each forward pass through a chain,
-one step for each half-block in it, and one `Saved` for each step of which autograd saved anything. ::
+In this picture `-->` is a reference and `~>` is a weak reference. Each forward pass through a chain has one `Rebuilder`
+(the *run*), with one step for each half-block. Each step for which autograd saved a tensor has one `Saved`. ::
 
-    autograd graph of one forward pass             what outlives the pass
+    autograd graph of one forward pass             objects that outlive the pass
 
       node  --> slot: a number                       ReversibleSequential
             --> hook, bound to the Saved               |
-                  |                                    +--> Chain          half-blocks, found once
-                  v                                           +--> Plan    of each function: its structure
-                Saved --> tensors, while they are filled                   (no tensor)
+                  |                                    +--> Chain          half-blocks, collected once
+                  v                                           +--> Plan    structure of each function
+                Saved --> tensors, while they are filled                   (holds no tensor)
                   |   --> others: parameters, buffers, arguments
-                  |   --> constants: tensors from elsewhere
+                  |   --> constants: tensors from outside the function
                   v
       run:  Rebuilder --> held: StreamSnapshot       final streams; walked back in place
-                  |   --> walk: StreamSnapshot       a fork of it, while the graph is retained
+                  |   --> walk: StreamSnapshot       a fork of them, while the graph is retained
                   |   --> keyframes                  streams held in between, under a tolerance
                   |   --> observers                  agreement, drift, tolerance, range
-                  |   --> surroundings               what its calls share: arguments, devices, random states
+                  |   --> surroundings               shared by its calls: arguments, devices, random states
                   v
-                steps: AdditiveStep | JoinedStep     each of them a RecordedCall
+                steps: AdditiveStep | JoinedStep     each is a RecordedCall
                   |   --> parameters, buffers, arguments: the tensors themselves
-                  |   --> versions, random states, copies of buffers that the function changes
+                  |   --> versions, random states, copies of the buffers that the function changes
                   +~> Saved
 
-A slot is what the pack hook returns. Numbers from 0 up stand for tensors that are rebuilt, negative ones for tensors
-that outlive the call anyway, with the versions that they had.
+A *slot* is the value that the pack hook returns. Numbers from 0 up stand for tensors that are rebuilt. Negative numbers
+stand for tensors that outlive the call anyway; `Saved` keeps these, with the versions that they had.
 
 NOTE [ One training step ]
 
-What calls what, and where it is. A plain step runs through these seven files and no others, which a test holds. ::
+The calls of a step, and the files that define them. A plain step runs through these seven files and no others; a test
+checks this. ::
 
     forward   ReversibleModule.forward                nn/_reversible_module
-                what it ran last, if it is made of the same
-                streams split                         engine/_streams
+                reuse the chains of the last call if the modules are the same
+                split the input into streams          engine/_streams
                 Reverse().run = reversible            engine/_rebuild
                   Rebuilder.run
                     for each half-block: step.first
                       RecordedCall                    engine/_record
-                        is the function what its plan says? which tensors does it hold?
+                        check that the function still fits its plan; look up the tensors that it holds
                       record
                         push hooks, call the function, pop hooks
-                        random states and versions: did it draw, did it write?
-                        forget what autograd saved; note shapes and dtypes
+                        compare random states and versions: did it draw or write?
+                        drop the tensors that autograd saved; note their shapes and dtypes
                       stream + residual
                       observers: digest the stream    engine/_agreement, engine/_digest
-                streams joined                        engine/_streams
+                join the streams                      engine/_streams
                   hold the final streams, or views of the joined output
 
     backward  autograd asks a slot of half-block i    Saved.unpack in engine/_record
                 Rebuilder.rebuild(i)                  engine/_rebuild
-                  observers: are the held streams what they were?
-                  for each half-block above i that was not undone yet: step.undo without filling
-                  step.undo of i, filling
-                    observers: is the rebuilt source near enough?
+                  observers: are the held streams unchanged?
+                  for each half-block above i that is not yet undone: step.undo, without filling its slots
+                  step.undo of i, filling its slots
+                    observers: is the rebuilt source close enough?
                     replay                            engine/_replay
-                      versions, and everything else that the function depends on: as it was?
-                        if not: `restored` puts it back, for the time of the replay (engine/_restore)
-                      run with hooks that catch; batch norms leave their statistics alone
+                      are versions, and everything else that the function depends on, unchanged?
+                        if not, `restored` puts them back for the replay (engine/_restore)
+                      call the function under hooks that collect; batch norms leave their statistics alone
                       compare what was saved and returned with the first run
                       fill Saved.tensors
                     stream - residual, in place if nothing else sees the memory
-                    observers: is the rebuilt stream near enough?
+                    observers: is the rebuilt stream close enough?
                 autograd takes the tensors of i one by one, and differentiates function i
 
-What is rare is elsewhere: random numbers and tensors from elsewhere in `_careful`, state in buffers in `_states`,
-putting back in `_restore`, retained graphs and keyframes in `_retained`, other couplings in `_step`, other observers
-in `_observers`, a suspicious result in `_suspicion`, and the parts of a stream, in one run of sixteen, in `_parts`.
+Rare cases have files of their own: random numbers and tensors from outside the function (`_careful`), state in buffers
+(`_states`), putting state back (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
+additive ones (`_step`), further observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
+stream, which one run in sixteen compares (`_parts`).
 
 NOTE [ Rules ]
 
-The code cites these by number.
+The code cites these rules by number.
 
- 1. *The graph owns the run.* Slots refer to their `Saved`, a `Saved` to its run; the run refers to a `Saved` weakly.
-    Nothing else keeps a run, so it goes with the graph. Whatever a run keeps must not lead back to the graph that owns
-    it: not the caller's log-determinants, not a residual that still has its node. Pack hooks live as long as the nodes
-    that they made, so a list that a hook appends to is cleared when the function is done: the cycle would go through
-    C++, where no collector sees it.
- 2. *A slot gives its tensor away.* Reading a slot clears it, so that a tensor is freed as soon as autograd has used it.
-    A slot that is read twice (a retained graph) is rebuilt for the second time.
- 3. *One function's activations at a time.* Before a function's slots are filled, the last function's are
-    emptied, whether they were read or not.
- 4. *What must be equal in both runs* is the function's structure, parameters, buffers, arguments, training flags,
-    `requires_grad` flags, autocast and random numbers. Each is looked at before a replay, cheaply. What can be put back
-    is put back, and left as it was found: flags, autocast, random states, the tensors that were swapped out
-    (`functional_call`), and copies of buffers as they were before the function changed them. What cannot, because it
-    was modified in place, raises. Tensors are known by themselves, held by a reference, and never by an address.
- 5. *What is never written to*: the caller's tensors, what is held while the graph is retained, and any memory that
-    another tensor sees. A stream is written over only by the one who alone refers to its storage.
- 6. *Retained graphs walk on a fork.* The held streams move only when nothing above can be asked for again. Otherwise
-    the walk is a copy of references, dropped when the backward pass ends.
- 7. *A second run may stop early* once every slot is filled, if its result is not needed: at the lowest half-block, and
-    wherever inputs are kept. It stops by an exception that user code does not catch.
- 8. *A wrong answer raises.* Another number of saved tensors, another shape, a changed version, other random numbers, an
-    output that was written over, a result that is off by far more than its input: each is a `ReconstructionError` (or
-    the error that autograd would raise), never another gradient. Rounding that was amplified is not wrong; it warns.
+ 1. *The graph owns the run.* Slots refer to their `Saved`, and a `Saved` refers to its run. The run refers to each
+    `Saved` weakly, and nothing else keeps the run alive, so it is freed with the graph. Nothing that a run keeps may
+    lead back to the graph: not the caller's log-determinants, and not a residual that still has its node. A pack hook
+    lives as long as the nodes that were created under it, so a list that a hook appends to is cleared when the function
+    returns. Otherwise a reference cycle would go through C++, where the garbage collector cannot see it.
+ 2. *A slot gives its tensor away.* Reading a slot clears it, so that the tensor is freed as soon as autograd has used
+    it. A slot that is read twice (in a retained graph) is rebuilt a second time.
+ 3. *One function's activations at a time.* Before the slots of a function are filled, the slots of the previous
+    function are emptied, even if they were never read.
+ 4. *Both runs must be equal* in the function's structure, parameters, buffers, arguments, training flags,
+    `requires_grad` flags, autocast state and random numbers. A replay first checks each of them cheaply. State that can
+    be put back is put back for the replay, and afterwards set to its present value again: flags, autocast, random
+    states, tensors that were swapped out (`functional_call`), and copies of the buffers that the function changes. A
+    tensor that was modified in place cannot be put back, so it raises. A tensor is identified by the object, which a
+    reference keeps alive, and never by its address.
+ 5. *Never written to:* the caller's tensors, streams that are held while the graph is retained, and memory that another
+    tensor sees. A stream is overwritten only if nothing else refers to its storage.
+ 6. *Retained graphs walk on a fork.* The held streams are walked back only if no half-block above can be asked for
+    again. Otherwise the run walks back a fork, which shares their memory and is dropped after the backward pass.
+ 7. *A replay may stop early,* once every slot is filled, if its result is not needed: at the lowest half-block, and
+    where inputs are kept. It stops by raising an exception that user code does not catch.
+ 8. *A wrong answer raises.* A different number of saved tensors, a different shape, a changed version, different random
+    numbers, an overwritten output, or a result that is off by far more than its input: each raises a
+    `ReconstructionError` (or the error that autograd would raise) and never gives a different gradient. Amplified
+    rounding is not an error; it warns.
 
 NOTE [ Traps ]
 
-Each of these was a bug once, or a slow step.
+Each of these was once a bug or a slow step.
 
- - A pack hook of a second run returns nothing. A node that got its own output back would keep itself alive.
- - A second run reads `stream.data`, whose version is its own. `detach` shares the stream's version, which goes up when
-   the stream is written over, and each saved input would look as if it had been written to.
- - A plan holds no tensor. It knows tensors by `id` only while a call holds them; under `functional_call`, FSDP and
-   weight norm they are new in each step.
- - Whether a tensor comes from elsewhere shows in its reference count, so no variable may refer to it while it is asked.
- - What looks cheap alone costs two to five times as much between kernels, where it finds no cache warm; NumPy, once in
-   a run, costs more than a check of every function. `revnet bench --host` measures, and `tests/contracts/test_host.py`
-   counts.
+ - The pack hook of a replay returns None. If it returned the tensor, a node would hold its own output and stay alive.
+ - A replay reads `stream.data`, which has a version counter of its own. `detach` shares the stream's counter, which
+   rises when the stream is overwritten; every saved input would then look modified.
+ - A plan holds no tensor. It compares tensors by `id`, and only while a call holds them. Under `functional_call`, FSDP
+   and weight norm, the tensors are new in each step.
+ - The reference count shows whether a tensor comes from outside the function. No local variable may refer to the tensor
+   while the count is read.
+ - An operation that looks cheap in isolation takes two to five times as long between kernels, where caches are cold.
+   Calling NumPy once per run costs more than checking every function. `revnet bench --host` measures this, and
+   `tests/contracts/test_host.py` counts calls.
 
-Where to put what comes next. A coupling that keeps bits besides the stream: its step keeps them (`AbstractStep`).
-Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the one place where a run gets its streams,
-and may be called again. Holding the stream that one function reads: a keyframe before it. Keeping outputs of operators:
-a mode around the call in `_replay`, with what it keeps in `Saved`.
+NOTE [ Where to add things ]
+
+ - A coupling that keeps bits in addition to the stream: its step keeps them (`AbstractStep`).
+ - Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the only place where a run receives its
+   streams, and it may be called again.
+ - Holding the stream that one function reads: add a keyframe before it.
+ - Keeping the outputs of some operators: enter a mode around the call in `_replay`, and keep the outputs in `Saved`.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
 """
 
 from revnet.engine._batch_norm import normalizes_as_batch_norm as normalizes_as_batch_norm
-from revnet.engine._block_hooks import block_calls as block_calls
-from revnet.engine._block_hooks import call_within as call_within
 from revnet.engine._chain import BoundChain as BoundChain
 from revnet.engine._chain import Chain as Chain
 from revnet.engine._chain import HalfBlock as HalfBlock
 from revnet.engine._chain import stored as stored
 from revnet.engine._checkpoint import checkpointed as checkpointed
 from revnet.engine._checkpoint import checkpointed_call as checkpointed_call
-from revnet.engine._determinism import Repetition as Repetition
-from revnet.engine._determinism import repeat_function as repeat_function
 from revnet.engine._drift import DriftMeter as DriftMeter
 from revnet.engine._drift import DriftRecord as DriftRecord
 from revnet.engine._inverse import inverse as inverse
 from revnet.engine._offload import offloaded as offloaded
 from revnet.engine._offload import offloaded_call as offloaded_call
 from revnet.engine._rebuild import reversible as reversible
-from revnet.engine._split import split as split
-from revnet.engine._streams import begin as begin
-from revnet.engine._streams import joined as joined
-from revnet.engine._tolerance import ToleranceKeeper as ToleranceKeeper
-from revnet.engine._tracing import refuse as refuse
-from revnet.engine._tracing import runs_plainly as runs_plainly

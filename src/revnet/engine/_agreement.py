@@ -1,8 +1,8 @@
-"""Whether what runs a second time is what ran the first time, as far as a few numbers can tell; on the CPU.
+"""Check that a second run repeats the first one, by comparing small samples of tensors (on the CPU).
 
-An output that was written over without a version, through `.data` or NumPy, has another checksum: an error. A function
-that gives something else the second time is off by far more than its input was: an error, see `_suspicion`. Rounding
-that was amplified is drift: a warning, see `_drift`.
+An output that was overwritten without raising its version (through `.data` or NumPy) has a different checksum, which is
+an error. A function that gives a different result the second time is off by far more than its input: an error, see
+`_suspicion`. Amplified rounding is drift: a warning, see `_drift`.
 """
 
 import math
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 SUSPICIOUS = 64.0
-"""By how much more a result may be off than the streams so far, before its function is run again to make sure.
+"""How many times larger than the errors so far an error must be for the function to be run again as a check.
 
-If each function amplified errors by as much, a float32 stream would be lost after four blocks.
+If every function amplified errors by this factor, a float32 stream would be lost after four blocks.
 """
-PARTS_INTERVAL = 16  # Runs between two looks at the parts of a stream, which are dear on small tensors.
+PARTS_INTERVAL = 16  # Runs between two comparisons of the parts of a stream, which cost much on small tensors.
 _FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex}
 
 
 class AgreementWatch(Observer):
-    """Compares digests of one run; an observer."""
+    """Observer that compares the digests of one run."""
 
     def __init__(self) -> None:
         self.before: dict[int, Digest] = {}
-        """Of the stream that each half-block updates, before it does."""
+        """Digest of the stream that each half-block updates, before the update."""
         self.final: dict[int, Digest] = {}
-        """Of the final streams."""
+        """Digests of the final streams."""
         self._checksums: list[tuple[Tensor, int | None, int]] = []
         self.sizes: list[float] = []
         self.errors: list[float] = []
-        """The norm of each stream's digest, as it is at present, and how far it is off."""
+        """Norm of each stream's digest at the current position, and its distance from the true digest."""
         self.worst = 0.0
-        """The largest error of any stream so far in this walk, relative to the larger stream at each step."""
+        """Largest error so far in this walk, relative to the larger of the stream before and after each step."""
         self.eps = torch.finfo(torch.float32).eps
         self._position = -1
         self._first: Digest | None = None
-        """Of what the lowest function reads, whose rebuilt stream has come the longest way."""
+        """Digest of the stream that the lowest function reads, which is rebuilt over the longest distance."""
         self._parts: _parts.Parts | None = None
-        """A larger sample of the same, where its parts are looked at, too."""
+        """Larger sample of the same stream, in a run that compares its parts."""
         self._read: Any = None
-        """Reads a stream at an address, if it is as most are: contiguous, of `_numel` elements and of `_dtype`."""
+        """Reads a usual stream at an address: contiguous, with `_numel` elements of type `_dtype`."""
         self._numel, self._dtype, self._every = -1, torch.float32, slice(None)
 
     def on_forward(
@@ -80,70 +80,70 @@ class AgreementWatch(Observer):
             self.final[half_block.target] = digest_of(y)
 
     def on_hold(self, streams: Sequence[Tensor | None], whole: Tensor | None) -> None:
-        """Note checksums and versions of the final streams, or of the output that they are parts of."""
-        held = [each for each in streams if each is not None] if whole is None or None in streams else [whole]
-        self._checksums = [(each, checksum(each), each._version) for each in held]
+        """Store the checksums and versions of the final streams, or of the output that they are parts of."""
+        held = [tensor for tensor in streams if tensor is not None] if whole is None or None in streams else [whole]
+        self._checksums = [(tensor, checksum(tensor), tensor._version) for tensor in held]
 
     def before_rebuild(self, run: "Rebuilder") -> None:
-        """Raise if a final stream was written over in a way that leaves no version."""
-        checksums, self._checksums = self._checksums, []  # They refer to the streams, which are to be freed.
-        for tensor, expected, version in checksums:  # One with another version raises when it is read.
+        """Raise if a final stream was overwritten without raising its version."""
+        checksums, self._checksums = self._checksums, []  # They refer to the streams, which must be freed.
+        for tensor, expected, version in checksums:  # Other versions raise on reading.
             if expected is not None and tensor._version == version and checksum(tensor) != expected:
                 raise _careful.overwritten_output(tensor)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
-        """Raise if the stream that was rebuilt is not what it was; at the lowest half-block, judge its drift."""
+        """Raise if the rebuilt stream differs from the original; at the lowest half-block, check its drift."""
         expected, target = self.before.get(index), half_block.target
         x = streams.held[target]
         if expected is not None and x is not None:
             if x.dtype is self._dtype and x.numel() == self._numel and x.is_contiguous():
-                found = self._read(x.data_ptr())[self._every]
+                digest = self._read(x.data_ptr())[self._every]
             else:
-                found = digest_of(x)
-            if index >= self._position:  # A new walk, from streams that are true.
+                digest = digest_of(x)
+            if index >= self._position:  # A new walk, from true streams.
                 count = len(streams.strides)
                 self.worst, self.sizes, self.errors = 0.0, [0.0] * count, [0.0] * count
             self._position = index
-            # The sum was rounded at the size of the larger one, before or after.
+            # The sum was rounded at the size of the larger of the two: the stream before or after.
             scale = max(size := math.hypot(*expected), self.sizes[target])
             self.sizes[target] = size
-            self.errors[target] = error = 0.0 if found == expected else math.dist(found, expected)
+            self.errors[target] = error = 0.0 if digest == expected else math.dist(digest, expected)
             if error:
                 of_source = self.errors[half_block.source] / (self.sizes[half_block.source] or math.inf)
                 before = max(self.worst, of_source, _FLOOR[x.dtype])
                 if not error <= scale * SUSPICIOUS * before or half_block.coupling.is_exact:
                     ratio = error / (scale * before) if scale else math.inf
-                    _suspicion.look_closer(self, run, index, streams, found, expected, ratio)
+                    _suspicion.look_closer(self, run, index, streams, digest, expected, ratio)
                 self.worst = max(self.worst, error / (scale or math.inf))
         if self._first is not None and index == run.lowest + 1:
             self._judge(run, run.steps[run.lowest].half_block, streams)
 
     def _judge(self, run: "Rebuilder", half_block: HalfBlock, streams: StreamSnapshot) -> None:
-        """Judge, once, the drift of what the lowest function is about to read again."""
+        """Check, once, the drift of the stream that the lowest function is about to read again."""
         source, first = streams.read(half_block.source), self._first
         assert first is not None
-        self._first, of_part, found = None, 0.0, digest_of(source)
-        # What is nothing compared with the other stream must not count as infinite where this one is zero.
+        self._first, of_part, digest = None, 0.0, digest_of(source)
+        # An error that is tiny relative to the other stream must not count as infinite where this stream is zero.
         size = max(starmap(math.hypot, self.final.values())) * self.eps**0.5
-        error = math.dist(found, first) / (max(size, math.hypot(*first)) or math.inf)
+        error = math.dist(digest, first) / (max(size, math.hypot(*first)) or math.inf)
         if self._parts is not None:
             error, of_part = _parts.relative_errors(source, self._parts, size / max(1, len(first)) ** 0.5)
         bound = 0.0 if half_block.coupling.is_exact else WARN_ABOVE.get(source.dtype, 0.0)
-        if not (max(error, of_part / PART) <= bound and math.isfinite(sum(found))):
-            report_drift(self, run, half_block, source.dtype, found, error, of_part)
+        if not (max(error, of_part / PART) <= bound and math.isfinite(sum(digest))):
+            report_drift(self, run, half_block, source.dtype, digest, error, of_part)
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Compare the last tensor that the lowest function saved, since its result is not looked at."""
+        """Compare the last tensor that the lowest function saved, since its result is not compared."""
         tail, source = run.steps[index].tail, run.steps[index].half_block.source
         assert tail is not None
         ratio = tail.error / max(self.worst, self.relative_error(source), 4 * self.eps)
         if not ratio <= SUSPICIOUS:
-            _suspicion.look_closer(self, run, index, streams, tail.found, tail.expected, ratio, is_tail=True)
+            _suspicion.look_closer(self, run, index, streams, tail.actual, tail.expected, ratio, is_tail=True)
 
     def relative_error(self, stream: int) -> float:
-        """Return how far a stream is off at present, relative to itself; 0 for one that was not undone yet."""
+        """Return the current relative error of a stream; 0 if it has not been undone yet."""
         return self.errors[stream] / (self.sizes[stream] or math.inf) if self.sizes else 0.0
 
     def after_backward(self, run: "Rebuilder") -> None:
-        """Start again with the next walk of a retained graph."""
+        """Start a new walk in the next backward pass of a retained graph."""
         self._position = -1

@@ -1,4 +1,4 @@
-"""How tensors of the CPU are read without an operator of PyTorch: found once for each shape, and kept."""
+"""Read CPU tensors without PyTorch operators. How to read a shape is worked out once, and cached."""
 
 import ctypes
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 SIZE = 32
-"""Elements of a digest."""
+"""Number of elements of a digest."""
 
 DTYPES = {
     torch.float64: np.float64,
@@ -24,10 +24,10 @@ DTYPES = {
     torch.uint8: np.uint8,
     torch.bool: np.bool_,
 }
-"""The dtypes of which NumPy knows the values. Of others (bfloat16, the 8-bit floats) only the bits are read."""
+"""Dtypes whose values NumPy can read. For others (bfloat16, the 8-bit floats), only the bits are read."""
 INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
-"""The dtypes of most streams, which the standard library reads faster than NumPy."""
+"""Dtypes of most streams, which ctypes reads faster than NumPy."""
 
 
 class Layout(NamedTuple):
@@ -38,15 +38,15 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     strides: tuple[int, ...]
-    """In bytes."""
+    """Strides in bytes."""
 
 
 @lru_cache(maxsize=256)
 def layout_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    """Return how to read tensors of this shape, stride and dtype; kept, since this takes longer than reading."""
+    """Return how to read tensors of this shape, stride and dtype. Cached, because it takes longer than the reading."""
     itemsize = dtype.itemsize
     strides = tuple([step * itemsize for step in stride])
-    # Not the number of elements: strides may leave gaps, or meet an element many times, as `expand` does.
+    # Not the number of elements: strides may leave gaps, or visit an element many times, as `expand` does.
     span = sum([(count - 1) * step for count, step in zip(shape, strides, strict=True)]) + itemsize
     memory = (ctypes.c_char * (0 if 0 in shape else span)).from_address
     return Layout(memory, tuple(shape), DTYPES.get(dtype, INTEGERS.get(itemsize, np.int64)), strides)
@@ -54,7 +54,7 @@ def layout_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) ->
 
 @lru_cache(maxsize=256)
 def reader_of(dtype: torch.dtype, numel: int) -> tuple[Any, slice]:
-    """Return what reads a contiguous tensor at an address, and the sample to take of it; None where NumPy must."""
+    """Return a function that reads a contiguous tensor at an address, or None if NumPy must; and the sample to take."""
     kind = C_TYPES.get(dtype)
     return (
         (None, slice(None))
@@ -64,11 +64,11 @@ def reader_of(dtype: torch.dtype, numel: int) -> tuple[Any, slice]:
 
 
 def digest_of_array(array: Any) -> list[float]:
-    """Return a sample of the elements of an array, spread over all dimensions."""
+    """Return a sample of an array's elements, spread over all dimensions."""
     if array.size == 0:
         return []
     sample = array[places(array.shape, SIZE)]
-    # `math.dist` and `math.hypot`, by which digests are compared, know real numbers only.
+    # `math.dist` and `math.hypot`, which compare digests, accept only real numbers.
     if sample.dtype.kind == "c":
         sample = np.ascontiguousarray(sample).view(sample.real.dtype)
     return list(np.atleast_1d(sample).tolist())
@@ -77,43 +77,44 @@ def digest_of_array(array: Any) -> list[float]:
 @lru_cache(maxsize=256)
 def step_of(numel: int, most: int) -> int:
     """Return the step of a sample of about `most` elements."""
-    # An odd step meets every residue of the dimensions, which are mostly even: all channels, all tokens in turn.
+    # An odd step visits all channels and tokens in turn, because most dimensions are even.
     return 1 if numel <= most else (numel // most) | 1
 
 
 @lru_cache(maxsize=256)
 def places(shape: tuple[int, ...], most: int) -> tuple[Any, ...]:
-    """Return the places of the same elements in an array of another layout."""
+    """Return the indices of the same elements in an array of another layout."""
     numel = math.prod(shape)
     return np.unravel_index(np.arange(0, numel, step_of(numel, most)), shape) if numel and shape else ()
 
 
 LEAST = 16
-"""Elements of a part below which it is not judged."""
+"""Minimum number of sampled elements for a part to be compared."""
 
 
 @lru_cache(maxsize=64)
 def groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
-    """Return the part of each sampled element and the number of parts, for each dimension that is judged."""
+    """Return, for each dimension that is compared, the part of each sampled element and the number of parts."""
     of_dim = places(shape, size)
     return tuple([(of_dim[dim], shape[dim]) for dim in judged_dims(shape, len(of_dim[0]), LEAST)]) if of_dim else ()
 
 
 def judged_dims(shape: tuple[int, ...], num_sampled: int, least: int) -> list[int]:
-    """Return the dimensions along which a stream has parts to judge: samples of the batch, channels, tokens.
+    """Return the dimensions along which a stream has parts to compare: samples of the batch, channels, tokens.
 
     Args:
-        shape: Of the stream.
-        num_sampled: Number of elements of a sample of it.
-        least: Elements of the sample below which a part is not judged: a part of a few is small by chance.
+        shape: The shape of the stream.
+        num_sampled: The number of sampled elements.
+        least: The minimum number of sampled elements for a part to be compared; a part of a few elements may be small
+            by chance.
     """
-    # Of an image or a volume, samples and channels: no function normalizes a row of pixels.
+    # For an image or a volume, only samples and channels: no function normalizes a row of pixels.
     dims = range(len(shape) if len(shape) <= 3 else 2)
     return [dim for dim in dims if shape[dim] > 1 and num_sampled >= least * shape[dim]]
 
 
 def same_bits(a: Any, b: Any) -> bool:
     """Return whether two arrays of one shape and dtype hold the same bits."""
-    # Bits rather than values: NaN equals itself, and -0.0 is not 0.0.
-    a, b = (np.ascontiguousarray(each).reshape(-1) for each in (a, b))
+    # Compares bits: NaN equals itself, and -0.0 differs from 0.0.
+    a, b = (np.ascontiguousarray(array).reshape(-1) for array in (a, b))
     return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))

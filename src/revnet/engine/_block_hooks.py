@@ -1,8 +1,8 @@
-"""Calling blocks within a chain, for their hooks and for a `forward` of their own.
+"""Call blocks within a chain, for their hooks or for a `forward` of their own.
 
-A chain runs residual functions, not blocks. A block that has hooks, or whose `forward` was replaced or overridden,
-must be called all the same. The chain then calls the block, whose `forward` finds by `call_within` that it is part of a
-chain, and hands over the streams.
+A chain runs residual functions, not blocks. But a block must be called if it has hooks, or if its `forward` was
+replaced or overridden. The chain then calls the block. The block's `forward` learns from `call_within` that it is part
+of a chain, and hands the streams back to the chain.
 """
 
 import threading
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class _BlockCalls(threading.local):
-    """The call of a block by a chain that runs in this thread."""
+    """The call of a block by a chain that is running in this thread."""
 
     within: tuple[nn.Module, Callable[..., Streams]] | None = None
-    """The block, and what its `forward` must call; None where no chain calls a block."""
+    """The block, and the function that its `forward` must call; None if no chain is calling a block."""
 
 
 block_calls = _BlockCalls()
@@ -34,7 +34,7 @@ block_calls = _BlockCalls()
 def run_through_blocks(
     chain: "BoundChain", streams: list[Tensor], advance: Callable[[int, list[Tensor]], None]
 ) -> None:
-    """Run the half-blocks of a chain by `advance`, and call each block that must be called.
+    """Run the half-blocks of a chain with `advance`, and call each block that must be called.
 
     Raises:
         NotImplementedError: `torch.compile` traces a chain with such blocks.
@@ -67,16 +67,17 @@ def _run_block(
 
     def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
         nonlocal has_run
-        # Before anything runs: a stream that a hook put there has no way back to the one that it replaced.
+        # Checked before anything runs: the streams that a hook has replaced cannot be rebuilt.
         _check_same("input", name, (tuple(streams), chain.args, kwargs), (x, args_within, kwargs_within))
         has_run = True
-        # Hooks hand on other tensors of the same memory: gradients reach a backward hook through their nodes only.
+        # Hooks pass on other tensors with the same memory; gradients reach a backward hook only through the nodes of
+        # these.
         streams[:] = x
         for index in indices:
             advance(index, streams)
         return tuple(streams)
 
-    # Put back afterwards: the `forward` of another block may run this chain before it asks for its own call.
+    # Restored afterwards: the `forward` of another block may run this chain before it asks for its own call.
     before = block_calls.within
     block_calls.within = (block, run)
     try:
@@ -86,7 +87,7 @@ def _run_block(
     if not has_run:
         raise RuntimeError(
             f"the `forward` of the block of `{name}` ({type(block).__name__}) did not call the one that it replaces, "
-            "so that the sequence cannot run its residual functions reversibly; call `super().forward(x, *args, "
+            "so the sequence cannot run the block's residual functions reversibly; call `super().forward(x, *args, "
             "**kwargs)` in it, or put the module before or after the sequence."
         )
     _check_same("output", name, tuple(streams), y)
@@ -94,18 +95,18 @@ def _run_block(
 
 
 def call_within(block: nn.Module) -> Callable[..., Streams] | None:
-    """Return what `block.forward` must call with its arguments if a chain called it; otherwise None."""
+    """Return the function that `block.forward` must call with its arguments if a chain called it; otherwise None."""
     within = None if torch.compiler.is_dynamo_compiling() else block_calls.within
     if within is None or within[0] is not block:
         return None
-    # Once: a block that calls this `forward` twice must not advance the chain twice.
+    # Only once: a block that calls this `forward` twice must not advance the chain twice.
     block_calls.within = None
     return within[1]
 
 
 def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
-    """Raise unless both hold the same values: tensors may be others, but must see the same memory."""
-    # By memory: full backward hooks of a module wrap what goes in and out into new tensors.
+    """Raise unless both hold the same values; tensors may differ, but must share the same memory."""
+    # By memory: a module's full backward hooks wrap its inputs and outputs in new tensors.
     leaves, structure = tree_flatten(expected)
     actual_leaves, actual_structure = tree_flatten(actual)
     same = structure == actual_structure and all(
@@ -117,7 +118,6 @@ def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:
     )
     if not same:
         raise RuntimeError(
-            f"a hook of the block of `{name}` replaced its {what}, which reversal could not undo (a `forward` of its "
-            "own counts as one); change what its `f` and `g` read or return instead, or put the change between two "
-            "sequences."
+            f"a hook or an overridden `forward` of the block of `{name}` replaced its {what}, which reversal cannot "
+            "undo; change the inputs or outputs of its `f` and `g` instead, or make the change between two sequences."
         )

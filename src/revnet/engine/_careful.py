@@ -1,7 +1,7 @@
-"""What recording and replaying a call must do only for some functions, and the errors of both.
+"""The parts of recording and replaying that only some functions need, and the errors of both.
 
-Random numbers, tensors from elsewhere, writes to saved tensors and forward-mode differentiation are all rare. `_record`
-and `_replay` ask cheaply whether one of them is there, and come here if so.
+Random numbers, tensors from outside the function, writes to saved tensors and forward-mode differentiation are rare.
+`_record` and `_replay` check cheaply for them, and call this file if they find one.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,13 +44,13 @@ def no_hooks(error: RuntimeError) -> RuntimeError:
         return error
     return RuntimeError(
         "a reversible sequence cannot be differentiated by `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, since "
-        "they forbid the saved-tensor hooks by which it rebuilds activations; keep them with `set_policy(model, "
-        "Store())`, or use `torch.autograd.grad`."
+        "they forbid the saved-tensor hooks that rebuild its activations; store the activations with "
+        "`set_policy(model, Store())`, or use `torch.autograd.grad`."
     )
 
 
 def take(saved: "Saved", number: int) -> Tensor:
-    """Return the tensor of a slot, rebuilt if it is not there."""
+    """Return the tensor of a slot, and rebuild it if necessary."""
     refuse_compiled_autograd()
     with saved.filler.lock:
         if saved.constants is not None and number in saved.constants:
@@ -62,54 +62,55 @@ def take(saved: "Saved", number: int) -> Tensor:
         if saved.tensors is None or saved.tensors[number] is None:
             saved.filler.rebuild(saved.index)
         assert saved.tensors is not None
-        found: Tensor = saved.tensors[number]
+        rebuilt: Tensor = saved.tensors[number]
         expected = 0 if saved.versions is None else saved.versions[number]
-        if version_of(found) != expected:  # It was written to since it was saved; autograd would raise, too.
-            raise modified("a tensor that a residual function computed with", found, expected)
-        # Earlier, a function that differentiates inside itself may read it again, and nothing could rebuild it.
+        if version_of(rebuilt) != expected:  # Written to since it was saved; autograd would raise, too.
+            raise modified("a tensor that a residual function computed with", rebuilt, expected)
+        # Before the end of the forward pass, a function that differentiates inside itself may read it again, and
+        # nothing could rebuild it.
         if is_finished:
             saved.tensors[number] = None
         else:
             saved.was_read = True
-        return found
+        return rebuilt
 
 
 def refuse_compiled_autograd() -> None:
     """Raise in a backward pass that `torch.compile` traces."""
     if torch.compiler.is_dynamo_compiling():
         refuse(
-            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; run `backward` "
-            "outside of it (`torch._dynamo.config.compiled_autograd = False`), or compile the model as a whole."
+            "the backward pass of a reversible sequence cannot be compiled by compiled autograd; turn it off with "
+            "`torch._dynamo.config.compiled_autograd = False`, or compile the model as a whole."
         )
 
 
 def check_finished(is_finished: bool) -> None:
-    """Raise if the forward pass is not over."""
+    """Raise if the forward pass has not ended."""
     if not is_finished:
         raise ReconstructionError(
-            "backward reached a reversible sequence whose forward pass has not finished; call it outside of the "
-            "residual functions."
+            "the backward pass reached a reversible sequence whose forward pass has not finished; call `backward` "
+            "outside of the residual functions."
         )
 
 
 def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
-    """Do not take a stream for lasting that is an argument, too: as a stream, it is rebuilt elsewhere."""
+    """Do not treat a stream as lasting if it is also an argument: as a stream, it is rebuilt in other memory."""
     keys = {storage_key(source) for source in sources}
-    call.lasting = call.lasting - {id(each) for each in call.surroundings.arguments if storage_key(each) in keys}
+    call.lasting = call.lasting - {id(tensor) for tensor in call.surroundings.arguments if storage_key(tensor) in keys}
 
 
 def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
-    """Return the test whether a tensor outlives the call; a miss is harmless, since it is rebuilt then."""
+    """Return a test whether a tensor outlives the call. A miss is harmless, since the tensor is then rebuilt."""
     if forward_mode_level() < 0:
         return lambda tensor: id(tensor) in lasting or id(tensor._base) in lasting
-    # Forward mode saves the primal of a dual tensor, which is another object with the same storage.
+    # Forward mode saves the primal of a dual tensor, which is a different object with the same storage.
     known = (*call.parameters, *call.buffers, *call.surroundings.arguments)
-    keys = {storage_key(each) for each in known} - {None}
+    keys = {storage_key(tensor) for tensor in known} - {None}
     return lambda tensor: id(tensor) in lasting or storage_key(tensor) in keys
 
 
 def make_pack(call: "RecordedCall", saved: "Saved") -> Callable[[Tensor], int]:
-    """Return a hook for a first run in forward mode, which notes what `Saved.pack_and_note` does."""
+    """Return a hook for a first run in forward mode that records what `Saved.pack_and_note` records."""
     is_lasting = lasting_test(call, call.lasting)
     tensors, versions = saved.tensors, saved.versions
     assert tensors is not None
@@ -136,13 +137,13 @@ def make_replay_pack(
     stop_after: int,
     stop: type[BaseException],
 ) -> Callable[[Tensor], Tensor]:
-    """Return a hook for a second run that notes versions, and raises `stop` after `stop_after` tensors."""
+    """Return a hook for a replay that records versions, and raises `stop` after `stop_after` tensors."""
     is_lasting = lasting_test(call, lasting)
 
     def pack(tensor: Tensor) -> Tensor:
         if is_lasting(tensor):
             return tensor
-        # Returned, since a function that differentiates inside itself asks for it; without its node, since a node that
+        # Returned, because a function that differentiates inside itself asks for it. Detached, because a node that
         # holds its own output keeps itself alive.
         tensor = tensor.detach()
         caught.append(tensor)
@@ -161,47 +162,47 @@ for _maker in (make_pack, make_replay_pack, lasting_test):
 def find_constants(
     call: "RecordedCall", tensors: Sequence[Tensor], versions: Sequence[int], own: Sequence[Any], start: int
 ) -> dict[int, tuple[Tensor, int]] | None:
-    """Return the saved tensors that were there before the call, with their versions, by their number.
+    """Return the saved tensors that existed before the call, with their versions, by their number.
 
-    Such a tensor is neither parameter, buffer nor argument, and a replay would not compute it. Somebody else refers to
-    it (or to the tensor that it is a view of), and this call made no node for it.
+    Such a tensor is not a parameter, buffer or argument, and a replay would not compute it. Something outside the call
+    refers to it (or to the tensor that it is a view of), and this call created no node for it.
     """
     if forward_mode_level() >= 0:
-        return None  # Tangents come and go with their level.
+        return None  # Tangents exist only within their level.
     bases = list(map(_base_of, tensors))
-    # By `map`: a loop variable would count as one reference more.
+    # With `map`, since a loop variable would count as one more reference.
     counts, base_counts = list(map(getrefcount, tensors)), list(map(getrefcount, bases))
     casts = {state.dtype for state in call.autocast if state.enabled}
     own_keys: set[int | None] = set()
-    found: dict[int, tuple[Tensor, int]] = {}
+    constants: dict[int, tuple[Tensor, int]] = {}
     for number, (tensor, base) in enumerate(zip(tensors, bases, strict=True)):
         origin, count = (tensor, counts[number]) if base is None else (base, base_counts[number])
         if origin.grad_fn is not None and sequence_number_of(origin.grad_fn) >= start:
             continue  # The call computed it.
-        uses = sum([each is origin for each in (*tensors, *bases)])
-        is_base = any(each is origin for each in bases)  # A view in C++ refers to it, too.
+        uses = sum([tensor is origin for tensor in (*tensors, *bases)])
+        is_base = any(tensor is origin for tensor in bases)  # A view in C++ refers to it, too.
         if count <= (_FRESH_BASE_COUNT if is_base else FRESH_COUNT) - 1 + uses:
-            continue  # The two lists alone refer to it.
+            continue  # Only the two lists refer to it.
         if tensor.dtype in casts:
-            continue  # Autocast keeps what it cast for a while, and casts again.
-        own_keys = own_keys or {storage_key(each) for each in own if isinstance(each, Tensor)}
+            continue  # Autocast caches what it has cast for a while, and casts again later.
+        own_keys = own_keys or {storage_key(value) for value in own if isinstance(value, Tensor)}
         if tensor.layout is not torch.strided or storage_key(tensor) in own_keys:
             continue
         if origin.untyped_storage().nbytes() < tensor.nbytes:
-            continue  # FSDP has taken a parameter's memory away, and brings it back for the next call.
-        found[number] = (tensor.detach(), versions[number])
-    return found or None
+            continue  # FSDP has freed a parameter's memory, and brings it back for the next call.
+        constants[number] = (tensor.detach(), versions[number])
+    return constants or None
 
 
 def check_constants(call: "RecordedCall", tensors: list[Any]) -> None:
-    """Drop from the tensors of a replay those that are kept, and raise if they are others."""
+    """Remove the kept tensors from a replay's tensors, and raise if the replay used different ones."""
     assert call.constants is not None
     for number, (constant, _) in call.constants.items():
         if number >= len(tensors):
             continue
-        # A function may compute it again and put it in the old one's place; then it is the same but for rounding.
+        # A function may compute it again and replace the old one, which is then equal up to rounding.
         if storage_key(tensors[number]) != storage_key(constant) and _differ(tensors[number], constant):
-            fail(call, "used another tensor, which is not among its parameters, buffers and arguments")
+            fail(call, "used a different tensor, which is not one of its parameters, buffers and arguments")
         tensors[number] = None
 
 
@@ -212,9 +213,9 @@ def _differ(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _fresh_counts() -> tuple[int, int]:
-    """Return how often a tensor is referred to that only a list holds, alone and as the base of a view.
+    """Return the reference counts of a tensor that only a list holds: alone, and as the base of a view.
 
-    Found rather than known, since it depends on the releases of Python and PyTorch.
+    They are measured, because they depend on the versions of Python and PyTorch.
     """
     tensors = [torch.empty(1, device="cpu")]
     views = [torch.empty(1, device="cpu").view(1)]
@@ -228,20 +229,20 @@ FRESH_COUNT, _FRESH_BASE_COUNT = _fresh_counts()
 def moved(
     surroundings: "Surroundings", before: RandomStates, after: RandomStates
 ) -> list[tuple[torch.device, Tensor, int | None]] | None:
-    """Return the devices whose random state has moved, with the state before and a digest of the one after."""
+    """Return the devices whose random state has changed, with the state before and a digest of the state after."""
     pairs = zip(by_device(surroundings.others, before), by_device(surroundings.others, after), strict=True)
-    # The state after is only compared, never set, so a number does.
-    found: list[tuple[torch.device, Tensor, int | None]] = [
+    # The state after is only compared and never set, so a number suffices.
+    changed: list[tuple[torch.device, Tensor, int | None]] = [
         (device, old, digest(new)) for (device, old), (_, new) in pairs if not same_random_state(old, new)
     ]
-    return found or None
+    return changed or None
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def check_versions(call: "RecordedCall") -> None:
-    """Raise if a parameter, buffer, argument or constant is not at the version that the first run left.
+    """Raise if a parameter, buffer, argument or constant has another version than after the first run.
 
     Raises:
         ReconstructionError: It was modified in place after the forward pass.
@@ -264,27 +265,27 @@ def check_versions(call: "RecordedCall") -> None:
 
 
 def fail_metas(call: "RecordedCall", metas: list[Any]) -> NoReturn:
-    """Raise since the second run saved other tensors."""
-    for found, expected in zip(metas, call.metas, strict=False):
-        if found != expected:
-            fail(call, f"saved {_described(found)} where the forward pass saved {_described(expected)}")
+    """Raise because a replay saved different tensors."""
+    for actual, expected in zip(metas, call.metas, strict=False):
+        if actual != expected:
+            fail(call, f"saved {_described(actual)} where the forward pass saved {_described(expected)}")
     if len(metas) > len(call.metas):
         fail(call, f"saved more than the {len(call.metas)} tensors that the forward pass saved")
     fail(call, f"saved {len(metas)} tensors where the forward pass saved {len(call.metas)}")
 
 
 def fail_results(call: "RecordedCall", metas: list[Any]) -> NoReturn:
-    """Raise since the second run returned another kind of result."""
-    found, expected = [", ".join(map(_described, each)) or "no tensor" for each in (metas, call.results)]
-    fail(call, f"returned {found} where the forward pass returned {expected}")
+    """Raise because a replay returned a different kind of result."""
+    actual, expected = [", ".join(map(_described, of_run)) or "no tensor" for of_run in (metas, call.results)]
+    fail(call, f"returned {actual} where the forward pass returned {expected}")
 
 
 def fail(call: "RecordedCall", difference: str) -> NoReturn:
-    """Raise since the function did something else than the first time."""
+    """Raise because a function did not repeat its first run."""
     raise ReconstructionError(
         f"`{call.name}` did something else when it ran again: it {difference}. A function whose activations are "
-        "computed again must do the same both times (no counters, caches or conditions that change); otherwise "
-        "keep its activations with the policy `Store()`."
+        "recomputed must do the same both times (no counters, caches or conditions that change); otherwise store "
+        "its activations with the policy `Store()`."
     )
 
 
@@ -297,17 +298,17 @@ def modified(what: str, tensor: Tensor, version: int) -> RuntimeError:
 
 
 def metas_of(result: Any) -> list[Any]:
-    """Return shape, dtype and device of the tensors that a function returned."""
+    """Return the shape, dtype and device of the tensors that a function returned."""
     return [meta_of(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def not_the_same(name: str, how: str) -> ReconstructionError:
-    """Return the error for a function that gives other numbers when it runs again."""
+    """Return the error for a function that returns different numbers when it runs again."""
     return ReconstructionError(
-        f"`{name}` gave other numbers when it ran again, {how}: it draws random numbers outside of PyTorch or from a "
-        "generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward pass. "
-        "Draw with PyTorch's global generator, keep state in buffers, pass tensors as arguments, or keep the block's "
-        "activations with the policy `Store()`."
+        f"`{name}` returned different numbers when it ran again, {how}: it draws random numbers outside of PyTorch or "
+        "from a generator of its own, keeps state in attributes, or reads a tensor that has changed since the forward "
+        "pass. Draw from PyTorch's global generator, keep state in buffers, pass tensors as arguments, or store the "
+        "block's activations with the policy `Store()`."
     )
 
 
@@ -322,23 +323,23 @@ def modified_output(tensor: Tensor, version: int) -> ReconstructionError:
 
 
 def overwritten_output(tensor: Tensor) -> ReconstructionError:
-    """Return the error for a final stream that was written to in a way that leaves no version."""
+    """Return the error for a final stream that was overwritten without raising its version."""
     return ReconstructionError(
-        f"an output of a reversible sequence, of shape {tuple(tensor.shape)}, was written over after the forward pass, "
+        f"an output of a reversible sequence, of shape {tuple(tensor.shape)}, was overwritten after the forward pass, "
         "through `.data`, NumPy or the like; the activations are rebuilt from that output: `clone` it before writing, "
         "or use the policy `Store()` for the last block."
     )
 
 
 def freed_output(tensor: Tensor) -> ReconstructionError:
-    """Return the error for a final stream whose memory is gone."""
+    """Return the error for a final stream whose memory was freed."""
     return ReconstructionError(
         f"the memory of an output of a reversible sequence, of shape {tuple(tensor.shape)}, was freed after the "
         "forward pass (`untyped_storage().resize_(0)`), so the activations cannot be rebuilt; restore it before "
-        "`backward`, or keep the last block's activations with the policy `Store()`."
+        "`backward`, or store the last block's activations with the policy `Store()`."
     )
 
 
 def _described(meta: tuple[Any, ...]) -> str:
     shape, dtype, *device = meta
-    return f"{tuple(shape)} {dtype}" + "".join(f" on {each}" for each in device)
+    return f"{tuple(shape)} {dtype}" + "".join(f" on {where}" for where in device)

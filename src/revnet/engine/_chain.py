@@ -1,8 +1,9 @@
-"""What the engine runs: a chain of half-blocks, which is built once, and one call of it.
+"""The chain of half-blocks that the engine runs, which is built once, and one call of it.
 
-A `Chain` holds what stays the same from call to call: the residual functions in order, how each joins its stream, and
-what the engine has found out about them (see `Plan`). A `BoundChain` adds what belongs to one call: the arguments, and
-what the caller wants to know. Policies and entry points take a bound chain and the streams, and return the streams.
+A `Chain` holds everything that stays the same from call to call: the residual functions in order, how each of them
+updates its stream, and what the engine has learned about them (see `Plan`). A `BoundChain` adds the state of one call:
+the arguments, and the options of the caller. Policies and entry points take a bound chain and the streams, and return
+the streams.
 """
 
 import weakref
@@ -26,38 +27,39 @@ if TYPE_CHECKING:
 _ADDITIVE = Additive()
 
 Advance = Callable[[int, list[Tensor]], None]
-"""Runs the half-block of an index on a list of streams, into which it puts the new one."""
+"""Runs the half-block of an index on a list of streams, and puts the new stream into the list."""
 
 
 class HalfBlock(NamedTuple):
     """One residual function, the stream that it reads, and the stream that it updates.
 
-    A reversible block consists of two: `y1 = x1 + f(x2)` reads stream 1 and updates stream 0, then `y2 = x2 + g(y1)`
-    reads stream 0 and updates stream 1.
+    A reversible block consists of two half-blocks. `y1 = x1 + f(x2)` reads stream 1 and updates stream 0. Then
+    `y2 = x2 + g(y1)` reads stream 0 and updates stream 1.
     """
 
     function: nn.Module
     target: int
-    """The stream that it updates, counted from 0."""
+    """Index of the stream that it updates."""
     source: int
-    """The stream that it reads, counted from 0."""
+    """Index of the stream that it reads."""
     name: str = "f"
-    """The function's place in the model, for errors: "blocks.3.f"."""
+    """Place of the function in the model, for error messages: "blocks.3.f"."""
     coupling: AbstractCoupling = _ADDITIVE
-    """How the residual joins the stream."""
+    """Coupling that combines the residual with the stream."""
     role: str = "f"
-    """The function's name in its block, "f" or "g", by which a caller passes arguments to it alone."""
+    """Name of the function in its block, "f" or "g"; `f_kwargs` and `g_kwargs` use it."""
     takes_arguments: bool = True
-    """Whether the function is given the caller's further arguments."""
+    """Whether the function receives the caller's further arguments."""
 
 
 class Chain:
-    """Half-blocks in order, with what the engine finds out about them once.
+    """Half-blocks in order, with what the engine learns about them.
 
     Args:
         half_blocks: The half-blocks in the order in which they run.
-        blocks: For each half-block the block that must be called for it, since it has hooks or a `forward` of its own;
-            None where there is none. Consecutive half-blocks of one block are run by one call of it.
+        blocks: For each half-block, the block that must be called for it because it has hooks or a `forward` of its
+            own; None for other half-blocks. Consecutive half-blocks of one block are run by a single call of the
+            block.
     """
 
     __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "num_runs", "plans", "tolerated")
@@ -66,15 +68,15 @@ class Chain:
         self.half_blocks = tuple(half_blocks)
         self.blocks = None if blocks is None or not any(block is not None for block in blocks) else tuple(blocks)
         self.is_exact = all(half_block.coupling.is_exact for half_block in half_blocks)
-        """Whether reversal loses nothing."""
+        """Whether all couplings are exact, so that reversal has no error."""
         self.has_exact = any(half_block.coupling.is_exact for half_block in half_blocks)
-        """Whether it does so anywhere."""
+        """Whether any coupling is exact."""
         self.plans: list[Plan | None] = [None] * len(self.half_blocks)
-        """What is known of each function in the mode of its last call."""
+        """Structure of each function in the mode of its last call."""
         self.num_runs = 0
-        """How often it has run reversibly."""
+        """Number of reversible runs so far."""
         self.tolerated: dict[int, float] = {}
-        """By how much results were off, and were found to be no error; see `AgreementWatch`."""
+        """Deviations of results that were checked and found to be rounding; see `AgreementWatch`."""
 
     def bind(
         self,
@@ -87,14 +89,14 @@ class Chain:
         Args:
             args: Further positional arguments of every residual function.
             kwargs: Keyword arguments of every residual function.
-            own_kwargs: Keyword arguments of the functions of one role, by the role: `{"f": {"mask": mask}}`.
+            own_kwargs: Keyword arguments for the functions of one role, by role: `{"f": {"mask": mask}}`.
         """
         for_all = dict(kwargs or {})
-        own = {role: dict(given) for role, given in (own_kwargs or {}).items()}
+        own = {role: dict(of_role) for role, of_role in (own_kwargs or {}).items()}
         return BoundChain(self, args, for_all, own, is_plain=len(args) + len(for_all) + len(own) == 0)
 
     def groups(self) -> Iterator[tuple[nn.Module | None, range]]:
-        """Yield the blocks that must be called, each with the indices of its half-blocks; None for no block."""
+        """Yield the blocks that must be called, with the indices of their half-blocks; None for no block."""
         start = 0
         for index in range(1, len(self.half_blocks) + 1):
             if index == len(self.half_blocks) or self._block(index) is not self._block(start):
@@ -107,37 +109,37 @@ class Chain:
 
 @dataclass(slots=True, eq=False)
 class BoundChain:
-    """One call of a chain: its arguments, and what the caller wants to know."""
+    """One call of a chain: its arguments, and the options of the caller."""
 
     chain: Chain
-    """The chain."""
+    """The chain that is called."""
     args: tuple[Any, ...]
     """Further positional arguments of every residual function."""
     kwargs: dict[str, Any]
     """Keyword arguments of every residual function."""
     own_kwargs: dict[str, dict[str, Any]]
-    """Keyword arguments of the functions of one role, by the role."""
+    """Keyword arguments for the functions of one role, by role."""
     input_dtype: torch.dtype | None = None
-    """The dtype in which functions read a stream, where it differs from the stream's own."""
+    """Dtype in which functions read a stream, if it differs from the dtype of the stream."""
     log_dets: list[Tensor] | None = None
-    """Where the log-determinants are added up, if the caller wants them: a list of one sum (B,), empty at zero."""
+    """List that receives the log-determinants, if the caller wants them: one sum (B,), or empty for zero."""
     tolerance: "ToleranceKeeper | None" = None
-    """Keeps the error of rebuilt streams below a bound, if the caller wants one."""
+    """Keeper of the bound on the error of rebuilt streams, if the caller wants a bound."""
     is_plain: bool = False
-    """Whether it is known that `call` is `half_block.function(source)`: there are no arguments and no `input_dtype`."""
+    """Whether `call` is known to be `half_block.function(source)`: there are no arguments and no `input_dtype`."""
     is_joined: bool = False
-    """Whether the caller joins the final streams by `joined`, which then gives them to the run."""
+    """Whether the caller concatenates the final streams with `joined`, which then hands them to the run."""
     # Weak: the graph owns the run (rule 1).
     run: "weakref.ref[Rebuilder] | None" = None
-    """What holds the final streams for the backward pass, if anything does."""
+    """The run that holds the final streams for the backward pass, if there is one."""
 
     def for_replays(self) -> "BoundChain":
-        """Return the same call without what refers to the caller's graph, which a run must not keep alive."""
+        """Return the same call without references to the caller's graph, which a run must not keep alive."""
         # `log_dets` holds tensors whose nodes lead back to the run (rule 1).
         return BoundChain(self.chain, self.args, self.kwargs, self.own_kwargs, self.input_dtype, is_plain=self.is_plain)
 
     def part(self, start: int, stop: int) -> "BoundChain":
-        """Return the call of some of the half-blocks, apart from the blocks that they belong to."""
+        """Return the call of some of the half-blocks, without the blocks that they belong to."""
         chain = Chain(self.half_blocks[start:stop])
         return BoundChain(
             chain,
@@ -155,18 +157,18 @@ class BoundChain:
         return self.chain.half_blocks
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors in the arguments, however deep."""
+        """Return the tensors in the arguments, at any depth."""
         return tensors_in(self.args, self.kwargs, self.own_kwargs)
 
     def arguments_of(self, half_block: HalfBlock) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of one residual function besides the stream."""
+        """Return the further arguments of one residual function."""
         if not half_block.takes_arguments:
             return (), {}
         own = self.own_kwargs.get(half_block.role) if self.own_kwargs else None
         return self.args, {**self.kwargs, **own} if own else self.kwargs
 
     def call(self, half_block: HalfBlock, source: Tensor) -> Tensor:
-        """Call a residual function, and refuse one that writes over its input, which could not be rebuilt."""
+        """Call a residual function, and raise if it overwrites its input, which could not be rebuilt."""
         if self.input_dtype is not None:
             source = source.to(self.input_dtype)
         args, kwargs = self.arguments_of(half_block)
@@ -180,7 +182,7 @@ class BoundChain:
         return residual
 
     def join(self, half_block: HalfBlock, x: Tensor, residual: Tensor, log_dets: list[Tensor] | None = None) -> Tensor:
-        """Return the stream with a residual, and add its log-determinant to `log_dets`."""
+        """Return the stream combined with a residual, and add its log-determinant to `log_dets`."""
         coupling = half_block.coupling
         y = coupling.forward(x, residual, half_block.name)
         if log_dets is not None and not coupling.is_additive:
@@ -191,7 +193,7 @@ class BoundChain:
 
 
 def wrote_to_input(half_block: HalfBlock) -> RuntimeError:
-    """Return the error for a function that writes over its input."""
+    """Return the error for a function that overwrites its input."""
     return RuntimeError(
         f"`{half_block.name}` modified its input in place, which a reversible block cannot undo; use the out-of-place "
         "form of its first operation (`inplace=False`), or `clone` the input."
@@ -199,7 +201,7 @@ def wrote_to_input(half_block: HalfBlock) -> RuntimeError:
 
 
 def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-    """Run half-blocks by ordinary autograd, which stores every activation: the twin of `reversible`.
+    """Run the half-blocks with ordinary autograd, which stores every activation. This is the twin of `reversible`.
 
     It computes the same numbers with memory that grows with depth, and recomputes nothing.
 
@@ -211,7 +213,7 @@ def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         The streams after the last half-block.
 
     Raises:
-        TypeError: A residual function returned no tensor, or one of a dtype that the stream cannot hold.
+        TypeError: A residual function did not return a tensor, or returned a dtype that the stream cannot hold.
         ValueError: The shape of a residual differs from the shape of the stream that it updates.
         RuntimeError: A residual function modified its input in place.
     """
@@ -225,11 +227,11 @@ def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
 
 
 def run_half_blocks(chain: BoundChain, streams: list[Tensor], advance: Advance) -> Streams:
-    """Run the half-blocks in order by `advance`, and call the blocks that must be called for theirs.
+    """Run the half-blocks in order with `advance`, and call the blocks that must be called.
 
     Args:
         chain: The chain.
-        streams: The streams; each call of `advance` puts the new one into this list.
+        streams: The streams; each call of `advance` puts a new one into this list.
         advance: Runs one half-block, given its index and the streams.
     """
     if chain.chain.blocks is None:

@@ -1,8 +1,8 @@
-"""Keeping what functions read, and computing again what is inside them.
+"""Keep the inputs of residual functions, and recompute their activations in the backward pass.
 
-Where `Rebuilder` rebuilds the input of a function, this keeps it: the same slots in the graph, the same care around the
-second run, but no walk and no rounding. What a function computes after the last tensor that autograd saved is not
-computed again; for two convolutions or two linear layers that is the second one.
+Where `Rebuilder` rebuilds the input of a function, the classes here keep it. The slots in the graph and the checks of
+the second run are the same, but it neither walks streams back nor adds rounding. Operations after the last tensor that
+autograd saved are not repeated. In a function with two convolutions or two linear layers, that is the second one.
 
 References:
     Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
@@ -31,12 +31,12 @@ from revnet.errors import ReconstructionError
 
 
 def checkpointed(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-    """Run half-blocks and keep the stream that each one reads; the backward pass computes the rest again.
+    """Run the half-blocks and keep the stream that each function reads; the backward pass recomputes the rest.
 
-    Arguments, results and errors are the ones of `stored`.
+    The arguments, results and errors are as for `stored`.
 
     Numerics:
-        Output and gradients are the ones of `stored`, bit for bit, where the functions are deterministic.
+        The output and the gradients equal the ones of `stored` bit for bit if the functions are deterministic.
     """
     if not torch.is_grad_enabled() or runs_plainly():
         return stored(chain, streams)
@@ -51,30 +51,30 @@ def checkpointed(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
 
 
 def _compiled_one_by_one(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-    """Trace each half-block as a chain of its own, which keeps what it reads."""
+    """Trace each half-block as a chain of its own, which keeps its inputs."""
     running = tuple(streams)
     for index in range(len(chain.half_blocks)):
         alone = chain.part(index, index + 1)
-        # `compiled` returns None as long as nothing wants a gradient.
+        # `compiled` returns None if nothing requires a gradient.
         running = compiled(alone, running) or stored(alone, running)
     return running
 
 
 class _KeepingRun:
-    """One forward pass through a chain, which keeps what each function reads.
+    """One forward pass through a chain, which keeps the input of each function.
 
-    What a function read is kept by its slots, so that it goes as soon as the backward pass has used them.
+    The slots of a function hold its inputs, which are freed as soon as the backward pass has used them.
     """
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
-        # The log-determinants of `chain` have nodes that lead back to this run (rule 1).
+        # The nodes of the caller's log-determinants lead back to this run (rule 1).
         self._chain = chain.for_replays()
         self._surroundings = Surroundings.of(chain.tensors(), streams)
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
         self._range = RangeWatch() if chain.chain.has_exact else None
         self._has_log_dets = chain.log_dets is not None
         chain.chain.num_runs += 1
-        # On a GPU, reading a value waits for all that was launched before it.
+        # On a GPU, reading a value waits for all kernels launched before it.
         can_read = streams[0].device.type == "cpu" or chain.chain.num_runs % WAITING_INTERVAL == 1
         self._keeps_tail = can_read and not meter_is_quiet()
         self._filled: int | None = None
@@ -82,16 +82,16 @@ class _KeepingRun:
         self.lock = threading.RLock()
 
     def advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
-        """Run the next half-block on `streams`, keeping none of its activations."""
+        """Run the next half-block on `streams`, and keep none of its activations."""
         half_block, plans = chain.half_blocks[index], chain.chain.plans
         source, stream = streams[half_block.source], streams[half_block.target]
         if chain.chain.blocks is not None or not half_block.coupling.is_additive:
-            # Hooks and couplings may draw random numbers, and hooks change autocast.
+            # Hooks and couplings may draw random numbers, and hooks may switch autocast.
             self._surroundings.refresh()
         call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)
         plans[index] = call.plan
         self._calls.append((half_block, call))
-        # Until what it read is kept, below, this call cannot be replayed.
+        # This call cannot be replayed until its inputs are kept, below.
         self.is_finished = False
         if half_block.coupling.is_additive:
             residual = call.record(
@@ -100,13 +100,13 @@ class _KeepingRun:
                 chain.call,
                 (half_block, source),
                 (source,),
-                may_stop_early=True,  # A replay has no use for the result (rule 7).
+                may_stop_early=True,  # A replay does not need the result (rule 7).
                 keeps_tail=self._keeps_tail,
             )
             y = chain.join(half_block, stream, residual)
             kept: tuple[Tensor, ...] = (source,)
         else:
-            # With the coupling, which saves the stream for its gradient.
+            # Includes the coupling, which saves the stream for its gradient.
             y = call.record(
                 self,
                 index,
@@ -119,19 +119,20 @@ class _KeepingRun:
             kept = (source, stream)
         self.is_finished = True
         if (saved := call.saved()) is not None:
-            # `detach` drops the node, which may lead back to the slots (rule 1), and shares the version: writes show.
-            saved.kept = [(each.detach(), version_of(each), each.requires_grad) for each in kept]
+            # `detach` drops the node, which may lead back to the slots (rule 1), and shares the version, which shows
+            # writes.
+            saved.kept = [(tensor.detach(), version_of(tensor), tensor.requires_grad) for tensor in kept]
         if self._range is not None:
             self._range.look(half_block, y)
         streams[half_block.target] = y
 
     def rebuild(self, index: int) -> None:
-        """Run function `index` again on what it read."""
+        """Run function `index` again on its inputs."""
         check_finished(self.is_finished)
         self._surroundings.look_at_random_states(self._calls[0][1].before)
         if self._range is not None:
             self._range.check_waiting()
-        # One function's activations at a time, even where the last one's were not read (rule 3).
+        # One function's activations at a time, even if the slots of the last one were not read (rule 3).
         if self._filled is not None and (filled := self._calls[self._filled][1].saved()) is not None:
             filled.tensors = filled.versions = None
         self._filled = index
@@ -145,13 +146,13 @@ class _KeepingRun:
                     f"the stream that `{half_block.name}` read, of shape {tuple(tensor.shape)}, is at version "
                     f"{version_of(tensor)}; expected version {version} instead. Use the operation's out-of-place form."
                 )
-            # `data` has a version of its own, 0: otherwise each saved input would look as if it had been written to.
+            # `data` has its own version counter, which is 0; otherwise every saved input would look modified.
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
         if half_block.coupling.is_additive:
             replay(call, chain.call, (half_block, leaves[0]), fill=True, rounded=None, needs_result=False)
             return
-        # Computed again for what autograd saves of it; nobody reads the sum.
+        # Recomputed for the tensors that autograd saves; the sum is not read.
         log_dets: list[Tensor] | None = [] if self._has_log_dets else None
         replay(
             call,
@@ -164,34 +165,35 @@ class _KeepingRun:
 
 
 def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module and keep its arguments; the backward pass computes its activations again.
+    """Call a module and keep its arguments; the backward pass recomputes its activations.
 
-    As `torch.utils.checkpoint` does, but buffers such as batch-norm statistics count once.
+    This is like `torch.utils.checkpoint`, but buffers such as batch-norm statistics are updated only once.
 
     Raises:
         RuntimeError: The module modified an argument in place.
-        ReconstructionError: In the backward pass, the activations cannot be computed again.
-        NotImplementedError: Under `torch.compile`.
+        ReconstructionError: In the backward pass, the activations cannot be recomputed.
+        NotImplementedError: The call runs under `torch.compile`.
     """
     if not torch.is_grad_enabled() or runs_plainly():
         return module(*args, **kwargs)
     if torch.compiler.is_dynamo_compiling():
         refuse(
-            f"a {type(module).__name__} whose activations are computed again cannot be compiled whole; give it the "
+            f"a {type(module).__name__} whose activations are recomputed cannot be compiled as a whole; give it the "
             "policy `Store()` before compiling, or compile the residual functions instead."
         )
     return _KeptCall(module, args, kwargs).run()
 
 
 class _KeptCall:
-    """One call of a module, able to be replayed since its arguments are kept."""
+    """One call of a module, which can be replayed because its arguments are kept."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._module = module
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
-        # The tail is not compared on a GPU, where reading waits: a single call has no runs of which to take each 64th.
+        # The tail is not compared on a GPU, where reading waits: a single call has no runs of which every 64th could
+        # wait.
         self._is_on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
         surroundings = Surroundings.of(self._tensors, ())
         self._call = RecordedCall(type(module).__name__, None, module, surroundings)
@@ -199,21 +201,21 @@ class _KeptCall:
         self.lock = threading.RLock()
 
     def run(self) -> Any:
-        """Compute for the first time."""
-        # Looked at here: in the backward pass, the check of versions would say that it was the caller.
+        """Call the module for the first time."""
+        # Checked here: in the backward pass, the check of versions would blame the caller.
         versions = versions_of(self._tensors)
         result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=self._is_on_cpu)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
-                f"{type(self._module).__name__} modified an argument in place, so that its activations cannot be "
-                "computed again; use the out-of-place form of its first operation (`inplace=False`), or the policy "
+                f"{type(self._module).__name__} modified an argument in place, so its activations cannot be "
+                "recomputed; use the out-of-place form of its first operation (`inplace=False`), or the policy "
                 "`Store()`."
             )
         self.is_finished = True
         return result
 
     def rebuild(self, index: int) -> None:
-        """Compute again."""
+        """Recompute the activations."""
         check_finished(self.is_finished)
         self._call.surroundings.look_at_random_states(self._call.before)
         replay(self._call, self._compute, (), fill=True, rounded=None, needs_result=False)

@@ -1,4 +1,4 @@
-"""Whether a function gives the same bits when it runs again under the same conditions, as reconstruction assumes."""
+"""Check whether a function returns the same bits when it runs again, as reconstruction assumes."""
 
 from typing import Any, NamedTuple
 
@@ -13,26 +13,26 @@ from revnet.engine._tensors import storage_key, tensors_in
 
 
 class Repetition(NamedTuple):
-    """How far further runs of a function were from its first: relative errors, 0 where every bit was the same."""
+    """Relative errors of further runs of a function, compared with its first run; 0 if every bit was equal."""
 
     output_error: float
     gradient_error: float
-    """The largest, over the gradients of its inputs and its parameters."""
+    """Largest error over the gradients of its inputs and its parameters."""
 
 
 def repeat_function(
     function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], num_runs: int = 3
 ) -> Repetition:
-    """Run `function` several times under the same conditions, backward too, and leave no trace.
+    """Run `function` forward and backward several times under the same conditions, without side effects.
 
     Args:
         function: A residual function.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        num_runs: How often; a race between threads may need many runs to show.
+        num_runs: The number of runs. A race between threads may need many runs to show.
     """
     surroundings = Surroundings.of(tensors_in(args, kwargs), ())
-    # Never recorded: it knows the buffers and devices that `set_aside` takes care of.
+    # Never recorded: it lists the buffers and devices that `set_aside` protects.
     call = RecordedCall(type(function).__name__, None, function, surroundings)
     first: tuple[list[Tensor], list[Tensor]] | None = None
     errors = [0.0, 0.0]
@@ -48,11 +48,11 @@ def repeat_function(
 
 
 def _run(function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of everything that requires one."""
+    """Return the outputs, and the gradients of everything that requires one."""
     args, kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
     outputs = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
     wanted = [tensor for tensor in (*tensors_in(args, kwargs), *function.parameters()) if tensor.requires_grad]
-    # Not all the same, since then sums of gradients would often cancel to the same bits in any order.
+    # Not constant, because sums of gradients would often cancel to the same bits in any order.
     seeds = [(output, _ramp(output)) for output in outputs if output.requires_grad]
     if not seeds or not wanted:
         return [output.detach() for output in outputs], []
@@ -72,16 +72,16 @@ def _ramp(like: Tensor) -> Tensor:
 
 
 def _difference(tensor: Tensor, first: Tensor) -> float:
-    """The relative error; 0 if not a bit differs, NaN in the same places included."""
+    """Return the relative error; 0 if all bits are equal, with NaN in the same places."""
     if storage_key(tensor) == storage_key(first) or torch.equal(tensor, first):
         return 0.0
     both_nan = tensor.isnan() & first.isnan()
-    # In float32 at least: the norm of a float16 tensor overflows.
+    # In float32 at least, because the norm of a float16 tensor overflows.
     tensor, first = (
-        each.masked_fill(both_nan, 0).to(torch.promote_types(each.dtype, torch.float32)) for each in (tensor, first)
+        value.masked_fill(both_nan, 0).to(torch.promote_types(value.dtype, torch.float32)) for value in (tensor, first)
     )
     if torch.equal(tensor, first):
         return 0.0
     error = torch.linalg.vector_norm(tensor - first) / torch.linalg.vector_norm(first).clamp_min(1e-30)
-    # NaN is left where one run has NaN or inf and the other has not.
+    # NaN remains where only one of the runs has NaN or inf.
     return float(error.nan_to_num(nan=torch.inf))

@@ -1,7 +1,8 @@
-"""Digests of tensors that are not in the memory of the host. Reading one waits for its device.
+"""Digests of tensors that are not in host memory. Reading a digest waits for the device.
 
-A run on a GPU is therefore not compared each time, but in its first run and in each 64th: what a function gets from
-outside of PyTorch, or keeps in attributes, is wrong in every run. In between a sample shows drift, and nothing waits.
+On a GPU, a chain therefore compares only its first run and every 64th run after it. A function that reads random
+numbers from outside of PyTorch, or keeps state in attributes, is wrong in every run. In the runs between, a sample
+shows drift, and nothing waits.
 """
 
 from typing import Any
@@ -13,13 +14,13 @@ from revnet._torch_internals import in_functorch_transform
 from revnet.engine._arrays import DTYPES, SIZE, step_of
 
 WAITING_INTERVAL = 64
-"""Runs of a chain on a GPU between two that wait for it."""
+"""Number of runs of a chain on a GPU from one that waits for the device to the next."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def may_wait_for(x: Tensor) -> bool:
-    """Return whether the values of a tensor of another device than the CPU can be read at this moment."""
+    """Return whether the values of a tensor on an accelerator can be read now."""
     if type(x) is not Tensor or x.device.type in ("cpu", "meta") or x.layout is not torch.strided:
         return False
     # While a CUDA graph is captured, waiting is an error.
@@ -28,21 +29,21 @@ def may_wait_for(x: Tensor) -> bool:
 
 
 def sample_on_device(x: Tensor, most: int = SIZE) -> list[float]:
-    """Return about `most` elements of a tensor, in the order in which a contiguous one would hold them."""
+    """Return about `most` elements of a tensor, in the order of a contiguous tensor."""
     flat = _flat(x)
-    # To the host first: MPS has no float64.
+    # To the host first, because MPS has no float64.
     sample: Any = flat[:: step_of(flat.numel(), most)].cpu().double().tolist()
     return list(sample)
 
 
 def checksum_on_device(x: Tensor) -> int:
-    """Return the sum of the bits of a tensor, read as integers, modulo 2^64."""
+    """Return the sum of a tensor's bits, read as integers, modulo 2^64."""
     flat = _flat(x)
-    # As integers: their sum is the same in any order of adding, and NaN hides nothing.
+    # As integers: the order of the sum does not matter, and NaN hides nothing.
     return int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64).item())
 
 
 def _flat(x: Tensor) -> Tensor:
     x = x.detach()
-    # `view_as_real` refuses a lazy conjugate.
+    # `view_as_real` rejects a lazy conjugate.
     return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).reshape(-1)

@@ -1,9 +1,9 @@
 """How far rebuilt streams are from the true ones.
 
-The forward pass keeps a sample of what residual functions read, some hundred elements; when the backward pass has
-rebuilt it, the same elements are compared. Always for the first function of a run, whose input has come the longest
-way back: that costs a few kilobytes, and warns before wrong gradients go unnoticed. For every function, by name, under
-a `DriftMeter`.
+The forward pass samples the streams that residual functions read, a few hundred elements each. When the backward pass
+has rebuilt a stream, the same elements are compared. This is always done for the first function of a run, whose input
+is rebuilt over the longest distance. It costs a few kilobytes, and gives a warning before wrong gradients go unnoticed.
+Under a `DriftMeter`, it is done for every function, by name.
 """
 
 import math
@@ -13,8 +13,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,29 +33,31 @@ if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 MOST_SAMPLED = 512
-"""Elements of a sample: enough for an error to be known within some percent."""
+"""Maximum number of elements of a sample; enough to know an error to within a few percent."""
 
 
-class DriftRecord(NamedTuple):
-    """One residual function, and how far what it read again was from what it read the first time."""
+@dataclass(frozen=True, slots=True, eq=False)
+class DriftRecord:
+    """One residual function, and the error of its rebuilt input."""
 
     function: nn.Module
     name: str
     distance: int
-    """Half-blocks between it and the nearest stream that was kept."""
+    """Number of half-blocks between the function and the nearest stream that was kept."""
     error: Tensor
-    """Relative, by the Euclidean norm of the sample; a number on the stream's device, not to be waited for at once."""
+    """Relative error, in the Euclidean norm of the sample: a scalar on the stream's device, which need not be read at
+    once."""
     dtype: torch.dtype
-    """Of the stream."""
+    """Dtype of the stream."""
 
 
 class DriftMeter:
-    """Collects drift while it is on: of the forward passes that begin `with meter.on():`, and their backward passes.
+    """Collects the drift of the forward passes that begin inside `with meter.on():`, and of their backward passes.
 
     Nothing waits for the device until the records are read.
 
     Args:
-        is_quiet: Whether what is wrong stands in the records alone, and neither warns nor raises.
+        is_quiet: If true, errors are only recorded; the run neither warns nor raises.
     """
 
     def __init__(self, *, is_quiet: bool = False) -> None:
@@ -63,7 +66,7 @@ class DriftMeter:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Watch the forward passes of this thread, until the context is left."""
+        """Record the forward passes of this thread until the context exits."""
         before = getattr(_active, "meter", None)
         _active.meter = self
         try:
@@ -76,7 +79,7 @@ _active = threading.local()
 
 
 active_meter: Callable[[], DriftMeter | None] = partial(getattr, _active, "meter", None)
-"""Returns the meter that is on in this thread; a partial, so that asking makes no Python call."""
+"""Returns the meter that is on in this thread. A partial, so that the lookup makes no Python call."""
 
 
 def meter_is_quiet() -> bool:
@@ -86,11 +89,11 @@ def meter_is_quiet() -> bool:
 
 
 class DriftWatch(Observer):
-    """Compares samples of what functions read with what they read again; an observer of one run.
+    """Observer of one run that compares samples of the inputs of functions with their rebuilt inputs.
 
     Args:
-        keeps_all: Whether to sample what every function reads, and compare it whenever it is rebuilt; otherwise the
-            first one alone, once, and all of them under a `DriftMeter`.
+        keeps_all: Whether to sample the input of every function, and compare it whenever it is rebuilt. Otherwise, only
+            the input of the first function is compared, once; under a `DriftMeter`, all of them are.
     """
 
     looks_before_replays = True
@@ -102,23 +105,23 @@ class DriftWatch(Observer):
         self._seen: set[int] = set()
         self._totals: list[Tensor] = []
         self._floor: Tensor | None = None
-        # What earlier steps left to be judged on a GPU is likely to be done by now.
+        # Verdicts of earlier steps that wait for a GPU are probably ready by now.
         if _pending:
             _report_pending()
 
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
-        """Sample what function `index` has read, if it will be compared; the lowest always is."""
+        """Sample the input of function `index` if it will be compared; the lowest always is."""
         if index == run.lowest or (run.lowest >= 0 and (self._keeps_all or self._meter is not None)):
             source = streams[half_block.source]
             if _can_sample(source):
                 self._samples[index] = sample(source)
 
     def before_rebuild(self, run: "Rebuilder") -> None:
-        """Note how large the final streams are.
+        """Compute the magnitude of the final streams.
 
-        NaN and inf stay in a stream to its end: if these have none, no stream had.
+        NaN and inf stay in a stream to its end, so if the final streams have none, no stream had any.
         """
         if not self._samples or run.held is None:
             return
@@ -129,19 +132,19 @@ class DriftWatch(Observer):
                 self._floor = floor if self._floor is None else torch.maximum(self._floor, floor)
 
     def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
-        """Note how far what function `index` reads again is from what it read, once, and judge the lowest.
+        """Record, once, the error of the rebuilt input of function `index`; check the error of the lowest.
 
         Raises:
-            ReconstructionError: NaN or inf is in it that was not there in the forward pass.
+            ReconstructionError: The input contains NaN or inf, and did not in the forward pass.
         """
         if self._keeps_all and self._meter is None:
-            return  # Each error is judged before, by the tolerance.
-        if index in self._seen or index not in self._samples:  # Seen: the graph was retained, and is gone over again.
+            return  # The tolerance has already checked each error.
+        if index in self._seen or index not in self._samples:  # Seen: the graph was retained, and is walked again.
             return
         self._seen.add(index)
         half_block = run.steps[index].half_block
         source = streams.read(half_block.source).detach()
-        # Under a tolerance, the sample is needed again when a retained graph is gone over again.
+        # Under a tolerance, the sample is needed again when a retained graph is walked again.
         true = self._samples[index] if self._keeps_all else self._samples.pop(index)
         error = relative_error(sample(source), true, self._floor)
         function, name = half_block.function, half_block.name
@@ -150,31 +153,31 @@ class DriftWatch(Observer):
         if index == run.lowest and has_values(source) and not (self._meter is not None and self._meter.is_quiet):
             totals = torch.stack([_total(source), *self._totals])
             kind = StreamKind(name, source.dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
-            # Weak: a verdict may wait in `_pending` for longer than the model lives.
+            # Weak: a verdict may wait in `_pending` longer than the model lives.
             _judge(_Verdict(weakref.ref(function), kind, error, totals))
 
     def error_of(self, index: int, source: Tensor) -> Tensor | None:
-        """Return the relative error of the rebuilt input of function `index`, or None if there is no sample of it.
+        """Return the relative error of the rebuilt input of function `index`, or None without a sample.
 
-        A channel, token or sample of the batch counts, too, with a hundredth of its own error.
+        A channel, a token, or a sample of the batch also counts, with a hundredth of its own error.
         """
         true = self._samples.get(index)
         if true is None:
             return None
-        found = sample(source)
-        error, of_part = relative_error(found, true, self._floor), _largest_part_error(found, true)
+        rebuilt = sample(source)
+        error, of_part = relative_error(rebuilt, true, self._floor), _largest_part_error(rebuilt, true)
         return error if of_part is None else torch.maximum(error, of_part / PART)
 
 
 def sample(x: Tensor) -> Tensor:
-    """A few hundred elements, evenly spread over all dimensions, as a copy."""
-    # A copy: a slice is a view, which would keep the whole stream.
+    """Return a copy of a few hundred elements, evenly spread over all dimensions."""
+    # A copy: a slice is a view, which would keep the whole stream alive.
     return x.detach()[_grid(x.shape)].clone()
 
 
 @lru_cache(maxsize=256)
 def _grid(shape: torch.Size) -> tuple[slice, ...]:
-    """Steps along each dimension, such that few enough elements remain: of an image, channels are thinned out last."""
+    """Return the step of a sample along each dimension; for images, channels are thinned out last."""
     steps = [1] * len(shape)
 
     def left(dim: int) -> int:
@@ -189,15 +192,15 @@ def _grid(shape: torch.Size) -> tuple[slice, ...]:
 
 
 def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -> Tensor:
-    """The distance between samples in relation to the true one; NaN where the rebuilt one is not finite.
+    """Return the distance between two samples relative to the true one; NaN if the rebuilt one is not finite.
 
     Args:
         rebuilt: A sample of a stream.
-        true: The same elements as they were.
-        floor: As how large, by its root mean square, the true sample counts at least: rounding that is nothing beside
-            the other stream must not count as infinite where this one is zero.
+        true: The true values of the same elements.
+        floor: Lower bound on the root mean square of the true sample. Rounding that is negligible compared with the
+            other stream must not count as infinite where this stream is zero.
     """
-    # In float32 at least: squares of float16 overflow or vanish.
+    # In float32 at least, because squares of float16 overflow or vanish.
     dtype = torch.promote_types(true.dtype, torch.float32)
     true = true.to(dtype)
     size = torch.linalg.vector_norm(true)
@@ -208,9 +211,9 @@ def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -
 
 
 def _largest_part_error(rebuilt: Tensor, true: Tensor) -> Tensor | None:
-    """The largest relative error of a channel, token or sample of the batch; None where each has too few elements.
+    """Return the largest relative error of a channel, token or sample of the batch; None if they have too few elements.
 
-    One that was zero throughout does not count: any rounding of the other stream would be infinitely much of it.
+    A part that is zero throughout is skipped, because any rounding of the other stream would count as infinite.
     """
     dtype = torch.promote_types(true.dtype, torch.float32)
     differences, squares = (rebuilt.to(dtype) - true.to(dtype)).abs().square(), true.to(dtype).abs().square()
@@ -225,16 +228,16 @@ def _largest_part_error(rebuilt: Tensor, true: Tensor) -> Tensor | None:
 
 
 _LEAST_OF_PART = 8
-"""Elements of a part below which it is not judged; a sample of a device has fewer than one of the host."""
+"""Minimum number of sampled elements for a part to be compared; samples on a device are smaller than on the host."""
 
 
 def _total(x: Tensor) -> Tensor:
-    """Return the sum of all elements, which shows whether each is finite faster than a look at each."""
+    """Return the sum of all elements, which shows whether all are finite, and is faster than checking each of them."""
     x = x.detach()
     if x.is_complex():
-        # `view_as_real` refuses a lazy conjugate.
+        # `view_as_real` rejects a lazy conjugate.
         x = torch.view_as_real(x.resolve_conj())
-    # In float32 at least: a sum in float16 overflows, and finite elements would look infinite.
+    # In float32 at least, because a sum in float16 overflows, and finite elements would look infinite.
     return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -245,49 +248,54 @@ def _root_mean_square(x: Tensor) -> Tensor:
 # The verdict ----------------------------------------------------------------------------------------------------------
 
 
-class StreamKind(NamedTuple):
-    """What is known of a rebuilt stream before its error is."""
+@dataclass(frozen=True, slots=True)
+class StreamKind:
+    """Properties of a rebuilt stream, apart from its error."""
 
     name: str
-    """The function that reads it."""
+    """Name of the function that reads it."""
     dtype: torch.dtype
     is_exact: bool
-    """Whether its coupling loses nothing."""
+    """Whether its coupling is exact."""
     is_mixed: bool
-    """Whether functions compute in low precision under autocast, which amplifies what rounding leaves."""
+    """Whether functions compute in low precision under autocast, which amplifies rounding."""
 
     @property
     def warn_above(self) -> float:
-        """The relative error from which on users are warned."""
+        """Relative error above which users are warned."""
         if self.is_exact:
             return 0.0
         return 1e-2 if self.is_mixed else WARN_ABOVE.get(self.dtype, 1e-2)
 
 
 WARN_ABOVE = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-3, torch.complex64: 1e-3}
-"""By dtype: about ten times what 256 blocks at initialization lose, far below what changes a gradient visibly."""
+"""Thresholds by dtype: about ten times the error of 256 blocks at initialization, and far below an error that visibly
+changes a gradient.
+"""
 
 
 PART = 100.0
-"""By how much more a part may be off than the whole: there are many parts, and in most networks some are small."""
+"""Factor by which the error of a part may exceed the threshold: there are many parts, and in most networks some are
+small."""
 
 
-class _Verdict(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Verdict:
     function: "weakref.ref[nn.Module]"
     kind: StreamKind
     error: Tensor
     totals: Tensor
-    """The sums of all elements, finite where each of them is: of the rebuilt stream, and of the final ones."""
+    """Sums of all elements of the rebuilt stream and of the final streams; finite if every element is."""
 
 
 _pending: "deque[tuple[torch.cuda.Event, _Verdict]]" = deque()
 _lock = threading.Lock()
-# Weak: to have been warned of must not keep a model alive.
+# Weak: a record of warnings must not keep a model alive.
 _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def _judge(verdict: _Verdict) -> None:
-    """Report what is wrong: at once on the CPU, and on a GPU when its work is done, so that nothing waits."""
+    """Report an error: at once on the CPU, and on a GPU when its work is done, so that nothing waits."""
     if verdict.error.is_cuda:
         event = torch.cuda.Event()
         event.record()
@@ -297,20 +305,20 @@ def _judge(verdict: _Verdict) -> None:
 
 
 def _report_pending() -> None:
-    # An event must not be asked while a CUDA graph is captured: the capture would fail.
+    # Querying an event while a CUDA graph is captured would make the capture fail.
     while _pending and not torch.cuda.is_current_stream_capturing():
-        # Asked and taken in one step: otherwise another thread may take it in between, and this one takes the next.
+        # Queried and removed in one step; otherwise another thread may remove it in between.
         with _lock:
             verdict = _pending.popleft()[1] if _pending and _pending[0][0].query() else None
         if verdict is None:
             return
-        # Outside of the lock: a warning may run the user's code, which may come here again.
+        # Outside of the lock: a warning may run user code, which may call this function again.
         _report(verdict)
 
 
 def _report(verdict: _Verdict) -> None:
     rebuilt, *true = verdict.totals.tolist()
-    # A number; `float` would be an operation more than a prediction of the step has.
+    # `tolist` gives a number; `float` would be one more operation than a prediction of the step has.
     error: Any = verdict.error.tolist()
     report(verdict.function(), verdict.kind, error, is_finite=math.isfinite(rebuilt), was_finite=_are_finite(true))
 
@@ -328,26 +336,26 @@ def report(
     is_finite: bool = True,
     was_finite: bool = True,
 ) -> None:
-    """Warn of a rebuilt stream whose error is too large, once for each function.
+    """Warn, once for each function, about a rebuilt stream whose error is too large.
 
     Args:
-        function: The function that reads it; None if it is gone.
+        function: The function that reads the stream; None if it no longer exists.
         kind: The stream.
-        error: Its relative error.
-        of_part: The largest relative error of a channel, a token or a sample of it.
-        is_finite: Whether all its elements are finite.
-        was_finite: Whether those of the final streams were, and so those of all true ones.
+        error: The relative error of the stream.
+        of_part: The largest relative error of a channel, a token or a sample of the batch.
+        is_finite: Whether all elements of the stream are finite.
+        was_finite: Whether the final streams are finite, so that all true streams were.
 
     Raises:
-        ReconstructionError: NaN or inf is in it that was not there in the forward pass.
+        ReconstructionError: The stream contains NaN or inf, and did not in the forward pass.
     """
     name = kind.name
     if not was_finite:
-        return  # The model's own, with or without reversal.
+        return  # The model produced them, with or without reversal.
     if not is_finite:
         raise ReconstructionError(
-            f"the stream that `{name}` reads holds NaN or inf when it is rebuilt, and did not in the forward pass: "
-            f"undoing the blocks behind it amplifies rounding without bound. {_WAY_OUT}"
+            f"the stream that `{name}` reads contains NaN or inf when it is rebuilt, but did not in the forward pass: "
+            f"undoing the blocks after it amplifies rounding without bound. {_WAY_OUT}"
         )
     where = ""
     if error <= kind.warn_above < of_part / PART:
@@ -357,15 +365,16 @@ def report(
     _warned.add(function)
     if kind.is_exact:
         message = (
-            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}, though its coupling is "
-            "exact: a residual function gives other numbers when it runs again. Set "
-            "`torch.use_deterministic_algorithms(True)`; `revnet.numerics.find_nondeterministic(model, x)` names it."
+            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}, although its coupling "
+            "is exact: a residual function returns different numbers when it runs again. Set "
+            "`torch.use_deterministic_algorithms(True)`, or find the function with "
+            "`revnet.numerics.find_nondeterministic(model, x)`."
         )
     else:
         low = kind.dtype in (torch.bfloat16, torch.float16)
         message = (
-            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}{where}, so that "
-            f"gradients are wrong by as much or more. {_FLOAT32 if low else ''}{_WAY_OUT}"
+            f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}{where}, so gradients "
+            f"are off by at least as much. {_FLOAT32 if low else ''}{_WAY_OUT}"
         )
     warnings.warn(message, ReconstructionWarning, stacklevel=2)
 
@@ -375,30 +384,30 @@ def report_drift(
     run: "Rebuilder",
     half_block: HalfBlock,
     dtype: torch.dtype,
-    found: Sequence[float],
+    digest: Sequence[float],
     error: float,
     of_part: float,
 ) -> None:
-    """Report what an `AgreementWatch` found of the stream that the lowest half-block reads; see `report`.
+    """Report the errors that an `AgreementWatch` measured of the stream that the lowest half-block reads; see `report`.
 
     Args:
         watch: Has the digests of the true streams.
         run: The run.
         half_block: The lowest half-block.
-        dtype: Of the stream.
-        found: A sample of it.
+        dtype: The dtype of the stream.
+        digest: A sample of the rebuilt stream.
         error: Its relative error.
         of_part: The largest relative error of a part.
     """
-    # NaN and inf stay in a stream to its end. If they are in none of the samples, the model did not make them.
-    is_finite = math.isfinite(sum(found))
+    # NaN and inf stay in a stream to its end. If no sample contains any, the model did not produce them.
+    is_finite = math.isfinite(sum(digest))
     was_finite = is_finite or math.isfinite(sum(map(sum, (*watch.final.values(), *watch.before.values()))))
     kind = StreamKind(half_block.name, dtype, half_block.coupling.is_exact, run.surroundings.is_mixed)
     report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
 
 
 def warn_of_low_precision(half_block: HalfBlock, stream: Tensor) -> None:
-    """Say once, of streams of 16 bits, that they can hardly be rebuilt."""
+    """Warn, once, that streams of 16 bits can hardly be rebuilt."""
     function, dtype, meter = half_block.function, stream.dtype, getattr(_active, "meter", None)
     if dtype not in (torch.bfloat16, torch.float16) or function in _warned or not has_values(stream):
         return
@@ -406,16 +415,16 @@ def warn_of_low_precision(half_block: HalfBlock, stream: Tensor) -> None:
         return
     _warned.add(function)
     warnings.warn(
-        f"the streams that begin at `{half_block.name}` are {dtype}, so that each block which is undone puts an error "
-        f"of {torch.finfo(dtype).eps / 2:.1g} or more into them, and into gradients. {_FLOAT32}{_WAY_OUT}",
+        f"the streams that begin at `{half_block.name}` are {dtype}, so undoing each block adds an error of "
+        f"{torch.finfo(dtype).eps / 2:.1g} or more to them, and to the gradients. {_FLOAT32}{_WAY_OUT}",
         ReconstructionWarning,
         stacklevel=2,
     )
 
 
 _WAY_OUT = (
-    "Bound the error with `tolerance=1e-3` of the ReversibleSequential, reverse exactly with `FixedPoint()` couplings, "
-    "or see which blocks amplify it with `revnet doctor`."
+    "Bound the error with `tolerance=1e-3` in the ReversibleSequential, reverse exactly with `FixedPoint()` couplings, "
+    "or find the blocks that amplify it with `revnet doctor`."
 )
 _FLOAT32 = "Keep the streams in float32 and let autocast compute in low precision. "
 

@@ -1,4 +1,4 @@
-"""Going backward through a chain without a run: from the streams after it to the ones before it."""
+"""Invert a chain without a run: compute the streams before it from the streams after it."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,16 @@ from revnet.engine._surroundings import Surroundings
 
 
 def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-    """Compute the streams before the half-blocks from the ones after them.
+    """Compute the streams before the half-blocks from the streams after them.
 
-    Runs by ordinary autograd and is differentiable. Buffers (batch-norm statistics) are left as they are. In training
-    mode batch norm uses the statistics of this batch, as the forward pass did; random functions such as dropout do
-    not repeat the forward pass's draw, so invert those in evaluation mode.
+    The computation uses ordinary autograd and is differentiable. Buffers such as batch-norm statistics are not changed.
+    In training mode, batch norm uses the statistics of this batch, as in the forward pass. Random functions such as
+    dropout do not draw the same numbers as in the forward pass, so invert them in evaluation mode.
     """
     running = list(streams)
     surroundings = Surroundings.of(chain.tensors(), streams)
     for half_block in reversed(chain.half_blocks):
-        # Never recorded: it knows the buffers and devices that `set_aside` takes care of.
+        # Never recorded: it lists the buffers and devices that `set_aside` protects.
         call = RecordedCall(half_block.name, None, half_block.function, surroundings)
         with set_aside(call):
             residual = chain.call(half_block, running[half_block.source])

@@ -1,4 +1,4 @@
-"""What may watch a run, and correct it."""
+"""The interface of objects that watch a run and may correct it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,30 +13,33 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Is asked at each turn of a run. By itself it does nothing; an observer overrides the turns that it needs."""
+    """Interface of an object that a run calls at each stage.
+
+    The methods do nothing here; an observer overrides the ones that it needs.
+    """
 
     looks_before_replays = False
-    """Whether it overrides `before_replay`."""
+    """Whether the observer overrides `before_replay`."""
 
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
-        """Half-block `index` has read `streams`, and gave `y`."""
+        """Handle the result `y` of half-block `index`, which has read `streams`."""
 
     def on_hold(self, streams: Sequence[Tensor | None], whole: Tensor | None) -> None:
-        """The forward pass is over, and these final streams are held, which are parts of `whole` if there is one."""
+        """Handle the final streams when the forward pass is over. They are parts of `whole`, if it is given."""
 
     def before_rebuild(self, run: "Rebuilder") -> None:
-        """The backward pass asks for the first time."""
+        """Handle the first request of the backward pass."""
 
     def before_replay(self, run: "Rebuilder", index: int, streams: StreamSnapshot, distance: int) -> None:
-        """Function `index` is about to run again on `streams`, which were true `distance` half-blocks above."""
+        """Handle function `index` before it runs again on `streams`, which were exact `distance` half-blocks above."""
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:
-        """Half-block `index` was undone; `streams` are the ones before it."""
+        """Handle half-block `index` after it was undone; `streams` are the streams before it."""
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """The slots of half-block `index` were filled by a replay whose last saved tensor was another one."""
+        """Handle half-block `index` after a replay that filled its slots and whose last saved tensor differed."""
 
     def after_backward(self, run: "Rebuilder") -> None:
-        """The backward pass of a retained graph is over."""
+        """Handle the end of a backward pass over a retained graph."""

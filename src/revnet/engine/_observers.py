@@ -1,4 +1,4 @@
-"""Which observers watch a run, and the turn of the ones that may correct it."""
+"""Choose the observers of a run, and call the ones that may correct it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 
 
 def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]:
-    """Return what watches one run of the chain, which begins with these streams.
+    """Return the observers of one run of the chain, which begins with these streams.
 
     Raises:
         NotImplementedError: A run with a `tolerance` is captured in a CUDA graph.
     """
     half_blocks, is_exact = chain.half_blocks, chain.chain.is_exact
     observers: list[Observer] = []
-    if len(half_blocks) > 1:  # Of a single one, nothing is rebuilt.
+    if len(half_blocks) > 1:  # With a single half-block, nothing is rebuilt.
         keeper = None if is_exact else chain.tolerance
         if keeper is None:
             if not is_exact and streams[0].element_size() <= 2:
                 warn_of_low_precision(half_blocks[0], streams[0])
-            # The first run has number 1. What a function gets from outside of PyTorch is wrong in that one, too.
+            # The first run has number 1. A function that depends on something outside of PyTorch is wrong in that run,
+            # too.
             waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
-            has_meter = active_meter() is not None  # It wants records of each function.
+            has_meter = active_meter() is not None  # It collects records of each function.
             if not has_meter and (waits or can_digest(streams[0])):
                 observers.append(AgreementWatch())
             elif has_meter or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
@@ -44,12 +45,12 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
         else:
             if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise NotImplementedError(
-                    "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph: what it computes "
-                    "depends on what it measures; reverse exactly with `set_coupling(model, FixedPoint())`."
+                    "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph, because its "
+                    "computation depends on measured errors; reverse exactly with `set_coupling(model, FixedPoint())`."
                 )
             drift = DriftWatch(keeps_all=True)
             tolerance = ToleranceWatch(keeper, half_blocks[0].name, drift, has_values=has_values(streams[0]))
-            # In this order: drift is to be of what the function reads after the tolerance has put it right.
+            # In this order: drift must be measured after the tolerance has corrected the stream.
             observers += [tolerance, drift]
     if chain.chain.has_exact:
         observers.append(RangeWatch())
@@ -57,13 +58,13 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
 
 
 def _is_on_host(stream: Tensor) -> bool:
-    """Return whether a stream is an ordinary tensor of the CPU, or a fake one that stands for such."""
+    """Return whether a stream is an ordinary CPU tensor, or a fake tensor that stands for one."""
     return is_plain(stream) and stream.device.type in ("cpu", "meta")
 
 
 def correct(run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-    """Have the observers of a run look at what function `index` is about to read again."""
-    # In a check the input is changed on purpose.
+    """Let the observers of a run check the stream that function `index` is about to read again."""
+    # In a check, the input is changed on purpose.
     if (distance := streams.origin - 1 - index) > 0 and not run.is_checking:
         for observer in run.correctors:
             observer.before_replay(run, index, streams, distance)

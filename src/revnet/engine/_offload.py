@@ -1,8 +1,9 @@
-"""Keeping activations in host memory between the forward and the backward pass."""
+"""Keep activations in host memory between the forward and the backward pass."""
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,27 +18,27 @@ Result = TypeVar("Result")
 
 
 def offloaded(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-    """Run half-blocks by ordinary autograd, and keep on the host what it saves of them.
+    """Run the half-blocks with ordinary autograd, and keep the saved tensors in host memory.
 
-    Arguments, results and errors are the ones of `stored`.
+    The arguments, results and errors are as for `stored`.
     """
     functions = [half_block.function for half_block in chain.half_blocks]
     return keeping_on_host(lambda: stored(chain, streams), functions, chain.tensors())
 
 
 def offloaded_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module by ordinary autograd, and keep on the host what it saves."""
+    """Call a module with ordinary autograd, and keep the saved tensors in host memory."""
     return keeping_on_host(lambda: module(*args, **kwargs), [module], [])
 
 
 def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module], arguments: Sequence[Tensor]) -> Result:
-    """Run `compute`, and keep on the host what autograd saves of it.
+    """Run `compute`, and keep the tensors that autograd saves in host memory.
 
-    As `torch.autograd.graph.save_on_cpu` does, but parameters, buffers and arguments, which outlive the call, stay
-    where they are, and a tensor that two operations save is copied once.
+    This is like `torch.autograd.graph.save_on_cpu`, but parameters, buffers and arguments, which outlive the call, stay
+    where they are, and a tensor that two operations save is copied only once.
 
     Args:
-        compute: What to run.
+        compute: The computation.
         modules: The modules whose parameters and buffers stay.
         arguments: Other tensors that stay.
     """
@@ -48,7 +49,7 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
     staying = [*arguments]
     for module in modules:
         staying += [*module.parameters(), *module.buffers()]
-    # By memory: views such as `weight.t()` stay, too.
+    # By memory, so that views such as `weight.t()` stay, too.
     keys = {storage_key(tensor) for tensor in staying}
     copies: dict[tuple[Any, ...], tuple[weakref.ref[Any], _OnHost]] = {}
 
@@ -57,13 +58,13 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
             # Without its node, which would refer to the tensor that the node saved: a cycle that nothing frees.
             return _KeptInPlace(tensor if tensor.grad_fn is None else tensor.detach(), version_of(tensor))
         storage = tensor.untyped_storage()
-        # With the version: a tensor that was written to between two operations has other values for the second.
+        # Includes the version: a tensor that was written to between two operations has other values for the second one.
         key = (storage._cdata, version_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         known = copies.get(key)
-        if known is not None and known[0]() is not None:  # Else another storage has taken its place.
+        if known is not None and known[0]() is not None:  # Otherwise, another storage has its address.
             return known[1]
         packed = _OnHost.of(tensor)
-        # Weak: to free the storage is what the copy is for.
+        # Weak, because the purpose of the copy is to free the storage.
         copies[key] = (weakref.ref(storage), packed)
         return packed
 
@@ -71,8 +72,9 @@ def keeping_on_host(compute: Callable[[], Result], modules: Sequence[nn.Module],
         return compute()
 
 
-class _KeptInPlace(NamedTuple):
-    """A saved tensor that stays where it is, guarded as autograd would guard it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeptInPlace:
+    """A saved tensor that stays where it is, with autograd's check of the version."""
 
     tensor: Tensor
     version: int
@@ -87,15 +89,16 @@ class _KeptInPlace(NamedTuple):
         return self.tensor
 
 
-class _OnHost(NamedTuple):
-    """A saved tensor's copy on the host."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _OnHost:
+    """Copy of a saved tensor in host memory."""
 
     copy: Tensor
     device: torch.device
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_OnHost":
-        # Pinned, so that copying back does not hold up the host.
+        # Pinned, so that copying back does not block the host.
         copy = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=torch.cuda.is_available()
         )

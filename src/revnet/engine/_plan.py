@@ -1,4 +1,4 @@
-"""What is known of the structure of a residual function: found once, checked cheaply at each call."""
+"""The structure of a residual function: determined once, and checked cheaply at each call."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,67 +20,67 @@ _device = attrgetter("device")
 class Plan:
     """The structure of a residual function in one mode.
 
-    A plan refers to no parameter. Each call reads the tensors afresh from the places that the plan knows, so that a
-    step under `torch.func.functional_call`, FSDP or weight norm, whose parameters are new every time, needs no new one.
+    A plan refers to no parameters. Each call reads the tensors from the places that the plan knows. The parameters are
+    new in every step under `torch.func.functional_call`, FSDP or weight norm, and the plan remains valid.
     """
 
     modules: list[nn.Module]
     flag_holders: list[Any]
-    """What holds the `training` flag of each module."""
+    """Objects that hold the `training` flag of each module."""
     get_flag: Callable[[Any], bool]
     training: list[bool]
     empty: list[Any]
-    """The dicts of parameters, buffers and children that hold nothing."""
+    """Dicts of parameters, buffers and children that are empty."""
     filled: list[Any]
-    """The other ones."""
+    """The other dicts."""
     sizes: list[int]
-    """How much each of them holds."""
+    """Sizes of these dicts."""
     types: list[type]
-    """The types of all that they hold, None included."""
+    """Types of all values in these dicts, None included."""
     children: Sequence[nn.Module]
     pick_children: Callable[[list[Any]], Sequence[nn.Module]]
-    """Picks the children out of a list of all that the dicts hold; likewise the next two."""
+    """Picks the children out of a list of all values in the dicts; likewise the next two."""
     pick_parameters: Callable[[list[Any]], Sequence[Tensor]]
     pick_buffers: Callable[[list[Any]], Sequence[Tensor]]
     parameter_places: list[tuple[Any, str]]
     buffer_places: list[tuple[Any, str]]
     device_list: list[torch.device]
-    """The devices of parameters and buffers, in order."""
+    """Devices of the parameters and buffers, in order."""
     devices: frozenset[torch.device]
     statistics: list[int]
-    """Buffers that the function writes and does not read, as batch norm in training does; by their place."""
+    """Places of the buffers that the function writes and does not read, as batch norm does in training."""
     fixed: list[int]
-    """Buffers that it reads and does not write, as batch norm in evaluation does."""
+    """Places of the buffers that it reads and does not write, as batch norm does in evaluation."""
     states: list[int]
-    """All other buffers."""
+    """Places of all other buffers."""
     norms: list[ReplayedNorm]
-    """Batch norms in training that can run without touching their statistics, which are not among the above."""
+    """Batch norms in training that can run without changing their statistics, which are not listed above."""
     num_calls: int
-    """The calls so far."""
+    """Number of calls so far."""
     data_writes: list[int]
-    """Parameters that the function was seen to write through `.data`, by their place."""
+    """Places of the parameters that the function was observed to write through `.data`."""
     known: tuple[list[int], set[int]]
-    """The identities of all that the dicts held at the last call, and of the parameters and buffers among them.
+    """Identities of all values in the dicts at the last call, and of the parameters and buffers among them.
 
-    The plan holds the children. A tensor that is gone may leave its identity to another one, which is then at the same
-    place, so that the structure is the same.
+    The plan holds the children. Another tensor may have taken the identity of a tensor that was freed; it is then at
+    the same place, so the structure is the same.
     """
     metas: list[Any]
     """Shape, dtype and device of each tensor that the last call saved."""
     results: list[Any]
-    """The same of each tensor that it returned."""
+    """Shape, dtype and device of each tensor that the last call returned."""
     norm_attributes: list[dict[str, Any]] = field(init=False)
-    """The attributes of the norms. A `forward` among them was set after the plan was made."""
+    """Attributes of the norms. If they contain `forward`, it was set after the plan was made."""
 
     def __post_init__(self) -> None:
         self.norm_attributes = [norm.attributes for norm in self.norms]
 
     def fit(self, held: list[Any], ids: list[int]) -> set[int] | None:
-        """Return the identities of parameters and buffers, if these fit the structure; otherwise None.
+        """Return the identities of the parameters and buffers if they fit the structure; otherwise None.
 
         Args:
-            held: All that the dicts hold.
-            ids: Their identities, which the plan remembers.
+            held: All values in the dicts.
+            ids: Their identities, which the plan stores.
         """
         if (
             list(map(len, self.filled)) != self.sizes
@@ -89,23 +89,23 @@ class Plan:
         ):
             return None
         lasting = {*map(id, self.pick_parameters(held)), *map(id, self.pick_buffers(held))}
-        self.known = ids, lasting  # At once, since other threads read it.
+        self.known = ids, lasting  # In one assignment, because other threads read it.
         return lasting
 
     def has_devices_of(self, held: list[Any]) -> bool:
-        """Return whether the tensors are where they were when the plan was made."""
+        """Return whether the tensors are on the devices on which they were when the plan was made."""
         return list(map(_device, (*self.pick_parameters(held), *self.pick_buffers(held)))) == self.device_list
 
 
 def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]:
-    """Return the plan of a function as it is now, all that its modules hold, and the identities of its tensors.
+    """Return the plan of a function in its present state, all values that its modules hold, and the ids of its tensors.
 
     Args:
         function: The function.
-        name: Its place in the model, for errors.
+        name: Its place in the model, for error messages.
 
     Raises:
-        NotImplementedError: It holds a module of `torch.jit`, or one that the first version of FSDP manages.
+        NotImplementedError: The function contains a module of `torch.jit`, or a module that FSDP1 manages.
         ValueError: A parameter has no shape yet.
     """
     modules = list(function.modules())
@@ -115,11 +115,11 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
     dicts = [*parameter_dicts, *buffer_dicts, *child_dicts]
     if any(not isinstance(holder, dict) for holder in dicts):
         raise NotImplementedError(
-            f"`{name}` holds a module of `torch.jit`, whose executor saves other tensors from run to run, so that what "
-            "it computes cannot be rebuilt; use the module that it was scripted from, or keep its block's activations "
-            "with the policy `Store()`."
+            f"`{name}` contains a module of `torch.jit`, whose executor saves different tensors from run to run, so "
+            "its activations cannot be rebuilt; use the module that it was scripted from, or store its block's "
+            "activations with the policy `Store()`."
         )
-    # Flags are read at each call, and a dict in C is read fastest; but a module may define `training` as a property.
+    # Flags are read at each call, fastest from a dict, in C. But a module may define `training` as a property.
     has_flags = all("training" in module.__dict__ for module in modules)
     get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
     flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
@@ -135,7 +135,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
     by_kind = (parameter_dicts, buffer_dicts, child_dicts)
     kinds = [kind for kind, holders in enumerate(by_kind) for _ in _held(holders)]
     pick = [
-        _picker([place for place, each in enumerate(held) if kinds[place] == kind and each is not None])
+        _picker([place for place, value in enumerate(held) if kinds[place] == kind and value is not None])
         for kind in range(3)
     ]
     plan = Plan(
@@ -154,7 +154,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
         parameter_places=parameter_places,
         buffer_places=buffer_places,
         device_list=devices,
-        devices=ONLY_CPU if used <= ONLY_CPU else used,  # The same object, which is compared faster.
+        devices=ONLY_CPU if used <= ONLY_CPU else used,  # The same object, which compares faster.
         statistics=statistics,
         fixed=fixed,
         states=states,
@@ -175,15 +175,15 @@ def _held(holders: list[Any]) -> list[Any]:
 
 
 def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Return the function that returns the entries of a list at these places; one in C, since it runs at each call."""
+    """Return a function that picks the entries of a list at these places; in C, since it runs at each call."""
     if len(places) > 1:
         return itemgetter(*places)
-    # Of a single place, `itemgetter` returns the entry itself; a slice returns a list.
+    # For a single place, `itemgetter` would return the entry itself; a slice returns a list.
     return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
 
 def _kinds_of_buffers(modules: list[nn.Module], plain_norms: set[int]) -> tuple[list[int], list[int], list[int]]:
-    """Return the places of the buffers that a function only writes, of those that it only reads, and of all others."""
+    """Return the places of buffers that a function only writes, of buffers that it only reads, and of all others."""
     statistics: list[int] = []
     fixed: list[int] = []
     states: list[int] = []
@@ -197,7 +197,7 @@ def _kinds_of_buffers(modules: list[nn.Module], plain_norms: set[int]) -> tuple[
                 states.append(place)
             elif not module.training:
                 fixed.append(place)
-            # A replay has the plain ones run without statistics, so that theirs need no copy.
+            # A replay runs plain norms without statistics, so their buffers need no copy.
             elif id(module) not in plain_norms:
                 statistics.append(place)
             place += 1
@@ -214,20 +214,20 @@ def _refuse_lazy(modules: list[nn.Module]) -> None:
             if parameter is not None and is_lazy(parameter):
                 raise ValueError(
                     f"`{name}` of {type(module).__name__} has no shape yet; call the residual function once, under "
-                    "`torch.no_grad`, before it runs reversibly."
+                    "`torch.no_grad()`, before it runs reversibly."
                 )
 
 
 def _refuse_fsdp1(modules: list[nn.Module], name: str) -> None:
     for module in modules:
-        # By name: nobody who does not use FSDP has to import it.
+        # By name, so that users without FSDP need not import it.
         is_wrapper = type(module).__name__ == "FullyShardedDataParallel"
-        # FSDP puts its marks on the modules below a wrapper; the second version leaves parameters in their places.
+        # FSDP marks the modules below a wrapper; the second version leaves parameters in their places.
         is_managed = getattr(module, "_is_fsdp_managed_module", False)
-        has_parameters = all(each is None or isinstance(each, nn.Parameter) for each in module._parameters.values())
+        has_parameters = all(value is None or isinstance(value, nn.Parameter) for value in module._parameters.values())
         if is_wrapper or (is_managed and not (getattr(module, "_fsdp_use_orig_params", False) and has_parameters)):
             raise NotImplementedError(
-                f"`{name}` is sharded by `FullyShardedDataParallel`, which takes parameters out of their modules, so "
-                "that it cannot run again in the backward pass; shard functions, blocks, the sequence or the root with "
+                f"`{name}` is sharded by `FullyShardedDataParallel`, which removes parameters from their modules, so "
+                "it cannot run again in the backward pass; shard functions, blocks, the sequence or the root with "
                 "`torch.distributed.fsdp.fully_shard` instead."
             )

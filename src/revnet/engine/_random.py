@@ -13,18 +13,18 @@ ONLY_CPU = frozenset([_CPU])
 
 cpu_random_state = torch.default_generator.get_state
 NUM_BYTES = cpu_random_state().numel()
-"""The size of a state of the CPU's generator."""
+"""Size of a state of the CPU's generator."""
 
 RandomStates = tuple[Tensor, int, tuple[Tensor, ...]]
-"""The state of the CPU's generator, the address of its bytes, and the states of the other devices."""
+"""State of the CPU's generator, the address of its bytes, and the states of the other devices."""
 
 
 def by_device(others: Sequence[torch.device], states: RandomStates) -> list[tuple[torch.device, Tensor]]:
-    """Return each device with its random state: the CPU, and the other ones as far as there are states of them."""
+    """Return each device with its random state: the CPU, and the other devices that have a state here."""
     return list(zip((_CPU, *others), (states[0], *states[2]), strict=False))
 
 
-# `fork_rng` does this too, but asks every device first, which costs more than many residual functions.
+# `fork_rng` would do this, but it queries every device first, which costs more than many residual functions.
 def get_random_state(device: torch.device) -> Tensor:
     """Return the random state of a device, as a tensor of bytes on the CPU."""
     if device.type == "cpu":
@@ -47,13 +47,13 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
 
 def same_random_state(a: Tensor, b: Tensor) -> bool:
     """Return whether two random states are equal."""
-    # States are real bytes on the CPU even under FakeTensorMode, which would refuse to compare them as tensors.
+    # States are real bytes on the CPU even under FakeTensorMode, which rejects comparing them as tensors.
     size = a.numel()
     return size == b.numel() and compare_bytes(a.data_ptr(), b.data_ptr(), size) == 0
 
 
 def digest(state: Tensor) -> int:
-    """Return a number that stands for a random state."""
+    """Return a number that represents a random state."""
     return hash(ctypes.string_at(state.data_ptr(), state.numel()))
 
 
@@ -61,11 +61,11 @@ def _compare_copies(a: int, b: int, size: int) -> int:
     return int(ctypes.string_at(a, size) != ctypes.string_at(b, size))
 
 
-# A state of the CPU's generator has 5,056 bytes and is compared for every residual function: `memcmp` takes a tenth of
-# the time of `torch.equal`. Where the C library cannot be loaded this way (Windows), copies are compared.
+# A state of the CPU's generator has 5,056 bytes, and is compared for every residual function. `memcmp` takes a tenth of
+# the time of `torch.equal`. If the C library cannot be loaded this way (Windows), copies are compared.
 compare_bytes: Any = _compare_copies
 try:
-    compare_bytes = ctypes.PyDLL(None).memcmp  # It is over sooner than the interpreter's lock could be given away.
+    compare_bytes = ctypes.PyDLL(None).memcmp  # Faster than releasing the interpreter's lock.
     compare_bytes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 except (OSError, TypeError, AttributeError):
     pass

@@ -1,4 +1,4 @@
-"""Watching that streams stay in the range in which a coupling reverses them exactly."""
+"""Check that streams stay in the range in which a coupling reverses them exactly."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class RangeWatch(Observer):
-    """Raises if a stream leaves the range of its exact coupling; an observer of one run.
+    """Observer that raises if a stream leaves the range of its exact coupling.
 
-    On the CPU it raises at once. On a GPU it does not wait for the stream, and raises when the backward pass begins; in
-    a CUDA graph an assertion of the device fails.
+    On the CPU, it raises at once. On a GPU, it does not wait for the stream, and raises when the backward pass begins.
+    In a CUDA graph, an assertion on the device fails.
     """
 
     def __init__(self) -> None:
@@ -30,33 +30,33 @@ class RangeWatch(Observer):
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
-        """Look at the stream that half-block `index` has updated."""
+        """Check the stream that half-block `index` has updated."""
         self.look(half_block, y)
 
     def look(self, half_block: HalfBlock, y: Tensor) -> None:
-        """Look at a stream that a half-block has updated."""
+        """Check a stream that a half-block has updated."""
         if not half_block.coupling.is_exact:
             return
         magnitude = largest_element(y)
         if y.device.type in ("cpu", "meta"):
             if has_values(y):
-                # A number; `float` would be an operation more than a prediction of the step has.
+                # `tolist` gives a number; `float` would be one more operation than a prediction of the step has.
                 value: Any = magnitude.tolist()
                 check_range(half_block, value, y.dtype)
         elif torch.cuda.is_current_stream_capturing():
             limit = half_block.coupling.limit(y.dtype)
             assert limit is not None
-            # NaN and inf pass, as in `check_range`: the model's own.
+            # NaN and inf pass, as in `check_range`: the model produced them.
             assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
         else:
             self._magnitudes.append((half_block, magnitude))
 
     def before_rebuild(self, run: "Rebuilder") -> None:
-        """Look at what the forward pass did not wait for."""
+        """Check the streams for which the forward pass did not wait."""
         self.check_waiting()
 
     def check_waiting(self) -> None:
-        """Look at what the forward pass did not wait for."""
+        """Check the streams for which the forward pass did not wait."""
         magnitudes, self._magnitudes = self._magnitudes, []
         if not magnitudes or not has_values(magnitudes[0][1]):
             return
@@ -67,7 +67,7 @@ class RangeWatch(Observer):
 
 
 def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:
-    """Raise if a stream that the half-block has just updated left its range."""
+    """Raise if a stream that the half-block has just updated is out of range."""
     if half_block.coupling.is_exact and has_values(y):
         check_range(half_block, float(largest_element(y)), y.dtype)
 
@@ -76,12 +76,13 @@ def check_range(half_block: HalfBlock, magnitude: float, dtype: torch.dtype) -> 
     """Raise if a stream left the range in which the half-block can be undone exactly.
 
     Raises:
-        ReconstructionError: The stream is out of range. NaN and inf are not reported here: the model produced them.
+        ReconstructionError: The stream is out of range. NaN and inf are not reported here, because the model produced
+            them.
     """
     limit = half_block.coupling.limit(dtype)
     if limit is not None and math.isfinite(magnitude) and magnitude >= limit:
         raise ReconstructionError(
             f"a stream reached {magnitude:,.5g} at `{half_block.name}`, beyond the {limit:,.5g} up to which "
             f"{half_block.coupling} is exact in {dtype}; {half_block.coupling.out_of_range_hint(magnitude, dtype)}, or "
-            "normalize what the residual functions return."
+            "normalize the outputs of the residual functions."
         )

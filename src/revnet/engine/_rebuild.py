@@ -1,4 +1,4 @@
-"""The run of a chain: it records the forward pass, and walks the streams back; and the step of most half-blocks."""
+"""The run of a chain, which records the forward pass and walks the streams back; and the step of most half-blocks."""
 
 import threading
 import weakref
@@ -32,18 +32,18 @@ from revnet.engine.compile import compiled
 
 
 def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-    """Run half-blocks and keep only the final streams; the backward pass rebuilds the rest.
+    """Run the half-blocks and keep only the final streams; the backward pass rebuilds the others.
 
-    Arguments and results are the ones of `stored`, bit for bit. Gradients differ by the rounding of `(x + r) - r`.
+    It takes the arguments of `stored`, and returns the same bits. Gradients differ by the rounding of `(x + r) - r`.
 
     Raises:
-        ReconstructionError: In the backward pass, what cannot be rebuilt, or was modified: never a wrong gradient.
+        ReconstructionError: In the backward pass, something was modified or cannot be rebuilt.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7 and Algorithm 1.
     """
     is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if is_traced or not torch.is_grad_enabled():  # As `runs_plainly` says.
+    if is_traced or not torch.is_grad_enabled():  # See `runs_plainly`.
         return stored(chain, streams)
     if torch.compiler.is_dynamo_compiling():
         return compiled(chain, streams) or stored(chain, streams)
@@ -51,10 +51,10 @@ def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
 
 
 class Rebuilder:
-    """One forward pass through a chain, able to rebuild what it did not keep.
+    """One forward pass through a chain, which can rebuild what it did not keep.
 
     The autograd graph owns it (rule 1). It records the half-blocks as steps, holds the final streams, and walks them
-    back when the backward pass asks for a slot: in any order, several times, and from several threads.
+    back when the backward pass asks for a slot: in any order, repeatedly, and from several threads.
     """
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
@@ -67,9 +67,9 @@ class Rebuilder:
         self.observers: list[Observer] = [AgreementWatch()] if is_usual else observers_of(chain, streams)
         can_read = streams[0].device.type == "cpu" or AgreementWatch in map(type, self.observers)
         self.is_watched = can_read and (meter is None or not meter.is_quiet)
-        """Whether the values of saved tensors are looked at, and what is wrong raises."""
+        """Whether the values of saved tensors are compared, and a difference raises."""
         self.correctors = list(filter(attrgetter("looks_before_replays"), self.observers))
-        """Observers that may put other streams in place before a function runs again."""
+        """Observers that may replace the streams before a function runs again."""
         is_usual = streams[0].device.type == "cpu" and chain.is_plain and forward_mode_level() < 0
         if is_usual and not torch.is_autocast_enabled("cpu"):
             self.surroundings = Surroundings(random=((state := cpu_random_state()), state.data_ptr(), ()))
@@ -77,26 +77,26 @@ class Rebuilder:
             self.surroundings = Surroundings.of(chain.tensors(), streams)
         self.steps: list[AbstractStep] = []
         self.lowest = -1
-        """The lowest half-block of which autograd saved anything; below it, nothing is ever rebuilt. -1 for none."""
+        """Lowest half-block for which autograd saved a tensor, or -1. Nothing below it is ever rebuilt."""
         self.keyframes: list[StreamSnapshot] = []
-        """Streams that are held below the final ones, from the lowest up."""
+        """Streams held below the final ones, lowest first."""
         self.held: StreamSnapshot | None = None
-        """The final streams, from which all others are rebuilt; None until the forward pass is over."""
+        """Final streams, from which all others are rebuilt; None until the forward pass is over."""
         self.walk: StreamSnapshot | None = None
-        """A copy that is walked back while the graph is retained."""
+        """Fork of the held streams, which is walked back while the graph is retained."""
         self.is_finished = False
         self.is_checking = False
-        """Whether an observer runs functions again to look at what they give."""
+        """Whether an observer is running functions again to compare their results."""
         self.lock = threading.RLock()
         self.last_alive = -1
-        """The highest half-block of which a backward pass may still ask for anything."""
+        """Highest half-block for which a backward pass may still ask for a tensor."""
         self._strides: list[tuple[int, ...]] = []
         self._filled: int | None = None
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-        """Run the chain, keeping none of its activations but the final streams."""
+        """Run the chain, and keep only the final streams."""
         running = list(streams)
-        del streams  # From here on a stream may be freed as soon as it is used.
+        del streams  # From here on, a stream may be freed as soon as it is used.
         if chain.chain.blocks is None:
             for index in range(len(chain.chain.half_blocks)):
                 self._advance(chain, index, running)
@@ -114,7 +114,7 @@ class Rebuilder:
         half_block, plans, surroundings = chain.chain.half_blocks[index], chain.chain.plans, self.surroundings
         is_additive = half_block.coupling.is_additive
         if chain.chain.blocks is not None or not is_additive:
-            surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks change autocast.
+            surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks may switch autocast.
         kind: type[AbstractStep] = AdditiveStep if is_additive else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
         plans[index] = step.plan
@@ -129,11 +129,11 @@ class Rebuilder:
         streams[half_block.target] = y
 
     def hold(self, streams: Sequence[Tensor], whole: Tensor | None = None) -> None:
-        """Hold the final streams, or the same values seen through other tensors: the parts of the output, `whole`."""
+        """Hold the final streams, or other tensors with the same values: the parts of the joined output, `whole`."""
         held: list[Tensor | None] = [stream.detach() for stream in streams]  # A node would lead back here (rule 1).
         last = self.steps[-1].half_block
         if self.lowest == len(self.steps) - 1 and last.coupling.is_additive:
-            # Only the last function runs again, and needs nothing but the stream that it reads.
+            # Only the last function runs again, and it needs only the stream that it reads.
             held = [stream if which == last.source else None for which, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
@@ -141,38 +141,38 @@ class Rebuilder:
             observer.on_hold(held, whole)
 
     def rebuild(self, index: int) -> None:
-        """Fill the slots of half-block `index`, walking the streams back to it."""
+        """Fill the slots of half-block `index`, and walk the streams back to it."""
         if not self.is_finished:
             _careful.check_finished(False)
-        if self._filled is None:  # Nothing was asked for yet.
+        if self._filled is None:  # This is the first request.
             assert self.held is not None
             self.held.check_memory()
             for observer in self.observers:
                 observer.before_rebuild(self)
         steps, last = self.steps, self.last_alive
-        # One function's activations at a time, even where the last one's were not read (rule 3).
+        # One function's activations at a time, even if the slots of the last one were not read (rule 3).
         if self._filled is not None and (saved := steps[self._filled].saved()) is not None:
             saved.tensors = saved.versions = None
         self._filled = index
-        while last > index and steps[last].saved() is None:  # Its slots are gone, so nobody can ask for them.
+        while last > index and steps[last].saved() is None:  # Its slots no longer exist, so no one can ask for them.
             last -= 1
         self.last_alive = last
         if last > index or self.keyframes:
             streams = streams_for(self, index)
-        else:  # Nothing above can be asked for again: what is held itself may move.
+        else:  # Nothing above can be asked for again, so the held streams may move.
             assert self.held is not None
             self.walk, streams = None, self.held
-        if streams.position == streams.origin:  # A new walk. What was drawn since must not reach the replays.
+        if streams.position == streams.origin:  # A new walk. Numbers drawn since must not affect the replays.
             state, others = cpu_random_state(), self.surroundings.others
             if others or compare_bytes(steps[0].before[1], state.data_ptr(), NUM_BYTES):
                 self.surroundings.look_at_random_states(steps[0].before)
-        if streams.position == index:  # Undone already, and asked for again.
+        if streams.position == index:  # Already undone, and asked for again.
             steps[index].refill(self, streams, index)
         while (position := streams.position) > index:
             step = steps[position - 1]
             step.undo(self, streams, fill=position == index + 1)
             if streams.position == position:
-                break  # The lowest is not undone.
+                break  # The lowest half-block is not undone.
             for observer in self.observers:
                 observer.after_undo(self, position - 1, step.half_block, streams)
         if (tail := steps[index].tail) is not None and tail.error:
@@ -180,12 +180,12 @@ class Rebuilder:
                 observer.after_fill(self, index, streams)
 
     def source_of(self, step: AbstractStep, streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
-        """Return what a step's function reads, as the leaf of its second run; and again if it carries rounding."""
+        """Return the stream that a step's function reads, as a leaf; and again if it carries rounding."""
         if self.correctors:
             correct(self, index, streams)
-        # `data` has a version of its own: the stream's goes up when it is written over later on.
+        # `data` has its own version counter; the stream's counter rises when it is overwritten later.
         source = streams.read(step.half_block.source).data.requires_grad_(step.source_requires_grad)
-        # A corrector may have put the true streams in place.
+        # A corrector may have replaced the streams by exact ones.
         return source, None if index + 1 == streams.origin or step.half_block.coupling.is_exact else source
 
 
@@ -197,7 +197,7 @@ class AdditiveStep(AbstractFunctionStep):
     def first(
         self, run: "Rebuilder", chain: BoundChain, index: int, half_block: HalfBlock, streams: Sequence[Tensor]
     ) -> Tensor:
-        """Return the updated stream, leaving slots of the function in the graph."""
+        """Return the updated stream, and leave slots of the function in the graph."""
         self.half_block = half_block
         source, stream = streams[half_block.source], streams[half_block.target]
         self.source_requires_grad = source.requires_grad
@@ -208,14 +208,14 @@ class AdditiveStep(AbstractFunctionStep):
         residual = self.record(run, index, function, args, (source,), may_stop_early=is_lowest, keeps_tail=keeps_tail)
         if is_plain and source._version != version:
             raise wrote_to_input(half_block)
-        # What the coupling would do, without its checks, which cost more than the sum of small tensors.
+        # Does what the coupling does, without its checks, which cost more than the sum of small tensors.
         is_usual = type(half_block.coupling) is Additive and type(residual) is Tensor
         if is_usual and residual.dtype == stream.dtype and residual.shape == stream.shape:
             return stream + residual
         return half_block.coupling.forward(stream, residual, half_block.name)
 
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
-        """Run the function again, and take what it returns off the stream."""
+        """Run the function again, and subtract its result from the stream."""
         index, half_block = streams.position - 1, self.half_block
         is_needed = index > run.lowest
         residual = self.run_again(run, streams, index, fill=fill, needs_result=is_needed)
@@ -224,14 +224,14 @@ class AdditiveStep(AbstractFunctionStep):
         y = streams.read(half_block.target)
         streams.held[half_block.target] = None  # So that `y` is its only owner, unless another tensor sees the memory.
         try:
-            # Written over only by the one who alone refers to its storage (rule 5).
+            # Overwritten only if nothing else refers to its storage (rule 5).
             in_place = ALONE is not None and type(y) in PLAIN and use_count(y.untyped_storage()._cdata) == ALONE
             if type(half_block.coupling) is Additive and residual.dtype == y.dtype and type(y) is Tensor:
                 x = y.sub_(residual) if in_place else y - residual
             else:
                 x = half_block.coupling.inverse(y, residual, half_block.name, in_place=in_place)
         except BaseException:
-            streams.put(half_block.target, y)  # For a backward pass that tries again.
+            streams.put(half_block.target, y)  # So that another backward pass can try again.
             raise
         streams.put(half_block.target, x)
         streams.position = index

@@ -1,8 +1,8 @@
-"""One call of a function that keeps none of its activations, and what it takes to run it again.
+"""One call of a function that keeps none of its activations, and the information needed to run it again.
 
 `RecordedCall.record` runs the function under saved-tensor hooks that leave a *slot* in the autograd graph for each
-tensor that autograd wants to save. `replay` (in `_replay`) runs it again under hooks that catch the same tensors, and
-fills the slots. What happens only where a function needs it is in `_careful`, `_states` and `_restore`.
+tensor that autograd wants to save. `replay` (in `_replay`) runs it again under hooks that collect the same tensors, and
+fills the slots. Code that only some functions need is in `_careful`, `_states` and `_restore`.
 """
 
 import weakref
@@ -37,18 +37,17 @@ from revnet.engine._tensors import storage_key
 _version = attrgetter("_version")
 _base_of = attrgetter("_base")
 _requires_grad = attrgetter("requires_grad")
-_device = attrgetter("device")
 _flatten = chain.from_iterable
 _values = dict.values
 _has_own_forward = methodcaller("__contains__", "forward")
-_nothing: Callable[[], None] = type(None)  # Without a Python call.
+_nothing: Callable[[], None] = type(None)  # Makes no Python call.
 
 
 class Saved:
-    """What all slots of one call refer to: the filler, and the tensors while they are there.
+    """The object that all slots of one call refer to: it has the filler, and the tensors while they are filled.
 
-    A slot is a number, and the hook that unpacks it is bound to its `Saved`: objects would be thousands in each step.
-    `lasting` are the identities of the tensors that outlive the call.
+    A slot is a number, and the hook that unpacks it is bound to its `Saved`; a step would otherwise create thousands of
+    objects. `lasting` holds the identities of the tensors that outlive the call.
     """
 
     __slots__ = (
@@ -61,22 +60,22 @@ class Saved:
         self.tensors: list[Any] | None = []
         self.versions: list[int] | None = []
         self.nodes: list[int] = []
-        """The number of the operation that saved each tensor, where that is noted."""
+        """Number of the operation that saved each tensor, if it is recorded."""
         self.others: list[Tensor] = []
-        """Tensors that outlive the call, and views of such: their slots count down from -1."""
+        """Tensors that outlive the call, and views of them; their slots count down from -1."""
         self.other_versions: list[int] = []
         self.constants: dict[int, tuple[Tensor, int]] | None = None
-        """Tensors from elsewhere, which are kept and never rebuilt, by the number of their slot."""
+        """Tensors from outside the function, which are kept and never rebuilt, by the number of their slot."""
         self.is_plain = False
-        """Whether no tensor was written to when it was saved, so that reading a slot needs no more than a look."""
+        """Whether no tensor had been written to when it was saved, so that reading a slot takes only a lookup."""
         self.kept: list[tuple[Tensor, int, bool]] | None = None
-        """What the function read, with version and `requires_grad`, where that is kept rather than rebuilt."""
+        """The function's inputs, with version and `requires_grad`, if they are kept instead of rebuilt."""
         self.was_read = False
-        """Whether a slot was read before the forward pass was over, by a function that differentiates inside."""
+        """Whether a slot was read before the forward pass ended, by a function that differentiates inside itself."""
 
     def pack(self, tensor: Tensor) -> int:
         """Return the slot of a tensor that autograd saves in a first run."""
-        lasting = self.lasting  # A miss is harmless: what is not known to last is rebuilt.
+        lasting = self.lasting  # A miss is harmless: a tensor not known to last is rebuilt.
         if id(tensor) in lasting or ((base := tensor._base) is not None and id(base) in lasting):
             self.others.append(tensor)
             self.other_versions.append(tensor._version)
@@ -86,40 +85,40 @@ class Saved:
         return len(tensors) - 1  # type: ignore[arg-type]
 
     def pack_and_note(self, tensor: Tensor) -> int:
-        """Return the slot of a tensor, and note which operation saves it."""
+        """Return the slot of a tensor, and record which operation saves it."""
         number = self.pack(tensor)
         if number >= 0:
             self.nodes.append(next_sequence_number())
         return number
 
     def unpack(self, number: int) -> Any:
-        """Return the tensor of a slot, or one that outlives the call, guarded as autograd would guard it."""
+        """Return the tensor of a slot, or a tensor that outlives the call, with autograd's check of the version."""
         if number < 0:
             tensor, version = self.others[~number], self.other_versions[~number]
             if tensor._version != version:
                 raise _careful.modified("a parameter, buffer or argument of a residual function", tensor, version)
-            self.was_read = True  # If the forward pass is not over, the function differentiates inside.
+            self.was_read = True  # Before the forward pass ends, the function differentiates inside.
             return tensor
         if self.is_plain:
             if self.tensors is None:
                 if torch.compiler.is_dynamo_compiling():
                     _careful.refuse_compiled_autograd()
-                with self.filler.lock:  # Each device has a backward thread of its own.
+                with self.filler.lock:  # Each device has its own backward thread.
                     if self.tensors is None:  # Another thread may have filled it meanwhile.
                         self.filler.rebuild(self.index)
             tensors = self.tensors
-            found = None if tensors is None else tensors[number]
-            if tensors is not None and found is not None and not found._version:
-                tensors[number] = None  # Given away (rule 2); one operation of the interpreter, so without the lock.
-                return found
+            filled = None if tensors is None else tensors[number]
+            if tensors is not None and filled is not None and not filled._version:
+                tensors[number] = None  # Given away (rule 2); one interpreter operation, so it needs no lock.
+                return filled
         return _careful.take(self, number)
 
 
 class RecordedCall:
-    """One call of a function, able to be replayed.
+    """One call of a function, which can be replayed.
 
-    Its `plan` is what is known of the function, and is made again if it is None or stale. Its `name` is the function's
-    place in the model, for errors: "blocks.3.f".
+    Its `plan` describes the structure of the function, and is replaced if it is None or out of date. Its `name` is the
+    function's place in the model, for error messages: "blocks.3.f".
     """
 
     __slots__ = (
@@ -132,15 +131,15 @@ class RecordedCall:
         held: list[Any] = [] if plan is None else list(_flatten(map(_values, plan.filled)))
         ids = list(map(id, held))
         known, lasting = ([], None) if plan is None else plan.known
-        if plan is not None and ids != known:  # New tensors, as FSDP brings; the structure may be the same.
+        if plan is not None and ids != known:  # New tensors, for example from FSDP; the structure may be the same.
             lasting = plan.fit(held, ids)
         if (
             plan is None
             or lasting is None
             or list(map(plan.get_flag, plan.flag_holders)) != plan.training
-            or any(plan.empty)  # Filled since: `held` has nothing of them.
+            or any(plan.empty)  # Filled since then, and missing in `held`.
             or any(map(_has_own_forward, plan.norm_attributes))
-            # On a machine with nothing but a CPU, no tensor can move.
+            # Without an accelerator, no tensor can move.
             or (HAS_ACCELERATOR and not plan.has_devices_of(held))
         ):
             plan, held, lasting = plan_for(function, name)
@@ -151,30 +150,30 @@ class RecordedCall:
         self.autocast, self.is_mixed = surroundings.autocast, surroundings.is_mixed
         self.held, self.ids = held, ids
         self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
-        # What lasts is known by the tensor itself, which is held here: no other tensor can take its identity (rule 4).
+        # Lasting tensors are identified by objects that are held here, so that no other can take the identity (rule 4).
         self.lasting = {*lasting, *surroundings.argument_ids} if surroundings.argument_ids else lasting
         self.versions = list(map(_version, self.parameters))
         self.requires_grad = list(map(_requires_grad, self.parameters))
         self.random: list[tuple[torch.device, Tensor, int | None]] | None = None
-        """For each device on which the function draws: the random state before, and a digest of the one after."""
+        """For each device on which the function draws: the random state before, and a digest of the state after."""
         self.states: dict[int, Tensor] | None = None
-        """Copies of buffers that the function changes, as they were before it, by their place."""
+        """Copies of the buffers that the function changes, from before the call, by their place."""
         self.written: dict[int, Tensor] | None = None
-        """What a replay begins with for parameters that the function writes, by their place."""
+        """Initial values, in a replay, of the parameters that the function writes to, by their place."""
         self.buffer_versions: dict[int, int] | None = None
-        """The versions of buffers that must stay as they are, by their place."""
+        """Versions of the buffers that must not change, by their place."""
         self.constants: dict[int, tuple[Tensor, int]] | None = None
         self.saved: Callable[[], Saved | None] = _nothing
-        """Returns what the slots refer to: a weak reference. None if no backward pass can ask for any of them."""
+        """Weak reference to the object of the slots. It returns None if no backward pass can ask for any of them."""
         self.metas: list[Any] = []
         self.results: list[Any] = []
-        """Shape, dtype and device of each tensor that was saved, and of each that was returned."""
+        """Shape, dtype and device of each returned tensor; likewise `metas` for each saved tensor."""
         self.is_plain = True
-        """Whether no saved tensor was written to, and none was read before the forward pass was over."""
+        """Whether no saved tensor was written to, and none was read before the forward pass ended."""
         self.stop_after = -1
-        """After how many saved tensors a replay may stop; -1 for at the end."""
+        """Number of saved tensors after which a replay may stop; -1 if it must run to the end."""
         self.tail: Tail | None = None
-        """A sample of the last saved tensor, where the result is not compared: a replay need not come to it."""
+        """Sample of the last saved tensor, if the result is not compared because a replay may stop before it."""
 
     def record(
         self,
@@ -187,14 +186,14 @@ class RecordedCall:
         may_stop_early: bool = False,
         keeps_tail: bool = False,
     ) -> Any:
-        """Call `function` for the first time, leaving slots of `filler`'s call number `index` in the graph.
+        """Call `function` for the first time, and leave slots of `filler`'s call number `index` in the graph.
 
         Args:
             filler: Fills the slots later.
             index: The number under which `filler` knows this call.
-            function: What to call; the function, or it and the coupling.
+            function: The callable: the function, or the function together with the coupling.
             args: Its arguments.
-            sources: Inputs that are gone when the call is replayed, which then has others of the same values.
+            sources: Inputs that no longer exist when the call is replayed; a replay has others with the same values.
             may_stop_early: Whether a replay may end at the last saved tensor.
             keeps_tail: Whether to compare that tensor, because the result is not compared.
         """
@@ -208,7 +207,7 @@ class RecordedCall:
         if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
             surroundings.add_devices(plan.devices)
         self.before, self.others = surroundings.random or surroundings.random_states(), surroundings.others
-        start = next_sequence_number()  # A node with a lower number was there before the call.
+        start = next_sequence_number()  # Nodes with lower numbers existed before the call.
         saved = Saved(filler, index, self.lasting)
         tensors: list[Tensor] = saved.tensors  # type: ignore[assignment]
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
@@ -221,7 +220,7 @@ class RecordedCall:
         try:
             result = function(*args)
         except BaseException:
-            tensors.clear()  # The traceback refers to the hook, which would keep every activation.
+            tensors.clear()  # The traceback refers to the hook, which would keep every activation alive.
             raise
         finally:
             pop_saved_tensors_hooks()
@@ -238,29 +237,29 @@ class RecordedCall:
             if may_stop_early:
                 self._find_stop(tensors, saved.nodes, sources)
                 self.tail = Tail.of(tensors[-1]) if keeps_tail else None
-            # The nodes hold the hook, and the hook this list: a cycle through C++ that no collector sees (rule 1).
+            # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
         return result
 
     def _keep_slots(self, saved: Saved, tensors: list[Tensor], own: tuple[Any, ...], start: int) -> None:
-        """Note what the slots stand for, and which of them a replay would not compute."""
+        """Record what the slots stand for, and which of them a replay would not compute."""
         metas, plan, versions = list(map(meta_of, tensors)), self.plan, saved.versions
         assert versions is not None
-        # The same list again, so that there is nothing new for the collector to look at.
+        # Reuse the same list, so that the garbage collector has nothing new to track.
         self.metas = plan.metas = plan.metas if metas == plan.metas else metas
         self.saved = weakref.ref(saved)  # The graph owns it (rule 1).
         if _may_come_from_elsewhere(tensors, own, start):
             self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
-        # Versions never go down, so these show what was written to at any time.
+        # Versions never decrease, so they show a write at any time.
         self.is_plain = not (any(map(_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode)
         saved.is_plain = self.is_plain and self.constants is None
         saved.tensors = saved.versions = None
 
     def _find_stop(self, tensors: list[Tensor], nodes: list[int], sources: tuple[Tensor, ...]) -> None:
-        """Find after how many saved tensors a replay may stop.
+        """Set the number of saved tensors after which a replay may stop.
 
-        An operation saves its inputs before it computes, so the last one need not compute at all. But some save room
-        for what they are about to compute (RReLU's noise): those must.
+        An operation saves its inputs before it computes, so the last operation need not compute at all. But some save
+        memory that they are about to fill (such as RReLU's noise), and these must run.
         """
         for tensor, node in zip(reversed(tensors), reversed(nodes), strict=True):
             if node != nodes[-1]:
@@ -271,12 +270,9 @@ class RecordedCall:
 
 
 def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
-    """Return whether something else refers to one of the tensors, and the call made no node for it.
-
-    What a function computes for itself is referred to by this list alone.
-    """
+    """Return whether a tensor existed before the call: others refer to it, and the call created no node for it."""
     known: Any = None
-    ids = list(map(id, own))  # The result and the inputs: others refer to them, and a replay has its own.
+    ids = list(map(id, own))  # The result and the inputs have other references, and a replay has its own.
     for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
         if (count <= FRESH_COUNT and base is None) or (origin := tensor if base is None else base) is known:
             continue

@@ -1,4 +1,4 @@
-"""Running a recorded function again, and filling its slots: the second run of rules 4, 7 and 8 of the note."""
+"""Run a recorded function again, and fill its slots: the second run of rules 4, 7 and 8 of the note."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -34,18 +34,18 @@ Args = tuple[Any, ...]
 def replay(
     call: RecordedCall, function: Function, args: Args, *, fill: bool, rounded: Tensor | None, needs_result: bool = True
 ) -> Any:
-    """Run a function again as the first time; return its result, or None if the run stopped early.
+    """Run a function again under the conditions of its first run. Return the result, or None if the run stopped early.
 
     Args:
         call: The first run.
-        function: What to call.
-        args: Its arguments, with inputs of the same values as in the first run.
-        fill: Whether to fill the slots that are still there.
+        function: The callable.
+        args: Its arguments; the inputs have the same values as in the first run.
+        fill: Whether to fill the slots that still exist.
         rounded: The input, if it carries the rounding of a reconstruction.
-        needs_result: Whether to go on to the end; otherwise the run may stop once the slots are filled (rule 7).
+        needs_result: Whether to run to the end; otherwise the run may stop once the slots are filled (rule 7).
 
     Raises:
-        ReconstructionError: The function did something else than the first time (rule 8).
+        ReconstructionError: The function did not repeat its first run (rule 8).
     """
     plan = call.plan
     has_more = call.buffer_versions is not None or call.constants is not None or call.surroundings.arguments
@@ -59,7 +59,7 @@ def replay(
         or any(plan.empty)
         or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
         or list(map(_requires_grad, call.parameters)) != call.requires_grad
-        or any_autocast_is_on()  # It was off: `is_mixed` is asked above.
+        or any_autocast_is_on()  # It was off: `is_mixed` is checked above.
     ):
         return run_restored(call, _run_again, function, args, fill, rounded, needs_result)
     return _run_again(call, function, args, call.lasting, fill, rounded, needs_result)
@@ -75,7 +75,7 @@ def _run_again(
     needs_result: bool,
 ) -> Any:
     caught: list[Tensor] = []
-    pack: Callable[[Tensor], Any] = caught.append  # In C; what lasts is left out afterwards.
+    pack: Callable[[Tensor], Any] = caught.append  # In C; lasting tensors are removed afterwards.
     stop_after = -1 if needs_result else call.stop_after
     versions: list[int] | None = None
     if not call.is_plain or forward_mode_level() >= 0:
@@ -89,7 +89,7 @@ def _run_again(
     has_grad = torch.is_grad_enabled()
     push_saved_tensors_hooks(pack, _identity)  # Only a function that differentiates inside itself unpacks here.
     try:
-        set_grad_enabled(True)  # A backward pass runs without, and nothing would be saved.
+        set_grad_enabled(True)  # A backward pass disables gradients, and nothing would be saved.
         for norm in norms:
             attributes = norm.attributes
             forward = None if "forward" in attributes else norm.faster if is_faster else norm.forward
@@ -103,10 +103,10 @@ def _run_again(
     except StopReplay:
         result = None
     except BaseException:
-        caught.clear()  # The traceback refers to the hook, which would keep every activation.
+        caught.clear()  # The traceback refers to the hook, which would keep every activation alive.
         raise
     finally:
-        for norm, (flag, forward) in zip(norms, flags):  # noqa: B905 - no flags, if nothing was done
+        for norm, (flag, forward) in zip(norms, flags):  # noqa: B905 - fewer flags after an exception
             norm.attributes["track_running_stats"] = flag
             if forward is not None:
                 norm.attributes.pop("forward", None)
@@ -133,13 +133,13 @@ def _run_again(
 
 
 class StopReplay(BaseException):
-    """Stops a replay once every slot is filled. User code does not catch it."""
+    """Raised to stop a replay once every slot is filled. User code does not catch a BaseException."""
 
 
 def _make_stopping_pack(caught: list[Tensor], lasting: set[int], stop_after: int) -> Callable[[Tensor], None]:
-    """Return a hook that catches what does not last, and stops the run after `stop_after` tensors."""
+    """Return a hook that collects tensors that do not last, and stops the run after `stop_after` of them."""
 
-    def pack(tensor: Tensor) -> None:  # Not the tensor: a node that holds its own output keeps itself alive.
+    def pack(tensor: Tensor) -> None:  # Returns None: a node that holds its own output stays alive.
         if id(tensor) not in lasting and ((base := tensor._base) is None or id(base) not in lasting):
             caught.append(tensor)
             if len(caught) == stop_after:

@@ -1,14 +1,15 @@
-"""Putting back what a function saw in its first run, where it is not there anymore.
+"""Put back the state that a function saw in its first run, if it has changed.
 
-A replay first looks whether everything is as it was (`replay`). Usually it is, and nothing here is called.
+A replay first checks whether everything is unchanged (`replay`). Usually it is, and nothing in this file is called.
 Otherwise, or if the function draws random numbers or keeps state in buffers, `restored` puts back each kind of state
-around the replay, and leaves everything as it was found.
+for the time of the replay, and then sets it to its present value again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
 
 
-class AutocastState(NamedTuple):
-    """What autocast does on one type of device."""
+@dataclass(frozen=True, slots=True)
+class AutocastState:
+    """State of autocast on one type of device."""
 
     device_type: str
     enabled: bool
@@ -30,7 +32,7 @@ class AutocastState(NamedTuple):
 
 
 def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
-    """Return what autocast does now on these types of device, which know it."""
+    """Return the present state of autocast on these types of device, all of which support it."""
     cache_enabled = torch.is_autocast_cache_enabled()
     return tuple(
         [
@@ -47,12 +49,13 @@ def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
 
 @lru_cache(maxsize=16)
 def has_autocast(device_type: str) -> bool:
-    """Return whether PyTorch knows autocast on this type of device."""
+    """Return whether PyTorch supports autocast on this type of device."""
     return torch.amp.is_autocast_available(device_type)
 
 
-class TensorPlace(NamedTuple):
-    """Where a module holds one of its tensors, and the tensor that it held during the call."""
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorPlace:
+    """Place where a module holds one of its tensors, and the tensor that it held during the call."""
 
     holder: Any
     name: str
@@ -60,13 +63,13 @@ class TensorPlace(NamedTuple):
 
     @property
     def current(self) -> Any:
-        """The tensor that is there now."""
+        """The tensor that is in this place now."""
         return self.holder.get(self.name)
 
     def swap(self, tensor: Tensor) -> Callable[[], None]:
-        """Put `tensor` in this place, and return the call that undoes it."""
+        """Put `tensor` in this place, and return a function that undoes it."""
         before = self.holder[self.name]
-        # Into the dict: `setattr` of a module refuses a plain tensor where a parameter is.
+        # Into the dict, because a module's `setattr` rejects a plain tensor where a parameter is.
         self.holder[self.name] = tensor
 
         def undo() -> None:
@@ -77,11 +80,11 @@ class TensorPlace(NamedTuple):
 
 @contextmanager
 def set_aside(call: "RecordedCall") -> Iterator[None]:
-    """Let a function that is about to run for its result alone leave no trace: in buffers, and in random states."""
-    # All buffers: which of them the function writes is not known before it has run.
+    """Run a function only for its result: undo its changes to buffers and random states."""
+    # All buffers, because it is not known in advance which of them the function writes.
     call.states = {place: buffer.detach().clone() for place, buffer in enumerate(call.buffers)}
     devices = call.surroundings.devices | call.plan.devices
-    # Without a digest of the state after: there is no run whose numbers it has to draw.
+    # Without a digest of the state after, because the function need not repeat the numbers of another run.
     call.random = [(device, get_random_state(device), None) for device in devices]
     with restored(call):
         yield
@@ -89,20 +92,20 @@ def set_aside(call: "RecordedCall") -> Iterator[None]:
 
 @contextmanager
 def restored(call: "RecordedCall") -> Iterator[set[int]]:
-    """Put back everything that the function saw; on leaving, everything is as it was on entering.
+    """Put back everything that the function saw; on exit, set everything to its present value again.
 
     Yields:
-        The identities of the tensors that outlive the call, copies that were put in place included.
+        The identities of the tensors that outlive the call, including the copies that were put in.
 
     Raises:
-        ReconstructionError: The replay did not draw the random numbers that the first run drew.
+        ReconstructionError: The replay did not draw the same random numbers as the first run.
     """
     plan = call.plan
     lasting = set(call.lasting)
     with ExitStack() as stack:
         for context in _autocast_contexts(call):
             stack.enter_context(context)
-        # One by one: `train()` would set those of the children, and models override it to keep a norm frozen.
+        # One by one: `train()` would set the flags of the children too, and models override it to keep a norm frozen.
         for holder, flag in zip(plan.modules, plan.training, strict=True):
             if holder.training != flag:
                 stack.callback(setattr, holder, "training", holder.training)
@@ -114,7 +117,8 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
         copies: list[Tensor] = []  # Kept until the replay is over, so that no other tensor takes their identity.
         for place, value in _places_to_fill(call):
             is_copied = value is not None
-            # What the function writes to is copied even if it is still there: the replay must not write to it again.
+            # A tensor that the function writes to is copied even if it is still in place: the replay must not write to
+            # it again.
             if not is_copied and (place.current is place.tensor or is_sharded(place.tensor)):
                 continue
             tensor = place.tensor if value is None else value.detach().clone()
@@ -122,24 +126,24 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
                 copies.append(tensor.requires_grad_(place.tensor.requires_grad))
                 lasting.add(id(tensor))
             stack.callback(place.swap(tensor))
-        # One that left the states as they were may have drawn all the same, and put them back itself.
+        # A function that left the states unchanged may have drawn nevertheless, and put them back itself.
         states = [(device, state) for device, state, _ in call.random or ()] or by_device(call.others, call.before)
         for device, state in states:
             stack.callback(set_random_state, device, get_random_state(device))
             set_random_state(device, state)
         yield lasting
         for device, _, end in call.random or ():
-            # Compared here, since leaving the stack sets other states.
+            # Compared here, because leaving the stack sets other states.
             if end is not None and digest(get_random_state(device)) != end:
                 raise OtherNumbersError(
-                    f"`{call.name}` did not draw the random numbers again that it drew in the forward pass, on "
-                    f"{device}: another thread drew from the same generator meanwhile, or the function is not "
-                    "deterministic; train in separate processes, or keep its block's activations with `Store()`."
+                    f"`{call.name}` did not draw the same random numbers on {device} as in the forward pass: "
+                    "another thread drew from the same generator meanwhile, or the function is not deterministic; "
+                    "train in separate processes, or store its block's activations with the policy `Store()`."
                 )
 
 
 class OtherNumbersError(ReconstructionError):
-    """A replay drew other random numbers than the first run, or not as many."""
+    """Raised if a replay drew different random numbers from the first run, or fewer or more of them."""
 
 
 def run_restored(
@@ -151,10 +155,10 @@ def run_restored(
     rounded: Tensor | None,
     needs_result: bool,
 ) -> Any:
-    """Run a function again by `run_again`, with everything put back.
+    """Run a function again with `run_again`, with all state put back.
 
     Raises:
-        ReconstructionError: As `restored` does.
+        ReconstructionError: The replay did not draw the same random numbers as the first run.
     """
     try:
         with restored(call) as lasting:
@@ -162,26 +166,26 @@ def run_restored(
     except OtherNumbersError:
         if needs_result or call.stop_after < 0:
             raise
-    # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can tell.
+    # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can show that.
     call.stop_after = -1
     with restored(call) as lasting:
         return run_again(call, function, args, lasting, fill, rounded, needs_result)
 
 
 def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor | None]]:
-    """Yield each place of a tensor; with a value where the replay gets a copy of it, to write to."""
+    """Yield each place of a tensor, with a value if the replay gets a copy of it to write to."""
     plan = call.plan
     copied = {*plan.statistics}
     for number, ((holder, name), parameter) in enumerate(zip(plan.parameter_places, call.parameters, strict=True)):
         yield TensorPlace(holder, name, parameter), (call.written or {}).get(number)
     for number, ((holder, name), buffer) in enumerate(zip(plan.buffer_places, call.buffers, strict=True)):
         value = (call.states or {}).get(number)
-        # What is only written may begin with any value, so with a copy of the present one.
+        # A buffer that is only written may begin with any value, so a copy of its present value will do.
         yield TensorPlace(holder, name, buffer), buffer if value is None and number in copied else value
 
 
 def _autocast_contexts(call: "RecordedCall") -> list[AbstractContextManager[Any]]:
-    # It was off, and is on if the backward pass runs under autocast.
+    # It was off, and is on now if the backward pass runs under autocast.
     if not call.autocast:
         types = filter(torch.is_autocast_enabled, call.surroundings.autocast_types)
         return [torch.autocast(device_type, enabled=False) for device_type in types]
@@ -193,5 +197,5 @@ def _autocast_contexts(call: "RecordedCall") -> list[AbstractContextManager[Any]
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Return whether FSDP manages the parameter: it swaps whole and sharded forms itself, in replays too."""
+    """Return whether FSDP manages the parameter. FSDP swaps whole and sharded forms itself, also in replays."""
     return hasattr(parameter, "device_mesh")

@@ -1,4 +1,4 @@
-"""Walking back where a graph is retained, or where streams are held on the way."""
+"""Walk streams back if the graph is retained, or if streams are held at keyframes."""
 
 import weakref
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def streams_for(run: "Rebuilder", index: int) -> StreamSnapshot:
-    """Return the streams to walk back to half-block `index`, at it or above it."""
+    """Return the streams to walk back to half-block `index`; they are at it or above it."""
     held = next((keyframe for keyframe in run.keyframes if keyframe.position >= index), run.held)
     assert held is not None
-    if run.last_alive <= index:  # Nothing above can be asked for again: what is held itself may move.
+    if run.last_alive <= index:  # Nothing above can be asked for again, so the held streams may move.
         run.walk = None
         run.held = held
         run.keyframes = [keyframe for keyframe in run.keyframes if keyframe.position < index]
         return held
-    # The graph is retained: a walk on a fork leaves what is held as it is (rule 6).
+    # The graph is retained: a walk on a fork leaves the held streams unchanged (rule 6).
     if run.walk is None or run.walk.position < index or held.position < run.walk.position:
         run.walk = fork(held)
         _drop_walk_after_backward(run)
@@ -30,13 +30,13 @@ def streams_for(run: "Rebuilder", index: int) -> StreamSnapshot:
 
 
 def _drop_walk_after_backward(run: "Rebuilder") -> None:
-    # Weak: the graph owns the run (rule 1), and not the queue of the autograd engine.
+    # Weak: the graph owns the run (rule 1), and the queue of the autograd engine does not.
     reference = weakref.ref(run)
 
     def drop() -> None:
         alive = reference()
         if alive is not None:
-            with alive.lock:  # Another thread may walk at this moment.
+            with alive.lock:  # Another thread may be walking.
                 alive.walk = None
                 for observer in alive.observers:
                     observer.after_backward(alive)
@@ -45,8 +45,11 @@ def _drop_walk_after_backward(run: "Rebuilder") -> None:
 
 
 def fork(streams: StreamSnapshot) -> StreamSnapshot:
-    """Return the same streams, to be walked back on their own. Both see one memory, so neither writes to it."""
-    # `detach` shares the version, so that the fork notices a write to what it was forked from.
+    """Return a fork of the streams, which is walked back on its own.
+
+    Both share their memory, so neither writes to it.
+    """
+    # `detach` shares the version, so that the fork detects writes to the tensors that it was forked from.
     held = [None if tensor is None else streams.read(which).detach() for which, tensor in enumerate(streams.held)]
     copy = StreamSnapshot(streams.position, held, streams.strides)
     copy.origin = streams.origin
@@ -54,5 +57,5 @@ def fork(streams: StreamSnapshot) -> StreamSnapshot:
 
 
 def snapshot_of(position: int, streams: Sequence[Tensor]) -> StreamSnapshot:
-    """Return a snapshot of `streams`, as they lie."""
-    return StreamSnapshot(position, [each.detach() for each in streams], [each.stride() for each in streams])
+    """Return a snapshot of `streams` in their present layout."""
+    return StreamSnapshot(position, [stream.detach() for stream in streams], [stream.stride() for stream in streams])

@@ -1,4 +1,4 @@
-"""Splitting a tensor into streams, with every check and for every coupling; the plain case is in `_streams`."""
+"""Split a tensor into streams, with all checks and for every coupling; `_streams` has the usual case."""
 
 from typing import overload
 
@@ -15,17 +15,17 @@ MOST_STREAMS = 1_000_000
 def prepare(
     x: Tensor | Streams, dim: int, num_streams: int, coupling: AbstractCoupling | None, *, name: str = "x"
 ) -> tuple[Streams, torch.dtype | None]:
-    """Split `x`, and make its streams ready for their first residual.
+    """Split `x`, and prepare its streams for their first residual.
 
-    Under autocast streams are float32, in which they can be rebuilt; functions compute in low precision all the same.
+    Under autocast, streams are float32, in which they can be rebuilt; the functions still compute in low precision.
 
     Returns:
-        The streams, and the dtype in which functions read them, if it is not the streams' own.
+        The streams, and the dtype in which functions read them, if it differs from the dtype of the streams.
     """
     streams = tuple(
         [stream.float() if is_low_precision(stream) else stream for stream in split(x, dim, num_streams, name=name)]
     )
-    # A rebuilt stream is never conjugated or negated lazily, and what lies in memory is compared.
+    # Rebuilt streams are never lazily conjugated or negated, and the checks compare memory.
     streams = tuple([stream.resolve_conj().resolve_neg() for stream in streams])
     if coupling is None:
         return streams, None
@@ -36,10 +36,10 @@ def prepare(
 
 
 def is_low_precision(x: Tensor) -> bool:
-    """Return whether autocast has made `x` so imprecise that, as a stream, it could hardly be rebuilt."""
+    """Return whether autocast made `x` so imprecise that it could hardly be rebuilt as a stream."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    # PyTorch knows no autocast on the meta device, and raises when asked whether it is on.
+    # PyTorch has no autocast on the meta device, and raises when asked about it.
     device_type = x.device.type
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
@@ -74,7 +74,7 @@ def split(x: Tensor | Streams, dim: int, num_streams: int = 2, *, name: str = "x
     """
     if (
         type(num_streams) is not int or not 2 <= num_streams <= MOST_STREAMS
-    ):  # Runs in every forward pass: no call; no bool.
+    ):  # Runs in every forward pass, so without a call; rejects bools.
         raise ValueError(f"`num_streams` (={describe(num_streams)}) must be an integer from 2 to {MOST_STREAMS:,}.")
     if type(dim) is not int:
         raise TypeError(f"`dim` (={describe(dim)}) must be an integer, the dimension to split.")
@@ -105,7 +105,7 @@ def split(x: Tensor | Streams, dim: int, num_streams: int = 2, *, name: str = "x
 
 
 def _names(num_streams: int) -> tuple[str, str]:
-    """Return the words for the number of streams, and for the tensors that may be passed instead of one."""
+    """Return words for the number of streams, and for the tensors that may be passed instead of one tensor."""
     return ("two", "a pair of tensors (x1, x2)") if num_streams == 2 else (f"{num_streams}", f"{num_streams} tensors")
 
 

@@ -1,4 +1,4 @@
-"""Buffers and parameters that a function writes to: what was there before its first run, for the second one."""
+"""Buffers and parameters that a function writes to: keep their values from before the first run for the replay."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
 
 CHECKSUM_INTERVAL = 64
-"""Calls of a plan between two checksums of the parameters, which show writes that leave no version."""
+"""Number of calls of a plan from one checksum of the parameters to the next; it shows writes that raise no version."""
 
 
 def before(call: "RecordedCall") -> list[int | None] | None:
-    """Copy, before a call, what the function may write to; return checksums of its parameters now and then."""
+    """Copy, before a call, the tensors that the function may write to.
+
+    Returns:
+        Checksums of its parameters, in one call of `CHECKSUM_INTERVAL`; otherwise None.
+    """
     plan = call.plan
     if plan.states:
         call.states = {place: call.buffers[place].detach().clone() for place in plan.states}
@@ -29,22 +33,24 @@ def before(call: "RecordedCall") -> list[int | None] | None:
 
 
 def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
-    """Keep, after a call, the copies of what it changed, and note the versions that it left."""
+    """Keep, after a call, the copies of the tensors that it changed, and record the versions that it left."""
     if call.states:
         _settle_states(call)
     versions = versions_of(call.parameters)
     written = dict(call.written or {})
     for place, (old, new) in enumerate(zip(call.versions, versions, strict=True)):
         if old != new and place not in written:
-            # Written before use, as `nn.Embedding(max_norm=)` does: a replay works on a copy of what that left.
+            # Written before use, as with `nn.Embedding(max_norm=)`: a replay works on a copy of the value that this
+            # left.
             written[place] = call.parameters[place]
     call.versions = versions
-    # The parameters are only read again where a sum from before the call is there to compare with.
+    # The parameters are only read again if there are checksums from before the call.
     new_sums = () if checksums is None else _checksums(call.parameters)
     for place, (old_sum, new_sum) in enumerate(zip(checksums or (), new_sums, strict=False)):
         if old_sum != new_sum and place not in written:
-            # Seen for the first time, so what was there before is lost: this replay begins with what the function left,
-            # and the check of its result says whether that was right. Next time a copy is taken before the call.
+            # Observed for the first time, so the value from before the call is lost. This replay begins with the value
+            # that the function left, and the check of its result shows whether that was right. From the next call on, a
+            # copy is taken first.
             written[place] = call.parameters[place]
             call.plan.data_writes.append(place)
     call.written = written or None
@@ -56,8 +62,8 @@ def _settle_states(call: "RecordedCall") -> None:
     for place, copy in list(call.states.items()):
         buffer = call.buffers[place]
         holder, name = call.plan.buffer_places[place]
-        # Kernels that keep running statistics write without raising the version, so that no vector is trusted to be
-        # constant. Large buffers (masks, position tables) are compared; on the CPU, since devices would be waited for.
+        # Kernels that update running statistics do not raise the version, so no vector is trusted to be constant. Large
+        # buffers (masks, position tables) are compared, but only on the CPU, since devices would have to wait.
         can_compare = can_digest(buffer) and can_digest(copy)
         is_constant = (
             holder[name] is buffer
@@ -71,5 +77,5 @@ def _settle_states(call: "RecordedCall") -> None:
 
 
 def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Return a number for the bits of each tensor; None where they cannot be read."""
+    """Return a checksum of each tensor's bits; None if they cannot be read."""
     return list(map(checksum, tensors))

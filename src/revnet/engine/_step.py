@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class AbstractStep(RecordedCall, abc.ABC):
-    """A half-block that has run, and how to undo it: the recorded call of its function, or of function and coupling."""
+    """A half-block that has run: the recorded call of its function, or of function and coupling, and how to undo it."""
 
     __slots__ = ("half_block", "source_requires_grad", "stream_requires_grad")
 
@@ -29,27 +29,27 @@ class AbstractStep(RecordedCall, abc.ABC):
     def first(
         self, run: "Rebuilder", chain: BoundChain, index: int, half_block: HalfBlock, streams: Sequence[Tensor]
     ) -> Tensor:
-        """Return the updated stream, leaving slots in the graph."""
+        """Return the updated stream, and leave slots in the graph."""
 
     @abc.abstractmethod
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
-        """Undo the half-block before `streams.position`; `fill` its slots on the way."""
+        """Undo the half-block before `streams.position`, and fill its slots if `fill` is true."""
 
     @abc.abstractmethod
     def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Fill the slots from the streams before the half-block, which stay as they are."""
+        """Fill the slots from the streams before the half-block, which do not change."""
 
     @abc.abstractmethod
     def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run the function again for nothing but its digest, and leave the streams as they are."""
+        """Run the function again only for its digest; the streams do not change."""
 
     @abc.abstractmethod
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
-        """Return the updated stream again, from the streams before the half-block."""
+        """Compute the updated stream again from the streams before the half-block."""
 
 
 class AbstractFunctionStep(AbstractStep):
-    """A half-block whose slots hold the function alone."""
+    """A half-block whose slots belong to the function alone."""
 
     __slots__ = ()
 
@@ -57,35 +57,35 @@ class AbstractFunctionStep(AbstractStep):
     def run_again(
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
     ) -> Any:
-        """Run the function again on the stream that it read, and return what it returns if that is needed."""
+        """Run the function again on its source stream, and return the result if it is needed."""
 
     def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run the function again on the stream that it read, which undoing it has left as it was."""
+        """Run the function again on its source stream, which the undo did not change."""
         # Nothing is undone, so the run may stop early (rule 7).
         self.run_again(run, streams, index, fill=True, needs_result=False)
 
     def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run the function again on the stream that it read."""
+        """Run the function again on its source stream."""
         self.run_again(run, streams, index, fill=False, needs_result=False)
 
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
-        """Return the stream with what the function returns."""
+        """Return the stream combined with the result of the function."""
         residual = self.run_again(run, streams, streams.position, fill=False, needs_result=True)
         return self.half_block.coupling.forward(streams.read(self.half_block.target), residual, self.half_block.name)
 
 
 class JoinedStep(AbstractStep):
-    """A half-block whose slots hold the function and the coupling, which needs the stream for its gradient."""
+    """A half-block whose slots belong to the function and the coupling, which needs the stream for its gradient."""
 
     __slots__ = ()
 
     def first(
         self, run: "Rebuilder", chain: BoundChain, index: int, half_block: HalfBlock, streams: Sequence[Tensor]
     ) -> Tensor:
-        """Return the updated stream, leaving slots of function and coupling in the graph."""
+        """Return the updated stream, and leave slots of the function and the coupling in the graph."""
         self.half_block = half_block
         source, stream = streams[half_block.source], streams[half_block.target]
-        # The leaves of a replay must require gradients as these do, or autograd saves other tensors (rule 4).
+        # The leaves of a replay must require gradients as these do, or autograd saves different tensors (rule 4).
         self.source_requires_grad, self.stream_requires_grad = source.requires_grad, stream.requires_grad
 
         def compute() -> Tensor:
@@ -103,7 +103,7 @@ class JoinedStep(AbstractStep):
         return y
 
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
-        """Run the function again, take what it returns off the stream, and join them again with gradients."""
+        """Run the function again, invert the coupling, and run the coupling forward with gradients."""
         index = streams.position - 1
         x = self._run_again(run, streams, index, fill=fill)
         if index > run.lowest:
@@ -111,15 +111,15 @@ class JoinedStep(AbstractStep):
             streams.position = index
 
     def refill(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run the function again, and join what it returns to the stream before it."""
+        """Run the function again, and combine its result with the stream before the half-block."""
         self._run_again(run, streams, index, fill=True)
 
     def rerun(self, run: "Rebuilder", streams: StreamSnapshot, index: int) -> None:
-        """Run function and coupling again."""
+        """Run the function and the coupling again."""
         self._run_again(run, streams, index, fill=False)
 
     def redo(self, run: "Rebuilder", streams: StreamSnapshot) -> Tensor:
-        """Return the joined stream."""
+        """Return the stream combined with the result of the function."""
         half_block, index = self.half_block, streams.position
         source, _ = run.source_of(self, streams, index)
         x = streams.read(half_block.target).data.requires_grad_(self.stream_requires_grad)
@@ -128,27 +128,27 @@ class JoinedStep(AbstractStep):
             return run.chain.join(half_block, x, run.chain.call(half_block, source), _new_log_dets(run))
 
         y: Tensor = replay(self, compute, (), fill=False, rounded=None)
-        # Its graph would keep all that this replay saved.
+        # Its graph would keep all tensors that this replay saved.
         return y.detach()
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
         half_block, coupling = self.half_block, self.half_block.coupling
         source, rounded = run.source_of(self, streams, index)
         y_or_x = streams.read(half_block.target)
-        # If it is undone already, this is the stream before it.
+        # If it is already undone, this is the stream before the half-block.
         x = y_or_x if streams.position == index else None
 
         def compute() -> Tensor:
             nonlocal x
             residual = run.chain.call(half_block, source)
             if x is None:
-                # The first run had no inverse, so what autograd saved of it would have no slots.
+                # The first run did not call `inverse`, so the tensors that autograd would save for it have no slots.
                 with torch.no_grad():
                     x = coupling.inverse(y_or_x, residual, half_block.name)
             leaf = x.detach().requires_grad_(self.stream_requires_grad)
             return run.chain.join(half_block, leaf, residual, _new_log_dets(run))
 
-        # The stream before it is known only once the function has run to its end.
+        # The stream before the half-block is known only once the function has run to its end.
         needs_result = x is None or not fill
         replay(self, compute, (), fill=fill, rounded=rounded, needs_result=needs_result)
         assert x is not None
@@ -156,5 +156,5 @@ class JoinedStep(AbstractStep):
 
 
 def _new_log_dets(run: "Rebuilder") -> list[Tensor] | None:
-    """Return where a replay leaves its log-determinants, which are not read; None where they are not computed."""
+    """Return a list for the log-determinants of a replay, which are not read; None if they are not computed."""
     return [] if run.has_log_dets else None

@@ -1,4 +1,4 @@
-"""The streams: splitting a tensor into them, joining them, and holding them at one place of a chain."""
+"""Streams: split a tensor into streams, join them, and hold them at one position of a chain."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ _USUAL = (torch.float32, torch.float64)
 def begin(
     x: Tensor | Streams, dim: int, num_streams: int, coupling: AbstractCoupling | None, *, name: str = "x"
 ) -> tuple[Streams, torch.dtype | None]:
-    """Return what `prepare` does, the streams that a chain begins with, at less cost in the usual case."""
+    """Return the streams that a chain begins with, as `prepare` does, at less cost in the usual case."""
     if isinstance(x, Tensor) and x.dtype in _USUAL and (coupling is None or type(coupling) is Additive):
         is_usual = type(num_streams) is int and 1 < num_streams <= MOST_STREAMS and type(dim) is int
         if is_usual and -x.dim() <= dim < x.dim() and x.shape[dim] % num_streams == 0:
@@ -32,7 +32,7 @@ def begin(
 
 
 def joined(streams: Streams, dim: int, run: "Rebuilder | None") -> Tensor:
-    """Return the streams in one tensor, and have the run hold its parts rather than a second copy."""
+    """Concatenate the streams, and have the run hold views of the output instead of a second copy."""
     if run is None and (torch.compiler.is_dynamo_compiling() or runs_plainly()):
         return torch.cat(streams, dim)
     y = torch.cat([with_own_gradient(stream) for stream in streams], dim)
@@ -45,8 +45,8 @@ def joined(streams: Streams, dim: int, run: "Rebuilder | None") -> Tensor:
 def with_own_gradient(stream: Tensor) -> Tensor:
     """Return the stream, with a hook that copies its gradient out of the joined output's gradient.
 
-    The halves of a joined gradient are views of it, and one of them waits for the last residual function: it would keep
-    the whole.
+    The parts of a joined gradient are views of it. One of them is held until the last residual function, and would keep
+    the whole gradient alive.
     """
     if stream.requires_grad:
         stream = stream.view_as(stream)
@@ -63,25 +63,24 @@ def _copy_if_part(grad: Tensor | None) -> Tensor | None:
 
 
 class StreamSnapshot:
-    """The streams at one position of a chain: `position` half-blocks lie before it.
+    """The streams at one position of a chain, with `position` half-blocks before them.
 
-    A snapshot notices when its tensors are written to. It is walked back in place: `put` sets a stream that was
-    rebuilt.
+    A snapshot detects writes to its tensors. It is walked back in place: `put` replaces a stream.
     """
 
     __slots__ = ("held", "origin", "position", "strides", "versions")
 
     def __init__(self, position: int, tensors: Sequence[Tensor | None], strides: Sequence[tuple[int, ...]]):
         self.position = self.origin = position
-        """The position at which the streams were true, the origin, and the one to which they are walked back."""
+        """Current position; `origin` is the position at which the streams were exact."""
         self.strides = strides
-        """How the forward pass laid each stream out: kernels round differently on another layout."""
+        """Strides of each stream in the forward pass. Kernels round differently on another layout."""
         self.held = list(tensors)
-        """The streams as they lie; None for one that is not needed."""
-        self.versions = [0 if each is None or each.is_inference() else each._version for each in tensors]
+        """The streams in their present layout; None for a stream that is not needed."""
+        self.versions = [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
     def read(self, which: int) -> Tensor:
-        """Return one stream, laid out as the forward pass laid it out."""
+        """Return one stream, in the layout that it had in the forward pass."""
         tensor = self.held[which]
         assert tensor is not None
         if tensor._version != self.versions[which]:
@@ -93,8 +92,8 @@ class StreamSnapshot:
         return tensor
 
     def _lay_out(self) -> None:
-        """Lay out all streams as in the forward pass."""
-        # All at once: parts of one output share its memory, which one part alone would keep.
+        """Bring all streams into the layout that they had in the forward pass."""
+        # All at once: parts of one output share its memory, and a single part would keep all of it.
         for which, tensor in enumerate(self.held):
             if tensor is not None and tensor.stride() != self.strides[which]:
                 if tensor._version != self.versions[which]:
@@ -103,17 +102,17 @@ class StreamSnapshot:
                 self.put(which, dense.copy_(tensor))
 
     def check_memory(self) -> None:
-        """Raise if the memory of a stream was freed, which a read would crash on."""
-        for each in self.held:
-            if type(each) is Tensor and each.layout is torch.strided and not in_functorch_transform():
+        """Raise if the memory of a stream was freed; reading it would crash."""
+        for tensor in self.held:
+            if type(tensor) is Tensor and tensor.layout is torch.strided and not in_functorch_transform():
                 try:
-                    is_gone = each.untyped_storage().nbytes() == 0 < each.nbytes
-                except RuntimeError:  # Batched by a transform that is over: reading it raises.
+                    is_gone = tensor.untyped_storage().nbytes() == 0 < tensor.nbytes
+                except RuntimeError:  # Batched by a transform that has ended: reading it raises.
                     continue
                 if is_gone:
-                    raise _careful.freed_output(each)
+                    raise _careful.freed_output(tensor)
 
     def put(self, which: int, tensor: Tensor) -> None:
-        """Set one stream."""
+        """Replace one stream."""
         self.held[which] = tensor
         self.versions[which] = tensor._version

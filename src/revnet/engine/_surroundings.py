@@ -1,4 +1,4 @@
-"""What the functions of one forward pass share: arguments, devices, random states and autocast."""
+"""State that the functions of one forward pass share: arguments, devices, random states and autocast."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,27 +14,27 @@ from revnet.engine._tensors import versions_of
 
 @dataclass(slots=True, eq=False)
 class Surroundings:
-    """What the functions of one forward pass share. As it is made, it is that of a plain pass on the CPU."""
+    """State that the functions of one forward pass share. The defaults are for a plain pass on the CPU."""
 
     arguments: list[Tensor] = field(default_factory=list)
-    """The tensors in the further arguments, which outlive the call."""
+    """Tensors in the further arguments, which outlive the call."""
     argument_ids: list[int] = field(default_factory=list)
     argument_versions: list[int] = field(default_factory=list)
     devices: frozenset[torch.device] = ONLY_CPU
     others: list[torch.device] = field(default_factory=list)
-    """The devices besides the CPU."""
+    """Devices other than the CPU."""
     autocast_types: tuple[str, ...] = ("cpu",)
-    """The types of the devices that know autocast."""
+    """Types of the devices that support autocast."""
     random: RandomStates | None = None
-    """The random states after the last function, which are the ones before the next; None if unknown."""
+    """Random states after the last function, which are the ones before the next; None if unknown."""
     has_moved: bool = False
-    """Whether the random state is another one now than before the first function, so that replays put it back."""
+    """Whether the random state differs now from before the first function, so that replays put it back."""
     is_mixed: bool = False
     """Whether autocast is on for any of the devices."""
     autocast: tuple[AutocastState, ...] = ()
-    """What autocast does; empty where it is off."""
+    """State of autocast; empty if it is off."""
     is_forward_mode: bool = False
-    """Whether a level of forward-mode differentiation is open."""
+    """Whether a level of forward-mode differentiation is active."""
 
     @classmethod
     def of(cls, arguments: list[Tensor], streams: Sequence[Tensor]) -> "Surroundings":
@@ -49,9 +49,9 @@ class Surroundings:
         return surroundings
 
     def add_devices(self, devices: Iterable[torch.device]) -> None:
-        """Look after further devices, too."""
+        """Include further devices."""
         types = {*self.autocast_types, *[device.type for device in devices]}
-        # PyTorch raises if it is asked about autocast on a type of device that has none.
+        # PyTorch raises when asked about autocast on a type of device without it.
         self.autocast_types = tuple(sorted(filter(has_autocast, types)))
         # The meta device has no random state.
         self.devices |= {device for device in devices if device.type != "meta"}
@@ -59,15 +59,15 @@ class Surroundings:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at what code between two functions may have changed."""
-        # That code may have drawn.
+        """Update the state that code between two functions may have changed."""
+        # That code may have drawn random numbers.
         self.random = None
         self.is_mixed = any(map(torch.is_autocast_enabled, self.autocast_types))
         self.autocast = autocast_states(self.autocast_types) if self.is_mixed else ()
         self.is_forward_mode = forward_mode_level() >= 0
 
     def look_at_random_states(self, begin: RandomStates) -> None:
-        """Note whether the random states are other ones now than before the first function.
+        """Record whether the random states differ now from before the first function.
 
         A function may draw and put the state back itself, so that nothing shows that it drew.
         """
@@ -82,5 +82,5 @@ class Surroundings:
         return state, state.data_ptr(), self.other_states()
 
     def other_states(self) -> tuple[Tensor, ...]:
-        """Return the random states of the devices besides the CPU."""
+        """Return the random states of the devices other than the CPU."""
         return tuple(map(get_random_state, self.others))

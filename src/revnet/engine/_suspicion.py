@@ -1,4 +1,4 @@
-"""Whether a function that seems to have given something else the second time really did; see `AgreementWatch`."""
+"""Decide whether a function that seems to have returned a different result really did; see `AgreementWatch`."""
 
 import math
 import statistics
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 Change = tuple[float, float] | None
-"""By how much each element is changed, relative to itself and whatever its size; None for not at all."""
+"""Relative and absolute change of each element; None for no change."""
 
 _DEVICE_NOISE = {False: 1e-2, True: 1e-1}
-"""By how much two runs on one input may differ on a GPU, relative to the result; without autocast, and with it."""
+"""Relative difference that two runs on one input may have on a GPU, without autocast and with it."""
 EXCESS = 100.0
-"""By how much more a result must be off than a perturbation of its input makes it, so that it is not drift."""
+"""Factor by which an error must exceed the effect of a perturbed input, so that it is not drift."""
 
 
 def look_closer(
@@ -32,35 +32,35 @@ def look_closer(
     run: "Rebuilder",
     index: int,
     streams: StreamSnapshot,
-    found: Digest,
+    actual: Digest,
     expected: Digest,
     ratio: float,
     *,
     is_tail: bool = False,
 ) -> None:
-    """Raise if half-block `index` gave something else the second time for another reason than rounding.
+    """Raise if half-block `index` returned a different result the second time, and rounding is not the reason.
 
     Args:
-        watch: Knows how far the streams are off.
+        watch: Has the errors of the streams.
         run: The run.
-        index: The half-block.
-        streams: The streams before it.
-        found: The digest of the stream that it updates, as it was rebuilt.
-        expected: The digest of that stream as it was.
-        ratio: By how much more it is off than the streams so far.
+        index: The index of the half-block.
+        streams: The streams before the half-block.
+        actual: The digest of the rebuilt stream that it updates.
+        expected: The digest of the true stream.
+        ratio: The error of the rebuilt stream, relative to the errors of the streams so far.
         is_tail: Whether the digests are of the last tensor that its function saved instead.
     """
     tolerated = run.chain.chain.tolerated
-    # NaN and inf are the model's own, or reported as drift.
+    # The model produced NaN or inf, or they are reported as drift.
     if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
         measure = partial(_tail_again if is_tail else _stream_again, run, index, streams)
-        check_same(run, index, streams, measure, found, expected, watch)
-        # With room, so that the next steps are not held up by the same check.
+        check_same(run, index, streams, measure, actual, expected, watch)
+        # With a margin, so that the next steps do not repeat the same check.
         tolerated[index] = 4 * ratio
 
 
 def _perturbation(watch: "AgreementWatch", stream: int) -> tuple[float, float]:
-    """Return by how much a stream may be off: relative to each element, and of any element."""
+    """Return by how much a stream may be off: relative to each element, and in absolute terms."""
     numel = len(next(iter(watch.before.values()), [0.0]))
     error = watch.errors[stream] if watch.errors else 0.0
     relative = max(watch.worst, watch.relative_error(stream), 16 * watch.eps)
@@ -72,32 +72,33 @@ def check_same(
     index: int,
     streams: StreamSnapshot,
     measure: Callable[[Change], Digest],
-    found: Digest,
+    actual: Digest,
     expected: Digest,
     watch: "AgreementWatch",
 ) -> None:
-    """Raise if half-block `index` gave something else the second time for another reason than rounding.
+    """Raise if half-block `index` returned a different result the second time, and rounding is not the reason.
 
-    The function runs twice more on the input that it has just had: two results that differ show that it is not
-    deterministic. Then once on an input that is perturbed by as much as the streams are off: if most elements are off
-    by far more than that explains, something that the function depends on has changed since the forward pass. (Most,
-    since a hash or a choice may jump for a few elements where its input moves in the last place: that is drift.)
+    The function runs two more times on its present input. If the results differ, it is not deterministic. Then it runs
+    once on an input that is perturbed by as much as the streams are off. If most elements of the result are off by far
+    more than that explains, something that the function depends on has changed since the forward pass. A few elements
+    are not enough, because a hash or a choice may jump for some elements when its input changes in the last place.
+    That is drift.
 
     Args:
         run: The run.
-        index: The half-block.
-        streams: The streams before it.
-        measure: Runs the function with its input changed or as it is, and returns a digest of what it gives.
-        found: The digest of what it gave the second time.
-        expected: The digest of what it gave the first time.
-        watch: Knows how far the streams are off.
+        index: The index of the half-block.
+        streams: The streams before the half-block.
+        measure: Runs the function, with its input changed or unchanged, and returns a digest of the result.
+        actual: The digest of the second result.
+        expected: The digest of the first result.
+        watch: Has the errors of the streams.
 
     Raises:
-        ReconstructionError: It did.
+        ReconstructionError: The function returned a different result.
     """
     half_block, eps = run.steps[index].half_block, watch.eps
     change = _perturbation(watch, half_block.source)
-    # The input is changed on purpose; an observer would put it right.
+    # The input is changed on purpose; an observer would correct it.
     run.is_checking = True
     try:
         again, once_more, perturbed = measure(None), measure(None), measure(change)
@@ -105,25 +106,25 @@ def check_same(
         run.is_checking = False
     size = math.hypot(*again) or 1.0
     noise = NOISE * eps
-    if streams.read(half_block.source).device.type != "cpu":  # Where kernels may add in another order each time.
+    if streams.read(half_block.source).device.type != "cpu":  # Kernels may add in any order.
         noise = max(noise, _DEVICE_NOISE[run.surroundings.is_mixed])
     if math.dist(again, once_more) > noise * size:
-        raise not_the_same(half_block.name, "and other numbers each time that it runs")
+        raise not_the_same(half_block.name, "and different ones each time")
     response = _median_distance(perturbed, again)
-    # A result that does not respond at all is rounded all the same.
+    # A result that does not respond at all is still rounded.
     floor = max(response, eps * size / len(expected) ** 0.5)
-    if half_block.coupling.is_exact or _median_distance(found, expected) > EXCESS * floor:
+    if half_block.coupling.is_exact or _median_distance(actual, expected) > EXCESS * floor:
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
 
 
 def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSnapshot:
-    """Return a copy of the streams, of which one is changed, up or down at each element."""
-    # A fork, since the walk goes on from these streams.
+    """Return a copy of the streams in which each element of one stream is changed, up or down."""
+    # A fork, because the walk goes on from these streams.
     copy = fork(streams)
     if change is not None:
         relative, absolute = change
         source = copy.read(which)
-        # A generator of its own: the global one would move, and the training run with it.
+        # A generator of its own: the global one would advance, and change the training run.
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
         copy.put(which, source + signs.to(source) * (source.abs() * relative + absolute))
@@ -131,7 +132,7 @@ def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSna
 
 
 def _stream_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
-    """Return a digest of the stream that half-block `index` makes of the streams before it."""
+    """Return a digest of the stream that half-block `index` computes from the streams before it."""
     step = run.steps[index]
     return digest_of(step.redo(run, _perturbed(streams, step.half_block.source, change)))
 
@@ -141,7 +142,7 @@ def _tail_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: C
     step = run.steps[index]
     assert step.tail is not None
     step.rerun(run, _perturbed(streams, step.half_block.source, change), index)
-    return step.tail.found
+    return step.tail.actual
 
 
 def _median_distance(a: Digest, b: Digest) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_count, check_floating, check_tensor, describe
 from revnet._types import TensorPair
-from revnet.engine import split
+from revnet.engine._split import split
 from revnet.models._checks import check_counts_of, check_images, check_num_classes
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, check_choice, check_count
 from revnet._types import TensorPair
-from revnet.engine import Chain, HalfBlock, split
+from revnet.engine import Chain, HalfBlock
+from revnet.engine._split import split
 from revnet.models._checks import check_num_classes, check_stages
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from revnet._torch_internals import has_global_module_hook
 from revnet._types import Streams, TensorPair
-from revnet.engine import BoundChain, ToleranceKeeper, begin, block_calls, call_within, joined
+from revnet.engine import BoundChain
+from revnet.engine._block_hooks import block_calls, call_within
+from revnet.engine._streams import begin, joined
+from revnet.engine._tolerance import ToleranceKeeper
 from revnet.nn._abstract_reversible import AbstractReversible
 from revnet.nn._course import Course
 from revnet.nn._policy import AbstractPolicy

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from revnet._types import Streams
-from revnet.engine import BoundChain, Chain, begin, inverse
+from revnet.engine import BoundChain, Chain, inverse
+from revnet.engine._streams import begin
 from revnet.nn._policy import AbstractPolicy
 
 Segment = tuple[AbstractPolicy, Chain]

@@ -6,7 +6,8 @@ from typing import Any, overload
 
 from torch import nn
 
-from revnet.engine import ToleranceKeeper, runs_plainly
+from revnet.engine._tolerance import ToleranceKeeper
+from revnet.engine._tracing import runs_plainly
 from revnet.nn._abstract_block import AbstractReversibleBlock
 from revnet.nn._chains import Chains
 from revnet.nn._course import Course

@@ -3,7 +3,7 @@
 import torch
 
 from revnet._checks import describe, is_number
-from revnet.engine import refuse
+from revnet.engine._tracing import refuse
 
 
 def checked_tolerance(tolerance: float | None) -> float | None:

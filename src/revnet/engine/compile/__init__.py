@@ -1,26 +1,26 @@
-"""Running a chain inside a graph of `torch.compile`: the operators that the graph takes whole, backward pass included.
+"""Run a chain inside a graph of `torch.compile`, which takes it as operators, backward pass included.
 
-Saved-tensor hooks, on which the engine is built, cannot be traced. Under `torch.compile` a chain of half-blocks is
+Saved-tensor hooks, on which the engine is built, cannot be traced. Under `torch.compile`, a chain of half-blocks is
 therefore one operator, and its gradient is another:
 
     forward     runs the chain and keeps the final streams, as the engine does                      `_forward`
     backward    rebuilds the streams, and differentiates one residual function at a time            `_backward`
 
-The operators run the functions as they are, in Python; the compiler sees only what goes in and out of them, and no
-inner function is fused. It must know everything that they read and write:
+The operators run the functions unchanged, in Python. The compiler sees only the inputs and outputs of the operators,
+and fuses nothing inside a function. It must know everything that the operators read and write:
 
 - The *inputs* are tensors that may need a gradient: both streams, the tensors among the arguments, and the parameters.
-- The *buffers* are inputs too. Those that change come back as results, and the graph copies them into place.
-- What the backward pass has to find again travels in one tensor of bytes: random states, and buffers as each step
-  found them (`_kept`).
-- The rest is a *program*, to which the graph refers by a number (`_program`): the functions, and what the trace fixed
-  and guards (training flags, autocast, couplings, arguments that are not tensors). `torch.compile` makes a new program
-  if any of it changes. A program goes when its functions go.
+- The *buffers* are inputs too. Buffers that change are also outputs, and the graph copies them into place.
+- The state that the backward pass needs travels in one tensor of bytes: random states, and the buffers as each step
+  read them (`_kept`).
+- Everything else is a *program*, to which the graph refers by a number (`_program`): the functions, and the values that
+  the trace fixes and guards (training flags, autocast, couplings, arguments that are not tensors). `torch.compile`
+  creates a new program if any of them changes. A program is deleted together with its functions.
 
-What a function does is found while tracing, by a run on fake tensors (`_probe`): whether it draws random numbers, which
+While tracing, a run on fake tensors (`_probe`) shows what each function does: whether it draws random numbers, which
 buffers it writes to, and on which parameters its result depends. A parameter on which nothing depends gets no gradient,
-as in plain autograd. A function that later does what the probe did not see raises. So does one that leaves something
-behind for its caller, such as an auxiliary loss in a list, which would lose its gradient (`_side_effects`).
+as in plain autograd. A function that later does something that the probe did not see raises. So does a function with
+side effects, such as appending an auxiliary loss to a list, where the loss would lose its gradient (`_side_effects`).
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
@@ -49,17 +49,17 @@ from revnet.engine.compile._program import (
 
 
 def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
-    """Run a chain as `reversible` does, for `torch.compile` to trace; not to be called otherwise.
+    """Run a chain as `reversible` does, for `torch.compile` to trace. Call it only while tracing.
 
     Returns:
-        The streams after the half-blocks; or None, without having done anything, if no gradient will be wanted.
+        The streams after the half-blocks. Or None, without having run anything, if no gradient is needed.
 
     Raises:
         CannotCompileError: There are more than two streams, a block has hooks, there is a tolerance, functions have
-            sharded parameters or share a buffer, or a function leaves something behind for its caller.
+            sharded parameters or share a buffer, or a function has side effects.
     """
     _check(chain, streams)
-    # Plain loops from here on, since the compiler traces this function line by line.
+    # Plain loops from here on, because the compiler traces this function line by line.
     functions, numbers, steps = _steps(chain)
     leaves, spec = tree_flatten((chain.args, chain.kwargs, chain.own_kwargs))
     inputs = [*streams, *[leaf for leaf in leaves if isinstance(leaf, Tensor)]]
@@ -67,7 +67,7 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
     training: list[list[bool]] = []
     for function in functions:
         flags = []
-        # In the order of `places`, by which the program finds them again.
+        # In the order of `places`, which the program uses to find them again.
         for module in function.modules():
             flags.append(module.training)
             inputs.extend([tensor for tensor in module._parameters.values() if tensor is not None])
@@ -88,7 +88,7 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
         chain.input_dtype,
         chain.log_dets is not None,
     )
-    # First, since whatever follows depends on what the probe finds. No result is used, so the graph drops it.
+    # First, because everything below depends on the findings. The result is not used, so the graph drops it.
     torch.ops.revnet.probe(program, inputs, buffers, wanted)
     y1, y2, log_det, _, changed = torch.ops.revnet.forward(program, digest_of(program), inputs, buffers, wanted)
     # In the graph rather than in the operator: an operator with a gradient must not write to its inputs.
@@ -103,7 +103,7 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
 
 
 def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
-    """Raise for what the operators cannot run."""
+    """Raise for chains that the operators cannot run."""
     if len(streams) != NUM_STREAMS:
         refuse(
             f"{len(streams)} streams cannot be compiled as a whole; compile the residual functions instead: "
@@ -129,7 +129,7 @@ def _steps(chain: BoundChain) -> tuple[list[nn.Module], list[int], list[tuple[in
     numbers: list[int] = []
     steps = []
     for function, target, source, name, coupling, role, takes_arguments in chain.half_blocks:
-        number = number_of(function)  # A function that serves twice has its parameters passed once.
+        number = number_of(function)  # The parameters of a function that occurs twice are passed once.
         if number not in numbers:
             numbers.append(number)
             functions.append(function)

@@ -1,4 +1,4 @@
-"""The backward pass of a program: it rebuilds the streams, and differentiates one residual function at a time."""
+"""The backward pass of a program, which rebuilds the streams and differentiates one residual function at a time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ from revnet.errors import ReconstructionError
 
 
 class _Graph(NamedTuple):
-    """The graph of one step, and what to differentiate it by."""
+    """The graph of one step, with its ends, the gradients of the ends, and its leaves."""
 
     ends: list[GradientEdge]
     gradients: list[Tensor]
     source: Tensor
     x: Tensor | None
-    """The stream that the step updates, as a leaf; None if its gradient passes unchanged."""
+    """Stream that the step updates, as a leaf; None if its gradient passes unchanged."""
     leaves: dict[int, Tensor]
 
 
@@ -36,8 +36,8 @@ class BackwardPass:
         program: The program.
         inputs: Both streams after the last step, the arguments and the parameters.
         constants: The buffers that no step writes to.
-        state: What the forward pass kept.
-        gradients: The gradients of both streams and of the log-determinant; None for what has none.
+        state: The bytes that the forward pass kept.
+        gradients: The gradients of both streams and of the log-determinant; None for a missing gradient.
         wanted: For each input, whether it requires a gradient.
     """
 
@@ -63,7 +63,7 @@ class BackwardPass:
         self._first = self._first_step()
 
     def run(self) -> list[Tensor]:
-        """Walk back to the first step that any gradient is wanted of, and return the gradients of what is wanted."""
+        """Walk back to the first step for which a gradient is needed, and return the needed gradients."""
         with _random_states_left_alone(self._devices):
             for index in reversed(range(self._first, len(self._program.steps))):
                 step = self._program.steps[index]
@@ -80,8 +80,8 @@ class BackwardPass:
         return next((index for index, reach in enumerate(reaches) if wanted.intersection(reach.inputs)), len(reaches))
 
     def _restore(self, step: Step, kept: Kept) -> None:
-        """Set random states and buffers to what the step found in the forward pass."""
-        for device, state in zip(self._devices, kept.random_states, strict=False):  # None if it draws nothing.
+        """Set random states and buffers to their values before the step in the forward pass."""
+        for device, state in zip(self._devices, kept.random_states, strict=False):  # Empty if it draws nothing.
             set_random_state(device, state)
         for position, value in zip(self._program.kept(step), kept.buffers, strict=True):
             self._buffers[position].copy_(value)
@@ -106,16 +106,16 @@ class BackwardPass:
         return self._graph(step, results, source, x, leaves)
 
     def _check_graph(self, index: int, step: Step, residual: Tensor) -> None:
-        """Raise if a residual has no graph, though in the probe it depended on inputs that get a gradient."""
+        """Raise if a residual has no graph, although in the probe it depended on inputs that get a gradient."""
         expected = any(self._returned[position] for position in self._program.found.reaches[index].inputs)
         if expected and not residual.requires_grad:
             raise ReconstructionError(
-                f"`{step.name}` returned a tensor that requires no gradient, but did when it was traced; keep its "
-                "block's activations with the policy `Store()`."
+                f"`{step.name}` returned a tensor that does not require a gradient, but did when it was traced; store "
+                "its block's activations with the policy `Store()`."
             )
 
     def _is_wanted(self, index: int, stream: int) -> bool:
-        """Whether anything below step `index`, or the caller, wants the gradient of a stream."""
+        """Return whether a step below `index`, or the caller, needs the gradient of a stream."""
         return index > self._first or self._returned[stream]
 
     def _graph(
@@ -126,12 +126,12 @@ class BackwardPass:
         x: Tensor | None,
         leaves: dict[int, Tensor],
     ) -> _Graph | None:
-        # Edges rather than tensors, so that the values of the results are freed before the gradients are made.
+        # Edges rather than tensors, so that the values of the results are freed before the gradients are computed.
         ends, gradients = [], []
         for result, gradient in results:
             if result is not None and gradient is not None and result.requires_grad:
                 ends.append(get_gradient_edge(result))
-                # A residual may be of lower precision than the stream that it joins, and than its gradient.
+                # A residual may have a lower precision than its stream, and than the gradient of the stream.
                 gradients.append(gradient.to(result.dtype))
         if not ends:
             return None
@@ -152,17 +152,17 @@ class BackwardPass:
                 if key in own:
                     raise ReconstructionError(
                         f"`{step.name}` uses a parameter or an argument of shape {tuple(leaf.shape)} that it did not "
-                        "use when it was traced, so that its gradient would be lost; keep its block's activations "
-                        "with the policy `Store()`."
+                        "use when it was traced, so the gradient would be lost; store its block's activations with "
+                        "the policy `Store()`."
                     )
                 raise ReconstructionError(
                     f"`{step.name}` uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is neither "
                     "its parameter nor its argument, and torch.compile cannot see it; make it an `nn.Parameter` of the "
-                    "function, pass it as an argument, or keep its block's activations with the policy `Store()`."
+                    "function, pass it as an argument, or store its block's activations with the policy `Store()`."
                 )
 
     def _differentiate(self, step: Step, graph: _Graph | None) -> None:
-        """Add the gradients of one step to the ones of the streams, the arguments and the parameters."""
+        """Add the gradients of one step to the gradients of the streams, the arguments and the parameters."""
         if graph is None:
             return
         ends, gradients, source, x, leaves = graph
@@ -170,23 +170,23 @@ class BackwardPass:
         if source.requires_grad:
             inputs[step.source] = source
         if x is not None:
-            self._gradients[step.target] = None  # It passes through the coupling, and comes back as the one of `x`.
+            self._gradients[step.target] = None  # The coupling turns it into the gradient of `x`.
             if x.requires_grad:
                 inputs[step.target] = x
-        found = torch.autograd.grad(ends, list(inputs.values()), gradients, allow_unused=True)
+        new_gradients = torch.autograd.grad(ends, list(inputs.values()), gradients, allow_unused=True)
         positions = list(inputs)
         del graph, ends, gradients, source, x, leaves, inputs  # Frees the graph's memory for the sums.
-        for position, gradient in zip(positions, found, strict=True):
+        for position, gradient in zip(positions, new_gradients, strict=True):
             self._gradients[position] = _sum(self._gradients[position], gradient)
 
     def _collect(self) -> list[Tensor]:
-        """Return the gradients as the graph was promised them."""
+        """Return the gradients in the layout that the graph expects."""
         results = []
-        # An operator must return nothing twice, and none of its inputs.
+        # An operator must not return a tensor twice, or return one of its inputs.
         seen = {storage_key(gradient) for gradient in self._incoming if gradient is not None}
         metas = gradient_metas(self._inputs, self._incoming, self._returned)
-        found = [gradient for gradient, is_wanted in zip(self._gradients, self._returned, strict=True) if is_wanted]
-        for meta, gradient in zip(metas, found, strict=True):
+        returned = [gradient for gradient, is_wanted in zip(self._gradients, self._returned, strict=True) if is_wanted]
+        for meta, gradient in zip(metas, returned, strict=True):
             result = _laid_out_as(meta, gradient)
             results.append(result.clone() if storage_key(result) in seen else result)
             seen.add(storage_key(result))
@@ -194,14 +194,14 @@ class BackwardPass:
 
 
 class _Stream:
-    """A stream on its way back. Its first tensor belongs to the graph; later ones may be written over."""
+    """A stream that is walked back. Its first tensor belongs to the graph; later ones may be overwritten."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
         self._is_own = False
 
     def undo(self, residual: Tensor, coupling: AbstractCoupling, name: str) -> None:
-        """Take a residual off."""
+        """Invert the coupling for one residual."""
         in_place = self._is_own and is_only_owner(self.tensor)
         self.tensor = coupling.inverse(self.tensor, residual, name, in_place=in_place)
         self._is_own = True
@@ -210,8 +210,8 @@ class _Stream:
 def gradient_metas(
     inputs: Sequence[Tensor], gradients: Sequence[Tensor | None], returned: Sequence[bool]
 ) -> list[Tensor]:
-    """Return, for each input whose gradient is returned, a tensor of its shape, dtype and layout."""
-    # The end of a stream that is not read is not kept, but then the stream has a gradient.
+    """Return, for each input whose gradient is returned, a tensor with its shape, dtype and layout."""
+    # The final value of a stream that is not read is not kept, but then the stream has a gradient.
     streams = [
         stream if gradient is None else gradient
         for stream, gradient in zip(inputs[:NUM_STREAMS], gradients[:NUM_STREAMS], strict=True)
@@ -221,17 +221,17 @@ def gradient_metas(
 
 
 def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    # Never in place: autograd may give the same tensor as several gradients.
+    # Never in place, because autograd may return the same tensor as several gradients.
     if total is None or gradient is None:
         return gradient if total is None else total
     return total + gradient
 
 
 def _laid_out_as(meta: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return the gradient in the layout of `torch.empty_like(meta)`, which the graph was promised; zeros for none."""
+    """Return the gradient in the layout of `torch.empty_like(meta)`, which the graph expects; zeros for None."""
     if gradient is None:
         return torch.zeros_like(meta)
-    promised = torch.empty_like(meta, device="meta")  # For its layout alone, which most gradients have already.
+    promised = torch.empty_like(meta, device="meta")  # Only for its layout, which most gradients already have.
     if gradient.stride() == promised.stride() and gradient.dtype == promised.dtype:
         return gradient
     return torch.empty_like(meta).copy_(gradient)
@@ -239,7 +239,7 @@ def _laid_out_as(meta: Tensor, gradient: Tensor | None) -> Tensor:
 
 @contextmanager
 def _random_states_left_alone(devices: Sequence[torch.device]) -> Iterator[None]:
-    # Each step sets the states of the forward pass; what the caller draws next must not depend on that.
+    # Each step sets the states of the forward pass; later draws of the caller must not depend on them.
     before = [get_random_state(device) for device in devices]
     try:
         yield

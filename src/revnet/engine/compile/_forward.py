@@ -1,4 +1,4 @@
-"""The forward pass of a program, which keeps no activation."""
+"""The forward pass of a program, which keeps no activations."""
 
 import weakref
 
@@ -16,7 +16,7 @@ from revnet.engine.compile._side_effects import check_no_graph_left
 from revnet.errors import ReconstructionError
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
-"""Both streams (empty if nothing updates them), the log-determinant, what is kept, and the changed buffers."""
+"""Both streams (empty if no step updates them), the log-determinant, the kept bytes, and the changed buffers."""
 
 
 class ForwardPass:
@@ -48,9 +48,9 @@ class ForwardPass:
         for index, step in enumerate(self._program.steps):
             residual = self._residual(index, step)
             self._join(step, residual)
-            del residual  # Its memory is free for the next function.
-        # An operator must not return its inputs: a stream that no step updates is left out.
-        y1, y2 = (self._streams[each] if each in self._program.targets else x1.new_empty(0) for each in (0, 1))
+            del residual  # Frees its memory for the next function.
+        # An operator must not return its inputs, so a stream that no step updates is left out.
+        y1, y2 = (self._streams[which] if which in self._program.targets else x1.new_empty(0) for which in (0, 1))
         changed = [buffer for buffer, constant in zip(self._buffers, self._is_constant, strict=True) if not constant]
         return y1, y2, self._log_det, pack(self._kept, x1.device), changed
 
@@ -64,14 +64,14 @@ class ForwardPass:
         leaves = program.leaves(step, self._inputs, self._wanted)
         guarded = [*leaves.values(), *(b for b, c in zip(self._buffers, self._is_constant, strict=True) if c)]
         versions = [version_of(tensor) for tensor in guarded]
-        # With gradients, so that the same kernels run as in the recomputation; what they save is dropped at once.
+        # With gradients, so that the same kernels run as in the replay; saved tensors are dropped at once.
         with autograd_in_operators(), torch.enable_grad(), saved_tensors_hooks(lambda _: None, _nothing_saved):
             residual, rebound = program.call(step, source, leaves, self._buffers)
-        # The graph copies what it gets back into the module's own tensor, so a replaced buffer stays the same object.
+        # The graph copies each result into the module's own tensor, so a replaced buffer remains the same object.
         for position, value in rebound.items():
             self._buffers[position].copy_(value.detach())
         residual = residual.detach()
-        # Compared with what the probe saw: the graph has no room for states and buffers beyond those.
+        # Compared with the findings of the probe, since the graph has no room for other states and buffers.
         has_written = versions != [version_of(tensor) for tensor in guarded]
         has_drawn = not all(
             same_random_state(state, get_random_state(device))
@@ -79,13 +79,13 @@ class ForwardPass:
         )
         _check_foreseen(step, has_drawn and not draws, has_written)
         watched = [weakref.ref(leaf) for leaf in (source, *leaves.values()) if leaf.requires_grad]
-        del source, leaves, guarded, rebound  # From here on, only what the function keeps refers to the leaves.
+        del source, leaves, guarded, rebound  # From here on, only tensors that the function keeps refer to the leaves.
         check_no_graph_left(step.name, watched, program.cyclic)
         return residual
 
     def _join(self, step: Step, residual: Tensor) -> None:
         """Update the target stream with a residual."""
-        # The backward operator differentiates the coupling; here there is nothing to record.
+        # The backward operator differentiates the coupling; nothing is recorded here.
         with torch.no_grad():
             log_det = self._program.log_det(step, self._streams[step.target], residual)
             if log_det is not None:
@@ -96,17 +96,17 @@ class ForwardPass:
 
 
 def _check_foreseen(step: Step, has_drawn: bool, has_written: bool) -> None:
-    """Raise if a function did what the probe did not see, so that its recomputation would differ."""
+    """Raise if a function did something that the probe did not see, so that its replay would differ."""
     if has_drawn or has_written:
         what = "drew random numbers" if has_drawn else "wrote to a buffer, a parameter or an argument"
         raise ReconstructionError(
-            f"`{step.name}` {what}, but did not when it was traced; a function that does so only sometimes "
-            "cannot be part of a compiled reversible sequence: keep its block's activations with the policy `Store()`."
+            f"`{step.name}` {what}, but did not when it was traced; a function that does so only sometimes cannot be "
+            "part of a compiled reversible sequence: store its block's activations with the policy `Store()`."
         )
 
 
 def _nothing_saved(_: None) -> Tensor:
     raise ReconstructionError(
-        "a residual function of a compiled reversible sequence differentiates inside itself, which works uncompiled "
-        "only; compile the residual functions instead: `block.f.compile(); block.g.compile()`."
+        "a residual function of a compiled reversible sequence differentiates inside itself, which works only without "
+        "compilation; compile the residual functions instead: `block.f.compile(); block.g.compile()`."
     )

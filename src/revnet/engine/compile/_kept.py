@@ -1,10 +1,10 @@
-"""What the backward pass of a program must find again: random states, and buffers as each step found them.
+"""State that the backward pass of a program needs: random states, and the buffers as each step read them.
 
 The graph keeps all of it as one tensor of bytes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,18 +13,19 @@ from revnet.engine._random import get_random_state
 from revnet.engine.compile._program import Program, Step
 
 
-class Kept(NamedTuple):
-    """What one step must find again."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """State that the backward pass needs for one step."""
 
     random_states: list[Tensor]
-    """The state of each device, or nothing if the function draws no random numbers."""
+    """State of each device; empty if the function draws no random numbers."""
     buffers: list[Tensor]
-    """The values of `Program.kept`."""
+    """Values of the buffers at the positions `Program.kept`."""
 
 
 def devices_of(x1: Tensor, tensors: Sequence[Tensor]) -> list[torch.device]:
-    """Return every device whose random state matters, in a fixed order."""
-    # The CPU's always: a function on another device may draw there before it copies.
+    """Return all devices whose random state matters, in a fixed order."""
+    # Always the CPU: a function on another device may draw there before it copies.
     devices = {torch.device("cpu"), x1.device, *(tensor.device for tensor in tensors)}
     return sorted((device for device in devices if device.type != "meta"), key=str)
 
@@ -32,13 +33,13 @@ def devices_of(x1: Tensor, tensors: Sequence[Tensor]) -> list[torch.device]:
 def keep(
     program: Program, step: Step, draws: bool, random_states: Sequence[Tensor], buffers: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return copies of what a step must find again, before it runs."""
+    """Return copies of the state that the backward pass needs for a step; call it before the step runs."""
     return [*(random_states if draws else []), *(buffers[position].clone() for position in program.kept(step))]
 
 
 def num_bytes(program: Program, devices: Sequence[torch.device], buffers: Sequence[Tensor]) -> int:
-    """Return how many bytes a program keeps."""
-    # The states are real even while tracing; only their number of bytes counts.
+    """Return the number of bytes that a program keeps."""
+    # The states are real even while tracing; only their size counts.
     states = sum(get_random_state(device).numel() for device in devices)
     size = sum(states for draws in program.found.draws if draws)
     kept = [buffers[position] for step in program.steps for position in program.kept(step)]
@@ -46,14 +47,14 @@ def num_bytes(program: Program, devices: Sequence[torch.device], buffers: Sequen
 
 
 def pack(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the bytes of all tensors, one after the other."""
-    # One tensor instead of one per step: a graph of a thousand half-blocks would carry thousands through its passes.
+    """Return the bytes of all tensors, concatenated."""
+    # One tensor instead of one per step: a graph of a thousand half-blocks would otherwise carry thousands of them.
     pieces = [tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for tensor in tensors]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=device)
 
 
 def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buffers: Sequence[Tensor]) -> list[Kept]:
-    """Return for each step what `pack` was given."""
+    """Return the state of each step from the result of `pack`."""
     position = 0
 
     def take(like: Tensor) -> Tensor:
@@ -63,8 +64,8 @@ def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buf
         position += size
         return piece.view(like.dtype).view(like.shape).to(like.device)
 
-    now = [get_random_state(device) for device in devices]  # For their sizes alone.
+    now = [get_random_state(device) for device in devices]  # Only for their sizes.
     return [
-        Kept([take(each) for each in now] if draws else [], [take(buffers[each]) for each in program.kept(step)])
+        Kept([take(old) for old in now] if draws else [], [take(buffers[which]) for which in program.kept(step)])
         for step, draws in zip(program.steps, program.found.draws, strict=True)
     ]

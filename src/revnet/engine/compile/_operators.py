@@ -1,7 +1,7 @@
-"""The operators that a compiled graph contains, one for each pass.
+"""The operators of a compiled graph, one for each pass.
 
-To the compiler they are as opaque as a convolution: it knows the shapes of their results, and which operator computes
-the gradient of which.
+The compiler treats them like a convolution: it knows the shapes of their results, and which operator computes the
+gradient of which.
 """
 
 from typing import Any
@@ -17,15 +17,15 @@ from revnet.engine.compile._probe import probe
 from revnet.engine.compile._program import NUM_STREAMS, PROGRAMS
 
 _LIBRARY = torch.library.Library("revnet", "DEF")
-# The inputs are both streams, the arguments and the parameters, and `wanted` says which require a gradient. The results
-# are both streams, the log-determinant, the kept bytes, and the buffers that changed. The digest is there for caches of
-# compiled graphs alone: they last longer than programs, whose numbers hold in one process only.
+# The inputs are both streams, the arguments and the parameters, and `wanted` flags the ones that require a gradient.
+# The results are both streams, the log-determinant, the kept bytes, and the buffers that changed. The digest only
+# serves caches of compiled graphs, which outlive programs: the numbers of programs are valid in one process only.
 _LIBRARY.define("probe(SymInt program, Tensor[] inputs, Tensor[] buffers, bool[] wanted) -> Tensor")
 _LIBRARY.define(
     "forward(SymInt program, str digest, Tensor[] inputs, Tensor[] buffers, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
-# Here the inputs are the streams after the last step, the arguments and the parameters.
+# Here, the inputs are the streams after the last step, the arguments and the parameters.
 _LIBRARY.define(
     "backward(SymInt program, Tensor[] inputs, Tensor[] constants, Tensor state, Tensor?[] gradients, bool[] wanted) "
     "-> Tensor[]"
@@ -34,7 +34,7 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "probe", "CompositeExplicitAutograd")
 def _probe(program: int, inputs: list[Tensor], *_: Any) -> Tensor:
-    return inputs[0].new_empty(0)  # The probe is for the trace; no result depends on this one, so the graph drops it.
+    return inputs[0].new_empty(0)  # Only the trace needs the probe; the graph drops it, since no result depends on it.
 
 
 @torch.library.register_fake("revnet::probe", lib=_LIBRARY)
@@ -42,7 +42,7 @@ def _probe_fake(program: int, inputs: list[Tensor], *operands: Any) -> Tensor:
     try:
         probe(PROGRAMS[program], inputs, *operands)
     except CannotCompileError as refusal:
-        PROGRAMS[program].refusal = refusal  # `digest_of`, which comes next in the trace, raises it.
+        PROGRAMS[program].refusal = refusal  # `digest_of`, which the trace calls next, raises it.
     return inputs[0].new_empty(0)
 
 
@@ -83,18 +83,18 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    """Keep what the backward operator needs: the final streams, the arguments, and what the forward operator kept."""
+    """Save the inputs of the backward operator: final streams, arguments, and what the forward operator kept."""
     program, _, tensors, buffers, wanted = inputs
     y1, y2, _, state, changed = output
     run = PROGRAMS[program]
     # A stream that no step updates ends as it began.
     ends = [y if which in run.targets else x for which, (x, y) in enumerate(zip(tensors[:2], (y1, y2), strict=True))]
     if len(run.steps) == 1 and run.steps[0].coupling.is_additive:
-        ends[run.steps[0].target] = y1.new_empty(0)  # Of a single step, the updated stream is never read again.
+        ends[run.steps[0].target] = y1.new_empty(0)  # With a single step, the updated stream is never read again.
     constants = [b for b, constant in zip(buffers, run.found.is_constant, strict=True) if constant]
     ctx.save_for_backward(*ends, *tensors[NUM_STREAMS:], *constants, state)
     ctx.mark_non_differentiable(state, *changed)
-    # A parameter that the loss does not depend on must get None, not zeros, which a weight decay would act on.
+    # A parameter that the loss does not depend on must get None, not zeros, to which a weight decay would apply.
     ctx.set_materialize_grads(False)
     ctx.program, ctx.wanted, ctx.num_inputs, ctx.num_buffers = program, wanted, len(tensors), len(buffers)
 
@@ -103,12 +103,12 @@ def _gradients(ctx: Any, grad_y1: Any, grad_y2: Any, grad_log_det: Any, *_: Any)
     *saved, state = ctx.saved_tensors
     incoming = [grad_y1, grad_y2, grad_log_det]
     returned = PROGRAMS[ctx.program].reached(ctx.wanted, [gradient is not None for gradient in incoming])
-    found = iter(
+    remaining = iter(
         torch.ops.revnet.backward(
             ctx.program, saved[: ctx.num_inputs], saved[ctx.num_inputs :], state, incoming, ctx.wanted
         )
     )
-    gradients = [next(found) if is_returned else None for is_returned in returned]
+    gradients = [next(remaining) if is_returned else None for is_returned in returned]
     return None, None, gradients, [None] * ctx.num_buffers, None
 
 

@@ -1,7 +1,7 @@
 """Programs: everything that a compiled chain runs, apart from the tensors that the graph passes to its operators.
 
-`torch.compile` fixes a program while it traces, and guards what the program depends on. Operators find it by its
-number.
+`torch.compile` creates a program while it traces, and guards the values that the program depends on. Operators look up
+the program by its number.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_
 from revnet.errors import ReconstructionError
 
 TENSOR = "<tensor>"
-"""Stands for a tensor in the structure of the arguments, whose other leaves are constants."""
+"""Placeholder for a tensor in the structure of the arguments, whose other leaves are constants."""
 
 NUM_STREAMS = 2
 
@@ -33,10 +34,10 @@ Place = tuple[dict[str, Any], str]
 
 
 class Step(NamedTuple):
-    """A half-block of a program, field for field, but with a number for the function, so that nothing is kept alive."""
+    """A half-block of a program, field for field, with a number for the function, so that nothing is kept alive."""
 
     function: int
-    """The function, counted among the program's functions."""
+    """Index of the function in the program's list of functions."""
     target: int
     source: int
     name: str
@@ -45,8 +46,9 @@ class Step(NamedTuple):
     takes_arguments: bool
 
 
-class Reach(NamedTuple):
-    """What a residual depends on differentiably."""
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The tensors on which a residual depends differentiably."""
 
     inputs: tuple[int, ...]
     """Positions of arguments and parameters among the inputs of the operators."""
@@ -54,32 +56,33 @@ class Reach(NamedTuple):
     """Whether the residual depends on the stream that the function reads."""
 
 
-class Findings(NamedTuple):
-    """What is known about the functions of a program after they ran once on fake tensors; see `_probe`."""
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Behavior of a program's functions, as observed in one run on fake tensors; see `_probe`."""
 
     draws: list[bool]
     """For each step, whether the function draws random numbers."""
     is_constant: list[bool]
-    """For each buffer, whether every step leaves it as it is."""
+    """For each buffer, whether no step changes it."""
     reaches: list[Reach]
-    """For each step, what the residual depends on."""
+    """For each step, the tensors that the residual depends on."""
     streams: list[str]
-    """For each stream, the dtype and the layout that it ends with."""
+    """Final dtype and layout of each stream."""
 
 
 class Called(NamedTuple):
-    """The result of calling a residual function."""
+    """Result of a call of a residual function."""
 
     residual: Tensor
     rebound: dict[int, Tensor]
-    """Tensors that the function put in the places of its buffers (`self.average = ...`), by position."""
+    """Tensors that the function assigned to its buffers (`self.average = ...`), by position."""
 
 
 class Program:
-    """What a compiled chain of half-blocks runs, apart from the tensors that the graph passes.
+    """Everything that a compiled chain of half-blocks runs, apart from the tensors that the graph passes.
 
     The inputs of its operators are both streams, the tensors among the arguments, and the parameters of all functions,
-    in this order. A program does not keep the functions alive. It is removed when the first of them is.
+    in this order. A program does not keep the functions alive. It is deleted when the first of them is.
 
     Args:
         functions: The distinct residual functions.
@@ -87,7 +90,7 @@ class Program:
         training: The training flags of each function's modules.
         autocast: For each device type, the dtype and whether autocast is on.
         arguments: `args`, `kwargs` and `own_kwargs` of a bound chain, with `TENSOR` for each tensor.
-        input_dtype: The dtype in which functions read a stream, if it is not the dtype of the stream.
+        input_dtype: The dtype in which functions read a stream, if it differs from the dtype of the stream.
         wants_log_det: Whether the caller wants log-determinants.
     """
 
@@ -106,10 +109,10 @@ class Program:
         self.targets = {step.target for step in steps}
         self.findings: Findings | None = None
         self.refusal: CannotCompileError | None = None
-        """Why the program cannot run, if the probe found a reason."""
+        """Reason why the program cannot run, if the probe found one."""
         self.cyclic: set[str] = set()
         """Names of the functions that leave reference cycles; see `check_no_graph_left`."""
-        # Weak: `PROGRAMS` is global, and would keep each model that was ever compiled.
+        # Weak: `PROGRAMS` is global, and would keep every compiled model alive.
         self._functions = [weakref.ref(function) for function in functions]
         self._training = training
         self._autocast = autocast
@@ -120,18 +123,18 @@ class Program:
         first_parameter = NUM_STREAMS + self._argument_leaves.count(TENSOR)
         self.argument_positions = range(NUM_STREAMS, first_parameter)
         self.parameter_positions = _consecutive(first_parameter, self._parameter_places)
-        """For each function, where the inputs hold its parameters."""
+        """Positions of each function's parameters among the inputs."""
         self.buffer_positions = _consecutive(0, self._buffer_places)
-        """For each function, where the list of all buffers holds its own."""
-        # Batch norm in training writes to its statistics and never reads them, so a second run needs no earlier value.
+        """Positions of each function's buffers in the list of all buffers."""
+        # In training, batch norm writes to its statistics and never reads them, so a replay needs no earlier values.
         norms = {id(m._buffers) for f in functions for m in f.modules() if is_torch_norm(m) and m.training}
         self._is_scratch = [id(holder) in norms for held in self._buffer_places for holder, _ in held]
 
     @property
     def found(self) -> Findings:
-        """What the probe found."""
+        """Findings of the probe."""
         if self.findings is None:
-            # The trace broke where the probe failed, and the operator was left to run by itself.
+            # The trace broke where the probe failed, and the operator ran by itself.
             raise ReconstructionError(
                 "the residual functions of a compiled reversible sequence cannot run on tensors without values; "
                 "compile the residual functions instead: `block.f.compile(); block.g.compile()`."
@@ -140,7 +143,7 @@ class Program:
 
     def digest(self) -> str:
         """Return a string for everything that the shapes and the gradients of the operators depend on."""
-        # No number and no identity, which hold in one process only: compiled graphs are cached on disk.
+        # Without numbers and identities, which are valid in one process only: compiled graphs are cached on disk.
         steps = [(step.target, step.source, type(step.coupling).__qualname__, step.coupling) for step in self.steps]
         traits = (steps, self.found, self._is_scratch, self.has_log_det, self._input_dtype, self._autocast)
         return hashlib.sha256(repr(traits).encode()).hexdigest()
@@ -164,8 +167,9 @@ class Program:
         )
 
     def leaves(self, step: Step, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> dict[int, Tensor]:
-        """Return the inputs that a function gets besides its stream, each as a new leaf, by position."""
-        # New leaves for each call: nothing hangs on the graph of the caller, and what a function keeps is noticed.
+        """Return the inputs of a function other than its stream, each as a new leaf, by position."""
+        # New leaves for each call: nothing depends on the caller's graph, and tensors that the function keeps are
+        # detected.
         leaves: dict[int, Tensor] = {}
         if step.takes_arguments:
             for position in self.argument_positions:
@@ -175,13 +179,13 @@ class Program:
         return leaves
 
     def call(self, step: Step, source: Tensor, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]) -> Called:
-        """Call a residual function as `BoundChain.call` does, with these tensors for its own.
+        """Call a residual function as `BoundChain.call` does, with these tensors instead of its own.
 
         It runs under the training flags and the autocast state of the trace.
 
         Raises:
             RuntimeError: The function modified its input in place.
-            CannotCompileError: The function filled a container among its arguments.
+            CannotCompileError: The function changed a container among its arguments.
         """
         half_block = self.half_block(step)
         tensors = iter([leaves[position] for position in self.argument_positions] if step.takes_arguments else [])
@@ -200,7 +204,7 @@ class Program:
                 if holder[name] is not buffers[position]
             }
         check_arguments(step.name, arguments, flat, self._argument_spec)
-        # Else their graph would look like something that the function keeps (`check_no_graph_left`).
+        # Otherwise, their graph would look like a tensor that the function keeps (`check_no_graph_left`).
         drop_graphs_of_hooks(half_block.function)
         return Called(residual, rebound)
 
@@ -211,9 +215,10 @@ class Program:
         with ExitStack() as stack:
             for device_type, dtype, enabled in self._autocast:
                 if enabled or torch.is_autocast_enabled(device_type):
-                    # No cache: it would keep casts of tensors that do not outlive the call.
+                    # No cache, which would keep casts of tensors that do not outlive the call.
                     stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
-            # One by one: `train()` would set those of the children, and models override it to keep a norm frozen.
+            # One by one: `train()` would set the flags of the children too, and models override it to keep a norm
+            # frozen.
             for module, training in zip(half_block.function.modules(), self._training[which], strict=True):
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
@@ -227,17 +232,17 @@ class Program:
             yield
 
     def no_log_det(self, x1: Tensor) -> Tensor:
-        """Return zeros, (B,), the log-determinant before any step; an empty tensor if it stays zero or unwanted."""
+        """Return the initial log-determinant: zeros of shape (B,), or an empty tensor if it is not computed."""
         return x1.new_zeros(len(x1) if self.has_log_det else 0, dtype=x1.dtype.to_real())
 
     def log_det(self, step: Step, x: Tensor, residual: Tensor) -> Tensor | None:
-        """Return the log-determinant of a step, or None if it is zero or unwanted."""
+        """Return the log-determinant of a step, or None if it is zero or not wanted."""
         if not self.has_log_det or step.coupling.is_additive:
             return None
         return step.coupling.log_det(x, residual)
 
     def kept(self, step: Step) -> list[int]:
-        """Return the positions of the buffers that a second run must find as the first one found them."""
+        """Return the positions of the buffers that a replay must read as the first run did."""
         is_constant, is_scratch = self.found.is_constant, self._is_scratch
         return [
             position
@@ -246,8 +251,8 @@ class Program:
         ]
 
     def buffers_for_replay(self, constants: Sequence[Tensor]) -> list[Tensor]:
-        """Return all buffers, with copies for the ones that steps write to."""
-        # Of the copies only shape and dtype count: each step's values are restored before it, and scratch is not read.
+        """Return all buffers, with copies of the ones that steps write to."""
+        # Only the shape and dtype of the copies matter: values are restored before each step, and scratch is not read.
         remaining = iter(constants)
         all_places = itertools.chain.from_iterable(self._buffer_places)
         return [
@@ -256,11 +261,11 @@ class Program:
         ]
 
     def reached(self, wanted: Sequence[bool], has_gradient: Sequence[bool]) -> list[bool]:
-        """Say for each input whether a backward pass finds a gradient for it.
+        """Return, for each input, whether a backward pass computes a gradient for it.
 
         Args:
             wanted: For each input, whether it requires a gradient.
-            has_gradient: For both streams and the log-determinant, whether a gradient comes in.
+            has_gradient: For both streams and the log-determinant, whether they have a gradient.
         """
         is_live = list(has_gradient[:NUM_STREAMS])
         inputs: set[int] = set()
@@ -276,7 +281,7 @@ class Program:
 
 
 def places(function: nn.Module, attribute: Literal["_parameters", "_buffers"]) -> list[Place]:
-    """Return the places in which a function's modules hold their parameters or buffers, module by module."""
+    """Return the places where a function's modules hold their parameters or buffers, module by module."""
     return [
         (holder, name)
         for holder in (getattr(module, attribute) for module in function.modules())
@@ -286,24 +291,24 @@ def places(function: nn.Module, attribute: Literal["_parameters", "_buffers"]) -
 
 
 def _consecutive(start: int, items: Sequence[Sequence[Any]]) -> list[range]:
-    """Return the positions of each sequence's items, if all of them stand one after the other from `start` on."""
+    """Return the positions of each sequence's items, if all items follow one another from `start` on."""
     ends = list(itertools.accumulate(map(len, items), initial=start))
     return [range(first, last) for first, last in itertools.pairwise(ends)]
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
-# A traced graph can hold numbers, but no modules and couplings. Numbers hold in one process only.
+# A traced graph can hold numbers, but not modules or couplings. Numbers are valid in one process only.
 
 PROGRAMS: dict[int, Program] = {}
 _numbers = itertools.count()
-# Weak both ways: a number must not keep a model alive.
+# Weak both ways, so that a number does not keep a model alive.
 _things: "weakref.WeakValueDictionary[int, nn.Module | AbstractCoupling]" = weakref.WeakValueDictionary()
 _number_by_thing: "weakref.WeakKeyDictionary[nn.Module | AbstractCoupling, int]" = weakref.WeakKeyDictionary()
 
 
 @constant_while_tracing
 def number_of(thing: nn.Module | AbstractCoupling) -> int:
-    """Return the number by which traced code knows a function or a coupling; the trace holds for this one only."""
+    """Return the number of a function or a coupling in traced code. The trace is valid for this object only."""
     number = _number_by_thing.setdefault(thing, next(_numbers))
     _things[number] = thing
     return number
@@ -313,20 +318,20 @@ def number_of(thing: nn.Module | AbstractCoupling) -> int:
 def program_of(
     functions: list[int], steps: list[tuple[int, int, int, str, int, str, bool]], *rest: Any, **more: Any
 ) -> int:
-    """Make a program while tracing, and return its number.
+    """Create a program while tracing, and return its number.
 
     Args:
         functions: The numbers of the functions.
-        steps: For each half-block the fields of a `Step`, with the coupling by its number.
+        steps: For each half-block the fields of a `Step`, with the number of the coupling.
         rest: Further positional arguments of `Program`.
         more: Keyword arguments of `Program`.
     """
     modules: list[Any] = [_things[number] for number in functions]
     _check(modules)
-    made = [Step(*step[:4], _things[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]
+    program_steps = [Step(*step[:4], _things[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]
     number = next(_numbers)
-    PROGRAMS[number] = Program(modules, made, *rest, **more)
-    # Without one of its functions, no graph that refers to the program can run.
+    PROGRAMS[number] = Program(modules, program_steps, *rest, **more)
+    # Without any one of its functions, no graph that refers to the program can run.
     weakref.finalize(modules[0], PROGRAMS.pop, number, None)
     return number
 
@@ -352,7 +357,7 @@ def changing_buffers(program: int) -> list[int]:
 
 @constant_while_tracing
 def has_log_det(program: int) -> bool:
-    """Whether a program computes a log-determinant."""
+    """Return whether a program computes a log-determinant."""
     return PROGRAMS[program].has_log_det
 
 

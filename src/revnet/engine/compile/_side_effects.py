@@ -1,10 +1,10 @@
-"""What residual functions leave behind besides their result, which would never reach the caller of a compiled graph.
+"""Detect side effects of residual functions, which would never reach the caller of a compiled graph.
 
-Auxiliary losses are the usual case: a function appends one to a list, or sets an attribute, for the caller to add to
+The usual case is an auxiliary loss: a function appends it to a list, or sets an attribute, and the caller adds it to
 the loss. An operator runs the function on tensors that are not connected to the caller's graph, so such a loss would
-lose its gradient without a word. Every way of leaving something behind is noticed in one of three ways: containers
-among the arguments are compared after each call; attributes of the modules are compared while tracing; and after each
-call of the forward pass nothing may hold the graph any more.
+silently lose its gradient. Three checks detect every side effect: containers among the arguments are compared after
+each call; attributes of the modules are compared while tracing; and after each call of the forward pass, nothing may
+hold the graph any more.
 """
 
 import gc
@@ -19,7 +19,7 @@ from revnet._torch_internals import tree_flatten
 from revnet.engine._tracing import CannotCompileError
 
 _CONTAINERS = (list, dict, set, deque)
-# Hooks, and what a program swaps by itself: parameters, buffers and flags.
+# Hooks, and the things that a program swaps itself: parameters, buffers and flags.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 
@@ -27,7 +27,7 @@ _CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
 def _refusal(name: str, what: str) -> CannotCompileError:
     return CannotCompileError(
         f"`{name}` {what}, which a compiled reversible sequence can neither pass to its caller nor repeat in the "
-        "backward pass; compile the residual functions instead (`block.f.compile(); block.g.compile()`), or keep the "
+        "backward pass; compile the residual functions instead (`block.f.compile(); block.g.compile()`), or store the "
         "block's activations with the policy `Store()`."
     )
 
@@ -36,16 +36,16 @@ def check_arguments(name: str, arguments: Any, flat: Sequence[Any], spec: Any) -
     """Raise if a function changed a list or dict among its arguments, which were flattened to `flat` and `spec`.
 
     Raises:
-        CannotCompileError: It did.
+        CannotCompileError: The function changed one.
     """
-    # The arguments were put together for this call, so whatever is in them now came from the function.
+    # The arguments were assembled for this call, so any change came from the function.
     leaves, spec_now = tree_flatten(arguments)
     if spec_now != spec or any(now is not before for now, before in zip(leaves, flat, strict=True)):
         raise _refusal(name, "filled a list or dict among its arguments")
 
 
 class Attributes:
-    """The attributes of a function's modules as they are now, lists and dicts in them included.
+    """The present attributes of a function's modules, including the lists and dicts in them.
 
     Args:
         function: The residual function.
@@ -54,10 +54,10 @@ class Attributes:
     def __init__(self, function: nn.Module):
         self._modules = [(module, _own_attributes(module)) for module in function.modules()]
         values = [value for _, attributes in self._modules for value in attributes.values()]
-        self._containers = [(each, each.copy()) for value in values for each in _containers(value)]
+        self._containers = [(container, container.copy()) for value in values for container in _containers(value)]
 
     def changed(self) -> str | None:
-        """Return a description of the first thing that is no longer as it was, or None."""
+        """Return a description of the first thing that has changed, or None."""
         for module, before in self._modules:
             now = _own_attributes(module)
             # Tensors that hooks set again before each call are the same in both runs.
@@ -70,9 +70,9 @@ class Attributes:
         return None
 
     def put_back(self) -> None:
-        """Make everything as it was."""
+        """Undo all changes."""
         for module, before in self._modules:
-            # In place, since modules and containers may be known by identity elsewhere.
+            # In place, because modules and containers may be known by identity elsewhere.
             for key in _own_attributes(module).keys() - before.keys():
                 del vars(module)[key]
             vars(module).update(before)
@@ -82,10 +82,10 @@ class Attributes:
 
 
 def check_attributes(name: str, before: Attributes) -> None:
-    """Raise if a function changed an attribute of its modules since `before`.
+    """Raise if a function has changed an attribute of its modules since `before`.
 
     Raises:
-        CannotCompileError: It did.
+        CannotCompileError: The function changed one.
     """
     changed = before.changed()
     if changed is not None:
@@ -93,16 +93,16 @@ def check_attributes(name: str, before: Attributes) -> None:
 
 
 def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], cyclic: set[str]) -> None:
-    """Raise if anything holds the graph of a call that is over, which is when one of its leaves still exists.
+    """Raise if something holds the graph of a finished call, which keeps the leaves of the graph alive.
 
     Args:
         name: The name of the function.
         leaves: The leaves of the graph.
-        cyclic: The names of functions that leave reference cycles, which hold a graph without anyone's intention. The
-            check learns them from what a garbage collection frees, which is slow, and then leaves them alone.
+        cyclic: The names of functions that leave reference cycles, which hold a graph unintentionally. The check adds a
+            function if a garbage collection frees its graph. Since that is slow, it skips the function from then on.
 
     Raises:
-        CannotCompileError: Something does.
+        CannotCompileError: Something holds the graph.
     """
     # A graph refers to its leaves, and PyTorch keeps the Python object of a tensor as long as the tensor.
     alive = [leaf for leaf in leaves if leaf() is not None]
@@ -114,7 +114,7 @@ def check_no_graph_left(name: str, leaves: Iterable["weakref.ref[Tensor]"], cycl
 
 
 def drop_graphs_of_hooks(function: nn.Module) -> None:
-    """Detach the tensors that hooks such as the ones of weight norm and pruning set again before each call."""
+    """Detach the tensors that hooks, such as in weight norm and pruning, set again before each call."""
     for module in function.modules():
         for name in _set_by_hooks(module):
             tensor = vars(module).get(name)
@@ -123,25 +123,25 @@ def drop_graphs_of_hooks(function: nn.Module) -> None:
 
 
 def _set_by_hooks(module: nn.Module) -> set[str]:
-    # They are objects with the name of the tensor that they set; pruning calls it `_tensor_name`.
+    # The hooks are objects with the name of the tensor that they set; pruning calls it `_tensor_name`.
     hooks = module._forward_pre_hooks.values()
     names = {getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks}
     return {name for name in names if isinstance(name, str)}
 
 
 def _containers(value: Any) -> Iterator[Any]:
-    """Yield the list, dict or the like itself, and the ones inside it."""
+    """Yield the value, if it is a container such as a list or dict, and all containers inside it."""
     seen: set[int] = set()
     remaining = [value]
     while remaining:
-        each = remaining.pop()
-        # By identity: a container may hold itself, and a list has no hash.
-        if id(each) in seen or not isinstance(each, (*_CONTAINERS, tuple)):
+        current = remaining.pop()
+        # By identity: a container may contain itself, and a list has no hash.
+        if id(current) in seen or not isinstance(current, (*_CONTAINERS, tuple)):
             continue
-        seen.add(id(each))
-        remaining.extend(each.values() if isinstance(each, dict) else each)
-        if isinstance(each, _CONTAINERS):
-            yield each
+        seen.add(id(current))
+        remaining.extend(current.values() if isinstance(current, dict) else current)
+        if isinstance(current, _CONTAINERS):
+            yield current
 
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
@@ -157,5 +157,5 @@ def _has_same_items(a: Any, b: Any) -> bool:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    # Tensors by identity: comparing values is slow, and impossible for fake ones.
+    # Tensors by identity, because comparing values is slow, and impossible for fake tensors.
     return a is b or (type(a) is type(b) and isinstance(a, _CONSTANTS) and a == b)
