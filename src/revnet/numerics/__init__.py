@@ -6,5 +6,5 @@ from revnet.numerics._determinism import find_nondeterministic as find_nondeterm
 from revnet.numerics._drift import BlockDrift as BlockDrift
 from revnet.numerics._drift import Drift as Drift
 from revnet.numerics._drift import GradientDrift as GradientDrift
-from revnet.numerics._measure import drift_of as drift_of
-from revnet.numerics._measure import measure_drift as measure_drift
+from revnet.numerics._measure_drift import drift_of as drift_of
+from revnet.numerics._measure_drift import measure_drift as measure_drift

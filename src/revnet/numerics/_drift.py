@@ -91,21 +91,21 @@ class Drift:
 
     def report(self) -> str:
         """A table of the blocks, the verdict, and what to do."""
-        from revnet.numerics._report import drift_lines
+        from revnet.numerics._drift_report import drift_lines
 
         return "\n".join(drift_lines(self))
 
     @property
     def verdict(self) -> str:
         """What it comes to, in a sentence or two."""
-        from revnet.numerics._verdict import verdict_on
+        from revnet.numerics._drift_verdict import verdict_on
 
         return verdict_on(self)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to do, the least effort first; empty if nothing has to be done."""
-        from revnet.numerics._verdict import advice_on
+        from revnet.numerics._drift_verdict import advice_on
 
         return advice_on(self)
 
@@ -119,7 +119,7 @@ class Drift:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        from revnet.numerics._plot import plot_drift
+        from revnet.numerics._drift_plot import plot_drift
 
         plot_drift(self, Path(path), title=title)
 
