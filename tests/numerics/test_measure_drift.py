@@ -177,7 +177,7 @@ def test_what_becomes_nan_is_told_not_raised():
     drift = measure_drift(ReversibleSequential(*blocks), torch.randn(4, 6, dtype=torch.float64))
     assert not math.isfinite(drift.error)
     assert drift.worst.name == "blocks.2"
-    assert drift.verdict.startswith("Broken: what `blocks.2` was given holds NaN or inf")
+    assert drift.verdict.startswith("Broken: the input of `blocks.2` is rebuilt with NaN or inf")
     assert len(drift.advice) >= 3
 
 
@@ -185,9 +185,9 @@ def test_drift_that_matters_warns_nobody_and_tells_all(recwarn):
     drift = measure_drift(waves(), torch.randn(16, 16))
     assert len(recwarn) == 0
     assert drift.error > 1e-2
-    assert drift.verdict.startswith("Wrong: what `blocks.")
+    assert drift.verdict.startswith("Wrong: the input of `blocks.")
     text = " ".join(drift.advice)
-    for way_out in ("set_tolerance", "FixedPoint()", "`Checkpoint()` as the policy of every ", "conditioning_penalty"):
+    for way_out in ("set_tolerance", "FixedPoint()", "Checkpoint()", "conditioning_penalty"):
         assert way_out in text
     assert "float32" not in text
 
@@ -195,7 +195,7 @@ def test_drift_that_matters_warns_nobody_and_tells_all(recwarn):
 def test_low_precision_streams_are_told():
     drift = measure_drift(perceptrons(depth=24).bfloat16(), torch.randn(16, 16).bfloat16())
     assert drift.dtype == torch.bfloat16
-    assert drift.advice[0].startswith("Keep the streams in float32, for these are bfloat16")
+    assert drift.advice[0].startswith("Keep the streams in float32; they are bfloat16 now")
 
 
 def test_autocast_keeps_the_streams_in_float32():
@@ -211,7 +211,7 @@ def test_a_block_outside_of_a_sequence():
     drift = measure_drift(nn.Sequential(nn.Linear(6, 6), block), x)
     assert [each.name for each in drift.blocks] == ["1"]
     assert drift.blocks[0].error < 1e-5
-    with pytest.raises(ValueError, match=r"the block `1` is outside of a ReversibleSequential, where it cannot be sto"):
+    with pytest.raises(ValueError, match=r"the block `1` is outside a ReversibleSequential, where it cannot be sto"):
         measure_drift(nn.Sequential(nn.Linear(6, 6), block), x, gradients=True)
 
 
@@ -253,7 +253,7 @@ def test_more_in_gradients_than_in_activations_asks_for_a_tighter_tolerance():
     worse = replace(drift, gradient=GradientDrift(0.2, 11.0), tolerance=1e-3)
     assert worse.verdict.startswith("Wrong:")
     assert "The gradient of the model is off by 0.2, an angle of 11 degrees." in worse.verdict
-    assert worse.advice[0].startswith("Tighten the tolerance, 0.001, ")
+    assert worse.advice[0].startswith("Tighten the tolerance of 0.001, ")
 
 
 def test_many_blocks_are_told_by_some():

@@ -1,41 +1,41 @@
-"""A drift as text: a table of the blocks, the verdict, what to do."""
-
-from __future__ import annotations
+"""A drift as lines of text."""
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from revnet._table import aligned
-
-if TYPE_CHECKING:
-    from revnet.numerics._drift import BlockDrift, Drift, GradientDrift
+from revnet.numerics._block_drift import BlockDrift, GradientDrift
 
 _MOST_ROWS = 40
-"""With more blocks, runs of them are told by one."""
+"""Most blocks to list; of more, evenly spaced ones are shown."""
 _MOST_NAMES = 8
 _WIDTH = 120
 
 
-def drift_lines(drift: Drift) -> list[str]:
-    """All of it."""
-    has_gradients = drift.gradient is not None
+def drift_lines(
+    blocks: Sequence[BlockDrift],
+    gradient: GradientDrift | None,
+    keyframes: Sequence[str],
+    verdict: str,
+    advice: Sequence[str],
+) -> list[str]:
+    """Return a table of the blocks, the keyframes, the verdict and the advice."""
     head = ["block", "policy", "error", "amplification"]
-    rows = [head + (["gradient error", "angle"] if has_gradients else [])]
-    blocks = _thinned(drift.blocks)
-    rows += [_row(block, has_gradients) for block in blocks]
-    if has_gradients:
-        rows.append(["(the model)", "", "", "", *_gradient_cells(drift.gradient)])
+    rows = [head + (["gradient error", "angle"] if gradient is not None else [])]
+    shown = _thinned(blocks)
+    rows += [_row(block, has_gradients=gradient is not None) for block in shown]
+    if gradient is not None:
+        rows.append(["(the model)", "", "", "", *_gradient_cells(gradient)])
     lines = aligned(rows, num_left=2)
-    if len(blocks) < len(drift.blocks):
-        lines.append(f"({len(blocks)} of {len(drift.blocks)} blocks are shown)")
-    if drift.keyframes:
-        lines += ["", *_wrapped(f"{_counted(drift.keyframes)}, before {_listed(drift.keyframes)}.")]
-    lines += ["", *_wrapped(drift.verdict)]
-    if drift.advice:
+    if len(shown) < len(blocks):
+        lines.append(f"({len(shown)} of {len(blocks)} blocks are shown)")
+    if keyframes:
+        lines += ["", *_wrapped(f"{_counted(keyframes)}, before {_listed(keyframes)}.")]
+    lines += ["", *_wrapped(verdict)]
+    if advice:
         lines.append("")
-        for number, advice in enumerate(drift.advice, 1):
-            lines += _wrapped(f"{number}. {advice}", indent=3)
+        for number, sentence in enumerate(advice, 1):
+            lines += _wrapped(f"{number}. {sentence}", indent=3)
     return lines
 
 
@@ -50,7 +50,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else quoted[0]
 
 
-def _row(block: BlockDrift, has_gradients: bool) -> list[str]:
+def _row(block: BlockDrift, *, has_gradients: bool) -> list[str]:
     policy = type(block.policy).__name__.lower()
     error = "kept" if block.error is None else f"{block.error:.1e}" if block.error else "0"
     growth = "" if block.amplification is None else f"{block.amplification:.2f}"
@@ -65,7 +65,7 @@ def _gradient_cells(gradient: GradientDrift | None) -> list[str]:
 
 
 def _thinned(blocks: Sequence[BlockDrift]) -> list[BlockDrift]:
-    """All blocks, or evenly many of them, the first and the last among them."""
+    """Return all blocks, or `_MOST_ROWS` evenly spaced ones with the first and the last."""
     if len(blocks) <= _MOST_ROWS:
         return list(blocks)
     last = len(blocks) - 1

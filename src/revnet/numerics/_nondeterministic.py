@@ -1,4 +1,4 @@
-"""Which residual functions do not repeat themselves to the last bit."""
+"""Find residual functions that return different bits when they run again."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,42 +12,43 @@ from revnet.nn import AbstractReversibleBlock, policy_holders, restoring_state
 
 
 class NondeterministicFunction(NamedTuple):
-    """A residual function that gave other bits when it ran again."""
+    """Residual function that returned different bits when it ran again."""
 
     name: str
-    """Its place in the model: "stages.0.reversible.blocks.3.f"."""
+    """Name in the model, such as "stages.0.reversible.blocks.3.f"."""
     output_error: float
-    """Relative error between the outputs of two runs: what spoils reconstruction. 0 if they were the same."""
+    """Relative error between the outputs of two runs, which makes reconstruction inexact; 0 if they were equal."""
     gradient_error: float
-    """The same of gradients, the largest: what a stored run suffers from too."""
+    """Largest relative error between the gradients of two runs, which affects stored activations too."""
 
 
 def find_nondeterministic(
     model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, num_runs: int = 3
 ) -> tuple[NondeterministicFunction, ...]:
-    """The residual functions of `model` that give other bits when they run again on this device.
+    """Return the residual functions of `model` that return different bits when they run again on this device.
 
-    Reversal, the exact one above all, assumes that a residual function repeats itself: the same input, random state,
-    buffers and autocast give the same bits. CPU kernels of PyTorch do, for a fixed number of threads, and most GPU
-    kernels; those that add in the order of arrival (`index_add`, `scatter_add`, some backward passes) do not, unless
-    `torch.use_deterministic_algorithms(True)` chooses others. The probe runs the model once, forward, in the mode and
-    under the autocast that are in force, and each residual function `num_runs` times on what it reads, backward too.
-    It leaves buffers, gradients and the random state as they were.
+    Reversal, and exact reversal above all, assumes that a residual function is deterministic: the same input, random
+    state, buffers and autocast give the same bits. PyTorch's CPU kernels are deterministic for a fixed number of
+    threads, and so are most GPU kernels. Kernels that add in the order of arrival (`index_add`, `scatter_add`, some
+    backward passes) are not, unless `torch.use_deterministic_algorithms(True)` selects others.
+
+    The model runs forward once, in its current mode and under the current autocast, and each residual function runs
+    `num_runs` times on its input, forward and backward. Buffers, gradients and the random state are left unchanged.
 
     Args:
         model: A model with reversible blocks.
-        inputs: Its arguments, of the size and on the device of training: kernels depend on both.
-        kwargs: Its keyword arguments.
-        num_runs: How often each function runs; a race may need many runs to show.
+        inputs: Arguments of the model, with the size and on the device of training, since kernels depend on both.
+        kwargs: Keyword arguments of the model.
+        num_runs: Number of runs of each function; a race may need many to show.
 
     Returns:
-        The functions that did not repeat themselves, in the order in which they ran; none, if reversal can be exact.
+        The functions whose results differed, in the order in which they ran. The tuple is empty if all were equal.
 
     Raises:
         ValueError: `model` has no reversible block, or `num_runs` is below 2.
     """
     if num_runs < 2:
-        raise ValueError(f"`num_runs` (={num_runs}) must be 2 or more: runs are compared with each other.")
+        raise ValueError(f"`num_runs` (={num_runs}) must be 2 or more, since runs are compared with each other.")
     functions = residual_functions(model)
     if not functions:
         raise ValueError(
@@ -55,21 +56,21 @@ def find_nondeterministic(
             "of `ReversibleSequential`."
         )
     named = dict(kwargs or {})
-    found: dict[str, NondeterministicFunction] = {}
-    at_work = False
+    differing: dict[str, NondeterministicFunction] = {}
+    is_running = False
 
     def probe(name: str) -> Any:
         def before(function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal at_work
-            if at_work:  # The function calls another one, or itself.
+            nonlocal is_running
+            if is_running:  # one function calls another one, or itself
                 return
-            at_work = True
+            is_running = True
             try:
                 repetition = repeat_function(function, args, kwargs, num_runs)
             finally:
-                at_work = False
+                is_running = False
             if repetition != (0.0, 0.0):
-                found.setdefault(name, NondeterministicFunction(name, *repetition))
+                differing.setdefault(name, NondeterministicFunction(name, *repetition))
 
         return before
 
@@ -80,11 +81,11 @@ def find_nondeterministic(
         stack.enter_context(restoring_state(model))
         with torch.enable_grad():
             model(*inputs, **named)
-    return tuple(found.values())
+    return tuple(differing.values())
 
 
 def residual_functions(model: nn.Module) -> dict[str, nn.Module]:
-    """The residual functions of all reversible blocks and units of `model`, by their names, in order."""
+    """Return the residual functions of all reversible blocks and units of `model` by name, in order."""
     blocks = [module for module in model.modules() if isinstance(module, AbstractReversibleBlock)]
     ids = {id(half_block.function) for block in blocks for half_block in block.half_blocks()}
     for holder in policy_holders(model).values():
