@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from revnet import Checkpoint, Reverse, ReversibleSequential, Store, set_policy
 from revnet._picture import clear_frame, new_figure, save, write_title
 from revnet.bench.run import Quartiles
-from revnet.memory import CountedTiming, MeasuredTiming, Plan, measure, plan
+from revnet.memory import RooflineTiming, MeasuredTiming, Plan, measure, plan
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Budgets: from the least that any plan needs to plain autograd's peak."""
-TIMINGS = {"counted": CountedTiming(), "measured": MeasuredTiming()}
+TIMINGS = {"counted": RooflineTiming(), "measured": MeasuredTiming()}
 COLORS = {"counted": "#4477aa", "measured": "#aa3377"}
 INK = "#333333"
 MARKERS = {"plain autograd": "s", "checkpoint all": "D", "reverse all": "^", "torch.utils.checkpoint": "P"}
@@ -177,7 +177,7 @@ def lines_of(name: str, batch_size: int, num_rounds: int, rows: Sequence[Row], p
         f"## Plans for {name}, batch {batch_size}",
         "",
         "Budgets lie between the least that any plan needs (0 %) and plain autograd's peak (100 %). Times are relative",
-        "to plain autograd's. *By counting* and *by measuring*: as `CountedTiming` and `MeasuredTiming` foresee them;",
+        "to plain autograd's. *By counting* and *by measuring*: as `RooflineTiming` and `MeasuredTiming` foresee them;",
         "of a plan, the one that chose it. *Run*: the ratio of steps of the same round, the median of rounds with",
         f"first and third quartile. Rounds: {num_rounds} after one to warm up, each begun by another way of running.",
         "Plain autograd has `Store()` everywhere and so runs without the engine; its step takes",

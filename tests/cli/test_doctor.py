@@ -18,21 +18,21 @@ def test_a_model_by_name(revnet, tmp_path):
     assert lines[0] == "revnet38: a training step on 2 random inputs of 3x16x16, 32-true, cpu"
     assert lines[2].split() == ["block", "policy", "error", "amplification", "gradient", "error", "angle"]
     assert sum(line.startswith("stages.") for line in lines) == 7
-    assert "\nSound: what `stages." in output
+    assert "\nSound: the input of `stages." in output
     assert (tmp_path / "drift_revnet38_batch2.png").exists()
     assert lines[-1] == "picture  drift_revnet38_batch2.png"
 
 
 def test_exactly(revnet):
     output = revnet("doctor", "revnet38", "--batch", 2, "--image", 8, "--exact")[1]
-    assert "\nExact: all streams come back to the last bit" in output
+    assert "\nExact: all streams are rebuilt to the last bit" in output
     assert "picture  drift_revnet38_batch2_exact.png" in output
 
 
 def test_under_a_tolerance(revnet, own, assert_refused):
     output = revnet("doctor", f"{own}:steep", "--input-shape", "[16]", "--tolerance", "1e-3")[1]
     assert " keyframe" in output
-    assert "\nSound: what `blocks." in output
+    assert "\nSound: the input of `blocks." in output
     assert "picture  drift_own-reversible-steep_batch32_tolerance.png" in output
     assert_refused(["doctor", "revnet38", "--tolerance", 0], "`--tolerance` (=0.0) must be a finite number above 0")
     both = ["doctor", "revnet38", "--tolerance", 0.1, "--exact"]
@@ -88,7 +88,7 @@ def own(tmp_path, monkeypatch):
 def test_a_model_of_ones_own_that_is_ill(revnet, own):
     code, output, errors = revnet("doctor", f"{own}:steep", "--input-shape", "[16]")
     assert (code, errors) == (0, "")
-    assert "\nWrong: what `blocks." in output
+    assert "\nWrong: the input of `blocks." in output
     assert "\n1. Bound the error: " in output
     assert "set_coupling(model, FixedPoint())" in output
     assert "picture  drift_own-reversible-steep_batch32.png" in output

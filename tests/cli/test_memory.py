@@ -82,8 +82,8 @@ def own_branches(tmp_path, monkeypatch):
 
 def test_a_model_that_needs_values_can_be_measured(revnet, assert_refused, own_branches):
     arguments = ["memory", f"{own_branches}:Branching", "--input-shape", "[4]"]
-    assert_refused(arguments, "cannot be predicted, for it asks for the value of a tensor")
-    assert_refused(arguments, "measure it for real with `--measure`, on a small `--batch`.")
+    assert_refused(arguments, "cannot be predicted, because it asks for the value of a tensor")
+    assert_refused(arguments, "measure it with `--measure`, on a small `--batch`.")
     code, output, errors = revnet(*arguments, "--measure")
     assert (code, errors) == (0, "")
     assert "32 inputs of 4, SGD with momentum, 32-true, cpu, measured\n\npeak " in output

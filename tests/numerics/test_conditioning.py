@@ -174,7 +174,7 @@ def test_descending_it_makes_the_inverse_amplify_less():
                 ReversibleSequential(ReversibleBlock(nn.Sequential(mlp(3), nn.Dropout(0.1)), mlp(3))), x
             ),
             ValueError,
-            "has dropout in training mode, `blocks.0.f.1`, under which every pass is through another network",
+            "has dropout in training mode, `blocks.0.f.1`, so every pass runs a different network",
         ),
     ],
 )

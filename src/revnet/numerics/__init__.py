@@ -1,10 +1,10 @@
-"""Numerics that can be trusted: how far rebuilt activations are from the true ones, and what to do about it."""
+"""How far rebuilt activations are from the true ones, and what to do about it."""
 
+from revnet.numerics._block_drift import BlockDrift as BlockDrift
+from revnet.numerics._block_drift import GradientDrift as GradientDrift
 from revnet.numerics._conditioning import conditioning_penalty as conditioning_penalty
-from revnet.numerics._determinism import NondeterministicFunction as NondeterministicFunction
-from revnet.numerics._determinism import find_nondeterministic as find_nondeterministic
-from revnet.numerics._drift import BlockDrift as BlockDrift
 from revnet.numerics._drift import Drift as Drift
-from revnet.numerics._drift import GradientDrift as GradientDrift
-from revnet.numerics._measure import drift_of as drift_of
-from revnet.numerics._measure import measure_drift as measure_drift
+from revnet.numerics._drift_from_records import drift_of as drift_of
+from revnet.numerics._measure_drift import measure_drift as measure_drift
+from revnet.numerics._nondeterministic import NondeterministicFunction as NondeterministicFunction
+from revnet.numerics._nondeterministic import find_nondeterministic as find_nondeterministic

@@ -1,4 +1,4 @@
-"""Keep what undoing blocks amplifies within bounds: a penalty on both Lipschitz constants of a reversible map."""
+"""Penalty that keeps both a reversible map and its inverse from amplifying small changes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,40 +23,41 @@ def conditioning_penalty(
     step: float = 0.1,
     num_blocks: int | None = None,
 ) -> Tensor:
-    """How much `sequence` at `x`, and its inverse there, stretch small changes; to be added to a loss.
+    """Return a penalty on how much `sequence` and its inverse amplify small changes at `x`, to be added to the loss.
 
-    `forward_weight * |F(x + step v) - F(x)|^2 / step^2 + inverse_weight * |F^-1(F(x) + step w) - x|^2 / step^2`, the
-    mean over samples, v and w drawn at random with length 1 for each sample. As `step` goes to zero, each term becomes
-    the mean square of the singular values of the Jacobian, of F and of its inverse: 1 for a map that stretches nothing.
-    What the inverse stretches, rounding errors are multiplied by in the backward pass.
+    With F the map of the sequence, the penalty is the mean over samples of
+    `forward_weight * |F(x + step v) - F(x)|^2 / step^2 + inverse_weight * |F^-1(F(x) + step w) - x|^2 / step^2`, where
+    v and w are random directions of length 1 for each sample. As `step` goes to zero, the two terms become the mean
+    square of the singular values of the Jacobians of F and of its inverse; an isometry has 1. The backward pass
+    multiplies rounding errors by the amplification of the inverse.
 
-    It costs two more forward passes, one of the inverse, and their gradients; its authors take it at every tenth
-    update. Prefer `FixedPoint()` or a tolerance where the network is to stay as it is: the penalty changes what is
-    learnt.
+    The penalty costs two more forward passes, one of them of the inverse, and their gradients. Its authors apply it at
+    every tenth update. It changes what the network learns; prefer `FixedPoint()` or a tolerance if that is unwanted.
 
     Args:
-        sequence: The reversible part of a model; its functions draw no random numbers.
-        x: What it is given, a tensor or a tuple, best as it is in training. Gradients flow into it too.
+        sequence: The reversible part of a model. Its functions must not draw random numbers.
+        x: Input of the sequence, a tensor or a tuple, ideally from training. Gradients flow into it too.
         args: Further positional arguments of the residual functions.
         kwargs: Keyword arguments of the residual functions.
-        forward_weight: Weight of the stretching of F; 0 leaves it out.
-        inverse_weight: Weight of the stretching of its inverse; 0 leaves it out.
-        step: Length of the changes, for each sample.
-        num_blocks: Look at so many blocks in a row, drawn at random, in place of all. Take few, even 1, where the whole
-            amplifies so much that a change of `step` is no longer small when it arrives; gradients into `x` then stop
-            before them.
+        forward_weight: Weight of the term of F; 0 leaves it out.
+        inverse_weight: Weight of the term of the inverse; 0 leaves it out.
+        step: Length of the change of each sample.
+        num_blocks: Number of consecutive blocks, chosen at random, to apply the penalty to; None for all. Use few, even
+            1, if the whole sequence amplifies so much that a change of `step` does not stay small. The gradient then
+            does not reach `x`.
 
     Returns:
         The penalty, a scalar, differentiable in the parameters and in `x`.
 
     Raises:
-        TypeError: `sequence` is no ReversibleSequential.
-        ValueError: A weight is negative, `step` is not positive, or there is dropout in training mode, under which
-            every pass would be through another network.
+        TypeError: `sequence` is not a ReversibleSequential.
+        ValueError: A weight is negative, `step` is not positive, or a dropout is in training mode, in which every pass
+            would run a different network.
 
     Numerics:
-        The activations of all passes are rebuilt, so memory does not grow with depth; of couplings that multiply, such
-        as `Affine()`, those of the inverse are stored. Buffers such as batch-norm statistics are left as they are.
+        The activations of all passes are rebuilt, so memory does not grow with depth. With couplings that multiply,
+        such as `Affine()`, the activations of the inverse are stored. Buffers, such as batch-norm statistics, do not
+        change.
 
     References:
         Behrmann, Vicol, Wang, Grosse and Jacobsen (2021), Understanding and Mitigating Exploding Inverses in Invertible
@@ -84,7 +85,9 @@ def _check(
     sequence: ReversibleSequential, forward_weight: float, inverse_weight: float, step: float, num_blocks: int | None
 ) -> None:
     if not isinstance(sequence, ReversibleSequential):
-        raise TypeError(f"`sequence` (={type(sequence).__name__}) must be a ReversibleSequential, a part of the model.")
+        raise TypeError(
+            f"`sequence` (={type(sequence).__name__}) must be a ReversibleSequential, such as a part of the model."
+        )
     for name, weight in (("forward_weight", forward_weight), ("inverse_weight", inverse_weight)):
         if not weight >= 0:
             raise ValueError(f"`{name}` (={weight}) must be 0 or more; 1e-4 of the loss is usual.")
@@ -95,19 +98,22 @@ def _check(
     for name, module in sequence.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
-                f"`sequence` has dropout in training mode, `{name}`, under which every pass is through another "
-                "network; take the penalty in evaluation mode, or without dropout."
+                f"`sequence` has dropout in training mode, `{name}`, so every pass runs a different network; compute "
+                "the penalty in evaluation mode, or without dropout."
             )
 
 
 def _call(module: nn.Module, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run `module`, on copies of its buffers: what they count is the training."""
+    """Run `module` on copies of its buffers, so that its statistics only count training steps."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     return torch.func.functional_call(module, buffers, (x, *args), kwargs)
 
 
 class _Inverse(nn.Module):
-    """The map back, as a reversible map: of additive couplings, that adds the negative residuals in reverse order."""
+    """Inverse of a sequence.
+
+    With additive couplings it is itself a reversible map, which adds the negative residuals in reverse order.
+    """
 
     def __init__(self, sequence: ReversibleSequential):
         super().__init__()
@@ -122,9 +128,9 @@ class _Inverse(nn.Module):
             half_blocks += block.half_blocks(f"blocks.{index}.")
         if not all(half_block.coupling.is_additive for half_block in half_blocks):
             return self.sequence.inverse(y, *args, **kwargs)
-        undone = [each._replace(function=_Negative(each.function)) for each in reversed(half_blocks)]
+        undone = [half_block._replace(function=_Negative(half_block.function)) for half_block in reversed(half_blocks)]
         chain = Chain(undone)
-        chain.num_runs = 1  # The first run of a chain on a GPU waits for it, and this chain is a new one in each step.
+        chain.num_runs = 1  # the first run of a chain waits for the GPU, and this chain is new in each step
         return run_forward(course_of([(Reverse(), chain)], first), y, args, kwargs)
 
 
@@ -137,7 +143,7 @@ class _Negative(nn.Module):
         return -self.function(*args, **kwargs)
 
 
-# Streams, joined or apart ---------------------------------------------------------------------------------------------
+# Streams, joined or separate ------------------------------------------------------------------------------------------
 
 
 def _streams(x: Tensor | Streams) -> Sequence[Tensor]:
@@ -145,25 +151,25 @@ def _streams(x: Tensor | Streams) -> Sequence[Tensor]:
 
 
 def _moved(x: Tensor | Streams, step: float) -> Any:
-    """`x`, each sample moved by `step` in a random direction."""
+    """Return `x` with each sample moved by `step` in a random direction."""
     streams = _streams(x)
     noise = [torch.randn_like(stream) for stream in streams]
-    lengths = sum(_squares(each) for each in noise).sqrt()  # type: ignore[union-attr]
+    lengths = sum(_squares(part) for part in noise).sqrt()  # type: ignore[union-attr]
     moved = [
-        stream + step * each / lengths.view(-1, *[1] * (each.dim() - 1))
-        for stream, each in zip(streams, noise, strict=True)
+        stream + step * part / lengths.view(-1, *[1] * (part.dim() - 1))
+        for stream, part in zip(streams, noise, strict=True)
     ]
     return moved[0] if isinstance(x, Tensor) else tuple(moved)
 
 
 def _mean_square(a: Tensor | Streams, b: Tensor | Streams) -> Tensor:
-    """The squared distance of a sample, on average."""
+    """Return the mean squared distance of a sample."""
     distances = [_squares(p - q) for p, q in zip(_streams(a), _streams(b), strict=True)]
     return torch.stack([distance.mean() for distance in distances]).sum()
 
 
 def _squares(x: Tensor) -> Tensor:
-    """The sum of squares of each sample."""
+    """Return the sum of squares of each sample."""
     return (torch.view_as_real(x) if x.is_complex() else x).square().flatten(1).sum(1)
 
 

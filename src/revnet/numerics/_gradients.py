@@ -1,4 +1,4 @@
-"""The gradients of a step, and how far two of them are apart."""
+"""Gradients of a step, and the difference between two of them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Gradients = dict[str, Tensor]
-"""By the names of the parameters."""
+"""Gradients by the names of the parameters."""
 
 
 def parameter_gradients(
@@ -19,30 +19,30 @@ def parameter_gradients(
     forward_context: Callable[[], AbstractContextManager[Any]],
     kwargs: Mapping[str, Any] | None = None,
 ) -> Gradients:
-    """Run a step, and give what it makes of all parameters that are trained, as real numbers.
+    """Run a step and return the gradients of all parameters that require one, as real tensors.
 
     Args:
         model: The model.
-        loss_fn: From its output to a number.
-        inputs: Its arguments.
-        forward_context: Entered for the forward pass and the loss: autocast.
-        kwargs: Its keyword arguments.
+        loss_fn: Function from its output to a scalar.
+        inputs: Arguments of the model.
+        forward_context: Makes the context for the forward pass and the loss, such as autocast.
+        kwargs: Keyword arguments of the model.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
         with forward_context():
             loss = loss_fn(model(*inputs, **(kwargs or {})))
-        # `torch.autograd.grad`, since the gradients of the parameters belong to the training.
+        # `torch.autograd.grad` leaves the `.grad` of the parameters alone.
         grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
     real = [torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad for grad in grads]
     return dict(zip(parameters, real, strict=True))
 
 
 def angle_and_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """The angle in degrees between two vectors, and their distance over the length of `expected`.
+    """Return the angle in degrees between two vectors, and their distance over the length of `expected`.
 
     Numerics:
-        Lengths are summed up in float64, and angles computed by Kahan's formula, which is exact for small ones.
+        Lengths are computed in float64, and angles by Kahan's formula, which is accurate for small angles.
 
     References:
         Kahan (2006), How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?, section 12.
@@ -52,7 +52,7 @@ def angle_and_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tup
     if length == 0 or expected_length == 0:
         return (0.0, 0.0) if distance == 0 else (90.0, math.inf if expected_length == 0 else 1.0)
     scaled = [(a.double() / length, b.double() / expected_length) for a, b in zip(actual, expected, strict=True)]
-    # The arc cosine of the scalar product would lose all angles below 1e-6 degrees.
+    # The arc cosine of the scalar product would round all angles below 1e-6 degrees to 0.
     half = math.atan2(_length([a - b for a, b in scaled]), _length([a + b for a, b in scaled]))
     return math.degrees(2 * half), distance / expected_length
 

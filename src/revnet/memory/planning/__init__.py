@@ -1,0 +1,1 @@
+"""Policies for the units of a model, chosen to fit a memory budget."""

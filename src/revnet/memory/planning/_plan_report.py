@@ -1,0 +1,72 @@
+"""The parts of a plan as lines of text."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from revnet._table import aligned
+from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
+from revnet.memory.planning._timing import Timing
+from revnet.memory.step._bytes import format_bytes
+from revnet.memory.step._memory_parts import Breakdown
+
+
+def total_lines(budget_bytes: int, at_peak: Breakdown, time_ratio: float, timing: Timing) -> list[str]:
+    """Return a table of budget, peak and time of the whole step."""
+    activations = format_bytes(at_peak.held + at_peak.transient)
+    rows = [
+        ("budget", format_bytes(budget_bytes), ""),
+        ("peak", format_bytes(at_peak.total), f"of which activations {activations}"),
+        ("step time", f"{time_ratio:.3f}", f"relative to plain autograd, {timing.describe()}"),
+    ]
+    return aligned(rows, num_left=3)
+
+
+def unit_lines(units: Iterable[PlannedUnit]) -> list[str]:
+    """Return a table of the units, in which a run of equal units has one row."""
+    table = [("units", "policy", "holds", "stored, would hold", "adds to the step", "storing saves, per MiB")]
+    for _, group in groupby(units, _kind):
+        run = list(group)
+        first = run[0]
+        table.append(
+            (
+                _names(run),
+                str(first.policy),
+                format_bytes(first.held_bytes),
+                format_bytes(first.stored_bytes),
+                f"{100 * first.extra_time:.2f} %",
+                _saving(first),
+            )
+        )
+    return [
+        *aligned(table, num_left=2),
+        "",
+        "All figures are per unit. A unit holds its bytes until the backward pass reaches it, and the plan stores",
+        "activations first where that saves the most time per MiB. No faster mix of these policies is known to fit.",
+    ]
+
+
+def comparison_lines(references: Mapping[str, PlanPoint], points: Sequence[PlanPoint], budget_bytes: int) -> list[str]:
+    """Return a table of the references, of the plan with the least memory, and of the next faster plan."""
+    compared = {**references, "least memory": points[0]}
+    faster = [point for point in points if point.peak_bytes > budget_bytes]
+    if faster:
+        compared["next faster plan"] = faster[0]
+    rows = [("for comparison", "peak", "step time")]
+    rows += [(name, format_bytes(point.peak_bytes), f"{point.time_ratio:.3f}") for name, point in compared.items()]
+    return aligned(rows, num_left=1)
+
+
+def _kind(unit: PlannedUnit) -> tuple[object, ...]:
+    return (unit.holder, unit.policy, unit.held_bytes, unit.stored_bytes, round(unit.extra_time, 5))
+
+
+def _names(run: Sequence[PlannedUnit]) -> str:
+    first, last = run[0].name, run[-1].name
+    return first if len(run) == 1 else f"{first} to {last.rpartition('.')[2]}"
+
+
+def _saving(unit: PlannedUnit) -> str:
+    """Return the time that storing the unit saves, per MiB that it takes."""
+    if unit.most_extra_time <= 0 or not unit.stored_bytes:
+        return "-"
+    return f"{100 * unit.most_extra_time * 2**20 / unit.stored_bytes:.3f} %"

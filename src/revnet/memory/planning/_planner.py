@@ -1,0 +1,270 @@
+"""Choose a policy for each unit of a model, so that a training step fits a budget and takes as little time as possible.
+
+1. A step runs on fake tensors under several mixtures of policies, which shows the memory and time of every unit under
+   every policy (`_costs`). With `MeasuredTiming`, real steps give the times (`_unit_seconds`).
+2. A dynamic program finds the mixtures that no other one beats in both memory and time (`_search`).
+3. Its peaks are sums over units and may be slightly too high. So the candidates near the budget are predicted as whole
+   steps, by falling speed, until one fits.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from revnet.errors import BudgetError
+from revnet.memory.planning._costs import CountedCosts, count_costs
+from revnet.memory.planning._max_batch_size import largest_batch
+from revnet.memory.planning._plan import Plan
+from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
+from revnet.memory.planning._search import ChainCosts, FrontierPoint, find_frontier
+from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timing
+from revnet.memory.planning._training_step import TrainingStep
+from revnet.memory.planning._unit_seconds import measure_seconds
+from revnet.memory.planning._units import UnitInModel, assign, find_units
+from revnet.memory.step._bytes import format_bytes, parse_bytes
+from revnet.memory.step._optimizer import OptimizerFactory
+from revnet.memory.step._predict import Prediction
+from revnet.memory.step._run_step import Loss
+from revnet.memory.step._step_memory import StepMemory
+from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy, restoring_policies
+
+POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
+"""Policies that a plan chooses from by default, from the least memory to the most."""
+
+
+def plan(
+    model: nn.Module,
+    *inputs: Any,
+    budget: str | int,
+    kwargs: Mapping[str, Any] | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
+    loss: Loss | None = None,
+    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    policies: Sequence[AbstractPolicy | str] = POLICIES,
+    timing: Timing | None = None,
+) -> Plan:
+    """Choose a policy for each unit of `model`, so that a training step fits a budget in the least time.
+
+    Units are the blocks of a `ReversibleSequential`, a `PolicySequential`, and the blocks of this library's networks.
+    Late units often store cheaply and are slow to recompute; early ones are the opposite. The memory and time of every
+    unit under every policy are counted on fake tensors. An exact dynamic program then finds the mixtures that no other
+    one beats in both memory and time, and the fastest that fits the budget is predicted once more as a whole. A larger
+    budget never gives a slower plan, and no plan exceeds its budget.
+
+    The policies of the model are left unchanged; `plan(...).apply(model)` sets them.
+
+    Args:
+        model: A model with reversible sequences, or one of this library.
+        inputs: Arguments of the model: real tensors, or tensors on the meta device.
+        budget: Most bytes that a step may need, everything counted: "16GiB", "500MB", or a number of bytes. On a GPU,
+            leave room for memory outside tensors: the context, workspaces of kernels, and fragmentation.
+        kwargs: As for `predict`.
+        optimizer: As for `predict`.
+        loss: As for `predict`.
+        autocast: As for `predict`.
+        dtype: As for `predict`.
+        device: As for `predict`.
+        policies: Policies to choose from, or their names, from the least memory to the most. A unit uses those that it
+            accepts. `Store()` is always added.
+        timing: Source of the times: `RooflineTiming()` estimates them from shapes and is the default,
+            `MeasuredTiming()` runs steps.
+
+    Raises:
+        BudgetError: No plan fits. The error says how much memory is missing, and which batch size would fit.
+        PredictionError: The model fails on fake tensors.
+        ValueError: `budget` is not a number of bytes, or the model has no units to plan.
+        TypeError: An argument has the wrong type.
+    """
+    budget_bytes = parse_bytes(budget)
+    timing = RooflineTiming() if timing is None else timing
+    if not isinstance(timing, RooflineTiming | MeasuredTiming):
+        raise TypeError(f"`timing` (={timing!r}) must be a `RooflineTiming()` or a `MeasuredTiming()`.")
+    allowed = _check_policies(policies)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
+    with restoring_policies(model):
+        with step.predicted() as prediction:
+            units, (costs, excess_bytes) = _count_costs(step, prediction, allowed, timing)
+        if isinstance(timing, MeasuredTiming):
+            costs = replace(costs, seconds=measure_seconds(step, units, costs, timing))
+        frontier = find_frontier(costs)
+        with step.predicted() as prediction:
+
+            def predict_with(point: FrontierPoint) -> StepMemory:
+                assign(step.model, units, _policies_at(point, units))
+                return prediction.memory()
+
+            # One policy everywhere never beats the frontier, but its peak was observed, not added up.
+            references = _uniform_points(units, costs)
+            candidates = [*frontier.points, *references.values()]
+            point, memory = _fastest_within(budget_bytes, candidates, excess_bytes, predict_with)
+            if point is None:
+                raise _budget_error(step, budget_bytes, memory)
+            references = {name: _with_peak(other, predict_with(other)) for name, other in references.items()}
+            least = _with_peak(frontier.points[0], predict_with(frontier.points[0]))
+    point = _with_peak(point, memory)
+    # A predicted peak replaces the sum for the same choices.
+    by_choices = {other.choices: other for other in [*frontier.points, least, *references.values(), point]}
+    outcome = _Outcome(_undominated(by_choices.values()), references, point, memory, frontier.is_exact)
+    return _make_plan(units, costs, outcome, budget_bytes, timing)
+
+
+def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractPolicy, ...]:
+    if isinstance(policies, str) or not isinstance(policies, Sequence):
+        raise TypeError(f"`policies` (={policies!r}) must be a sequence of policies, such as `[Reverse(), Store()]`.")
+    chosen = [as_policy(policy, f"policies[{index}]") for index, policy in enumerate(policies)]
+    if not chosen:
+        raise ValueError("`policies` must hold one policy or more, such as `[Reverse(), Store()]`.")
+    # Store() comes last, as it takes the most memory; all times are relative to it.
+    return (*[policy for policy in chosen if policy != Store()], Store())
+
+
+def _count_costs(
+    step: TrainingStep, prediction: Prediction, policies: Sequence[AbstractPolicy], timing: Timing
+) -> tuple[list[UnitInModel], CountedCosts]:
+    units = find_units(step.model, policies, prediction.run().log)
+    if not units:
+        raise ValueError(
+            f"`model` (={type(step.model).__name__}) has no units to plan; build it of `ReversibleSequential`, or wrap "
+            "parts that are not reversible in `PolicySequential`."
+        )
+    memory = prediction.memory()
+    constant_bytes = memory.parameter_bytes + memory.buffer_bytes + memory.input_bytes + memory.optimizer_bytes
+    later = slice(memory.timeline.optimizer_start, None)
+    in_optimizer = memory.timeline.activation_bytes[later] + memory.timeline.gradient_bytes[later]
+    roofline = timing if isinstance(timing, RooflineTiming) else RooflineTiming()
+    costs = count_costs(
+        step.model,
+        units,
+        prediction.run,
+        roofline.seconds,
+        constant_bytes=constant_bytes,
+        floor=constant_bytes + int(in_optimizer.max(initial=0)),
+    )
+    return units, costs
+
+
+def _policies_at(point: FrontierPoint, units: Sequence[UnitInModel]) -> list[AbstractPolicy]:
+    """Return the policy of each unit; the first choice of the point belongs to the part before the first unit."""
+    return [unit.choices[choice] for unit, choice in zip(units, point.choices[1:], strict=True)]
+
+
+def _uniform_points(units: Sequence[UnitInModel], costs: ChainCosts) -> dict[str, FrontierPoint]:
+    """Return one point for each policy, with it everywhere; a unit that does not accept it has its next policy."""
+    most = max(len(unit.choices) for unit in units)
+    longest = next(unit for unit in units if len(unit.choices) == most)
+    points = {}
+    for choice, policy in enumerate(longest.choices):
+        choices = (0, *[max(0, choice - (most - len(unit.choices))) for unit in units])
+        name = "plain autograd" if policy == Store() else f"{type(policy).__name__.lower()} all"
+        points[name] = FrontierPoint(costs.peak(choices), costs.time(choices), choices)
+    return points
+
+
+def _fastest_within(
+    budget_bytes: int,
+    points: Sequence[FrontierPoint],
+    excess_bytes: int,
+    predict_with: Callable[[FrontierPoint], StepMemory],
+) -> tuple[FrontierPoint | None, StepMemory]:
+    """Return the fastest point that fits, and its memory.
+
+    If no point fits, return None and the memory of the smallest one, whose policies the model then has. Points are
+    tried by falling speed until the prediction of a whole step is within the budget. Points up to `excess_bytes` above
+    the budget are tried too, since their own peaks may be too high. A larger budget can choose from all points of a
+    smaller one, so it never gives a slower plan.
+    """
+    least_peak = min(point.peak_bytes for point in points)
+    near = [point for point in points if point.peak_bytes <= max(budget_bytes, least_peak) + excess_bytes]
+    tried = []
+    for point in sorted(near, key=lambda point: point.seconds):
+        memory = predict_with(point)
+        if memory.peak_bytes <= budget_bytes:
+            return point, memory
+        tried.append((memory.peak_bytes, point))
+    _, smallest = min(tried, key=lambda pair: pair[0])
+    return None, predict_with(smallest)
+
+
+def _with_peak(point: FrontierPoint, memory: StepMemory) -> FrontierPoint:
+    return replace(point, peak_bytes=memory.peak_bytes)
+
+
+def _undominated(points: Iterable[FrontierPoint]) -> list[FrontierPoint]:
+    """Return the points that no other one beats in both memory and time, from the least memory to the least time."""
+    best: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda point: (point.peak_bytes, point.seconds)):
+        if not best or point.seconds < best[-1].seconds:
+            best.append(point)
+    return best
+
+
+def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> BudgetError:
+    """Return an error that says how much is missing and what would fit; the model has the policies of `least`."""
+    total = step.num_samples
+    fitting = largest_batch(step, budget_bytes, most=total - 1)
+    missing = least.peak_bytes - budget_bytes
+    samples = "sample" if fitting == 1 else "samples"
+    hint = f"a batch of {fitting} {samples} instead of {total} would fit" if fitting else "no batch would fit"
+    fixed = least.parameter_bytes + least.optimizer_bytes + least.gradient_bytes
+    return BudgetError(
+        f"`budget` (={format_bytes(budget_bytes)}) is {format_bytes(missing)} below the least that this step needs, "
+        f"{format_bytes(least.peak_bytes)}, of which {format_bytes(fixed)} are parameters, their gradients and "
+        f"optimizer state; {hint}.",
+        missing_bytes=missing,
+        least_bytes=least.peak_bytes,
+        max_batch_size=fitting,
+    )
+
+
+class _Outcome(NamedTuple):
+    """Result of the search."""
+
+    points: list[FrontierPoint]
+    references: dict[str, FrontierPoint]
+    chosen: FrontierPoint
+    memory: StepMemory
+    is_exact: bool
+
+
+def _make_plan(
+    units: Sequence[UnitInModel], costs: ChainCosts, outcome: _Outcome, budget_bytes: int, timing: Timing
+) -> Plan:
+    stored_seconds = costs.time([0, *[len(unit.choices) - 1 for unit in units]])
+    choices = outcome.chosen.choices
+    planned = []
+    for index, unit in enumerate(units, start=1):  # 0 is the part before the first unit
+        choice = choices[index]
+        next_choice = [*choices, 0][index + 1]
+        seconds = costs.seconds[index]
+        planned.append(
+            PlannedUnit(
+                name=unit.name,
+                holder=unit.holder,
+                index=unit.index,
+                policy=unit.choices[choice],
+                held_bytes=int(costs.held[index][choice, next_choice]),
+                stored_bytes=int(costs.held[index][-1, -1]),
+                extra_time=float(seconds[choice] - seconds[-1]) / stored_seconds,
+                most_extra_time=float(seconds.max() - seconds[-1]) / stored_seconds,
+            )
+        )
+
+    def plan_point(point: FrontierPoint) -> PlanPoint:
+        return PlanPoint(point.peak_bytes, point.seconds / stored_seconds)
+
+    return Plan(
+        budget_bytes=budget_bytes,
+        memory=outcome.memory,
+        time_ratio=outcome.chosen.seconds / stored_seconds,
+        units=tuple(planned),
+        points=tuple(map(plan_point, outcome.points)),
+        references={name: plan_point(point) for name, point in outcome.references.items()},
+        is_exact=outcome.is_exact,
+        timing=timing,
+    )

@@ -1,0 +1,78 @@
+"""The training step that a plan is for."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from revnet.memory.step._optimizer import OptimizerFactory
+from revnet.memory.step._predict import Prediction, predicting
+from revnet.memory.step._run_step import Loss, device_of, tensors_in
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingStep:
+    """A model with its inputs, optimizer, loss and precision: the arguments of `predict`."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    optimizer: OptimizerFactory | Optimizer | None
+    loss: Loss | None
+    autocast: torch.dtype | None
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Tensors among the inputs."""
+        return tensors_in(self.args, self.kwargs)
+
+    @property
+    def num_samples(self) -> int:
+        """Size of the batch: the first dimension of the first tensor."""
+        return next((tensor.shape[0] for tensor in self.tensors if tensor.dim()), 1)
+
+    @property
+    def model_device(self) -> torch.device:
+        """Device of the model."""
+        return device_of(self.model, self.args, self.kwargs)
+
+    def predicted(self) -> AbstractContextManager[Prediction]:
+        """Replace all tensors by fake ones within the context."""
+        return predicting(
+            self.model,
+            self.args,
+            self.kwargs,
+            optimizer=self.optimizer,
+            loss=self.loss,
+            autocast=self.autocast,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def with_batch_size(self, count: int) -> "TrainingStep":
+        """Return the same step on `count` samples, as meta tensors."""
+
+        def resize(tensor: Tensor) -> Tensor:
+            return torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+
+        return replace(self._with_batch(resize), device=self.device or self.model_device)
+
+    def first_samples(self, count: int) -> "TrainingStep":
+        """Return the same step on the first `count` samples, or on all if there are fewer."""
+        return self if count >= self.num_samples else self._with_batch(lambda tensor: tensor[:count])
+
+    def _with_batch(self, change: Any) -> "TrainingStep":
+        """Return the same step with every tensor of the batch replaced by `change` of it."""
+        total = self.num_samples
+
+        def change_batch(tensor: Tensor) -> Tensor:
+            return change(tensor) if tensor.dim() and tensor.shape[0] == total else tensor
+
+        args, kwargs = tree_map_only(Tensor, change_batch, (self.args, self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)

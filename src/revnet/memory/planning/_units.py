@@ -1,0 +1,75 @@
+"""Find the units of a model that a plan can decide on, and set their policies."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from revnet.memory.step._step_log import StepLog
+from revnet.nn import AbstractPolicy, policy_holders
+
+
+@dataclass(frozen=True, eq=False)
+class UnitInModel:
+    """Unit of a policy holder, with its name in the model."""
+
+    name: str
+    """Name in the model, such as "stages.1.reversible.blocks.3"."""
+    holder: str
+    """Name of the module that holds its policy."""
+    index: int
+    """Index among the units of the holder."""
+    functions: tuple[nn.Module, ...]
+    """Modules that run under the policy, in order."""
+    choices: tuple[AbstractPolicy, ...]
+    """Policies to choose from."""
+
+
+def find_units(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLog) -> list[UnitInModel]:
+    """Return the units that a plan can decide on, in the order of the forward pass.
+
+    All other units keep their policies: units that did not run, units that ran more than once or share a function, so
+    that one policy acts at several points of the chain, and units that contain other units.
+
+    Args:
+        model: The model.
+        policies: Policies to choose from; a unit uses those that it accepts.
+        log: Log of one step of the model.
+    """
+    units = [
+        UnitInModel(
+            name=".".join(filter(None, (holder_name, unit.name))),
+            holder=holder_name,
+            index=index,
+            functions=unit.functions,
+            choices=tuple(policy for policy in policies if unit.accepts(policy)),
+        )
+        for holder_name, holder in policy_holders(model).items()
+        for index, unit in enumerate(holder.policy_units)
+    ]
+    uses = Counter(id(function) for unit in units for function in unit.functions)
+    num_calls = Counter(id(call.module) for call in log.calls)
+    starts = {id(call.module): call.start_event for call in log.calls}
+
+    def is_single(unit: UnitInModel) -> bool:
+        return all(num_calls[id(function)] == uses[id(function)] == 1 for function in unit.functions)
+
+    def contains_others(unit: UnitInModel) -> bool:
+        own = {id(function) for function in unit.functions}
+        return any(id(module) in uses.keys() - own for function in unit.functions for module in function.modules())
+
+    planned = [unit for unit in units if unit.choices and is_single(unit) and not contains_others(unit)]
+    return sorted(planned, key=lambda unit: starts[id(unit.functions[0])])
+
+
+def assign(model: nn.Module, units: Sequence[UnitInModel], policies: Sequence[AbstractPolicy]) -> None:
+    """Set the policy of each unit."""
+    set_policies(model, {(unit.holder, unit.index): policy for unit, policy in zip(units, policies, strict=True)})
+
+
+def set_policies(model: nn.Module, policies: Mapping[tuple[str, int], AbstractPolicy]) -> None:
+    """Set policies by the name of the holder and the index of the unit in it; other units keep their policies."""
+    for name, holder in policy_holders(model).items():
+        current = enumerate(holder.policies)
+        holder.set_policies([policies.get((name, index), policy) for index, policy in current])

@@ -1,0 +1,227 @@
+"""Predict the memory of a training step from shapes alone."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from revnet._torch_internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    active_fake_mode,
+)
+from revnet.errors import PredictionError
+from revnet.memory.step._fake import TensorFaker, fake_tensors_in
+from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
+from revnet.memory.step._recorder import Recorder
+from revnet.memory.step._run_step import Loss, StepResult, check_step, device_of, run_step, tensors_in
+from revnet.memory.step._step_memory import StepMemory
+from revnet.memory.step._summarize import summarize
+
+
+def predict(
+    model: nn.Module,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    optimizer: OptimizerFactory | Optimizer | None = None,
+    loss: Loss | None = None,
+    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> StepMemory:
+    """Count the bytes of a training step of `model` without running it.
+
+    The model's code runs on fake tensors, which have shapes and no data, so a laptop can count a step that needs 100
+    GiB in about the time of a small one. Model and inputs may be on the meta device.
+
+    On the CPU, the figures equal the figures of `measure` to the byte, except for kernels that pass on a workspace,
+    such as oneDNN's LSTM. On a GPU, they do not include workspaces. Where PyTorch uses other kernels on a GPU
+    (attention, optimizers that update all parameters at once), the bytes match only if `device` names the GPU, on a
+    machine that has one.
+
+    The model and the attributes of its modules are left unchanged. Variables outside the model that its code writes to
+    change as in any run.
+
+    Args:
+        model: Any module, in the mode (training or evaluation) to predict.
+        inputs: Arguments of the model: real tensors, or tensors on the meta device.
+        kwargs: Keyword arguments of the model.
+        optimizer: Function that makes the optimizer from parameters, such as `torch.optim.AdamW` or
+            `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`, or an optimizer of the model, which is not changed. None
+            counts no optimizer. Its state is counted as it is after the first step.
+        loss: Function from the model's output to a scalar; None for the sum of all outputs that require a gradient.
+        autocast: Data type in which autocast runs the forward pass and the loss, such as `torch.bfloat16`; None keeps
+            the current setting.
+        dtype: Predict as if the model and all floating-point inputs were converted to this data type.
+        device: Predict as if model and inputs were on this device; None for the model's own, or the CPU if that is the
+            meta device.
+
+    Raises:
+        PredictionError: The model or the loss fails on inputs of these shapes, or needs the values of tensors.
+        TypeError: An argument has the wrong type.
+        ValueError: No output requires a gradient, a lazy module has no shape yet, or `device` is not available.
+    """
+    with predicting(
+        model, inputs, kwargs, optimizer=optimizer, loss=loss, autocast=autocast, dtype=dtype, device=device
+    ) as prediction:
+        return prediction.memory()
+
+
+@contextmanager
+def predicting(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    optimizer: OptimizerFactory | Optimizer | None,
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Iterator["Prediction"]:
+    """Replace the model's tensors by fake ones, for any number of steps; for the arguments see `predict`."""
+    check_step(model, kwargs, loss, autocast)
+    factory = as_factory(optimizer, list(model.parameters()))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"`dtype` (={dtype!r}) must be a floating-point type such as `torch.bfloat16`, or None.")
+    target = None if device is None else _checked_device("device", device)
+    if target is None:
+        _checked_device("model", device_of(model, inputs, kwargs))
+    faker = TensorFaker(target, dtype)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(active_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True))
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device("cpu" if target is None else target))
+        stack.enter_context(_quiet())
+        stack.enter_context(fake_tensors_in(model, faker))
+        args, named = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
+        yield Prediction(model, args, named, optimizer=factory, loss=loss, autocast=autocast)
+
+
+class Prediction:
+    """A model with fake tensors, whose step can run any number of times under changing policies.
+
+    Args:
+        model: The model, with fake parameters and buffers.
+        args: Positional arguments of the model, with fake tensors.
+        kwargs: Keyword arguments of the model, with fake tensors.
+        optimizer: Makes the optimizer; None counts no optimizer.
+        loss: Function from the output to a scalar; None for the sum of all outputs.
+        autocast: Data type of autocast; None keeps the current setting.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        optimizer: OptimizerFactory | None,
+        loss: Loss | None,
+        autocast: torch.dtype | None,
+    ):
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        self._optimizer = optimizer
+        self._loss = loss
+        self._autocast = autocast
+        self._cost: OptimizerCost | None = None
+
+    def run(self) -> StepResult:
+        """Run a step of the model under its current policies."""
+        for tensor in [*self._model.parameters(), *tensors_in(self._args, self._kwargs)]:
+            tensor.grad = None
+        guard = partial(_explained, self._model, _describe(tensors_in(self._args, self._kwargs)))
+        return run_step(self._model, self._args, self._kwargs, loss=self._loss, autocast=self._autocast, guard=guard)
+
+    def memory(self) -> StepMemory:
+        """Return the memory of a step of the model under its current policies."""
+        result = self.run()
+        if self._optimizer is not None and self._cost is None:  # it does not depend on policies
+            device_type = device_of(self._model, self._args, self._kwargs).type
+            parameters = list(self._model.parameters())
+            self._cost = optimizer_cost(self._optimizer, parameters, result.has_gradient, device_type)
+        return summarize(self._model, result, self._cost)
+
+
+def _checked_device(name: str, value: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`{name}` (={value!r}) must be a device of PyTorch, such as 'cpu' or 'cuda'.") from error
+    if device.type == "meta":
+        return torch.device("cpu")
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
+        raise ValueError(
+            f"`{name}` (={device}) is on a device that PyTorch cannot use here; predict for the CPU with "
+            "`device='cpu'`, where the bytes differ little."
+        )
+    return device
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress the traces that PyTorch logs for errors on fake tensors; the exception says the same."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
+def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> Iterator[None]:
+    """Turn an exception into one line that says what failed, where, and why."""
+    try:
+        yield
+    except Exception as error:
+        name = recorder.running_module
+        where = f"`{name}` of {type(model).__name__}" if name else type(model).__name__
+        cause = _needs_values(error)
+        if cause is None:
+            raise PredictionError(f"{part} of {where} failed, {given}: {_first_line(error)}") from error
+        raise PredictionError(
+            f"{part} of {where} cannot be predicted, because {cause}; measure it with `revnet.memory.measure`, on a "
+            "small batch."
+        ) from error
+
+
+_NEEDS_DATA = ("FakeTensor", "fake", "data pointer", "tensor subclasses")
+
+
+def _needs_values(error: Exception) -> str | None:
+    """Return the reason why only fake tensors raise this error; None if real tensors may raise it too."""
+    if isinstance(error, DataDependentOutputException):
+        return "it asks for the value of a tensor (`.item()`, `if x > 0`)"
+    if isinstance(error, DynamicOutputShapeException):
+        return f"a shape depends on values ({error.func})"
+    if isinstance(error, UnsupportedOperatorException | UnsupportedFakeTensorException):
+        return f"an operator has no shape function ({_first_line(error)})"
+    is_slip = isinstance(error, TypeError | AttributeError)  # its message only names the type of an operand
+    if not is_slip and any(phrase in str(error) for phrase in _NEEDS_DATA):
+        return f"it needs data ({_first_line(error)})"
+    return None
+
+
+def _describe(inputs: list[Tensor]) -> str:
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+    return f"on inputs of shape {shapes}" if shapes else "without inputs"
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).splitlines()), "").replace("FakeTensor", "Tensor")
+    line = line if len(line) <= 200 else f"{line[:200]}..."
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

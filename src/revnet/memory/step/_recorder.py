@@ -1,0 +1,322 @@
+"""Record the storages and operations of a training step without disturbing it."""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revnet._torch_internals import current_node, next_sequence_number, sequence_number_of
+from revnet.memory.step._flops import FLOP_FORMULAS
+from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
+from revnet.nn import AbstractReversibleBlock
+
+_aten = torch.ops.aten
+# Returns its argument, a new tensor that no recorded operation created: `torch.tensor` ends with it.
+_FRESH = {_aten.lift_fresh.default}
+# These move and allocate nothing, and their number differs between fake and real tensors: the engine reads the values
+# of real tensors through detached aliases, for instance. If they counted, `predict` would differ from `measure`.
+_QUERIES = {torch.ops.prim.device.default, _aten.detach.default, _aten.promote_types.default}
+_ALLOCATIONS = {
+    packet
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+    if (packet := getattr(_aten, name, None)) is not None
+}
+# Operations with which autograd copies a gradient into `grad` when it cannot reuse the tensor itself.
+_COPIES = {_aten.new_empty_strided.default, _aten.clone.default}
+_ACCUMULATES = 2**64 - 1
+"""Sequence number of every node that accumulates a gradient into `grad`."""
+
+
+class Recorder(TorchDispatchMode):
+    """Record the storages and operations of whatever runs while this mode is active.
+
+    Storages count as in `LiveBytes`, and recording keeps none alive. Within `following(model)`, it also records which
+    module runs and when a storage becomes the gradient of a parameter.
+
+    Args:
+        ignore: Tensors that are alive during the whole step, whose storages do not count.
+        device_type: Type of the device on which storages count, such as "cpu"; storages elsewhere take no memory there.
+    """
+
+    def __init__(self, ignore: Iterable[Tensor], device_type: str):
+        super().__init__()
+        self._device_type = device_type
+        # Kept alive, so that no new storage can get the address of an ignored one.
+        self._ignored = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in ignore}
+        self._operations: dict[Any, _Operation] = {}
+        self._references: dict[int, _Reference] = {}
+        self._births: list[int] = []
+        self._deaths: dict[int, int] = {}
+        self._sizes: list[int] = []
+        self._creators: list[int] = []
+        self._gradient_since: dict[int, int] = {}
+        self._copies: set[int] = set()
+
+        self._event = 0
+        self._sequence: list[int] = []
+        self._flops: list[int] = []
+        self._moved_bytes: list[int] = []
+
+        self._names: list[str] = []
+        self._calls: list[_OpenCall] = []
+        self._open: list[_OpenCall] = []
+        self._start_sequence = self._last_sequence = _next_sequence()
+        self._forward_end: int | None = None
+        self._forward_end_sequence = 0
+
+    @property
+    def running_module(self) -> str:
+        """Name of the innermost module that was called and has not returned; "" for the model itself."""
+        return self._names[self._open[-1].module_index] if self._open else ""
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Record calls of modules in `model` and gradients of its parameters; remove all hooks on leaving."""
+        with ExitStack() as stack:
+            for index, (name, module) in enumerate(model.named_modules()):
+                self._names.append(name)
+                # `calling` records the model itself. A hook changes the way a block runs, and scripts take no hooks.
+                if index == 0 or isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule):
+                    continue
+                enter = module.register_forward_pre_hook(self._entering(index), prepend=True)
+                stack.callback(enter.remove)
+                leave = module.register_forward_hook(self._leave)
+                stack.callback(leave.remove)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    if parameter._post_accumulate_grad_hooks is None:  # removing the last hook leaves an empty list
+                        stack.callback(setattr, parameter, "_post_accumulate_grad_hooks", None)
+                    hook = parameter.register_post_accumulate_grad_hook(self._note_gradient)
+                    stack.callback(hook.remove)
+            yield
+
+    @contextmanager
+    def calling(self, model: nn.Module) -> Iterator[None]:
+        """Record the call of the model, which runs inside."""
+        self._enter(0, model)
+        yield
+        self._leave(model)
+
+    def end_forward(self) -> None:
+        """Mark the end of the forward pass."""
+        self._forward_end = self._event
+        self._forward_end_sequence = _next_sequence()
+        self._last_sequence = self._forward_end_sequence
+        self._end_event(self._last_sequence, 0, 0)
+
+    def end(self) -> None:
+        """Mark the end of the step."""
+        self._end_event(self._current_sequence(), 0, 0)
+
+    def log(self) -> StepLog:
+        """Return what was recorded; call `end_forward` and `end` first."""
+        assert self._forward_end is not None
+        births = np.array(self._births, np.int64)
+        calls = [call.finished(self._names) for call in self._calls]
+        sequence = np.array(self._sequence, np.int64)
+        return StepLog(
+            births=births,
+            deaths=_spread(self._deaths, len(births), self._event),
+            sizes=np.array(self._sizes, np.int64),
+            gradient_since=_spread(self._gradient_since, len(births), self._event),
+            creators=np.array(self._creators, np.int64),
+            sequence=sequence,
+            owners=_owners(sequence - self._start_sequence, self._start_sequence, self._forward_end, self._calls),
+            flops=np.array(self._flops, np.int64),
+            moved_bytes=np.array(self._moved_bytes, np.int64),
+            calls=calls,
+            modules=tuple(self._names),
+            forward_end=self._forward_end,
+        )
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop recording and release all memory."""
+        super().__exit__(*exception)
+        self._references.clear()
+        self._ignored.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and record its cost and the storages that it creates."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _QUERIES:
+            return result
+        operation = self._operations.get(func)
+        if operation is None:
+            operation = self._operations[func] = _Operation.of(func)
+        sequence = self._current_sequence()
+        flops = 0 if operation.count_flops is None else operation.count_flops(*args, **kwargs, out_val=result)
+        moved_bytes = 0
+        outputs = _tensors_in(result)
+        if operation.moves:
+            moved_bytes = sum(map(_num_bytes, outputs))
+            moved_bytes += sum(map(_num_bytes, _tensors_in((*args, *kwargs.values()))))
+        if operation.is_fresh:
+            for tensor in outputs:
+                if tensor.layout is torch.strided and tensor.device.type == self._device_type:
+                    self._watch(tensor.untyped_storage(), func)
+        self._end_event(sequence, flops, moved_bytes)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage, func: Any) -> None:
+        key = storage._cdata
+        if key in self._ignored or key in self._references:
+            return
+        index = len(self._births)
+        reference = self._references[key] = _Reference(storage, self._freed)
+        reference.key, reference.index = key, index
+        self._births.append(self._event)
+        self._sizes.append(storage.nbytes())
+        self._creators.append(self._open[-1].module_index if self._open else NO_MODULE)
+        if func in _COPIES and self._forward_end is not None and _running_sequence() == _ACCUMULATES:
+            self._copies.add(index)
+
+    def _freed(self, reference: Any) -> None:
+        self._deaths[reference.index] = self._event
+        del self._references[reference.key]
+
+    def _end_event(self, sequence: int, flops: int, moved_bytes: int) -> None:
+        self._sequence.append(sequence)
+        self._flops.append(flops)
+        self._moved_bytes.append(moved_bytes)
+        self._event += 1
+
+    def _current_sequence(self) -> int:
+        if self._forward_end is None:
+            return _next_sequence()
+        running = _running_sequence()
+        # A node that accumulates into `grad` runs right after the node that computed the gradient. Nodes that a
+        # backward pass creates, to run a part of the network again, run inside the node that they belong to. Both have
+        # numbers outside the range of the forward pass, and count for its node that ran last.
+        if running is not None and self._start_sequence <= running < self._forward_end_sequence:
+            self._last_sequence = running
+        return self._last_sequence
+
+    # Hooks ------------------------------------------------------------------------------------------------------------
+
+    def _entering(self, index: int) -> Callable[[nn.Module, Any], None]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self._enter(index, module)
+
+        return enter
+
+    def _enter(self, index: int, module: nn.Module) -> None:
+        if self._is_forward():
+            call = _OpenCall(index, module, self._event, _next_sequence())
+            self._calls.append(call)
+            self._open.append(call)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._is_forward():
+            while self._open:  # a call that ended in an exception, caught further out, never got here
+                call = self._open.pop()
+                call.stop_event, call.stop_sequence = self._event, _next_sequence()
+                if call.module is module:
+                    break
+
+    def _is_forward(self) -> bool:
+        """Return whether the forward pass runs, and not a backward pass within it, which may call modules again."""
+        return self._forward_end is None and current_node() is None
+
+    def _note_gradient(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is None or gradient.layout is not torch.strided:
+            return
+        reference = self._references.get(gradient.untyped_storage()._cdata)
+        if reference is not None:
+            index = reference.index
+            since = self._births[index] if index in self._copies else self._event
+            self._gradient_since.setdefault(index, since)
+
+
+class _Reference(weakref.ref[torch.UntypedStorage]):
+    """Weak reference that remembers which storage it referred to."""
+
+    __slots__ = ("index", "key")
+    index: int
+    key: int
+
+
+class _Operation(NamedTuple):
+    """Properties of an operation that do not depend on its arguments."""
+
+    is_fresh: bool
+    """Whether it may return new memory; views and in-place operations return existing memory."""
+    moves: bool
+    """Whether it reads or writes the elements of tensors."""
+    count_flops: Callable[..., int] | None
+
+    @classmethod
+    def of(cls, func: Any) -> "_Operation":
+        schema = func._schema
+        is_fresh = func in _FRESH or any(each.alias_info is None for each in schema.returns)
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in schema.arguments)
+        moves = not is_view and func.overloadpacket not in _ALLOCATIONS
+        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket))
+
+
+class _OpenCall:
+    """Call of a module that has not returned yet."""
+
+    __slots__ = ("module", "module_index", "start_event", "start_sequence", "stop_event", "stop_sequence")
+
+    def __init__(self, module_index: int, module: nn.Module, start_event: int, start_sequence: int):
+        self.module_index = module_index
+        self.module = module
+        self.start_event = self.stop_event = start_event
+        self.start_sequence = self.stop_sequence = start_sequence
+
+    def finished(self, names: Sequence[str]) -> Call:
+        return Call(
+            names[self.module_index],
+            self.module,
+            self.start_event,
+            self.stop_event,
+            self.start_sequence,
+            self.stop_sequence,
+        )
+
+
+def _next_sequence() -> int:
+    return next_sequence_number()
+
+
+def _running_sequence() -> int | None:
+    """Return the sequence number of the node that a backward pass runs on this thread; None outside one."""
+    node = current_node()
+    return None if node is None else sequence_number_of(node)
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors among an operation's arguments or results, which nest only in lists and tuples."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, list | tuple):
+        return [tensor for value in values for tensor in _tensors_in(value)]
+    return []
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _spread(values: dict[int, int], length: int, default: int) -> Integers:
+    spread = np.full(length, default, np.int64)
+    spread[list(values.keys())] = list(values.values())
+    return spread
+
+
+def _owners(sequence: Integers, start_sequence: int, forward_end: int, calls: Sequence[_OpenCall]) -> Integers:
+    """Return the module that runs at each event: by event in the forward pass, by sequence number in the backward."""
+    owners = np.full(len(sequence), NO_MODULE, np.int64)
+    by_sequence = np.full(int(sequence.max()) + 1, NO_MODULE, np.int64)
+    for call in calls:  # inner calls begin later and overwrite outer ones
+        owners[call.start_event : call.stop_event] = call.module_index
+        by_sequence[call.start_sequence - start_sequence : call.stop_sequence - start_sequence] = call.module_index
+    owners[forward_end:] = by_sequence[sequence[forward_end:]]
+    return owners

@@ -1,0 +1,201 @@
+"""Run one training step under a recorder."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from revnet._torch_internals import active_fake_mode
+from revnet.memory.step._cpu_kernels import CpuKernels
+from revnet.memory.step._recorder import Recorder
+from revnet.memory.step._step_log import StepLog
+
+Loss = Callable[[Any], Tensor]
+"""Function from a model's output to a scalar."""
+
+
+class Constants(NamedTuple):
+    """Bytes that are alive during the whole step."""
+
+    parameters: int
+    buffers: int
+    inputs: int
+
+
+class StepResult(NamedTuple):
+    """Record of one step."""
+
+    log: StepLog
+    constants: Constants
+    has_gradient: list[bool]
+    """Whether the step gave a gradient to each parameter of the model, in order."""
+
+
+def _unguarded(what: str, recorder: Recorder) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def run_step(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+    guard: Callable[[str, Recorder], AbstractContextManager[None]] = _unguarded,
+) -> StepResult:
+    """Run `model(*args, **kwargs)`, the loss and `backward`, and record them.
+
+    The parameters must have no gradients, so that the backward pass creates them. They keep the new gradients.
+
+    Args:
+        model: The model, with real or fake parameters.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        loss: Function from the output to a scalar; None for the sum of all outputs that require a gradient.
+        autocast: Data type in which autocast runs the forward pass and the loss; None keeps the current setting.
+        guard: Makes a context for each part that runs code of the user, from the name of the part ("the forward pass",
+            "the loss", "the backward pass") and the recorder.
+
+    Raises:
+        TypeError: `loss` did not return a scalar.
+        ValueError: Neither the loss nor any output requires a gradient.
+    """
+    device_type = device_of(model, args, kwargs).type
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    inputs = tensors_in(args, kwargs)
+    recorder = Recorder([*parameters, *buffers, *inputs], device_type)
+    constants = Constants(*_bytes_by_group([parameters, buffers, inputs], device_type))
+    torch.clear_autocast_cache()  # casts cached by earlier code would not be counted
+    is_real = device_type != "meta" and active_fake_mode() is None
+    kernels = nullcontext() if is_real else CpuKernels()
+    with torch.enable_grad(), recorder.following(model), kernels, recorder:
+        with nullcontext() if autocast is None else torch.autocast(device_type, autocast):
+            with guard("the forward pass", recorder), recorder.calling(model):
+                output = model(*args, **kwargs)
+            with guard("the loss", recorder):
+                losses = losses_of(output, loss)
+            del output  # a training step does not keep it either
+        _check_losses(model, losses, is_given=loss is not None)
+        recorder.end_forward()
+        with _restoring_gradients(_other_leaves(losses, [*parameters, *inputs])), guard("the backward pass", recorder):
+            torch.autograd.backward(losses)
+        recorder.end()
+    torch.clear_autocast_cache()
+    has_gradient = [parameter.grad is not None for parameter in parameters]
+    return StepResult(recorder.log(), constants, has_gradient)
+
+
+def losses_of(output: Any, loss: Loss | None) -> list[Tensor]:
+    """Return the scalars to differentiate: the loss, or the sum of each output that requires a gradient."""
+    if loss is not None:
+        return [loss(output)]
+    outputs = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
+    return [(torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).sum() for leaf in outputs]
+
+
+def _check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool) -> None:
+    for value in losses:
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            returned = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"`loss` returned {returned}; it must return a scalar tensor: take the mean or the sum.")
+    if is_given and not losses[0].requires_grad:
+        raise ValueError(
+            f"`loss` of `model` (={type(model).__name__}) returned a tensor that requires no gradient, so there is no "
+            "training step; unfreeze a parameter, and do not detach the output."
+        )
+    if not losses:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has no output that requires a gradient, so it has no training step; "
+            "unfreeze a parameter."
+        )
+
+
+def _other_leaves(losses: list[Tensor], known: list[Tensor]) -> list[Tensor]:
+    """Return the leaves outside the model that will receive gradients, such as parameters of the loss."""
+    ids = {id(tensor) for tensor in known}
+    nodes: list[Any] = [loss.grad_fn for loss in losses]
+    seen, leaves = set(nodes), []
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) not in ids:
+            leaves.append(node.variable)
+        for parent, _ in node.next_functions:
+            if parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    return leaves
+
+
+@contextmanager
+def _restoring_gradients(leaves: list[Tensor]) -> Iterator[None]:
+    """Remove the gradients of the leaves and restore them on leaving."""
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def check_step(
+    model: nn.Module, kwargs: Mapping[str, Any] | None, loss: Loss | None, autocast: torch.dtype | None
+) -> None:
+    """Raise for arguments that are wrong in themselves, before anything runs."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` (={type(model).__name__}) must be a module.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"`kwargs` (={type(kwargs).__name__}) must be a dict of the model's keyword arguments, or None."
+        )
+    if loss is not None and not callable(loss):
+        raise TypeError(f"`loss` (={loss!r}) must be a function from the model's output to a scalar, or None.")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"`autocast` (={autocast!r}) must be `torch.bfloat16`, `torch.float16` or None.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"`model` (={type(model).__name__}) has no shape yet for `{name}`; call it once on a batch, which "
+                "initializes its lazy modules."
+            )
+
+
+def device_of(model: nn.Module, *inputs: Any) -> torch.device:
+    """Return the device of the model; of several devices, the first that is not the CPU."""
+    tensors = [*model.parameters(), *model.buffers()] or tensors_in(inputs)
+    devices = [tensor.device for tensor in tensors]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors in nested structures."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _bytes_by_group(groups: Iterable[Iterable[Tensor]], device_type: str) -> list[int]:
+    """Return the bytes of each group of tensors; memory that tensors share counts once, for the first of them."""
+    seen: set[tuple[Any, ...]] = set()
+    totals = []
+    for group in groups:
+        total = 0
+        for tensor in group:
+            if tensor.layout is torch.strided and tensor.device.type == device_type:
+                storage = tensor.untyped_storage()
+                key = storage._cdata, tensor.storage_offset(), tensor.shape
+                if key not in seen:
+                    seen.add(key)
+                    # A slice of a data set counts alone, without its storage; an expanded tensor counts its storage.
+                    total += min(storage.nbytes(), tensor.numel() * tensor.element_size())
+        totals.append(total)
+    return totals

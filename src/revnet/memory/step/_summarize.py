@@ -1,0 +1,124 @@
+"""Compute the figures of a step from its log."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+from revnet.memory.step._memory_parts import Breakdown, CudaMemory, ModuleMemory, Phase, Timeline
+from revnet.memory.step._optimizer import OptimizerCost
+from revnet.memory.step._run_step import StepResult
+from revnet.memory.step._step_log import NO_MODULE, Integers, StepLog
+from revnet.memory.step._step_memory import StepMemory
+
+
+def summarize(
+    model: nn.Module, result: StepResult, optimizer: OptimizerCost | None, cuda: CudaMemory | None = None
+) -> StepMemory:
+    """Return the figures of one step of `model`, followed by the step of its optimizer."""
+    log, constants = result.log, result.constants
+    state_bytes = 0 if optimizer is None else optimizer.state_bytes
+    constant_bytes = sum(constants) + state_bytes
+    in_optimizer = np.zeros(0, np.int64) if optimizer is None else optimizer.step_bytes
+    activations = np.concatenate((log.activation_bytes, log.activation_bytes[-1] + in_optimizer))
+    gradients = np.concatenate((log.gradient_bytes, np.full(len(in_optimizer), log.gradient_bytes[-1])))
+    owners = np.concatenate((log.owners, np.full(len(in_optimizer), NO_MODULE)))
+    total = constant_bytes + activations + gradients
+    peak = int(total.argmax())
+    held_at_peak = _held_bytes_at(log, peak)
+    return StepMemory(
+        peak_bytes=int(total[peak]),
+        at_peak=Breakdown(
+            parameters=constants.parameters,
+            buffers=constants.buffers,
+            optimizer=state_bytes,
+            inputs=constants.inputs,
+            gradients=int(gradients[peak]),
+            held=held_at_peak,
+            transient=int(activations[peak]) - held_at_peak,
+        ),
+        peak_phase=_phase_of(log, peak),
+        peak_module="" if owners[peak] == NO_MODULE else log.modules[owners[peak]],
+        activation_bytes=int(log.activation_bytes.max()),
+        held_bytes=log.held_bytes,
+        parameter_bytes=constants.parameters,
+        buffer_bytes=constants.buffers,
+        gradient_bytes=int(log.gradient_bytes[-1]),
+        optimizer_bytes=state_bytes,
+        input_bytes=constants.inputs,
+        modules=_modules(model, log, total[: log.num_events]),
+        timeline=_timeline(log, activations, gradients, owners, constant_bytes),
+        cuda=cuda,
+    )
+
+
+def _phase_of(log: StepLog, event: int) -> Phase:
+    if event <= log.forward_end:
+        return "forward"
+    return "backward" if event < log.num_events else "optimizer"
+
+
+def _held_bytes_at(log: StepLog, event: int) -> int:
+    """Return the bytes alive at an event in storages that are held between the passes."""
+    alive = log.live(min(event, log.num_events - 1))
+    alive = alive[log.is_held[alive]]
+    return int(log.sizes[alive].sum())
+
+
+def _modules(model: nn.Module, log: StepLog, total: Integers) -> tuple[ModuleMemory, ...]:
+    """Return the memory of each module with its children: sums of parameters and held bytes, maxima of peaks."""
+    named = dict(model.named_modules())
+    parents = _parents(log.modules)
+    parameters: list[dict[int, int]] = [{} for _ in named]
+    for index, module in enumerate(named.values()):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameters[index][id(parameter)] = _num_bytes(parameter)
+    held = np.zeros(len(named), np.int64)
+    is_owned = log.is_held & (log.creators != NO_MODULE)
+    np.add.at(held, log.creators[is_owned], log.sizes[is_owned])
+    peaks = np.zeros(len(named), np.int64)
+    is_owned = log.owners != NO_MODULE
+    np.maximum.at(peaks, log.owners[is_owned], total[is_owned])
+    for index in range(len(named) - 1, 0, -1):  # children follow their parents
+        parent = parents[index]
+        parameters[parent] |= parameters[index]
+        held[parent] += held[index]
+        peaks[parent] = max(peaks[parent], peaks[index])
+    return tuple(
+        ModuleMemory(
+            name=name,
+            kind=type(module).__name__,
+            parameter_bytes=sum(parameters[index].values()),
+            held_bytes=int(held[index]),
+            peak_bytes=int(peaks[index]),
+        )
+        for index, (name, module) in enumerate(named.items())
+    )
+
+
+def _parents(names: Sequence[str]) -> list[int]:
+    indices: Mapping[str, int] = {name: index for index, name in enumerate(names)}
+    return [indices[name.rpartition(".")[0]] for name in names]
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _timeline(
+    log: StepLog, activations: Integers, gradients: Integers, owners: Integers, constant_bytes: int
+) -> Timeline:
+    """Return the events that change the bytes alive, and the last event of each pass."""
+    is_change = np.ones(len(activations), np.bool_)
+    is_change[1:] = (np.diff(activations) != 0) | (np.diff(gradients) != 0)
+    is_change[[log.forward_end, log.num_events - 1]] = True
+    points = np.flatnonzero(is_change)
+    return Timeline(
+        activation_bytes=activations[points],
+        gradient_bytes=gradients[points],
+        constant_bytes=constant_bytes,
+        module_indices=owners[points],
+        backward_start=int(np.searchsorted(points, log.forward_end, side="right")),
+        optimizer_start=int(np.searchsorted(points, log.num_events)),
+    )

@@ -1,0 +1,93 @@
+"""Find residual functions that return different bits when they run again."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from revnet.engine._determinism import repeat_function
+from revnet.nn import AbstractReversibleBlock, policy_holders, restoring_state
+
+
+class NondeterministicFunction(NamedTuple):
+    """Residual function that returned different bits when it ran again."""
+
+    name: str
+    """Name in the model, such as "stages.0.reversible.blocks.3.f"."""
+    output_error: float
+    """Relative error between the outputs of two runs, which makes reconstruction inexact; 0 if they were equal."""
+    gradient_error: float
+    """Largest relative error between the gradients of two runs, which affects stored activations too."""
+
+
+def find_nondeterministic(
+    model: nn.Module, *inputs: Any, kwargs: Mapping[str, Any] | None = None, num_runs: int = 3
+) -> tuple[NondeterministicFunction, ...]:
+    """Return the residual functions of `model` that return different bits when they run again on this device.
+
+    Reversal, and exact reversal above all, assumes that a residual function is deterministic: the same input, random
+    state, buffers and autocast give the same bits. PyTorch's CPU kernels are deterministic for a fixed number of
+    threads, and so are most GPU kernels. Kernels that add in the order of arrival (`index_add`, `scatter_add`, some
+    backward passes) are not, unless `torch.use_deterministic_algorithms(True)` selects others.
+
+    The model runs forward once, in its current mode and under the current autocast, and each residual function runs
+    `num_runs` times on its input, forward and backward. Buffers, gradients and the random state are left unchanged.
+
+    Args:
+        model: A model with reversible blocks.
+        inputs: Arguments of the model, with the size and on the device of training, since kernels depend on both.
+        kwargs: Keyword arguments of the model.
+        num_runs: Number of runs of each function; a race may need many to show.
+
+    Returns:
+        The functions whose results differed, in the order in which they ran. The tuple is empty if all were equal.
+
+    Raises:
+        ValueError: `model` has no reversible block, or `num_runs` is below 2.
+    """
+    if num_runs < 2:
+        raise ValueError(f"`num_runs` (={num_runs}) must be 2 or more, since runs are compared with each other.")
+    functions = residual_functions(model)
+    if not functions:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has no reversible block whose functions could be run again; build it "
+            "of `ReversibleSequential`."
+        )
+    named = dict(kwargs or {})
+    differing: dict[str, NondeterministicFunction] = {}
+    is_running = False
+
+    def probe(name: str) -> Any:
+        def before(function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal is_running
+            if is_running:  # one function calls another one, or itself
+                return
+            is_running = True
+            try:
+                repetition = repeat_function(function, args, kwargs, num_runs)
+            finally:
+                is_running = False
+            if repetition != (0.0, 0.0):
+                differing.setdefault(name, NondeterministicFunction(name, *repetition))
+
+        return before
+
+    with ExitStack() as stack:
+        for name, function in functions.items():
+            handle = function.register_forward_pre_hook(probe(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(restoring_state(model))
+        with torch.enable_grad():
+            model(*inputs, **named)
+    return tuple(differing.values())
+
+
+def residual_functions(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the residual functions of all reversible blocks and units of `model` by name, in order."""
+    blocks = [module for module in model.modules() if isinstance(module, AbstractReversibleBlock)]
+    ids = {id(half_block.function) for block in blocks for half_block in block.half_blocks()}
+    for holder in policy_holders(model).values():
+        ids |= {id(function) for unit in holder.policy_units if unit.is_reversible for function in unit.functions}
+    return {name: module for name, module in model.named_modules() if id(module) in ids}

@@ -1,0 +1,71 @@
+"""What the probes of a model show of its units."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from revnet.memory.planning._costs import count_costs, find_unit_spans, probes
+from revnet.memory.planning._planner import POLICIES
+from revnet.memory.planning._timing import RooflineTiming
+from revnet.memory.planning._units import assign, find_units
+from revnet.memory.step._predict import predicting
+from revnet.models import RevNet
+
+
+def test_probes_show_every_pair_of_neighbours():
+    for num_choices in ([3, 3, 3, 2], [2], [2, 3, 1, 3], [4, 4], []):
+        seen = {pair for probe in probes(num_choices) for pair in enumerate(itertools.pairwise(probe))}
+        wanted = {
+            (place, pair)
+            for place, counts in enumerate(itertools.pairwise(num_choices))
+            for pair in itertools.product(*map(range, counts))
+        }
+        assert seen == wanted
+        for place, count in enumerate(num_choices):
+            assert {probe[place] for probe in probes(num_choices)} == set(range(count))
+
+
+@pytest.fixture
+def prediction():
+    model, x = RevNet(num_blocks=(2, 2), widths=(8, 8, 16)), torch.randn(4, 3, 8, 8)
+    nothing = dict.fromkeys(("optimizer", "loss", "autocast", "dtype", "device"))
+    with predicting(model, (x,), {}, **nothing) as prediction:
+        yield model, prediction
+
+
+def test_the_chain_has_the_peak_of_any_mixture_or_a_little_more(prediction):
+    model, prediction = prediction
+    units = find_units(model, POLICIES, prediction.run().log)
+    memory = prediction.memory()
+    constant_bytes = memory.parameter_bytes + memory.buffer_bytes + memory.input_bytes
+    costs, excess = count_costs(
+        model, units, prediction.run, RooflineTiming().seconds, constant_bytes=constant_bytes, floor=0
+    )
+    assert excess < 0.05 * memory.peak_bytes
+    draw = random.Random(0)
+    for _ in range(5):
+        choices = [draw.randrange(len(unit.choices)) for unit in units]
+        assign(model, units, [unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
+        peak = prediction.memory().peak_bytes
+        assert costs.peak([0, *choices]) == pytest.approx(peak, rel=0.05)
+    for choices in ([0] * len(units), [len(unit.choices) - 1 for unit in units]):
+        assign(model, units, [unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
+        log = prediction.run().log
+        seconds = RooflineTiming().seconds(log.flops, log.moved_bytes).sum()
+        assert costs.time([0, *choices]) == pytest.approx(seconds)
+
+
+def test_every_event_and_storage_is_in_one_stretch(prediction):
+    model, prediction = prediction
+    log = prediction.run().log
+    units = find_units(model, POLICIES, log)
+    windows = find_unit_spans(log, units)
+    assert set(windows.of_event) == set(range(len(units) + 1)) - {0}  # the stem comes first
+    forward = windows.of_event[: log.forward_end]
+    assert (forward[1:] >= forward[:-1]).all()
+    backward = windows.of_event[log.forward_end + 1 : -1]
+    assert (backward[1:] <= backward[:-1]).all()
+    held = sum(int(log.sizes[log.is_held & (windows.of_storage == place)].sum()) for place in range(len(units) + 1))
+    assert held == log.held_bytes

@@ -1,0 +1,298 @@
+"""Plans: they fit, nothing that fits is faster, and they say what they are."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import (
+    BudgetError,
+    Checkpoint,
+    FixedPoint,
+    Offload,
+    PolicySequential,
+    PredictionError,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    set_coupling,
+    set_policy,
+)
+from revnet.memory import MeasuredTiming, max_batch_size, measure, plan, predict
+from revnet.memory.planning._planner import POLICIES
+from revnet.memory.planning._units import set_policies
+from revnet.models import RevNet
+from revnet.nn import policy_holders
+from tests.helpers import CASE, Attention, FeedForward, assert_close, gradients, squares
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def small_revnet(num_blocks=(1, 1)):
+    return RevNet(num_blocks=num_blocks, widths=(8, 8, 16))
+
+
+def small_transformer(num_blocks=2):
+    blocks = [ReversibleBlock(Attention(8), FeedForward(8), split_dim=-1) for _ in range(num_blocks)]
+    return nn.Sequential(PolicySequential(nn.Linear(4, 16), nn.GELU()), ReversibleSequential(*blocks), nn.Linear(16, 2))
+
+
+MODELS = {
+    "revnet": (small_revnet, lambda batch: torch.randn(batch, 3, 8, 8)),
+    "transformer": (small_transformer, lambda batch: torch.randn(batch, 10, 4)),
+}
+all_models = pytest.mark.parametrize(("make_model", "make_input"), MODELS.values(), ids=MODELS.keys())
+
+
+def policies(model):
+    return [policy for holder in policy_holders(model).values() for policy in holder.policies]
+
+
+def everything(model, x, units):
+    """The peak of every assignment of policies to `units`: a step each."""
+    holders = policy_holders(model)
+    choices = [
+        [policy for policy in POLICIES if holders[unit.holder].policy_units[unit.index].accepts(policy)]
+        for unit in units
+    ]
+    peaks = {}
+    for assignment in itertools.product(*choices):
+        places = [(unit.holder, unit.index) for unit in units]
+        set_policies(model, dict(zip(places, assignment, strict=True)))
+        peaks[assignment] = predict(model, x, optimizer=SGD).peak_bytes
+    return peaks
+
+
+LARGER = {
+    "revnet-5": (partial(small_revnet, (2, 2)), MODELS["revnet"][1]),
+    "transformer-5": (partial(small_transformer, 4), MODELS["transformer"][1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("make_model", "make_input"),
+    [
+        *[pytest.param(*model, id=name) for name, model in MODELS.items()],
+        *[pytest.param(*model, id=name, marks=pytest.mark.slow) for name, model in LARGER.items()],
+    ],
+)
+def test_no_assignment_that_fits_is_faster(make_model, make_input):
+    """Every assignment is run; its time is the sum of what plans say that its units' policies cost."""
+    model, x = make_model(), make_input(4)
+    whole = plan(model, x, budget="1GiB", optimizer=SGD)
+    peaks = everything(model, x, whole.units)
+    middle = [whole.points[len(whole.points) * part // 3].peak_bytes for part in range(3)]
+    plans = [whole, *[plan(model, x, budget=budget, optimizer=SGD) for budget in middle]]
+    extra = {(place, unit.policy): unit.extra_time for planned in plans for place, unit in enumerate(planned.units)}
+    compared = 0
+    for planned in plans:
+        assert planned.peak_bytes == peaks[tuple(unit.policy for unit in planned.units)] <= planned.budget_bytes
+        for assignment, peak in peaks.items():
+            costs = [extra.get(cost) for cost in enumerate(assignment)]
+            if peak <= planned.budget_bytes and None not in costs:
+                compared += 1
+                assert 1 + sum(costs) >= planned.time_ratio - 1e-9, (assignment, planned)
+    assert compared > 10
+
+
+@all_models
+def test_more_budget_never_gives_a_slower_plan_or_one_above_it(make_model, make_input):
+    model, x = make_model(), make_input(4)
+    points = plan(model, x, budget="1GiB", optimizer=SGD).points
+    least, most = points[0].peak_bytes, points[-1].peak_bytes
+    times = []
+    for step in range(3):  # the least that is told is enough
+        budget = least + (most - least) * step // 2
+        planned = plan(model, x, budget=budget, optimizer=SGD)
+        assert planned.peak_bytes <= budget
+        times.append(planned.time_ratio)
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == 1
+
+
+@all_models
+def test_the_whole_range_is_from_least_memory_to_plain_autograd(make_model, make_input):
+    planned = plan(make_model(), make_input(4), budget="1GiB", optimizer=SGD)
+    peaks, ratios = zip(*planned.points, strict=True)
+    assert list(peaks) == sorted(set(peaks))
+    assert list(ratios) == sorted(set(ratios), reverse=True)
+    assert planned.points[-1].time_ratio == planned.time_ratio == 1
+    assert list(planned.references) == ["reverse all", "checkpoint all", "plain autograd"]
+    policies = {"reverse all": Reverse(), "checkpoint all": Checkpoint(), "plain autograd": Store()}
+    for name, point in planned.references.items():
+        assert point.time_ratio >= 1
+        model = make_model()
+        set_policy(model, Checkpoint())  # where the next one is not accepted
+        set_policy(model, policies[name])
+        assert point.peak_bytes == predict(model, make_input(4), optimizer=SGD).peak_bytes
+        # None is better than the range.
+        assert min(ratio for peak, ratio in planned.points if peak <= point.peak_bytes) <= point.time_ratio
+
+
+@all_models
+def test_a_plan_is_counted_to_the_byte_by_a_real_step(make_model, make_input):
+    model, x = make_model(), make_input(4)
+    points = plan(model, x, budget="1GiB", optimizer=SGD).points
+    middle = points[len(points) // 2].peak_bytes
+    planned = plan(model, x, budget=middle, optimizer=SGD)
+    assert len({unit.policy for unit in planned.units}) > 1
+    planned.apply(model)
+    assert measure(model, x, optimizer=SGD).peak_bytes == planned.peak_bytes <= middle
+
+
+@all_models
+def test_a_planned_model_trains_as_its_twin(make_model, make_input):
+    model, twin = make_model().double(), make_model().double()
+    twin.load_state_dict(model.state_dict())
+    set_policy(twin, Store())
+    x = make_input(4).double()
+    points = plan(model, x, budget="1GiB").points
+    plan(model, x, budget=points[len(points) // 2].peak_bytes).apply(model)
+    for module in (model, twin):
+        squares(module(x)).backward()
+    assert_close(gradients(model), gradients(twin))
+
+
+def test_a_plan_for_exact_reversal_is_counted_to_the_byte_too():
+    model, x = small_revnet(), torch.randn(4, 3, 8, 8)
+    set_coupling(model, FixedPoint())
+    least = plan(model, x, budget="1GiB", optimizer=SGD).points[0].peak_bytes
+    planned = plan(model, x, budget=least, optimizer=SGD)
+    planned.apply(model)
+    assert Reverse() in {unit.policy for unit in planned.units}
+    assert measure(model, x, optimizer=SGD).peak_bytes == planned.peak_bytes <= least
+
+
+def test_planning_leaves_the_model_alone():
+    model, x = small_revnet(), torch.randn(4, 3, 8, 8)
+    set_policy(model, Checkpoint())
+    before = policies(model), {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    plan(model, x, budget="1GiB")
+    assert policies(model) == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_plans_without_data_or_device():
+    with torch.device("meta"):
+        model = small_revnet()
+    planned = plan(model, torch.empty(4, 3, 8, 8, device="meta"), budget="1MB", optimizer=SGD)
+    real = small_revnet()
+    planned.apply(real)
+    assert measure(real, torch.randn(4, 3, 8, 8), optimizer=SGD).peak_bytes == planned.peak_bytes <= 1_000_000
+
+
+def test_a_budget_that_cannot_be_met_says_what_is_missing_and_what_would_fit():
+    model, x = small_revnet(), torch.randn(16, 3, 8, 8)
+    least = plan(model, x, budget="1GiB", optimizer=SGD).points[0].peak_bytes
+    budget = least * 2 // 3
+    with pytest.raises(
+        BudgetError, match=r"`budget` \(=.* KiB\) is .* KiB below the least .* a batch of \d+ s"
+    ) as info:
+        plan(model, x, budget=budget, optimizer=SGD)
+    assert info.value.least_bytes == least
+    assert info.value.missing_bytes == least - budget
+    batch = info.value.max_batch_size
+    assert 1 < batch < 16
+    assert plan(model, x[:batch], budget=budget, optimizer=SGD).peak_bytes <= budget
+
+
+def test_a_budget_below_the_models_own_size():
+    with pytest.raises(
+        BudgetError, match=r"parameters, their gradients and optimizer state; no batch would fit"
+    ) as info:
+        plan(small_revnet(), torch.randn(4, 3, 8, 8), budget="10KB", optimizer=SGD)
+    assert info.value.max_batch_size == 0
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = ReversibleSequential(ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+    def forward(self, x):
+        return self.blocks(x) if x.sum() > 0 else self.blocks(-x)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": "16 apples"}, ValueError, r"`budget` \(='16 apples'\) must be a number of bytes with a unit"),
+        ({"budget": 0}, ValueError, r"`budget` \(=0\) must be positive"),
+        ({"budget": None}, TypeError, r"`budget` \(=None\) must be a number of bytes"),
+        ({"budget": "1GiB", "timing": "counted"}, TypeError, r"`timing` \(='counted'\) must be a `RooflineTiming\(\)`"),
+        ({"budget": "1GiB", "policies": [Reverse]}, TypeError, r"`policies\[0\]` \(=.*Reverse.*\) must be a policy"),
+        ({"budget": "1GiB", "policies": "store"}, TypeError, r"`policies` \(='store'\) must be a sequence of policies"),
+        ({"budget": "1GiB", "policies": []}, ValueError, "`policies` must hold one policy or more"),
+    ],
+)
+def test_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        plan(small_revnet(), torch.randn(2, 3, 8, 8), **options)
+
+
+def test_models_that_cannot_be_planned():
+    with pytest.raises(PredictionError, match=r"asks for the value of a tensor.*`revnet\.memory\.measure`"):
+        plan(Branching(), torch.randn(2, 4), budget="1GiB")
+    with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no units to plan; build it of `ReversibleSeq"):
+        plan(nn.Linear(2, 2), torch.randn(2, 2), budget="1GiB")
+
+
+def test_measured_timing_needs_real_inputs():
+    model = small_revnet()
+    with pytest.raises(ValueError, match=r"`timing` \(=MeasuredTiming\) runs steps, but .* on the meta device"):
+        plan(model, torch.empty(2, 3, 8, 8, device="meta"), budget="1GiB", timing=MeasuredTiming())
+
+
+def test_offload_can_be_among_the_policies():
+    planned = plan(small_revnet(), torch.randn(2, 3, 8, 8), budget="1GiB", policies=[Reverse(), Offload()])
+    # On a CPU they cost the same, and Store() is always among them: the stem cannot be reversed.
+    assert {unit.policy for unit in planned.units} == {Offload()}
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    model = small_revnet()
+    x = torch.empty(3, 3, 8, 8, device="meta")
+    for budget in (300_000, 20_000_000):
+        batch = max_batch_size(model, x, budget=budget, optimizer=SGD)
+        assert predict(model, torch.empty(batch, 3, 8, 8, device="meta"), optimizer=SGD).peak_bytes <= budget
+        assert predict(model, torch.empty(batch + 1, 3, 8, 8, device="meta"), optimizer=SGD).peak_bytes > budget
+
+
+def test_the_largest_batch_within_more_than_can_be_counted():
+    model, x = small_revnet(), torch.empty(3, 3, 8, 8, device="meta")
+    batch = max_batch_size(model, x, budget=2**70)
+    assert batch == max_batch_size(model, x, budget="8PiB") > 2**30
+
+
+def test_the_largest_batch_of_arguments_that_share_it():
+    case = CASE["attention-context-mask"]
+    sequence = case.sequence(2)
+    args = (case.input(), *case.args())
+    batch = max_batch_size(sequence, *args, budget="1MB", kwargs=case.kwargs())
+    assert batch > 2
+    assert max_batch_size(sequence, *args, budget="1KB", kwargs=case.kwargs()) == 0
+    with pytest.raises(ValueError, match="`inputs` hold no tensor"):
+        max_batch_size(sequence, budget="1MB")
+
+
+def test_the_report_names_every_unit_and_the_reasons():
+    model, x = small_revnet(), torch.empty(4, 3, 8, 8, device="meta")
+    points = plan(model, x, budget="1GiB").points
+    text = str(plan(model, x, budget=points[len(points) // 2].peak_bytes))
+    for words in ("budget", "peak", "step time", "stem", "stages.1.downsample", "storing saves, per MiB"):
+        assert words in text
+    for name in ("reverse all", "checkpoint all", "plain autograd", "next faster plan"):
+        assert name in text
+
+
+def test_the_plan_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    planned = plan(small_revnet(), torch.empty(2, 3, 8, 8, device="meta"), budget="1GiB")
+    planned.plot(tmp_path / "plan.png", title="small")
+    assert (tmp_path / "plan.png").stat().st_size > 1000
