@@ -14,7 +14,7 @@ from revnet.memory._optimizer import OptimizerFactory, as_factory, optimizer_cos
 from revnet.memory._step import Loss, check_step, device_of, run_step
 from revnet.memory._step_memory import CudaMemory, StepMemory
 from revnet.memory._summary import summarise
-from revnet.nn import restoring_state
+from revnet.nn._restore import restoring_state
 
 
 def measure(

@@ -25,7 +25,8 @@ from revnet.memory._step import Loss, device_of, tensors_in
 from revnet.memory._step_memory import StepMemory
 from revnet.memory._timing import CountedTiming, MeasuredTiming, measure_seconds, num_samples
 from revnet.memory._units import Unit, assign, find_units, set_policies
-from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy, restoring_policies
+from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy
+from revnet.nn._restore import restoring_policies
 
 POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
 """What a plan chooses from, from the least memory to the most."""

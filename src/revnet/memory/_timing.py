@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from revnet.memory._log import Integers
 from revnet.memory._step import Loss, device_of, losses_of, tensors_in
 from revnet.memory._units import Unit, assign
-from revnet.nn import restoring_state
+from revnet.nn._restore import restoring_state
 
 _LEAST_EXTRA = 1e-3
 """What any other policy is taken to cost more than storing, as a share: less than a clock can tell."""

@@ -5,17 +5,17 @@ from typing import Any, NamedTuple, Self
 
 from torch import nn
 
-from revnet.nn._run import Segment
+from revnet.nn.blocks._run import Segment
 
 
-class Course(NamedTuple):
+class Schedule(NamedTuple):
     """What a module runs."""
 
     segments: Sequence[Segment]
     """Chains of half-blocks in order, each with its policy."""
     split_dim: int
     num_streams: int
-    unsure: type[nn.Module] | None
+    ambiguous: type[nn.Module] | None
     """The class of the first block, if its `split_dim` was left out."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revnet._types import Streams
 from revnet.engine import BoundChain, Chain, begin, inverse
-from revnet.nn._policy import AbstractPolicy
+from revnet.nn.policies._policy import AbstractPolicy
 
 Segment = tuple[AbstractPolicy, Chain]
 """Consecutive half-blocks, and the policy under which they run."""

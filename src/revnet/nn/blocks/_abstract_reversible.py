@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 from revnet._types import Streams, TensorPair
 from revnet.engine import Chain
-from revnet.nn._course import Course
-from revnet.nn._run import run_inverse, sum_log_dets
-from revnet.nn._split_dim import unclear_split_dim
+from revnet.nn.blocks._run import run_inverse, sum_log_dets
+from revnet.nn.blocks._schedule import Schedule
+from revnet.nn.blocks._split_dim import unclear_split_dim
 
 
 class AbstractReversible(nn.Module, abc.ABC):
     """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
 
     @abc.abstractmethod
-    def _find_course(self) -> Course:
+    def _build_schedule(self) -> Schedule:
         """Return what the module runs."""
 
     @abc.abstractmethod
-    def _course(self) -> Course:
+    def _schedule(self) -> Schedule:
         """Return what the module runs; what it ran last, if that is the same."""
 
     @abc.abstractmethod
@@ -42,11 +42,11 @@ class AbstractReversible(nn.Module, abc.ABC):
         Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
         evaluation mode: in training mode it draws a new mask.
         """
-        course = self._course()
-        half_blocks = [half_block for _, chain in course.segments for half_block in chain.half_blocks]
-        if course.unsure is not None and isinstance(y, Tensor) and y.dim() == 3:
-            raise unclear_split_dim(course.unsure, y)
-        return run_inverse(Chain(half_blocks), y, course.split_dim, course.num_streams, args, kwargs)
+        schedule = self._schedule()
+        half_blocks = [half_block for _, chain in schedule.segments for half_block in chain.half_blocks]
+        if schedule.ambiguous is not None and isinstance(y, Tensor) and y.dim() == 3:
+            raise unclear_split_dim(schedule.ambiguous, y)
+        return run_inverse(Chain(half_blocks), y, schedule.split_dim, schedule.num_streams, args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
         """Compute the output, and the log-determinant of the map to it for each sample, (B,).

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from revnet._checks import check_floating
-from revnet.nn._invertible import AbstractInvertible, check_halvable, check_multiple, without_autocast, zero_log_det
+from revnet.nn.invertible._abstract_invertible import (
+    AbstractInvertible,
+    check_halvable,
+    check_multiple,
+    without_autocast,
+    zero_log_det,
+)
 
 
 class HaarWavelet(AbstractInvertible):

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from revnet._torch_internals import has_global_module_hook
 from revnet._types import Streams, TensorPair
 from revnet.engine import BoundChain, ToleranceKeeper, begin, block_calls, call_within, joined
-from revnet.nn._abstract_reversible import AbstractReversible
-from revnet.nn._course import Course
-from revnet.nn._policy import AbstractPolicy
-from revnet.nn._run import check_samples, take_own
-from revnet.nn._split_dim import unclear_split_dim
+from revnet.nn.blocks._abstract_reversible import AbstractReversible
+from revnet.nn.blocks._run import check_samples, take_own
+from revnet.nn.blocks._schedule import Schedule
+from revnet.nn.blocks._split_dim import unclear_split_dim
+from revnet.nn.policies._policy import AbstractPolicy
 
 if TYPE_CHECKING:
-    from revnet.nn._chains import Chains
+    from revnet.nn.blocks._chains import Chains
 
 
 class ReversibleModule(AbstractReversible):
@@ -44,20 +44,20 @@ class ReversibleModule(AbstractReversible):
         """
         if not torch.compiler.is_dynamo_compiling() and block_calls.within and (run := call_within(self)):
             return run(x, args, kwargs)
-        return run_forward(self._course(), x, args, kwargs, None, self._keeper)
+        return run_forward(self._schedule(), x, args, kwargs, None, self._keeper)
 
     def _run(
         self, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any], log_dets: list[Tensor] | None
     ) -> Any:
-        return run_forward(self._course(), x, args, kwargs, log_dets, self._keeper)
+        return run_forward(self._schedule(), x, args, kwargs, log_dets, self._keeper)
 
-    def _course(self) -> "Course":
+    def _schedule(self) -> "Schedule":
         """Return what the module runs: what it ran last, if it is made of the same."""
         if self._chains is not None and not torch.compiler.is_dynamo_compiling():
             known = self._chains.known
             if known is not None and known.origin is not None and known.origin.is_same(self):
-                return known.course
-        return self._find_course()
+                return known.schedule
+        return self._build_schedule()
 
 
 Reads = tuple[Callable[[Any], Any], tuple[str, ...], str | None]
@@ -103,18 +103,18 @@ def look(blocks: Iterable[Any], reads: Iterable[Reads]) -> list[Any]:
 
 
 def run_forward(
-    course: Course,
+    schedule: Schedule,
     x: Tensor | Streams,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     log_dets: list[Tensor] | None = None,
     tolerance: ToleranceKeeper | None = None,
 ) -> Any:
-    """Run a course on `x`, and add up log-determinants in `log_dets`; the output has the form of `x`."""
-    segments = course.segments
-    if course.unsure is not None and isinstance(x, Tensor) and x.dim() == 3:
-        raise unclear_split_dim(course.unsure, x)
-    dim, num_streams = course.split_dim, course.num_streams
+    """Run a schedule on `x`, and add up log-determinants in `log_dets`; the output has the form of `x`."""
+    segments = schedule.segments
+    if schedule.ambiguous is not None and isinstance(x, Tensor) and x.dim() == 3:
+        raise unclear_split_dim(schedule.ambiguous, x)
+    dim, num_streams = schedule.split_dim, schedule.num_streams
     coupling = segments[0][1].half_blocks[0].coupling if segments else None
     streams, input_dtype = begin(x, dim, num_streams, coupling)
     if log_dets is not None:

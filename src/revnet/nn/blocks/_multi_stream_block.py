@@ -4,8 +4,8 @@ from torch import nn
 
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import HalfBlock
-from revnet.nn._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
-from revnet.nn._split_dim import choose_split_dim
+from revnet.nn.blocks._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
+from revnet.nn.blocks._split_dim import choose_split_dim
 
 _ADDITIVE = Additive()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import MOST_CHANNELS, check_count, check_tensor, describe, is_integer
-from revnet.nn._invertible import AbstractInvertible, zero_log_det
+from revnet.nn.invertible._abstract_invertible import AbstractInvertible, zero_log_det
 
 
 class ChannelPermutation(AbstractInvertible):

@@ -7,18 +7,18 @@ from typing import Any, overload
 from torch import nn
 
 from revnet.engine import ToleranceKeeper, runs_plainly
-from revnet.nn._abstract_block import AbstractReversibleBlock
-from revnet.nn._chains import Chains
-from revnet.nn._course import Course
-from revnet.nn._policy import AbstractPolicy, Reverse
-from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
-from revnet.nn._reversible_module import ReversibleModule
-from revnet.nn._tolerance import checked_tolerance, refuse_to_compile
+from revnet.nn.blocks._abstract_block import AbstractReversibleBlock
+from revnet.nn.blocks._chains import Chains
+from revnet.nn.blocks._reversible_module import ReversibleModule
+from revnet.nn.blocks._schedule import Schedule
+from revnet.nn.blocks._tolerance import checked_tolerance, refuse_to_compile
+from revnet.nn.policies._has_policies import HasPolicies, PolicyUnit, broadcast_policy
+from revnet.nn.policies._policy import AbstractPolicy, Reverse
 
 _REVERSE = Reverse()
 
 
-class ReversibleSequential(ReversibleModule, AbstractPolicyHolder):
+class ReversibleSequential(ReversibleModule, HasPolicies):
     """Run reversible blocks in order and keep only the final activation.
 
     The backward pass rebuilds each block's input from its output, so that the memory for activations is the same for
@@ -120,7 +120,7 @@ class ReversibleSequential(ReversibleModule, AbstractPolicyHolder):
     def keyframes(self) -> tuple[str, ...]:
         """The residual functions before which the pair of streams is held, by their names, in order."""
         placed = frozenset() if self._keeper is None else self._keeper.keyframes
-        names = [half_block.name for _, chain in self._course().segments for half_block in chain.half_blocks]
+        names = [half_block.name for _, chain in self._schedule().segments for half_block in chain.half_blocks]
         return tuple(name for name in names if name in placed)
 
     @property
@@ -147,7 +147,7 @@ class ReversibleSequential(ReversibleModule, AbstractPolicyHolder):
 
     def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
         """Give all blocks one policy, or each its own; the next forward pass follows it."""
-        self._policies = one_for_each(policy, self.policy_units)
+        self._policies = broadcast_policy(policy, self.policy_units)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -190,7 +190,7 @@ class ReversibleSequential(ReversibleModule, AbstractPolicyHolder):
                     )
         return blocks
 
-    def _find_course(self) -> Course:
+    def _build_schedule(self) -> Schedule:
         """Return the blocks in runs of one policy: rebuilt together, they keep one pair of streams, not one each."""
         if self._keeper is not None and not runs_plainly():
             refuse_to_compile()

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from revnet._checks import check_count
-from revnet.nn._invertible import AbstractInvertible, check_halvable, check_multiple, zero_log_det
+from revnet.nn.invertible._abstract_invertible import AbstractInvertible, check_halvable, check_multiple, zero_log_det
 
 
 class SpaceToDepth(AbstractInvertible):

@@ -8,14 +8,14 @@ from torch import nn
 
 from revnet._torch_internals import has_global_module_hook
 from revnet.engine import Chain, HalfBlock
-from revnet.nn._abstract_block import READS, AbstractReversibleBlock, course_of
-from revnet.nn._course import Course, Kept
-from revnet.nn._policy import AbstractPolicy
-from revnet.nn._reversible_module import Origin, look
-from revnet.nn._run import Segment
+from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, schedule_of
+from revnet.nn.blocks._reversible_module import Origin, look
+from revnet.nn.blocks._run import Segment
+from revnet.nn.blocks._schedule import Kept, Schedule
+from revnet.nn.policies._policy import AbstractPolicy
 
 if TYPE_CHECKING:
-    from revnet.nn._sequential import ReversibleSequential
+    from revnet.nn.blocks._reversible_sequential import ReversibleSequential
 
 _Key = tuple[tuple[AbstractPolicy, ...], list[list[HalfBlock]], list[AbstractReversibleBlock | None]]
 """Policies, half-blocks and, where it must be called, the block; an entry for each block."""
@@ -25,9 +25,9 @@ class Known(NamedTuple):
     """What a sequence ran last."""
 
     key: _Key
-    course: Course
+    schedule: Schedule
     origin: Origin | None
-    """What the course was made of; None where a look at that is not enough, so that the key is made in each step."""
+    """What the schedule was made of; None where a look at that is not enough, so that the key is made in each step."""
 
 
 class Chains(Kept):
@@ -42,7 +42,7 @@ class Chains(Kept):
         sequence: "ReversibleSequential",
         blocks: list[AbstractReversibleBlock],
         kind: "type[ReversibleSequential]",
-    ) -> Course:
+    ) -> Schedule:
         """Return the chains of a sequence.
 
         Args:
@@ -55,12 +55,12 @@ class Chains(Kept):
         key = (sequence.policies, half_blocks, called)
         first = blocks[0] if blocks else None
         if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
-            return course_of(_segments_of(*key), first)
+            return schedule_of(_segments_of(*key), first)
         known = self.known
-        segments = known.course.segments if known is not None and known.key == key else _segments_of(*key)
-        course = course_of(segments, first)
-        self.known = Known(key, course, _origin_of(sequence, blocks, key, kind))
-        return course
+        segments = known.schedule.segments if known is not None and known.key == key else _segments_of(*key)
+        schedule = schedule_of(segments, first)
+        self.known = Known(key, schedule, _origin_of(sequence, blocks, key, kind))
+        return schedule
 
 
 def must_be_called(block: AbstractReversibleBlock) -> bool:

@@ -11,10 +11,10 @@ from torch import nn
 from revnet._checks import describe
 from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock
-from revnet.nn._course import Course, Kept
-from revnet.nn._policy import Reverse
-from revnet.nn._reversible_module import Reads, ReversibleModule
-from revnet.nn._run import Segment
+from revnet.nn.blocks._reversible_module import Reads, ReversibleModule
+from revnet.nn.blocks._run import Segment
+from revnet.nn.blocks._schedule import Kept, Schedule
+from revnet.nn.policies._policy import Reverse
 
 _REVERSE = Reverse()
 
@@ -45,12 +45,12 @@ class AbstractReversibleBlock(ReversibleModule):
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
 
-    def _find_course(self) -> Course:
+    def _build_schedule(self) -> Schedule:
         half_blocks = self.half_blocks()
         if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
-            return course_of([(_REVERSE, Chain(half_blocks))], self)
+            return schedule_of([(_REVERSE, Chain(half_blocks))], self)
         alone = self.__dict__.setdefault("_alone", _Alone())
-        return course_of([(_REVERSE, alone.chain_of(half_blocks))], self)
+        return schedule_of([(_REVERSE, alone.chain_of(half_blocks))], self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the residual functions, with the arguments of `torch.compile`; the block runs them uncompiled.
@@ -75,12 +75,12 @@ class _Alone(Kept):
         return known[1]
 
 
-def course_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Course:
-    """Return the course of blocks, of which `first` is the first; None for no blocks."""
+def schedule_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Schedule:
+    """Return the schedule of blocks, of which `first` is the first; None for no blocks."""
     if first is None:
-        return Course(segments, 1, 2, None)
+        return Schedule(segments, 1, 2, None)
     is_unsure = first.has_default_split_dim and first.split_dim == 1
-    return Course(segments, first.split_dim, first.num_streams, type(first) if is_unsure else None)
+    return Schedule(segments, first.split_dim, first.num_streams, type(first) if is_unsure else None)
 
 
 def reads(

@@ -13,7 +13,8 @@ from revnet import (
     create_model,
     set_policy,
 )
-from revnet.nn import InvertibleSequential, as_policy, policy_holders, restoring_policies
+from revnet.nn import InvertibleSequential, as_policy, policy_holders
+from revnet.nn._restore import restoring_policies
 from tests.helpers import mlp
 
 
@@ -88,8 +89,8 @@ def test_units_of_the_published_networks():
 @pytest.mark.parametrize(
     ("model", "policy", "error", "message"),
     [
-        (nn.Linear(2, 2), Store(), ValueError, r"`model` \(=Linear\) has nothing that can take the policy Store\(\)"),
-        (create_model("resnet32"), Reverse(), ValueError, r"`model` \(=ResNet\) has nothing that can take the policy"),
+        (nn.Linear(2, 2), Store(), ValueError, r"`model` \(=Linear\) has no unit that accepts the policy Store\(\)"),
+        (create_model("resnet32"), Reverse(), ValueError, r"`model` \(=ResNet\) has no unit that accepts the policy"),
         (
             make_model(),
             "Store",
@@ -107,21 +108,21 @@ def test_set_policy_refuses(model, policy, error, message):
 
 def test_a_unit_refuses_what_it_cannot_take():
     with pytest.raises(
-        TypeError, match=r"`policy` \(=Reverse\(\)\) is for reversible blocks, which this module is not"
+        TypeError, match=r"`policy` \(=Reverse\(\)\) is for reversible blocks, and this module is not reversible"
     ):
         PolicySequential(nn.ReLU(), policy=Reverse())
     with pytest.raises(TypeError, match=r"`policy` \(=None\) must be a policy"):
         PolicySequential(nn.ReLU(), policy=None)
     with pytest.raises(TypeError, match=r"`policy\[1\]` \(=3\) must be a policy"):
         make_model()[1].set_policies([Store(), 3, Store()])
-    with pytest.raises(ValueError, match="`policy` has 2 entries for 3 blocks"):
+    with pytest.raises(ValueError, match=r"`len\(policy\)` \(=2\) must be the number of units, 3"):
         make_model()[1].set_policies([Store(), Store()])
 
 
 def test_policies_are_restored_after_an_error_too():
     model = make_model()
     before = policies(model)
-    with pytest.raises(ValueError, match="has nothing that can take"), restoring_policies(model):
+    with pytest.raises(ValueError, match="has no unit that accepts"), restoring_policies(model):
         set_policy(model, Offload()) or set_policy(model[2], Offload())
     assert policies(model) == before
 

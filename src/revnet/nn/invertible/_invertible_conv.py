@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from revnet._checks import check_count, check_floating
-from revnet.nn._invertible import AbstractInvertible, without_autocast
-from revnet.nn._permutation import check_channels
+from revnet.nn.invertible._abstract_invertible import AbstractInvertible, without_autocast
+from revnet.nn.invertible._permutation import check_channels
 
 _MOST_CHANNELS = 2**15
 """A decomposition of a larger matrix would take hours."""

@@ -6,11 +6,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from revnet._checks import check_tensor, describe
-from revnet.nn._abstract_block import AbstractReversibleBlock
-from revnet.nn._invertible import AbstractInvertible, zero_log_det
-from revnet.nn._policy import AbstractPolicy, Reverse
-from revnet.nn._policy_holder import as_policy
-from revnet.nn._sequential import ReversibleSequential
+from revnet.nn.blocks._abstract_block import AbstractReversibleBlock
+from revnet.nn.blocks._reversible_sequential import ReversibleSequential
+from revnet.nn.invertible._abstract_invertible import AbstractInvertible, zero_log_det
+from revnet.nn.policies._has_policies import as_policy
+from revnet.nn.policies._policy import AbstractPolicy, Reverse
 
 _REVERSE = Reverse()
 

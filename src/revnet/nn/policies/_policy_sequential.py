@@ -1,19 +1,18 @@
 """Modules in a row that run under one policy and need not be reversible."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from revnet._checks import check_module
-from revnet.nn._policy import AbstractModulePolicy, AbstractPolicy, Store
-from revnet.nn._policy_holder import AbstractPolicyHolder, PolicyUnit, one_for_each
+from revnet.nn.policies._has_policies import HasSinglePolicy, PolicyUnit
+from revnet.nn.policies._policy import AbstractModulePolicy, Store
 
 _STORE = Store()
 
 
-class PolicySequential(nn.Sequential, AbstractPolicyHolder):
+class PolicySequential(nn.Sequential, HasSinglePolicy):
     """An `nn.Sequential` that runs as one unit under a policy, such as a stem, a head, or a stage of ordinary blocks.
 
     Under `Checkpoint()` the unit keeps only its input and computes all its activations again at once. Buffers such as
@@ -40,15 +39,6 @@ class PolicySequential(nn.Sequential, AbstractPolicyHolder):
     def policy_units(self) -> list[PolicyUnit]:
         """The whole, as one unit."""
         return [PolicyUnit("", (self,), is_reversible=False)]
-
-    @property
-    def policies(self) -> tuple[AbstractPolicy, ...]:
-        """The one policy."""
-        return (self._policy,)
-
-    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
-        """Set the policy; the next forward pass follows it."""
-        (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: Any) -> Any:
         """Run the modules in order."""

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from revnet import Additive, FixedPoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.coupling import Affine
 from revnet.nn import AbstractReversibleBlock, CouplingLayer, MomentumBlock, MultiStreamBlock
-from revnet.nn._abstract_block import READS
+from revnet.nn.blocks._abstract_block import READS
 from tests.helpers import mlp
 
 BLOCKS = {
@@ -69,7 +69,7 @@ def made_anew(sequence):
 
 
 def chains(sequence):
-    return [chain for _, chain in sequence._course().segments]
+    return [chain for _, chain in sequence._schedule().segments]
 
 
 def looks_only(sequence):
@@ -250,7 +250,7 @@ def test_policies_of_a_subclass():
     step(sequence)
     assert not looks_only(sequence)
     sequence.stores = True
-    assert [policy for policy, _ in sequence._course().segments] == [Store()]
+    assert [policy for policy, _ in sequence._schedule().segments] == [Store()]
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
@@ -414,7 +414,7 @@ def test_what_is_kept_keeps_no_more_than_the_functions():
     del block
     gc.collect()
     assert [each() for each in gone] == [None] * 4
-    functions = [weakref.ref(each.function) for each in sequence._chains.known.course.segments[0][1].half_blocks]
+    functions = [weakref.ref(each.function) for each in sequence._chains.known.schedule.segments[0][1].half_blocks]
     step(sequence)
     gc.collect()
     assert [function() is None for function in functions] == [True] * 2 + [False] * 4
@@ -431,11 +431,11 @@ def test_a_block_that_is_called_alone_keeps_its_chain(make):
     block, x = make(), torch.randn(2, 8)
     for _ in range(3):
         block(x).sum().backward()
-    ((_, chain),) = block._course().segments
+    ((_, chain),) = block._schedule().segments
     assert chain.num_runs == 3
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(other(x), block(x))
-        ((_, others),) = other._course().segments
+        ((_, others),) = other._schedule().segments
         assert others is not chain
         assert others.half_blocks[0].function is not chain.half_blocks[0].function
 
@@ -447,4 +447,4 @@ def test_a_block_that_is_called_alone_sees_another_function():
     block(x).sum().backward()
     assert all(parameter.grad is not None for parameter in block.f.parameters())
     block.coupling = FixedPoint()
-    assert block._course().segments[0][1].is_exact
+    assert block._schedule().segments[0][1].is_exact
