@@ -1,17 +1,16 @@
-"""The errors that a caller of revnet may want to handle.
+"""Errors that a caller of revnet may want to handle.
 
-Everything else is a plain `ValueError`, `TypeError` or `NotImplementedError`: a mistake in the call, to be mended
-there.
+Mistakes in a call raise a plain `ValueError`, `TypeError` or `NotImplementedError`.
 
 * RevnetError
   x ReconstructionError       the backward pass cannot rebuild what the forward pass saw
-  x DataError                 a data file or folder is missing, corrupt or of another layout
-  x CheckpointError           a checkpoint is missing, truncated or of another model
+  x DataError                 a data file or folder is missing, corrupt or laid out differently
+  x CheckpointError           a checkpoint is missing, truncated or from another model
   x MissingDependencyError    an optional package is not installed
-  x PredictionError           a model cannot be run on shapes without data
-  x BudgetError               a training step cannot be made to fit a budget of memory
+  x PredictionError           a model cannot run on shapes without data
+  x BudgetError               a training step does not fit a memory budget
 
-And one warning, ReconstructionWarning: what was rebuilt is far from what the forward pass saw.
+There is one warning, ReconstructionWarning: rebuilt activations are far from the true ones.
 """
 
 from typing import Self
@@ -24,13 +23,30 @@ class RevnetError(Exception):
 class ReconstructionError(RevnetError, RuntimeError):
     """The backward pass cannot rebuild the activations of the forward pass.
 
-    Raised in place of a wrong gradient: an output, a parameter, a buffer or an argument was modified in place since the
-    forward pass, or running the residual function again did something else than it did the first time.
+    It is raised instead of returning wrong gradients. Either an output, a parameter, a buffer or an argument was
+    modified in place since the forward pass, or a residual function behaved differently when it ran again.
+
+    Example:
+        >>> import torch, revnet
+        >>> from torch import nn
+        >>> block = revnet.ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> y = block(torch.ones(1, 4))
+        >>> _ = y.data.zero_(), y.add_(1)
+        >>> try:
+        ...     y.sum().backward()
+        ... except revnet.ReconstructionError:
+        ...     print("the output was modified in place")
+        the output was modified in place
     """
 
 
 class ReconstructionWarning(UserWarning):
-    """Rebuilt activations are so far from the true ones that gradients are wrong."""
+    """Rebuilt activations are so far from the true ones that gradients are wrong.
+
+    Example:
+        >>> import warnings, revnet
+        >>> warnings.simplefilter("error", revnet.ReconstructionWarning)
+    """
 
 
 class DataError(RevnetError, ValueError):
@@ -51,17 +67,17 @@ class MissingDependencyError(RevnetError, ImportError):
 
 
 class PredictionError(RevnetError, RuntimeError):
-    """The memory of a model cannot be predicted from shapes: it fails on them, or needs the values of tensors."""
+    """The memory of a model cannot be predicted: it fails on tensors without data, or it needs their values."""
 
 
 class BudgetError(RevnetError, ValueError):
-    """A training step cannot be made to fit a budget of memory.
+    """A training step does not fit a memory budget.
 
     Args:
-        message: What is missing, and what would fit.
-        missing_bytes: By how much the budget is too small.
-        least_bytes: The least that the step needs under any plan.
-        max_batch_size: The largest batch that would fit; 0 if none does.
+        message: The shortfall, and what would fit.
+        missing_bytes: Bytes by which the budget is too small.
+        least_bytes: Smallest peak of the step under any plan.
+        max_batch_size: Largest batch size that fits, or 0 if none does.
     """
 
     def __init__(self, message: str, *, missing_bytes: int = 0, least_bytes: int = 0, max_batch_size: int = 0):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from revnet._machine import free_bytes
+from revnet._memory_readings import free_bytes
 from revnet.errors import BudgetError
 from revnet.memory._bytes import format_bytes, parse_bytes
 from revnet.memory._costs import CountedCosts, count_costs

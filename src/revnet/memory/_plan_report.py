@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 from revnet.memory._bytes import format_bytes
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.memory._bytes import format_bytes
 from revnet.memory._labels import Label, place_labels
 from revnet.memory._step_memory import StepMemory, Timeline

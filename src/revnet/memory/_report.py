@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 from revnet.memory._bytes import format_bytes
 
 if TYPE_CHECKING:

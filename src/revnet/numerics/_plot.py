@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.numerics._verdict import SOUND_BELOW, WRONG_ABOVE, level_of, rebuilt_runs
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 
 if TYPE_CHECKING:
     from revnet.numerics._drift import BlockDrift, Drift, GradientDrift

@@ -1,10 +1,10 @@
-"""Tables of text."""
+"""Tables in plain text."""
 
 from collections.abc import Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Rows of cells in columns, of which the first `num_left` are text and the others numbers."""
+    """Return one line for each row, with the first `num_left` columns aligned left and the others aligned right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

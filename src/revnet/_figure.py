@@ -1,6 +1,4 @@
-"""What all pictures share: figures without a window system, and one look."""
-
-from __future__ import annotations
+"""Figures in one style, drawn without a window system."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +10,7 @@ _DOTS_PER_INCH = 150
 
 
 def check_matplotlib() -> None:
-    """Raise unless pictures can be drawn: better now than after the measurements.
+    """Raise if figures cannot be drawn. Call this before a long measurement whose figure would be lost.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -24,9 +22,9 @@ def check_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Any:
-    """An empty figure of so many inches.
+    """Return an empty figure of this size in inches.
 
-    It is made without pyplot, which would choose a window system and keep the figure alive.
+    It does not use pyplot, which would choose a window system and keep the figure alive.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -41,16 +39,16 @@ def new_figure(width: float, height: float, *, layout: Literal["constrained"] | 
 
 
 def clear_frame(axes: Any) -> None:
-    """Take away the frame above and to the right, and draw a faint grid."""
+    """Remove the top and right sides of the frame, and draw a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 
 
 def write_title(axes: Any, text: str, **options: Any) -> None:
-    """Write the title of a panel, from its left edge; no sign in it makes a formula."""
+    """Write the title of a panel, aligned to the left. Dollar signs in it are plain text."""
     axes.set_title(text, loc="left", fontsize="medium", fontweight="bold", parse_math=False, **options)
 
 
 def save(figure: Any, path: Path, **options: Any) -> None:
-    """Write the figure as PNG, whatever the name of the file."""
+    """Save the figure as a PNG file, even if the name of the file ends differently."""
     figure.savefig(path, format="png", **options)

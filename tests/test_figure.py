@@ -4,7 +4,7 @@ import sys
 import matplotlib.image
 import pytest
 
-from revnet._picture import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
 from revnet.errors import MissingDependencyError
 
 
@@ -21,7 +21,7 @@ def test_a_figure_is_saved_as_png_whatever_its_name(tmp_path):
 
 def test_pyplot_is_not_loaded():
     code = (
-        "import sys; from pathlib import Path; from revnet._picture import new_figure, save; "
+        "import sys; from pathlib import Path; from revnet._figure import new_figure, save; "
         "save(new_figure(1, 1), Path('/dev/null')); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
