@@ -17,7 +17,17 @@ from typing import Self
 
 
 class RevnetError(Exception):
-    """Base class of every error defined here."""
+    """Base class of every error defined here.
+
+    Example:
+        >>> from revnet import RevnetError
+        >>> from revnet.data import load_dataset
+        >>> try:
+        ...     load_dataset("missing/folder")
+        ... except RevnetError as error:
+        ...     print(error)
+        `path` (='missing/folder') does not exist; pass the folder of a data set.
+    """
 
 
 class ReconstructionError(RevnetError, RuntimeError):
@@ -27,16 +37,16 @@ class ReconstructionError(RevnetError, RuntimeError):
     modified in place since the forward pass, or a residual function behaved differently when it ran again.
 
     Example:
-        >>> import torch, revnet
+        >>> import torch
         >>> from torch import nn
-        >>> block = revnet.ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> from revnet import ReconstructionError, ReversibleBlock
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> y = block(torch.ones(1, 4))
-        >>> _ = y.data.zero_(), y.add_(1)
         >>> try:
-        ...     y.sum().backward()
-        ... except revnet.ReconstructionError:
-        ...     print("the output was modified in place")
-        the output was modified in place
+        ...     y.mul_(2).sum().backward()
+        ... except ReconstructionError:
+        ...     print("the output was modified before the backward pass")
+        the output was modified before the backward pass
     """
 
 
@@ -44,21 +54,53 @@ class ReconstructionWarning(UserWarning):
     """Rebuilt activations are so far from the true ones that gradients are wrong.
 
     Example:
-        >>> import warnings, revnet
-        >>> warnings.simplefilter("error", revnet.ReconstructionWarning)
+        >>> import warnings
+        >>> from revnet import ReconstructionWarning
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", ReconstructionWarning)
+        ...     ...  # train; an inaccurate reconstruction raises
+        Ellipsis
     """
 
 
 class DataError(RevnetError, ValueError):
-    """A data file or folder is missing, corrupt or of another layout."""
+    """A data file or folder is missing, corrupt or of another layout.
+
+    Example:
+        >>> from revnet import DataError
+        >>> from revnet.data import load_dataset
+        >>> try:
+        ...     load_dataset("missing/folder")
+        ... except DataError:
+        ...     print("there is no such data set")
+        there is no such data set
+    """
 
 
 class CheckpointError(RevnetError, ValueError):
-    """A checkpoint is missing, truncated or of another model."""
+    """A checkpoint is missing, truncated or of another model.
+
+    Example:
+        >>> from revnet import CheckpointError
+        >>> from revnet.training import load_classifier
+        >>> try:
+        ...     load_classifier("missing.ckpt")
+        ... except CheckpointError:
+        ...     print("there is no such checkpoint")
+        there is no such checkpoint
+    """
 
 
 class MissingDependencyError(RevnetError, ImportError):
-    """An optional package is not installed; the message holds the install line."""
+    """An optional package is not installed; the message holds the install line.
+
+    Example:
+        >>> from revnet import MissingDependencyError
+        >>> try:
+        ...     from revnet.training import train
+        ... except MissingDependencyError as error:
+        ...     print(error)  # names the extra to install
+    """
 
     @classmethod
     def of(cls, package: str, purpose: str) -> Self:
@@ -67,7 +109,22 @@ class MissingDependencyError(RevnetError, ImportError):
 
 
 class PredictionError(RevnetError, RuntimeError):
-    """The memory of a model cannot be predicted: it fails on tensors without data, or it needs their values."""
+    """The memory of a model cannot be predicted: it fails on tensors without data, or it needs their values.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import PredictionError
+        >>> from revnet.memory import predict
+        >>> class Normalize(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / x.sum().item()
+        >>> try:
+        ...     predict(Normalize(), torch.ones(1, 2))
+        ... except PredictionError:
+        ...     print("`item()` needs the value of a tensor")
+        `item()` needs the value of a tensor
+    """
 
 
 class BudgetError(RevnetError, ValueError):
@@ -78,6 +135,18 @@ class BudgetError(RevnetError, ValueError):
         missing_bytes: Bytes by which the budget is too small.
         least_bytes: Smallest peak of the step under any plan.
         max_batch_size: Largest batch size that fits, or 0 if none does.
+
+    Example:
+        >>> import torch
+        >>> from revnet import BudgetError, PolicySequential
+        >>> from revnet.memory import plan
+        >>> from torch import nn
+        >>> model = PolicySequential(nn.Linear(64, 64))
+        >>> try:
+        ...     plan(model, torch.ones(8, 64), budget="1 KiB")
+        ... except BudgetError as error:
+        ...     print(error.missing_bytes > 0, error.max_batch_size)
+        True 0
     """
 
     def __init__(self, message: str, *, missing_bytes: int = 0, least_bytes: int = 0, max_batch_size: int = 0):

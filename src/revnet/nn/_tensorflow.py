@@ -39,6 +39,14 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
     Raises:
         ValueError: `num_features` is not a positive integer, `eps` is negative, or `momentum` is neither None nor a
             number from 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import BatchNorm2dBiased
+        >>> norm = BatchNorm2dBiased(1, momentum=1.0)
+        >>> _ = norm(torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1))
+        >>> norm.running_var  # `torch.nn.BatchNorm2d` says 2
+        tensor([1.])
     """
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1):
@@ -109,6 +117,12 @@ class Conv2dSame(nn.Conv2d):
     Raises:
         ValueError: An argument is not a positive integer.
         TypeError: In the forward pass: `x` is not a tensor.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import Conv2dSame
+        >>> Conv2dSame(3, 8, kernel_size=3, stride=2)(torch.rand(1, 3, 9, 9)).shape
+        torch.Size([1, 8, 5, 5])
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):

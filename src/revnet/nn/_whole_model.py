@@ -17,7 +17,16 @@ _HAS_COUPLING = (ReversibleBlock, CouplingLayer, MultiStreamBlock)
 
 
 def policy_holders(model: nn.Module) -> dict[str, HasPolicies]:
-    """Return all modules of `model` that have policies, by name."""
+    """Return all modules of `model` that have policies, by name.
+
+    Example:
+        >>> from torch import nn
+        >>> from revnet import PolicySequential
+        >>> from revnet.nn import policy_holders
+        >>> model = nn.Sequential(PolicySequential(nn.Linear(2, 2)), nn.ReLU())
+        >>> {name: module.policies for name, module in policy_holders(model).items()}
+        {'0': (Store(),)}
+    """
     check_module("model", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, HasPolicies)}
 
@@ -36,11 +45,13 @@ def set_policy(model: nn.Module, policy: AbstractPolicy | str) -> None:
         ValueError: No unit accepts the policy.
 
     Example:
-        >>> import revnet
-        >>> model = revnet.create_model("revnet38")
-        >>> revnet.set_policy(model, "checkpoint")
-        >>> model.stages[0].policies
-        (Checkpoint(), Checkpoint(), Checkpoint())
+        >>> from torch import nn
+        >>> from revnet import Checkpoint, ReversibleBlock, ReversibleSequential, set_policy
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = nn.Sequential(nn.Linear(3, 4), ReversibleSequential(block))
+        >>> set_policy(model, Checkpoint())
+        >>> model[1].policies
+        (Checkpoint(),)
     """
     policy = as_policy(policy)
     is_accepted = False
@@ -70,11 +81,11 @@ def set_coupling(model: nn.Module, coupling: AbstractCoupling) -> None:
         ValueError: `model` has no reversible block.
 
     Example:
-        >>> import revnet
         >>> from torch import nn
-        >>> block = revnet.ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> model = nn.Sequential(nn.Linear(3, 4), revnet.ReversibleSequential(block))
-        >>> revnet.set_coupling(model, revnet.FixedPoint(12))
+        >>> from revnet import FixedPoint, ReversibleBlock, ReversibleSequential, set_coupling
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = nn.Sequential(nn.Linear(3, 4), ReversibleSequential(block))
+        >>> set_coupling(model, FixedPoint(12))
         >>> block.coupling
         FixedPoint(fraction_bits=12, is_wide=False)
     """
@@ -102,10 +113,12 @@ def set_tolerance(model: nn.Module, tolerance: float | None) -> None:
         ValueError: `model` has no reversible sequence, or `tolerance` is not a relative error.
 
     Example:
-        >>> import revnet
-        >>> model = revnet.create_model("revnet38")
-        >>> revnet.set_tolerance(model, 1e-3)
-        >>> model.stages[0].tolerance
+        >>> from torch import nn
+        >>> from revnet import ReversibleBlock, ReversibleSequential, set_tolerance
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model = nn.Sequential(nn.Linear(3, 4), ReversibleSequential(block))
+        >>> set_tolerance(model, 1e-3)
+        >>> model[1].tolerance
         0.001
     """
     check_module("model", model)

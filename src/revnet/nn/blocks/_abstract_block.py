@@ -32,6 +32,23 @@ class AbstractReversibleBlock(ReversibleModule):
     A subclass defines the residual functions of the block and the stream that each of them updates. A block that is
     called alone keeps its output and rebuilds the rest in the backward pass. Put several blocks in a row into a
     `ReversibleSequential`, which keeps only the last output.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.engine import HalfBlock
+        >>> from revnet.nn import AbstractReversibleBlock
+        >>> class SharedBlock(AbstractReversibleBlock):
+        ...     def __init__(self, f):
+        ...         super().__init__()
+        ...         self.f = f
+        ...         self.split_dim = 1
+        ...     def half_blocks(self, prefix=""):
+        ...         first = HalfBlock(self.f, 0, 1, prefix + "f (first)")
+        ...         return [first, HalfBlock(self.f, 1, 0, prefix + "f (second)")]
+        >>> block, x = SharedBlock(nn.Linear(2, 2)), torch.rand(3, 4)
+        >>> torch.allclose(block.inverse(block(x)), x, atol=1e-5)
+        True
     """
 
     split_dim: int

@@ -38,6 +38,15 @@ class CouplingLayer(AbstractReversibleBlock):
 
     References:
         Dinh, Krueger and Bengio (2015), NICE: Non-linear Independent Components Estimation, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.nn import CouplingLayer
+        >>> layer = CouplingLayer(nn.Linear(2, 2), updates=1)
+        >>> x = torch.rand(3, 4)
+        >>> torch.equal(layer(x)[:, :2], x[:, :2])  # the first stream stays
+        True
     """
 
     def __init__(

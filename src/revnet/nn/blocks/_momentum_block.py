@@ -36,6 +36,17 @@ class MomentumBlock(AbstractReversibleBlock):
 
     References:
         Sander et al. (2021), Momentum Residual Neural Networks, equation 3.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReversibleSequential
+        >>> from revnet.nn import MomentumBlock
+        >>> model = ReversibleSequential(*[MomentumBlock(nn.Linear(4, 4)) for _ in range(2)])
+        >>> x = torch.rand(3, 4)
+        >>> y, velocity = model((x, torch.zeros_like(x)))
+        >>> y.shape
+        torch.Size([3, 4])
     """
 
     def __init__(self, f: nn.Module, *, gamma: float = 0.9, split_dim: int | None = None):

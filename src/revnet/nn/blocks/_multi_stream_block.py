@@ -36,6 +36,14 @@ class MultiStreamBlock(AbstractReversibleBlock):
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7, for two.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.nn import MultiStreamBlock
+        >>> block = MultiStreamBlock(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> block(torch.rand(3, 6)).shape
+        torch.Size([3, 6])
     """
 
     def __init__(self, *functions: nn.Module, split_dim: int | None = None, coupling: AbstractCoupling = _ADDITIVE):

@@ -40,6 +40,15 @@ class ReversibleBlock(AbstractReversibleBlock):
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReversibleBlock
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> x = torch.rand(3, 4)
+        >>> torch.allclose(block.inverse(block(x)), x, atol=1e-5)
+        True
     """
 
     def __init__(

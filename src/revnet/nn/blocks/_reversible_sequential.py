@@ -61,6 +61,16 @@ class ReversibleSequential(ReversibleModule, HasPolicies):
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReversibleBlock, ReversibleSequential
+        >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(8)]
+        >>> model = ReversibleSequential(*blocks)
+        >>> model(torch.rand(3, 4)).sum().backward()
+        >>> model[0].f.weight.grad.shape
+        torch.Size([2, 2])
     """
 
     _chains: Chains

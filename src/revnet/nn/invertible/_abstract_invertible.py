@@ -11,7 +11,21 @@ from revnet._checks import check_tensor
 
 
 class AbstractInvertible(nn.Module, abc.ABC):
-    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` tells how volumes change."""
+    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` tells how volumes change.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import AbstractInvertible
+        >>> class Negate(AbstractInvertible):
+        ...     def forward(self, x):
+        ...         return -x
+        ...     def inverse(self, y):
+        ...         return -y
+        ...     def forward_with_log_det(self, x):
+        ...         return -x, torch.zeros(len(x))
+        >>> Negate().log_det(torch.rand(3, 4))
+        tensor([0., 0., 0.])
+    """
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -30,6 +30,16 @@ class HaarWavelet(AbstractInvertible):
     References:
         Haar (1910), Zur Theorie der orthogonalen Funktionensysteme.
         Ardizzone et al. (2019), Guided Image Generation with Conditional Invertible Neural Networks, section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import HaarWavelet
+        >>> wavelet = HaarWavelet()
+        >>> y = wavelet(torch.ones(1, 1, 2, 2))
+        >>> y.flatten()
+        tensor([2., 0., 0., 0.])
+        >>> wavelet.inverse(y).flatten()
+        tensor([1., 1., 1., 1.])
     """
 
     matrix: Tensor

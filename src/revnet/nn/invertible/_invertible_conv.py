@@ -33,6 +33,13 @@ class InvertibleConv1x1(AbstractInvertible):
 
     References:
         Kingma and Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import InvertibleConv1x1
+        >>> conv, x = InvertibleConv1x1(4), torch.rand(2, 4, 3, 3)
+        >>> torch.allclose(conv.inverse(conv(x)), x, atol=1e-5)
+        True
     """
 
     permutation: Tensor

@@ -32,6 +32,17 @@ class InvertibleSequential(AbstractInvertible):
 
     Shape:
         x: A tensor that the first layer accepts. Output: the output of the last layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReversibleBlock
+        >>> from revnet.nn import InvertibleSequential, SpaceToDepth
+        >>> block = ReversibleBlock(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+        >>> model = InvertibleSequential(SpaceToDepth(), block)
+        >>> x = torch.rand(1, 1, 4, 4)
+        >>> torch.allclose(model.inverse(model(x)), x, atol=1e-5)
+        True
     """
 
     def __init__(

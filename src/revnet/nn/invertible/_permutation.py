@@ -24,6 +24,12 @@ class ChannelPermutation(AbstractInvertible):
         ValueError: `num_channels` is not a positive integer, or `order` does not hold each channel once. In the passes:
             the input has another number of channels.
         TypeError: `order` is not a sequence of integers. In the passes: the input is not a tensor.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import ChannelPermutation
+        >>> ChannelPermutation(3, order=[2, 0, 1])(torch.tensor([[10, 11, 12]]))
+        tensor([[12, 10, 11]])
     """
 
     order: Tensor

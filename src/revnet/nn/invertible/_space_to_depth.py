@@ -26,6 +26,12 @@ class SpaceToDepth(AbstractInvertible):
 
     References:
         Jacobsen, Smeulders and Oyallon (2018), i-RevNet: Deep Invertible Networks, section 3.1.
+
+    Example:
+        >>> import torch
+        >>> from revnet.nn import SpaceToDepth
+        >>> SpaceToDepth()(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 12, 4, 4])
     """
 
     def __init__(self, block_size: int = 2):

@@ -23,6 +23,11 @@ def as_policy(policy: AbstractPolicy | str, name: str = "policy") -> AbstractPol
     Raises:
         TypeError: `policy` is neither a policy nor a string.
         ValueError: No policy has this name.
+
+    Example:
+        >>> from revnet.nn import as_policy
+        >>> as_policy("checkpoint")
+        Checkpoint()
     """
     if isinstance(policy, AbstractPolicy):
         return policy
@@ -36,7 +41,15 @@ def as_policy(policy: AbstractPolicy | str, name: str = "policy") -> AbstractPol
 
 
 class PolicyUnit(NamedTuple):
-    """The smallest part of a model that has a policy of its own, such as a block or a stem."""
+    """The smallest part of a model that has a policy of its own, such as a block or a stem.
+
+    Example:
+        >>> from torch import nn
+        >>> from revnet import PolicySequential, Reverse, Store
+        >>> (unit,) = PolicySequential(nn.Linear(2, 2)).policy_units
+        >>> unit.accepts(Store()), unit.accepts(Reverse())
+        (True, False)
+    """
 
     name: str
     """Name of the unit in its module, such as "blocks.3". Empty if the module is one unit."""
@@ -54,6 +67,13 @@ class HasPolicies(abc.ABC):
     """A module that has a policy for each of its units. The policies may change between steps.
 
     Implement this interface to let `set_policy` and memory plans choose the policies of your own module.
+
+    Example:
+        >>> from torch import nn
+        >>> from revnet import PolicySequential
+        >>> from revnet.nn import HasPolicies
+        >>> isinstance(PolicySequential(nn.Linear(2, 2)), HasPolicies)
+        True
     """
 
     @property
@@ -76,7 +96,28 @@ class HasPolicies(abc.ABC):
 
 
 class HasSinglePolicy(HasPolicies):
-    """A module that is one unit, and so has one policy. A subclass defines `policy_units`, a list of one unit."""
+    """A module that is one unit, and so has one policy. A subclass defines `policy_units`, a list of one unit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import Checkpoint, set_policy
+        >>> from revnet.nn import HasSinglePolicy, PolicyUnit
+        >>> class Residual(nn.Module, HasSinglePolicy):
+        ...     def __init__(self, f):
+        ...         super().__init__()
+        ...         self.f = f
+        ...         self.set_policies("store")
+        ...     @property
+        ...     def policy_units(self):
+        ...         return [PolicyUnit("", (self.f,), is_reversible=False)]
+        ...     def forward(self, x):
+        ...         return x + self.policies[0].call(self.f, (x,), {})
+        >>> model = nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2)))
+        >>> set_policy(model, "checkpoint")
+        >>> model[0].policies
+        (Checkpoint(),)
+    """
 
     _policy: AbstractPolicy
 

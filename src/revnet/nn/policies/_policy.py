@@ -25,7 +25,20 @@ from revnet.engine import (
 
 
 class AbstractPolicy(abc.ABC):
-    """Runs consecutive half-blocks, and decides what the backward pass will find."""
+    """Runs consecutive half-blocks, and decides what the backward pass will find.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+        >>> class Announce(AbstractPolicy):
+        ...     def run(self, chain, streams):
+        ...         print("running a chain")
+        ...         return Reverse().run(chain, streams)
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> y = ReversibleSequential(block, policy=Announce())(torch.ones(1, 4))
+        running a chain
+    """
 
     @abc.abstractmethod
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
@@ -33,7 +46,14 @@ class AbstractPolicy(abc.ABC):
 
 
 class AbstractModulePolicy(AbstractPolicy):
-    """A policy for any module too, reversible or not."""
+    """A policy for any module too, reversible or not.
+
+    Example:
+        >>> from revnet import Checkpoint, Reverse
+        >>> from revnet.nn import AbstractModulePolicy
+        >>> [isinstance(p, AbstractModulePolicy) for p in (Checkpoint(), Reverse())]
+        [True, False]
+    """
 
     @abc.abstractmethod
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,6 +67,13 @@ class Reverse(AbstractPolicy):
     Memory: the final streams of consecutive blocks, and the activations of one residual function at a time.
     Time: one more forward pass of each residual function, in theory a third more per step.
     Accuracy: the output is exact; gradients carry the rounding of the rebuilt streams, which grows with depth.
+
+    Example:
+        >>> from torch import nn
+        >>> from revnet import Reverse, ReversibleBlock, ReversibleSequential
+        >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)]
+        >>> ReversibleSequential(*blocks).policies
+        (Reverse(), Reverse())
     """
 
     run = staticmethod(reversible)
@@ -65,6 +92,14 @@ class Checkpoint(AbstractModulePolicy):
 
     References:
         Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import Checkpoint, PolicySequential
+        >>> stem = PolicySequential(nn.Linear(3, 8), nn.GELU(), policy=Checkpoint())
+        >>> stem(torch.ones(2, 3)).shape
+        torch.Size([2, 8])
     """
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
@@ -83,6 +118,14 @@ class Offload(AbstractModulePolicy):
     Memory: none of the device between the passes, all of `Store` on the host, pinned. On a CPU it is `Store`.
     Time: no recomputation, but two transfers of each activation; what that takes depends on the bus.
     Accuracy: plain autograd's, bit for bit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import Offload, PolicySequential
+        >>> head = PolicySequential(nn.Linear(8, 3), policy=Offload())
+        >>> head(torch.ones(2, 8)).shape
+        torch.Size([2, 3])
     """
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
@@ -99,6 +142,13 @@ class Store(AbstractModulePolicy):
     """Keep the activations, as ordinary autograd does: the stored twin.
 
     Memory: all activations of all blocks. Time: no recomputation. Accuracy: plain autograd's.
+
+    Example:
+        >>> from torch import nn
+        >>> from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+        >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)]
+        >>> ReversibleSequential(*blocks, policy=[Store(), Reverse()]).policies
+        (Store(), Reverse())
     """
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:

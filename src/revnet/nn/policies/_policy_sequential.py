@@ -26,6 +26,15 @@ class PolicySequential(nn.Sequential, HasSinglePolicy):
     Raises:
         TypeError: A module is not an `nn.Module`, or `policy` is not a policy for such modules.
         ValueError: No policy has this name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import Checkpoint, PolicySequential
+        >>> stem = PolicySequential(nn.Linear(3, 8), nn.GELU(), policy=Checkpoint())
+        >>> stem(torch.ones(2, 3)).shape
+        torch.Size([2, 8])
+        >>> stem.set_policies("store")
     """
 
     def __init__(self, *modules: Any, policy: AbstractModulePolicy | str = _STORE):
