@@ -6,7 +6,7 @@ from typing import Any
 
 from _memory_page import MIB, Row
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 
 COLORS = {"full": "#888888", "lsh": "#ee7733", "hierarchical": "#0055aa"}
 

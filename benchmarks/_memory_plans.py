@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revnet import Checkpoint, Reverse, ReversibleSequential, Store, set_policy
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.bench.run import Quartiles
 from revnet.memory import RooflineTiming, MeasuredTiming, Plan, measure, plan
 

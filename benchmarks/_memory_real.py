@@ -16,8 +16,8 @@ from _memory_step import OPTIMIZER, images_of, loss, make, on_meta
 from torch import Tensor
 
 from revnet import Store, set_policy
-from revnet._machine import process_peak_bytes
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._memory_readings import process_peak_bytes
 from revnet.memory import Plan, format_bytes, measure, plan, predict
 
 PAIRS = {

@@ -15,7 +15,7 @@ from _numerics_nets import Digits, PerceptronClassifier
 from torch import nn
 
 from revnet import FixedPoint, ReconstructionWarning, set_coupling, set_tolerance
-from revnet._picture import clear_frame, new_figure, save
+from revnet._figure import clear_frame, new_figure, save
 from revnet.engine import DriftMeter
 from revnet.numerics import drift_of, measure_drift
 

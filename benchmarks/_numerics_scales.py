@@ -11,7 +11,7 @@ from _numerics_nets import perceptrons
 from torch import Tensor
 
 from revnet import FixedPoint, ReconstructionWarning, ReversibleSequential, Store, set_coupling, set_policy
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.numerics import Drift, measure_drift
 from revnet.numerics._gradients import angle_and_error, parameter_gradients
 

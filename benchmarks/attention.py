@@ -33,8 +33,8 @@ from torch.nn import functional as F
 
 import revnet
 from revnet import AbstractPolicy, Reverse, Store
-from revnet._machine import process_peak_bytes
-from revnet._picture import check_matplotlib
+from revnet._figure import check_matplotlib
+from revnet._memory_readings import process_peak_bytes
 from revnet.bench import describe_machine, hardware_name
 from revnet.functional import rotary_table
 from revnet.memory import FlopCounter, predict

@@ -22,7 +22,7 @@ from _memory_page import Row, mib, table, write_csv
 from torch import Tensor
 
 from revnet import AbstractPolicy, Reverse, Store
-from revnet._picture import check_matplotlib, new_figure, save
+from revnet._figure import check_matplotlib, new_figure, save
 from revnet.bench import describe_machine, hardware_name
 from revnet.data import load_dataset
 from revnet.memory import predict

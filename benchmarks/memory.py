@@ -28,7 +28,7 @@ from _memory_prediction import prediction_section
 from _memory_real import PAIRS, real_section
 
 from revnet import BudgetError, list_models
-from revnet._picture import check_matplotlib
+from revnet._figure import check_matplotlib
 from revnet.bench import describe_machine, hardware_name
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,7 +28,7 @@ from _numerics_conditioning import conditioning_section
 from _numerics_curves import curves_section
 from _numerics_scales import scales_section
 
-from revnet._picture import check_matplotlib
+from revnet._figure import check_matplotlib
 from revnet.bench import describe_machine, hardware_name
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,7 +24,7 @@ from _volumes_balls import balls, batches, dice
 from torch import Tensor
 
 from revnet import Reverse, ReversibleSequential, Store
-from revnet._picture import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
 from revnet.bench import describe_machine, hardware_name
 from revnet.memory import measure, predict
 from revnet.models import UNet3d

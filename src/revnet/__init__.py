@@ -1,14 +1,18 @@
 """Reversible residual networks for PyTorch: activation memory that does not grow with depth.
 
-The names below load PyTorch when they are first used, not when `revnet` is imported: the command line must answer
-`revnet --help` at once, and every module of a package pays for what its `__init__` imports.
+The names in `revnet.__all__` are the stable API. They keep their meaning and signature between minor releases. The
+modules, such as `revnet.nn` and `revnet.memory`, export more names. These are provisional: they may change in any
+release, and the changelog says so.
 
-`from revnet import *` imports classes and functions only. The rooms, such as `revnet.nn`, are attributes of the package
-that a star import leaves out, because `nn` would replace the `nn` of `from torch import nn`.
+Names load PyTorch when they are first used, not when `revnet` is imported, so that `revnet --help` answers quickly.
+
+`from revnet import *` imports the stable API alone. It does not import the modules, since `revnet.nn` would replace the
+`nn` of `from torch import nn`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from revnet._lazy import attach
 
 if TYPE_CHECKING:
     from revnet import bench as bench
@@ -47,33 +51,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("bench", "coupling", "data", "functional", "memory", "models", "nn", "numerics", "paper", "training")
-_HOME = {
-    "Additive": "revnet.coupling",
-    "AbstractPolicy": "revnet.nn",
-    "BudgetError": "revnet.errors",
-    "Checkpoint": "revnet.nn",
-    "CheckpointError": "revnet.errors",
-    "DataError": "revnet.errors",
-    "FixedPoint": "revnet.coupling",
-    "MissingDependencyError": "revnet.errors",
-    "Offload": "revnet.nn",
-    "PolicySequential": "revnet.nn",
-    "PredictionError": "revnet.errors",
-    "ReconstructionError": "revnet.errors",
-    "ReconstructionWarning": "revnet.errors",
-    "Reverse": "revnet.nn",
-    "ReversibleBlock": "revnet.nn",
-    "ReversibleSequential": "revnet.nn",
-    "RevnetError": "revnet.errors",
-    "Store": "revnet.nn",
-    "create_model": "revnet.models",
-    "list_models": "revnet.models",
-    "set_coupling": "revnet.nn",
-    "set_policy": "revnet.nn",
-    "set_tolerance": "revnet.nn",
-}
-
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractPolicy",
     "Additive",
@@ -100,14 +77,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "Store",
 ]
 
+_ROOMS = ("bench", "coupling", "data", "functional", "memory", "models", "nn", "numerics", "paper", "training")
+_HOMES = ("errors", "coupling", "nn", "models")
 
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"revnet.{name}")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'revnet' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_ROOMS, "__version__"])
+__getattr__, __dir__ = attach(__name__, dict.fromkeys(__all__, _HOMES), submodules=_ROOMS)

@@ -1,7 +1,5 @@
 """Aliases that several rooms share."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 TensorPair = tuple[Tensor, Tensor]
@@ -9,6 +7,3 @@ TensorPair = tuple[Tensor, Tensor]
 
 Streams = tuple[Tensor, ...]
 """The streams of a reversible network, two or more."""
-
-ResidualFunction = Callable[..., Tensor]
-"""What a reversible block adds to one stream, computed from the other: `f(x2, *args, **kwargs)`."""

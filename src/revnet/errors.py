@@ -1,48 +1,106 @@
-"""The errors that a caller of revnet may want to handle.
+"""Errors that a caller of revnet may want to handle.
 
-Everything else is a plain `ValueError`, `TypeError` or `NotImplementedError`: a mistake in the call, to be mended
-there.
+Mistakes in a call raise a plain `ValueError`, `TypeError` or `NotImplementedError`.
 
 * RevnetError
   x ReconstructionError       the backward pass cannot rebuild what the forward pass saw
-  x DataError                 a data file or folder is missing, corrupt or of another layout
-  x CheckpointError           a checkpoint is missing, truncated or of another model
+  x DataError                 a data file or folder is missing, corrupt or laid out differently
+  x CheckpointError           a checkpoint is missing, truncated or from another model
   x MissingDependencyError    an optional package is not installed
-  x PredictionError           a model cannot be run on shapes without data
-  x BudgetError               a training step cannot be made to fit a budget of memory
+  x PredictionError           a model cannot run on shapes without data
+  x BudgetError               a training step does not fit a memory budget
 
-And one warning, ReconstructionWarning: what was rebuilt is far from what the forward pass saw.
+There is one warning, ReconstructionWarning: rebuilt activations are far from the true ones.
 """
 
 from typing import Self
 
 
 class RevnetError(Exception):
-    """Base class of every error defined here."""
+    """Base class of every error defined here.
+
+    Example:
+        >>> from revnet import RevnetError
+        >>> from revnet.data import load_dataset
+        >>> try:
+        ...     load_dataset("missing/folder")
+        ... except RevnetError as error:
+        ...     print(error)
+        `path` (='missing/folder') does not exist; pass the folder of a data set.
+    """
 
 
 class ReconstructionError(RevnetError, RuntimeError):
     """The backward pass cannot rebuild the activations of the forward pass.
 
-    Raised in place of a wrong gradient: an output, a parameter, a buffer or an argument was modified in place since the
-    forward pass, or running the residual function again did something else than it did the first time.
+    It is raised instead of returning wrong gradients. Either an output, a parameter, a buffer or an argument was
+    modified in place since the forward pass, or a residual function behaved differently when it ran again.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReconstructionError, ReversibleBlock
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> y = block(torch.ones(1, 4))
+        >>> try:
+        ...     y.mul_(2).sum().backward()
+        ... except ReconstructionError:
+        ...     print("the output was modified before the backward pass")
+        the output was modified before the backward pass
     """
 
 
 class ReconstructionWarning(UserWarning):
-    """Rebuilt activations are so far from the true ones that gradients are wrong."""
+    """Rebuilt activations are so far from the true ones that gradients are wrong.
+
+    Example:
+        >>> import warnings
+        >>> from revnet import ReconstructionWarning
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", ReconstructionWarning)
+        ...     ...  # train; an inaccurate reconstruction raises
+        Ellipsis
+    """
 
 
 class DataError(RevnetError, ValueError):
-    """A data file or folder is missing, corrupt or of another layout."""
+    """A data file or folder is missing, corrupt or of another layout.
+
+    Example:
+        >>> from revnet import DataError
+        >>> from revnet.data import load_dataset
+        >>> try:
+        ...     load_dataset("missing/folder")
+        ... except DataError:
+        ...     print("there is no such data set")
+        there is no such data set
+    """
 
 
 class CheckpointError(RevnetError, ValueError):
-    """A checkpoint is missing, truncated or of another model."""
+    """A checkpoint is missing, truncated or of another model.
+
+    Example:
+        >>> from revnet import CheckpointError
+        >>> from revnet.training import load_classifier
+        >>> try:
+        ...     load_classifier("missing.ckpt")
+        ... except CheckpointError:
+        ...     print("there is no such checkpoint")
+        there is no such checkpoint
+    """
 
 
 class MissingDependencyError(RevnetError, ImportError):
-    """An optional package is not installed; the message holds the install line."""
+    """An optional package is not installed; the message holds the install line.
+
+    Example:
+        >>> from revnet import MissingDependencyError
+        >>> try:
+        ...     from revnet.training import train
+        ... except MissingDependencyError as error:
+        ...     print(error)  # names the extra to install
+    """
 
     @classmethod
     def of(cls, package: str, purpose: str) -> Self:
@@ -51,17 +109,44 @@ class MissingDependencyError(RevnetError, ImportError):
 
 
 class PredictionError(RevnetError, RuntimeError):
-    """The memory of a model cannot be predicted from shapes: it fails on them, or needs the values of tensors."""
+    """The memory of a model cannot be predicted: it fails on tensors without data, or it needs their values.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import PredictionError
+        >>> from revnet.memory import predict
+        >>> class Normalize(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / x.sum().item()
+        >>> try:
+        ...     predict(Normalize(), torch.ones(1, 2))
+        ... except PredictionError:
+        ...     print("`item()` needs the value of a tensor")
+        `item()` needs the value of a tensor
+    """
 
 
 class BudgetError(RevnetError, ValueError):
-    """A training step cannot be made to fit a budget of memory.
+    """A training step does not fit a memory budget.
 
     Args:
-        message: What is missing, and what would fit.
-        missing_bytes: By how much the budget is too small.
-        least_bytes: The least that the step needs under any plan.
-        max_batch_size: The largest batch that would fit; 0 if none does.
+        message: The shortfall, and what would fit.
+        missing_bytes: Bytes by which the budget is too small.
+        least_bytes: Smallest peak of the step under any plan.
+        max_batch_size: Largest batch size that fits, or 0 if none does.
+
+    Example:
+        >>> import torch
+        >>> from revnet import BudgetError, PolicySequential
+        >>> from revnet.memory import plan
+        >>> from torch import nn
+        >>> model = PolicySequential(nn.Linear(64, 64))
+        >>> try:
+        ...     plan(model, torch.ones(8, 64), budget="1 KiB")
+        ... except BudgetError as error:
+        ...     print(error.missing_bytes > 0, error.max_batch_size)
+        True 0
     """
 
     def __init__(self, message: str, *, missing_bytes: int = 0, least_bytes: int = 0, max_batch_size: int = 0):

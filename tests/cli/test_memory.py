@@ -98,7 +98,7 @@ def test_a_step_that_fails_is_told_in_one_line(assert_refused, own_branches):
     ("arguments", "message"),
     [
         (["revnet38", "--policy", "keep"], "`--policy` (=keep) must be `reverse` or `checkpoint` or `store` or null"),
-        (["resnet32", "--policy", "reverse"], "has nothing that can take the policy Reverse()"),
+        (["resnet32", "--policy", "reverse"], "has no unit that accepts the policy Reverse()"),
         (["revnet38", "--depth", "-1"], "`--depth` (=-1) must be"),
         (["revnet38", "--precision", "8"], "`--precision` (=8) must be `32-true` or `bf16-mixed`"),
         (["nothing"], "`nothing` is no model"),

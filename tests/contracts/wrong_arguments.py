@@ -37,6 +37,8 @@ import revnet
 from revnet import coupling, engine, functional, models
 from revnet import nn as rnn
 from revnet.nn import attention
+from revnet.nn._restore import restoring_policies, restoring_state
+from revnet.nn.policies._has_policies import broadcast_policy
 
 LIMIT_SECONDS = 10.0
 LIMIT_BYTES = 4 * 2**30
@@ -213,10 +215,10 @@ FUNCTIONS = [
         silent=frozenset({"name"}),
     ),
     Target("as_policy", rnn.as_policy, lambda: {"policy": "store"}, silent=frozenset({"name"})),
-    Target("one_for_each", rnn.one_for_each, lambda: {"policy": "store", "units": UNITS}),
+    Target("broadcast_policy", broadcast_policy, lambda: {"policy": "store", "units": UNITS}),
     Target("policy_holders", rnn.policy_holders, lambda: {"model": sequence()}),
-    Target("restoring_policies", rnn.restoring_policies, lambda: {"model": sequence()}),
-    Target("restoring_state", rnn.restoring_state, lambda: {"model": sequence()}),
+    Target("restoring_policies", restoring_policies, lambda: {"model": sequence()}),
+    Target("restoring_state", restoring_state, lambda: {"model": sequence()}),
     Target("set_coupling", rnn.set_coupling, lambda: {"model": sequence(), "coupling": coupling.FixedPoint()}),
     Target("set_policy", rnn.set_policy, lambda: {"model": sequence(), "policy": "store"}),
     Target("set_tolerance", rnn.set_tolerance, lambda: {"model": sequence(), "tolerance": 1e-3}),
@@ -312,6 +314,8 @@ LEFT_OUT = {
         [name for name in [*dir(rnn), *dir(coupling), *dir(models)] if name.startswith("Abstract")], "abstract"
     ),
     "PolicyUnit": "a record",
+    "HasPolicies": "abstract",
+    "HasSinglePolicy": "abstract",
 }
 
 

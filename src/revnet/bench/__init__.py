@@ -1,7 +1,7 @@
 """This library beside plain autograd, checkpointing and its peers: memory, time, gradients, and what goes wrong."""
 
-from revnet._machine import describe_machine as describe_machine
-from revnet._machine import hardware_name as hardware_name
+from revnet._hardware import hardware_name as hardware_name
+from revnet._provenance import describe_machine as describe_machine
 from revnet.bench.benchmark import run_benchmark as run_benchmark
 from revnet.bench.cases import CASES as CASES
 from revnet.bench.cases import Case as Case

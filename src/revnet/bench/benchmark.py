@@ -3,8 +3,8 @@
 import datetime
 from pathlib import Path
 
-from revnet._machine import hardware_name
-from revnet._picture import check_matplotlib
+from revnet._figure import check_matplotlib
+from revnet._hardware import hardware_name
 from revnet.bench import plot
 from revnet.bench.report import markdown, write_csv
 from revnet.bench.run import Settings, measure_all

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from revnet._machine import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 from revnet.bench.host import STEPS_PER_TURN, HostResults, measure_host, one_thread
 from revnet.bench.host_cases import HOST_CASES, HOST_CONTENDERS
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.bench.cases import CASES
 from revnet.bench.contenders import CONTENDERS, PLAIN
 from revnet.bench.run import Results

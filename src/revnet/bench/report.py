@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from revnet._machine import describe_machine
+from revnet._provenance import describe_machine
 from revnet.bench.cases import CASES
 from revnet.bench.contenders import CONTENDERS, Contender
 from revnet.bench.run import NUM_WARMUP_ROUNDS, MemoryRow, Results, TimeRow

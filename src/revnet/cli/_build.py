@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revnet._machine import free_bytes
+from revnet._memory_readings import free_bytes
 from revnet.cli._blame import is_raised_by_revnet
 from revnet.cli._model import build_model
 from revnet.cli._step import StepFlags

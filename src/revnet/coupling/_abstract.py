@@ -15,6 +15,28 @@ class AbstractCoupling(abc.ABC):
 
     Raises:
         TypeError: On the definition of a subclass that has a `forward` but does not define `is_additive`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReversibleBlock
+        >>> from revnet.coupling import AbstractCoupling
+        >>> class Subtractive(AbstractCoupling):
+        ...     is_additive = False
+        ...     def prepare(self, x):
+        ...         return x
+        ...     def forward(self, x, residual, name="f"):
+        ...         return x - residual
+        ...     def inverse(self, y, residual, name="f", *, in_place=False):
+        ...         return y + residual
+        ...     def log_det(self, x, residual):
+        ...         return None
+        ...     def limit(self, dtype):
+        ...         return None
+        >>> f, g, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.rand(3, 4)
+        >>> block = ReversibleBlock(f, g, coupling=Subtractive())
+        >>> torch.allclose(block.inverse(block(x)), x, atol=1e-5)
+        True
     """
 
     is_additive: ClassVar[bool]

@@ -21,6 +21,14 @@ class Additive(AbstractCoupling):
     """The additive coupling in floating point: `y = x + residual`. This is the default, and the paper's coupling.
 
     Accuracy: each block rebuilds its input up to half a unit in the last place.
+
+    Example:
+        >>> import torch
+        >>> from revnet import Additive
+        >>> coupling = Additive()
+        >>> y = coupling.forward(torch.tensor([1.0]), torch.tensor([0.5]), "f")
+        >>> coupling.inverse(y, torch.tensor([0.5]), "f")
+        tensor([1.])
     """
 
     is_additive: ClassVar[bool] = True
@@ -59,6 +67,12 @@ def additive(x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
     Raises:
         TypeError: `x` or `residual` is not a tensor, or the dtype of `residual` would change the dtype of the stream.
         ValueError: `residual` has a different shape.
+
+    Example:
+        >>> import torch
+        >>> from revnet.coupling import additive
+        >>> additive(torch.tensor([1.0]), torch.tensor([0.5]))
+        tensor([1.5000])
     """
     if not isinstance(x, Tensor):
         check_tensor("x", x)
@@ -84,6 +98,12 @@ def additive_inverse(y: Tensor, residual: Tensor, name: str = "f", *, in_place: 
     Numerics:
         Floating-point addition rounds, so the result equals the original `x` up to half a unit in the last place of
         `y`.
+
+    Example:
+        >>> import torch
+        >>> from revnet.coupling import additive_inverse
+        >>> additive_inverse(torch.tensor([1.5]), torch.tensor([0.5]))
+        tensor([1.])
     """
     if not isinstance(y, Tensor):
         check_tensor("y", y)

@@ -48,6 +48,17 @@ class Affine(AbstractCoupling):
     References:
         Dinh, Sohl-Dickstein and Bengio (2017), Density Estimation Using Real NVP.
         Kingma and Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions, and its code.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.coupling import Affine
+        >>> from revnet.nn import CouplingLayer
+        >>> layer = CouplingLayer(nn.Linear(2, 4), coupling=Affine())  # shift and scale
+        >>> x = torch.rand(3, 4)
+        >>> y, log_det = layer.forward_with_log_det(x)
+        >>> torch.allclose(layer.inverse(y), x, atol=1e-5), log_det.shape
+        (True, torch.Size([3]))
     """
 
     is_additive: ClassVar[bool] = False

@@ -34,6 +34,13 @@ class Momentum(AbstractCoupling):
 
     References:
         Sander et al. (2021), Momentum Residual Neural Networks.
+
+    Example:
+        >>> import torch
+        >>> from revnet.coupling import Momentum
+        >>> coupling = Momentum(gamma=0.5)
+        >>> coupling.forward(torch.tensor([4.0]), torch.tensor([2.0]), "f")
+        tensor([3.])
     """
 
     is_additive: ClassVar[bool] = False

@@ -1,4 +1,7 @@
-"""Memory of a training step: measure it, predict it, and plan policies that fit a budget."""
+"""Memory of a training step: measure it, predict it, and plan policies that fit a budget.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet.memory.planning._max_batch_size import max_batch_size as max_batch_size
 from revnet.memory.planning._plan import Plan as Plan

@@ -40,7 +40,13 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` knows, sorted with numbers in numeric order."""
+    """Return the names that `create_model` knows, sorted with numbers in numeric order.
+
+    Example:
+        >>> from revnet import list_models
+        >>> "revnet110" in list_models()
+        True
+    """
     return sorted(_ENTRIES, key=_in_numeric_order)
 
 
@@ -74,6 +80,13 @@ def create_model(
     Raises:
         ValueError: No model has this name, or a count is not positive.
         TypeError: The model does not have one of the options.
+
+    Example:
+        >>> import torch
+        >>> from revnet import create_model
+        >>> model = create_model("revnet38", num_classes=10)
+        >>> model(torch.rand(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
     if num_classes is not None:
         options["num_classes"] = num_classes

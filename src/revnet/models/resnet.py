@@ -22,14 +22,12 @@ from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
 from revnet.nn import (
     AbstractModulePolicy,
-    AbstractPolicy,
-    AbstractPolicyHolder,
     BatchNorm2dBiased,
     Conv2dSame,
+    HasSinglePolicy,
     PolicySequential,
     PolicyUnit,
     Store,
-    one_for_each,
 )
 
 BlockName = Literal["basic", "bottleneck"]
@@ -152,7 +150,7 @@ BLOCK_KINDS = {
 }
 
 
-class ResidualBlock(nn.Module, AbstractPolicyHolder):
+class ResidualBlock(nn.Module, HasSinglePolicy):
     """`y = shortcut(x) + residual(x)`; under `Checkpoint()` the residual is computed again from `x`."""
 
     def __init__(
@@ -167,15 +165,6 @@ class ResidualBlock(nn.Module, AbstractPolicyHolder):
     def policy_units(self) -> list[PolicyUnit]:
         """The whole block, as one unit."""
         return [PolicyUnit("", (self.residual,), is_reversible=False)]
-
-    @property
-    def policies(self) -> tuple[AbstractPolicy, ...]:
-        """The one policy."""
-        return (self._policy,)
-
-    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
-        """Set the policy. The next forward pass follows it."""
-        (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block's output."""

@@ -26,17 +26,16 @@ from revnet.models._registry import register_model
 from revnet.models.resnet import BLOCK_KINDS, STEM_KINDS, BlockKind, BlockName, StemName, batch_norm
 from revnet.nn import (
     AbstractPolicy,
-    AbstractPolicyHolder,
+    HasSinglePolicy,
     PolicyUnit,
     Reverse,
     ReversibleBlock,
     ReversibleSequential,
     as_policy,
-    one_for_each,
 )
 
 
-class Downsample(nn.Module, AbstractPolicyHolder):
+class Downsample(nn.Module, HasSinglePolicy):
     """The first block of a stage, which changes the shape and so is not reversible.
 
     `y1 = shortcut1(x1) + f(x2)`, `y2 = shortcut2(x2) + g(y1)`; f has the stride. Each sum by itself is half of a
@@ -69,15 +68,6 @@ class Downsample(nn.Module, AbstractPolicyHolder):
     def policy_units(self) -> list[PolicyUnit]:
         """The whole block, as one unit."""
         return [PolicyUnit("", (self.f, self.g), is_reversible=True)]
-
-    @property
-    def policies(self) -> tuple[AbstractPolicy, ...]:
-        """The one policy."""
-        return (self._policy,)
-
-    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
-        """Set the policy. The next forward pass follows it."""
-        (self._policy,) = one_for_each(policy, self.policy_units)
 
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""

@@ -1,34 +1,38 @@
-"""Modules that hold residual functions and run them reversibly."""
+"""Modules that hold residual functions and run them reversibly.
 
-from revnet.nn._abstract_block import AbstractReversibleBlock as AbstractReversibleBlock
-from revnet.nn._abstract_reversible import AbstractReversible as AbstractReversible
-from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
-from revnet.nn._block import ReversibleBlock as ReversibleBlock
-from revnet.nn._conv import Conv2dSame as Conv2dSame
-from revnet.nn._coupling_layer import CouplingLayer as CouplingLayer
-from revnet.nn._haar import HaarWavelet as HaarWavelet
-from revnet.nn._invertible import AbstractInvertible as AbstractInvertible
-from revnet.nn._invertible_conv import InvertibleConv1x1 as InvertibleConv1x1
-from revnet.nn._invertible_sequential import InvertibleSequential as InvertibleSequential
-from revnet.nn._momentum_block import MomentumBlock as MomentumBlock
-from revnet.nn._multi_stream_block import MultiStreamBlock as MultiStreamBlock
-from revnet.nn._permutation import ChannelPermutation as ChannelPermutation
-from revnet.nn._policy import AbstractModulePolicy as AbstractModulePolicy
-from revnet.nn._policy import AbstractPolicy as AbstractPolicy
-from revnet.nn._policy import Checkpoint as Checkpoint
-from revnet.nn._policy import Offload as Offload
-from revnet.nn._policy import Reverse as Reverse
-from revnet.nn._policy import Store as Store
-from revnet.nn._policy_holder import AbstractPolicyHolder as AbstractPolicyHolder
-from revnet.nn._policy_holder import PolicyUnit as PolicyUnit
-from revnet.nn._policy_holder import as_policy as as_policy
-from revnet.nn._policy_holder import one_for_each as one_for_each
-from revnet.nn._policy_holder import policy_holders as policy_holders
-from revnet.nn._policy_holder import restoring_policies as restoring_policies
-from revnet.nn._policy_holder import set_policy as set_policy
-from revnet.nn._policy_sequential import PolicySequential as PolicySequential
-from revnet.nn._restoring_state import restoring_state as restoring_state
-from revnet.nn._sequential import ReversibleSequential as ReversibleSequential
-from revnet.nn._set_coupling import set_coupling as set_coupling
-from revnet.nn._set_tolerance import set_tolerance as set_tolerance
-from revnet.nn._space_to_depth import SpaceToDepth as SpaceToDepth
+`blocks` holds the reversible blocks and the sequence that runs them, `policies` says what happens to activations,
+`invertible` holds the layers of normalizing flows, and `attention` the attention layers. The functions `set_policy`,
+`set_coupling` and `set_tolerance` change a whole model.
+
+The names that `revnet` exports as well are stable. The others are provisional: they may change in any release.
+"""
+
+from revnet.nn._tensorflow import BatchNorm2dBiased as BatchNorm2dBiased
+from revnet.nn._tensorflow import Conv2dSame as Conv2dSame
+from revnet.nn._whole_model import policy_holders as policy_holders
+from revnet.nn._whole_model import set_coupling as set_coupling
+from revnet.nn._whole_model import set_policy as set_policy
+from revnet.nn._whole_model import set_tolerance as set_tolerance
+from revnet.nn.blocks._abstract_block import AbstractReversibleBlock as AbstractReversibleBlock
+from revnet.nn.blocks._coupling_layer import CouplingLayer as CouplingLayer
+from revnet.nn.blocks._momentum_block import MomentumBlock as MomentumBlock
+from revnet.nn.blocks._multi_stream_block import MultiStreamBlock as MultiStreamBlock
+from revnet.nn.blocks._reversible_block import ReversibleBlock as ReversibleBlock
+from revnet.nn.blocks._reversible_sequential import ReversibleSequential as ReversibleSequential
+from revnet.nn.invertible._abstract_invertible import AbstractInvertible as AbstractInvertible
+from revnet.nn.invertible._haar import HaarWavelet as HaarWavelet
+from revnet.nn.invertible._invertible_conv import InvertibleConv1x1 as InvertibleConv1x1
+from revnet.nn.invertible._invertible_sequential import InvertibleSequential as InvertibleSequential
+from revnet.nn.invertible._permutation import ChannelPermutation as ChannelPermutation
+from revnet.nn.invertible._space_to_depth import SpaceToDepth as SpaceToDepth
+from revnet.nn.policies._has_policies import HasPolicies as HasPolicies
+from revnet.nn.policies._has_policies import HasSinglePolicy as HasSinglePolicy
+from revnet.nn.policies._has_policies import PolicyUnit as PolicyUnit
+from revnet.nn.policies._has_policies import as_policy as as_policy
+from revnet.nn.policies._policy import AbstractModulePolicy as AbstractModulePolicy
+from revnet.nn.policies._policy import AbstractPolicy as AbstractPolicy
+from revnet.nn.policies._policy import Checkpoint as Checkpoint
+from revnet.nn.policies._policy import Offload as Offload
+from revnet.nn.policies._policy import Reverse as Reverse
+from revnet.nn.policies._policy import Store as Store
+from revnet.nn.policies._policy_sequential import PolicySequential as PolicySequential

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from revnet._types import Streams
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractReversibleBlock, Reverse, ReversibleSequential
-from revnet.nn._abstract_block import course_of
-from revnet.nn._reversible_module import run_forward
+from revnet.nn.blocks._abstract_block import schedule_of
+from revnet.nn.blocks._reversible_module import run_forward
 
 
 def conditioning_penalty(
@@ -130,8 +130,8 @@ class _Inverse(nn.Module):
             return self.sequence.inverse(y, *args, **kwargs)
         undone = [half_block._replace(function=_Negative(half_block.function)) for half_block in reversed(half_blocks)]
         chain = Chain(undone)
-        chain.num_runs = 1  # the first run of a chain waits for the GPU, and this chain is new in each step
-        return run_forward(course_of([(Reverse(), chain)], first), y, args, kwargs)
+        chain.num_runs = 1  # The first run of a chain on a GPU waits for it, and this chain is a new one in each step.
+        return run_forward(schedule_of([(Reverse(), chain)], first), y, args, kwargs)
 
 
 class _Negative(nn.Module):

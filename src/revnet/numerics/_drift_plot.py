@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.numerics._block_drift import BlockDrift, amplifications, mean_amplification, rebuilt_runs
 from revnet.numerics._drift_verdict import SOUND_BELOW, WRONG_ABOVE
 

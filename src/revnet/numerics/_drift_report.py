@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 from revnet.numerics._block_drift import BlockDrift, GradientDrift
 
 _MOST_ROWS = 40

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from revnet.engine import DriftMeter
 from revnet.errors import ReconstructionWarning
-from revnet.nn import Store, restoring_policies, restoring_state, set_policy
+from revnet.nn import Store, set_policy
+from revnet.nn._restore import restoring_policies, restoring_state
 from revnet.numerics._block_drift import GradientDrift
 from revnet.numerics._drift import Drift
 from revnet.numerics._drift_from_records import LocatedBlock, drift_of, locate_blocks

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from revnet.engine._determinism import repeat_function
-from revnet.nn import AbstractReversibleBlock, policy_holders, restoring_state
+from revnet.nn import AbstractReversibleBlock, policy_holders
+from revnet.nn._restore import restoring_state
 
 
 class NondeterministicFunction(NamedTuple):

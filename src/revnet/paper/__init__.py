@@ -4,10 +4,9 @@ The names below load PyTorch and Lightning when they are first used, so that the
 print its help, without them.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from revnet.errors import MissingDependencyError
+from revnet._lazy import attach
 
 if TYPE_CHECKING:
     from revnet.paper.complexity import Complexity as Complexity
@@ -38,33 +37,6 @@ _HOME = {
     "Table": "tables",
 }
 
-__all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
-    "Complexity",
-    "ComplexitySettings",
-    "gradient_errors",
-    "GradientAngle",
-    "GradientError",
-    "measure_complexity",
-    "reproduce",
-    "run_complexity",
-    "run_gradient_angle",
-    "RunFigures",
-    "Table",
-    "TABLES",
-]
+__all__ = sorted(_HOME, key=str.casefold)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'revnet.paper' has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"revnet.paper.{_HOME[name]}"), name)
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package in ("None", "revnet"):
-            raise
-        raise MissingDependencyError.of(package, "a figure") from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = attach(__name__, _HOME, purpose="a figure")

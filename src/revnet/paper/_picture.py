@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from revnet._picture import clear_frame, new_figure
+from revnet._figure import clear_frame, new_figure
 
 
 def new_panels(num_panels: int) -> tuple[Any, list[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from revnet._picture import save, write_title
+from revnet._figure import save, write_title
 from revnet.paper._picture import legend_below, new_panels
 from revnet.paper.complexity import TECHNIQUES, Complexity, Technique
 

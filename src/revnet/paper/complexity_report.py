@@ -7,8 +7,9 @@ import datetime
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from revnet._machine import describe_machine, hardware_name
-from revnet._picture import check_matplotlib
+from revnet._figure import check_matplotlib
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 from revnet.bench import CONTENDERS
 from revnet.bench.report import Measurement
 from revnet.paper import complexity_plot

@@ -22,10 +22,9 @@ from revnet.nn import (
     Reverse,
     ReversibleSequential,
     Store,
-    restoring_policies,
-    restoring_state,
     set_policy,
 )
+from revnet.nn._restore import restoring_policies, restoring_state
 from revnet.numerics._gradients import Gradients, angle_and_error, parameter_gradients
 
 ALL = "all"

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from revnet._picture import save, write_title
+from revnet._figure import save, write_title
 from revnet.paper._picture import legend_below, new_panels
 from revnet.paper.gradient_angle import ALL
 from revnet.paper.gradient_angle_study import AngleStudy

@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from revnet._machine import describe_machine, hardware_name
-from revnet._picture import check_matplotlib
+from revnet._figure import check_matplotlib
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 from revnet.paper import gradient_angle_plot
 from revnet.paper.gradient_angle import GradientError
 from revnet.paper.gradient_angle_callbacks import GradientAngle

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from revnet._picture import clear_frame, new_figure, save
+from revnet._figure import clear_frame, new_figure, save
 from revnet.training._files import atomic_path
 from revnet.training.callbacks import Row
 

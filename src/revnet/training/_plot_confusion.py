@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet._picture import new_figure, save
+from revnet._figure import new_figure, save
 from revnet.training._files import atomic_path
 from revnet.training.confusion import Confusion
 

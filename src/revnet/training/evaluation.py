@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from revnet._machine import describe_machine
+from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, Loader, load_dataset, make_loader
 from revnet.training._checkpoint import find_weights, load_classifier
 from revnet.training._checks import check_integer

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import Callback
 
 import revnet
-from revnet._machine import describe_machine, process_peak_bytes
+from revnet._memory_readings import process_peak_bytes
+from revnet._provenance import describe_machine
 from revnet.errors import CheckpointError
 from revnet.training import _run_dir, classification, density_job, language_job
 from revnet.training._checkpoint import read_checkpoint, trained_part

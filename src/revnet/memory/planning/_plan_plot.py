@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.memory.planning._label_placement import Label, place_labels
 from revnet.memory.planning._planned_unit import PlanPoint
 from revnet.memory.step._bytes import format_bytes

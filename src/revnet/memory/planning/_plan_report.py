@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._timing import Timing
 from revnet.memory.step._bytes import format_bytes

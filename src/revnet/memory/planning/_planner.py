@@ -30,7 +30,8 @@ from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._predict import Prediction
 from revnet.memory.step._run_step import Loss
 from revnet.memory.step._step_memory import StepMemory
-from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy, restoring_policies
+from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy
+from revnet.nn._restore import restoring_policies
 
 POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
 """Policies that a plan chooses from by default, from the least memory to the most."""

@@ -15,7 +15,7 @@ from revnet.memory.step._optimizer import OptimizerFactory, as_factory, optimize
 from revnet.memory.step._run_step import Loss, check_step, device_of, run_step
 from revnet.memory.step._step_memory import StepMemory
 from revnet.memory.step._summarize import summarize
-from revnet.nn import restoring_state
+from revnet.nn._restore import restoring_state
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Breakdown, CudaMemory, ModuleMemory, Phase, Timeline
 from revnet.memory.step._step_report import breakdown_rows, cuda_lines, module_lines, peak_line

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import fields
 
-from revnet._table import aligned
+from revnet._text_table import aligned
 from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Breakdown, CudaMemory, ModuleMemory, Phase
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from revnet._picture import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Timeline
 from revnet.memory.step._step_memory import StepMemory

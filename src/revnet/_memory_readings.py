@@ -1,0 +1,34 @@
+"""Memory that the process has used, and memory that is free, as the operating system or the GPU reports it."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+def process_peak_bytes(device: torch.device = _CPU) -> int | None:
+    """Return the peak memory of this process since it started.
+
+    On the CPU this is resident memory, and on a GPU what PyTorch's allocator handed out. None if the system does not
+    report it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def free_bytes(device: torch.device = _CPU) -> int | None:
+    """Return the free memory of a GPU or of the host, or None if the system does not report it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    return None if match is None else 1024 * int(match[1])

@@ -1,0 +1,52 @@
+"""The header of result files: hardware, versions, date and command."""
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+import revnet
+from revnet._hardware import processor_name
+
+_CPU = torch.device("cpu")
+
+
+def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mapping[str, str] | None = None) -> list[str]:
+    """Return the hardware, the versions, the date and the command as a Markdown list, one line for each.
+
+    Args:
+        command: The command that produced the results, without environment variables.
+        device: Device of the measurements.
+        peers: Names and versions of other packages that were measured.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    others = "".join(f", {name} {version}" for name, version in (peers or {}).items())
+    return [
+        f"- Hardware: {os.cpu_count()} cores of {processor_name()}, threads used: {torch.get_num_threads()}, "
+        f"{accelerator}",
+        f"- Versions: PyTorch {torch.__version__}, Python {platform.python_version()}, revnet {_revision()}{others}",
+        f"- Date: {datetime.date.today()}",
+        f"- Command: `{prefix}{command}`",
+    ]
+
+
+def _revision() -> str:
+    """Return the commit of a source checkout, marked if files have changed, or the version of an installed package."""
+    folder = Path(revnet.__file__).parent
+    # An installed package may lie in some other repository, which does not track its files.
+    if _git(folder, "ls-files", "__init__.py"):
+        return f"at commit {_git(folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
+    return revnet.__version__
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder).stdout.strip()
+    except FileNotFoundError:
+        return ""

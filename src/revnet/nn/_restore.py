@@ -1,0 +1,64 @@
+"""Contexts that run a model and leave it unchanged."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from revnet._checks import check_module
+from revnet._torch_internals import has_internal_overlap
+from revnet.nn._whole_model import policy_holders
+from revnet.nn.blocks._reversible_sequential import ReversibleSequential
+
+
+@contextmanager
+def restoring_state(model: nn.Module) -> Iterator[None]:
+    """Clear the gradients of `model`; on exit, restore them and the buffers, the keyframes and the random states.
+
+    Training steps inside this context leave the model and the random state as they were, except for the parameters.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    check_module("model", model)
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    buffer_dicts = [(module._buffers, dict(module._buffers)) for module in _plain_modules(model)]
+    # An expanded buffer cannot be written to, neither by the model nor here.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not has_internal_overlap(buffer)]
+    sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
+    tolerances = [(sequence, sequence.tolerance_state()) for sequence in sequences]
+    devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for parameter in parameters:
+                parameter.grad = None
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for buffer_dict, content in buffer_dicts:
+            buffer_dict.clear()
+            buffer_dict.update(content)
+        for sequence, state in tolerances:
+            sequence.restore_tolerance(state)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def restoring_policies(model: nn.Module) -> Iterator[None]:
+    """Restore all policies of `model` on exit."""
+    before = [(holder, holder.policies) for holder in policy_holders(model).values()]
+    try:
+        yield
+    finally:
+        for holder, policies in before:
+            holder.set_policies(policies)
+
+
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that can rebind a buffer, which scripted modules cannot."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]

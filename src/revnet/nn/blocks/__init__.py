@@ -1,0 +1,1 @@
+"""Reversible blocks, and the sequence that runs them."""

@@ -1,0 +1,139 @@
+"""The interface of reversible blocks: forward, inverse and log-determinant, all computed from half-blocks."""
+
+import abc
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from revnet._checks import describe
+from revnet.coupling import AbstractCoupling
+from revnet.engine import Chain, HalfBlock
+from revnet.nn.blocks._reversible_module import Reads, ReversibleModule
+from revnet.nn.blocks._run import Segment
+from revnet.nn.blocks._schedule import Kept, Schedule
+from revnet.nn.policies._policy import Reverse
+
+_REVERSE = Reverse()
+
+_HalfBlocks = Callable[..., list[HalfBlock]]
+
+_SPLIT = ("split_dim", "num_streams", "has_default_split_dim")
+
+READS: dict[_HalfBlocks, Reads] = {}
+"""What the `half_blocks` methods of this library read from their block."""
+
+
+class AbstractReversibleBlock(ReversibleModule):
+    """A module whose input can be computed from its output, as a chain of half-blocks.
+
+    A subclass defines the residual functions of the block and the stream that each of them updates. A block that is
+    called alone keeps its output and rebuilds the rest in the backward pass. Put several blocks in a row into a
+    `ReversibleSequential`, which keeps only the last output.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet.engine import HalfBlock
+        >>> from revnet.nn import AbstractReversibleBlock
+        >>> class SharedBlock(AbstractReversibleBlock):
+        ...     def __init__(self, f):
+        ...         super().__init__()
+        ...         self.f = f
+        ...         self.split_dim = 1
+        ...     def half_blocks(self, prefix=""):
+        ...         first = HalfBlock(self.f, 0, 1, prefix + "f (first)")
+        ...         return [first, HalfBlock(self.f, 1, 0, prefix + "f (second)")]
+        >>> block, x = SharedBlock(nn.Linear(2, 2)), torch.rand(3, 4)
+        >>> torch.allclose(block.inverse(block(x)), x, atol=1e-5)
+        True
+    """
+
+    split_dim: int
+    """Dimension along which a tensor input is split into streams."""
+    has_default_split_dim: bool = False
+    """Whether `split_dim` was left out when the block was built, so that it is 1."""
+    num_streams: int = 2
+    """Number of streams."""
+
+    @abc.abstractmethod
+    def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
+        """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
+
+    def _build_schedule(self) -> Schedule:
+        half_blocks = self.half_blocks()
+        if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
+            return schedule_of([(_REVERSE, Chain(half_blocks))], self)
+        alone = self.__dict__.setdefault("_alone", _Alone())
+        return schedule_of([(_REVERSE, alone.chain_of(half_blocks))], self)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the residual functions, with the arguments of `torch.compile`; the block runs them uncompiled.
+
+        A sequence runs the functions of its blocks and not the blocks, so that a compiled block would not be called.
+        """
+        for half_block in self.half_blocks():
+            half_block.function.compile(*args, **kwargs)
+
+
+class _Alone(Kept):
+    """The chain of a block that is called alone, kept for as long as its half-blocks are the same."""
+
+    def __init__(self) -> None:
+        self._known: tuple[list[HalfBlock], Chain] | None = None
+
+    def chain_of(self, half_blocks: list[HalfBlock]) -> Chain:
+        """Return the chain of these half-blocks: the one of the last call, if they are the same."""
+        known = self._known
+        if known is None or known[0] != half_blocks:
+            self._known = known = (half_blocks, Chain(half_blocks))
+        return known[1]
+
+
+def schedule_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Schedule:
+    """Return the schedule of blocks, of which `first` is the first; None for no blocks."""
+    if first is None:
+        return Schedule(segments, 1, 2, None)
+    is_unsure = first.has_default_split_dim and first.split_dim == 1
+    return Schedule(segments, first.split_dim, first.num_streams, type(first) if is_unsure else None)
+
+
+def reads(
+    *attributes: str, children: tuple[str, ...] = (), list_name: str | None = None
+) -> Callable[[_HalfBlocks], _HalfBlocks]:
+    """Declare what a `half_blocks` method reads from its block, so that it is called only when that has changed.
+
+    Without this declaration, which a method that overrides it does not inherit, it is called in every step.
+
+    Args:
+        attributes: Names of the attributes that are not modules.
+        children: Names of the residual functions.
+        list_name: Name of a `ModuleList` of residual functions.
+    """
+
+    def note(method: _HalfBlocks) -> _HalfBlocks:
+        READS[method] = attrgetter(*_SPLIT, *attributes), children, list_name
+        return method
+
+    return note
+
+
+def check_functions(**functions: nn.Module) -> None:
+    """Raise unless each residual function is a module."""
+    for name, function in functions.items():
+        if not isinstance(function, nn.Module):
+            raise TypeError(
+                f"`{name}` (={describe(function)}) must be an nn.Module, so that its parameters and buffers are known "
+                "when it runs again in the backward pass; wrap the function in a module."
+            )
+
+
+def check_coupling(coupling: AbstractCoupling) -> None:
+    """Raise unless `coupling` is a coupling."""
+    if not isinstance(coupling, AbstractCoupling):
+        raise TypeError(
+            f"`coupling` (={describe(coupling)}) must be a coupling, such as `Additive()`, `FixedPoint()` or "
+            "`Affine()`."
+        )

@@ -1,0 +1,66 @@
+"""What a reversible block and a sequence of them can do besides running forward: the inverse, and log-determinants."""
+
+import abc
+from typing import Any, overload
+
+from torch import Tensor, nn
+
+from revnet._types import Streams, TensorPair
+from revnet.engine import Chain
+from revnet.nn.blocks._run import run_inverse, sum_log_dets
+from revnet.nn.blocks._schedule import Schedule
+from revnet.nn.blocks._split_dim import unclear_split_dim
+
+
+class AbstractReversible(nn.Module, abc.ABC):
+    """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
+
+    @abc.abstractmethod
+    def _build_schedule(self) -> Schedule:
+        """Return what the module runs."""
+
+    @abc.abstractmethod
+    def _schedule(self) -> Schedule:
+        """Return what the module runs; what it ran last, if that is the same."""
+
+    @abc.abstractmethod
+    def _run(
+        self, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any], log_dets: list[Tensor] | None
+    ) -> Any:
+        """Run forward on `x`, and add up log-determinants in `log_dets`, if it is given."""
+
+    @overload
+    def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+    @overload
+    def inverse(self, y: TensorPair, *args: Any, **kwargs: Any) -> TensorPair: ...
+    @overload
+    def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
+
+    def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
+        """Compute the input from the output `y`, with the further arguments that the forward pass had.
+
+        Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
+        evaluation mode: in training mode it draws a new mask.
+        """
+        schedule = self._schedule()
+        half_blocks = [half_block for _, chain in schedule.segments for half_block in chain.half_blocks]
+        if schedule.ambiguous is not None and isinstance(y, Tensor) and y.dim() == 3:
+            raise unclear_split_dim(schedule.ambiguous, y)
+        return run_inverse(Chain(half_blocks), y, schedule.split_dim, schedule.num_streams, args, kwargs)
+
+    def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
+        """Compute the output, and the log-determinant of the map to it for each sample, (B,).
+
+        Both are differentiable, and activations are kept or rebuilt for both as in `forward`. It is zero for additive
+        blocks.
+
+        Raises:
+            ValueError: The blocks split along the batch, so that a sample has no map of its own.
+        """
+        log_dets: list[Tensor] = []
+        y = self._run(x, args, kwargs, log_dets)
+        return y, sum_log_dets(log_dets, y)
+
+    def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the log-determinant at `x` alone, (B,)."""
+        return self.forward_with_log_det(x, *args, **kwargs)[1]

@@ -1,0 +1,79 @@
+"""What a run of a block or a sequence seldom needs: arguments of single functions, log-determinants, the inverse."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revnet._types import Streams
+from revnet.engine import BoundChain, Chain, inverse
+from revnet.engine._streams import begin
+from revnet.nn.policies._policy import AbstractPolicy
+
+Segment = tuple[AbstractPolicy, Chain]
+"""Consecutive half-blocks, and the policy under which they run."""
+
+_OWN = "_kwargs"
+ROLES = ("f", "g")
+"""The names of residual functions to which a caller can pass arguments alone, as `f_kwargs` and `g_kwargs`."""
+
+
+def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:
+    """Take the arguments of single functions, `f_kwargs` and `g_kwargs`, out of `kwargs`."""
+    own: dict[str, dict[str, Any]] = {}
+    for role in ROLES:
+        given = kwargs.pop(role + _OWN, None)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"`{role}_kwargs` (={type(given).__name__}) must be a dict of keyword arguments for `{role}` alone, "
+                f"such as {role}_kwargs={{'mask': mask}}."
+            )
+        names = [half_block.role for _, chain in segments for half_block in chain.half_blocks]
+        if role not in names:
+            raise TypeError(
+                f"`{role}_kwargs` is for residual functions named `{role}`, of which there are none here, but "
+                f"{', '.join(sorted({f'`{name}`' for name in names}))}; pass the arguments to all functions."
+            )
+        both = [name for name in given if name in kwargs]
+        if both:
+            raise TypeError(
+                f"`{both[0]}` is in `{role}_kwargs` and among the arguments of all functions; pass it once."
+            )
+        own[role] = dict(given)
+    return own
+
+
+def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:
+    """Return the log-determinant of a chain that ended in `y`, (B,); zero where no half-block has one."""
+    y1 = y if isinstance(y, Tensor) else y[0]
+    return sum(log_dets, start=torch.zeros(len(y1), dtype=y1.real.dtype, device=y1.device))
+
+
+def check_samples(x1: Tensor, split_dim: int) -> None:
+    """Raise if the streams are split along the batch."""
+    if split_dim % x1.dim() == 0:
+        raise ValueError(
+            f"`split_dim` (={split_dim}) is the batch, so that a sample has no map and no log-determinant of its own; "
+            "split along the features."
+        )
+
+
+def run_inverse(
+    chain: Chain,
+    y: Tensor | Streams,
+    split_dim: int,
+    num_streams: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Undo the half-blocks of `chain` on `y`; the result has the form of `y`, a tensor or a tuple."""
+    coupling = chain.half_blocks[0].coupling if chain.half_blocks else None
+    streams, input_dtype = begin(y, split_dim, num_streams, coupling, name="y")
+    own_kwargs = take_own(kwargs, [(None, chain)]) if kwargs else {}  # type: ignore[list-item]
+    streams = inverse(BoundChain(chain, args, kwargs, own_kwargs, input_dtype), streams)
+    if input_dtype is not None:
+        streams = tuple([stream.to(input_dtype) for stream in streams])
+    return torch.cat(streams, split_dim) if isinstance(y, Tensor) else streams

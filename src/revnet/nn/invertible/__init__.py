@@ -1,0 +1,1 @@
+"""Invertible layers, and the network that they build."""

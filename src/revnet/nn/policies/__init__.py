@@ -1,0 +1,1 @@
+"""Policies, and the modules that have them."""

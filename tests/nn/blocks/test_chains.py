@@ -1,0 +1,450 @@
+"""The chains that a sequence keeps from step to step: every change is seen, and nothing else makes them anew."""
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from revnet import Additive, FixedPoint, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.coupling import Affine
+from revnet.nn import AbstractReversibleBlock, CouplingLayer, MomentumBlock, MultiStreamBlock
+from revnet.nn.blocks._abstract_block import READS
+from tests.helpers import mlp
+
+BLOCKS = {
+    "block": lambda: ReversibleBlock(mlp(4), mlp(4), split_dim=-1),
+    "layer": lambda: CouplingLayer(mlp(4), split_dim=-1),
+    "momentum": lambda: MomentumBlock(mlp(4), split_dim=-1),
+    "streams": lambda: MultiStreamBlock(mlp(4), mlp(4), split_dim=-1),
+}
+all_blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
+
+
+class OwnBlock(ReversibleBlock):
+    """A user's subclass, with half-blocks as they were."""
+
+    def __init__(self):
+        super().__init__(mlp(4), mlp(4), split_dim=-1)
+        self.note = 0
+
+
+class Swapping(ReversibleBlock):
+    """A user's subclass whose half-blocks depend on something that no look at the block could find."""
+
+    swap = False
+
+    def half_blocks(self, prefix=""):
+        f, g = super().half_blocks(prefix)
+        return [f._replace(function=self.g), g._replace(function=self.f)] if self.swap else [f, g]
+
+
+class Chosen(ReversibleBlock):
+    """A user's subclass with a coupling that is computed."""
+
+    current = Additive()
+    coupling = property(lambda self: self.current, lambda self, value: None)
+
+
+def sequence_of(make=BLOCKS["block"], count=3, policy=None):
+    return ReversibleSequential(*[make() for _ in range(count)], policy=policy or Reverse())
+
+
+def step(sequence, x=None):
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) if x is None else x
+    sequence.zero_grad()
+    y = sequence(x)
+    y.square().mean().backward()
+    return y
+
+
+def made_anew(sequence):
+    """A sequence of the same blocks, which knows nothing."""
+    return ReversibleSequential(*sequence.blocks, policy=sequence.policies, tolerance=sequence.tolerance)
+
+
+def chains(sequence):
+    return [chain for _, chain in sequence._schedule().segments]
+
+
+def looks_only(sequence):
+    """Whether the next step would ask no block for its half-blocks."""
+    known = sequence._chains.known
+    return known.origin is not None and known.origin.is_same(sequence)
+
+
+def check(sequence):
+    """The next steps compute what a sequence without a memory does."""
+    for _ in range(2):
+        expected = step(made_anew(sequence))
+        expected_grads = [parameter.grad for parameter in sequence.parameters()]
+        assert torch.equal(step(sequence), expected)
+        assert all(
+            (a is None and b.grad is None) or torch.equal(a, b.grad)
+            for a, b in zip(expected_grads, sequence.parameters(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("make", [*BLOCKS.values(), OwnBlock], ids=[*BLOCKS.keys(), "subclass"])
+def test_a_step_like_the_last_one_only_looks(make):
+    sequence = sequence_of(make)
+    step(sequence)
+    assert looks_only(sequence)
+    before, plans = chains(sequence), chains(sequence)[0].plans
+    for change in (sequence.eval, sequence.train, lambda: sequence.requires_grad_(False), sequence.double):
+        change()
+        assert looks_only(sequence)
+    assert chains(sequence)[0] is before[0]
+    assert chains(sequence)[0].plans is plans
+
+
+@all_blocks
+def test_what_is_read_is_what_is_looked_at(make):
+    """A block that reads more of itself must declare it with `reads`."""
+    block = make()
+    attributes, children, list_name = READS[type(block).half_blocks]
+    read = set()
+
+    class Recording(type(block)):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    block.__class__ = Recording
+    block.half_blocks()
+    names = {name for name in read if not name.startswith("_")} - {"half_blocks"}
+    read.clear()
+    attributes(block)
+    looked_at = {*read, *children, *([list_name] if list_name else [])}
+    assert names <= looked_at
+
+
+def test_each_block_of_the_library_declares_what_it_reads():
+    kinds = [kind for kind in AbstractReversibleBlock.__subclasses__() if kind.__module__.startswith("revnet.")]
+    assert len(kinds) == len(BLOCKS)
+    assert all(kind.half_blocks in READS for kind in kinds)
+
+
+@all_blocks
+def test_a_function_that_is_replaced(make):
+    sequence = sequence_of(make)
+    step(sequence)
+    block = sequence.blocks[1]
+    if isinstance(block, MultiStreamBlock):
+        block.functions[1] = mlp(4)
+    else:
+        block.f = mlp(4)
+    assert not looks_only(sequence)
+    check(sequence)
+    assert looks_only(sequence)
+
+
+@pytest.mark.parametrize("change", ["move", "swap", "new list", "other kind"])
+def test_the_list_of_a_multi_stream_block(change):
+    sequence = sequence_of(lambda: MultiStreamBlock(*[mlp(4) for _ in range(2)], split_dim=-1))
+    step(sequence)
+    block = sequence.blocks[1]
+    if change == "move":
+        block.functions.insert(0, block.functions.pop(1))
+    elif change == "swap":
+        block.functions[0], block.functions[1] = block.functions[1], block.functions[0]
+    elif change == "new list":
+        block.functions = nn.ModuleList([mlp(4), mlp(4)])
+    else:
+        block.functions = nn.Sequential(mlp(4), mlp(4))
+    assert not looks_only(sequence)
+    check(sequence)
+
+
+@pytest.mark.parametrize("change", ["append", "delete", "replace", "swap", "insert", "new list", "functions exchanged"])
+def test_blocks_that_are_exchanged(change):
+    sequence = sequence_of()
+    step(sequence)
+    blocks = sequence.blocks
+    if change == "append":
+        blocks.append(BLOCKS["block"]())
+    elif change == "delete":
+        del blocks[1]
+    elif change == "replace":
+        blocks[1] = BLOCKS["momentum"]()
+    elif change == "swap":
+        blocks[0], blocks[2] = blocks[2], blocks[0]
+    elif change == "insert":
+        blocks.insert(1, BLOCKS["layer"]())
+    elif change == "new list":
+        sequence.blocks = nn.ModuleList(reversed(blocks))
+    else:
+        blocks[0].f, blocks[0].g = blocks[0].g, blocks[0].f
+    assert not looks_only(sequence)
+    check(sequence)
+
+
+def test_an_equal_block_of_the_same_functions_keeps_the_chains():
+    sequence = sequence_of()
+    step(sequence)
+    (before,) = chains(sequence)
+    old = sequence.blocks[1]
+    sequence.blocks[1] = ReversibleBlock(old.f, old.g, split_dim=-1)
+    assert chains(sequence) == [before]
+
+
+def test_a_coupling_that_is_replaced():
+    sequence = sequence_of()
+    step(sequence)
+    for coupling in (FixedPoint(), Additive()):
+        for block in sequence.blocks:
+            block.coupling = coupling
+        assert not looks_only(sequence)
+        check(sequence)
+        assert chains(sequence)[0].is_exact == (coupling == FixedPoint())
+    sequence.blocks[1].coupling = FixedPoint()
+    with pytest.raises(ValueError, match="where one is exact"):
+        step(sequence)
+
+
+def test_an_equal_coupling_keeps_the_chains():
+    sequence = sequence_of()
+    step(sequence)
+    (before,) = chains(sequence)
+    sequence.blocks[1].coupling = Additive()
+    assert chains(sequence) == [before]
+
+
+def test_the_dimension_and_the_stream_of_a_block():
+    sequence = sequence_of(BLOCKS["layer"])
+    step(sequence)
+    sequence.blocks[1].updates = 1
+    assert not looks_only(sequence)
+    check(sequence)
+    for block in sequence.blocks:
+        block.split_dim = 1
+    x = torch.randn(2, 8, 4)
+    assert torch.equal(sequence(x), made_anew(sequence)(x))
+
+
+def test_policies_that_are_changed():
+    sequence = sequence_of()
+    step(sequence)
+    sequence.set_policies(sequence.policies)
+    assert looks_only(sequence)
+    sequence.set_policies([Reverse(), Store(), Reverse()])
+    assert not looks_only(sequence)
+    check(sequence)
+    assert len(chains(sequence)) == 3
+
+
+def test_policies_of_a_subclass():
+    class Annealed(ReversibleSequential):
+        stores = False
+
+        @property
+        def policies(self):
+            return (Store(),) * len(self.blocks) if self.stores else super().policies
+
+    sequence = Annealed(BLOCKS["block"](), BLOCKS["block"]())
+    step(sequence)
+    assert not looks_only(sequence)
+    sequence.stores = True
+    assert [policy for policy, _ in sequence._schedule().segments] == [Store()]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_a_block_that_come_and_go(register):
+    sequence = sequence_of()
+    step(sequence)
+    (before,) = chains(sequence)
+    calls = []
+    handle = getattr(sequence.blocks[1], register)(lambda *_: calls.append(1))
+    x = torch.randn(2, 8, requires_grad=True)
+    for count in (1, 2):
+        step(sequence, x)
+        assert len(calls) == count
+        assert not looks_only(sequence)
+    handle.remove()
+    step(sequence, x)
+    assert len(calls) == 2
+    assert looks_only(sequence)
+    assert chains(sequence)[0].blocks is before.blocks is None
+
+
+def test_global_hooks_that_come_and_go():
+    sequence = sequence_of()
+    step(sequence)
+    seen = []
+    for count in (1, 2):
+        handle = register_module_forward_hook(lambda module, x, y: seen.append(module))
+        try:
+            assert not looks_only(sequence)
+            step(sequence)
+            step(sequence)
+        finally:
+            handle.remove()
+        assert seen.count(sequence.blocks[1]) == 2 * count
+        step(sequence)
+        assert seen.count(sequence.blocks[1]) == 2 * count
+    assert looks_only(sequence)
+
+
+def test_a_forward_that_is_set_and_taken_away_again(monkeypatch):
+    sequence = sequence_of()
+    step(sequence)
+    block = sequence.blocks[1]
+    calls = []
+    old = block.forward
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return old(*args, **kwargs)
+
+    block.forward = counting
+    step(sequence)
+    del block.forward
+    step(sequence)
+    assert len(calls) == 1
+    assert looks_only(sequence)
+
+    def of_class(self, *args, **kwargs):
+        calls.append(2)
+        return AbstractReversibleBlock.forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReversibleBlock, "forward", of_class)
+    step(sequence)
+    assert calls == [1, 2, 2, 2]
+
+
+def test_half_blocks_that_are_set_on_a_block():
+    sequence = sequence_of()
+    step(sequence)
+    block = sequence.blocks[1]
+    block.half_blocks = lambda prefix="": ReversibleBlock.half_blocks(block, prefix)[:1]
+    step(sequence)
+    assert not looks_only(sequence)
+    assert len(chains(sequence)[0].half_blocks) == 5
+
+
+def test_half_blocks_of_a_subclass_are_asked_for_in_each_step(monkeypatch):
+    sequence = sequence_of(lambda: Swapping(mlp(4), mlp(4), split_dim=-1))
+    for swap in (False, True, False):
+        monkeypatch.setattr(Swapping, "swap", swap)
+        check(sequence)
+        assert not looks_only(sequence)
+        assert (chains(sequence)[0].half_blocks[0].function is sequence.blocks[0].g) == swap
+
+
+def test_a_property_of_a_subclass_is_looked_at(monkeypatch):
+    sequence = sequence_of(lambda: Chosen(mlp(4), mlp(4), split_dim=-1))
+    for coupling in (Additive(), Affine(), Additive()):
+        monkeypatch.setattr(Chosen, "current", coupling)
+        assert {half_block.coupling for half_block in chains(sequence)[0].half_blocks} == {coupling}
+
+
+def test_a_child_that_a_property_hides():
+    other = mlp(4)
+
+    class Hiding(CouplingLayer):
+        f = property(lambda self: other)
+
+    sequence = sequence_of(lambda: Hiding(mlp(4), split_dim=-1))
+    step(sequence)
+    assert not looks_only(sequence)
+    assert chains(sequence)[0].half_blocks[0].function is other
+
+
+@pytest.mark.parametrize("name", ["f", "coupling"])
+def test_what_is_missing_is_named(name):
+    sequence = sequence_of()
+    step(sequence)
+    delattr(sequence.blocks[1], name)
+    with pytest.raises(AttributeError, match=f"'ReversibleBlock' object has no attribute '{name}'"):
+        step(sequence)
+
+
+def test_a_block_that_is_something_else_is_named_again_and_again():
+    sequence = sequence_of()
+    step(sequence)
+    sequence.blocks[0] = nn.Linear(8, 8)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"`blocks\[0\]` is now a Linear"):
+            step(sequence)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda sequence: pickle.loads(pickle.dumps(sequence))])
+def test_a_copy_knows_nothing_of_its_origin(copied):
+    sequence = sequence_of()
+    step(sequence)
+    other = copied(sequence)
+    assert other._chains is not sequence._chains
+    assert other._chains.known is None
+    check(other)
+    assert not {id(each.function) for each in chains(other)[0].half_blocks} & set(map(id, sequence.modules()))
+
+
+def test_a_shallow_copy_with_blocks_of_its_own():
+    """As `nn.DataParallel` makes them: the memory is shared, what it is of is not."""
+    sequence = sequence_of()
+    step(sequence)
+    other = copy.copy(sequence)
+    other._modules = {"blocks": nn.ModuleList([BLOCKS["block"]() for _ in range(3)])}
+    for each in (other, sequence, other):
+        check(each)
+
+
+def test_what_is_kept_keeps_no_more_than_the_functions():
+    sequence = sequence_of(OwnBlock)
+    block = sequence.blocks[0]
+    block.extra, block.note = nn.Linear(3, 3), torch.zeros(3)
+    step(sequence)
+    assert looks_only(sequence)
+    gone = [weakref.ref(each) for each in (block, block.extra, block.note, sequence.blocks)]
+    sequence.blocks = nn.ModuleList(list(sequence.blocks)[1:])
+    del block
+    gc.collect()
+    assert [each() for each in gone] == [None] * 4
+    functions = [weakref.ref(each.function) for each in sequence._chains.known.schedule.segments[0][1].half_blocks]
+    step(sequence)
+    gc.collect()
+    assert [function() is None for function in functions] == [True] * 2 + [False] * 4
+
+
+def test_forward_is_documented_where_users_look():
+    for kind in (ReversibleSequential, ReversibleBlock):
+        assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "args", "kwargs"]
+        assert "writing over it before the backward pass" in inspect.getdoc(kind.forward)
+
+
+@all_blocks
+def test_a_block_that_is_called_alone_keeps_its_chain(make):
+    block, x = make(), torch.randn(2, 8)
+    for _ in range(3):
+        block(x).sum().backward()
+    ((_, chain),) = block._schedule().segments
+    assert chain.num_runs == 3
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(other(x), block(x))
+        ((_, others),) = other._schedule().segments
+        assert others is not chain
+        assert others.half_blocks[0].function is not chain.half_blocks[0].function
+
+
+def test_a_block_that_is_called_alone_sees_another_function():
+    block, x = BLOCKS["block"](), torch.randn(2, 8)
+    block(x).sum().backward()
+    block.f = mlp(4)
+    block(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in block.f.parameters())
+    block.coupling = FixedPoint()
+    assert block._schedule().segments[0][1].is_exact

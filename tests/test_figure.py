@@ -1,0 +1,34 @@
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+
+from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet.errors import MissingDependencyError
+
+
+def test_a_figure_is_saved_as_png_whatever_its_name(tmp_path):
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1])
+    clear_frame(axes)
+    write_title(axes, "$ and $^$")  # no formula: this would be a wrong one
+    save(figure, tmp_path / "picture.tmp")
+    with (tmp_path / "picture.tmp").open("rb") as file:
+        assert matplotlib.image.imread(file, format="png").shape[:2] == (3 * 150, 4 * 150)
+
+
+def test_pyplot_is_not_loaded():
+    code = (
+        "import sys; from pathlib import Path; from revnet._figure import new_figure, save; "
+        "save(new_figure(1, 1), Path('/dev/null')); sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("use", [check_matplotlib, lambda: new_figure(1, 1)])
+def test_without_matplotlib_there_is_one_line(monkeypatch, use):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependencyError, match=r"a figure needs matplotlib, which is not installed; run `pip"):
+        use()
