@@ -4,7 +4,7 @@
     python benchmarks/exact.py --depths 10,100,1000,10000
     python benchmarks/exact.py --cost
 
-Small networks on scikit-learn's digits. `--exactness` trains a reversed network and its stored twin side by side, and
+Small networks on the handwritten digits. `--exactness` trains a reversed network and its stored twin side by side, and
 asks whether every bit is the same: what the functions read again, the gradients, the weights at the end. `--depths`
 counts what a step needs at growing depth. `--cost` times steps of exact and of floating-point reversal, interleaved in
 one process, and the check of drift that every run makes. Each writes a table and its CSV into benchmarks/results/.
@@ -22,10 +22,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, nullcontext
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _memory_page import Row, Section, table, write_csv
@@ -110,11 +112,9 @@ class Network(nn.Module):
 
 def digits(batch_size: int) -> tuple[Tensor, Tensor]:
     """Images of digits, from 0 to 1, and their labels."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images[:batch_size], dtype=torch.float32)[:, None] / 16
-    return images, torch.tensor(data.target[:batch_size])
+    with np.load(str(files("revnet.data.sources") / "digits.npz")) as data:
+        images, labels = (torch.from_numpy(data[name][:batch_size]) for name in ("levels", "labels"))
+    return images[:, None] / 16, labels.long()
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:

@@ -10,8 +10,8 @@ from tests.data.samples import CLASS_NAMES, encode, random_images
 
 @pytest.fixture
 def write_parquet() -> Callable[..., None]:
-    """A function that writes one parquet file in the hub's layout."""
-    import datasets  # takes a second, which most tests do not need
+    """Return a function that writes one parquet file in the hub's layout."""
+    import datasets  # slow to import, and most tests do not need it
 
     def write(
         file: Path,
@@ -37,7 +37,7 @@ def write_parquet() -> Callable[..., None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, write_parquet: Callable[..., None]) -> Path:
-    """A small colour data set of three classes: 6 images for training, 3 for testing."""
+    """Return the path of a small color data set: three classes, 6 images for training, 3 for testing."""
     path = tmp_path / "pets"
     write_parquet(path / "train-00000-of-00001.parquet", random_images(6), [0, 1, 2, 0, 1, 2])
     write_parquet(path / "test-00000-of-00001.parquet", random_images(3, seed=1), [2, 1, 0])

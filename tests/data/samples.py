@@ -1,4 +1,4 @@
-"""Small images to store and to load again."""
+"""Small images for tests that store and load them."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -15,13 +15,13 @@ CLASS_NAMES = ("cat", "dog", "frog")
 
 
 def random_images(num_images: int, channels: int = 3, height: int = 5, width: int = 4, seed: int = 0) -> Tensor:
-    """Noise: (N, C, H, W), uint8."""
+    """Return noise: (N, C, H, W), uint8."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (num_images, channels, height, width), generator=generator, dtype=torch.uint8)
 
 
 def encode(image: Tensor) -> bytes:
-    """A (C, H, W) uint8 tensor as PNG, which loses nothing."""
+    """Encode a (C, H, W) uint8 tensor as PNG, which is lossless."""
     from PIL import Image
 
     pixels = image.permute(1, 2, 0).numpy()
@@ -31,7 +31,7 @@ def encode(image: Tensor) -> bytes:
 
 
 def write_image(file: Path, image: Tensor | None = None) -> None:
-    """Write an image (noise if none is given), in the format of the file's name; make its folder if need be."""
+    """Write an image (noise by default) in the format that the file name implies, and create its folder."""
     from PIL import Image
 
     image = random_images(1, height=12, width=16)[0] if image is None else image
@@ -40,12 +40,12 @@ def write_image(file: Path, image: Tensor | None = None) -> None:
 
 
 def flat_image(level: int, height: int = 12, width: int = 16) -> Tensor:
-    """An image of one grey level, which no crop and no resizing changes."""
+    """Return an image of one gray level, which crops and resizing do not change."""
     return torch.full((3, height, width), level, dtype=torch.uint8)
 
 
 def write_stream(folder: Path, write_parquet: Callable[..., None], **options: Any) -> ImageDataset:
-    """Three files of 25 images, each of a size of its own and of one grey level, ten times its label."""
+    """Write 25 images to three files; each has its own size and one gray level, ten times its label."""
     images = [flat_image(10 * number, height=4 + number, width=30 - number) for number in range(NUM_STREAMED)]
     class_names = [str(number) for number in range(NUM_STREAMED)]
     for index, start in enumerate(range(0, NUM_STREAMED, 9)):

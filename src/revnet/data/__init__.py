@@ -1,32 +1,37 @@
-"""Labelled images, in memory, in files or as a stream, and what happens to a batch before the network sees it.
+"""Labeled images, in memory, in files or as a stream; texts; and the transforms of a batch.
 
-`load_dataset` finds a data set by name or by path; `make_loader` cuts a split into batches, whatever kind of split it
-is; a batch then goes through `Preprocess` (uint8 to float) and, in training, through what `make_augment` built, in that
-order and on any device. For densities, `Dequantize` takes the place of both. `load_text` reads a text, and windows cut
-it into batches.
+`load_dataset` finds a data set by name or by path, and `make_loader` cuts a split of any kind into batches. A batch
+then goes through `Preprocess` (uint8 to float) and, in training, through the module of `make_augment`, in that order
+and on any device. For densities, `Dequantize` replaces both. `load_text` reads a text, and windows cut it into batches.
+
+* `sources`: where data come from, one file per kind
+* `splits`: labeled images in memory, in files or as a stream
+* `decoding`: from an image file to pixels of the requested size
+* `loading`: batches in a reproducible order
+* `transforms`: what happens to a batch before the network sees it
 """
 
-from revnet.data._augment import make_augment as make_augment
-from revnet.data._base import AbstractSplit as AbstractSplit
-from revnet.data._base import ImageDataset as ImageDataset
-from revnet.data._base import ImageSplit as ImageSplit
-from revnet.data._color_distortion import make_color_distortion as make_color_distortion
-from revnet.data._decode import load_image as load_image
-from revnet.data._file_split import FileSplit as FileSplit
-from revnet.data._loader import Loader as Loader
-from revnet.data._loader import make_loader as make_loader
-from revnet.data._preprocess import Preprocess as Preprocess
-from revnet.data._preprocess import make_preprocess as make_preprocess
-from revnet.data._registry import list_datasets as list_datasets
-from revnet.data._registry import load_dataset as load_dataset
-from revnet.data._stream_split import StreamSplit as StreamSplit
-from revnet.data.dequantize import Dequantize as Dequantize
-from revnet.data.dequantize import count_levels as count_levels
-from revnet.data.text import ConsecutiveWindows as ConsecutiveWindows
-from revnet.data.text import RandomWindows as RandomWindows
-from revnet.data.text import TextDataset as TextDataset
-from revnet.data.text import Vocabulary as Vocabulary
-from revnet.data.text import load_text as load_text
+from revnet.data.decoding.decode import load_image as load_image
+from revnet.data.loading.loader import Loader as Loader
+from revnet.data.loading.loader import make_loader as make_loader
+from revnet.data.loading.text_windows import ConsecutiveWindows as ConsecutiveWindows
+from revnet.data.loading.text_windows import RandomWindows as RandomWindows
+from revnet.data.sources.catalog import list_datasets as list_datasets
+from revnet.data.sources.catalog import load_dataset as load_dataset
+from revnet.data.sources.text import TextDataset as TextDataset
+from revnet.data.sources.text import Vocabulary as Vocabulary
+from revnet.data.sources.text import load_text as load_text
+from revnet.data.splits.abstract_split import AbstractSplit as AbstractSplit
+from revnet.data.splits.file_split import FileSplit as FileSplit
+from revnet.data.splits.image_dataset import ImageDataset as ImageDataset
+from revnet.data.splits.image_split import ImageSplit as ImageSplit
+from revnet.data.splits.stream_split import StreamSplit as StreamSplit
+from revnet.data.transforms._color_distortion import make_color_distortion as make_color_distortion
+from revnet.data.transforms.augment import make_augment as make_augment
+from revnet.data.transforms.dequantize import Dequantize as Dequantize
+from revnet.data.transforms.dequantize import count_levels as count_levels
+from revnet.data.transforms.preprocess import Preprocess as Preprocess
+from revnet.data.transforms.preprocess import make_preprocess as make_preprocess
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractSplit",

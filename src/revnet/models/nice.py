@@ -152,7 +152,7 @@ class NICE(nn.Module):
 
         Args:
             log_prob: The output of `log_prob` for images in [0, 1].
-            num_levels: Number of gray levels of the original images: 256, or 17 for the digits of scikit-learn.
+            num_levels: Number of gray levels of the original images: 256, or 17 for the data set `digits`.
         """
         check_tensor("log_prob", log_prob, hint="pass what `log_prob` returned")
         check_count("num_levels", num_levels)

@@ -1,0 +1,73 @@
+"""The stratified split into a training and a validation part."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+_Counts = NDArray[np.int64]
+
+
+def stratified_parts(labels: Tensor, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide the indices of `labels` into a training and a validation part, each in ascending order.
+
+    The parts equal the ones of scikit-learn's `train_test_split(..., stratify=labels)`, index by index.
+
+    Raises:
+        ValueError: `fraction` is not between 0 and 1, one of the parts would have fewer images than there are classes,
+            a class has a single image, or `seed` is not in 0..2^32 - 1.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"`fraction` (={fraction}) must lie between 0 and 1, both excluded; "
+            "pass 0.1 to hold out a tenth of the training images."
+        )
+    _, classes, counts = np.unique(labels.numpy(), return_inverse=True, return_counts=True)
+    num_validation = math.ceil(fraction * len(labels))
+    num_training = len(labels) - num_validation
+    reason = _reason_against(counts, num_training, num_validation, seed)
+    if reason:
+        raise ValueError(
+            f"`fraction` (={fraction}) and `seed` (={seed}) do not split {len(labels)} images of "
+            f"{len(counts)} classes: {reason}; pass another fraction or seed."
+        )
+    # NumPy guarantees that the stream of the legacy generator never changes.
+    random = np.random.RandomState(seed)
+    num_kept = _apportion(counts, num_training, random)
+    # Returns its first argument, but advances the generator where a division rounds down, as scikit-learn does.
+    _apportion(counts - num_kept, num_validation, random)
+    is_validation = np.ones(len(labels), dtype=bool)
+    for number, (count, kept) in enumerate(zip(counts, num_kept, strict=True)):
+        (members,) = np.nonzero(classes == number)
+        is_validation[members[random.permutation(count)[:kept]]] = False
+    return np.flatnonzero(~is_validation).tolist(), np.flatnonzero(is_validation).tolist()
+
+
+def _reason_against(counts: NDArray[Any], num_training: int, num_validation: int, seed: int) -> str | None:
+    if counts.min() < 2:
+        return "a class has a single image"
+    if num_training < len(counts):
+        return f"the training part would have {num_training} images, fewer than there are classes"
+    if num_validation < len(counts):
+        return f"the validation part would have {num_validation} images, fewer than there are classes"
+    if not 0 <= seed < 2**32:
+        return "the seed is not in 0..2^32 - 1"
+    return None
+
+
+def _apportion(counts: _Counts, total: int, random: np.random.RandomState) -> _Counts:
+    """Divide `total` in proportion to `counts`: largest remainders are rounded up, ties are broken at random."""
+    quotas = counts / counts.sum() * total
+    shares = np.floor(quotas)
+    remainders = quotas - shares
+    num_left = int(total - shares.sum())
+    for remainder in np.unique(remainders)[::-1]:
+        if num_left <= 0:
+            break
+        (tied,) = np.nonzero(remainders == remainder)
+        rounded_up = random.choice(tied, size=min(len(tied), num_left), replace=False)
+        shares[rounded_up] += 1
+        num_left -= len(rounded_up)
+    return shares.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Transforms of a batch, on any device: preprocessing, augmentation and dequantization."""
