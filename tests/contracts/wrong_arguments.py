@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 import revnet
-from revnet import coupling, engine, functional, models
+from revnet import coupling, functional, models
 from revnet import nn as rnn
+from revnet.engine._split import split
 from revnet.nn import attention
 from revnet.nn._restore import restoring_policies, restoring_state
 from revnet.nn.policies._has_policies import broadcast_policy
@@ -234,7 +235,7 @@ FUNCTIONS = [
     Target("rotate", functional.rotate, lambda: {"x": heads(), "table": functional.rotary_table(8, 4)}),
     Target(
         "split",
-        engine.split,
+        split,
         lambda: {"x": images(), "dim": 1},
         also={"dim": "split_dim"},  # Users know it as the argument of a block.
         silent=frozenset({"name"}),
