@@ -4,6 +4,8 @@
 is; a batch then goes through `Preprocess` (uint8 to float) and, in training, through what `make_augment` built, in that
 order and on any device. For densities, `Dequantize` takes the place of both. `load_text` reads a text, and windows cut
 it into batches.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
 from revnet.data._augment import make_augment as make_augment

@@ -124,6 +124,8 @@ Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the o
 and may be called again. Holding the stream that one function reads: a keyframe before it. Keeping outputs of operators:
 a mode around the call in `_replay`, with what it keeps in `Saved`.
 
+Names that `revnet` itself does not export are provisional: they may change in any release.
+
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
 """

@@ -1,4 +1,7 @@
-"""Where the bytes go: measured, predicted, not guessed."""
+"""Where the bytes go: measured, predicted, not guessed.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet.memory._bytes import format_bytes as format_bytes
 from revnet.memory._bytes import parse_bytes as parse_bytes

@@ -1,4 +1,7 @@
-"""Numerics that can be trusted: how far rebuilt activations are from the true ones, and what to do about it."""
+"""Numerics that can be trusted: how far rebuilt activations are from the true ones, and what to do about it.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet.numerics._conditioning import conditioning_penalty as conditioning_penalty
 from revnet.numerics._determinism import NondeterministicFunction as NondeterministicFunction
