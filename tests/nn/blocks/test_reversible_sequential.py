@@ -52,7 +52,7 @@ def test_the_form_of_the_input_is_the_form_of_the_output():
             [block(), block(0)],
             Reverse(),
             ValueError,
-            r"`blocks\[1\]` has split_dim=0, but `blocks\[0\]` has split_dim=1",
+            r"`blocks\[1\]` has split_dim=0, but `blocks\[0\]` has split",
         ),
         ([block(), block()], [Store()], ValueError, r"`len\(policy\)` \(=1\) must be the number of units, 2"),
         ([block()], ["x"], ValueError, r"`policy\[0\]` \(='x'\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`"),

@@ -1,14 +1,16 @@
 """The schedule of a reversible block or sequence: the chains that it runs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import nn
 
 from revnet.nn.blocks._run import Segment
 
 
-class Schedule(NamedTuple):
+@dataclass(frozen=True)
+class Schedule:
     """The chains that a module runs, and how it splits its input."""
 
     segments: Sequence[Segment]
