@@ -1,5 +1,8 @@
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -9,6 +12,60 @@ import revnet
 from revnet import models
 
 ROOMS = {"bench", "coupling", "data", "functional", "memory", "models", "nn", "numerics", "paper", "training"}
+LAZY = ("revnet", "revnet.paper", "revnet.training")
+"""Packages whose names load when they are first used."""
+NUM_NAMES = 204
+"""Number of different names that all rooms export. Lower it when a name goes. A new name needs a reason."""
+
+
+def exported_names(package):
+    """Return the names that a package exports: `__all__`, or all that it imports from its own modules."""
+    module = import_module(package)
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [name for name, value in vars(module).items() if name[0] != "_" and not isinstance(value, ModuleType)]
+
+
+def imports_for_type_checkers(package):
+    """Return the names in the `if TYPE_CHECKING:` block of a package."""
+    tree = ast.parse(Path(import_module(package).__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return [(node.module, alias.asname) for node in imports for alias in node.names]
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_type_checkers_see_the_exported_names(package):
+    names = [name for module, name in imports_for_type_checkers(package) if module != "revnet"]
+    assert len(names) == len(set(names))
+    assert set(names) <= set(exported_names(package))
+    loaded_at_once = set(exported_names(package)) - set(names)
+    assert loaded_at_once <= set(vars(import_module(package)))
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_type_checkers_see_where_a_name_is_defined(package):
+    for module, name in imports_for_type_checkers(package):
+        assert getattr(import_module(package), name) is getattr(import_module(module), name)
+
+
+def test_type_checkers_see_the_rooms():
+    assert {name for module, name in imports_for_type_checkers("revnet") if module == "revnet"} == ROOMS
+
+
+def test_number_of_exported_names():
+    packages = ["revnet", "revnet.engine", *(f"revnet.{room}" for room in ROOMS)]
+    names = {name for package in packages for name in exported_names(package)}
+    assert len(names) == NUM_NAMES
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS - {"training"}))
+def test_rooms_say_that_they_are_provisional(room):
+    assert "provisional" in import_module(f"revnet.{room}").__doc__
+
+
+def test_the_package_says_which_names_are_stable():
+    assert "`revnet.__all__` are the stable API" in revnet.__doc__
 
 
 def test_exported_names_are_sorted_and_exist():
@@ -18,8 +75,8 @@ def test_exported_names_are_sorted_and_exist():
         assert getattr(revnet, name) is not None
 
 
-def test_star_import_leaves_the_users_names_alone():
-    """The rooms are attributes, but not exported: `revnet.nn` must not replace `torch.nn`."""
+def test_star_import_does_not_replace_names_of_torch():
+    """The rooms are attributes, but a star import leaves them out: `revnet.nn` must not replace `torch.nn`."""
     before = {"__version__": "mine"}
     exec("from torch import *\nfrom torch import nn, optim", before)
     after = dict(before)
@@ -31,7 +88,7 @@ def test_star_import_leaves_the_users_names_alone():
 
 
 def test_star_import_of_models_does_not_replace_revnet():
-    """A family's file, `revnet.models.revnet`, has the name of the package."""
+    """The module `revnet.models.revnet` has the name of the package."""
     namespace = {"revnet": revnet}
     exec("from revnet.models import *", namespace)
     assert namespace["revnet"] is revnet
@@ -47,13 +104,13 @@ def test_every_error_is_exported():
     assert names <= set(revnet.__all__)
 
 
-def test_unknown_name_raises_as_modules_do():
+def test_unknown_name_raises_attribute_error():
     with pytest.raises(AttributeError, match="module 'revnet' has no attribute 'nothing'"):
         _ = revnet.nothing
 
 
-def test_import_needs_torch_alone():
-    """In a fresh interpreter in which only torch and numpy, and what they bring, may be imported."""
+def test_import_needs_only_torch():
+    """Run in a fresh interpreter that refuses to import optional dependencies."""
     program = """
 import sys
 class Refuse:

@@ -41,5 +41,5 @@ def test_what_cannot_take_one_raises():
 def test_a_sequence_is_exact_as_a_whole_or_not_at_all():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)])
     sequence[1].coupling = FixedPoint()
-    with pytest.raises(ValueError, match=r"`blocks.1.f` has the coupling FixedPoint\(.*, and `blocks.0.f` Additive"):
+    with pytest.raises(ValueError, match=r"`blocks.1.f` has the coupling FixedPoint\(.*, but `blocks.0.f` has Addi"):
         sequence(torch.randn(2, 4))

@@ -1,4 +1,7 @@
-"""This library beside plain autograd, checkpointing and its peers: memory, time, gradients, and what goes wrong."""
+"""This library beside plain autograd, checkpointing and its peers: memory, time, gradients, and what goes wrong.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet._hardware import hardware_name as hardware_name
 from revnet._provenance import describe_machine as describe_machine

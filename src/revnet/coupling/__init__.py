@@ -3,6 +3,8 @@
 One half of a reversible block updates a stream `x` with the output of a residual function that reads another stream.
 The coupling defines this update and its inverse. The additive coupling computes `y = x + residual` and
 `x = y - residual`.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
 from revnet.coupling._abstract import AbstractCoupling as AbstractCoupling

@@ -9,6 +9,8 @@ and on any device. For densities, `Dequantize` replaces both. `load_text` reads 
 * `decoding`: from an image file to pixels of the requested size
 * `loading`: batches in a reproducible order
 * `transforms`: what happens to a batch before the network sees it
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
 from revnet.data.decoding.decode import load_image as load_image

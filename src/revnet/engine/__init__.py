@@ -136,6 +136,8 @@ NOTE [ Where to add things ]
  - Holding the stream that one function reads: add a keyframe before it.
  - Keeping the outputs of some operators: enter a mode around the call in `_replay`, and keep the outputs in `Saved`.
 
+Names that `revnet` itself does not export are provisional: they may change in any release.
+
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
 """

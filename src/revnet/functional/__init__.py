@@ -1,4 +1,7 @@
-"""Functions on tensors: attention kernels, rotary embeddings, and applying a function chunk by chunk."""
+"""Functions on tensors: attention kernels, rotary embeddings, and applying a function chunk by chunk.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet.functional._chunked import chunked as chunked
 from revnet.functional._full_attention import full_attention as full_attention

@@ -1,4 +1,7 @@
-"""Networks by their published names, one family a file."""
+"""Networks by their published names, one family a file.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet.models._image_classifier import AbstractImageClassifier as AbstractImageClassifier
 from revnet.models._registry import create_model as create_model

@@ -4,7 +4,7 @@
 `invertible` holds the layers of normalizing flows, and `attention` the attention layers. The functions `set_policy`,
 `set_coupling` and `set_tolerance` change a whole model.
 
-The names that `revnet` exports as well are stable. The others are provisional: they may change in any release.
+Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
 from revnet.nn._tensorflow import BatchNorm2dBiased as BatchNorm2dBiased

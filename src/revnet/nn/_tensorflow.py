@@ -60,8 +60,8 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
     @property
     def affine(self) -> bool:
         """Whether the norm has a weight and a bias."""
-        # A converter builds a norm of its own class, which would silently average the unbiased variance. It reads this
-        # attribute of ours, calls no method of ours, and offers no other place to object.
+        # A converter builds a norm of its own class, which would silently average the unbiased variance. It calls none
+        # of our methods, so reading this attribute is the only chance to raise.
         if sys._getframe(1).f_code.co_name in _CONVERTERS:
             raise NotImplementedError(
                 "a BatchNorm2dBiased cannot become an `nn.SyncBatchNorm`, which averages the unbiased variance; leave "
@@ -81,18 +81,18 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
         running_var = self.running_var
         if not (self.training and self.track_running_stats) or running_var is None:
             return super().forward(x)
-        kept = running_var.clone()
+        old_part = running_var.clone()
         y = super().forward(x)
-        # PyTorch's kernel added `momentum * unbiased` to what it kept of the old value. Of that, 1/n must go.
-        kept.mul_(1 - self._weight_of_batch())
+        # PyTorch's kernel computed `(1 - momentum) * old + momentum * unbiased`. Subtract 1/n of the second term.
+        old_part.mul_(1 - self._weight_of_batch())
         # Autograd has saved the running variance, though it will not read it, and would refuse a newer version.
         # `data` has a version of its own. Exported graphs have no versions, and `data` would not be the buffer there.
         target = running_var if torch.compiler.is_exporting() else running_var.data
-        target.lerp_(kept, x.shape[1] / x.numel())
+        target.lerp_(old_part, x.shape[1] / x.numel())
         return y
 
     def _weight_of_batch(self) -> float:
-        """Return the weight that the newest batch has just got, as PyTorch computes it."""
+        """Return the weight of the newest batch in the running statistics, as PyTorch computes it."""
         if self.momentum is not None:
             return self.momentum
         return 1 / float(self.num_batches_tracked) if self.num_batches_tracked is not None else 0.0

@@ -1,4 +1,7 @@
-"""How far rebuilt activations are from the true ones, and what to do about it."""
+"""How far rebuilt activations are from the true ones, and what to do about it.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
 
 from revnet.numerics._block_drift import BlockDrift as BlockDrift
 from revnet.numerics._block_drift import GradientDrift as GradientDrift

@@ -2,6 +2,8 @@
 
 The names below load PyTorch and Lightning when they are first used, so that the command line can check its flags, or
 print its help, without them.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
 from typing import TYPE_CHECKING

@@ -203,7 +203,7 @@ def test_a_coupling_that_is_replaced():
         check(sequence)
         assert chains(sequence)[0].is_exact == (coupling == FixedPoint())
     sequence.blocks[1].coupling = FixedPoint()
-    with pytest.raises(ValueError, match="where one is exact"):
+    with pytest.raises(ValueError, match="so give all blocks of a sequence the same one"):
         step(sequence)
 
 
@@ -423,7 +423,7 @@ def test_what_is_kept_keeps_no_more_than_the_functions():
 def test_forward_is_documented_where_users_look():
     for kind in (ReversibleSequential, ReversibleBlock):
         assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "args", "kwargs"]
-        assert "writing over it before the backward pass" in inspect.getdoc(kind.forward)
+        assert "do not modify the output" in inspect.getdoc(kind.forward)
 
 
 @all_blocks

@@ -87,7 +87,7 @@ def test_it_trains_as_the_twin_with_a_tolerance():
 
 def test_blocks_of_other_numbers_of_streams_do_not_mix():
     two, three = ReversibleBlock(mlp(3), mlp(3)), MultiStreamBlock(mlp(2), mlp(2), mlp(2))
-    with pytest.raises(ValueError, match=r"`blocks\[1\]` has 3 streams, but must have as many as `blocks\[0\]`, 2"):
+    with pytest.raises(ValueError, match=r"`blocks\[1\]` has 3 streams, but `blocks\[0\]` has 2"):
         ReversibleSequential(two, three)
     model = InvertibleSequential(two, three)
     x = torch.randn(4, 6)

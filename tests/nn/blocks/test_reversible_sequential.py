@@ -48,7 +48,12 @@ def test_the_form_of_the_input_is_the_form_of_the_output():
     ("blocks", "policy", "error", "message"),
     [
         ([nn.Linear(2, 2)], Reverse(), TypeError, r"`blocks\[0\]` \(=Linear\) must be a reversible block"),
-        ([block(), block(0)], Reverse(), ValueError, r"`blocks\[1\]` has split_dim=0, but must split as `blocks\[0\]`"),
+        (
+            [block(), block(0)],
+            Reverse(),
+            ValueError,
+            r"`blocks\[1\]` has split_dim=0, but `blocks\[0\]` has split",
+        ),
         ([block(), block()], [Store()], ValueError, r"`len\(policy\)` \(=1\) must be the number of units, 2"),
         ([block()], ["x"], ValueError, r"`policy\[0\]` \(='x'\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`"),
         ([block()], [None], TypeError, r"`policy\[0\]` \(=None\) must be a policy"),

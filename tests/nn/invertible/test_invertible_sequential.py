@@ -92,5 +92,5 @@ def test_without_layers_it_is_the_identity():
 
 
 def test_what_is_not_invertible_is_refused():
-    with pytest.raises(TypeError, match=r"`layers\[1\]` \(=Conv2d\) must be invertible: a layer such as"):
+    with pytest.raises(TypeError, match=r"`layers\[1\]` \(=Conv2d\) must be an invertible layer, such as"):
         InvertibleSequential(SpaceToDepth(), nn.Conv2d(4, 4, 1))

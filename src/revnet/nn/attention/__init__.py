@@ -1,6 +1,6 @@
-"""Attentions, one a file: what a token takes from other tokens, at what cost in the length.
+"""Attention layers. They differ in the tokens that a token sees, and in the cost for long sequences.
 
-All are called as `attention(x, mask=mask, rotary=rotary)`.
+Call all of them as `attention(x, mask=mask, rotary=rotary)`. The names are provisional: they may change in any release.
 """
 
 from revnet.nn.attention.full import FullAttention as FullAttention

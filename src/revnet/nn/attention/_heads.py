@@ -12,7 +12,7 @@ def check_heads(dim: int, num_heads: int) -> None:
     if dim % num_heads:
         raise ValueError(
             f"`dim` (={dim}) must be a multiple of `num_heads` (={num_heads}), which share it; "
-            f"pass {dim + num_heads - dim % num_heads}, or other heads."
+            f"pass {dim + num_heads - dim % num_heads}, or another number of heads."
         )
 
 

@@ -1,4 +1,4 @@
-"""Attention of every token to every other."""
+"""Full attention, from every token to every other token."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""The interface of reversible blocks: forward, inverse and log-determinant, all computed from half-blocks."""
+"""The interface of reversible blocks. Forward pass, inverse and log-determinant all follow from the half-blocks."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock
 from revnet.nn.blocks._reversible_module import Reads, ReversibleModule
 from revnet.nn.blocks._run import Segment
-from revnet.nn.blocks._schedule import Kept, Schedule
+from revnet.nn.blocks._schedule import ModuleCache, Schedule
 from revnet.nn.policies._policy import Reverse
 
 _REVERSE = Reverse()
@@ -23,7 +23,7 @@ _HalfBlocks = Callable[..., list[HalfBlock]]
 _SPLIT = ("split_dim", "num_streams", "has_default_split_dim")
 
 READS: dict[_HalfBlocks, Reads] = {}
-"""What the `half_blocks` methods of this library read from their block."""
+"""For each `half_blocks` method of this library, the data that it reads from its block."""
 
 
 class AbstractReversibleBlock(ReversibleModule):
@@ -64,28 +64,28 @@ class AbstractReversibleBlock(ReversibleModule):
 
     def _build_schedule(self) -> Schedule:
         half_blocks = self.half_blocks()
-        if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
+        if torch.compiler.is_dynamo_compiling():  # A trace cannot compare with what eager code cached.
             return schedule_of([(_REVERSE, Chain(half_blocks))], self)
-        alone = self.__dict__.setdefault("_alone", _Alone())
-        return schedule_of([(_REVERSE, alone.chain_of(half_blocks))], self)
+        cache = self.__dict__.setdefault("_single_chain", _SingleChain())
+        return schedule_of([(_REVERSE, cache.chain_of(half_blocks))], self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the residual functions, with the arguments of `torch.compile`; the block runs them uncompiled.
+        """Compile the residual functions with the arguments of `torch.compile`. The block itself is not compiled.
 
-        A sequence runs the functions of its blocks and not the blocks, so that a compiled block would not be called.
+        A sequence calls the functions of its blocks and not the blocks, so it would never call a compiled block.
         """
         for half_block in self.half_blocks():
             half_block.function.compile(*args, **kwargs)
 
 
-class _Alone(Kept):
-    """The chain of a block that is called alone, kept for as long as its half-blocks are the same."""
+class _SingleChain(ModuleCache):
+    """The chain of a block that is called outside of a sequence."""
 
     def __init__(self) -> None:
         self._known: tuple[list[HalfBlock], Chain] | None = None
 
     def chain_of(self, half_blocks: list[HalfBlock]) -> Chain:
-        """Return the chain of these half-blocks: the one of the last call, if they are the same."""
+        """Return a chain of these half-blocks, the cached one if they are the same as in the last call."""
         known = self._known
         if known is None or known[0] != half_blocks:
             self._known = known = (half_blocks, Chain(half_blocks))
@@ -93,19 +93,20 @@ class _Alone(Kept):
 
 
 def schedule_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Schedule:
-    """Return the schedule of blocks, of which `first` is the first; None for no blocks."""
+    """Return the schedule of blocks. `first` is the first block, or None if there are no blocks."""
     if first is None:
         return Schedule(segments, 1, 2, None)
-    is_unsure = first.has_default_split_dim and first.split_dim == 1
-    return Schedule(segments, first.split_dim, first.num_streams, type(first) if is_unsure else None)
+    is_ambiguous = first.has_default_split_dim and first.split_dim == 1
+    return Schedule(segments, first.split_dim, first.num_streams, type(first) if is_ambiguous else None)
 
 
 def reads(
     *attributes: str, children: tuple[str, ...] = (), list_name: str | None = None
 ) -> Callable[[_HalfBlocks], _HalfBlocks]:
-    """Declare what a `half_blocks` method reads from its block, so that it is called only when that has changed.
+    """Declare the data that a `half_blocks` method reads from its block.
 
-    Without this declaration, which a method that overrides it does not inherit, it is called in every step.
+    The method then runs only when these data have changed. Without this declaration it runs in every step. A method
+    that overrides it does not inherit the declaration.
 
     Args:
         attributes: Names of the attributes that are not modules.
@@ -113,11 +114,11 @@ def reads(
         list_name: Name of a `ModuleList` of residual functions.
     """
 
-    def note(method: _HalfBlocks) -> _HalfBlocks:
+    def register(method: _HalfBlocks) -> _HalfBlocks:
         READS[method] = attrgetter(*_SPLIT, *attributes), children, list_name
         return method
 
-    return note
+    return register
 
 
 def check_functions(**functions: nn.Module) -> None:
@@ -125,8 +126,8 @@ def check_functions(**functions: nn.Module) -> None:
     for name, function in functions.items():
         if not isinstance(function, nn.Module):
             raise TypeError(
-                f"`{name}` (={describe(function)}) must be an nn.Module, so that its parameters and buffers are known "
-                "when it runs again in the backward pass; wrap the function in a module."
+                f"`{name}` (={describe(function)}) must be an nn.Module, since the backward pass needs its parameters "
+                "and buffers to run it again; wrap the function in a module."
             )
 
 

@@ -1,4 +1,4 @@
-"""What a reversible block and a sequence of them can do besides running forward: the inverse, and log-determinants."""
+"""The inverse and the log-determinants of reversible blocks and sequences."""
 
 import abc
 from typing import Any, overload
@@ -17,17 +17,17 @@ class AbstractReversible(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _build_schedule(self) -> Schedule:
-        """Return what the module runs."""
+        """Build the schedule of the module."""
 
     @abc.abstractmethod
     def _schedule(self) -> Schedule:
-        """Return what the module runs; what it ran last, if that is the same."""
+        """Return the schedule of the module, the cached one if it is still valid."""
 
     @abc.abstractmethod
     def _run(
         self, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any], log_dets: list[Tensor] | None
     ) -> Any:
-        """Run forward on `x`, and add up log-determinants in `log_dets`, if it is given."""
+        """Run forward on `x`, and append log-determinants to `log_dets` if it is a list."""
 
     @overload
     def inverse(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
@@ -37,10 +37,10 @@ class AbstractReversible(nn.Module, abc.ABC):
     def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
 
     def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the input from the output `y`, with the further arguments that the forward pass had.
+        """Compute the input from the output `y`. Pass the further arguments that the forward pass had.
 
-        Runs by ordinary autograd, and leaves batch-norm statistics as they are. Invert blocks with dropout in
-        evaluation mode: in training mode it draws a new mask.
+        The inverse is differentiable by ordinary autograd. It does not change batch-norm statistics. Use evaluation
+        mode for blocks with dropout, because in training mode dropout would draw a new mask.
         """
         schedule = self._schedule()
         half_blocks = [half_block for _, chain in schedule.segments for half_block in chain.half_blocks]
@@ -49,18 +49,17 @@ class AbstractReversible(nn.Module, abc.ABC):
         return run_inverse(Chain(half_blocks), y, schedule.split_dim, schedule.num_streams, args, kwargs)
 
     def forward_with_log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> tuple[Tensor | Streams, Tensor]:
-        """Compute the output, and the log-determinant of the map to it for each sample, (B,).
+        """Compute the output, and for each sample the log-determinant of the map from input to output, (B,).
 
-        Both are differentiable, and activations are kept or rebuilt for both as in `forward`. It is zero for additive
-        blocks.
+        Both are differentiable, and the policies apply as in `forward`. The log-determinant of additive blocks is zero.
 
         Raises:
-            ValueError: The blocks split along the batch, so that a sample has no map of its own.
+            ValueError: The blocks split along the batch dimension, so that the samples depend on each other.
         """
         log_dets: list[Tensor] = []
         y = self._run(x, args, kwargs, log_dets)
         return y, sum_log_dets(log_dets, y)
 
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the log-determinant at `x` alone, (B,)."""
+        """Compute the log-determinant at `x` for each sample, (B,)."""
         return self.forward_with_log_det(x, *args, **kwargs)[1]

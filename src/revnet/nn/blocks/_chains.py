@@ -1,7 +1,8 @@
-"""The chains of a sequence: how they are made of its blocks, and for how long they are kept."""
+"""The chains of a sequence: how they are built from its blocks, and when they are built again."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -9,33 +10,34 @@ from torch import nn
 from revnet._torch_internals import has_global_module_hook
 from revnet.engine import Chain, HalfBlock
 from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, schedule_of
-from revnet.nn.blocks._reversible_module import Origin, look
+from revnet.nn.blocks._reversible_module import Origin, read_blocks
 from revnet.nn.blocks._run import Segment
-from revnet.nn.blocks._schedule import Kept, Schedule
+from revnet.nn.blocks._schedule import ModuleCache, Schedule
 from revnet.nn.policies._policy import AbstractPolicy
 
 if TYPE_CHECKING:
     from revnet.nn.blocks._reversible_sequential import ReversibleSequential
 
 _Key = tuple[tuple[AbstractPolicy, ...], list[list[HalfBlock]], list[AbstractReversibleBlock | None]]
-"""Policies, half-blocks and, where it must be called, the block; an entry for each block."""
+"""Policies, half-blocks, and the block itself if it must be called: one entry for each block."""
 
 
-class Known(NamedTuple):
-    """What a sequence ran last."""
+@dataclass(frozen=True)
+class Known:
+    """The schedule that a sequence ran last."""
 
     key: _Key
     schedule: Schedule
     origin: Origin | None
-    """What the schedule was made of; None where a look at that is not enough, so that the key is made in each step."""
+    """The parts of the schedule. None if comparing them is not enough, so that each step builds the key."""
 
 
-class Chains(Kept):
-    """The chains of a sequence, kept for as long as its blocks, their functions and their policies are the same."""
+class Chains(ModuleCache):
+    """The chains of a sequence. They are built again when its blocks, their functions or their policies change."""
 
     def __init__(self) -> None:
         self.known: Known | None = None
-        """What is kept; one object, so that other threads find parts that fit together."""
+        """The cached schedule. It is one object, so that other threads see parts that belong together."""
 
     def of(
         self,
@@ -43,18 +45,18 @@ class Chains(Kept):
         blocks: list[AbstractReversibleBlock],
         kind: "type[ReversibleSequential]",
     ) -> Schedule:
-        """Return the chains of a sequence.
+        """Return the schedule of a sequence.
 
         Args:
             sequence: The sequence.
             blocks: Its blocks.
-            kind: The class of sequences itself, of which `sequence` may be a subclass with other `policies`.
+            kind: The class `ReversibleSequential`. `sequence` may be a subclass that overrides `policies`.
         """
         half_blocks = [block.half_blocks(f"blocks.{index}.") for index, block in enumerate(blocks)]
         called = [block if must_be_called(block) else None for block in blocks]
         key = (sequence.policies, half_blocks, called)
         first = blocks[0] if blocks else None
-        if torch.compiler.is_dynamo_compiling():  # A trace makes its own; it cannot compare with what eager code left.
+        if torch.compiler.is_dynamo_compiling():  # A trace cannot compare with what eager code cached.
             return schedule_of(_segments_of(*key), first)
         known = self.known
         segments = known.schedule.segments if known is not None and known.key == key else _segments_of(*key)
@@ -66,7 +68,7 @@ class Chains(Kept):
 def must_be_called(block: AbstractReversibleBlock) -> bool:
     """Return whether a call of the block does more than run its residual functions.
 
-    It has hooks, or a `forward` of its own: a subclass's, or one that a tool has set on the instance.
+    This is so if it has hooks, or a `forward` that a subclass overrides or that a tool has set on the instance.
     """
     return bool(
         block._forward_hooks
@@ -85,7 +87,7 @@ def _origin_of(
     key: _Key,
     kind: "type[ReversibleSequential]",
 ) -> Origin | None:
-    """Return what the chains were made of; None if user code has a part in it, and where blocks must be called."""
+    """Return the parts of the chains, or None if they depend on user code or if blocks must be called."""
     policies, half_blocks, called = key
     if (
         sequence.blocks is not sequence._modules.get("blocks")
@@ -94,7 +96,7 @@ def _origin_of(
     ):
         return None
     reads = []
-    for block, of_block in zip(blocks, half_blocks, strict=True):
+    for block, block_half_blocks in zip(blocks, half_blocks, strict=True):
         known = None if "half_blocks" in block.__dict__ else READS.get(type(block).half_blocks)
         if known is None:
             return None
@@ -105,11 +107,13 @@ def _origin_of(
             if type(functions) is not nn.ModuleList:
                 return None
             modules += functions
-        # A property may have hidden a child.
-        if any(module is not half_block.function for module, half_block in zip(modules, of_block, strict=True)):
+        # A property may hide a child.
+        if any(
+            module is not half_block.function for module, half_block in zip(modules, block_half_blocks, strict=True)
+        ):
             return None
         reads.append(known)
-    return Origin(policies, reads, look(blocks, reads))
+    return Origin(policies, reads, read_blocks(blocks, reads))
 
 
 def _segments_of(
@@ -119,20 +123,20 @@ def _segments_of(
 ) -> list[Segment]:
     # Plain loops: `torch.compile` traces this.
     runs: list[tuple[AbstractPolicy, list[HalfBlock], list[nn.Module | None]]] = []
-    for policy, of_block, block in zip(policies, half_blocks, called, strict=True):
-        for half_block in of_block:
+    for policy, block_half_blocks, block in zip(policies, half_blocks, called, strict=True):
+        for half_block in block_half_blocks:
             _check_couplings(half_blocks[0][0], half_block)
         if not runs or runs[-1][0] != policy:
             runs.append((policy, [], []))
-        runs[-1][1].extend(of_block)
-        runs[-1][2].extend([block] * len(of_block))
-    return [(policy, Chain(of_run, blocks)) for policy, of_run, blocks in runs]
+        runs[-1][1].extend(block_half_blocks)
+        runs[-1][2].extend([block] * len(block_half_blocks))
+    return [(policy, Chain(run_half_blocks, blocks)) for policy, run_half_blocks, blocks in runs]
 
 
 def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
-    """Raise for exact and other couplings in one sequence."""
+    """Raise if one sequence has exact and other couplings."""
     if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling != first.coupling:
         raise ValueError(
-            f"`{other.name}` has the coupling {other.coupling}, and `{first.name}` {first.coupling}; where one is "
-            "exact, streams lie on its grid, so that all of a sequence must have the same: see `set_coupling`."
+            f"`{other.name}` has the coupling {other.coupling}, but `{first.name}` has {first.coupling}; an exact "
+            "coupling keeps the streams on its grid, so give all blocks of a sequence the same one with `set_coupling`."
         )

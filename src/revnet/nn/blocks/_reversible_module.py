@@ -1,7 +1,8 @@
-"""How reversible blocks and sequences of them run forward. A plain step enters no other file of this room."""
+"""The forward pass of reversible blocks and sequences. A plain step runs no other file of `revnet.nn`."""
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ReversibleModule(AbstractReversible):
-    """How blocks and sequences run forward."""
+    """The forward pass that blocks and sequences share."""
 
     _chains: "Chains | None" = None
     _keeper: ToleranceKeeper | None = None
@@ -36,14 +37,12 @@ class ReversibleModule(AbstractReversible):
     def forward(self, x: Streams, *args: Any, **kwargs: Any) -> Streams: ...
 
     def forward(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the output of a block, or of a sequence's last block: a tensor for a tensor, a tuple for a tuple.
+        """Compute the output: a tensor if `x` is a tensor, and a tuple if `x` is a tuple.
 
         Args:
-            x: The activation, or the streams. Not modified, and free to be modified afterwards; streams under a
-                `tolerance` only after the backward pass. The output is not: writing over it before the backward pass
-                raises in that pass.
+            x: The activation, or the streams. Before `backward`, do not modify the output, or `x` under a `tolerance`.
             args: Further positional arguments of every residual function, such as `f` and `g`.
-            kwargs: Keyword arguments of every residual function. `f_kwargs` and `g_kwargs` are for one of them alone.
+            kwargs: Further keyword arguments. `f_kwargs` and `g_kwargs` are dicts for one of the functions alone.
         """
         if not torch.compiler.is_dynamo_compiling() and block_calls.within and (run := call_within(self)):
             return run(x, args, kwargs)
@@ -54,8 +53,8 @@ class ReversibleModule(AbstractReversible):
     ) -> Any:
         return run_forward(self._schedule(), x, args, kwargs, log_dets, self._keeper)
 
-    def _schedule(self) -> "Schedule":
-        """Return what the module runs: what it ran last, if it is made of the same."""
+    def _schedule(self) -> Schedule:
+        """Return the schedule of the last call, or a new one if the module has changed since."""
         if self._chains is not None and not torch.compiler.is_dynamo_compiling():
             known = self._chains.known
             if known is not None and known.origin is not None and known.origin.is_same(self):
@@ -64,32 +63,32 @@ class ReversibleModule(AbstractReversible):
 
 
 Reads = tuple[Callable[[Any], Any], tuple[str, ...], str | None]
-"""What a block's `half_blocks` reads: a getter of attributes, the names of children, and of a list of functions."""
+"""The data that `half_blocks` reads from its block: a getter of attributes, names of children, and name of a list."""
 
 
-class Origin(NamedTuple):
-    """What the chains of a sequence were made of. It keeps nothing alive that they do not."""
+@dataclass(frozen=True)
+class Origin:
+    """The parts from which the chains of a sequence were built. It keeps nothing alive that the chains do not keep."""
 
     policies: tuple[AbstractPolicy, ...]
     reads: list[Reads]
-    found: list[Any]
-    """What was read from each block."""
+    values: list[Any]
 
     def is_same(self, sequence: Any) -> bool:
-        """Return whether the chains would be the same if they were made now."""
+        """Return whether the chains would be the same if they were built now."""
         blocks = sequence._modules.get("blocks")
         if self.policies is not sequence._policies or type(blocks) is not nn.ModuleList:
             return False
         if len(self.reads) != len(blocks._modules) or has_global_module_hook():  # Such a hook must see each block.
             return False
         try:
-            return self.found == look(blocks._modules.values(), self.reads)
-        except (AttributeError, KeyError):  # Making the chains says what is missing.
+            return self.values == read_blocks(blocks._modules.values(), self.reads)
+        except (AttributeError, KeyError):  # Building the chains raises the right error.
             return False
 
 
-def look(blocks: Iterable[Any], reads: Iterable[Reads]) -> list[Any]:
-    """Return what each block's `half_blocks` reads, and what decides on whether the block itself must be called."""
+def read_blocks(blocks: Iterable[Any], reads: Iterable[Reads]) -> list[Any]:
+    """Return the values that `half_blocks` reads from each block, and those that say whether it must be called."""
     return [
         (
             type(block),
@@ -113,19 +112,17 @@ def run_forward(
     log_dets: list[Tensor] | None = None,
     tolerance: ToleranceKeeper | None = None,
 ) -> Any:
-    """Run a schedule on `x`, and add up log-determinants in `log_dets`; the output has the form of `x`."""
-    segments = schedule.segments
+    """Run a schedule on `x`, and append log-determinants to `log_dets`. The output is a tensor if `x` is one."""
+    segments, dim = schedule.segments, schedule.split_dim
     if schedule.ambiguous is not None and isinstance(x, Tensor) and x.dim() == 3:
         raise unclear_split_dim(schedule.ambiguous, x)
-    dim, num_streams = schedule.split_dim, schedule.num_streams
     coupling = segments[0][1].half_blocks[0].coupling if segments else None
-    streams, input_dtype = begin(x, dim, num_streams, coupling)
+    streams, input_dtype = begin(x, dim, schedule.num_streams, coupling)
     if log_dets is not None:
         check_samples(streams[0], dim)
     own_kwargs = take_own(kwargs, segments) if kwargs else {}
     is_plain = input_dtype is None and len(args) + len(kwargs) + len(own_kwargs) == 0
-    # Where they are converted, what is held is the streams themselves, not their parts in another dtype.
-    is_joined = isinstance(x, Tensor) and input_dtype is None
+    is_joined = isinstance(x, Tensor) and input_dtype is None  # Else the run holds the streams, not the output.
     call, last = None, len(segments) - 1
     for index, (policy, chain) in enumerate(segments):
         for_join = is_joined and index == last

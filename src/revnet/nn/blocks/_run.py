@@ -1,4 +1,4 @@
-"""What a run of a block or a sequence seldom needs: arguments of single functions, log-determinants, the inverse."""
+"""Parts of a run that a plain step does not need: arguments of single functions, log-determinants, the inverse."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from revnet.engine._streams import begin
 from revnet.nn.policies._policy import AbstractPolicy
 
 Segment = tuple[AbstractPolicy, Chain]
-"""Consecutive half-blocks, and the policy under which they run."""
+"""A policy, and the consecutive half-blocks that run under it."""
 
-_OWN = "_kwargs"
+_SUFFIX = "_kwargs"
 ROLES = ("f", "g")
-"""The names of residual functions to which a caller can pass arguments alone, as `f_kwargs` and `g_kwargs`."""
+"""Names of the residual functions that can have arguments of their own, `f_kwargs` and `g_kwargs`."""
 
 
 def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, dict[str, Any]]:
-    """Take the arguments of single functions, `f_kwargs` and `g_kwargs`, out of `kwargs`."""
+    """Remove the arguments of single functions, `f_kwargs` and `g_kwargs`, from `kwargs`, and return them."""
     own: dict[str, dict[str, Any]] = {}
     for role in ROLES:
-        given = kwargs.pop(role + _OWN, None)
+        given = kwargs.pop(role + _SUFFIX, None)
         if given is None:
             continue
         if not isinstance(given, Mapping):
@@ -34,7 +34,7 @@ def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, d
         names = [half_block.role for _, chain in segments for half_block in chain.half_blocks]
         if role not in names:
             raise TypeError(
-                f"`{role}_kwargs` is for residual functions named `{role}`, of which there are none here, but "
+                f"`{role}_kwargs` is for residual functions named `{role}`, but the functions here are named "
                 f"{', '.join(sorted({f'`{name}`' for name in names}))}; pass the arguments to all functions."
             )
         both = [name for name in given if name in kwargs]
@@ -47,7 +47,7 @@ def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, d
 
 
 def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:
-    """Return the log-determinant of a chain that ended in `y`, (B,); zero where no half-block has one."""
+    """Return the log-determinant of a chain with output `y`, of shape (B,). It is zero if no half-block has one."""
     y1 = y if isinstance(y, Tensor) else y[0]
     return sum(log_dets, start=torch.zeros(len(y1), dtype=y1.real.dtype, device=y1.device))
 
@@ -56,8 +56,8 @@ def check_samples(x1: Tensor, split_dim: int) -> None:
     """Raise if the streams are split along the batch."""
     if split_dim % x1.dim() == 0:
         raise ValueError(
-            f"`split_dim` (={split_dim}) is the batch, so that a sample has no map and no log-determinant of its own; "
-            "split along the features."
+            f"`split_dim` (={split_dim}) must not be the batch dimension, since each sample has its own "
+            "log-determinant; split along the features."
         )
 
 
@@ -69,7 +69,7 @@ def run_inverse(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Undo the half-blocks of `chain` on `y`; the result has the form of `y`, a tensor or a tuple."""
+    """Compute the input of `chain` from its output `y`. The result is a tensor if `y` is one, else a tuple."""
     coupling = chain.half_blocks[0].coupling if chain.half_blocks else None
     streams, input_dtype = begin(y, split_dim, num_streams, coupling, name="y")
     own_kwargs = take_own(kwargs, [(None, chain)]) if kwargs else {}  # type: ignore[list-item]

@@ -1,26 +1,30 @@
-"""What a reversible block or sequence runs, and what it keeps of that."""
+"""The schedule of a reversible block or sequence: the chains that it runs."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 from torch import nn
 
 from revnet.nn.blocks._run import Segment
 
 
-class Schedule(NamedTuple):
-    """What a module runs."""
+@dataclass(frozen=True)
+class Schedule:
+    """The chains that a module runs, and how it splits its input."""
 
     segments: Sequence[Segment]
     """Chains of half-blocks in order, each with its policy."""
     split_dim: int
+    """Dimension along which a tensor input is split."""
     num_streams: int
+    """Number of streams."""
     ambiguous: type[nn.Module] | None
-    """The class of the first block, if its `split_dim` was left out."""
+    """Class of the first block if its `split_dim` was left out, so that a three-dimensional input is ambiguous."""
 
 
-class Kept:
-    """What a module keeps from call to call. It refers to the module's own functions, so copies begin without it."""
+class ModuleCache:
+    """A cache in a module. It refers to the module's functions, so a copy of the module starts with an empty one."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()

@@ -1,4 +1,4 @@
-"""The dimension along which a block splits a tensor: chosen, or left out."""
+"""The dimension along which a block splits a tensor."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Checking the bound on the error of rebuilt streams."""
+"""Checks for the bound on the reconstruction error."""
 
 import torch
 
@@ -22,7 +22,7 @@ def checked_tolerance(tolerance: float | None) -> float | None:
 
 
 def refuse_to_compile() -> None:
-    """Raise under `torch.compile`, where no run can go forward again."""
+    """Raise under `torch.compile`, where the engine cannot run blocks forward again."""
     if torch.compiler.is_dynamo_compiling():
         refuse(
             "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "

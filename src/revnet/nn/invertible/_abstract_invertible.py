@@ -11,7 +11,7 @@ from revnet._checks import check_tensor
 
 
 class AbstractInvertible(nn.Module, abc.ABC):
-    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` tells how volumes change.
+    """A layer that is a bijection: `inverse` undoes `forward`, and `log_det` measures the change of volumes.
 
     Example:
         >>> import torch
@@ -37,10 +37,10 @@ class AbstractInvertible(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the output, and the log-determinant of the map to it for each sample, (B,)."""
+        """Compute the output, and for each sample the log-determinant of the map from input to output, (B,)."""
 
     def log_det(self, x: Tensor) -> Tensor:
-        """Compute the log-determinant at `x` alone, (B,)."""
+        """Compute the log-determinant at `x` for each sample, (B,)."""
         return self.forward_with_log_det(x)[1]
 
 
@@ -52,7 +52,7 @@ def zero_log_det(x: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast, for computations that low precision would make hard to undo."""
-    # PyTorch knows no autocast on the meta device.
+    # Autocast is not available on the meta device.
     is_available = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if is_available else nullcontext()
 

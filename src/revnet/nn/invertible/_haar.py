@@ -46,13 +46,18 @@ class HaarWavelet(AbstractInvertible):
 
     def __init__(self) -> None:
         super().__init__()
-        signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]  # symmetric: its own inverse, halved
+        signs = [
+            [1, 1, 1, 1],
+            [1, -1, 1, -1],
+            [1, 1, -1, -1],
+            [1, -1, -1, 1],
+        ]  # half of it is its own inverse
         self.register_buffer("matrix", torch.tensor(signs) / 2, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the four bands."""
         check_halvable(x, 2)
-        check_floating("x", x)  # Halves of integers would be zero.
+        check_floating("x", x)  # The matrix would be rounded to zero for integers.
         B, C, H, W = x.shape
         squares = x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(B, 4, C * H * W // 4)
         return self._mix(squares).reshape(B, 4 * C, H // 2, W // 2)
@@ -70,5 +75,5 @@ class HaarWavelet(AbstractInvertible):
         return self(x), zero_log_det(x)
 
     def _mix(self, squares: Tensor) -> Tensor:
-        with without_autocast(squares):  # which would round what can be undone
+        with without_autocast(squares):  # Rounding to low precision could not be undone.
             return self.matrix.to(squares.dtype) @ squares

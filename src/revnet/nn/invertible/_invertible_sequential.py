@@ -16,14 +16,14 @@ _REVERSE = Reverse()
 
 
 class InvertibleSequential(AbstractInvertible):
-    """Run invertible layers and reversible blocks in a row, so that the input can be computed from the output.
+    """Run invertible layers and reversible blocks in order, so that the input can be computed from the output.
 
     Consecutive blocks run as one `ReversibleSequential`, which holds only its output. The layers between them run by
     ordinary autograd. The layers of this library hold nothing, except for the 1x1 convolution, which holds its input.
     For constant memory, put many blocks between two layers.
 
     Args:
-        layers: Invertible layers, reversible blocks, sequences of blocks, and other networks of this kind.
+        layers: Invertible layers, reversible blocks, sequences of blocks, and other invertible networks.
         policy: Policy for the activations of the blocks, or its name. The default is `Reverse()`.
 
     Raises:
@@ -55,11 +55,11 @@ class InvertibleSequential(AbstractInvertible):
         for index, layer in enumerate(layers):
             if not isinstance(layer, AbstractInvertible | AbstractReversibleBlock | ReversibleSequential):
                 raise TypeError(
-                    f"`layers[{index}]` (={describe(layer)}) must be invertible: a layer such as `SpaceToDepth`, or a "
+                    f"`layers[{index}]` (={describe(layer)}) must be an invertible layer, such as `SpaceToDepth`, or a "
                     "reversible block; put other modules into the functions of a block, or after the network."
                 )
         self.layers = nn.ModuleList()
-        # Blocks that split alike run together.
+        # Consecutive blocks that split their input in the same way run together.
         for _, group in groupby(layers, _split):
             members = list(group)
             blocks = [layer for layer in members if isinstance(layer, AbstractReversibleBlock)]
@@ -95,7 +95,7 @@ class InvertibleSequential(AbstractInvertible):
         return self.layers[index]
 
     def _invertible_layers(self) -> list[AbstractInvertible]:
-        """Return the layers. On a tensor, a sequence of blocks is a layer like the others."""
+        """Return the layers. A sequence of blocks has the methods of an invertible layer."""
         return cast("list[AbstractInvertible]", list(self.layers))
 
 

@@ -1,4 +1,4 @@
-"""A fixed order of channels."""
+"""A fixed permutation of the channels."""
 
 from collections.abc import Sequence
 

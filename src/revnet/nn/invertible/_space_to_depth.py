@@ -1,4 +1,4 @@
-"""Downsampling without loss: squares of pixels become channels."""
+"""Downsampling without loss, by turning squares of pixels into channels."""
 
 from torch import Tensor
 

@@ -2,7 +2,8 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -40,7 +41,8 @@ def as_policy(policy: AbstractPolicy | str, name: str = "policy") -> AbstractPol
     )
 
 
-class PolicyUnit(NamedTuple):
+@dataclass(frozen=True)
+class PolicyUnit:
     """The smallest part of a model that has a policy of its own, such as a block or a stem.
 
     Example:

@@ -1,8 +1,7 @@
-"""What is done with activations between the forward and the backward pass: keep them, or compute them again.
+"""Policies: whether activations are kept for the backward pass or computed again.
 
-A policy is an object, not a flag: it says what it costs in memory, time and accuracy. The units of one model, such as
-the blocks of a sequence, may have different ones. From the least memory to the most: `Reverse`, `Checkpoint`, `Store`;
-`Offload` pays in transfers instead.
+The units of a model, such as the blocks of a sequence, may have different policies. `Reverse` needs the least memory,
+then `Checkpoint`, then `Store`. `Offload` pays with transfers instead of recomputation.
 """
 
 import abc
@@ -25,7 +24,7 @@ from revnet.engine import (
 
 
 class AbstractPolicy(abc.ABC):
-    """Runs consecutive half-blocks, and decides what the backward pass will find.
+    """The interface of policies. A policy runs consecutive half-blocks and decides what to keep for the backward pass.
 
     Example:
         >>> import torch
@@ -46,7 +45,7 @@ class AbstractPolicy(abc.ABC):
 
 
 class AbstractModulePolicy(AbstractPolicy):
-    """A policy for any module too, reversible or not.
+    """The interface of policies that can also run modules that are not reversible.
 
     Example:
         >>> from revnet import Checkpoint, Reverse
@@ -62,11 +61,11 @@ class AbstractModulePolicy(AbstractPolicy):
 
 @dataclass(frozen=True)
 class Reverse(AbstractPolicy):
-    """Rebuild the activations in the backward pass: memory that does not grow with depth. The default.
+    """Rebuild the activations in the backward pass, so that memory does not grow with depth. This is the default.
 
     Memory: the final streams of consecutive blocks, and the activations of one residual function at a time.
     Time: one more forward pass of each residual function, in theory a third more per step.
-    Accuracy: the output is exact; gradients carry the rounding of the rebuilt streams, which grows with depth.
+    Accuracy: the output is exact. Gradients carry the rounding of the rebuilt streams, which grows with depth.
 
     Example:
         >>> from torch import nn
@@ -81,14 +80,14 @@ class Reverse(AbstractPolicy):
 
 @dataclass(frozen=True)
 class Checkpoint(AbstractModulePolicy):
-    """Keep what each function reads, and compute again what is inside it.
+    """Keep the input of each function, and compute the activations inside the function again.
 
-    Memory: one stream for each residual function, two for a block; of any other module, its arguments. The activations
-    of one function at a time.
-    Time: one more forward pass of each function, up to the last tensor that autograd saves. Of two convolutions, the
-    second is not computed again, so that it costs about half of what `Reverse` does.
-    Accuracy: that of `Store`, bit for bit where functions are deterministic. Also the way to stop the rounding of
-    `Reverse` from growing, if every so many blocks have it.
+    Memory: one stream for each residual function, two for a block, and the arguments of any other module. In addition,
+    the activations of one function at a time.
+    Time: one more forward pass of each function, up to the last tensor that autograd saves. The second of two
+    convolutions is not computed again, so this costs about half as much as `Reverse`.
+    Accuracy: the same as `Store`, to the last bit if the functions are deterministic. Some `Checkpoint` blocks in a
+    long `Reverse` sequence stop its rounding from growing.
 
     References:
         Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost.
@@ -103,21 +102,22 @@ class Checkpoint(AbstractModulePolicy):
     """
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-        """Run the half-blocks, keeping the stream that each of them reads."""
+        """Run the half-blocks, and keep the stream that each of them reads."""
         return checkpointed(chain, streams)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call `module`, keeping its arguments."""
+        """Call `module`, and keep its arguments."""
         return checkpointed_call(module, args, kwargs)
 
 
 @dataclass(frozen=True)
 class Offload(AbstractModulePolicy):
-    """Keep the activations, but in host memory: copied there in the forward pass, and back in the backward pass.
+    """Keep the activations in host memory. They are copied back to the device in the backward pass.
 
-    Memory: none of the device between the passes, all of `Store` on the host, pinned. On a CPU it is `Store`.
-    Time: no recomputation, but two transfers of each activation; what that takes depends on the bus.
-    Accuracy: plain autograd's, bit for bit.
+    Memory: on the device, none between the passes. On the host, as much pinned memory as `Store` needs on the device.
+    On a CPU, the same as `Store`.
+    Time: no recomputation, but two transfers of each activation, whose speed depends on the bus.
+    Accuracy: the same as plain autograd, to the last bit.
 
     Example:
         >>> import torch
@@ -129,19 +129,21 @@ class Offload(AbstractModulePolicy):
     """
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
-        """Run the half-blocks by ordinary autograd, with what it saves on the host."""
+        """Run the half-blocks by ordinary autograd, and keep its saved tensors on the host."""
         return offloaded(chain, streams)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call `module` by ordinary autograd, with what it saves on the host."""
+        """Call `module` by ordinary autograd, and keep its saved tensors on the host."""
         return offloaded_call(module, args, kwargs)
 
 
 @dataclass(frozen=True)
 class Store(AbstractModulePolicy):
-    """Keep the activations, as ordinary autograd does: the stored twin.
+    """Keep the activations, as ordinary autograd does. A model with this policy is a stored twin.
 
-    Memory: all activations of all blocks. Time: no recomputation. Accuracy: plain autograd's.
+    Memory: all activations of all blocks.
+    Time: no recomputation.
+    Accuracy: the same as plain autograd.
 
     Example:
         >>> from torch import nn

@@ -1,4 +1,4 @@
-"""Modules in a row that run under one policy and need not be reversible."""
+"""A sequence of ordinary modules that runs under a policy."""
 
 from collections import OrderedDict
 from typing import Any
@@ -15,16 +15,16 @@ _STORE = Store()
 class PolicySequential(nn.Sequential, HasSinglePolicy):
     """An `nn.Sequential` that runs as one unit under a policy, such as a stem, a head, or a stage of ordinary blocks.
 
-    Under `Checkpoint()` the unit keeps only its input and computes all its activations again at once. Buffers such as
-    batch-norm statistics are updated once, and dropout draws the same mask again.
+    Under `Checkpoint()` the unit keeps only its input and computes all its activations again at once. Batch-norm
+    statistics and other buffers are updated only once, and dropout draws the same mask again.
 
     Args:
         modules: The modules, or one ordered dict of them, as for `nn.Sequential`.
-        policy: The policy or its name. `Store()` keeps the activations, `Checkpoint()` computes them again, and
+        policy: The policy, or its name. `Store()` keeps the activations, `Checkpoint()` computes them again, and
             `Offload()` keeps them on the host.
 
     Raises:
-        TypeError: A module is not an `nn.Module`, or `policy` is not a policy for such modules.
+        TypeError: A module is not an `nn.Module`, or `policy` is not a policy that ordinary modules accept.
         ValueError: No policy has this name.
 
     Example:
@@ -46,7 +46,7 @@ class PolicySequential(nn.Sequential, HasSinglePolicy):
 
     @property
     def policy_units(self) -> list[PolicyUnit]:
-        """The whole, as one unit."""
+        """The whole sequence, as one unit."""
         return [PolicyUnit("", (self,), is_reversible=False)]
 
     def forward(self, x: Any) -> Any:
