@@ -95,7 +95,7 @@ def _plot_curves(axes: Any, blocks: Sequence[BlockDrift], gradients: Sequence[fl
             label = "_"  # one entry in the legend for all runs
     points = [(number, error) for number, error in enumerate(gradients) if _is_drawable(error)]
     if points:
-        # A dot shows a single block, for which there is no line.
+        # The dots show single blocks, which have no line.
         style = {"color": _RED, "linestyle": (0, (3, 2)), "marker": ".", "markersize": 3}
         axes.plot(*zip(*points, strict=True), **style, label="gradients of the block")
 
@@ -193,6 +193,6 @@ def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> bool:
 
 
 def _part_name(part: str, most: int) -> str:
-    """Return the name of a sequence in at most so many characters, of which the last say most."""
+    """Return the name of a sequence, cut to `most` characters from the left."""
     name = part.removesuffix(".reversible")
     return name if len(name) <= most else f"...{name[3 - most :]}"

@@ -115,7 +115,7 @@ def _mark_point(
 
 
 def _points_along(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points on the staircase, close enough together to tell whether a label covers it."""
+    """Return points on the staircase, dense enough to show whether a label covers it."""
     points: list[tuple[float, float]] = []
     num_per_line = 2 + 200 // len(steps)
     for (x, y), (next_x, next_y) in pairwise(steps):
