@@ -1,4 +1,4 @@
-"""The penalty is what the equation says, its gradient too, and memory does not grow with depth."""
+"""The penalty and its gradient match the equation, and memory does not grow with depth."""
 
 import copy
 
@@ -19,7 +19,7 @@ def sequence(depth=3, make=mlp, width=3, coupling=None):
 
 
 def linear_map(matrix):
-    """One block that is linear: y1 = x1 + A x2, y2 = x2 + B y1."""
+    """Return one linear block: y1 = x1 + A x2, y2 = x2 + B y1."""
     half = len(matrix) // 2
     block = ReversibleBlock(nn.Linear(half, half, bias=False), nn.Linear(half, half, bias=False)).double()
     with torch.no_grad():
@@ -28,7 +28,7 @@ def linear_map(matrix):
     return ReversibleSequential(block)
 
 
-def test_a_map_that_stretches_nothing_costs_one_in_each_direction():
+def test_an_isometry_costs_one_in_each_direction():
     model = linear_map(torch.zeros(4, 4))
     x = torch.randn(5, 4, dtype=torch.float64)
     assert conditioning_penalty(model, x).item() == pytest.approx(2)
@@ -36,20 +36,20 @@ def test_a_map_that_stretches_nothing_costs_one_in_each_direction():
     assert conditioning_penalty(model, x, forward_weight=0, inverse_weight=0.5).item() == pytest.approx(0.5)
 
 
-def test_of_linear_maps_it_is_the_mean_square_of_the_singular_values():
+def test_the_penalty_of_a_linear_map_is_the_mean_square_of_its_singular_values():
     model = linear_map(torch.randn(4, 4, dtype=torch.float64))
     x = torch.zeros(20_000, 4, dtype=torch.float64)
     jacobian = model(torch.eye(4, dtype=torch.float64)).T
     for weights, matrix in (((1, 0), jacobian), ((0, 1), torch.linalg.inv(jacobian))):
-        found = conditioning_penalty(model, x, forward_weight=weights[0], inverse_weight=weights[1])
+        penalty = conditioning_penalty(model, x, forward_weight=weights[0], inverse_weight=weights[1])
         expected = torch.linalg.svdvals(matrix).square().mean()
         # The mean of 20,000 draws, whose spread is about as large as they are.
-        assert found.item() == pytest.approx(expected.item(), rel=0.05)
+        assert penalty.item() == pytest.approx(expected.item(), rel=0.05)
 
 
 @pytest.mark.parametrize("make", [mlp, ConvResidual], ids=["mlp", "conv-batch-norm"])
 @pytest.mark.parametrize("coupling", [None, Affine()], ids=["additive", "affine"])
-def test_its_gradient_is_that_of_the_equation_under_plain_autograd(make, coupling):
+def test_the_gradient_equals_plain_autograd(make, coupling):
     if coupling is not None:
         model = ReversibleSequential(
             *[ReversibleBlock(_twice(make), _twice(make), coupling=coupling) for _ in range(3)]
@@ -66,15 +66,15 @@ def test_its_gradient_is_that_of_the_equation_under_plain_autograd(make, couplin
     torch.manual_seed(1)
     expected = written_out(twin, x, 0.3, 0.7, 0.05)
     torch.testing.assert_close(penalty, expected, rtol=1e-9, atol=1e-9)
-    found = torch.autograd.grad(penalty, [x, *model.parameters()])
+    actual = torch.autograd.grad(penalty, [x, *model.parameters()])
     wanted = torch.autograd.grad(expected, [x, *twin.parameters()])
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)  # the rounding of rebuilt activations
     assert_same_buffers(model, before)
 
 
 def _twice(make):
-    """A residual function with as many outputs again, for a coupling that scales."""
+    """Residual function with twice the outputs, for a coupling that scales."""
     widen = nn.Conv2d(3, 6, 1) if make is ConvResidual else nn.Linear(3, 6)
     return nn.Sequential(make(3), widen)
 
@@ -91,7 +91,7 @@ def written_out(model, x, forward_weight, inverse_weight, step):
     return forward_weight * squares(model(moved(x)) - y) + inverse_weight * squares(model.inverse(moved(y)) - x)
 
 
-def test_its_gradient_is_its_slope():
+def test_the_gradient_equals_finite_differences():
     model, x = sequence(depth=2), torch.randn(3, 6, dtype=torch.float64)
     parameters = list(model.parameters())
 
@@ -115,7 +115,7 @@ def _names(model):
     return [f"model.{name}" for name, _ in model.named_parameters()]
 
 
-def test_pairs_fixed_point_couplings_and_further_arguments():
+def test_accepts_pairs_fixed_point_couplings_and_arguments():
     class Scaled(nn.Linear):
         def forward(self, x, factor, *, shift):
             return super().forward(x) * factor + shift
@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_depth():
     assert peaks[0] == peaks[1]
 
 
-def test_descending_it_makes_the_inverse_amplify_less():
+def test_minimizing_the_penalty_lowers_the_amplification():
     model = sequence(8, lambda width: nn.Linear(width, width), width=8)
     x = torch.randn(32, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -178,6 +178,6 @@ def test_descending_it_makes_the_inverse_amplify_less():
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(call, error, message):
+def test_rejects_wrong_arguments_in_one_line(call, error, message):
     with pytest.raises(error, match=message):
         call(sequence(), torch.randn(4, 6))

@@ -1,4 +1,4 @@
-"""Angles and distances of vectors whose own are known."""
+"""Angles and distances of known vectors."""
 
 import math
 
@@ -31,5 +31,5 @@ def test_angles_of_known_vectors(actual, expected, angle, relative):
     assert angle_and_error(vectors(*actual), vectors(*expected)) == pytest.approx((angle, relative), rel=1e-6)
 
 
-def test_what_is_no_number_has_no_angle():
+def test_the_angle_of_nan_is_nan():
     assert all(map(math.isnan, angle_and_error(vectors(math.nan, 1), vectors(1, 0))))

@@ -8,7 +8,7 @@ from tests.helpers import ConvResidual, mlp
 
 
 class Drifting(nn.Module):
-    """Gives another number each time, as a kernel that adds in the order of arrival does."""
+    """Returns another value each time, as a kernel that adds in the order of arrival does."""
 
     def __init__(self, scale, *, in_backward=False):
         super().__init__()
@@ -26,7 +26,7 @@ class Drifting(nn.Module):
         return y * (1 + self.scale * self.count)
 
 
-def test_functions_that_do_not_repeat_themselves_are_named():
+def test_names_nondeterministic_functions():
     blocks = [ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]
     blocks[1].g = Drifting(1e-6)
     blocks[2].f = Drifting(1e-3, in_backward=True)
@@ -39,7 +39,7 @@ def test_functions_that_do_not_repeat_themselves_are_named():
     assert 1e-4 < second.gradient_error < 1e-2
 
 
-def test_random_functions_and_statistics_repeat_themselves_and_are_left_alone():
+def test_random_functions_and_statistics_count_as_deterministic():
     blocks = [ReversibleBlock(nn.Sequential(ConvResidual(3), nn.Dropout(0.3)), ConvResidual(3)) for _ in range(2)]
     model = ReversibleSequential(*blocks)
     set_coupling(model, FixedPoint())
@@ -54,7 +54,7 @@ def test_random_functions_and_statistics_repeat_themselves_and_are_left_alone():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_all_functions_of_a_published_network_are_run():
+def test_runs_all_functions_of_a_network():
     model = create_model("revnet38")
     calls = []
     for name, module in model.named_modules():
@@ -64,7 +64,7 @@ def test_all_functions_of_a_published_network_are_run():
     assert len(calls) == 3 * len(set(calls)) == 3 * 18
 
 
-def test_what_cannot_be_probed_raises():
+def test_rejects_wrong_arguments():
     with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no reversible block"):
         find_nondeterministic(nn.Linear(2, 2), torch.randn(1, 2))
     with pytest.raises(ValueError, match=r"`num_runs` \(=1\) must be 2 or more"):

@@ -17,9 +17,10 @@ _FLOOR, _CEILING = 1e-8, 1e1
 """Smallest range of the axis of errors: from below the rounding of float32 to an error of 1000 %."""
 _OUTLIER = 10.0
 """Largest amplification, relative to the mean, that is drawn on a linear axis."""
-_LONGEST_LINE = 80
+_LONGEST_LINE = 75
+"""Most characters in a line of the title, and in the names of all sequences."""
 _MOST_PARTS = 8
-_LONGEST_PART = 24
+"""Most sequences to name."""
 
 
 def plot_drift(blocks: Sequence[BlockDrift], keyframes: Sequence[str], path: Path, *, title: str) -> None:
@@ -38,11 +39,11 @@ def plot_drift(blocks: Sequence[BlockDrift], keyframes: Sequence[str], path: Pat
     errors, growth = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
     _plot_errors(errors, blocks, keyframes)
     _plot_amplification(growth, blocks)
-    _mark_parts(errors, blocks)
+    has_parts = _mark_parts(errors, blocks)
     growth.set_xlabel("block (the backward pass rebuilds from right to left)")
     growth.set_xlim(-0.6, max(len(blocks) - 0.4, 0.6))
     growth.xaxis.get_major_locator().set_params(integer=True)
-    write_title(errors, textwrap.fill(title, _LONGEST_LINE), pad=20)
+    write_title(errors, textwrap.fill(title, _LONGEST_LINE, break_on_hyphens=False), pad=20 if has_parts else 10)
     figure.align_ylabels()
     handles, labels = errors.get_legend_handles_labels()
     if handles:
@@ -94,7 +95,7 @@ def _plot_curves(axes: Any, blocks: Sequence[BlockDrift], gradients: Sequence[fl
             label = "_"  # one entry in the legend for all runs
     points = [(number, error) for number, error in enumerate(gradients) if _is_drawable(error)]
     if points:
-        # A dot shows a single block, for which there is no line.
+        # The dots show single blocks, which have no line.
         style = {"color": _RED, "linestyle": (0, (3, 2)), "marker": ".", "markersize": 3}
         axes.plot(*zip(*points, strict=True), **style, label="gradients of the block")
 
@@ -152,6 +153,7 @@ def _plot_amplification(axes: Any, blocks: Sequence[BlockDrift]) -> None:
     points = [(numbers[id(block)], factor) for block, factor in amplifications(blocks)]
     mean = mean_amplification(blocks)
     if not points or mean is None:
+        axes.set_ylim(0, 2)
         return
     factors = [factor for _, factor in points]
     if max(factors) > _OUTLIER * mean or min(factors) < mean / _OUTLIER:
@@ -166,19 +168,20 @@ def _plot_amplification(axes: Any, blocks: Sequence[BlockDrift]) -> None:
     _write_at_right(axes, f"mean\n{mean:.2f}", mean, "center")
 
 
-def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> None:
-    """Separate the sequences of the model by lines, and write their names above the axes."""
+def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> bool:
+    """Separate the sequences of the model by lines, and write their names above the axes; return whether any are."""
     parts = [(part, len(list(members))) for part, members in groupby(blocks, lambda b: b.name.rpartition(".blocks")[0])]
     if len(parts) < 2:
-        return
+        return False
+    has_names = len(parts) <= _MOST_PARTS
     start = 0
     for part, count in parts:
         if start:
             for panel in axes.figure.axes:
                 panel.axvline(start - 0.5, color=_GRAY, linewidth=1)
-        if len(parts) <= _MOST_PARTS:
+        if has_names:
             axes.annotate(
-                textwrap.shorten(part.removesuffix(".reversible"), _LONGEST_PART, placeholder="..."),
+                _part_name(part, _LONGEST_LINE // len(parts)),
                 (start + (count - 1) / 2, 1.02),
                 xycoords=("data", "axes fraction"),
                 ha="center",
@@ -186,3 +189,10 @@ def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> None:
                 color=_INK,
             )
         start += count
+    return has_names
+
+
+def _part_name(part: str, most: int) -> str:
+    """Return the name of a sequence, cut to `most` characters from the left."""
+    name = part.removesuffix(".reversible")
+    return name if len(name) <= most else f"...{name[3 - most :]}"

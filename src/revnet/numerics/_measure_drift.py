@@ -148,7 +148,7 @@ def _checked(loss: Loss) -> Loss:
             raise TypeError(f"`loss` returned {returned}; it must return a scalar tensor: take the mean or the sum.")
         if not value.requires_grad:
             raise ValueError(
-                "`loss` returned a tensor that requires no gradient, so there is no training step; do not detach the "
+                "`loss` returned a tensor that requires no gradient, so nothing can be trained; do not detach the "
                 "output."
             )
         return value
@@ -171,6 +171,6 @@ def _weighted_sum(output: Any) -> Tensor:
             total = term if total is None else total + term
     if total is None:
         raise ValueError(
-            "the model has no output that requires a gradient, so it has no training step; unfreeze a parameter."
+            "the model has no output that requires a gradient, so nothing can be trained; unfreeze a parameter."
         )
     return total

@@ -1,4 +1,4 @@
-"""What the probes of a model show of its units."""
+"""Costs of units, from the probes of a model."""
 
 import itertools
 import random
@@ -14,17 +14,17 @@ from revnet.memory.step._predict import predicting
 from revnet.models import RevNet
 
 
-def test_probes_show_every_pair_of_neighbours():
+def test_probes_contain_every_pair_of_neighboring_choices():
     for num_choices in ([3, 3, 3, 2], [2], [2, 3, 1, 3], [4, 4], []):
         seen = {pair for probe in probes(num_choices) for pair in enumerate(itertools.pairwise(probe))}
         wanted = {
-            (place, pair)
-            for place, counts in enumerate(itertools.pairwise(num_choices))
+            (index, pair)
+            for index, counts in enumerate(itertools.pairwise(num_choices))
             for pair in itertools.product(*map(range, counts))
         }
         assert seen == wanted
-        for place, count in enumerate(num_choices):
-            assert {probe[place] for probe in probes(num_choices)} == set(range(count))
+        for index, count in enumerate(num_choices):
+            assert {probe[index] for probe in probes(num_choices)} == set(range(count))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def prediction():
         yield model, prediction
 
 
-def test_the_chain_has_the_peak_of_any_mixture_or_a_little_more(prediction):
+def test_the_chain_predicts_the_peak_of_any_mixture(prediction):
     model, prediction = prediction
     units = find_units(model, POLICIES, prediction.run().log)
     memory = prediction.memory()
@@ -57,15 +57,15 @@ def test_the_chain_has_the_peak_of_any_mixture_or_a_little_more(prediction):
         assert costs.time([0, *choices]) == pytest.approx(seconds)
 
 
-def test_every_event_and_storage_is_in_one_stretch(prediction):
+def test_spans_follow_the_order_of_the_passes(prediction):
     model, prediction = prediction
     log = prediction.run().log
     units = find_units(model, POLICIES, log)
-    windows = find_unit_spans(log, units)
-    assert set(windows.of_event) == set(range(len(units) + 1)) - {0}  # the stem comes first
-    forward = windows.of_event[: log.forward_end]
+    spans = find_unit_spans(log, units)
+    assert set(spans.of_event) == set(range(len(units) + 1)) - {0}  # the stem comes first
+    forward = spans.of_event[: log.forward_end]
     assert (forward[1:] >= forward[:-1]).all()
-    backward = windows.of_event[log.forward_end + 1 : -1]
+    backward = spans.of_event[log.forward_end + 1 : -1]
     assert (backward[1:] <= backward[:-1]).all()
-    held = sum(int(log.sizes[log.is_held & (windows.of_storage == place)].sum()) for place in range(len(units) + 1))
+    held = sum(int(log.sizes[log.is_held & (spans.of_storage == span)].sum()) for span in range(len(units) + 1))
     assert held == log.held_bytes

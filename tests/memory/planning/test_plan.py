@@ -1,4 +1,4 @@
-"""Plans: they fit, nothing that fits is faster, and they say what they are."""
+"""Plans fit their budget, nothing that fits is faster, and reports are complete."""
 
 import itertools
 from functools import partial
@@ -52,7 +52,7 @@ def policies(model):
 
 
 def everything(model, x, units):
-    """The peak of every assignment of policies to `units`: a step each."""
+    """Return the peak of every assignment of policies to `units`, each from a step."""
     holders = policy_holders(model)
     choices = [
         [policy for policy in POLICIES if holders[unit.holder].policy_units[unit.index].accepts(policy)]
@@ -80,13 +80,13 @@ LARGER = {
     ],
 )
 def test_no_assignment_that_fits_is_faster(make_model, make_input):
-    """Every assignment is run; its time is the sum of what plans say that its units' policies cost."""
+    """Every assignment is predicted. Its time is the sum of the times that plans report for its policies."""
     model, x = make_model(), make_input(4)
     whole = plan(model, x, budget="1GiB", optimizer=SGD)
     peaks = everything(model, x, whole.units)
     middle = [whole.points[len(whole.points) * part // 3].peak_bytes for part in range(3)]
     plans = [whole, *[plan(model, x, budget=budget, optimizer=SGD) for budget in middle]]
-    extra = {(place, unit.policy): unit.extra_time for planned in plans for place, unit in enumerate(planned.units)}
+    extra = {(index, unit.policy): unit.extra_time for planned in plans for index, unit in enumerate(planned.units)}
     compared = 0
     for planned in plans:
         assert planned.peak_bytes == peaks[tuple(unit.policy for unit in planned.units)] <= planned.budget_bytes
@@ -99,12 +99,12 @@ def test_no_assignment_that_fits_is_faster(make_model, make_input):
 
 
 @all_models
-def test_more_budget_never_gives_a_slower_plan_or_one_above_it(make_model, make_input):
+def test_more_budget_gives_no_slower_plan(make_model, make_input):
     model, x = make_model(), make_input(4)
     points = plan(model, x, budget="1GiB", optimizer=SGD).points
     least, most = points[0].peak_bytes, points[-1].peak_bytes
     times = []
-    for step in range(3):  # the least that is told is enough
+    for step in range(3):  # the reported least peak is enough as a budget
         budget = least + (most - least) * step // 2
         planned = plan(model, x, budget=budget, optimizer=SGD)
         assert planned.peak_bytes <= budget
@@ -114,7 +114,7 @@ def test_more_budget_never_gives_a_slower_plan_or_one_above_it(make_model, make_
 
 
 @all_models
-def test_the_whole_range_is_from_least_memory_to_plain_autograd(make_model, make_input):
+def test_points_range_from_least_memory_to_plain_autograd(make_model, make_input):
     planned = plan(make_model(), make_input(4), budget="1GiB", optimizer=SGD)
     peaks, ratios = zip(*planned.points, strict=True)
     assert list(peaks) == sorted(set(peaks))
@@ -125,15 +125,15 @@ def test_the_whole_range_is_from_least_memory_to_plain_autograd(make_model, make
     for name, point in planned.references.items():
         assert point.time_ratio >= 1
         model = make_model()
-        set_policy(model, Checkpoint())  # where the next one is not accepted
+        set_policy(model, Checkpoint())  # for units that do not accept the next policy
         set_policy(model, policies[name])
         assert point.peak_bytes == predict(model, make_input(4), optimizer=SGD).peak_bytes
-        # None is better than the range.
+        # No reference is better than the points.
         assert min(ratio for peak, ratio in planned.points if peak <= point.peak_bytes) <= point.time_ratio
 
 
 @all_models
-def test_a_plan_is_counted_to_the_byte_by_a_real_step(make_model, make_input):
+def test_the_planned_peak_equals_the_measured_peak(make_model, make_input):
     model, x = make_model(), make_input(4)
     points = plan(model, x, budget="1GiB", optimizer=SGD).points
     middle = points[len(points) // 2].peak_bytes
@@ -144,7 +144,7 @@ def test_a_plan_is_counted_to_the_byte_by_a_real_step(make_model, make_input):
 
 
 @all_models
-def test_a_planned_model_trains_as_its_twin(make_model, make_input):
+def test_a_planned_model_has_the_gradients_of_its_stored_twin(make_model, make_input):
     model, twin = make_model().double(), make_model().double()
     twin.load_state_dict(model.state_dict())
     set_policy(twin, Store())
@@ -156,7 +156,7 @@ def test_a_planned_model_trains_as_its_twin(make_model, make_input):
     assert_close(gradients(model), gradients(twin))
 
 
-def test_a_plan_for_exact_reversal_is_counted_to_the_byte_too():
+def test_the_planned_peak_with_exact_couplings_equals_the_measured_peak():
     model, x = small_revnet(), torch.randn(4, 3, 8, 8)
     set_coupling(model, FixedPoint())
     least = plan(model, x, budget="1GiB", optimizer=SGD).points[0].peak_bytes
@@ -166,7 +166,7 @@ def test_a_plan_for_exact_reversal_is_counted_to_the_byte_too():
     assert measure(model, x, optimizer=SGD).peak_bytes == planned.peak_bytes <= least
 
 
-def test_planning_leaves_the_model_alone():
+def test_planning_does_not_change_the_model():
     model, x = small_revnet(), torch.randn(4, 3, 8, 8)
     set_policy(model, Checkpoint())
     before = policies(model), {name: value.clone() for name, value in model.state_dict().items()}
@@ -178,7 +178,7 @@ def test_planning_leaves_the_model_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_it_plans_without_data_or_device():
+def test_plans_on_the_meta_device():
     with torch.device("meta"):
         model = small_revnet()
     planned = plan(model, torch.empty(4, 3, 8, 8, device="meta"), budget="1MB", optimizer=SGD)
@@ -187,7 +187,7 @@ def test_it_plans_without_data_or_device():
     assert measure(real, torch.randn(4, 3, 8, 8), optimizer=SGD).peak_bytes == planned.peak_bytes <= 1_000_000
 
 
-def test_a_budget_that_cannot_be_met_says_what_is_missing_and_what_would_fit():
+def test_a_budget_error_says_what_is_missing_and_which_batch_fits():
     model, x = small_revnet(), torch.randn(16, 3, 8, 8)
     least = plan(model, x, budget="1GiB", optimizer=SGD).points[0].peak_bytes
     budget = least * 2 // 3
@@ -202,7 +202,7 @@ def test_a_budget_that_cannot_be_met_says_what_is_missing_and_what_would_fit():
     assert plan(model, x[:batch], budget=budget, optimizer=SGD).peak_bytes <= budget
 
 
-def test_a_budget_below_the_models_own_size():
+def test_a_budget_below_the_size_of_the_model():
     with pytest.raises(
         BudgetError, match=r"parameters, their gradients and optimizer state; no batch would fit"
     ) as info:
@@ -231,27 +231,27 @@ class Branching(nn.Module):
         ({"budget": "1GiB", "policies": []}, ValueError, "`policies` must hold one policy or more"),
     ],
 )
-def test_refuses(options, error, message):
+def test_rejects_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         plan(small_revnet(), torch.randn(2, 3, 8, 8), **options)
 
 
-def test_models_that_cannot_be_planned():
+def test_rejects_models_that_cannot_be_planned():
     with pytest.raises(PredictionError, match=r"asks for the value of a tensor.*`revnet\.memory\.measure`"):
         plan(Branching(), torch.randn(2, 4), budget="1GiB")
     with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no units to plan; build it of `ReversibleSeq"):
         plan(nn.Linear(2, 2), torch.randn(2, 2), budget="1GiB")
 
 
-def test_measured_timing_needs_real_inputs():
+def test_measured_timing_rejects_meta_tensors():
     model = small_revnet()
     with pytest.raises(ValueError, match=r"`timing` \(=MeasuredTiming\) runs steps, but .* on the meta device"):
         plan(model, torch.empty(2, 3, 8, 8, device="meta"), budget="1GiB", timing=MeasuredTiming())
 
 
-def test_offload_can_be_among_the_policies():
+def test_plans_with_offload():
     planned = plan(small_revnet(), torch.randn(2, 3, 8, 8), budget="1GiB", policies=[Reverse(), Offload()])
-    # On a CPU they cost the same, and Store() is always among them: the stem cannot be reversed.
+    # On a CPU, Offload() costs as much as Store(), and comes before it. The stem cannot be reversed.
     assert {unit.policy for unit in planned.units} == {Offload()}
 
 
@@ -264,13 +264,13 @@ def test_the_largest_batch_fits_and_one_more_does_not():
         assert predict(model, torch.empty(batch + 1, 3, 8, 8, device="meta"), optimizer=SGD).peak_bytes > budget
 
 
-def test_the_largest_batch_within_more_than_can_be_counted():
+def test_the_largest_batch_for_a_huge_budget():
     model, x = small_revnet(), torch.empty(3, 3, 8, 8, device="meta")
     batch = max_batch_size(model, x, budget=2**70)
     assert batch == max_batch_size(model, x, budget="8PiB") > 2**30
 
 
-def test_the_largest_batch_of_arguments_that_share_it():
+def test_the_largest_batch_of_several_arguments():
     case = CASE["attention-context-mask"]
     sequence = case.sequence(2)
     args = (case.input(), *case.args())
@@ -281,7 +281,7 @@ def test_the_largest_batch_of_arguments_that_share_it():
         max_batch_size(sequence, budget="1MB")
 
 
-def test_the_report_names_every_unit_and_the_reasons():
+def test_the_report_has_all_tables():
     model, x = small_revnet(), torch.empty(4, 3, 8, 8, device="meta")
     points = plan(model, x, budget="1GiB").points
     text = str(plan(model, x, budget=points[len(points) // 2].peak_bytes))
@@ -291,7 +291,7 @@ def test_the_report_names_every_unit_and_the_reasons():
         assert name in text
 
 
-def test_the_plan_is_drawn(tmp_path):
+def test_draws_a_plan(tmp_path):
     pytest.importorskip("matplotlib")
     planned = plan(small_revnet(), torch.empty(2, 3, 8, 8, device="meta"), budget="1GiB")
     planned.plot(tmp_path / "plan.png", title="small")

@@ -20,7 +20,7 @@ MANY = {f"{name}{suffix}": point for suffix in ("", ".", "..") for name, point i
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """Return the figures that were saved."""
     figures, save = [], _plan_plot.save
 
     def keep_and_save(figure, path):

@@ -7,9 +7,9 @@ from revnet.memory.planning._search import ChainCosts, find_frontier
 
 
 def random_chain(rng, num_units, num_choices=None, *, most_held=30, most_transient=60, most_seconds=None):
-    """Small whole numbers make ties; `most_seconds` none: times of many digits, and no ties.
+    """Return random costs: small integers, which make ties, or random times without ties if `most_seconds` is None.
 
-    Where little is transient there are many best assignments.
+    A small `most_transient` gives many best assignments.
     """
     choices = [num_choices or int(rng.integers(1, 4)) for _ in range(num_units)]
     return ChainCosts(
@@ -47,7 +47,7 @@ def assert_true_figures(frontier, costs):
 
 @pytest.mark.parametrize("most_seconds", [None, 3, 20], ids=["no ties", "many ties", "some ties"])
 @pytest.mark.parametrize("seed", range(40))
-def test_equals_trying_all(seed, most_seconds):
+def test_equals_exhaustive_search(seed, most_seconds):
     rng = np.random.default_rng(seed)
     costs = random_chain(rng, num_units=int(rng.integers(1, 8)), most_seconds=most_seconds)
     frontier = find_frontier(costs)
@@ -73,7 +73,7 @@ def test_by_hand():
     assert [point.choices for point in find_frontier(costs).points] == [(1, 1), (0, 1), (0, 0)]
 
 
-def test_what_lies_below_the_floor_is_all_the_same():
+def test_peaks_below_the_floor_tie():
     costs = ChainCosts([[[5], [1]]], [[5, 1]], [[1.0, 2.0]], base=10, floor=15, fixed_seconds=0.0)
     assert figures(find_frontier(costs)) == [(15, 1.0)]
 
@@ -85,7 +85,7 @@ def test_no_units():
     assert figures(find_frontier(ChainCosts([], [], [], base=0, floor=7, fixed_seconds=0.0))) == [(7, 0.0)]
 
 
-def test_of_choices_that_are_the_same_the_lowest_is_taken():
+def test_ties_keep_the_lowest_choice():
     shape = [(3, 3)] * 9 + [(3, 1)]
     costs = ChainCosts([np.full(pair, 7) for pair in shape], [np.full(3, 9)] * 10, [np.full(3, 0.1)] * 10, 0, 0, 0.3)
     (point,) = find_frontier(costs).points
@@ -93,8 +93,8 @@ def test_of_choices_that_are_the_same_the_lowest_is_taken():
     assert point.peak_bytes == 9 * 7 + 9
 
 
-def test_equal_units_tie_although_their_times_have_many_digits():
-    """Which of the units is the slow one makes no difference to the time, to the last bit: the least peak remains."""
+def test_equal_units_tie_exactly():
+    """Times with many digits add up to the same sum in any order, so that only the least peak remains."""
     num_units, times = 60, np.array([0.1, 0.1 / 3, 0.1 / 7])
     held = np.array([1, 4, 9])
     costs = ChainCosts(
@@ -116,7 +116,7 @@ def test_equal_units_tie_although_their_times_have_many_digits():
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("max_points", [2, 3, 10])
-def test_a_thinned_frontier_has_true_figures_and_both_ends(seed, max_points):
+def test_a_thinned_frontier_has_true_figures_and_keeps_both_ends(seed, max_points):
     costs = random_chain(np.random.default_rng(seed), num_units=20, num_choices=3, most_held=10**6)
     exact, thinned = find_frontier(costs), find_frontier(costs, max_points=max_points)
     assert exact.is_exact
@@ -129,8 +129,8 @@ def test_a_thinned_frontier_has_true_figures_and_both_ends(seed, max_points):
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("max_points", [3, 4])
-def test_a_thinned_frontier_is_as_close_as_promised(seed, max_points):
-    """Each point of the exact one has a point as fast, whose peak is higher by no more than the sum of the steps."""
+def test_a_thinned_frontier_keeps_its_bound(seed, max_points):
+    """For each exact point, some kept point is as fast, with a peak above it by at most the sum of the distances."""
     num_units = 7
     costs = random_chain(np.random.default_rng(seed), num_units, num_choices=3, most_held=10**6)
     exact, thinned = find_frontier(costs), find_frontier(costs, max_points=max_points)
@@ -157,7 +157,7 @@ def test_a_thousand_units():
     assert frontier.points[-1].seconds == costs.time([int(times.argmin()) for times in costs.seconds])
 
 
-def test_bytes_are_exact_where_floats_of_four_bytes_are_not():
+def test_large_byte_counts_are_exact():
     held = [[2**51 + 1, 2**51]]
     costs = ChainCosts([np.array(held).T], held, [[1.0, 2.0]], base=1, floor=0, fixed_seconds=0.0)
     assert figures(find_frontier(costs)) == [(2**51 + 1, 2.0), (2**51 + 2, 1.0)]
@@ -204,12 +204,12 @@ GOOD = {
         ({"fixed_seconds": -1.0}, ValueError, r"`fixed_seconds` \(=-1.0\) must be seconds: finite, not negative"),
     ],
 )
-def test_wrong_costs_are_told(changes, error, message):
+def test_rejects_wrong_costs(changes, error, message):
     with pytest.raises(error, match=message):
         ChainCosts(**(GOOD | changes))
 
 
-def test_wrong_choices_are_told():
+def test_rejects_wrong_choices():
     costs = ChainCosts(**GOOD)
     with pytest.raises(ValueError, match=r"`choices` \(of length 1\) must be one for each of 2 units"):
         costs.peak([0])

@@ -1,4 +1,4 @@
-"""How long units take, by shapes and by the clock. No test depends on how fast this machine is."""
+"""Times of units, estimated and measured. No test depends on the speed of the machine."""
 
 import numpy as np
 import pytest
@@ -15,24 +15,24 @@ def make_model():
     return nn.Sequential(nn.Linear(8, 8), ReversibleSequential(*blocks))
 
 
-def test_an_operation_takes_as_long_as_its_arithmetic_or_its_traffic():
+def test_roofline_takes_the_longer_of_arithmetic_and_traffic():
     seconds = RooflineTiming(flops_per_byte=2).seconds(np.array([100, 300, 0]), np.array([100, 100, 7]))
     assert seconds * 100e9 == pytest.approx([100, 150, 7])
 
 
 @pytest.mark.parametrize("flops_per_byte", [0, -1, float("inf"), float("nan"), "30"])
-def test_a_ratio_must_be_positive(flops_per_byte):
+def test_rejects_a_ratio_that_is_not_positive(flops_per_byte):
     with pytest.raises(ValueError, match=r"`flops_per_byte` \(=.*\) must be above 0; 30 is usual"):
         RooflineTiming(flops_per_byte=flops_per_byte)
 
 
 @pytest.mark.parametrize("num_rounds", [0, 1.5])
-def test_rounds_must_be_positive(num_rounds):
+def test_rejects_a_number_of_rounds_that_is_not_positive(num_rounds):
     with pytest.raises(ValueError, match=r"`num_rounds` \(=.*\) must be a positive integer"):
         MeasuredTiming(num_rounds=num_rounds)
 
 
-def test_measuring_leaves_the_model_as_it_was():
+def test_measuring_does_not_change_the_model():
     model, x = make_model(), torch.randn(6, 8)
     set_policy(model, Checkpoint())
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -50,8 +50,8 @@ def test_measuring_leaves_the_model_as_it_was():
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
-def test_nothing_is_taken_to_be_faster_than_storing():
-    """By the clock it may seem so, on a model where all times are noise; a plan that may store all does."""
+def test_no_policy_counts_as_faster_than_storing():
+    """On a model this small, measured times are noise. A plan that may store everything must do so."""
     model, x = make_model(), torch.randn(6, 8)
     planned = plan(model, x, budget="1GiB", timing=MeasuredTiming(num_rounds=1))
     assert {unit.policy for unit in planned.units} == {Store()}
@@ -59,12 +59,12 @@ def test_nothing_is_taken_to_be_faster_than_storing():
     assert all(unit.most_extra_time > 0 for unit in planned.units)
 
 
-def test_a_smaller_batch_is_timed_where_the_plain_net_does_not_fit(monkeypatch):
+def test_times_a_smaller_batch_if_memory_is_short(monkeypatch):
     model, x = make_model(), torch.randn(64, 8)
     seen = set()
 
     def note(module, inputs, output):
-        if type(output) is torch.Tensor:  # no fake one
+        if type(output) is torch.Tensor:  # not a fake one
             seen.add(len(output))
 
     model[0].register_forward_hook(note)
@@ -78,7 +78,7 @@ def test_a_smaller_batch_is_timed_where_the_plain_net_does_not_fit(monkeypatch):
         plan(model, x, budget="1GiB", timing=MeasuredTiming(num_rounds=1))
 
 
-def test_frozen_units_take_their_forward_time():
+def test_times_frozen_units():
     model = make_model()
     model.requires_grad_(False)
     model[1][2].requires_grad_(True)

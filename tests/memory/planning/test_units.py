@@ -1,4 +1,4 @@
-"""Which units a plan decides on."""
+"""Units that a plan decides on."""
 
 import torch
 from torch import nn
@@ -9,13 +9,13 @@ from revnet.memory.planning._units import set_policies
 from revnet.models import RevNet
 
 
-def test_units_come_in_the_order_in_which_they_run():
+def test_units_are_in_the_order_in_which_they_run():
     planned = plan(RevNet(num_blocks=(1, 1), widths=(8, 8, 16)), torch.empty(2, 3, 8, 8, device="meta"), budget="1GiB")
     names = ["stem", "stages.0.reversible.blocks.0", "stages.1.downsample"]
     assert [unit.name for unit in planned.units] == names
 
 
-def test_units_that_have_no_single_place_keep_their_policy():
+def test_units_that_run_more_than_once_keep_their_policy():
     shared = ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)])
     tied = ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3)])
     tied[1].g = tied[2].f
@@ -34,7 +34,7 @@ def test_units_that_have_no_single_place_keep_their_policy():
     assert [unit.name for unit in planned.units] == ["tied.blocks.0", "around.0.blocks.0"]
 
 
-def test_policies_are_set_by_holder_and_number():
+def test_sets_policies_by_holder_and_index():
     model = nn.Sequential(ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3)]))
     set_policies(model, {("0", 1): Checkpoint(), ("0", 2): Store()})
     assert model[0].policies == (Reverse(), Checkpoint(), Store())

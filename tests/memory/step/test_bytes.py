@@ -35,7 +35,7 @@ def test_parse_bytes(value, num_bytes):
 @pytest.mark.parametrize(
     "value", ["16 apples", "16", "", "GiB", "-1GiB", "1e3MB", "nan GiB", "inf", "1,5 GiB", "1 GiB!", "\u0664GiB"]
 )
-def test_no_number_of_bytes(value):
+def test_rejects_text_without_number_or_unit(value):
     with pytest.raises(
         ValueError, match=r"must be a number of bytes with a unit, such as '16GiB' or '500MB'.$"
     ) as caught:
@@ -44,12 +44,12 @@ def test_no_number_of_bytes(value):
 
 
 @pytest.mark.parametrize("value", ["0GiB", "0.2B", 0, -5])
-def test_not_positive(value):
+def test_rejects_a_number_that_is_not_positive(value):
     with pytest.raises(ValueError, match=rf"^`limit` \(={value!r}\) must be positive, such as '16GiB' or '500MB'\.$"):
         parse_bytes(value, "limit")
 
 
 @pytest.mark.parametrize("value", [True, 1e9, float("nan"), None])
-def test_neither_text_nor_int(value):
+def test_rejects_other_types(value):
     with pytest.raises(TypeError, match=r"must be a number of bytes with a unit, .*, or an int of bytes\.$"):
         parse_bytes(value)

@@ -7,7 +7,7 @@ from revnet import create_model
 from revnet.memory import count_flops
 
 
-def test_a_multiply_add_is_two():
+def test_a_multiply_add_counts_as_two():
     assert count_flops(nn.Linear(10, 20), torch.randn(3, 10)) == 2 * 3 * 10 * 20
     assert count_flops(nn.Conv2d(3, 4, 3, padding=1), torch.randn(1, 3, 8, 8)) == 2 * 9 * 3 * 4 * 64
 
@@ -21,8 +21,8 @@ def test_counts_without_computing():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_attention_is_two_products(device):
-    """The CPU has a kernel of its own for it."""
+def test_attention_counts_as_two_products(device):
+    """The CPU has its own kernel, without a formula in PyTorch."""
 
     class Attends(nn.Module):
         def forward(self, q, k, v):

@@ -3,7 +3,7 @@ import torch
 from revnet.memory import LiveBytes
 
 
-def test_live_bytes_counts_storages_once_and_sees_them_go():
+def test_counts_each_storage_once_until_it_is_freed():
     with LiveBytes() as counter:
         a = torch.zeros(1000)
         assert counter.live_bytes == 4000
@@ -22,7 +22,7 @@ def test_live_bytes_counts_storages_once_and_sees_them_go():
     assert counter.peak_bytes == 8000
 
 
-def test_ignored_tensors_do_not_count():
+def test_ignores_given_tensors():
     x = torch.randn(10)
     with LiveBytes([x]) as counter:
         y = x.view(2, 5)

@@ -40,8 +40,8 @@ def test_two_layers_by_hand():
     assert memory.gradient_bytes == WEIGHT1 + WEIGHT2
     # Between the passes: the hidden layer, which the second layer's gradient needs, and the loss.
     assert memory.held_bytes == HIDDEN + SCALAR
-    # The peak: the second layer has its gradient, and the first one's is made from that of the hidden layer. The hidden
-    # layer itself is gone; there are the loss and its gradient.
+    # The peak: the second layer has its gradient, and the first gets its own from the gradient of the hidden layer. The
+    # hidden layer itself is freed; the loss and its gradient are alive.
     transient = WEIGHT1 + HIDDEN + SCALAR
     assert memory.at_peak == Breakdown(
         parameters=WEIGHT1 + WEIGHT2,
@@ -74,7 +74,7 @@ def test_the_timeline_by_hand():
         (HIDDEN + OUTPUT, 0, 2),
         (HIDDEN + OUTPUT + SCALAR, 0, -1),  # the loss
         (HIDDEN + SCALAR, 0, -1),  # between the passes
-        (HIDDEN + 2 * SCALAR, 0, -1),  # the loss has a gradient, which is that of the output
+        (HIDDEN + 2 * SCALAR, 0, -1),  # the loss has a gradient, which is also the gradient of the output
         (HIDDEN + 2 * SCALAR + WEIGHT2, 0, 2),  # on its way into `grad`
         (2 * HIDDEN + 2 * SCALAR + WEIGHT2, 0, 2),
         (HIDDEN + 2 * SCALAR + WEIGHT2, 0, 2),
@@ -83,8 +83,8 @@ def test_the_timeline_by_hand():
         (2 * SCALAR + WEIGHT1, WEIGHT2, 1),
         (SCALAR, WEIGHT1 + WEIGHT2, 1),
     ]
-    found = zip(timeline.activation_bytes, timeline.gradient_bytes, timeline.module_indices, strict=True)
-    assert [tuple(map(int, point)) for point in found] == points
+    changes = zip(timeline.activation_bytes, timeline.gradient_bytes, timeline.module_indices, strict=True)
+    assert [tuple(map(int, point)) for point in changes] == points
     assert timeline.backward_start == 5
     assert timeline.optimizer_start == len(timeline) == len(points)
 
@@ -123,7 +123,7 @@ def test_other_optimizers(optimizer, states):
         assert memory.optimizer_bytes == states * (WEIGHT1 + WEIGHT2)
 
 
-def test_what_is_frozen_has_neither_gradient_nor_state():
+def test_frozen_parameters_have_no_gradient_and_no_state():
     model = two_layers()
     model[0].requires_grad_(False)
     memory = measure(model, torch.randn(4, 100), optimizer=torch.optim.AdamW)
@@ -137,7 +137,7 @@ def test_buffers_count():
     assert measure(norm, torch.randn(4, 6)).buffer_bytes == 6 * 4 + 6 * 4 + 8
 
 
-def test_a_slice_of_a_data_set_counts_alone():
+def test_an_input_that_is_a_slice_counts_alone():
     dataset = torch.randn(1000, 100)
     assert measure(two_layers(), dataset[:4]).input_bytes == INPUT
     assert measure(two_layers(), torch.randn(1, 100).expand(4, 100)).input_bytes == 100 * 4
@@ -147,9 +147,9 @@ def test_a_slice_of_a_data_set_counts_alone():
 
 
 def counted(model, args, kwargs):
-    """The most bytes beyond what is there all the time, and those between the passes, without recording anything.
+    """Return the peak and the held bytes, beyond constants, as `LiveBytes` counts them without a recorder.
 
-    The gradients are there already, so that the backward pass adds to them.
+    The gradients exist beforehand, so that the backward pass adds to them.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -164,7 +164,7 @@ def counted(model, args, kwargs):
 
 @all_policies
 @all_cases
-def test_recording_does_not_disturb(case, policy):
+def test_recording_does_not_change_the_bytes(case, policy):
     sequence = case.sequence(4, policy)
     args, kwargs = (case.input(), *case.args()), case.kwargs()
     memory = measure(sequence, *args, kwargs=kwargs)
@@ -172,7 +172,7 @@ def test_recording_does_not_disturb(case, policy):
 
 
 @all_cases
-def test_the_peak_is_the_largest_sum(case):
+def test_the_peak_is_the_maximum_of_the_timeline(case):
     sequence = ReversibleSequential(*case.sequence(2))
     memory = measure(sequence, case.input(), *case.args(), kwargs=case.kwargs())
     timeline = memory.timeline
@@ -187,7 +187,7 @@ def test_the_peak_is_the_largest_sum(case):
 
 
 def test_parameters_with_hooks():
-    """What a hook returns is the gradient; a gradient that a hook takes away is none."""
+    """A hook may replace the gradient or remove it."""
     model, x = two_layers(), torch.randn(4, 100)
     plain = measure(model, x)
     calls = []
@@ -205,7 +205,7 @@ def test_parameters_with_hooks():
     assert measure(model, x).gradient_bytes == WEIGHT2
 
 
-def test_hooks_of_modules_run_and_stay():
+def test_hooks_of_modules_run_and_remain():
     model, x = two_layers(), torch.randn(4, 100)
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append("forward"))
@@ -216,7 +216,7 @@ def test_hooks_of_modules_run_and_stay():
     assert not model[1]._forward_hooks
 
 
-def test_everything_is_put_back_after_an_exception():
+def test_restores_the_model_after_an_exception():
     class Fails(nn.Module):
         def __init__(self):
             super().__init__()
@@ -245,8 +245,8 @@ def test_everything_is_put_back_after_an_exception():
 
 
 @pytest.mark.parametrize("call", [measure, predict])
-def test_nothing_is_kept_alive(call):
-    """Not even until the garbage collector comes."""
+def test_keeps_no_tensor_alive(call):
+    """All tensors are freed at once, without the garbage collector."""
     model, x = two_layers(), torch.randn(4, 100)
     storages = [weakref.ref(tensor.untyped_storage()) for tensor in [x, *model.parameters()]]
     gc.collect()
@@ -260,13 +260,13 @@ def test_nothing_is_kept_alive(call):
     assert memory.peak_bytes > 0
 
 
-def test_measured_under_autocast_alone():
-    """The backward pass is outside of it, as PyTorch recommends; casts that others left do not hide ours."""
+def test_autocast_covers_the_forward_pass_alone():
+    """The backward pass runs outside of it, as PyTorch recommends, and cached casts are ignored."""
     model, x = two_layers(), torch.randn(4, 100)
     expected = measure(model, x, autocast=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
-        # Here autocast goes on, and keeps what it cast; the second layer's is held in any case.
+        # Here autocast outlives the step and caches its casts; the cast of the second layer is held in any case.
         assert measure(model, x).held_bytes == expected.held_bytes + WEIGHT1 // 2
     with pytest.raises(ValueError, match=r"`autocast` \(=torch.bfloat16\) is not possible on the meta device; use "):
         measure(model.to("meta"), x.to("meta"), autocast=torch.bfloat16)

@@ -18,7 +18,7 @@ SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def assert_predicted(model, *inputs, **options):
-    """Every figure, those of each module and the whole timeline, to the byte."""
+    """Check that prediction and measurement agree to the byte, with all modules and the whole timeline."""
     measured = measure(model, *inputs, **options)
     predicted = predict(model, *inputs, **options)
     assert predicted == measured
@@ -29,13 +29,13 @@ def assert_predicted(model, *inputs, **options):
 
 @pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
 @all_cases
-def test_what_is_measured(case, policy):
+def test_predicts_every_block(case, policy):
     assert_predicted(case.sequence(2, policy), case.input(), *case.args(), kwargs=case.kwargs())
 
 
 @all_policies
 @pytest.mark.parametrize("name", ["conv-dropout", "attention-context-mask"])
-def test_what_is_measured_of_any_policy(name, policy):
+def test_predicts_every_policy(name, policy):
     case = CASE[name]
     x = case.input(requires_grad=False)
     assert_predicted(case.sequence(4, policy), x, *case.args(), kwargs=case.kwargs())
@@ -56,7 +56,7 @@ MODELS = {
     ids=["SGD", "AdamW-bfloat16"],
 )
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_networks(make, optimizer, autocast):
+def test_predicts_networks(make, optimizer, autocast):
     model = make()
     few, many = (
         assert_predicted(model, torch.randn(batch_size, 3, 16, 16), optimizer=optimizer, autocast=autocast)
@@ -67,8 +67,8 @@ def test_networks(make, optimizer, autocast):
 
 
 @pytest.mark.parametrize("name", ["revnet", "bottlenecks", "vit"])
-def test_networks_on_a_fixed_point_grid(name):
-    """Which take as much memory as in floating point, but for what rounding needs at its turn."""
+def test_predicts_fixed_point_couplings(name):
+    """They hold the same bytes as floating-point couplings."""
     model, images = MODELS[name](), torch.randn(2, 3, 16, 16)
     held_bytes = predict(model, images).held_bytes
     set_coupling(model, FixedPoint())
@@ -97,14 +97,14 @@ class CheckpointedReentrant(Checkpointed):
 
 
 class NormsChannels(nn.LayerNorm):
-    """A layer norm over the channels of images, between permutations."""
+    """Layer norm over the channels of images, between permutations."""
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Joins(nn.Module):
-    """Parameters whose gradients are views, or are shared, so that autograd has to copy them."""
+    """Model in which autograd has to copy gradients, since they are views or are shared."""
 
     def __init__(self):
         super().__init__()
@@ -146,14 +146,14 @@ LAYERS = {
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS.keys())
-def test_layers(make, shape, precision):
+def test_predicts_layers(make, shape, precision):
     model, x = make(), torch.randn(shape)
     if precision == "bfloat16":
         model, x = model.bfloat16(), x.bfloat16()
     assert_predicted(model, x.requires_grad_(), autocast=torch.bfloat16 if precision == "autocast" else None)
 
 
-def test_a_loss_of_ones_own():
+def test_predicts_with_a_loss():
     labels = torch.tensor([1, 2, 0, 5])
 
     def loss(logits):
@@ -165,7 +165,7 @@ def test_a_loss_of_ones_own():
 
 
 @pytest.mark.parametrize("change", ["evaluation", "frozen", "channels last", "float64"])
-def test_a_model_as_it_is(change):
+def test_predicts_a_model_in_any_state(change):
     model, x = RevNet(num_blocks=(1, 1), widths=(8, 8, 16)), torch.randn(2, 3, 8, 8)
     if change == "evaluation":
         model.eval()
@@ -180,7 +180,7 @@ def test_a_model_as_it_is(change):
 
 
 class Tied(nn.Module):
-    """A weight under two names, as language models have it, and one tied by its data alone."""
+    """Weight with two names, as in language models, and a weight that shares its data."""
 
     def __init__(self):
         super().__init__()
@@ -198,12 +198,12 @@ class Tied(nn.Module):
 def test_tied_parameters_count_once():
     memory = assert_predicted(Tied(), torch.arange(8).view(2, 4), optimizer=torch.optim.AdamW)
     assert memory.parameter_bytes == 20 * 6 * 4
-    assert memory.gradient_bytes == 2 * 20 * 6 * 4, "of those tied by data, each has its gradient"
+    assert memory.gradient_bytes == 2 * 20 * 6 * 4, "weights that share data have separate gradients"
     assert memory.optimizer_bytes == 2 * (2 * 20 * 6 * 4 + 4)
 
 
-def test_nothing_need_be_there():
-    """Model and inputs on the meta device, with a step far beyond any laptop."""
+def test_predicts_on_the_meta_device():
+    """A step may be far larger than the memory of any machine."""
     make = partial(RevNet, num_blocks=(1, 1), widths=(32, 32, 64))
     expected = predict(make(), torch.randn(1, 3, 32, 32))
     with torch.device("meta"):
@@ -214,7 +214,7 @@ def test_nothing_need_be_there():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_another_type():
+def test_predicts_another_data_type():
     model, x = RevNet(num_blocks=(1, 1), widths=(8, 8, 16)), torch.randn(2, 3, 8, 8)
     expected = predict(copy.deepcopy(model).double(), x.double(), optimizer=SGD)
     assert predict(model, x, dtype=torch.float64, optimizer=SGD) == expected
@@ -223,7 +223,7 @@ def test_another_type():
 
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM"])
-def test_recurrent_layers_whose_weights_stand_in_a_list_too(name):
+def test_predicts_recurrent_layers_with_flat_weights(name):
     model = getattr(nn, name)(4, 6, num_layers=2)
     x = torch.randn(3, 2, 4)
     memory = predict(model, x, loss=lambda output: output[0].sum())
@@ -232,7 +232,7 @@ def test_recurrent_layers_whose_weights_stand_in_a_list_too(name):
     assert not any(isinstance(weight, FakeTensor) for weight in model._flat_weights)
 
 
-def test_tensors_that_are_no_buffers():
+def test_predicts_tensors_that_are_plain_attributes():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -243,14 +243,14 @@ def test_tensors_that_are_no_buffers():
             return self.linear(x) * self.mask[: len(x)]
 
     memory = assert_predicted(Masked(), torch.randn(3, 4))
-    assert memory.held_bytes == 4, "the mask is no activation; the loss"
+    assert memory.held_bytes == 4, "only the loss; the mask is not an activation"
 
 
-# What stays as it was -------------------------------------------------------------------------------------------------
+# The model is left unchanged ------------------------------------------------------------------------------------------
 
 
 class Caching(nn.Module):
-    """Keeps what it computed: as an attribute, in a list and in a dict; and counts its calls."""
+    """Stores what it computed as an attribute, in a list and in a dict, and counts its calls."""
 
     def __init__(self, fails=False):
         super().__init__()
@@ -277,7 +277,7 @@ class Caching(nn.Module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_stays_as_it_was(fails):
+def test_does_not_change_the_model(fails):
     model = Caching(fails)
     model.linear.weight.grad = torch.ones(3, 3)
     parameters = {name: (tensor, tensor.clone()) for name, tensor in model.named_parameters()}
@@ -305,19 +305,19 @@ def test_the_model_stays_as_it_was(fails):
         pickle.dumps(model)
 
 
-def test_inputs_stay_as_they_were():
+def test_does_not_change_the_inputs():
     x = torch.randn(2, 3, requires_grad=True)
     before = x * 2
     predict(nn.Linear(3, 3), before)
     measure(nn.Linear(3, 3), before)
     measure(nn.Linear(3, 3), x)
     assert x.grad is None
-    before.sum().backward()  # the graph behind the input is still there
+    before.sum().backward()  # the graph of the input still exists
     assert x.grad is not None
 
 
-def test_parameters_of_the_loss_stay_as_they_were():
-    """They are none of the model's: their gradients count as activations, and nothing of the step stays in them."""
+def test_does_not_change_parameters_of_the_loss():
+    """Their gradients count as activations, and their `grad` is restored."""
     model, head, x = nn.Linear(3, 3), nn.Linear(3, 1, bias=False), torch.randn(2, 3)
     head.weight.grad = gradient = torch.ones(1, 3)
     memory = assert_predicted(model, x, loss=lambda y: head(y).sum())
@@ -327,7 +327,7 @@ def test_parameters_of_the_loss_stay_as_they_were():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_where_gradients_are_off(context):
+def test_works_where_gradients_are_disabled(context):
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     expected = measure(model, x)
     with context():
@@ -345,7 +345,7 @@ def test_the_result_can_be_pickled():
 
 
 class Runs(nn.Module):
-    """A model that ends in a given function."""
+    """Model that ends in a given function."""
 
     def __init__(self, function):
         super().__init__()
@@ -374,7 +374,7 @@ class Last(nn.Module):
         (lambda x: x * x.detach().numpy().sum(), r"it needs data \(RuntimeError: .numpy\(\) is not supported"),
     ],
 )
-def test_a_model_that_needs_values(function, cause, caplog, capfd):
+def test_rejects_a_model_that_needs_values(function, cause, caplog, capfd):
     message = rf"^the forward pass of `last` of Runs cannot be predicted, because {cause}.*; measure it with "
     with pytest.raises(PredictionError, match=message) as caught:
         predict(Runs(function), torch.randn(2, 3))
@@ -389,7 +389,7 @@ def test_a_model_that_needs_values(function, cause, caplog, capfd):
         (lambda x: None + x, "`last` of Runs failed, on inputs of shape .2, 3.: TypeError: unsupported operand"),
     ],
 )
-def test_a_mistake_is_not_blamed_on_prediction(function, message, caplog):
+def test_an_error_of_the_model_is_reported_as_such(function, message, caplog):
     with pytest.raises(PredictionError, match=message) as caught:
         predict(Runs(function), torch.randn(2, 3))
     assert "\n" not in str(caught.value)
@@ -397,7 +397,7 @@ def test_a_mistake_is_not_blamed_on_prediction(function, message, caplog):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
-def test_scripts_can_only_be_measured():
+def test_rejects_scripts():
     x = torch.randn(2, 3)
     plain = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
     model = nn.Sequential(torch.jit.trace(plain, x))
@@ -406,7 +406,7 @@ def test_scripts_can_only_be_measured():
         predict(model, x)
 
 
-def test_mistakes_in_the_loss_and_in_the_arguments():
+def test_reports_errors_in_the_loss_and_in_the_arguments():
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     with pytest.raises(
         PredictionError, match=r"the loss of Linear failed, on inputs of shape .2, 3.: RuntimeError: sh"
@@ -421,7 +421,7 @@ def test_mistakes_in_the_loss_and_in_the_arguments():
 
 
 @pytest.mark.parametrize("call", [measure, predict])
-def test_wrong_arguments(call):
+def test_rejects_wrong_arguments(call):
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"^`model` \(=Linear\) has no output that requires a gradient.*; unfreeze"):
         call(nn.Linear(3, 3).requires_grad_(False), x)
@@ -454,7 +454,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("call", [measure, predict])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-def test_an_optimizer_of_the_model_counts_as_what_makes_it(call, make):
+def test_an_optimizer_counts_like_its_factory(call, make):
     model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3)), torch.randn(2, 30)
     optimizer = make(model.parameters())
     assert call(model, x, optimizer=optimizer) == call(model, x, optimizer=make)
@@ -464,8 +464,8 @@ def test_an_optimizer_of_the_model_counts_as_what_makes_it(call, make):
 
 
 @pytest.mark.parametrize("call", [measure, predict])
-def test_the_groups_of_an_optimizer_count(call):
-    """A momentum for one layer, none for the other, and a frozen layer that the optimizer leaves out."""
+def test_counts_parameter_groups(call):
+    """One layer has momentum, one does not, and the optimizer leaves out a frozen layer."""
     model, x = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3), nn.Linear(3, 3)), torch.randn(2, 30)
     model[2].requires_grad_(False)
     groups = [{"params": model[1].named_parameters(), "momentum": 0.9}, {"params": model[0].named_parameters()}]
@@ -475,7 +475,7 @@ def test_the_groups_of_an_optimizer_count(call):
 
 
 @pytest.mark.parametrize("call", [measure, predict])
-def test_wrong_optimizers(call):
+def test_rejects_wrong_optimizers(call):
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"^`optimizer` \(=SGD\) holds a parameter that `model` does not have; pass"):
         call(model, x, optimizer=torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1))
@@ -493,7 +493,7 @@ def test_wrong_optimizers(call):
         call(model, x, optimizer=lambda _: torch.optim.SGD(model.parameters()))
 
 
-def test_a_place_or_a_type_that_is_none():
+def test_rejects_a_wrong_device_or_data_type():
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"^`device` \(='gpu'\) must be a device of PyTorch, such as 'cpu' or 'cuda'"):
         predict(model, x, device="gpu")
@@ -512,7 +512,7 @@ def test_a_place_or_a_type_that_is_none():
 @pytest.mark.gpu
 @pytest.mark.parametrize("policy", [None, Store()], ids=["reverse", "store"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_what_the_allocator_of_a_gpu_sees(policy, autocast):
+def test_agrees_with_the_allocator_of_a_gpu(policy, autocast):
     blocks = [ReversibleBlock(ConvResidual(32), ConvResidual(32)) for _ in range(16)]
     model = ReversibleSequential(*blocks, **({} if policy is None else {"policy": policy})).cuda()
     x = torch.randn(64, 64, 32, 32, device="cuda")
@@ -531,7 +531,7 @@ def test_what_the_allocator_of_a_gpu_sees(policy, autocast):
 
 
 @pytest.mark.gpu
-def test_a_gpu_says_more_than_is_counted():
+def test_reports_the_figures_of_a_gpu():
     model = nn.Linear(1024, 1024).cuda()
     memory = measure(model, torch.randn(64, 1024, device="cuda"))
     assert memory.cuda.allocated_bytes >= memory.peak_bytes
@@ -540,8 +540,8 @@ def test_a_gpu_says_more_than_is_counted():
 
 
 @pytest.mark.gpu
-def test_the_optimizer_of_a_gpu():
-    """PyTorch updates all parameters at once there, which takes memory for all of them."""
+def test_predicts_the_optimizer_of_a_gpu():
+    """PyTorch updates all parameters at once on a GPU, with temporaries for all of them."""
     model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)]).cuda()
     x = torch.randn(4, 512, device="cuda")
     predicted = predict(model, x, optimizer=torch.optim.AdamW)

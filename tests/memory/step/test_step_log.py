@@ -1,4 +1,4 @@
-"""The log of a step, on which plans are built."""
+"""Log of a step."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ def log_of(model, *args):
     return run_step(model, args, {}, loss=None, autocast=None).log
 
 
-def test_calls_are_noted_in_order_and_nested():
+def test_calls_are_in_order_and_nested():
     model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2)))
     log = log_of(model, torch.randn(5, 3))
     assert [call.name for call in log.calls] == ["", "0", "1", "1.0", "1.1"]
@@ -28,7 +28,7 @@ def test_calls_are_noted_in_order_and_nested():
     assert first.start_sequence < first.stop_sequence == second.start_sequence < second.stop_sequence
 
 
-def test_the_backward_pass_of_a_module_is_its_own():
+def test_the_backward_pass_belongs_to_the_module():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     log = log_of(model, torch.randn(5, 3))
     owners = [log.modules[owner] if owner >= 0 else "loss" for owner in log.owners[log.forward_end :]]
@@ -41,8 +41,8 @@ def test_the_backward_pass_of_a_module_is_its_own():
         assert log.flops[in_backward].sum() == (1 if call.name == "0" else 2) * log.flops[forward].sum()
 
 
-def test_what_is_computed_again_belongs_to_the_block_that_is_reversed():
-    """Of a reversible sequence and of checkpoints; and it is no call of the forward pass."""
+def test_recomputation_belongs_to_the_reversed_block():
+    """It does not appear as a call in the forward pass."""
     sequence = ReversibleSequential(*CASE["mlp"].sequence(3)).float()
     stored = ReversibleSequential(*sequence, policy=Store())
     x = torch.randn(4, 6, requires_grad=True)
@@ -54,20 +54,22 @@ def test_what_is_computed_again_belongs_to_the_block_that_is_reversed():
     again, plain = backward_flops(log, names), backward_flops(stored_log, names)
     assert plain == [2 * function_flops] * 6
     assert again[1:] == [3 * function_flops] * 5
-    assert again[0] >= 2.5 * function_flops, "nothing reads the stream below the first one, so its last layer may stop"
+    assert again[0] >= 2.5 * function_flops, (
+        "no function before the first one reads a stream, so its replay may skip the last layer"
+    )
 
 
 def backward_flops(log, names):
-    """The arithmetic of each function in the backward pass."""
-    found = []
+    """Return the floating-point operations of each function in the backward pass."""
+    flops = []
     for call in (call for call in log.calls if call.name in names):
         own = (log.sequence >= call.start_sequence) & (log.sequence < call.stop_sequence)
-        found.append(log.flops[log.forward_end :][own[log.forward_end :]].sum())
-    return found
+        flops.append(log.flops[log.forward_end :][own[log.forward_end :]].sum())
+    return flops
 
 
-def test_nodes_that_a_backward_pass_makes():
-    """A reentrant checkpoint runs a backward pass of its own inside its node."""
+def test_nodes_created_in_the_backward_pass():
+    """A reentrant checkpoint runs its own backward pass within its node."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -83,7 +85,7 @@ def test_nodes_that_a_backward_pass_makes():
     assert log.flops.sum() == (3 + 1 + 6) * 2 * 2 * 2 * 4 * 4
 
 
-def test_costs_are_those_of_the_counter():
+def test_flops_equal_the_counter():
     case = CASE["conv"]
     sequence, x = case.sequence(2), case.input()
     with FlopCounter() as counter:
@@ -104,7 +106,7 @@ def test_live_storages():
     assert log.held_bytes == log.sizes[log.is_held].sum() == log.live_bytes[log.forward_end]
 
 
-def test_a_gradient_is_one_from_when_it_is_the_parameters():
+def test_a_gradient_counts_once_it_is_in_grad():
     model = nn.Linear(3, 4)
     log = log_of(model, torch.randn(5, 3))
     since = np.sort(log.gradient_since[log.gradient_since < log.num_events])
@@ -113,8 +115,8 @@ def test_a_gradient_is_one_from_when_it_is_the_parameters():
     assert log.gradient_bytes[-1] == 4 * (3 * 4 + 4)
 
 
-def test_gradients_that_are_copied_count_once_at_a_time():
-    """Two parameters that get the same gradient: autograd copies it for one of them, or for both."""
+def test_copied_gradients_count_once():
+    """If two parameters get the same gradient, autograd copies it for one of them or for both."""
 
     class Sum(nn.Module):
         def __init__(self):
@@ -129,7 +131,7 @@ def test_gradients_that_are_copied_count_once_at_a_time():
     assert log.activation_bytes.max() == 40 + 40 + 4 + 4  # the exponential and its gradient; the loss and its gradient
 
 
-def test_an_exception_that_the_model_catches():
+def test_calls_end_at_an_exception_that_the_model_catches():
     class Careful(nn.Module):
         def __init__(self):
             super().__init__()

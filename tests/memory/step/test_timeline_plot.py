@@ -15,7 +15,7 @@ MIB = 2**20
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """Return the figures that were saved."""
     figures, save = [], _timeline_plot.save
 
     def keep_and_save(figure, path):

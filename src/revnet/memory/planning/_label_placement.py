@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 _SIDES = ((1, 0), (1, 1), (-1, 0), (-1, 1), (0, 1), (0, -1), (1, -1), (-1, -1))
 """Directions from a point to its label, the best first."""
-_DISTANCES = (8, 16, 26)
+_DISTANCES = (8, 16, 26, 40)
 """Distances from a point to its label, in points (1/72 inch)."""
 _HORIZONTAL = {-1: "right", 0: "center", 1: "left"}
 _VERTICAL = {-1: "top", 0: "center", 1: "bottom"}

@@ -64,7 +64,7 @@ def largest_batch(step: TrainingStep, budget_bytes: int, most: int | None = None
     bracket of a size that fits and one that does not.
     """
     if not step.tensors:
-        raise ValueError("`inputs` hold no tensor, so there is no batch to change; pass the model's inputs.")
+        raise ValueError("`inputs` hold no tensor, so the batch size cannot change; pass the model's inputs.")
     peaks: dict[int, int] = {}
 
     def fits(count: int) -> bool:

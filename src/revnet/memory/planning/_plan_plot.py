@@ -1,5 +1,6 @@
 """Picture of a plan: time against memory."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -18,6 +19,10 @@ _BLUE, _PURPLE = "#4477aa", "#aa3377"
 _INK = "#333333"
 
 _MARKERS = "sD^vPX"
+_LARGEST_LINEAR = 5.0
+"""Largest ratio of times on a linear axis."""
+_LONGEST_LINE = 75
+"""Most characters in a line of the title."""
 _FARTHEST_BUDGET = 1.5
 """Largest budget that is drawn as a line, relative to the largest peak; a line farther away would squeeze the rest."""
 
@@ -53,12 +58,12 @@ def plot_plan(
     times = [point.time_ratio for point in drawn]
     unit, unit_bytes = largest_unit(most)
     right = 1.1 * most / unit_bytes
-    margin = 0.12 * max(0.2, max(times) - min(times))
-    axes.set(xlim=(0, right), ylim=(min(1.0, *times) - margin, max(times) + 2 * margin))
+    axes.set_xlim(0, right)
+    _set_time_axis(axes, min(1.0, *times), max(times))
     axes.set_xlabel(f"peak memory of a step ({unit})")
     axes.set_ylabel("time of a step / of plain autograd")
     clear_frame(axes)
-    write_title(axes, title, pad=20)
+    write_title(axes, textwrap.fill(title, _LONGEST_LINE, break_on_hyphens=False), pad=20)
     steps = [(point.peak_bytes / unit_bytes, point.time_ratio) for point in points]
     steps.append((right, steps[-1][1]))  # beyond the largest peak, more memory saves no time
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=_BLUE, linewidth=2)
@@ -75,6 +80,17 @@ def plot_plan(
     labels.append(Label("the fastest plan that fits", *steps[len(points) // 2], {"color": _BLUE, "fontsize": 9}))
     place_labels(axes, labels, covered)
     save(figure, path)
+
+
+def _set_time_axis(axes: Any, least: float, most: float) -> None:
+    """Set the scale and the limits of the axis of times, which is logarithmic if one time would dwarf the others."""
+    if most > _LARGEST_LINEAR * least:
+        axes.set_yscale("log")
+        axes.set_ylim(least / 1.5, most * 2)
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        margin = 0.12 * max(0.2, most - least)
+        axes.set_ylim(least - margin, most + 2 * margin)
 
 
 def _mark_budget(axes: Any, budget_bytes: int, unit_bytes: int) -> list[tuple[float, float]]:
@@ -99,7 +115,7 @@ def _mark_point(
 
 
 def _points_along(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points on the staircase, close enough together to tell whether a label covers it."""
+    """Return points on the staircase, dense enough to show whether a label covers it."""
     points: list[tuple[float, float]] = []
     num_per_line = 2 + 200 // len(steps)
     for (x, y), (next_x, next_y) in pairwise(steps):

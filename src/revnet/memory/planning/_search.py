@@ -18,7 +18,7 @@ _Ints = npt.NDArray[np.int64]
 _MOST_BITS = 53
 # More than the age of the universe. No sum of such times overflows.
 _MOST_SECONDS = 1e18
-# The slowest choices together take 2**52 ticks, so a tick is no coarser than the rounding of a floating-point sum.
+# The slowest choices together take 2**52 ticks, so a tick is at most the rounding error of a floating-point sum.
 _TICK_BITS = 52
 
 

@@ -32,7 +32,7 @@ def measure_seconds(
     Args:
         step: The step, whose model is left with other policies.
         units: Units in the order in which they run.
-        costs: Counted costs, which tell which units are alike and whether the step fits the free memory.
+        costs: Counted costs, which show which units are alike and whether the step fits the free memory.
         timing: Number of rounds.
 
     Raises:
@@ -54,7 +54,7 @@ def measure_seconds(
 
 
 def _fitting_free_memory(step: TrainingStep, units: Sequence[UnitInModel], costs: ChainCosts) -> TrainingStep:
-    """Return the step with as many samples as fit the free memory when all activations are stored."""
+    """Return the step with the most samples that fit the free memory with all activations stored."""
     for tensor in [*step.tensors, *step.model.parameters()]:
         if tensor.is_meta:
             raise ValueError(

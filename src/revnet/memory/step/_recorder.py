@@ -254,8 +254,10 @@ class _Operation(NamedTuple):
     @classmethod
     def of(cls, func: Any) -> "_Operation":
         schema = func._schema
-        is_fresh = func in _FRESH or any(each.alias_info is None for each in schema.returns)
-        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in schema.arguments)
+        is_fresh = func in _FRESH or any(output.alias_info is None for output in schema.returns)
+        is_view = any(
+            argument.alias_info is not None and not argument.alias_info.is_write for argument in schema.arguments
+        )
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
         return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket))
 

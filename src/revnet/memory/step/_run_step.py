@@ -105,12 +105,12 @@ def _check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool) -> 
             raise TypeError(f"`loss` returned {returned}; it must return a scalar tensor: take the mean or the sum.")
     if is_given and not losses[0].requires_grad:
         raise ValueError(
-            f"`loss` of `model` (={type(model).__name__}) returned a tensor that requires no gradient, so there is no "
-            "training step; unfreeze a parameter, and do not detach the output."
+            f"`loss` of `model` (={type(model).__name__}) returned a tensor that requires no gradient, so nothing can "
+            "be trained; unfreeze a parameter, and do not detach the output."
         )
     if not losses:
         raise ValueError(
-            f"`model` (={type(model).__name__}) has no output that requires a gradient, so it has no training step; "
+            f"`model` (={type(model).__name__}) has no output that requires a gradient, so nothing can be trained; "
             "unfreeze a parameter."
         )
 

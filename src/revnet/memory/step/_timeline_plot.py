@@ -1,5 +1,6 @@
 """Picture of a training step: memory alive at each moment, with the peak."""
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _CARET_DOWN = 7
 _MOST_COLUMNS = 400
 """Most columns of a timeline; with more, the allocations of each block would look like a comb."""
 _LONGEST_NAME = 40
+_LONGEST_LINE = 75
+"""Most characters in a line of the title."""
 
 
 def plot_timeline(memory: StepMemory, path: Path, *, title: str) -> None:
@@ -51,7 +54,7 @@ def plot_timeline(memory: StepMemory, path: Path, *, title: str) -> None:
     _mark_peak(axes, memory, int(total.argmax()) / len(total), unit_bytes)
     clear_frame(axes)
     axes.set_axisbelow(True)
-    write_title(axes, title, pad=20)
+    write_title(axes, textwrap.fill(title, _LONGEST_LINE, break_on_hyphens=False), pad=20)
     handles, _ = axes.get_legend_handles_labels()
     # The topmost band first.
     figure.legend(

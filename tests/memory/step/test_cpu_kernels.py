@@ -1,0 +1,52 @@
+"""Each correction is right, and PyTorch still needs it."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from revnet._torch_internals import FakeTensorMode
+from revnet.memory.step._cpu_kernels import CpuKernels
+
+aten = torch.ops.aten
+
+
+def mixed_norm():
+    x, weight = torch.ones(2, 3, 4, dtype=torch.bfloat16), torch.ones(4)
+    return aten.native_layer_norm.default(x, [4], weight, weight, 1e-5)
+
+
+def batch_norm_without_input_gradient():
+    x, one = torch.ones(2, 3, 4), torch.ones(3)
+    return aten.native_batch_norm_backward.default(x, x, one, one, one, one, one, True, 1e-5, [False, True, True])
+
+
+def layer_norm_of_a_permuted_input():
+    x, one = torch.ones(2, 4, 3).permute(0, 2, 1), torch.ones(4)
+    statistic = torch.ones(2, 3, 1)
+    return aten.native_layer_norm_backward.default(x, x, [4], statistic, statistic, one, one, [True, True, True])
+
+
+def mixed_group_norm():
+    x, one, statistic = torch.ones(2, 4, 3, dtype=torch.bfloat16), torch.ones(4), torch.ones(2, 2)
+    return aten.native_group_norm_backward.default(x, x, statistic, statistic, one, 2, 4, 3, 2, [True, True, True])
+
+
+def described(results):
+    return [
+        (result.dtype, result.shape, result.stride()) if isinstance(result, Tensor) else result for result in results
+    ]
+
+
+@pytest.mark.parametrize(
+    "run", [mixed_norm, batch_norm_without_input_gradient, layer_norm_of_a_permuted_input, mixed_group_norm]
+)
+def test_corrects_the_shape_function(run):
+    real = described(run())
+    fake = {}
+    for name, kernels in (("plain", nullcontext()), ("corrected", CpuKernels())):
+        with FakeTensorMode(), kernels:
+            fake[name] = described(run())
+    assert fake["corrected"] == real
+    assert fake["plain"] != real, "PyTorch has fixed its shape function: delete this correction from `CpuKernels`"
