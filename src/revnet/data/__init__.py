@@ -8,7 +8,7 @@ and on any device. For densities, `Dequantize` replaces both. `load_text` reads 
 * `splits`: labeled images in memory, in files or as a stream
 * `decoding`: from an image file to pixels of the requested size
 * `loading`: batches in a reproducible order
-* `transforms`: what happens to a batch before the network sees it
+* `transforms`: preprocessing, augmentation and dequantization of a batch
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """

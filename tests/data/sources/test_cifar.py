@@ -31,7 +31,7 @@ def test_real_files() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replace the client of the hub: the cache is empty, and there is no network."""
+    """Replace the client of the hub by one with an empty cache and without a network."""
     stub = SimpleNamespace(cached=[None] * 4, requests=[])
 
     def unreachable(*args: object, **kwargs: object) -> None:

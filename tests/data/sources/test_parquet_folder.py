@@ -184,7 +184,7 @@ def test_missing_split(folder: Path, removed: list[str], missing: str) -> None:
 def test_splits_in_two_folders(folder: Path) -> None:
     (folder / "train").mkdir()
     (folder / TRAIN).rename(folder / "train" / TRAIN)
-    with pytest.raises(DataError, match=r"in one folder, .*; put them together"):
+    with pytest.raises(DataError, match=r"together in one inner folder; put them together"):
         load_parquet_folder(folder)
 
 

@@ -164,7 +164,7 @@ def test_streams_have_no_part_to_hold_out(dataset: ImageDataset) -> None:
         dataset.holdout(0.1, seed=0)
 
 
-# ---- what is damaged
+# ---- damaged data
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

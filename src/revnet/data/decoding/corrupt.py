@@ -1,4 +1,4 @@
-"""What to do about images that cannot be decoded, and checks of the options of decoding."""
+"""Handling of images that cannot be decoded, and checks of the options of decoding."""
 
 import logging
 from typing import Literal, get_args
@@ -8,7 +8,7 @@ from revnet.errors import DataError
 _log = logging.getLogger("revnet.data")
 
 OnCorrupt = Literal["stop", "skip"]
-"""How to handle an image that cannot be decoded: raise a DataError, or leave the image out and log it once."""
+"""Handling of an image that cannot be decoded: raise a DataError, or leave the image out and log it once."""
 
 DEFAULT_IMAGE_SIZE = 224
 """Usual image size for ImageNet."""

@@ -76,8 +76,8 @@ def _find_files(folder: Path) -> dict[str, list[Path]]:
         missing = [] if _TRAIN in present else [f"`{_TRAIN}-*.parquet`"]
         missing += [] if present & set(_TESTS) else [f"`{_TESTS[0]}-*.parquet`"]
         raise DataError(
-            f"`path` (='{folder}') must hold `train-*.parquet` and `test-*.parquet` (or `validation-*.parquet`) in one "
-            "folder, itself or one directly inside it; "
+            f"`path` (='{folder}') must hold `train-*.parquet` and `test-*.parquet` (or `validation-*.parquet`), "
+            "directly or together in one inner folder; "
             f"{'it lacks ' + ' and '.join(missing) if missing else 'put them together'}."
         )
     if len(complete) > 1 and complete[0] != folder:

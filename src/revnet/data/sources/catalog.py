@@ -60,7 +60,7 @@ def load_dataset(
             path; `~` is the home directory.
         image_size: Height and width of decoded images of varying size, 224 by default. None keeps the images of
             parquet files at their own size.
-        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError that names the image,
+        on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError that names the image,
             when it is reached; "skip" leaves the image out and logs it once.
         crop_area: Smallest and largest share of a training image that a random crop keeps.
 

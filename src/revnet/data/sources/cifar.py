@@ -18,7 +18,7 @@ def load_cifar10(*, on_corrupt: OnCorrupt = "stop") -> ImageDataset:
     original archives.
 
     Args:
-        on_corrupt: What to do about an image that cannot be decoded, see `load_parquet_folder`.
+        on_corrupt: Handling of an image that cannot be decoded, see `load_parquet_folder`.
 
     Raises:
         DataError: The hub cannot be reached and the files are not in its cache.

@@ -56,7 +56,7 @@ def load_hub_dataset(
     Args:
         repository: Address of the data set, `owner/name`.
         image_size: Height and width of the decoded images.
-        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image
+        on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image
             out of its batch and logs it once.
         crop_area: Smallest and largest share of a training image that a random crop keeps.
 

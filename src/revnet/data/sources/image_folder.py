@@ -57,7 +57,7 @@ def load_image_folder(
     Args:
         path: The folder; `~` is the home directory.
         image_size: Height and width of the decoded images.
-        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError that names the image,
+        on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError that names the image,
             "skip" leaves the image out of its batch and logs it once.
         crop_area: Smallest and largest share of a training image that a random crop keeps.
         name: Name of the data set; by default the name of the folder.

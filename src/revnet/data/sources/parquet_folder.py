@@ -44,7 +44,7 @@ def load_parquet_folder(
     Args:
         path: The folder; `~` is the home directory.
         image_size: Height and width of the decoded images; None keeps their own size, and all images in memory.
-        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError that names the image,
+        on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError that names the image,
             "skip" leaves the image out and logs it once.
         crop_area: Smallest and largest share of a training image that a random crop keeps, if `image_size` is given.
         name: Name of the data set; by default the name of the folder.

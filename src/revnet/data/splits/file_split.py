@@ -26,11 +26,11 @@ class FileSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
         labels: Class of each image: (N,), int64.
         image_size: Height and width of the decoded images.
         crop: Rule that chooses the part of an image that is kept.
-        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image
+        on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image
             out of its batch and logs it once.
 
     Raises:
-        ValueError: There is no file, the number of labels differs, or an option is out of range.
+        ValueError: `files` is empty, the number of labels differs, or an option is out of range.
         MissingDependencyError: Pillow is not installed.
     """
 

@@ -19,7 +19,7 @@ class ImageSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
     the batch from one indexing operation; pass a `collate_fn` that returns its argument, as `make_loader` does.
 
     Raises:
-        ValueError: A tensor has the wrong type or shape, the lengths differ, or there is no image.
+        ValueError: A tensor has the wrong dtype or shape, the lengths differ, or `images` is empty.
     """
 
     images: Tensor

@@ -20,7 +20,7 @@ class StreamSplit(AbstractSplit):
         num_classes: Number of classes; labels lie in 0..num_classes - 1.
         image_size: Height and width of the decoded images.
         crop: Rule that chooses the part of an image that is kept.
-        on_corrupt: What to do about an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image
+        on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image
             out of its batch and logs it once.
         labels: Class of each image, if the classes are known in advance.
 
