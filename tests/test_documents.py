@@ -1,15 +1,43 @@
 """What the README and the docs show works, and what they name exists."""
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from revnet import list_models
+from revnet.bench.contenders import _reformer_module
+from revnet.cli.main import COMMANDS, SUBCOMMANDS, main
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
+PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "api").glob("*.md")])
+MAX_COLUMNS = 88
+MESSAGES_OF_PYTORCH = ("`torch.OutOfMemoryError: CUDA out of memory`", "unexpected keyword argument")
+
+
+def with_subcommands():
+    """The commands, each followed by its subcommands."""
+    return [
+        " ".join((command, *subcommand))
+        for command in COMMANDS
+        for subcommand in ((), *((name,) for name in SUBCOMMANDS.get(command, ())))
+    ]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def code_of(page):
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
@@ -22,25 +50,43 @@ def test_paths_exist():
     paths += re.findall(r"configs/\S+\.yaml", README)
     assert len(paths) >= 4
     for path in paths:
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path.split("#")[0]).exists(), path
 
 
-def test_commands_are_in_the_makefile_and_the_table():
+def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`make ([\w-]+)`", README):
+    targets = re.findall(r"`make ([\w-]+)`", README)
+    assert {"train", "test"} <= set(targets)
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    from revnet.cli.main import COMMANDS
 
-    shown = set(re.findall(r"^revnet (\w+)", README, re.MULTILINE))
-    assert shown == set(COMMANDS)
+
+def test_command_reference_shows_and_explains_each_command():
+    page = (DOCS / "command-line.md").read_text()
+    assert set(re.findall(r"^revnet (\w+)", page, re.MULTILINE)) == set(COMMANDS)
+    headings = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert headings == with_subcommands()
+
+
+@pytest.mark.parametrize("command", with_subcommands())
+def test_command_reference_lists_the_options(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    if command == "figure":  # it has the options of `train`, too
+        assert main(["train", "--help"]) == 0
+        options -= set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    _, section = (DOCS / "command-line.md").read_text().split(f"\n## {command}\n")
+    listed = set(re.findall(r"`(--[\w-]+)`", section.split("\n## ")[0]))
+    assert listed == options
 
 
 def test_models_are_listed_as_they_are():
+    page = (DOCS / "models.md").read_text()
     for name in list_models():
-        assert re.search(rf"^{name} ", README, re.MULTILINE), name
+        assert re.search(rf"^{name} ", page, re.MULTILINE), name
 
 
-def test_versions_are_those_of_the_package():
+def test_versions_agree_with_the_package():
     constraints = (ROOT / "constraints.txt").read_text()
     assert re.search(r"tested release, ([\d.]+)", README)[1] == re.search(r"torch==([\d.]+)", constraints)[1]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -49,14 +95,76 @@ def test_versions_are_those_of_the_package():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own, in torch.compile
-@pytest.mark.parametrize(
-    "page",
-    sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "api").glob("*.md")]),
-    ids=lambda page: str(page.relative_to(ROOT)),
-)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_code_of_a_page_runs(page):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-    exec(compile(code, page.name, "exec"), {"__name__": "page"})
+    exec(compile(code_of(page), page.name, "exec"), {"__name__": "page"})
+
+
+def test_the_bytes_of_the_conversion_page_are_measured(capsys):
+    code = code_of(DOCS / "convert.md")
+    exec(compile(code, "convert.md", "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(activations\(.*\)\)  # (.*)", code)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=name_of)
+def test_python_fits_the_width_of_a_page(page):
+    assert [line for line in code_of(page).splitlines() if len(line) > MAX_COLUMNS] == []
+
+
+def test_links_between_pages_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+\.md)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_result_files_exist():
+    results = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    for page in PAGES:
+        for name in re.findall(r"`(?:benchmarks/results/)?([\w-]+_cpu2_[\d-]+\.md)`", page.read_text()):
+            assert name in results, f"{page.name}: {name}"
+
+
+def strings_of(path):
+    """Yield the string literals of a file, joined where they are adjacent; `{}` stands for a value."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            yield "".join(str(part) for part in parts)
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_source():
+    text = "\n".join(string for path in (ROOT / "src").rglob("*.py") for string in strings_of(path))
+    entries = re.findall(r"^\*\*.*", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = [message for entry in entries for message in re.findall(r"\*\*(.+?)\*\*", entry)]
+    assert len(messages) > 20
+    unknown = [message for message in messages if message not in text and message not in MESSAGES_OF_PYTORCH]
+    assert unknown == []
+
+
+PEERS = {
+    "memcnn": "memcnn",
+    "RevTorch": "revtorch",
+    "revlib": "revlib",
+    "reformer-pytorch": "reformer_pytorch",
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of memcnn: old names in PyTorch
+@pytest.mark.parametrize("library", PEERS)
+def test_both_calls_of_another_library_compute_the_same(library):
+    if find_spec(PEERS[library]) is None:
+        pytest.skip(f"{library} is not installed; benchmarks/peers.txt lists it")
+    if library == "reformer-pytorch":
+        _reformer_module()  # without the requirements of its other modules
+        sys.modules.setdefault("reformer_pytorch", ModuleType("reformer_pytorch"))
+    introduction, *sections = (DOCS / "coming-from.md").read_text().split("\n## ")
+    (section,) = [section for section in sections if section.startswith(f"{library}\n")]
+    names = {"__name__": "page"}
+    for code in re.findall(r"```py(?:thon)?\n(.*?)```", introduction + section, re.DOTALL):
+        exec(compile(code, "coming-from.md", "exec"), names)
+    assert torch.equal(names["old"](names["x"].clone()), names["new"](names["x"]))
 
 
 def test_flags_of_shown_commands_exist(capsys):
@@ -68,8 +176,6 @@ def test_flags_of_shown_commands_exist(capsys):
         ):
             shown.setdefault(command, set()).update(re.findall(r"(?<=\s)--[\w-]+", rest))
     assert {"train", "train nice", "train lm", "plan", "memory", "evaluate"} <= shown.keys()
-    from revnet.cli.main import main
-
     for command, flags in shown.items():
         assert main([*command.split(), "--help"]) == 0
         known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
