@@ -6,20 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from revnet.data import ImageDataset, ImageSplit, Preprocess
-from revnet.training._checkpoint import save_weights
-from revnet.training.classifier import Classifier, Header
+from revnet.training.classification.model import Classifier, ClassifierHeader
+from revnet.training.run.checkpoint import save_weights
 from tests.data.samples import encode, random_images
 
 
-def make_header(class_names=("cat", "dog", "frog"), image_shape=(3, 8, 8), **options) -> Header:
+def make_header(class_names=("cat", "dog", "frog"), image_shape=(3, 8, 8), **options) -> ClassifierHeader:
     options = {"model": "resnet32", "data": "pets", "preprocess": "standardize"} | options
-    return Header(class_names=tuple(class_names), image_shape=image_shape, **options)
+    return ClassifierHeader(class_names=tuple(class_names), image_shape=image_shape, **options)
 
 
 class SayPixels(nn.Module):
     """Takes the pixels of the first row for logits."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: ClassifierHeader) -> None:
         super().__init__()
         self.header = header
 
@@ -35,7 +35,7 @@ def make_dataset(answers: Tensor, labels: Tensor, class_names, name: str = "pets
     return ImageDataset(name=name, train=split, test=split, class_names=tuple(class_names))
 
 
-def save_checkpoint(path: Path, header: Header) -> Path:
+def save_checkpoint(path: Path, header: ClassifierHeader) -> Path:
     """A file of freshly drawn weights."""
     channels = header.in_channels
     preprocess = Preprocess(torch.full((channels, 1, 1), 128.0), torch.full((channels, 1, 1), 64.0))

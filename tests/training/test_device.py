@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revnet.training._device import find_device
+from revnet.training.device import find_device
 
 
 def test_devices_have_their_usual_names(monkeypatch):
@@ -23,7 +23,9 @@ def test_auto_takes_what_there_is(monkeypatch):
         find_device("mps")
 
 
-@pytest.mark.parametrize(("name", "rule"), [("abacus", "is no device"), ("", "is no device"), ("meta", "is of a kind")])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("abacus", "is not a device"), ("", "is not a device"), ("meta", "is of a type")]
+)
 def test_other_names_are_refused(name, rule):
     with pytest.raises(ValueError, match=rf"`device` \(='{name}'\) {rule}.*; pass auto, cpu, cuda, cuda:1, or mps"):
         find_device(name)

@@ -13,7 +13,7 @@ from revnet.coupling import FixedPoint
 from revnet.nn import set_coupling
 from revnet.numerics import measure_drift
 from revnet.training import DriftMonitor, TrainConfig, load_classifier, resume, train
-from revnet.training._trainer import quiet
+from revnet.training.run.trainer import quiet
 from tests.helpers import mlp
 
 
@@ -166,5 +166,7 @@ def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path, mode):
 def test_what_rebuilds_nothing_has_no_exact_mode():
     for setting in ({"exact": True}, {"tolerance": 1e-3}, {"drift_every": 5}):
         (name,) = setting
-        with pytest.raises(ValueError, match=rf"`{name}` \(=.*\) is for reversible models; resnet32 rebuilds nothing"):
+        with pytest.raises(
+            ValueError, match=rf"`{name}` \(=.*\) is for reversible models; resnet32 reconstructs nothing"
+        ):
             train(TrainConfig(model="resnet32", **setting), quiet=True)

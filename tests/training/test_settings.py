@@ -2,13 +2,13 @@ import pytest
 
 from revnet.errors import CheckpointError
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig, resume
-from revnet.training._settings import task_of
+from revnet.training.settings import read_task
 
 
 @pytest.mark.parametrize(("config", "task"), [(TrainConfig(), None), (NiceConfig(), "nice"), (LanguageConfig(), "lm")])
 def test_a_file_of_settings_says_what_it_is_for(tmp_path, config, task):
     config.save(tmp_path / "config.yaml")
-    assert task_of(tmp_path / "config.yaml") == task
+    assert read_task(tmp_path / "config.yaml") == task
     assert type(config).load(tmp_path / "config.yaml") == config
 
 

@@ -1,7 +1,9 @@
 """The room as a whole: its names, and what it needs."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import revnet.training
 
@@ -29,3 +31,10 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it():
         "except revnet.MissingDependencyError as error: print(error)"
     )
     assert run_python(code) == "training needs lightning, which is not installed; run `pip install 'revnet[train]'`."
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(revnet.training.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert imported == {name: f"revnet.training.{module}" for name, module in revnet.training._HOME.items()}
