@@ -3,7 +3,7 @@ import pytest
 from revnet.training.atomic_file import atomic_path, remove_leftovers
 
 
-def test_the_file_appears_whole(tmp_path):
+def test_file_appears_whole(tmp_path):
     path = tmp_path / "weights"
     path.write_text("old")
     with atomic_path(path) as temporary:
@@ -14,7 +14,7 @@ def test_the_file_appears_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failure_leaves_the_old_file_alone(tmp_path):
+def test_failure_keeps_the_old_file(tmp_path):
     path = tmp_path / "weights"
     path.write_text("old")
 
@@ -29,7 +29,7 @@ def test_a_failure_leaves_the_old_file_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+def test_removes_leftovers_of_a_killed_process(tmp_path):
     (tmp_path / ".last.ckpt.123.tmp").write_text("half")
     (tmp_path / "last.ckpt").write_text("whole")
     remove_leftovers(tmp_path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from revnet.engine import DriftMeter
 from revnet.numerics import Drift, drift_of, measure_drift
 from revnet.training.atomic_file import atomic_path
+from revnet.training.checks import check_integer
 
 Loss = Callable[[Any, Any], Tensor]
 Row = dict[str, Any]
@@ -45,10 +46,7 @@ class DriftMonitor(Callback):
     """
 
     def __init__(self, every: int = 100, *, path: str | Path | None = None, loss: Loss | None = None) -> None:
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise TypeError(f"`every` (={every!r}) must be an integer.")
-        if every < 1:
-            raise ValueError(f"`every` (={every}) must be 1 or more; 100 is usual.")
+        check_integer("every", every, at_least=1)
         if loss is not None and not callable(loss):
             raise TypeError(f"`loss` (={loss!r}) must be a function of the LightningModule and a batch, or None.")
         self._every = every

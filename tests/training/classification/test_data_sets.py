@@ -1,4 +1,4 @@
-"""Every kind of data set trains, is evaluated and resumes, as the command line does it."""
+"""Training, evaluation and resumption on every kind of data set."""
 
 import io
 import pickle
@@ -11,14 +11,13 @@ import torch
 
 from revnet.errors import DataError
 from revnet.training import TrainConfig, TrainingInterrupted, evaluate, load_classifier, resume, train
-from revnet.training.run.callbacks import RunFiles
-from tests.training.samples import write_image_folder
+from tests.training.samples import stop_after_epoch, write_image_folder
 
-SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "imagenet-sample"
+SAMPLE = Path(__file__).parents[4] / "shared" / "data" / "imagenet-sample"
 
 
 def write_cifar100(path, num_images=30):
-    """The official archive of CIFAR-100, with noise for images."""
+    """Write an archive in the format of CIFAR-100, with noise for images."""
     noise = np.random.default_rng(0)
     files = {"meta": {"fine_label_names": [f"class {i}" for i in range(100)], "coarse_label_names": ["any"]}}
     for part in ("train", "test"):
@@ -34,7 +33,7 @@ def write_cifar100(path, num_images=30):
     return path
 
 
-def test_the_archive_of_cifar100_trains_an_epoch(tmp_path):
+def test_trains_on_the_cifar100_archive(tmp_path):
     archive = write_cifar100(tmp_path / "cifar-100-python.tar.gz")
     settings = {"epochs": 1, "batch_size": 10, "val_fraction": 0, "num_threads": 1}
     result = train(TrainConfig(data=str(archive), out_dir=str(tmp_path / "run"), **settings), quiet=True)
@@ -42,31 +41,24 @@ def test_the_archive_of_cifar100_trains_an_epoch(tmp_path):
     assert evaluate(tmp_path / "run") == result.test
 
 
-def test_a_folder_of_images_trains_stops_resumes_and_is_evaluated(tmp_path, monkeypatch):
+def test_trains_resumes_and_evaluates_a_folder_of_images(tmp_path, monkeypatch):
     data = write_image_folder(tmp_path / "pets", num_images=8)
     settings = {"data": str(data), "epochs": 2, "batch_size": 6, "image_size": 16, "val_fraction": 0.25}
     settings |= {"num_workers": 2, "num_threads": 1, "color_distortion": True}
     straight = train(TrainConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
-
-    write_files = RunFiles.on_train_epoch_end
-
-    def write_files_and_stop(self, trainer, pl_module):
-        write_files(self, trainer, pl_module)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFiles, "on_train_epoch_end", write_files_and_stop)
+        stop_after_epoch(patch, 1)
         with pytest.raises(TrainingInterrupted):
             train(TrainConfig(**settings, out_dir=str(tmp_path / "stopped")), quiet=True)
     resumed = resume(tmp_path / "stopped", quiet=True)
-    expected, found = (load_classifier(result.folder).state_dict() for result in (straight, resumed))
+    expected, actual = (load_classifier(result.folder).state_dict() for result in (straight, resumed))
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), f"{name}: other crops, colours or order than without the stop"
+        assert torch.equal(actual[name], tensor), f"{name}: crops, colors or order differ from the run without a stop"
     assert evaluate(tmp_path / "stopped") == resumed.test
     assert resumed.test.num_images == 24
 
 
-def test_a_corrupt_image_stops_the_run_or_is_skipped_as_asked(tmp_path):
+def test_corrupt_image_stops_the_run_or_is_skipped(tmp_path):
     data = write_image_folder(tmp_path / "pets", num_images=4)
     corrupt = next((data / "train" / "cat").iterdir())
     corrupt.write_bytes(b"")
@@ -80,8 +72,8 @@ def test_a_corrupt_image_stops_the_run_or_is_skipped_as_asked(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of ImageNet is not at ../shared/data/imagenet-sample")
-def test_revnet56_learns_a_thousand_photographs_by_heart(tmp_path):
-    """Whole images of 32x32, no flip: only to see that images, labels and gradients belong together."""
+def test_revnet56_memorizes_a_thousand_photographs(tmp_path):
+    """Train on whole images of 32x32 without flips, to check that images, labels and gradients belong together."""
     config = TrainConfig(
         data=str(SAMPLE),
         model="revnet56",

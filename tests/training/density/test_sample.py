@@ -25,17 +25,17 @@ def folder(tmp_path_factory):
         ("right", [[1, 1, 1, 0, 0]] * 3),
     ],
 )
-def test_a_half_is_missing(missing, expected):
+def test_half_of_the_pixels_are_missing(missing, expected):
     assert known_pixels(missing, (2, 3, 5)).int().tolist() == [expected]
 
 
-def test_about_half_of_all_pixels_are_missing_at_random():
+def test_random_mask_hides_about_half_of_the_pixels():
     known = known_pixels("random", (1, 100, 100), seed=3)
     assert 0.48 < known.float().mean() < 0.52, "four standard deviations"
     assert torch.equal(known, known_pixels("random", (1, 100, 100), seed=3))
 
 
-def test_what_is_known_stays_as_it_was(folder, tmp_path):
+def test_known_pixels_do_not_change(folder, tmp_path):
     sample(folder, num_samples=1, missing="left", num_steps=1, output_dir=tmp_path)
     picture = matplotlib.image.imread(tmp_path / "inpainting_left.png")
     factor = picture.shape[1] // (20 * 9 + 1)
@@ -50,22 +50,22 @@ def test_what_is_known_stays_as_it_was(folder, tmp_path):
     assert (original[:, :8] == chosen[0, 0].numpy()).all()
 
 
-def test_samples_are_told_and_returned(folder, tmp_path):
-    found = sample(folder, num_samples=7, output_dir=tmp_path / "new" / "folder")
-    assert found.images.shape == (7, 1, 8, 8)
-    assert found.images.dtype == torch.uint8
-    assert found.files == (tmp_path / "new" / "folder" / "samples.png",)
-    assert (found.data, found.num_test_images) == ("digits", 360)
-    assert f"test bits/dim  {found.test_bits_per_dim:.4f} (360 images of digits)" in found.report()
+def test_returns_and_reports_samples(folder, tmp_path):
+    samples = sample(folder, num_samples=7, output_dir=tmp_path / "new" / "folder")
+    assert samples.images.shape == (7, 1, 8, 8)
+    assert samples.images.dtype == torch.uint8
+    assert samples.files == (tmp_path / "new" / "folder" / "samples.png",)
+    assert (samples.data, samples.num_test_images) == ("digits", 360)
+    assert f"test bits/dim  {samples.test_bits_per_dim:.4f} (360 images of digits)" in samples.report()
 
 
-def test_cold_samples_are_all_alike(folder, tmp_path):
+def test_samples_at_temperature_zero_are_equal(folder, tmp_path):
     images = sample(folder, num_samples=3, temperature=0.0, output_dir=tmp_path).images
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
 
 
-def test_data_of_another_shape_are_refused(folder, tmp_path, monkeypatch):
+def test_rejects_data_of_another_shape(folder, tmp_path, monkeypatch):
     from tests.training.samples import make_dataset
 
     other = make_dataset(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), ["any"])
@@ -75,13 +75,13 @@ def test_data_of_another_shape_are_refused(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_unknown_part_is_refused(folder):
+def test_rejects_an_unknown_part(folder):
     with pytest.raises(ValueError, match=r"`missing` \(='middle'\) must be `top` or `bottom` or `left` or `right`"):
         sample(folder, missing="middle")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_has_every_image_in_its_place(tmp_path, channels):
+def test_grid_places_every_image(tmp_path, channels):
     images = torch.randint(0, 255, (5, channels, 3, 4), dtype=torch.uint8)
     grid = make_grid(images, 3)
     assert grid.shape == (channels, 2 * 4 + 1, 3 * 5 + 1)
@@ -90,5 +90,5 @@ def test_a_grid_has_every_image_in_its_place(tmp_path, channels):
     assert (grid[:, :, ::5] == 255).all()
     save_grid(images, tmp_path / "grid.png", num_columns=3)
     picture = matplotlib.image.imread(tmp_path / "grid.png")
-    assert picture.shape[:2] == (9 * 62, 16 * 62), "each pixel is a square of 62: about 1000 in all"
+    assert picture.shape[:2] == (9 * 62, 16 * 62), "each pixel is a square of 62, for a width of about 1000"
     assert (picture.ndim == 3) == (channels == 3)

@@ -28,7 +28,7 @@ def some_classes(counts, used):
     ],
     ids=["one class", "all wrong", "all right", "numbers", "names", "dots", "no dots", "answers outside", "millions"],
 )
-def test_every_confusion_has_a_picture(tmp_path, counts):
+def test_draws_every_kind_of_confusion(tmp_path, counts):
     names = [f"class {number} with a name that is far too long" for number in range(len(counts))]
     plot_confusion(Confusion(counts, names), tmp_path / "confusion.png", "a model on some data")
     picture = matplotlib.image.imread(tmp_path / "confusion.png")
@@ -38,7 +38,7 @@ def test_every_confusion_has_a_picture(tmp_path, counts):
     assert [path.name for path in tmp_path.iterdir()] == ["confusion.png"]
 
 
-def test_only_classes_with_images_are_drawn(tmp_path):
+def test_draws_only_classes_with_images(tmp_path):
     pictures = []
     for counts in (some_classes(RIGHT, used=5), RIGHT[:5, :5]):
         names = [str(number) for number in range(len(counts))]

@@ -23,7 +23,7 @@ def run(answers, labels, class_names, *, known=None, **options):
     return evaluate_on(make_dataset(answers, labels, class_names), SayPixels(header), CPU, **options)
 
 
-def test_all_figures_are_those_of_all_images_at_once():
+def test_figures_do_not_depend_on_the_batch_size():
     answers, labels = torch.rand(1203, 7) * 8, torch.randint(7, (1203,))
     logits = answers.to(torch.uint8).float()
     result = run(answers, labels, LETTERS)
@@ -39,25 +39,25 @@ def test_all_figures_are_those_of_all_images_at_once():
         assert again.cross_entropy == pytest.approx(result.cross_entropy)
 
 
-def test_five_answers_are_allowed_if_there_are_more_classes():
+def test_top5_error_needs_more_than_five_classes():
     labels = torch.arange(7)
-    answers = torch.arange(7).expand(7, 7)  # the best answer is the last class, the worst two the first ones
+    answers = torch.arange(7).expand(7, 7)  # the best answer is the last class, the two worst are the first
     assert run(answers, labels, LETTERS).num_top5_errors == 2
     assert run(answers[:5, :5], labels[:5], LETTERS[:5]).num_top5_errors is None
 
 
-def test_classes_are_matched_by_name():
+def test_matches_classes_by_name():
     answers = torch.tensor([[0, 9, 0], [0, 0, 9], [9, 0, 0], [0, 0, 9]])  # dog, frog, cat, frog
     same = run(answers, torch.tensor([1, 2, 0, 0]), ("cat", "dog", "frog"))
     turned = run(answers, torch.tensor([0, 1, 2, 2]), ("dog", "frog", "cat"), known=("cat", "dog", "frog"))
     assert turned == same
     assert (same.num_errors, same.confusion.mistakes(9)) == (1, [("cat", "frog", 1)])
     part = run(answers, torch.tensor([0, 1, 0, 1]), ("dog", "frog"), known=("cat", "dog", "frog"))
-    assert part.confusion.mistakes(9) == [("dog", "cat", 1)]  # a class that the data do not have stays an answer
+    assert part.confusion.mistakes(9) == [("dog", "cat", 1)]  # a class without data may still be answered
     assert [row.name for row in part.confusion.per_class()] == ["dog", "frog"]
 
 
-def test_classes_of_the_same_name_are_no_matter_in_the_same_order():
+def test_accepts_equal_names_in_the_same_order():
     answers = torch.tensor([[0, 9, 0], [0, 0, 9]])
     assert run(answers, torch.tensor([1, 2]), ("tank", "crane", "crane")).num_errors == 0
 
@@ -79,13 +79,13 @@ def test_classes_of_the_same_name_are_no_matter_in_the_same_order():
         (("dog", "dog", "cat"), ("cat", "dog"), "cannot be matched by name, since two classes have the same name"),
     ],
 )
-def test_classes_that_cannot_be_matched_are_refused(class_names, known, message):
+def test_rejects_classes_that_cannot_be_matched(class_names, known, message):
     with pytest.raises(ValueError, match=r"^`data`") as refused:
         run(torch.zeros(1, 4), torch.tensor([0]), class_names, known=known)
     assert message in str(refused.value)
 
 
-def test_images_of_another_shape_are_refused():
+def test_rejects_images_of_another_shape():
     classifier = SayPixels(make_header(image_shape=(3, 8, 8), data="cifar10"))
     dataset = make_dataset(torch.zeros(1, 3), torch.tensor([0]), ("cat", "dog", "frog"))
     message = (
@@ -95,7 +95,7 @@ def test_images_of_another_shape_are_refused():
         evaluate_on(dataset, classifier, CPU)
 
 
-def test_a_run_is_evaluated_as_training_did(finished):
+def test_evaluation_equals_the_test_of_the_run(finished):
     result = evaluate(finished.folder)
     assert result == finished.test
     assert result.checkpoint == finished.folder / "last.safetensors"
@@ -105,7 +105,7 @@ def test_a_run_is_evaluated_as_training_did(finished):
     )
 
 
-def test_the_running_figures_leave_the_model_in_evaluation_mode(finished):
+def test_leaves_the_model_unchanged_in_evaluation_mode(finished):
     classifier = load_classifier(finished.folder).train()
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     evaluate_on(load_dataset("digits"), classifier, CPU)
@@ -115,7 +115,7 @@ def test_the_running_figures_leave_the_model_in_evaluation_mode(finished):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_images_in_files_are_read_as_predict_reads_them(tmp_path, num_workers):
+def test_reads_images_in_files_as_predict_images_does(tmp_path, num_workers):
     folder = write_image_folder(tmp_path / "pets")
     header = make_header(image_shape=(3, 16, 16), is_resized=True, data=str(folder))
     checkpoint = save_checkpoint(tmp_path / "run" / "last.safetensors", header)
@@ -129,7 +129,7 @@ def test_images_in_files_are_read_as_predict_reads_them(tmp_path, num_workers):
     assert torch.equal(result.confusion.counts, counts)
 
 
-def test_a_corrupt_file_stops_or_is_skipped(tmp_path, caplog):
+def test_corrupt_file_stops_or_is_skipped(tmp_path, caplog):
     folder = write_image_folder(tmp_path / "pets")
     (folder / "val" / "dog" / "broken.png").write_text("no image")
     header = make_header(image_shape=(3, 16, 16), is_resized=True, data=str(folder))
@@ -141,7 +141,7 @@ def test_a_corrupt_file_stops_or_is_skipped(tmp_path, caplog):
     assert "broken.png" in caplog.text
 
 
-def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
+def test_shows_progress_on_a_terminal_only(capsys, monkeypatch):
     answers, labels = torch.eye(7), torch.arange(7)
     quiet = run(answers, labels, LETTERS, show_progress=True)
     assert capsys.readouterr() == ("", "")
@@ -151,10 +151,10 @@ def test_progress_is_shown_on_a_terminal_only(capsys, monkeypatch):
     assert (output, "evaluating" in errors) == ("", True)
 
 
-def test_equal_and_missing_numbers_are_not_taken_for_answers():
+def test_counts_ties_and_nan_correctly():
     labels = torch.arange(7)
     equal = run(torch.zeros(7, 7), labels, LETTERS)
-    assert (equal.num_errors, equal.num_top5_errors) == (6, 0)  # the first class is answered, none is better
+    assert (equal.num_errors, equal.num_top5_errors) == (6, 0)  # the first class is answered, and no logit is larger
 
     class SayNothing(SayPixels):
         def forward(self, images):
@@ -177,12 +177,12 @@ def test_equal_and_missing_numbers_are_not_taken_for_answers():
         ({"checkpoint": "nothing"}, CheckpointError, "`nothing` is not a file"),
     ],
 )
-def test_mistakes_are_told(tmp_path, arguments, error, message):
+def test_rejects_invalid_arguments(tmp_path, arguments, error, message):
     checkpoint = save_checkpoint(tmp_path / "last.safetensors", make_header(LETTERS, data="digits"))
     with pytest.raises(error, match=message):
         evaluate(**({"checkpoint": checkpoint} | arguments))
 
 
-def test_large_images_come_in_smaller_batches():
+def test_large_images_use_smaller_batches():
     sizes = [(8, 8), (32, 32), (64, 64), (224, 224), (5000, 5000)]
     assert [usual_batch_size(size) for size in sizes] == [500, 500, 500, 41, 1]

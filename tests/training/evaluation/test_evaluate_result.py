@@ -22,24 +22,24 @@ RESULT = EvaluateResult(
 )
 
 
-def test_the_report_has_accuracy_error_and_count():
+def test_report_has_accuracy_error_and_count():
     assert (RESULT.num_images, RESULT.num_errors, RESULT.accuracy, RESULT.error) == (1000, 100, 0.9, 0.1)
     assert (RESULT.top5_error, RESULT.images_per_second) == (0.01, 2000)
     assert RESULT.report() == "90.00 % (error 10.00 %, 100 of 1,000 wrong)"
 
 
-def test_results_are_compared_by_their_figures(tmp_path):
+def test_results_compare_their_figures(tmp_path):
     assert replace(RESULT, seconds=3.0, device="cuda", checkpoint=tmp_path, machine=["fast"]) == RESULT
     assert replace(RESULT, num_top5_errors=11) != RESULT
     assert replace(RESULT, confusion=Confusion(COUNTS.T.clone(), RESULT.confusion.class_names)) != RESULT
 
 
-def test_figures_table_and_picture_are_written(tmp_path):
+def test_writes_figures_table_and_picture(tmp_path):
     files = replace(RESULT, machine=["fast"]).save(tmp_path / "new" / "folder")
     assert [file.relative_to(tmp_path).as_posix() for file in files] == [
         f"new/folder/evaluation_a-b-c.{suffix}" for suffix in ("json", "csv", "png")
     ]
-    assert sorted(files[0].parent.iterdir()) == sorted(files)  # nothing temporary is left
+    assert sorted(files[0].parent.iterdir()) == sorted(files)  # no temporary file is left
     assert json.loads(files[0].read_text()) == {
         "model": "revnet38",
         "data": "a/b c",
@@ -63,14 +63,14 @@ def test_figures_table_and_picture_are_written(tmp_path):
 
 @pytest.fixture
 def no_picture(monkeypatch):
-    """Leaves out what takes time."""
+    """Skip the plot, which takes time."""
     monkeypatch.setattr(
         "revnet.training.evaluation.evaluate_result.plot_confusion", lambda confusion, path, title: None
     )
 
 
 @pytest.mark.usefixtures("no_picture")
-def test_few_classes_have_no_top5_error_and_json_no_nan(tmp_path):
+def test_json_has_null_for_missing_figures(tmp_path):
     files = replace(RESULT, num_top5_errors=None, cross_entropy=float("nan")).save(tmp_path)
     figures = json.loads(files[0].read_text())
     assert (figures["top5_error"], figures["cross_entropy"]) == (None, None)
@@ -86,13 +86,13 @@ def test_few_classes_have_no_top5_error_and_json_no_nan(tmp_path):
         ("v1.2.safetensors", "evaluation_a-b-c_v1.2"),
     ],
 )
-def test_the_files_lie_beside_the_weights_and_tell_the_best_from_the_last(tmp_path, weights, stem):
+def test_file_names_depend_on_the_weights(tmp_path, weights, stem):
     files = replace(RESULT, checkpoint=tmp_path / weights).save()
     assert [file.name for file in files] == [f"{stem}.json", f"{stem}.csv", f"{stem}.png"]
     assert {file.parent for file in files} == {tmp_path}
 
 
-def test_a_place_is_needed(tmp_path):
+def test_rejects_a_missing_or_invalid_output_dir(tmp_path):
     with pytest.raises(ValueError, match=r"`output_dir` \(=None\) must be given"):
         RESULT.save()
     (tmp_path / "file").touch()

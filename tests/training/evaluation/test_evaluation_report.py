@@ -8,7 +8,7 @@ from revnet.training.evaluation.evaluation_report import report_evaluation
 from tests.training.evaluation.test_evaluate_result import COUNTS, RESULT
 
 
-def test_figures_hardest_classes_and_confusions_are_told():
+def test_reports_figures_hardest_classes_and_confusions():
     assert report_evaluation(replace(RESULT, checkpoint=Path("runs/1/last.ckpt"))) == "\n".join(
         [
             "model          revnet38, runs/1/last.ckpt",
@@ -25,14 +25,14 @@ def test_figures_hardest_classes_and_confusions_are_told():
     )
 
 
-def test_what_is_not_there_is_left_out():
+def test_omits_missing_figures():
     perfect = Confusion(10 * torch.eye(10, dtype=torch.int64), RESULT.confusion.class_names)
     lines = report_evaluation(replace(RESULT, confusion=perfect, num_top5_errors=None)).splitlines()
     assert [line.split()[0] for line in lines] == ["model", "data", "accuracy", "cross-entropy", "speed"]
     assert lines[0] == "model          revnet38"
 
 
-def test_five_of_many_are_shown_and_long_names_are_cut():
+def test_shows_five_rows_and_shortens_long_names():
     names = [f"{number} tench, Tinca tinca, and many other names of it" for number in range(10)]
     lines = report_evaluation(replace(RESULT, confusion=Confusion(COUNTS.roll(1, 0), names))).splitlines()
     assert len(lines) == 6 + 5 + 5

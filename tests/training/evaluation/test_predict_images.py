@@ -15,7 +15,7 @@ NAMES = tuple(f"class{number}" for number in range(7))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint, and five images beside it."""
+    """A folder with a checkpoint and five images."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("prediction")
     save_checkpoint(folder / "last.safetensors", make_header(NAMES))
@@ -28,7 +28,7 @@ def images(folder):
     return sorted((folder / "images").iterdir())
 
 
-def test_answers_are_the_likeliest_classes_with_their_probabilities(folder, images):
+def test_answers_are_the_most_probable_classes(folder, images):
     predictions = predict_images(folder, images, top=7)
     assert [prediction.path for prediction in predictions] == images
     classifier = load_classifier(folder)
@@ -42,7 +42,7 @@ def test_answers_are_the_likeliest_classes_with_their_probabilities(folder, imag
         assert sum(probabilities) == pytest.approx(1)
 
 
-def test_as_many_as_asked_for_or_as_there_are(folder, images):
+def test_returns_at_most_top_answers(folder, images):
     for top, expected in ((1, 1), (5, 5), (100, 7)):
         (prediction,) = predict_images(folder, images[:1], top=top)
         assert len(prediction.answers) == expected
@@ -50,7 +50,7 @@ def test_as_many_as_asked_for_or_as_there_are(folder, images):
     assert predict_images(folder, []) == []
 
 
-def test_batches_and_strings_make_no_difference(folder, images):
+def test_accepts_strings_and_any_batch_size(folder, images):
     expected = predict_images(folder, images)
     for batch_size in (1, 2):
         for prediction, other in zip(
@@ -60,7 +60,7 @@ def test_batches_and_strings_make_no_difference(folder, images):
             assert dict(prediction.answers) == pytest.approx(dict(other.answers), rel=1e-4)
 
 
-def test_images_are_brought_to_the_shape_of_the_training(tmp_path, images):
+def test_converts_images_to_the_training_shape(tmp_path, images):
     for image_shape, options in (((1, 6, 9), {}), ((3, 16, 16), {"is_resized": True})):
         header = make_header(NAMES, image_shape=image_shape, **options)
         checkpoint = save_checkpoint(tmp_path / f"{image_shape[0]}.safetensors", header)
@@ -73,7 +73,7 @@ def test_images_are_brought_to_the_shape_of_the_training(tmp_path, images):
         assert prediction.answers[0].probability == pytest.approx(float(logits.softmax(1).max()), rel=1e-4)
 
 
-def test_predictions_come_as_their_batches_are_done(folder, images):
+def test_yields_predictions_batch_by_batch(folder, images):
     predictions = predict_each(folder, [images[0], images[1], Path("no such file")], batch_size=2)
     assert next(predictions).path == images[0]
     assert next(predictions).path == images[1]
@@ -81,23 +81,23 @@ def test_predictions_come_as_their_batches_are_done(folder, images):
         next(predictions)
 
 
-def test_files_that_cannot_be_read_are_left_out_if_someone_takes_their_errors(folder, images, tmp_path):
+def test_on_error_receives_errors_of_unreadable_files(folder, images, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    missing, place = tmp_path / "missing.png", tmp_path
+    missing, directory = tmp_path / "missing.png", tmp_path
     with pytest.raises(DataError, match=r"broken\.png' cannot be decoded"):
         predict_images(folder, [images[0], broken])
     errors = []
-    paths = [broken, images[0], missing, place, images[1]]
+    paths = [broken, images[0], missing, directory, images[1]]
     for batch_size in (None, 1):
         errors.clear()
         predictions = predict_images(folder, paths, batch_size=batch_size, on_error=errors.append)
         assert [prediction.path for prediction in predictions] == images[:2]
         assert [type(error) for error in errors] == [DataError] * 3
-        assert all(str(path) in str(error) for path, error in zip((broken, missing, place), errors, strict=True))
+        assert all(str(path) in str(error) for path, error in zip((broken, missing, directory), errors, strict=True))
 
 
-def test_answers_can_be_written_as_a_table(tmp_path):
+def test_writes_answers_as_csv(tmp_path):
     answers = (Answer("tench, Tinca", 0.75), Answer("été", 0.25))
     save_predictions([ImagePrediction(path=Path("a b.png"), answers=answers)], tmp_path / "answers.csv")
     with (tmp_path / "answers.csv").open(newline="", encoding="utf-8") as file:
@@ -118,6 +118,6 @@ def test_answers_can_be_written_as_a_table(tmp_path):
         ({"checkpoint": "nothing"}, CheckpointError, "`nothing` is not a file"),
     ],
 )
-def test_mistakes_are_told_before_an_image_is_read(folder, arguments, error, message):
+def test_rejects_invalid_arguments_before_reading(folder, arguments, error, message):
     with pytest.raises(error, match=message):
         predict_each(**({"checkpoint": folder, "paths": []} | arguments))

@@ -11,7 +11,7 @@ from revnet.training import TrainConfig, load_classifier, train
 
 
 class WatchUpdates(Callback):
-    """The policies of the model, and the most bytes alive during each update, as the tensors really come and go."""
+    """Records the policies of the model, and the peak of the bytes alive during each update."""
 
     def __init__(self):
         self.peaks, self.policies = [], []
@@ -19,10 +19,10 @@ class WatchUpdates(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         model = module.classifier.model
         self.policies = [policy for holder in policy_holders(model).values() for policy in holder.policies]
-        state = [tensor for each in trainer.optimizers[0].state.values() for tensor in each.values()]
-        there = [*model.parameters(), *model.buffers(), *batch, *state]
-        self.constant_bytes = sum(tensor.untyped_storage().nbytes() for tensor in there)
-        self.live = LiveBytes([*there, *module.buffers()])
+        state = [tensor for moments in trainer.optimizers[0].state.values() for tensor in moments.values()]
+        tensors = [*model.parameters(), *model.buffers(), *batch, *state]
+        self.constant_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        self.live = LiveBytes([*tensors, *module.buffers()])
         self.live.__enter__()
 
     def on_train_batch_end(self, *args):
@@ -34,24 +34,24 @@ class WatchUpdates(Callback):
     ("budget", "more", "overestimate"),
     [
         ("9MiB", {"nesterov": True, "label_smoothing": 0.1}, 0),
-        # Lightning has autocast cast weights at each use, PyTorch's default keeps what it has cast: at most all.
+        # Under Lightning, autocast casts weights at each use; PyTorch's default caches the cast weights, at most all.
         ("9MiB", {"precision": "bf16-mixed"}, 464_890 * 2),
         ("20MB", {"model": "resnet32"}, 0),
         ("13MiB", {"optimizer": "adamw", "lr": 1e-3}, 0),
     ],
     ids=["revnet", "autocast", "resnet", "adamw"],
 )
-def test_an_update_needs_what_was_planned(out_dir, budget, more, overestimate):
+def test_update_needs_the_planned_memory(out_dir, budget, more, overestimate):
     watch = WatchUpdates()
     config = TrainConfig(max_updates=2, batch_size=100, memory_budget=budget, out_dir=out_dir, **more)
     result = train(config, quiet=True, callbacks=[watch])
     assert result.memory_budget_bytes == parse_bytes(budget) >= result.planned_peak_bytes > result.peak_bytes
     # Later updates have the momentum; the plan does not know the labels, nor Lightning's sums for the log.
     assert -overestimate <= watch.peaks[1] - result.planned_peak_bytes <= 100 * 8 + 100
-    assert len(set(watch.policies)) > 1, "a plan, not one policy for all"
+    assert len(set(watch.policies)) > 1, "the plan mixes policies"
 
 
-def test_a_run_tells_its_plan(out_dir, capsys):
+def test_run_reports_its_plan(out_dir, capsys):
     result = train(TrainConfig(max_updates=1, memory_budget="14MiB", out_dir=out_dir))
     assert "memory  peak 13.7 MiB of 14.0 MiB, step time 1." in capsys.readouterr().out
     plan = (result.folder / "plan.txt").read_text()
@@ -62,7 +62,7 @@ def test_a_run_tells_its_plan(out_dir, capsys):
     assert "13.7 MiB with model, gradients and optimizer, of a budget of 14.0 MiB\n" in result.report()
 
 
-def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_rejects_a_budget_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         BudgetError, match=r"`memory_budget` \(='6MiB'\) is .* below the least .* pass a `batch_size` of \d+ or less"
@@ -80,7 +80,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(tmp_pa
         ("resnet32", "reverse", "stored"),
     ],
 )
-def test_one_policy_for_all(out_dir, model, policy, how):
+def test_applies_one_policy_to_all_blocks(out_dir, model, policy, how):
     watch = WatchUpdates()
     config = TrainConfig(model=model, policy=policy, max_updates=1, out_dir=out_dir)
     result = train(config, quiet=True, callbacks=[watch])
@@ -90,9 +90,13 @@ def test_one_policy_for_all(out_dir, model, policy, how):
     assert not (Path(out_dir) / "plan.txt").exists()
 
 
-def test_planning_changes_no_random_number(tmp_path):
+def test_planning_does_not_change_random_numbers(tmp_path):
     states = []
-    for name, settings in (("stored", {"policy": "store"}), ("planned", {"memory_budget": "1GiB"})):  # which stores all
+    # Within a budget of 1 GiB, the plan stores all.
+    for name, settings in (
+        ("stored", {"policy": "store"}),
+        ("planned", {"memory_budget": "1GiB"}),
+    ):  # the plan stores all
         result = train(TrainConfig(max_updates=2, out_dir=str(tmp_path / name), **settings), quiet=True)
         states.append(load_classifier(result.folder).state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

@@ -9,7 +9,7 @@ from revnet.training.run.task import BestEpoch
 HIGHEST_ACCURACY = BestEpoch("val_accuracy", is_highest=True)
 
 
-def test_random_state_goes_on_where_it_stopped():
+def test_random_state_continues_where_it_stopped():
     torch.rand(3)
     state = RandomState().state_dict()
     expected = torch.rand(4)
@@ -20,7 +20,7 @@ def test_random_state_goes_on_where_it_stopped():
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_random_state_of_a_new_run_is_left_alone():
+def test_random_state_of_a_new_run_does_not_change():
     expected = torch.get_rng_state()
     RandomState().on_train_start(None, None)
     assert torch.equal(torch.get_rng_state(), expected)
@@ -37,7 +37,7 @@ class Task:
 
 
 def time_epoch(timer, clock, seconds):
-    """Run an epoch whose updates take `seconds`, and give what was logged."""
+    """Run an epoch whose updates take `seconds`, and return the logged time of a step."""
     task, trainer = Task(), SimpleNamespace(num_training_batches=len(seconds), should_stop=False)
     timer.on_train_epoch_start(trainer, task)
     for index, duration in enumerate(seconds):
@@ -55,7 +55,7 @@ def clock(monkeypatch):
     return clock
 
 
-def test_step_timer_gives_the_median_without_the_first_updates(clock):
+def test_step_timer_logs_the_median_without_the_first_updates(clock):
     timer = StepTimer(num_warmup=3)
     assert time_epoch(timer, clock, [64.0, 64.0]) == 64.0  # nothing else to count
     assert time_epoch(timer, clock, [64.0, 1.0, 2.0, 4.0]) == 2.0
@@ -71,7 +71,7 @@ def make_trainer(epoch, **metrics):
     )
 
 
-def test_epoch_log_goes_on_where_the_checkpoint_was(tmp_path):
+def test_epoch_log_continues_from_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.csv"
     log = EpochLog(path)
     for epoch in range(2):
@@ -92,7 +92,7 @@ def test_epoch_log_goes_on_where_the_checkpoint_was(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_epoch_log_stops_a_run_that_has_diverged(tmp_path, loss):
+def test_epoch_log_stops_a_diverged_run(tmp_path, loss):
     log = EpochLog(tmp_path / "metrics.csv")
     log.on_train_epoch_start(make_trainer(0), None)
     with pytest.raises(
@@ -102,7 +102,7 @@ def test_epoch_log_stops_a_run_that_has_diverged(tmp_path, loss):
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_the_best_epoch_is_the_earliest_of_the_highest_accuracy(tmp_path):
+def test_best_epoch_is_the_earliest_with_the_highest_accuracy(tmp_path):
     files = RunFiles(tmp_path, HIGHEST_ACCURACY)
     accuracies = [0.5, 0.75, 0.25, 0.75]
     assert [files._is_best(make_trainer(i, val_accuracy=a)) for i, a in enumerate(accuracies)] == [
@@ -114,7 +114,7 @@ def test_the_best_epoch_is_the_earliest_of_the_highest_accuracy(tmp_path):
     assert files.best_score == 0.75
 
 
-def test_without_validation_the_best_epoch_is_the_last(tmp_path):
+def test_last_epoch_is_best_without_validation(tmp_path):
     files = RunFiles(tmp_path, HIGHEST_ACCURACY)
     assert all(files._is_best(make_trainer(epoch)) for epoch in range(3))
     assert files.best_score is None

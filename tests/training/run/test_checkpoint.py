@@ -31,7 +31,7 @@ def assert_same_state(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_weights_come_back_bit_for_bit(weights, tmp_path):
+def test_weights_round_trip_bit_for_bit(weights, tmp_path):
     classifier = load_classifier(weights)
     save_weights(classifier, tmp_path / "again.safetensors")
     again = load_classifier(tmp_path / "again.safetensors")
@@ -40,7 +40,7 @@ def test_weights_come_back_bit_for_bit(weights, tmp_path):
     assert not again.training
 
 
-def test_all_three_forms_of_a_run_hold_the_same_weights(folder):
+def test_folder_weights_and_checkpoint_hold_the_same_weights(folder):
     states = [
         load_classifier(path).state_dict() for path in (folder, folder / "last.safetensors", folder / "last.ckpt")
     ]
@@ -48,19 +48,19 @@ def test_all_three_forms_of_a_run_hold_the_same_weights(folder):
     assert_same_state(states[0], states[2])
 
 
-def test_a_folder_without_weights_falls_back_to_the_checkpoint(folder):
+def test_folder_without_weights_falls_back_to_the_checkpoint(folder):
     (folder / "last.safetensors").unlink()
     assert load_classifier(folder).header.model == "revnet38"
 
 
-def test_the_header_says_what_the_weights_are_of(weights):
+def test_header_describes_the_weights(weights):
     header = load_classifier(weights).header
     assert (header.model, header.data, header.preprocess) == ("revnet38", "digits", "standardize")
     assert (header.class_names, header.image_shape) == (tuple("0123456789"), (1, 8, 8))
     assert (header.num_classes, header.in_channels) == (10, 1)
 
 
-def test_weights_can_be_read_by_everyone(weights):
+def test_weights_have_ordinary_permissions(weights):
     assert weights.stat().st_mode & 0o777 == (weights.parent / "config.yaml").stat().st_mode & 0o777
 
 
@@ -72,34 +72,34 @@ def assert_refused(path, message):
 
 @pytest.mark.parametrize("name", ["last.safetensors", "last.ckpt"])
 @pytest.mark.parametrize("num_bytes", [0, 3, 1000, 5000, 500_000])
-def test_a_truncated_file_is_refused(folder, name, num_bytes):
+def test_rejects_a_truncated_file(folder, name, num_bytes):
     path = folder / name
     path.write_bytes(path.read_bytes()[:num_bytes])
     assert_refused(path, rf"{name}` is truncated or not a .* file|{name}` is truncated or not a PyTorch checkpoint")
 
 
 @pytest.mark.parametrize("name", ["last.safetensors", "last.ckpt"])
-def test_a_file_of_something_else_is_refused(folder, name):
+def test_rejects_a_file_in_another_format(folder, name):
     (folder / name).write_text("hello\n")
     assert_refused(folder / name, "is truncated or not a")
 
 
-def test_what_is_not_there_is_refused(tmp_path):
+def test_rejects_a_missing_file(tmp_path):
     assert_refused(tmp_path / "last.ckpt", "is not a file; pass a `.safetensors` or `.ckpt` file")
     assert_refused(tmp_path, "holds no last.safetensors and no last.ckpt")
 
 
-def test_weights_of_another_program_are_refused(weights):
+def test_rejects_weights_of_another_program(weights):
     save_file(load_file(weights), weights)
     assert_refused(weights, "was not written by `revnet train`")
 
 
-def test_a_checkpoint_of_another_program_is_refused(tmp_path):
+def test_rejects_a_checkpoint_of_another_program(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert_refused(tmp_path / "other.ckpt", "was not written by `revnet train`")
 
 
-def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+def test_does_not_execute_code_in_a_checkpoint(tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pickled.ckpt")
     assert_refused(tmp_path / "pickled.ckpt", "is truncated or not a PyTorch checkpoint")
 
@@ -111,43 +111,43 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path):
         ("revnet83", "cannot be rebuilt: .*'revnet83'"),
     ],
 )
-def test_weights_of_another_model_are_refused(weights, model, message):
+def test_rejects_weights_of_another_model(weights, model, message):
     save_file(load_file(weights), weights, metadata(weights) | {"model": model})
     assert_refused(weights, message)
 
 
-def test_another_shape_is_refused_with_both_shapes(weights):
+def test_rejects_another_shape_and_names_both(weights):
     tensors = load_file(weights)
     tensors["model.head.bias"] = torch.zeros(7)
     save_file(tensors, weights, metadata(weights))
     assert_refused(weights, r"`model.head.bias` is \(7,\) in the file and \(10,\) in the model")
 
 
-def test_a_missing_tensor_is_refused(weights):
+def test_rejects_a_missing_tensor(weights):
     tensors = load_file(weights)
     del tensors["model.head.bias"]
     save_file(tensors, weights, metadata(weights))
     assert_refused(weights, "does not fit the model revnet38: it lacks the tensor `model.head.bias`")
 
 
-def test_a_superfluous_tensor_is_refused(weights):
+def test_rejects_a_superfluous_tensor(weights):
     save_file(load_file(weights) | {"model.tail": torch.zeros(1)}, weights, metadata(weights))
     assert_refused(weights, "the model has no tensor `model.tail`")
 
 
-def test_lost_preprocessing_is_refused(weights):
+def test_rejects_weights_without_preprocessing(weights):
     tensors = load_file(weights)
     del tensors["preprocess.mean"]
     save_file(tensors, weights, metadata(weights))
     assert_refused(weights, "lacks the tensors of its preprocessing")
 
 
-def test_a_later_format_is_refused(weights):
+def test_rejects_a_later_format(weights):
     save_file(load_file(weights), weights, metadata(weights) | {"format": "2", "revnet_version": "9.0"})
     assert_refused(weights, "has format 2 of revnet 9.0, this is revnet .*; update revnet")
 
 
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(folder, monkeypatch):
+def test_checkpoint_is_written_atomically(folder, monkeypatch):
     path = folder / "last.ckpt"
     before = path.read_bytes()
 

@@ -16,7 +16,7 @@ from revnet.training.run.progress import EpochLines, RunBar, make_progress
         (True, {"TERM": "dumb"}, EpochLines),
     ],
 )
-def test_the_bar_is_for_terminals_only(monkeypatch, is_terminal, variables, expected):
+def test_bar_is_for_terminals_only(monkeypatch, is_terminal, variables, expected):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     for name, value in variables.items():
@@ -44,7 +44,7 @@ def test_elsewhere_there_is_a_heading_and_a_line_per_epoch_and_nothing_else(out_
     assert re.fullmatch(r"epoch 2/2  loss \d\.\d{4}  validation \d+\.\d\d %  [\d,]+ images/s  \d+\.\d s", lines[-1])
 
 
-def test_on_a_terminal_there_is_one_bar_for_the_whole_run(out_dir, capfd, monkeypatch):
+def test_terminal_shows_one_bar_for_the_whole_run(out_dir, capfd, monkeypatch):
     monkeypatch.setattr("revnet.training.run.execute.make_progress", RunBar)
     train(TrainConfig(epochs=2, batch_size=400, out_dir=out_dir))
     output, errors = capfd.readouterr()

@@ -1,1 +1,1 @@
-"""What the three families share: one run from start to end, and the files in its folder."""
+"""The run, as the three families share it: from start to end, with the files in its folder."""
