@@ -44,6 +44,9 @@ class ClassifierHeader(AbstractHeader):
     is_exact: bool = False
     """Whether the streams of reversible blocks lie on a fixed-point grid, with rounded residuals."""
 
+    def __post_init__(self) -> None:
+        _channels, _height, _width = self.image_shape  # a header of another shape is not revnet's
+
     @property
     def num_classes(self) -> int:
         """Number of logits."""
@@ -73,7 +76,7 @@ class Classifier(SavedModule):
 
     @classmethod
     def create(cls, header: ClassifierHeader, preprocess: Preprocess, **options: Any) -> Self:
-        """Make a classifier with freshly drawn weights; `options` go to the model, such as `policy=Store()`."""
+        """Make a classifier with random weights; the model takes the `options`, such as `policy=Store()`."""
         model = create_model(header.model, num_classes=header.num_classes, in_channels=header.in_channels, **options)
         # Weights in this layout carry all activations into it, for which convolutions of few channels are faster.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's stubs lack it

@@ -78,8 +78,9 @@ class ImageDensity(SavedModule):
             Kingma and Dhariwal (2018), Glow, section 3.1: data-dependent initialization.
         """
         codes, _ = self.model(self.dequantize(images, generator))
-        of_noise = 1 / (math.sqrt(12) * self.header.num_levels)  # a single image has no deviation of its own
-        deviations = codes.std(0) if len(codes) > 1 else torch.full_like(codes[0], of_noise)
+        # A single image has no deviation; then the deviation of the noise must do.
+        noise_deviation = 1 / (math.sqrt(12) * self.header.num_levels)
+        deviations = codes.std(0) if len(codes) > 1 else torch.full_like(codes[0], noise_deviation)
         self.model.log_scale.add_((_DEVIATIONS[self.model.prior] / deviations).log())
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

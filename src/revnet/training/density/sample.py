@@ -20,8 +20,8 @@ Missing = Literal["top", "bottom", "left", "right", "random"]
 
 _NUM_INPAINTED = 20
 
-# The paper's first step of 0.1 is too large for a density as steep as the one of digits, whose margins are all dark: it
-# throws pixels from one bound to the other. Noise with the weight of the gradient would be negligible against it.
+# The paper's first step of 0.1 is too large for a density as steep as on digits, whose margins are all dark: it throws
+# pixels from one bound to the other. Noise with the same weight as the gradient would be negligible.
 _STEP_SIZE = 0.001
 _NOISE = 10.0
 

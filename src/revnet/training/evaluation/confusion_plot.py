@@ -32,10 +32,8 @@ def plot_confusion(confusion: Confusion, path: Path, title: str) -> None:
     _draw_cells(axes, counts)
     if len(rows) <= _NAMES_UP_TO:
         fontsize = min(10.0, 60 * size / len(rows))
-        style: dict[str, Any] = {
-            "fontsize": fontsize,
-            "parse_math": False,
-        }  # a dollar sign in a name does not start a formula
+        # Without `parse_math`, a dollar sign in a name starts no formula.
+        style: dict[str, Any] = {"fontsize": fontsize, "parse_math": False}
         axes.set_xticks(range(len(columns)), [_shorten(name) for name in columns], rotation=90, **style)
         axes.set_yticks(range(len(rows)), [_shorten(name) for name in rows], **style)
     counted = "" if len(rows) <= _NAMES_UP_TO else ", counted from 0"

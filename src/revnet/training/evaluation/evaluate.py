@@ -22,7 +22,7 @@ from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.checkpoint import find_weights
 
 EVALUATION_BATCH_SIZE = 500
-"""Images per batch, up to a size of 64x64."""
+"""Images per batch, for images up to 64x64."""
 
 _Batch = tuple[Tensor, Tensor]
 
@@ -129,7 +129,7 @@ def _count(
         truths = logit_of_label[labels]
         logits = classifier(images.to(device)).cpu().double()
         counts.index_put_((truths, logits.argmax(dim=1)), torch.ones_like(truths), accumulate=True)
-        # Among equal logits the true class comes first, as in `argmax`; among NaN it comes last.
+        # The true class ranks first among equal logits, and last among NaN.
         is_before = ~(logits <= logits.gather(1, truths[:, None]))
         num_top5_errors += int((is_before.sum(dim=1) >= 5).sum())
         cross_entropy += float(F.cross_entropy(logits, truths, reduction="sum"))
