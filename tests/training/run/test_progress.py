@@ -25,7 +25,7 @@ def test_bar_is_for_terminals_only(monkeypatch, is_terminal, variables, expected
     assert type(make_progress()) is expected
 
 
-def test_elsewhere_there_is_a_heading_and_a_line_per_epoch_and_nothing_else(out_dir, capfd):
+def test_other_output_gets_a_heading_and_a_line_per_epoch(out_dir, capfd):
     train(TrainConfig(epochs=2, batch_size=400, out_dir=out_dir))
     output, errors = capfd.readouterr()
     assert errors == ""
@@ -52,6 +52,6 @@ def test_terminal_shows_one_bar_for_the_whole_run(out_dir, capfd, monkeypatch):
     assert len(re.findall("epoch 2/2.*100%.*loss.*validation", output)) == 1
 
 
-def test_quiet_is_quiet(out_dir, capfd):
+def test_quiet_prints_nothing(out_dir, capfd):
     train(TrainConfig(epochs=1, batch_size=1000, out_dir=out_dir), quiet=True)
     assert capfd.readouterr() == ("", "")
