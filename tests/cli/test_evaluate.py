@@ -44,11 +44,11 @@ def test_the_files_lie_beside_the_checkpoint(revnet, run_dir, tmp_path):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: checkpoint"),
-        (["no/such/file.ckpt"], "`no/such/file.ckpt` is no file; pass a `.safetensors` or `.ckpt` file"),
+        (["no/such/file.ckpt"], "`no/such/file.ckpt` is not a file; pass a `.safetensors` or `.ckpt` file"),
         (["."], "`.` holds no last.safetensors and no last.ckpt"),
         (["empty.ckpt"], "`empty.ckpt` is truncated or not a PyTorch checkpoint"),
         (["empty.safetensors"], "`empty.safetensors` is truncated or not a safetensors file"),
-        (["empty.ckpt", "--device", "abacus"], "`device` (='abacus') is no device; pass auto, cpu"),
+        (["empty.ckpt", "--device", "abacus"], "`device` (='abacus') is not a device; pass auto, cpu"),
         (["empty.ckpt", "--batch-size", "0"], "`batch_size` (=0) must be 1 or more"),
         (["empty.ckpt", "--batch-size", "many"], "`--batch-size` (=many) must be an integer"),
         (["empty.ckpt", "--num-workers", "-1"], "`num_workers` (=-1) must be 0 or more"),

@@ -120,18 +120,18 @@ def test_generate_continues_the_prompt(revnet, runs):
         (["train", "--config", "digits/quick/nice"], "is for another task; its `task` says which"),
         (
             ["sample", "{runs}/lm"],
-            "is a language model, which has no prior to sample images from; use `revnet generate`",
+            "holds a language model, not a density of images; use `revnet generate`",
         ),
         (["sample", "{runs}/nice", "--inpaint", "middle"], "`--inpaint` (=middle) must be `top` or `bottom` or `left`"),
         (["sample", "{runs}/nice", "--num", "0"], "`num` (=0) must be 1 or more"),
         (["sample", "{runs}/nice", "--temperature", "-1"], "`temperature` (=-1.0) must be a finite number 0 or more"),
-        (["sample", "nowhere"], "`nowhere` is no file"),
-        (["generate", "{runs}/nice"], "is a density of images, which writes no text; use `revnet sample`"),
+        (["sample", "nowhere"], "`nowhere` is not a file"),
+        (["generate", "{runs}/nice"], "holds a density of images, not a language model; use `revnet sample`"),
         (["generate", "{runs}/lm", "--prompt", "Ö"], "`prompt` has the character 'Ö', which is not among the 22"),
         (["generate", "{runs}/lm", "--top-p", "2"], "`top_p` (=2.0) must be a finite number above 0 and at most 1"),
-        (["evaluate", "{runs}/nice"], "is a density of images, which knows no classes; use `revnet sample`"),
-        (["evaluate", "{runs}/lm"], "is a language model, which knows no classes; use `revnet generate`"),
-        (["predict", "{runs}/lm", "image.png"], "is a language model, which knows no classes; use `revnet generate`"),
+        (["evaluate", "{runs}/nice"], "holds a density of images, not a classifier; use `revnet sample`"),
+        (["evaluate", "{runs}/lm"], "holds a language model, not a classifier; use `revnet generate`"),
+        (["predict", "{runs}/lm", "image.png"], "holds a language model, not a classifier; use `revnet generate`"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(assert_refused, runs, tmp_path, monkeypatch, arguments, message):
@@ -141,6 +141,4 @@ def test_a_mistake_is_told_in_one_line(assert_refused, runs, tmp_path, monkeypat
 
 
 def test_a_classifier_has_no_prior(assert_refused, run_dir):
-    assert_refused(
-        ["sample", run_dir], "is a classifier, which has no prior to sample images from; use `revnet evaluate` or"
-    )
+    assert_refused(["sample", run_dir], "holds a classifier, not a density of images; use `revnet evaluate` or")

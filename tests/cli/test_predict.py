@@ -87,7 +87,7 @@ def test_a_file_that_is_no_image_does_not_keep_the_others_from_being_named(revne
     [
         ([], "the following arguments are required: checkpoint, images"),
         (["run"], "the following arguments are required: images"),
-        (["no/such/run", "0_0.png"], "`no/such/run` is no file; pass a `.safetensors` or `.ckpt` file"),
+        (["no/such/run", "0_0.png"], "`no/such/run` is not a file; pass a `.safetensors` or `.ckpt` file"),
         (
             ["run", "0_0.png", "--top", "1", "0_1.png", "b c.png"],
             "`0_1.png b c.png` stands apart from the other IMAGES; write them one after the other.",
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_image_does_not_keep_the_others_from_being_named(revne
         (["run", "--images", "0_0.png"], "unknown option `--images`; `revnet predict --help` lists them all"),
         (["run", "0_0.png", "--top", "0"], "`top` (=0) must be 1 or more"),
         (["run", "0_0.png", "--top", "many"], "`--top` (=many) must be an integer"),
-        (["run", "0_0.png", "--device", "abacus"], "`device` (='abacus') is no device"),
+        (["run", "0_0.png", "--device", "abacus"], "`device` (='abacus') is not a device"),
         (["run", "0_0.png", "--csv", "no/such/folder.csv"], "`--csv` (=no/such/folder.csv) must be a file in a folder"),
         (["run", "0_0.png", "--csv", "."], "`--csv` (=.) must be a file in a folder that exists"),
     ],

@@ -75,7 +75,7 @@ def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refuse
         (["--decay-at", "0.5"], "`--decay-at` (=0.5) must be a list in brackets"),
         (["--precision", "16"], "`--precision` (=16) must be `32-true` or `bf16-mixed`"),
         (["--memory-budget", "16 apples"], "`memory_budget` (='16 apples') must be a number of bytes with a unit"),
-        (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`policy` (='checkpoint') is planned for each block"),
+        (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`policy` (='checkpoint') does not go with a"),
         (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
         (["--model", "revnet83"], "did you mean 'revnet38'?"),
         (["--data", "no/such/folder"], "does not exist"),
@@ -111,7 +111,7 @@ def test_a_file_of_bytes_is_no_config(assert_refused, run_dir):
 
 
 def test_a_folder_that_is_taken_is_refused(assert_refused, run_dir):
-    assert_refused(["train", "--out-dir", run_dir], "is not empty; pass a new folder, or go on with the run in it by")
+    assert_refused(["train", "--out-dir", run_dir], "is not empty; pass a new folder, or continue the run in it with")
 
 
 def start(*arguments):
@@ -144,7 +144,7 @@ def test_a_process_that_is_stopped_can_be_resumed(revnet, tmp_path, number):
         assert process.returncode == 128 + number
         assert (
             errors
-            == f"\nrevnet train: stopped; `revnet train --resume {folder}` goes on after the last finished epoch.\n"
+            == f"\nrevnet train: stopped; `revnet train --resume {folder}` continues after the last finished epoch.\n"
         )
     # The settings of a shorter run, so that resuming has something to finish.
     settings = (folder / "config.yaml").read_text()

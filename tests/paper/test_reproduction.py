@@ -6,7 +6,7 @@ import pytest
 from revnet.paper.reproduction import reproduce
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainingInterrupted
-from revnet.training.callbacks import RunFiles
+from revnet.training.run.callbacks import RunFiles
 
 # The recipe for digits, in the place of a table that would take hours.
 TABLE = Table(

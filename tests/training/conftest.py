@@ -7,7 +7,7 @@ from revnet.training import TrainConfig, TrainResult, train
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """A run of two epochs. Its folder is shared by many tests: copy it before changing anything."""
+    """A run of two epochs in a folder that many tests share: copy it before you change anything."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return train(TrainConfig(epochs=2, out_dir=str(folder)), quiet=True)
 

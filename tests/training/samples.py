@@ -1,25 +1,29 @@
-"""Small classifiers and data sets, whose answers are known or do not matter."""
+"""Small classifiers and data sets, with known or arbitrary answers."""
 
+import csv
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from revnet.data import ImageDataset, ImageSplit, Preprocess
-from revnet.training._checkpoint import save_weights
-from revnet.training.classifier import Classifier, Header
+from revnet.training.classification.model import Classifier, ClassifierHeader
+from revnet.training.run.callbacks import RunFiles
+from revnet.training.run.checkpoint import save_weights
 from tests.data.samples import encode, random_images
 
 
-def make_header(class_names=("cat", "dog", "frog"), image_shape=(3, 8, 8), **options) -> Header:
+def make_header(class_names=("cat", "dog", "frog"), image_shape=(3, 8, 8), **options) -> ClassifierHeader:
     options = {"model": "resnet32", "data": "pets", "preprocess": "standardize"} | options
-    return Header(class_names=tuple(class_names), image_shape=image_shape, **options)
+    return ClassifierHeader(class_names=tuple(class_names), image_shape=image_shape, **options)
 
 
 class SayPixels(nn.Module):
-    """Takes the pixels of the first row for logits."""
+    """A classifier whose logits are the pixels of the first row."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: ClassifierHeader) -> None:
         super().__init__()
         self.header = header
 
@@ -28,15 +32,15 @@ class SayPixels(nn.Module):
 
 
 def make_dataset(answers: Tensor, labels: Tensor, class_names, name: str = "pets") -> ImageDataset:
-    """Images for which `SayPixels` gives `answers` as logits: (N, K), 0 to 255."""
+    """Return images for which `SayPixels` returns `answers`, (N, K) from 0 to 255, as logits."""
     images = torch.zeros(len(labels), 1, 1, answers.shape[1], dtype=torch.uint8)
     images[:, 0, 0] = answers.to(torch.uint8)
     split = ImageSplit(images, labels)
     return ImageDataset(name=name, train=split, test=split, class_names=tuple(class_names))
 
 
-def save_checkpoint(path: Path, header: Header) -> Path:
-    """A file of freshly drawn weights."""
+def save_checkpoint(path: Path, header: ClassifierHeader) -> Path:
+    """Write a file of random weights."""
     channels = header.in_channels
     preprocess = Preprocess(torch.full((channels, 1, 1), 128.0), torch.full((channels, 1, 1), 64.0))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +49,7 @@ def save_checkpoint(path: Path, header: Header) -> Path:
 
 
 def write_images(folder: Path, num_images: int, height: int = 24, width: int = 32, seed: int = 0) -> list[Path]:
-    """PNG files of noise."""
+    """Write PNG files of noise."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{seed}_{number}.png" for number in range(num_images)]
     for file, image in zip(files, random_images(num_images, 3, height, width, seed), strict=True):
@@ -54,8 +58,30 @@ def write_images(folder: Path, num_images: int, height: int = 24, width: int = 3
 
 
 def write_image_folder(folder: Path, class_names=("cat", "dog", "frog"), num_images: int = 2) -> Path:
-    """A data set of PNG files in the layout of ImageNet."""
+    """Write a data set of PNG files in the layout of ImageNet."""
     for part, seed in (("train", 0), ("val", 100)):
         for number, name in enumerate(class_names):
             write_images(folder / part / name, num_images, seed=seed + number)
     return folder
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    """Read the log of a run."""
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def stop_after_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, stop: Callable[[], object] = interrupt) -> None:
+    """Make a run call `stop` once the files of `epoch` have been written."""
+    write_files = RunFiles.on_train_epoch_end
+
+    def write_files_and_stop(self, trainer, pl_module):
+        write_files(self, trainer, pl_module)
+        if trainer.current_epoch + 1 == epoch:
+            stop()
+
+    monkeypatch.setattr(RunFiles, "on_train_epoch_end", write_files_and_stop)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from revnet.training._device import find_device
+from revnet.training.device import find_device
 
 
-def test_devices_have_their_usual_names(monkeypatch):
+def test_finds_devices_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name in ("cpu", "cuda", "cuda:1"):
@@ -14,7 +14,7 @@ def test_devices_have_their_usual_names(monkeypatch):
         find_device("cuda:2")
 
 
-def test_auto_takes_what_there_is(monkeypatch):
+def test_auto_takes_the_available_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for has_mps, expected in ((True, "mps"), (False, "cpu")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda has_mps=has_mps: has_mps)
@@ -23,7 +23,9 @@ def test_auto_takes_what_there_is(monkeypatch):
         find_device("mps")
 
 
-@pytest.mark.parametrize(("name", "rule"), [("abacus", "is no device"), ("", "is no device"), ("meta", "is of a kind")])
-def test_other_names_are_refused(name, rule):
+@pytest.mark.parametrize(
+    ("name", "rule"), [("abacus", "is not a device"), ("", "is not a device"), ("meta", "is of a type")]
+)
+def test_rejects_other_names(name, rule):
     with pytest.raises(ValueError, match=rf"`device` \(='{name}'\) {rule}.*; pass auto, cpu, cuda, cuda:1, or mps"):
         find_device(name)

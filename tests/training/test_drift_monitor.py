@@ -1,4 +1,4 @@
-"""The monitor writes down the drift of the updates themselves, and changes nothing of a run."""
+"""The monitor records the drift of the updates themselves and does not change the run."""
 
 import csv
 
@@ -13,12 +13,12 @@ from revnet.coupling import FixedPoint
 from revnet.nn import set_coupling
 from revnet.numerics import measure_drift
 from revnet.training import DriftMonitor, TrainConfig, load_classifier, resume, train
-from revnet.training._trainer import quiet
+from revnet.training.run.trainer import quiet
 from tests.helpers import mlp
 
 
 class OwnModule(lightning.LightningModule):
-    """What a user writes."""
+    """A module as a user writes it."""
 
     def __init__(self, depth=3):
         super().__init__()
@@ -57,7 +57,7 @@ def make_module(**options):
     return OwnModule(**options)
 
 
-def test_a_module_of_ones_own_is_watched_and_trains_the_same(tmp_path):
+def test_monitors_a_user_module_without_changing_it(tmp_path):
     plain, watched = make_module(), make_module()
     run(plain)
     monitor = DriftMonitor(4, path=tmp_path / "drift.csv")
@@ -77,7 +77,7 @@ def test_a_module_of_ones_own_is_watched_and_trains_the_same(tmp_path):
     assert float(rows[3]["error"]) == monitor.measured[4].blocks[0].error
 
 
-def test_what_is_measured_is_the_update_itself():
+def test_measures_the_update_itself():
     module, monitor = make_module(), DriftMonitor(100)
     torch.manual_seed(5)
     first = torch.randn(48, 8)[:8]
@@ -86,7 +86,7 @@ def test_what_is_measured_is_the_update_itself():
     assert [block.error for block in monitor.measured[0].blocks] == [block.error for block in expected.blocks]
 
 
-def test_gradients_on_request_and_the_run_is_the_same(tmp_path):
+def test_measures_gradients_without_changing_the_run(tmp_path):
     plain, watched = make_module(), make_module()
     run(plain)
     monitor = DriftMonitor(6, path=tmp_path / "drift.csv", loss=OwnModule.loss)
@@ -97,7 +97,7 @@ def test_gradients_on_request_and_the_run_is_the_same(tmp_path):
     assert "net.blocks.0" in (tmp_path / "drift.csv").read_text()
 
 
-def test_of_the_batches_of_one_update_the_first_is_measured():
+def test_measures_the_first_batch_of_an_update():
     monitor = DriftMonitor(1)
     run(make_module(), monitor, num_epochs=1, accumulate=3)
     assert list(monitor.measured) == [0, 1]
@@ -110,7 +110,7 @@ def test_exact_runs_have_no_drift():
     assert [drift.error for drift in monitor.measured.values()] == [0, 0, 0]
 
 
-def test_a_module_of_which_nothing_is_rebuilt_is_refused():
+def test_rejects_a_module_without_reversible_blocks():
     module = make_module()
     module.net = nn.Linear(8, 8)
     with pytest.raises(ValueError, match="`DriftMonitor` found no reversible block in OwnModule"):
@@ -125,7 +125,7 @@ def test_a_module_of_which_nothing_is_rebuilt_is_refused():
         ({"loss": 3}, TypeError, r"`loss` \(=3\) must be a function"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, error, message):
+def test_rejects_invalid_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         DriftMonitor(**arguments)
 
@@ -140,7 +140,7 @@ class StopAfter(lightning.Callback):
 
 
 @pytest.mark.parametrize("mode", [{"exact": True}, {"tolerance": 1e-6}], ids=["exact", "tolerance"])
-def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path, mode):
+def test_resumed_run_has_the_same_figures_and_weights(tmp_path, mode):
     config = {"epochs": 3, "batch_size": 400, "drift_every": 2, **mode}
     whole = train(TrainConfig(**config, out_dir=str(tmp_path / "whole")), quiet=True)
     with pytest.raises(KeyboardInterrupt):
@@ -157,14 +157,16 @@ def test_a_run_that_is_resumed_has_the_same_figures_and_weights(tmp_path, mode):
     model = load_classifier(whole.folder).model
     if "exact" in mode:
         assert [(row["drift"], row["keyframes"]) for row in rows] == [("0.0", "0.0")] * 3
-        # The weights remember what they are of.
+        # The header of the weights remembers the coupling.
         assert all(block.coupling == FixedPoint() for block in model.stages[0].reversible)
     else:
         assert all(0 < float(row["drift"]) <= 1e-6 and float(row["keyframes"]) >= 1 for row in rows)
 
 
-def test_what_rebuilds_nothing_has_no_exact_mode():
+def test_rejects_reversible_settings_for_other_models():
     for setting in ({"exact": True}, {"tolerance": 1e-3}, {"drift_every": 5}):
         (name,) = setting
-        with pytest.raises(ValueError, match=rf"`{name}` \(=.*\) is for reversible models; resnet32 rebuilds nothing"):
+        with pytest.raises(
+            ValueError, match=rf"`{name}` \(=.*\) is for reversible models; resnet32 reconstructs nothing"
+        ):
             train(TrainConfig(model="resnet32", **setting), quiet=True)

@@ -1,25 +1,28 @@
+from dataclasses import fields
+from typing import get_args
+
 import pytest
 
 from revnet.errors import CheckpointError
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig, resume
-from revnet.training._settings import task_of
+from revnet.training.settings import read_task
 
 
 @pytest.mark.parametrize(("config", "task"), [(TrainConfig(), None), (NiceConfig(), "nice"), (LanguageConfig(), "lm")])
-def test_a_file_of_settings_says_what_it_is_for(tmp_path, config, task):
+def test_settings_file_names_its_task(tmp_path, config, task):
     config.save(tmp_path / "config.yaml")
-    assert task_of(tmp_path / "config.yaml") == task
+    assert read_task(tmp_path / "config.yaml") == task
     assert type(config).load(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(("kind", "command"), [(NiceConfig, "nice"), (LanguageConfig, "lm")])
-def test_an_unknown_setting_is_told_with_the_command_that_lists_them(tmp_path, kind, command):
+def test_unknown_setting_names_the_command_that_lists_them(tmp_path, kind, command):
     (tmp_path / "config.yaml").write_text(f"task: {command}\nepoch: 3\n")
     with pytest.raises(ValueError, match=rf"unknown setting `epoch`; `revnet train {command} --help` lists them all"):
         kind.load(tmp_path / "config.yaml")
 
 
-def test_a_task_of_a_later_version_is_told(tmp_path):
+def test_rejects_an_unknown_task(tmp_path):
     (tmp_path / "config.yaml").write_text("task: glow\n")
     with pytest.raises(
         CheckpointError, match=r"is for the task `glow`, which this revnet does not know; update revnet"
@@ -27,11 +30,16 @@ def test_a_task_of_a_later_version_is_told(tmp_path):
         resume(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [NiceConfig, LanguageConfig])
-def test_every_field_has_its_sentence(kind):
-    from dataclasses import fields
-
+@pytest.mark.parametrize("kind", [TrainConfig, NiceConfig, LanguageConfig])
+def test_every_field_is_documented(kind):
     import docstring_parser
 
     documented = {param.arg_name for param in docstring_parser.parse_from_object(kind).params}
     assert documented >= {field.name for field in fields(kind)}
+
+
+@pytest.mark.parametrize("config_type", [TrainConfig, NiceConfig, LanguageConfig])
+def test_every_number_has_a_rule(config_type):
+    for field in fields(config_type):
+        if {int, float} & {field.type, *get_args(field.type)}:
+            assert "check" in field.metadata, field.name

@@ -1,7 +1,9 @@
-"""The room as a whole: its names, and what it needs."""
+"""The names of the package, and its dependencies."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import revnet.training
 
@@ -10,7 +12,7 @@ def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_exported_names_are_these():
+def test_exported_names_are_sorted_and_exist():
     assert revnet.training.__all__ == sorted(revnet.training.__all__, key=str.lower)
     assert all(hasattr(revnet.training, name) for name in revnet.training.__all__)
     assert dir(revnet.training) == sorted(revnet.training.__all__)
@@ -21,7 +23,7 @@ def test_settings_need_no_torch():
     assert run_python(code) == "False"
 
 
-def test_a_missing_package_is_told_with_the_command_that_installs_it():
+def test_missing_package_names_the_install_command():
     code = (
         "import sys; sys.modules['lightning'] = None\n"
         "import revnet.training\n"
@@ -29,3 +31,10 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it():
         "except revnet.MissingDependencyError as error: print(error)"
     )
     assert run_python(code) == "training needs lightning, which is not installed; run `pip install 'revnet[train]'`."
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(revnet.training.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert imported == {name: f"revnet.training.{module}" for name, module in revnet.training._HOME.items()}

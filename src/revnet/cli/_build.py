@@ -18,7 +18,7 @@ from revnet.cli._step import StepFlags
 from revnet.errors import RevnetError
 from revnet.memory import format_bytes
 from revnet.models import published_image_size
-from revnet.training._device import find_device
+from revnet.training.device import find_device
 
 _OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, momentum=0.9),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from revnet.errors import MissingDependencyError
-from revnet.training._checks import check_integer
+from revnet.training.checks import check_integer
 from revnet.training.choices import Precision
 
 InputDtype = Literal["float32", "int64"]

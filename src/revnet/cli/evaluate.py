@@ -41,7 +41,7 @@ def evaluate(
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)  # told now, not after an hour
 
     from revnet import training
-    from revnet.training.evaluation_report import report_evaluation
+    from revnet.training.evaluation.evaluation_report import report_evaluation
 
     result = training.evaluate(
         checkpoint,

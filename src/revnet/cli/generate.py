@@ -33,7 +33,7 @@ def generate(
         seed: Which of all possible texts.
         device: Where to compute: auto, cpu, cuda, cuda:1, mps.
     """
-    from revnet.training._checks import check_integer, check_number
+    from revnet.training.checks import check_integer, check_number
 
     check_integer("num", num, at_least=1)
     check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
@@ -46,7 +46,7 @@ def generate(
     import torch
 
     from revnet.training import load_language_model
-    from revnet.training._device import find_device
+    from revnet.training.device import find_device
 
     place = find_device(device)
     model = load_language_model(checkpoint).to(place)

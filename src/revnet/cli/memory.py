@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
-from revnet.training._checks import check_integer
+from revnet.training.checks import check_integer
 from revnet.training.choices import Policy, Precision
 
 

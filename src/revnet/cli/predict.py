@@ -27,7 +27,7 @@ def predict(checkpoint: str, images: list[str], *, top: int = 5, csv: str | None
     if table is not None and (table.is_dir() or not table.parent.is_dir()):
         raise ValueError(f"`--csv` (={csv}) must be a file in a folder that exists; make the folder, or name a file.")
 
-    from revnet.training.prediction import predict_each, save_predictions
+    from revnet.training.evaluation.predict_images import predict_each, save_predictions
 
     errors = []
 

@@ -45,7 +45,7 @@ def sample(
         output_dir: Folder for the pictures; that of the checkpoint if not given.
         device: Where to compute: auto, cpu, cuda, cuda:1, mps.
     """
-    from revnet.training._checks import check_integer, check_number
+    from revnet.training.checks import check_integer, check_number
 
     check_integer("num", num, at_least=1)
     check_integer("steps", steps, at_least=1)

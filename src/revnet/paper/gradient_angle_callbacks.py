@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revnet.paper.gradient_angle import GradientError, gradient_errors
-from revnet.training.task import Batch, ClassificationTask
+from revnet.training.classification.task import Batch, ClassificationTask
 
 
 class GradientAngle(Callback):

@@ -1,90 +1,67 @@
-"""Training on Lightning: settings, a run from start to end, and the files that it leaves.
+"""Training with Lightning: settings, runs, and the files that a run writes.
 
-The names below load PyTorch and Lightning when they are first used, so that the command line can check its flags, or
-print its help, without them.
+PyTorch and Lightning load when a name that needs them is first used. The command line can check its flags and print its
+help without them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from revnet.errors import MissingDependencyError
-from revnet.training.config import TrainConfig as TrainConfig
-from revnet.training.language_config import LanguageConfig as LanguageConfig
-from revnet.training.nice_config import NiceConfig as NiceConfig
 
-if TYPE_CHECKING:
-    from revnet.training._checkpoint import load_classifier as load_classifier
-    from revnet.training.classifier import Classifier as Classifier
-    from revnet.training.confusion import Confusion as Confusion
-    from revnet.training.density import ImageDensity as ImageDensity
-    from revnet.training.density import load_density as load_density
-    from revnet.training.density_result import DensityResult as DensityResult
+if TYPE_CHECKING:  # The names of `_HOME`, for type checkers; a test compares the two.
+    from revnet.training.classification.config import TrainConfig as TrainConfig
+    from revnet.training.classification.model import Classifier as Classifier
+    from revnet.training.classification.model import load_classifier as load_classifier
+    from revnet.training.classification.result import TrainResult as TrainResult
+    from revnet.training.density.config import NiceConfig as NiceConfig
+    from revnet.training.density.model import ImageDensity as ImageDensity
+    from revnet.training.density.model import load_density as load_density
+    from revnet.training.density.result import DensityResult as DensityResult
+    from revnet.training.density.sample import Samples as Samples
+    from revnet.training.density.sample import sample as sample
     from revnet.training.drift_monitor import DriftMonitor as DriftMonitor
-    from revnet.training.evaluate_result import EvaluateResult as EvaluateResult
-    from revnet.training.evaluation import evaluate as evaluate
-    from revnet.training.language_model import LanguageModel as LanguageModel
-    from revnet.training.language_model import load_language_model as load_language_model
-    from revnet.training.language_result import LanguageResult as LanguageResult
-    from revnet.training.prediction import Prediction as Prediction
-    from revnet.training.prediction import predict as predict
-    from revnet.training.results import TrainResult as TrainResult
-    from revnet.training.run import TrainingInterrupted as TrainingInterrupted
-    from revnet.training.run import resume as resume
-    from revnet.training.run import train as train
-    from revnet.training.run_result import RunResult as RunResult
-    from revnet.training.sampling import Samples as Samples
-    from revnet.training.sampling import sample as sample
+    from revnet.training.entry import resume as resume
+    from revnet.training.entry import train as train
+    from revnet.training.evaluation.confusion import Confusion as Confusion
+    from revnet.training.evaluation.evaluate import evaluate as evaluate
+    from revnet.training.evaluation.evaluate_result import EvaluateResult as EvaluateResult
+    from revnet.training.evaluation.predict_images import ImagePrediction as ImagePrediction
+    from revnet.training.evaluation.predict_images import predict_images as predict_images
+    from revnet.training.language.config import LanguageConfig as LanguageConfig
+    from revnet.training.language.model import LanguageModel as LanguageModel
+    from revnet.training.language.model import load_language_model as load_language_model
+    from revnet.training.language.result import LanguageResult as LanguageResult
+    from revnet.training.run.execute import TrainingInterrupted as TrainingInterrupted
+    from revnet.training.run.run_result import RunResult as RunResult
 
 _HOME = {
-    "Classifier": "classifier",
-    "Confusion": "confusion",
-    "DensityResult": "density_result",
+    "Classifier": "classification.model",
+    "Confusion": "evaluation.confusion",
+    "DensityResult": "density.result",
     "DriftMonitor": "drift_monitor",
-    "EvaluateResult": "evaluate_result",
-    "ImageDensity": "density",
-    "LanguageModel": "language_model",
-    "LanguageResult": "language_result",
-    "Prediction": "prediction",
-    "RunResult": "run_result",
-    "Samples": "sampling",
-    "TrainResult": "results",
-    "TrainingInterrupted": "run",
-    "evaluate": "evaluation",
-    "load_classifier": "_checkpoint",
-    "load_density": "density",
-    "load_language_model": "language_model",
-    "predict": "prediction",
-    "resume": "run",
-    "sample": "sampling",
-    "train": "run",
+    "evaluate": "evaluation.evaluate",
+    "EvaluateResult": "evaluation.evaluate_result",
+    "ImageDensity": "density.model",
+    "ImagePrediction": "evaluation.predict_images",
+    "LanguageConfig": "language.config",
+    "LanguageModel": "language.model",
+    "LanguageResult": "language.result",
+    "load_classifier": "classification.model",
+    "load_density": "density.model",
+    "load_language_model": "language.model",
+    "NiceConfig": "density.config",
+    "predict_images": "evaluation.predict_images",
+    "resume": "entry",
+    "RunResult": "run.run_result",
+    "sample": "density.sample",
+    "Samples": "density.sample",
+    "train": "entry",
+    "TrainConfig": "classification.config",
+    "TrainingInterrupted": "run.execute",
+    "TrainResult": "classification.result",
 }
-
-__all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
-    "Classifier",
-    "Confusion",
-    "DensityResult",
-    "DriftMonitor",
-    "evaluate",
-    "EvaluateResult",
-    "ImageDensity",
-    "LanguageConfig",
-    "LanguageModel",
-    "LanguageResult",
-    "load_classifier",
-    "load_density",
-    "load_language_model",
-    "NiceConfig",
-    "predict",
-    "Prediction",
-    "resume",
-    "RunResult",
-    "sample",
-    "Samples",
-    "train",
-    "TrainConfig",
-    "TrainingInterrupted",
-    "TrainResult",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,4 @@
-"""The settings that are a choice among names."""
-
-from __future__ import annotations
+"""Settings that are a choice among names."""
 
 from typing import Literal
 

@@ -1,6 +1,4 @@
-"""Watch the drift of a training run, at next to no cost, and write it down."""
-
-from __future__ import annotations
+"""A Lightning callback that measures the drift of a training run at almost no cost."""
 
 import csv
 from collections.abc import Callable
@@ -13,7 +11,8 @@ from torch import Tensor, nn
 
 from revnet.engine import DriftMeter
 from revnet.numerics import Drift, drift_of, measure_drift
-from revnet.training._files import atomic_path
+from revnet.training.atomic_file import atomic_path
+from revnet.training.checks import check_integer
 
 Loss = Callable[[Any, Any], Tensor]
 Row = dict[str, Any]
@@ -23,33 +22,31 @@ _FIGURES = ("drift", "drift_amplification", "keyframes", "gradient_drift", "grad
 
 
 class DriftMonitor(Callback):
-    """Measure how far rebuilt activations are from the true ones, every `every` updates.
+    """Measure the drift, the distance of reconstructed activations from the true ones, every `every` updates.
 
-    For any LightningModule with reversible blocks. What is measured is the update itself: some hundred elements of what
-    each residual function reads are kept, and compared when they have been rebuilt. The run is not changed: with and
-    without, its weights are the same to the last bit. A run that is resumed goes on with its figures.
+    The callback works with any LightningModule that has reversible blocks, and measures the update itself: it keeps
+    some hundred elements of the input of each residual function, and compares them after the reconstruction. It does
+    not change the run: the weights are the same to the last bit without it. A resumed run continues with its figures.
 
-    The largest error of an update is logged as `drift`, the average amplification of a block as `drift_amplification`,
-    the number of keyframes that a `tolerance` takes as `keyframes`: to the loggers when it is measured, and at the end
-    of an epoch, its worst, to `trainer.callback_metrics`. All blocks stand in `measured`, and in the CSV file.
+    The callback logs the largest error of an update as `drift`, the average amplification of a block as
+    `drift_amplification`, and the number of keyframes for a `tolerance` as `keyframes`. Loggers receive them after each
+    measurement, and `trainer.callback_metrics` receives the largest values of an epoch at its end. The attribute
+    `measured` and the CSV file have the figures of all blocks.
 
     Args:
-        every: Updates from one measurement to the next; the first is measured.
-        path: A CSV file for all blocks of all measurements, written anew after each epoch.
-        loss: From the LightningModule and a batch to the loss, logging nothing. With it, gradients are compared with
-            those of stored activations, before each update that is measured: that takes as long as two to three
-            updates, and as much memory as the stored twin. None compares activations alone.
+        every: Number of updates from one measurement to the next; the first update is measured.
+        path: CSV file for all blocks of all measurements, rewritten after each epoch.
+        loss: Function from the LightningModule and a batch to the loss, which must log nothing. With it, the callback
+            also compares gradients with the gradients of stored activations before each measured update. This takes the
+            time of two to three updates and the memory of the stored twin. None compares activations only.
 
     Raises:
-        TypeError: `every` is no integer, or `loss` no function.
+        TypeError: `every` is not an integer, or `loss` is not a function.
         ValueError: `every` is not positive; at the start of training, the module has no reversible block.
     """
 
     def __init__(self, every: int = 100, *, path: str | Path | None = None, loss: Loss | None = None) -> None:
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise TypeError(f"`every` (={every!r}) must be an integer.")
-        if every < 1:
-            raise ValueError(f"`every` (={every}) must be 1 or more; 100 is usual.")
+        check_integer("every", every, at_least=1)
         if loss is not None and not callable(loss):
             raise TypeError(f"`loss` (={loss!r}) must be a function of the LightningModule and a batch, or None.")
         self._every = every
@@ -60,38 +57,38 @@ class DriftMonitor(Callback):
         self._last_update: int | None = None
         self._rows: list[Row] = []
         self.measured: dict[int, Drift] = {}
-        """By the number of updates made before; of this process alone."""
+        """Drift by the number of previous updates, as measured in this process."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the figures to the checkpoint."""
+        """Return the figures."""
         return {"rows": self._rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the figures back."""
+        """Restore the figures."""
         self._rows = state_dict["rows"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a module of which nothing could be measured."""
+        """Raise if the module has no reversible block."""
         if not drift_of(pl_module, []).blocks:
             raise ValueError(
-                f"`DriftMonitor` found no reversible block in {type(pl_module).__name__}, so nothing of it is rebuilt; "
-                "leave the callback out."
+                f"`DriftMonitor` found no reversible block in {type(pl_module).__name__}, so there is nothing to "
+                "measure; leave the callback out."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last epoch's figures, which Lightning would show again where nothing is measured."""
+        """Remove the figures of the last epoch, which Lightning would show again for an epoch without measurements."""
         for name in _FIGURES:
             trainer.callback_metrics.pop(name, None)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin to watch, if it is time to."""
+        """Start a measurement if one is due."""
         self._measuring.close()
         update = trainer.global_step
-        if update % self._every or update == self._last_update:  # Of the batches of one update, the first.
+        if update % self._every or update == self._last_update:  # an update may have several batches
             return
         self._last_update = update
         if self._loss is not None:
-            self._note(update, self._compare_gradients(trainer, pl_module, batch), trainer, pl_module)
+            self._record(update, self._compare_gradients(trainer, pl_module, batch), trainer, pl_module)
             return
         self._meter = DriftMeter()
         self._measuring.enter_context(self._meter.on())
@@ -99,19 +96,19 @@ class DriftMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Read what was compared."""
+        """Record the measurement."""
         self._measuring.close()
         meter, self._meter = self._meter, None
         if meter is not None and meter.records:
             assert self._last_update is not None
-            self._note(self._last_update, drift_of(pl_module, meter.records), trainer, pl_module)
+            self._record(self._last_update, drift_of(pl_module, meter.records), trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Stop measuring."""
         self._measuring.close()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file anew."""
+        """Rewrite the file."""
         if self._path is None or not trainer.is_global_zero:
             return
         with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
@@ -122,9 +119,9 @@ class DriftMonitor(Callback):
     def _compare_gradients(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Drift:
         assert self._loss is not None
         step = _Step(pl_module, self._loss, trainer.precision_plugin.train_step_context)
-        return measure_drift(step, batch, loss=_itself, gradients=True)
+        return measure_drift(step, batch, loss=_identity, gradients=True)
 
-    def _note(self, update: int, drift: Drift, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _record(self, update: int, drift: Drift, trainer: Trainer, pl_module: LightningModule) -> None:
         self.measured[update] = drift
         for block in drift.blocks:
             gradient = block.gradient
@@ -149,7 +146,7 @@ class DriftMonitor(Callback):
 
 
 class _Step(nn.Module):
-    """An update up to its loss, as a model."""
+    """An update up to its loss, as a module."""
 
     def __init__(self, module: LightningModule, loss: Loss, context: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
@@ -162,5 +159,5 @@ class _Step(nn.Module):
             return self._loss(self.module, batch)
 
 
-def _itself(loss: Tensor) -> Tensor:
+def _identity(loss: Tensor) -> Tensor:
     return loss

@@ -1,6 +1,4 @@
-"""The optimizers of a run."""
-
-from __future__ import annotations
+"""The optimizers of a run, and the parameters that decay."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
-from revnet.training._adamw_settings import AdamWSettings
-from revnet.training.config import TrainConfig
+from revnet.training.classification.config import TrainConfig
 from revnet.training.schedules import cosine_decay
 
 _ADAMW_BETA1 = 0.9
@@ -20,7 +17,7 @@ _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def optimizer_factory(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
-    """What makes the optimizer of `config` from parameters, or from groups of them with a weight decay each.
+    """Return a function that makes the optimizer of `config` from parameters or parameter groups.
 
     References:
         Loshchilov and Hutter (2019), Decoupled Weight Decay Regularization: AdamW.
@@ -37,24 +34,26 @@ def optimizer_factory(config: TrainConfig) -> Callable[..., torch.optim.Optimize
     )
 
 
-def adamw_factory(config: AdamWSettings) -> Callable[..., torch.optim.Optimizer]:
-    """What makes AdamW from parameters, or from groups of them with a weight decay each."""
-    betas = (_ADAMW_BETA1, config.beta2)
-    return partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+def adamw_factory(*, lr: float, beta2: float, weight_decay: float) -> Callable[..., torch.optim.Optimizer]:
+    """Return a function that makes AdamW from parameters or parameter groups."""
+    return partial(torch.optim.AdamW, lr=lr, betas=(_ADAMW_BETA1, beta2), weight_decay=weight_decay)
 
 
-def adamw_along_a_cosine(model: nn.Module, config: AdamWSettings, num_updates: int) -> OptimizerLRSchedulerConfig:
-    """AdamW of the parameters of `model`, and the schedule that follows every update."""
-    optimizer = adamw_factory(config)(parameter_groups(model, config.weight_decay))
-    schedule = cosine_decay(optimizer, num_updates=num_updates, warmup=config.warmup)
+def adamw_along_a_cosine(
+    model: nn.Module, *, lr: float, beta2: float, weight_decay: float, warmup: float, num_updates: int
+) -> OptimizerLRSchedulerConfig:
+    """Return AdamW for the parameters of `model`, and a cosine schedule that steps after every update."""
+    make_optimizer = adamw_factory(lr=lr, beta2=beta2, weight_decay=weight_decay)
+    optimizer = make_optimizer(parameter_groups(model, weight_decay))
+    schedule = cosine_decay(optimizer, num_updates=num_updates, warmup=warmup)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters: weights of convolutions and linear layers decay, all others do not.
+    """Split the parameters: weights of convolutions and linear layers decay, the others do not.
 
     References:
-        Gomez et al. (2017), the official code, decays the same weights and no batch norm and no bias.
+        Gomez et al. (2017), the official code: the same weights decay, and neither batch norms nor biases do.
     """
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, _DECAYED)}
     parameters = list(model.parameters())

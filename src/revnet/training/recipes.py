@@ -1,7 +1,5 @@
 """The recipes that come with revnet: `configs/<dataset>/<recipe>/<model>.yaml`, by name."""
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 
@@ -9,26 +7,26 @@ import revnet
 
 
 def recipes_dir() -> Path:
-    """The folder of the recipes: beside the package when installed, else that of the source checkout."""
+    """Return the folder of the recipes, in the installed package or in the source checkout."""
     package = Path(revnet.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parents[1] / "configs"
 
 
 def list_recipes() -> list[str]:
-    """The names of all recipes, such as `cifar10/paper/revnet38`, sorted."""
+    """Return the names of all recipes, such as `cifar10/paper/revnet38`, sorted."""
     folder = recipes_dir()
     return sorted(str(path.relative_to(folder).with_suffix("").as_posix()) for path in folder.glob("*/*/*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe.
 
     Args:
         name: `<dataset>/<recipe>/<model>`, one of `list_recipes()`.
 
     Raises:
-        ValueError: There is no recipe of that name.
+        ValueError: No recipe has that name.
     """
     names = list_recipes()
     if name not in names:

@@ -1,6 +1,4 @@
-"""What changes over the updates of a run: the learning rate, and the size of the training images."""
-
-from __future__ import annotations
+"""Schedules over the updates of a run: the learning rate, and the size of the training images."""
 
 import math
 from bisect import bisect_right
@@ -10,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 _SIZE_STEP = 4
-"""Images grow by whole pixels of the last stage of a CIFAR net, which halves them twice."""
+"""Pixels by which images grow at a time: one pixel of the last stage of a CIFAR network, which halves them twice."""
 
 
 def step_decay(
@@ -22,11 +20,11 @@ def step_decay(
     0.001 from update 60,000. Call `step` after every update, not after every epoch.
 
     Args:
-        optimizer: Whose learning rate is followed; it stands at the highest.
+        optimizer: Optimizer whose learning rate is the highest of the run.
         num_updates: Updates of the whole run.
-        decay_at: Fractions of the run, rising.
-        decay_factor: What the rate is multiplied by.
-        warmup: Fraction of the run in which the rate first rises in a line.
+        decay_at: Fractions of the run, in ascending order.
+        decay_factor: Factor that the rate is multiplied by.
+        warmup: Fraction of the run in which the rate first rises linearly.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network, section 4.
@@ -37,9 +35,9 @@ def step_decay(
 
 
 def cosine_decay(optimizer: Optimizer, *, num_updates: int, warmup: float = 0.0) -> LambdaLR:
-    """Raise the learning rate in a line over the fraction `warmup` of the run, then lower it to zero by a cosine.
+    """Raise the learning rate linearly over the fraction `warmup` of the run, then lower it to zero along a cosine.
 
-    The last update still learns: the rate would be zero at the update after it.
+    The rate is zero only after the last update.
 
     References:
         Loshchilov and Hutter (2017), SGDR: Stochastic Gradient Descent with Warm Restarts, equation 5; no restarts.
@@ -55,9 +53,9 @@ def cosine_decay(optimizer: Optimizer, *, num_updates: int, warmup: float = 0.0)
 
 
 def progressive_size(progress: float, *, start_size: int, full_size: int, full_size_at: float) -> int:
-    """The side of the training images at the fraction `progress` of the run.
+    """Return the side of the training images at the fraction `progress` of the run.
 
-    It grows in a line from `start_size`, by whole steps of 4 pixels, and is `full_size` from `full_size_at` on.
+    The side grows linearly from `start_size` in steps of 4 pixels, and is `full_size` from `full_size_at` on.
 
     References:
         Howard (2018), Training Imagenet in 3 hours for USD 25; and CIFAR10 for USD 0.26: progressive resizing.

@@ -1,0 +1,88 @@
+"""Checks of a setting.
+
+Each raises an error of one line with the name of the setting, its value and the rule. None needs PyTorch, so that the
+command line can refuse a flag at once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raise unless `value` is a string that is not blank."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` (={value!r}) must be a string.")
+    if not value.strip():
+        raise ValueError(f"`{name}` (={value!r}) must not be empty.")
+
+
+def check_flag(name: str, value: Any, *, is_optional: bool = False) -> None:
+    """Raise unless `value` is true or false, or null if it `is_optional`."""
+    if value not in (True, False) and not (is_optional and value is None):
+        choices = "true, false or null" if is_optional else "true or false"
+        raise TypeError(f"`{name}` (={value!r}) must be {choices}.")
+
+
+def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
+    """Raise unless `value` is an integer in the range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` (={value!r}) must be an integer.")
+    if value < at_least:
+        raise ValueError(f"`{name}` (={value}) must be {at_least} or more.")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"`{name}` (={value}) must be {at_most} or less.")
+
+
+def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool], advice: str) -> None:
+    """Raise unless `value` is a finite number for which `holds` returns true.
+
+    Args:
+        name: Name of the setting.
+        value: The setting.
+        rule: The rule in words, after "must be a finite number".
+        holds: The rule as a function.
+        advice: A usual value.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"`{name}` (={value!r}) must be a number.")
+    if not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"`{name}` (={value}) must be a finite number {rule}; {advice}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = " or ".join(f"`{choice}`" for choice in choices)
+        raise ValueError(f"`{name}` (={value!r}) must be {listed}.")
+
+
+def check_fractions(name: str, values: Any) -> tuple[float, ...]:
+    """Return `values` as a tuple; raise unless they are fractions between 0 and 1 in ascending order."""
+    fractions = tuple(values) if isinstance(values, list | tuple) else None
+    if fractions is None or not all(isinstance(x, int | float) and 0 < x < 1 for x in fractions):
+        raise ValueError(f"`{name}` (={values!r}) must be a list of fractions between 0 and 1, such as [0.5, 0.75].")
+    if list(fractions) != sorted(fractions):
+        raise ValueError(f"`{name}` (={list(fractions)}) must rise; sort it.")
+    return fractions
+
+
+def check_range(name: str, values: Any) -> tuple[float, float]:
+    """Return `values` as a tuple; raise unless they are two shares in ascending order, above 0 and at most 1."""
+    shares = tuple(values) if isinstance(values, list | tuple) else ()
+    if len(shares) != 2 or not all(isinstance(x, int | float) for x in shares) or not 0 < shares[0] <= shares[1] <= 1:
+        raise ValueError(f"`{name}` (={values!r}) must be two shares above 0, the second at most 1, such as [0.08, 1].")
+    return shares
+
+
+def check_memory_budget(budget: Any, policy: str) -> None:
+    """Raise unless `budget` is a number of bytes with a unit, and `policy` was left at its default."""
+    from revnet.memory import parse_bytes  # loads PyTorch, which `revnet train --help` does without
+
+    check_name("memory_budget", budget)
+    parse_bytes(budget, "memory_budget")
+    if policy != "reverse":
+        raise ValueError(
+            f"`policy` (={policy!r}) does not go with a `memory_budget`, which chooses a policy for each block; leave "
+            "one of the two out."
+        )

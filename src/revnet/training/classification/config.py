@@ -1,0 +1,209 @@
+"""The settings of a run that trains a classifier."""
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from revnet.training.checks import check_fractions, check_range
+from revnet.training.choices import Device, OnCorrupt, Optimizer, Policy, Precision, Preprocessing, Schedule
+from revnet.training.settings import AbstractRunConfig, checked, integer, number
+
+# Each update of AdamW moves every weight by about the learning rate: with a rate that suits SGD, nothing is learned.
+_HIGHEST_LR_OF_ADAMW = 0.05
+
+# Values for settings that are left open, by data set.
+_USUAL: dict[str, dict[str, Any]] = {
+    # A mirrored 2 is not a 2, and an 8x8 image has no 4 pixels to spare. With so little work per thread, threads mostly
+    # wait for each other as soon as the cores are busy.
+    "digits": {"preprocess": "standardize", "crop_padding": 1, "horizontal_flip": False, "num_threads": 1},
+}
+_USUAL_IN_MEMORY: dict[str, Any] = {"preprocess": "standardize", "crop_padding": 4, "horizontal_flip": True}
+# Images in files are cropped while they are decoded, and their mean is unknown.
+_USUAL_DECODED: dict[str, Any] = {"preprocess": "imagenet", "crop_padding": 0, "horizontal_flip": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(AbstractRunConfig):
+    """Settings of a run that trains a classifier.
+
+    The defaults train a small RevNet on the digits that come with revnet. `configs/` holds complete recipes, among them
+    the recipes of the paper.
+
+    Raises:
+        TypeError: A setting has the wrong type.
+        ValueError: A setting is out of range, or does not go with another.
+
+    References:
+        Gomez et al. (2017), The Reversible Residual Network, section 4 and appendix: the CIFAR recipe.
+    """
+
+    command: ClassVar[str] = "revnet train"
+
+    data: str = "digits"
+    """Data set: a name (`digits`, `cifar10`, `cifar100`, `imagenet`), `hub:owner/name`, or a path: a folder of images
+    (`train/<class>/...` next to `val`), of parquet files laid out as on the hub, or CIFAR's official archive."""
+
+    model: str = "revnet38"
+    """Model; `revnet models` lists them."""
+
+    policy: Policy = "reverse"
+    """Policy for activations: `reverse` reconstructs the activations of reversible blocks in the backward pass,
+    `checkpoint` stores the input of each block and computes the rest again, also in models that are not reversible,
+    `store` keeps all activations, as the stored twin does."""
+
+    memory_budget: str | None = None
+    """Largest amount of memory that an update may take, such as `16GiB` or `500MB`. A plan then chooses the policy of
+    each block, instead of `policy`, so that an update takes the least time. The budget counts the tensors of the model,
+    gradients, optimizer, activations and loss; leave room for data, augmentation, and what a GPU needs besides
+    tensors."""
+
+    exact: bool = False
+    """Whether reversal is exact to the last bit: the streams of reversible blocks lie on a fixed-point grid, and each
+    residual is rounded to it. The weights remember this setting."""
+
+    tolerance: float | None = number(None, "above 0 and below 1", lambda x: 0 < x < 1, usual="1e-3")
+    """Largest relative error of reconstructed activations: the run also stores the streams at some blocks, as few as
+    needed. Null sets no bound, and warns when gradients go wrong."""
+
+    drift_every: int | None = integer(None, at_least=1)
+    """Number of updates from one measurement of drift to the next, where drift is the distance of reconstructed
+    activations from the true ones; null measures nothing."""
+
+    epochs: int = integer(60, at_least=1)
+    """Number of passes over the training images."""
+
+    max_updates: int | None = integer(None, at_least=1)
+    """Number of updates after which to stop, mid-epoch if necessary; null completes all `epochs`."""
+
+    batch_size: int = integer(100, at_least=1)
+    """Images per update. Images that an epoch leaves over may be seen in another epoch."""
+
+    optimizer: Optimizer = "sgd"
+    """Optimizer: `sgd` is gradient descent with momentum, for convolutional networks; `adamw` is for transformers, with
+    a learning rate near 1e-3 and a weight decay near 0.05."""
+
+    lr: float = number(0.1, "above 0", lambda x: x > 0, usual="0.1")
+    """Highest learning rate."""
+
+    schedule: Schedule = "step"
+    """Schedule of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`, `cosine`
+    lowers it to zero along half a cosine."""
+
+    warmup: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
+    """Share of all updates in which the learning rate first rises linearly from zero."""
+
+    decay_at: tuple[float, ...] = checked((0.5, 0.75), check_fractions)
+    """Points at which the learning rate is multiplied by `decay_factor`, as fractions of all updates."""
+
+    decay_factor: float = number(0.1, "above 0 and at most 1", lambda x: 0 < x <= 1, usual="0.1")
+    """Factor that the learning rate is multiplied by."""
+
+    momentum: float = number(0.9, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.9")
+    """Momentum of `sgd`, or the first beta of `adamw`, whose second is 0.999."""
+
+    nesterov: bool = False
+    """Whether to use Nesterov's momentum; with `sgd` only."""
+
+    label_smoothing: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
+    """Share of the target that is spread over all classes; in the training loss only."""
+
+    weight_decay: float = number(2e-4, "0 or more", lambda x: x >= 0, usual="2e-4")
+    """Decay of the convolution and linear weights; norms, biases and position embeddings do not decay. `sgd` adds the
+    decay to the gradient, `adamw` subtracts it from the weights, times the learning rate."""
+
+    val_fraction: float = number(0.1, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
+    """Share of the training images, taken evenly from all classes, that is held out for validation. With 0, the paper's
+    protocol, the run trains on every image, and the best weights are the last."""
+
+    preprocess: Preprocessing | None = None
+    """Preprocessing: `standardize` scales each channel by the mean and deviation of the training pixels; `mean_image`
+    subtracts the mean image of training and test set and stays on the 0-255 scale, as the paper does for CIFAR;
+    `imagenet` uses the constants of that data set; `unit_range` scales to [-1, 1], as the paper does for ImageNet. Null
+    uses the default of the data set: `imagenet` for images in files, `standardize` for images in memory."""
+
+    image_size: int | None = integer(None, at_least=1)
+    """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as
+    they are."""
+
+    crop_area: tuple[float, float] = checked((0.08, 1.0), check_range)
+    """Smallest and largest share of an image in files that a random crop covers before it is resized; the paper uses
+    0.05 to 1."""
+
+    crop_padding: int | None = integer(None, at_least=0)
+    """Pixels added on each side before a random crop; null uses the default of the data set: 1 for digits, 4 for other
+    images in memory, 0 for images in files."""
+
+    horizontal_flip: bool | None = None
+    """Whether images are mirrored at random; null uses the default of the data set: no for digits, yes elsewhere."""
+
+    color_distortion: bool = False
+    """Whether brightness, saturation, hue and contrast change at random, as the paper does for ImageNet."""
+
+    cutout: int = integer(0, at_least=0)
+    """Side in pixels of a random square that is blanked out of each image; 0 for none."""
+
+    start_size: int | None = integer(None, at_least=1)
+    """Side to which training images are shrunk at first. It grows until the fraction `full_size_at` of all updates,
+    when the images have their own size (progressive resizing). Null does not shrink them."""
+
+    full_size_at: float = number(0.6, "above 0 and at most 1", lambda x: 0 < x <= 1, usual="0.6")
+    """Point at which progressive resizing reaches the images' own size, as a fraction of all updates."""
+
+    on_corrupt: OnCorrupt = "stop"
+    """Response to an image that cannot be decoded: `stop` the run, or `skip` the image and print its name."""
+
+    precision: Precision = "32-true"
+    """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16."""
+
+    device: Device = "auto"
+    """Device to train on; `auto` takes the GPU if there is one."""
+
+    num_threads: int | None = integer(None, at_least=1)
+    """Threads on the CPU; null uses the default of the data set: 1 for digits, PyTorch's choice elsewhere."""
+
+    num_workers: int | None = integer(None, at_least=0)
+    """Processes that decode images; null is one less than the number of cores, at most 8, and none for images in
+    memory."""
+
+    seed: int = integer(0, at_least=0, at_most=2**32 - 1)
+    """Seed of the initial weights, the held-out images, their order and the augmentation."""
+
+    out_dir: str | None = None
+    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_<model>_<number>`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # YAML has lists only; a frozen dataclass needs tuples, which can be hashed.
+        object.__setattr__(self, "decay_at", tuple(self.decay_at))
+        object.__setattr__(self, "crop_area", tuple(self.crop_area))
+
+    def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
+        """Return the settings with the defaults of the data set filled in.
+
+        Args:
+            data_name: Name of the data set.
+            is_decoded: Whether its images lie in files, to be decoded and cropped in every epoch.
+        """
+        usual = _USUAL.get(data_name, _USUAL_DECODED if is_decoded else _USUAL_IN_MEMORY)
+        usual = {"num_workers": min(8, max(0, (os.cpu_count() or 1) - 1)) if is_decoded else 0, **usual}
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+
+    def _check_together(self) -> None:
+        if self.tolerance is not None and self.exact:
+            raise ValueError(
+                f"`tolerance` (={self.tolerance}) has no effect with `exact`, which leaves no error to bound; leave "
+                "one of the two out."
+            )
+        if self.tolerance is not None and self.policy != "reverse":
+            raise ValueError(
+                f"`tolerance` (={self.tolerance}) bounds the error of reconstructed activations, and the `policy` "
+                f"{self.policy} reconstructs nothing; leave one of the two out."
+            )
+        if self.optimizer == "adamw" and self.nesterov:
+            raise ValueError("`nesterov` (=True) is for the `optimizer` sgd, not for adamw; leave it out.")
+        if self.optimizer == "adamw" and self.lr > _HIGHEST_LR_OF_ADAMW:
+            raise ValueError(
+                f"`lr` (={self.lr}) must be {_HIGHEST_LR_OF_ADAMW} or less with the `optimizer` adamw; 0.001 is usual."
+            )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` (=True) needs a `momentum` above 0; 0.9 is usual.")

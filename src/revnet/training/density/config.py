@@ -1,0 +1,115 @@
+"""The settings of a run that fits NICE to images."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+from revnet.training.choices import Device, OnCorrupt, Policy, Precision
+from revnet.training.settings import AbstractRunConfig, integer, number
+
+Prior = Literal["logistic", "gaussian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiceConfig(AbstractRunConfig):
+    """Settings of a run that fits NICE, a density with exact likelihood, to images.
+
+    The defaults fit the digits that come with revnet. `configs/` holds complete recipes.
+
+    Raises:
+        TypeError: A setting has the wrong type.
+        ValueError: A setting is out of range, or does not go with another.
+
+    References:
+        Dinh, Krueger and Bengio (2015), NICE: Non-linear Independent Components Estimation.
+    """
+
+    command: ClassVar[str] = "revnet train nice"
+
+    task: Literal["nice"] = "nice"
+    """Task of the run, which distinguishes a file of these settings from others."""
+
+    data: str = "digits"
+    """Data set of images that fits into memory: a name (`digits`, `cifar10`, `cifar100`) or a path, of a folder of
+    parquet files laid out as on the hub or of CIFAR's official archive. Labels are not used."""
+
+    num_couplings: int = integer(8, at_least=1)
+    """Number of coupling layers; even. The paper's networks have 4."""
+
+    hidden_dim: int = integer(256, at_least=1)
+    """Units of each hidden layer of a coupling layer; the paper's networks have 1000 to 5000."""
+
+    num_hidden: int = integer(2, at_least=1)
+    """Hidden layers of each coupling layer; the paper's networks have 4 or 5."""
+
+    prior: Prior = "logistic"
+    """Distribution of each component of a code."""
+
+    policy: Policy = "reverse"
+    """Policy for activations: `reverse` reconstructs the activations of reversible blocks in the backward pass,
+    `checkpoint` stores the input of each block and computes the rest again, `store` keeps all activations, as the
+    stored twin does."""
+
+    memory_budget: str | None = None
+    """Largest amount of memory that an update may take, such as `16GiB` or `500MB`. A plan then chooses the policy of
+    each block, instead of `policy`, so that an update takes the least time."""
+
+    epochs: int = integer(120, at_least=1)
+    """Number of passes over the training images, each with different noise."""
+
+    max_updates: int | None = integer(None, at_least=1)
+    """Number of updates after which to stop, mid-epoch if necessary; null completes all `epochs`."""
+
+    batch_size: int = integer(100, at_least=1)
+    """Images per update. Images that an epoch leaves over may be seen in another epoch."""
+
+    lr: float = number(1e-3, "above 0 and at most 0.05", lambda x: 0 < x <= 0.05, usual="0.001")
+    """Highest learning rate of AdamW; it falls to zero along half a cosine."""
+
+    warmup: float = number(0.02, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
+    """Share of all updates in which the learning rate first rises linearly from zero."""
+
+    beta2: float = number(0.999, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.999")
+    """Decay rate of AdamW's average of squared gradients."""
+
+    weight_decay: float = number(2.0, "0 or more", lambda x: x >= 0, usual="0.1")
+    """Decay of the weights of the linear layers, times the learning rate. The digits are few, and overfit with less."""
+
+    max_grad_norm: float | None = number(10.0, "above 0", lambda x: x > 0, usual="1")
+    """Norm to which the gradient of an update is clipped; null does not clip."""
+
+    horizontal_flip: bool = False
+    """Whether training images are mirrored at random."""
+
+    val_fraction: float = number(0.1, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
+    """Share of the training images, taken evenly from all classes, that is held out for validation. With 0, the run
+    trains on every image, and the best weights are the last."""
+
+    on_corrupt: OnCorrupt = "stop"
+    """Response to an image that cannot be decoded: `stop` the run, or `skip` the image and print its name."""
+
+    precision: Precision = "32-true"
+    """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16, which makes likelihoods less accurate."""
+
+    device: Device = "auto"
+    """Device to train on; `auto` takes the GPU if there is one."""
+
+    num_threads: int | None = integer(None, at_least=1)
+    """Threads on the CPU; null is 1 for digits, and PyTorch's choice elsewhere."""
+
+    seed: int = integer(0, at_least=0, at_most=2**32 - 1)
+    """Seed of the initial weights, the held-out images, their order and the noise."""
+
+    out_dir: str | None = None
+    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_nice_<number>`."""
+
+    def resolve(self, data_name: str) -> Self:
+        """Return the settings with the defaults of the data set filled in."""
+        # With so little work per thread, threads mostly wait for each other as soon as the cores are busy.
+        return replace(self, num_threads=1) if self.num_threads is None and data_name == "digits" else self
+
+    def _check_together(self) -> None:
+        if self.num_couplings % 2:
+            raise ValueError(
+                f"`num_couplings` (={self.num_couplings}) must be even, since a reversible block consists of two; pass "
+                f"{self.num_couplings + 1}."
+            )

@@ -1,0 +1,161 @@
+"""The job of `revnet train nice`: fit NICE to images."""
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from revnet.data import ImageDataset, ImageSplit, Loader, count_levels, load_dataset, make_loader
+from revnet.memory import Plan
+from revnet.training.density.config import NiceConfig
+from revnet.training.density.model import DensityHeader, ImageDensity, load_density
+from revnet.training.density.result import DensityResult
+from revnet.training.density.task import DensityTask
+from revnet.training.device import check_device
+from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
+from revnet.training.optimizers import adamw_factory
+from revnet.training.run import run_dir
+from revnet.training.run.activation_memory import PeakBytes, Update, apply_policies, count_peak_bytes, make_plan
+from revnet.training.run.job import AbstractJob, Outcome, RunNames
+
+_EVALUATION_BATCH_SIZE = 500
+_NUM_ADAPTED = 1000  # images that the initial scale is computed from
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DensityJob(AbstractJob[DensityResult]):
+    """Job of a run that fits NICE to images."""
+
+    config: NiceConfig
+    names: RunNames
+    task: DensityTask
+    num_epochs: int
+    batch_size: int
+    max_grad_norm: float | None
+    plan: Plan | None
+    dataset: ImageDataset
+    training: ImageSplit
+    validation: ImageSplit | None
+    test: ImageSplit
+    update: Update
+
+    def heading(self) -> list[tuple[str, str]]:
+        """Return the lines printed before training: model, data, epochs."""
+        density, config = self.task.density, self.config
+        num_parameters = sum(parameter.numel() for parameter in density.model.parameters())
+        shape = "x".join(map(str, density.header.image_shape))
+        counts = describe_splits(self.training, self.validation, self.test)
+        levels = f"{density.header.num_levels} levels"
+        return [
+            ("model", f"nice, {config.num_couplings} couplings, {config.prior} prior, {num_parameters:,} parameters"),
+            ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
+            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} updates of {self.batch_size} images"),
+        ]
+
+    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+        """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
+        loader = partial(make_loader, seed=self.config.seed, pin_memory=device.type == "cuda")
+        training = loader(self.training, batch_size=self.batch_size, shuffle=True, drop_last=True)
+        if self.validation is None:
+            return training, None
+        return training, loader(self.validation, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False)
+
+    def count_peak_bytes(self) -> PeakBytes:
+        """Count the activations of an update, and of an update of the stored twin."""
+        return count_peak_bytes(self.task.density.model, self.config, self.update)
+
+    def finish(self, folder: Path, outcome: Outcome) -> DensityResult:
+        """Evaluate the last weights, and the best if there was a validation, on the test set."""
+        best = None if outcome.best_score is None else load_density(folder / run_dir.BEST_WEIGHTS)
+        bits = partial(mean_bits_per_dim, images=self.test.images, device=outcome.device, seed=self.config.seed)
+        return DensityResult(
+            data=self.dataset.name,
+            num_test_images=len(self.test),
+            test_bits_per_dim=bits(self.task.density),
+            best_test_bits_per_dim=None if best is None else bits(best),
+            best_val_bits_per_dim=outcome.best_score,
+            **outcome.figures.as_arguments(),
+        )
+
+
+@torch.no_grad()
+def mean_bits_per_dim(density: ImageDensity, images: Tensor, device: torch.device, seed: int = 0) -> float:
+    """Compute the mean bits per dimension of images, uint8, with the noise of one seed; move `density` to `device`."""
+    density.to(device).eval()
+    noise = torch.Generator().manual_seed(seed)
+    batches = images.split(_EVALUATION_BATCH_SIZE)
+    return sum(float(density(batch.to(device), noise).double().sum()) for batch in batches) / len(images)
+
+
+def new_job(config: NiceConfig) -> DensityJob:
+    """Check the settings of a new run and load its data."""
+    dataset = load_dataset(config.data, on_corrupt=config.on_corrupt)
+    return _prepare(replace(config, data=absolute_data(config.data)), dataset)
+
+
+def job_of_run(config: NiceConfig) -> DensityJob:
+    """Make the job of a run that was stopped, from the settings in its folder."""
+    return _prepare(config, load_dataset(config.data, on_corrupt=config.on_corrupt))
+
+
+def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
+    config = config.resolve(dataset.name)
+    check_device(config.device)
+    whole, test = dataset.train, dataset.test
+    if not isinstance(whole, ImageSplit) or not isinstance(test, ImageSplit):
+        raise ValueError(
+            f"`data` (='{config.data}') has images in files, but NICE needs images of one size in "
+            "memory; pass digits, cifar10, cifar100, or parquet files with images of one size."
+        )
+    training, validation = whole, None
+    if config.val_fraction > 0:
+        training, validation = whole.holdout(config.val_fraction, config.seed)
+    check_batch_size(config.batch_size, training)
+    header = DensityHeader(
+        data=config.data,
+        image_shape=whole.image_shape,
+        num_levels=count_levels(whole.images),
+        options={
+            "num_couplings": config.num_couplings,
+            "hidden_dim": config.hidden_dim,
+            "num_hidden": config.num_hidden,
+            "prior": config.prior,
+        },
+    )
+    updates_per_epoch = len(training) // config.batch_size
+    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
+    config = replace(config, epochs=-(-num_updates // updates_per_epoch))
+    update = Update(
+        make_model=lambda: ImageDensity.create(header).model,
+        make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
+        loss=_loss,
+        optimizer=adamw_factory(lr=config.lr, beta2=config.beta2, weight_decay=config.weight_decay),
+    )
+    plan = make_plan(config, update)
+    torch.manual_seed(config.seed)
+    density = ImageDensity.create(header)
+    density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))
+    apply_policies(density.model, config, plan)
+    return DensityJob(
+        config=config,
+        names=RunNames(data=dataset.name, model="nice", loss="bits per dimension"),
+        task=DensityTask(density, config, num_updates),
+        num_epochs=config.epochs,
+        batch_size=config.batch_size,
+        max_grad_norm=config.max_grad_norm,
+        plan=plan,
+        dataset=dataset,
+        training=training,
+        validation=validation,
+        test=test,
+        update=update,
+    )
+
+
+def _loss(output: tuple[Tensor, Tensor]) -> Tensor:
+    """Return a loss that allocates what the likelihood allocates."""
+    z, log_det = output
+    return (z.abs().sum(1) - log_det).mean()

@@ -1,0 +1,76 @@
+"""The task of fitting a density to images: loss and optimizer."""
+
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from revnet.training.density.config import NiceConfig
+from revnet.training.density.model import ImageDensity
+from revnet.training.optimizers import adamw_along_a_cosine
+from revnet.training.run.task import AbstractTask, BestEpoch
+
+Batch = tuple[Tensor, Tensor]
+
+
+class DensityTask(AbstractTask):
+    """Maximum likelihood; the loss is in bits per dimension.
+
+    Args:
+        density: Density to fit.
+        config: Settings of the run.
+        num_updates: Updates of the whole run, for the schedule.
+    """
+
+    best_epoch = BestEpoch("val_loss", is_highest=False)
+
+    def __init__(self, density: ImageDensity, config: NiceConfig, num_updates: int) -> None:
+        super().__init__()
+        self.density = density
+        self.config = config
+        self.num_updates = num_updates
+        self._noise: torch.Generator | None = None
+
+    @property
+    def saved_module(self) -> ImageDensity:
+        """The density."""
+        return self.density
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one update."""
+        images, _ = batch
+        if self.config.horizontal_flip:
+            is_mirrored = torch.rand(len(images), device=images.device) < 0.5
+            images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
+        loss = self.density(images).mean()
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Use the same noise in every epoch, so that epochs can be compared."""
+        self._noise = torch.Generator().manual_seed(self.config.seed)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss on held-out images."""
+        images, _ = batch
+        self.log("val_loss", self.density(images, self._noise).mean(), batch_size=len(images))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer, and the schedule that steps after every update."""
+        config = self.config
+        return adamw_along_a_cosine(
+            self.density.model,
+            lr=config.lr,
+            beta2=config.beta2,
+            weight_decay=config.weight_decay,
+            warmup=config.warmup,
+            num_updates=self.num_updates,
+        )
+
+    def report(self, metrics: Mapping[str, float]) -> str:
+        """Return bits per dimension and speed as text."""
+        figures = f"bits/dim {metrics['train_loss']:.4f}"
+        if "val_loss" in metrics:
+            figures += f"  validation {metrics['val_loss']:.4f}"
+        return f"{figures}  {self.config.batch_size / metrics['step_seconds']:,.0f} images/s"

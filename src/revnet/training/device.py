@@ -1,0 +1,38 @@
+"""The device of a run or of a command, from its name."""
+
+import torch
+
+_WAY_OUT = "pass auto, cpu, cuda, cuda:1, or mps."
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name, or for `auto` the GPU if there is one.
+
+    Raises:
+        ValueError: The device is unknown, or not available here.
+    """
+    num_gpus = torch.cuda.device_count()
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if num_gpus else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` (={name!r}) is not a device; {_WAY_OUT}") from error
+    available = {"cpu": 1, "cuda": num_gpus, "mps": int(has_mps)}
+    if device.type not in available:
+        raise ValueError(f"`device` (={name!r}) is of a type that revnet does not use; {_WAY_OUT}")
+    if (device.index or 0) >= available[device.type]:
+        raise ValueError(f"`device` (={name!r}) is not available to this PyTorch; {_WAY_OUT}")
+    return device
+
+
+def check_device(name: str) -> None:
+    """Raise unless the device of a run is available.
+
+    Raises:
+        ValueError: The device is not available here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
+        raise ValueError(f"`device` (={name!r}) is not available to this PyTorch; pass `cpu` or `auto`.")

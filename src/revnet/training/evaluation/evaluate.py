@@ -1,0 +1,190 @@
+"""Evaluate a trained classifier on a test set."""
+
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from revnet._provenance import describe_machine
+from revnet.data import ImageDataset, Loader, load_dataset, make_loader
+from revnet.training.checks import check_integer
+from revnet.training.choices import OnCorrupt
+from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
+from revnet.training.device import find_device
+from revnet.training.evaluation.confusion import Confusion
+from revnet.training.evaluation.evaluate_result import EvaluateResult
+from revnet.training.run.checkpoint import find_weights
+
+EVALUATION_BATCH_SIZE = 500
+"""Images per batch, for images up to 64x64."""
+
+_Batch = tuple[Tensor, Tensor]
+
+
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path | None = None,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    on_corrupt: OnCorrupt = "stop",
+    device: str = "auto",
+    show_progress: bool = False,
+) -> EvaluateResult:
+    """Evaluate the weights of `checkpoint` in one pass over a test set.
+
+    Classes of the data are matched with classes of the checkpoint by name. The data may therefore have some of the
+    classes only, or the same classes in another order. The classifier may still answer with any of its classes.
+
+    Args:
+        checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
+            weights are loaded.
+        data: Data set, by name or folder; by default the data set of the training.
+        batch_size: Images per batch; by default 500, or fewer if they are larger than 64x64.
+        num_workers: Processes that decode images, for data that are not in memory.
+        on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
+        device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        show_progress: Whether to draw a bar, if standard error is a terminal.
+
+    Raises:
+        CheckpointError: `checkpoint` is missing, truncated, or does not fit the model that it names.
+        DataError: The data set is missing or corrupt.
+        ValueError: The images or classes of `data` do not fit the model, `device` is not available, or a number is out
+            of range.
+    """
+    if batch_size is not None:
+        check_integer("batch_size", batch_size, at_least=1)
+    check_integer("num_workers", num_workers, at_least=0)
+    torch_device = find_device(device)
+    weights = find_weights(Path(checkpoint))
+    classifier = load_classifier(weights)
+    header = classifier.header
+    dataset = load_dataset(
+        header.data if data is None else data,
+        image_size=header.image_shape[1] if header.is_resized else None,
+        on_corrupt=on_corrupt,
+    )
+    result = evaluate_on(
+        dataset, classifier, torch_device, batch_size=batch_size, num_workers=num_workers, show_progress=show_progress
+    )
+    command = ["revnet", "evaluate", str(checkpoint), *([] if data is None else ["--data", str(data)])]
+    return replace(result, checkpoint=weights, machine=describe_machine(shlex.join(command), device=torch_device))
+
+
+def evaluate_on(
+    dataset: ImageDataset,
+    classifier: Classifier,
+    device: torch.device,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    show_progress: bool = False,
+) -> EvaluateResult:
+    """Evaluate `classifier` in one pass over the test images of `dataset`.
+
+    The classifier is moved to `device` and left in evaluation mode. See `evaluate` for the arguments.
+    """
+    header = classifier.header
+    _check_images(header, dataset)
+    logit_of_label = _match_classes(header, dataset)
+    batch_size = batch_size or usual_batch_size(dataset.image_size)
+    loader = make_loader(dataset.test, batch_size=batch_size, shuffle=False, seed=0, num_workers=num_workers)
+    batches = _with_bar(loader) if show_progress else loader
+    start = time.perf_counter()
+    counts, num_top5_errors, cross_entropy = _count(classifier.to(device).eval(), batches, logit_of_label, device)
+    return EvaluateResult(
+        model=header.model,
+        data=dataset.name,
+        confusion=Confusion(counts, header.class_names),
+        num_top5_errors=num_top5_errors,
+        cross_entropy=cross_entropy,
+        seconds=time.perf_counter() - start,
+        device=str(device),
+    )
+
+
+def usual_batch_size(image_size: tuple[int, int]) -> int:
+    """Return a batch size that bounds the activations: 500 for images up to 64x64, 41 for 224x224."""
+    height, width = image_size
+    return max(1, min(EVALUATION_BATCH_SIZE, 2**21 // (height * width)))
+
+
+@torch.no_grad()
+def _count(
+    classifier: Classifier, loader: Iterable[_Batch], logit_of_label: Tensor, device: torch.device
+) -> tuple[Tensor, int | None, float]:
+    """Return the confusions, the number of top-5 errors and the mean cross-entropy."""
+    num_classes = classifier.header.num_classes
+    # torchmetrics' confusion matrix needs memory for batch_size * num_classes**2 numbers on some devices, and with
+    # deterministic algorithms.
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    num_top5_errors, cross_entropy = 0, 0.0
+    for images, labels in loader:
+        truths = logit_of_label[labels]
+        logits = classifier(images.to(device)).cpu().double()
+        counts.index_put_((truths, logits.argmax(dim=1)), torch.ones_like(truths), accumulate=True)
+        # The true class ranks first among equal logits, and last among NaN.
+        is_before = ~(logits <= logits.gather(1, truths[:, None]))
+        num_top5_errors += int((is_before.sum(dim=1) >= 5).sum())
+        cross_entropy += float(F.cross_entropy(logits, truths, reduction="sum"))
+    return counts, num_top5_errors if num_classes > 5 else None, cross_entropy / int(counts.sum())
+
+
+def _with_bar(loader: Loader) -> Iterable[_Batch]:
+    from rich.console import Console
+    from rich.progress import track
+
+    # On a terminal only, and on standard error: the figures may go to a file.
+    return track(
+        loader,
+        "evaluating",
+        len(loader),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def _check_images(header: ClassifierHeader, dataset: ImageDataset) -> None:
+    shape = (dataset.in_channels, *dataset.image_size)
+    if shape != header.image_shape:
+        raise ValueError(
+            f"`data` (='{dataset.name}') has images of {_describe(shape)}, but the checkpoint was made for "
+            f"{_describe(header.image_shape)} ({header.data}); pass data like its training data."
+        )
+
+
+def _match_classes(header: ClassifierHeader, dataset: ImageDataset) -> Tensor:
+    """Return the index of the logit for each label of `dataset`: (K,), int64."""
+    if dataset.class_names == header.class_names:
+        return torch.arange(header.num_classes)
+    known = {name: number for number, name in enumerate(header.class_names)}
+    unknown = [name for name in dataset.class_names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"`data` (='{dataset.name}') has {_list(unknown)} among its {dataset.num_classes} classes, which the "
+            f"checkpoint does not know; its own {header.num_classes} ({header.data}) are {_list(header.class_names)}. "
+            "Pass data with these names."
+        )
+    if len(known) < header.num_classes or len(set(dataset.class_names)) < dataset.num_classes:
+        raise ValueError(
+            f"`data` (='{dataset.name}') has other classes than the checkpoint, and they cannot be matched by name, "
+            "since two classes have the same name; pass data with the classes of the training data, in the same order."
+        )
+    return torch.tensor([known[name] for name in dataset.class_names])
+
+
+def _list(names: Iterable[str]) -> str:
+    first, *others = [f"'{name}'" for name in names]
+    shown = ", ".join([first, *others[:2]])
+    return shown if len(others) <= 2 else f"{shown} and {len(others) - 2} more"
+
+
+def _describe(shape: tuple[int, int, int]) -> str:
+    return "x".join(map(str, shape))

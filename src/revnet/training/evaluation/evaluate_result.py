@@ -1,0 +1,138 @@
+"""The result of an evaluation: its figures, and the files that hold them."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from revnet.training.atomic_file import atomic_path
+from revnet.training.evaluation.confusion import Confusion
+from revnet.training.evaluation.confusion_plot import plot_confusion
+from revnet.training.run import run_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateResult:
+    """Result of a classifier on a test set.
+
+    Two results are equal if model, data and figures are equal; speed, device, file and machine are not compared.
+    """
+
+    model: str
+    """Name of the model."""
+
+    data: str
+    """Name of the data set."""
+
+    confusion: Confusion
+    """Counts of images by true class and answered class."""
+
+    num_top5_errors: int | None
+    """Number of images whose class is not among the five best answers; None with five classes or fewer."""
+
+    cross_entropy: float
+    """Mean cross-entropy over the images, in nats."""
+
+    seconds: float = field(compare=False)
+    """Time of the evaluation, loading included."""
+
+    device: str = field(compare=False)
+    """Device of the classifier."""
+
+    checkpoint: Path | None = field(default=None, compare=False)
+    """File of the weights; None if they were in memory."""
+
+    machine: list[str] = field(default_factory=list, compare=False)
+    """Lines that describe the hardware, the versions, the date and the command."""
+
+    @property
+    def num_images(self) -> int:
+        """Number of images in the test set."""
+        return self.confusion.num_images
+
+    @property
+    def num_errors(self) -> int:
+        """Number of images that were assigned to a wrong class."""
+        return self.confusion.num_errors
+
+    @property
+    def error(self) -> float:
+        """Share of wrong answers."""
+        return self.num_errors / self.num_images
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return (self.num_images - self.num_errors) / self.num_images
+
+    @property
+    def top5_error(self) -> float | None:
+        """Share of images whose class is not among the five best answers."""
+        return None if self.num_top5_errors is None else self.num_top5_errors / self.num_images
+
+    @property
+    def images_per_second(self) -> float:
+        """Throughput, loading included."""
+        return self.num_images / self.seconds
+
+    def report(self) -> str:
+        """Return accuracy and error as one line of text."""
+        return (
+            f"{100 * self.accuracy:.2f} % (error {100 * self.error:.2f} %, "
+            f"{self.num_errors:,} of {self.num_images:,} wrong)"
+        )
+
+    def save(self, output_dir: str | Path | None = None) -> list[Path]:
+        """Write the figures (JSON), the errors of all classes (CSV) and the plot of the confusions (PNG).
+
+        The files are named `evaluation_<data>`, or `evaluation_<data>_<weights>` for other weights than the last of a
+        run, such as `evaluation_digits_best`. Files of an earlier evaluation are replaced.
+
+        Args:
+            output_dir: Folder for the files; by default the folder of the weights.
+
+        Returns:
+            Paths of the three files.
+
+        Raises:
+            ValueError: `output_dir` cannot be written, or is missing for weights that were in memory.
+        """
+        if output_dir is None and self.checkpoint is None:
+            raise ValueError("`output_dir` (=None) must be given, since the weights were not read from a file.")
+        folder = Path(output_dir).expanduser() if output_dir is not None else Path(self.checkpoint or "").parent
+        figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_path(figures) as temporary:
+                temporary.write_text(json.dumps(self._figures(), indent=2) + "\n")
+            self.confusion.save_csv(table)
+            plot_confusion(self.confusion, picture, f"{self.model} on {self.data}: error {100 * self.error:.2f} %")
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
+            ) from error
+        return files
+
+    def _stem(self) -> str:
+        stem = f"evaluation_{run_dir.file_stem(self.data)}"
+        is_last = self.checkpoint is None or self.checkpoint.stem == Path(run_dir.LAST_WEIGHTS).stem
+        return stem if is_last else f"{stem}_{Path(self.checkpoint or '').stem}"
+
+    def _figures(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "data": self.data,
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "num_images": self.num_images,
+            "num_errors": self.num_errors,
+            "accuracy": self.accuracy,
+            "error": self.error,
+            "num_top5_errors": self.num_top5_errors,
+            "top5_error": self.top5_error,
+            # JSON has no infinity and no NaN.
+            "cross_entropy": self.cross_entropy if math.isfinite(self.cross_entropy) else None,
+            "seconds": self.seconds,
+            "images_per_second": self.images_per_second,
+            "machine": self.machine,
+        }

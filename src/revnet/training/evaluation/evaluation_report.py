@@ -1,0 +1,44 @@
+"""The printed report of an evaluation: figures, hardest classes, most frequent mistakes."""
+
+from collections.abc import Sequence
+
+from revnet.training.evaluation.evaluate_result import EvaluateResult
+from revnet.training.run.run_result import format_lines
+
+_NUM_SHOWN = 5  # number of classes, and of mistakes
+_LONGEST_NAME = 40
+
+
+def report_evaluation(result: EvaluateResult) -> str:
+    """Return a report that fits a screen; the files of `result.save` hold the rest."""
+    classes = result.confusion.per_class()
+    heading = [
+        ("model", result.model if result.checkpoint is None else f"{result.model}, {result.checkpoint}"),
+        ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes"),
+        ("accuracy", result.report()),
+        ("cross-entropy", f"{result.cross_entropy:.4f}"),
+        ("speed", f"{result.images_per_second:,.0f} images/s on {result.device}, loading included"),
+    ]
+    if result.top5_error is not None:
+        count = f"{result.num_top5_errors:,} of {result.num_images:,} not among the five best"
+        heading.insert(3, ("top-5 error", f"{100 * result.top5_error:.2f} % ({count})"))
+    hardest = sorted((row for row in classes if row.num_errors > 0), key=lambda row: (-row.error, -row.num_images))
+    errors = [
+        (_shorten(row.name), f"{100 * row.error:6.2f} % wrong, {row.num_errors:,} of {row.num_images:,}")
+        for row in hardest[:_NUM_SHOWN]
+    ]
+    mistakes = [
+        (f"{_shorten(mistake.truth)} -> {_shorten(mistake.answer)}", f"{mistake.num_images:,}")
+        for mistake in result.confusion.mistakes(_NUM_SHOWN)
+    ]
+    return format_lines([*heading, *_under("hardest", errors), *_under("confusions", mistakes)])
+
+
+def _under(title: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Put the title before the first row, if there are rows."""
+    lines = format_lines(rows).splitlines() if rows else []
+    return [(title if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."

@@ -1,0 +1,28 @@
+"""Helpers for data sets of images, which two of the families train on."""
+
+from pathlib import Path
+
+from revnet.data import AbstractSplit, list_datasets
+
+
+def absolute_data(data: str) -> str:
+    """Return the name of a data set, or the absolute path of a folder.
+
+    A run with an absolute path can be resumed and evaluated in any working directory.
+    """
+    is_name = data in list_datasets() or data.startswith("hub:")
+    return data if is_name else str(Path(data).expanduser().resolve())
+
+
+def describe_splits(training: AbstractSplit, validation: AbstractSplit | None, test: AbstractSplit) -> str:
+    """Return the number of images in each part of a data set as text."""
+    parts = {"train": training, "validate": validation, "test": test}
+    return ", ".join(f"{len(part):,} {verb}" for verb, part in parts.items() if part is not None)
+
+
+def check_batch_size(batch_size: int, training: AbstractSplit) -> None:
+    """Raise unless the training images fill a batch."""
+    if batch_size > len(training):
+        raise ValueError(
+            f"`batch_size` (={batch_size}) must not exceed the {len(training)} training images; pass a smaller one."
+        )

@@ -1,0 +1,134 @@
+"""The settings of a run that trains a language model."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from revnet.training.choices import Device, Policy, Precision
+from revnet.training.settings import AbstractRunConfig, integer, number
+
+Attention = Literal["full", "lsh", "hierarchical"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(AbstractRunConfig):
+    """Settings of a run that trains a reversible transformer to continue text, character by character.
+
+    The defaults are a small model, for a text of about a megabyte. `configs/` holds complete recipes.
+
+    Raises:
+        TypeError: A setting has the wrong type.
+        ValueError: A setting is out of range, or does not go with another.
+
+    References:
+        Kitaev, Kaiser and Levskaya (2020), Reformer: The Efficient Transformer.
+        Zhu and Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences.
+    """
+
+    command: ClassVar[str] = "revnet train lm"
+
+    task: Literal["lm"] = "lm"
+    """Task of the run, which distinguishes a file of these settings from others."""
+
+    data: str | None = None
+    """Text file in UTF-8; required. Its last tenth, see `val_fraction`, is held out for validation."""
+
+    length: int = integer(128, at_least=1)
+    """Characters of a window: the longest context of the model."""
+
+    depth: int = integer(4, at_least=1)
+    """Number of reversible blocks, each with an attention and a feed-forward network."""
+
+    dim: int = integer(128, at_least=1)
+    """Features of a character in each of the two streams; a multiple of twice `num_heads`."""
+
+    num_heads: int = integer(4, at_least=1)
+    """Number of attention heads."""
+
+    ff_mult: float = number(4.0, "above 0", lambda x: x > 0, usual="4")
+    """Width of the hidden layer of the feed-forward networks, as a multiple of `dim`."""
+
+    ff_chunks: int = integer(1, at_least=1)
+    """Number of chunks of the window that the feed-forward networks process one after another, to save memory."""
+
+    dropout: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
+    """Share of features dropped in training."""
+
+    attention: Attention = "full"
+    """Kind of attention: `full`; `lsh`, among characters whose keys fall into the same bucket (Reformer); or
+    `hierarchical`, exact nearby and coarser with distance (H-Transformer-1D). The last two are for long windows."""
+
+    bucket_size: int = integer(32, at_least=1)
+    """Average number of characters in a bucket; for `lsh` only."""
+
+    num_hashes: int = integer(4, at_least=1)
+    """Rounds of hashing; for `lsh` only."""
+
+    block_size: int = integer(32, at_least=1)
+    """Characters of a block, even; for `hierarchical` only."""
+
+    policy: Policy = "reverse"
+    """Policy for activations: `reverse` reconstructs the activations of reversible blocks in the backward pass,
+    `checkpoint` stores the input of each block and computes the rest again, `store` keeps all activations, as the
+    stored twin does."""
+
+    memory_budget: str | None = None
+    """Largest amount of memory that an update may take, such as `16GiB` or `500MB`. A plan then chooses the policy of
+    each block, instead of `policy`, so that an update takes the least time."""
+
+    epochs: int = integer(4, at_least=1)
+    """Number of epochs, each of `updates_per_epoch`; the model is validated and saved at the end of each."""
+
+    updates_per_epoch: int | None = integer(None, at_least=1)
+    """Updates of an epoch. Null makes an epoch read about as many characters as the training text has, in at most 500
+    updates."""
+
+    max_updates: int | None = integer(None, at_least=1)
+    """Number of updates after which to stop, mid-epoch if necessary; null completes all `epochs`."""
+
+    batch_size: int = integer(32, at_least=1)
+    """Windows per update, from random positions of the text."""
+
+    lr: float = number(2e-3, "above 0 and at most 0.05", lambda x: 0 < x <= 0.05, usual="0.001")
+    """Highest learning rate of AdamW; it falls to zero along half a cosine."""
+
+    warmup: float = number(0.05, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
+    """Share of all updates in which the learning rate first rises linearly from zero."""
+
+    beta2: float = number(0.99, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.999")
+    """Decay rate of AdamW's average of squared gradients."""
+
+    weight_decay: float = number(0.1, "0 or more", lambda x: x >= 0, usual="0.1")
+    """Decay of the weights of linear layers; embeddings, norms and biases do not decay."""
+
+    max_grad_norm: float | None = number(1.0, "above 0", lambda x: x > 0, usual="1")
+    """Norm to which the gradient of an update is clipped; null does not clip."""
+
+    val_fraction: float = number(0.1, "above 0 and below 1", lambda x: 0 < x < 1, usual="0.1")
+    """Share of the text, at its end, that is held out for validation."""
+
+    val_windows: int | None = integer(1000, at_least=1)
+    """Largest number of windows that a validation reads, spread evenly over its text; null reads all of it."""
+
+    precision: Precision = "32-true"
+    """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16."""
+
+    device: Device = "auto"
+    """Device to train on; `auto` takes the GPU if there is one."""
+
+    num_threads: int | None = integer(None, at_least=1)
+    """Threads on the CPU; null is PyTorch's choice."""
+
+    seed: int = integer(0, at_least=0, at_most=2**32 - 1)
+    """Seed of the initial weights, the windows and dropout."""
+
+    out_dir: str | None = None
+    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_lm_<number>`."""
+
+    def _check_together(self) -> None:
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"`dim` (={self.dim}) must be a multiple of twice `num_heads` (={self.num_heads}), since a head has an "
+                f"even number of features; pass {self.dim + -self.dim % (2 * self.num_heads)}."
+            )
+        if self.block_size % 2:
+            raise ValueError(f"`block_size` (={self.block_size}) must be even; pass {self.block_size + 1}.")

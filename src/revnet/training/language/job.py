@@ -1,0 +1,158 @@
+"""The job of `revnet train lm`: train a language model on a text file."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from revnet.data import ConsecutiveWindows, RandomWindows, TextDataset, load_text
+from revnet.memory import Plan
+from revnet.training.device import check_device
+from revnet.training.language.config import LanguageConfig
+from revnet.training.language.model import LanguageHeader, LanguageModel
+from revnet.training.language.result import LanguageResult
+from revnet.training.language.task import LanguageTask
+from revnet.training.optimizers import adamw_factory
+from revnet.training.run.activation_memory import PeakBytes, Update, apply_policies, count_peak_bytes, make_plan
+from revnet.training.run.job import AbstractJob, Outcome, RunNames
+
+_LONGEST_EPOCH = 500
+"""Most updates of an epoch, if the settings leave the number open."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LanguageJob(AbstractJob[LanguageResult]):
+    """Job of a run that trains a language model."""
+
+    config: LanguageConfig
+    names: RunNames
+    task: LanguageTask
+    num_epochs: int
+    batch_size: int
+    max_grad_norm: float | None
+    plan: Plan | None
+    dataset: TextDataset
+    validation: ConsecutiveWindows
+    update: Update
+
+    def heading(self) -> list[tuple[str, str]]:
+        """Return the lines printed before training: model, data, epochs."""
+        config, dataset = self.config, self.dataset
+        num_parameters = sum(parameter.numel() for parameter in self.task.language_model.model.parameters())
+        counts = f"{len(dataset.train):,} train, {len(dataset.validation):,} validate"
+        windows = f"{self.batch_size} windows of {config.length} characters"
+        return [
+            ("model", f"lm, {config.depth} blocks, {config.attention} attention, {num_parameters:,} parameters"),
+            ("data", f"{dataset.name}, {len(dataset.vocabulary)} different characters: {counts}"),
+            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} updates of {windows}"),
+        ]
+
+    def make_loaders(self, device: torch.device) -> tuple[RandomWindows, ConsecutiveWindows]:
+        """Return random windows for training and consecutive windows for validation."""
+        assert self.config.updates_per_epoch is not None
+        training = RandomWindows(
+            self.dataset.train,
+            length=self.config.length,
+            batch_size=self.batch_size,
+            num_batches=self.config.updates_per_epoch,
+            seed=self.config.seed,
+            pin_memory=device.type == "cuda",
+        )
+        return training, self.validation
+
+    def count_peak_bytes(self) -> PeakBytes:
+        """Count the activations of an update, and of an update of the stored twin."""
+        return count_peak_bytes(self.task.language_model.model, self.config, self.update)
+
+    def finish(self, folder: Path, outcome: Outcome) -> LanguageResult:
+        """Take the scores from the log: the validation text is the only text that is held out."""
+        assert outcome.best_score is not None
+        return LanguageResult(
+            data=self.dataset.name,
+            attention=self.config.attention,
+            val_loss=outcome.rows[-1]["val_loss"],
+            best_val_loss=outcome.best_score,
+            num_val_characters=self.validation.num_windows * self.config.length,
+            **outcome.figures.as_arguments(),
+        )
+
+
+def new_job(config: LanguageConfig) -> LanguageJob:
+    """Check the settings of a new run and read its text."""
+    if config.data is None:
+        raise ValueError("`data` is required: a text file, such as --data book.txt.")
+    return job_of_run(replace(config, data=str(Path(config.data).expanduser().resolve())))
+
+
+def job_of_run(config: LanguageConfig) -> LanguageJob:
+    """Make the job of a run from the settings in its folder."""
+    assert config.data is not None
+    check_device(config.device)
+    dataset = load_text(config.data, val_fraction=config.val_fraction)
+    shortest = min(len(dataset.train), len(dataset.validation))
+    if shortest <= config.length:
+        raise ValueError(
+            f"`data` (='{config.data}') has {len(dataset.train):,} characters for training and "
+            f"{len(dataset.validation):,} for validation, too few for windows of `length` (={config.length}) plus one; "
+            "pass a longer text, or a smaller length."
+        )
+    usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
+    updates_per_epoch = config.updates_per_epoch or usual
+    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
+    config = replace(config, updates_per_epoch=updates_per_epoch, epochs=-(-num_updates // updates_per_epoch))
+    header = LanguageHeader(
+        data=str(config.data),
+        characters=dataset.vocabulary.characters,
+        options={
+            "dim": config.dim,
+            "depth": config.depth,
+            "num_heads": config.num_heads,
+            "max_length": config.length,
+            "attention": config.attention,
+            **_attention_options(config),
+            "ff_mult": config.ff_mult,
+            "ff_chunks": config.ff_chunks,
+            "dropout": config.dropout,
+        },
+    )
+    update = Update(
+        make_model=lambda: LanguageModel.create(header).model,
+        make_batch=lambda: torch.zeros(config.batch_size, config.length, dtype=torch.int64),
+        loss=_loss,
+        optimizer=adamw_factory(lr=config.lr, beta2=config.beta2, weight_decay=config.weight_decay),
+    )
+    plan = make_plan(config, update)
+    torch.manual_seed(config.seed)
+    language_model = LanguageModel.create(header)
+    apply_policies(language_model.model, config, plan)
+    return LanguageJob(
+        config=config,
+        names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
+        task=LanguageTask(language_model, config, num_updates),
+        num_epochs=config.epochs,
+        batch_size=config.batch_size,
+        max_grad_norm=config.max_grad_norm,
+        plan=plan,
+        dataset=dataset,
+        validation=ConsecutiveWindows(
+            dataset.validation, length=config.length, batch_size=config.batch_size, max_windows=config.val_windows
+        ),
+        update=update,
+    )
+
+
+def _attention_options(config: LanguageConfig) -> dict[str, int]:
+    match config.attention:
+        case "lsh":
+            return {"bucket_size": config.bucket_size, "num_hashes": config.num_hashes}
+        case "hierarchical":
+            return {"block_size": config.block_size}
+    return {}
+
+
+def _loss(logits: Tensor) -> Tensor:
+    targets = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

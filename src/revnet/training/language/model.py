@@ -1,0 +1,97 @@
+"""A language model: a transformer with its vocabulary of characters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from revnet.data import Vocabulary
+from revnet.models import ReversibleTransformer
+from revnet.training.run.checkpoint import load_module
+from revnet.training.saved_module import AbstractHeader, SavedModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageHeader(AbstractHeader):
+    """Everything that it takes to rebuild a language model, except its tensors."""
+
+    kind: ClassVar[str] = "lm"
+
+    model: str = "lm"
+    """Name of the model."""
+
+    data: str
+    """Text file that the model was trained on."""
+
+    characters: str
+    """Characters of the vocabulary."""
+
+    options: Mapping[str, Any]
+    """Arguments of `ReversibleTransformer`."""
+
+
+class LanguageModel(SavedModule):
+    """A transformer that predicts the next character.
+
+    Shape:
+        tokens: (B, T), integers, see `vocabulary`. Output: logits of the next token at each position, (B, T,
+            vocabulary).
+    """
+
+    header_type: ClassVar[type[AbstractHeader]] = LanguageHeader
+    header: LanguageHeader
+
+    def __init__(self, model: ReversibleTransformer, header: LanguageHeader) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = Vocabulary(header.characters)
+        self.header = header
+
+    @classmethod
+    def create(cls, header: LanguageHeader) -> Self:
+        """Make a model with random weights."""
+        return cls(ReversibleTransformer(vocab_size=len(header.characters), **header.options), header)
+
+    @classmethod
+    def build(cls, header: LanguageHeader, tensors: Mapping[str, Tensor]) -> Self:
+        """Build the language model of `header`."""
+        return cls.create(header)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the logits."""
+        return self.model(tokens)
+
+    def generate(self, prompt: str, num_new: int, **options: Any) -> str:
+        """Continue a text by `num_new` characters.
+
+        Args:
+            prompt: Start of the text.
+            num_new: Number of characters to add.
+            options: Options of `ReversibleTransformer.generate`.
+
+        Returns:
+            The continuation, without the prompt.
+
+        Raises:
+            ValueError: The prompt is empty, or has a character that is not in the vocabulary.
+        """
+        if not prompt:
+            raise ValueError("`prompt` (='') must not be empty; pass the start of the text, a newline for instance.")
+        tokens = self.vocabulary.encode(prompt, "prompt")
+        device = next(self.parameters()).device
+        text = self.model.generate(tokens[None].to(device), num_new, **options)
+        return self.vocabulary.decode(text[0, len(tokens) :])
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
+    """Rebuild the language model of a run of `revnet train lm`, on the CPU and in evaluation mode.
+
+    Args:
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose best weights are loaded.
+
+    Raises:
+        CheckpointError: The file does not exist, is truncated, holds another kind of model, or its tensors do not fit.
+    """
+    return load_module(LanguageModel, path, best=True)

@@ -1,0 +1,69 @@
+"""The task of training a language model: loss and optimizer."""
+
+from collections.abc import Mapping
+
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from revnet.training.language.config import LanguageConfig
+from revnet.training.language.model import LanguageModel
+from revnet.training.optimizers import adamw_along_a_cosine
+from revnet.training.run.task import AbstractTask, BestEpoch
+
+
+class LanguageTask(AbstractTask):
+    """Cross-entropy of the next character, in nats.
+
+    A batch is (B, T + 1): windows, in which the model reads all but the last character and predicts all but the first.
+
+    Args:
+        language_model: Model to train.
+        config: Settings of the run.
+        num_updates: Updates of the whole run, for the schedule.
+    """
+
+    best_epoch = BestEpoch("val_loss", is_highest=False)
+
+    def __init__(self, language_model: LanguageModel, config: LanguageConfig, num_updates: int) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.config = config
+        self.num_updates = num_updates
+
+    @property
+    def saved_module(self) -> LanguageModel:
+        """The language model."""
+        return self.language_model
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the loss of one update."""
+        loss = self._loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the loss on windows of the validation text."""
+        self.log("val_loss", self._loss(batch), batch_size=len(batch))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return the optimizer, and the schedule that steps after every update."""
+        config = self.config
+        return adamw_along_a_cosine(
+            self.language_model.model,
+            lr=config.lr,
+            beta2=config.beta2,
+            weight_decay=config.weight_decay,
+            warmup=config.warmup,
+            num_updates=self.num_updates,
+        )
+
+    def report(self, metrics: Mapping[str, float]) -> str:
+        """Return loss and speed as text."""
+        characters = self.config.batch_size * self.config.length / metrics["step_seconds"]
+        loss = f"loss {metrics['train_loss']:.4f}  validation {metrics['val_loss']:.4f}"
+        return f"{loss}  {characters:,.0f} characters/s"
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        logits = self.language_model(windows[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())

@@ -1,0 +1,123 @@
+"""The activations of a run: one policy for all blocks, or a plan for a budget, and the memory that they take."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from revnet.errors import BudgetError
+from revnet.memory import Plan, format_bytes, plan, predict
+from revnet.nn import Store, policy_holders, set_policy
+from revnet.training.device import find_device
+from revnet.training.settings import AbstractRunConfig
+
+
+class PeakBytes(NamedTuple):
+    """Peak activation memory of an update."""
+
+    trained: int
+    """Peak of the model under its policies."""
+    stored: int | None
+    """Peak of the stored twin; None if the model stores all activations itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """An update in the form that the memory tools take: shapes, without data."""
+
+    make_model: Callable[[], nn.Module]
+    """Function that makes the model; called under the meta device."""
+    make_batch: Callable[[], Tensor]
+    """Function that makes a batch; called under the meta device."""
+    loss: Callable[[Any], Tensor]
+    """Function from the output of the model to a scalar."""
+    optimizer: Callable[..., torch.optim.Optimizer]
+    """Function that makes the optimizer of parameters."""
+
+
+def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
+    """Plan an update within `config.memory_budget`, if there is one.
+
+    Times are counted and not measured: a resumed run must have the same plan, because policies differ in the last
+    digits of the gradients.
+
+    Raises:
+        BudgetError: No plan fits.
+    """
+    if config.memory_budget is None:
+        return None
+    device = find_device(config.device)
+    with torch.device("meta"):
+        model, batch = update.make_model(), update.make_batch()
+    try:
+        return plan(
+            model,
+            batch,
+            budget=config.memory_budget,
+            optimizer=update.optimizer,
+            loss=update.loss,
+            autocast=_autocast(config),
+            device=device if device.type == "cuda" else "cpu",
+        )
+    except BudgetError as error:
+        raise _budget_error(config.memory_budget, error) from error
+
+
+def apply_policies(model: nn.Module, config: AbstractRunConfig, memory_plan: Plan | None) -> None:
+    """Give `model` the policies of the plan, or the policy of the settings."""
+    if memory_plan is not None:
+        memory_plan.apply(model)
+    elif config.policy != "reverse":  # the default of every model that can reverse
+        set_policy(model, config.policy)
+
+
+def describe_plan(memory_plan: Plan) -> str:
+    """Return the plan as one line of text."""
+    counts = Counter(type(unit.policy).__name__.lower() for unit in memory_plan.units)
+    units = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    return (
+        f"peak {format_bytes(memory_plan.peak_bytes)} of {format_bytes(memory_plan.budget_bytes)}, step time "
+        f"{memory_plan.time_ratio:.2f} of storing all; {len(memory_plan.units)} units: {units}"
+    )
+
+
+def policy_name(config: AbstractRunConfig, memory_plan: Plan | None, *, is_stored: bool) -> str:
+    """Return the policy of a run in one word; `store` if the model stores all activations whatever the settings say."""
+    return "plan" if memory_plan is not None else "store" if is_stored else config.policy
+
+
+def count_peak_bytes(model: nn.Module, config: AbstractRunConfig, update: Update) -> PeakBytes:
+    """Count the activations of an update of `model` from shapes alone."""
+    with torch.device("meta"):
+        twin, batch = update.make_model(), update.make_batch()
+    for holder, original in zip(policy_holders(twin).values(), policy_holders(model).values(), strict=True):
+        holder.set_policies(original.policies)
+
+    def count() -> int:
+        return predict(twin, batch, autocast=_autocast(config)).activation_bytes
+
+    peak_bytes = count()
+    if all(policy == Store() for holder in policy_holders(twin).values() for policy in holder.policies):
+        return PeakBytes(peak_bytes, None)
+    set_policy(twin, Store())
+    return PeakBytes(peak_bytes, count())
+
+
+def _autocast(config: AbstractRunConfig) -> torch.dtype | None:
+    return torch.bfloat16 if config.precision == "bf16-mixed" else None
+
+
+def _budget_error(memory_budget: str, error: BudgetError) -> BudgetError:
+    """Return the error in terms of the settings of a run."""
+    size = error.max_batch_size
+    way_out = f"pass a `batch_size` of {size} or less" if size else "no batch would fit; pass a smaller model"
+    return BudgetError(
+        f"`memory_budget` (={memory_budget!r}) is {format_bytes(error.missing_bytes)} below the least that an update "
+        f"needs, {format_bytes(error.least_bytes)}; {way_out}, or a larger budget.",
+        missing_bytes=error.missing_bytes,
+        least_bytes=error.least_bytes,
+        max_batch_size=size,
+    )

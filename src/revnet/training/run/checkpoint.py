@@ -1,0 +1,125 @@
+"""Read and write the two files of a run: weights (safetensors) and the checkpoint to resume from (PyTorch's format).
+
+A weights file holds the tensors of the module that was trained, such as a `Classifier`, and its header as metadata. A
+checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, callbacks and random generators, and the
+header.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from revnet.errors import CheckpointError
+from revnet.training.atomic_file import atomic_path
+from revnet.training.run import run_dir
+from revnet.training.saved_module import SavedModule, attribute_of_kind
+
+HEADER_KEY = "revnet"
+"""Key of the header in a checkpoint."""
+
+_WAY_OUT = "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written"
+_Module = TypeVar("_Module", bound=SavedModule)
+
+
+class SavedWeights(NamedTuple):
+    """Contents of a weights file."""
+
+    metadata: Mapping[str, str]
+    """The header."""
+    tensors: dict[str, Tensor]
+    """Tensors by their names in the module that was trained."""
+
+
+def save_weights(module: SavedModule, path: Path) -> None:
+    """Write the tensors and the header of `module`."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    with atomic_path(path) as temporary:
+        # `save_file` would make a file that only its owner may read.
+        temporary.write_bytes(save(tensors, metadata=module.header.to_metadata()))
+
+
+def load_module(module_type: type[_Module], path: str | Path, *, best: bool = False) -> _Module:
+    """Rebuild a module from a file of weights, on the CPU and in evaluation mode.
+
+    Args:
+        module_type: Class of the module.
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run.
+        best: Take the best weights of a folder, not the last.
+
+    Raises:
+        CheckpointError: The file does not exist, is truncated, was not written by revnet, holds another kind of module,
+            or its tensors do not fit the model that it names.
+    """
+    path = find_weights(Path(path), best=best)
+    metadata, tensors = read_weights(path)
+    header = module_type.header_type.from_metadata(metadata, path)
+    return module_type.from_tensors(header, tensors, path).eval()
+
+
+def find_weights(path: Path, *, best: bool = False) -> Path:
+    """Return the file of weights: `path` itself or, in the folder of a run, the last weights, or the `best`.
+
+    Raises:
+        CheckpointError: The file does not exist.
+    """
+    if not path.is_dir():
+        return _existing_file(path)
+    # The last two are written together; a run that stopped in between leaves the checkpoint.
+    names = [*[run_dir.BEST_WEIGHTS] * best, run_dir.LAST_WEIGHTS, run_dir.CHECKPOINT]
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(f"`{path}` holds no {run_dir.LAST_WEIGHTS} and no {run_dir.CHECKPOINT}; {_WAY_OUT}.")
+
+
+def read_weights(path: Path) -> SavedWeights:
+    """Read a `.safetensors` file, or the same part of a `.ckpt` file.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or was not written by `revnet train`.
+    """
+    if path.suffix == ".ckpt":
+        return trained_part(read_checkpoint(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise CheckpointError(f"`{path}` is truncated or not a safetensors file; {_WAY_OUT}.") from error
+    return SavedWeights(metadata, tensors)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint to resume from, without executing anything in it.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or was not written by `revnet train`.
+    """
+    path = _existing_file(Path(path))
+    with path.open("rb") as file:  # an unreadable file raises its own error here
+        try:
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
+        except Exception as error:  # the unpickler can raise anything, OSError included
+            raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+    if not (isinstance(checkpoint, dict) and {HEADER_KEY, "state_dict"} <= checkpoint.keys()):
+        raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
+    return checkpoint
+
+
+def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
+    """Return the part of a checkpoint that the file of weights holds."""
+    metadata = checkpoint[HEADER_KEY]
+    prefix = f"{attribute_of_kind(metadata)}."
+    state = checkpoint["state_dict"].items()
+    return SavedWeights(metadata, {name.removeprefix(prefix): x for name, x in state if name.startswith(prefix)})
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"`{path}` is not a file; {_WAY_OUT}.")
+    return path

@@ -1,0 +1,128 @@
+"""Run a job from start to end: train, measure, and write the files of its folder."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import revnet
+from revnet._memory_readings import process_peak_bytes
+from revnet._provenance import describe_machine
+from revnet.training.atomic_file import atomic_path
+from revnet.training.drift_monitor import DriftMonitor
+from revnet.training.run import run_dir
+from revnet.training.run.activation_memory import describe_plan, policy_name
+from revnet.training.run.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer, ToleranceState
+from revnet.training.run.job import AbstractJob, Outcome
+from revnet.training.run.learning_curve import plot_learning_curve
+from revnet.training.run.progress import make_progress
+from revnet.training.run.run_result import RunFigures, RunResult, format_lines
+from revnet.training.run.trainer import Stopped, fit, make_trainer
+
+_Result = TypeVar("_Result", bound=RunResult)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C or SIGTERM; the message says how to continue.
+
+    Args:
+        message: How to continue.
+        signal_number: The signal that stopped the run.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def execute(
+    job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, *, quiet: bool, callbacks: Sequence[Callback]
+) -> _Result:
+    """Run a job in its folder, from `checkpoint` on if there is one.
+
+    Raises:
+        TrainingInterrupted: Ctrl-C or SIGTERM came.
+    """
+    try:
+        with _threads(job.config.num_threads):
+            return _execute(job, folder, checkpoint, quiet, callbacks)
+    except KeyboardInterrupt as stop:
+        message = f"stopped; `revnet train --resume {folder}` continues after the last finished epoch."
+        if not (folder / run_dir.CHECKPOINT).is_file():
+            settings = folder / run_dir.CONFIG
+            message = f"stopped before an epoch was finished; `{job.config.command} --config {settings}` starts again."
+        raise TrainingInterrupted(message, stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT) from stop
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _execute(
+    job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
+) -> _Result:
+    log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
+    ours: list[Callback] = [RandomState(), ToleranceState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
+    if job.drift_every is not None:
+        ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
+    if not quiet:
+        ours.append(make_progress())
+    trainer = make_trainer(
+        job.config, [*ours, *callbacks], folder, num_epochs=job.num_epochs, max_grad_norm=job.max_grad_norm
+    )
+    device = trainer.strategy.root_device
+    if job.plan is not None:
+        with atomic_path(folder / run_dir.PLAN) as temporary:
+            temporary.write_text(f"{job.plan.report()}\n")
+    if not quiet:
+        print(_heading(job, folder, device), flush=True)
+    fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
+
+    names = job.names
+    plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
+    figures = _figures(job, folder, trainer, log, files)
+    result = job.finish(folder, Outcome(device=device, rows=log.rows, best_score=files.best_score, figures=figures))
+    result.save(folder / run_dir.SUMMARY)
+    return result
+
+
+def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles) -> RunFigures:
+    device = trainer.strategy.root_device
+    peak_bytes, stored_peak_bytes = job.count_peak_bytes()
+    return RunFigures(
+        folder=folder,
+        best_epoch=files.best_epoch,
+        num_updates=trainer.global_step,
+        train_seconds=sum(row["epoch_seconds"] for row in log.rows),
+        step_seconds=median(row["step_seconds"] for row in log.rows),
+        batch_size=job.batch_size,
+        peak_bytes=peak_bytes,
+        stored_peak_bytes=stored_peak_bytes,
+        policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),
+        memory_budget_bytes=None if job.plan is None else job.plan.budget_bytes,
+        planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
+        process_peak_bytes=process_peak_bytes(device),
+        machine=describe_machine(f"{job.config.command} --config {run_dir.CONFIG}", device=device),
+    )
+
+
+def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:
+    lines = [
+        ("revnet", revnet.__version__),
+        *job.heading(),
+        ("device", f"{device}, {job.config.precision}"),
+    ]
+    if job.plan is not None:
+        lines.append(("memory", describe_plan(job.plan)))
+    return format_lines([*lines, ("folder", str(folder))])

@@ -1,0 +1,81 @@
+"""The interface between a run and the task that it trains."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from revnet.memory import Plan
+from revnet.training.run.activation_memory import PeakBytes
+from revnet.training.run.callbacks import Row
+from revnet.training.run.run_result import RunFigures, RunResult
+from revnet.training.run.task import AbstractTask
+from revnet.training.settings import AbstractRunConfig
+
+Result = TypeVar("Result", bound=RunResult)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunNames:
+    """Names of the parts of a run."""
+
+    data: str
+    """Name of the data, in logs and file names."""
+    model: str
+    """Name of the model, in logs and file names."""
+    loss: str = "cross-entropy"
+    """Name of the loss, on the learning curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Outcome of a finished run."""
+
+    device: torch.device
+    """Device that the run trained on."""
+    rows: Sequence[Row]
+    """The log, one row per epoch."""
+    best_score: float | None
+    """Score of the best epoch; None without validation."""
+    figures: RunFigures
+    """Figures that every result has."""
+
+
+class AbstractJob(ABC, Generic[Result]):
+    """Everything of a run that depends on the settings and the data; it writes no file."""
+
+    config: AbstractRunConfig
+    """Settings of the run."""
+    names: RunNames
+    """Names of its parts."""
+    task: AbstractTask
+    """The LightningModule to train."""
+    num_epochs: int
+    """Epochs of the run."""
+    batch_size: int
+    """Samples per update."""
+    plan: Plan | None
+    """Plan of policies for the memory budget, if there is one."""
+    max_grad_norm: float | None = None
+    """Norm to which gradients are clipped; None does not clip."""
+    drift_every: int | None = None
+    """Updates from one measurement of drift to the next; None measures nothing."""
+
+    @abstractmethod
+    def heading(self) -> list[tuple[str, str]]:
+        """Return the lines printed before training: model, data, epochs."""
+
+    @abstractmethod
+    def make_loaders(self, device: torch.device) -> tuple[Iterable[Any], Iterable[Any] | None]:
+        """Return the training batches, and the validation batches if there are any."""
+
+    @abstractmethod
+    def count_peak_bytes(self) -> PeakBytes:
+        """Count the activations of an update, and of an update of the stored twin."""
+
+    @abstractmethod
+    def finish(self, folder: Path, outcome: Outcome) -> Result:
+        """Compute the scores of the trained model, and return the result of the run."""

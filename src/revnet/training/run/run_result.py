@@ -1,0 +1,139 @@
+"""The result of a run, whatever it trained: its costs and its files, printed and saved."""
+
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import revnet
+from revnet.memory import format_bytes
+from revnet.training.atomic_file import atomic_path
+from revnet.training.run import run_dir
+
+_PARTICIPLES = {"reverse": "reversible", "checkpoint": "checkpointed", "store": "stored", "plan": "planned"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFigures:
+    """Costs and files of a run."""
+
+    folder: Path
+    """Folder with the weights, the log and the picture."""
+
+    best_epoch: int
+    """Epoch of the best weights: the best in validation, or the last without validation."""
+
+    num_updates: int
+    """Number of updates."""
+
+    train_seconds: float
+    """Time of all epochs, validation included."""
+
+    step_seconds: float
+    """Median time of an update."""
+
+    batch_size: int
+    """Images, or windows of text, per update."""
+
+    peak_bytes: int
+    """Peak activation memory of an update."""
+
+    stored_peak_bytes: int | None
+    """Peak activation memory of an update of the stored twin; None if the model stores all activations itself."""
+
+    policy: str
+    """Policy for activations: `reverse`, `checkpoint`, `store`, or `plan` for a run with a memory budget."""
+
+    memory_budget_bytes: int | None
+    """Memory budget of an update, if the run had one."""
+
+    planned_peak_bytes: int | None
+    """Peak memory of an update in the plan, including model, gradients and optimizer."""
+
+    process_peak_bytes: int | None = field(compare=False)
+    """Peak memory of the process: resident on the CPU, by PyTorch's allocator on a GPU."""
+
+    machine: list[str] = field(compare=False)
+    """Lines that describe the hardware, the versions, the date and the command."""
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Return the figures by name, as arguments of a `RunResult`."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(RunFigures)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(RunFigures, ABC):
+    """Result of a run, whatever it trained: its costs, its files and, in a subclass, its scores."""
+
+    samples: ClassVar[str] = "images"
+    """Name of the samples in a batch."""
+
+    @abstractmethod
+    def _scores(self) -> list[tuple[str, str]]:
+        """Return the scores as lines of two columns."""
+
+    @abstractmethod
+    def _score_entries(self) -> dict[str, Any]:
+        """Return the scores as entries of the JSON file."""
+
+    def report(self) -> str:
+        """Return scores, costs and files as text of two columns."""
+        step_time = f"{1000 * self.step_seconds:.1f} ms, median of updates of {self.batch_size} {self.samples}"
+        lines = [
+            *self._scores(),
+            ("step time", step_time),
+            *self._memory_lines(),
+            ("weights", str(self.folder / run_dir.LAST_WEIGHTS)),
+            ("", f"{self.folder / run_dir.BEST_WEIGHTS} (epoch {self.best_epoch})"),
+            ("log", str(self.folder / run_dir.LOG)),
+            ("picture", str(self.folder / run_dir.PICTURE)),
+        ]
+        return format_lines(lines)
+
+    def save(self, path: Path) -> None:
+        """Write the figures, and the versions they were measured with, as JSON."""
+        summary = self._score_entries() | {
+            "num_updates": self.num_updates,
+            "train_seconds": self.train_seconds,
+            "step_seconds": self.step_seconds,
+            "batch_size": self.batch_size,
+            "peak_bytes": self.peak_bytes,
+            "stored_peak_bytes": self.stored_peak_bytes,
+            "policy": self.policy,
+            "memory_budget_bytes": self.memory_budget_bytes,
+            "planned_peak_bytes": self.planned_peak_bytes,
+            "process_peak_bytes": self.process_peak_bytes,
+            "machine": self.machine,
+            "versions": {
+                "revnet": revnet.__version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lightning": version("lightning"),
+            },
+        }
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+
+    def _memory_lines(self) -> list[tuple[str, str]]:
+        per_step = f"at the peak of a step of {self.batch_size} {self.samples}"
+        lines = [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, {_PARTICIPLES[self.policy]}")]
+        if self.stored_peak_bytes is not None:
+            ratio = self.stored_peak_bytes / self.peak_bytes
+            twin = f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"
+            lines.append(("", twin))
+        if self.memory_budget_bytes is not None and self.planned_peak_bytes is not None:
+            planned = f"{format_bytes(self.planned_peak_bytes)} with model, gradients and optimizer"
+            lines.append(("", f"{planned}, of a budget of {format_bytes(self.memory_budget_bytes)}"))
+        return lines
+
+
+def format_lines(lines: Sequence[tuple[str, str]]) -> str:
+    """Format names and values in two columns."""
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)

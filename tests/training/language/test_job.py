@@ -1,0 +1,170 @@
+"""Training a language model, from the settings to the files of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from revnet.data import load_text
+from revnet.errors import BudgetError, CheckpointError, DataError
+from revnet.memory import measure
+from revnet.models import ReversibleTransformer
+from revnet.nn import Store
+from revnet.training import (
+    LanguageConfig,
+    TrainingInterrupted,
+    load_classifier,
+    load_density,
+    load_language_model,
+    resume,
+    train,
+)
+from tests.training.samples import read_log, stop_after_epoch
+
+SMALL = {
+    "length": 16,
+    "depth": 2,
+    "dim": 16,
+    "num_heads": 2,
+    "batch_size": 8,
+    "epochs": 2,
+    "updates_per_epoch": 5,
+    "lr": 1e-2,
+    "num_threads": 1,
+}
+RHYME = "Hickory, dickory, dock, the mouse ran up the clock.\n"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "rhyme.txt"
+    path.write_text(RHYME * 40)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A run of two epochs in a shared folder: do not change it."""
+    folder = tmp_path_factory.mktemp("runs") / "lm"
+    return train(LanguageConfig(data=text, out_dir=str(folder), **SMALL), quiet=True)
+
+
+def test_run_writes_its_files(trained):
+    assert sorted(path.name for path in trained.folder.iterdir()) == [
+        "best.safetensors",
+        "config.yaml",
+        "last.ckpt",
+        "last.safetensors",
+        "learning_curve.png",
+        "metrics.csv",
+        "summary.json",
+    ]
+
+
+def test_loss_decreases_and_is_reported(trained):
+    first, second = read_log(trained.folder)
+    assert float(second["val_loss"]) < float(first["val_loss"]) < 4
+    assert trained.val_loss == trained.best_val_loss == float(second["val_loss"])
+    summary = json.loads((trained.folder / "summary.json").read_text())
+    assert (summary["val_loss"], summary["data"], summary["attention"]) == (trained.val_loss, "rhyme", "full")
+    assert (
+        f"validation loss    {trained.val_loss:.4f} nats/character (192 characters), last weights" in trained.report()
+    )
+
+
+def test_validation_loss_covers_all_windows(trained, text):
+    model, dataset = load_language_model(trained.folder), load_text(text)
+    windows = dataset.validation[: 12 * 16 + 1].long()
+    logits = model(windows[:-1].view(12, 16))
+    loss = F.cross_entropy(logits.flatten(0, 1), windows[1:])
+    torch.testing.assert_close(loss.item(), trained.best_val_loss, rtol=1e-5, atol=0)  # sums in a different order
+
+
+def test_memory_equals_measured_model_and_stored_twin(trained):
+    expected = []
+    for policy in (None, Store()):
+        sizes = {"dim": 16, "depth": 2, "num_heads": 2, "max_length": 16}
+        model = ReversibleTransformer(vocab_size=len(set(RHYME)), policy=policy, **sizes)
+        expected.append(measure(model, torch.zeros(8, 16, dtype=torch.int64)).activation_bytes)
+    assert [trained.peak_bytes, trained.stored_peak_bytes] == expected
+    assert trained.peak_bytes < trained.stored_peak_bytes
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"dropout": 0.1},
+        {"memory_budget": "400KiB"},
+        {"attention": "lsh", "bucket_size": 4},
+        {"attention": "hierarchical", "block_size": 4},
+    ],
+    ids=["dropout", "planned", "lsh", "hierarchical"],
+)
+def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, text, more):
+    settings = SMALL | {"data": text, "epochs": 3} | more  # dropout and hashes are random
+    straight = train(LanguageConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after_epoch(patch, 1)
+        with pytest.raises(TrainingInterrupted, match=r"`revnet train --resume .*stopped` continues"):
+            train(LanguageConfig(**settings, out_dir=str(tmp_path / "stopped")), quiet=True)
+    torch.rand(1000)  # a new process may draw numbers before it resumes
+    resumed = resume(tmp_path / "stopped", quiet=True)
+    for weights in ("last.safetensors", "best.safetensors"):
+        expected, actual = (load_language_model(result.folder / weights).state_dict() for result in (straight, resumed))
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    times = {"step_seconds": "", "epoch_seconds": ""}
+    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
+    assert logs[0] == logs[1]
+    assert (straight.policy == "plan") == ("memory_budget" in more)
+
+
+def test_epoch_reads_the_length_of_the_text(out_dir, text):
+    settings = SMALL | {"updates_per_epoch": None, "epochs": 1}
+    train(LanguageConfig(data=text, out_dir=out_dir, **settings), quiet=True)
+    (row,) = read_log(Path(out_dir))
+    assert int(row["updates"]) == round(0.9 * len(RHYME) * 40) // (8 * 16)
+    assert LanguageConfig.load(Path(out_dir, "config.yaml")).updates_per_epoch == int(row["updates"])
+
+
+def test_generates_characters_of_the_vocabulary(trained):
+    model = load_language_model(trained.folder)
+    options = {"temperature": 0.8, "top_k": 5}
+    texts = [model.generate("the ", 50, generator=torch.Generator().manual_seed(seed), **options) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(texts[0]) == 50
+    assert set(texts[0]) <= set(RHYME)
+
+
+def test_rejects_invalid_prompts(trained):
+    model = load_language_model(trained.folder)
+    with pytest.raises(ValueError, match=r"`prompt` has the character 'Ä', which is not among"):
+        model.generate("Ä", 1)
+    with pytest.raises(ValueError, match=r"`prompt` \(=''\) must not be empty"):
+        model.generate("", 1)
+
+
+def test_rejects_other_kinds_of_weights(trained, finished):
+    with pytest.raises(CheckpointError, match=r"holds a language model, not a classifier; use `revnet generate`"):
+        load_classifier(trained.folder)
+    with pytest.raises(CheckpointError, match=r"holds a language model, not a density of images; use"):
+        load_density(trained.folder)
+    with pytest.raises(CheckpointError, match=r"holds a classifier, not a language model; use `revnet evaluate` or"):
+        load_language_model(finished.folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"data": None}, ValueError, r"`data` is required: a text file"),
+        ({"data": "nothing.txt"}, DataError, r"nothing.txt'\) does not exist; pass a text file"),
+        ({"length": 208}, ValueError, r"208 for validation, too few for windows of `length` \(=208\) plus one"),
+        ({"memory_budget": "1KiB"}, BudgetError, r"`memory_budget` \(='1KiB'\) is "),
+    ],
+)
+def test_rejects_invalid_settings_before_writing(tmp_path, monkeypatch, text, settings, error, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        train(LanguageConfig(**{"data": text} | SMALL | settings))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from revnet.errors import BudgetError
+from revnet.memory import LiveBytes, parse_bytes
+from revnet.nn import Checkpoint, Store, policy_holders
+from revnet.training import TrainConfig, load_classifier, train
+
+
+class WatchUpdates(Callback):
+    """Records the policies of the model, and the peak of the bytes alive during each update."""
+
+    def __init__(self):
+        self.peaks, self.policies = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        model = module.classifier.model
+        self.policies = [policy for holder in policy_holders(model).values() for policy in holder.policies]
+        state = [tensor for moments in trainer.optimizers[0].state.values() for tensor in moments.values()]
+        tensors = [*model.parameters(), *model.buffers(), *batch, *state]
+        self.constant_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        self.live = LiveBytes([*tensors, *module.buffers()])
+        self.live.__enter__()
+
+    def on_train_batch_end(self, *args):
+        self.live.__exit__(None, None, None)
+        self.peaks.append(self.constant_bytes + self.live.peak_bytes)
+
+
+@pytest.mark.parametrize(
+    ("budget", "more", "overestimate"),
+    [
+        ("9MiB", {"nesterov": True, "label_smoothing": 0.1}, 0),
+        # Under Lightning, autocast casts weights at each use; PyTorch's default caches the cast weights, at most all.
+        ("9MiB", {"precision": "bf16-mixed"}, 464_890 * 2),
+        ("20MB", {"model": "resnet32"}, 0),
+        ("13MiB", {"optimizer": "adamw", "lr": 1e-3}, 0),
+    ],
+    ids=["revnet", "autocast", "resnet", "adamw"],
+)
+def test_update_needs_the_planned_memory(out_dir, budget, more, overestimate):
+    watch = WatchUpdates()
+    config = TrainConfig(max_updates=2, batch_size=100, memory_budget=budget, out_dir=out_dir, **more)
+    result = train(config, quiet=True, callbacks=[watch])
+    assert result.memory_budget_bytes == parse_bytes(budget) >= result.planned_peak_bytes > result.peak_bytes
+    # Later updates have the momentum; the plan does not know the labels, nor Lightning's sums for the log.
+    assert -overestimate <= watch.peaks[1] - result.planned_peak_bytes <= 100 * 8 + 100
+    assert len(set(watch.policies)) > 1, "the plan mixes policies"
+
+
+def test_run_reports_its_plan(out_dir, capsys):
+    result = train(TrainConfig(max_updates=1, memory_budget="14MiB", out_dir=out_dir))
+    assert "memory  peak 13.7 MiB of 14.0 MiB, step time 1." in capsys.readouterr().out
+    plan = (result.folder / "plan.txt").read_text()
+    assert plan.startswith("budget     14.0 MiB\npeak       13.7 MiB  of which activations ")
+    summary = (result.folder / "summary.json").read_text()
+    assert f'"policy": "plan",\n  "memory_budget_bytes": {14 * 2**20},\n  "planned_peak_bytes": ' in summary
+    assert "images, planned\n" in result.report()
+    assert "13.7 MiB with model, gradients and optimizer, of a budget of 14.0 MiB\n" in result.report()
+
+
+def test_rejects_a_budget_that_is_too_small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        BudgetError, match=r"`memory_budget` \(='6MiB'\) is .* below the least .* pass a `batch_size` of \d+ or less"
+    ):
+        train(TrainConfig(memory_budget="6MiB"), quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "how"),
+    [
+        ("revnet38", "checkpoint", "checkpointed"),
+        ("resnet32", "checkpoint", "checkpointed"),
+        ("revnet38", "store", "stored"),
+        ("resnet32", "reverse", "stored"),
+    ],
+)
+def test_applies_one_policy_to_all_blocks(out_dir, model, policy, how):
+    watch = WatchUpdates()
+    config = TrainConfig(model=model, policy=policy, max_updates=1, out_dir=out_dir)
+    result = train(config, quiet=True, callbacks=[watch])
+    assert set(watch.policies) == {Checkpoint() if how == "checkpointed" else Store()}
+    assert f"images, {how}\n" in result.report()
+    assert (result.stored_peak_bytes is None) == (how == "stored")
+    assert not (Path(out_dir) / "plan.txt").exists()
+
+
+def test_planning_does_not_change_random_numbers(tmp_path):
+    states = []
+    # Within a budget of 1 GiB, the plan stores all.
+    for name, settings in (
+        ("stored", {"policy": "store"}),
+        ("planned", {"memory_budget": "1GiB"}),
+    ):  # the plan stores all
+        result = train(TrainConfig(max_updates=2, out_dir=str(tmp_path / name), **settings), quiet=True)
+        states.append(load_classifier(result.folder).state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
