@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from revnet import Checkpoint, Reverse, ReversibleSequential, Store, set_policy
 from revnet._picture import clear_frame, new_figure, save, write_title
 from revnet.bench.run import Quartiles
-from revnet.memory import RooflineTiming, MeasuredTiming, Plan, measure, plan
+from revnet.memory import MeasuredTiming, Plan, RooflineTiming, measure, plan
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Budgets: from the least that any plan needs to plain autograd's peak."""

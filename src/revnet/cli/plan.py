@@ -73,7 +73,7 @@ def plan(
     folder = open_folder(output_dir)
 
     from revnet.cli._build import build_step, running_it, with_data
-    from revnet.memory import RooflineTiming, MeasuredTiming, parse_bytes, predict
+    from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes, predict
     from revnet.memory import plan as make_plan
 
     budget_bytes = parse_bytes(budget, "--budget")
