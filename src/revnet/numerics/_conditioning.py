@@ -64,19 +64,19 @@ def conditioning_penalty(
             Neural Networks, section 4: bi-directional finite-difference regularization.
     """
     _check(sequence, forward_weight, inverse_weight, step, num_blocks)
-    named = dict(kwargs or {})
+    keywords = dict(kwargs or {})
     if num_blocks is not None and num_blocks < len(sequence):
         start = int(torch.randint(len(sequence) - num_blocks + 1, ()))
         with torch.no_grad():
-            x = _call(sequence[:start], x, args, named)
+            x = _call(sequence[:start], x, args, keywords)
         sequence = sequence[start : start + num_blocks]
-    y = _call(sequence, x, args, named)
+    y = _call(sequence, x, args, keywords)
     penalty = torch.zeros((), device=_streams(y)[0].device, dtype=_real_dtype(_streams(y)[0]))
     if forward_weight:
-        moved = _call(sequence, _moved(x, step), args, named)
+        moved = _call(sequence, _moved(x, step), args, keywords)
         penalty = penalty + forward_weight * _mean_square(moved, y) / step**2
     if inverse_weight:
-        back = _call(_Inverse(sequence), _moved(y, step), args, named)
+        back = _call(_Inverse(sequence), _moved(y, step), args, keywords)
         penalty = penalty + inverse_weight * _mean_square(back, x) / step**2
     return penalty
 

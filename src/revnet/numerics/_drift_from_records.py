@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import NamedTuple
 
 from torch import nn
 
@@ -68,7 +67,8 @@ _FARTHEST = 8
 """Most half-blocks to search in either direction for one that reads a stream."""
 
 
-class _Reading(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Reading:
     """Error of a stream that a residual function read again."""
 
     error: float

@@ -1,4 +1,4 @@
-"""A drift as lines of text."""
+"""Format a drift as lines of text."""
 
 import textwrap
 from collections.abc import Sequence

@@ -56,7 +56,7 @@ def find_nondeterministic(
             f"`model` (={type(model).__name__}) has no reversible block whose functions could be run again; build it "
             "of `ReversibleSequential`."
         )
-    named = dict(kwargs or {})
+    keywords = dict(kwargs or {})
     differing: dict[str, NondeterministicFunction] = {}
     is_running = False
 
@@ -81,7 +81,7 @@ def find_nondeterministic(
             stack.callback(handle.remove)
         stack.enter_context(restoring_state(model))
         with torch.enable_grad():
-            model(*inputs, **named)
+            model(*inputs, **keywords)
     return tuple(differing.values())
 
 

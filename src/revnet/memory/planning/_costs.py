@@ -9,6 +9,7 @@ blocks, such as comparing a rebuilt stream with a sample, would be charged to ev
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ class CountedCosts(NamedTuple):
     """
 
 
-class UnitSpans(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class UnitSpans:
     """Division of a step into spans, one per unit, from its beginning to the beginning of the next unit.
 
     Span 0 is the part before the first unit. The part after the last unit belongs to its span.
@@ -124,7 +126,8 @@ def find_unit_spans(log: StepLog, units: Sequence[UnitInModel]) -> UnitSpans:
     return UnitSpans(of_event, of_event[log.births])
 
 
-class _Counts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Counts:
     """Costs of each span in one probe."""
 
     held: list[int]

@@ -4,8 +4,9 @@ This is enough for some ten labels, and saves a dependency on a package such as 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ _HORIZONTAL = {-1: "right", 0: "center", 1: "left"}
 _VERTICAL = {-1: "top", 0: "center", 1: "bottom"}
 
 
-class Label(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Label:
     """Text of a point; `x` and `y` are in the units of the axes."""
 
     text: str

@@ -1,4 +1,4 @@
-"""The parts of a plan as lines of text."""
+"""Format the parts of a plan as lines of text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby

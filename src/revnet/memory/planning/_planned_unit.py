@@ -1,4 +1,4 @@
-"""The parts of a `Plan`, which know nothing of it."""
+"""Parts of a `Plan`."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -8,8 +8,8 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -223,7 +223,8 @@ def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> B
     )
 
 
-class _Outcome(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Outcome:
     """Result of the search."""
 
     points: list[FrontierPoint]

@@ -1,4 +1,4 @@
-"""How a plan knows the time of a unit: estimated from shapes, or measured."""
+"""Sources of the times in a plan: an estimate from shapes, or a measurement."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class RooflineTiming:
         return np.maximum(flops / self.flops_per_byte, moved_bytes) / 100e9
 
     def describe(self) -> str:
-        """Return how times are known, in a few words."""
+        """Return a phrase for the source of the times."""
         return "estimated from shapes"
 
 
@@ -60,7 +60,7 @@ class MeasuredTiming:
             raise ValueError(f"`num_rounds` (={self.num_rounds!r}) must be a positive integer.")
 
     def describe(self) -> str:
-        """Return how times are known, in a few words."""
+        """Return a phrase for the source of the times."""
         return "timed"
 
 

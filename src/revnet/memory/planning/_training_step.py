@@ -1,4 +1,4 @@
-"""The training step that a plan is for."""
+"""Training step to plan."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace

@@ -65,8 +65,8 @@ def measure(
     with torch.inference_mode(False), restoring_state(model), ExitStack() as stack:
         if device.type == "cuda":
             cuda = stack.enter_context(_watching_cuda(device))
-        args, named = tree_map_only(Tensor, leaf_of, (inputs, dict(kwargs or {})))
-        result = run_step(model, args, named, loss=loss, autocast=autocast)
+        args, keywords = tree_map_only(Tensor, leaf_of, (inputs, dict(kwargs or {})))
+        result = run_step(model, args, keywords, loss=loss, autocast=autocast)
     cost = None
     if factory is not None:
         cost = optimizer_cost(factory, parameters, result.has_gradient, device.type)

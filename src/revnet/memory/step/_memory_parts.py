@@ -1,4 +1,4 @@
-"""The parts of `StepMemory`, which know nothing of it."""
+"""Parts of `StepMemory`."""
 
 from dataclasses import dataclass, fields
 from typing import Literal

@@ -3,8 +3,9 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Makes an optimizer from parameters: `torch.optim.AdamW`, `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`."""
 
 
-class OptimizerCost(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class OptimizerCost:
     """Memory of an optimizer."""
 
     state_bytes: int

@@ -104,8 +104,8 @@ def predicting(
             stack.enter_context(torch.device("cpu" if target is None else target))
         stack.enter_context(_quiet())
         stack.enter_context(fake_tensors_in(model, faker))
-        args, named = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
-        yield Prediction(model, args, named, optimizer=factory, loss=loss, autocast=autocast)
+        args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
+        yield Prediction(model, args, keywords, optimizer=factory, loss=loss, autocast=autocast)
 
 
 class Prediction:

@@ -3,7 +3,8 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -242,7 +243,8 @@ class _Reference(weakref.ref[torch.UntypedStorage]):
     key: int
 
 
-class _Operation(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Operation:
     """Properties of an operation that do not depend on its arguments."""
 
     is_fresh: bool

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ class Constants(NamedTuple):
     inputs: int
 
 
-class StepResult(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StepResult:
     """Record of one step."""
 
     log: StepLog

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,8 @@ NO_MODULE = -1
 """Stands for a module's index where no module ran, such as in the loss."""
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Call:
     """One call of a module in the forward pass."""
 
     name: str
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepLog:
-    """The storages and the operations of one forward and backward pass.
+    """Storages and operations of one forward and backward pass.
 
     *Events* are numbered from 0. Each is one operation, except for one at the end of each pass, which only marks the
     end and costs nothing. Storage `s` is alive at event `e` if `births[s] <= e < deaths[s]`: from the event of the

@@ -1,4 +1,4 @@
-"""The memory of a training step, as `measure` and `predict` return it."""
+"""Memory of a training step, the result of `measure` and `predict`."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""The parts of a step's memory as lines of text."""
+"""Format the parts of a step's memory as lines of text."""
 
 from collections.abc import Iterable
 from dataclasses import fields

@@ -67,20 +67,20 @@ def _held_bytes_at(log: StepLog, event: int) -> int:
 
 def _modules(model: nn.Module, log: StepLog, total: Integers) -> tuple[ModuleMemory, ...]:
     """Return the memory of each module with its children: sums of parameters and held bytes, maxima of peaks."""
-    named = dict(model.named_modules())
+    modules = dict(model.named_modules())
     parents = _parents(log.modules)
-    parameters: list[dict[int, int]] = [{} for _ in named]
-    for index, module in enumerate(named.values()):
+    parameters: list[dict[int, int]] = [{} for _ in modules]
+    for index, module in enumerate(modules.values()):
         for parameter in module._parameters.values():
             if parameter is not None:
                 parameters[index][id(parameter)] = _num_bytes(parameter)
-    held = np.zeros(len(named), np.int64)
+    held = np.zeros(len(modules), np.int64)
     is_owned = log.is_held & (log.creators != NO_MODULE)
     np.add.at(held, log.creators[is_owned], log.sizes[is_owned])
-    peaks = np.zeros(len(named), np.int64)
+    peaks = np.zeros(len(modules), np.int64)
     is_owned = log.owners != NO_MODULE
     np.maximum.at(peaks, log.owners[is_owned], total[is_owned])
-    for index in range(len(named) - 1, 0, -1):  # children follow their parents
+    for index in range(len(modules) - 1, 0, -1):  # children follow their parents
         parent = parents[index]
         parameters[parent] |= parameters[index]
         held[parent] += held[index]
@@ -93,7 +93,7 @@ def _modules(model: nn.Module, log: StepLog, total: Integers) -> tuple[ModuleMem
             held_bytes=int(held[index]),
             peak_bytes=int(peaks[index]),
         )
-        for index, (name, module) in enumerate(named.items())
+        for index, (name, module) in enumerate(modules.items())
     )
 
 
