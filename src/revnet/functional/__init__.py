@@ -1,4 +1,4 @@
-"""Functions on tensors: attention kernels, rotary embeddings, and applying a function chunk by chunk."""
+"""Functions on tensors: attention kernels, rotary embeddings, and running a module chunk by chunk."""
 
 from revnet.functional._chunked import chunked as chunked
 from revnet.functional._full_attention import full_attention as full_attention

@@ -22,7 +22,7 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
     """Register an entry function, so that `create_model` knows it by its name. This is a decorator.
 
     The function takes `num_classes` and `in_channels`, whose defaults are the values of the published network, and
-    options of its own, all by keyword.
+    further options, all by keyword.
 
     Args:
         image_size: Side of the images for which the network was published.
@@ -85,7 +85,7 @@ def _entry(name: str) -> _Entry:
         close = difflib.get_close_matches(describe(name).strip("'"), _ENTRIES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ValueError(
-            f"`name` (={describe(name)}) is no model of revnet; {hint}the models are: {', '.join(list_models())}."
+            f"`name` (={describe(name)}) is not a model of revnet; {hint}the models are: {', '.join(list_models())}."
         )
     return _ENTRIES[name]
 
