@@ -11,9 +11,9 @@ from _memory_page import Row, mib, table
 from torch import Tensor, nn
 
 from revnet import Offload, ReversibleBlock, ReversibleSequential
-from revnet.bench import HOST_CONTENDERS, Case, Contender
+from revnet.bench import Case, Method
 from revnet.bench.cases import Attention, FunctionPair, feed_forward
-from revnet.bench.host_cases import LOOP, Loop, conv_residual
+from revnet.bench.host_cases import HOST_METHODS, LOOP, Loop, conv_residual
 
 DEPTH = 16
 SECONDS = 8.0
@@ -76,10 +76,10 @@ def _offload(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
     return ReversibleSequential(*blocks, policy=Offload())
 
 
-CONTENDERS: Sequence[Contender] = (
-    *[contender for contender in HOST_CONTENDERS if contender.package is None],
-    Contender("save_on_cpu", "`torch.autograd.graph.save_on_cpu` around the loop", SavedOnCpu),
-    Contender("revnet, Offload()", "the same sequence with `Offload()`", _offload),
+METHODS: Sequence[Method] = (
+    *[method for method in HOST_METHODS if method.package is None],
+    Method("save_on_cpu", "`torch.autograd.graph.save_on_cpu` around the loop", SavedOnCpu),
+    Method("revnet, Offload()", "the same sequence with `Offload()`", _offload),
 )
 
 
@@ -99,16 +99,16 @@ def _measure(size: str, case: Case, setting: Setting) -> Iterator[Row]:
     x = torch.cat(case.streams(1), case.split_dim).to(setting.device).requires_grad_()
     steps: dict[str, Callable[[], None]] = {}
     known: dict[str, Row] = {}
-    for contender in CONTENDERS:
-        step = step_of(contender.make(functions, case.split_dim), x, functions)
+    for method in METHODS:
+        step = step_of(method.make(functions, case.split_dim), x, functions)
         note = attempt(lambda step=step: (step(), step()), setting.device)
-        known[contender.name] = {"note": note, "grown_bytes": None}
+        known[method.name] = {"note": note, "grown_bytes": None}
         if not note:
-            known[contender.name]["grown_bytes"] = watch(step, setting.device).grown_bytes
-            steps[contender.name] = step
+            known[method.name]["grown_bytes"] = watch(step, setting.device).grown_bytes
+            steps[method.name] = step
     turns = take_turns(steps, setting, seconds=SECONDS)
     for name, row in known.items():
-        yield {"size": size, "case": case.name, "blocks": depth, "contender": name, **_times(turns, name, depth), **row}
+        yield {"size": size, "case": case.name, "blocks": depth, "method": name, **_times(turns, name, depth), **row}
 
 
 def step_of(module: nn.Module, x: Tensor, functions: Sequence[FunctionPair]) -> Callable[[], None]:
@@ -142,12 +142,12 @@ def lines(found: Sequence[Row]) -> list[str]:
     """Write a table for each case and size."""
     page = [
         f"{found[0]['blocks']} blocks in float32. A step: forward, `y.square().mean()`, backward; the input requires a",
-        "gradient. In rounds of changing order, each contender makes one step to warm up and some that are timed.",
+        "gradient. In rounds of changing order, each method makes one step to warm up and some that are timed.",
         "Ratios are medians over rounds of the ratio to *plain* within the round. *Step*: from the first launch until",
         "the GPU is done. *Host*: processor time of all threads until everything is launched; where the GPU is",
         "saturated, waiting for its queue is part of it. *Peak*: allocated above what was there before the step.",
         "",
-        *[f"- {contender.name}: {contender.description}" for contender in CONTENDERS],
+        *[f"- {method.name}: {method.description}" for method in METHODS],
         "",
     ]
     columns = ("step, ms", "step / plain", "host, ms", "host / plain", "host, microseconds per half-block", "peak, MiB")
@@ -162,9 +162,9 @@ def lines(found: Sequence[Row]) -> list[str]:
 
 def _cells(row: Row) -> list[str]:
     if row["note"] or row["step_ms"] is None:
-        return [row["contender"], row["note"] or "plain failed", "", "", "", "", ""]
+        return [row["method"], row["note"] or "plain failed", "", "", "", "", ""]
     return [
-        row["contender"],
+        row["method"],
         f"{row['step_ms']:.2f}",
         f"{row['step_ratio']:.2f}",
         f"{row['host_ms']:.2f}",

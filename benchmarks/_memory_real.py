@@ -44,13 +44,13 @@ def real_section(name: str, batch_size: int, fraction: float, picture: Path) -> 
     set_policy(model, Store())
     plain_bytes = predict(model, images, optimizer=OPTIMIZER, loss=loss).peak_bytes
     chosen = plan(model, images, budget=int(fraction * plain_bytes), optimizer=OPTIMIZER, loss=loss)
-    contenders = {
+    methods = {
         f"{name}, plain": (name, None),
         f"{name}, planned": (name, chosen),
         f"{PAIRS[name]}, plain": (PAIRS[name], None),
     }
     rows = []
-    for title, (model_name, its_plan) in contenders.items():
+    for title, (model_name, its_plan) in methods.items():
         for keeps_freed in (False, True):
             found = in_new_process(run_steps, model_name, batch_size, its_plan, torch.get_num_threads(), keeps_freed)
             rows.append({"model": title, "budget_bytes": chosen.budget_bytes, **found})

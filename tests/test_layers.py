@@ -12,6 +12,7 @@ LEVELS = {
     "_types": 0,
     "_torch_internals": 0,
     "_machine": 0,
+    "_palette": 0,
     "_table": 0,
     "_picture": 1,
     "coupling": 1,

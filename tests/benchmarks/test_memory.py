@@ -72,10 +72,10 @@ def test_a_process_is_beside_the_budget(run, tiny, monkeypatch):
     monkeypatch.setattr(real, "give_back_freed", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
     page, rows = run("--real", *TINY, "--fraction", "0.8")
-    contenders = ("revnet38, plain", "revnet38, planned", "resnet32, plain")
+    methods = ("revnet38, plain", "revnet38, planned", "resnet32, plain")
     allocators = ("gives back", "default")
     assert [(row["model"], row["allocator"]) for row in rows] == [
-        (model, allocator) for model in contenders for allocator in allocators
+        (model, allocator) for model in methods for allocator in allocators
     ]
     plain, planned = rows[0], rows[2]
     assert int(planned["budget_bytes"]) == int(0.8 * int(plain["counted_peak_bytes"]))
