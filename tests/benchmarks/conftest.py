@@ -1,4 +1,4 @@
-"""The scripts import what lies beside them, as they do when they are run."""
+"""Put the folder of the scripts on the import path, as when they are run."""
 
 from pathlib import Path
 

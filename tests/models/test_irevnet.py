@@ -133,10 +133,10 @@ def test_memory_is_flat_in_the_number_of_blocks():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_blocks": ()}, ValueError, r"`num_blocks` \(=\(\)\) must have an entry for each stage"),
-        ({"strides": (1, 2)}, ValueError, r"`strides` \(=\(1, 2\)\) must have an entry .* names 3"),
+        ({"num_blocks": ()}, ValueError, r"`num_blocks` \(=\(\)\) must have one entry for each"),
+        ({"strides": (1, 2)}, ValueError, r"`strides` \(=\(1, 2\)\) must have one entry .* 3 stages"),
         ({"strides": (1, 2, 4)}, ValueError, r"`strides\[2\]` \(=4\) must be 1, or 2 to halve"),
-        ({"hidden_widths": (8,)}, ValueError, r"`hidden_widths` \(=\(8,\)\) must have an entry"),
+        ({"hidden_widths": (8,)}, ValueError, r"`hidden_widths` \(=\(8,\)\) must have one entry"),
         ({"num_blocks": (1, 0, 1)}, ValueError, r"`num_blocks\[1\]` \(=0\) must be a positive"),
         ({"num_blocks": 3}, TypeError, r"`num_blocks` \(=3\) must be a sequence"),
         ({"policy": "x"}, ValueError, "must be a policy"),

@@ -198,7 +198,7 @@ def test_bits_per_dim_of_uniform_images():
     [
         ({"image_shape": (8, 8)}, ValueError, r"`image_shape` \(=\(8, 8\)\) must be \(C, H, W\)"),
         ({"image_shape": (1, 0, 8)}, ValueError, r"`image_shape\[1\]` \(=0\) must be a positive"),
-        ({"image_shape": (1, 1, 1)}, ValueError, "has one component, but at least two"),
+        ({"image_shape": (1, 1, 1)}, ValueError, "must have at least two components"),
         ({"num_couplings": 3}, ValueError, r"`num_couplings` \(=3\) must be even.*use 4"),
         ({"num_couplings": 0}, ValueError, r"`num_couplings` \(=0\) must be a positive"),
         ({"prior": "uniform"}, ValueError, "`prior` .* must be 'logistic' or 'gaussian'"),

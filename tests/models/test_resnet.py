@@ -120,7 +120,7 @@ def test_any_number_of_stages():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_blocks": (), "widths": (16,)}, ValueError, r"`num_blocks` \(=\(\)\) must name at least one stage"),
+        ({"num_blocks": (), "widths": (16,)}, ValueError, r"`num_blocks` \(=\(\)\) must have at least one stage"),
         ({"num_blocks": 3, "widths": (4, 4)}, TypeError, r"`num_blocks` \(=3\) must be a sequence of integers"),
         ({"num_blocks": (1,), "widths": "44"}, TypeError, r"`widths` \(='44'\) must be a sequence of integers"),
         (

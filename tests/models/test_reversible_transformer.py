@@ -266,9 +266,9 @@ def test_generation_is_repeatable_and_reads_the_last_positions(options):
     [
         (
             {"dim": 9},
-            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or another number",
+            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), since the heads share the features; pass 10, or",
         ),
-        ({"dim": 6}, r"`head_dim` \(=3\) must be even, since rotary positions turn features in pairs"),
+        ({"dim": 6}, r"`head_dim` \(=3\) must be even, since rotary positions rotate pairs"),
         ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
         ({"vocab_size": 0}, r"`vocab_size` \(=0\) must be a positive integer"),
         ({"max_length": 2.5}, r"`max_length` \(=2.5\) must be a positive integer"),
@@ -306,8 +306,8 @@ def test_rejects_wrong_policies(policy):
         (torch.zeros(1, 5), None, TypeError, r"`tokens` \(=torch.float32\) must be a tensor of integers"),
         ([[1, 2]], None, TypeError, r"`tokens` \(=\[\[1, 2\]\]\) must be a tensor of integers"),
         (torch.zeros(1, 65, dtype=torch.long), None, ValueError, r"`tokens` has 65 positions, more than `max_length`"),
-        (torch.full((1, 5), 11), None, ValueError, r"`tokens` must be from 0 to 10, but are from 11 to 11; build"),
-        (torch.full((1, 5), -1), None, ValueError, r"`tokens` must be from 0 to 10, but are from -1 to -1"),
+        (torch.full((1, 5), 11), None, ValueError, r"`tokens` must be from 0 to 10, but range from 11 to 11; build"),
+        (torch.full((1, 5), -1), None, ValueError, r"`tokens` must be from 0 to 10, but range from -1 to -1"),
         (
             torch.zeros(2, 5, dtype=torch.long),
             torch.ones(5, 2, dtype=torch.bool),

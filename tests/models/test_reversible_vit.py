@@ -264,9 +264,12 @@ def test_rejects_images_that_are_not_multiples_of_the_patch(size):
     [
         (
             {"dim": 9},
-            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or another number",
+            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), since the heads share the features; pass 10, or",
         ),
-        ({"img_size": 30}, r"`img_size` \(=30\) must be a multiple of `patch_size` \(=4\); pass 32, or other patches"),
+        (
+            {"img_size": 30},
+            r"`img_size` \(=30\) must be a multiple of `patch_size` \(=4\); pass 32, or change `patch_size`",
+        ),
         ({"img_size": 1}, r"`img_size` \(=1\) must be a multiple of `patch_size` \(=4\); pass 4, or"),
         ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
         ({"patch_size": (4, 4)}, r"`patch_size` \(=\(4, 4\)\) must be a positive integer"),

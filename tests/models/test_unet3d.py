@@ -197,7 +197,7 @@ def test_learns_to_segment_balls():
         ((1, 2, 9, 1, 8), r"times; pad the volume to 12x4x8 with `torch.nn.functional.pad`"),
         ((1, 2, 2, 2, 2), r"pad the volume to 4x4x4"),
         ((2, 8, 8, 8), r"`x` \(of shape 2x8x8x8\) must be \(B, 2, D, H, W\): .* for one volume pass `x\[None\]`"),
-        ((1, 3, 8, 8, 8), r"`x` \(of shape 1x3x8x8x8\) must be \(B, 2, D, H, W\): a batch of volumes of 2 channels"),
+        ((1, 3, 8, 8, 8), r"`x` \(of shape 1x3x8x8x8\) must be \(B, 2, D, H, W\): a batch of volumes with 2 channels"),
     ],
 )
 def test_rejects_wrong_volumes(shape, message):
@@ -213,7 +213,7 @@ def test_one_level_accepts_any_size():
     ("options", "error", "message"),
     [
         ({"widths": (4, 7)}, ValueError, r"`widths\[1\]` \(=7\) must be even, .*; use 8"),
-        ({"widths": ()}, ValueError, r"`widths` \(=\(\)\) must name at least one level"),
+        ({"widths": ()}, ValueError, r"`widths` \(=\(\)\) must have at least one level"),
         ({"widths": (4, 0)}, ValueError, r"`widths\[1\]` \(=0\) must be a positive integer"),
         ({"widths": 4}, TypeError, r"`widths` \(=4\) must be a sequence of integers"),
         ({"num_blocks": 0}, ValueError, r"`num_blocks` \(=0\) must be a positive integer"),
