@@ -8,5 +8,5 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_scripts(monkeypatch):
+def _import_path(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

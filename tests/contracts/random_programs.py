@@ -1,4 +1,4 @@
-"""Random sequences, and random questions of autograd about them.
+"""Random sequences, and random uses of autograd on them.
 
 A seed draws a sequence (depth, residual functions, tied weights, policies, what is frozen, blocks with hooks and with a
 `forward` of their own) and a program: inputs whose channels differ in scale, calls before any backward, parameters that
@@ -16,7 +16,7 @@ from tests.helpers import leaves
 
 
 class Averaged(nn.Module):
-    """Keeps an average of its weight in a matrix that it writes through `.data`, where no version tells.
+    """Keeps an average of its weight in a matrix that it writes through `.data`, which changes no version.
 
     Plain autograd saves the matrix itself, and so differentiates with whatever a later call has written. `copies` makes
     it differentiate with what the call has used.
@@ -35,7 +35,7 @@ class Averaged(nn.Module):
 
 
 class Wrapped(ReversibleBlock):
-    """A block with a `forward` of its own."""
+    """A block that overrides `forward`."""
 
     def forward(self, x, *args, **kwargs):
         return super().forward(x, *args, **kwargs)
@@ -75,7 +75,7 @@ def draw_sequence(draw: random.Random) -> ReversibleSequential:
 
 
 def draw_inputs(draw: random.Random) -> list[tuple[Tensor, Tensor] | Tensor]:
-    """Inputs of one to three calls; pairs or tensors, some requiring gradients."""
+    """Return inputs of one to three calls, as pairs or tensors, some of which require gradients."""
     as_pair = draw.random() < 0.5
     inputs = []
     for _ in range(draw.choice([1, 1, 2, 3])):
@@ -100,13 +100,13 @@ def run_program(
     call: Callable | None = None,
     differentiate_again: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]] = second_derivatives,
 ) -> list[Tensor | None]:
-    """Return everything that can be observed; None is a gradient that autograd does not give.
+    """Return everything that can be observed. None stands for a missing gradient.
 
     Args:
         sequence: The sequence.
         inputs: The inputs of its calls.
         seed: Seed of the questions.
-        call: What is called in place of the sequence, such as a compiled form of it.
+        call: Function to call instead of the sequence, such as its compiled form.
         differentiate_again: What gives second derivatives.
     """
     draw = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Mixed precision: the recomputation runs under the autocast of the forward pass, whatever surrounds backward."""
+"""Mixed precision: the replay runs under the autocast of the forward pass, inside any context of the backward pass."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_autocast(name, cache_enabled, backward_inside, input_requires_grad):
     twin_x = x.detach().clone().requires_grad_(input_requires_grad)
     for module, start in ((sequence, x), (twin, twin_x)):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
-            # Twice, so that the second call meets the first one's cached casts.
+            # Twice, so that the second call uses the cached casts of the first one.
             loss = module(start, *args, **case.kwargs()).square().sum()
             loss = loss + module(start, *args, **case.kwargs()).sum()
             assert loss.dtype is torch.float32
@@ -29,7 +29,7 @@ def test_autocast(name, cache_enabled, backward_inside, input_requires_grad):
                 loss.backward()
         if not backward_inside:
             loss.backward()
-    # A rebuilt float32 stream may round to another bfloat16: one unit in the last place is 2^-8, seldom, of many terms.
+    # A rebuilt float32 stream may rarely round to another bfloat16, which changes one of many terms by 2^-8.
     for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
         assert (parameter.grad - expected.grad).norm() <= 1e-3 * expected.grad.norm()
     if input_requires_grad:
@@ -45,13 +45,13 @@ def test_forward_without_autocast_backward_inside_it():
         loss = module(x).square().sum()
         with torch.autocast("cpu", torch.bfloat16):
             loss.backward()
-    # The recomputation must not run in bfloat16, which rounds by 2^-9 each time.
+    # The replay must not run in bfloat16, which rounds by 2^-9 each time.
     for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
         assert (parameter.grad - expected.grad).norm() <= 1e-4 * expected.grad.norm()
 
 
 class InFullPrecision(nn.Module):
-    """Leaves autocast for a part of its work."""
+    """Disables autocast for a part of its computation."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class InFullPrecision(nn.Module):
         return self.second(y)
 
 
-def test_function_that_leaves_autocast():
+def test_function_that_disables_autocast():
     sequence = ReversibleSequential(*[ReversibleBlock(InFullPrecision(), mlp(3)) for _ in range(2)])
     twin = stored_twin(sequence)
     x = torch.randn(4, 6)

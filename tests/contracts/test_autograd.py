@@ -1,4 +1,4 @@
-"""Reversible execution behaves as plain autograd does: each row against the stored twin, for each kind of block."""
+"""Reversible execution behaves like plain autograd: comparison with the stored twin for each kind of block."""
 
 import warnings
 
@@ -28,7 +28,7 @@ from tests.helpers import (
 
 @all_policies
 @all_cases
-def test_output_gradients_buffers_and_random_state_are_the_twins(case, policy):
+def test_output_gradients_buffers_and_random_state_equal_the_twin(case, policy):
     outputs = []
 
     def step(module, x, args, kwargs):
@@ -59,7 +59,7 @@ def test_in_single_precision(case):
 
 
 class Steps(nn.Module):
-    """Adds a whole number where the input is positive, so that sums and their undoing are exact in any precision."""
+    """Adds an integer where the input is positive, so that sums and differences are exact in any precision."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class Steps(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:the streams that begin:revnet.ReconstructionWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_where_nothing_is_rounded_gradients_are_the_twins_bit_for_bit(dtype):
+def test_gradients_without_rounding_equal_the_twin_bit_for_bit(dtype):
     sequence = ReversibleSequential(*[ReversibleBlock(Steps(), Steps()) for _ in range(3)]).to(dtype)
     twin = stored_twin(sequence)
     x = torch.randint(-4, 5, (4, 6)).to(dtype)
@@ -104,7 +104,7 @@ def test_called_twice_before_backward(case):
 
 @all_cases
 def test_applied_to_its_own_output(case):
-    """Tied weights: one sequence, two runs, in one graph."""
+    """Tied weights: one sequence has two runs in one graph."""
 
     def step(module, x, args, kwargs):
         squares(module(module(x, *args, **kwargs), *args, **kwargs)).backward()
@@ -125,7 +125,7 @@ def test_gradients_accumulate_over_micro_batches(case):
 
 @all_cases
 def test_autograd_grad_of_some_parameters(case):
-    """Only some slots are asked for: the streams walk down through blocks whose gradients nobody wants."""
+    """Only some slots are read: the streams are rebuilt through blocks that need no gradients."""
 
     def step(module, x, args, kwargs):
         loss = squares(module(x.detach(), *args, **kwargs))
@@ -180,7 +180,7 @@ def test_double_backward(case, policy):
 
 
 def saved_tensors(y):
-    """All that the graph of `y` saved, read through `grad_fn`."""
+    """Return all saved tensors of the graph of `y`, read through `grad_fn`."""
     nodes, found = [y.grad_fn], []
     for node in nodes:
         names = [name for name in sorted(dir(node)) if name.startswith("_saved_")]
@@ -190,8 +190,8 @@ def saved_tensors(y):
 
 
 @all_cases
-def test_saved_tensors_looked_at_before_backward(case):
-    """From the last to the first and back again: outside of a backward pass, each look rebuilds what it sees."""
+def test_saved_tensors_read_before_backward(case):
+    """Outside a backward pass, each access rebuilds the tensor that it reads."""
     if case.name == "group-and-instance-norm":
         pytest.skip("instance norm saves a copy of its running statistics, which its backward pass does not read")
 
@@ -237,8 +237,8 @@ def test_anomaly_mode(case):
 
 
 @all_cases
-def test_saved_tensors_hooks_around_it(case):
-    """`save_on_cpu` gets what is left to save: the sequence's own hooks are the inner ones."""
+def test_outer_saved_tensors_hooks(case):
+    """`save_on_cpu` gets the remaining tensors, since the hooks of the sequence are the inner ones."""
 
     def step(module, x, args, kwargs):
         with torch.autograd.graph.save_on_cpu():
@@ -302,7 +302,7 @@ def test_evaluation_mode_has_gradients(case):
 
 @all_cases
 def test_switched_to_evaluation_before_backward(case):
-    """A validation pass between forward and backward must not change what is recomputed."""
+    """A validation pass between forward and backward must not change the replay."""
 
     def step(module, x, args, kwargs):
         loss = squares(module(x, *args, **kwargs))

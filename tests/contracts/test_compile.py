@@ -1,4 +1,4 @@
-"""`torch.compile` of a whole model, in one graph: the stored twin's gradients, and the memory still saved."""
+"""`torch.compile` of a whole model in one graph: gradients of the stored twin, and the same memory saving."""
 
 import gc
 import weakref
@@ -20,12 +20,12 @@ from revnet.engine.compile._program import PROGRAMS
 from revnet.errors import ReconstructionError
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
 
-# PyTorch, tracing any custom `autograd.Function`, warns itself not to do what it does.
+# PyTorch triggers its own warning when it traces a custom `autograd.Function`.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
-# What PyTorch refuses to trace, in the stored twin too.
+# PyTorch cannot trace these cases, in the stored twin either.
 UNTRACEABLE = {"recurrent"}
-# What the operators do not take.
+# Cases that the operators do not support.
 UNTRACEABLE |= {"three-streams", "four-affine-streams"}
 TRACEABLE = [case for case in CASES if case.name not in UNTRACEABLE]
 all_traceable_cases = pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
@@ -53,7 +53,7 @@ def loss_of(y):
 
 
 def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast=False, tolerance=1e-9):
-    """Whole training steps of the compiled sequence and of its uncompiled stored twin."""
+    """Compare training steps of the compiled sequence and its uncompiled stored twin."""
     twin = stored_twin(sequence)
     compiled = compile_whole(sequence) if compiled is None else compiled
     x, args, kwargs = case.input(), case.args(), case.kwargs()
@@ -77,12 +77,12 @@ def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast
 
 
 @all_traceable_cases
-def test_one_graph_trains_as_the_twin(case):
+def test_one_graph_trains_like_the_twin(case):
     assert_steps_as_twin(case.sequence(3), case)
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
-def test_more_than_two_streams_are_refused(fullgraph):
+def test_rejects_more_than_two_streams(fullgraph):
     case = CASE["three-streams"]
     compiled = torch.compile(case.sequence(3), backend="eager", fullgraph=fullgraph)
     with pytest.raises(Exception, match="3 streams cannot be compiled as a whole; compile the residual functions"):
@@ -97,13 +97,13 @@ def test_policies_mix_in_one_graph(name, policy):
     assert_steps_as_twin(CASE[name].sequence(DEPTH, policy), CASE[name])
 
 
-def test_keeping_activations_on_the_host_raises():
+def test_offload_raises():
     sequence = CASE["mlp"].sequence(2, Offload())
     with pytest.raises(Exception, match=r"cannot be kept on the host under `torch\.compile`; use the policy `Reverse"):
         compile_whole(sequence)(CASE["mlp"].input())
 
 
-def test_a_pair_goes_in_and_out():
+def test_pairs_as_input_and_output():
     case = CASE["conv"]
     sequence = case.sequence(2)
     twin = stored_twin(sequence)
@@ -131,7 +131,7 @@ def test_inductor():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_graph_breaks_elsewhere_do_no_harm():
+def test_graph_breaks_in_other_modules():
     case = CASE["conv"]
     sequence = case.sequence(2)
 
@@ -167,8 +167,8 @@ def test_compiled_residual_functions_within_a_compiled_model(in_place):
     assert_close([p.grad for p in sequence.parameters()], [p.grad for p in twin.parameters()])
 
 
-def test_gradients_that_are_one_tensor():
-    """What a sum hands to both of its sides is one tensor, which nothing may add to afterwards."""
+def test_shared_gradient_tensors():
+    """A sum passes one gradient tensor to both inputs, which must not be modified."""
 
     class Shift(nn.Module):
         def forward(self, x, context):
@@ -225,8 +225,8 @@ def test_frozen_parameters_and_input(input_requires_grad):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_nothing_needs_a_gradient_until_later(depth):
-    """A frozen stack, and a trained one behind it."""
+def test_first_blocks_need_no_gradient(depth):
+    """A trained stack follows a frozen one."""
     frozen = CASE["mlp"].sequence(depth).requires_grad_(False)
     model = nn.Sequential(frozen, CASE["mlp"].sequence(2))
     x = CASE["mlp"].input(requires_grad=False)
@@ -256,7 +256,7 @@ def test_one_output_unused():
     x1, x2 = case.input(requires_grad=False).chunk(2, -1)
     for module in (compile_whole(sequence), twin):
         module((x1, x2))[0].square().sum().backward()
-    # Compiled graphs give zeros for what has no gradient, as PyTorch's own do.
+    # Compiled graphs return zeros for missing gradients, also in PyTorch itself.
     for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
         assert_close(parameter.grad, torch.zeros_like(parameter) if expected.grad is None else expected.grad)
 
@@ -331,13 +331,13 @@ def test_weights_updated_between_steps():
     assert_close(list(sequence.parameters()), list(twin.parameters()))
 
 
-def test_bad_residual_is_told_while_compiling():
+def test_wrong_residual_raises_while_compiling():
     sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 2), nn.Linear(3, 3)))
     with pytest.raises(Exception, match=r"`blocks.0.f` returned shape \(4, 2\), but must return the shape"):
         compile_whole(sequence)(torch.randn(4, 6))
 
 
-def test_a_gradient_that_would_be_lost_raises():
+def test_lost_gradient_raises():
     outside = torch.ones(3, requires_grad=True)
 
     class Leaning(nn.Linear):
@@ -350,7 +350,7 @@ def test_a_gradient_that_would_be_lost_raises():
         loss.backward()
 
 
-def test_randomness_that_the_trace_did_not_see_raises():
+def test_untraced_randomness_raises():
     class Sometimes(nn.Linear):
         active = False
 
@@ -369,7 +369,7 @@ LOSSES = []
 
 
 class Auxiliary(nn.Linear):
-    """Leaves an auxiliary loss behind for its caller, in one of many ways."""
+    """Stores an auxiliary loss for its caller, in one of many ways."""
 
     def __init__(self, way):
         super().__init__(3, 3)
@@ -403,7 +403,7 @@ class Auxiliary(nn.Linear):
         ("global list", "keeps a tensor that it computed"),
     ],
 )
-def test_an_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, fullgraph):
+def test_auxiliary_loss_without_gradient_raises(way, message, fullgraph):
     sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary(way)))
     compiled = torch.compile(sequence, backend="aot_eager", fullgraph=fullgraph)
     LOSSES.clear()
@@ -411,7 +411,7 @@ def test_an_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, ful
         compiled(torch.randn(4, 6), ([], {}))
 
 
-def test_an_auxiliary_loss_that_the_trace_did_not_see_raises():
+def test_untraced_auxiliary_loss_raises():
     sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary("none")))
     compiled = compile_whole(sequence)
     compiled(torch.randn(4, 6), ([], {}))
@@ -449,7 +449,7 @@ def test_a_function_that_writes_to_its_parameter_raises():
 
 
 class Cached(nn.Linear):
-    """Computes a constant in its first call, and keeps a reference cycle in each."""
+    """Computes a constant in its first call, and creates a reference cycle in each call."""
 
     def __init__(self):
         super().__init__(3, 3)
@@ -487,7 +487,7 @@ def branching():
     ],
     ids=["cached", "branching", "weight-norm-hook", "pruned", "weight-norm"],
 )
-def test_functions_that_only_look_as_if_they_left_something(make_function):
+def test_functions_that_keep_harmless_state(make_function):
     sequence = ReversibleSequential(*[ReversibleBlock(make_function(), make_function()) for _ in range(2)]).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     compiled = compile_whole(sequence)
@@ -502,7 +502,7 @@ def test_functions_that_only_look_as_if_they_left_something(make_function):
 
 
 class PartlyUsed(nn.Module):
-    """Uses one of two layers, and no argument."""
+    """Uses one of two layers and no argument."""
 
     def __init__(self):
         super().__init__()
@@ -514,8 +514,8 @@ class PartlyUsed(nn.Module):
 
 
 @pytest.mark.parametrize("output", [0, 1, slice(None)])
-def test_what_is_not_used_gets_no_gradient(output):
-    """As in plain autograd: an optimizer leaves it alone, where zeros would make it decay the weight."""
+def test_unused_parameters_get_no_gradient(output):
+    """As in plain autograd, the optimizer skips them. With zero gradients it would decay the weights."""
     sequence = ReversibleSequential(*[ReversibleBlock(PartlyUsed(), PartlyUsed()) for _ in range(2)]).double()
     twin = stored_twin(sequence)
     x1, x2 = torch.randn(4, 6, dtype=torch.float64).chunk(2, 1)
@@ -528,7 +528,7 @@ def test_what_is_not_used_gets_no_gradient(output):
 
 
 class Scaled(nn.Linear):
-    """Takes a scale by keyword, and needs it."""
+    """Requires a scale as a keyword argument."""
 
     def __init__(self):
         super().__init__(3, 3)
@@ -581,7 +581,7 @@ def test_another_coupling_is_another_graph():
 
 
 def test_models_that_differ_inside_have_different_digests():
-    """Compiled graphs are cached on disk, where only this tells one program from another of the same number."""
+    """Compiled graphs are cached on disk, where the digest alone distinguishes programs of the same number."""
     digests = set()
     for function in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Dropout()), PartlyUsed().used.requires_grad_()):
         torch._dynamo.reset()
@@ -592,7 +592,7 @@ def test_models_that_differ_inside_have_different_digests():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_autograd():
-    """Uncompiled, a backward pass would be compiled hook by hook, for minutes; compiled, it is one operator."""
+    """In an uncompiled sequence each hook would be compiled, for minutes. In a compiled one there is one operator."""
     sequence = CASE["mlp"].sequence(2)
     twin = stored_twin(sequence)
     x = CASE["mlp"].input(requires_grad=False)
@@ -624,7 +624,7 @@ def test_shared_buffer_raises():
 
 
 def peak_bytes(module, x):
-    """The most bytes that PyTorch's allocator had handed out at once in one step."""
+    """Return the peak of PyTorch's allocator in one step."""
     for _ in range(2):
         module(x).sum().backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -637,8 +637,8 @@ def peak_bytes(module, x):
     return peak
 
 
-def test_the_memory_saving_is_kept():
-    """Per block, a compiled graph adds the gradients that it returns, and no activation."""
+def test_keeps_the_memory_saving():
+    """For each block, a compiled graph adds the gradients that it returns, and no activation."""
 
     def peak(depth, policy):
         torch._dynamo.reset()
@@ -654,7 +654,7 @@ def test_the_memory_saving_is_kept():
     assert peak(6, Store()) - peak(2, Store()) > 4 * 7 * stream
 
 
-def test_programs_go_with_their_functions():
+def test_programs_are_freed_with_their_functions():
     sequence = CASE["mlp"].sequence(2)
     compile_whole(sequence)(CASE["mlp"].input()).sum().backward()
     number = max(PROGRAMS)
@@ -681,7 +681,7 @@ def test_exact_reversal_is_exact(autocast):
         assert torch.equal(gradient, expected)
 
 
-def test_a_stream_out_of_range_raises():
+def test_stream_out_of_range_raises():
     sequence = ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)])
     set_coupling(sequence, FixedPoint())
     with pytest.raises(ReconstructionError, match=r"a stream reached .* at `blocks.0.f`, beyond the 1,024 up to which"):

@@ -1,4 +1,4 @@
-"""After an error everything is as it was: random state, flags, buffers, autocast, memory, and the next step."""
+"""After an error, random state, flags, buffers, autocast, memory and the next step are unchanged."""
 
 import gc
 
@@ -22,7 +22,7 @@ from tests.helpers import (
 
 
 class Faulty(nn.Module):
-    """Draws random numbers, updates buffers, and goes wrong on demand."""
+    """Draws random numbers, updates buffers, and fails on demand."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def make_sequence(policy=None):
 
 
 def observe(module):
-    """What an error must leave alone."""
+    """Return the state that an error must not change."""
     return [
         torch.get_rng_state(),
         torch.tensor([child.training for child in module.modules()]),
@@ -95,7 +95,7 @@ def test_error_in_forward(wrong, place, policy):
     after = [torch.get_rng_state(), *sequence.buffers()]
 
     function.fault = None
-    # The functions before the fault have drawn and counted, as they have in the twin.
+    # Functions before the error have drawn numbers and updated buffers, as in the twin.
     twin_function = twin.get_submodule(f"blocks.{place}")
     twin_function.fault = fault
     torch.manual_seed(1)
@@ -108,8 +108,8 @@ def test_error_in_forward(wrong, place, policy):
 
 
 @all_policies
-def test_what_nobody_reads_is_not_computed_again(policy):
-    """The last layer of a function whose residual is not needed: the lowest one, and every one of a checkpoint."""
+def test_does_not_recompute_unused_values(policy):
+    """The replay skips the last layer if the residual is not needed: in the first function, and in a checkpoint."""
     sequence = make_sequence(policy)
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_error_in_recomputation(kind, place, backward_mode):
     for value, expected in zip(observe(sequence), before, strict=True):
         assert torch.equal(value, expected)
 
-    # The same graph, once the fault is mended.
+    # The same graph without the error.
     function.fault = None
     sequence.zero_grad()
     loss.backward()
@@ -190,7 +190,7 @@ def test_nothing_leaks_after_an_error(when, kind):
 
 
 class Counting(nn.Module):
-    """Takes another path each time it runs."""
+    """Takes a different path in each run."""
 
     def __init__(self):
         super().__init__()
@@ -202,7 +202,7 @@ class Counting(nn.Module):
         return self.linear(x.tanh() if self.calls > 2 else x).sigmoid()
 
 
-def test_function_that_does_something_else_the_second_time_raises():
+def test_function_that_changes_between_runs_raises():
     sequence = ReversibleSequential(ReversibleBlock(Counting(), Counting()), ReversibleBlock(Counting(), Counting()))
     for block in sequence:
         block.f.calls = block.g.calls = 2
@@ -214,7 +214,7 @@ def test_function_that_does_something_else_the_second_time_raises():
 
 
 def test_backward_called_within_a_residual_function_raises():
-    """Of the graph that is being made; that of another one is fine."""
+    """This applies to the graph under construction. A backward pass of another graph is allowed."""
 
     class Backward(nn.Module):
         def __init__(self):
@@ -233,7 +233,7 @@ def test_backward_called_within_a_residual_function_raises():
 
 
 def test_interrupted_backward_can_be_repeated():
-    """An error in the caller's own hook, in the middle of the backward pass."""
+    """A hook of the caller raises an error in the middle of the backward pass."""
     case = CASE["conv-dropout"]
 
     def step(module, x, args, kwargs):
@@ -252,7 +252,7 @@ def test_interrupted_backward_can_be_repeated():
     assert_trains_as_twin(case.sequence(3), case, step)
 
 
-def test_error_under_store_has_the_same_words():
+def test_error_with_store_has_the_same_message():
     for policy in (Reverse(), Store()):
         sequence = make_sequence(policy)
         sequence[2].f.fault = lambda y: None

@@ -1,4 +1,4 @@
-"""Exact reversal: every bit of the stored run of the same network, whatever surrounds it."""
+"""Exact reversal equals the stored run of the same network bit for bit, in any context."""
 
 import copy
 
@@ -26,7 +26,7 @@ from tests.helpers import (
     stored_twin,
 )
 
-# Couplings of one kind, which take another; reversal has no exact form in complex numbers.
+# These cases need another coupling, or have complex numbers, which have no exact reversal.
 EXACT = [
     case for case in CASES if case.name != "complex" and not case.density and not case.name.startswith("fixed-point")
 ]
@@ -34,7 +34,7 @@ all_exact_cases = pytest.mark.parametrize("case", EXACT, ids=lambda case: case.n
 
 
 def single(values):
-    """The same in float32."""
+    """Return the case in float32."""
     return tree_map_only(
         torch.Tensor,
         lambda t: t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t,
@@ -50,7 +50,7 @@ def assert_same_bits(actual, expected):
 
 
 def assert_steps_as_twin(sequence, inputs, step):
-    """Gradients, buffers, the random state and what `step` returns: not one bit differs."""
+    """Check that gradients, buffers, the random state and the result of `step` are equal bit for bit."""
     twin = copy.deepcopy(sequence)
     set_policy(twin, Store())
     twin_inputs = copy.deepcopy(inputs)
@@ -110,7 +110,7 @@ def test_under_autocast(case):
 
 @pytest.mark.parametrize("name", ["conv-dropout", "attention-context-mask", "tied", "random"])
 @pytest.mark.parametrize("how", ["retained", "partial first", "twice", "double"])
-def test_whatever_is_done_with_the_graph(name, how):
+def test_uses_of_the_graph(name, how):
     if how == "double" and name.startswith("attention"):
         pytest.skip("PyTorch's fused attention has no second derivative on the CPU")
     (case,) = (case for case in EXACT if case.name == name)
@@ -137,7 +137,7 @@ def test_whatever_is_done_with_the_graph(name, how):
     assert_steps_as_twin(sequence, inputs, step)
 
 
-def test_batch_norms_of_a_size_at_which_floating_point_reversal_takes_other_sums():
+def test_batch_norms_with_another_order_of_summation():
     sequence = ReversibleSequential(*[ReversibleBlock(ConvResidual(8), ConvResidual(8)) for _ in range(2)])
     set_coupling(sequence, FixedPoint())
     x = torch.randn(8, 16, 32, 32, requires_grad=True)
@@ -147,7 +147,7 @@ def test_batch_norms_of_a_size_at_which_floating_point_reversal_takes_other_sums
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_inputs_of_any_precision(dtype):
-    """Streams of 32 bits for functions of 16, without autocast; what comes out is what went in."""
+    """Functions in 16 bits have streams in 32 bits, without autocast. The output has the dtype of the input."""
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4)) for _ in range(6)]).to(dtype)
     twin = stored_twin(sequence)
     for module in (sequence, twin):
@@ -188,7 +188,7 @@ def test_the_inverse_is_exact():
 
 @pytest.mark.parametrize("kind", ["conv", "transformer"])
 def test_sixty_four_blocks_after_ten_steps(kind):
-    """Final weights, bit for bit, and the memory of one block; benchmarks/exact.py does it with a thousand."""
+    """Final weights are equal bit for bit, with the memory of one block. `benchmarks/exact.py` uses 1,024 blocks."""
     torch.manual_seed(0)
     if kind == "conv":
         blocks = [ReversibleBlock(nn.Sequential(ConvResidual(4), nn.Dropout(0.1)), ConvResidual(4)) for _ in range(64)]
@@ -214,7 +214,7 @@ def test_sixty_four_blocks_after_ten_steps(kind):
         assert torch.equal(tensor, expected), name
 
 
-def test_memory_is_that_of_floating_point_reversal_at_any_depth():
+def test_memory_equals_floating_point_reversal_at_any_depth():
     def stack(depth, coupling=None):
         sequence = ReversibleSequential(*[ReversibleBlock(ConvResidual(8), ConvResidual(8)) for _ in range(depth)])
         if coupling is not None:
@@ -227,13 +227,13 @@ def test_memory_is_that_of_floating_point_reversal_at_any_depth():
         exact = measure(stack(depth, FixedPoint()), x)
         assert exact.held_bytes == measure(stack(depth), x).held_bytes == 2 * stream + SAMPLE + 4
         assert exact == predict(stack(depth, FixedPoint()), x)
-        # A residual in steps of the grid is one stream more, while it is made.
+        # A residual on the grid is one more stream while it is computed.
         assert exact.activation_bytes <= measure(stack(depth), x).activation_bytes + stream
         wide = measure(stack(depth, FixedPoint(is_wide=True)), x)
         assert wide.held_bytes == 2 * 2 * stream + 2 * SAMPLE + 4
 
 
-def test_a_plan_counts_it():
+def test_plans_count_its_memory():
     model = ReversibleSequential(*[ReversibleBlock(ConvResidual(8), ConvResidual(8)) for _ in range(4)])
     set_coupling(model, FixedPoint())
     x = torch.randn(4, 16, 16, 16)

@@ -1,4 +1,4 @@
-"""Residual functions of all sorts: what they contain, what they keep, and what they do inside themselves."""
+"""Residual functions of all kinds: their contents, their state and their computation."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ from tests.helpers import (
 
 
 class Energy(nn.Module):
-    """Differentiates inside its own forward: a residual that is the gradient of an energy."""
+    """Differentiates inside `forward`: the residual is the gradient of an energy."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Energy(nn.Module):
 
 
 class ScaledOnce(torch.autograd.Function):
-    """Asks for its saved tensors twice in one backward."""
+    """Reads its saved tensors twice in one backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -59,7 +59,7 @@ class Scaled(nn.Module):
 
 
 class Computing(nn.Module):
-    """Two linear layers, joined by some expression."""
+    """Two linear layers, combined by an expression."""
 
     def __init__(self, compute: Callable[[nn.Module, nn.Module, Tensor], Tensor]):
         super().__init__()
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Batch norm over the last dimension."""
 
     def __init__(self, **options):
@@ -100,8 +100,8 @@ FUNCTIONS = {
     "unpacks twice": Scaled,
     "multi-head attention": SelfAttention,
     "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
-    "batch norm, cumulative average": lambda: Normalised(momentum=None),
-    "batch norm, no statistics": lambda: Normalised(track_running_stats=False),
+    "batch norm, cumulative average": lambda: Normalized(momentum=None),
+    "batch norm, no statistics": lambda: Normalized(track_running_stats=False),
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
     "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
@@ -141,7 +141,7 @@ def test_any_function(make):
 
 
 class Routed(nn.Module):
-    """Leaves an auxiliary loss on itself, as layers with experts do."""
+    """Stores an auxiliary loss as an attribute, like layers with experts."""
 
     def __init__(self):
         super().__init__()
@@ -154,8 +154,8 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0], ids=["alone", "with the output"])
-def test_losses_that_functions_leave_on_themselves(weight):
-    """They belong to the graph of the forward pass, and reach the saved tensors by another way than the output."""
+def test_auxiliary_losses_of_functions(weight):
+    """They belong to the graph of the forward pass and reach the saved tensors on a path without the output."""
     sequence = ReversibleSequential(*[ReversibleBlock(Routed(), Routed()) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -179,7 +179,7 @@ class Scaling(nn.Module):
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3)], ids=["vector", "matrix"])
 def test_buffers_replaced_between_forward_and_backward(shape):
-    """Each run keeps the tensors that its forward pass found."""
+    """Each run keeps the tensors of its forward pass."""
     sequence = ReversibleSequential(*[ReversibleBlock(Scaling(*shape), mlp(3)) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -193,7 +193,7 @@ def test_buffers_replaced_between_forward_and_backward(shape):
 
 
 def test_kernels_chosen_around_the_forward_pass_only():
-    """Elsewhere another kernel may run, and save other tensors."""
+    """Outside the context another kernel may run and save other tensors."""
     sequence = ReversibleSequential(*[ReversibleBlock(Attention(4), Attention(4), split_dim=-1) for _ in range(2)])
     twin = stored_twin(sequence)
     x = torch.randn(2, 5, 8)
@@ -210,13 +210,13 @@ def test_kernels_chosen_around_the_forward_pass_only():
 
 
 class OverwritesWhatIsSaved(nn.Linear):
-    """Sigmoid saves its output, which is then written over."""
+    """Sigmoid saves its output, which is then overwritten."""
 
     def forward(self, x):
         return super().forward(x).sigmoid().add_(1)
 
 
-def test_saved_tensor_written_over_by_the_function_raises_as_in_the_twin():
+def test_overwritten_saved_tensor_raises_as_in_the_twin():
     sequence = ReversibleSequential(*[ReversibleBlock(OverwritesWhatIsSaved(3, 3), nn.Linear(3, 3)) for _ in range(2)])
     for module in (sequence, stored_twin(sequence)):
         loss = module(torch.randn(4, 6)).sum()
@@ -225,8 +225,8 @@ def test_saved_tensor_written_over_by_the_function_raises_as_in_the_twin():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_an_operation_that_saves_what_it_has_not_computed_yet(depth):
-    """RReLU's noise, by the last operation of the lowest function."""
+def test_operation_that_saves_before_it_computes(depth):
+    """RReLU, the last operation of the first function, saves its noise before drawing it."""
     blocks = [ReversibleBlock(nn.Sequential(nn.Linear(3, 3), nn.RReLU()), nn.RReLU()) for _ in range(depth)]
     sequence = ReversibleSequential(*blocks).double()
     twin = stored_twin(sequence)
@@ -240,7 +240,7 @@ def test_an_operation_that_saves_what_it_has_not_computed_yet(depth):
 
 
 class Holder(nn.Module):
-    """Keeps a tensor where no module looks for one."""
+    """Keeps a tensor that is not registered in a module."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +252,7 @@ class Holder(nn.Module):
 
 
 @pytest.mark.parametrize("change", ["modified", "replaced"])
-def test_a_tensor_from_elsewhere_that_changes_raises(change):
+def test_changed_unregistered_tensor_raises(change):
     sequence = ReversibleSequential(*[ReversibleBlock(Holder(), Holder()) for _ in range(2)]).double()
     loss = sequence(torch.randn(4, 6, dtype=torch.float64)).sum()
     held = sequence[0].f.held
@@ -261,7 +261,7 @@ def test_a_tensor_from_elsewhere_that_changes_raises(change):
         loss.backward()
 
 
-def test_a_tensor_from_elsewhere_that_stays_is_right():
+def test_unchanged_unregistered_tensor():
     sequence = ReversibleSequential(*[ReversibleBlock(Holder(), Holder()) for _ in range(2)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -271,7 +271,7 @@ def test_a_tensor_from_elsewhere_that_stays_is_right():
 
 
 class Stash(nn.Linear):
-    """Leaves its activations, with their graph and without, for somebody to look at."""
+    """Stores its activations as attributes, with and without their graph."""
 
     def forward(self, x):
         self.seen = super().forward(x).tanh()
@@ -280,7 +280,7 @@ class Stash(nn.Linear):
         return self.seen * self.mask * self.weights
 
 
-def test_a_function_that_leaves_its_activations_about():
+def test_function_that_stores_its_activations():
     sequence = ReversibleSequential(*[ReversibleBlock(Stash(3, 3), Stash(3, 3)) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -291,7 +291,7 @@ def test_a_function_that_leaves_its_activations_about():
 
 
 class DrawsOnce(nn.Linear):
-    """Draws random numbers that change nothing, the first time only: as another thread would."""
+    """Draws unused random numbers in the first run only, like another thread."""
 
     drawn = 0
 
@@ -303,7 +303,7 @@ class DrawsOnce(nn.Linear):
         return x
 
 
-def test_other_random_numbers_in_the_recomputation_raise():
+def test_other_random_numbers_in_the_replay_raise():
     sequence = ReversibleSequential(ReversibleBlock(DrawsOnce(3, 3), DrawsOnce(3, 3)))
     state = torch.get_rng_state()
     loss = sequence(torch.randn(4, 6)).sum()
@@ -313,7 +313,7 @@ def test_other_random_numbers_in_the_recomputation_raise():
 
 
 def test_vector_buffer_written_to_before_backward():
-    """The function saw the old one, and so does the recomputation; the new one stays."""
+    """The replay reads the old buffer, as the function did, and the new buffer stays."""
 
     class Scaled(nn.Linear):
         def __init__(self):

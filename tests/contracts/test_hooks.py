@@ -1,4 +1,4 @@
-"""Hooks of modules, tensors and parameters see what they see on the stored twin, and when."""
+"""Hooks of modules, tensors and parameters see the same values as on the stored twin, at the same time."""
 
 import copy
 
@@ -21,7 +21,7 @@ from tests.helpers import (
 @all_policies
 @all_cases
 def test_parameter_and_tensor_hooks_see_each_gradient_once(case, policy):
-    """Of the input, the output and all parameters, before and after accumulation."""
+    """Hooks of the input, the output and all parameters run before and after accumulation."""
 
     def step(module, x, args, kwargs):
         seen = {}
@@ -61,7 +61,7 @@ def test_hooks_may_change_gradients(case):
 
 @pytest.mark.parametrize("place", ["f", "within f", "sequence"])
 def test_backward_hooks_of_modules(place):
-    """Each runs once, sees the twin's gradients, and may replace them."""
+    """Each hook runs once, sees the twin's gradients, and may replace them."""
     calls = []
 
     def step(module, x, args, kwargs):
@@ -86,8 +86,8 @@ def test_backward_hooks_of_modules(place):
     assert calls == [2, 2]
 
 
-def test_forward_hooks_run_again_in_the_recomputation():
-    """As under PyTorch's checkpoint. Hooks of the sequence run once, since it does not run again.
+def test_forward_hooks_run_again_in_the_replay():
+    """This is the same in PyTorch's checkpoint. Hooks of the sequence run once, since it is not replayed.
 
     Those after the lowest function do not, since it stops where nothing more is needed: before its last product.
     """
@@ -110,7 +110,7 @@ def test_forward_hooks_run_again_in_the_recomputation():
     ]
 
 
-def test_forward_hooks_that_change_what_a_function_reads_and_returns():
+def test_forward_hooks_that_change_input_and_output():
     def step(module, x, args, kwargs):
         module[0].f.register_forward_pre_hook(lambda _, inputs: (inputs[0].sin(), *inputs[1:]))
         module[1].g.register_forward_hook(lambda _, __, output: output.tanh())
@@ -122,7 +122,7 @@ def test_forward_hooks_that_change_what_a_function_reads_and_returns():
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
 def test_gradients_arrive_block_by_block(name):
-    """A function's parameters have their gradients before the function below it runs again.
+    """A function's parameters have their gradients before the previous function is replayed.
 
     This is what lets data parallelism send buckets, and optimizers step, while the backward pass goes on.
     """
@@ -147,7 +147,7 @@ def test_gradients_arrive_block_by_block(name):
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "conv-dropout", "attention", "tied"])
 def test_optimizer_steps_within_the_backward_pass(name):
-    """Parameters change as soon as their gradients are there; what lies below must not notice."""
+    """Parameters change as soon as their gradients are computed, without an effect on earlier blocks."""
 
     def step(module, x, args, kwargs):
         @torch.no_grad()
@@ -163,7 +163,7 @@ def test_optimizer_steps_within_the_backward_pass(name):
     assert_trains_as_twin(CASE[name].sequence(DEPTH), CASE[name], step)
 
 
-def test_removed_hooks_are_gone():
+def test_removed_hooks_do_not_run():
     case = CASE["mlp"]
     sequence = case.sequence(2)
     seen = []
@@ -174,7 +174,7 @@ def test_removed_hooks_are_gone():
     assert seen == [1]
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PyTorch does not look into the pair
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PyTorch does not inspect the pair
 @pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
 def test_hooks_of_blocks_run_once_and_see_the_streams(policy):
     sequence = CASE["mlp"].sequence(3, policy)

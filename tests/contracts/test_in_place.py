@@ -1,4 +1,4 @@
-"""Writing over tensors between forward and backward: harmless where nothing is read again, an error everywhere else."""
+"""Modifying tensors between forward and backward is harmless if they are not read again, and an error otherwise."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.helpers import (
 
 @all_cases
 def test_input_modified_after_forward_is_harmless(case):
-    """Nothing of the input is kept, so this is right even where plain autograd has to raise."""
+    """The input is not stored, so this is correct even where plain autograd raises an error."""
 
     def step(module, x, args, kwargs):
         start = x.clone()
@@ -45,7 +45,7 @@ def test_streams_of_a_pair_modified_after_forward_are_harmless():
 
 @all_cases
 def test_input_modified_before_forward(case):
-    """By an activation in place just before the blocks."""
+    """An in-place activation comes just before the blocks."""
 
     def step(module, x, args, kwargs):
         squares(module((x * 2).add_(1).tanh_(), *args, **kwargs)).backward()
@@ -85,8 +85,8 @@ def test_output_of_a_pair_modified_before_backward_raises(which):
 
 
 @pytest.mark.parametrize("as_pair", [False, True], ids=["tensor", "pair"])
-def test_output_modified_between_two_backward_passes_is_right_or_raises(as_pair):
-    """The first pass may have left nothing that the second one reads from the output."""
+def test_output_modified_between_two_backward_passes(as_pair):
+    """The result is correct, or an error is raised if the second pass reads the output."""
     sequence = CASE["mlp"].sequence(3)
     x = CASE["mlp"].input()
     y = sequence(x.chunk(2, 1) if as_pair else x)
@@ -109,7 +109,7 @@ def test_a_copy_of_the_output_may_be_modified(case):
 
 
 def test_the_output_may_be_modified_after_a_stored_last_block():
-    """The way out that the error names."""
+    """This is the workaround in the error message."""
 
     def step(module, x, args, kwargs):
         squares(module(x).relu_()).backward()
@@ -117,8 +117,8 @@ def test_the_output_may_be_modified_after_a_stored_last_block():
     assert_trains_as_twin(CASE["conv"].sequence(3, [Reverse(), Reverse(), Store()]), CASE["conv"], step)
 
 
-def test_the_gradient_may_be_modified():
-    """Hooks that clip in place see gradients, never the engine's streams."""
+def test_gradients_may_be_modified():
+    """Hooks that clip in place get gradients, never the engine's streams."""
 
     def step(module, x, args, kwargs):
         y = module(x)
@@ -146,8 +146,8 @@ def test_parameter_or_argument_modified_before_backward_raises(what):
         loss.backward()
 
 
-def test_parameter_modified_that_is_all_that_autograd_saved_raises():
-    """Frozen linear layers save their weights only, so that nothing is rebuilt that could notice."""
+def test_modified_parameter_of_a_frozen_layer_raises():
+    """Frozen linear layers save only their weights, so no rebuilt tensor could detect the change."""
     functions = [nn.Linear(3, 3).requires_grad_(False) for _ in range(4)]
     sequence = ReversibleSequential(ReversibleBlock(*functions[:2]), ReversibleBlock(*functions[2:]))
     loss = sequence(torch.randn(4, 6, requires_grad=True)).sum()
@@ -158,7 +158,7 @@ def test_parameter_modified_that_is_all_that_autograd_saved_raises():
 
 @pytest.mark.parametrize("name", ["conv", "averaging"])
 def test_buffer_modified_before_backward_in_evaluation_raises(name):
-    """In training nothing reads the running statistics again; in evaluation everything does."""
+    """The replay reads the running statistics in evaluation mode, but not in training mode."""
     sequence = CASE[name].sequence(2).eval()
     loss = sequence(CASE[name].input()).sum()
     buffers = dict(sequence[0].f.named_buffers())
@@ -186,14 +186,14 @@ WRITES = {
 @pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 @pytest.mark.parametrize("name", ["f", "g"])
-def test_function_that_writes_over_its_input_raises(name, write, policy):
+def test_function_that_modifies_its_input_raises(name, write, policy):
     functions = {"f": mlp(3), "g": mlp(3), name: WritesOver(write)}
     sequence = ReversibleSequential(ReversibleBlock(mlp(3), mlp(3)), ReversibleBlock(**functions), policy=policy)
     with pytest.raises(RuntimeError, match=rf"`blocks\.1\.{name}` modified its input in place.*inplace=False"):
         sequence(torch.randn(4, 6))
 
 
-def test_function_that_writes_over_its_own_tensors_is_fine():
+def test_function_may_modify_its_own_tensors():
     def block():
         function = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Hardtanh(inplace=True))
         return ReversibleBlock(function, mlp(3))
@@ -203,7 +203,7 @@ def test_function_that_writes_over_its_own_tensors_is_fine():
 
 
 def test_function_that_returns_its_input():
-    """The residual is a stream: rebuilding must not subtract a stream from itself in place and spoil the other."""
+    """The residual is a stream. The engine must not subtract a stream from itself in place."""
     sequence = ReversibleSequential(*[ReversibleBlock(nn.Identity(), mlp(3)) for _ in range(3)]).double()
     assert_trains_as_twin(sequence, CASE["mlp"], lambda module, x, *_: squares(module(x)).backward())
 

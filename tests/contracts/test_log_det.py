@@ -1,4 +1,4 @@
-"""Log-determinants: those of the stored twin and of autograd's Jacobian, with the memory saving kept."""
+"""Log-determinants equal the stored twin and autograd's Jacobian, with the same memory saving."""
 
 import gc
 
@@ -29,7 +29,7 @@ all_densities = pytest.mark.parametrize("case", DENSITIES, ids=lambda case: case
 
 @all_policies
 @pytest.mark.parametrize("case", [*DENSITIES, CASE["attention-context-mask"]], ids=lambda case: case.name)
-def test_a_step_is_the_twins(case, policy):
+def test_step_equals_the_twin(case, policy):
     def step(module, x, args, kwargs):
         y, log_det = module.forward_with_log_det(x, *args, **kwargs)
         weights = torch.arange(1.0, 1 + len(x), dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_a_step_is_the_twins(case, policy):
 
 
 @all_densities
-def test_a_step_on_the_log_determinant_alone_is_the_twins(case):
+def test_step_on_the_log_determinant_alone_equals_the_twin(case):
     def step(module, x, args, kwargs):
         log_det = module.forward_with_log_det(x, *args, **kwargs)[1]
         (log_det.square().sum() + 0 * sum(p.sum() for p in module.parameters()) + 0 * x.sum()).backward()
@@ -50,7 +50,7 @@ def test_a_step_on_the_log_determinant_alone_is_the_twins(case):
 
 
 @all_densities
-def test_it_is_that_of_autograds_jacobian(case):
+def test_equals_the_jacobian(case):
     module = case.sequence(DEPTH).eval()
     x = case.input(requires_grad=False)
     y, log_det = module.forward_with_log_det(x)
@@ -66,14 +66,14 @@ def test_it_is_that_of_autograds_jacobian(case):
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name != "split-batch" and not case.density], ids=lambda case: case.name
 )
-def test_it_is_zero_where_volumes_stay(case):
+def test_is_zero_for_volume_preserving_blocks(case):
     x = case.input()
     with sdpa_kernel(SDPBackend.MATH):
         _, log_det = case.sequence(1).forward_with_log_det(x, *case.args(), **case.kwargs())
     assert torch.equal(log_det, torch.zeros(len(x), dtype=torch.float64))
 
 
-def test_its_gradients_are_numerically_right():
+def test_gradcheck():
     sequence = ReversibleSequential(
         ReversibleBlock(scaling_mlp(2), scaling_mlp(2), coupling=Affine()),
         MomentumBlock(mlp(2)),
@@ -95,7 +95,7 @@ def test_two_backward_passes_over_one_graph():
     assert_trains_as_twin(case.sequence(DEPTH), case, step)
 
 
-def test_blocks_with_hooks_have_it_too():
+def test_blocks_with_hooks():
     sequence = CASE["affine"].sequence(3)
     x = CASE["affine"].input()
     expected = sequence.log_det(x)
@@ -124,8 +124,8 @@ class Density(torch.nn.Module):
         return self.sequence.forward_with_log_det(x)
 
 
-def test_nothing_is_left_behind():
-    """No reference cycle, which only the garbage collector would break."""
+def test_leaves_no_reference_cycle():
+    """Only the garbage collector could free a reference cycle."""
 
     def num_runs():
         return sum(type(each) is Rebuilder for each in gc.get_objects())
@@ -147,7 +147,7 @@ def test_nothing_is_left_behind():
         gc.enable()
 
 
-def test_none_where_samples_are_split():
+def test_none_if_samples_are_split():
     block = CASE["split-batch"].make_block().double()
     with pytest.raises(ValueError, match=r"`split_dim` \(=0\) is the batch.*split along the features"):
         block.log_det(CASE["split-batch"].input())
@@ -155,7 +155,7 @@ def test_none_where_samples_are_split():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
 @pytest.mark.parametrize("case", [CASE["affine"], CASE["momentum"], CASE["mlp"]], ids=lambda case: case.name)
-def test_one_graph_trains_as_the_twin(case):
+def test_one_graph_trains_like_the_twin(case):
     def step(module, x, args, kwargs):
         if module.policies[0] == Reverse():
             module = torch.compile(Density(module), backend="aot_eager", fullgraph=True)
@@ -170,7 +170,7 @@ def test_one_graph_trains_as_the_twin(case):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
 def test_a_mixed_sequence_compiles():
-    """Stored blocks trace as they are, and what they add joins what the operator added."""
+    """Stored blocks are traced as they are, and their terms are added to the operator's."""
     sequence = CASE["affine"].sequence(DEPTH, [Reverse(), Store(), Reverse(), Store()])
     compiled = torch.compile(Density(sequence), backend="aot_eager", fullgraph=True)
     x = CASE["affine"].input()

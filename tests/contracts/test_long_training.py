@@ -1,4 +1,4 @@
-"""A training loop of 2,000 steps leaves nothing behind: no Python object, no tensor, no resident memory.
+"""A training loop of 2,000 steps leaks no Python object, no tensor and no resident memory.
 
 `make test-slow` runs it; it alone:
 
@@ -22,11 +22,11 @@ NUM_FEATURES = 32
 BATCH_SIZE = 64
 FIRST, LAST = 200, 2000
 SLACK_BYTES = 4 * 2**20
-"""What the allocator may take or give back by chance."""
+"""Random variation of the allocator."""
 
 
 class Live(NamedTuple):
-    """What a process holds."""
+    """Memory and objects of a process."""
 
     num_objects: int
     num_tensors: int
@@ -37,14 +37,14 @@ def count_live() -> tuple[int, int, int]:
     num_objects, num_tensors = 0, 0
     for each in gc.get_objects():
         num_objects += 1
-        # By its type, since objects that pretend to be of another class do not like to be asked.
+        # Use the type, since `isinstance` runs code of objects that override `__class__`.
         num_tensors += issubclass(type(each), Tensor)
     num_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return num_objects, num_tensors, num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def train(policy) -> tuple[Live, Live]:
-    """Return what is live after the first steps, which fill what is filled once, and after the last."""
+    """Return the live state after the first steps, which fill caches, and after the last step."""
     torch.manual_seed(0)
     blocks = [
         ReversibleBlock(
@@ -63,7 +63,7 @@ def train(policy) -> tuple[Live, Live]:
         optimizer.step()
 
     gc.collect()
-    gc.disable()  # what only the garbage collector frees counts as left behind
+    gc.disable()  # objects that only the garbage collector could free count as leaks
     try:
         for _ in range(FIRST):
             step()
@@ -83,8 +83,8 @@ def resident_growth(first: Live, last: Live) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=["reverse", "checkpoint"])
-def test_two_thousand_steps_leave_nothing_behind(policy):
-    # A leak of one stream per step would be seen.
+def test_two_thousand_steps_leak_nothing(policy):
+    # This bound detects a leak of one stream per step.
     assert (LAST - FIRST) * BATCH_SIZE * NUM_FEATURES * 4 > 2 * SLACK_BYTES
     plain = resident_growth(*train(Store()))
     first, last = train(policy)

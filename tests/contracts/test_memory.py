@@ -1,4 +1,4 @@
-"""The promise, in exact bytes: activation memory does not grow with depth, and nothing stays behind."""
+"""Exact bytes: activation memory does not grow with depth, and nothing leaks."""
 
 import gc
 
@@ -13,7 +13,7 @@ from revnet.engine import Chain, HalfBlock, reversible, stored
 from revnet.memory import LiveBytes, measure
 from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 
-# The workloads of the prototypes, at a quarter of the batch: one stream is 1 MiB (conv), 0.5 MiB (transformer).
+# The workloads of `revnet bench` with a quarter of the batch: a stream has 1 MiB (conv) or 0.5 MiB (transformer).
 CONV_STREAM = 8 * 32 * 32 * 32 * 4
 TRANSFORMER_STREAM = 2 * 256 * 256 * 4
 
@@ -30,14 +30,14 @@ def transformer_stack(depth):
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
 def test_conv_stack_needs_nine_streams_at_any_depth(depth):
-    """The pair, the two gradients, three saved tensors, the residual, its gradient; and some scalars and vectors."""
+    """They are the pair, two gradients, three saved tensors, the residual, its gradient, and some small tensors."""
     memory = measure(conv_stack(depth), torch.randn(8, 64, 32, 32))
     assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 520
     assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4  # the final pair, and the loss
 
 
-def test_two_hundred_and_fifty_six_blocks_need_no_more():
-    """Counted without computing, which counts the same bytes (see below)."""
+def test_256_blocks_need_no_more():
+    """Bytes are counted on the meta device, which counts the same bytes (see below)."""
     with FakeTensorMode():
         memory = measure(conv_stack(256), torch.randn(8, 64, 32, 32))
     assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 520
@@ -45,15 +45,15 @@ def test_two_hundred_and_fifty_six_blocks_need_no_more():
 
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
-def test_a_pair_costs_what_a_tensor_costs(depth):
+def test_pair_costs_the_same_as_a_tensor(depth):
     memory = measure(conv_stack(depth), (torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)))
     assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 528
     assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 8
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
-    """A network's head sends one; it is split at once, so that neither half keeps the other."""
+def test_dense_output_gradient_costs_no_more(requires_grad):
+    """A head sends a dense gradient. It is split at once, so that neither half keeps the other alive."""
 
     class Head(nn.Module):
         def __init__(self):
@@ -68,7 +68,7 @@ def test_a_dense_gradient_of_the_output_costs_no_more(requires_grad):
 
 
 def test_transformer_stack_is_flat_in_depth():
-    """The pair, its gradients, the perceptron's norm, its hidden layer twice and that layer's gradient; a weight's."""
+    """The peak has the pair, its gradients, the norm, the hidden layer twice, its gradient, and a weight's gradient."""
     peaks = [measure(transformer_stack(depth), torch.randn(2, 256, 512)).activation_bytes for depth in (4, 8, 16)]
     with FakeTensorMode():
         peaks.append(measure(transformer_stack(256), torch.randn(2, 256, 512)).activation_bytes)
@@ -76,8 +76,8 @@ def test_transformer_stack_is_flat_in_depth():
     assert peaks[0] <= 17 * TRANSFORMER_STREAM + 4 * 256 * 1024 + 2**13
 
 
-def test_low_precision_copies_of_weights_are_not_kept():
-    """Autocast casts a weight once, for all functions that share it, and keeps the cast until it ends."""
+def test_does_not_store_low_precision_weights():
+    """Autocast casts a weight once for all functions that share it, and keeps the copy until the context ends."""
     function = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh())
     sequence = ReversibleSequential(*[ReversibleBlock(function, function, split_dim=-1) for _ in range(3)])
     x = torch.randn(4, 128, requires_grad=True)
@@ -89,19 +89,19 @@ def test_low_precision_copies_of_weights_are_not_kept():
 
 
 def test_the_stored_twin_grows_with_depth():
-    """The counter sees what there is to see: eight saved tensors for each block."""
+    """The counter sees eight saved tensors for each block."""
     peaks = [measure(conv_stack(depth, Store()), torch.randn(8, 64, 32, 32)).activation_bytes for depth in (4, 8)]
     assert peaks[1] - peaks[0] >= 4 * 8 * CONV_STREAM
 
 
-def test_a_stored_last_block_costs_its_activations_only():
+def test_stored_last_block_adds_its_activations():
     depth = 8
     mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
     assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= 12 * CONV_STREAM + SAMPLE + 1024
 
 
-def test_a_single_function_holds_its_input_only():
-    """Not the stream that it updates, which nothing reads again; the input is the caller's."""
+def test_single_function_stores_its_input():
+    """It does not store the stream that it updates, which nothing reads again. The input belongs to the caller."""
     function = ConvResidual(32)
     x1, x2 = torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)
     with LiveBytes([x1, x2, *function.parameters(), *function.buffers()]) as counter:
@@ -119,7 +119,7 @@ def test_a_single_function_holds_its_input_only():
         assert torch.equal(gradient, parameter.grad)  # nothing was rebuilt, so nothing was rounded
 
 
-def test_dropout_keeps_random_states_not_masks():
+def test_dropout_stores_random_states_instead_of_masks():
     def stack(depth):
         blocks = [ReversibleBlock(nn.Sequential(ConvResidual(8), nn.Dropout()), ConvResidual(8)) for _ in range(depth)]
         return measure(ReversibleSequential(*blocks), torch.randn(2, 16, 16, 16)).activation_bytes
@@ -129,8 +129,8 @@ def test_dropout_keeps_random_states_not_masks():
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode(), torch.device("meta")], ids=["fake", "meta"])
-def test_counted_without_computing(mode):
-    """From shapes alone, the same bytes."""
+def test_meta_device_counts_the_same_bytes(mode):
+    """Shapes alone give the same bytes."""
     expected = measure(conv_stack(4), torch.randn(8, 64, 32, 32))
     with mode:
         assert measure(conv_stack(4), torch.randn(8, 64, 32, 32)) == expected
@@ -145,7 +145,7 @@ def live_bytes_after(step, parameters):
 
 
 @pytest.mark.parametrize("use", ["backward", "forward only", "retained", "two graphs"])
-def test_nothing_stays_behind(use):
+def test_leaks_nothing(use):
     sequence = conv_stack(3)
     for parameter in sequence.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -168,7 +168,7 @@ def test_nothing_stays_behind(use):
 
 
 def train(num_steps, use):
-    """Steps of one kind; yields after each."""
+    """Run steps of one kind, and yield after each."""
     sequence = ReversibleSequential(
         *[ReversibleBlock(nn.Sequential(mlp(4), nn.Dropout(0.2)), nn.BatchNorm1d(4)) for _ in range(3)]
     )
@@ -194,7 +194,7 @@ def train(num_steps, use):
                 graph = y.sum()
                 graph.backward(retain_graph=True)
             elif use == "tensor of the graph looked at":
-                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # behind the joining of both streams
+                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # the node before the concatenation of both streams
                 norm = last.next_functions[1][0]
                 assert norm._saved_input.shape == (4, 4)
                 del norm, last
@@ -216,13 +216,13 @@ USES = [
 
 
 def assert_flat(use, num_steps):
-    """Neither bytes nor Python objects grow, and it is not the garbage collector that sees to it."""
+    """Check that bytes and Python objects do not grow, without the garbage collector."""
     live_bytes, num_objects = [], []
     gc.collect()
     gc.disable()
     try:
         for step, live in enumerate(train(num_steps, use)):
-            if step % (num_steps // 4) == 5:  # five steps to fill what is filled once
+            if step % (num_steps // 4) == 5:  # after five steps, which fill caches
                 live_bytes.append(live)
                 num_objects.append(len(gc.get_objects()))
     finally:
@@ -233,17 +233,17 @@ def assert_flat(use, num_steps):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_hundred_steps_leave_nothing_behind(use):
+def test_a_hundred_steps_leak_nothing(use):
     assert_flat(use, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
-def test_a_thousand_steps_leave_nothing_behind(use):
+def test_a_thousand_steps_leak_nothing(use):
     assert_flat(use, 1000)
 
 
-def test_a_retained_graph_holds_the_final_pair_only():
+def test_retained_graph_stores_the_final_pair_only():
     sequence = conv_stack(4)
     for parameter in sequence.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -268,7 +268,7 @@ def test_the_graph_is_freed_without_the_garbage_collector():
         gc.enable()
 
 
-def test_measuring_leaves_the_model_as_it_was():
+def test_measuring_does_not_change_the_model():
     sequence = ReversibleSequential(ReversibleBlock(nn.Sequential(ConvResidual(4), nn.Dropout()), ConvResidual(4)))
     x = torch.randn(2, 8, 4, 4)
     sequence(x).sum().backward()

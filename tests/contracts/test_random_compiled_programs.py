@@ -1,4 +1,4 @@
-"""Random sequences, compiled whole and asked random questions of autograd, answer as their stored twins do.
+"""Random sequences, compiled in one graph and used at random with autograd, equal their stored twins.
 
 `make test-slow` runs all; these alone, with the share of the programs that are refused:
 
@@ -18,7 +18,7 @@ from tests.contracts.random_programs import Averaged, draw_inputs, draw_sequence
 from tests.helpers import assert_close, stored_twin
 
 pytestmark = [
-    # PyTorch, tracing any custom `autograd.Function`, warns itself not to do what it does.
+    # PyTorch triggers its own warning when it traces a custom `autograd.Function`.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
@@ -30,19 +30,19 @@ WRITTEN = "one of the variables needed for gradient computation has been modifie
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-    # Inductor draws other random numbers than an uncompiled run unless it is told not to.
+    # By default Inductor draws other random numbers than an uncompiled run.
     with torch._inductor.config.patch(fallback_random=True):
         yield
     torch._dynamo.reset()
 
 
 def is_hooked(sequence: ReversibleSequential) -> bool:
-    """Whether a block has a hook or a `forward` of its own."""
+    """Return whether a block has a hook or overrides `forward`."""
     return any(type(block) is not ReversibleBlock or block._forward_hooks for block in sequence)
 
 
 def shares_buffers(sequence: ReversibleSequential) -> bool:
-    """Whether a function with buffers serves a stored block and a reversed one."""
+    """Return whether a function with buffers is shared by a stored and a reversed block."""
     buffers = {True: set(), False: set()}
     for block, policy in zip(sequence, sequence.policies, strict=True):
         buffers[isinstance(policy, Reverse)] |= set(block.buffers())
@@ -50,7 +50,7 @@ def shares_buffers(sequence: ReversibleSequential) -> bool:
 
 
 def refuse_to_differentiate_again(penalty, of):
-    """Second derivatives of a compiled graph, which PyTorch refuses whatever the graph."""
+    """Return whether a program needs second derivatives, which PyTorch does not support in compiled graphs."""
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
         torch.autograd.grad(penalty, of, retain_graph=True, allow_unused=True)
     return []
@@ -63,7 +63,7 @@ def run_compiled(sequence: ReversibleSequential, inputs: list, seed: int, backen
 
 
 def can_be_compiled(twin: ReversibleSequential, inputs: list, seed: int, backend: str) -> bool:
-    """Whether PyTorch takes the stored twin, which consists of its own operators."""
+    """Return whether PyTorch can compile the stored twin, which has only PyTorch operators."""
     try:
         run_compiled(twin, inputs, seed, backend)
     except RuntimeError as error:
@@ -99,14 +99,14 @@ def check_program(seed: int, backend: str) -> str | None:
     assert len(observed) == len(expected), seed
     for value, expected_value in zip(observed, expected, strict=True):
         if expected_value is None and value is not None:
-            # Compiled graphs give zeros for what has no gradient, as PyTorch's own do.
+            # Compiled graphs return zeros for missing gradients, also in PyTorch itself.
             expected_value = torch.zeros_like(value)
         assert_close(value, expected_value, tolerance=1e-7)
     return None
 
 
 def check_programs(num_programs: int, first_seed: int, backend: str) -> None:
-    """Check programs until so many of them have run, and print how many were refused."""
+    """Check programs until the given number has run, and print how many were rejected."""
     results: Counter[str | None] = Counter()
     seed = first_seed
     while results[None] < num_programs:

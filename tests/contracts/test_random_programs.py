@@ -1,4 +1,4 @@
-"""Random sequences, asked random questions of autograd, answer as their stored twins do."""
+"""Random sequences, used at random with autograd, equal their stored twins."""
 
 import copy
 import random
@@ -42,7 +42,7 @@ def test_two_thousand_random_programs(seeds):
 
 
 class Outside(nn.Module):
-    """Draws numbers that no random state of PyTorch knows."""
+    """Draws numbers from a generator outside PyTorch."""
 
     def __init__(self, function: nn.Module, draw: random.Random):
         super().__init__()

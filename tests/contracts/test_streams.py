@@ -1,4 +1,4 @@
-"""Any stream is a good stream: pairs, views, other memory formats, empty ones, and streams used elsewhere as well."""
+"""Streams of any kind: pairs, views, memory formats, empty streams, and streams that other code uses too."""
 
 import copy
 
@@ -23,7 +23,7 @@ from tests.helpers import (
 
 
 @all_cases
-def test_streams_run_as_their_joined_tensor_does(case):
+def test_pairs_equal_their_joined_tensor(case):
     sequence = case.sequence(2)
     twin = stored_twin(sequence)
     dim, num_streams = sequence[0].split_dim, sequence[0].num_streams
@@ -41,7 +41,7 @@ def test_streams_run_as_their_joined_tensor_does(case):
 
 
 @all_cases
-def test_inverse_gives_the_input_and_leaves_the_buffers(case):
+def test_inverse_restores_the_input_and_keeps_the_buffers(case):
     sequence = case.sequence(DEPTH).eval()
     x, args, kwargs = case.input(), case.args(), case.kwargs()
     y = sequence(x, *args, **kwargs)
@@ -50,7 +50,7 @@ def test_inverse_gives_the_input_and_leaves_the_buffers(case):
     assert all(torch.equal(now, before) for now, before in zip(sequence.buffers(), buffers, strict=True))
 
 
-def test_inverse_in_training_uses_the_batch_and_leaves_the_statistics():
+def test_inverse_in_training_mode_uses_batch_statistics():
     case = CASE["conv"]
     sequence = case.sequence(DEPTH)
     x = case.input()
@@ -74,11 +74,11 @@ def test_inverse_is_differentiable(case):
 
 @all_policies
 @all_cases
-def test_streams_used_elsewhere_too(case, policy):
-    """A skip around the sequence, an activation before it, and its output used twice."""
+def test_streams_with_other_uses(case, policy):
+    """There is a skip around the sequence and an activation before it, and its output is used twice."""
 
     def step(module, x, args, kwargs):
-        x = x * (x.real.relu() + 0.1)  # No exact zeros: rebuilt, they would be on either side of the next ReLU's kink.
+        x = x * (x.real.relu() + 0.1)  # avoids exact zeros, which rounding would move across the kink of the next ReLU
         y = module(x, *args, **kwargs)
         squares(x + y * y.tanh()).backward()
 
@@ -99,7 +99,7 @@ VIEWS = {
 @pytest.mark.parametrize("as_pair", [False, True], ids=["tensor", "pair"])
 @pytest.mark.parametrize("name", ["mlp", "attention", "transposed", "averaging", "nested-arguments", "complex"])
 def test_views(name, as_pair, view):
-    """No batch norm here: of copies of one sample it makes noise, magnified a thousand times by each function."""
+    """Without batch norm, which turns equal samples into noise and amplifies it a thousand times per function."""
     case = CASE[name]
 
     def step(module, x, args, kwargs):
@@ -109,11 +109,11 @@ def test_views(name, as_pair, view):
         else:
             squares(module(view(x), *args, **kwargs)).backward()
 
-    # Of features that are all alike, a layer norm makes noise too, magnified by 1 / sqrt(eps), or 300.
+    # A layer norm turns equal features into noise too, amplified by 1 / sqrt(eps), about 300.
     assert_trains_as_twin(case.sequence(2), case, step, tolerance=1e-7)
 
 
-def test_both_streams_one_tensor():
+def test_one_tensor_as_both_streams():
     def step(module, x, args, kwargs):
         half = x[:, :3]
         y1, y2 = module((half, half), *args, **kwargs)
@@ -125,7 +125,7 @@ def test_both_streams_one_tensor():
 @pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("second", [torch.contiguous_format, torch.channels_last])
 def test_memory_formats(first, second):
-    """Of parameters, and of streams; each stream keeps its own."""
+    """Each stream keeps its memory format."""
 
     def step(module, x, args, kwargs):
         x1, x2 = x.chunk(2, 1)
@@ -189,7 +189,7 @@ def test_no_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_whole_numbers_are_refused(dtype):
+def test_rejects_integer_streams(dtype):
     sequence = CASE["mlp"].sequence(2)
     x = torch.ones(4, 6, dtype=dtype)
     with pytest.raises(TypeError, match=rf"`x` has dtype {dtype}, but a stream must be floating-point.*x\.float\(\)"):
@@ -199,7 +199,7 @@ def test_whole_numbers_are_refused(dtype):
 
 
 def test_streams_of_different_dtypes():
-    """A float32 stream beside a float64 one, each kept as it is."""
+    """A float32 and a float64 stream keep their dtypes."""
 
     class Cast(nn.Module):
         def __init__(self, dtype):

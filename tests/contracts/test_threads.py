@@ -1,4 +1,4 @@
-"""Models in threads: each backward pass finds its own run, in whichever thread it is called."""
+"""Models in threads: each backward pass uses its own run, in any thread."""
 
 import threading
 
@@ -9,7 +9,7 @@ from tests.helpers import CASE, all_cases, assert_close, assert_trains_as_twin, 
 
 
 def run_in_threads(*functions):
-    """Run all at once; raise what any of them raised."""
+    """Run all functions at once, and raise the first error."""
     errors = []
 
     def run(function):
@@ -46,7 +46,7 @@ def test_two_threads_train_two_models(name):
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied", "nested-arguments", "complex"])
 def test_two_threads_train_one_model(name):
-    """As plain autograd allows for modules without state: the gradients of both accumulate."""
+    """As in plain autograd for modules without state, the gradients of both threads accumulate."""
     case = CASE[name]
     sequence = case.sequence(3)
     twin = stored_twin(sequence)
@@ -86,8 +86,8 @@ def test_forward_in_a_thread_that_has_ended():
     assert_trains_as_twin(CASE["conv-dropout"].sequence(3), CASE["conv-dropout"], step)
 
 
-def test_two_threads_ask_one_graph():
-    """A retained graph, differentiated by two threads at once."""
+def test_two_threads_use_one_graph():
+    """Two threads differentiate a retained graph at once."""
     case = CASE["mlp"]
     sequence = case.sequence(4)
     twin = stored_twin(sequence)
@@ -105,7 +105,7 @@ def test_two_threads_ask_one_graph():
         assert_close(result, expected)
 
 
-def test_backward_without_threads_of_its_own():
+def test_backward_without_multithreading():
     def step(module, x, args, kwargs):
         with torch.autograd.set_multithreading_enabled(False):
             squares(module(x)).backward()

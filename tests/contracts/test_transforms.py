@@ -1,4 +1,4 @@
-"""Under PyTorch's transforms: right, or an error before any wrong number."""
+"""PyTorch's function transforms give correct numbers or an error."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_vmap(name):
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied"])
 def test_gradient_of_a_vmapped_sequence_raises(name):
-    """Saved tensors are batched inside of `vmap` and gone outside of it."""
+    """Saved tensors are batched inside `vmap` and not available outside."""
     sequence = CASE[name].sequence(2)
     x = torch.stack((CASE[name].input(), CASE[name].input()))
     loss = squares(torch.func.vmap(sequence)(x))
@@ -53,12 +53,12 @@ def test_gradient_of_a_vmapped_sequence_raises(name):
     ids=["grad", "vjp", "jacrev", "hessian", "per-sample"],
 )
 def test_reverse_mode_of_torch_func_raises(transform):
-    """PyTorch refuses saved-tensor hooks there, and says so."""
+    """PyTorch does not support saved-tensor hooks there, and raises an error."""
     sequence = CASE["mlp"].sequence(2)
     x = CASE["mlp"].input(requires_grad=False)
     with pytest.raises(RuntimeError, match="forbid the saved-tensor hooks by which"):
         transform(sequence, x)
-    loss = squares(sequence(x))  # and nothing is left behind
+    loss = squares(sequence(x))  # and no state remains
     loss.backward()
 
 
@@ -85,7 +85,7 @@ def test_forward_mode(name, no_grad):
 
 
 def test_forward_mode_of_parameters_over_reverse_mode():
-    """A Hessian-vector product."""
+    """This is a Hessian-vector product."""
 
     def step(module, x, args, kwargs):
         with forward_ad.dual_level():
@@ -121,7 +121,7 @@ def test_reverse_mode_over_forward_mode_is_right_or_raises(batch, inside, of):
 
 
 def test_batched_gradients():
-    """`is_grads_batched`: the backward pass under `vmap`, the recomputation within it."""
+    """With `is_grads_batched` the backward pass and the replay run inside `vmap`."""
 
     def step(module, x, args, kwargs):
         directions = torch.randn(3, *x.shape, dtype=x.dtype)
@@ -134,7 +134,7 @@ def test_batched_gradients():
 
 @all_cases
 def test_parameters_swapped_by_functional_call(case):
-    """The forward pass ran on other parameters than the module holds by the time of backward."""
+    """The forward pass used other parameters than the module has in the backward pass."""
 
     def step(module, x, args, kwargs):
         swapped = {n: (p.detach() * 1.5).requires_grad_() for n, p in module.named_parameters()}
@@ -155,10 +155,10 @@ def test_buffers_swapped_by_functional_call():
     assert_trains_as_twin(case.sequence(3), case, step)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at that of every input
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo reads it for every input
 @pytest.mark.parametrize("name", ["conv", "attention"])
 def test_compiled_residual_functions(name):
-    """AOTAutograd's own graph, without the compiler behind it."""
+    """The backend runs AOTAutograd's graph without compiling it."""
     case = CASE[name]
     sequence = case.sequence(2)
     twin = stored_twin(sequence)

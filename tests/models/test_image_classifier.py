@@ -236,7 +236,7 @@ def test_memory_with_maps_is_flat_in_depth(block):
         return measure(Maps(model, indices), make_input(16)).activation_bytes
 
     assert peak((4, 4), None) == peak((9, 9), None)
-    assert peak((4, 4), [2]) < peak((4, 4), None), "a map that nobody asks for is not made"
+    assert peak((4, 4), [2]) < peak((4, 4), None), "maps that are not requested are not computed"
 
 
 def test_transformer_stores_only_the_maps():

@@ -17,7 +17,7 @@ def test_structure_of_basic_blocks():
     model = make("basic")
     assert [len(stage) for stage in model.stages] == [2, 3]
     (first, second), (down, after, _) = model.stages
-    assert first.residual.norm1 is None, "the stem has just normalised and activated"
+    assert first.residual.norm1 is None, "the stem ends with norm and activation"
     assert second.residual.norm1 is not None
     assert down.residual.norm1.num_features == 16
     assert (down.residual.conv1.stride, down.residual.conv2.stride) == ((2, 2), (1, 1))
@@ -29,7 +29,7 @@ def test_structure_of_basic_blocks():
 def test_structure_of_bottlenecks():
     model = make("bottleneck")
     (first, second), (down, after, _) = model.stages
-    assert first.residual.norm1 is None, "the stem has just normalised and activated"
+    assert first.residual.norm1 is None, "the stem ends with norm and activation"
     assert isinstance(second.shortcut, nn.Identity)
     assert isinstance(after.shortcut, nn.Identity)
     for block, stride, channels in ((first, 1, (16, 64)), (down, 2, (64, 128))):

@@ -70,8 +70,8 @@ def by_hand(model, x):
     D = tokens.shape[-1]
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        x = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        x = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         return x * p[f"{name}.weight"] + p[f"{name}.bias"]
 
     def linear(x, name):

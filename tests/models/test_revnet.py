@@ -24,7 +24,7 @@ def test_structure_of_basic_blocks():
     with torch.device("meta"):
         model = create_model("revnet38")
     first = model.stages[0].reversible[0]
-    assert first.f.norm1 is None, "the stem has just normalised and activated"
+    assert first.f.norm1 is None, "the stem ends with norm and activation"
     assert first.g.norm1 is not None
     down = model.stages[2].downsample
     assert (down.f.conv1.stride, down.g.conv1.stride) == ((2, 2), (1, 1))
@@ -46,7 +46,7 @@ def test_structure_of_bottlenecks():
             assert (project.kernel_size, project.stride, project.bias) == ((1, 1), (stride, stride), None)
         assert (down.f.conv1.stride, down.f.conv2.stride, down.g.conv1.stride) == ((stride,) * 2, (1, 1), (1, 1))
         assert down.f.conv2.in_channels == down.g.conv2.in_channels == streams[index + 1] // 4
-        assert (down.f.norm1 is None) == (index == 0), "the stem has just normalised and activated"
+        assert (down.f.norm1 is None) == (index == 0), "the stem ends with norm and activation"
         assert down.g.norm1 is not None
         assert all(block.f.norm1 is not None for block in stage.reversible)
 

@@ -160,9 +160,9 @@ def balls(count, size, generator):
     """Return noisy volumes with a slightly brighter ball in each, and the masks of the balls."""
     axis = torch.arange(size)
     grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    centres = torch.rand(count, 3, 1, 1, 1, generator=generator) * (size / 2) + size / 4
+    centers = torch.rand(count, 3, 1, 1, 1, generator=generator) * (size / 2) + size / 4
     radii = torch.rand(count, 1, 1, 1, generator=generator) * (size / 8) + size / 6
-    masks = (grid - centres).square().sum(1).sqrt() < radii
+    masks = (grid - centers).square().sum(1).sqrt() < radii
     noise = torch.randn(count, size, size, size, generator=generator)
     return (masks + noise).unsqueeze(1), masks.unsqueeze(1)
 
