@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from revnet._palette import BLUE, CYAN, INK, LIGHT_GRAY, PURPLE, YELLOW
 from revnet._picture import clear_frame, new_figure, save, write_title
 from revnet.memory._bytes import format_bytes
 from revnet.memory._labels import Label, place_labels
 from revnet.memory._step_memory import StepMemory, Timeline
-
-# Colours that the colour-blind tell apart (Paul Tol's "bright").
-_BLUE, _CYAN, _YELLOW, _PURPLE, _GREY = "#4477aa", "#66ccee", "#ccbb44", "#aa3377", "#bbbbbb"
-_INK = "#333333"
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _MARKERS = "sD^vPX"
@@ -115,18 +112,18 @@ def plot_plan(
     write_title(axes, title, pad=20)
     steps = [(peak / unit_bytes, time) for peak, time in points]
     steps.append((right, steps[-1][1]))  # more memory is of no use from there on
-    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=_BLUE, linewidth=2)
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=BLUE, linewidth=2)
     covered = _points_along(steps)
     if budget_bytes is not None:
         covered += _mark_budget(axes, budget_bytes, unit_bytes)
     name, *place = chosen
     name = " = ".join([name, *(other for other, *its_place in references if its_place == place)])
-    labels = [_mark_plan(axes, name, *chosen[1:], unit_bytes, "o", size=13, color=_PURPLE, fontweight="bold")]
+    labels = [_mark_plan(axes, name, *chosen[1:], unit_bytes, "o", size=13, color=PURPLE, fontweight="bold")]
     for reference, marker in zip(references, cycle(_MARKERS), strict=False):
         if reference[1:] != chosen[1:]:
-            labels.append(_mark_plan(axes, *reference, unit_bytes, marker, size=7, color=_INK))
+            labels.append(_mark_plan(axes, *reference, unit_bytes, marker, size=7, color=INK))
     covered += [(label.x, label.y) for label in labels]
-    labels.append(Label("the fastest plan that fits", *steps[len(points) // 2], {"color": _BLUE, "fontsize": 9}))
+    labels.append(Label("the fastest plan that fits", *steps[len(points) // 2], {"color": BLUE, "fontsize": 9}))
     place_labels(axes, labels, covered)
     save(figure, path)
 
@@ -141,11 +138,11 @@ def _bands(memory: StepMemory) -> Iterator[tuple[str, str, npt.NDArray[np.int64]
     timeline, at_peak = memory.timeline, memory.at_peak
     always = np.ones(len(timeline), np.int64)
     for name, color, num_bytes, band in (
-        ("parameters and buffers", _GREY, at_peak.parameters + at_peak.buffers, always),
-        ("optimizer state", _CYAN, at_peak.optimizer, always),
-        ("inputs", _YELLOW, at_peak.inputs, always),
-        ("gradients", _PURPLE, at_peak.gradients, timeline.gradient_bytes),
-        ("activations", _BLUE, at_peak.held + at_peak.transient, timeline.activation_bytes),
+        ("parameters and buffers", LIGHT_GRAY, at_peak.parameters + at_peak.buffers, always),
+        ("optimizer state", CYAN, at_peak.optimizer, always),
+        ("inputs", YELLOW, at_peak.inputs, always),
+        ("gradients", PURPLE, at_peak.gradients, timeline.gradient_bytes),
+        ("activations", BLUE, at_peak.held + at_peak.transient, timeline.activation_bytes),
     ):
         bytes_there = num_bytes * band if band is always else band
         if bytes_there.any():
@@ -162,9 +159,9 @@ def _mark_phases(axes: Any, timeline: Timeline) -> None:
     starts = {"forward": 0, "backward": timeline.backward_start, "optimizer": timeline.optimizer_start}
     for name, start in starts.items():
         if start < len(timeline):
-            axes.annotate(name, (start, 1.02), xycoords=("data", "axes fraction"), fontsize=9, color=_INK)
+            axes.annotate(name, (start, 1.02), xycoords=("data", "axes fraction"), fontsize=9, color=INK)
             if start:
-                axes.axvline(start, color=_INK, linewidth=0.8, linestyle=":")
+                axes.axvline(start, color=INK, linewidth=0.8, linestyle=":")
 
 
 def _mark_peak(axes: Any, memory: StepMemory, place: float, unit_bytes: int) -> None:
@@ -174,7 +171,7 @@ def _mark_peak(axes: Any, memory: StepMemory, place: float, unit_bytes: int) -> 
     where = f"{memory.peak_phase}, {module}" if module else memory.peak_phase
     height = memory.peak_bytes / unit_bytes
     x = place * len(memory.timeline)
-    axes.plot([x], [height], marker=_CARET_DOWN, color=_INK, markersize=7, zorder=3)
+    axes.plot([x], [height], marker=_CARET_DOWN, color=INK, markersize=7, zorder=3)
     axes.annotate(
         f"peak {format_bytes(memory.peak_bytes)}\n{where}",
         (x, height),
@@ -182,7 +179,7 @@ def _mark_peak(axes: Any, memory: StepMemory, place: float, unit_bytes: int) -> 
         textcoords="offset points",
         ha=_side_that_fits(place),
         fontsize=9,
-        color=_INK,
+        color=INK,
         parse_math=False,
         bbox={"color": "white", "pad": 1},  # no line behind it
     )
@@ -192,9 +189,9 @@ def _mark_budget(axes: Any, budget_bytes: int, unit_bytes: int) -> list[tuple[fl
     """Draw the line, or say that it lies to the right; returns points on it."""
     x, right = budget_bytes / unit_bytes, axes.get_xlim()[1]
     text = f"budget {format_bytes(budget_bytes)}" + (" ->" if x > right else "")
-    style = {"ha": _side_that_fits(x / right), "fontsize": 9, "color": _INK}
+    style = {"ha": _side_that_fits(x / right), "fontsize": 9, "color": INK}
     axes.annotate(text, (min(x, right), 1.02), xycoords=("data", "axes fraction"), **style)
-    axes.axvline(x, color=_INK, linewidth=1, linestyle="--")
+    axes.axvline(x, color=INK, linewidth=1, linestyle="--")
     low, high = axes.get_ylim()
     return [(x, float(y)) for y in np.linspace(low, high, 100)]
 
