@@ -41,5 +41,6 @@ def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit):
         import_module("volumes").main(arguments)
     assert (
-        "--size must be a multiple of 16, --small-size a multiple of 4, and all numbers at least 1" in capsys.readouterr().err
+        "--size must be a multiple of 16, --small-size a multiple of 4, and all numbers at least 1"
+        in capsys.readouterr().err
     )

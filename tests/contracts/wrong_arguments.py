@@ -362,14 +362,14 @@ def _methods(make: Callable[[], Any], samples: dict[str, Callable[[], Any]]) -> 
 
 def targets() -> list[Target]:
     """Return all functions, classes and methods to call."""
-    found = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
-    found += FUNCTIONS
+    result = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
+    result += FUNCTIONS
     for name in ENTRY_FUNCTIONS:
         function = getattr(models, name)
-        found.append(Target(name, on_meta(function), lambda options=options: dict(options), function))
+        result.append(Target(name, on_meta(function), dict, function))
     for make, samples in INSTANCES:
-        found += _methods(make, samples)
-    return found
+        result += _methods(make, samples)
+    return result
 
 
 # Judgments -------------------------------------------------------------------------------------------------------

@@ -2,18 +2,20 @@
 
 import difflib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from revnet._checks import check_count, describe
 from revnet.models._image_classifier import AbstractImageClassifier
 
 
-class _Entry(NamedTuple):
+@dataclass(frozen=True)
+class _ModelEntry:
     function: Callable[..., AbstractImageClassifier]
     image_size: int
 
 
-_ENTRIES: dict[str, _Entry] = {}
+_ENTRIES: dict[str, _ModelEntry] = {}
 
 EntryFunction = TypeVar("EntryFunction", bound=Callable[..., AbstractImageClassifier])
 
@@ -33,7 +35,7 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
     check_count("image_size", image_size)
 
     def register(function: EntryFunction) -> EntryFunction:
-        _ENTRIES[function.__name__] = _Entry(function, image_size)
+        _ENTRIES[function.__name__] = _ModelEntry(function, image_size)
         return function
 
     return register
@@ -80,7 +82,7 @@ def create_model(
     return _entry(name).function(in_channels=in_channels, **options)
 
 
-def _entry(name: str) -> _Entry:
+def _entry(name: str) -> _ModelEntry:
     if not isinstance(name, str) or name not in _ENTRIES:
         close = difflib.get_close_matches(describe(name).strip("'"), _ENTRIES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""

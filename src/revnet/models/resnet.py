@@ -10,7 +10,8 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -132,7 +133,8 @@ def projection_shortcut(in_channels: int, out_channels: int, stride: int = 1) ->
     return Conv2dSame(in_channels, out_channels, 1, stride)
 
 
-class BlockKind(NamedTuple):
+@dataclass(frozen=True)
+class BlockKind:
     """Components of one kind of block."""
 
     residual: type[BasicResidual] | type[BottleneckResidual]
@@ -197,7 +199,8 @@ class MaxPool2dSame(nn.Module):
         return F.max_pool2d(x, 3, stride=2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
 
 
-class StemKind(NamedTuple):
+@dataclass(frozen=True)
+class StemKind:
     """Parameters of a stem: a convolution and optional pooling."""
 
     kernel_size: int
