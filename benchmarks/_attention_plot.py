@@ -1,4 +1,4 @@
-"""The pictures of `attention.py`."""
+"""The figures of `attention.py`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,13 @@ from typing import Any
 from _memory_page import MIB, Row
 
 from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._palette import GRAY, REVERSIBLE, STORED
 
-COLORS = {"full": "#888888", "lsh": "#ee7733", "hierarchical": "#0055aa"}
+COLORS = {"full": GRAY, "lsh": STORED, "hierarchical": REVERSIBLE}
 
 
 def plot_cost(rows: Sequence[Row], orders: Mapping[str, str], path: Path) -> None:
-    """Time, arithmetic and memory of one layer against the length, both logarithmic."""
+    """Draw time, arithmetic and memory of one layer against the length, on logarithmic axes."""
     figure = new_figure(10, 3.6)
     panels = (
         ("seconds", "time", "s", 1.0),
@@ -35,17 +36,17 @@ def plot_cost(rows: Sequence[Row], orders: Mapping[str, str], path: Path) -> Non
 
 
 def plot_models(rows: Sequence[Row], path: Path) -> None:
-    """Peak memory by depth at the greatest length, and by length at the greatest depth."""
+    """Draw peak memory by depth at the largest length, and by length at the largest depth."""
     figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
     for axes, key, fixed, at in ((left, "depth", "length", lengths[-1]), (right, "length", "depth", depths[-1])):
         for name, color in COLORS.items():
             for way, style in (("reversible", "-"), ("stored", ":")):
-                its = [row for row in rows if (row["attention"], row["way"], row[fixed]) == (name, way, at)]
+                selected = [row for row in rows if (row["attention"], row["way"], row[fixed]) == (name, way, at)]
                 axes.plot(
-                    [row[key] for row in its],
-                    [row["activation_bytes"] / MIB for row in its],
+                    [row[key] for row in selected],
+                    [row["activation_bytes"] / MIB for row in selected],
                     color=color,
                     linestyle=style,
                     marker="o",

@@ -1,4 +1,4 @@
-"""The fifth part of `gpu.py`: the largest batch by prediction, and whether a step of it fits."""
+"""The fifth part of `gpu.py`: the largest predicted batch, and whether its step fits."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ QUICK_BUDGET = 2**20
 
 
 class Network(NamedTuple):
-    """A network whose batch is sought."""
+    """A network whose largest batch is measured."""
 
     title: str
     name: str
@@ -34,7 +34,7 @@ QUICK_NETWORKS = (
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Find the batch of each network, and make one step."""
+    """Find the largest batch of each network and run one step of it."""
     for network in QUICK_NETWORKS if setting.quick else NETWORKS:
         budget = QUICK_BUDGET
         if setting.device.type == "cuda":
@@ -51,37 +51,37 @@ def rows(setting: Setting) -> Iterator[Row]:
 
 
 def _checked(network: Network, batch: int, device: torch.device) -> Row:
-    """Make one step of this batch, as the third of its kind: the first ones are of two images."""
+    """Run one step of this batch, after two steps with two images."""
     if device.type != "cuda":
         inputs = inputs_of(network.name, batch)
         counted = measure(make(network.name, network.policy), inputs, optimizer=OPTIMIZER, loss=loss_of)
         return {"allocated_bytes": counted.peak_bytes, "reserved_bytes": None, "step_seconds": None, "note": ""}
-    found: Row = {"allocated_bytes": None, "reserved_bytes": None, "step_seconds": None}
+    result: Row = {"allocated_bytes": None, "reserved_bytes": None, "step_seconds": None}
 
     def run() -> None:
         model = make(network.name, network.policy).to(device)
         optimizer = OPTIMIZER(model.parameters())
-        for _ in range(2):  # the optimizer gets its state, and libraries their workspaces
+        for _ in range(2):  # allocates the optimizer's state and the workspaces of libraries
             training_step(model, inputs_of(network.name, 2).to(device), optimizer)
         x = torch.randn(batch, *inputs_of(network.name, 1).shape[1:], device=device)
         synchronize(device)
         start = time.perf_counter()
         peak = watch(lambda: training_step(model, x, optimizer), device)
-        found["step_seconds"] = time.perf_counter() - start
-        found.update(allocated_bytes=peak.allocated_bytes, reserved_bytes=peak.reserved_bytes)
+        result["step_seconds"] = time.perf_counter() - start
+        result.update(allocated_bytes=peak.allocated_bytes, reserved_bytes=peak.reserved_bytes)
 
-    return found | {"note": attempt(run, device)}
+    return result | {"note": attempt(run, device)}
 
 
-def lines(found: Sequence[Row]) -> list[str]:
-    """Write the table."""
+def lines(rows_of_part: Sequence[Row]) -> list[str]:
+    """Return the lines of the table."""
     columns = ("network", "pixels", "budget, MiB", "largest batch", "one step", "allocated, MiB", "reserved, MiB")
     return [
-        f"The largest batch whose predicted peak is within {100 * SHARE:.0f} % of the memory that is free, by",
+        f"The largest batch whose predicted peak is at most {100 * SHARE:.0f} % of the free memory, by",
         "`revnet.memory.max_batch_size`, and one training step of it with SGD and momentum in float32. It is the first",
-        "step of its size, so its time has the search for kernels in it.",
+        "step of its size, so its time includes the search for kernels.",
         "",
-        *table((*columns, "step, s", "search, s"), [_cells(row) for row in found]),
+        *table((*columns, "step, s", "search, s"), [_cells(row) for row in rows_of_part]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the page of `gpu.py` opens with; found in a process of its own, since asking a GPU takes memory on it."""
+"""The head of the page of `gpu.py`. It runs in a separate process, since querying a GPU takes memory on it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from revnet.bench import describe_machine, hardware_name
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Yield the name of the hardware, for files, and the lines."""
+    """Yield the name of the hardware for file names, and the lines of the page."""
     lines = describe_machine("{command}", device=setting.device)
     if setting.device.type == "cuda":
         properties = torch.cuda.get_device_properties(setting.device)
@@ -24,9 +24,9 @@ def rows(setting: Setting) -> Iterator[Row]:
     yield {"hardware": hardware_name(setting.device), "lines": lines}
 
 
-def lines(found: Sequence[Row]) -> list[str]:
-    """Return the lines."""
-    return list(found[0]["lines"])
+def lines(rows_of_part: Sequence[Row]) -> list[str]:
+    """Return the lines of the page."""
+    return list(rows_of_part[0]["lines"])
 
 
 MACHINE = Part("machine", "Machine", 60, rows, lines)

@@ -1,4 +1,4 @@
-"""The third part of `gpu.py`: what the allocator saw, against what was predicted."""
+"""The third part of `gpu.py`: allocated memory against the prediction."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ POLICIES: Sequence[AbstractPolicy] = (Reverse(), Checkpoint(), Store())
 
 
 class Config(NamedTuple):
-    """A step whose memory is predicted and watched."""
+    """A step whose memory is predicted and measured."""
 
     name: str
     size: int
-    """Images, or tokens."""
+    """Number of images or tokens."""
     has_autocast: bool = False
 
 
@@ -35,7 +35,7 @@ QUICK_CONFIGS = (Config("tiny revnet", 2), Config("tiny transformer", 16, has_au
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Predict and watch each step under each policy."""
+    """Predict and measure each step with each policy."""
     for config in QUICK_CONFIGS if setting.quick else CONFIGS:
         for policy in POLICIES:
             yield _row(config, policy, setting)
@@ -62,38 +62,40 @@ def _row(config: Config, policy: AbstractPolicy, setting: Setting) -> Row:
         counted = measure(make(config.name, policy), inputs_of(config.name, config.size), **options)
         return row | {"allocated_bytes": counted.peak_bytes, "other_bytes": 0, "reserved_bytes": None, "note": ""}
     constant_bytes = predicted.parameter_bytes + predicted.buffer_bytes + predicted.input_bytes
-    return row | _watched(config, policy, device, autocast, constant_bytes + predicted.optimizer_bytes)
+    return row | _measured(config, policy, device, autocast, constant_bytes + predicted.optimizer_bytes)
 
 
-def _watched(
+def _measured(
     config: Config, policy: AbstractPolicy, device: torch.device, autocast: torch.dtype | None, constant_bytes: int
 ) -> Row:
-    """Measure a training step by the statistics of the CUDA allocator."""
-    found: Row = {"allocated_bytes": None, "other_bytes": None, "reserved_bytes": None}
+    """Measure a training step with the statistics of the CUDA allocator."""
+    result: Row = {"allocated_bytes": None, "other_bytes": None, "reserved_bytes": None}
 
     def run() -> None:
         model, x = make(config.name, policy).to(device), inputs_of(config.name, config.size).to(device)
         optimizer = OPTIMIZER(model.parameters())
-        for _ in range(2):  # the optimizer gets its state, and libraries their workspaces
+        for _ in range(2):  # allocates the optimizer's state and the workspaces of libraries
             training_step(model, x, optimizer, autocast)
         peak = watch(lambda: training_step(model, x, optimizer, autocast), device)
-        found["other_bytes"] = peak.before_bytes - constant_bytes
-        found.update(allocated_bytes=peak.allocated_bytes, reserved_bytes=peak.reserved_bytes)
+        result["other_bytes"] = peak.before_bytes - constant_bytes
+        result.update(allocated_bytes=peak.allocated_bytes, reserved_bytes=peak.reserved_bytes)
 
-    return found | {"note": attempt(run, device)}
+    return result | {"note": attempt(run, device)}
 
 
-def lines(found: Sequence[Row]) -> list[str]:
-    """Write the table."""
+def lines(rows_of_part: Sequence[Row]) -> list[str]:
+    """Return the lines of the table."""
     columns = ("network", "policy", "predicted, MiB", "allocated, MiB", "other, MiB", "allocated - other, / predicted")
     return [
-        "A training step with SGD and momentum; everything counted: parameters, gradients, the optimizer's state,",
-        "activations. *Predicted* by `revnet.memory.predict(..., device=...)` on the meta device. *Allocated* and",
-        "*reserved* are PyTorch's peaks over one step, after two to warm up. *Other* was allocated before that step",
-        "and is not one of its tensors: workspaces of cuBLAS, which are not predicted. On a CPU, *allocated* is",
-        "what `revnet.memory.measure` counts.",
+        "A training step with SGD and momentum. Bytes include parameters, gradients, the optimizer's state and",
+        "activations. *Predicted* is from `revnet.memory.predict(..., device=...)` on the meta device. *Allocated* and",
+        "*reserved* are PyTorch's peaks over one step, after two to warm up. *Other* was allocated before the step and",
+        "is not one of its tensors: workspaces of cuBLAS, which are not predicted. On a CPU, *allocated* is counted by",
+        "`revnet.memory.measure`.",
         "",
-        *table((*columns, "reserved, MiB", "reserved / predicted", "predicting, s"), [_cells(row) for row in found]),
+        *table(
+            (*columns, "reserved, MiB", "reserved / predicted", "predicting, s"), [_cells(row) for row in rows_of_part]
+        ),
     ]
 
 
@@ -112,8 +114,8 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _ratio(found: int | None, predicted: int) -> str:
-    return "" if found is None else f"{found / predicted:.3f}"
+def _ratio(measured: int | None, predicted: int) -> str:
+    return "" if measured is None else f"{measured / predicted:.3f}"
 
 
 MEMORY = Part("memory", "Allocated and reserved bytes against the prediction", 90, rows, lines)

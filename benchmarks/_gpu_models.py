@@ -14,16 +14,16 @@ from _memory_page import Row, mib, table
 from revnet import AbstractPolicy, Store
 
 SECONDS = 8.0
-"""For the rounds of one group."""
+"""Time for the rounds of one group."""
 TWIN = "stored twin"
 
 
 class Group(NamedTuple):
-    """Networks that take turns."""
+    """Networks that are timed in turns."""
 
     reversible: str
     ordinary: str
-    """The network without reversible blocks of about the same size."""
+    """Ordinary network of about the same size."""
     batch_size: int
 
 
@@ -81,16 +81,16 @@ def _times(turns: dict[str, list[Turn]], name: str, twin: str, batch_size: int) 
     }
 
 
-def lines(found: Sequence[Row]) -> list[str]:
-    """Write the table."""
+def lines(rows_of_part: Sequence[Row]) -> list[str]:
+    """Return the lines of the table."""
     columns = ("network", "batch", "pixels", "images/s", "step, ms", "step / twin", "host, ms", "peak, MiB")
     return [
-        "Training steps with SGD and momentum in float32, channels-last. A group is timed in turns: the reversible",
-        "network, its stored twin, the ordinary network of its size. *Step / twin* is the median over rounds of the",
-        "ratio within the round; *host* is the processor time until everything is launched; *peak* is allocated above",
-        "what was there before the step.",
+        "Training steps with SGD and momentum in float32, channels-last. The networks of a group are timed in turns:",
+        "the reversible network, its stored twin and the ordinary network of its size. *Step / twin* is the median",
+        "over rounds of the ratio within the round; *host* is the processor time until all kernels are launched;",
+        "*peak* is the peak minus the memory allocated before the step.",
         "",
-        *table(columns, [_cells(row) for row in found]),
+        *table(columns, [_cells(row) for row in rows_of_part]),
     ]
 
 

@@ -25,11 +25,11 @@ TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make(name: str, policy: AbstractPolicy | None = None) -> nn.Module:
-    """Return a network by name, under `policy`; None leaves the network's own."""
+    """Return a network by name, with `policy`. None keeps its default policy."""
     if name in TRANSFORMERS:
         model = TRANSFORMERS[name]()
     else:
-        # Channels-last, as `revnet train` runs it.
+        # Channels-last, as in `revnet train`.
         model = (TINY[name]() if name in TINY else create_model(name)).to(memory_format=torch.channels_last)
     if policy not in (None, Reverse()):
         set_policy(model, policy)
@@ -45,7 +45,7 @@ def inputs_of(name: str, size: int) -> Tensor:
 
 
 def loss_of(logits: Tensor) -> Tensor:
-    """Return the cross-entropy, as if everything were of the first class."""
+    """Return the cross-entropy for labels that are all 0."""
     logits = logits.flatten(0, -2)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 
@@ -53,7 +53,7 @@ def loss_of(logits: Tensor) -> Tensor:
 def training_step(
     model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, autocast: torch.dtype | None = None
 ) -> None:
-    """Make one training step, from parameters without gradients to an update, which leaves none behind."""
+    """Run one training step, and clear the gradients after the update."""
     with torch.autocast(x.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         loss = loss_of(model(x))
     loss.backward()

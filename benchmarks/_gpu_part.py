@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` have in common: each yields rows as it measures, and turns them into lines of the page."""
+"""The interface of the parts of `gpu.py`: a part yields rows and turns them into lines of the page."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from _memory_page import Row
 
 
 class PartError(Exception):
-    """A part ran to its end, and what it found is not in order."""
+    """Raised when a part ran to its end but found failures."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a part runs, and how much of it."""
+    """Device and size of a run."""
 
     device: torch.device
     quick: bool
-    """Tiny sizes and one round: to see that everything runs."""
+    """Whether to use tiny sizes and one round, to check that everything runs."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A table of the page, measured in a process of its own."""
+    """A table of the page, measured in a separate process."""
 
     name: str
-    """What `--parts` calls it."""
+    """Name of the part in `--parts`."""
     title: str
     limit_seconds: int
-    """The process is ended then, and what it has measured so far is kept."""
+    """Time limit of the process. Rows measured before it are kept."""
     rows: Callable[[Setting], Iterator[Row]]
     lines: Callable[[Sequence[Row]], list[str]]
-    """Called with one row or more."""
+    """Function that turns one or more rows into lines of the page."""

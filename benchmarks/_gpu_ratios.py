@@ -1,4 +1,4 @@
-"""The second part of `gpu.py`: what a step costs on the host and on the GPU, as ratios to plain autograd."""
+"""The second part of `gpu.py`: the cost of a step on the host and the GPU, as ratios to plain autograd."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +11,13 @@ from _memory_page import Row, mib, table
 from torch import Tensor, nn
 
 from revnet import Offload, ReversibleBlock, ReversibleSequential
-from revnet.bench import HOST_CONTENDERS, Case, Contender
+from revnet.bench import Case, Method
 from revnet.bench.cases import Attention, FunctionPair, feed_forward
-from revnet.bench.host_cases import LOOP, Loop, conv_residual
+from revnet.bench.host_cases import HOST_METHODS, LOOP, Loop, conv_residual
 
 DEPTH = 16
 SECONDS = 8.0
-"""For the rounds of one case."""
+"""Time for the rounds of one case."""
 SIZES: dict[str, Sequence[Case]] = {
     "tiny": (
         Case("conv", "4 channels, 4x4, batch 1", lambda: (conv_residual(4), conv_residual(4)), (1, 4, 4, 4), 1),
@@ -59,7 +59,7 @@ SIZES: dict[str, Sequence[Case]] = {
 
 
 class SavedOnCpu(nn.Module):
-    """Plain autograd whose activations wait in host memory, pinned where there is a GPU."""
+    """Plain autograd that keeps activations in host memory, which is pinned if there is a GPU."""
 
     def __init__(self, functions: Sequence[FunctionPair], split_dim: int):
         super().__init__()
@@ -76,10 +76,10 @@ def _offload(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
     return ReversibleSequential(*blocks, policy=Offload())
 
 
-CONTENDERS: Sequence[Contender] = (
-    *[contender for contender in HOST_CONTENDERS if contender.package is None],
-    Contender("save_on_cpu", "`torch.autograd.graph.save_on_cpu` around the loop", SavedOnCpu),
-    Contender("revnet, Offload()", "the same sequence with `Offload()`", _offload),
+METHODS: Sequence[Method] = (
+    *[method for method in HOST_METHODS if method.package is None],
+    Method("save_on_cpu", "`torch.autograd.graph.save_on_cpu` around the loop", SavedOnCpu),
+    Method("revnet, Offload()", "the same sequence with `Offload()`", _offload),
 )
 
 
@@ -99,20 +99,20 @@ def _measure(size: str, case: Case, setting: Setting) -> Iterator[Row]:
     x = torch.cat(case.streams(1), case.split_dim).to(setting.device).requires_grad_()
     steps: dict[str, Callable[[], None]] = {}
     known: dict[str, Row] = {}
-    for contender in CONTENDERS:
-        step = step_of(contender.make(functions, case.split_dim), x, functions)
+    for method in METHODS:
+        step = step_of(method.make(functions, case.split_dim), x, functions)
         note = attempt(lambda step=step: (step(), step()), setting.device)
-        known[contender.name] = {"note": note, "grown_bytes": None}
+        known[method.name] = {"note": note, "grown_bytes": None}
         if not note:
-            known[contender.name]["grown_bytes"] = watch(step, setting.device).grown_bytes
-            steps[contender.name] = step
+            known[method.name]["grown_bytes"] = watch(step, setting.device).grown_bytes
+            steps[method.name] = step
     turns = take_turns(steps, setting, seconds=SECONDS)
     for name, row in known.items():
-        yield {"size": size, "case": case.name, "blocks": depth, "contender": name, **_times(turns, name, depth), **row}
+        yield {"size": size, "case": case.name, "blocks": depth, "method": name, **_times(turns, name, depth), **row}
 
 
 def step_of(module: nn.Module, x: Tensor, functions: Sequence[FunctionPair]) -> Callable[[], None]:
-    """Return a step of `module`: gradients of the parameters and of `x`, which are dropped at the end."""
+    """Return a step of `module`, which computes and then drops the gradients of the parameters and `x`."""
     leaves = [x, *[parameter for pair in functions for function in pair for parameter in function.parameters()]]
 
     def step() -> None:
@@ -126,45 +126,45 @@ def step_of(module: nn.Module, x: Tensor, functions: Sequence[FunctionPair]) -> 
 def _times(turns: dict[str, list[Turn]], name: str, depth: int) -> dict[str, Any]:
     if name not in turns or LOOP.name not in turns:
         return {"step_ms": None, "step_ratio": None, "host_ms": None, "host_ratio": None, "half_block_us": None}
-    mine, plain = turns[name], turns[LOOP.name]
-    host = statistics.median([turn.host_seconds for turn in mine])
+    own, plain = turns[name], turns[LOOP.name]
+    host = statistics.median([turn.host_seconds for turn in own])
     return {
-        "rounds": len(mine),
-        "step_ms": 1e3 * statistics.median([turn.step_seconds for turn in mine]),
-        "step_ratio": median_ratio([turn.step_seconds for turn in mine], [turn.step_seconds for turn in plain]),
+        "rounds": len(own),
+        "step_ms": 1e3 * statistics.median([turn.step_seconds for turn in own]),
+        "step_ratio": median_ratio([turn.step_seconds for turn in own], [turn.step_seconds for turn in plain]),
         "host_ms": 1e3 * host,
-        "host_ratio": median_ratio([turn.host_seconds for turn in mine], [turn.host_seconds for turn in plain]),
+        "host_ratio": median_ratio([turn.host_seconds for turn in own], [turn.host_seconds for turn in plain]),
         "half_block_us": 1e6 * host / (2 * depth),
     }
 
 
-def lines(found: Sequence[Row]) -> list[str]:
-    """Write a table for each case and size."""
+def lines(rows_of_part: Sequence[Row]) -> list[str]:
+    """Return the lines of a table for each case and size."""
     page = [
-        f"{found[0]['blocks']} blocks in float32. A step: forward, `y.square().mean()`, backward; the input requires a",
-        "gradient. In rounds of changing order, each contender makes one step to warm up and some that are timed.",
-        "Ratios are medians over rounds of the ratio to *plain* within the round. *Step*: from the first launch until",
-        "the GPU is done. *Host*: processor time of all threads until everything is launched; where the GPU is",
-        "saturated, waiting for its queue is part of it. *Peak*: allocated above what was there before the step.",
+        f"{rows_of_part[0]['blocks']} blocks in float32. A step is the forward pass, `y.square().mean()` and the",
+        "backward pass; the input requires a gradient. In each round, every method runs one step to warm up and some",
+        "timed steps; the order changes. Ratios are medians over rounds of the ratio to *plain* within the round.",
+        "*Step*: time from the first launch until the GPU is done. *Host*: processor time of all threads until all",
+        "kernels are launched, including waits for a full queue. *Peak*: the peak minus the memory before the step.",
         "",
-        *[f"- {contender.name}: {contender.description}" for contender in CONTENDERS],
+        *[f"- {method.name}: {method.description}" for method in METHODS],
         "",
     ]
     columns = ("step, ms", "step / plain", "host, ms", "host / plain", "host, microseconds per half-block", "peak, MiB")
     for size, cases in SIZES.items():
         for case in cases:
-            mine = [row for row in found if (row["size"], row["case"]) == (size, case.name)]
-            if mine:
+            own = [row for row in rows_of_part if (row["size"], row["case"]) == (size, case.name)]
+            if own:
                 title = f"{case.name}, {size}: {case.description}"
-                page += table((title, *columns), [_cells(row) for row in mine])
+                page += table((title, *columns), [_cells(row) for row in own])
     return page
 
 
 def _cells(row: Row) -> list[str]:
     if row["note"] or row["step_ms"] is None:
-        return [row["contender"], row["note"] or "plain failed", "", "", "", "", ""]
+        return [row["method"], row["note"] or "plain failed", "", "", "", "", ""]
     return [
-        row["contender"],
+        row["method"],
         f"{row['step_ms']:.2f}",
         f"{row['step_ratio']:.2f}",
         f"{row['host_ms']:.2f}",

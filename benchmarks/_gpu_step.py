@@ -1,4 +1,4 @@
-"""Time and memory of steps, on a GPU or, for a dry run, on the CPU."""
+"""Time and memory of steps on a GPU, or on the CPU for a dry run."""
 
 import gc
 import random
@@ -13,34 +13,34 @@ from _gpu_part import Setting
 from revnet.bench.host import frozen
 
 NUM_STEPS = 3
-"""Steps that are timed together, after one that is not."""
+"""Number of steps timed together, after one to warm up."""
 SLOW_SECONDS = 0.1
-"""Of a step: one that takes longer is timed alone, and needs no other one before it."""
+"""Limit above which a step is timed alone, without a step to warm up."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 
 
 class Turn(NamedTuple):
-    """Seconds of one step."""
+    """Time of one step."""
 
     step_seconds: float
-    """From the first launch until the GPU is done."""
+    """Time from the first launch until the GPU is done."""
     host_seconds: float
-    """Processor time of all threads until everything is launched."""
+    """Processor time of all threads until all kernels are launched."""
 
 
 class Peak(NamedTuple):
-    """What PyTorch's allocator saw during a step; nothing on the CPU."""
+    """Statistics of PyTorch's allocator during a step. All are None on the CPU."""
 
     before_bytes: int | None
-    """What was allocated before."""
+    """Bytes allocated before the step."""
     allocated_bytes: int | None
-    """The most that was allocated at once, everything counted."""
+    """Peak of allocated bytes."""
     reserved_bytes: int | None
-    """The most that the allocator had taken from the driver."""
+    """Peak of bytes reserved from the driver."""
 
     @property
     def grown_bytes(self) -> int | None:
-        """The most that was allocated at once, above what was there before."""
+        """Peak of allocated bytes minus the bytes before the step."""
         return None if self.allocated_bytes is None else self.allocated_bytes - self.before_bytes
 
 
@@ -59,7 +59,7 @@ def release(device: torch.device) -> None:
 
 
 def take_turn(step: Callable[[], object], device: torch.device, *, num_warmups: int, num_steps: int) -> Turn:
-    """Make steps to warm up, then time some."""
+    """Run steps to warm up, then time some."""
     gc.collect()
     for _ in range(num_warmups):
         step()
@@ -73,9 +73,9 @@ def take_turn(step: Callable[[], object], device: torch.device, *, num_warmups: 
 
 
 def take_turns(steps: Mapping[str, Callable[[], object]], setting: Setting, *, seconds: float) -> dict[str, list[Turn]]:
-    """Let the steps take turns, in rounds of changing order, for about `seconds`.
+    """Time the steps in rounds, in changing order, for about `seconds`.
 
-    Three rounds at least, unless that takes far longer. The steps have run before.
+    There are at least three rounds, unless they take far longer. Each step must have run before.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in steps}
     least, most = (1, 1) if setting.quick else (LEAST_ROUNDS, MOST_ROUNDS)
@@ -101,7 +101,7 @@ def median_ratio(values: Sequence[float], references: Sequence[float]) -> float:
 
 
 def watch(step: Callable[[], object], device: torch.device) -> Peak:
-    """Make one step, and ask the allocator how much memory it took; it has made another one before."""
+    """Run one step and return its memory statistics. The step must have run before."""
     if device.type != "cuda":
         step()
         return Peak(None, None, None)
@@ -114,9 +114,9 @@ def watch(step: Callable[[], object], device: torch.device) -> Peak:
 
 
 def attempt(function: Callable[[], object], device: torch.device) -> str:
-    """Call `function`, and return why it failed; "" if it did not.
+    """Call `function` and return the reason of a failure, or "" on success.
 
-    A step that needs more memory than there is must not end the part.
+    A step that runs out of memory must not end the part.
     """
     note = ""
     try:
@@ -127,12 +127,12 @@ def attempt(function: Callable[[], object], device: torch.device) -> str:
     except RuntimeError as error:
         note = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
     if note:
-        release(device)  # after the error and its traceback, which hold tensors, are gone
+        release(device)  # here the error and its traceback no longer hold tensors
     return note
 
 
 def low_precision(device: torch.device) -> torch.dtype:
-    """Return the 16-bit type that the device computes in."""
+    """Return the 16-bit dtype of the device."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return torch.float16
     return torch.bfloat16

@@ -1,4 +1,4 @@
-"""The last part of `gpu.py`: a transformer on longer and longer sequences."""
+"""The last part of `gpu.py`: a transformer on sequences of increasing length."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ LENGTHS = (1024, 4096, 16384, 65536)
 QUICK_LENGTHS = (8, 16)
 POLICIES: Sequence[AbstractPolicy] = (Reverse(), Checkpoint(), Store())
 SECONDS = 4.0
-"""For the rounds of one length."""
+"""Time for the rounds of one length."""
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """Measure each length, under each policy."""
+    """Measure each length with each policy."""
     name, lengths = ("tiny transformer", QUICK_LENGTHS) if setting.quick else ("transformer", LENGTHS)
     for length in lengths:
         x = inputs_of(name, length).to(setting.device)
@@ -39,14 +39,14 @@ def rows(setting: Setting) -> Iterator[Row]:
             release(setting.device)
 
 
-def lines(found: Sequence[Row]) -> list[str]:
-    """Write the table."""
+def lines(rows_of_part: Sequence[Row]) -> list[str]:
+    """Return the lines of the table."""
     return [
         "`ReversibleTransformer(vocab_size=256, dim=512, depth=12, num_heads=8)`, causal with full attention; training",
-        "steps on one sequence, with 16-bit autocast, SGD and momentum. One policy runs after the other, so that none",
-        "takes memory from the next. *Peak* is allocated above what was there before the step.",
+        "steps on one sequence, with 16-bit autocast, SGD and momentum. The policies run one after the other, so that",
+        "none takes memory from another. *Peak* is the peak minus the memory allocated before the step.",
         "",
-        *table(("tokens", "policy", "tokens/s", "step, ms", "peak, MiB"), [_cells(row) for row in found]),
+        *table(("tokens", "policy", "tokens/s", "step, ms", "peak, MiB"), [_cells(row) for row in rows_of_part]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Tables of `memory.py`, as Markdown and as CSV."""
+"""Tables of the benchmarks, as Markdown and as CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -8,31 +8,31 @@ from typing import Any, NamedTuple
 MIB = 2**20
 
 Row = dict[str, Any]
-"""A line of a CSV, by columns."""
+"""A row of a CSV, by column."""
 
 
 class Section(NamedTuple):
-    """What one table brings."""
+    """One section of a page."""
 
     lines: list[str]
-    """Of the page."""
+    """Lines of the page."""
     rows: list[Row]
-    """Of the CSV."""
+    """Rows of the CSV."""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table of Markdown; the first column to the left, figures to the right."""
+    """Return a Markdown table with the first column aligned left and the others right."""
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     return [*lines, *[f"| {' | '.join(row)} |" for row in rows], ""]
 
 
 def mib(num_bytes: int | None) -> str:
-    """A table's figure."""
+    """Return the number of MiB for a table, or an empty cell."""
     return "" if num_bytes is None else f"{num_bytes / MIB:,.1f}"
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows, under a line with the names of the columns."""
+    """Write the rows, with a header of column names."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

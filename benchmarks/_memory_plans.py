@@ -1,4 +1,4 @@
-"""The second table of `memory.py`: plans at several budgets, as they are foreseen and as they run."""
+"""The second table of `memory.py`: predicted and measured memory and time of plans at several budgets."""
 
 import gc
 import statistics
@@ -22,7 +22,7 @@ from revnet.bench.run import Quartiles
 from revnet.memory import MeasuredTiming, Plan, RooflineTiming, measure, plan
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Budgets: from the least that any plan needs to plain autograd's peak."""
+"""Budgets between the least memory of any plan (0) and the peak of plain autograd (1)."""
 TIMINGS = {"counted": RooflineTiming(), "measured": MeasuredTiming()}
 COLORS = {"counted": "#4477aa", "measured": "#aa3377"}
 INK = "#333333"
@@ -31,22 +31,22 @@ MARKERS = {"plain autograd": "s", "checkpoint all": "D", "reverse all": "^", "to
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running the model, as it is foreseen."""
+    """A way of running the model, with its predictions."""
 
     name: str
     model: nn.Module
     apply: Callable[[], object]
-    """Gives the model its policies."""
+    """Function that sets the policies of the model."""
     budget_bytes: int | None = None
     predicted_peak_bytes: int | None = None
     predicted_ratios: Mapping[str, float] = field(default_factory=dict)
-    """By the timing that says so: time of a step, relative to plain autograd's."""
+    """Predicted ratio of the step time to plain autograd, by timing."""
     units: str = ""
-    """How many of them have which policy."""
+    """Number of units with each policy."""
 
 
 def plans_section(name: str, batch_size: int, num_rounds: int, picture: Path) -> Section:
-    """Plans beside one policy everywhere and PyTorch's checkpoint."""
+    """Compare plans with single policies and PyTorch's checkpoint."""
     torch.manual_seed(0)
     model, images = make(name), images_of(name, batch_size)
     planned = partial(plan, model, images, optimizer=OPTIMIZER, loss=loss)
@@ -61,14 +61,14 @@ def plans_section(name: str, batch_size: int, num_rounds: int, picture: Path) ->
     return Section(lines_of(name, batch_size, num_rounds, rows, picture), rows)
 
 
-# The ways ------------------------------------------------------------------------------------------------------------
+# Ways of running ------------------------------------------------------------------------------------------------------
 
 
 def one_policy(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[Way]:
-    """Plain autograd first, then what else plans are compared with."""
+    """Yield plain autograd and the other single policies."""
 
     def reverse_all() -> None:
-        set_policy(model, Checkpoint())  # What cannot be reversed: the stem.
+        set_policy(model, Checkpoint())  # for the stem, which is not reversible
         set_policy(model, Reverse())
 
     settings = {
@@ -84,12 +84,12 @@ def one_policy(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[Way]:
 
 
 def torch_checkpoint(name: str) -> Way:
-    """PyTorch's own checkpoint of each block, as anyone would have it without this library."""
+    """Return the model with PyTorch's checkpoint around each block."""
     model = make(name)
     set_policy(model, Store())
     for stage in model.stages:
         for child_name, child in list(stage.named_children()):
-            if isinstance(child, ReversibleSequential):  # A block alone would reverse.
+            if isinstance(child, ReversibleSequential):  # A block outside a sequence would be reversed.
                 rows = [Checkpointed(ReversibleSequential(block, policy=Store())) for block in child]
                 stage.add_module(child_name, nn.Sequential(*rows))
             else:
@@ -98,7 +98,7 @@ def torch_checkpoint(name: str) -> Way:
 
 
 class Checkpointed(nn.Module):
-    """A block of which only the input is kept."""
+    """A block that stores only its input."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -110,7 +110,7 @@ class Checkpointed(nn.Module):
 
 
 def chosen(model: nn.Module, plans: Sequence[Mapping[str, Plan]]) -> Iterator[Way]:
-    """The plans at all budgets, by either timing; one where both chose the same."""
+    """Yield the plans of both timings at all budgets, or one plan if both are equal."""
     for share, by_timing in zip(SHARES, plans, strict=True):
         name, ratios = f"plan at {100 * share:.0f} %", {key: each.time_ratio for key, each in by_timing.items()}
         counted, measured = by_timing.values()
@@ -128,11 +128,11 @@ def _of_plan(name: str, model: nn.Module, chosen: Plan, ratios: Mapping[str, flo
     return Way(name, model, apply, chosen.budget_bytes, chosen.peak_bytes, ratios, units)
 
 
-# How they run --------------------------------------------------------------------------------------------------------
+# Measurements ---------------------------------------------------------------------------------------------------------
 
 
 def time_in_turns(ways: Sequence[Way], images: Tensor, num_rounds: int) -> list[list[float]]:
-    """The seconds of each way's steps, by rounds; after one to warm up, and each beginning with another way."""
+    """Return the step times of each way by rounds. Each round starts with a different way, and the first warms up."""
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(num_rounds + 1):
         start = turn % len(ways)
@@ -140,15 +140,15 @@ def time_in_turns(ways: Sequence[Way], images: Tensor, num_rounds: int) -> list[
             way = ways[index]
             way.apply()
             way.model.zero_grad()
-            gc.collect()  # What one way leaves behind must not be cleared on another one's time.
+            gc.collect()  # so that a way does not pay for collecting another one's garbage
             begin = time.perf_counter()
             loss(way.model(images)).backward()
             seconds[index].append(time.perf_counter() - begin)
-    return [each[1:] for each in seconds]
+    return [times[1:] for times in seconds]
 
 
 def row_of(way: Way, images: Tensor, seconds: Sequence[float], plain: Sequence[float]) -> Row:
-    """All that is known of a way of running."""
+    """Return the predictions and measurements of one way."""
     way.apply()
     counted = measure(way.model, images, optimizer=OPTIMIZER, loss=loss)
     ratio = Quartiles.of([step / reference for step, reference in zip(seconds, plain, strict=True)])
@@ -167,20 +167,20 @@ def row_of(way: Way, images: Tensor, seconds: Sequence[float], plain: Sequence[f
     }
 
 
-# What is shown -------------------------------------------------------------------------------------------------------
+# Page and figure ------------------------------------------------------------------------------------------------------
 
 
 def lines_of(name: str, batch_size: int, num_rounds: int, rows: Sequence[Row], picture: Path) -> list[str]:
-    """The section of the page."""
+    """Return the lines of the page."""
     columns = ("", "budget, MiB", "predicted, MiB", "counted, MiB", "time by counting", "time by measuring")
     return [
         f"## Plans for {name}, batch {batch_size}",
         "",
-        "Budgets lie between the least that any plan needs (0 %) and plain autograd's peak (100 %). Times are relative",
-        "to plain autograd's. *By counting* and *by measuring*: as `RooflineTiming` and `MeasuredTiming` foresee them;",
-        "of a plan, the one that chose it. *Run*: the ratio of steps of the same round, the median of rounds with",
-        f"first and third quartile. Rounds: {num_rounds} after one to warm up, each begun by another way of running.",
-        "Plain autograd has `Store()` everywhere and so runs without the engine; its step takes",
+        "Budgets lie between the least memory of any plan (0 %) and the peak of plain autograd (100 %). Times are",
+        "ratios to plain autograd. *By counting* and *by measuring*: as `RooflineTiming` and `MeasuredTiming` predict",
+        "them; for a plan, the timing that chose it. *Run*: the median over rounds of the ratio within the round, with",
+        f"first and third quartile. There are {num_rounds} rounds after one to warm up; each starts with a different",
+        "way. Plain autograd has `Store()` everywhere and runs without the engine; its step takes",
         f"{rows[0]['step_seconds']:.2f} s. `torch.utils.checkpoint` (`use_reentrant=False`) is around each block.",
         "",
         f"![{picture.name}]({picture.name})",
@@ -201,7 +201,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def draw(plans: Mapping[str, Plan], rows: Sequence[Row], picture: Path, *, title: str) -> None:
-    """Time against memory: lines as it is foreseen, points as it was, from first to third quartile."""
+    """Draw time against memory: predictions as lines, measurements as points with quartiles."""
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     for key, each in plans.items():

@@ -1,4 +1,4 @@
-"""The first table of `memory.py`: peaks as they are predicted, beside those of real steps."""
+"""The first table of `memory.py`: predicted peaks and the peaks of real steps."""
 
 import time
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from revnet.memory import measure, predict
 from revnet.models import published_image_size
 
 BATCH_SIZES = {32: (4, 16, 64), 224: (1, 2, 4)}
-"""By the size of the image."""
+"""Batch sizes by image size."""
 
 
 def prediction_section(names: Sequence[str], batch_sizes: Sequence[int] | None) -> Section:
-    """Each model at each batch size."""
+    """Compare prediction and count of each model at each batch size."""
     rows = [
         predicted_and_counted(name, batch_size)
         for name in names
@@ -26,8 +26,8 @@ def prediction_section(names: Sequence[str], batch_sizes: Sequence[int] | None) 
     lines = [
         "## Predicted and counted",
         "",
-        f"Equal to the byte: {num_exact} of {len(rows)}. Largest error: {largest:.3f} %. The prediction has model and",
-        "input on the meta device; counting runs a real step. Models with their default policies.",
+        f"Equal to the byte: {num_exact} of {len(rows)}. Largest error: {largest:.3f} %. The prediction uses the",
+        "meta device; the count is of a real step. Models have their default policies.",
         "",
         *table(columns, [_cells(row) for row in rows]),
     ]
@@ -35,7 +35,7 @@ def prediction_section(names: Sequence[str], batch_sizes: Sequence[int] | None) 
 
 
 def predicted_and_counted(name: str, batch_size: int) -> Row:
-    """One model at one batch size."""
+    """Return prediction and count of one model at one batch size."""
     start = time.perf_counter()
     predicted = predict(*on_meta(name, batch_size), optimizer=OPTIMIZER, loss=loss)
     middle = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Third table of `numerics.py`: a network trained in floating point, and with exact reversal, from the same seeds."""
+"""Third table of `numerics.py`: training with floating-point and with exact reversal, from the same seeds."""
 
 import tempfile
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def accuracy_section(data: str, num_updates: int, seeds: Sequence[int]) -> Secti
         "## Accuracy: float against exact",
         "",
         f"RevNet-38 on CIFAR-10 by `configs/{RECIPE}.yaml`, but in float32 and for {num_updates:,} updates of 100",
-        "images; exact is `revnet train --exact`, on a grid of 14 fraction bits. Train loss: of the last epoch. Test",
-        "error: of all 10,000 test images, once, with the last weights.",
+        "images; exact is `revnet train --exact`, on a grid of 14 fraction bits. Train loss: last epoch. Test",
+        "error: all 10,000 test images, once, with the last weights.",
         "",
         *table(["mode", "seed", "train loss", "test error, %", "step, ms"], cells),
-        f"On average {_tell(errors, ' %')} of test error, {_tell(losses, '')} of train loss: exact less float",
+        f"On average {_summarize(errors, ' %')} test error, {_summarize(losses, '')} train loss: exact minus float",
         f"{mean(errors['exact']) - mean(errors['float']):+.2f} points and "
-        f"{mean(losses['exact']) - mean(losses['float']):+.4f}. The runs followed each other on a machine that others",
-        "shared, so step times are no comparison.",
+        f"{mean(losses['exact']) - mean(losses['float']):+.4f}. The runs followed each other on a shared machine, so",
+        "their step times cannot be compared.",
         "",
     ]
     return Section(lines, rows)
@@ -73,8 +73,8 @@ def _trained(data: str, num_updates: int, seed: int, mode: str) -> Row:
     return row
 
 
-def _tell(values: dict[str, list[float]], unit: str) -> str:
+def _summarize(values: dict[str, list[float]], unit: str) -> str:
     def spread(numbers: list[float]) -> str:
         return f" (spread {stdev(numbers):.2g})" if len(numbers) > 1 else ""
 
-    return ", ".join(f"{mode} {mean(each):.4g}{unit}{spread(each)}" for mode, each in values.items())
+    return ", ".join(f"{mode} {mean(numbers):.4g}{unit}{spread(numbers)}" for mode, numbers in values.items())

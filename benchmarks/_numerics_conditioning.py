@@ -1,4 +1,4 @@
-"""Fourth table of `numerics.py`: training with and without the penalty that keeps inverses stable."""
+"""Fourth table of `numerics.py`: training with and without the conditioning penalty."""
 
 import time
 from statistics import median
@@ -16,7 +16,7 @@ SEEDS = (0, 1)
 
 
 def conditioning_section(num_steps: int) -> Section:
-    """Train with each weight of the penalty, from the same weights on the same batches."""
+    """Train with each weight of the penalty, from the same initial weights with the same batches."""
     rows = [trained(weight, seed, num_steps) for seed in SEEDS for weight in WEIGHTS]
     cells = [
         [
@@ -35,8 +35,8 @@ def conditioning_section(num_steps: int) -> Section:
     head = [
         "weight",
         "seed",
-        "error at first",
-        "at last",
+        "initial error",
+        "final error",
         "amplification",
         "gradient error",
         "loss, last 20",
@@ -48,8 +48,8 @@ def conditioning_section(num_steps: int) -> Section:
         "",
         f"{DEPTH} perceptron blocks of {WIDTH} features, initial weights times {SCALE}, on the digits: {num_steps}",
         f"updates of {BATCH} images by Adam, learning rate {LR:g}. The penalty is",
-        "`conditioning_penalty(blocks, x, num_blocks=1)`, times *weight*, in every update. Accuracy: of the training",
-        "images. Errors: by `measure_drift`, on one batch.",
+        "`conditioning_penalty(blocks, x, num_blocks=1)`, times *weight*, in every update. Accuracy is on the training",
+        "images. Errors are from `measure_drift` on one batch.",
         "",
         *table(head, cells),
     ]

@@ -1,4 +1,4 @@
-"""Second table of `numerics.py`: drift through training, and what it costs to watch it."""
+"""Second table of `numerics.py`: drift during training, and the cost of the drift meter."""
 
 import time
 import warnings
@@ -16,6 +16,7 @@ from torch import nn
 
 from revnet import FixedPoint, ReconstructionWarning, set_coupling, set_tolerance
 from revnet._figure import clear_frame, new_figure, save
+from revnet._palette import BLUE, GREEN, RED, YELLOW
 from revnet.engine import DriftMeter
 from revnet.numerics import drift_of, measure_drift
 
@@ -23,7 +24,7 @@ DEPTH, WIDTH, SCALE, BATCH, LR = 32, 32, 3, 50, 3e-3
 EVERY, GRADIENTS_EVERY = 5, 50
 NUM_TIMED = 15
 ZERO = 1e-10
-"""Where the picture shows what has no error: a logarithmic axis has no place for it."""
+"""Position of zero on the logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -37,56 +38,56 @@ class Mode:
 
 
 MODES = (
-    Mode("float32", "#4477aa", "o"),
-    Mode("bfloat16 autocast", "#ee6677", "s", is_autocast=True),
-    Mode("bfloat16 autocast, tolerance 1e-3", "#ccbb44", "^", is_autocast=True, tolerance=1e-3),
-    Mode("exact", "#228833", "D", is_exact=True),
+    Mode("float32", BLUE, "o"),
+    Mode("bfloat16 autocast", RED, "s", is_autocast=True),
+    Mode("bfloat16 autocast, tolerance 1e-3", YELLOW, "^", is_autocast=True, tolerance=1e-3),
+    Mode("exact", GREEN, "D", is_exact=True),
 )
 
 
 def curves_section(num_steps: int, picture: Path) -> Section:
-    """Train in each mode, from the same weights on the same batches."""
+    """Train in each mode, from the same weights with the same batches."""
     curves = {mode: trained(mode, num_steps) for mode in MODES}
     plot(curves, picture)
-    rows = [row for found in curves.values() for row in found]
+    rows = [row for mode_rows in curves.values() for row in mode_rows]
     cells = []
-    for mode, found in curves.items():
-        errors = [row["drift"] for row in found]
-        gradients = [row["gradient_error"] for row in found if row["gradient_error"] is not None]
+    for mode, mode_rows in curves.items():
+        errors = [row["drift"] for row in mode_rows]
+        gradients = [row["gradient_error"] for row in mode_rows if row["gradient_error"] is not None]
         cells.append(
             [
                 mode.name,
                 number(median(errors)),
                 number(max(errors)),
                 number(max(gradients)),
-                str(max(row["keyframes"] for row in found)),
-                f"{found[0]['loss']:.3f}",
-                f"{found[-1]['loss']:.3f}",
+                str(max(row["keyframes"] for row in mode_rows)),
+                f"{mode_rows[0]['loss']:.3f}",
+                f"{mode_rows[-1]['loss']:.3f}",
             ]
         )
     step, watched = meter_cost()
-    head = ["", "median error", "largest", "gradients, largest", "keyframes, most", "first loss", "last loss"]
+    head = ["", "median error", "largest", "gradients, largest", "most keyframes", "first loss", "last loss"]
     lines = [
-        "## Drift through training",
+        "## Drift during training",
         "",
         f"{DEPTH} perceptron blocks of {WIDTH} features, initial weights times {SCALE}, on the digits: {num_steps}",
         f"updates of {BATCH} images by Adam, learning rate {LR:g}; the same weights and batches in all modes. *Error*:",
-        f"the largest of any block, measured every {EVERY} updates in the update itself; of gradients, beside the",
-        f"stored twin, every {GRADIENTS_EVERY}.",
+        f"the largest error of any block, measured every {EVERY} updates within the update; for gradients, the",
+        f"difference to the stored twin, every {GRADIENTS_EVERY} updates.",
         "",
         *table(head, cells),
-        f"![Errors through training in four modes]({picture.name})",
+        f"![Errors during training in four modes]({picture.name})",
         "",
-        f"A measured update took {watched:.1f} ms and any other {step:.1f} ms (medians of {NUM_TIMED} each, in turns), "
-        f"{100 * (watched / step - 1):+.1f} %;",
-        f"at every 100th update that is {(watched / step - 1):+.3f} % of the time.",
+        f"An update with the meter took {watched:.1f} ms and one without {step:.1f} ms (medians of {NUM_TIMED} each, "
+        f"in turns), {100 * (watched / step - 1):+.1f} %;",
+        f"at every 100th update this is {(watched / step - 1):+.3f} % of the time.",
         "",
     ]
     return Section(lines, rows)
 
 
 def trained(mode: Mode, num_steps: int) -> list[Row]:
-    model, optimizer = made(mode)
+    model, optimizer = build(mode)
     digits = Digits(BATCH, seed=1)
     rows: list[Row] = []
     for step in range(num_steps):
@@ -130,7 +131,7 @@ def trained(mode: Mode, num_steps: int) -> list[Row]:
     return rows
 
 
-def made(mode: Mode) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(mode: Mode) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = PerceptronClassifier(DEPTH, WIDTH, SCALE)
     if mode.is_exact:
@@ -144,8 +145,8 @@ def autocast(mode: Mode) -> Any:
 
 
 def meter_cost() -> tuple[float, float]:
-    """Milliseconds of an update, without and with the meter, in turns."""
-    model, optimizer = made(MODES[0])
+    """Return the milliseconds of an update without and with the meter, measured in turns."""
+    model, optimizer = build(MODES[0])
     digits = Digits(BATCH, seed=1)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * NUM_TIMED + 4):
@@ -160,7 +161,7 @@ def meter_cost() -> tuple[float, float]:
         optimizer.step()
         if is_measured:
             drift_of(model, meter.records)
-        if turn >= 4:  # memory is allocated, kernels are chosen
+        if turn >= 4:  # after warming up
             seconds[is_measured].append(time.perf_counter() - start)
     return 1000 * median(seconds[False]), 1000 * median(seconds[True])
 
@@ -170,7 +171,7 @@ def number(value: float) -> str:
 
 
 def plot(curves: dict[Mode, list[Row]], path: Path) -> None:
-    """The largest error of each measured update, a colour for each mode."""
+    """Draw the largest error of each measured update, one color per mode."""
     figure = new_figure(8.5, 4.6)
     axes = figure.subplots()
     clear_frame(axes)
@@ -191,8 +192,8 @@ def plot(curves: dict[Mode, list[Row]], path: Path) -> None:
             clip_on=False,
         )
     axes.set_ylim(ZERO, 1)
-    axes.axhspan(1e-2, 1, color="#ee6677", alpha=0.08, linewidth=0)
-    axes.axhspan(ZERO, 1e-3, color="#4477aa", alpha=0.05, linewidth=0)
+    axes.axhspan(1e-2, 1, color=RED, alpha=0.08, linewidth=0)
+    axes.axhspan(ZERO, 1e-3, color=BLUE, alpha=0.05, linewidth=0)
     axes.set_yticks([ZERO, 1e-8, 1e-6, 1e-4, 1e-2, 1], ["0", "$10^{-8}$", "$10^{-6}$", "$10^{-4}$", "$10^{-2}$", "1"])
     axes.minorticks_off()
     axes.set_xlim(0, max(row["update"] for rows in curves.values() for row in rows))

@@ -1,4 +1,4 @@
-"""The networks that `numerics.py` looks at, and the digits that they learn."""
+"""Networks and data of `numerics.py`."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from revnet.data import load_dataset
 
 
 def perceptron(width: int, scale: float) -> nn.Sequential:
-    """A residual function whose weights are PyTorch's, times `scale`."""
+    """Return a residual function with PyTorch's initial weights times `scale`."""
     function = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
     with torch.no_grad():
         for parameter in function.parameters():
@@ -17,14 +17,14 @@ def perceptron(width: int, scale: float) -> nn.Sequential:
 
 
 def perceptrons(depth: int, width: int, scale: float) -> ReversibleSequential:
-    """Blocks without a norm, which keep what their weights amplify."""
+    """Return blocks without normalization, so the amplification of their weights remains."""
     return ReversibleSequential(
         *[ReversibleBlock(perceptron(width, scale), perceptron(width, scale)) for _ in range(depth)]
     )
 
 
 class PerceptronClassifier(nn.Module):
-    """A linear stem, perceptron blocks, a linear head."""
+    """A linear stem, perceptron blocks and a linear head."""
 
     def __init__(self, depth: int, width: int, scale: float):
         super().__init__()
@@ -37,7 +37,7 @@ class PerceptronClassifier(nn.Module):
 
 
 class Digits:
-    """Batches of the training images, the same for each run of one seed."""
+    """Batches of the training images of digits, which depend on the seed alone."""
 
     def __init__(self, batch_size: int, seed: int):
         split = load_dataset("digits").train

@@ -1,4 +1,4 @@
-"""First table of `numerics.py`: scaled weights, unguarded, under a tolerance, and exact."""
+"""First table of `numerics.py`: scaled weights without a bound, with a tolerance, and with exact reversal."""
 
 import warnings
 from copy import deepcopy
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from revnet import FixedPoint, ReconstructionWarning, ReversibleSequential, Store, set_coupling, set_policy
 from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._palette import BLUE, GREEN, INK, RED, YELLOW
 from revnet.numerics import Drift, measure_drift
 from revnet.numerics._gradients import angle_and_error, parameter_gradients
 
 DEPTH, WIDTH, BATCH = 32, 64, 64
 SCALES = (1, 2, 4, 8)
 TOLERANCES = (1e-3, 1e-5)
-COLORS = {1: "#4477aa", 2: "#228833", 4: "#ccbb44", 8: "#ee6677"}
+COLORS = {1: BLUE, 2: GREEN, 4: YELLOW, 8: RED}
 
 
 def scales_section(picture: Path) -> Section:
-    """Measure each scale in each way."""
+    """Measure each scale without a bound, with each tolerance, and with exact reversal."""
     rows: list[Row] = []
     free: dict[int, Drift] = {}
     for scale in SCALES:
@@ -35,7 +36,7 @@ def scales_section(picture: Path) -> Section:
             model.tolerance = tolerance
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ReconstructionWarning)
-                loss(model(x)).backward()  # places the keyframes, which later steps keep
+                loss(model(x)).backward()  # chooses the keyframes, which later steps keep
             rows.append(row_of(scale, f"{tolerance:g}", measure_drift(model, x, loss=loss, gradients=True), reference))
         model.tolerance = None
         set_coupling(model, FixedPoint(fraction_bits=12))
@@ -53,16 +54,15 @@ def scales_section(picture: Path) -> Section:
         ]
         for row in rows
     ]
-    head = ["weights", "error", "amplification", "keyframes", "gradient error", "angle, degrees", "float32's own"]
+    head = ["weights", "error", "amplification", "keyframes", "gradient error", "angle, degrees", "float32 error"]
     lines = [
-        "## Scaled weights: what the meter tells, what a tolerance keeps",
+        "## Scaled weights: drift, and the effect of a tolerance",
         "",
         f"{DEPTH} blocks, F, G = Linear-tanh-Linear of {WIDTH} features with PyTorch's initial weights, scaled; batch",
-        f"{BATCH}, float32, loss: the mean square. *Error*: the largest relative error of what a block was given, as",
-        "the meter reports it. *Amplification*: of a block, on average. *Gradient error*: of all parameters, relative",
-        "to the stored twin of the same network. *float32's own*: how far the gradient of plain autograd in float32 is",
-        "from that in float64, for the network that is not rounded. Exact: `FixedPoint(fraction_bits=12)`. Picture: no",
-        "bound.",
+        f"{BATCH}, float32, loss: the mean square. *Error*: the largest relative error of a block's rebuilt input,",
+        "from the meter. *Amplification*: average per block. *Gradient error*: all parameters, relative to the stored",
+        "twin of the same network. *float32 error*: the difference between plain autograd in float32 and in float64,",
+        "for the network without rounding to a grid. Exact: `FixedPoint(fraction_bits=12)`. The figure has no bound.",
         "",
         *table(head, cells),
         f"![Errors by depth for weights scaled by 1, 2, 4 and 8]({picture.name})",
@@ -90,12 +90,12 @@ def row_of(scale: int, guard: str, drift: Drift, reference: float) -> Row:
 
 
 def stored_error(model: ReversibleSequential, x: Tensor) -> float:
-    """How far plain autograd's gradients are from those in float64."""
-    found = []
+    """Return the error of plain autograd's gradients relative to float64."""
+    gradients = []
     for twin, inputs in ((deepcopy(model), x), (deepcopy(model).double(), x.double())):
         set_policy(twin, Store())
-        found.append(list(parameter_gradients(twin, loss, (inputs,), torch.enable_grad).values()))
-    return angle_and_error(*found)[1]
+        gradients.append(list(parameter_gradients(twin, loss, (inputs,), torch.enable_grad).values()))
+    return angle_and_error(*gradients)[1]
 
 
 def number(value: float) -> str:
@@ -103,15 +103,15 @@ def number(value: float) -> str:
 
 
 def plot(drifts: dict[int, Drift], path: Path) -> None:
-    """Errors of activations by depth, and of gradients, a colour for each scale."""
+    """Draw the errors of activations and gradients by depth, one color per scale."""
     figure = new_figure(9, 4)
     panels: list[Any] = list(figure.subplots(1, 2, sharey=True))
-    for axes, title in zip(panels, ("activations, as rebuilt", "gradients of the block"), strict=True):
+    for axes, title in zip(panels, ("rebuilt activations", "gradients of the block"), strict=True):
         clear_frame(axes)
         write_title(axes, title)
         axes.set_yscale("log")
         axes.set_xlabel("block (rebuilt from right to left)")
-        axes.axhline(1e-3, color="#333333", linewidth=0.8, linestyle=":")
+        axes.axhline(1e-3, color=INK, linewidth=0.8, linestyle=":")
     panels[0].set_ylabel("relative error")
     for scale, drift in drifts.items():
         style = {"color": COLORS[scale], "linewidth": 1.8, "label": f"weights x {scale}"}

@@ -1,16 +1,16 @@
-"""What the three attentions cost in time, arithmetic and memory, by length and by depth.
+"""Time, arithmetic and memory of the three kinds of attention, by length and by depth.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --cost --lengths 256,512
 
-Three tables, each also alone by its flag:
+Three tables, each with a flag that selects it:
 
 - `--cost`: one layer of each attention, forward and backward, with the exponent of the length in each cost.
 - `--models`: a step of a reversible transformer and of its stored twin, by length and by depth. Bytes are predicted,
-  which is exact; times are measured where the step fits.
-- `--long`: training steps on 16,384 tokens, each model in a process of its own, whose growth is read.
+  which is exact; times are measured if the step fits.
+- `--long`: training steps on 16,384 tokens, each model in a separate process, whose growth is measured.
 
-Writes a page, a CSV for each table and pictures into benchmarks/results/. On the CPU, on Linux.
+Writes a page, a CSV for each table and figures to benchmarks/results/. Runs on the CPU, on Linux.
 """
 
 import argparse
@@ -52,13 +52,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 ORDERS = {"full": "L^2", "lsh": "L log L", "hierarchical": "L"}
 POLICIES: dict[str, AbstractPolicy] = {"reversible": Reverse(), "stored": Store()}
 NUM_STEPS = 2
-"""On the long sequence."""
+"""Number of steps on the long sequence."""
 MOST_BYTES = 6 * 2**30
-"""Of a step that is run for its time."""
+"""Largest memory of a step whose time is measured."""
 
 
 def cost_section(lengths: Sequence[int], num_rounds: int, picture: Path) -> Section:
-    """One layer of each attention."""
+    """Measure one layer of each kind of attention."""
     layers = {name: make() for name, make in LAYERS.items()}
     rows = [counted_layer(name, length) for name in layers for length in lengths]
     for length in lengths:
@@ -69,7 +69,7 @@ def cost_section(lengths: Sequence[int], num_rounds: int, picture: Path) -> Sect
                 seconds[name].append(timed(partial(layer_step, layer, x, rotary)))
         for row in rows:
             if row["length"] == length:
-                row["seconds"] = round(statistics.median(seconds[row["attention"]][1:]), 4)  # the first warms up
+                row["seconds"] = round(statistics.median(seconds[row["attention"]][1:]), 4)  # the first round warms up
     plot_cost(rows, ORDERS, picture)
     columns = [f"{length:,}" for length in lengths]
     lines = [
@@ -77,15 +77,15 @@ def cost_section(lengths: Sequence[int], num_rounds: int, picture: Path) -> Sect
         "",
         f"Causal, {DIM} features, {NUM_HEADS} heads, a batch of 1; LSH with buckets of 64 and 4 rounds, hierarchical",
         "with blocks of 64. The exponent is the slope of log cost against log length, over all lengths (and between",
-        "the last two): 1 is linear, 2 the square; what grows as L log L has 1.1 at these lengths. Arithmetic is that",
-        "of matrix products, two for each multiply-add; of full attention, PyTorch's formula counts the whole square.",
-        "LSH attention also sorts and compares, which the arithmetic leaves out and the time does not.",
+        "the last two): 1 is linear, 2 quadratic, and 1.1 is L log L at these lengths. Arithmetic counts matrix",
+        "products, two operations for each multiply-add; for full attention, PyTorch's formula counts the whole",
+        "square. LSH attention also sorts and compares, which is included in the time but not in the arithmetic.",
         "",
         f"![{picture.name}]({picture.name})",
         "",
     ]
     for key, title, show in (
-        ("seconds", f"time, s, median of {num_rounds} after one", lambda value: f"{value:.3f}"),
+        ("seconds", f"time, s, median of {num_rounds} after one to warm up", lambda value: f"{value:.3f}"),
         ("flops", "arithmetic, GFLOP", lambda value: f"{value / 1e9:,.1f}"),
         ("activation_bytes", "memory, peak MiB above parameters and input", mib),
     ):
@@ -99,12 +99,12 @@ def cost_section(lengths: Sequence[int], num_rounds: int, picture: Path) -> Sect
 
 
 def layer_step(layer: nn.Module, x: Tensor, rotary: Tensor) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     layer(x, rotary=rotary).sum().backward()
 
 
 def counted_layer(name: str, length: int) -> Row:
-    """Arithmetic and bytes of a layer's forward and backward pass, from shapes."""
+    """Return the arithmetic and bytes of a layer's forward and backward pass, from shapes."""
     with torch.device("meta"):
         layer, x = LAYERS[name](), torch.empty(1, length, DIM, requires_grad=True)
         rotary = rotary_table(length, DIM // NUM_HEADS)
@@ -120,13 +120,13 @@ def counted_layer(name: str, length: int) -> Row:
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """The slope of a line through the logarithms, by least squares."""
+    """Return the least-squares slope of the logarithms."""
     xs, ys = [math.log(length) for length in lengths], [math.log(value) for value in values]
     return statistics.linear_regression(xs, ys).slope
 
 
 def models_section(lengths: Sequence[int], depths: Sequence[int], picture: Path) -> Section:
-    """Steps of models, by length and by depth."""
+    """Measure steps of models by length and by depth."""
     rows = []
     for attention in LAYERS:
         for depth in depths:
@@ -146,10 +146,10 @@ def models_section(lengths: Sequence[int], depths: Sequence[int], picture: Path)
         "## A step of a model, by length and by depth",
         "",
         f"`ReversibleTransformer`, causal, {DIM} features in each stream, {NUM_HEADS} heads, {VOCAB_SIZE} tokens, a",
-        "batch of 1; forward, cross-entropy and backward. Memory is the peak above parameters, their gradients and",
-        "the input, predicted from shapes, which is exact. Times are of one step after one to warm up (above 1,024",
-        f"tokens of the only step), where it takes at most {MOST_BYTES // 2**30} GiB; of the longest sequences for the",
-        "least depth only.",
+        "batch of 1; forward, cross-entropy and backward. Memory is the peak without parameters, their gradients and",
+        "the input, predicted from shapes, which is exact. Times are for one step after one to warm up (without one",
+        f"above 1,024 tokens), if it takes at most {MOST_BYTES // 2**30} GiB; for the longest sequences, only at the",
+        "smallest depth.",
         "",
         f"![{picture.name}]({picture.name})",
         "",
@@ -161,14 +161,14 @@ def models_section(lengths: Sequence[int], depths: Sequence[int], picture: Path)
         cells = []
         for attention in LAYERS:
             for depth in depths:
-                its = [row for row in rows if (row["attention"], row["depth"]) == (attention, depth)]
-                cells.append([f"{attention}, {depth} blocks", *[show(row[key]) for row in its]])
+                selected = [row for row in rows if (row["attention"], row["depth"]) == (attention, depth)]
+                cells.append([f"{attention}, {depth} blocks", *[show(row[key]) for row in selected]])
         lines += table((title, *columns), cells)
     return Section(lines, rows)
 
 
 def make_model(attention: str, depth: int, length: int, policy: AbstractPolicy, ff_chunks: int = 1) -> nn.Module:
-    """A language model."""
+    """Return a language model."""
     return ReversibleTransformer(
         vocab_size=VOCAB_SIZE,
         dim=DIM,
@@ -182,12 +182,12 @@ def make_model(attention: str, depth: int, length: int, policy: AbstractPolicy, 
 
 
 def loss_of(logits: Tensor) -> Tensor:
-    """Cross-entropy, as if all tokens were the first one."""
+    """Return the cross-entropy for labels that are all 0."""
     return F.cross_entropy(logits[0], torch.zeros(logits.shape[1], dtype=torch.int64, device=logits.device))
 
 
 def model_seconds(attention: str, depth: int, length: int, policy: AbstractPolicy) -> float:
-    """Time one step."""
+    """Return the time of one step."""
     model, tokens = make_model(attention, depth, length, policy), torch.randint(VOCAB_SIZE, (1, length))
     if length <= 1024:
         loss_of(model(tokens)).backward()
@@ -195,14 +195,14 @@ def model_seconds(attention: str, depth: int, length: int, policy: AbstractPolic
 
 
 def timed(step: Callable[[], object]) -> float:
-    """Seconds of the processor for a call: what else runs on the machine is not in them."""
+    """Return the processor time of a call, which excludes other programs."""
     start = time.process_time()
     step()
     return time.process_time() - start
 
 
 def long_section(length: int, depths: Sequence[int], ff_chunks: int) -> Section:
-    """Training steps on one long sequence."""
+    """Measure training steps on one long sequence."""
     rows = []
     for attention in ("lsh", "hierarchical"):
         for depth in depths:
@@ -210,7 +210,7 @@ def long_section(length: int, depths: Sequence[int], ff_chunks: int) -> Section:
                 tokens = torch.empty(1, length).long()
                 stored = predict(make_model(attention, depth, length, Store()), tokens, loss=loss_of)
                 ours = predict(make_model(attention, depth, length, Reverse(), ff_chunks), tokens, loss=loss_of)
-            found = in_new_process(train, attention, depth, length, ff_chunks, torch.get_num_threads())
+            result = in_new_process(train, attention, depth, length, ff_chunks, torch.get_num_threads())
             rows.append(
                 {
                     "attention": attention,
@@ -218,7 +218,7 @@ def long_section(length: int, depths: Sequence[int], ff_chunks: int) -> Section:
                     "length": length,
                     "predicted_bytes": ours.activation_bytes,
                     "stored_bytes": stored.activation_bytes,
-                    **found,
+                    **result,
                 }
             )
     columns = ("", "parameters", "predicted, MiB", "growth of the process, MiB", "step, s", "loss, nats by step")
@@ -237,11 +237,11 @@ def long_section(length: int, depths: Sequence[int], ff_chunks: int) -> Section:
     lines = [
         f"## Training on {length:,} tokens",
         "",
-        f"The model above, with perceptrons in {ff_chunks} chunks, on {length:,} bytes of this library's own source,",
-        f"in one sequence: forward, cross-entropy with the next byte, backward, AdamW (1e-3); {NUM_STEPS} steps in a",
-        "process of its own. *Predicted*: the peak above parameters, gradients and input. *Growth*: the peak of",
-        "resident memory above what was resident after a step on 256 tokens, when parameters, gradients and AdamW's",
-        "state were there, with the C library told to give back what is freed. *Stored*: the prediction for the",
+        f"The model above, with perceptrons in {ff_chunks} chunks, on {length:,} bytes of this library's source",
+        f"code in one sequence: forward, cross-entropy with the next byte, backward, AdamW (1e-3); {NUM_STEPS} steps",
+        "in a separate process. *Predicted*: the peak without parameters, gradients and input. *Growth*: the peak of",
+        "resident memory minus the resident memory after a step with 256 tokens, when parameters, gradients and",
+        "AdamW's state are allocated; the C library is set to return freed memory. *Stored*: the prediction for the",
         "stored twin, with perceptrons in one piece.",
         "",
         *table((*columns, "stored, MiB"), cells),
@@ -250,7 +250,7 @@ def long_section(length: int, depths: Sequence[int], ff_chunks: int) -> Section:
 
 
 def train(attention: str, depth: int, length: int, ff_chunks: int, num_threads: int) -> Row:
-    """Take steps in this process, which must be new, and see how it grows."""
+    """Run steps in this process, which must be new, and return its growth."""
     give_back_freed()
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
@@ -281,29 +281,31 @@ def train(attention: str, depth: int, length: int, ff_chunks: int, num_threads: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in TABLES:
-        parser.add_argument(f"--{name}", action="store_true", help="this table alone, or with others that are named")
-    parser.add_argument("--lengths", type=numbers, default=[1024, 2048, 4096, 8192, 16_384], help="of the first table")
-    parser.add_argument("--num-rounds", type=int, default=2, help="of the first table")
-    parser.add_argument("--model-lengths", type=numbers, default=[1024, 4096, 16_384], help="of the second table")
-    parser.add_argument("--depths", type=numbers, default=[2, 4, 8], help="of the second table")
-    parser.add_argument("--long-length", type=int, default=16_384, help="of the third table")
-    parser.add_argument("--long-depths", type=numbers, default=[2, 8], help="of the third table")
+        parser.add_argument(
+            f"--{name}", action="store_true", help="measure this table only, or with other selected tables"
+        )
+    parser.add_argument("--lengths", type=numbers, default=[1024, 2048, 4096, 8192, 16_384], help="for the first table")
+    parser.add_argument("--num-rounds", type=int, default=2, help="for the first table")
+    parser.add_argument("--model-lengths", type=numbers, default=[1024, 4096, 16_384], help="for the second table")
+    parser.add_argument("--depths", type=numbers, default=[2, 4, 8], help="for the second table")
+    parser.add_argument("--long-length", type=int, default=16_384, help="for the third table")
+    parser.add_argument("--long-depths", type=numbers, default=[2, 8], help="for the third table")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if min(given.num_rounds, len(given.lengths) - 1, *given.lengths, *given.model_lengths, *given.depths) < 1:
-        parser.error("counts must be 1 or more, and `--lengths` at least two numbers")
+        parser.error("counts must be at least 1, and `--lengths` must have at least two numbers")
     check_matplotlib()
     names = [name for name in TABLES if getattr(given, name)]
     stem = f"{'-'.join(['attention', *names])}_{hardware_name()}_{datetime.date.today()}"
     page = [
-        "# Three attentions: full, LSH and hierarchical",
+        "# Three kinds of attention: full, LSH and hierarchical",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/attention.py", *arguments])),
-        "- Times are seconds of the processor, summed over threads, so that what else runs is not in them.",
+        "- Times are processor seconds, summed over threads, which exclude other programs.",
         "",
     ]
     for name in names or TABLES:
@@ -321,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """Numbers with commas between."""
+    """Parse comma-separated numbers."""
     return [int(number) for number in text.split(",")]
 
 

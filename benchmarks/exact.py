@@ -1,13 +1,13 @@
-"""What exact reversal keeps, and what it costs: bits, bytes and seconds.
+"""Exact reversal: bitwise equality, bytes and seconds.
 
     python benchmarks/exact.py --exactness --depth 1024 --num-steps 200
     python benchmarks/exact.py --depths 10,100,1000,10000
     python benchmarks/exact.py --cost
 
-Small networks on the handwritten digits. `--exactness` trains a reversed network and its stored twin side by side, and
-asks whether every bit is the same: what the functions read again, the gradients, the weights at the end. `--depths`
-counts what a step needs at growing depth. `--cost` times steps of exact and of floating-point reversal, interleaved in
-one process, and the check of drift that every run makes. Each writes a table and its CSV into benchmarks/results/.
+Small networks learn scikit-learn's digits. `--exactness` trains a reversed network and its stored twin and compares
+every bit of the rebuilt inputs, the gradients and the final weights. `--depths` counts the memory of a step at
+increasing depth. `--cost` times steps of exact and floating-point reversal, interleaved in one process, and the drift
+check of every run. Each option writes a table and its CSV to benchmarks/results/.
 """
 
 import argparse
@@ -49,11 +49,11 @@ from revnet.engine._agreement import AgreementWatch
 from revnet.memory import measure
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 8  # Of both streams together.
+WIDTH = 8  # both streams together
 
 
 class Attention(nn.Module):
-    """Layer norm, self-attention of two heads, dropout."""
+    """Layer norm, self-attention with two heads, and dropout."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix the tokens."""
+        """Return the residual of `x`."""
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm(x)).view(B, T, 3, 2, D // 2).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
@@ -71,19 +71,19 @@ class Attention(nn.Module):
 
 
 def mlp(num_features: int) -> nn.Sequential:
-    """Layer norm, a perceptron, dropout."""
+    """Return layer norm, a perceptron and dropout."""
     layers = [nn.LayerNorm(num_features), nn.Linear(num_features, 2 * num_features), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(2 * num_features, num_features), nn.Dropout(0.1))
 
 
 def conv(num_channels: int) -> nn.Sequential:
-    """Batch norm, ReLU, 3x3 convolution, dropout."""
+    """Return batch norm, ReLU, a 3x3 convolution and dropout."""
     convolution = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
     return nn.Sequential(nn.BatchNorm2d(num_channels), nn.ReLU(), convolution, nn.Dropout(0.1))
 
 
 class Network(nn.Module):
-    """A stem, blocks, a head: for images (B, 1, 8, 8), of which a transformer reads the rows as tokens."""
+    """A stem, blocks and a head for images, (B, 1, 8, 8). A transformer reads the rows as tokens."""
 
     def __init__(self, kind: str, depth: int, coupling: AbstractCoupling):
         super().__init__()
@@ -96,16 +96,16 @@ class Network(nn.Module):
             ReversibleBlock(functions[0](half), functions[1](half), split_dim=split_dim, coupling=coupling)
             for _ in range(depth)
         ]
-        with torch.no_grad():  # So that the sum of all residuals is about as large as one.
+        with torch.no_grad():  # makes the sum of all residuals about as large as one
             for block in blocks:
                 for function in (block.f, block.g):
-                    *_, last = [each for each in function.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+                    *_, last = [layer for layer in function.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
                     last.weight.mul_(depth**-0.5)
         self.blocks = ReversibleSequential(*blocks)
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits."""
         x = self.blocks(self.stem(x if self.is_conv else x.squeeze(1)))
         return self.head(x.float().mean((2, 3) if self.is_conv else 1))
 
@@ -118,7 +118,7 @@ def digits(batch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Cross-entropy."""
+    """Return the cross-entropy."""
     with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
         return F.cross_entropy(model(images).float(), labels)
 
@@ -133,8 +133,10 @@ def exactness(kind: str, precision: str, depth: int, num_steps: int, batch_size:
     twin = copy.deepcopy(network)
     set_policy(twin, Store())
     images, labels = digits(num_steps * batch_size if num_steps * batch_size < 1797 else 1792)
-    lr = min(0.01, 0.64 / depth)  # All blocks move the output one way, so that steps must shrink with their number.
-    optimizers = [torch.optim.SGD(each.parameters(), lr=lr, momentum=0.9) for each in (network, twin)]
+    lr = min(
+        0.01, 0.64 / depth
+    )  # All blocks move the output in one direction, so the steps must shrink with their number.
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9) for model in (network, twin)]
     rebuilt = _inputs_of(network)
     losses: list[tuple[float, float]] = []
     equal_gradients, num_gradients = 0, 0
@@ -142,10 +144,10 @@ def exactness(kind: str, precision: str, depth: int, num_steps: int, batch_size:
         first = step * batch_size % (len(images) - batch_size + 1)
         batch = images[first : first + batch_size], labels[first : first + batch_size]
         pair = []
-        for each, optimizer in zip((network, twin), optimizers, strict=True):
+        for model, optimizer in zip((network, twin), optimizers, strict=True):
             torch.manual_seed(step)
             optimizer.zero_grad()
-            loss = loss_of(each, *batch, precision)
+            loss = loss_of(model, *batch, precision)
             loss.backward()
             pair.append(float(loss.detach()))
         losses.append((pair[0], pair[1]))
@@ -176,7 +178,7 @@ def exactness(kind: str, precision: str, depth: int, num_steps: int, batch_size:
 
 
 def _inputs_of(network: Network) -> Callable[[], tuple[int, int]]:
-    """Watch what the functions read in one step; the result counts those that read the same bits again, and all."""
+    """Record the functions' inputs in one step. The result counts inputs that are equal in both runs, and all."""
     seen: dict[int, list[int]] = {}
     handles = []
 
@@ -193,26 +195,26 @@ def _inputs_of(network: Network) -> Callable[[], tuple[int, int]]:
     def count() -> tuple[int, int]:
         for handle in handles:
             handle.remove()
-        return sum(len(each) == 2 and each[0] == each[1] for each in seen.values()), len(seen)
+        return sum(len(hashes) == 2 and hashes[0] == hashes[1] for hashes in seen.values()), len(seen)
 
     return count
 
 
 def exactness_section(arguments: argparse.Namespace) -> Section:
-    """Every kind of network in every precision."""
+    """Measure every kind of network in every precision."""
     sizes = arguments.depth, arguments.num_steps, arguments.batch_size
     settings = list(itertools.product(arguments.kinds.split(","), arguments.precisions.split(",")))
     if arguments.num_workers == 1:
         rows = [exactness(*setting, *sizes) for setting in settings]
     else:
         with ProcessPoolExecutor(arguments.num_workers, multiprocessing.get_context("spawn")) as pool:
-            rows = [each.result() for each in [pool.submit(exactness, *setting, *sizes) for setting in settings]]
+            rows = [future.result() for future in [pool.submit(exactness, *setting, *sizes) for setting in settings]]
     lines = [
         f"Networks of {arguments.depth:,} blocks, batch {arguments.batch_size}, `FixedPoint()`, with dropout of 0.1 "
         "(and batch norm in conv), trained",
-        "by SGD beside their stored twins from the same seeds. Inputs: what residual functions read in the backward "
-        "pass of",
-        "the first step, against the forward pass. Gradients: of every parameter, at the first and at the last step. "
+        "by SGD like their stored twins, from the same seeds. Inputs: the inputs of the residual functions in the "
+        "backward pass of",
+        "the first step, compared with the forward pass. Gradients: all parameters, in the first and the last step. "
         "Weights:",
         "parameters and buffers after the last step.",
         "",
@@ -248,16 +250,16 @@ def exactness_section(arguments: argparse.Namespace) -> Section:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def depth_row(depth: int, num_steps: int, batch_size: int) -> Row:
-    """Train a convolutional network of `depth` blocks a little, and count what a step needs."""
+    """Train a convolutional network of `depth` blocks briefly, and count the memory of a step."""
     torch.manual_seed(0)
     network = Network("conv", depth, FixedPoint())
     images, labels = digits(batch_size)
-    # All blocks move the output one way in the first steps, so that steps must shrink with their number.
+    # In the first steps all blocks move the output in one direction, so the steps must shrink with their number.
     optimizer = torch.optim.SGD(network.parameters(), lr=min(0.01, 1 / depth))
     memory = measure(network, images, loss=lambda y: F.cross_entropy(y, labels))
     losses, seconds, growths = [], [], []
@@ -286,7 +288,7 @@ def depth_row(depth: int, num_steps: int, batch_size: int) -> Row:
 
 
 def depths_section(arguments: argparse.Namespace) -> Section:
-    """Growing depth."""
+    """Measure increasing depths."""
     rows = []
     for depth in map(int, arguments.depths.split(",")):
         rows.append(depth_row(depth, arguments.num_steps, arguments.batch_size))
@@ -294,9 +296,9 @@ def depths_section(arguments: argparse.Namespace) -> Section:
     lines = [
         f"Convolutional networks, batch {arguments.batch_size}, `FixedPoint()`, {arguments.num_steps} steps of SGD on "
         "one batch. Peak and held: bytes of",
-        "tensors above parameters, gradients and input. Bookkeeping: by how much the process grew in one forward pass, "
-        "the most",
-        "seen: for each call Python's objects, autograd's nodes, and the random state that dropout began from, 5 kB.",
+        "tensors without parameters, gradients and input. Bookkeeping: the largest growth of the process in one "
+        "forward pass:",
+        "for each call Python objects, autograd nodes, and 5 kB for the random state of dropout.",
         "",
         *table(
             ["blocks", "peak KiB", "held KiB", "bookkeeping MiB", "step s", "ms per block", "loss"],
@@ -321,16 +323,16 @@ def depths_section(arguments: argparse.Namespace) -> Section:
 
 
 def cost_section(arguments: argparse.Namespace) -> Section:
-    """Exact beside floating-point reversal, and the drift check, interleaved."""
+    """Time exact and floating-point reversal and the drift check, interleaved."""
     rows = []
     for name, model, x in _workloads():
         row = _cost(model, x, arguments.num_steps)
         rows.append({"workload": name, **row})
         print(rows[-1], flush=True)
     lines = [
-        f"Medians of the ratios of {arguments.num_steps} rounds; in each, one step of every way, in turns. Ratios are",
-        "to `Additive()`, reversed; seconds are the processor's.",
-        "Drift check: the share of such a step that goes into comparing one sample of what is rebuilt.",
+        f"Medians of the ratios of {arguments.num_steps} rounds; each round runs one step of every variant. Ratios",
+        "are to `Additive()`, reversed; seconds are processor time.",
+        "Drift check: the share of a step that compares one sample of the rebuilt tensors.",
         "",
         *table(
             ["workload", "step s", "exact", "exact, float64 streams", "stored", "drift check"],
@@ -345,7 +347,7 @@ def cost_section(arguments: argparse.Namespace) -> Section:
             ],
         ),
     ]
-    return Section(["## What it costs", "", *lines], rows)
+    return Section(["## Cost", "", *lines], rows)
 
 
 def _workloads() -> list[tuple[str, nn.Module, Tensor]]:
@@ -375,12 +377,12 @@ def _cost(model: nn.Module, x: Tensor, num_rounds: int) -> Row:
         names = names[number % len(names) :] + names[: number % len(names)]
         for name in names:
             times[name] = _step_seconds(ways[name], x)
-        if number:  # The first round warms up.
+        if number:  # the first round warms up
             seconds.append(times["float"])
             for name in ways:
                 ratios[name].append(times[name] / times["float"])
     row: Row = {"step_seconds": round(statistics.median(seconds), 4)}
-    row |= {name: round(statistics.median(each), 4) for name, each in ratios.items()}
+    row |= {name: round(statistics.median(values), 4) for name, values in ratios.items()}
     return row | {"check_share": round(statistics.median(_check_share(model, x) for _ in range(num_rounds)), 6)}
 
 
@@ -393,7 +395,7 @@ def _step_seconds(model: nn.Module, x: Tensor) -> float:
 
 
 def _check_share(model: nn.Module, x: Tensor) -> float:
-    """Return the share of a step that the methods of the check of samples take."""
+    """Return the share of a step that is spent in the drift check."""
     spent = 0.0
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -416,7 +418,7 @@ def _check_share(model: nn.Module, x: Tensor) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--cost", action="store_true")
@@ -424,13 +426,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=1024, help="for --exactness")
     parser.add_argument("--kinds", default="conv,transformer", help="for --exactness")
     parser.add_argument("--precisions", default="32-true,bf16-mixed", help="for --exactness")
-    parser.add_argument("--num-workers", type=int, default=1, help="for --exactness: networks at a time")
+    parser.add_argument("--num-workers", type=int, default=1, help="for --exactness: number of processes")
     parser.add_argument("--num-steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if not (given.exactness or given.cost or given.depths):
-        parser.error("say what to measure: --exactness, --depths or --cost")
+        parser.error("nothing to measure; pass --exactness, --depths or --cost")
     options = ["--exactness"] * given.exactness + ["--cost"] * given.cost
     options += [f"--depths {given.depths}"] if given.depths else []
     options += [f"--depth {given.depth} --kinds {given.kinds}"] if given.exactness else []
@@ -438,12 +440,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options += [f"--num-workers {given.num_workers}"] if given.num_workers > 1 else []
     options += [f"--num-steps {given.num_steps}", f"--batch-size {given.batch_size}"]
     command = f"python benchmarks/exact.py {' '.join(options)}"
-    for is_wanted, name, section_of in (
+    for is_selected, name, section_of in (
         (given.exactness, "exact", exactness_section),
         (given.depths, "exact-depths", depths_section),
         (given.cost, "exact-cost", cost_section),
     ):
-        if is_wanted:
+        if is_selected:
             section = section_of(given)
             stem = f"{name}_{hardware_name()}_{datetime.date.today()}"
             lines = ["# Exact reversal", "", *describe_machine(command), "", *section.lines]

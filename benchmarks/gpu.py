@@ -1,21 +1,21 @@
-"""One script for one GPU: tests, times and memory, within eight minutes.
+"""Tests, times and memory on one GPU, within eight minutes.
 
     PYTHONPATH=src:. python benchmarks/gpu.py
     PYTHONPATH=src:. python benchmarks/gpu.py --parts tests,ratios
     PYTHONPATH=src:. python benchmarks/gpu.py --device cpu --quick     # a dry run
 
-It needs PyTorch, NumPy and pytest, no network, and a checkout of the repository in which revnet need not be installed.
-`--parts` selects, in order of worth:
+It needs PyTorch, NumPy, pytest and a checkout of the repository, but no network and no installed revnet. `--parts`
+selects parts, in order of importance:
 
-- `tests`: the tests that are marked `gpu`;
+- `tests`: the tests marked `gpu`;
 - `ratios`: host and step time against plain autograd, `torch.utils.checkpoint` and `save_on_cpu`, at three sizes;
 - `memory`: allocated and reserved bytes against `revnet.memory.predict`;
 - `models`: RevNet-38, -110 and -164 on small images, RevNet-104 against ResNet-101 on large ones;
-- `batches`: the largest batches by `revnet.memory.max_batch_size`, each checked by one step;
+- `batches`: the largest batches by `revnet.memory.max_batch_size`, each checked with one step;
 - `transformer`: a transformer on 1,024 to 65,536 tokens.
 
-Each part runs in a process of its own with a limit of time. One that fails, or takes too long, keeps what it has
-measured so far, and the next one runs. Writes a page, and a CSV for each part, into benchmarks/results/.
+Each part runs in a separate process with a time limit. A part that fails or takes too long keeps its measurements, and
+the next part runs. Writes a page and a CSV for each part to benchmarks/results/.
 """
 
 import argparse
@@ -48,67 +48,69 @@ from _memory_page import Row, table
 RESULTS = Path(__file__).parent / "results"
 PARTS = {part.name: part for part in (TESTS, RATIOS, MEMORY, MODELS, BATCHES, TRANSFORMER)}
 TOTAL_SECONDS = 460
-"""For all parts. The first ones are worth most, so the last ones get what is left."""
+"""Time for all parts. The most important parts come first, and the last ones get the remaining time."""
 ERROR = "error"
-"""Only column of the row with which a part that failed ends."""
+"""Column of the last row of a part that failed."""
 LEAST_SECONDS = 20
-"""For a part: in less it would not even load what it needs."""
+"""Least time for a part. With less it could not even load its imports."""
 
 
 @dataclass
 class Outcome:
-    """What became of a part."""
+    """Result of a part."""
 
     part: Part
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
     note: str = ""
-    """What went wrong."""
+    """Reason of a failure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts, and write the results.
+    """Run the parts and write the results.
 
     Returns:
-        0, or 1 if something failed, which the page tells.
+        0, or 1 if a part failed; the page has the reason.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, with commas between")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round: see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to check that everything runs")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    parser.add_argument("--run", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)  # what each process gets
+    parser.add_argument(
+        "--run", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS
+    )  # used by the processes of the parts
     given = parser.parse_args(arguments)
     setting = Setting(torch.device(given.device), given.quick)
     if given.run:
         part_name, path = given.run
         return run_here({**PARTS, MACHINE.name: MACHINE}[part_name], setting, Path(path))
     names = given.parts.split(",")
-    complaint = wrong(names, setting, given.output_dir)
-    if complaint:
-        parser.error(complaint)
+    problem = find_problem(names, setting, given.output_dir)
+    if problem:
+        parser.error(problem)
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
     outcomes = run_all([part for name, part in PARTS.items() if name in names], setting, given.output_dir, command)
     return int(any(outcome.note for outcome in outcomes))
 
 
-def wrong(names: Sequence[str], setting: Setting, folder: Path) -> str | None:
-    """What can be seen to be wrong before anything takes minutes."""
+def find_problem(names: Sequence[str], setting: Setting, folder: Path) -> str | None:
+    """Return a problem of the arguments, or None."""
     for name in names:
         if name not in PARTS:
-            return f"there is no part {name!r}; choose of {', '.join(PARTS)}"
+            return f"there is no part {name!r}; choose from {', '.join(PARTS)}"
     if setting.device.type == "cuda" and not torch.cuda.is_available():
-        return "PyTorch sees no GPU; `--device cpu --quick` is a dry run without one"
+        return "PyTorch finds no GPU; pass `--device cpu --quick` for a dry run without one"
     if setting.device.type != "cuda" and not setting.quick:
         return f"--device {setting.device} would take hours; add --quick for a dry run"
     if not folder.is_dir():
-        return f"--output-dir {folder} is no folder; make it first"
+        return f"--output-dir {folder} is not a folder; create it first"
     return None
 
 
 def run_all(parts: Sequence[Part], setting: Setting, folder: Path, command: str) -> list[Outcome]:
-    """Run one part after the other, and write the page after each."""
+    """Run the parts in order, and write the page after each one."""
     end = time.monotonic() + TOTAL_SECONDS
     machine = run_apart(MACHINE, setting, MACHINE.limit_seconds)
     hardware = machine.rows[0]["hardware"] if machine.rows else setting.device.type
@@ -118,7 +120,7 @@ def run_all(parts: Sequence[Part], setting: Setting, folder: Path, command: str)
     for part in parts:
         print(f"--- {part.name}", flush=True)
         left = min(part.limit_seconds, end - time.monotonic())
-        outcome = run_apart(part, setting, left) if left > LEAST_SECONDS else Outcome(part, note="no time was left")
+        outcome = run_apart(part, setting, left) if left > LEAST_SECONDS else Outcome(part, note="no time left")
         outcomes.append(outcome)
         if outcome.rows:
             write_csv(outcome.rows, folder / f"{stem}_{part.name}.csv")
@@ -129,7 +131,7 @@ def run_all(parts: Sequence[Part], setting: Setting, folder: Path, command: str)
 
 
 def run_apart(part: Part, setting: Setting, seconds: float) -> Outcome:
-    """Run a part in a process of its own, and end it, with the processes that it started, when its time is over."""
+    """Run a part in a separate process, and kill it and its children when the time is over."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows"
         path.touch()
@@ -161,7 +163,7 @@ def run_apart(part: Part, setting: Setting, seconds: float) -> Outcome:
 
 
 def run_here(part: Part, setting: Setting, path: Path) -> int:
-    """Run a part in this process, and write each row as soon as it is there."""
+    """Run a part in this process, and write each row as soon as it is measured."""
     with path.open("w") as file:
         try:
             for row in part.rows(setting):
@@ -175,7 +177,7 @@ def run_here(part: Part, setting: Setting, path: Path) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return what a part has written, up to a line that it could not finish."""
+    """Return the rows of a part, up to an incomplete line."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -186,9 +188,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def page(machine: Outcome, outcomes: Sequence[Outcome], command: str) -> str:
-    """Write the page: what ran and what failed, then the tables."""
+    """Return the page: outcomes of the parts, then their tables."""
     head = MACHINE.lines(machine.rows) if machine.rows else [f"- The machine could not be described: {machine.note}"]
-    cells = [[each.part.name, each.note or "done", f"{each.seconds:.0f}"] for each in outcomes]
+    cells = [[outcome.part.name, outcome.note or "done", f"{outcome.seconds:.0f}"] for outcome in outcomes]
     text = [
         "# Reversible training on one GPU",
         "",
@@ -204,7 +206,7 @@ def page(machine: Outcome, outcomes: Sequence[Outcome], command: str) -> str:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows; one that failed lacks some columns."""
+    """Write the rows. Rows of failures lack some columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)

@@ -1,11 +1,11 @@
-"""i-RevNet: images beside what is computed back from the last map, and memory and error by depth.
+"""i-RevNet: images and their reconstruction from the last map, and memory and error by depth.
 
     revnet train --model irevnet_cifar --data cifar10 --epochs 2 --out-dir runs/irevnet
     python benchmarks/irevnet.py runs/irevnet --data cifar10
 
-Every test image goes through the trained network to its last map and back again; the error is told in grey levels, of
-which an image has 256. The network's depth changes nothing in what a training step holds; the bytes are counted. Writes
-a page, its CSV and a picture into benchmarks/results/.
+Each test image goes through the trained network to its last map and back. The error is given in gray levels, of which
+an image has 256. The memory of a training step does not depend on the depth; the bytes are counted. Writes a page, its
+CSV and a figure to benchmarks/results/.
 """
 
 import argparse
@@ -33,8 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 DEPTHS = (2, 6, 18, 54)
 
 
-def there_and_back(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Images, in grey levels, as they are computed from the last map of the network."""
+def round_trip(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Return images, in gray levels, computed from the last map of the network."""
     model, preprocess = classifier.model, classifier.preprocess
     assert isinstance(model, IRevNet)
     with torch.inference_mode():
@@ -43,8 +43,8 @@ def there_and_back(classifier: Classifier, images: Tensor, batch_size: int = 500
 
 
 def reconstruction(classifier: Classifier, images: Tensor) -> Row:
-    """How far the images are that come back."""
-    difference = there_and_back(classifier, images) - images
+    """Return the errors of the reconstructed images."""
+    difference = round_trip(classifier, images) - images
     return {
         "images": len(images),
         "largest_error": difference.abs().max().item(),
@@ -54,7 +54,7 @@ def reconstruction(classifier: Classifier, images: Tensor) -> Row:
 
 
 def by_depth(num_blocks: int, batch_size: int = 100) -> Row:
-    """Parameters, memory of a training step, and the error of going there and back, without training."""
+    """Return parameters, memory of a training step and the round-trip error, without training."""
 
     def make(policy: AbstractPolicy) -> IRevNet:
         return IRevNet(num_blocks=(num_blocks,) * 3, strides=(1, 2, 2), hidden_widths=(32, 64, 128), policy=policy)
@@ -66,7 +66,7 @@ def by_depth(num_blocks: int, batch_size: int = 100) -> Row:
         step = torch.empty(batch_size, 3, 32, 32)
         reversed_, stored = (predict(make(policy), step).activation_bytes for policy in (Reverse(), Store()))
     with torch.inference_mode():
-        model(x)  # so that batch norm has seen data
+        model(x)  # updates the statistics of batch norm
         model.eval()
         error = (model.inverse(model.forward_invertible(x)) - x).abs().max().item()
     return {
@@ -79,7 +79,7 @@ def by_depth(num_blocks: int, batch_size: int = 100) -> Row:
 
 
 def draw(images: Tensor, returned: Tensor, path: Path) -> None:
-    """Images above those that came back, and the difference, magnified, below."""
+    """Draw images, their reconstructions, and the magnified differences."""
     gain = 1e5
     rows = {
         "image": images / 255,
@@ -88,9 +88,9 @@ def draw(images: Tensor, returned: Tensor, path: Path) -> None:
     }
     figure = new_figure(1.05 * len(images) + 0.4, 3.5, layout="constrained")
     axes = figure.subplots(len(rows), len(images))
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for cell, picture in zip(line, pictures, strict=True):
-            cell.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    for line, (name, row_images) in zip(axes, rows.items(), strict=True):
+        for cell, image in zip(line, row_images, strict=True):
+            cell.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             cell.set_xticks([])
             cell.set_yticks([])
             cell.spines[:].set_visible(False)
@@ -99,14 +99,14 @@ def draw(images: Tensor, returned: Tensor, path: Path) -> None:
 
 
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Share of the images whose class is right."""
+    """Return the share of correctly classified images."""
     with torch.inference_mode():
-        answers = torch.cat([classifier(batch).argmax(1) for batch in images.split(batch_size)])
-    return (answers == labels).double().mean().item()
+        predictions = torch.cat([classifier(batch).argmax(1) for batch in images.split(batch_size)])
+    return (predictions == labels).double().mean().item()
 
 
 def learning(run: Path) -> list[str]:
-    """The run's log, as a table, and what it found on the test images."""
+    """Return the run's log as a table, and its test accuracy."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     columns = [name for name in rows[0] if name == "epoch" or name.endswith(("_loss", "_accuracy"))]
@@ -126,14 +126,14 @@ def _short(figure: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run of `revnet train` with an i-RevNet")
-    parser.add_argument("--data", default="cifar10", help="where the test images are")
-    parser.add_argument("--num-images", type=int, default=10_000, help="how many of them go there and back")
-    parser.add_argument("--num-shown", type=int, default=10, help="images in the picture")
-    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks a stage, of the second table")
+    parser.add_argument("--data", default="cifar10", help="data set of the test images")
+    parser.add_argument("--num-images", type=int, default=10_000, help="number of images in the round trip")
+    parser.add_argument("--num-shown", type=int, default=10, help="number of images in the figure")
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks per stage, for the second table")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     check_matplotlib()
@@ -143,15 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     test = load_dataset(given.data).test
     images, labels = test.images[: given.num_images], test.labels[: given.num_images]
     untrained = Classifier.create(classifier.header, classifier.preprocess).eval()
-    before, after = (100 * accuracy(each, images, labels) for each in (untrained, classifier))
+    before, after = (100 * accuracy(model, images, labels) for model in (untrained, classifier))
     back = reconstruction(classifier, images)
     depths = [by_depth(int(depth)) for depth in given.depths.split(",")]
     stem = f"irevnet_{hardware_name()}_{datetime.date.today()}"
     given.output_dir.mkdir(parents=True, exist_ok=True)
     shown = images[: given.num_shown]
-    draw(shown, there_and_back(classifier, shown), given.output_dir / f"{stem}.png")
+    draw(shown, round_trip(classifier, shown), given.output_dir / f"{stem}.png")
     write_csv(depths, given.output_dir / f"{stem}.csv")
-    columns = ("blocks", "parameters", "reverse MiB", "store MiB", "error there and back")
+    columns = ("blocks", "parameters", "reverse MiB", "store MiB", "round-trip error")
     cells = [
         [
             str(row["num_blocks"]),
@@ -163,31 +163,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in depths
     ]
     page = [
-        "# i-RevNet: images come back from the last map",
+        "# i-RevNet: reconstruction of images from the last map",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/irevnet.py", *arguments])),
         "",
         "## Training",
         "",
         *learning(given.run),
-        f"Of the {len(images):,} images below, {before:.2f} % are right before training and {after:.2f} % after.",
+        f"Accuracy on the {len(images):,} images below: {before:.2f} % before training, {after:.2f} % after.",
         "",
-        "## There and back",
+        "## Round trip",
         "",
-        f"Of the test images, {back['images']:,} went to the last map of the trained network and back, in float32. The",
-        f"largest error of a value is {back['largest_error']:.1e} of 256 grey levels, the mean "
+        f"{back['images']:,} test images went to the last map of the trained network and back, in float32. The largest",
+        f"error of a value is {back['largest_error']:.1e} of 256 gray levels, and the mean error "
         f"{back['mean_error']:.1e};",
-        f"{back['changed_pixels']} of {images.numel():,} values differ when they are rounded to grey levels again.",
+        f"{back['changed_pixels']} of {images.numel():,} values differ after rounding to gray levels.",
         "",
-        "Above the images, in the middle what came back, below the difference, magnified.",
+        "Top: images; middle: reconstructions; bottom: magnified differences.",
         "",
         f"![{stem}.png]({stem}.png)",
         "",
         "## By depth",
         "",
-        "The same network with other numbers of blocks, 100 images of 32x32. Memory: the peak of activations in a",
-        "training step above parameters and gradients, counted; by the policy of the blocks. Error: the largest of",
-        "standard normal images that went there and back in float32, before any training.",
+        "The same network with other numbers of blocks, 100 images of 32x32. Memory: the counted peak of",
+        "activations in a training step, without parameters and gradients, by the policy of the blocks. Error: the",
+        "largest round-trip error of standard normal images in float32, before training.",
         "",
         *table(columns, cells),
     ]

@@ -1,18 +1,18 @@
-"""Memory: what is predicted beside what is counted, what plans cost, and whether a process keeps to a budget.
+"""Memory: predicted and counted peaks, the cost of plans, and whether a process stays within a budget.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --plans --model revnet110 --batch-size 128
     python benchmarks/memory.py --real --fraction 0.25
 
-Three tables, each also alone by its flag:
+Three tables, each with a flag that selects it:
 
 - `--prediction`: the peak of a step of each model, predicted from shapes and counted while it runs.
-- `--plans`: plans between the least memory and plain autograd's: their memory and time, as foreseen and as they run.
-  All ways of running take turns in one process.
-- `--real`: a model told to fit in a fraction of its plain memory, the plain model and its pair, each in a process of
-  its own: the bytes counted, and the growth of the process.
+- `--plans`: predicted and measured memory and time of plans between the least memory and plain autograd. All variants
+  are timed in turns in one process.
+- `--real`: a model planned for a fraction of its plain memory, the plain model and its pair, each in a separate
+  process: the counted bytes and the growth of the process.
 
-Writes a page, a CSV for each table and pictures into benchmarks/results/. On the CPU, on Linux.
+Writes a page, a CSV for each table and figures to benchmarks/results/. Runs on the CPU, on Linux.
 """
 
 import argparse
@@ -36,30 +36,34 @@ TABLES = ("prediction", "plans", "real")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in TABLES:
-        parser.add_argument(f"--{name}", action="store_true", help="this table alone, or with others that are named")
-    parser.add_argument("--models", default=",".join(list_models()), help="of the first table")
-    parser.add_argument("--batch-sizes", help="of the first table; 4,16,64 for small images and 1,2,4 for large ones")
-    parser.add_argument("--model", default="revnet110", help="of the second and third table")
-    parser.add_argument("--batch-size", type=int, default=128, help="of the second and third table")
-    parser.add_argument("--num-rounds", type=int, default=7, help="steps of each way of running, in the second table")
-    parser.add_argument("--fraction", type=float, default=0.25, help="of the plain memory, in the third table")
+        parser.add_argument(
+            f"--{name}", action="store_true", help="measure this table only, or with other selected tables"
+        )
+    parser.add_argument("--models", default=",".join(list_models()), help="for the first table")
+    parser.add_argument("--batch-sizes", help="for the first table; 4,16,64 for small images and 1,2,4 for large ones")
+    parser.add_argument("--model", default="revnet110", help="for the second and third table")
+    parser.add_argument("--batch-size", type=int, default=128, help="for the second and third table")
+    parser.add_argument("--num-rounds", type=int, default=7, help="steps of each variant in the second table")
+    parser.add_argument(
+        "--fraction", type=float, default=0.25, help="fraction of the plain memory, for the third table"
+    )
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     names = [name for name in TABLES if getattr(given, name)]
-    complaint = wrong(given, names or TABLES)
-    if complaint:
-        parser.error(complaint)
+    problem = find_problem(given, names or TABLES)
+    if problem:
+        parser.error(problem)
     check_matplotlib()
     stem = f"{'-'.join(['memory', *names])}_{hardware_name()}_{datetime.date.today()}"
     page = [
-        "# Memory: predicted, planned, kept",
+        "# Memory: predictions, plans and budgets",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/memory.py", *arguments])),
-        "- A step: forward, cross-entropy and backward in float32, channels-last. Peaks are of everything: parameters,",
+        "- A step: forward, cross-entropy and backward in float32, channels-last. Peaks include parameters,",
         "  buffers, input, activations, gradients, and the state and step of SGD with momentum. *Counted* is",
         "  `revnet.memory.measure`, which runs the step; *predicted* is `revnet.memory.predict`, from shapes alone.",
         "",
@@ -72,11 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*section.lines, sep="\n", flush=True)
         page += section.lines
         write_csv(section.rows, given.output_dir / f"{stem}_{name}.csv")
-        (given.output_dir / f"{stem}.md").write_text("\n".join(page).rstrip() + "\n")  # The next one may take long.
+        (given.output_dir / f"{stem}.md").write_text(
+            "\n".join(page).rstrip() + "\n"
+        )  # saves this table before the next one, which may take long
 
 
 def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
-    """One of the tables."""
+    """Measure one of the tables."""
     if name == "prediction":
         return prediction_section(given.models.split(","), sizes_of(given))
     if name == "plans":
@@ -85,27 +91,27 @@ def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
 
 
 def sizes_of(given: argparse.Namespace) -> list[int] | None:
-    """The batch sizes of the first table, if they are given."""
+    """Return the batch sizes of the first table, if they are given."""
     return [int(size) for size in given.batch_sizes.split(",")] if given.batch_sizes else None
 
 
-def wrong(given: argparse.Namespace, names: Sequence[str]) -> str | None:
-    """What can be seen to be wrong before anything takes minutes."""
+def find_problem(given: argparse.Namespace, names: Sequence[str]) -> str | None:
+    """Return a problem of the arguments, or None."""
     for name in [*given.models.split(","), given.model]:
         if name not in list_models():
-            return f"there is no model {name!r}; choose of {', '.join(list_models())}"
+            return f"there is no model {name!r}; choose from {', '.join(list_models())}"
     if "real" in names and given.model not in PAIRS:
-        return f"--real needs a reversible --model, not {given.model}; choose of {', '.join(PAIRS)}"
+        return f"--real needs a reversible --model, not {given.model}; choose from {', '.join(PAIRS)}"
     try:
         least = min(given.batch_size, given.num_rounds, *(sizes_of(given) or [1]))
     except ValueError:
-        return f"--batch-sizes {given.batch_sizes!r} must be numbers with commas between, such as 4,16"
+        return f"--batch-sizes {given.batch_sizes!r} must be comma-separated numbers, such as 4,16"
     if least < 1:
-        return "batch sizes and rounds must be 1 or more"
+        return "batch sizes and rounds must be at least 1"
     if not 0 < given.fraction <= 1:
-        return f"--fraction {given.fraction} must be above 0, and 1 at most"
+        return f"--fraction {given.fraction} must be above 0 and at most 1"
     if not given.output_dir.is_dir():
-        return f"--output-dir {given.output_dir} is no folder; make it first"
+        return f"--output-dir {given.output_dir} is not a folder; create it first"
     return None
 
 

@@ -1,11 +1,11 @@
-"""Parameters, FLOPs, peak activation memory and step time of the models, at the size of image that they are made for.
+"""Parameters, FLOPs, peak activation memory and step time of the models, at their published image size.
 
     python benchmarks/models.py
     python benchmarks/models.py --models resnet101,revnet104 --batch-size 32 --largest-batch --device cuda
 
-Each model as `revnet train` runs it (channels-last weights), each reversible one beside its stored twin. Bytes are
-counted exactly, from shapes alone; times are medians of raw training steps (forward, cross-entropy, backward),
-interleaved in one process; the largest batch is the largest whose step fits on the GPU. Writes a table and its CSV into
+The models have channels-last weights, as in `revnet train`, and each reversible model is compared with its stored twin.
+Bytes are exact, from shapes alone. Times are medians of training steps (forward, cross-entropy, backward), interleaved
+in one process. The largest batch is the largest one whose step fits on the GPU. Writes a table and its CSV to
 benchmarks/results/.
 """
 
@@ -31,19 +31,19 @@ TWIN = ", stored twin"
 
 
 def make(variant: str) -> nn.Module:
-    """A model by name, or its stored twin."""
+    """Return a model by name, or its stored twin."""
     options = {"policy": Store()} if variant.endswith(TWIN) else {}
     return create_model(variant.removesuffix(TWIN), **options).to(memory_format=torch.channels_last)
 
 
 def variants_of(names: list[str]) -> list[str]:
-    """Every model, and the stored twins of the reversible ones."""
+    """Return all models, and the stored twins of the reversible ones."""
     with torch.device("meta"):
         return [name + suffix for name in names for suffix in (["", TWIN] if make(name).is_reversible else [""])]
 
 
 def counted(variant: str, batch_size: int, size: int) -> dict[str, int | float]:
-    """What is known from shapes alone."""
+    """Return parameters, FLOPs and bytes, from shapes alone."""
     with torch.device("meta"):
         model = make(variant)
         return {
@@ -54,14 +54,14 @@ def counted(variant: str, batch_size: int, size: int) -> dict[str, int | float]:
 
 
 def step(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> None:
-    """One forward and backward pass."""
+    """Run one forward and backward pass."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
         loss = F.cross_entropy(model(images), labels)
     loss.backward()
 
 
 def step_seconds(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> float:
-    """Time one step."""
+    """Return the time of one step."""
     model.zero_grad(set_to_none=False)
     synchronize(images.device)
     start = time.perf_counter()
@@ -71,14 +71,14 @@ def step_seconds(model: nn.Module, images: Tensor, labels: Tensor, precision: st
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
+    """Wait for the GPU, if there is one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def allocated_bytes(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> int:
-    """Peak of a step above what lay there before, by the allocator of a GPU."""
-    step(model, images, labels, precision)  # gradients and workspaces are there from now on
+    """Return the peak of a step minus the memory before it, from the allocator of a GPU."""
+    step(model, images, labels, precision)  # allocates gradients and workspaces
     gc.collect()
     torch.cuda.reset_peak_memory_stats(images.device)
     before = torch.cuda.memory_allocated(images.device)
@@ -87,7 +87,7 @@ def allocated_bytes(model: nn.Module, images: Tensor, labels: Tensor, precision:
 
 
 def largest_batch(variant: str, size: int, device: torch.device, precision: str) -> int:
-    """The largest batch, to 1 part in 16, whose step fits."""
+    """Return the largest batch whose step fits, with an accuracy of 1/16."""
     model = make(variant).to(device)
 
     def fits(batch_size: int) -> bool:
@@ -113,17 +113,17 @@ def largest_batch(variant: str, size: int, device: torch.device, precision: str)
 
 
 def main() -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--models", default=",".join(name for name in list_models() if published_image_size(name) == 32)
     )
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--image-size", type=int, help="that of the first model if not given")
+    parser.add_argument("--image-size", type=int, help="default: published size of the first model")
     parser.add_argument("--num-steps", type=int, default=5)
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--largest-batch", action="store_true", help="on a GPU: search the largest batch that fits")
+    parser.add_argument("--largest-batch", action="store_true", help="on a GPU: search for the largest batch that fits")
     arguments = parser.parse_args()
     device, names = torch.device(arguments.device), arguments.models.split(",")
     if arguments.largest_batch and device.type != "cuda":
@@ -167,9 +167,9 @@ def write(rows: list[dict], arguments: argparse.Namespace, size: int, device: to
         f"# Models on images of {size}x{size}",
         "",
         *describe_machine(command, device=device),
-        f"- Batch: {arguments.batch_size} images of 3x{size}x{size}, {arguments.precision}. Peak bytes are above",
-        "  parameters, gradients, buffers and the input, from shapes, in float32. Times are medians, interleaved in",
-        "  one process; read them as ratios.",
+        f"- Batch: {arguments.batch_size} images of 3x{size}x{size}, {arguments.precision}. Peak bytes exclude",
+        "  parameters, gradients, buffers and the input, and are from shapes in float32. Times are medians,",
+        "  interleaved in one process; read them as ratios.",
         "",
         f"| {' | '.join(columns.values())} | step / {rows[0]['model']} |",
         f"| --- |{' ---: |' * len(columns)}",

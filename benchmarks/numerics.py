@@ -1,18 +1,18 @@
-"""Numerics: what the drift meter tells and the guard keeps, what exactness costs in accuracy, drift through training.
+"""Numerics: drift, tolerances, the accuracy of exact reversal, and drift during training.
 
     python benchmarks/numerics.py --data path/to/cifar10
     python benchmarks/numerics.py --scales
     python benchmarks/numerics.py --accuracy --data path/to/cifar10 --num-updates 500 --seeds 0,1
 
-Four tables, each also alone by its flag:
+Four tables, each with a flag that selects it:
 
-- `--scales`: blocks with weights scaled by 1, 2, 4 and 8: the error of gradients, what the meter reports, and the same
-  under a tolerance, with the keyframes that it took.
-- `--curves`: drift through training in float32, under autocast to bfloat16, and exact; and what the meter costs.
-- `--accuracy`: RevNet-38 on CIFAR-10, float against exact, from the same seeds.
-- `--conditioning`: training with and without the penalty that keeps inverses stable.
+- `--scales`: blocks with weights scaled by 1, 2, 4 and 8: gradient errors and drift without a bound and with a
+  tolerance, and the number of keyframes.
+- `--curves`: drift during training in float32, with bfloat16 autocast and with exact reversal; the cost of the meter.
+- `--accuracy`: RevNet-38 on CIFAR-10 with float and exact reversal, from the same seeds.
+- `--conditioning`: training with and without the conditioning penalty.
 
-Writes a page, a CSV for each table and pictures into benchmarks/results/.
+Writes a page, a CSV for each table and figures to benchmarks/results/.
 """
 
 import argparse
@@ -36,20 +36,22 @@ TABLES = ("scales", "curves", "accuracy", "conditioning")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in TABLES:
-        parser.add_argument(f"--{name}", action="store_true", help="this table alone, or with others that are named")
-    parser.add_argument("--data", default="cifar10", help="CIFAR-10 of the third table, by name or folder")
-    parser.add_argument("--num-updates", type=int, default=500, help="of the third table")
-    parser.add_argument("--seeds", default="0,1", help="of the third table")
-    parser.add_argument("--num-steps", type=int, default=300, help="of the second and fourth table")
+        parser.add_argument(
+            f"--{name}", action="store_true", help="measure this table only, or with other selected tables"
+        )
+    parser.add_argument("--data", default="cifar10", help="CIFAR-10 for the third table, by name or folder")
+    parser.add_argument("--num-updates", type=int, default=500, help="for the third table")
+    parser.add_argument("--seeds", default="0,1", help="for the third table")
+    parser.add_argument("--num-steps", type=int, default=300, help="for the second and fourth table")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    complaint = wrong(given)
-    if complaint:
-        parser.error(complaint)
+    problem = find_problem(given)
+    if problem:
+        parser.error(problem)
     check_matplotlib()
     names = [name for name in TABLES if getattr(given, name)] or list(TABLES)
     date = datetime.date.today()
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
-    """One of the tables."""
+    """Measure one of the tables."""
     if name == "scales":
         return scales_section(picture)
     if name == "curves":
@@ -77,16 +79,16 @@ def seeds_of(given: argparse.Namespace) -> list[int]:
     return [int(seed) for seed in given.seeds.split(",")]
 
 
-def wrong(given: argparse.Namespace) -> str | None:
-    """What can be seen to be wrong before anything takes minutes."""
+def find_problem(given: argparse.Namespace) -> str | None:
+    """Return a problem of the arguments, or None."""
     try:
         seeds = seeds_of(given)
     except ValueError:
-        return f"--seeds {given.seeds!r} must be numbers with commas between, such as 0,1"
+        return f"--seeds {given.seeds!r} must be comma-separated numbers, such as 0,1"
     if min(given.num_updates, given.num_steps) < 1 or min(seeds) < 0:
-        return "updates and steps must be 1 or more, seeds 0 or more"
+        return "updates and steps must be at least 1, and seeds at least 0"
     if not given.output_dir.is_dir():
-        return f"--output-dir {given.output_dir} is no folder; make it first"
+        return f"--output-dir {given.output_dir} is not a folder; create it first"
     return None
 
 

@@ -1,10 +1,10 @@
-"""Reversible vision transformers: memory by depth and step time beside the stored twin, round trips, a training run.
+"""Reversible vision transformers: memory, step time and round trips compared with the stored twin, and a training run.
 
     revnet train --config cifar10/quick/revvit_cifar --out-dir runs/revvit
     python benchmarks/vit.py runs/revvit
 
-Memory by depth is that of Rev-ViT-S, predicted from shapes, with other numbers of blocks; steps of the network for
-CIFAR are run, and their bytes counted. Writes a page, a CSV for each table and a picture into benchmarks/results/.
+Memory by depth is predicted from shapes, for Rev-ViT-S with other numbers of blocks. Steps of the CIFAR network are run
+and their bytes counted. Writes a page, a CSV for each table and a figure to benchmarks/results/.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from revnet import Reverse, Store
 from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet._palette import BLUE, PURPLE
 from revnet.bench import describe_machine, hardware_name
 from revnet.memory import measure, predict
 from revnet.models import ReversibleViT
@@ -32,7 +33,7 @@ from revnet.nn import AbstractPolicy
 
 RESULTS = Path(__file__).parent / "results"
 POLICIES: dict[str, AbstractPolicy] = {"reversible": Reverse(), "stored": Store()}
-COLORS = {"reversible": "#4477aa", "stored": "#aa3377"}
+COLORS = {"reversible": BLUE, "stored": PURPLE}
 SMALL = {"dim": 384, "num_heads": 6}
 CIFAR = {"img_size": 32, "patch_size": 4, "dim": 192, "num_heads": 6, "mlp_ratio": 2, "num_classes": 10}
 DEPTHS = (6, 12, 24, 48)
@@ -40,26 +41,26 @@ CIFAR_DEPTHS = (3, 9, 27)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="?", help="folder of a training run, whose outcome is told too")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a training run to include")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.batch_size < 1:
-        parser.error(f"--batch-size {given.batch_size} must be 1 or more")
+        parser.error(f"--batch-size {given.batch_size} must be at least 1")
     if not given.output_dir.is_dir():
-        parser.error(f"--output-dir {given.output_dir} is no folder; make it first")
+        parser.error(f"--output-dir {given.output_dir} is not a folder; create it first")
     if given.run is not None and not (given.run / "summary.json").is_file():
-        parser.error(f"{given.run} is no folder of a finished run; it has no summary.json")
+        parser.error(f"{given.run} is not the folder of a finished run; it has no summary.json")
     check_matplotlib()
     stem = f"revvit_{hardware_name()}_{datetime.date.today()}"
     page = [
         "# Reversible vision transformers",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/vit.py", *arguments])),
-        "- *Activations*: what a training step in float32 needs at its peak beyond parameters, their gradients and the",
+        "- *Activations*: the peak memory of a training step in float32, without parameters, their gradients and the",
         "  input. The stored twin is the same network with `policy=Store()`.",
         "",
     ]
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def depth_section(batch_size: int, picture: Path) -> Section:
-    """Rev-ViT-S with other numbers of blocks, by shapes."""
+    """Predict the memory of Rev-ViT-S with other numbers of blocks."""
     rows = []
     for depth in DEPTHS:
         row: Row = {"depth": depth}
@@ -112,7 +113,7 @@ def depth_section(batch_size: int, picture: Path) -> Section:
 
 
 def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
-    """Activations against depth."""
+    """Draw activations against depth."""
     figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     depths = [row["depth"] for row in rows]
@@ -131,7 +132,7 @@ def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
 
 
 def step_section(batch_size: int) -> Section:
-    """The network for CIFAR in real steps: bytes counted, time, and what `inverse` gives back."""
+    """Measure bytes, time and the round-trip error of the CIFAR network."""
     images = torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     models = {}
     for depth in CIFAR_DEPTHS:
@@ -147,7 +148,7 @@ def step_section(batch_size: int) -> Section:
         row: Row = {"depth": depth, "round_trip_error": round_trip_error(models[depth, "reversible"], images)}
         for name in POLICIES:
             row[f"{name}_bytes"] = measure(models[depth, name], images).activation_bytes
-            row[f"{name}_step_seconds"] = statistics.median(seconds[depth, name][1:])  # the first one warms up
+            row[f"{name}_step_seconds"] = statistics.median(seconds[depth, name][1:])  # the first step warms up
         rows.append(row)
     cells = [
         [
@@ -163,23 +164,23 @@ def step_section(batch_size: int) -> Section:
         f"## Rev-ViT for CIFAR in real steps, {batch_size} images of 32x32",
         "",
         "Activations are counted while the step runs. *Step*: forward and backward, medians of five in turns. *Inverse",
-        "off by*: what `inverse` makes of the last block's output, the largest distance from what entered the first",
-        "block, relative to the largest element; in float32, at initialisation.",
+        "error*: the largest difference between the inverse of the last block's output and the first block's input,",
+        "relative to the largest element; in float32, at initialization.",
         "",
-        *table(("blocks", "activations, MiB", "stored, MiB", "step / stored", "inverse off by"), cells),
+        *table(("blocks", "activations, MiB", "stored, MiB", "step / stored", "inverse error"), cells),
     ]
     return Section(lines, rows)
 
 
 def step_seconds(model: ReversibleViT, images: Tensor) -> float:
-    """Time one step."""
+    """Return the time of one step."""
     start = time.perf_counter()
     F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64)).backward()
     return time.perf_counter() - start
 
 
 def round_trip_error(model: ReversibleViT, images: Tensor) -> float:
-    """From the output of the blocks back to their input."""
+    """Return the relative error of the blocks' inverse."""
     inputs: list[Tensor] = []
     hook = model.stages.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     outputs: list[Tensor] = []
@@ -193,7 +194,7 @@ def round_trip_error(model: ReversibleViT, images: Tensor) -> float:
 
 
 def training_section(folder: Path) -> Section:
-    """What came out of a run."""
+    """Return the results of a run."""
     summary = json.loads((folder / "summary.json").read_text())
     with (folder / "metrics.csv").open(newline="") as file:
         rows: list[Row] = list(csv.DictReader(file))
@@ -204,9 +205,9 @@ def training_section(folder: Path) -> Section:
         f"## Training {summary['model']} on {summary['data']}",
         "",
         f"{summary['num_updates']:,} updates of {summary['batch_size']} images in {summary['train_seconds'] / 60:.1f}",
-        f"minutes: {100 * summary['test_accuracy']:.2f} % of {summary['test_images']:,} test images are told right,",
-        f"by guessing it would be 10 %. An update needs {mib(summary['peak_bytes'])} MiB of activations, one of the",
-        f"stored twin {mib(summary['stored_peak_bytes'])}. Accuracy of an epoch: of its augmented images, as it rises.",
+        f"minutes: {100 * summary['test_accuracy']:.2f} % of {summary['test_images']:,} test images are correct",
+        f"(chance: 10 %). An update needs {mib(summary['peak_bytes'])} MiB of activations, and an update of the stored",
+        f"twin {mib(summary['stored_peak_bytes'])} MiB. Training accuracy is on the epoch's augmented images.",
         "",
         *table(("epoch", "training loss", "training accuracy"), cells),
     ]

@@ -1,10 +1,10 @@
-"""The partially reversible 3-D U-Net beside its stored twin: memory, time, what it learns, what `inverse` gives back.
+"""The partially reversible 3-D U-Net and its stored twin: memory, time, training and round trips.
 
     python benchmarks/volumes.py
 
-Memory by depth is predicted for the published network, and counted in real steps of a small one. Both are trained on
-volumes that are made on the spot, in turns, from the same weights. Writes a page, a CSV for each table and a picture
-into benchmarks/results/.
+Memory by depth is predicted for the published network, and counted in real steps of a small one. The small network and
+its twin are trained on synthetic volumes, in turns, from the same weights. Writes a page, a CSV for each table and a
+figure to benchmarks/results/.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from revnet import Reverse, ReversibleSequential, Store
 from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet._palette import BLUE, PURPLE
 from revnet.bench import describe_machine, hardware_name
 from revnet.memory import measure, predict
 from revnet.models import UNet3d
@@ -33,14 +34,14 @@ from revnet.nn import AbstractPolicy
 RESULTS = Path(__file__).parent / "results"
 DEPTHS = (1, 2, 4, 8)
 POLICIES: dict[str, AbstractPolicy] = {"reversible": Reverse(), "stored": Store()}
-COLORS = {"reversible": "#4477aa", "stored": "#aa3377"}
+COLORS = {"reversible": BLUE, "stored": PURPLE}
 SMALL = {"in_channels": 1, "num_classes": 1, "widths": (8, 16, 32)}
 BUDGETS_GIB = (8, 16, 24)
 GIB = 2**30
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and write the results."""
+    """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=128, help="side of the volume for the published network")
@@ -49,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.size % 16 or given.small_size % 4 or min(given.size, given.small_size, given.num_updates) < 1:
-        parser.error("--size must be a multiple of 16, --small-size one of 4, and all must be 1 or more")
+        parser.error("--size must be a multiple of 16, --small-size a multiple of 4, and all numbers at least 1")
     if not given.output_dir.is_dir():
-        parser.error(f"--output-dir {given.output_dir} is no folder; make it first")
+        parser.error(f"--output-dir {given.output_dir} is not a folder; create it first")
     check_matplotlib()
     stem = f"volumes_{hardware_name()}_{datetime.date.today()}"
     picture = given.output_dir / f"{stem}.png"
@@ -65,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Volumes: the partially reversible 3-D U-Net",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/volumes.py", *arguments])),
-        "- Bytes are those of one training step on one volume, in float32, SGD with momentum: *peak* is of everything,",
-        "  *activations* what is there beyond parameters, their gradients and the input. *Blocks* are those of every",
-        "  level, on the way down and on the way up. The stored twin is the same network with `policy=Store()`.",
+        "- Bytes are for one training step on one volume, in float32, SGD with momentum: *peak* includes everything,",
+        "and   *activations* excludes parameters, their gradients and the input. *Blocks* is the number per level, in",
+        "the   encoder and in the decoder. The stored twin is the same network with `policy=Store()`.",
         "",
     ]
     for name, section in sections.items():
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def optimizer(parameters: object) -> torch.optim.Optimizer:
-    """What the memory of is counted."""
+    """Return the optimizer whose memory is counted."""
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
 
 
@@ -87,7 +88,7 @@ def optimizer(parameters: object) -> torch.optim.Optimizer:
 
 
 def depth_section(size: int, picture: Path) -> Section:
-    """The published network with more and more blocks."""
+    """Predict the memory of the published network with increasing numbers of blocks."""
     rows = []
     for num_blocks in DEPTHS:
         for name, policy in POLICIES.items():
@@ -132,7 +133,7 @@ def depth_section(size: int, picture: Path) -> Section:
 
 
 def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
-    """Activations against blocks."""
+    """Draw activations against the number of blocks."""
     figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     for name, color in COLORS.items():
@@ -142,7 +143,7 @@ def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
         axes.annotate(f"{sizes[-1]:.1f} GiB", (depths[-1], sizes[-1]), (-4, 7), textcoords="offset points", ha="right")
     axes.set_xticks(DEPTHS)
     axes.set_ylim(0, 1.12 * max(row["activation_bytes"] for row in rows) / GIB)  # room for the last label
-    axes.set_xlabel("reversible blocks of each level, down and up")
+    axes.set_xlabel("reversible blocks per level")
     axes.set_ylabel("activations of a step (GiB)")
     clear_frame(axes)
     write_title(axes, title)
@@ -150,11 +151,11 @@ def draw(rows: Sequence[Row], picture: Path, *, title: str) -> None:
     save(figure, picture)
 
 
-# What fits ------------------------------------------------------------------------------------------------------------
+# Largest cube ---------------------------------------------------------------------------------------------------------
 
 
 def size_section() -> Section:
-    """The largest cube whose step fits."""
+    """Find the largest cube whose step fits."""
     rows = []
     num_blocks = 2
     for budget in BUDGETS_GIB:
@@ -172,7 +173,7 @@ def size_section() -> Section:
     lines = [
         "## The largest cube that fits",
         "",
-        "The published network, one volume, sides by 16; predicted peaks within the budget.",
+        "The published network, one volume, sides in steps of 16; predicted peaks within the budget.",
         "",
         *table(("blocks", "budget", "reversible", "stored", "voxels, times"), cells),
     ]
@@ -180,7 +181,7 @@ def size_section() -> Section:
 
 
 def largest(num_blocks: int, policy: AbstractPolicy, budget_bytes: int) -> int:
-    """The side of it."""
+    """Return the side of the largest cube within the budget."""
     with torch.device("meta"):
         model = UNet3d(num_blocks=num_blocks, policy=policy)
 
@@ -197,11 +198,11 @@ def largest(num_blocks: int, policy: AbstractPolicy, budget_bytes: int) -> int:
     return 16 * low
 
 
-# What is run ----------------------------------------------------------------------------------------------------------
+# Measurements ---------------------------------------------------------------------------------------------------------
 
 
 def small_section(size: int) -> Section:
-    """Real steps of a small network: bytes counted, time, and what `inverse` gives back."""
+    """Measure bytes, time and round-trip errors of a small network."""
     volumes, masks = balls(2, size, torch.Generator().manual_seed(0))
     models = {}
     for num_blocks in DEPTHS:
@@ -223,7 +224,7 @@ def small_section(size: int) -> Section:
                 "way": name,
                 "counted_activation_bytes": counted.activation_bytes,
                 "predicted_activation_bytes": predict(model, volumes, optimizer=optimizer).activation_bytes,
-                "step_seconds": statistics.median(seconds[num_blocks, name][1:]),  # the first one warms up
+                "step_seconds": statistics.median(seconds[num_blocks, name][1:]),  # the first step warms up
                 "round_trip_error": round_trip_error(model, volumes),
             }
         )
@@ -240,14 +241,14 @@ def small_section(size: int) -> Section:
                 f"{own['round_trip_error']:.0e}",
             ]
         )
-    columns = ("blocks", "counted, MiB", "predicted", "stored, counted", "predicted", "step / stored", "inverse off by")
+    columns = ("blocks", "counted, MiB", "predicted", "stored, counted", "predicted", "step / stored", "inverse error")
     widths = ", ".join(map(str, SMALL["widths"]))
     lines = [
         f"## A small network in real steps, on two volumes of {size}x{size}x{size}",
         "",
         f"Widths {widths}. Activations are counted while the step runs. *Step*: forward and backward, medians of three",
-        "in turns. *Inverse off by*: what comes back from the output of each level's blocks by `inverse`, the largest",
-        "distance from what went in, relative to the largest element; in float32, at initialisation.",
+        "in turns. *Inverse error*: the largest difference between the inverse of the output of a level's blocks and",
+        "their input, relative to the largest element; in float32, at initialization.",
         "",
         *table(columns, cells),
     ]
@@ -255,7 +256,7 @@ def small_section(size: int) -> Section:
 
 
 def round_trip_error(model: UNet3d, volumes: Tensor) -> float:
-    """The worst of all levels."""
+    """Return the largest relative error of the inverse over all levels."""
     errors = []
 
     def compare(blocks: ReversibleSequential, inputs: tuple[Tensor], y: Tensor) -> None:
@@ -271,7 +272,7 @@ def round_trip_error(model: UNet3d, volumes: Tensor) -> float:
 
 
 def training_section(size: int, num_updates: int) -> Section:
-    """Train the network and its twin, from the same weights, on the same volumes."""
+    """Train the network and its twin from the same weights with the same volumes."""
     models, optimizers, losses = {}, {}, {}
     for name, policy in POLICIES.items():
         torch.manual_seed(0)
@@ -304,11 +305,11 @@ def training_section(size: int, num_updates: int) -> Section:
         for row in rows
     ]
     lines = [
-        "## What it learns",
+        "## Training",
         "",
-        f"The small network with two blocks a level, {num_parameters:,} parameters, on two new volumes of",
-        f"{size}x{size}x{size} in every update: noise with one ball each, as bright above the rest as noise deviates.",
-        f"Adam, learning rate 0.01. Dice on 8 other volumes; the best threshold on single voxels has {threshold:.3f}.",
+        f"The small network with two blocks per level, {num_parameters:,} parameters, on two new volumes of",
+        f"{size}x{size}x{size} in every update: noise with one ball, brighter by one standard deviation of the noise.",
+        f"Adam, learning rate 0.01. Dice on 8 other volumes; the best threshold on voxels reaches {threshold:.3f}.",
         "",
         *table(columns, cells),
     ]

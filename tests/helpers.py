@@ -1,4 +1,4 @@
-"""Every kind of block and policy, once. The contracts run over these lists: a newcomer is tested by being added."""
+"""Lists of all kinds of blocks, policies and models. The contracts run over these lists, so new entries are tested."""
 
 import copy
 import random
@@ -32,7 +32,7 @@ from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer,
 
 
 class ConvResidual(nn.Module):
-    """BN, ReLU, 3x3 convolution, twice: the paper's F and G."""
+    """BN, ReLU and 3x3 convolution, twice: the paper's F and G."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class BiasedNormResidual(nn.Sequential):
-    """Two convolutions behind batch norms of TensorFlow's kind, as the models have them."""
+    """Two convolutions with TensorFlow's batch norm, as in the models."""
 
     def __init__(self, num_channels: int):
         layers: list[nn.Module] = []
@@ -78,7 +78,7 @@ class BiasedNormResidual(nn.Sequential):
 
 
 class FeedForward(nn.Module):
-    """Layer norm and a two-layer perceptron, ignoring the attention's arguments."""
+    """Layer norm and a two-layer perceptron, which ignores the attention's arguments."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
 
 
 class Averaging(nn.Module):
-    """Centres its input by moving averages: one rebinds its buffer, one writes to it, one counts."""
+    """Centers its input with moving averages: one rebinds its buffer, one writes to it, one counts."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -111,7 +111,7 @@ class Averaging(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """Takes its other arguments from a nested structure, some of it needing gradients."""
+    """Takes its arguments from a nested structure, parts of which need gradients."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -123,7 +123,7 @@ class Conditioned(nn.Module):
 
 
 class Bernoulli(nn.Module):
-    """Draws random numbers by itself rather than through a module that is known to be random."""
+    """Draws random numbers directly instead of through a random module."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -135,7 +135,7 @@ class Bernoulli(nn.Module):
 
 
 class Transposed(nn.Module):
-    """Mixes along the second dimension, and returns a transposed view."""
+    """Mixes along the second dimension and returns a transposed view."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -146,7 +146,7 @@ class Transposed(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A fused recurrent layer, which saves what its kernel likes."""
+    """A fused recurrent layer, whose kernel decides what to save."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -157,7 +157,7 @@ class Recurrent(nn.Module):
 
 
 def mlp(num_features: int) -> nn.Sequential:
-    """Smooth everywhere, for numerical derivatives."""
+    """Return a smooth function, for numerical derivatives."""
     return nn.Sequential(nn.Linear(num_features, num_features), nn.Tanh(), nn.Linear(num_features, num_features))
 
 
@@ -168,7 +168,7 @@ def scaling_mlp(num_features: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of block with inputs that fit it; all in float64, so that tolerances can be tight."""
+    """A kind of block with matching inputs, in float64 for tight tolerances."""
 
     name: str
     make_block: Callable[[], AbstractReversibleBlock]
@@ -176,10 +176,10 @@ class Case:
     args: Callable[[], tuple[Any, ...]] = tuple
     kwargs: Callable[[], dict[str, Any]] = field(default=dict)
     tied: bool = False
-    """Whether one residual function serves in two blocks, and as both functions of the first."""
+    """Whether two blocks share one residual function, which is both functions of the first."""
     dtype: torch.dtype = torch.float64
     density: bool = False
-    """Whether it changes volumes."""
+    """Whether the block changes volumes."""
 
     def sequence(self, depth: int, policy: AbstractPolicy | list[AbstractPolicy] | None = None) -> ReversibleSequential:
         blocks = [self.make_block() for _ in range(depth)]
@@ -271,7 +271,7 @@ CASES = [
         (2, 6, 5, 5),
         density=True,
     ),
-    # On a grid so fine that rounding to it is less than what the contracts allow.
+    # A grid so fine that its rounding is within the tolerances of the contracts.
     Case(
         "fixed-point-conv",
         lambda: ReversibleBlock(
@@ -304,7 +304,7 @@ CASES = [
 ]
 
 SAMPLE = 0
-"""Bytes of tensors by which a run on the CPU knows, at any depth, how well it rebuilds: it keeps plain numbers."""
+"""Bytes of tensors that a run on the CPU keeps for its drift check, at any depth: it keeps plain numbers."""
 
 CASE = {case.name: case for case in CASES}
 
@@ -319,7 +319,7 @@ REVERSING_POLICIES = {
 }
 all_policies = pytest.mark.parametrize("policy", REVERSING_POLICIES.values(), ids=REVERSING_POLICIES.keys())
 
-# Cheap ones, with both blocks and both stems; tests/models compares the published networks with their twins.
+# Small models with both blocks and both stems. tests/models compares the published networks with their twins.
 REVERSIBLE_MODELS: dict[str, Callable[..., nn.Module]] = {
     "revnet38": partial(create_model, "revnet38"),
     "bottleneck": partial(RevNet, num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck"),
@@ -353,41 +353,41 @@ all_reversible_models = pytest.mark.parametrize("make_model", REVERSIBLE_MODELS.
 
 
 def model_input(model: nn.Module) -> Tensor:
-    """Images, or tokens, in float64."""
+    """Return images in float64, or tokens."""
     if isinstance(model, ReversibleTransformer):
         return torch.randint(10, (2, 50))
     return torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
 
 def squares(y: Tensor) -> Tensor:
-    """The sum of squares: a real loss, of a complex output too."""
+    """Return the sum of squares, which is real for complex outputs too."""
     return (torch.view_as_real(y) if y.is_complex() else y).square().sum()
 
 
 def leaves(values: Any) -> list[Tensor]:
-    """The tensors in a nested structure."""
+    """Return the tensors in a nested structure."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def residual_functions(block: AbstractReversibleBlock) -> list[nn.Module]:
-    """Those of a block that have parameters."""
+    """Return the functions of a block that have parameters."""
     functions = [half_block.function for half_block in block.half_blocks()]
     return [function for function in functions if list(function.parameters())]
 
 
 def stored_twin(sequence: ReversibleSequential) -> ReversibleSequential:
-    """The same blocks, copied, with every activation kept: the reference of every comparison."""
+    """Return a copy of the blocks that stores all activations, the reference of all comparisons."""
     return ReversibleSequential(*copy.deepcopy(list(sequence)), policy=Store())
 
 
 def assert_close(actual: Any, expected: Any, *, tolerance: float = 1e-9) -> None:
-    """Equal up to the rounding of a reconstruction in float64, a few hundred units in the last place."""
+    """Check equality up to the rounding of a reconstruction in float64, a few hundred units in the last place."""
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @contextmanager
 def right_or_raises(message: str) -> Iterator[None]:
-    """For what is not supported in general: the assertions within hold, or the error says why not."""
+    """Check that the assertions in the block hold, or that an error says what is not supported."""
     try:
         yield
     except RuntimeError as error:
@@ -398,7 +398,7 @@ def right_or_raises(message: str) -> Iterator[None]:
 def assert_trains_as_twin(
     sequence: ReversibleSequential, case: Case, step: Callable[..., object], *, tolerance: float = 1e-9
 ) -> None:
-    """`step(module, x, args, kwargs)` leaves behind what it leaves behind on the stored twin.
+    """Check that `step(module, x, args, kwargs)` has the same effects as on the stored twin.
 
     That is the gradients of the parameters, the input and the arguments, and what `step` returns, up to rounding; the
     buffers and the random state exactly. Both start from the same random state.
@@ -429,7 +429,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 class Outside(nn.Module):
-    """Scales by a number that PyTorch does not know to come again."""
+    """Scales by a random number from outside PyTorch, which a replay cannot repeat."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -440,7 +440,7 @@ class Outside(nn.Module):
 
 
 def assert_outside_randomness_raises(place: int, device: str = "cpu") -> None:
-    """Function number `place` of two blocks is named as the one that gives other numbers."""
+    """Check that the error names function number `place` of two blocks."""
     functions = [Outside(4) if place == number else mlp(4) for number in range(4)]
     blocks = [ReversibleBlock(*functions[start : start + 2], split_dim=-1) for start in (0, 2)]
     sequence = ReversibleSequential(*blocks).to(device)
@@ -450,7 +450,7 @@ def assert_outside_randomness_raises(place: int, device: str = "cpu") -> None:
 
 
 def assert_silent_write_raises(device: str = "cpu") -> None:
-    """An output that is written over without a version is noticed."""
+    """Check that a write to the output without a version change is detected."""
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), split_dim=-1) for _ in range(2)]).to(device)
     y = sequence(torch.randn(3, 8, device=device))
     loss = y.square().sum()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from revnet import list_models
-from revnet.bench.contenders import _reformer_module
+from revnet.bench.methods import _reformer_module
 from revnet.cli.main import COMMANDS, SUBCOMMANDS, main
 
 ROOT = Path(__file__).parent.parent

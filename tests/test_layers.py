@@ -13,6 +13,7 @@ LEVELS = {
     "_torch_internals": 0,
     "_hardware": 0,
     "_memory_readings": 0,
+    "_palette": 0,
     "_text_table": 0,
     "_figure": 1,
     "_lazy": 1,

@@ -4,7 +4,8 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,22 @@ import revnet
 from revnet._hardware import processor_name
 
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The header of a result file, without the names of its entries."""
+
+    hardware: str
+    versions: str
+    date: str
+    command: str
+
+    @classmethod
+    def parse(cls, lines: Sequence[str]) -> "Provenance":
+        """Read the lines that `describe_machine` wrote."""
+        entries = dict(line.removeprefix("- ").split(": ", 1) for line in lines)
+        return cls(entries["Hardware"], entries["Versions"], entries["Date"], entries["Command"].strip("`"))
 
 
 def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mapping[str, str] | None = None) -> list[str]:

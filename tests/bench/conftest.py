@@ -9,7 +9,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def case():
-    """A workload of a kilobyte: streams of 4 x 8 x 4 float32 values, 512 bytes each."""
+    """Return a workload of one kilobyte: two streams of 4 x 8 x 4 float32 values, 512 bytes each."""
     return Case("tiny", "linear and tanh", lambda: (_linear(), _linear()), (4, 8, 4), split_dim=2)
 
 

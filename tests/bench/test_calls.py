@@ -1,4 +1,4 @@
-"""Calls are counted where they happen: in revnet, forward and backward, and nowhere else."""
+"""`count_calls` counts calls inside revnet alone, in the forward and the backward pass."""
 
 import gc
 import sys
@@ -12,13 +12,13 @@ from revnet.bench.calls import count_calls
 from revnet.memory import format_bytes
 
 
-def test_what_is_not_revnet_is_not_counted():
+def test_does_not_count_other_code():
     linear = nn.Linear(2, 2)
     calls = count_calls(lambda: linear(torch.randn(1, 2)).sum().backward())
     assert (calls.num_calls, calls.num_files, calls.num_lines) == (0, 0, 0)
 
 
-def test_each_call_is_counted_and_its_file_is_read():
+def test_counts_calls_and_lines_of_their_file():
     calls = count_calls(lambda: [format_bytes(2**20) for _ in range(3)])
     (path,) = calls.by_file
     assert path.name == "_bytes.py"
@@ -26,13 +26,13 @@ def test_each_call_is_counted_and_its_file_is_read():
     assert calls.num_lines == len(path.read_text().splitlines())
 
 
-def test_the_backward_pass_is_counted():
+def test_counts_the_backward_pass():
     block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))
     loss = block(torch.randn(1, 4, requires_grad=True)).sum()
     assert count_calls(loss.backward).num_calls > 0
 
 
-def test_profiler_and_collector_are_as_before():
+def test_restores_profiler_and_collector():
     def fail():
         assert not gc.isenabled()
         raise ArithmeticError

@@ -1,4 +1,4 @@
-"""The table of `revnet bench --host`: every way of running is in it, computes the same, and is compared with plain."""
+"""The benchmark of `revnet bench --host`: all methods compute the same and appear in the table."""
 
 import csv
 import gc
@@ -6,10 +6,10 @@ import gc
 import pytest
 import torch
 
-from revnet.bench import HOST_CASES, HOST_CONTENDERS, Contender, host, host_report, run_host_benchmark
-from revnet.bench._step import gradient_error
-from revnet.bench.host import HostSubject, HostTimes
-from revnet.bench.host_cases import LOOP
+from revnet.bench import Method, host, host_report, run_host_benchmark
+from revnet.bench._runner import gradient_error
+from revnet.bench.host import HostRunner, HostTimes
+from revnet.bench.host_cases import HOST_CASES, HOST_METHODS, LOOP
 
 CPU = torch.device("cpu")
 
@@ -18,36 +18,36 @@ def fail(*_):
     raise ArithmeticError("on demand\nlong story")
 
 
-@pytest.mark.filterwarnings("ignore")  # what the peers' old code has to hear from PyTorch
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns about old code in other libraries
 @pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("contender", HOST_CONTENDERS, ids=lambda contender: contender.name)
-def test_gradients_are_plain_autograds(contender, case):
-    if contender.missing():
-        pytest.skip(contender.missing())
+@pytest.mark.parametrize("method", HOST_METHODS, ids=lambda method: method.name)
+def test_gradients_equal_plain_autograd(method, case):
+    if method.missing():
+        pytest.skip(method.missing())
     functions = [(f.double(), g.double()) for f, g in case.functions(3, CPU)]
-    found = []
-    for way in (LOOP, contender):
-        subject = HostSubject(way, case, functions)
-        subject.clear_gradients()
-        (x,) = subject.inputs(1)
-        subject.step(x.double())
-        found.append([parameter.grad for parameter in subject.parameters])
-    # The rounding of three reconstructions; or of fixed-point streams, to 2^-14, which changes a gradient by 2e-4 here.
-    assert gradient_error(found[1], found[0]) < (1e-2 if "FixedPoint" in contender.name else 1e-12)
+    gradients = []
+    for candidate in (LOOP, method):
+        runner = HostRunner(candidate, case, functions)
+        runner.clear_gradients()
+        (x,) = runner.inputs(1)
+        runner.step(x.double())
+        gradients.append([parameter.grad for parameter in runner.parameters])
+    # Rounding of three reconstructions, or of fixed-point streams to 2^-14, which changes a gradient by 2e-4 here.
+    assert gradient_error(gradients[1], gradients[0]) < (1e-2 if "FixedPoint" in method.name else 1e-12)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A page of seconds: two rounds of two blocks; with one contender that is missing and one that fails."""
-    contenders = [*HOST_CONTENDERS, Contender("absent", "", fail, "no-such-package-of-revnet")]
-    contenders.append(Contender("failing", "", fail))
+    """Run two rounds of two blocks, with one library that is missing and one method that fails."""
+    methods = [*HOST_METHODS, Method("absent", "", fail, "no-such-package-of-revnet")]
+    methods.append(Method("failing", "", fail))
     for module in (host, host_report):
-        monkeypatch.setattr(module, "HOST_CONTENDERS", contenders)
+        monkeypatch.setattr(module, "HOST_METHODS", methods)
     monkeypatch.setattr(host_report, "measure_host", lambda num_rounds: host.measure_host(num_rounds, num_blocks=2))
-    return contenders
+    return methods
 
 
-def test_every_contender_has_a_row(small, tmp_path, capsys):
+def test_every_method_has_a_row(small, tmp_path, capsys):
     torch.set_num_threads(2)
     page = run_host_benchmark(2, tmp_path / "results", "revnet bench --host --some-flag")
     assert torch.get_num_threads() == 2
@@ -56,20 +56,21 @@ def test_every_contender_has_a_row(small, tmp_path, capsys):
     text = page.read_text()
     for part in ("- Hardware: ", "threads used: 1", "- Versions: PyTorch ", "- Date: ", "--host --some-flag`"):
         assert part in text
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert output.count("no-such-package-of-revnet") == 2, "the package and the command, once"
     with page.with_suffix(".csv").open() as file:
-        rows = {(row["case"], row["contender"]): row for row in csv.DictReader(file)}
-    assert set(rows) == {(case.name, contender.name) for case in HOST_CASES for contender in small}
-    for (case, contender), row in rows.items():
-        assert f"{case}, {contender}: " in told
+        rows = {(row["case"], row["method"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {(case.name, method.name) for case in HOST_CASES for method in small}
+    for (case, method), row in rows.items():
+        assert (f"{case}, {method}: " in output) != row["note"].startswith("not installed")
         assert row["blocks"] == "2"
         if row["note"]:
-            assert f"- {contender}: {row['note']}" in text
+            assert f"- {method}: {row['note']}" in text
             assert not row["ratio_median"]
         else:
-            assert text.count(f"\n| {contender} | ") == len(HOST_CASES)
-            assert f"| {case} | {contender} | " in text or row["revnet_calls"] == "0"
-            assert (row["revnet_calls"] != "0") == contender.startswith("revnet")
+            assert text.count(f"\n| {method} | ") == len(HOST_CASES)
+            assert f"| {case} | {method} | " in text or row["revnet_calls"] == "0"
+            assert (row["revnet_calls"] != "0") == method.startswith("revnet")
             assert float(row["step_seconds"]) / 4e-6 == pytest.approx(float(row["half_block_microseconds"]))
     for case in HOST_CASES:
         assert rows[case.name, "plain"]["ratio_median"] == rows[case.name, "plain"]["least_over_least"] == "1.0"
@@ -85,7 +86,7 @@ def test_times_are_compared_within_the_round():
     assert times.step_seconds == 3.0
 
 
-def test_the_order_changes_and_everyone_has_a_turn_in_each_round():
+def test_each_round_runs_all_methods_in_a_new_order():
     turns = []
 
     class Recorder:

@@ -1,4 +1,4 @@
-"""Page, table and pictures of a benchmark with tiny workloads."""
+"""Page, table and figures of a benchmark with tiny workloads."""
 
 import csv
 import sys
@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 
-from revnet.bench import CONTENDERS, QUICK, Contender, Settings, plot, report, run, run_benchmark
+from revnet.bench import METHODS, QUICK, Method, Settings, plot, report, run, run_benchmark
 from revnet.bench import benchmark as benchmark_module
 from revnet.bench.run import Quartiles
 from revnet.errors import MissingDependencyError
 
-SETTINGS = Settings(memory_depths=(2, 4), time_depth=4, num_rounds=2, slow_traps=False)
+SETTINGS = Settings(memory_depths=(2, 4), time_depth=4, num_rounds=2, slow_pitfalls=False)
 
 
 def fail(*_):
@@ -20,20 +20,20 @@ def fail(*_):
 
 @pytest.fixture
 def small(monkeypatch, case):
-    """The tiny case alone; without the peers, but with one that is missing and one that fails; three traps."""
-    contenders = [contender for contender in CONTENDERS if contender.package is None]
-    contenders += [Contender("absent", "", fail, "no-such-package-of-revnet"), Contender("failing", "", fail)]
+    """Run the tiny case and two pitfalls, with one library that is missing and one method that fails."""
+    methods = [method for method in METHODS if method.package is None]
+    methods += [Method("absent", "", fail, "no-such-package-of-revnet"), Method("failing", "", fail)]
     for module in (run, report, plot):
-        monkeypatch.setattr(module, "CONTENDERS", contenders)
+        monkeypatch.setattr(module, "METHODS", methods)
         monkeypatch.setattr(module, "CASES", [case], raising=False)
-    traps = [run.TRAPS[0], run.TRAPS[-1]]
-    monkeypatch.setattr(run, "TRAPS", traps)
-    monkeypatch.setattr(report, "TRAPS", traps)
-    monkeypatch.setattr(run, "check_isolated", lambda trap, contender: trap.check(contender))
-    return contenders
+    pitfalls = [run.PITFALLS[0], run.PITFALLS[-1]]
+    monkeypatch.setattr(run, "PITFALLS", pitfalls)
+    monkeypatch.setattr(report, "PITFALLS", pitfalls)
+    monkeypatch.setattr(run, "check_isolated", lambda pitfall, method: pitfall.check(method))
+    return methods
 
 
-def test_everything_is_written(small, tmp_path, capsys):
+def test_writes_all_files(small, tmp_path, capsys):
     page = run_benchmark(SETTINGS, tmp_path / "results", "revnet bench --some-flag")
     stem = page.name.removesuffix(".md")
     assert stem.startswith("engine_cpu")
@@ -53,12 +53,14 @@ def test_everything_is_written(small, tmp_path, capsys):
     assert "| absent | not installed | not installed |" in text
     assert "| failing | failed | failed |" in text
     assert "| torch.compile(fullgraph=True) | not run |" in text
-    told = capsys.readouterr().out
-    assert all(f"tiny, 4 blocks, {contender.name}: " in told for contender in small)
+    output = capsys.readouterr().out
+    for method in small:
+        assert (f"tiny, 4 blocks, {method.name}: " in output) != (method.name == "absent")
+    assert output.count("no-such-package-of-revnet") == 2, "the package and the command, once"
 
     with page.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
-    cells = {(row["case"], row["depth"], row["contender"], row["quantity"]): row for row in rows}
+    cells = {(row["case"], row["depth"], row["method"], row["quantity"]): row for row in rows}
     assert cells["tiny", "4", "plain", "step / plain, median"]["value"] == "1.0"
     assert cells["tiny", "4", "plain", "gradient error to plain"]["value"] == "0.0"
     assert float(cells["tiny", "4", "revnet", "step"]["value"]) > 0
@@ -66,16 +68,16 @@ def test_everything_is_written(small, tmp_path, capsys):
     assert peaks["2"] == peaks["4"]
     assert cells["tiny", "4", "absent", "peak"]["note"].startswith("not installed")
     assert cells["tiny", "4", "failing", "peak"]["note"] == "ArithmeticError: on demand"
-    assert cells["traps", "", "checkpoint", "batch norm counted once"]["value"] == "wrong"
-    assert cells["traps", "", "failing", "batch norm counted once"]["value"] == "raises"
+    assert cells["pitfalls", "", "checkpoint", "batch norm counted once"]["value"] == "wrong"
+    assert cells["pitfalls", "", "failing", "batch norm counted once"]["value"] == "raises"
 
 
-def test_settings_measure_memory_where_they_measure_time():
+def test_time_depth_is_a_memory_depth():
     for settings in (Settings(), QUICK):
         assert settings.time_depth in settings.memory_depths
 
 
-def test_rounds_begin_with_another_contender_each_time():
+def test_each_round_starts_with_another_method():
     calls = []
 
     class Recorder:
@@ -107,16 +109,16 @@ def test_times_are_compared_within_the_round():
     assert times.median_over_plain_median == 3.0
 
 
-def test_labels_are_spread_in_their_order():
-    places = plot._spread([0.5, 0.5, 0.1, 0.52], spacing=0.1)
-    in_order = sorted(range(4), key=lambda index: places[index])
+def test_spread_keeps_the_order_of_labels():
+    heights = plot._spread([0.5, 0.5, 0.1, 0.52], spacing=0.1)
+    in_order = sorted(range(4), key=lambda index: heights[index])
     assert in_order[0] == 2
     assert in_order[-1] == 3
-    ordered = sorted(places)
+    ordered = sorted(heights)
     assert min(b - a for a, b in pairwise(ordered)) > 0.1 - 1e-6
 
 
-def test_matplotlib_is_asked_for_before_anything_is_measured(monkeypatch, tmp_path):
+def test_requires_matplotlib_before_measuring(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(benchmark_module, "measure_all", fail)
     with pytest.raises(MissingDependencyError, match="needs matplotlib, which is not installed"):

@@ -1,4 +1,4 @@
-"""The counter of the benchmark says what `revnet.memory` says, and sees resized storages too."""
+"""`ResizedBytes` agrees with `revnet.memory.LiveBytes` and also sees resized storages."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from revnet.bench._resized_bytes import ResizedBytes
 from revnet.memory import LiveBytes
 
 
-def test_agrees_with_the_counter_of_the_library():
+def test_agrees_with_live_bytes():
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh())
     x = torch.randn(4, 8)
     for parameter in model.parameters():
@@ -25,7 +25,7 @@ def test_agrees_with_the_counter_of_the_library():
     assert counts[0][0] > counts[0][1] > counts[0][2] == 0
 
 
-def test_sees_a_storage_emptied_and_filled():
+def test_sees_resized_storages():
     x = torch.zeros(100, dtype=torch.uint8)
     with ResizedBytes(baseline=[x]) as counter:
         y = torch.zeros(60, dtype=torch.uint8)
@@ -42,7 +42,7 @@ def test_sees_a_storage_emptied_and_filled():
         assert counter.live_bytes == 0
 
 
-def test_ignored_tensors_do_not_count():
+def test_does_not_count_ignored_tensors():
     x = torch.zeros(100, dtype=torch.uint8)
     with ResizedBytes([x]) as counter:
         assert x.add_(1).view(10, 10).is_contiguous()

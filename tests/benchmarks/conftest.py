@@ -1,4 +1,4 @@
-"""The scripts import what lies beside them, as they do when they are run."""
+"""Put the folder of the scripts on the import path, as when they are run."""
 
 from pathlib import Path
 
@@ -8,5 +8,5 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_scripts(monkeypatch):
+def _import_path(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

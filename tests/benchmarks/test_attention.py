@@ -1,4 +1,4 @@
-"""`benchmarks/attention.py` with settings of seconds: each table is written, and its figures hang together."""
+"""`benchmarks/attention.py` with small settings: each table is written, and its numbers are consistent."""
 
 import csv
 from importlib import import_module
@@ -11,7 +11,7 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(import_module("attention"), "DIM", 16)
 
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
-        """The page, and the rows of the only CSV."""
+        """Return the page and the rows of the only CSV."""
         import_module("attention").main([*arguments, "--output-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
@@ -23,7 +23,7 @@ def run(tmp_path, capsys, monkeypatch):
     return run
 
 
-def test_arithmetic_grows_as_it_should(run):
+def test_growth_of_arithmetic(run):
     page, rows = run("--cost", "--lengths", "512,1024", "--num-rounds", "1")
     flops = {(row["attention"], row["length"]): int(row["flops"]) for row in rows}
     ratio = {name: flops[name, "1024"] / flops[name, "512"] for name in ("full", "lsh", "hierarchical")}
@@ -33,7 +33,7 @@ def test_arithmetic_grows_as_it_should(run):
     assert "| hierarchical, L |" in page
 
 
-def test_memory_of_the_reversible_is_flat_in_depth(run):
+def test_reversible_memory_is_flat_in_depth(run):
     _, rows = run("--models", "--model-lengths", "128", "--depths", "2,3")
     for attention in ("full", "lsh", "hierarchical"):
         its = [row for row in rows if (row["attention"], row["length"], row["way"]) == (attention, "128", "reversible")]
@@ -42,7 +42,7 @@ def test_memory_of_the_reversible_is_flat_in_depth(run):
         assert int(stored[1]["activation_bytes"]) > 1.2 * int(stored[0]["activation_bytes"])
 
 
-def test_counts_are_checked_before_anything_takes_minutes(run, capsys):
+def test_rejects_wrong_counts_before_measuring(run, capsys):
     with pytest.raises(SystemExit) as error:
         run("--cost", "--lengths", "512")
     assert error.value.code == 2

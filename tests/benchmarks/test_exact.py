@@ -1,4 +1,4 @@
-"""`benchmarks/exact.py` with settings of seconds; and at the sizes that it is made for, which takes minutes."""
+"""`benchmarks/exact.py` with small settings, and with the published settings, which take minutes."""
 
 import csv
 from importlib import import_module
@@ -13,7 +13,7 @@ from tests.helpers import mlp
 @pytest.fixture
 def run(tmp_path, capsys):
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
-        """The page, and the rows of the CSV."""
+        """Return the page and the rows of the CSV."""
         import_module("exact").main([*arguments, "--output-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
@@ -31,7 +31,7 @@ def assert_every_bit(row, depth):
     assert int(row["weights_equal"]) == int(row["weights"]) > 8 * depth
 
 
-def test_every_bit(run):
+def test_exactness(run):
     page, rows = run("--exactness", "--depth", "6", "--num-steps", "3", "--batch-size", "4")
     assert [(row["kind"], row["precision"]) for row in rows] == [
         (kind, precision) for kind in ("conv", "transformer") for precision in ("32-true", "bf16-mixed")
@@ -41,7 +41,7 @@ def test_every_bit(run):
     assert "| conv | 32-true | 3 | 12 of 12 | 80 of 80 | 3 of 3 | 76 of 76 |" in page
 
 
-def test_any_depth(run):
+def test_depths(run):
     page, rows = run("--depths", "4,16", "--num-steps", "4")
     assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
     assert rows[0]["held_bytes"] == rows[1]["held_bytes"]
@@ -51,7 +51,7 @@ def test_any_depth(run):
     )
 
 
-def test_what_it_costs(run, monkeypatch):
+def test_cost(run, monkeypatch):
     model = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4)) for _ in range(2)])
     monkeypatch.setattr(import_module("exact"), "_workloads", lambda: [("tiny", model, torch.randn(2, 8))])
     page, rows = run("--cost", "--num-steps", "2")
@@ -62,7 +62,7 @@ def test_what_it_costs(run, monkeypatch):
     assert "| tiny |" in page
 
 
-def test_nothing_to_measure_is_told(capsys):
+def test_rejects_an_empty_selection(capsys):
     with pytest.raises(SystemExit, match="2"):
         import_module("exact").main([])
     assert "say what to measure: --exactness, --depths or --cost" in capsys.readouterr().err
@@ -71,12 +71,12 @@ def test_nothing_to_measure_is_told(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", ["conv", "transformer"])
-def test_a_thousand_blocks_after_two_hundred_steps(kind, precision):
+def test_a_thousand_blocks_are_exact_after_two_hundred_steps(kind, precision):
     assert_every_bit(import_module("exact").exactness(kind, precision, 1024, 200, 8), 1024)
 
 
 @pytest.mark.slow
-def test_ten_thousand_blocks_need_the_memory_of_ten():
+def test_ten_thousand_blocks_use_the_memory_of_ten():
     rows = [import_module("exact").depth_row(depth, 2, 8) for depth in (10, 10_000)]
     assert rows[0]["peak_bytes"] == rows[1]["peak_bytes"]
     assert rows[0]["held_bytes"] == rows[1]["held_bytes"]

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` without a GPU: every part runs with tiny sizes, and one that fails does not stop the others."""
+"""`benchmarks/gpu.py` without a GPU: every part runs with tiny sizes, and a failure does not stop other parts."""
 
 import csv
 import time
@@ -22,7 +22,7 @@ def setting():
 
 @pytest.fixture
 def in_this_process(gpu, monkeypatch, tmp_path):
-    """Parts run here, which saves the time in which each process loads PyTorch."""
+    """Run the parts in this process, since loading PyTorch in each process takes long."""
 
     def run_apart(part, setting, seconds):
         path = tmp_path / f"{part.name}.rows"
@@ -37,7 +37,7 @@ def in_this_process(gpu, monkeypatch, tmp_path):
 
 @pytest.fixture
 def part(gpu):
-    """A part of one row; it then fails, or sleeps."""
+    """Return a part that yields one row and then fails or sleeps."""
 
     def make(name, *, fails=False):
         def rows(setting):
@@ -50,7 +50,7 @@ def part(gpu):
     return make
 
 
-def test_a_dry_run_writes_everything(gpu, in_this_process, tmp_path, capsys):
+def test_dry_run_writes_all_files(gpu, in_this_process, tmp_path, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
     assert gpu.main(["--device", "cpu", "--quick", "--output-dir", str(folder)]) == 0
@@ -71,10 +71,8 @@ def test_a_dry_run_writes_everything(gpu, in_this_process, tmp_path, capsys):
             tables[name] = list(csv.DictReader(file))
     assert all(row["outcome"] in ("skipped", "passed") for row in tables["tests"])
     assert len(tables["tests"]) > len(CASE)
-    assert {row["contender"] for row in tables["ratios"]} >= {"plain", "checkpoint", "save_on_cpu", "revnet, Reverse()"}
-    assert all(
-        row["step_ratio"] == row["host_ratio"] == "1.0" for row in tables["ratios"] if row["contender"] == "plain"
-    )
+    assert {row["method"] for row in tables["ratios"]} >= {"plain", "checkpoint", "save_on_cpu", "revnet, Reverse()"}
+    assert all(row["step_ratio"] == row["host_ratio"] == "1.0" for row in tables["ratios"] if row["method"] == "plain")
     assert all(row["allocated_bytes"] == row["predicted_bytes"] for row in tables["memory"])
     assert len(tables["models"]) == 3
     for row in tables["batches"]:
@@ -85,7 +83,7 @@ def test_a_dry_run_writes_everything(gpu, in_this_process, tmp_path, capsys):
     )
 
 
-def test_a_part_that_fails_does_not_stop_the_others(gpu, in_this_process, setting, part, tmp_path, capsys):
+def test_a_failure_does_not_stop_other_parts(gpu, in_this_process, setting, part, tmp_path, capsys):
     outcomes = gpu.run_all([part("first", fails=True), part("second")], setting, tmp_path, "gpu.py")
     assert [outcome.note for outcome in outcomes] == ["ArithmeticError: on demand", ""]
     (page,) = tmp_path.glob("*.md")
@@ -96,26 +94,26 @@ def test_a_part_that_fails_does_not_stop_the_others(gpu, in_this_process, settin
     assert len(list(tmp_path.glob("*.csv"))) == 2
 
 
-def test_no_part_begins_after_the_time_is_over(gpu, in_this_process, setting, part, tmp_path, monkeypatch):
+def test_no_part_starts_after_the_time_limit(gpu, in_this_process, setting, part, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "TOTAL_SECONDS", gpu.LEAST_SECONDS)
     (outcome,) = gpu.run_all([part("late")], setting, tmp_path, "gpu.py")
     assert (outcome.note, outcome.rows) == ("no time was left", [])
     assert "**Not complete: no time was left**" in next(tmp_path.glob("*.md")).read_text()
 
 
-def test_all_of_it_takes_less_than_eight_minutes(gpu):
+def test_time_limits_are_below_eight_minutes(gpu):
     assert gpu.TOTAL_SECONDS + gpu.LEAST_SECONDS <= 8 * 60
     assert list(gpu.PARTS) == ["tests", "ratios", "memory", "models", "batches", "transformer"]
 
 
-def test_a_part_has_a_process_of_its_own(gpu, setting):
+def test_a_part_runs_in_a_separate_process(gpu, setting):
     outcome = gpu.run_apart(gpu.MACHINE, setting, 120)
     (row,) = outcome.rows
     assert row["hardware"].startswith("cpu")
     assert not outcome.note
 
 
-def test_a_process_that_takes_too_long_is_ended(gpu, setting, part):
+def test_kills_a_process_after_its_time_limit(gpu, setting, part):
     start = time.monotonic()
     outcome = gpu.run_apart(gpu.MACHINE, setting, 0.01)
     assert (outcome.note, outcome.rows) == ("ended after 0 s", [])
@@ -124,15 +122,15 @@ def test_a_process_that_takes_too_long_is_ended(gpu, setting, part):
     assert unknown.note == "exit code 1"
 
 
-def test_a_line_that_was_not_finished_is_left_out(gpu, tmp_path):
+def test_skips_an_incomplete_line(gpu, tmp_path):
     path = tmp_path / "rows"
     path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
     assert gpu.read_rows(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_what_becomes_of_tests(setting, monkeypatch, tmp_path, capsys):
+def test_outcomes_of_tests(setting, monkeypatch, tmp_path, capsys):
     tests = import_module("_gpu_tests")
-    mark = "pytestmark = pytest.mark." + "gpu\n"  # split: this file has no such tests
+    mark = "pytestmark = pytest.mark." + "gpu\n"  # split, since this file has no GPU tests
     (tmp_path / "tests" / "contracts").mkdir(parents=True)
     (tmp_path / "tests" / "contracts" / "test_it.py").write_text(
         f"import pytest\n{mark}def test_a():\n    pass\ndef test_b():\n    assert 1 == 2\n"
@@ -161,7 +159,7 @@ def _until_it_fails(rows, found):
     return []
 
 
-def test_a_step_that_does_not_fit_is_noted():
+def test_notes_a_step_that_runs_out_of_memory():
     step = import_module("_gpu_step")
     cpu = torch.device("cpu")
 
@@ -175,7 +173,7 @@ def test_a_step_that_does_not_fit_is_noted():
         step.attempt(lambda: 1 / 0, cpu)
 
 
-def test_turns_are_taken_in_rounds(setting):
+def test_rounds_of_turns(setting):
     step = import_module("_gpu_step")
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in "abc"}
@@ -190,19 +188,22 @@ def test_turns_are_taken_in_rounds(setting):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "tests,speed"], "there is no part 'speed'; choose of tests, ratios, "),
+        (["--parts", "tests,speed"], "there is no part 'speed'; choose from tests, ratios, "),
         (["--device", "cpu"], "--device cpu would take hours; add --quick for a dry run"),
-        (["--device", "cpu", "--quick", "--output-dir", "no/such"], "--output-dir no/such is no folder; make it first"),
+        (
+            ["--device", "cpu", "--quick", "--output-dir", "no/such"],
+            "--output-dir no/such is not a folder; create it first",
+        ),
     ],
 )
-def test_mistakes_have_a_line(gpu, arguments, message, capsys):
+def test_usage_errors(gpu, arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_gpu_is_needed(gpu, monkeypatch, capsys):
+def test_requires_a_gpu(gpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         gpu.main([])
-    assert "PyTorch sees no GPU; `--device cpu --quick` is a dry run without one" in capsys.readouterr().err
+    assert "PyTorch finds no GPU; pass `--device cpu --quick` for a dry run without one" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`benchmarks/irevnet.py` on a run of seconds."""
+"""`benchmarks/irevnet.py` on a short run."""
 
 import csv
 from importlib import import_module
@@ -18,7 +18,7 @@ def run_of(tmp_path):
     return run_of
 
 
-def test_a_page_a_table_and_a_picture(run_of, tmp_path, capsys):
+def test_writes_page_table_and_figure(run_of, tmp_path, capsys):
     arguments = [
         run_of("irevnet_cifar"),
         "--data",
@@ -35,16 +35,16 @@ def test_a_page_a_table_and_a_picture(run_of, tmp_path, capsys):
     (page,) = tmp_path.glob("*.md")
     text = page.read_text()
     assert capsys.readouterr().out.rstrip() == text.rstrip()
-    assert "Of the test images, 12 went" in text
+    assert "12 test images went" in text
     assert "\n0 of 768 values differ" in text
     assert (tmp_path / f"{page.stem}.png").exists()
     with (tmp_path / f"{page.stem}.csv").open(newline="") as file:
         one, two = csv.DictReader(file)
     assert int(one["store_bytes"]) < int(two["store_bytes"])
-    assert float(two["largest_error"]) < 1e-4  # roundings of float32
+    assert float(two["largest_error"]) < 1e-4  # rounding of float32
 
 
-def test_a_run_of_another_model_is_refused(run_of, capsys):
+def test_rejects_a_run_of_another_model(run_of, capsys):
     with pytest.raises(SystemExit):
         import_module("irevnet").main([run_of("revnet38"), "--data", "digits"])
     assert "holds a RevNet, but must hold an i-RevNet" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`benchmarks/memory.py` with settings of seconds: each table is written, and its figures hang together."""
+"""`benchmarks/memory.py` with small settings: each table is written, and its numbers are consistent."""
 
 import csv
 import resource
@@ -15,7 +15,7 @@ TINY = ["--model", "revnet38", "--batch-size", "2", "--num-rounds", "1"]
 @pytest.fixture
 def run(tmp_path, capsys):
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
-        """The page, and the rows of the only CSV."""
+        """Return the page and the rows of the only CSV."""
         import_module("memory").main([*arguments, "--output-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
@@ -30,17 +30,17 @@ def run(tmp_path, capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Two blocks in the place of any model."""
+    """Replace all models by a network of two blocks."""
 
     def make(name: str) -> RevNet:
         return RevNet(num_blocks=(2,), widths=(8, 8)).to(memory_format=torch.channels_last)
 
     names = ("_memory_step", "_memory_prediction", "_memory_plans", "_memory_real")
-    for module in [import_module(name) for name in names]:  # all before one is changed, of which others import
+    for module in [import_module(name) for name in names]:  # import all modules before changing one
         monkeypatch.setattr(module, "make", make)
 
 
-def test_predictions_are_what_is_counted(run, tmp_path, tiny):
+def test_predictions_equal_the_counts(run, tmp_path, tiny):
     page, rows = run("--prediction", "--models", "revnet38", "--batch-sizes", "1,2")
     assert [(row["model"], row["batch_size"]) for row in rows] == [("revnet38", "1"), ("revnet38", "2")]
     assert all(row["predicted_peak_bytes"] == row["counted_peak_bytes"] for row in rows)
@@ -52,7 +52,7 @@ def test_predictions_are_what_is_counted(run, tmp_path, tiny):
     assert next(tmp_path.glob("*.md")).name.startswith("memory-prediction_")
 
 
-def test_plans_keep_to_their_budgets(run, tmp_path, tiny, monkeypatch):
+def test_plans_stay_within_their_budgets(run, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(import_module("_memory_plans"), "SHARES", (0.5,))
     _, rows = run("--plans", *TINY)
     one_policy, plans = rows[:4], rows[4:]
@@ -66,16 +66,16 @@ def test_plans_keep_to_their_budgets(run, tmp_path, tiny, monkeypatch):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-def test_a_process_is_beside_the_budget(run, tiny, monkeypatch):
+def test_real_processes(run, tiny, monkeypatch):
     real = import_module("_memory_real")
     monkeypatch.setattr(real, "in_new_process", lambda function, *args: function(*args))
     monkeypatch.setattr(real, "give_back_freed", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
     page, rows = run("--real", *TINY, "--fraction", "0.8")
-    contenders = ("revnet38, plain", "revnet38, planned", "resnet32, plain")
+    methods = ("revnet38, plain", "revnet38, planned", "resnet32, plain")
     allocators = ("gives back", "default")
     assert [(row["model"], row["allocator"]) for row in rows] == [
-        (model, allocator) for model in contenders for allocator in allocators
+        (model, allocator) for model in methods for allocator in allocators
     ]
     plain, planned = rows[0], rows[2]
     assert int(planned["budget_bytes"]) == int(0.8 * int(plain["counted_peak_bytes"]))
@@ -86,15 +86,15 @@ def test_a_process_is_beside_the_budget(run, tiny, monkeypatch):
     assert "| revnet38, planned | gives back |" in page
 
 
-def test_a_new_process_knows_nothing_of_its_parents_peak():
+def test_a_new_process_does_not_inherit_the_peak():
     real = import_module("_memory_real")
-    gib = 2**20  # in KiB, as `getrusage` has it
+    gib = 2**20  # in KiB, the unit of `getrusage`
     torch.ones(2**30, dtype=torch.uint8)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > gib
     assert real.in_new_process(resource.getrusage, resource.RUSAGE_SELF).ru_maxrss < gib
 
 
-def test_the_checkpointed_network_computes_the_same():
+def test_checkpointed_network_computes_the_same():
     plans, step = import_module("_memory_plans"), import_module("_memory_step")
     plain, checkpointed = step.make("revnet38"), plans.torch_checkpoint("revnet38").model
     names = {name: _checkpointed_name(name) for name in plain.state_dict()}
@@ -104,8 +104,8 @@ def test_the_checkpointed_network_computes_the_same():
 
 
 def _checkpointed_name(name: str) -> str:
-    head, found, tail = name.partition(".reversible.blocks.")
-    if found:
+    head, separator, tail = name.partition(".reversible.blocks.")
+    if separator:
         index, rest = tail.split(".", 1)
         return f"{head}.reversible.{index}.block.blocks.0.{rest}"
     return name.replace(".downsample.", ".downsample.block.")
@@ -114,16 +114,19 @@ def _checkpointed_name(name: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "revnet39"], "there is no model 'revnet39'; choose of irevnet301, "),
-        (["--real", "--model", "resnet110"], "--real needs a reversible --model, not resnet110; choose of revnet38, "),
-        (["--batch-sizes", "4;16"], "--batch-sizes '4;16' must be numbers with commas between, such as 4,16"),
-        (["--num-rounds", "0"], "batch sizes and rounds must be 1 or more"),
-        (["--fraction", "25"], "--fraction 25.0 must be above 0, and 1 at most"),
-        (["--output-dir", "no/such"], "--output-dir no/such is no folder; make it first"),
+        (["--models", "revnet39"], "there is no model 'revnet39'; choose from irevnet301, "),
+        (
+            ["--real", "--model", "resnet110"],
+            "--real needs a reversible --model, not resnet110; choose from revnet38, ",
+        ),
+        (["--batch-sizes", "4;16"], "--batch-sizes '4;16' must be comma-separated numbers, such as 4,16"),
+        (["--num-rounds", "0"], "batch sizes and rounds must be at least 1"),
+        (["--fraction", "25"], "--fraction 25.0 must be above 0 and at most 1"),
+        (["--output-dir", "no/such"], "--output-dir no/such is not a folder; create it first"),
         (["--real", *TINY, "--fraction", "0.01"], "below the least that this step needs"),
     ],
 )
-def test_mistakes_have_a_line(arguments, message, tiny, tmp_path, capsys):
+def test_usage_errors(arguments, message, tiny, tmp_path, capsys):
     where = [] if "--output-dir" in arguments else ["--output-dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="2"):
         import_module("memory").main([*arguments, *where])

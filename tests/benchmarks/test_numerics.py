@@ -1,4 +1,4 @@
-"""`benchmarks/numerics.py` with settings of seconds: each table is written, and its figures hang together."""
+"""`benchmarks/numerics.py` with small settings: each table is written, and its numbers are consistent."""
 
 import csv
 from importlib import import_module
@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def run(tmp_path, capsys):
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
-        """The page, and the rows of the only CSV."""
+        """Return the page and the rows of the only CSV."""
         pytest.importorskip("matplotlib")
         import_module("numerics").main([*arguments, "--output-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
@@ -36,7 +36,7 @@ def test_scaled_weights(run, monkeypatch):
     assert "8 blocks, F, G = Linear-tanh-Linear of 8 features" in page
 
 
-def test_drift_through_training(run, monkeypatch):
+def test_drift_during_training(run, monkeypatch):
     for name, value in {"DEPTH": 3, "WIDTH": 4, "BATCH": 4, "NUM_TIMED": 1}.items():
         monkeypatch.setattr(import_module("_numerics_curves"), name, value)
     _, rows = run("--curves", "--num-steps", "7")
@@ -46,7 +46,7 @@ def test_drift_through_training(run, monkeypatch):
     assert [row["gradient_error"] != "" for row in rows] == [True, False, True] * 4
 
 
-def test_float_against_exact(run):
+def test_accuracy_of_float_and_exact(run):
     page, rows = run("--accuracy", "--data", "digits", "--num-updates", "1", "--seeds", "3")
     assert [(row["mode"], row["seed"], row["updates"]) for row in rows] == [("float", "3", "1"), ("exact", "3", "1")]
     assert "for 1 updates" in page
@@ -63,12 +63,12 @@ def test_conditioning(run, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "one"], "--seeds 'one' must be numbers with commas between"),
-        (["--num-updates", "0"], "updates and steps must be 1 or more"),
-        (["--output-dir", "nowhere"], "--output-dir nowhere is no folder; make it first"),
+        (["--seeds", "one"], "--seeds 'one' must be comma-separated numbers"),
+        (["--num-updates", "0"], "updates and steps must be at least 1"),
+        (["--output-dir", "nowhere"], "--output-dir nowhere is not a folder; create it first"),
     ],
 )
-def test_mistakes_are_told(capsys, arguments, message):
+def test_usage_errors(capsys, arguments, message):
     with pytest.raises(SystemExit):
         import_module("numerics").main(arguments)
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`benchmarks/vit.py` with settings of seconds: its tables are written, and its figures hang together."""
+"""`benchmarks/vit.py` with small settings: its tables are written, and its numbers are consistent."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ def finished_run(tmp_path):
     return folder
 
 
-def test_tables_and_picture(tmp_path, monkeypatch, capsys, finished_run):
+def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys, finished_run):
     vit = import_module("vit")
     monkeypatch.setattr(vit, "DEPTHS", (1, 2, 4))
     monkeypatch.setattr(vit, "CIFAR_DEPTHS", (1, 2))
@@ -38,19 +38,19 @@ def test_tables_and_picture(tmp_path, monkeypatch, capsys, finished_run):
     assert len({row["reversible_bytes"] for row in rows("depth")}) == 1
     stored = [int(row["stored_bytes"]) for row in rows("depth")]
     assert stored == sorted(set(stored))
-    assert all(float(row["round_trip_error"]) < 1e-5 for row in rows("steps"))  # a few roundings of float32
+    assert all(float(row["round_trip_error"]) < 1e-5 for row in rows("steps"))  # rounding of float32
     assert [row["train_accuracy"] for row in rows("training")] == ["0.25", "0.45"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "--batch-size 0 must be 1 or more"),
-        (["--output-dir", "nowhere"], "--output-dir nowhere is no folder"),
-        (["nowhere"], "nowhere is no folder of a finished run"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--output-dir", "nowhere"], "--output-dir nowhere is not a folder"),
+        (["nowhere"], "nowhere is not the folder of a finished run"),
     ],
 )
-def test_refuses(arguments, message, capsys):
+def test_usage_errors(arguments, message, capsys):
     with pytest.raises(SystemExit):
         import_module("vit").main(arguments)
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`benchmarks/volumes.py` with settings of seconds: its tables are written, and its figures hang together."""
+"""`benchmarks/volumes.py` with small settings: its tables are written, and its numbers are consistent."""
 
 import csv
 from importlib import import_module
@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 
 
-def test_tables_and_picture(tmp_path, monkeypatch, capsys):
+def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys):
     volumes = import_module("volumes")
     monkeypatch.setattr(volumes, "DEPTHS", (2, 3))
     monkeypatch.setattr(volumes, "BUDGETS_GIB", (0.5,))
@@ -29,17 +29,18 @@ def test_tables_and_picture(tmp_path, monkeypatch, capsys):
     assert int(fitting["reversible_side"]) >= int(fitting["stored_side"]) >= 16
     for row in rows("small"):
         assert row["counted_activation_bytes"] == row["predicted_activation_bytes"]
-        assert float(row["round_trip_error"]) < 1e-5  # a few roundings of float32
+        assert float(row["round_trip_error"]) < 1e-5  # rounding of float32
     training = rows("training")
     assert [row["updates"] for row in training] == ["0", "1", "2", "4"]
-    # Rounding alone sets the two apart.
+    # They differ by rounding alone.
     assert float(training[-1]["reversible_loss"]) == pytest.approx(float(training[-1]["stored_loss"]), rel=1e-3)
 
 
 @pytest.mark.parametrize("arguments", [["--size", "24"], ["--small-size", "6"], ["--num-updates", "0"]])
-def test_refuses(arguments, capsys):
+def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit):
         import_module("volumes").main(arguments)
     assert (
-        "--size must be a multiple of 16, --small-size one of 4, and all must be 1 or more" in capsys.readouterr().err
+        "--size must be a multiple of 16, --small-size a multiple of 4, and all numbers at least 1"
+        in capsys.readouterr().err
     )

@@ -9,7 +9,7 @@ import torch
 import revnet.paper
 from revnet.cli._parser import parse
 from revnet.cli.figure import figure
-from revnet.paper.complexity import QUICK_COMPLEXITY, ComplexitySettings
+from revnet.paper.complexity.costs import QUICK_COMPLEXITY, ComplexitySettings
 from revnet.training import TrainConfig
 
 
@@ -51,8 +51,8 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    assert revnet("figure", "complexity")[0] == 0
-    assert revnet("figure", "complexity", "--quick", "--device", "cpu", "--output-dir", "somewhere")[0] == 0
+    assert revnet("figure", "complexity.costs")[0] == 0
+    assert revnet("figure", "complexity.costs", "--quick", "--device", "cpu", "--output-dir", "somewhere")[0] == 0
     assert calls == [
         (ComplexitySettings(), Path("benchmarks/results"), "revnet figure complexity --device cpu", {}),
         (QUICK_COMPLEXITY, Path("somewhere"), "revnet figure complexity --quick --device cpu", {}),
@@ -69,10 +69,10 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
         (["gradient-angle", "--quick"], "`--quick` is for complexity; make gradient-angle short by fewer `--epochs`."),
         (["gradient-angle", "--epochs", "0"], "`epochs` (=0) must be 1 or more"),
         (["gradient-angle", "--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
-        (["complexity", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
-        (["complexity", "--reference"], "`--reference` is for gradient-angle; leave it out."),
-        (["complexity", "--batch-size", "3"], "`--batch-size` is for gradient-angle; leave it out."),
-        (["complexity", "--device", "mps"], "`--device` (=mps) must be auto, cpu or cuda for complexity."),
+        (["complexity.costs", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
+        (["complexity.costs", "--reference"], "`--reference` is for gradient-angle; leave it out."),
+        (["complexity.costs", "--batch-size", "3"], "`--batch-size` is for gradient-angle; leave it out."),
+        (["complexity.costs", "--device", "mps"], "`--device` (=mps) must be auto, cpu or cuda for complexity."),
     ],
 )
 def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message):
@@ -83,8 +83,8 @@ def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet32"], "`model` (='resnet32') has no reversible block, so nothing of it is rebuilt"),
-        (["--policy", "store"], "`policy` (='store') is not to be chosen: both are run; leave it out."),
+        (["--model", "resnet32"], "`model` (='resnet32') has no reversible block, so nothing is rebuilt"),
+        (["--policy", "store"], "`policy` (='store') must not be set, since both policies are run; leave it out."),
         (["--memory-budget", "1GiB"], "`memory_budget` (='1GiB') plans what is rebuilt, and here it is everything or"),
         (["--out-dir", "x"], "`out_dir` (='x') is for one run, and here are two; leave it out."),
         (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),

@@ -35,7 +35,7 @@ class Averaged(nn.Module):
 
 
 class Wrapped(ReversibleBlock):
-    """A block with a `forward` of its own."""
+    """A block that overrides `forward`."""
 
     def forward(self, x, *args, **kwargs):
         return super().forward(x, *args, **kwargs)
@@ -75,7 +75,7 @@ def draw_sequence(draw: random.Random) -> ReversibleSequential:
 
 
 def draw_inputs(draw: random.Random) -> list[tuple[Tensor, Tensor] | Tensor]:
-    """Inputs of one to three calls; pairs or tensors, some requiring gradients."""
+    """Return inputs of one to three calls, as pairs or tensors, some of which require gradients."""
     as_pair = draw.random() < 0.5
     inputs = []
     for _ in range(draw.choice([1, 1, 2, 3])):

@@ -10,8 +10,8 @@ from tests.helpers import CASE, all_policies, assert_close, assert_trains_as_twi
 
 @all_policies
 @pytest.mark.parametrize("name", ["attention-context-mask", "nested-arguments"])
-def test_arguments_computed_by_what_comes_before(name, policy):
-    """Gradients flow through every block into the module that made the context."""
+def test_arguments_computed_by_earlier_modules(name, policy):
+    """Gradients flow through every block into the module that computes the context."""
 
     def step(module, x, args, kwargs):
         made, made_kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.sin, (args, {}))
@@ -21,7 +21,7 @@ def test_arguments_computed_by_what_comes_before(name, policy):
 
 
 def test_only_the_arguments_need_gradients():
-    """The slots are there for the sake of the context alone."""
+    """The slots serve the context alone."""
     case = CASE["nested-arguments"]
 
     def step(module, x, args, kwargs):
@@ -31,7 +31,7 @@ def test_only_the_arguments_need_gradients():
     assert_trains_as_twin(case.sequence(3), case, step)
 
 
-def test_streams_that_are_arguments_too():
+def test_streams_as_arguments():
     sequence = CASE["attention"].sequence(3)
     twin = stored_twin(sequence)
     results = []
@@ -44,14 +44,14 @@ def test_streams_that_are_arguments_too():
     assert_close(*results)
 
 
-def test_an_argument_that_is_a_view_of_the_input():
+def test_argument_is_a_view_of_the_input():
     def step(module, x, args, kwargs):
         squares(module(x, x[..., 4:])).backward()
 
     assert_trains_as_twin(CASE["attention"].sequence(3), CASE["attention"], step)
 
 
-def test_an_output_that_is_an_argument_of_the_next_sequence():
+def test_output_is_an_argument_of_the_next_sequence():
     other = CASE["attention"].sequence(2)
 
     def step(module, x, args, kwargs):
@@ -76,7 +76,7 @@ class GraphConvolution(nn.Module):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_sparse_arguments(layout, requires_grad):
-    """They have no storage to be known by."""
+    """They have no storage that identifies them."""
     blocks = [ReversibleBlock(GraphConvolution(), GraphConvolution()) for _ in range(3)]
     sequence = ReversibleSequential(*blocks).double()
     twin = stored_twin(sequence)
@@ -91,7 +91,7 @@ def test_sparse_arguments(layout, requires_grad):
 
 
 class Holding(nn.Module):
-    """Reads a tensor that it was handed neither as an argument nor as a parameter."""
+    """Reads a tensor that is neither an argument nor a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class Holding(nn.Module):
         return torch.tanh(self.linear(x) * self.held)
 
 
-def test_a_tensor_that_a_function_holds_on_to():
+def test_tensor_held_by_a_function():
     sequence = ReversibleSequential(*[ReversibleBlock(Holding(), Holding()) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_a_tensor_that_a_function_holds_on_to():
 
 
 class Mutating(nn.Module):
-    """Writes its result into its argument, as a cache does."""
+    """Writes its result into its argument, like a cache."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ class Mutating(nn.Module):
 
 
 def test_a_function_that_writes_to_its_argument_raises():
-    """The recomputation would read what the forward pass wrote."""
+    """The replay would read the values that the forward pass wrote."""
     sequence = ReversibleSequential(*[ReversibleBlock(Mutating(), Mutating()) for _ in range(2)])
     loss = sequence(torch.randn(4, 6), torch.zeros(3)).sum()
     with pytest.raises(RuntimeError, match=r"argument of shape .* was modified in place after the forward pass"):

@@ -52,7 +52,7 @@ def test_forward_without_autocast_and_backward_inside_it():
 
 
 class InFullPrecision(nn.Module):
-    """Leaves autocast for a part of its work."""
+    """Disables autocast for a part of its computation."""
 
     def __init__(self):
         super().__init__()

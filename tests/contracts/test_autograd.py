@@ -59,7 +59,7 @@ def test_single_precision(case):
 
 
 class Steps(nn.Module):
-    """Adds a whole number where the input is positive, so that sums and their undoing are exact in any precision."""
+    """Adds an integer where the input is positive, so that sums and differences are exact in any precision."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ def test_double_backward(case, policy):
 
 
 def saved_tensors(y):
-    """All that the graph of `y` saved, read through `grad_fn`."""
+    """Return all saved tensors of the graph of `y`, read through `grad_fn`."""
     nodes, found = [y.grad_fn], []
     for node in nodes:
         names = [name for name in sorted(dir(node)) if name.startswith("_saved_")]

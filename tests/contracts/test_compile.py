@@ -77,7 +77,7 @@ def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast
 
 
 @all_traceable_cases
-def test_one_graph_trains_as_the_twin(case):
+def test_one_graph_trains_like_the_twin(case):
     assert_steps_as_twin(case.sequence(3), case)
 
 
@@ -97,7 +97,7 @@ def test_policies_mix_in_one_graph(name, policy):
     assert_steps_as_twin(CASE[name].sequence(DEPTH, policy), CASE[name])
 
 
-def test_keeping_activations_on_the_host_raises():
+def test_offload_raises():
     sequence = CASE["mlp"].sequence(2, Offload())
     with pytest.raises(Exception, match=r"cannot be kept on the host under `torch\.compile`; use the policy `Reverse"):
         compile_whole(sequence)(CASE["mlp"].input())
@@ -502,7 +502,7 @@ def test_functions_with_harmless_attributes(make_function):
 
 
 class PartlyUsed(nn.Module):
-    """Uses one of two layers, and no argument."""
+    """Uses one of two layers and no argument."""
 
     def __init__(self):
         super().__init__()

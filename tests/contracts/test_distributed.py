@@ -1,4 +1,4 @@
-"""Two processes on the CPU: gradients are the stored twin's and one process's, and they arrive block by block.
+"""Two processes on the CPU: gradients equal the stored twin and a single process, and arrive block by block.
 
 All checks run in one pair of processes, since starting it takes longer than running them; each is its own test.
 """
@@ -58,7 +58,7 @@ def twin_of(model: WithHead) -> WithHead:
 
 
 def process_input(name: str, rank: int | None = None) -> torch.Tensor:
-    """Another batch in each process."""
+    """Return a different batch in each process."""
     torch.manual_seed(10 + (dist.get_rank() if rank is None else rank))
     return CASE[name].input(requires_grad=False)
 
@@ -76,7 +76,7 @@ def whole(grad):
 
 
 def single_process_gradients(model: nn.Module, name: str) -> nn.Module:
-    """The twin's gradients on the batches of all processes at once."""
+    """Return the twin's gradients for the batches of all processes."""
     twin = twin_of(model)
     twin(torch.cat([process_input(name, rank) for rank in range(NUM_PROCESSES)])).backward()
     return twin
@@ -98,7 +98,7 @@ def check_data_parallel(name: str, num_unused: int, options: dict[str, bool], po
 
 
 def check_exact_reversal(name: str) -> None:
-    """Every bit, after the gradients of both processes are added up."""
+    """Check that every bit is equal after the gradients of both processes are summed."""
     model = make_model(name)
     set_coupling(model, FixedPoint())
     twin = twin_of(model)
@@ -113,12 +113,12 @@ def check_exact_reversal(name: str) -> None:
 
 
 def check_tolerance(name: str) -> None:
-    """Keyframes are each process's own affair."""
+    """Check that each process has separate keyframes."""
     model = make_model(name)
     twin = twin_of(model)
     set_tolerance(model, 1e-20 if dist.get_rank() else 1e-3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ReconstructionWarning)  # So tight a bound takes storing everything.
+        warnings.simplefilter("ignore", ReconstructionWarning)  # so tight a bound stores everything
         for module in (model, twin):
             parallel = DistributedDataParallel(module)
             for _ in range(2):
@@ -151,7 +151,7 @@ def check_accumulation_without_communication(name: str) -> None:
 
 
 def check_buckets_go_out_block_by_block(name: str) -> None:
-    """A bucket is sent as soon as its functions' gradients are there, while the functions below wait to run again."""
+    """Check that a bucket is sent as soon as its gradients are computed, before earlier functions are replayed."""
     model = make_model(name)
     owner, recomputed, sent = {}, [], []
     for index, block in enumerate(model.sequence):
@@ -205,12 +205,12 @@ def check_fully_sharded(name: str, how: str, options: dict[str, bool], policy: s
         for _ in range(2):
             module(x).backward()
     assert_same_gradients(model, twin)
-    if name != "conv":  # Batch norm sees other batches in one process.
+    if name != "conv":  # batch norm sees different batches in a single process
         assert_same_gradients(model, expected, 2 / NUM_PROCESSES)
 
 
 def check_one_unit_unsharded_at_a_time(how: str) -> None:
-    """While a function runs again, only its own unit's parameters are whole, and those being fetched for the next."""
+    """Check that a replay has full parameters only for its own unit and the one that is being prefetched."""
     model = make_model("mlp")
     functions = [function for block in model.sequence for function in (block.f, block.g)]
     per_unit = 2 if how == "blocks" else 1
@@ -232,7 +232,7 @@ def check_one_unit_unsharded_at_a_time(how: str) -> None:
 
 
 def check_sharded_blocks_called_one_by_one() -> None:
-    """Blocks called as modules are what FSDP expects."""
+    """Check FSDP around blocks, which the engine calls as modules."""
     torch.manual_seed(0)
     blocks = nn.Sequential(*[ReversibleBlock(mlp(3), mlp(3)).double() for _ in range(3)])
     expected = copy.deepcopy(blocks)
@@ -245,7 +245,7 @@ def check_sharded_blocks_called_one_by_one() -> None:
 
 
 def check_functions_sharded_in_low_precision() -> None:
-    """The streams stay in float32; the functions compute in bfloat16, both times."""
+    """Check that streams stay in float32 and functions compute in bfloat16 in both runs."""
     torch.manual_seed(0)
     model = WithHead(CASE["mlp"].sequence(DEPTH).float())
     twin = twin_of(model)
@@ -259,7 +259,7 @@ def check_functions_sharded_in_low_precision() -> None:
 
 
 def check_first_version_is_named(how: str, *, use_orig_params: bool) -> None:
-    """The first version of FSDP takes parameters out of their modules."""
+    """Check the first version of FSDP, which moves parameters out of their modules."""
     sequence = CASE["mlp"].sequence(2)
     options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
     module: nn.Module = sequence
@@ -352,7 +352,7 @@ def run_process(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each check came to in each process."""
+    """Return the outcome of each check in each process."""
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(run_process, args=(folder,), nprocs=NUM_PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]

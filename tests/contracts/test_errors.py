@@ -22,7 +22,7 @@ from tests.helpers import (
 
 
 class Faulty(nn.Module):
-    """Draws random numbers, updates buffers, and goes wrong on demand."""
+    """Draws random numbers, updates buffers, and fails on demand."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ def make_sequence(policy=None):
 
 
 def observe(module):
-    """What an error must leave alone."""
+    """Return the state that an error must not change."""
     return [
         torch.get_rng_state(),
         torch.tensor([child.training for child in module.modules()]),
@@ -191,7 +191,7 @@ def test_nothing_leaks_after_an_error(when, kind):
 
 
 class Counting(nn.Module):
-    """Takes another path each time it runs."""
+    """Takes a different path in each run."""
 
     def __init__(self):
         super().__init__()

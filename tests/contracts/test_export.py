@@ -1,4 +1,4 @@
-"""Writing a reversible network to a file: the plain computation, under the default gradients and a dynamic batch."""
+"""Exporting a reversible network: the file has the plain computation, with a dynamic batch."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload
 all_policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 DYNAMIC_BATCH = ({0: Dim("batch", min=2)},)
 
-# Runs where revnet cannot be imported, as on the machine that serves a model.
+# This program cannot import revnet, like a server without it.
 LOAD = """
 import sys, torch
 sys.modules["revnet"] = None
@@ -29,7 +29,7 @@ def sequence_of(policy):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_an_exported_program_runs_elsewhere(tmp_path):
+def test_exported_program_runs_without_revnet(tmp_path):
     names = []
     for name, policy in POLICIES.items():
         for strict in (False, True):
@@ -43,7 +43,7 @@ def test_an_exported_program_runs_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_tolerance_does_not_hinder_exports(strict):
+def test_tolerance_does_not_prevent_exports(strict):
     sequence = ReversibleSequential(*sequence_of(Reverse()), tolerance=1e-3).eval()
     x = torch.randn(3, 6, 5, 5)
     assert_close(export(sequence, (x,), strict=strict).module()(x), sequence(x), tolerance=1e-6)

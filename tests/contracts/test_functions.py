@@ -22,7 +22,7 @@ from tests.helpers import (
 
 
 class Energy(nn.Module):
-    """Differentiates inside its own forward: a residual that is the gradient of an energy."""
+    """Differentiates inside `forward`: the residual is the gradient of an energy."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Energy(nn.Module):
 
 
 class ScaledOnce(torch.autograd.Function):
-    """Asks for its saved tensors twice in one backward."""
+    """Reads its saved tensors twice in one backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -59,7 +59,7 @@ class Scaled(nn.Module):
 
 
 class Computing(nn.Module):
-    """Two linear layers, joined by some expression."""
+    """Two linear layers, combined by an expression."""
 
     def __init__(self, compute: Callable[[nn.Module, nn.Module, Tensor], Tensor]):
         super().__init__()
@@ -210,7 +210,7 @@ def test_kernels_chosen_around_the_forward_pass_only():
 
 
 class OverwritesWhatIsSaved(nn.Linear):
-    """Sigmoid saves its output, which is then written over."""
+    """Sigmoid saves its output, which is then overwritten."""
 
     def forward(self, x):
         return super().forward(x).sigmoid().add_(1)

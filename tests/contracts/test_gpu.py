@@ -1,4 +1,4 @@
-"""On a GPU: its random stream, its kernels and its autocast, and the peak that its allocator saw."""
+"""Tests on a GPU: random state, kernels, autocast, and peak memory of the allocator."""
 
 import copy
 import gc
@@ -34,7 +34,7 @@ pytestmark = [
 
 
 def to_device(values):
-    """A copy on the device, of leaves."""
+    """Return a copy on the device whose tensors are leaves."""
     return tree_map_only(
         torch.Tensor, lambda t: t.detach().to(DEVICE, copy=True).requires_grad_(t.requires_grad), values
     )
@@ -46,8 +46,8 @@ def random_states():
 
 @all_policies
 @all_cases
-def test_a_step_is_the_twins(case, policy):
-    """Dropout's masks, the statistics, and the end of both random streams included."""
+def test_step_equals_the_twin(case, policy):
+    """The comparison includes dropout masks, statistics, and both random states at the end."""
     sequence = case.sequence(DEPTH, policy).to(DEVICE)
     twin = stored_twin(sequence)
     inputs = (case.input(), case.args(), case.kwargs())
@@ -65,7 +65,7 @@ def test_a_step_is_the_twins(case, policy):
         assert_close(buffer, expected)
 
 
-def test_backward_draws_nothing_from_the_random_stream():
+def test_backward_does_not_advance_the_random_state():
     case = CASE["conv-dropout"]
     sequence = case.sequence(3).to(DEVICE)
     loss = squares(sequence(to_device(case.input())))
@@ -76,7 +76,7 @@ def test_backward_draws_nothing_from_the_random_stream():
 
 
 class Elsewhere(nn.Module):
-    """Computes, with dropout, on another device than the stream's."""
+    """Computes with dropout on a device other than the stream's."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Elsewhere(nn.Module):
         return self.inner(x.to(DEVICE)).to(x.device)
 
 
-def test_a_function_on_another_device_than_the_stream():
+def test_function_on_another_device_than_the_stream():
     sequence = ReversibleSequential(*[ReversibleBlock(Elsewhere(), nn.Dropout(0.5)) for _ in range(3)])
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_a_function_on_another_device_than_the_stream():
 
 
 def test_a_stream_on_each_device():
-    """`f` brings the second stream over to the first one's device, `g` takes it back."""
+    """`f` moves the second stream to the first one's device, and `g` moves it back."""
 
     class Over(nn.Module):
         def __init__(self, here, there):
@@ -139,13 +139,13 @@ def test_autocast(name, backward_inside, dtype):
                 loss.backward()
         if not backward_inside:
             loss.backward()
-    # A rebuilt float32 stream may round to another bfloat16: one unit in the last place is 2^-8, seldom, of many terms.
+    # A rebuilt float32 stream may rarely round to another bfloat16, which changes one of many terms by 2^-8.
     for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
         assert (parameter.grad - expected.grad).norm() <= 1e-2 * expected.grad.norm() + 1e-6
 
 
 def test_scaled_gradients():
-    """float16 with a gradient scaler, whose steps the twin takes too."""
+    """float16 with a gradient scaler, compared with the same steps of the twin."""
     sequence = CASE["mlp"].sequence(3).float().to(DEVICE)
     twin = stored_twin(sequence)
     x = to_device(CASE["mlp"].input(requires_grad=False)).float()
@@ -175,8 +175,8 @@ def test_channels_last_stays_channels_last():
     assert_same_buffers(sequence, twin)
 
 
-def test_on_a_stream_of_its_own():
-    """Forward and backward in the order of one CUDA stream, which is not the default one."""
+def test_on_another_cuda_stream():
+    """Forward and backward run in the order of one CUDA stream that is not the default one."""
     case = CASE["conv-dropout"]
     sequence = case.sequence(DEPTH).to(DEVICE)
     twin = stored_twin(sequence)
@@ -196,13 +196,13 @@ def test_outside_randomness_raises_in_the_first_run(place):
     assert_outside_randomness_raises(place, DEVICE)
 
 
-def test_a_silent_write_over_the_output_raises_in_the_first_run():
+def test_silent_write_to_the_output_raises_in_the_first_run():
     assert_silent_write_raises(DEVICE)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_no_alarm_without_a_reason(autocast):
-    """`cudnn.benchmark` may choose another algorithm for the second run."""
+def test_no_false_alarm(autocast):
+    """`cudnn.benchmark` may choose another algorithm for the replay."""
     blocks = [ReversibleBlock(ConvResidual(16), ConvResidual(16)) for _ in range(32)]
     sequence = ReversibleSequential(*blocks).to(DEVICE)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True), torch.autocast(DEVICE, torch.bfloat16, autocast):
@@ -212,7 +212,7 @@ def test_no_alarm_without_a_reason(autocast):
 
 
 def peak_bytes(depth, policy, *, dropout=0.0):
-    """What a training step allocates at most, beyond the model, its gradients and its input."""
+    """Return the peak of a training step, without the model, its gradients and its input."""
     blocks = [
         ReversibleBlock(nn.Sequential(ConvResidual(32), nn.Dropout(dropout)), ConvResidual(32)) for _ in range(depth)
     ]

@@ -122,7 +122,7 @@ def test_forward_hooks_can_change_inputs_and_outputs_of_a_function():
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "attention"])
 def test_gradients_arrive_block_by_block(name):
-    """A function's parameters have their gradients before the function below it runs again.
+    """A function's parameters have their gradients before the previous function is replayed.
 
     Data parallelism can therefore send buckets, and optimizers can step, during the backward pass.
     """

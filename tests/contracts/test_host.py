@@ -6,9 +6,8 @@ Time is not tested, because it is noise on a shared machine. `revnet bench --hos
 import pytest
 import torch
 
-from revnet.bench import HOST_CASES
-from revnet.bench.host import HostSubject
-from revnet.bench.host_cases import HOST_CONTENDERS
+from revnet.bench.host import HostRunner
+from revnet.bench.host_cases import HOST_CASES, HOST_METHODS
 
 NUM_BLOCKS = 16
 MOST_CALLS = {"conv": 1_842, "transformer": 1_454}
@@ -25,8 +24,8 @@ all_host_cases = pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: ca
 
 
 def reverse(case, num_blocks):
-    (contender,) = [contender for contender in HOST_CONTENDERS if contender.name == "revnet, Reverse()"]
-    return HostSubject(contender, case, case.functions(num_blocks, torch.device("cpu")))
+    (method,) = [method for method in HOST_METHODS if method.name == "revnet, Reverse()"]
+    return HostRunner(method, case, case.functions(num_blocks, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def test_plain_step_runs_through_few_files(case, calls):
 
 @all_host_cases
 def test_later_steps_make_the_same_calls(case):
-    """Nothing accumulates from step to step."""
-    subject = reverse(case, 2)
-    first = subject.count_calls()
-    for x in subject.inputs(5):
-        subject.step(x)
-    assert subject.count_calls().by_file == first.by_file
+    """Nothing piles up from step to step."""
+    runner = reverse(case, 2)
+    first = runner.count_calls()
+    for x in runner.inputs(5):
+        runner.step(x)
+    assert runner.count_calls().by_file == first.by_file

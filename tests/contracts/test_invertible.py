@@ -1,4 +1,4 @@
-"""Every invertible layer: the inverse, the log-determinant, and gradients; a newcomer is tested by being added."""
+"""Inverse, log-determinant and gradients of every invertible layer. A new layer is tested once it is in the list."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ all_layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.na
 
 
 def make(layer: Layer) -> AbstractInvertible:
-    """In evaluation mode, with no parameter as it began."""
+    """Return a layer in evaluation mode whose parameters differ from their initial values."""
     module = layer.make().double().eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -73,7 +73,7 @@ def inputs(layer: Layer) -> torch.Tensor:
 
 
 @all_layers
-def test_the_inverse_gives_the_input_back(layer):
+def test_inverse_restores_the_input(layer):
     module, x = make(layer), inputs(layer)
     y = module(x)
     assert y.numel() == x.numel()
@@ -83,7 +83,7 @@ def test_the_inverse_gives_the_input_back(layer):
 
 
 @all_layers
-def test_the_log_determinant_is_that_of_autograds_jacobian(layer):
+def test_log_determinant_equals_the_jacobian(layer):
     module, x = make(layer), inputs(layer)
     y, log_det = module.forward_with_log_det(x)
     assert torch.equal(y, module(x))
@@ -95,7 +95,7 @@ def test_the_log_determinant_is_that_of_autograds_jacobian(layer):
 
 
 @all_layers
-def test_gradients_are_numerically_right(layer):
+def test_gradcheck(layer):
     module, x = make(layer), inputs(layer)
     parameters = tuple(module.parameters())
     if sum(parameter.numel() for parameter in parameters) > 50:
@@ -105,14 +105,14 @@ def test_gradients_are_numerically_right(layer):
 
 
 @all_layers
-def test_a_copy_with_the_state_dict_is_the_same(layer):
+def test_copy_with_the_state_dict(layer):
     module, other, x = make(layer), make(layer), inputs(layer)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
 
 
 @all_layers
-def test_it_can_be_made_on_the_meta_device(layer):
+def test_meta_device(layer):
     with torch.device("meta"):
         module = layer.make()
         y = module(torch.empty(layer.shape))
@@ -120,7 +120,7 @@ def test_it_can_be_made_on_the_meta_device(layer):
 
 
 @all_layers
-def test_under_autocast_the_inverse_is_as_near_as_float32_allows(layer):
+def test_inverse_under_autocast_has_float32_accuracy(layer):
     module = make(layer).float()
     x = inputs(layer).detach().float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -130,7 +130,7 @@ def test_under_autocast_the_inverse_is_as_near_as_float32_allows(layer):
 
 
 @all_layers
-def test_an_empty_batch_is_one(layer):
+def test_empty_batch(layer):
     module = make(layer)
     x = torch.empty(0, *layer.shape[1:], dtype=torch.float64)
     y, log_det = module.forward_with_log_det(x)

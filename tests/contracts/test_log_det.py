@@ -155,7 +155,7 @@ def test_splitting_samples_raises():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
 @pytest.mark.parametrize("case", [CASE["affine"], CASE["momentum"], CASE["mlp"]], ids=lambda case: case.name)
-def test_one_graph_trains_as_the_twin(case):
+def test_one_graph_trains_like_the_twin(case):
     def step(module, x, args, kwargs):
         if module.policies[0] == Reverse():
             module = torch.compile(Density(module), backend="aot_eager", fullgraph=True)

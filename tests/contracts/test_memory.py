@@ -120,7 +120,7 @@ def test_single_function_holds_only_its_input():
         assert torch.equal(gradient, parameter.grad)  # Nothing was rebuilt, so nothing was rounded.
 
 
-def test_dropout_keeps_random_states_not_masks():
+def test_dropout_stores_random_states_instead_of_masks():
     def stack(depth):
         blocks = [ReversibleBlock(nn.Sequential(ConvResidual(8), nn.Dropout()), ConvResidual(8)) for _ in range(depth)]
         return measure(ReversibleSequential(*blocks), torch.randn(2, 16, 16, 16)).activation_bytes

@@ -1,4 +1,4 @@
-"""Reversible models against their stored twins: a newcomer is covered by being added to the list."""
+"""Reversible models equal their stored twins. A new model is tested once it is in the list."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ def make_twin(make_model, model):
 
 
 def train_step(model, x, seed=1):
-    """The output, and the random state at the end."""
+    """Return the output and the final random state."""
     torch.manual_seed(seed)
     y = model(x)
     squares(y).backward()
@@ -27,7 +27,7 @@ def train_step(model, x, seed=1):
 
 
 @all_reversible_models
-def test_a_step_is_the_twins(make_model):
+def test_step_equals_the_twin(make_model):
     model = make_model().double()
     twin = make_twin(make_model, model)
     x = model_input(model)
@@ -44,7 +44,7 @@ def test_a_step_is_the_twins(make_model):
 
 
 @all_reversible_models
-def test_a_step_in_evaluation_is_the_twins(make_model):
+def test_step_in_evaluation_mode_equals_the_twin(make_model):
     model = make_model().double().eval()
     twin = make_twin(make_model, model).eval()
     x = model_input(model)
@@ -55,7 +55,7 @@ def test_a_step_in_evaluation_is_the_twins(make_model):
 
 
 @all_reversible_models
-def test_a_step_needs_less_memory_than_the_twins(make_model):
+def test_step_needs_less_memory_than_the_twin(make_model):
     model = make_model()
     twin = make_model(policy=Store())
     x = model_input(model)
@@ -66,8 +66,8 @@ def test_a_step_needs_less_memory_than_the_twins(make_model):
 
 
 @all_reversible_models
-def test_repeated_steps_are_the_twins(make_model):
-    """With an optimizer, the whole loop."""
+def test_repeated_steps_equal_the_twin(make_model):
+    """The loop includes an optimizer."""
     model = make_model().double()
     twin = make_twin(make_model, model)
     batches = [model_input(model) for _ in range(3)]
@@ -78,7 +78,7 @@ def test_repeated_steps_are_the_twins(make_model):
             optimizer.zero_grad()
             module(x).logsumexp(1).sum().backward()
             optimizer.step()
-    # Each step passes the last one's rounding through the whole network.
+    # Each step amplifies the rounding of the previous one.
     assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), tolerance=1e-7)
 
 
@@ -110,8 +110,8 @@ def with_state(model, state):
 
 @all_reversible_models
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES.keys())
-def test_a_copy_trains_as_the_model_does(make_model, make_copy):
-    """Made after a step, of a model whose graph still lives; and nothing is shared."""
+def test_copy_trains_like_the_model(make_model, make_copy):
+    """The copy is made after a step, while the graph is alive, and shares nothing with the model."""
     model = make_model().double()
     loss = squares(model(model_input(model)))
     loss.backward(retain_graph=True)

@@ -18,7 +18,7 @@ from tests.contracts.random_programs import Averaged, draw_inputs, draw_sequence
 from tests.helpers import assert_close, stored_twin
 
 pytestmark = [
-    # PyTorch, tracing any custom `autograd.Function`, warns itself not to do what it does.
+    # PyTorch triggers its own warning when it traces a custom `autograd.Function`.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
@@ -99,7 +99,7 @@ def check_program(seed: int, backend: str) -> str | None:
     assert len(observed) == len(expected), seed
     for value, expected_value in zip(observed, expected, strict=True):
         if expected_value is None and value is not None:
-            # Compiled graphs give zeros for what has no gradient, as PyTorch's own do.
+            # Compiled graphs return zeros for missing gradients, also in PyTorch itself.
             expected_value = torch.zeros_like(value)
         assert_close(value, expected_value, tolerance=1e-7)
     return None

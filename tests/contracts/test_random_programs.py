@@ -42,7 +42,7 @@ def test_two_thousand_random_programs(seeds):
 
 
 class Outside(nn.Module):
-    """Draws numbers that no random state of PyTorch knows."""
+    """Draws numbers from a generator outside PyTorch."""
 
     def __init__(self, function: nn.Module, draw: random.Random):
         super().__init__()

@@ -9,7 +9,7 @@ from tests.helpers import CASE, all_cases, assert_close, assert_trains_as_twin, 
 
 
 def run_in_threads(*functions):
-    """Run all at once; raise what any of them raised."""
+    """Run all functions at once, and raise the first error."""
     errors = []
 
     def run(function):

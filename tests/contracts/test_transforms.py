@@ -85,7 +85,7 @@ def test_forward_mode(name, no_grad):
 
 
 def test_forward_mode_of_parameters_over_reverse_mode():
-    """A Hessian-vector product."""
+    """This is a Hessian-vector product."""
 
     def step(module, x, args, kwargs):
         with forward_ad.dual_level():

@@ -1,4 +1,4 @@
-"""A wrong argument raises an error of one line that names it, at once: every argument of everything public is tried."""
+"""A wrong argument raises a one-line error that names it. All arguments of all public functions are tested."""
 
 import json
 import signal
@@ -17,15 +17,15 @@ ROOT = Path(__file__).parent.parent.parent
 MOST_FOREIGN = 100
 
 
-def judgements(*flags: str) -> dict[str, tuple[str, str]]:
-    """What the driver says of each case; it runs in a process of its own, which a case may kill."""
+def judgments(*flags: str) -> dict[str, tuple[str, str]]:
+    """Return the driver's judgment of each case. It runs in a separate process, which a case may kill."""
     found: dict[str, tuple[str, str]] = {}
     start = 0
     while True:
         command = [sys.executable, "-m", "tests.contracts.wrong_arguments", str(start), *flags]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in run.stdout.splitlines()]
-        found |= {place: (judgement, message) for _, place, judgement, message in (x for x in lines if len(x) == 4)}
+        found |= {place: (judgment, message) for _, place, judgment, message in (x for x in lines if len(x) == 4)}
         if run.returncode == 0:
             return found
         if not lines or len(lines[-1]) == 4:
@@ -36,35 +36,35 @@ def judgements(*flags: str) -> dict[str, tuple[str, str]]:
 
 
 def check(found: dict[str, tuple[str, str]]) -> None:
-    counts = Counter(judgement for judgement, _ in found.values())
+    counts = Counter(judgment for judgment, _ in found.values())
     places = defaultdict(list)
-    for place, (judgement, message) in found.items():
-        places[judgement].append(f"{place}: {message}")
-    for judgement in ("endless", "accepted", "nameless", "several lines"):
-        assert places[judgement] == []
+    for place, (judgment, message) in found.items():
+        places[judgment].append(f"{place}: {message}")
+    for judgment in ("endless", "accepted", "nameless", "several lines"):
+        assert places[judgment] == []
     assert counts["foreign"] <= MOST_FOREIGN, places["foreign"]
     assert counts["right"] > 0.95 * len(found)
 
 
 def test_a_few_wrong_values():
-    found = judgements("--quick")
+    found = judgments("--quick")
     assert len(found) > 2000
     check(found)
 
 
 @pytest.mark.slow
 def test_all_wrong_values():
-    found = judgements()
+    found = judgments()
     assert len(found) > 9000
     check(found)
 
 
-def test_everything_public_is_tried():
+def test_tries_everything_public():
     tried = {target.name for target in wrong_arguments.targets()}
     assert wrong_arguments.public_names() - tried - set(wrong_arguments.LEFT_OUT) == set()
 
 
-def test_the_driver_knows_what_annotations_allow():
+def test_driver_knows_the_values_of_annotations():
     allows = wrong_arguments.allows
     hint = get_type_hints(ReversibleBlock.__init__)["split_dim"]
     assert [allows(hint, value) for value in (1, -1, None, True, 1.0, "x")] == [True, True, True, False, False, False]
@@ -76,7 +76,7 @@ def test_the_driver_knows_what_annotations_allow():
 
 
 @pytest.mark.parametrize(
-    ("call", "judgement"),
+    ("call", "judgment"),
     [
         (lambda value: value, "accepted"),
         (lambda value: [].index(value), "nameless"),
@@ -85,8 +85,8 @@ def test_the_driver_knows_what_annotations_allow():
         (lambda value: all(True for _ in iter(int, 1)), "endless"),
     ],
 )
-def test_the_driver_judges(call, judgement, monkeypatch):
-    """On functions that are wrong in each way; the functions of this file count as revnet's."""
+def test_driver_judges(call, judgment, monkeypatch):
+    """The functions fail in each possible way. Functions of this file count as revnet's."""
     monkeypatch.setattr(wrong_arguments, "SOURCE", str(ROOT))
     monkeypatch.setattr(wrong_arguments, "LIMIT_SECONDS", 0.2)
     target = wrong_arguments.Target("call", lambda name: call(name), dict)
@@ -94,7 +94,7 @@ def test_the_driver_judges(call, judgement, monkeypatch):
     handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     try:
         wrong_arguments.watch()
-        assert wrong_arguments.judge(target, "name", str, 3)[0] == judgement
+        assert wrong_arguments.judge(target, "name", str, 3)[0] == judgment
     finally:
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *timer)

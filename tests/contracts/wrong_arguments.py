@@ -1,9 +1,9 @@
-"""Passes wrong arguments to the public functions and constructors, one at a time, and judges what happens.
+"""Pass wrong arguments to the public functions and constructors, one at a time, and judge the outcome.
 
-`python -m tests.contracts.wrong_arguments` prints the judgements as JSON lines. A run takes all of `TARGETS`, every
+`python -m tests.contracts.wrong_arguments` prints the judgments as JSON lines. A run takes all of `TARGETS`, every
 argument of each, and every value of `WRONG`; `--quick` takes a few values. It limits its memory and the time of a call.
 
-A judgement is one of
+A judgment is one of
 
 * right: an error of revnet, in one line, that names the argument; or a result, where the annotation allows the value
 * accepted: a result, though the annotation does not allow the value
@@ -43,7 +43,7 @@ from revnet.nn.policies._has_policies import broadcast_policy
 
 LIMIT_SECONDS = 10.0
 LIMIT_BYTES = 4 * 2**30
-"""Memory that a run may take beyond what it has after its imports."""
+"""Memory that a run may use in addition to its imports."""
 
 WRONG: dict[str, Callable[[], Any]] = {
     "'x'": lambda: "x",
@@ -79,21 +79,21 @@ QUICK = ("'x'", "None", "a module", "-1", "10**9", "True")
 
 @dataclass(frozen=True)
 class Target:
-    """Something public that is called."""
+    """A public function, class or method."""
 
     name: str
     call: Callable[..., Any]
     make_arguments: Callable[[], dict[str, Any]]
-    """The right arguments. One named "*blocks" holds the positional ones."""
+    """Valid arguments. The entry "*blocks" holds positional arguments."""
     signature: Any = None
-    """Function whose parameters and annotations count, if it is not `call`."""
+    """Function with the parameters and annotations, if it is not `call`."""
     also: dict[str, str] = field(default_factory=dict)
-    """Other names under which an error may mention an argument: callers know it as such."""
+    """Other names of an argument that an error may use."""
     silent: frozenset[str] = frozenset()
-    """Arguments that are not tried: only messages show them."""
+    """Arguments that are not tested, since only messages show them."""
 
     def parameters(self) -> dict[str, Any]:
-        """The arguments to try, with their annotations."""
+        """Return the arguments to test, with their annotations."""
         function = self.signature or self.call
         function = function.__init__ if isinstance(function, type) else function
         hints = typing.get_type_hints(function)
@@ -110,7 +110,7 @@ class Target:
         return found
 
     def call_with(self, name: str, value: Any) -> Any:
-        """Call with one argument, or the first positional one, in the place of the right one."""
+        """Call with a wrong value for one argument, or for the first positional one."""
         arguments = self.make_arguments()
         starred = next((key for key in arguments if key.startswith("*")), None)
         positional = [] if starred is None else list(arguments.pop(starred))
@@ -125,7 +125,7 @@ class Target:
         return result
 
 
-# What is right ---------------------------------------------------------------------------------------------------
+# Valid arguments -------------------------------------------------------------------------------------------------
 
 
 def linear() -> nn.Module:
@@ -149,7 +149,7 @@ def heads() -> Tensor:
 
 
 def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Published sizes are too large to be built thousands of times."""
+    """Return a small version, since published sizes are too large to build thousands of times."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.device("meta"):
@@ -205,7 +205,7 @@ FUNCTIONS = [
         "additive",
         coupling.additive,
         lambda: {"x": heads(), "residual": heads()},
-        also={"x": "f", "residual": "f"},  # Users know the residual by the function that returned it.
+        also={"x": "f", "residual": "f"},  # errors name the function that returned the residual
         silent=frozenset({"name"}),
     ),
     Target(
@@ -237,7 +237,7 @@ FUNCTIONS = [
         "split",
         split,
         lambda: {"x": images(), "dim": 1},
-        also={"dim": "split_dim"},  # Users know it as the argument of a block.
+        also={"dim": "split_dim"},  # the name of the argument of a block
         silent=frozenset({"name"}),
     ),
     Target("create_model", on_meta(models.create_model), lambda: {"name": "resnet32"}, models.create_model),
@@ -247,14 +247,13 @@ FUNCTIONS = [
 ]
 ENTRY_FUNCTIONS = [
     *models.list_models(),
-    "nice",
     "reformer_enwik8",
     "h_transformer_small",
     "h_transformer_base",
     "h_transformer_large",
 ]
 
-# An instance, and the right arguments of its methods by their names.
+# An instance, and valid arguments of its methods by name.
 IMAGES = {"x": images, "y": images}
 FEATURES = {"x": lambda: images(2, 4), "y": lambda: images(2, 4)}
 TOKENS = {"x": lambda: images(1, 4, 8)}
@@ -321,7 +320,7 @@ LEFT_OUT = {
 
 
 def public_names() -> set[str]:
-    """The names that the rooms export."""
+    """Return the names that the subpackages export."""
     rooms = (coupling, functional, rnn, attention, models)
     return {
         name
@@ -332,7 +331,7 @@ def public_names() -> set[str]:
 
 
 def _head_arguments(model: Any, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """`forward_head` reads features, not images."""
+    """Return the arguments of methods, where `forward_head` reads features instead of images."""
     if name == "forward_head":
         arguments["x"] = images(1, model.num_features, 2, 2)
     return arguments
@@ -362,28 +361,27 @@ def _methods(make: Callable[[], Any], samples: dict[str, Callable[[], Any]]) -> 
             own = make()
             return (own if name == "forward" else getattr(own, name))(**kwargs)
 
-        # An instance may be costly; what a call changes in it must not last.
+        # Copy the instance, which may be costly to build, so that calls do not change it.
         yield Target(f"{type(instance).__name__}.{name}", call, arguments, function)
 
 
 def targets() -> list[Target]:
-    """Everything that is called."""
-    found = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
-    found += FUNCTIONS
+    """Return all functions, classes and methods to call."""
+    result = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
+    result += FUNCTIONS
     for name in ENTRY_FUNCTIONS:
         function = getattr(models, name)
-        options = {"image_shape": (1, 4, 4)} if name == "nice" else {}
-        found.append(Target(name, on_meta(function), lambda options=options: dict(options), function))
+        result.append(Target(name, on_meta(function), dict, function))
     for make, samples in INSTANCES:
-        found += _methods(make, samples)
-    return found
+        result += _methods(make, samples)
+    return result
 
 
-# What is judged --------------------------------------------------------------------------------------------------
+# Judgments -------------------------------------------------------------------------------------------------------
 
 
 def allows(annotation: Any, value: Any) -> bool:
-    """Whether a value is of the annotated type; a bool is no number."""
+    """Return whether a value has the annotated type. A bool is not a number."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return True
@@ -412,7 +410,7 @@ def allows(annotation: Any, value: Any) -> bool:
 
 
 class TooLongError(BaseException):
-    """A call took too long."""
+    """Raised if a call takes too long."""
 
 
 def _stop(*_: Any) -> None:
@@ -423,14 +421,14 @@ SOURCE = str(Path(revnet.__file__).parent)
 
 
 def watch() -> None:
-    """Have calls end that take too long."""
+    """Set the handler that ends calls that take too long."""
     signal.signal(signal.SIGALRM, _stop)
 
 
 def judge(target: Target, name: str, annotation: Any, value: Any) -> tuple[str, str]:
-    """The judgement, and what was said."""
+    """Return the judgment and the message."""
     signal.setitimer(signal.ITIMER_REAL, LIMIT_SECONDS)
-    faulthandler.dump_traceback_later(4 * LIMIT_SECONDS, exit=True)  # Within one call of C no signal is seen.
+    faulthandler.dump_traceback_later(4 * LIMIT_SECONDS, exit=True)  # a signal does not interrupt C code
     try:
         target.call_with(name, value)
     except TooLongError:
@@ -457,7 +455,7 @@ def _judge_error(target: Target, name: str, error: Exception) -> str:
 
 
 def cases(quick: bool) -> Iterator[tuple[Target, str, Any, str]]:
-    """All that is tried: a target, an argument with its annotation, and the name of a value."""
+    """Return all cases: a target, an argument with its annotation, and the name of a value."""
     for target in targets():
         for name, annotation in target.parameters().items():
             for label in QUICK if quick else WRONG:
@@ -465,7 +463,7 @@ def cases(quick: bool) -> Iterator[tuple[Target, str, Any, str]]:
 
 
 def main() -> None:
-    """Judge all cases from the one with the given number on."""
+    """Judge all cases, starting with the given number."""
     quick, start = "--quick" in sys.argv, int(sys.argv[1])
     watch()
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -475,10 +473,10 @@ def main() -> None:
         if number < start:
             continue
         place = f"{target.name}({name}={label})"
-        print(json.dumps([number, place]), flush=True)  # So that what kills the process is known.
+        print(json.dumps([number, place]), flush=True)  # shows which case kills the process
         torch.manual_seed(0)
-        judgement, message = judge(target, name, annotation, WRONG[label]())
-        print(json.dumps([number, place, judgement, message]), flush=True)
+        judgment, message = judge(target, name, annotation, WRONG[label]())
+        print(json.dumps([number, place, judgment, message]), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def perceptron(frozen=False):
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_it_is_the_module(num_chunks, frozen):
+def test_equals_the_module(num_chunks, frozen):
     module, x = perceptron(frozen), torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
     results = []
     for function in (lambda x: chunked(module, x, num_chunks), module):
@@ -29,19 +29,19 @@ def test_it_is_the_module(num_chunks, frozen):
         assert_close(chunked(module, x, num_chunks), module(x), tolerance=1e-12)
 
 
-def test_an_input_without_gradient_gets_none():
+def test_input_without_gradient():
     module, x = perceptron(), torch.randn(2, 7, 4, dtype=torch.float64)
     chunked(module, x, 3).sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-def test_it_can_be_differentiated_twice():
+def test_double_backward():
     module, x = perceptron(), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: chunked(module, x, 2), (x,))
     assert torch.autograd.gradgradcheck(lambda x: chunked(module, x, 2), (x,))
 
 
-def test_autocast_is_that_of_the_forward_pass():
+def test_backward_uses_the_autocast_of_the_forward_pass():
     module, x = perceptron().float(), torch.randn(2, 6, 4, requires_grad=True)
     results = []
     for function in (lambda x: chunked(module, x, 2), module):
@@ -65,11 +65,11 @@ class Whole(nn.Module):
         return chunked(self.layers, x, self.num_chunks)
 
 
-def test_a_chunk_is_held_at_a_time():
+def test_stores_one_chunk_at_a_time():
     x = torch.randn(1, 512, 4)
     hidden = 512 * 1024 * 4
     held = [measure(Whole(num_chunks), x).held_bytes for num_chunks in (1, 8)]
-    assert held[0] - held[1] == 2 * hidden  # before and after GELU; the input lives in any case
+    assert held[0] - held[1] == 2 * hidden  # before and after GELU; the input is stored in any case
     peaks = [measure(Whole(num_chunks), x).activation_bytes for num_chunks in (1, 8)]
-    assert peaks[0] >= 3 * hidden  # and its gradient
-    assert peaks[1] <= 3 * hidden / 8 + 6 * 4 * 1024 * 4  # and gradients of both weights, their sums and new sums
+    assert peaks[0] >= 3 * hidden  # and the gradient
+    assert peaks[1] <= 3 * hidden / 8 + 6 * 4 * 1024 * 4  # plus gradients of both weights, their sums and new sums

@@ -1,4 +1,4 @@
-"""Against the whole attention matrix, built from the definition pair by pair."""
+"""Comparison with the whole attention matrix, built pair by pair from the definition."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.helpers import assert_close, squares
 
 
 def level_of(i, j, block_size):
-    """The finest level on which the blocks of both tokens are the same or neighbours."""
+    """Return the finest level on which the blocks of both tokens are equal or neighbors."""
     level = 0
     while abs((i >> level) // block_size - (j >> level) // block_size) > 1:
         level += 1
@@ -48,7 +48,7 @@ SIZES = [(1, 2, 1), (4, 2, 1), (5, 2, 2), (8, 2, 2), (13, 2, 3), (32, 2, 4), (33
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize(("T", "block_size", "num_levels"), SIZES)
-def test_it_is_the_definition(T, block_size, num_levels, is_causal, has_mask):
+def test_equals_the_definition(T, block_size, num_levels, is_causal, has_mask):
     q, k, v = random_inputs(T)
     mask = torch.rand(2, T) > 0.3 if has_mask else None
     if has_mask:
@@ -70,8 +70,8 @@ def test_one_level_is_full_attention(T, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_tokens_that_are_alike_within_groups_make_it_exact(is_causal):
-    """Coarsening loses nothing where there is nothing to lose."""
+def test_equal_tokens_within_groups_are_exact(is_causal):
+    """Coarsening equal tokens loses no information."""
     q, k, v = random_inputs(8)
     q, k = (each.repeat_interleave(8, dim=2) for each in (q, k))
     v = torch.randn(2, 2, 64, 4, dtype=torch.float64)
@@ -80,19 +80,19 @@ def test_tokens_that_are_alike_within_groups_make_it_exact(is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_are_right(is_causal):
+def test_gradients(is_causal):
     q, k, v = (each.requires_grad_() for each in random_inputs(11, B=1, H=1, D=2))
     mask = torch.rand(1, 11) > 0.2
 
     def function(q, k, v):
         y = hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=mask)
-        return y[:, :, mask[0]]  # The outputs of the other tokens mean nothing.
+        return y[:, :, mask[0]]  # The outputs of masked tokens are meaningless.
 
     assert torch.autograd.gradcheck(function, (q, k, v))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_nothing_real_is_no_disaster(is_causal):
+def test_fully_masked_sequences(is_causal):
     q, k, v = (each.requires_grad_() for each in random_inputs(11))
     y = hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=torch.zeros(2, 11, dtype=torch.bool))
     squares(y).backward()
@@ -107,7 +107,7 @@ def test_large_scores_do_not_overflow():
     assert y.abs().max() <= v.abs().max() * (1 + 1e-5)  # means of values
 
 
-def test_low_precision_has_scores_in_float32():
+def test_low_precision_computes_scores_in_float32():
     q, k, v = random_inputs(64)
     low = hierarchical_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), block_size=8)
     assert low.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Against the definition, one query after the other: the softmax over what any round finds, each counted once."""
+"""Comparison with the definition: for each query, the softmax over all keys of any round, counted once."""
 
 import math
 
@@ -10,7 +10,7 @@ from tests.helpers import assert_close, squares
 
 
 def buckets_by_hand(qk, num_bits, num_hashes):
-    """Which direction of each random basis a vector is nearest to; the draws are those of the function."""
+    """Return the direction of each random basis that a vector is nearest to, with the function's random numbers."""
     B, H, T, D = qk.shape
     buckets = torch.zeros(num_hashes, B, H, T, dtype=torch.long)
     for bits in {0: [], 7: [4, 3], 13: [5, 4, 4]}.get(num_bits, [num_bits]):
@@ -26,7 +26,7 @@ def buckets_by_hand(qk, num_bits, num_hashes):
 
 
 def seen_by_hand(buckets, bucket_size, is_causal, mask):
-    """For each token, the set of those that a round finds; `buckets` and `mask` of one sequence and head."""
+    """Return the tokens that a round finds for each token of one sequence and head."""
     T, chunk_size = len(buckets), min(2 * bucket_size, len(buckets))
     real = [True] * T if mask is None else mask.tolist()
     order = sorted(range(T), key=lambda t: (not real[t], real[t] * buckets[t].item(), t))
@@ -71,7 +71,7 @@ def random_inputs(T, B=2, H=2, D=4):
     ("T", "bucket_size", "num_hashes"),
     [(1, 4, 2), (5, 4, 3), (6, 4, 1), (16, 4, 1), (16, 4, 3), (37, 3, 4), (64, 2, 2), (50, 50, 2)],
 )
-def test_it_is_the_definition(T, bucket_size, num_hashes, is_causal, has_mask):
+def test_equals_the_definition(T, bucket_size, num_hashes, is_causal, has_mask):
     qk, v = random_inputs(T)
     options = {"bucket_size": bucket_size, "num_hashes": num_hashes, "is_causal": is_causal}
     options["mask"] = torch.rand(2, T) > 0.3 if has_mask else None
@@ -82,7 +82,7 @@ def test_it_is_the_definition(T, bucket_size, num_hashes, is_causal, has_mask):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_many_buckets_come_from_several_hashes(is_causal):
+def test_many_buckets_use_several_hashes(is_causal):
     qk, v = random_inputs(128, B=1, H=1)
     options = {"bucket_size": 1, "num_hashes": 2, "is_causal": is_causal}
     torch.manual_seed(1)
@@ -93,8 +93,8 @@ def test_many_buckets_come_from_several_hashes(is_causal):
 
 @pytest.mark.parametrize("T", [1, 2, 11, 22])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_one_bucket_is_full_attention_to_all_others(T, is_causal):
-    """Exactly, without drawing a random number, however many rounds are asked for."""
+def test_one_bucket_equals_full_attention(T, is_causal):
+    """They are equal for any number of rounds, and no random number is drawn."""
     qk, v = random_inputs(T)
     state = torch.get_rng_state()
     actual = lsh_attention(qk, v, bucket_size=16, num_hashes=5, is_causal=is_causal)
@@ -107,10 +107,10 @@ def test_one_bucket_is_full_attention_to_all_others(T, is_causal):
     assert_close(actual, scores.softmax(-1) @ v, tolerance=1e-10)
 
 
-def test_more_rounds_find_more():
-    """The weights that full attention gives to what is missed become fewer."""
+def test_more_rounds_miss_less():
+    """The weight that full attention gives to missed keys decreases."""
     qk, _ = random_inputs(256, B=1, H=1, D=8)
-    one_hot = torch.eye(256, dtype=torch.float64).expand(1, 1, 256, 256)  # the outputs are the weights themselves
+    one_hot = torch.eye(256, dtype=torch.float64).expand(1, 1, 256, 256)  # so that the outputs are the weights
     full = lsh_attention(qk, one_hot, bucket_size=256)
     missed = []
     for num_hashes in (1, 2, 4, 8, 16):
@@ -121,8 +121,8 @@ def test_more_rounds_find_more():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_are_right(is_causal):
-    """By finite differences, with the draws held: none of these vectors lies between two buckets."""
+def test_gradients(is_causal):
+    """Compare with finite differences for fixed random numbers. No vector lies between two buckets."""
     qk, v = (each.requires_grad_() for each in random_inputs(10, B=1, H=1, D=2))
 
     def function(qk, v):
@@ -133,7 +133,7 @@ def test_gradients_are_right(is_causal):
     assert torch.autograd.gradcheck(function, (qk, v), atol=1e-4)
 
 
-def test_low_precision_has_scores_in_float32():
+def test_low_precision_computes_scores_in_float32():
     qk, v = random_inputs(64)
     torch.manual_seed(1)
     low = lsh_attention(qk.bfloat16(), v.bfloat16(), bucket_size=64)
@@ -142,7 +142,7 @@ def test_low_precision_has_scores_in_float32():
     assert (low - lsh_attention(qk, v, bucket_size=64)).abs().max() <= 0.1 * v.abs().max()
 
 
-def test_nothing_depends_on_vectors_of_zero():
+def test_zero_vectors():
     qk, v = random_inputs(40)
     qk = torch.zeros_like(qk).requires_grad_()
     squares(lsh_attention(qk, v, bucket_size=4)).backward()

@@ -4,8 +4,8 @@ import torch
 from revnet.functional import rotary_table, rotate
 
 
-def test_pairs_turn_by_their_position():
-    """As complex numbers, with RoFormer's frequencies."""
+def test_rotates_pairs_by_their_position():
+    """The reference multiplies complex numbers, with RoFormer's frequencies."""
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64)
     y = rotate(x, rotary_table(5, 6, dtype=torch.float64))
     for position in range(5):
@@ -26,15 +26,15 @@ def test_products_depend_on_the_distance_alone():
         torch.testing.assert_close(along, along[:1].expand_as(along))
 
 
-def test_low_precision_is_turned_in_float32_and_returned():
+def test_low_precision_rotates_in_float32():
     x = torch.randn(1, 1, 300, 4).bfloat16()
     y = rotate(x, rotary_table(300, 4))
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, rotate(x.float(), rotary_table(300, 4)).bfloat16())
 
 
-def test_odd_heads_and_other_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"`head_dim` \(=5\) must be even, since rotary positions turn features in"):
+def test_rejects_odd_heads_and_other_lengths():
+    with pytest.raises(ValueError, match=r"`head_dim` \(=5\) must be even, since rotary positions rotate pairs"):
         rotary_table(3, 5)
     with pytest.raises(ValueError, match=r"`table` has shape \(2, 3, 2\), but must have \(2, 7, 2\); make it with"):
         rotate(torch.randn(1, 1, 7, 4), rotary_table(3, 4))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of the official `cifar_configs.py` and `imagenet_configs.py` that shape a network."""
+    """The fields of the official `cifar_configs.py` and `imagenet_configs.py` that define a network."""
 
     num_residual_units: tuple[int, ...]
     filters: tuple[int, ...]
@@ -41,7 +41,7 @@ CONFIGS = {
 
 
 class Official:
-    """The official network in training, on the parameters of `model`.
+    """The official network in training mode, with the parameters of `model`.
 
     `moments` are the mean and the biased variance that each batch norm saw, in order.
     """
@@ -125,7 +125,7 @@ class Official:
 
 
 def pad_same(x: Tensor, kernel_size: int, stride: int, value: float) -> Tensor:
-    """TensorFlow's SAME: ceil(size / stride) outputs; an odd pixel of padding goes to the far end."""
+    """Pad like TensorFlow's SAME: ceil(size / stride) outputs, with an odd pixel of padding at the far end."""
     padding: list[int] = []
     for size in (x.shape[3], x.shape[2]):
         total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)

@@ -1,4 +1,4 @@
-"""What users of timm expect of a network, of every family."""
+"""The timm interface of every family of networks."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_forward_is_features_then_head(make):
 
 
 @all_networks
-def test_no_classes_give_pooled_features(make):
+def test_zero_classes_return_pooled_features(make):
     model = make(num_classes=0)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert model.num_classes == 0
@@ -79,7 +79,7 @@ def test_reset_classifier(make):
 
 
 @pytest.mark.parametrize("old", [5, 0])
-def test_a_new_head_is_where_the_old_one_was(old):
+def test_reset_classifier_keeps_device_and_dtype(old):
     model = RevNet(**OPTIONS, num_classes=old).to(torch.bfloat16).eval()
     model.reset_classifier(3)
     assert (model.head.weight.dtype, model.head.training) == (torch.bfloat16, False)
@@ -90,7 +90,7 @@ def test_a_new_head_is_where_the_old_one_was(old):
 
 
 @pytest.mark.parametrize("num_classes", [-1, 2.0, None, True])
-def test_reset_classifier_refuses(num_classes):
+def test_reset_classifier_rejects_wrong_counts(num_classes):
     model = ResNet(**OPTIONS)
     head = model.head
     with pytest.raises(ValueError, match=r"`num_classes` \(=.*\) must be a positive integer, or 0 for pooled"):
@@ -124,7 +124,7 @@ def test_reductions(network, stem, reductions):
 
 
 @all_networks
-def test_maps_are_what_the_modules_return(make):
+def test_maps_equal_the_outputs_of_modules(make):
     model = make().eval()
     seen = []
     for info in model.feature_info:
@@ -132,7 +132,7 @@ def test_maps_are_what_the_modules_return(make):
     x = make_input()
     features, maps = model.forward_intermediates(x)
     for map_, y in zip(maps, seen, strict=True):
-        if isinstance(y, tuple):  # the streams; a transformer's have their channels last
+        if isinstance(y, tuple):  # the streams, with channels last in a transformer
             y = torch.cat(y, -1).permute(0, 3, 1, 2) if isinstance(model, ReversibleViT) else torch.cat(y, 1)
         assert torch.equal(map_, y)
     assert torch.equal(features, model.forward_features(x))
@@ -140,7 +140,7 @@ def test_maps_are_what_the_modules_return(make):
 
 
 @all_networks
-def test_which_maps(make):
+def test_selection_of_maps(make):
     model = make().eval()
     x = make_input()
     features, maps = model.forward_intermediates(x)
@@ -164,7 +164,7 @@ def test_which_maps(make):
 
 
 @all_networks
-def test_stop_early_leaves_out_the_rest(make):
+def test_stop_early_skips_later_stages(make):
     model = make().eval()
     x = make_input()
     maps = model.forward_intermediates(x, intermediates_only=True)
@@ -181,12 +181,12 @@ def test_stop_early_leaves_out_the_rest(make):
 
 @all_networks
 @pytest.mark.parametrize("indices", [0, 4, -1, [3], [-4], [], [1.0], "stem"])
-def test_maps_that_are_none_are_refused(make, indices):
+def test_rejects_missing_maps(make, indices):
     with pytest.raises(ValueError, match=r"`indices` \(=.*\) must (be from 1 to 3|name one or more of the 3 feature)"):
         make().forward_intermediates(make_input(), indices)
 
 
-def test_another_layout_is_refused():
+def test_rejects_another_layout():
     with pytest.raises(ValueError, match=r"`output_fmt` \(='NLC'\) must be 'NCHW'"):
         ResNet(**OPTIONS).forward_intermediates(make_input(), output_fmt="NLC")
 
@@ -202,8 +202,8 @@ def test_another_layout_is_refused():
     ids=["basic", "bottleneck", "irevnet", "vit"],
 )
 @pytest.mark.parametrize("options", [{}, {"indices": [1]}, {"indices": [0, 1], "stop_early": True}, {"norm": True}])
-def test_gradients_through_maps_are_the_twins(make, options):
-    """Of a loss on the final features and on every map, all at once."""
+def test_gradients_through_maps_equal_the_twin(make, options):
+    """The loss reads the final features and all maps."""
     model, twin = make().double(), make(policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     x = make_input().double().requires_grad_()
@@ -218,7 +218,7 @@ def test_gradients_through_maps_are_the_twins(make, options):
 
 
 class Maps(nn.Module):
-    """A model's maps as a module, for `measure`."""
+    """A module that returns the maps of a model, for `measure`."""
 
     def __init__(self, model, indices):
         super().__init__()
@@ -230,17 +230,17 @@ class Maps(nn.Module):
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_depth_costs_no_memory_with_maps(block):
+def test_memory_with_maps_is_flat_in_depth(block):
     def peak(num_blocks, indices):
         model = RevNet(num_blocks=num_blocks, widths=(8, 8, 16), block=block)
         return measure(Maps(model, indices), make_input(16)).activation_bytes
 
     assert peak((4, 4), None) == peak((9, 9), None)
-    assert peak((4, 4), [2]) < peak((4, 4), None), "a map that nobody asks for is not made"
+    assert peak((4, 4), [2]) < peak((4, 4), None), "maps that are not requested are not computed"
 
 
-def test_only_the_maps_of_a_transformer_cost_memory():
-    """Its blocks between two maps are rebuilt as one."""
+def test_transformer_stores_only_the_maps():
+    """The blocks between two maps run as one sequence."""
 
     def peak(depth, indices):
         model = ReversibleViT(**VIT_OPTIONS, depth=depth)

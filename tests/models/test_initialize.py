@@ -9,7 +9,7 @@ from revnet.models import ResNet, RevNet
 
 @pytest.mark.parametrize("network", [ResNet, RevNet])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_weights_are_drawn_as_the_official_code_draws_them(network, block):
+def test_initial_weights_follow_the_official_code(network, block):
     model = network(num_blocks=(1, 1), widths=(64, 64, 64), block=block, stem="large", num_classes=100)
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) >= 5
@@ -17,7 +17,7 @@ def test_weights_are_drawn_as_the_official_code_draws_them(network, block):
         assert conv.bias is None
         deviation = math.sqrt(2 / (conv.kernel_size[0] ** 2 * conv.out_channels))
         assert conv.weight.abs().max() <= 2 * deviation
-        # A normal cut at two deviations keeps 0.8796 of its deviation; five standard errors of the estimate.
+        # A normal truncated at two deviations has 0.8796 of the deviation. Five standard errors of the estimate.
         tolerance = 5 / math.sqrt(2 * conv.weight.numel())
         assert conv.weight.std().item() == pytest.approx(0.8796 * deviation, rel=tolerance)
         assert abs(conv.weight.mean().item()) < 5 * deviation / math.sqrt(conv.weight.numel())
@@ -29,7 +29,7 @@ def test_weights_are_drawn_as_the_official_code_draws_them(network, block):
 
 
 @pytest.mark.parametrize("network", [ResNet, RevNet])
-def test_batch_norm_starts_neutral_with_the_official_constants(network):
+def test_batch_norm_has_the_official_constants(network):
     model = network(num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck")
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.01)}
@@ -40,7 +40,7 @@ def test_batch_norm_starts_neutral_with_the_official_constants(network):
         assert torch.equal(norm.running_var, torch.ones_like(norm.bias))
 
 
-def test_the_same_seed_gives_the_same_weights():
+def test_same_seed_gives_same_weights():
     def make(**options):
         torch.manual_seed(5)
         return RevNet(num_blocks=(1, 2), widths=(4, 4, 8), **options)

@@ -12,7 +12,7 @@ OPTIONS = {"num_blocks": (3, 2, 2), "strides": (1, 2, 2), "hidden_widths": (4, 6
 
 
 def make(**options):
-    """With batch-norm statistics and scales that are none of the initial ones."""
+    """Return a network whose batch-norm statistics and scales differ from the initial ones."""
     model = IRevNet(**{**OPTIONS, **options})
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -28,20 +28,22 @@ def num_parameters(make):
         return sum(parameter.numel() for parameter in make().parameters())
 
 
-def test_the_network_for_imagenet_is_the_published_one():
-    """Blocks 6, 16, 72, 6 and stream widths 24, 96, 384, 1536, a quarter of them inside, counted by hand."""
+def test_imagenet_network_has_the_published_size():
+    """Blocks 6, 16, 72, 6, stream widths 24, 96, 384, 1536 and inner widths of a quarter, counted by hand."""
     total, before = 0, 6
     for stage, (num_blocks, width) in enumerate(zip((6, 16, 72, 6), (24, 96, 384, 1536), strict=True)):
         for block in range(num_blocks):
             hidden, entering = width // 4, before if block == 0 else width
             total += 9 * (entering * hidden + hidden**2 + hidden * width) + 2 * 2 * hidden
-            total += 0 if stage == block == 0 else 2 * entering  # the very first function has no norm before it
+            total += (
+                0 if stage == block == 0 else 2 * entering
+            )  # the first function of the network has no norm before it
         before = width
     total += 2 * 2 * 1536 + (2 * 1536 + 1) * 1000
     assert num_parameters(irevnet301) == total == 125_120_356
 
 
-def test_the_network_for_cifar():
+def test_cifar_network():
     assert num_parameters(irevnet_cifar) == 2_590_642
     with torch.device("meta"):
         model = irevnet_cifar()
@@ -49,7 +51,7 @@ def test_the_network_for_cifar():
 
 
 def by_hand(model, x):
-    """The published forward pass: each block swaps the streams and adds to the second what it computes of it."""
+    """Compute the published forward pass: each block swaps the streams and adds a residual to one."""
 
     def residual(function, x):
         layers = [layer for layer in function if not hasattr(layer, "block_size")]
@@ -70,12 +72,12 @@ def by_hand(model, x):
             x1, x2 = x2, x1 + y
             num_blocks += 1
     if num_blocks % 2:
-        x1, x2 = x2, x1  # here the streams keep their names
+        x1, x2 = x2, x1  # this library does not swap the names
     return torch.cat((x1, x2), 1)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_the_output_is_the_published_computation(training):
+def test_output_equals_the_published_computation(training):
     model = make().double().train(training)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     y = by_hand(model, x)
@@ -86,7 +88,7 @@ def test_the_output_is_the_published_computation(training):
 
 @pytest.mark.parametrize("in_channels", [1, 3])
 @pytest.mark.parametrize("policy", [None, Checkpoint(), Store()])
-def test_images_come_back_from_the_last_map(in_channels, policy):
+def test_inverse_restores_images(in_channels, policy):
     model = make(in_channels=in_channels, policy=policy).eval()
     x = torch.randn(2, in_channels, 16, 24)
     y = model.forward_invertible(x)
@@ -96,14 +98,14 @@ def test_images_come_back_from_the_last_map(in_channels, policy):
     assert_close(model.inverse(model.forward_invertible(x)), x, tolerance=1e-11)
 
 
-def test_it_is_a_bijection():
-    """Every map is the last map of an image."""
+def test_is_a_bijection():
+    """Any tensor of the right shape is the last map of some image."""
     model = make().double().eval()
     y = torch.randn(2, 192, 2, 3, dtype=torch.float64)
     assert_close(model.forward_invertible(model.inverse(y)), y, tolerance=1e-12)
 
 
-def test_in_training_the_batch_comes_back():
+def test_inverse_in_training_mode():
     model = make().double()
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     y = model.forward_invertible(x)
@@ -113,7 +115,7 @@ def test_in_training_the_batch_comes_back():
         assert torch.equal(buffer, before[name]), name
 
 
-def test_the_map_is_the_last_of_its_feature_maps():
+def test_invertible_map_is_the_last_feature_map():
     model = make().eval()
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(model.forward_intermediates(x, [-1], intermediates_only=True)[0], model.forward_invertible(x))
@@ -131,26 +133,26 @@ def test_memory_is_flat_in_the_number_of_blocks():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_blocks": ()}, ValueError, r"`num_blocks` \(=\(\)\) must have an entry for each stage"),
-        ({"strides": (1, 2)}, ValueError, r"`strides` \(=\(1, 2\)\) must have an entry .* names 3"),
+        ({"num_blocks": ()}, ValueError, r"`num_blocks` \(=\(\)\) must have one entry for each"),
+        ({"strides": (1, 2)}, ValueError, r"`strides` \(=\(1, 2\)\) must have one entry .* 3 stages"),
         ({"strides": (1, 2, 4)}, ValueError, r"`strides\[2\]` \(=4\) must be 1, or 2 to halve"),
-        ({"hidden_widths": (8,)}, ValueError, r"`hidden_widths` \(=\(8,\)\) must have an entry"),
+        ({"hidden_widths": (8,)}, ValueError, r"`hidden_widths` \(=\(8,\)\) must have one entry"),
         ({"num_blocks": (1, 0, 1)}, ValueError, r"`num_blocks\[1\]` \(=0\) must be a positive"),
         ({"num_blocks": 3}, TypeError, r"`num_blocks` \(=3\) must be a sequence"),
         ({"policy": "x"}, ValueError, "must be a policy"),
     ],
 )
-def test_options_that_do_not_fit(options, error, message):
+def test_rejects_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         IRevNet(**{**OPTIONS, **options})
 
 
-def test_images_that_cannot_be_halved():
+def test_rejects_images_that_cannot_be_halved():
     with pytest.raises(ValueError, match=r"images of 12x18 cannot be halved .*multiples of 8, 16x24 for instance"):
         make()(torch.randn(2, 3, 12, 18))
 
 
 @pytest.mark.parametrize("shape", [(2, 191, 2, 2), (192, 2, 2)])
-def test_maps_that_do_not_fit(shape):
+def test_rejects_wrong_maps(shape):
     with pytest.raises(ValueError, match=r"`y` \(of shape .*\) must be \(B, 192, H, W\)"):
         make().inverse(torch.randn(shape))

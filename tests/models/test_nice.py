@@ -6,7 +6,7 @@ from torch import nn
 
 from revnet import Store
 from revnet.memory import measure
-from revnet.models import NICE, nice
+from revnet.models import NICE
 from revnet.models._prior import GaussianPrior, LogisticPrior
 from tests.helpers import assert_close, gradients
 
@@ -14,7 +14,7 @@ SHAPE = (1, 3, 4)
 
 
 def make(image_shape=SHAPE, **options):
-    """A small one with weights drawn anew, since the last layer of each coupling begins at zero."""
+    """Return a small model with random weights, since the last layer of each coupling is initialized to zero."""
     model = NICE(image_shape=image_shape, **{"hidden_dim": 8, "num_hidden": 2, **options}).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -25,23 +25,23 @@ def images(image_shape=SHAPE, num_images=3):
     return torch.rand(num_images, *image_shape, dtype=torch.float64)
 
 
-def test_the_default_is_the_papers_network():
+def test_default_is_the_network_of_the_paper():
     with torch.device("meta"):
-        model = nice(image_shape=(1, 28, 28))
+        model = NICE(image_shape=(1, 28, 28))
     coupling = (392 + 1) * 1000 + 4 * (1000 + 1) * 1000 + (1000 + 1) * 392
     assert sum(parameter.numel() for parameter in model.parameters()) == 4 * coupling + 784 == 19_158_352
 
 
 @pytest.mark.parametrize("image_shape", [SHAPE, (1, 3, 3), (3, 2, 2), (1, 1, 2)])
-def test_the_inverse_gives_the_images_back(image_shape):
+def test_inverse_restores_images(image_shape):
     model = make(image_shape, num_couplings=8)
     x = images(image_shape)
     z, _ = model(x)
     assert z.shape == (3, math.prod(image_shape))
-    assert_close(model.inverse(z), x, tolerance=1e-12)  # a few roundings of float64 a coupling
+    assert_close(model.inverse(z), x, tolerance=1e-12)  # a few roundings of float64 per coupling
 
 
-def test_in_float32_the_round_trip_is_near_the_last_bit():
+def test_round_trip_in_float32():
     model = NICE(image_shape=(3, 32, 32), hidden_dim=64)
     nn.init.normal_(model.log_scale, std=0.3)
     for block in model.couplings:
@@ -53,7 +53,7 @@ def test_in_float32_the_round_trip_is_near_the_last_bit():
 
 @pytest.mark.parametrize("image_shape", [SHAPE, (1, 3, 3)])
 @pytest.mark.parametrize("prior", ["logistic", "gaussian"])
-def test_the_density_is_that_of_autograds_jacobian(image_shape, prior):
+def test_density_equals_the_jacobian_of_autograd(image_shape, prior):
     model = make(image_shape, prior=prior)
     x = images(image_shape)
     z, log_det = model(x)
@@ -70,18 +70,18 @@ def test_the_density_is_that_of_autograds_jacobian(image_shape, prior):
 
 
 @pytest.mark.parametrize(("prior", "reach"), [("logistic", 60), ("gaussian", 20)])
-def test_the_density_integrates_to_one(prior, reach):
+def test_density_integrates_to_one(prior, reach):
     model = make((1, 1, 2), prior=prior)
     side = torch.linspace(-reach, reach, 1001, dtype=torch.float64)
     grid = torch.cartesian_prod(side, side).view(-1, 1, 1, 2)
     with torch.no_grad():
         density = model.log_prob(grid).exp()
-    # The sum over a grid is right to the second order of its step, and the density has kinks where ReLU has.
+    # The sum over a grid has second-order accuracy, and the density has kinks from ReLU.
     assert density.sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=1e-3)
 
 
-def test_coupling_layers_update_the_halves_in_turns():
-    """Of equations 5 to 7 of the paper, with odd and even components for the halves."""
+def test_coupling_layers_alternate():
+    """Compare with equations 5 to 7 of the paper, with odd and even components as the halves."""
     model = make()
     x = images()
     odd, even = x.flatten(1)[:, ::2], x.flatten(1)[:, 1::2]
@@ -91,7 +91,7 @@ def test_coupling_layers_update_the_halves_in_turns():
     assert torch.equal(model(x)[0], torch.cat((odd, even), 1) * model.log_scale.exp())
 
 
-def test_it_begins_as_the_identity():
+def test_starts_as_the_identity():
     model = NICE(image_shape=SHAPE, hidden_dim=8).double()
     x = images()
     z, log_det = model(x)
@@ -99,7 +99,7 @@ def test_it_begins_as_the_identity():
     assert torch.equal(log_det, torch.zeros(3, dtype=torch.float64))
 
 
-def test_a_step_is_the_stored_twins():
+def test_step_equals_the_stored_twin():
     model = make(num_couplings=8)
     twin = make(num_couplings=8, policy=Store())
     twin.load_state_dict(model.state_dict())
@@ -120,8 +120,8 @@ def test_memory_is_flat_in_the_number_of_couplings():
     assert activation_bytes(32, Store()) > 4 * activation_bytes(32)
 
 
-def test_samples_have_the_density_of_the_model():
-    """The mean and the deviation of codes are the prior's, within 5 standard errors."""
+def test_samples_follow_the_density():
+    """Mean and deviation of the codes equal the prior's, within 5 standard errors."""
     model = make()
     generator = torch.Generator().manual_seed(0)
     x = model.sample(4000, generator=generator)
@@ -146,7 +146,7 @@ def test_samples_follow_the_generator_and_the_temperature():
 
 
 @pytest.mark.parametrize("prior", [LogisticPrior(), GaussianPrior()])
-def test_a_prior_draws_from_its_density(prior):
+def test_prior_samples_follow_its_density(prior):
     z = torch.linspace(-4, 4, 17, dtype=torch.float64).requires_grad_()
     u = torch.sigmoid(z) if isinstance(prior, LogisticPrior) else torch.special.ndtr(z)
     assert_close(prior.from_uniform(u), z)
@@ -155,7 +155,7 @@ def test_a_prior_draws_from_its_density(prior):
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 3, 4, dtype=torch.bool), torch.ones(3, 4), torch.ones(3, 1, 3, 4)])
-def test_inpainting_climbs_and_leaves_what_is_known(mask):
+def test_inpainting_raises_the_density_and_keeps_known_pixels(mask):
     model = make()
     mask = mask.clone()
     mask[..., 2:] = 0
@@ -173,7 +173,7 @@ def test_inpainting_climbs_and_leaves_what_is_known(mask):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_inpainting_does_not_read_what_is_missing():
+def test_inpainting_does_not_read_missing_pixels():
     model = make()
     x = images()
     mask = torch.tensor([True, True, False, False]).expand(3, 4)
@@ -185,11 +185,11 @@ def test_inpainting_does_not_read_what_is_missing():
     assert torch.equal(fill(x), fill(torch.where(mask, x, torch.nan)))
 
 
-def test_bits_per_dim_of_uniform_images_are_those_of_their_grey_levels():
-    """A density of one on [0, 1]: each of 16 levels has 4 bits."""
+def test_bits_per_dim_of_uniform_images():
+    """With density one on [0, 1], each of 16 levels has 4 bits."""
     model = make()
     assert_close(model.bits_per_dim(torch.zeros(2, dtype=torch.float64), 16), torch.full((2,), 4.0).double())
-    log_prob = torch.tensor([12 * math.log(2)], dtype=torch.float64)  # twice as likely, per component
+    log_prob = torch.tensor([12 * math.log(2)], dtype=torch.float64)  # twice the density, per component
     assert_close(model.bits_per_dim(log_prob, 16), torch.tensor([3.0]).double())
 
 
@@ -198,14 +198,14 @@ def test_bits_per_dim_of_uniform_images_are_those_of_their_grey_levels():
     [
         ({"image_shape": (8, 8)}, ValueError, r"`image_shape` \(=\(8, 8\)\) must be \(C, H, W\)"),
         ({"image_shape": (1, 0, 8)}, ValueError, r"`image_shape\[1\]` \(=0\) must be a positive"),
-        ({"image_shape": (1, 1, 1)}, ValueError, "has one component, but at least two"),
+        ({"image_shape": (1, 1, 1)}, ValueError, "must have at least two components"),
         ({"num_couplings": 3}, ValueError, r"`num_couplings` \(=3\) must be even.*use 4"),
         ({"num_couplings": 0}, ValueError, r"`num_couplings` \(=0\) must be a positive"),
         ({"prior": "uniform"}, ValueError, "`prior` .* must be 'logistic' or 'gaussian'"),
         ({"policy": "x"}, ValueError, "`policy` .* must be a policy"),
     ],
 )
-def test_options_that_do_not_fit(options, error, message):
+def test_rejects_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         NICE(**{"image_shape": SHAPE, **options})
 
@@ -228,6 +228,6 @@ def test_options_that_do_not_fit(options, error, message):
         (lambda m: m.bits_per_dim(torch.zeros(1), 0), ValueError, r"`num_levels` \(=0\)"),
     ],
 )
-def test_arguments_that_do_not_fit(call, error, message):
+def test_rejects_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call(make())

@@ -1,4 +1,4 @@
-"""Every published network against the official code: the parameters counted, and the output computed once more."""
+"""Comparison of every published network with the official code: parameter counts and outputs."""
 
 import pytest
 import torch
@@ -29,15 +29,15 @@ NUM_PARAMETERS = {
 
 
 @pytest.mark.parametrize(("name", "num_classes"), NUM_PARAMETERS)
-def test_parameters_are_those_of_the_official_code(name, num_classes):
+def test_parameter_counts_equal_the_official_code(name, num_classes):
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes)
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name, num_classes]
 
 
 def assert_is_official(config: Config, model: nn.Module, x: torch.Tensor) -> None:
-    """The logits in training, and the moving averages after one batch, are the official code's."""
-    # Drawn anew: with ones and zeros, batch norms that were swapped would not be told apart.
+    """Check that logits in training mode and moving averages after one batch equal the official code."""
+    # Random values, since swapped batch norms would be equal with ones and zeros.
     for parameter in model.parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -52,18 +52,18 @@ def assert_is_official(config: Config, model: nn.Module, x: torch.Tensor) -> Non
         torch.testing.assert_close(norm.running_var, 0.99 + 0.01 * variance, rtol=1e-9, atol=1e-9)
 
 
-def test_every_network_of_the_paper_has_its_configuration():
+def test_every_network_has_a_configuration():
     assert sorted(CONFIGS) == sorted(name for name in list_models() if name.startswith(("resnet", "revnet")))
 
 
 @pytest.mark.parametrize("name", ["resnet32", "revnet38", "resnet164", "revnet164"])
-def test_the_output_is_that_of_the_official_code(name):
+def test_output_equals_the_official_code(name):
     assert_is_official(CONFIGS[name], create_model(name).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_output_is_that_of_the_official_code_at_any_size_and_depth(name):
+def test_output_equals_the_official_code_at_any_size(name):
     assert_is_official(CONFIGS[name], create_model(name).double(), torch.randn(2, 3, 64, 64, dtype=torch.float64))
 
 
@@ -73,7 +73,7 @@ LARGE = {"init_filter": 7, "init_stride": 2, "init_max_pool": True}
 @pytest.mark.parametrize("use_bottleneck", [False, True])
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_the_large_stem_is_that_of_the_official_code(use_bottleneck, reversible, size):
+def test_large_stem_equals_the_official_code(use_bottleneck, reversible, size):
     config = Config((1, 2), (8, 12, 16), reversible, use_bottleneck, **LARGE)
     model = (RevNet if reversible else ResNet)(
         num_blocks=config.num_residual_units,
@@ -84,8 +84,8 @@ def test_the_large_stem_is_that_of_the_official_code(use_bottleneck, reversible,
     assert_is_official(config, model.double(), torch.randn(2, 3, *size, dtype=torch.float64))
 
 
-def test_no_projection_where_the_shape_stays():
-    """A first stage as wide as the stem: the official code projects in later stages only."""
+def test_no_projection_if_the_shape_stays():
+    """If the first stage is as wide as the stem, the official code projects only in later stages."""
     for reversible in (False, True):
         config = Config((2, 2), (16, 4, 4), reversible, use_bottleneck=True)
         model = (RevNet if reversible else ResNet)(num_blocks=(2, 2), widths=(16, 4, 4), block="bottleneck")

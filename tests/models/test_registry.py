@@ -7,7 +7,7 @@ from revnet.models._registry import _ENTRIES, register_model
 
 CIFAR = {"irevnet_cifar", "resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164", "revvit_cifar"}
 SIDES = {"irevnet_cifar": 4, "revvit_cifar": 8, "revvit_small": 14, "revvit_base": 14}
-"""Of the final features, where they are not those of the paper's networks."""
+"""Number of final features of the networks that are not in the paper."""
 
 
 def make_on_meta(name, **options):
@@ -55,7 +55,7 @@ def test_shapes_at_the_published_image_size(name):
     assert model.forward_head(features).shape == (2, num_classes)
 
 
-def test_a_newcomer_is_one_decorated_function(monkeypatch):
+def test_register_model(monkeypatch):
     monkeypatch.setattr("revnet.models._registry._ENTRIES", dict(_ENTRIES))
 
     @register_model(image_size=8)
@@ -70,15 +70,15 @@ def test_a_newcomer_is_one_decorated_function(monkeypatch):
 
 @pytest.mark.parametrize("function", [create_model, published_image_size])
 def test_unknown_name(function):
-    with pytest.raises(ValueError, match=r"`name` \(='revnet83'\) is no model of revnet; did you mean 'revnet38'\?"):
+    with pytest.raises(ValueError, match=r"`name` \(='revnet83'\) is not a model of revnet; did you mean 'revnet38'\?"):
         function("revnet83")
-    with pytest.raises(ValueError, match=r"`name` \(='gpt'\) is no model of revnet; the models are: irevnet301,"):
+    with pytest.raises(ValueError, match=r"`name` \(='gpt'\) is not a model of revnet; the models are: irevnet301,"):
         function("gpt")
 
 
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("count", [-1, 2.5, True, "10"])
-def test_counts_must_be_counts(name, count):
+def test_rejects_wrong_counts(name, count):
     with pytest.raises(ValueError, match=r"`num_classes` \(=.*\) must be a positive integer, or 0 for pooled"):
         make_on_meta(name, num_classes=count)
     with pytest.raises(ValueError, match=r"`in_channels` \(=.*\) must be a positive integer"):
@@ -86,6 +86,6 @@ def test_counts_must_be_counts(name, count):
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_no_such_option(name):
+def test_rejects_unknown_options(name):
     with pytest.raises(TypeError, match="pretrained"):
         make_on_meta(name, pretrained=True)

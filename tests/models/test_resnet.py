@@ -17,7 +17,7 @@ def test_structure_of_basic_blocks():
     model = make("basic")
     assert [len(stage) for stage in model.stages] == [2, 3]
     (first, second), (down, after, _) = model.stages
-    assert first.residual.norm1 is None, "the stem has just normalised and activated"
+    assert first.residual.norm1 is None, "the stem ends with norm and activation"
     assert second.residual.norm1 is not None
     assert down.residual.norm1.num_features == 16
     assert (down.residual.conv1.stride, down.residual.conv2.stride) == ((2, 2), (1, 1))
@@ -29,7 +29,7 @@ def test_structure_of_basic_blocks():
 def test_structure_of_bottlenecks():
     model = make("bottleneck")
     (first, second), (down, after, _) = model.stages
-    assert first.residual.norm1 is None, "the stem has just normalised and activated"
+    assert first.residual.norm1 is None, "the stem ends with norm and activation"
     assert isinstance(second.shortcut, nn.Identity)
     assert isinstance(after.shortcut, nn.Identity)
     for block, stride, channels in ((first, 1, (16, 64)), (down, 2, (64, 128))):
@@ -60,12 +60,12 @@ def test_pool_pad_shortcut_pools_and_pads_both_sides():
     assert torch.equal(y[:, 24:], torch.zeros(1, 8, 2, 2))
 
 
-def test_pool_pad_shortcut_changes_nothing_where_the_shape_stays():
+def test_pool_pad_shortcut_is_the_identity_if_the_shape_stays():
     x = torch.randn(1, 3, 4, 4)
     assert PoolPadShortcut(3, 3)(x) is x
 
 
-def test_an_odd_number_of_new_channels_has_its_last_one_behind():
+def test_pads_an_odd_channel_at_the_end():
     assert PoolPadShortcut(3, 6).channel_padding == (1, 2)
 
 
@@ -73,7 +73,7 @@ def test_an_odd_number_of_new_channels_has_its_last_one_behind():
     ("in_channels", "out_channels", "stride", "projects"),
     [(8, 8, 1, False), (8, 8, 2, True), (8, 16, 1, True), (16, 8, 1, True)],
 )
-def test_projection_where_the_shape_changes(in_channels, out_channels, stride, projects):
+def test_projection_if_the_shape_changes(in_channels, out_channels, stride, projects):
     shortcut = projection_shortcut(in_channels, out_channels, stride)
     assert isinstance(shortcut, Conv2dSame if projects else nn.Identity)
     assert shortcut(torch.randn(1, in_channels, 5, 4)).shape == (1, out_channels, -(-5 // stride), -(-4 // stride))
@@ -91,8 +91,8 @@ def test_a_residual_without_pre_activation_starts_with_its_convolution(residual)
 
 @pytest.mark.parametrize("height", [1, 2, 3, 6, 7, 112])
 @pytest.mark.parametrize("width", [1, 4, 5])
-def test_max_pool_is_tensorflows(height, width):
-    """An even side: nothing before, one pixel after. An odd one: one pixel on each side. Never the maximum."""
+def test_max_pool_equals_tensorflow(height, width):
+    """Even sides have one pixel of padding at the far end, odd sides one at each end."""
     x = -1 - torch.rand(2, 3, height, width)
     padded = F.pad(x, (width % 2, 1, height % 2, 1), value=-torch.inf)
     assert torch.equal(MaxPool2dSame()(x), F.max_pool2d(padded, 3, 2))
@@ -120,7 +120,7 @@ def test_any_number_of_stages():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_blocks": (), "widths": (16,)}, ValueError, r"`num_blocks` \(=\(\)\) must name at least one stage"),
+        ({"num_blocks": (), "widths": (16,)}, ValueError, r"`num_blocks` \(=\(\)\) must have at least one stage"),
         ({"num_blocks": 3, "widths": (4, 4)}, TypeError, r"`num_blocks` \(=3\) must be a sequence of integers"),
         ({"num_blocks": (1,), "widths": "44"}, TypeError, r"`widths` \(='44'\) must be a sequence of integers"),
         (
@@ -151,6 +151,6 @@ def test_any_number_of_stages():
         ),
     ],
 )
-def test_refuses(options, error, message):
+def test_rejects_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         ResNet(**options)

@@ -50,7 +50,7 @@ causal_options = pytest.mark.parametrize(
 
 @all_options
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_a_step_is_the_twins(options, has_mask):
+def test_step_equals_the_twin(options, has_mask):
     model, twin = make(**options).double(), make(**options, policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     tokens = random_tokens(2, 23)
@@ -63,7 +63,7 @@ def test_a_step_is_the_twins(options, has_mask):
 
 @causal_options
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 33, 64])
-def test_no_token_sees_a_later_one(options, length):
+def test_tokens_do_not_see_later_tokens(options, length):
     model = make(**options).double().eval()
     tokens = random_tokens(1, length)
     torch.manual_seed(1)
@@ -78,8 +78,8 @@ def test_no_token_sees_a_later_one(options, length):
 
 
 @all_options
-def test_tokens_that_are_not_real_make_no_difference(options):
-    """Sequences of different lengths in one batch, padded with whatever."""
+def test_masked_tokens_have_no_effect(options):
+    """Sequences of different lengths share a batch with arbitrary padding."""
     model = make(**options).double().eval()
     tokens, length = random_tokens(2, 29), 17
     mask = torch.ones(2, 29, dtype=torch.bool)
@@ -94,8 +94,8 @@ def test_tokens_that_are_not_real_make_no_difference(options):
 
 
 @all_options
-def test_the_inverse_gives_the_embedding_back(options):
-    """On the fixed-point grid, which LSH attention has, up to the rounding of the embedding to the grid, 2^-14."""
+def test_inverse_restores_the_embedding(options):
+    """LSH attention uses the fixed-point grid, so its error is the rounding of the embedding to 2^-14."""
     tolerance = 2**-15 if options.get("attention") == "lsh" else 1e-6  # of values near 0.02
     model = make(**options, depth=12).eval()
     with torch.no_grad():
@@ -114,16 +114,16 @@ def activation_bytes(depth, policy=None, **options):
 
 @all_options
 def test_memory_is_flat_in_depth(options):
-    options = {**options, "dropout": 0.0}  # whose random states are kept, 5 kB a function
+    options = {**options, "dropout": 0.0}  # dropout stores a random state of 5 kB per function
     assert len({activation_bytes(depth, **options) for depth in (2, 3, 12)}) == 1
     shallow, middle, deep = (activation_bytes(depth, Store(), **options) for depth in (2, 3, 5))
-    assert deep - middle == 2 * (middle - shallow) > 2 * 48 * 8 * 4  # more than a stream
+    assert deep - middle == 2 * (middle - shallow) > 2 * 48 * 8 * 4  # more than one stream
 
 
-def test_chunks_of_the_perceptron_need_less_memory():
+def test_chunks_reduce_the_memory_of_the_perceptron():
     few, many = (activation_bytes(4, dim=16, ff_mult=64, ff_chunks=count) for count in (1, 8))
     hidden = 2 * 48 * 64 * 16 * 4
-    assert few >= 3 * hidden  # before GELU, after it, and its gradient
+    assert few >= 3 * hidden  # before GELU, after GELU, and the gradient
     assert many < few / 2
 
 
@@ -134,8 +134,8 @@ def test_memory_is_predicted(options):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_hashes_are_those_of_the_forward_pass_to_the_last_bit(is_causal):
-    """In float32, where what is rebuilt with rounding would put some token into another bucket."""
+def test_backward_hashes_equal_the_forward_pass(is_causal):
+    """In float32, rounding in the rebuilt streams would move some tokens to other buckets."""
     options = {"attention": "lsh", "bucket_size": 4, "num_hashes": 3, "depth": 8, "is_causal": is_causal}
     model, twin = make(**options), make(**options, policy=Store())
     twin.load_state_dict(model.state_dict())
@@ -148,8 +148,8 @@ def test_hashes_are_those_of_the_forward_pass_to_the_last_bit(is_causal):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @all_options
-def test_the_whole_model_compiles(options):
-    """In one graph; the kernels are those of PyTorch, so that not a bit of the output differs."""
+def test_compiles_in_one_graph(options):
+    """The backend uses PyTorch's kernels, so the output is equal bit for bit."""
     model, tokens = make(**options, depth=2), random_tokens(2, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     outputs = [step(compiled, tokens)]
@@ -174,8 +174,8 @@ def test_streams_are_float32_under_autocast():
         assert (gradient - expected).norm() <= 0.02 * expected.norm() + 1e-6, name
 
 
-def test_it_learns_to_copy():
-    """What stood four places before: attention has to find it."""
+def test_learns_to_copy():
+    """The target is the token four positions before, which attention has to find."""
     model = make(dim=32, depth=2, max_length=32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(200):
@@ -190,7 +190,7 @@ def test_it_learns_to_copy():
 
 
 def num_parameters_of(vocab_size, dim, depth, hidden_dim, num_attention_matrices):
-    """From the architecture: nothing here is asked of the model."""
+    """Return the number of parameters, computed from the architecture alone."""
     attention = num_attention_matrices * dim * dim
     perceptron = dim * hidden_dim + hidden_dim + hidden_dim * dim + dim
     block = 2 * dim + attention + 2 * dim + perceptron
@@ -208,7 +208,7 @@ def num_parameters_of(vocab_size, dim, depth, hidden_dim, num_attention_matrices
         (h_transformer_large, (32_128, 1024, 24, 4096, 4), 400_944_512),
     ],
 )
-def test_sizes_are_the_published_ones(entry, sizes, exact):
+def test_published_sizes(entry, sizes, exact):
     with torch.device("meta"):
         model = entry()
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters_of(*sizes) == exact
@@ -216,7 +216,7 @@ def test_sizes_are_the_published_ones(entry, sizes, exact):
 
 
 class Fixed(torch.nn.Module):
-    """Logits of its own."""
+    """A model with fixed logits."""
 
     def __init__(self, logits):
         super().__init__()
@@ -232,7 +232,7 @@ def drawn(**options):
     return set(model.generate(torch.zeros(200, 1, dtype=torch.long), 2, **options)[:, 1:].flatten().tolist())
 
 
-def test_sampling_leaves_out_what_it_should():
+def test_top_k_and_top_p():
     assert drawn() == {0, 1, 2, 3}
     assert drawn(temperature=0) == {1}
     assert drawn(temperature=0.01) == {1}
@@ -246,9 +246,9 @@ def test_sampling_leaves_out_what_it_should():
 
 
 @causal_options
-def test_generation_can_be_repeated_and_looks_at_the_last_positions_alone(options):
+def test_generation_is_repeatable_and_reads_the_last_positions(options):
     model = make(**options, max_length=16)
-    model.blocks[0].eval()  # as somebody who freezes it would
+    model.blocks[0].eval()  # as for a frozen block
     tokens = random_tokens(2, 40)
     first, second = (model.generate(tokens, 8, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, second)
@@ -266,9 +266,9 @@ def test_generation_can_be_repeated_and_looks_at_the_last_positions_alone(option
     [
         (
             {"dim": 9},
-            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or another number",
+            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), since the heads share the features; pass 10, or",
         ),
-        ({"dim": 6}, r"`head_dim` \(=3\) must be even, since rotary positions turn features in pairs"),
+        ({"dim": 6}, r"`head_dim` \(=3\) must be even, since rotary positions rotate pairs"),
         ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
         ({"vocab_size": 0}, r"`vocab_size` \(=0\) must be a positive integer"),
         ({"max_length": 2.5}, r"`max_length` \(=2.5\) must be a positive integer"),
@@ -285,13 +285,13 @@ def test_generation_can_be_repeated_and_looks_at_the_last_positions_alone(option
         ({"attention": "flash"}, r"`attention` \(='flash'\) must be 'full' or 'lsh' or 'hierarchical'"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_rejects_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 
 
 @pytest.mark.parametrize("policy", [3, Store, [Reverse()]])
-def test_what_is_no_policy_is_refused(policy):
+def test_rejects_wrong_policies(policy):
     with pytest.raises(
         TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`, .*`Store\(\)`"
     ):
@@ -306,8 +306,8 @@ def test_what_is_no_policy_is_refused(policy):
         (torch.zeros(1, 5), None, TypeError, r"`tokens` \(=torch.float32\) must be a tensor of integers"),
         ([[1, 2]], None, TypeError, r"`tokens` \(=\[\[1, 2\]\]\) must be a tensor of integers"),
         (torch.zeros(1, 65, dtype=torch.long), None, ValueError, r"`tokens` has 65 positions, more than `max_length`"),
-        (torch.full((1, 5), 11), None, ValueError, r"`tokens` must be from 0 to 10, but are from 11 to 11; build"),
-        (torch.full((1, 5), -1), None, ValueError, r"`tokens` must be from 0 to 10, but are from -1 to -1"),
+        (torch.full((1, 5), 11), None, ValueError, r"`tokens` must be from 0 to 10, but range from 11 to 11; build"),
+        (torch.full((1, 5), -1), None, ValueError, r"`tokens` must be from 0 to 10, but range from -1 to -1"),
         (
             torch.zeros(2, 5, dtype=torch.long),
             torch.ones(5, 2, dtype=torch.bool),
@@ -322,7 +322,7 @@ def test_what_is_no_policy_is_refused(policy):
         ),
     ],
 )
-def test_bad_inputs_are_refused(tokens, mask, error, message):
+def test_rejects_wrong_inputs(tokens, mask, error, message):
     for policy in (Reverse(), Store()):
         with pytest.raises(error, match=message):
             make(policy=policy)(tokens, mask)
@@ -339,7 +339,7 @@ def test_bad_inputs_are_refused(tokens, mask, error, message):
         ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, r"`tokens` has shape \(2, 0\), but must have \(B, T\)"),
     ],
 )
-def test_bad_ways_to_generate_are_refused(arguments, message):
+def test_rejects_wrong_arguments_of_generate(arguments, message):
     with pytest.raises(ValueError, match=message):
         make().generate(**{"tokens": random_tokens(1, 3), "num_new": 2, **arguments})
     with pytest.raises(ValueError, match="an encoder cannot generate"):
@@ -347,8 +347,8 @@ def test_bad_ways_to_generate_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_weights_of_full_attention_fit_hierarchical_attention(is_causal):
-    """And within two blocks the models are the same."""
+def test_full_and_hierarchical_attention_share_weights(is_causal):
+    """Within two blocks the models compute the same."""
     full = make(is_causal=is_causal).double()
     hierarchical = make(is_causal=is_causal, attention="hierarchical", block_size=12).double()
     hierarchical.load_state_dict(full.state_dict())

@@ -17,7 +17,7 @@ def make(**options):
 
 
 def num_parameters_of(dim, depth, mlp_ratio, patch_size, num_patches, num_classes):
-    """From the architecture: nothing here is asked of the model."""
+    """Return the number of parameters, computed from the architecture alone."""
     patches = 3 * patch_size**2 * dim + dim
     attention = dim * 3 * dim + 3 * dim + dim * dim + dim
     perceptron = 2 * mlp_ratio * dim * dim + mlp_ratio * dim + dim
@@ -41,7 +41,7 @@ SIZES = {
         ("revvit_cifar", 2_699_530, None, None),
     ],
 )
-def test_sizes_are_the_published_ones(name, exact, published_millions, published_multiply_adds):
+def test_published_sizes(name, exact, published_millions, published_multiply_adds):
     with torch.device("meta"):
         model = create_model(name)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -52,7 +52,7 @@ def test_sizes_are_the_published_ones(name, exact, published_millions, published
         assert flops / 2 == pytest.approx(published_multiply_adds, rel=0.01)
 
 
-def test_the_small_one_differs_from_a_plain_vit_by_its_ends():
+def test_small_size_differs_from_a_vit_in_stem_and_head():
     """ViT-S/16 (timm's vit_small_patch16_224) has 22,050,664 parameters."""
     plain_head = 2 * 384 + 384 * 1000 + 1000  # layer norm and head on one stream
     head = 2 * 768 + 768 * 1000 + 1000
@@ -61,7 +61,7 @@ def test_the_small_one_differs_from_a_plain_vit_by_its_ends():
 
 
 def by_hand(model, x):
-    """The published computation, written without the library's blocks."""
+    """Compute the published network without the library's blocks."""
     p = dict(model.named_parameters())
     patch = p["stem.0.weight"].shape[-1]
     B, C, H, W = x.shape
@@ -70,8 +70,8 @@ def by_hand(model, x):
     D = tokens.shape[-1]
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        x = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        centered = x - x.mean(-1, keepdim=True)
+        x = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         return x * p[f"{name}.weight"] + p[f"{name}.bias"]
 
     def linear(x, name):
@@ -93,10 +93,10 @@ def by_hand(model, x):
     return linear(norm(torch.cat([a, b], -1), "norm").mean(1), "head")
 
 
-def test_the_output_is_the_published_computation():
+def test_output_equals_the_published_computation():
     model = make().double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)  # with ones and zeros, norms that were swapped would not be told apart
+        nn.init.normal_(parameter, std=0.5)  # random, since swapped norms would be equal with ones and zeros
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     assert_close(model(x), by_hand(model, x), tolerance=1e-12)
 
@@ -112,10 +112,10 @@ def test_memory_is_flat_in_depth():
 
 
 def test_memory_between_the_passes_is_two_streams():
-    """With mean and deviation of each token for the norm, the pooled features for the head, and the loss."""
+    """The rest is mean and deviation per token for the norm, the pooled features for the head, and the loss."""
     num_tokens, width = 2 * 256, 2 * 8
     held = num_tokens * width + 2 * num_tokens + 2 * width + 1
-    sample = 4096  # at most, to tell how far the rebuilt streams are from the true ones
+    sample = 4096  # at most, for the check of the rebuilt streams
     for depth in (1, 12):
         memory = predict(make(img_size=64, depth=depth), torch.empty(2, 3, 64, 64))
         assert 0 <= memory.held_bytes - 4 * held <= sample < 4 * num_tokens * width / 2
@@ -132,7 +132,7 @@ def test_a_plan_fits_the_budget():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 32), (20, 12)])
-def test_images_of_other_sizes_have_their_position_interpolated(size):
+def test_interpolates_positions_for_other_sizes(size):
     model, twin = make().double(), make(policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -143,26 +143,26 @@ def test_images_of_other_sizes_have_their_position_interpolated(size):
     assert model.forward_features(x).shape == (2, 16, size[0] // 4, size[1] // 4)
 
 
-def test_a_smooth_position_is_interpolated_smoothly():
+def test_interpolates_smooth_positions_smoothly():
     embedding = PositionEmbedding(1, 8)
     ramp = torch.linspace(0, 1, 8)
     with torch.no_grad():
         embedding.weight.copy_(ramp.expand(1, 1, 8, 8))
     y = embedding(torch.zeros(1, 1, 16, 16))
-    steps = y[0, 0, 0, 2:-2].diff()  # at the ends it overshoots a little
+    steps = y[0, 0, 0, 2:-2].diff()  # it overshoots a little at the ends
     assert_close(steps, torch.full_like(steps, 1 / 14), tolerance=0.01)
     assert y.mean().item() == pytest.approx(0.5)
 
 
-def test_a_token_sees_every_other():
+def test_tokens_see_all_tokens():
     attention = Attention(8, 2).double()
     x = torch.randn(1, 2, 3, 8, dtype=torch.float64, requires_grad=True)
     squares(attention(x)[0, 0, 0]).backward()
     assert (x.grad.abs().sum(-1) > 0).all()
 
 
-def test_tokens_stand_where_their_patches_are():
-    """In the map, and not transposed: each patch of an image changes its own place in the stem's map."""
+def test_tokens_have_the_position_of_their_patch():
+    """Each patch of an image changes the same position of the stem's map, which is not transposed."""
     model = make().eval()
     x = torch.randn(1, 3, 8, 16)
     before = model.stem(x)
@@ -204,11 +204,11 @@ def test_drop_path_rises_with_depth():
     assert make(depth=1, drop_path=0.2).stages[0].f.drop_path.rate == 0
 
 
-def test_weights_are_drawn_as_those_of_a_vit():
+def test_initial_weights_follow_a_vit():
     model = make(dim=64)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            # Five standard errors of the estimate, and at least what a cut beyond 100 deviations cannot change.
+            # Five standard errors of the estimate. The truncation at 100 deviations has no effect.
             tolerance = 5 / (2 * module.weight.numel()) ** 0.5
             assert module.weight.std().item() == pytest.approx(0.02, rel=tolerance)
             assert not module.bias.any()
@@ -218,7 +218,7 @@ def test_weights_are_drawn_as_those_of_a_vit():
     assert model.stem[1].weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_stem_has_a_policy_of_its_own():
+def test_stem_has_a_separate_policy():
     model, twin = make().double(), make().double()
     twin.load_state_dict(model.state_dict())
     twin.stem.set_policies(Checkpoint())
@@ -228,8 +228,8 @@ def test_the_stem_has_a_policy_of_its_own():
     assert_close(gradients(model), gradients(twin))
 
 
-def test_it_learns_to_tell_patterns_apart():
-    """Stripes across from stripes down, at any phase: both look alike to whatever ignores where patches are."""
+def test_learns_to_distinguish_patterns():
+    """Horizontal and vertical stripes of any phase are equal to a network that ignores positions."""
     size, generator = 16, torch.Generator().manual_seed(0)
 
     def batch(count):
@@ -251,7 +251,7 @@ def test_it_learns_to_tell_patterns_apart():
 
 
 @pytest.mark.parametrize("size", [(18, 16), (16, 7), (3, 3)])
-def test_images_that_cannot_be_cut_are_refused(size):
+def test_rejects_images_that_are_not_multiples_of_the_patch(size):
     fitting = {(18, 16): "16x16", (16, 7): "16x8", (3, 3): "4x4"}[size]
     message = rf"images of {size[0]}x{size[1]} cannot be cut into patches of 4x4; resize or pad them, to {fitting} for"
     for model in (make(), make(policy=Store()), PatchEmbedding(3, 8, 4)):
@@ -264,9 +264,12 @@ def test_images_that_cannot_be_cut_are_refused(size):
     [
         (
             {"dim": 9},
-            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it; pass 10, or another number",
+            r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), since the heads share the features; pass 10, or",
         ),
-        ({"img_size": 30}, r"`img_size` \(=30\) must be a multiple of `patch_size` \(=4\); pass 32, or other patches"),
+        (
+            {"img_size": 30},
+            r"`img_size` \(=30\) must be a multiple of `patch_size` \(=4\); pass 32, or change `patch_size`",
+        ),
         ({"img_size": 1}, r"`img_size` \(=1\) must be a multiple of `patch_size` \(=4\); pass 4, or"),
         ({"depth": 0}, r"`depth` \(=0\) must be a positive integer"),
         ({"patch_size": (4, 4)}, r"`patch_size` \(=\(4, 4\)\) must be a positive integer"),
@@ -277,13 +280,13 @@ def test_images_that_cannot_be_cut_are_refused(size):
         ({"num_classes": -1}, r"`num_classes` \(=-1\) must be a positive integer, or 0"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_rejects_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 
 
 @pytest.mark.parametrize("policy", [3, Store, [Reverse()]])
-def test_what_is_no_policy_is_refused(policy):
+def test_rejects_wrong_policies(policy):
     with pytest.raises(
         TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`, .*`Store\(\)`"
     ):

@@ -13,7 +13,7 @@ BLOCKS = ("basic", "bottleneck")
 
 
 def make_with_twin(make_model, **options):
-    """A reversible model and its stored twin, with the same weights, in float64."""
+    """Return a reversible model and its stored twin, with the same weights, in float64."""
     model = make_model(**options).double()
     twin = make_model(policy=Store(), **options).double()
     twin.load_state_dict(model.state_dict())
@@ -24,7 +24,7 @@ def test_structure_of_basic_blocks():
     with torch.device("meta"):
         model = create_model("revnet38")
     first = model.stages[0].reversible[0]
-    assert first.f.norm1 is None, "the stem has just normalised and activated"
+    assert first.f.norm1 is None, "the stem ends with norm and activation"
     assert first.g.norm1 is not None
     down = model.stages[2].downsample
     assert (down.f.conv1.stride, down.g.conv1.stride) == ((2, 2), (1, 1))
@@ -46,14 +46,14 @@ def test_structure_of_bottlenecks():
             assert (project.kernel_size, project.stride, project.bias) == ((1, 1), (stride, stride), None)
         assert (down.f.conv1.stride, down.f.conv2.stride, down.g.conv1.stride) == ((stride,) * 2, (1, 1), (1, 1))
         assert down.f.conv2.in_channels == down.g.conv2.in_channels == streams[index + 1] // 4
-        assert (down.f.norm1 is None) == (index == 0), "the stem has just normalised and activated"
+        assert (down.f.norm1 is None) == (index == 0), "the stem ends with norm and activation"
         assert down.g.norm1 is not None
         assert all(block.f.norm1 is not None for block in stage.reversible)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (33, 7)])
-def test_a_reversible_model_is_its_stored_twin(block, size):
+def test_equals_the_stored_twin(block, size):
     for stem in ("small", "large"):
         model, twin = make_with_twin(
             RevNet, num_blocks=(2, 2), widths=(8, 8, 12), block=block, stem=stem, in_channels=1
@@ -69,7 +69,7 @@ def test_a_reversible_model_is_its_stored_twin(block, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("revnet")])
-def test_a_step_of_a_published_network_is_the_twins(name):
+def test_step_of_a_published_network_equals_the_twin(name):
     model, twin = make_with_twin(lambda **options: create_model(name, **options))
     size = min(published_image_size(name), 64)
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_a_step_of_a_published_network_is_the_twins(name):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_depth_costs_no_memory(block):
+def test_memory_is_flat_in_depth(block):
     def peak(num_blocks, policy):
         model = RevNet(num_blocks=num_blocks, widths=(8, 8, 16), block=block, policy=policy)
         return measure(model, torch.randn(2, 3, 16, 16)).activation_bytes
@@ -102,7 +102,7 @@ class OnPair(nn.Module):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_first_block_of_a_stage_holds_its_input_and_one_stream(block, stride):
+def test_first_block_of_a_stage_stores_input_and_one_stream(block, stride):
     downsample = Downsample(8, 16, stride, kind=BLOCK_KINDS[block], policy=Reverse())
     x = [torch.randn(2, 8, 16, 16, requires_grad=True) for _ in range(2)]
     stream_bytes = 2 * 16 * (16 // stride) ** 2 * 4
@@ -112,7 +112,7 @@ def test_the_first_block_of_a_stage_holds_its_input_and_one_stream(block, stride
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_streams_are_float32_under_autocast(block):
-    """In bfloat16 they could hardly be rebuilt, and the gradients were far from the twin's."""
+    """In bfloat16 the rebuilt streams would be inaccurate, and so would the gradients."""
     model = RevNet(num_blocks=(2, 2), widths=(8, 8, 12), block=block)
     twin = RevNet(num_blocks=(2, 2), widths=(8, 8, 12), block=block, policy=Store())
     twin.load_state_dict(model.state_dict())
@@ -124,12 +124,12 @@ def test_streams_are_float32_under_autocast(block):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             module(x).float().logsumexp(1).sum().backward()
     assert dtypes == [torch.float32] * 4
-    # Float32's rounding is rarely seen by the residual functions, which round their input to 8 bits.
+    # The residual functions round their input to 8 bits, so they rarely see the rounding of float32.
     for (name, gradient), expected in zip(gradients(model).items(), gradients(twin).values(), strict=True):
         assert (gradient - expected).norm() <= 0.01 * expected.norm(), name
 
 
-def test_a_model_in_bfloat16_has_streams_in_bfloat16_and_warns():
+def test_bfloat16_model_has_bfloat16_streams_and_warns():
     model = RevNet(num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck").bfloat16()
     with pytest.warns(
         ReconstructionWarning, match="the streams that begin at `blocks.0.f` are torch.bfloat16, so that"
@@ -138,13 +138,13 @@ def test_a_model_in_bfloat16_has_streams_in_bfloat16_and_warns():
     assert y.dtype == torch.bfloat16
 
 
-def test_a_first_stage_that_widens_begins_with_a_stored_block():
+def test_first_stage_that_widens_starts_with_a_downsample():
     model = RevNet(num_blocks=(2,), widths=(4, 8))
     assert len(model.stages[0].reversible) == 1
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
-def test_a_first_stage_as_wide_as_the_stem_is_reversible_throughout():
+def test_first_stage_of_equal_width_is_reversible():
     model, twin = make_with_twin(RevNet, num_blocks=(2, 1), widths=(16, 4, 4), block="bottleneck")
     assert len(model.stages[0].reversible) == 2
     assert model.stages[0].reversible[0].f.norm1 is None
@@ -154,26 +154,26 @@ def test_a_first_stage_as_wide_as_the_stem_is_reversible_throughout():
     assert_close(gradients(model), gradients(twin))
 
 
-def test_a_stage_of_bottlenecks_may_be_narrower():
+def test_bottleneck_stage_may_be_narrower():
     model, twin = make_with_twin(RevNet, num_blocks=(1, 2), widths=(4, 8, 4), block="bottleneck")
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(model(x), twin(x))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_odd_widths_are_refused(block):
+def test_rejects_odd_widths(block):
     with pytest.raises(ValueError, match=r"`widths\[1\]` \(=7\) must be a multiple of 2, .*use 8"):
         RevNet(num_blocks=(1,), widths=(4, 7), block=block)
 
 
 @pytest.mark.parametrize("policy", [3, Store, [Reverse()]])
-def test_what_is_no_policy_is_refused(policy):
+def test_rejects_wrong_policies(policy):
     with pytest.raises(
         TypeError, match=r"`policy` \(=.*\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`, .*`Store\(\)`"
     ):
         create_model("revnet38", policy=policy)
 
 
-def test_a_resnet_has_no_policy():
+def test_resnet_has_no_policy():
     with pytest.raises(TypeError, match="policy"):
         create_model("resnet32", policy=Store())

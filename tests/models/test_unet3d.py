@@ -28,11 +28,13 @@ def make_input(size=(8, 8, 8), dtype=torch.float64):
     return torch.randn(2, 2, *size, dtype=dtype)
 
 
-def test_the_default_is_the_published_network():
+def test_default_is_the_published_network():
     with torch.device("meta"):
         model = UNet3d()
     widths = (60, 120, 240, 360, 480)
-    residuals = sum(2 * 2 * (27 * (width // 2) ** 2 + 2 * (width // 2)) for width in widths)  # f and g, down and up
+    residuals = sum(
+        2 * 2 * (27 * (width // 2) ** 2 + 2 * (width // 2)) for width in widths
+    )  # f and g, encoder and decoder
     between = sum(2 * a * b + a + b for a, b in pairwise(widths))
     ends = 27 * 4 * 60 + 60 * 3 + 3
     assert sum(parameter.numel() for parameter in model.parameters()) == residuals + between + ends == 12_365_283
@@ -42,7 +44,7 @@ def test_the_default_is_the_published_network():
 
 
 def by_hand(model, x):
-    """The published forward pass, with blocks written out."""
+    """Compute the published forward pass with explicit blocks."""
 
     def residual(function, x):
         return function.conv(F.leaky_relu(F.group_norm(x, function.norm.num_groups, *function.norm.parameters())))
@@ -70,7 +72,7 @@ def by_hand(model, x):
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
-def test_the_output_is_the_published_computation(num_blocks):
+def test_output_equals_the_published_computation(num_blocks):
     model = make(num_blocks=num_blocks).double()
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -81,7 +83,7 @@ def test_the_output_is_the_published_computation(num_blocks):
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (4, 8, 12)])
 @pytest.mark.parametrize("options", [{"num_blocks": 1}, {"num_blocks": 3, "num_decoder_blocks": 1}])
-def test_a_step_is_the_stored_twins(size, options):
+def test_step_equals_the_stored_twin(size, options):
     model, twin = make_with_twin(**options)
     x = make_input(size).requires_grad_()
     twin_x = x.detach().clone().requires_grad_()
@@ -95,8 +97,8 @@ def test_a_step_is_the_stored_twins(size, options):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_gradients_under_autocast_are_the_twins():
-    """The streams are float32; those rebuilt in bfloat16 would be far off."""
+def test_gradients_under_autocast_equal_the_twin():
+    """The streams are float32, since rebuilding in bfloat16 would be inaccurate."""
     model = make(num_blocks=4)
     twin = make(num_blocks=4, policy=Store())
     twin.load_state_dict(model.state_dict())
@@ -113,26 +115,26 @@ def activation_bytes(num_blocks, policy):
 
 
 def test_memory_is_flat_in_the_number_of_blocks():
-    """From two on, where a pair of streams is rebuilt while another is held."""
+    """Memory is flat from two blocks on, where one pair of streams is rebuilt while another is stored."""
     one, two, four, eight = (activation_bytes(num_blocks, Reverse()) for num_blocks in (1, 2, 4, 8))
-    pair = 2 * 4 * 8**3 * 4  # of the first level: batch, channels, voxels, bytes
+    pair = 2 * 4 * 8**3 * 4  # first level: batch, channels, voxels, bytes
     assert one + pair >= two == four == eight
     one, two, four, eight = (activation_bytes(num_blocks, Store()) for num_blocks in (1, 2, 4, 8))
     assert eight - four == 2 * (four - two) == 4 * (two - one) > 0
 
 
-def test_depth_between_the_passes_costs_nothing():
+def test_memory_between_the_passes_is_flat_in_depth():
     held = {predict(make(num_blocks=num), make_input(dtype=torch.float32)).held_bytes for num in (1, 2, 8)}
     assert len(held) == 1
 
 
-def test_the_prediction_is_what_is_measured():
+def test_prediction_equals_the_measurement():
     for policy in (Reverse(), Store()):
         model, x = make(num_blocks=2, policy=policy), make_input(dtype=torch.float32)
         assert predict(model, x) == measure(model, x)
 
 
-def test_what_leads_between_levels_may_be_computed_again():
+def test_modules_between_levels_accept_a_checkpoint():
     model, twin = make_with_twin(num_blocks=2)
     set_policy(model.downsamples, Checkpoint())
     x = make_input()
@@ -155,12 +157,12 @@ def test_a_plan_fits_the_budget():
 
 
 def balls(count, size, generator):
-    """Noisy volumes with a slightly brighter ball in each, and where the balls are."""
+    """Return noisy volumes with a slightly brighter ball in each, and the masks of the balls."""
     axis = torch.arange(size)
     grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    centres = torch.rand(count, 3, 1, 1, 1, generator=generator) * (size / 2) + size / 4
+    centers = torch.rand(count, 3, 1, 1, 1, generator=generator) * (size / 2) + size / 4
     radii = torch.rand(count, 1, 1, 1, generator=generator) * (size / 8) + size / 6
-    masks = (grid - centres).square().sum(1).sqrt() < radii
+    masks = (grid - centers).square().sum(1).sqrt() < radii
     noise = torch.randn(count, size, size, size, generator=generator)
     return (masks + noise).unsqueeze(1), masks.unsqueeze(1)
 
@@ -169,8 +171,8 @@ def dice(found, masks):
     return (2 * (found & masks).sum() / (found.sum() + masks.sum())).item()
 
 
-def test_it_learns_to_segment_balls():
-    """Which cannot be told from the noise voxel by voxel."""
+def test_learns_to_segment_balls():
+    """Single voxels of the balls cannot be distinguished from the noise."""
     generator = torch.Generator().manual_seed(0)
     volumes, masks = balls(16, 16, generator)
     best_threshold = max(dice(volumes > threshold, masks) for threshold in torch.arange(0, 3, 0.1))
@@ -195,15 +197,15 @@ def test_it_learns_to_segment_balls():
         ((1, 2, 9, 1, 8), r"times; pad the volume to 12x4x8 with `torch.nn.functional.pad`"),
         ((1, 2, 2, 2, 2), r"pad the volume to 4x4x4"),
         ((2, 8, 8, 8), r"`x` \(of shape 2x8x8x8\) must be \(B, 2, D, H, W\): .* for one volume pass `x\[None\]`"),
-        ((1, 3, 8, 8, 8), r"`x` \(of shape 1x3x8x8x8\) must be \(B, 2, D, H, W\): a batch of volumes of 2 channels"),
+        ((1, 3, 8, 8, 8), r"`x` \(of shape 1x3x8x8x8\) must be \(B, 2, D, H, W\): a batch of volumes with 2 channels"),
     ],
 )
-def test_volumes_that_do_not_fit_are_refused(shape, message):
+def test_rejects_wrong_volumes(shape, message):
     with pytest.raises(ValueError, match=message):
         make()(torch.randn(shape))
 
 
-def test_one_level_takes_any_size():
+def test_one_level_accepts_any_size():
     assert make(widths=(4,))(make_input((3, 5, 7), torch.float32)).shape == (2, 3, 3, 5, 7)
 
 
@@ -211,7 +213,7 @@ def test_one_level_takes_any_size():
     ("options", "error", "message"),
     [
         ({"widths": (4, 7)}, ValueError, r"`widths\[1\]` \(=7\) must be even, .*; use 8"),
-        ({"widths": ()}, ValueError, r"`widths` \(=\(\)\) must name at least one level"),
+        ({"widths": ()}, ValueError, r"`widths` \(=\(\)\) must have at least one level"),
         ({"widths": (4, 0)}, ValueError, r"`widths\[1\]` \(=0\) must be a positive integer"),
         ({"widths": 4}, TypeError, r"`widths` \(=4\) must be a sequence of integers"),
         ({"num_blocks": 0}, ValueError, r"`num_blocks` \(=0\) must be a positive integer"),
@@ -221,6 +223,6 @@ def test_one_level_takes_any_size():
         ({"policy": "x"}, ValueError, r"`policy` \(='x'\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`"),
     ],
 )
-def test_bad_options_are_refused(options, error, message):
+def test_rejects_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)

@@ -1,4 +1,4 @@
-"""The study on three updates of digits: what it watches is right, and watching changes nothing."""
+"""A gradient-angle study of three updates on digits: correct records, and unchanged training."""
 
 import csv
 import dataclasses
@@ -9,10 +9,10 @@ import torch
 
 from revnet.errors import MissingDependencyError
 from revnet.paper import GradientAngle, run_gradient_angle
-from revnet.paper import gradient_angle_report as report
-from revnet.paper.gradient_angle import ALL, GradientError
-from revnet.paper.gradient_angle_plot import _running_mean
-from revnet.paper.gradient_angle_study import measure_gradient_angle
+from revnet.paper.gradient_angle import page as page_module
+from revnet.paper.gradient_angle.draw import _running_mean
+from revnet.paper.gradient_angle.gradients import ALL, GradientError
+from revnet.paper.gradient_angle.study import measure_gradient_angle
 from revnet.training import TrainConfig, load_classifier, train
 
 CONFIG = TrainConfig(max_updates=3, batch_size=50)
@@ -21,7 +21,7 @@ GROUPS = ["stem", "stage 1", "stage 2", "stage 3", "head", ALL]
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Both runs, measured before the first and the last of three updates."""
+    """Return both runs, measured before the first and the last of three updates."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("study"))
         state = torch.get_rng_state()
@@ -29,7 +29,7 @@ def study(tmp_path_factory):
         torch.set_rng_state(state)
 
 
-def test_it_measures_every_so_often_and_before_the_last_update(study):
+def test_measures_before_the_first_and_last_update(study):
     assert list(study.errors) == [0, 2]
     for errors in study.errors.values():
         assert [error.group for error in errors] == GROUPS
@@ -39,7 +39,7 @@ def test_it_measures_every_so_often_and_before_the_last_update(study):
         assert all(error.reference_angle_degrees > 0 for error in errors)
 
 
-def test_the_twins_start_alike(study):
+def test_the_twins_start_equal(study):
     assert study.reversed.losses[0] == study.stored.losses[0]
     assert [len(run.losses) for run in study.runs.values()] == [3, 3]
     assert study.reversed.losses == pytest.approx(study.stored.losses, rel=0.05)  # rounding, amplified by two updates
@@ -48,7 +48,7 @@ def test_the_twins_start_alike(study):
     assert (stored.policy, stored.seed) == ("store", CONFIG.seed)
 
 
-def test_what_is_noted_is_what_the_run_logs(study):
+def test_records_equal_the_log_of_the_run(study):
     for run in study.runs.values():
         with (run.result.folder / "metrics.csv").open() as file:
             (row,) = csv.DictReader(file)
@@ -56,7 +56,7 @@ def test_what_is_noted_is_what_the_run_logs(study):
         assert run.val_errors == {3: pytest.approx(1 - float(row["val_accuracy"]))}
 
 
-def test_watching_changes_no_bit_of_the_training(study, tmp_path):
+def test_does_not_change_the_training(study, tmp_path):
     alone = train(dataclasses.replace(CONFIG, out_dir=str(tmp_path / "alone")), quiet=True)
     tensors = [load_classifier(folder).state_dict() for folder in (alone.folder, study.reversed.result.folder)]
     assert tensors[0].keys() == tensors[1].keys()
@@ -65,7 +65,7 @@ def test_watching_changes_no_bit_of_the_training(study, tmp_path):
     checkpoints = [
         torch.load(folder / "last.ckpt", weights_only=True) for folder in (alone.folder, study.reversed.result.folder)
     ]
-    assert checkpoints[0]["callbacks"].keys() == checkpoints[1]["callbacks"].keys()  # so that either can be resumed
+    assert checkpoints[0]["callbacks"].keys() == checkpoints[1]["callbacks"].keys()  # so both can be resumed
     states = [checkpoint["callbacks"]["RandomState"]["cpu"] for checkpoint in checkpoints]
     assert torch.equal(*states)
 
@@ -75,8 +75,8 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_page_tables_and_picture(study, tmp_path):
-    page = report.write_study(study, tmp_path, "revnet figure gradient-angle --some-flag")
+def test_writes_page_tables_and_figure(study, tmp_path):
+    page = page_module.write_study(study, tmp_path, "revnet figure gradient-angle --some-flag")
     stem = page.name.removesuffix(".md")
     assert re.fullmatch(r"gradient-angle_revnet38_digits_cpu\d+_\d{4}-\d\d-\d\d", stem)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -93,7 +93,7 @@ def test_page_tables_and_picture(study, tmp_path):
         f"![{stem}.png]({stem}.png)",
         "before 2 of its 3 updates",
         "| head | 0 | 0 | 0 | 0 | 0 | 0 | ",
-        "equal, bit for bit, up to that of update 1;",
+        "equal, bit for bit, up to update 1;",
         "| training loss, mean of the last 1 | ",
         "| validation error after the last epoch | ",
         "| test error, last weights | ",
@@ -110,15 +110,15 @@ def test_page_tables_and_picture(study, tmp_path):
     assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_validation_reference_or_anything_to_see(study, tmp_path):
-    """Nothing held out, gradients that agree to the bit, a loss that is no number."""
-    same = {update: [GradientError(group, 0.0, 0.0) for group in GROUPS] for update in study.errors}
+def test_page_of_equal_gradients_without_validation(study, tmp_path):
+    """There is no validation set, all gradients are equal, and one loss is NaN."""
+    equal = {update: [GradientError(group, 0.0, 0.0) for group in GROUPS] for update in study.errors}
     runs = {
         name: dataclasses.replace(run, val_errors={}, losses=[1.0, 0.0, float("nan")])
         for name, run in study.runs.items()
     }
-    empty = dataclasses.replace(study, errors=same, **runs)
-    page = report.write_study(empty, tmp_path, "some command")
+    empty = dataclasses.replace(study, errors=equal, **runs)
+    page = page_module.write_study(empty, tmp_path, "some command")
     text = page.read_text()
     assert "| all | 0 | 0 | 0 | 0 | 0 | 0 |\n" in text
     assert "reference" not in text
@@ -136,21 +136,31 @@ def test_curves_are_smoothed_by_running_means():
     [
         ({"model": "resnet32"}, {}, ValueError, r"`model` \(='resnet32'\) has no reversible block"),
         ({"model": "revnet83"}, {}, ValueError, "did you mean 'revnet38'"),
-        ({"policy": "store"}, {}, ValueError, r"`policy` \(='store'\) is not to be chosen: both are run; leave it out"),
-        ({"out_dir": "x"}, {}, ValueError, r"`out_dir` \(='x'\) is for one run, and here are two; leave it out"),
-        ({}, {"every": 0}, ValueError, r"`every` \(=0\) must be 1 or more; 50 is usual"),
+        (
+            {"policy": "store"},
+            {},
+            ValueError,
+            r"`policy` \(='store'\) must not be set, since both policies are run; leave it out",
+        ),
+        (
+            {"out_dir": "x"},
+            {},
+            ValueError,
+            r"`out_dir` \(='x'\) must not be set, since there are two runs; leave it out",
+        ),
+        ({}, {"every": 0}, ValueError, r"`every` \(=0\) must be at least 1; 50 is usual"),
         ({}, {"every": 2.5}, TypeError, r"`every` \(=2.5\) must be an integer"),
         ({}, {"every": True}, TypeError, r"`every` \(=True\) must be an integer"),
     ],
 )
-def test_a_wrong_setting_is_told_before_anything_is_made(tmp_path, monkeypatch, settings, options, error, message):
+def test_rejects_wrong_settings_before_training(tmp_path, monkeypatch, settings, options, error, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         run_gradient_angle(TrainConfig(**settings), tmp_path / "out", "some command", quiet=True, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_matplotlib_is_asked_for_before_anything_is_trained(tmp_path, monkeypatch):
+def test_requires_matplotlib_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match="a figure needs matplotlib, which is not installed"):
         run_gradient_angle(CONFIG, tmp_path / "out", "some command")

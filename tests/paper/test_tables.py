@@ -6,21 +6,21 @@ from revnet.training import TrainConfig
 from revnet.training.recipes import find_recipe
 
 
-def test_the_names():
+def test_names_of_the_tables():
     data = ("cifar10", "cifar100", "imagenet")
     assert list(TABLES) == [f"{name}{suffix}" for name in data for suffix in ("", "-modern", "-quick")]
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
-def test_every_row_has_a_recipe_and_a_pair_of_about_its_size(table):
+def test_every_row_has_a_recipe_and_a_pair(table):
     for row in table.rows:
         config = TrainConfig.load(find_recipe(f"{table.recipe}/{row.model}"))
         assert config.model == row.model
         assert next(other for other in table.rows if other.model == row.pair).pair == row.model
 
 
-def test_the_papers_numbers():
-    """Of shared/paper.md: the paper recalled, the rerun of its code."""
+def test_published_errors():
+    """The first number is from the paper, the second from a rerun of the official code."""
     errors = {(name, row.model): (row.paper_error, row.rerun_error) for name in TABLES for row in TABLES[name].rows}
     assert errors["cifar10", "revnet38"] == (7.24, 6.86)
     assert errors["cifar10-quick", "resnet32"] == (7.14, 7.26)
@@ -29,7 +29,7 @@ def test_the_papers_numbers():
     assert errors["imagenet", "revnet56"] == (None, None)
 
 
-def test_pairs_are_of_one_size():
+def test_pairs_have_about_equal_sizes():
     for row in TABLES["cifar10"].rows:
         sizes = [sum(p.numel() for p in create_model(name).parameters()) for name in (row.model, row.pair)]
         assert max(sizes) < 1.03 * min(sizes)

@@ -1,4 +1,4 @@
-"""Traps in a process of their own: a peer that crashes takes nothing with it."""
+"""Run a pitfall in a separate process, so that a library that crashes does not end the benchmark."""
 
 import multiprocessing
 import os
@@ -7,28 +7,28 @@ import warnings
 from multiprocessing.connection import Connection
 from typing import Any
 
-from revnet.bench.contenders import CONTENDERS, Contender
-from revnet.bench.traps import TRAPS, Trap, one_line
+from revnet.bench.methods import METHODS, Method
+from revnet.bench.pitfalls import PITFALLS, Pitfall, one_line
 
 _TIMEOUT_SECONDS = 120
 
 
-def check_isolated(trap: Trap, contender: Contender) -> tuple[str, str]:
-    """`trap.check(contender)` in a new process.
+def check_isolated(pitfall: Pitfall, method: Method) -> tuple[str, str]:
+    """Run `pitfall.check(method)` in a new process.
 
     Args:
-        trap: One of `TRAPS`.
-        contender: One of `CONTENDERS`.
+        pitfall: One of `PITFALLS`.
+        method: One of `METHODS`.
 
     Returns:
-        "ok", "wrong", "raises" or "crashes", and a line about it.
+        "ok", "wrong", "raises" or "crashes", and one line of explanation.
     """
-    # A server that has loaded PyTorch once forks for every trap; where there is no fork, every trap loads it itself.
+    # The fork server loads PyTorch once for all pitfalls. Without fork, each process loads it again.
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     context.set_forkserver_preload([__name__, "torch._dynamo"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_check, args=(trap.name, contender.name, sender), daemon=True)
+    process = context.Process(target=_check, args=(pitfall.name, method.name, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -44,17 +44,17 @@ def check_isolated(trap: Trap, contender: Contender) -> tuple[str, str]:
         receiver.close()
 
 
-def _check(trap_name: str, contender_name: str, sender: "Connection[tuple[str, str], None]") -> None:
+def _check(pitfall_name: str, method_name: str, sender: "Connection[tuple[str, str], None]") -> None:
     import torch
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what torch.compile and the peers have to say besides
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # silence the logs of torch.compile and the other libraries
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    trap = next(trap for trap in TRAPS if trap.name == trap_name)
-    contender = next(contender for contender in CONTENDERS if contender.name == contender_name)
+    pitfall = next(pitfall for pitfall in PITFALLS if pitfall.name == pitfall_name)
+    method = next(method for method in METHODS if method.name == method_name)
     try:
-        result = trap.check(contender)
-    except Exception as error:  # of the twin
+        result = pitfall.check(method)
+    except Exception as error:  # raised by plain autograd
         result = "raises", f"under plain autograd: {one_line(error)}"
     sender.send(result)
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors whose storages may be resized."""
+"""Count the bytes of tensors whose storages may be resized."""
 
 import weakref
 from collections.abc import Iterable
@@ -11,21 +11,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class ResizedBytes(TorchDispatchMode):
-    """Count the bytes of all storages beyond those of `baseline`, reading every storage's size at every operation.
+    """Count the bytes of all storages except `baseline`, reading every storage's size at every operation.
 
-    `revnet.memory.LiveBytes` notes the size of a storage once, which is fast, and exact as long as storages are only
-    made and freed. memcnn frees its inputs by resizing their storages to zero, which is no operation that a dispatch
-    mode sees, so here the sizes are read again before and after each one. A contender that frees its own input is
-    credited for it: the count is what an allocator would say, less what it said at the start.
+    `revnet.memory.LiveBytes` reads the size of a storage once. This is fast, and exact as long as storages are only
+    created and freed. memcnn frees its inputs by resizing their storages to zero, which a dispatch mode does not see,
+    so this class reads the sizes again before and after each operation. A method that frees its own input gets credit
+    for it: the count is the allocator's current total minus its total at the start.
 
     Args:
-        ignore: Tensors that stay as they are: parameters, buffers. Not read, since there are thousands of them.
-        baseline: Tensors that are there already, but may be freed or resized: the input.
+        ignore: Tensors that are never resized, such as parameters and buffers. They are not read, since there are many.
+        baseline: Existing tensors that may be freed or resized, such as the input.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = (), baseline: Iterable[Tensor] = ()):
         super().__init__()
-        # Kept alive, so that no other storage can take the place of an ignored one.
+        # Keep the ignored storages alive, so that no new storage gets the same address.
         self._ignored = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in ignore)}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in baseline:
@@ -35,11 +35,11 @@ class ResizedBytes(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """Bytes alive now, beyond the baseline."""
+        """Bytes alive now, less the baseline."""
         return self._total_bytes() - self._baseline_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and read all sizes before and after it."""
+        """Run the operation and read all sizes before and after it."""
         self._note_peak()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):

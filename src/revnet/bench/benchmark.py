@@ -1,4 +1,4 @@
-"""The whole benchmark: measure, and write page, table and pictures."""
+"""Run the whole benchmark and write a page, a table and figures."""
 
 import datetime
 from pathlib import Path
@@ -13,12 +13,12 @@ _THEME = "engine"
 
 
 def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
-    """Measure everything, and write `engine_<hardware>_<date>` as Markdown, CSV and pictures.
+    """Measure everything and write `engine_<hardware>_<date>` as Markdown, CSV and PNG.
 
     Args:
-        settings: How much to measure, and where.
-        folder: Where the files go; made if it is not there.
-        command: What was run, for the page.
+        settings: Amount of measurements, and the device.
+        folder: Output folder. It is created if it does not exist.
+        command: Command line that the page prints.
 
     Returns:
         The path of the page.
@@ -31,7 +31,9 @@ def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
     results = measure_all(settings)
     stem = f"{_THEME}_{hardware_name(settings.device)}_{datetime.date.today()}"
     pictures = f"{stem}_memory.png", f"{stem}_time.png"
-    text = markdown(results, command, pictures)  # first: it tells whether the checkout has changed
+    text = markdown(
+        results, command, pictures
+    )  # before any file is written, since it records whether the checkout has changes
     write_csv(results, folder / f"{stem}.csv")
     page = folder / f"{stem}.md"
     page.write_text(text)

@@ -1,4 +1,4 @@
-"""How much of revnet's Python one step runs through: an exact measure of overhead, where time is a noisy one."""
+"""Count the Python calls inside revnet during one step: a measure of overhead that is exact, unlike time."""
 
 import gc
 import sys
@@ -16,7 +16,7 @@ _BENCH = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Calls:
-    """Python calls inside revnet, by the file of the function that is called."""
+    """Python calls inside revnet, by the file that defines the called function."""
 
     by_file: Counter[Path]
 
@@ -27,21 +27,21 @@ class Calls:
 
     @property
     def num_files(self) -> int:
-        """Number of files that have one of the functions called."""
+        """Number of files that define a called function."""
         return len(self.by_file)
 
     @property
     def num_lines(self) -> int:
-        """Number of lines of these files: what has to be read to follow the step."""
+        """Number of lines in these files, which a reader needs to follow the step."""
         return sum(len(path.read_text().splitlines()) for path in self.by_file)
 
 
 def count_calls(function: Callable[[], object]) -> Calls:
-    """Run `function`, and count the Python calls inside revnet in this thread.
+    """Run `function` and count the Python calls inside revnet in this thread.
 
-    On the CPU autograd's backward pass runs in the thread that asks for it, so it is counted too. Workloads of
-    `revnet.bench` are not: they stand for a user's code. Python 3.11 counts a comprehension as a call, later versions
-    do not.
+    The backward pass is included, since on the CPU autograd runs it in the calling thread. Code in `revnet.bench` is
+    not counted, since it stands for the user's code. Python 3.11 counts a comprehension as a call; later versions do
+    not.
     """
     codes: Counter[str] = Counter()
 
@@ -63,7 +63,7 @@ def count_calls(function: Callable[[], object]) -> Calls:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Keep what other code left behind from being cleared, with calls of revnet, while calls are counted."""
+    """Turn off garbage collection during the count, since finalizers of other objects may call revnet."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""The workloads: residual functions, and streams that fit them. A new one is one entry in `CASES`.
+"""The workloads: residual functions and matching streams. To add one, add an entry to `CASES`.
 
 B C H W: batch, channels, height, width of one stream; B T D: batch, tokens, features of one stream.
 """
@@ -18,7 +18,7 @@ FunctionPair = tuple[nn.Module, nn.Module]
 
 
 class Attention(nn.Module):
-    """Layer norm, and self-attention over all tokens.
+    """Layer norm and self-attention over all tokens.
 
     Shape:
         x: (B, T, D). Output: the same.
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual of `x`."""
+        """Return the residual of `x`."""
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # B, heads, T, D'
         y = F.scaled_dot_product_attention(q, k, v)
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
 
 def feed_forward(num_features: int) -> nn.Sequential:
-    """Layer norm, and a perceptron with a hidden layer four times as wide."""
+    """Return a layer norm and a perceptron whose hidden layer is four times wider than its input."""
     return nn.Sequential(
         nn.LayerNorm(num_features),
         nn.Linear(num_features, 4 * num_features),
@@ -51,23 +51,23 @@ def feed_forward(num_features: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Case:
-    """A workload: a row of reversible blocks of one kind, in float32."""
+    """A workload: a sequence of reversible blocks of one kind, in float32."""
 
     name: str
     description: str
-    """What a reader of the report has to know of it."""
+    """Description for the report."""
     make_block: Callable[[], FunctionPair]
     stream_shape: tuple[int, ...]
     split_dim: int
-    """The dimension along which the streams are joined to one tensor, where a contender can choose."""
+    """Dimension along which the streams are concatenated, for methods that can choose."""
 
     def functions(self, depth: int, device: torch.device) -> list[FunctionPair]:
-        """The residual functions of `depth` blocks, the same at each call."""
+        """Return the residual functions of `depth` blocks, with the same weights at each call."""
         torch.manual_seed(0)
         return [(f.to(device), g.to(device)) for f, g in (self.make_block() for _ in range(depth))]
 
     def streams(self, seed: int) -> TensorPair:
-        """A pair of random streams, the same for the same seed."""
+        """Return a pair of random streams that depends on the seed alone."""
         generator = torch.Generator().manual_seed(seed)
         x1, x2 = (torch.randn(self.stream_shape, generator=generator) for _ in range(2))
         return x1, x2

@@ -1,7 +1,7 @@
-"""What a step costs on the host: processor time on tensors so small that their arithmetic hardly counts.
+"""Processor time of a step on the host, with tensors so small that their arithmetic hardly matters.
 
-A GPU computes the kernels of a small network in less time than it takes to launch them, so there this is what decides
-how fast the network trains.
+A GPU runs the kernels of a small network faster than the host can launch them, so there the host's time decides how
+fast the network trains.
 """
 
 import gc
@@ -18,34 +18,34 @@ from torch import Tensor
 
 from revnet.bench.calls import Calls, count_calls
 from revnet.bench.cases import Case, FunctionPair
-from revnet.bench.contenders import Contender
-from revnet.bench.host_cases import HOST_CASES, HOST_CONTENDERS, LOOP
+from revnet.bench.host_cases import HOST_CASES, HOST_METHODS, LOOP
+from revnet.bench.methods import Method, is_missing, report_missing
+from revnet.bench.pitfalls import one_line
 from revnet.bench.run import Quartiles
-from revnet.bench.traps import one_line
 
 NUM_BLOCKS = 16
 NUM_ROUNDS = 101
 NUM_QUICK_ROUNDS = 11
 STEPS_PER_TURN = 2
-"""Steps that are timed together, after one that is not: it brings the contender's code back into the caches."""
+"""Number of steps timed together. One step runs before them, to bring the method's code into the caches."""
 
 
-class HostSubject:
-    """A contender on a case, ready to step on one thread.
+class HostRunner:
+    """A method applied to a case, ready to run training steps on one thread.
 
     Args:
-        contender: The way of running.
-        case: The workload.
-        functions: The residual functions, shared with the other contenders.
+        method: Way of running the blocks.
+        case: Workload.
+        functions: Residual functions, shared with the other methods.
     """
 
-    def __init__(self, contender: Contender, case: Case, functions: Sequence[FunctionPair]):
-        self.module = contender.make(functions, case.split_dim)
+    def __init__(self, method: Method, case: Case, functions: Sequence[FunctionPair]):
+        self.module = method.make(functions, case.split_dim)
         self.parameters = [parameter for pair in functions for function in pair for parameter in function.parameters()]
         self._x = torch.cat(case.streams(1), case.split_dim)
 
     def inputs(self, number: int) -> list[Tensor]:
-        """Return copies of the input that require a gradient; memcnn overwrites what it gets."""
+        """Return copies of the input that require a gradient. memcnn overwrites its input."""
         return [self._x.clone().requires_grad_() for _ in range(number)]
 
     def step(self, x: Tensor) -> None:
@@ -58,16 +58,16 @@ class HostSubject:
             parameter.grad = None
 
     def count_calls(self) -> Calls:
-        """Return the Python calls inside revnet in one step, which is not the first."""
+        """Return the Python calls inside revnet during the second step."""
         first, second = self.inputs(2)
         self.step(first)
         return count_calls(lambda: self.step(second))
 
     def turn_seconds(self) -> float:
-        """Return the processor time of one step, of `STEPS_PER_TURN` timed together."""
+        """Return the processor time per step, averaged over `STEPS_PER_TURN` steps."""
         self.clear_gradients()
         first, *others = self.inputs(1 + STEPS_PER_TURN)
-        gc.collect()  # nobody pays for what another contender left behind
+        gc.collect()  # so that a method does not pay for collecting another one's garbage
         self.step(first)
         start = time.process_time()
         for x in others:
@@ -77,14 +77,14 @@ class HostSubject:
 
 @dataclass(frozen=True)
 class HostTimes:
-    """Processor time of steps, and what it is in relation to plain autograd's."""
+    """Processor time of steps, and its ratio to plain autograd."""
 
     step_seconds: float
-    """Median."""
+    """Median over rounds."""
     over_plain: Quartiles
-    """Step over plain step of the same round."""
+    """Ratio to the plain step of the same round."""
     least_over_least: float
-    """Fastest step over fastest plain step: both at the moment when other programs disturbed them least."""
+    """Ratio of the fastest step to the fastest plain step, which other programs disturbed least."""
 
     @classmethod
     def of(cls, steps: Sequence[float], plain: Sequence[float]) -> "HostTimes":
@@ -98,20 +98,20 @@ class HostTimes:
 
 @dataclass(frozen=True)
 class HostRow:
-    """The cost of one contender on one case."""
+    """Cost of one method on one case."""
 
     case: str
-    contender: str
+    method: str
     times: HostTimes | None = None
     calls: Calls | None = None
     """Python calls inside revnet in one step."""
     note: str = ""
-    """Why there is no measurement."""
+    """Reason for a missing measurement."""
 
 
 @dataclass
 class HostResults:
-    """All that was measured."""
+    """All measurements."""
 
     num_rounds: int
     num_blocks: int
@@ -128,65 +128,68 @@ class HostResults:
 
 
 def measure_host(num_rounds: int, say: Callable[[str], None] = print, *, num_blocks: int = NUM_BLOCKS) -> HostResults:
-    """Measure the processor time of a step of every contender on every case, interleaved in this process.
+    """Measure the processor time of a step of every method on every case, interleaved in this process.
 
     Args:
-        num_rounds: Turns of each contender. Each round has another order, since a contender finds the caches as the
-            one before it left them.
-        say: Called with each result.
-        num_blocks: Depth of the network.
+        num_rounds: Number of turns of each method. The order changes with each round, since a method inherits the
+            caches from the one before it.
+        say: Function that receives a line for each result.
+        num_blocks: Number of blocks.
     """
     results = HostResults(num_rounds, num_blocks)
     with warnings.catch_warnings(), one_thread():
-        warnings.simplefilter("ignore")  # what PyTorch has to say to the peers' old code
+        warnings.simplefilter("ignore")  # PyTorch warns about old code in the other libraries
+        report_missing(HOST_METHODS, say)
         for case in HOST_CASES:
             for row in _measure_case(case, num_rounds, num_blocks):
                 results.rows.append(row)
-                told = row.note if row.times is None else f"{row.times.over_plain.median:.2f} of plain's processor time"
-                say(f"{case.name}, {row.contender}: {told}")
+                if row.times is not None:
+                    say(f"{case.name}, {row.method}: {row.times.over_plain.median:.2f} of plain's processor time")
+                elif not is_missing(row.note):
+                    say(f"{case.name}, {row.method}: {row.note}")
     return results
 
 
 def _measure_case(case: Case, num_rounds: int, num_blocks: int) -> Iterator[HostRow]:
     functions = case.functions(num_blocks, torch.device("cpu"))
-    subjects: dict[str, HostSubject] = {}
+    runners: dict[str, HostRunner] = {}
     notes: dict[str, str] = {}
-    for contender in HOST_CONTENDERS:
-        if note := contender.missing():
-            notes[contender.name] = note
+    for method in HOST_METHODS:
+        if note := method.missing():
+            notes[method.name] = note
             continue
         try:
-            subject = HostSubject(contender, case, functions)
-            subject.turn_seconds()
-            subjects[contender.name] = subject
+            runner = HostRunner(method, case, functions)
+            runner.turn_seconds()
+            runners[method.name] = runner
         except Exception as error:
-            notes[contender.name] = one_line(error)
+            notes[method.name] = one_line(error)
     with frozen():
-        seconds = _rounds(subjects, num_rounds)
-        calls = {name: subject.count_calls() for name, subject in subjects.items()}
-    for contender in HOST_CONTENDERS:
-        name = contender.name
+        seconds = _rounds(runners, num_rounds)
+        calls = {name: runner.count_calls() for name, runner in runners.items()}
+    for method in HOST_METHODS:
+        name = method.name
         if name in notes:
             yield HostRow(case.name, name, note=notes[name])
         else:
             yield HostRow(case.name, name, HostTimes.of(seconds[name], seconds[LOOP.name]), calls[name])
 
 
-def _rounds(subjects: dict[str, HostSubject], num_rounds: int) -> dict[str, list[float]]:
-    """Processor time of a step of each subject, by rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    shuffle = random.Random(0).shuffle  # a generator of its own: revtorch draws from the global one
+def _rounds(runners: dict[str, HostRunner], num_rounds: int) -> dict[str, list[float]]:
+    """Return the processor time of a step of each runner, by rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    shuffle = random.Random(0).shuffle  # a separate generator, since revtorch draws from the global one
     for _ in range(num_rounds):
-        names = list(subjects)
+        names = list(runners)
         shuffle(names)
         for name in names:
-            seconds[name].append(subjects[name].turn_seconds())
+            seconds[name].append(runners[name].turn_seconds())
     return seconds
 
 
 @contextmanager
 def frozen() -> Iterator[None]:
-    """Keep what is there already out of garbage collections: those between turns then cost next to nothing."""
+    """Exclude existing objects from garbage collection, so that the collections between turns are fast."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""What `revnet bench --host` runs: blocks so small that their arithmetic hardly counts, and ways of running them."""
+"""Workloads and methods of `revnet bench --host`: blocks so small that their arithmetic hardly matters."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 import revnet
 from revnet.bench.cases import Attention, Case, FunctionPair, feed_forward
-from revnet.bench.contenders import CONTENDERS, Contender, Group
+from revnet.bench.methods import METHODS, Group, Method
 from revnet.nn import AbstractPolicy, Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 
 
 def conv_residual(num_channels: int) -> nn.Sequential:
-    """Batch norm, ReLU and 3x3 convolution, twice, all of them PyTorch's own."""
+    """Return batch norm, ReLU and a 3x3 convolution, twice, built from PyTorch's modules."""
     layers: list[nn.Module] = []
     for _ in range(2):
         convolution = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
@@ -40,11 +40,11 @@ HOST_CASES: Sequence[Case] = (
 
 
 class Loop(nn.Module):
-    """Plain autograd: the blocks in a loop, between `chunk` and `cat`.
+    """Plain autograd: a loop over the blocks between `chunk` and `cat`.
 
     Args:
-        functions: The residual functions of all blocks.
-        split_dim: The dimension along which the streams are joined.
+        functions: Residual functions of all blocks.
+        split_dim: Dimension along which the streams are concatenated.
     """
 
     def __init__(self, functions: Sequence[FunctionPair], split_dim: int):
@@ -58,7 +58,7 @@ class Loop(nn.Module):
 
 
 def _sequence(policy: AbstractPolicy, *, is_exact: bool = False) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
-    """A sequence of this library under `policy`, with additive or with exact couplings."""
+    """Return a function that builds a sequence of this library with `policy` and additive or exact couplings."""
 
     def make(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
         coupling = revnet.FixedPoint() if is_exact else revnet.Additive()
@@ -68,38 +68,36 @@ def _sequence(policy: AbstractPolicy, *, is_exact: bool = False) -> Callable[[Se
     return make
 
 
-def _revtorch_as_it_comes(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
+def _revtorch_by_default(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
     revtorch = import_module("revtorch.revtorch")
     return revtorch.ReversibleSequence(
         nn.ModuleList([revtorch.ReversibleBlock(f, g, split_along_dim=split_dim) for f, g in functions])
     )
 
 
-def _known(name: str) -> Contender:
-    return next(contender for contender in CONTENDERS if contender.name == name)
+def _known(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)
 
 
-LOOP = Contender("plain", "the loop `x1 = x1 + f(x2); x2 = x2 + g(x1)`, between `chunk` and `cat`", Loop)
-"""What the other contenders are compared with on the host."""
+LOOP = Method("plain", "the loop `x1 = x1 + f(x2); x2 = x2 + g(x1)`, between `chunk` and `cat`", Loop)
+"""Baseline of the comparison on the host."""
 
-HOST_CONTENDERS: Sequence[Contender] = (
+HOST_METHODS: Sequence[Method] = (
     LOOP,
-    Contender(
+    Method(
         "revtorch",
-        "`ReversibleSequence`, its default mode, which is right for functions without randomness only; "
+        "`ReversibleSequence`, its default mode, which is correct only for functions without randomness; "
         "`fix_random_seed=True` costs four times as much here",
-        _revtorch_as_it_comes,
+        _revtorch_by_default,
         "revtorch",
     ),
     *map(_known, ("revlib", "memcnn", "checkpoint")),
-    Contender("revnet, Reverse()", "`ReversibleSequential(..., policy=Reverse())`, the default", _sequence(Reverse())),
-    Contender("revnet, Checkpoint()", "the same with `Checkpoint()`", _sequence(Checkpoint())),
-    Contender(
+    Method("revnet, Reverse()", "`ReversibleSequential(..., policy=Reverse())`, the default", _sequence(Reverse())),
+    Method("revnet, Checkpoint()", "the same with `Checkpoint()`", _sequence(Checkpoint())),
+    Method(
         "revnet, FixedPoint()",
         "`Reverse()` with `FixedPoint()` couplings, which rebuild every bit",
         _sequence(Reverse(), is_exact=True),
     ),
-    Contender(
-        "revnet, Store()", "the same with `Store()`: plain autograd behind revnet's interface", _sequence(Store())
-    ),
+    Method("revnet, Store()", "the same with `Store()`: plain autograd with revnet's interface", _sequence(Store())),
 )

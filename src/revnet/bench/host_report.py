@@ -1,4 +1,4 @@
-"""The page and the table of `revnet bench --host`."""
+"""The page and the CSV of `revnet bench --host`."""
 
 import csv
 import datetime
@@ -9,23 +9,23 @@ from pathlib import Path
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
 from revnet.bench.host import STEPS_PER_TURN, HostResults, measure_host, one_thread
-from revnet.bench.host_cases import HOST_CASES, HOST_CONTENDERS
+from revnet.bench.host_cases import HOST_CASES, HOST_METHODS
 
 _THEME = "host"
 _COLUMNS = (
-    *("case", "blocks", "contender", "step_seconds", "half_block_microseconds"),
+    *("case", "blocks", "method", "step_seconds", "half_block_microseconds"),
     *("ratio_first_quartile", "ratio_median", "ratio_third_quartile", "least_over_least"),
     *("revnet_calls", "revnet_files", "revnet_lines", "note"),
 )
 
 
 def run_host_benchmark(num_rounds: int, folder: Path, command: str) -> Path:
-    """Measure the host's part of a step, and write `host_<hardware>_<date>` as Markdown and CSV.
+    """Measure the processor time of a step and write `host_<hardware>_<date>` as Markdown and CSV.
 
     Args:
-        num_rounds: Turns of each contender.
-        folder: Where the files go; made if it is not there.
-        command: What was run, for the page.
+        num_rounds: Number of turns of each method.
+        folder: Output folder. It is created if it does not exist.
+        command: Command line that the page prints.
 
     Returns:
         The path of the page.
@@ -33,7 +33,7 @@ def run_host_benchmark(num_rounds: int, folder: Path, command: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     load = _load()
     results = measure_host(num_rounds)
-    with one_thread():  # which the page mentions
+    with one_thread():  # the page prints the number of threads
         text = host_markdown(results, command, load=f"{load} before, {_load()} after")
     page = folder / f"{_THEME}_{hardware_name()}_{datetime.date.today()}.md"
     _write_csv(results, page.with_suffix(".csv"))
@@ -42,32 +42,30 @@ def run_host_benchmark(num_rounds: int, folder: Path, command: str) -> Path:
 
 
 def host_markdown(results: HostResults, command: str, *, load: str) -> str:
-    """Write the page: circumstances first, then a table for each case.
+    """Return the page: hardware, versions and workloads, then a table for each case.
 
     Args:
-        results: What was measured.
-        command: What was run.
-        load: How busy the machine was with other programs.
+        results: All measurements.
+        command: Command line that the page prints.
+        load: Load average of the machine.
     """
-    peers = {
-        contender.package: contender.version() or "not installed" for contender in HOST_CONTENDERS if contender.package
-    }
+    peers = {method.package: method.version() or "not installed" for method in HOST_METHODS if method.package}
     lines = [
         "# Processor time of a step on tiny tensors",
         "",
         *describe_machine(command, peers=peers),
-        f"- Programs that wanted to run, on average over a minute: {load}",
-        f"- Workloads, {results.num_blocks} blocks in float32, the same residual functions, weights and input for all:",
+        f"- Load average over one minute: {load}",
+        f"- Workloads, {results.num_blocks} blocks in float32, same functions, weights and input for all methods:",
         *[f"  - {case.name}: {case.description}" for case in HOST_CASES],
-        "- Contenders:",
-        *[f"  - {contender.name}: {contender.description}" for contender in HOST_CONTENDERS],
+        "- Methods:",
+        *[f"  - {method.name}: {method.description}" for method in HOST_METHODS],
         "",
         "A step is the forward pass, the loss `y.square().mean()` and the backward pass; the input requires a "
         "gradient. Times are processor time on one thread. "
-        f"{results.num_rounds} rounds; in each, every contender makes one step to warm up and {STEPS_PER_TURN} that "
-        "are timed, in an order that changes. *Step / plain* is the median over rounds of the ratio within the round, "
-        "with first and third quartile; *least / least* compares the fastest turns. Microseconds are of the median "
-        "step, divided by the number of half-blocks (residual functions); *above plain* is what the contender adds.",
+        f"In each of {results.num_rounds} rounds, every method runs one step to warm up and {STEPS_PER_TURN} timed "
+        "steps; the order of the methods changes. *Step / plain* is the median over rounds of the ratio within the "
+        "round, with first and third quartile; *least / least* compares the fastest turns. Microseconds are the median "
+        "step divided by the number of half-blocks (residual functions); *above plain* is the method's overhead.",
         "",
     ]
     for case in HOST_CASES:
@@ -87,11 +85,11 @@ def _table(results: HostResults, case: str) -> Iterator[str]:
             ratio, cost = row.times.over_plain, results.microseconds(row.times)
             cells = [f"{ratio.median:.2f}", f"{ratio.first:.2f}-{ratio.third:.2f}", f"{row.times.least_over_least:.2f}"]
             cells += [f"{cost:.0f}", f"{cost - results.microseconds(plain):.0f}"]
-            yield f"| {row.contender} | {' | '.join(cells)} |"
+            yield f"| {row.method} | {' | '.join(cells)} |"
     yield ""
     for row in rows:
         if row.note:
-            yield f"- {row.contender}: {row.note}"
+            yield f"- {row.method}: {row.note}"
     yield ""
 
 
@@ -99,16 +97,16 @@ def _calls_section(results: HostResults) -> Iterator[str]:
     yield "## Python calls inside revnet"
     yield ""
     yield (
-        "Exact, without noise: calls in one step, divided by the number of half-blocks; the files that have one of the "
-        "functions called, and their lines, which is what has to be read to follow the step. Calls of PyTorch and of "
-        "the residual functions are not counted."
+        "Calls in one step, divided by the number of half-blocks; the files that define the called functions; and the "
+        "lines of these files, which a reader needs to follow the step. The counts are exact. Calls into PyTorch and "
+        "into the residual functions are not counted."
     )
     yield ""
-    yield "| case | contender | calls per half-block | files | lines |"
+    yield "| case | method | calls per half-block | files | lines |"
     yield "| --- | --- | ---: | ---: | ---: |"
     for row in results.rows:
         if row.calls is not None and row.calls.num_calls:
-            cells = [row.case, row.contender, f"{row.calls.num_calls / results.num_half_blocks:.1f}"]
+            cells = [row.case, row.method, f"{row.calls.num_calls / results.num_half_blocks:.1f}"]
             yield f"| {' | '.join([*cells, str(row.calls.num_files), f'{row.calls.num_lines:,}'])} |"
 
 
@@ -127,4 +125,4 @@ def _write_csv(results: HostResults, path: Path) -> None:
                 values = (step, results.microseconds(row.times), ratio.first, ratio.median, ratio.third)
                 values = (*values, row.times.least_over_least)
             calls = ("",) * 3 if row.calls is None else (row.calls.num_calls, row.calls.num_files, row.calls.num_lines)
-            writer.writerow((row.case, results.num_blocks, row.contender, *values, *calls, row.note))
+            writer.writerow((row.case, results.num_blocks, row.method, *values, *calls, row.note))

@@ -1,4 +1,4 @@
-"""The pictures: memory by depth, and time against memory."""
+"""The figures: memory by depth, and time against memory."""
 
 import math
 from collections.abc import Sequence
@@ -7,24 +7,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._palette import (
+    CHECKPOINT_RECURSIVE,
+    CHECKPOINT_SQRT,
+    GRAY,
+    GREEN,
+    PURPLE,
+    REVERSIBLE,
+    REVERSIBLE_LIGHT,
+    STORED,
+)
 from revnet.bench.cases import CASES
-from revnet.bench.contenders import CONTENDERS, PLAIN
+from revnet.bench.methods import METHODS, PLAIN
 from revnet.bench.run import Results
 
 _MIB = 2**20
 _COLORS = {
-    "plain": "#888888",
-    "checkpoint": "#ee7733",
-    "checkpoint sqrt": "#cc9900",
-    "checkpoint recursive": "#997755",
-    "revnet": "#0055aa",
-    "revnet, last stored": "#5599dd",
+    "plain": GRAY,
+    "checkpoint": STORED,
+    "checkpoint sqrt": CHECKPOINT_SQRT,
+    "checkpoint recursive": CHECKPOINT_RECURSIVE,
+    "revnet": REVERSIBLE,
+    "revnet, last stored": REVERSIBLE_LIGHT,
 }
-_PEER_COLORS = ("#aa3377", "#228833", "#66aacc", "#884422", "#555599", "#999933")
+_LIBRARY_COLORS = (PURPLE, GREEN, "#66aacc", "#884422", "#555599", "#999933")
 
 
 class _Label(NamedTuple):
-    """A name beside the last point of what it names."""
+    """A label and the last point of its curve."""
 
     text: str
     x: float
@@ -34,13 +44,13 @@ class _Label(NamedTuple):
 
 
 def plot_memory(results: Results, path: Path) -> None:
-    """Draw peak memory against depth, both axes logarithmic."""
+    """Draw peak memory against depth on logarithmic axes."""
     figure, panels = _figure()
     depths = sorted({row.depth for row in results.memory})
     for case, axes in zip(CASES, panels, strict=True):
         labels = []
         for name, color in _colors().items():
-            rows = [row for row in results.memory if (row.case, row.contender) == (case.name, name)]
+            rows = [row for row in results.memory if (row.case, row.method) == (case.name, name)]
             points = [(row.depth, row.peak_bytes / _MIB) for row in rows if row.peak_bytes is not None]
             if points:
                 is_ours = name.startswith("revnet")
@@ -58,26 +68,26 @@ def plot_memory(results: Results, path: Path) -> None:
 
 
 def plot_times(results: Results, path: Path) -> None:
-    """Draw peak memory against step time, one point a contender: the lower left is best."""
+    """Draw peak memory against step time, one point per method. The lower left is best."""
     figure, panels = _figure()
     colors = _colors()
-    peaks = {(row.case, row.depth, row.contender): row.peak_bytes for row in results.memory}
+    peaks = {(row.case, row.depth, row.method): row.peak_bytes for row in results.memory}
     for case, axes in zip(CASES, panels, strict=True):
         labels = []
         for row in results.times:
-            peak = peaks.get((row.case, row.depth, row.contender))
+            peak = peaks.get((row.case, row.depth, row.method))
             if row.case != case.name or row.times is None or peak is None:
                 continue
-            ratio, color = row.times.over_plain, colors[row.contender]
+            ratio, color = row.times.over_plain, colors[row.method]
             axes.plot([ratio.first, ratio.third], [peak / _MIB] * 2, color=color, linewidth=2.5, alpha=0.4)
             axes.plot([ratio.median], [peak / _MIB], color=color, marker="o")
-            is_ours = row.contender.startswith("revnet")
-            labels.append(_Label(f"{row.contender}  {ratio.median:.2f}x", ratio.median, peak / _MIB, color, is_ours))
-            if row.contender == PLAIN.name:
+            is_ours = row.method.startswith("revnet")
+            labels.append(_Label(f"{row.method}  {ratio.median:.2f}x", ratio.median, peak / _MIB, color, is_ours))
+            if row.method == PLAIN.name:
                 ideal = 1 / row.times.over_ideal.median
-                axes.axvline(ideal, color="#888888", linewidth=0.8, linestyle=":")
+                axes.axvline(ideal, color=GRAY, linewidth=0.8, linestyle=":")
                 style = {"ha": "center", "fontsize": 7, "color": "#666666"}
-                axes.annotate("one forward more", (ideal, 1.02), xycoords=("data", "axes fraction"), **style)
+                axes.annotate("one more forward", (ideal, 1.02), xycoords=("data", "axes fraction"), **style)
         axes.set_xlabel(f"step time / plain step time, {results.settings.time_depth} blocks")
         _finish(axes, case.name, labels)
     save(figure, path)
@@ -102,15 +112,15 @@ def _finish(axes: Any, title: str, labels: Sequence[_Label]) -> None:
 
 
 def _name(axes: Any, labels: Sequence[_Label]) -> None:
-    """Write the labels in a column to the right of the axes, in the order of their points, with lines to them."""
+    """Write the labels in a column to the right of the axes, in the order of their points, and connect them."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     heights = [(math.log(label.y) - low) / (high - low) for label in labels]
-    places = _spread(heights, spacing=0.062)
-    for label, place in zip(labels, places, strict=True):
+    label_heights = _spread(heights, spacing=0.062)
+    for label, height in zip(labels, label_heights, strict=True):
         axes.annotate(
             label.text,
             (label.x, label.y),
-            (1.06, place),
+            (1.06, height),
             textcoords="axes fraction",
             va="center",
             fontsize=8,
@@ -128,7 +138,7 @@ def _name(axes: Any, labels: Sequence[_Label]) -> None:
 
 
 def _spread(heights: Sequence[float], spacing: float) -> list[float]:
-    """Move heights apart until neighbours are `spacing` apart, keeping their order and staying close."""
+    """Move heights apart until neighbors are `spacing` apart. The order does not change."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     places = list(heights)
     for _ in range(500):
@@ -143,6 +153,6 @@ def _spread(heights: Sequence[float], spacing: float) -> list[float]:
 
 
 def _colors() -> dict[str, str]:
-    """A colour for each contender."""
-    peers = [contender.name for contender in CONTENDERS if contender.name not in _COLORS]
-    return _COLORS | {name: _PEER_COLORS[index % len(_PEER_COLORS)] for index, name in enumerate(peers)}
+    """Return the color of each method."""
+    libraries = [method.name for method in METHODS if method.name not in _COLORS]
+    return _COLORS | {name: _LIBRARY_COLORS[index % len(_LIBRARY_COLORS)] for index, name in enumerate(libraries)}

@@ -1,4 +1,4 @@
-"""The results as a Markdown page and as a table for machines."""
+"""Write the results as a Markdown page and a CSV file."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -7,20 +7,20 @@ from typing import NamedTuple
 
 from revnet._provenance import describe_machine
 from revnet.bench.cases import CASES
-from revnet.bench.contenders import CONTENDERS, Contender
+from revnet.bench.methods import METHODS, Method
+from revnet.bench.pitfalls import PITFALLS
 from revnet.bench.run import NUM_WARMUP_ROUNDS, MemoryRow, Results, TimeRow
-from revnet.bench.traps import TRAPS
 
 _MIB = 2**20
 
 
 class Measurement(NamedTuple):
-    """One line of the CSV."""
+    """One row of the CSV."""
 
     case: str
-    """The workload, or "traps"."""
+    """Name of the workload, or "pitfalls"."""
     depth: int | None
-    contender: str
+    method: str
     quantity: str
     value: float | str
     unit: str
@@ -28,10 +28,10 @@ class Measurement(NamedTuple):
 
 
 def measurements(results: Results) -> Iterator[Measurement]:
-    """Every number, one at a time."""
+    """Yield every measurement."""
     for m in results.memory:
         for quantity, value in (("peak", m.peak_bytes), ("held after forward", m.held_bytes)):
-            yield Measurement(m.case, m.depth, m.contender, quantity, _or_empty(value), "B", m.note)
+            yield Measurement(m.case, m.depth, m.method, quantity, _or_empty(value), "B", m.note)
     for case, seconds in results.forward_seconds.items():
         yield Measurement(case, results.settings.time_depth, "plain", "forward without gradients", seconds, "s")
     for t in results.times:
@@ -47,13 +47,13 @@ def measurements(results: Results) -> Iterator[Measurement]:
                 values[f"step / {name}, median"] = quartiles.median, "1"
                 values[f"step / {name}, third quartile"] = quartiles.third, "1"
         for quantity, (number, unit) in values.items():
-            yield Measurement(t.case, t.depth, t.contender, quantity, _or_empty(number), unit, t.note)
-    for r in results.traps:
-        yield Measurement("traps", None, r.contender, r.trap, r.outcome, "", r.note)
+            yield Measurement(t.case, t.depth, t.method, quantity, _or_empty(number), unit, t.note)
+    for r in results.pitfalls:
+        yield Measurement("pitfalls", None, r.method, r.pitfall, r.outcome, "", r.note)
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """Write all measurements, one a line."""
+    """Write all measurements, one per row."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Measurement._fields)
@@ -61,29 +61,29 @@ def write_csv(results: Results, path: Path) -> None:
 
 
 def markdown(results: Results, command: str, pictures: Sequence[str] = ()) -> str:
-    """The page: circumstances first, then the tables.
+    """Return the page: hardware, versions and workloads, then the tables.
 
     Args:
-        results: What was measured.
-        command: What was run.
-        pictures: Files beside the page.
+        results: All measurements.
+        command: Command line that the page prints.
+        pictures: File names of the figures, in the folder of the page.
     """
     settings = results.settings
-    peers = {contender.package: contender.version() or "not installed" for contender in CONTENDERS if contender.package}
+    peers = {method.package: method.version() or "not installed" for method in METHODS if method.package}
     lines = [
         "# Memory, time and correctness of reversible engines",
         "",
         *describe_machine(command, device=settings.device, peers=peers),
-        "- Workloads, in float32, the same residual functions, weights and input for all contenders:",
+        "- Workloads, in float32, with the same residual functions, weights and input for all methods:",
         *[f"  - {case.name}: {case.description}" for case in CASES],
-        "- Contenders:",
-        *[f"  - {contender.name}: {contender.description}{_where_missing(contender)}" for contender in CONTENDERS],
+        "- Methods:",
+        *[f"  - {method.name}: {method.description}{_where_missing(method)}" for method in METHODS],
         "",
         *[f"![{picture}]({picture})" for picture in pictures],
         "",
         *_memory_section(results),
         *_time_section(results),
-        *_trap_section(results),
+        *_pitfall_section(results),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -93,18 +93,18 @@ def _memory_section(results: Results) -> Iterator[str]:
     yield "## Memory of one step, MiB: peak (held between forward and backward)"
     yield ""
     yield (
-        "Bytes beyond parameters, gradients, buffers and the input, "
-        + ("as PyTorch's allocator counts them." if cuda else "counted exactly, without what kernels use inside.")
-        + " All contenders take and give both streams as one tensor."
+        "Bytes in addition to parameters, gradients, buffers and the input, "
+        + ("as PyTorch's allocator counts them." if cuda else "counted exactly, without memory inside kernels.")
+        + " All methods take and return both streams as one tensor."
     )
     yield ""
     for case in CASES:
         depths = sorted({row.depth for row in results.memory if row.case == case.name})
         yield f"| {case.name} | {' | '.join(f'{depth} blocks' for depth in depths)} |"
         yield f"| --- |{' ---: |' * len(depths)}"
-        for contender in CONTENDERS:
-            rows = [row for row in results.memory if (row.case, row.contender) == (case.name, contender.name)]
-            yield f"| {contender.name} | {' | '.join(_memory_cell(row) for row in rows)} |"
+        for method in METHODS:
+            rows = [row for row in results.memory if (row.case, row.method) == (case.name, method.name)]
+            yield f"| {method.name} | {' | '.join(_memory_cell(row) for row in rows)} |"
         yield ""
     yield from _failures(results.memory)
 
@@ -121,12 +121,11 @@ def _time_section(results: Results) -> Iterator[str]:
     yield ""
     yield (
         f"{settings.num_rounds} rounds after {NUM_WARMUP_ROUNDS} to warm up; each round measures a step (forward and "
-        "backward) of every contender, beginning with another one. Ratios are medians over rounds of the ratio within "
-        "the round, with first and third quartile. *Ideal* is plain's step and one forward pass more (plain's, under "
-        "`torch.no_grad`): the price of computing every residual function twice. The gradient error is the largest "
-        "relative L2 distance of a parameter's gradient to plain autograd's, in the same float32, and to plain "
-        "autograd's in float64. A few ReLU inputs that round to the other side of zero are enough for 1e-3: see plain "
-        "itself against float64."
+        "backward) of every method, starting with a different one. Ratios are medians over rounds of the ratio within "
+        "the round, with first and third quartile. *Ideal* is a plain step plus one plain forward pass under "
+        "`torch.no_grad`: the cost of computing every residual function twice. The gradient error is the largest "
+        "relative L2 distance of a parameter's gradient from plain autograd in float32 and in float64. A few ReLU "
+        "inputs that round to the other side of zero are enough for 1e-3; compare the row of plain autograd."
     )
     yield ""
     for case in CASES:
@@ -137,7 +136,7 @@ def _time_section(results: Results) -> Iterator[str]:
         yield f"| --- |{' ---: |' * 8}"
         for row in results.times:
             if row.case == case.name:
-                yield f"| {row.contender} | {' | '.join(_time_cells(row))} |"
+                yield f"| {row.method} | {' | '.join(_time_cells(row))} |"
         yield ""
         yield f"Forward pass of plain under `torch.no_grad`: {results.forward_seconds[case.name]:.3f} s."
         yield ""
@@ -161,33 +160,33 @@ def _time_cells(row: TimeRow) -> list[str]:
     ]
 
 
-def _trap_section(results: Results) -> Iterator[str]:
-    yield "## Traps"
+def _pitfall_section(results: Results) -> Iterator[str]:
+    yield "## Pitfalls"
     yield ""
     yield (
-        "Three tiny blocks in float64 (autocast: float32), on CPU, each contender and trap in a process of its own; "
-        "what is seen (gradients, buffers, random state) is compared with plain autograd's. *ok*: the same, or, where "
-        "the output was modified, an error that says so. *wrong*: other numbers, without a word. *raises*: an error; "
-        "the CSV has its first line. *crashes*: the process died."
+        "Three tiny blocks in float64 (autocast: float32) on the CPU, each method and pitfall in a separate process. "
+        "Gradients, buffers and the random state are compared with plain autograd. *ok*: they are the same, or, if the "
+        "output was modified, an error says so. *wrong*: the numbers differ, without an error. *raises*: an error, "
+        "whose first line is in the CSV. *crashes*: the process died."
     )
     yield ""
-    yield f"| trap | {' | '.join(contender.name for contender in CONTENDERS)} |"
-    yield f"| --- |{' --- |' * len(CONTENDERS)}"
-    rows = {(row.trap, row.contender): row for row in results.traps}
-    for trap in TRAPS:
-        cells = [rows[trap.name, contender.name] for contender in CONTENDERS if (trap.name, contender.name) in rows]
-        yield f"| {trap.name} | {' | '.join(_trap_cell(row.outcome, row.note) for row in cells)} |"
+    yield f"| pitfall | {' | '.join(method.name for method in METHODS)} |"
+    yield f"| --- |{' --- |' * len(METHODS)}"
+    rows = {(row.pitfall, row.method): row for row in results.pitfalls}
+    for pitfall in PITFALLS:
+        cells = [rows[pitfall.name, method.name] for method in METHODS if (pitfall.name, method.name) in rows]
+        yield f"| {pitfall.name} | {' | '.join(_pitfall_cell(row.outcome, row.note) for row in cells)} |"
 
 
-def _trap_cell(outcome: str, note: str) -> str:
+def _pitfall_cell(outcome: str, note: str) -> str:
     return outcome if outcome == "ok" else f"**{outcome}**" if outcome else _short(note)
 
 
 def _failures(rows: Sequence[MemoryRow] | Sequence[TimeRow]) -> Iterator[str]:
-    """The errors, which do not fit into the table."""
+    """Yield the error messages, which do not fit into the table."""
     for row in rows:
         if row.note and _short(row.note) == "failed":
-            yield f"- {row.contender}, {row.case}, {row.depth} blocks: `{row.note}`"
+            yield f"- {row.method}, {row.case}, {row.depth} blocks: `{row.note}`"
     yield ""
 
 
@@ -195,8 +194,8 @@ def _short(note: str) -> str:
     return next((known for known in ("not installed", "not run") if note.startswith(known)), "failed")
 
 
-def _where_missing(contender: Contender) -> str:
-    missing = contender.missing()
+def _where_missing(method: Method) -> str:
+    missing = method.missing()
     return f" ({missing})" if missing else ""
 
 

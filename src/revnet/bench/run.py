@@ -1,4 +1,4 @@
-"""Measure all contenders on all cases, interleaved in one process."""
+"""Measure all methods on all cases, interleaved in one process."""
 
 import gc
 import statistics
@@ -9,52 +9,52 @@ from dataclasses import dataclass, field
 import torch
 
 from revnet.bench._isolated import check_isolated
-from revnet.bench._step import Subject, gradient_error
+from revnet.bench._runner import Runner, gradient_error
 from revnet.bench.cases import CASES, Case
-from revnet.bench.contenders import CONTENDERS, PLAIN, Contender
-from revnet.bench.traps import TRAPS, one_line
+from revnet.bench.methods import METHODS, PLAIN, Method, is_missing, report_missing
+from revnet.bench.pitfalls import PITFALLS, one_line
 from revnet.memory import format_bytes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure."""
+    """Amount of measurements, and the device."""
 
     memory_depths: Sequence[int] = (4, 16, 64, 256)
-    """Blocks of the memory measurements."""
+    """Numbers of blocks for the memory measurements."""
     time_depth: int = 16
-    """Blocks of the time measurements; one of the memory depths."""
+    """Number of blocks for the time measurements, one of the memory depths."""
     num_rounds: int = 15
-    """Steps of each contender that are timed."""
-    slow_traps: bool = True
-    """Whether to run the traps that take seconds: those that compile."""
+    """Number of timed steps per method."""
+    slow_pitfalls: bool = True
+    """Whether to run the pitfalls with `torch.compile`, which take seconds."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where memory and time are measured. Traps always run on CPU."""
+    """Device for memory and time. Pitfalls always run on the CPU."""
 
 
-QUICK = Settings(memory_depths=(2, 4), time_depth=4, num_rounds=3, slow_traps=False)
-"""For a look, in about a minute."""
+QUICK = Settings(memory_depths=(2, 4), time_depth=4, num_rounds=3, slow_pitfalls=False)
+"""Settings for a quick look, which takes about a minute."""
 
 NUM_WARMUP_ROUNDS = 1
 
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """Bytes of one step, beyond parameters, gradients, buffers and the input."""
+    """Memory of one step, not counting parameters, gradients, buffers and the input."""
 
     case: str
     depth: int
-    contender: str
+    method: str
     peak_bytes: int | None = None
     held_bytes: int | None = None
-    """Between the forward and the backward pass."""
+    """Bytes alive between the forward and the backward pass."""
     note: str = ""
-    """Why there is no measurement."""
+    """Reason for a missing measurement."""
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The middle of a list of numbers, and its spread."""
+    """Median and quartiles of a list of numbers."""
 
     first: float
     median: float
@@ -62,7 +62,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quartiles":
-        """Of one number or more."""
+        """Return the quartiles of one or more numbers."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
@@ -70,68 +70,69 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of steps, and what they are in relation to plain autograd's of the same round."""
+    """Time of steps, and its ratio to plain autograd in the same round."""
 
     step_seconds: float
-    """Median."""
+    """Median over rounds."""
     over_plain: Quartiles
-    """Step over plain step, by rounds."""
+    """Ratio to the plain step of the same round."""
     median_over_plain_median: float
     over_ideal: Quartiles
-    """Step over plain step and plain forward, by rounds."""
+    """Ratio to the plain step plus the plain forward pass of the same round."""
 
 
 @dataclass(frozen=True)
 class TimeRow:
-    """Time and accuracy of one contender."""
+    """Time and accuracy of one method."""
 
     case: str
     depth: int
-    contender: str
+    method: str
     times: Times | None = None
     error_to_plain: float | None = None
-    """Largest relative L2 distance of a parameter's gradient to plain autograd's."""
+    """Largest relative L2 distance of a parameter's gradient from plain autograd."""
     error_to_float64: float | None = None
-    """The same to plain autograd's in float64, which plain autograd in float32 does not meet either."""
+    """Largest distance from plain autograd in float64. Plain autograd in float32 has such an error too."""
     note: str = ""
 
 
 @dataclass(frozen=True)
-class TrapRow:
-    """How one contender fared in one trap."""
+class PitfallRow:
+    """Outcome of one pitfall with one method."""
 
-    trap: str
-    contender: str
+    pitfall: str
+    method: str
     outcome: str
-    """ok, wrong, raises or crashes; empty where it has not run."""
+    """ok, wrong, raises or crashes; empty if it was not run."""
     note: str = ""
 
 
 @dataclass
 class Results:
-    """All that was measured."""
+    """All measurements."""
 
     settings: Settings
     memory: list[MemoryRow] = field(default_factory=list)
     times: list[TimeRow] = field(default_factory=list)
     forward_seconds: dict[str, float] = field(default_factory=dict)
-    """By case: the median forward pass of plain autograd, under `torch.no_grad`."""
-    traps: list[TrapRow] = field(default_factory=list)
+    """Median time of a plain forward pass under `torch.no_grad`, by case."""
+    pitfalls: list[PitfallRow] = field(default_factory=list)
 
 
 def measure_all(settings: Settings, say: Callable[[str], None] = print) -> Results:
-    """Measure memory, time and gradients of all cases, then the traps.
+    """Measure memory, time and gradients of all cases, then run the pitfalls.
 
     Args:
-        settings: How much, and where.
-        say: Is told each result as it comes.
+        settings: Amount of measurements, and the device.
+        say: Function that receives a line for each result.
     """
     results = Results(settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PyTorch has to say to the peers' old code
+        warnings.simplefilter("ignore")  # PyTorch warns about old code in the other libraries
+        report_missing(METHODS, say)
         for case in CASES:
             _measure_case(case, results, say)
-        _measure_traps(results, say)
+        _measure_pitfalls(results, say)
     return results
 
 
@@ -140,77 +141,80 @@ def _measure_case(case: Case, results: Results, say: Callable[[str], None]) -> N
     for depth in settings.memory_depths:
         for memory_row in measure_memory(case, depth, settings.device):
             results.memory.append(memory_row)
-            peak = memory_row.note if memory_row.peak_bytes is None else format_bytes(memory_row.peak_bytes)
-            say(f"{case.name}, {depth} blocks, {memory_row.contender}: {peak}")
+            if not is_missing(memory_row.note):
+                peak = memory_row.note if memory_row.peak_bytes is None else format_bytes(memory_row.peak_bytes)
+                say(f"{case.name}, {depth} blocks, {memory_row.method}: {peak}")
     time_rows, results.forward_seconds[case.name] = measure_times(case, settings)
     for time_row in time_rows:
         results.times.append(time_row)
-        ratio = time_row.note if time_row.times is None else f"{time_row.times.over_plain.median:.3f} of plain's"
-        say(f"{case.name}, {settings.time_depth} blocks, {time_row.contender}: step time {ratio}")
+        if not is_missing(time_row.note):
+            ratio = time_row.note if time_row.times is None else f"{time_row.times.over_plain.median:.3f} of plain's"
+            say(f"{case.name}, {settings.time_depth} blocks, {time_row.method}: step time {ratio}")
 
 
-def _measure_traps(results: Results, say: Callable[[str], None]) -> None:
-    for trap in TRAPS:
-        for contender in CONTENDERS:
-            note = contender.missing() or ("not run" if trap.is_slow and not results.settings.slow_traps else "")
-            outcome, note = ("", note) if note else check_isolated(trap, contender)
-            results.traps.append(TrapRow(trap.name, contender.name, outcome, note))
-            say(f"{trap.name}, {contender.name}: {outcome or note}")
+def _measure_pitfalls(results: Results, say: Callable[[str], None]) -> None:
+    for pitfall in PITFALLS:
+        for method in METHODS:
+            note = method.missing() or ("not run" if pitfall.is_slow and not results.settings.slow_pitfalls else "")
+            outcome, note = ("", note) if note else check_isolated(pitfall, method)
+            results.pitfalls.append(PitfallRow(pitfall.name, method.name, outcome, note))
+            if not is_missing(note):
+                say(f"{pitfall.name}, {method.name}: {outcome or note}")
 
 
 def measure_memory(case: Case, depth: int, device: torch.device) -> Iterator[MemoryRow]:
-    """The bytes of one step of each contender, as they come."""
+    """Yield the memory of one step of each method."""
     functions = case.functions(depth, device)
-    for contender in CONTENDERS:
-        note = contender.missing() or _too_deep(contender, depth)
+    for method in METHODS:
+        note = method.missing() or _too_deep(method, depth)
         if note:
-            yield MemoryRow(case.name, depth, contender.name, note=note)
+            yield MemoryRow(case.name, depth, method.name, note=note)
             continue
         try:
-            memory = Subject(contender, case, functions, device).memory()
-            row = MemoryRow(case.name, depth, contender.name, memory.peak_bytes, memory.held_bytes)
+            memory = Runner(method, case, functions, device).memory()
+            row = MemoryRow(case.name, depth, method.name, memory.peak_bytes, memory.held_bytes)
         except Exception as error:
-            row = MemoryRow(case.name, depth, contender.name, note=one_line(error))
+            row = MemoryRow(case.name, depth, method.name, note=one_line(error))
         gc.collect()
         yield row
 
 
 def measure_times(
-    case: Case, settings: Settings, contenders: Sequence[Contender] | None = None
+    case: Case, settings: Settings, methods: Sequence[Method] | None = None
 ) -> tuple[list[TimeRow], float]:
-    """Step times of all contenders, in rounds; and the median forward time of plain autograd.
+    """Return the step times of all methods, and the median forward time of plain autograd.
 
-    Each round measures plain autograd's forward pass and a step of each contender, beginning with another one each
-    time, so that whatever disturbs the machine for a while meets them all.
+    Each round measures a forward pass of plain autograd and a step of each method. The first method changes with each
+    round, so that a disturbance of the machine affects all methods.
 
     Args:
-        case: The workload.
-        settings: The depth, the rounds and the device.
-        contenders: Some of `CONTENDERS`, `PLAIN` among them; all if None.
+        case: Workload.
+        settings: Depth, number of rounds and device.
+        methods: Some of `METHODS`, including `PLAIN`. None means all.
     """
-    contenders = CONTENDERS if contenders is None else contenders
+    methods = METHODS if methods is None else methods
     device, depth = settings.device, settings.time_depth
     functions = case.functions(depth, device)
-    subjects: dict[str, Subject] = {}
+    runners: dict[str, Runner] = {}
     errors: dict[str, tuple[float, float]] = {}
     notes: dict[str, str] = {}
     exact = _float64_gradients(case, depth, device)
-    expected = Subject(PLAIN, case, functions, device).gradients()
-    for contender in contenders:
-        if note := contender.missing():
-            notes[contender.name] = note
+    expected = Runner(PLAIN, case, functions, device).gradients()
+    for method in methods:
+        if note := method.missing():
+            notes[method.name] = note
             continue
         try:
-            subject = Subject(contender, case, functions, device)
-            gradients = subject.gradients()
-            errors[contender.name] = gradient_error(gradients, expected), gradient_error(gradients, exact)
-            subjects[contender.name] = subject
+            runner = Runner(method, case, functions, device)
+            gradients = runner.gradients()
+            errors[method.name] = gradient_error(gradients, expected), gradient_error(gradients, exact)
+            runners[method.name] = runner
         except Exception as error:
-            notes[contender.name] = one_line(error)
-    seconds, forward_seconds = _rounds(subjects, settings.num_rounds)
+            notes[method.name] = one_line(error)
+    seconds, forward_seconds = _rounds(runners, settings.num_rounds)
     rows = []
-    for contender in contenders:
-        name = contender.name
+    for method in methods:
+        name = method.name
         if name in seconds:
             times = _compare(seconds[name], seconds[PLAIN.name], forward_seconds)
             rows.append(TimeRow(case.name, depth, name, times, *errors[name]))
@@ -219,17 +223,17 @@ def measure_times(
     return rows, statistics.median(forward_seconds)
 
 
-def _rounds(subjects: dict[str, Subject], num_rounds: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each subject's steps, and of plain autograd's forward passes, by rounds."""
-    names = list(subjects)
+def _rounds(runners: dict[str, Runner], num_rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Return the time of each runner's steps and of plain forward passes, by rounds."""
+    names = list(runners)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     forward_seconds = []
     for index in range(num_rounds + NUM_WARMUP_ROUNDS):
         start = index % len(names)
         for name in names[start:] + names[:start]:
             if name == PLAIN.name:
-                forward_seconds.append(subjects[name].forward_seconds())
-            seconds[name].append(subjects[name].step_seconds())
+                forward_seconds.append(runners[name].forward_seconds())
+            seconds[name].append(runners[name].step_seconds())
     return {name: values[NUM_WARMUP_ROUNDS:] for name, values in seconds.items()}, forward_seconds[NUM_WARMUP_ROUNDS:]
 
 
@@ -244,8 +248,8 @@ def _compare(steps: Sequence[float], plain: Sequence[float], forward: Sequence[f
 
 def _float64_gradients(case: Case, depth: int, device: torch.device) -> list[torch.Tensor]:
     functions = [(f.double(), g.double()) for f, g in case.functions(depth, device)]
-    return Subject(PLAIN, case, functions, device, torch.float64).gradients()
+    return Runner(PLAIN, case, functions, device, torch.float64).gradients()
 
 
-def _too_deep(contender: Contender, depth: int) -> str:
-    return "not run" if contender.max_depth is not None and depth > contender.max_depth else ""
+def _too_deep(method: Method, depth: int) -> str:
+    return "not run" if method.max_depth is not None and depth > method.max_depth else ""

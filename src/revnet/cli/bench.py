@@ -37,7 +37,7 @@ def bench(
         host: Measure processor time on tiny tensors, on one thread of the CPU.
         device: Where to measure memory and time: cpu, cuda, cuda:1.
         output_dir: Folder for the page, its CSV and its pictures; `benchmarks/results` if there is one, else this one.
-        num_rounds: Rounds in which each contender is timed; 15 if not given, 3 with `--quick`; 101 or 11 with `--host`.
+        num_rounds: Rounds in which each method is timed; 15 if not given, 3 with `--quick`; 101 or 11 with `--host`.
     """
     if num_rounds is not None and num_rounds < 1:
         raise ValueError(f"`--num-rounds` (={num_rounds}) must be a positive integer.")

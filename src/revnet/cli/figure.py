@@ -10,7 +10,7 @@ from typing import Any
 
 from revnet.training import TrainConfig
 
-_FIGURES = ("gradient-angle", "complexity")
+_FIGURES = ("gradient-angle", "complexity.costs")
 _EVERY = 50
 
 
@@ -86,7 +86,7 @@ def _complexity(device: str, folder: Path, quick: bool) -> Path:
     import torch
 
     from revnet.paper import run_complexity
-    from revnet.paper.complexity import QUICK_COMPLEXITY, ComplexitySettings
+    from revnet.paper.complexity.costs import QUICK_COMPLEXITY, ComplexitySettings
 
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:

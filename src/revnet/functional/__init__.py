@@ -1,4 +1,4 @@
-"""Functions on tensors: attention kernels, rotary embeddings, and applying a function chunk by chunk.
+"""Functions on tensors: attention kernels, rotary embeddings, and running a module chunk by chunk.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """

@@ -1,4 +1,4 @@
-"""Running a module on one chunk of its input after the other, forward and backward.
+"""Run a module on one chunk of its input at a time, in the forward and the backward pass.
 
 References:
     Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, section 3.
@@ -17,8 +17,8 @@ from revnet._checks import check_count, check_module, check_tensor, describe, is
 def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> Tensor:
     """Compute `module(x)` in chunks along `dim`, so that its activations exist for one chunk at a time.
 
-    This also holds in the backward pass, which keeps `x` and computes each chunk again, at the cost of one more forward
-    pass of the module. Under `torch.compile` the chunks run by ordinary autograd.
+    The backward pass computes each chunk again from the stored `x`, which costs one more forward pass of the module.
+    Under `torch.compile` the chunks use ordinary autograd.
 
     Args:
         module: A module that treats the positions along `dim` independently, draws no random numbers and keeps no
@@ -28,7 +28,7 @@ def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> T
         dim: Dimension along which `x` is split.
 
     Returns:
-        The value of `module(x)`, up to the rounding of kernels that run on other shapes.
+        The value of `module(x)`, up to the rounding of kernels on different shapes.
 
     Raises:
         TypeError: `module` is not a module, `x` is not a tensor, or `dim` is not an integer.
@@ -68,11 +68,11 @@ class _Chunked(torch.autograd.Function):
         wanted = [index for index, needs in enumerate(ctx.needs_input_grad[4:]) if needs]
         grad_chunks: list[Tensor] = []
         sums: dict[int, Tensor] = {}
-        for part, grad in zip(x.chunk(ctx.num_chunks, ctx.dim), grads[0].chunk(ctx.num_chunks, ctx.dim), strict=True):
+        for chunk, grad in zip(x.chunk(ctx.num_chunks, ctx.dim), grads[0].chunk(ctx.num_chunks, ctx.dim), strict=True):
             with torch.enable_grad(), ctx.autocast:
-                inputs = [part, *parameters]
+                inputs = [chunk, *parameters]
                 if not is_twice:
-                    inputs = [each.detach().requires_grad_(index in wanted) for index, each in enumerate(inputs)]
+                    inputs = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
                 y = functional_call(ctx.module, dict(zip(ctx.names, inputs[1:], strict=True)), (inputs[0],))
             results = torch.autograd.grad(y, [inputs[index] for index in wanted], grad, create_graph=is_twice)
             for index, result in zip(wanted, results, strict=True):
@@ -85,7 +85,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _autocast_now(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context that enters the current autocast again."""
+    """Return a context that restores the current autocast state."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)

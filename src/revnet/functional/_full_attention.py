@@ -10,7 +10,7 @@ from revnet._checks import check_bool, check_mask, check_per_head
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Compute the attention of every token to every other token with PyTorch's kernels.
 
-    The cost grows with the square of the length. The products of queries and keys are held only if there is a `mask`.
+    The cost grows with the square of the length. The products of queries and keys are stored only if there is a `mask`.
 
     Args:
         q: Queries.
@@ -38,6 +38,6 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     seen = mask[:, None, None, :]  # (B, 1, 1, T)
     if is_causal:
         seen = seen & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    # A token always sees itself: the softmax over nothing is not a number.
+    # A token always sees itself, since the softmax over no keys is NaN.
     seen = seen | torch.eye(T, dtype=torch.bool, device=q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)

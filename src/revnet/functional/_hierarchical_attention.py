@@ -1,16 +1,17 @@
-"""Attention to near tokens one by one, and to far ones in groups that grow with the distance, at O(T) for T tokens.
+"""Attention to near tokens individually, and to far tokens in groups that grow with the distance: O(T) for T tokens.
 
-The tokens are cut into blocks. Within its block and between neighbouring blocks, every token attends to every token.
-Then neighbouring tokens are merged in pairs, and the same happens on the coarser sequence between blocks that were not
-neighbours before; and so on, until all blocks are neighbours. Each level has half the tokens of the one before it, so
-that all levels together cost at most twice the first.
+The sequence is divided into blocks. Every token attends to all tokens in its own block and in the neighboring blocks.
+Then pairs of neighboring tokens are merged, and the same step runs on the coarser sequence, between blocks that were
+not neighbors before. This repeats until all blocks are neighbors. Each level has half the tokens of the level before
+it, so all levels together cost at most twice as much as the first.
 
-In the attention matrix, level l fills the blocks beside the diagonal, of twice the size of level l - 1, except the
-quadrant nearest to the diagonal, which level l - 1 has filled. Keys and values of a group are means, and count as often
-as the group has tokens. So are the queries; but in a causal model a mean would tell an early token about later ones, so
-that there the first query of a group stands for all of it, as in the authors' code (google/flaxformer, h_transformer).
+In the attention matrix, level l fills the blocks next to the diagonal, which are twice the size of level l - 1, except
+for the quadrant nearest to the diagonal, which level l - 1 fills. The key and the value of a group are means over its
+tokens, weighted by the number of tokens. In an encoder the query is a mean too. In a causal model a mean would pass
+information from later tokens to earlier ones, so the first query of a group represents the group, as in the authors'
+code (google/flaxformer, h_transformer).
 
-B H T D: batch, heads, tokens, features of a head. C N: blocks, and tokens of a block.
+B H T D: batch, heads, tokens, features of a head. C N: number of blocks, tokens per block.
 
 References:
     Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.
@@ -29,7 +30,7 @@ from revnet.functional._block_attention import UNSEEN, block_attention
 def hierarchical_attention(
     q: Tensor, k: Tensor, v: Tensor, *, block_size: int = 64, is_causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """Compute the attention to near tokens one by one, and to far tokens in groups.
+    """Compute the attention to near tokens individually, and to far tokens in groups.
 
     Up to `2 * block_size` tokens there is one level, and the result is full attention.
 
@@ -72,7 +73,7 @@ def hierarchical_attention(
         T = finer_log_sums.shape[-1]
         y, log_sums = y.repeat_interleave(2, dim=2)[:, :, :T], log_sums.repeat_interleave(2, dim=2)[:, :, :T]
         total = torch.logaddexp(log_sums, finer_log_sums)
-        weight, finer_weight = ((each - total).exp().to(y.dtype)[..., None] for each in (log_sums, finer_log_sums))
+        weight, finer_weight = ((sums - total).exp().to(y.dtype)[..., None] for sums in (log_sums, finer_log_sums))
         y, log_sums = weight * y + finer_weight * finer_y, total
     return y
 
@@ -80,14 +81,14 @@ def hierarchical_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, block_size: int, *, is_causal: bool, is_finest: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention between neighbouring blocks of one level: outputs, and the logarithms of their sums."""
+    """Return the attention between neighboring blocks of one level, and the logarithms of the softmax sums."""
     T, D = q.shape[-2:]
     offsets = [-1, 0, 1] if is_finest else [-1, 1]
     if is_causal:
         offsets.remove(1)
     padding = -T % block_size
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block_size)) for x in (q, k, v))  # (B, H, C, N, D)
-    # A group counts as often as it has tokens: its product enters the exponential with the logarithm of that.
+    # A group counts once per token: the logarithm of the number of tokens is added to its score.
     log_counts = F.pad(counts.log().clamp(min=UNSEEN), (0, padding), value=UNSEEN)
     log_counts = log_counts.unflatten(2, (-1, 1, block_size))  # (B, 1, C, 1, N)
 
@@ -99,20 +100,20 @@ def _attend(
 
 
 def _seen(block_size: int, offset: int, is_causal: bool, is_finest: bool, device: torch.device) -> Tensor:
-    """Which tokens of the block at `offset` each token of a block sees on this level, (N, N)."""
+    """Return which tokens of the block at `offset` each token of a block sees on this level, (N, N)."""
     seen = torch.ones(block_size, block_size, dtype=torch.bool, device=device)
     half = block_size // 2
     if offset == 0 and is_causal:
         seen = seen.tril()
     elif not is_finest and offset == -1:
-        seen[:half, half:] = False  # neighbours on the level below
+        seen[:half, half:] = False  # neighbors on the finer level
     elif not is_finest:
         seen[half:, :half] = False
     return seen
 
 
 def _shifted(blocks: Tensor, offset: int, fill: float = 0.0) -> Tensor:
-    """In the place of each block the one that is `offset` behind it, of (B, H, C, ...)."""
+    """Shift blocks, (B, H, C, ...), so that block c becomes block c + `offset`."""
     if offset == 0:
         return blocks
     edge = torch.full_like(blocks[:, :, :1], fill)
@@ -122,7 +123,7 @@ def _shifted(blocks: Tensor, offset: int, fill: float = 0.0) -> Tensor:
 def _coarsen(
     q: Tensor, k: Tensor, v: Tensor, counts: Tensor, *, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge tokens in pairs: means over what is real, and its number."""
+    """Merge pairs of tokens into means over their real tokens, and return the numbers of real tokens too."""
     odd = q.shape[-2] % 2
     q, k, v = (F.pad(x, (0, 0, 0, odd)).unflatten(2, (-1, 2)) for x in (q, k, v))  # (B, H, T / 2, 2, D)
     pairs = F.pad(counts, (0, odd)).unflatten(2, (-1, 2))

@@ -1,15 +1,16 @@
-"""Attention among tokens whose vectors fall into the same bucket, by locality-sensitive hashing.
+"""Attention among tokens in the same bucket of locality-sensitive hashing.
 
-Queries and keys are the same vectors, up to the keys' length. Each round of hashing turns them by a random rotation and
-puts those that then point the same way into one bucket; what a query would look at most is likely to be there. Sorted
-by bucket and cut into chunks, tokens look at their own chunk and the one before it. Several rounds find what one would
-miss. With T tokens, chunks of a fixed size and a number of buckets that grows with T, a round costs O(T log T).
+Queries and keys are the same vectors, except that keys are normalized. Each round of hashing applies a random rotation
+and puts vectors of similar direction into one bucket, which is likely to contain the keys with the largest scores.
+Tokens are sorted by bucket and divided into chunks, and each token attends to its own chunk and the one before it.
+Further rounds catch pairs that one round misses. With T tokens, chunks of a fixed size and a number of buckets
+proportional to T, a round costs O(T log T).
 
-Where this departs from the published code, to be strictly causal: there, which earlier tokens a token sees depends on
-where the cuts between chunks fall, hence on how many *later* tokens are in each bucket. Here a token sees, of the
-earlier ones in its bucket, the nearest `2 * bucket_size`, wherever the cuts fall; they are always in the two chunks.
+This differs from the published code in order to be strictly causal. There, the chunk boundaries decide which earlier
+tokens a token sees, and these depend on the number of *later* tokens in each bucket. Here a token sees the nearest
+`2 * bucket_size` earlier tokens of its bucket, which are always in the two chunks, wherever the boundaries are.
 
-B H T D: batch, heads, tokens, features of a head. C M: chunks, and tokens of a chunk.
+B H T D: batch, heads, tokens, features of a head. C M: number of chunks, tokens per chunk.
 
 References:
     Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, section 2 and appendix A.
@@ -35,7 +36,7 @@ from revnet._checks import (
 from revnet.functional._block_attention import block_attention
 
 _MOST_BITS = 6
-"""Of one hash: more buckets come from several hashes, whose cost grows with the logarithm of the number of buckets."""
+"""Largest number of bits of one hash. More buckets use several hashes, so the cost is logarithmic in their number."""
 
 
 def lsh_attention(
@@ -100,7 +101,7 @@ def lsh_attention(
 
 
 class _Round(NamedTuple):
-    """One round of hashing; a place is a position in the order of buckets."""
+    """One round of hashing. A place is an index in the sequence sorted by bucket."""
 
     order: Tensor
     """The token at each place, (B, H, T)."""
@@ -116,25 +117,25 @@ class _Round(NamedTuple):
 def _hash(
     x: Tensor, num_bits: int, num_rounds: int, mask: Tensor | None, generator: torch.Generator | None
 ) -> list[Tensor]:
-    """The bucket of each token in each round, (B, H, T); what is not real has a bucket of its own."""
+    """Return the bucket of each token in each round, (B, H, T). Masked tokens share a separate bucket."""
     B, H, T, D = x.shape
     buckets = torch.zeros(num_rounds, B, H, T, dtype=torch.int64, device=x.device)
     num_parts = -(-num_bits // _MOST_BITS)
     for part in range(num_parts):
         bits = num_bits // num_parts + (part < num_bits % num_parts)
-        # Of 2^bits directions, half are the opposites of the other half: argmax([xR; -xR]).
+        # Half of the 2^bits directions are the negatives of the other half: argmax([xR; -xR]).
         rotations = torch.randn(
             num_rounds, 1, H, D, 2**bits // 2, generator=generator, device=generator.device if generator else x.device
         )
-        turned = x @ rotations.to(x)  # (num_rounds, B, H, T, 2^bits / 2)
-        buckets = buckets * 2**bits + torch.cat((turned, -turned), dim=-1).argmax(-1)
+        rotated = x @ rotations.to(x)  # (num_rounds, B, H, T, 2^bits / 2)
+        buckets = buckets * 2**bits + torch.cat((rotated, -rotated), dim=-1).argmax(-1)
     if mask is not None:
         buckets = buckets.masked_fill(~mask[:, None, :], 2**num_bits)
     return list(buckets)
 
 
 def _sort(buckets: Tensor, chunk_size: int, is_causal: bool) -> _Round:
-    """Sort by bucket, and within by position; and say which places each token sees."""
+    """Sort tokens by bucket and position, and compute which places each token sees."""
     in_order, order = buckets.sort(dim=-1, stable=True)
     places = torch.arange(buckets.shape[-1], device=buckets.device).expand_as(order)
     first = torch.searchsorted(in_order, in_order)
@@ -149,11 +150,11 @@ def _sort(buckets: Tensor, chunk_size: int, is_causal: bool) -> _Round:
 
 
 def _attend(qk: Tensor, v: Tensor, rounds: list[_Round], index: int) -> tuple[Tensor, Tensor]:
-    """Attention in round `index`, to what no earlier round has found: outputs, and the logarithms of their sums."""
-    this = rounds[index]
+    """Return the attention in round `index` to tokens not seen in earlier rounds, and the logarithms of the sums."""
+    current = rounds[index]
     T, D = qk.shape[-2:]
-    M = this.chunk_size
-    order = F.pad(this.order, (0, -T % M))  # (B, H, C * M)
+    M = current.chunk_size
+    order = F.pad(current.order, (0, -T % M))  # (B, H, C * M)
 
     def sorted_chunks(x: Tensor) -> Tensor:
         at = order if x.dim() == 3 else order[..., None].expand(*order.shape, x.shape[-1])
@@ -162,26 +163,26 @@ def _attend(qk: Tensor, v: Tensor, rounds: list[_Round], index: int) -> tuple[Te
     q = sorted_chunks(qk)
     keys = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
     places = torch.arange(order.shape[-1], device=qk.device).expand_as(order).unflatten(2, (-1, M))
-    unseen = ~_is_seen(places, sorted_chunks(this.first), sorted_chunks(this.last)) | (places >= T)[..., None]
-    for each in rounds[:index]:
-        unseen |= _is_seen(*map(sorted_chunks, (each.place, each.first, each.last)))
+    unseen = ~_is_seen(places, sorted_chunks(current.first), sorted_chunks(current.last)) | (places >= T)[..., None]
+    for earlier in rounds[:index]:
+        unseen |= _is_seen(*map(sorted_chunks, (earlier.place, earlier.first, earlier.last)))
 
     y, log_sums = block_attention(
         q / math.sqrt(D), _with_previous(keys), _with_previous(sorted_chunks(v)), unseen, alone=M
     )  # (B, H, C, M, D), (B, H, C, M)
-    place = this.place
+    place = current.place
     y = y.flatten(2, 3).gather(2, place[..., None].expand(*place.shape, y.shape[-1]))
     return y, log_sums.flatten(2).gather(2, place)
 
 
 def _is_seen(place: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """Which tokens of a chunk and the one before it are at places that each token of the chunk sees."""
+    """Return which tokens of a chunk and the previous chunk each token of the chunk sees."""
     others = _with_previous(place[..., None], fill=-1).mT  # (B, H, C, 1, 2 * M)
-    place, first, last = (each.int() for each in (others, first[..., None], last[..., None]))
+    place, first, last = (places.int() for places in (others, first[..., None], last[..., None]))
     return (place >= first).logical_and_(place <= last)
 
 
 def _with_previous(x: Tensor, fill: int = 0) -> Tensor:
-    """Each chunk behind the one before it: (B, H, C, M, D) into (B, H, C, 2 * M, D)."""
-    before = torch.cat((torch.full_like(x[:, :, :1], fill), x[:, :, :-1]), dim=2)
-    return torch.cat((before, x), dim=3)
+    """Concatenate each chunk with the previous one: (B, H, C, M, D) becomes (B, H, C, 2 * M, D)."""
+    previous = torch.cat((torch.full_like(x[:, :, :1], fill), x[:, :, :-1]), dim=2)
+    return torch.cat((previous, x), dim=3)

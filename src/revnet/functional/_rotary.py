@@ -1,6 +1,6 @@
-"""Rotary positions: queries and keys are turned by an angle that grows with their position.
+"""Rotary positions: queries and keys are rotated by an angle proportional to their position.
 
-The product of a turned query and a turned key depends on how far apart they are, and on nothing else of where they are.
+The product of a rotated query and a rotated key depends on the positions only through their difference.
 
 References:
     Su et al. (2021), RoFormer: Enhanced Transformer with Rotary Position Embedding, section 3.2.
@@ -35,13 +35,13 @@ def rotary_table(
         TypeError: `device` is not a device, or `dtype` is not floating-point.
         ValueError: `length` or `head_dim` is not a positive integer, or `head_dim` is odd.
     """
-    if not torch.compiler.is_compiling():  # A graph may be for any length, and must not be bound by a check.
+    if not torch.compiler.is_compiling():  # A compiled graph may serve any length, so a check must not specialize it.
         check_count("length", length, most=_MOST_POSITIONS)
     check_count("head_dim", head_dim, most=MOST_CHANNELS)
     if head_dim % 2:
         raise ValueError(
-            f"`head_dim` (={head_dim}) must be even, since rotary positions turn features in pairs; pass another `dim` "
-            f"or `num_heads`, such that a head has {head_dim + 1} features for instance."
+            f"`head_dim` (={head_dim}) must be even, since rotary positions rotate pairs of features; change `dim` "
+            f"or `num_heads`, for instance to give a head {head_dim + 1} features."
         )
     if device is not None and not isinstance(device, torch.device):
         raise TypeError(f"`device` (={describe(device)}) must be a `torch.device`, such as `x.device`, or None.")
@@ -64,7 +64,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Raises:
         TypeError: An argument is not a tensor.
-        ValueError: `table` was made for another length or head.
+        ValueError: `table` is for another length or head size.
     """
     check_per_head(x=x)
     check_tensor("table", table, hint="make it with `rotary_table`")
@@ -75,5 +75,5 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         )
     cos, sin = table
     x1, x2 = x.chunk(2, dim=-1)
-    # Under autocast `x` has a lower precision than the angles.
+    # Under autocast `x` has lower precision than the angles.
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Networks by their published names, one family a file.
+"""Networks by their published names, one family per file.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """
@@ -12,7 +12,6 @@ from revnet.models.irevnet import IRevNet as IRevNet
 from revnet.models.irevnet import irevnet301 as irevnet301
 from revnet.models.irevnet import irevnet_cifar as irevnet_cifar
 from revnet.models.nice import NICE as NICE
-from revnet.models.nice import nice as nice
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.resnet import resnet32 as resnet32
 from revnet.models.resnet import resnet50 as resnet50
@@ -36,7 +35,7 @@ from revnet.models.revnet import revnet110 as revnet110
 from revnet.models.revnet import revnet164 as revnet164
 from revnet.models.unet3d import UNet3d as UNet3d
 
-# Listed because a star import without it would also import the files, one of which is named `revnet`.
+# Without a list, a star import would also import the submodules, one of which is named `revnet`.
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractImageClassifier",
     "create_model",
@@ -48,7 +47,6 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "irevnet_cifar",
     "list_models",
     "NICE",
-    "nice",
     "published_image_size",
     "reformer_enwik8",
     "register_model",

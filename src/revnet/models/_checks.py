@@ -1,4 +1,4 @@
-"""Checks of the arguments that several models have."""
+"""Checks of arguments that several models share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from revnet._checks import (
 
 
 def check_num_classes(num_classes: Any) -> None:
-    """Raise unless `num_classes` is a positive integer, or 0."""
+    """Raise an error unless `num_classes` is a positive integer or 0."""
     if not is_integer(num_classes) or num_classes < 0:
         raise ValueError(
             f"`num_classes` (={describe(num_classes)}) must be a positive integer, or 0 for pooled features instead of "
@@ -29,24 +29,24 @@ def check_num_classes(num_classes: Any) -> None:
 
 
 def check_sequence(name: str, values: Any, *, example: str) -> None:
-    """Raise unless `values` is a sequence; `example` shows one."""
+    """Raise an error unless `values` is a sequence. The error message shows `example`."""
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise TypeError(f"`{name}` (={describe(values)}) must be a sequence of integers, for instance {example}.")
 
 
 def check_counts_of(name: str, values: Any, *, most: int, example: str) -> None:
-    """Raise unless `values` is a sequence of integers from 1 to `most`."""
+    """Raise an error unless `values` is a sequence of integers from 1 to `most`."""
     check_sequence(name, values, example=example)
     for index, value in enumerate(values):
         check_count(f"{name}[{index}]", value, most=most)
 
 
 def check_stages(num_blocks: Any, widths: Any, *, multiple_of: int = 1, may_shrink: bool = False) -> None:
-    """Raise unless `widths` gives a width to the stem and to each stage of `num_blocks`."""
+    """Raise an error unless `widths` has a valid width for the stem and each stage of `num_blocks`."""
     check_sequence("widths", widths, example="(16, 16, 32, 64)")
     check_counts_of("num_blocks", num_blocks, most=MOST_LAYERS, example="(3, 3, 3)")
     if not num_blocks:
-        raise ValueError(f"`num_blocks` (={describe(num_blocks)}) must name at least one stage, such as (3, 3, 3).")
+        raise ValueError(f"`num_blocks` (={describe(num_blocks)}) must have at least one stage, such as (3, 3, 3).")
     if len(widths) != len(num_blocks) + 1:
         raise ValueError(
             f"`widths` (={describe(tuple(widths))}) must have one width for the stem and one for each of the "
@@ -68,7 +68,7 @@ def check_stages(num_blocks: Any, widths: Any, *, multiple_of: int = 1, may_shri
 
 
 def check_ratio(name: str, ratio: Any, dim: int) -> None:
-    """Raise unless `ratio` is a positive number, and `ratio * dim` a possible width."""
+    """Raise an error unless `ratio` is a positive number and `ratio * dim` a valid width."""
     if not is_number(ratio) or ratio * dim < 1:
         raise ValueError(f"`{name}` (={describe(ratio)}) must be a positive number; 4 is usual.")
     if ratio * dim > MOST_CHANNELS:
@@ -76,16 +76,16 @@ def check_ratio(name: str, ratio: Any, dim: int) -> None:
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raise unless `num_heads` heads can share `dim` features."""
+    """Raise an error unless `dim` is a multiple of `num_heads`."""
     if dim % num_heads:
         raise ValueError(
-            f"`dim` (={dim}) must be a multiple of `num_heads` (={num_heads}), which share it; "
+            f"`dim` (={dim}) must be a multiple of `num_heads` (={num_heads}), since the heads share the features; "
             f"pass {dim + num_heads - dim % num_heads}, or another number of heads."
         )
 
 
 def check_images(x: Any) -> None:
-    """Raise unless `x` is a floating-point batch of images."""
+    """Raise an error unless `x` is a floating-point batch of images."""
     check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(
@@ -95,7 +95,7 @@ def check_images(x: Any) -> None:
 
 
 def check_tokens(tokens: Any, *, most: int) -> None:
-    """Raise unless `tokens` is a batch of sequences of at most `most` integers."""
+    """Raise an error unless `tokens` is a batch of sequences of at most `most` integers."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         shown = str(tokens.dtype) if isinstance(tokens, Tensor) else describe(tokens)
         raise TypeError(f"`tokens` (={shown}) must be a tensor of integers; pass `tokens.long()`.")
@@ -107,5 +107,5 @@ def check_tokens(tokens: Any, *, most: int) -> None:
     if tokens.shape[1] > most:
         raise ValueError(
             f"`tokens` has {tokens.shape[1]} positions, more than `max_length` (={most}); build the model with a "
-            "larger one, or pass a part."
+            "larger value, or pass shorter sequences."
         )

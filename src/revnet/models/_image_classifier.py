@@ -1,4 +1,4 @@
-"""What every network for images offers: its head and its feature maps, under the names that timm gave them."""
+"""The interface of image classifiers: head and feature maps, with timm's names."""
 
 import abc
 from collections.abc import Sequence
@@ -13,47 +13,50 @@ from revnet.nn import PolicySequential, ReversibleSequential
 
 
 class AbstractImageClassifier(nn.Module, abc.ABC):
-    """A network from images to logits: stem, stages, a last norm, pooling, head.
+    """A network from images to logits: stem, stages, final norm, pooling and head.
 
-    The methods bear timm's names and mean what they mean there. A network brings the fields below, and says how the
-    stem's map enters the stages, how what they return is joined to a map, what the last map goes through, and how
-    weights are drawn. B C H W: batch, channels, height, width.
+    The methods have the names and meanings of timm's methods. A subclass sets the fields below. It defines how the
+    stages read the stem's map, how their output becomes a map, how the last map becomes the final features, and how the
+    weights are initialized. B C H W: batch, channels, height, width.
 
     References:
         Wightman (2019), PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
     """
 
     is_reversible: ClassVar[bool]
-    """Whether the network takes a `policy`, and so has a stored twin."""
+    """Whether the network takes a `policy` and therefore has a stored twin."""
     num_classes: int
-    """Size of the output; 0 where the head is the identity."""
+    """Size of the output, or 0 if the head is the identity."""
     num_features: int
-    """Channels of the final features, which the head reads."""
+    """Number of channels of the final features, the input of the head."""
     feature_info: list[dict[str, Any]]
-    """The maps that `forward_intermediates` returns, in order: `num_chs`, the channels; `reduction`, how many times
-    smaller than the image; `module`, where the map leaves the network."""
+    """Descriptions of the maps that `forward_intermediates` returns, in order.
+
+    `num_chs` is the number of channels, `reduction` the ratio of the image's side to the map's side, and `module` the
+    name of the module whose output the map is.
+    """
     stem: PolicySequential
-    """The way into the network: three modules at most, whose output is the first feature map, and perhaps pooling."""
+    """At most three modules, whose output is the first feature map, and optional pooling."""
     stages: nn.Sequential | ReversibleSequential
-    """What runs one after another, each giving one more feature map."""
+    """Modules that run in order. The output of each one is a feature map."""
     norm: nn.Module
     head: nn.Linear | nn.Identity
 
     @abc.abstractmethod
     def _enter(self, x: Tensor) -> Any:
-        """What the first stage reads, from what the stem returned."""
+        """Return the input of the first stage, given the output of the stem."""
 
     @abc.abstractmethod
     def _join(self, y: Any) -> Tensor:
-        """The map of what a stage returned."""
+        """Return the feature map, given the output of a stage."""
 
     @abc.abstractmethod
     def _finish(self, x: Tensor) -> Tensor:
-        """The final features, from the last stage's map."""
+        """Return the final features, given the map of the last stage."""
 
     @abc.abstractmethod
     def _initialize(self, module: nn.Module) -> None:
-        """Draw the weights of the network, or of a new head."""
+        """Initialize the weights of the network or of a new head."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the final features before pooling, (B, num_features, H', W')."""
@@ -90,15 +93,15 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute the final features, and feature maps on the way to them.
+        """Compute the final features and intermediate feature maps.
 
-        A map may be part of the loss. In a reversible network it joins the two streams into a tensor of its own, which
-        exists as long as you hold it. The stages continue from the streams, and hold what they always hold.
+        The loss may depend on a map. In a reversible network a map is a new tensor that joins the two streams and lives
+        as long as the caller keeps it. The stages continue from the streams and store the same tensors as usual.
 
         Args:
             x: Images, (B, in_channels, H, W).
-            indices: The maps of `feature_info` to return: a number for the last maps, a sequence for chosen maps, where
-                negative numbers count from the end, or None for all maps. They are in the order of the network.
+            indices: Maps of `feature_info` to return: a number for the last maps, a sequence for chosen maps, where
+                negative numbers count from the end, or None for all maps. The order is the order of the network.
             norm: Whether to apply the final norm, and in a convolutional network ReLU, to the map of the last stage.
             stop_early: Whether to skip the stages after the last map that is returned.
             output_fmt: Layout of the maps, "NCHW".
@@ -119,14 +122,14 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         last = len(self.stages)
         num_stages = max(wanted) if stop_early else last
 
-        if 0 in wanted and len(self.stem) > 3:  # The map lies within the stem, which therefore cannot run as one.
+        if 0 in wanted and len(self.stem) > 3:  # The map is inside the stem, so the stem runs in two parts.
             y = self.stem[:3](x)
             maps, y = [y], self.stem[3:](y)
         else:
             y = self.stem(x)
             maps = [y] if 0 in wanted else []
         streams = self._enter(y)
-        # Reversible stages between two maps run as one, so that only the maps are kept.
+        # Reversible stages between two maps run as one sequence, so that only the maps are stored.
         for start, stop in pairwise(sorted({0, *wanted, num_stages})):
             streams = self.stages[start:stop](streams)
             if stop in wanted:
@@ -169,14 +172,14 @@ def make_head(num_features: int, num_classes: int) -> nn.Linear | nn.Identity:
 
 
 def _select(indices: int | Sequence[int] | None, num_maps: int) -> set[int]:
-    """Return the maps that `indices` means, counted from 0."""
+    """Return the set of maps that `indices` selects, counted from 0."""
     if indices is None:
         return set(range(num_maps))
     if is_integer(indices):
         if not 1 <= indices <= num_maps:
             raise ValueError(
                 f"`indices` (={describe(indices)}) must be from 1 to {num_maps}, the number of feature maps; for "
-                "one map pass a list."
+                "a single map pass a list."
             )
         return set(range(num_maps - indices, num_maps))
     chosen = list(indices) if isinstance(indices, Sequence) else []

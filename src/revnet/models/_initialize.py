@@ -1,4 +1,4 @@
-"""Initial weights, as the official code draws them."""
+"""Initial weights of the official code."""
 
 import math
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 def initialize(model: nn.Module) -> None:
-    """Initialise as the official code does.
+    """Initialize the weights like the official code.
 
-    Convolutions: normal with deviation sqrt(2 / (k^2 out_channels)), cut at two deviations. Linear layers: uniform
-    within sqrt(3 / in_features), bias zero. Batch norm: one and zero.
+    Convolutions: normal with standard deviation sqrt(2 / (k^2 out_channels)), truncated at two standard deviations.
+    Linear layers: uniform within sqrt(3 / in_features), with zero bias. Batch norm: weight one and bias zero.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

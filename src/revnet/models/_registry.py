@@ -2,18 +2,20 @@
 
 import difflib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from revnet._checks import check_count, describe
 from revnet.models._image_classifier import AbstractImageClassifier
 
 
-class _Entry(NamedTuple):
+@dataclass(frozen=True)
+class _ModelEntry:
     function: Callable[..., AbstractImageClassifier]
     image_size: int
 
 
-_ENTRIES: dict[str, _Entry] = {}
+_ENTRIES: dict[str, _ModelEntry] = {}
 
 EntryFunction = TypeVar("EntryFunction", bound=Callable[..., AbstractImageClassifier])
 
@@ -22,7 +24,7 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
     """Register an entry function, so that `create_model` knows it by its name. This is a decorator.
 
     The function takes `num_classes` and `in_channels`, whose defaults are the values of the published network, and
-    options of its own, all by keyword.
+    further options, all by keyword.
 
     Args:
         image_size: Side of the images for which the network was published.
@@ -33,7 +35,7 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
     check_count("image_size", image_size)
 
     def register(function: EntryFunction) -> EntryFunction:
-        _ENTRIES[function.__name__] = _Entry(function, image_size)
+        _ENTRIES[function.__name__] = _ModelEntry(function, image_size)
         return function
 
     return register
@@ -93,12 +95,12 @@ def create_model(
     return _entry(name).function(in_channels=in_channels, **options)
 
 
-def _entry(name: str) -> _Entry:
+def _entry(name: str) -> _ModelEntry:
     if not isinstance(name, str) or name not in _ENTRIES:
         close = difflib.get_close_matches(describe(name).strip("'"), _ENTRIES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ValueError(
-            f"`name` (={describe(name)}) is no model of revnet; {hint}the models are: {', '.join(list_models())}."
+            f"`name` (={describe(name)}) is not a model of revnet; {hint}the models are: {', '.join(list_models())}."
         )
     return _ENTRIES[name]
 

@@ -1,4 +1,4 @@
-"""Drawing the tokens that continue a sequence."""
+"""Sample the tokens that continue a sequence."""
 
 import math
 from collections.abc import Iterator
@@ -14,20 +14,20 @@ _MOST_NEW = 1_000_000
 
 
 def check_sampling(num_new: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise unless that many tokens can be drawn in this way."""
+    """Raise an error unless the arguments of `generate` are valid."""
     check_count("num_new", num_new, least=0, most=_MOST_NEW)
     if not is_number(temperature) or temperature < 0:
         raise ValueError(f"`temperature` (={describe(temperature)}) must be positive, or 0 for the most likely token.")
     if top_k is not None:
         check_count("top_k", top_k)
     if top_p is not None and not (is_number(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"`top_p` (={describe(top_p)}) must be above 0 and at most 1, which leaves out nothing.")
+        raise ValueError(f"`top_p` (={describe(top_p)}) must be above 0 and at most 1, which keeps all tokens.")
 
 
 def draw_tokens(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw a token for each row of logits, (B, vocab_size); return (B, 1)."""
+    """Draw a token for each row of the logits, (B, vocab_size), and return them, (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     values, order = (logits / temperature).sort(-1, descending=True)
@@ -35,15 +35,15 @@ def draw_tokens(
         values[:, top_k:] = -math.inf
     probabilities = values.softmax(-1)
     if top_p is not None:
-        # The token that reaches the sum is in, and so the most likely one always is.
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
+        # The token that reaches the sum is kept, so the most likely token is always kept.
+        sum_before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(sum_before >= top_p, 0)
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode; on leaving, put each into the mode that it had."""
+    """Set all modules to evaluation mode, and restore the mode of each module on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,12 +1,12 @@
-"""i-RevNets: classifiers that lose nothing before the last pooling.
+"""i-RevNets: classifiers that are invertible up to the final pooling.
 
-A RevNet keeps its input's information but in the stem and where it halves the image. Here squares of pixels become
-channels instead, so that the network is a bijection from the images to its last map, from which they can be computed.
-Two streams; each residual function updates one of them from the other, in turns. The first function of a stage that
-halves the image reads the larger map, through a convolution of stride 2.
+A RevNet loses information in the stem and wherever it halves the image. An i-RevNet turns squares of pixels into
+channels instead, so the network is a bijection from images to its last map. There are two streams, and the residual
+functions update them alternately. The first function of a stage that halves the image reads the larger map, with a
+convolution of stride 2.
 
-A stage's functions run as one reversible sequence, so that the number of blocks costs no memory. B C H W: batch,
-channels, height, width.
+The functions of a stage run as one reversible sequence, so memory does not grow with the number of blocks. B C H W:
+batch, channels, height, width.
 
 References:
     Jacobsen, Smeulders and Oyallon (2018), i-RevNet: Deep Invertible Networks, section 3;
@@ -39,7 +39,7 @@ from revnet.nn import (
 
 
 class Stem(SpaceToDepth):
-    """The way in: squares of pixels become channels. Checks that the network can go on halving the image.
+    """Turn squares of pixels into channels, after checking that the network can halve the image often enough.
 
     Shape:
         x: (B, in_channels, H, W), sides divisible by `reduction`. Output: (B, 4 in_channels, H / 2, W / 2).
@@ -50,19 +50,19 @@ class Stem(SpaceToDepth):
         self.reduction = reduction
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halve the image."""
+        """Return the image at half the size."""
         height, width = x.shape[-2:]
         if height % self.reduction or width % self.reduction:
             fitting = "x".join(str(-(-side // self.reduction) * self.reduction) for side in (height, width))
             raise ValueError(
-                f"images of {height}x{width} cannot be halved as often as the network does; resize or pad them to "
-                f"sides that are multiples of {self.reduction}, {fitting} for instance."
+                f"images of {height}x{width} cannot be halved by every stage; resize or pad them to sides that are "
+                f"multiples of {self.reduction}, {fitting} for instance."
             )
         return super().forward(x)
 
 
 class DepthToSpace(SpaceToDepth):
-    """What the first function of a halved stage reads: the map as it was before."""
+    """The inverse of `SpaceToDepth`, which gives the first function of a stage the map at its previous size."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn channels back into squares of pixels."""
@@ -70,10 +70,10 @@ class DepthToSpace(SpaceToDepth):
 
 
 class Residual(nn.Sequential):
-    """A residual function: batch norm, ReLU and a 3x3 convolution, three times, the widths w -> hidden -> hidden -> w.
+    """A residual function: three times batch norm, ReLU and 3x3 convolution, with widths w -> hidden -> hidden -> w.
 
     Shape:
-        x: (B, C, H, W). Output: the same; with stride 2, where x is read through `DepthToSpace`, too.
+        x: (B, C, H, W). Output: the same, also with stride 2, where `DepthToSpace` comes first.
     """
 
     def __init__(self, width: int, hidden_width: int, *, stride: int = 1, pre_activate: bool = True):
@@ -92,7 +92,7 @@ def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
 
 
 class Stage(nn.Module):
-    """Residual functions at one size of map, which update the streams in turns.
+    """Residual functions at one map size, which update the streams alternately.
 
     Shape:
         x: the pair x1, x2, both (B, C, H, W). Output: the pair y1, y2, both (B, C stride^2, H / stride, W / stride).
@@ -149,7 +149,7 @@ class IRevNet(AbstractImageClassifier):
             stored twin.
 
     Shape:
-        x: (B, in_channels, H, W) with sides that can be halved as often as the network does. Output: logits,
+        x: (B, in_channels, H, W) with sides that are multiples of the total stride. Output: logits,
         (B, num_classes).
 
     Numerics:
@@ -185,12 +185,12 @@ class IRevNet(AbstractImageClassifier):
         check_count("in_channels", in_channels, most=MOST_CHANNELS)
         _check_stages(num_blocks, strides, hidden_widths)
         policy = Reverse() if policy is None else as_policy(policy)
-        # Of one stream: the stem makes four channels of each, for two streams.
+        # Widths of one stream: the stem turns each channel into four, shared by two streams.
         widths = list(accumulate(strides, lambda width, stride: width * stride**2, initial=2 * in_channels))
         if widths[-1] > MOST_CHANNELS:
             raise ValueError(
-                f"`strides` (={describe(tuple(strides))}) must halve the image less often: each time it has four times "
-                f"as many channels, in the end {2 * widths[-1]:,}."
+                f"`strides` (={describe(tuple(strides))}) must halve the image less often: each time the number of "
+                f"channels grows by a factor of four, to {2 * widths[-1]:,} at the end."
             )
         if hidden_widths is None:
             hidden_widths = [max(1, width // 4) for width in widths[1:]]
@@ -223,7 +223,7 @@ class IRevNet(AbstractImageClassifier):
     def forward_invertible(self, x: Tensor) -> Tensor:
         """Compute the last map, from which `inverse` computes the images: (B, num_features, H', W').
 
-        The final features are this map after batch norm and ReLU, which loses what is negative.
+        The final features are this map after batch norm and ReLU, which drops negative values.
         """
         check_images(x)
         return self._join(self.stages(self._enter(self.stem(x))))
@@ -265,8 +265,8 @@ def _check_stages(num_blocks: Sequence[int], strides: Sequence[int], hidden_widt
         check_counts_of(name, values, most=most, example="(1, 2, 2)")
         if len(values) != len(num_blocks) or not values:
             raise ValueError(
-                f"`{name}` (={describe(tuple(values))}) must have an entry for each stage, of which `num_blocks` "
-                f"(={describe(tuple(num_blocks))}) names {len(num_blocks)}."
+                f"`{name}` (={describe(tuple(values))}) must have one entry for each of the {len(num_blocks)} "
+                f"stages of `num_blocks` (={describe(tuple(num_blocks))})."
             )
     for stage, stride in enumerate(strides):
         if stride > 2:
@@ -277,10 +277,10 @@ def _check_stages(num_blocks: Sequence[int], strides: Sequence[int], hidden_widt
 def irevnet_cifar(
     *, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None
 ) -> IRevNet:
-    """A small bijective i-RevNet for CIFAR, of our own: 2,590,642 parameters for 10 classes.
+    """Return a small bijective i-RevNet for CIFAR, which is not in the paper: 2,590,642 parameters for 10 classes.
 
-    The published network for CIFAR is none: it adds 29 empty channels to the image. Rebuilt, they are not quite empty,
-    and batch norm, which divides by their deviation, blows that up.
+    The published CIFAR network is not bijective: it pads the image with 29 zero channels. Rebuilt channels are not
+    exactly zero, and batch norm, which divides by their standard deviation, amplifies the difference.
     """
     return IRevNet(
         num_blocks=(6, 6, 6),
@@ -294,7 +294,7 @@ def irevnet_cifar(
 
 @register_model(image_size=224)
 def irevnet301(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> IRevNet:
-    """i-RevNet-301 for ImageNet, bijective: 125,120,356 parameters for 1000 classes."""
+    """Return the bijective i-RevNet-301 for ImageNet: 125,120,356 parameters for 1000 classes."""
     return IRevNet(
         num_blocks=(6, 16, 72, 6),
         strides=(2, 2, 2, 2),

@@ -1,11 +1,11 @@
-"""NICE: a density of images, from reversible blocks.
+"""NICE: a density model of images, built from reversible blocks.
 
-The components of an image are dealt out to two streams, odd and even; additive coupling layers, each a perceptron,
-update one stream from the other in turns; a diagonal scaling ends it. The map is a bijection whose log-determinant is
-the sum of the log-scales, so that the density of an image is known exactly: that of its code under the prior. Two
-coupling layers are one reversible block, so their activations are computed again in the backward pass.
+The odd components of an image form one stream, and the even components the other. Additive coupling layers, each a
+perceptron, update the streams alternately, and a diagonal scaling comes last. The map is a bijection whose
+log-determinant is the sum of the log-scales, so the density of an image follows exactly from the density of its code
+under the prior. Two coupling layers form one reversible block, so the backward pass computes their activations again.
 
-B C H W: batch, channels, height, width; D = C H W, the components of an image and of its code.
+B C H W: batch, channels, height, width; D = C H W: the number of components of an image and of its code.
 
 References:
     Dinh, Krueger and Bengio (2015), NICE: Non-linear Independent Components Estimation, sections 3 and 5.
@@ -36,7 +36,7 @@ _MOST_SAMPLES = 1_000_000
 
 
 class CouplingFunction(nn.Sequential):
-    """The function m of a coupling layer: a perceptron with ReLU units. Its last layer begins at zero.
+    """The function m of a coupling layer: a perceptron with ReLU units. Its last layer is initialized to zero.
 
     Shape:
         x: (B, in_features). Output: (B, out_features).
@@ -47,7 +47,7 @@ class CouplingFunction(nn.Sequential):
         for index in range(num_hidden):
             layers += [nn.Linear(in_features if index == 0 else hidden_dim, hidden_dim), nn.ReLU()]
         last = nn.Linear(hidden_dim, out_features)
-        # Every coupling begins as the identity, from which deep flows train more safely (Kingma and Dhariwal, 2018).
+        # Each coupling starts as the identity, which stabilizes the training of deep flows (Kingma and Dhariwal, 2018).
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         super().__init__(*layers, last)
@@ -60,7 +60,7 @@ class NICE(nn.Module):
     1000 units each. For CIFAR-10 the paper uses 4 hidden layers of 2000 units.
 
     Args:
-        image_shape: The shape of the images, (C, H, W).
+        image_shape: Shape of the images, (C, H, W).
         num_couplings: Number of coupling layers. It is even, because a reversible block consists of two.
         hidden_dim: Units of each hidden layer.
         num_hidden: Number of hidden layers in each coupling layer.
@@ -121,7 +121,7 @@ class NICE(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(self.num_components))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the code of each image, (B, D), and the log-determinant of the map that led there, (B,)."""
+        """Compute the code of each image, (B, D), and the log-determinant of the map, (B,)."""
         self._check_images("x", x)
         components = x.flatten(1)
         y1, y2 = self.couplings((components[:, 0::2], components[:, 1::2]))
@@ -138,7 +138,7 @@ class NICE(nn.Module):
             )
         y = z * (-self.log_scale).exp()
         x1, x2 = self.couplings.inverse((y[:, : (z.shape[1] + 1) // 2], y[:, (z.shape[1] + 1) // 2 :]))
-        if x1.shape != x2.shape:  # An odd number of components: the first stream has one more.
+        if x1.shape != x2.shape:  # With an odd number of components the first stream has one more.
             return torch.cat((torch.stack((x1[:, :-1], x2), 2).flatten(1), x1[:, -1:]), 1).view(-1, *self.image_shape)
         return torch.stack((x1, x2), 2).view(-1, *self.image_shape)
 
@@ -160,7 +160,7 @@ class NICE(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images, (num_samples, C, H, W). Values may lie outside of [0, 1].
+        """Draw images, (num_samples, C, H, W). Values may lie outside [0, 1].
 
         Args:
             num_samples: Number of images.
@@ -183,7 +183,7 @@ class NICE(nn.Module):
         noise: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Fill in the missing part of images by ascending the log-density from noise, within [0, 1].
+        """Fill in the missing part of images by gradient ascent on the log-density, starting from noise in [0, 1].
 
         Each step computes `x <- clip(x + a (d log p / dx + noise e))` on the missing pixels, where e is standard normal
         and `a = step_size 100 / (100 + step)`.
@@ -227,8 +227,8 @@ class NICE(nn.Module):
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
             shape = "(B, {}, {}, {})".format(*self.image_shape)
             raise ValueError(
-                f"`{name}` (of shape {tuple(x.shape)}) must be {shape}, a batch of the images that the model is built "
-                "for; resize them, or build the model with another `image_shape`."
+                f"`{name}` (of shape {tuple(x.shape)}) must be {shape}, a batch of images of the model's shape; "
+                "resize them, or build the model with another `image_shape`."
             )
         if not x.is_floating_point():
             raise TypeError(
@@ -252,37 +252,15 @@ def _check_image_shape(image_shape: tuple[int, int, int]) -> None:
     for index, size in enumerate(image_shape):
         check_count(f"image_shape[{index}]", size)
     if math.prod(image_shape) < 2:
-        raise ValueError(
-            f"`image_shape` (={image_shape!r}) has one component, but at least two are needed, one for each stream."
-        )
+        raise ValueError(f"`image_shape` (={image_shape!r}) must have at least two components, one for each stream.")
     if math.prod(image_shape) > MOST_CHANNELS:
         raise ValueError(
-            f"`image_shape` (={describe(image_shape)}) must have at most {MOST_CHANNELS:,} components, which layers "
-            "read all at once; resize the images."
+            f"`image_shape` (={describe(image_shape)}) must have at most {MOST_CHANNELS:,} components, since each "
+            "layer reads all of them; resize the images."
         )
 
 
 def _check_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if not is_number(number) or number < 0:
-            raise ValueError(f"`{name}` (={describe(number)}) must be a finite number, not below 0.")
-
-
-def nice(
-    *,
-    image_shape: tuple[int, int, int],
-    num_couplings: int = 4,
-    hidden_dim: int = 1000,
-    num_hidden: int = 5,
-    prior: PriorName = "logistic",
-    policy: AbstractPolicy | str | None = None,
-) -> NICE:
-    """NICE for images of `image_shape`, with the paper's network for MNIST: 19,158,352 parameters there."""
-    return NICE(
-        image_shape=image_shape,
-        num_couplings=num_couplings,
-        hidden_dim=hidden_dim,
-        num_hidden=num_hidden,
-        prior=prior,
-        policy=policy,
-    )
+            raise ValueError(f"`{name}` (={describe(number)}) must be a finite number, at least 0.")

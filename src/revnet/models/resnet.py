@@ -1,8 +1,8 @@
-"""Pre-activation ResNets, the stored reference of the paper.
+"""Pre-activation ResNets, the baseline of the paper.
 
-As the official code builds them: pre-activation blocks, basic ones for the networks of depth 32 and 110, bottlenecks
-for the others. The shortcut of a basic block has no parameters (average pooling and zero channels where the shape
-changes); that of a bottleneck is a convolution there. B C H W: batch, channels, height, width.
+The networks follow the official code: pre-activation blocks, basic for depths 32 and 110, bottlenecks otherwise. Where
+the shape changes, the shortcut of a basic block is average pooling and zero padding of the channels, without
+parameters, and the shortcut of a bottleneck is a convolution. B C H W: batch, channels, height, width.
 
 References:
     He et al. (2016), Identity Mappings in Deep Residual Networks.
@@ -10,7 +10,8 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,14 +36,13 @@ StemName = Literal["small", "large"]
 
 
 class BasicResidual(nn.Module):
-    """The residual function of a basic block: twice BN, ReLU, 3x3 convolution.
+    """The residual function of a basic block: BN, ReLU and 3x3 convolution, twice.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: Stride of the first convolution.
-        pre_activate: Whether to begin with BN and ReLU; the first block after the stem does not, the stem has just done
-            so.
+        pre_activate: Whether to start with BN and ReLU. False for the first block, since the stem ends with them.
 
     Shape:
         x: (B, in_channels, H, W). Output: (B, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -56,7 +56,7 @@ class BasicResidual(nn.Module):
         self.conv2 = Conv2dSame(out_channels, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual of `x`."""
+        """Return the residual of `x`."""
         if self.norm1 is not None:
             x = F.relu(self.norm1(x))
         x = self.conv1(x)
@@ -65,16 +65,16 @@ class BasicResidual(nn.Module):
 
 
 class BottleneckResidual(nn.Module):
-    """The residual function of a bottleneck: BN, ReLU and convolution, 1x1, 3x3 and 1x1; a quarter as wide inside.
+    """The residual function of a bottleneck: BN, ReLU and convolution, with kernels 1x1, 3x3 and 1x1.
 
-    The stride is that of the first 1x1 convolution, as in the paper, and not of the 3x3 as in many later networks.
+    The inner width is a quarter of the outer width. The first 1x1 convolution has the stride, as in the paper; in many
+    later networks the 3x3 convolution has it.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output, a multiple of 4.
         stride: Stride of the first convolution.
-        pre_activate: Whether to begin with BN and ReLU; the first block after the stem does not, the stem has just done
-            so.
+        pre_activate: Whether to start with BN and ReLU. False for the first block, since the stem ends with them.
 
     Shape:
         x: (B, in_channels, H, W). Output: (B, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -91,7 +91,7 @@ class BottleneckResidual(nn.Module):
         self.conv3 = Conv2dSame(width, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual of `x`."""
+        """Return the residual of `x`."""
         if self.norm1 is not None:
             x = F.relu(self.norm1(x))
         x = self.conv1(x)
@@ -102,7 +102,7 @@ class BottleneckResidual(nn.Module):
 
 
 class PoolPadShortcut(nn.Module):
-    """A basic block's shortcut: average pooling, then zero channels on both sides, where the shape changes.
+    """The shortcut of a basic block: average pooling and zero padding of the channels if the shape changes.
 
     It has no parameters.
 
@@ -117,30 +117,31 @@ class PoolPadShortcut(nn.Module):
         self.channel_padding = (before, out_channels - in_channels - before)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bring `x` to the shape of the residual."""
+        """Return `x` in the shape of the residual."""
         if self.stride > 1:
-            # Odd sizes, at which the official code fails, round up as the convolution does.
+            # Odd sizes round up like the convolution. The official code fails on them.
             x = F.avg_pool2d(x, self.stride, ceil_mode=True, count_include_pad=False)
         return F.pad(x, (0, 0, 0, 0, *self.channel_padding)) if any(self.channel_padding) else x
 
 
 def projection_shortcut(in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
-    """A bottleneck's shortcut: a 1x1 convolution of the block's own input, without BN, where the shape changes."""
+    """Return the shortcut of a bottleneck: a 1x1 convolution of the block's input, without BN, if the shape changes."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return Conv2dSame(in_channels, out_channels, 1, stride)
 
 
-class BlockKind(NamedTuple):
-    """What blocks of one kind are made of."""
+@dataclass(frozen=True)
+class BlockKind:
+    """Components of one kind of block."""
 
     residual: type[BasicResidual] | type[BottleneckResidual]
     shortcut: Callable[[int, int, int], nn.Module]
     expansion: int
-    """Channels of a stage's output for each of its width."""
+    """Ratio of a stage's channels to its width."""
 
     def channels(self, widths: Sequence[int]) -> list[int]:
-        """The channels of the stem and of each stage, from the widths of the paper's table."""
+        """Return the channels of the stem and each stage, given the widths in the paper's table."""
         return [widths[0], *(self.expansion * width for width in widths[1:])]
 
 
@@ -174,36 +175,37 @@ class ResidualBlock(nn.Module, HasSinglePolicy):
 
 
 class MaxPool2dSame(nn.Module):
-    """Max-pooling over 3x3 pixels with stride 2, padded as TensorFlow's SAME pads, by what never is the maximum.
+    """Max-pooling over 3x3 pixels with stride 2 and TensorFlow's SAME padding.
 
     Shape:
         x: (B, C, H, W). Output: (B, C, ceil(H / 2), ceil(W / 2)).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool."""
-        # An odd side is padded by a pixel at both ends; an even one by a pixel at the far end alone, over which the
-        # last window hangs in `ceil_mode`. A padded copy, which autograd would hold, is not needed for either.
+        """Return the pooled map."""
+        # SAME padding adds a pixel at both ends of an odd side, and at the far end of an even side, which `ceil_mode`
+        # covers. Neither needs a padded copy, which autograd would store.
         return F.max_pool2d(x, 3, stride=2, padding=(x.shape[-2] % 2, x.shape[-1] % 2), ceil_mode=True)
 
 
-class StemKind(NamedTuple):
-    """How a network begins: one convolution, and perhaps pooling."""
+@dataclass(frozen=True)
+class StemKind:
+    """Parameters of a stem: a convolution and optional pooling."""
 
     kernel_size: int
     stride: int
     pools: bool
 
     def make_stem(self, in_channels: int, width: int) -> PolicySequential:
-        """Convolution, BN, ReLU, and perhaps pooling."""
+        """Return convolution, BN, ReLU and optional pooling."""
         conv = Conv2dSame(in_channels, width, self.kernel_size, self.stride)
         return PolicySequential(conv, batch_norm(width), nn.ReLU(), *[MaxPool2dSame()] * self.pools)
 
     def feature_info(self, channels: Sequence[int]) -> list[dict[str, Any]]:
-        """Describe the maps of a network with this stem, whose stages, all but the first, halve the image.
+        """Describe the maps of a network with this stem. All stages except the first halve the image.
 
         Args:
-            channels: Channels of the stem and of each stage.
+            channels: Channels of the stem and each stage.
         """
         stem, *stages = channels
         reduction = 2 * self.stride if self.pools else self.stride
@@ -286,7 +288,7 @@ class ResNet(AbstractImageClassifier):
 
 
 def _stage(in_channels: int, out_channels: int, num_blocks: int, *, is_first: bool, kind: BlockKind) -> nn.Sequential:
-    """A stage; the first keeps the image's size, and follows the stem's activation."""
+    """Return a stage. The first stage keeps the image's size and follows the stem's activation."""
     return nn.Sequential(
         *[
             ResidualBlock(
@@ -302,25 +304,25 @@ def _stage(in_channels: int, out_channels: int, num_blocks: int, *, is_first: bo
 
 
 def batch_norm(num_channels: int) -> BatchNorm2dBiased:
-    """Batch norm with the official code's constants: its moving average of 0.99 is PyTorch's momentum of 0.01."""
+    """Return batch norm with the official constants. Its moving average of 0.99 is a momentum of 0.01 in PyTorch."""
     return BatchNorm2dBiased(num_channels, eps=1e-3, momentum=0.01)
 
 
 @register_model(image_size=32)
 def resnet32(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-32 for CIFAR: 464,154 parameters for 10 classes."""
+    """Return ResNet-32 for CIFAR: 464,154 parameters for 10 classes."""
     return ResNet(num_blocks=(5, 5, 5), widths=(16, 16, 32, 64), num_classes=num_classes, in_channels=in_channels)
 
 
 @register_model(image_size=32)
 def resnet110(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-110 for CIFAR: 1,727,962 parameters for 10 classes."""
+    """Return ResNet-110 for CIFAR: 1,727,962 parameters for 10 classes."""
     return ResNet(num_blocks=(18, 18, 18), widths=(16, 16, 32, 64), num_classes=num_classes, in_channels=in_channels)
 
 
 @register_model(image_size=32)
 def resnet164(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
-    """ResNet-164 for CIFAR, of bottlenecks: 1,703,258 parameters for 10 classes."""
+    """Return ResNet-164 for CIFAR with bottlenecks: 1,703,258 parameters for 10 classes."""
     return ResNet(
         num_blocks=(18, 18, 18),
         widths=(16, 16, 32, 64),
@@ -332,7 +334,7 @@ def resnet164(*, num_classes: int = 10, in_channels: int = 3) -> ResNet:
 
 @register_model(image_size=224)
 def resnet50(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """ResNet-50 for ImageNet, of bottlenecks: 25,549,352 parameters for 1000 classes."""
+    """Return ResNet-50 for ImageNet with bottlenecks: 25,549,352 parameters for 1000 classes."""
     return ResNet(
         num_blocks=(3, 4, 6, 3),
         widths=(64, 64, 128, 256, 512),
@@ -345,7 +347,7 @@ def resnet50(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
 
 @register_model(image_size=224)
 def resnet101(*, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """ResNet-101 for ImageNet, of bottlenecks: 44,541,480 parameters for 1000 classes."""
+    """Return ResNet-101 for ImageNet with bottlenecks: 44,541,480 parameters for 1000 classes."""
     return ResNet(
         num_blocks=(3, 4, 23, 3),
         widths=(64, 64, 128, 256, 512),

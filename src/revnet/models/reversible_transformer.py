@@ -1,9 +1,10 @@
 """Reversible transformers for sequences of tokens: language models and encoders.
 
-Embedded tokens enter two residual streams; attention adds to one what it reads in the other, a perceptron the other way
-round; at the end the streams are concatenated, normalised and turned into logits. So the Reformer has it, whose
-published code is in google/trax. Three attentions can be had: full, by locality-sensitive hashing (Reformer), and
-hierarchical (H-Transformer-1D). Positions are rotary: queries and keys turn, nothing is added to the streams.
+Embedded tokens enter two residual streams. Attention reads the second stream and adds to the first, and a perceptron
+reads the first and adds to the second. At the end the streams are concatenated, normalized and mapped to logits. This
+is the structure of the Reformer, whose published code is in google/trax. There are three kinds of attention: full,
+locality-sensitive hashing (Reformer) and hierarchical (H-Transformer-1D). Positions are rotary: they rotate queries and
+keys, and are not added to the streams.
 
 B T: batch and length of the tokens; D: features of a token in one stream.
 
@@ -39,7 +40,7 @@ from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequen
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 
 ATTENTIONS = ("full", "lsh", "hierarchical")
-"""What `ReversibleTransformer` takes as `attention`."""
+"""Values of `attention` in `ReversibleTransformer`."""
 _DEVIATION = 0.02
 """Standard deviation of the initial weights."""
 
@@ -58,15 +59,15 @@ class AttentionResidual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
-        """Compute the residual of `x`."""
+        """Return the residual of `x`."""
         return self.dropout(self.attention(self.norm(x), mask=mask, rotary=rotary))
 
 
 class FeedForward(nn.Module):
-    """The residual function g: layer norm, and a perceptron on each token.
+    """The residual function g: layer norm and a perceptron on each token.
 
-    In chunks, the hidden layer exists for one chunk of the tokens at a time, in the backward pass too, which computes
-    it again. The result is the same up to the rounding of matrix products of another size.
+    With several chunks, the hidden layer exists for one chunk of tokens at a time, also in the backward pass, which
+    computes it again. The result is the same up to the rounding of matrix products of a different size.
 
     Shape:
         x: (B, T, D). Output: the same.
@@ -81,11 +82,11 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
-        """Compute the residual of `x`; where tokens are, or whether they are real, makes no difference."""
+        """Return the residual of `x`. It does not depend on `mask` and `rotary`."""
         return self.dropout(chunked(self.layers, x, self.num_chunks))
 
     def extra_repr(self) -> str:
-        """The number of chunks, if there are several, for `repr`."""
+        """Return the number of chunks for `repr`, if there are several."""
         return f"num_chunks={self.num_chunks}" if self.num_chunks > 1 else ""
 
 
@@ -203,7 +204,7 @@ class ReversibleTransformer(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
         self.head = nn.Linear(2 * dim, vocab_size)
         self._head_dim = dim // num_heads
-        rotary_table(1, self._head_dim)  # raises if heads are odd
+        rotary_table(1, self._head_dim)  # raises an error if the heads have an odd number of features
         _initialize(self)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -219,12 +220,12 @@ class ReversibleTransformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the input of the blocks: the embedded tokens, once for each stream, (B, T, 2 * dim)."""
         check_tokens(tokens, most=self.max_length)
-        # Joined, not as a pair: what the blocks hold for the backward pass is then what the norm reads.
+        # Concatenated, not a pair, so that the tensor that the blocks store is the one that the norm reads.
         return self.dropout(self._look_up(tokens)).repeat(1, 1, 2)
 
     def rotary(self, x: Tensor) -> Tensor:
         """Return the rotary table for the attention on `x`, (B, T, 2 * dim). It is an argument of the blocks."""
-        check_tensor("x", x, hint="pass what `embed` returned")
+        check_tensor("x", x, hint="pass the output of `embed`")
         if x.dim() != 3:
             raise ValueError(f"`x` has shape {tuple(x.shape)}, but must have (B, T, {self.num_features}).")
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -244,10 +245,10 @@ class ReversibleTransformer(nn.Module):
         """Continue sequences token by token, in evaluation mode.
 
         Args:
-            tokens: The beginnings of the sequences, (B, T) with T at least 1. Only the last `max_length` are used.
+            tokens: Beginnings of the sequences, (B, T) with T at least 1. Only the last `max_length` are used.
             num_new: Number of tokens to append.
-            temperature: Divisor of the logits. Values below 1 give safer text, and values above 1 wilder text. 0 always
-                takes the most likely token.
+            temperature: Divisor of the logits. Values below 1 give more predictable text, and values above 1 more
+                varied text. 0 always takes the most likely token.
             top_k: Draw only from this number of the most likely tokens.
             top_p: Draw only from the most likely tokens that together have this probability.
             generator: Source of random numbers. The default is PyTorch's random state.
@@ -275,17 +276,18 @@ class ReversibleTransformer(nn.Module):
     def _look_up(self, tokens: Tensor) -> Tensor:
         try:
             return self.embedding(tokens)
-        except IndexError:  # what the CPU says
+        except IndexError:  # raised on the CPU
             raise ValueError(
-                f"`tokens` must be from 0 to {self.vocab_size - 1}, but are from {tokens.min()} to {tokens.max()}; "
+                f"`tokens` must be from 0 to {self.vocab_size - 1}, but range from {tokens.min()} to {tokens.max()}; "
                 "build the model with a larger `vocab_size`."
             ) from None
 
 
 def _initialize(model: ReversibleTransformer) -> None:
-    """Draw the initial weights as GPT-2 does.
+    """Initialize the weights like GPT-2.
 
-    Normal with deviation 0.02, smaller where a residual ends by the square root of the number of residuals.
+    Normal with standard deviation 0.02. The last layer of each residual divides it by the square root of the number of
+    residuals.
     """
     num_residuals = 2 * len(model.blocks)
     for name, module in model.named_modules():
@@ -304,10 +306,10 @@ def reformer_enwik8(
     dropout: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
-    """The Reformer of 12 blocks for the bytes of enwik8, 64k at a time: 139,319,554 parameters.
+    """Return the Reformer with 12 blocks for sequences of 64k bytes of enwik8: 139,319,554 parameters.
 
-    Width, depth, heads, perceptrons, chunks of 256 and 4 rounds of hashing are published; positions are rotary here,
-    where the Reformer adds learnt ones, and all blocks attend by hashing.
+    Width, depth, heads, perceptrons, chunks of 256 and 4 rounds of hashing are the published values. Unlike the
+    Reformer, which adds learned positions, this network has rotary positions, and all blocks use hashing.
     """
     return ReversibleTransformer(
         vocab_size=vocab_size,
@@ -332,7 +334,7 @@ def h_transformer_small(
     dropout: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
-    """An H-Transformer-1D decoder of the authors' small size, reversible: 31,017,344 parameters."""
+    """Return a reversible H-Transformer-1D decoder of the authors' small size: 31,017,344 parameters."""
     return ReversibleTransformer(
         vocab_size=vocab_size,
         dim=256,
@@ -356,7 +358,7 @@ def h_transformer_base(
     dropout: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
-    """An H-Transformer-1D decoder of the authors' base size, reversible: 140,189,056 parameters."""
+    """Return a reversible H-Transformer-1D decoder of the authors' base size: 140,189,056 parameters."""
     return ReversibleTransformer(
         vocab_size=vocab_size,
         dim=768,
@@ -380,7 +382,7 @@ def h_transformer_large(
     dropout: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleTransformer:
-    """An H-Transformer-1D decoder of the authors' large size, reversible: 400,944,512 parameters."""
+    """Return a reversible H-Transformer-1D decoder of the authors' large size: 400,944,512 parameters."""
     return ReversibleTransformer(
         vocab_size=vocab_size,
         dim=1024,

@@ -1,10 +1,10 @@
 """Reversible vision transformers.
 
-A ViT on two residual streams: an image's patches, embedded, enter both; attention adds to one what it reads in the
-other, a perceptron the other way round; at the end the streams are concatenated, normalised, averaged over the patches
-and classified, so that the head is twice as wide as a ViT's. There is no class token. That is what the published code
-does (PySlowFast, `RESPATH_FUSE: "concat"` and `CLS_EMBED_ON: False` in its configs of Rev-ViT-S and B; also the
-authors' minREV), and the published sizes follow from it.
+A ViT with two residual streams. The embedded patches of an image enter both. Attention reads the second stream and adds
+to the first, and a perceptron reads the first and adds to the second. At the end the streams are concatenated,
+normalized, averaged over the patches and classified, so the input of the head is twice as wide as in a ViT. There is no
+class token. This follows the published code (PySlowFast with `RESPATH_FUSE: "concat"` and `CLS_EMBED_ON: False` in the
+configs of Rev-ViT-S and B, and the authors' minREV), and gives the published sizes.
 
 B C H W: batch, channels, height, width of an image; B H W D: the tokens of its patches, with D features.
 
@@ -39,20 +39,20 @@ _MOST_PIXELS = 2**16
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A linear map of each patch: a convolution whose stride is its kernel.
+    """A linear map of each patch: a convolution whose stride equals its kernel size.
 
     Shape:
         x: (B, in_channels, H, W). Output: (B, dim, H / patch_size, W / patch_size).
 
     Raises:
-        ValueError: A side of the images is no multiple of `patch_size`.
+        ValueError: A side of the images is not a multiple of `patch_size`.
     """
 
     def __init__(self, in_channels: int, dim: int, patch_size: int):
         super().__init__(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed the patches."""
+        """Return the embedded patches."""
         side = self.kernel_size[0]
         height, width = x.shape[-2:]
         if height % side or width % side:
@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Conv2d):
 
 
 class PositionEmbedding(nn.Module):
-    """Adds what is learnt for each place; for images of another size it is interpolated.
+    """Learned position embedding, which is interpolated for images of other sizes.
 
     Shape:
         x: (B, D, H, W), any H and W. Output: the same.
@@ -76,7 +76,7 @@ class PositionEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, dim, grid_size, grid_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the embedding."""
+        """Return `x` plus the embedding."""
         weight: Tensor = self.weight
         if x.shape[-2:] != weight.shape[-2:]:
             weight = F.interpolate(weight, x.shape[-2:], mode="bicubic", antialias=True)
@@ -84,7 +84,7 @@ class PositionEmbedding(nn.Module):
 
 
 class DropPath(nn.Module):
-    """In training, drops a residual for some samples of the batch, and scales the others to keep the mean.
+    """Stochastic depth: in training, drops the residual of random samples and scales the others to keep the mean.
 
     References:
         Huang et al. (2016), Deep Networks with Stochastic Depth.
@@ -95,19 +95,19 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop or scale."""
+        """Return the residual with random samples set to zero."""
         if not self.training or self.rate == 0:
             return x
         kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
         return x * (kept / (1 - self.rate))
 
     def extra_repr(self) -> str:
-        """The rate, for `repr`."""
+        """Return the rate for `repr`."""
         return f"rate={self.rate:g}"
 
 
 class Attention(nn.Module):
-    """The residual function f: layer norm, and attention of every patch to every patch.
+    """The residual function f: layer norm and attention of every patch to every patch.
 
     Shape:
         x: (B, H, W, D). Output: the same.
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual of `x`."""
+        """Return the residual of `x`."""
         B, H, W, D = x.shape
         qkv = self.qkv(self.norm(x)).view(B, H * W, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, num_heads, H * W, D / num_heads)
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """The residual function g: layer norm, and a perceptron on each patch.
+    """The residual function g: layer norm and a perceptron on each patch.
 
     Shape:
         x: (B, H, W, D). Output: the same.
@@ -148,7 +148,7 @@ class Perceptron(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual of `x`."""
+        """Return the residual of `x`."""
         y = self.dropout(F.gelu(self.expand(self.norm(x))))
         return self.drop_path(self.dropout(self.project(y)))
 
@@ -219,7 +219,7 @@ class ReversibleViT(AbstractImageClassifier):
         if img_size % patch_size:
             raise ValueError(
                 f"`img_size` (={img_size}) must be a multiple of `patch_size` (={patch_size}); "
-                f"pass {max(1, round(img_size / patch_size)) * patch_size}, or other patches."
+                f"pass {max(1, round(img_size / patch_size)) * patch_size}, or change `patch_size`."
             )
         check_heads(dim, num_heads)
         policy = Reverse() if policy is None else as_policy(policy)
@@ -251,7 +251,7 @@ class ReversibleViT(AbstractImageClassifier):
         self._initialize(self)
 
     def _enter(self, x: Tensor) -> Tensor:
-        # Joined, not as a pair: what the blocks hold for the backward pass is then the map that the norm reads.
+        # Concatenated, not a pair, so that the tensor that the blocks store is the one that the norm reads.
         return x.permute(0, 2, 3, 1).repeat(1, 1, 1, 2)  # (B, H, W, 2 * D)
 
     def _join(self, y: Tensor) -> Tensor:
@@ -261,14 +261,14 @@ class ReversibleViT(AbstractImageClassifier):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _initialize(self, module: nn.Module) -> None:
-        """Normal with deviation 0.02, cut at 2 as PyTorch cuts; biases zero."""
-        for each in module.modules():
-            if isinstance(each, nn.Linear | nn.Conv2d):
-                nn.init.trunc_normal_(each.weight, std=_DEVIATION)
-                assert each.bias is not None
-                nn.init.zeros_(each.bias)
-            elif isinstance(each, PositionEmbedding):
-                nn.init.trunc_normal_(each.weight, std=_DEVIATION)
+        """Initialize with a normal of deviation 0.02, truncated at 2 (PyTorch's default), and zero biases."""
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(layer.weight, std=_DEVIATION)
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+            elif isinstance(layer, PositionEmbedding):
+                nn.init.trunc_normal_(layer.weight, std=_DEVIATION)
 
 
 @register_model(image_size=32)
@@ -281,7 +281,7 @@ def revvit_cifar(
     drop_path: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleViT:
-    """A reversible ViT for CIFAR, with patches of 4x4: 2,699,530 parameters for 10 classes. Not of the paper."""
+    """Return a reversible ViT for CIFAR with 4x4 patches: 2,699,530 parameters for 10 classes. Not in the paper."""
     return ReversibleViT(
         img_size=img_size,
         patch_size=4,
@@ -307,7 +307,7 @@ def revvit_small(
     drop_path: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleViT:
-    """Rev-ViT-S for ImageNet: 22,434,664 parameters for 1000 classes. The paper trains it with `drop_path=0.1`."""
+    """Return Rev-ViT-S for ImageNet: 22,434,664 parameters for 1000 classes. The paper uses `drop_path=0.1`."""
     return ReversibleViT(
         img_size=img_size,
         dim=384,
@@ -331,7 +331,7 @@ def revvit_base(
     drop_path: float = 0.0,
     policy: AbstractPolicy | str | None = None,
 ) -> ReversibleViT:
-    """Rev-ViT-B for ImageNet: 87,335,656 parameters for 1000 classes. The paper trains it with `drop_path=0.2`."""
+    """Return Rev-ViT-B for ImageNet: 87,335,656 parameters for 1000 classes. The paper uses `drop_path=0.2`."""
     return ReversibleViT(
         img_size=img_size,
         dim=768,

@@ -1,9 +1,9 @@
 """RevNets: residual networks whose blocks are reversible.
 
-As the official code builds them: the stem's output is split into two streams of half the channels, the streams run
-through the stages as a pair, and the head sees them joined. The first block of a stage that changes the shape is not
-reversible, so its input is kept; all other activations of the blocks are computed again. B C H W: batch, channels,
-height, width.
+The networks follow the official code: the output of the stem is split into two streams of half the channels, the
+streams pass through the stages as a pair, and the head reads their concatenation. The first block of a stage that
+changes the shape is not reversible, so its input is stored; all other activations of the blocks are computed again.
+B C H W: batch, channels, height, width.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, section 3.2 and table 2.
@@ -36,11 +36,11 @@ from revnet.nn import (
 
 
 class Downsample(nn.Module, HasSinglePolicy):
-    """The first block of a stage, which changes the shape and so is not reversible.
+    """The first block of a stage, which is not reversible since it changes the shape.
 
-    `y1 = shortcut1(x1) + f(x2)`, `y2 = shortcut2(x2) + g(y1)`; f has the stride. Each sum by itself is half of a
-    reversible block, on the streams `(shortcut1(x1), x2)` and `(y1, shortcut2(x2))`. So under `Reverse()` the
-    activations of f and g are computed again from `x2` and `y1`; of the block itself, only its input and `y1` are held.
+    `y1 = shortcut1(x1) + f(x2)`, `y2 = shortcut2(x2) + g(y1)`, where f has the stride. Each sum is a half-block on the
+    streams `(shortcut1(x1), x2)` and `(y1, shortcut2(x2))`. Under `Reverse()` the activations of f and g are therefore
+    computed again from `x2` and `y1`, and the block stores only its input and `y1`.
 
     Shape:
         x: the pair x1, x2, both (B, in_channels, H, W).
@@ -72,7 +72,7 @@ class Downsample(nn.Module, HasSinglePolicy):
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""
         x1, x2 = x
-        # The shortcuts stay in the streams' precision: under autocast a projection comes in a lower one.
+        # Shortcuts keep the precision of the streams. Under autocast a projection returns a lower one.
         y1 = self.shortcut1(x1).to(x1.dtype)
         y1, x2 = self._policy.run(Chain([HalfBlock(self.f, 0, 1, "downsample.f")]).bind(), (y1, x2))
         y2 = self.shortcut2(x2).to(x2.dtype)
@@ -157,7 +157,7 @@ class RevNet(AbstractImageClassifier):
         self._initialize(self)
 
     def _enter(self, x: Tensor) -> TensorPair:
-        # Under autocast the stem's map is in low precision, in which the streams could hardly be rebuilt.
+        # Under autocast the stem's map has low precision, which is too coarse to rebuild the streams.
         return split(x.float() if _is_autocast(x.device.type) else x, dim=1)
 
     def _join(self, y: TensorPair) -> Tensor:
@@ -171,7 +171,7 @@ class RevNet(AbstractImageClassifier):
 
 
 def _is_autocast(device_type: str) -> bool:
-    # PyTorch knows no autocast on the meta device, and raises when asked whether it is on.
+    # PyTorch has no autocast for the meta device, and raises an error if asked whether it is enabled.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
@@ -184,7 +184,7 @@ def _stage(
     kind: BlockKind,
     policy: AbstractPolicy,
 ) -> nn.Sequential:
-    """A stage on streams of `out_channels`; the first keeps the image's size, and follows the stem's activation."""
+    """Return a stage with streams of `out_channels`. The first keeps the image's size and follows an activation."""
     changes_shape = not is_first or in_channels != out_channels
     blocks = [
         ReversibleBlock(
@@ -204,7 +204,7 @@ def _stage(
 
 @register_model(image_size=32)
 def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """RevNet-38 for CIFAR: 464,890 parameters for 10 classes. The pair of ResNet-32."""
+    """Return RevNet-38 for CIFAR: 464,890 parameters for 10 classes. Pair of ResNet-32."""
     return RevNet(
         num_blocks=(3, 3, 3), widths=(32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels, policy=policy
     )
@@ -212,7 +212,7 @@ def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPol
 
 @register_model(image_size=32)
 def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """RevNet-110 for CIFAR: 1,729,194 parameters for 10 classes. The pair of ResNet-110."""
+    """Return RevNet-110 for CIFAR: 1,729,194 parameters for 10 classes. Pair of ResNet-110."""
     return RevNet(
         num_blocks=(9, 9, 9), widths=(32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, policy=policy
     )
@@ -220,7 +220,7 @@ def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPo
 
 @register_model(image_size=32)
 def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """RevNet-164 for CIFAR, of bottlenecks: 1,748,778 parameters for 10 classes. The pair of ResNet-164."""
+    """Return RevNet-164 for CIFAR with bottlenecks: 1,748,778 parameters for 10 classes. Pair of ResNet-164."""
     return RevNet(
         num_blocks=(9, 9, 9),
         widths=(32, 32, 64, 128),
@@ -233,7 +233,7 @@ def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPo
 
 @register_model(image_size=224)
 def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """RevNet-56 for ImageNet, of bottlenecks: 27,553,128 parameters for 1000 classes. The pair of ResNet-50."""
+    """Return RevNet-56 for ImageNet with bottlenecks: 27,553,128 parameters for 1000 classes. Pair of ResNet-50."""
     return RevNet(
         num_blocks=(2, 2, 3, 2),
         widths=(128, 128, 256, 512, 832),
@@ -247,7 +247,7 @@ def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractP
 
 @register_model(image_size=224)
 def revnet104(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """RevNet-104 for ImageNet, of bottlenecks: 45,428,072 parameters for 1000 classes. The pair of ResNet-101."""
+    """Return RevNet-104 for ImageNet with bottlenecks: 45,428,072 parameters for 1000 classes. Pair of ResNet-101."""
     return RevNet(
         num_blocks=(2, 2, 11, 2),
         widths=(128, 128, 256, 512, 832),

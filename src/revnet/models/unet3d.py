@@ -1,10 +1,10 @@
 """A partially reversible U-Net for volumes.
 
-The blocks of every level, on the way down and on the way up, are reversible, so their number costs no memory; what
-changes the shape between levels is not. As the published code builds it ("NoNewReversible"): a 3x3x3 convolution into
-the first level; down by max-pooling and a 1x1x1 convolution; up by a 1x1x1 convolution and trilinear interpolation;
-what left a level on the way down is added on the way up. The published net ends in a sigmoid, which belongs to the
-loss here: the output is logits.
+The blocks of every level are reversible in the encoder and the decoder, so memory does not grow with their number. The
+modules that change the shape between levels are not reversible. The network follows the published code
+("NoNewReversible"): a 3x3x3 convolution leads into the first level, max-pooling and a 1x1x1 convolution lead down, and
+a 1x1x1 convolution and trilinear interpolation lead up, where the output of the encoder's level is added. The published
+network ends in a sigmoid. Here the output is logits, and the sigmoid belongs to the loss.
 
 B C D H W: batch, channels, depth, height, width.
 
@@ -45,14 +45,16 @@ class Residual(nn.Module):
         self.conv = nn.Conv3d(num_channels, num_channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the residual of `x`."""
-        return self.conv(F.leaky_relu(self.norm(x), inplace=True))  # over the norm's output, which nobody else reads
+        """Return the residual of `x`."""
+        return self.conv(
+            F.leaky_relu(self.norm(x), inplace=True)
+        )  # in place, since nothing else reads the norm's output
 
 
 class UNet3d(nn.Module):
     """A U-Net for segmenting volumes, with reversible blocks.
 
-    The defaults are the published network: four MRI sequences in, three overlapping regions of a tumour out.
+    The defaults are the published network, which maps four MRI sequences to three overlapping regions of a tumor.
 
     Args:
         in_channels: Channels of the input.
@@ -96,7 +98,7 @@ class UNet3d(nn.Module):
         policy = Reverse() if policy is None else as_policy(policy)
         self.in_channels = in_channels
         self.num_classes = num_classes
-        # The published net has 30 groups in every norm: half of the first width.
+        # The published network has 30 groups in every norm, half of the first width.
         groups = [math.gcd(widths[0] // 2, width // 2) for width in widths]
         levels = list(zip(widths, groups, strict=True))
         self.stem = nn.Conv3d(in_channels, widths[0], 3, padding=1, bias=False)
@@ -131,7 +133,7 @@ class UNet3d(nn.Module):
         shape = "x".join(map(str, x.shape))
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"`x` (of shape {shape}) must be (B, {self.in_channels}, D, H, W): a batch of volumes of "
+                f"`x` (of shape {shape}) must be (B, {self.in_channels}, D, H, W): a batch of volumes with "
                 f"{self.in_channels} channels; for one volume pass `x[None]`."
             )
         factor = 2 ** len(self.downsamples)
@@ -144,7 +146,7 @@ class UNet3d(nn.Module):
 
 
 def _blocks(width: int, num_groups: int, num_blocks: int, policy: AbstractPolicy) -> ReversibleSequential:
-    """The blocks of a level."""
+    """Return the blocks of a level."""
     stream = width // 2
     return ReversibleSequential(
         *[ReversibleBlock(Residual(stream, num_groups), Residual(stream, num_groups)) for _ in range(num_blocks)],
@@ -155,7 +157,7 @@ def _blocks(width: int, num_groups: int, num_blocks: int, policy: AbstractPolicy
 def _check_widths(widths: Sequence[int]) -> None:
     check_counts_of("widths", widths, most=MOST_CHANNELS, example="(60, 120, 240)")
     if not widths:
-        raise ValueError(f"`widths` (={describe(widths)}) must name at least one level, for instance (60, 120, 240).")
+        raise ValueError(f"`widths` (={describe(widths)}) must have at least one level, for instance (60, 120, 240).")
     for level, width in enumerate(widths):
         if width % 2:
             raise ValueError(

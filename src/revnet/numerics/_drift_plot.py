@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._palette import BLUE, INK, LIGHT_GRAY, RED
 from revnet.numerics._block_drift import BlockDrift, amplifications, mean_amplification, rebuilt_runs
 from revnet.numerics._drift_verdict import SOUND_BELOW, WRONG_ABOVE
 
-# Colors that remain distinct to the color-blind (Paul Tol's "bright").
-_BLUE, _RED, _GRAY, _INK = "#4477aa", "#ee6677", "#bbbbbb", "#333333"
 _FLOOR, _CEILING = 1e-8, 1e1
 """Smallest range of the axis of errors: from below the rounding of float32 to an error of 1000 %."""
 _OUTLIER = 10.0
@@ -65,14 +64,14 @@ def _plot_errors(axes: Any, blocks: Sequence[BlockDrift], keyframes: Sequence[st
     _mark_thresholds(axes, low, high)
     # Values that a logarithmic axis cannot show have markers at its ends, each kind at a height of its own.
     bottom = [low * (high / low) ** share for share in (0.03, 0.07, 0.11)]
-    _mark(axes, [error == 0 for error in errors], bottom[0], "o", _BLUE, "activations, error 0", hollow=True)
-    _mark(axes, [error == 0 for error in gradients], bottom[1], "s", _RED, "gradients, error 0", hollow=True)
+    _mark(axes, [error == 0 for error in errors], bottom[0], "o", BLUE, "activations, error 0", hollow=True)
+    _mark(axes, [error == 0 for error in gradients], bottom[1], "s", RED, "gradients, error 0", hollow=True)
     is_kept = [error is None for error in errors]
-    _mark(axes, is_kept, bottom[2], "^", _INK, "kept, not rebuilt")
+    _mark(axes, is_kept, bottom[2], "^", INK, "kept, not rebuilt")
     is_broken = [error is not None and not math.isfinite(error) for error in errors]
-    _mark(axes, is_broken, high / 2, "x", _RED, "NaN or inf when rebuilt")
+    _mark(axes, is_broken, high / 2, "x", RED, "NaN or inf when rebuilt")
     for index, position in enumerate(_keyframe_positions(blocks, keyframes)):
-        axes.axvline(position, color=_INK, linewidth=1, linestyle=":", label=None if index else "keyframe")
+        axes.axvline(position, color=INK, linewidth=1, linestyle=":", label=None if index else "keyframe")
     if all(is_kept):
         _write(axes, "nothing is rebuilt")
     elif not any(errors) and not any(gradients):
@@ -90,20 +89,20 @@ def _plot_curves(axes: Any, blocks: Sequence[BlockDrift], gradients: Sequence[fl
     for run in rebuilt_runs(blocks):
         points = [(numbers[id(block)], block.error) for block in run if _is_drawable(block.error)]
         if points:
-            style: dict[str, Any] = {"color": _BLUE, "marker": "o", "markersize": 4, "linewidth": 1.6, "zorder": 3}
+            style: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 4, "linewidth": 1.6, "zorder": 3}
             axes.plot(*zip(*points, strict=True), **style, label=label)
             label = "_"  # one entry in the legend for all runs
     points = [(number, error) for number, error in enumerate(gradients) if _is_drawable(error)]
     if points:
         # The dots show single blocks, which have no line.
-        style = {"color": _RED, "linestyle": (0, (3, 2)), "marker": ".", "markersize": 3}
+        style = {"color": RED, "linestyle": (0, (3, 2)), "marker": ".", "markersize": 3}
         axes.plot(*zip(*points, strict=True), **style, label="gradients of the block")
 
 
 def _mark_thresholds(axes: Any, low: float, high: float) -> None:
     """Shade errors that are sound and errors that are wrong, with names to the right of the axes."""
-    axes.axhspan(WRONG_ABOVE, high, color=_RED, alpha=0.08, linewidth=0)
-    axes.axhspan(low, SOUND_BELOW, color=_BLUE, alpha=0.06, linewidth=0)
+    axes.axhspan(WRONG_ABOVE, high, color=RED, alpha=0.08, linewidth=0)
+    axes.axhspan(low, SOUND_BELOW, color=BLUE, alpha=0.06, linewidth=0)
     for height, text, align in (
         (SOUND_BELOW, f"sound\nbelow\n{SOUND_BELOW:g}", "top"),
         (WRONG_ABOVE, f"wrong\nabove\n{WRONG_ABOVE:g}", "bottom"),
@@ -121,7 +120,7 @@ def _mark(
 
 
 def _write(axes: Any, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", fontsize="large", color=_BLUE)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", fontsize="large", color=BLUE)
 
 
 def _write_at_right(axes: Any, text: str, height: float, align: str) -> None:
@@ -134,7 +133,7 @@ def _write_at_right(axes: Any, text: str, height: float, align: str) -> None:
         textcoords="offset points",
         va=align,
         fontsize=8,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -148,7 +147,7 @@ def _keyframe_positions(blocks: Sequence[BlockDrift], keyframes: Sequence[str]) 
 def _plot_amplification(axes: Any, blocks: Sequence[BlockDrift]) -> None:
     clear_frame(axes)
     axes.set_ylabel("amplification")
-    axes.axhline(1, color=_GRAY, linewidth=1)
+    axes.axhline(1, color=LIGHT_GRAY, linewidth=1)
     numbers = {id(block): number for number, block in enumerate(blocks)}
     points = [(numbers[id(block)], factor) for block, factor in amplifications(blocks)]
     mean = mean_amplification(blocks)
@@ -159,12 +158,12 @@ def _plot_amplification(axes: Any, blocks: Sequence[BlockDrift]) -> None:
     if max(factors) > _OUTLIER * mean or min(factors) < mean / _OUTLIER:
         # One outlier on a linear axis would flatten all other bars.
         axes.set_yscale("log")
-        axes.bar([number for number, _ in points], [factor - 1 for factor in factors], bottom=1, color=_BLUE, zorder=3)
+        axes.bar([number for number, _ in points], [factor - 1 for factor in factors], bottom=1, color=BLUE, zorder=3)
         axes.set_ylim(min(0.5, min(factors) / 2), 2 * max(factors))
     else:
-        axes.bar(*zip(*points, strict=True), color=_BLUE, width=0.7, zorder=3)
+        axes.bar(*zip(*points, strict=True), color=BLUE, width=0.7, zorder=3)
         axes.set_ylim(0, 1.1 * max(factors))
-    axes.axhline(mean, color=_INK, linewidth=1, linestyle=":", zorder=4)
+    axes.axhline(mean, color=INK, linewidth=1, linestyle=":", zorder=4)
     _write_at_right(axes, f"mean\n{mean:.2f}", mean, "center")
 
 
@@ -178,7 +177,7 @@ def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> bool:
     for part, count in parts:
         if start:
             for panel in axes.figure.axes:
-                panel.axvline(start - 0.5, color=_GRAY, linewidth=1)
+                panel.axvline(start - 0.5, color=LIGHT_GRAY, linewidth=1)
         if has_names:
             axes.annotate(
                 _part_name(part, _LONGEST_LINE // len(parts)),
@@ -186,7 +185,7 @@ def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> bool:
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 fontsize=8,
-                color=_INK,
+                color=INK,
             )
         start += count
     return has_names

@@ -1,6 +1,4 @@
-"""The table of finished runs, beside the paper's numbers: Markdown to read, CSV to compute with."""
-
-from __future__ import annotations
+"""Write the table of finished runs and the paper's numbers as Markdown and CSV."""
 
 import csv
 import json
@@ -11,6 +9,7 @@ from statistics import mean, stdev
 
 import torch
 
+from revnet._provenance import Provenance
 from revnet.models import AbstractImageClassifier, create_model
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig
@@ -18,46 +17,46 @@ from revnet.training import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """What one finished run came to."""
+    """Results of one finished run."""
 
     model: str
     """Name of the model."""
     seed: int
     """Seed of the run."""
     num_parameters: int
-    """Parameters of the model."""
+    """Number of parameters of the model."""
     test_error: float
-    """Test error in per cent, with the last weights."""
+    """Test error of the last weights, in percent."""
     num_updates: int
-    """Updates made."""
+    """Number of updates."""
     batch_size: int
-    """Images per update."""
+    """Number of images per update."""
     precision: str
-    """Arithmetic of the run."""
+    """Precision of the run."""
     train_seconds: float
-    """Time of all epochs."""
+    """Total time of the epochs."""
     step_seconds: float
     """Median time of an update."""
     peak_bytes: int
-    """Activation memory of an update at its peak."""
+    """Peak activation memory of an update."""
     stored_peak_bytes: int | None
-    """The same of the stored twin of a reversible model."""
+    """Peak activation memory of the stored twin, if the model is reversible."""
     process_peak_bytes: int | None
-    """The most memory that the process ever had."""
+    """Peak memory of the process."""
     hardware: str
-    """Where it ran."""
+    """Hardware of the run."""
     versions: str
-    """What it ran with."""
+    """Versions of PyTorch, Python and revnet."""
     date: str
-    """When it ended."""
+    """Date of the run."""
     paper_error: float | None
-    """Test error in the paper, in per cent, for the paper's recipe."""
+    """Test error in the paper, in percent, for the paper's recipe."""
     rerun_error: float | None
-    """Test error of the official code, in per cent."""
+    """Test error of the official code, in percent."""
 
 
 def write_report(table: Table, output_dir: Path, command: str) -> list[RunFigures]:
-    """Write `table.md` and `table.csv` of all finished runs in `output_dir`; returns their figures."""
+    """Write `table.md` and `table.csv` of all finished runs in `output_dir`, and return their figures."""
     figures = [run for row in table.rows for run in _read_runs(table, row, output_dir)]
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "table.md").write_text("\n".join(format_report(table, figures, command)) + "\n")
@@ -69,7 +68,7 @@ def write_report(table: Table, output_dir: Path, command: str) -> list[RunFigure
 
 
 def format_report(table: Table, figures: Sequence[RunFigures], command: str) -> list[str]:
-    """The lines of the Markdown page."""
+    """Return the lines of the Markdown page."""
     lines = [f"# The table `{table.name}`, reproduced", ""]
     if not figures:
         return [*lines, "No run has finished yet."]
@@ -86,10 +85,10 @@ def format_report(table: Table, figures: Sequence[RunFigures], command: str) -> 
         *lines,
         f"- Command: `{command}`",
         f"- Recipe: `configs/{table.recipe}`; budget: {updates} updates of {batches} images, {precisions}",
-        "- Test error with the last weights; the test set is read once. Paper: recalled. Official: a rerun of its",
-        "  code by the authors of memcnn (CIFAR), or its README (ImageNet). Both after the paper's full budget.",
-        "- Activations: what an update needs at its peak above parameters and gradients, counted. Process: the most",
-        "  that the process ever had, data and libraries included.",
+        "- Test error of the last weights; the test set is read once. Paper: quoted from memory. Official: a rerun of",
+        "  the official code by the authors of memcnn (CIFAR), or its README (ImageNet). Both use the paper's budget.",
+        "- Activations: counted peak memory of an update, without parameters and gradients. Process: peak memory of",
+        "  the process, including data and libraries.",
         "",
         "| model | parameters | seeds | test error % | mean | paper | official | activations MiB | stored twin MiB "
         "| process MiB | step ms | hours |",
@@ -123,7 +122,7 @@ def _line(row: Row, runs: Sequence[RunFigures]) -> str:
 
 
 def _comparisons(table: Table, figures: Sequence[RunFigures]) -> list[str]:
-    """A sentence for each RevNet whose ResNet has runs of the same seeds."""
+    """Return a sentence for each RevNet whose ResNet has runs with the same seeds."""
     lines = []
     for row in table.rows:
         if not _skeleton(row.model, table.num_classes).is_reversible:
@@ -134,7 +133,7 @@ def _comparisons(table: Table, figures: Sequence[RunFigures]) -> list[str]:
         if differences:
             seeds = f"{len(differences)} seed{'s' * (len(differences) > 1)}"
             listed = ", ".join(f"{difference:+.2f}" for difference in differences)
-            lines.append(f"{row.model} less {row.pair}: {mean(differences):+.2f} points over {seeds} ({listed}).")
+            lines.append(f"{row.model} minus {row.pair}: {mean(differences):+.2f} points over {seeds} ({listed}).")
     return ["", *lines] if lines else []
 
 
@@ -147,7 +146,7 @@ def _read_runs(table: Table, row: Row, output_dir: Path) -> list[RunFigures]:
 def _read_run(table: Table, row: Row, folder: Path) -> RunFigures:
     summary = json.loads((folder / "summary.json").read_text())
     config = TrainConfig.load(folder / "config.yaml")
-    hardware, versions, date, *_ = (line.partition(": ")[2] for line in summary["machine"])
+    provenance = Provenance.parse(summary["machine"])
     model = _skeleton(row.model, table.num_classes)
     return RunFigures(
         model=row.model,
@@ -162,9 +161,9 @@ def _read_run(table: Table, row: Row, folder: Path) -> RunFigures:
         peak_bytes=summary["peak_bytes"],
         stored_peak_bytes=summary["stored_peak_bytes"],
         process_peak_bytes=summary["process_peak_bytes"],
-        hardware=hardware,
-        versions=versions,
-        date=date,
+        hardware=provenance.hardware,
+        versions=provenance.versions,
+        date=provenance.date,
         paper_error=row.paper_error,
         rerun_error=row.rerun_error,
     )

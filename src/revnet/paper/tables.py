@@ -1,10 +1,8 @@
-"""The result tables: which networks, by which recipe, and what they are known to reach.
+"""The result tables: networks, recipes and published errors.
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, tables 3 and 4.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -17,31 +15,34 @@ class Row:
     """Name of the model."""
 
     pair: str
-    """The network that it is compared with: the ResNet of a RevNet of the same size, and the other way round."""
+    """Model of the same size that it is compared with: a ResNet for a RevNet, and vice versa."""
 
     paper_error: float | None = None
-    """Test error in per cent as the paper has it, recalled; None if it has none."""
+    """Test error of the paper in percent, quoted from memory, or None if the paper has none."""
 
     rerun_error: float | None = None
-    """Test error in per cent of the official code: of a rerun for CIFAR (README of silvandeleemput/memcnn), of its own
-    README for ImageNet (top-1 on the validation set); None if unknown."""
+    """Test error of the official code in percent, or None if unknown.
+
+    For CIFAR a rerun from the README of silvandeleemput/memcnn, for ImageNet top-1 on the validation set from its own
+    README.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Networks that are trained by one recipe on one data set."""
+    """Networks that are trained with one recipe on one data set."""
 
     name: str
-    """What `revnet reproduce` calls it."""
+    """Name of the table in `revnet reproduce`."""
 
     recipe: str
-    """`<dataset>/<recipe>`: the folder of the settings, one file a model."""
+    """Folder of the settings, `<dataset>/<recipe>`, with one file per model."""
 
     num_classes: int
-    """Classes of the data set."""
+    """Number of classes of the data set."""
 
     rows: tuple[Row, ...]
-    """The networks, ResNets before their RevNets."""
+    """Networks, each ResNet before its RevNet."""
 
     @property
     def models(self) -> list[str]:
@@ -83,4 +84,4 @@ TABLES = {
         Table(name=f"{data}-quick", recipe=f"{data}/quick", num_classes=num_classes, rows=rows[:2]),
     )
 }
-"""All tables by name: the paper's recipe, the modern one with as many updates at most, and a short one for a CPU."""
+"""All tables by name: the paper's recipe, a modern recipe of at most the same length, and a short one for a CPU."""

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._palette import BLUE, INK, PURPLE
 from revnet.memory.planning._label_placement import Label, place_labels
 from revnet.memory.planning._planned_unit import PlanPoint
 from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._timeline_plot import alignment_inside, largest_unit
-
-# Colors that remain distinct to the color-blind (Paul Tol's "bright").
-_BLUE, _PURPLE = "#4477aa", "#aa3377"
-_INK = "#333333"
 
 _MARKERS = "sD^vPX"
 _LARGEST_LINEAR = 5.0
@@ -66,18 +63,18 @@ def plot_plan(
     write_title(axes, textwrap.fill(title, _LONGEST_LINE, break_on_hyphens=False), pad=20)
     steps = [(point.peak_bytes / unit_bytes, point.time_ratio) for point in points]
     steps.append((right, steps[-1][1]))  # beyond the largest peak, more memory saves no time
-    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=_BLUE, linewidth=2)
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=BLUE, linewidth=2)
     covered = _points_along(steps)
     if budget_bytes is not None:
         covered += _mark_budget(axes, budget_bytes, unit_bytes)
     same = [name for name, point in references.items() if point == chosen]
     name = " = ".join(["this plan", *same])
-    labels = [_mark_point(axes, name, chosen, unit_bytes, "o", size=13, color=_PURPLE, fontweight="bold")]
+    labels = [_mark_point(axes, name, chosen, unit_bytes, "o", size=13, color=PURPLE, fontweight="bold")]
     for (name, point), marker in zip(references.items(), cycle(_MARKERS), strict=False):
         if point != chosen:
-            labels.append(_mark_point(axes, name, point, unit_bytes, marker, size=7, color=_INK))
+            labels.append(_mark_point(axes, name, point, unit_bytes, marker, size=7, color=INK))
     covered += [(label.x, label.y) for label in labels]
-    labels.append(Label("the fastest plan that fits", *steps[len(points) // 2], {"color": _BLUE, "fontsize": 9}))
+    labels.append(Label("the fastest plan that fits", *steps[len(points) // 2], {"color": BLUE, "fontsize": 9}))
     place_labels(axes, labels, covered)
     save(figure, path)
 
@@ -97,9 +94,9 @@ def _mark_budget(axes: Any, budget_bytes: int, unit_bytes: int) -> list[tuple[fl
     """Draw the budget as a line, with an arrow if it lies to the right of the picture; return points on the line."""
     x, right = budget_bytes / unit_bytes, axes.get_xlim()[1]
     text = f"budget {format_bytes(budget_bytes)}" + (" ->" if x > right else "")
-    style = {"ha": alignment_inside(x / right), "fontsize": 9, "color": _INK}
+    style = {"ha": alignment_inside(x / right), "fontsize": 9, "color": INK}
     axes.annotate(text, (min(x, right), 1.02), xycoords=("data", "axes fraction"), **style)
-    axes.axvline(x, color=_INK, linewidth=1, linestyle="--")
+    axes.axvline(x, color=INK, linewidth=1, linestyle="--")
     low, high = axes.get_ylim()
     return [(x, float(y)) for y in np.linspace(low, high, 100)]
 

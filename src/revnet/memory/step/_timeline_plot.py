@@ -9,13 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._palette import BLUE, CYAN, INK, LIGHT_GRAY, PURPLE, YELLOW
 from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Timeline
 from revnet.memory.step._step_memory import StepMemory
-
-# Colors that remain distinct to the color-blind (Paul Tol's "bright").
-_BLUE, _CYAN, _YELLOW, _PURPLE, _GRAY = "#4477aa", "#66ccee", "#ccbb44", "#aa3377", "#bbbbbb"
-_INK = "#333333"
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _CARET_DOWN = 7
@@ -86,11 +83,11 @@ def _bands(memory: StepMemory) -> Iterator[tuple[str, str, npt.NDArray[np.int64]
     timeline, at_peak = memory.timeline, memory.at_peak
     always = np.ones(len(timeline), np.int64)
     for name, color, num_bytes, band in (
-        ("parameters and buffers", _GRAY, at_peak.parameters + at_peak.buffers, always),
-        ("optimizer state", _CYAN, at_peak.optimizer, always),
-        ("inputs", _YELLOW, at_peak.inputs, always),
-        ("gradients", _PURPLE, at_peak.gradients, timeline.gradient_bytes),
-        ("activations", _BLUE, at_peak.held + at_peak.transient, timeline.activation_bytes),
+        ("parameters and buffers", LIGHT_GRAY, at_peak.parameters + at_peak.buffers, always),
+        ("optimizer state", CYAN, at_peak.optimizer, always),
+        ("inputs", YELLOW, at_peak.inputs, always),
+        ("gradients", PURPLE, at_peak.gradients, timeline.gradient_bytes),
+        ("activations", BLUE, at_peak.held + at_peak.transient, timeline.activation_bytes),
     ):
         heights = num_bytes * band if band is always else band
         if heights.any():
@@ -109,9 +106,9 @@ def _mark_phases(axes: Any, timeline: Timeline) -> None:
         if start < len(timeline):
             # The optimizer's step is often so short that its name would leave the picture on the right.
             align = "right" if start > 0.85 * len(timeline) else "left"
-            axes.annotate(name, (start, 1.02), xycoords=("data", "axes fraction"), ha=align, fontsize=9, color=_INK)
+            axes.annotate(name, (start, 1.02), xycoords=("data", "axes fraction"), ha=align, fontsize=9, color=INK)
             if start:
-                axes.axvline(start, color=_INK, linewidth=0.8, linestyle=":")
+                axes.axvline(start, color=INK, linewidth=0.8, linestyle=":")
 
 
 def _mark_peak(axes: Any, memory: StepMemory, position: float, unit_bytes: int) -> None:
@@ -121,7 +118,7 @@ def _mark_peak(axes: Any, memory: StepMemory, position: float, unit_bytes: int) 
     where = f"{memory.peak_phase}, {module}" if module else memory.peak_phase
     height = memory.peak_bytes / unit_bytes
     x = position * len(memory.timeline)
-    axes.plot([x], [height], marker=_CARET_DOWN, color=_INK, markersize=7, zorder=3)
+    axes.plot([x], [height], marker=_CARET_DOWN, color=INK, markersize=7, zorder=3)
     axes.annotate(
         f"peak {format_bytes(memory.peak_bytes)}\n{where}",
         (x, height),
@@ -129,7 +126,7 @@ def _mark_peak(axes: Any, memory: StepMemory, position: float, unit_bytes: int) 
         textcoords="offset points",
         ha=alignment_inside(position),
         fontsize=9,
-        color=_INK,
+        color=INK,
         parse_math=False,
         bbox={"color": "white", "pad": 1},  # hides the lines that cross the text
     )

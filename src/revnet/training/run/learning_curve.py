@@ -5,10 +5,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from revnet._figure import clear_frame, new_figure, save
+from revnet._palette import BLUE, GRAY, RED
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run.callbacks import Row
-
-_TRAINING, _VALIDATION, _GREY = "#4477aa", "#ee6677", "#888888"
 
 
 def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_name: str = "cross-entropy") -> None:
@@ -18,7 +17,7 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_nam
     panels = list(figure.subplots(1, 1 + has_accuracy, squeeze=False)[0])
     epochs = [row["epoch"] for row in rows]
     for axes, quantity, scale in zip(panels, ("loss", "accuracy"), (1, 100), strict=False):
-        for part, name, color in (("train", "training", _TRAINING), ("val", "validation", _VALIDATION)):
+        for part, name, color in (("train", "training", BLUE), ("val", "validation", RED)):
             if f"{part}_{quantity}" in rows[0]:
                 values = [scale * row[f"{part}_{quantity}"] for row in rows]
                 axes.plot(epochs, values, color=color, label=name, marker="o" if len(rows) < 10 else None)
@@ -26,7 +25,7 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_nam
         is_stepwise = has_accuracy and len(falls) <= len(rows) / 2  # otherwise it falls in every epoch
         for epoch in falls if is_stepwise else []:
             label = "learning rate falls" if epoch == falls[0] else None
-            axes.axvline(epoch, color=_GREY, linewidth=0.8, linestyle=":", label=label)
+            axes.axvline(epoch, color=GRAY, linewidth=0.8, linestyle=":", label=label)
         axes.set_xlabel("epoch")
         axes.set_xlim(0, 1.03 * epochs[-1])
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,21 +1,20 @@
-"""The picture of the measured complexities: memory, and arithmetic with time, by depth."""
-
-from __future__ import annotations
+"""The figure of the measured complexities: memory, arithmetic and time by depth."""
 
 from pathlib import Path
 from typing import Any
 
 from revnet._figure import save, write_title
-from revnet.paper._picture import legend_below, new_panels
-from revnet.paper.complexity import TECHNIQUES, Complexity, Technique
+from revnet._palette import CHECKPOINT_RECURSIVE, CHECKPOINT_SQRT, GRAY, REVERSIBLE, STORED
+from revnet.paper._panels import legend_below, new_panels
+from revnet.paper.complexity.costs import TECHNIQUES, Complexity, Technique
 
 _MIB = 2**20
-_COLORS = ("#888888", "#ee7733", "#cc9900", "#997755", "#0055aa")
+_COLORS = (GRAY, STORED, CHECKPOINT_SQRT, CHECKPOINT_RECURSIVE, REVERSIBLE)
 _OURS = "revnet"
 
 
 def plot(complexity: Complexity, path: Path) -> None:
-    """Draw peak memory against depth, and arithmetic and step time in relation to naive."""
+    """Draw peak memory against depth, and the ratio of arithmetic and step time to naive."""
     figure, (memory, compute) = new_panels(2)
     _plot_memory(memory, complexity)
     _plot_compute(compute, complexity)
@@ -39,7 +38,7 @@ def _plot_memory(axes: Any, complexity: Complexity) -> None:
         axes.plot([cost.depth for cost in costs], peaks, color=color, marker="o", linewidth=_width(technique))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.set_ylabel("MiB beyond parameters and input")
+    axes.set_ylabel("MiB without parameters and input")
 
 
 def _plot_compute(axes: Any, complexity: Complexity) -> None:
@@ -54,17 +53,17 @@ def _plot_compute(axes: Any, complexity: Complexity) -> None:
         for row in complexity.times_of(technique):
             if row.times is not None and technique is not TECHNIQUES[0]:
                 ratio = row.times.over_plain
-                at = row.depth * 1.09 ** (index + 1)  # beside each other
+                at = row.depth * 1.09 ** (index + 1)  # next to each other
                 axes.plot([at, at], [ratio.first, ratio.third], color=color, linewidth=1.4)
                 axes.plot([at], [ratio.median], color=color, marker="D", markersize=5, markerfacecolor="white")
     axes.set_ylim(bottom=0.9)
-    axes.set_ylabel("times naive")
+    axes.set_ylabel("ratio to naive")
 
 
 def _width(technique: Technique) -> float:
-    return 2.6 if technique.contender == _OURS else 1.4
+    return 2.6 if technique.method == _OURS else 1.4
 
 
 def _math(order: str) -> str:
-    """As matplotlib sets formulas."""
+    """Return the order in the notation of matplotlib's formulas."""
     return "$" + order.replace("sqrt L", r"\sqrt{L}").replace("log L", r"\,\log\,L") + "$"

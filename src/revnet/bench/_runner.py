@@ -1,4 +1,4 @@
-"""One training step of one contender: its bytes, its seconds, its gradients."""
+"""Run one training step of one method and measure its bytes, seconds and gradients."""
 
 import gc
 import time
@@ -11,55 +11,55 @@ from torch import Tensor
 
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.bench.cases import Case, FunctionPair
-from revnet.bench.contenders import Contender
+from revnet.bench.methods import Method
 
 
 class StepBytes(NamedTuple):
-    """What a step needs beyond parameters, gradients, buffers and the input."""
+    """Memory of a step, not counting parameters, gradients, buffers and the input."""
 
     peak_bytes: int
-    """Most bytes alive at once."""
+    """Largest number of bytes alive at once."""
     held_bytes: int
     """Bytes alive between the forward and the backward pass."""
 
 
-class Subject:
-    """A contender on a case, ready to step.
+class Runner:
+    """A method applied to a case, ready to run training steps.
 
-    The loss is the output's product with fixed random numbers, summed: it costs next to nothing, keeps no activation,
-    and its gradient is a dense tensor, as a network's head would send. Every step gets a fresh copy of the input, which
-    requires a gradient as a stem's output does: memcnn overwrites it.
+    The loss is the sum of the output times fixed random numbers. It costs little, stores no activation, and has a dense
+    gradient, as the head of a network would send. Each step gets a new copy of the input, since memcnn overwrites its
+    input. The copy requires a gradient, like the output of a stem.
 
     Args:
-        contender: The way of running.
-        case: The workload.
-        functions: The residual functions, shared with the other contenders.
-        device: Where they are.
-        dtype: Their type.
+        method: Way of running the blocks.
+        case: Workload.
+        functions: Residual functions, shared with the other methods.
+        device: Device of the functions.
+        dtype: Data type of the functions.
     """
 
     def __init__(
         self,
-        contender: Contender,
+        method: Method,
         case: Case,
         functions: Sequence[FunctionPair],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ):
-        split_dim = case.split_dim if contender.split_dim is None else contender.split_dim
+        split_dim = case.split_dim if method.split_dim is None else method.split_dim
         self.device = device
-        self.module = contender.make(functions, split_dim)
+        self.module = method.make(functions, split_dim)
         self.parameters = [parameter for f, g in functions for h in (f, g) for parameter in h.parameters()]
         self._buffers = [buffer for f, g in functions for h in (f, g) for buffer in h.buffers()]
         self._x = torch.cat(case.streams(1), split_dim).to(device, dtype)
         self._weights = torch.cat(case.streams(2), split_dim).to(device, dtype)
 
     def fresh_input(self) -> Tensor:
-        """A copy of the input."""
+        """Return a new copy of the input."""
         return self._x.clone().requires_grad_()
 
     def zero_grad(self) -> None:
-        """Set the gradients to allocated zeros, so that a step adds to them in place."""
+        """Fill the gradients with zeros, allocated before the step so that the step adds to them in place."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -67,25 +67,25 @@ class Subject:
                 parameter.grad.zero_()
 
     def loss(self, x: Tensor) -> Tensor:
-        """Run the forward pass."""
+        """Run the forward pass and return the loss."""
         return (self.module(x) * self._weights).sum()
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of all parameters after one step."""
+        """Return the gradients of all parameters after one step."""
         self.zero_grad()
         self.loss(self.fresh_input()).backward()
         return [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
 
     def step_seconds(self) -> float:
-        """Time one forward and backward pass."""
+        """Return the time of one forward and backward pass."""
         return self._seconds(self.fresh_input(), backward=True)
 
     def forward_seconds(self) -> float:
-        """Time one forward pass under `torch.no_grad`."""
+        """Return the time of one forward pass under `torch.no_grad`."""
         return self._seconds(self.fresh_input(), backward=False)
 
     def memory(self) -> StepBytes:
-        """Bytes of one step beyond parameters, gradients, buffers and the input: counted on CPU, allocated on CUDA."""
+        """Return the memory of one step: counted on the CPU, read from the allocator on CUDA."""
         self.zero_grad()
         x = self.fresh_input()
         x.grad = torch.zeros_like(x)
@@ -94,7 +94,7 @@ class Subject:
 
     def _seconds(self, x: Tensor, *, backward: bool) -> float:
         self.zero_grad()
-        gc.collect()  # what one contender leaves behind must not be cleared on another one's time
+        gc.collect()  # so that a method does not pay for collecting another one's garbage
         with nullcontext() if backward else torch.no_grad():
             if self.device.type != "cuda":
                 start = time.perf_counter()
@@ -123,7 +123,7 @@ class Subject:
         return StepBytes(peak_bytes=counter.peak_bytes, held_bytes=held_bytes)
 
     def _allocated(self, x: Tensor) -> StepBytes:
-        self.loss(self.fresh_input()).backward()  # libraries allocate their workspaces at the first step
+        self.loss(self.fresh_input()).backward()  # libraries allocate their workspaces in the first step
         torch.cuda.synchronize(self.device)
         gc.collect()
         baseline = torch.cuda.memory_allocated(self.device)
@@ -136,7 +136,7 @@ class Subject:
 
 
 def gradient_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative L2 distance between corresponding gradients."""
+    """Return the largest relative L2 distance between corresponding gradients."""
     distances = [
         ((a.to(b.dtype) - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)).item()
         for a, b in zip(actual, expected, strict=True)

@@ -1,6 +1,4 @@
-"""What the pictures of this room share."""
-
-from __future__ import annotations
+"""Panels and legends of the figures."""
 
 from typing import Any
 
@@ -8,7 +6,7 @@ from revnet._figure import clear_frame, new_figure
 
 
 def new_panels(num_panels: int) -> tuple[Any, list[Any]]:
-    """A figure with so many panels side by side."""
+    """Return a figure and its panels, in one row."""
     figure = new_figure(4.9 * num_panels, 4.8)
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     for axes in panels:
@@ -17,7 +15,7 @@ def new_panels(num_panels: int) -> tuple[Any, list[Any]]:
 
 
 def legend_below(axes: Any, *, num_columns: int = 2) -> None:
-    """Put the legend where it hides nothing."""
+    """Draw the legend below the axes, where it hides no data."""
     axes.legend(
         loc="upper left", bbox_to_anchor=(0, -0.15), ncols=num_columns, fontsize=8, frameon=False, borderaxespad=0
     )

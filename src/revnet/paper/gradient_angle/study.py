@@ -1,14 +1,12 @@
-"""Train a reversible model and its stored twin, comparing gradients on the way."""
-
-from __future__ import annotations
+"""Train a reversible model and its stored twin, and compare gradients during training."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from revnet.models import create_model
-from revnet.paper.gradient_angle import GradientError
-from revnet.paper.gradient_angle_callbacks import GradientAngle, TrainingCurve
+from revnet.paper.gradient_angle.callbacks import GradientAngle, TrainingCurve
+from revnet.paper.gradient_angle.gradients import GradientError
 from revnet.training import TrainConfig, TrainResult, train
 
 
@@ -18,53 +16,53 @@ class TrainedRun:
 
     result: TrainResult
     losses: list[float]
-    """Of each update."""
+    """Loss of each update."""
     val_errors: dict[int, float]
-    """Of each epoch, by the number of updates made before; none without validation."""
+    """Validation error of each epoch, by the number of updates before it. Empty without validation."""
 
 
 @dataclass(frozen=True)
 class AngleStudy:
-    """All that was measured."""
+    """All measurements."""
 
     config: TrainConfig
     errors: dict[int, list[GradientError]]
-    """Of the reversed run, by the number of updates made before."""
+    """Measurements in the reversed run, by the number of updates before them."""
     reversed: TrainedRun
     stored: TrainedRun
     device: torch.device
 
     @property
     def runs(self) -> dict[str, TrainedRun]:
-        """Both runs by their names."""
+        """Both runs by name."""
         return {"reversed": self.reversed, "stored": self.stored}
 
     @property
     def groups(self) -> list[str]:
-        """The parts of the network, and `ALL`."""
+        """Names of the parts of the network, and `ALL`."""
         return [error.group for error in next(iter(self.errors.values()))]
 
     def errors_of(self, group: str) -> dict[int, GradientError]:
-        """Those of one group, by the number of updates made before."""
+        """Return the measurements of one group, by the number of updates before them."""
         return {
             update: next(error for error in errors if error.group == group) for update, errors in self.errors.items()
         }
 
 
 def measure_gradient_angle(config: TrainConfig, angle: GradientAngle, *, quiet: bool = False) -> AngleStudy:
-    """Train twice with the same settings and seed: reversed, where the gradients are compared, and stored.
+    """Train a reversed and a stored network with the same settings and seed, and compare gradients in the reversed run.
 
-    The runs are left where `revnet train` leaves them.
+    The runs are saved in the folders that `revnet train` uses.
 
     Args:
-        config: The settings of both runs.
-        angle: What compares, new.
-        quiet: Print nothing.
+        config: Settings of both runs.
+        angle: New callback that compares the gradients.
+        quiet: Whether to print nothing.
 
     Raises:
-        ValueError: The model is not reversible, or a setting does not fit.
+        ValueError: The model is not reversible, or a setting is not allowed here.
         DataError: The data set is missing or corrupt.
-        TrainingInterrupted: Ctrl-C or SIGTERM came.
+        TrainingInterrupted: The process received Ctrl-C or SIGTERM.
     """
     check_twins(config)
     curves = TrainingCurve(), TrainingCurve()
@@ -80,24 +78,24 @@ def measure_gradient_angle(config: TrainConfig, angle: GradientAngle, *, quiet: 
 
 
 def check_twins(config: TrainConfig) -> None:
-    """Raise unless `config` is one for a reversed run and a stored one.
+    """Raise an error unless `config` can be used for both runs.
 
     Raises:
-        ValueError: The model is unknown or not reversible, or there is a setting that the study makes itself.
+        ValueError: The model is unknown or not reversible, or a setting is given that the study chooses itself.
     """
     with torch.device("meta"):
         model = create_model(config.model)
     if not model.is_reversible:
         raise ValueError(
-            f"`model` (={config.model!r}) has no reversible block, so nothing of it is rebuilt; pass a reversible one: "
-            "`revnet models` tells which are."
+            f"`model` (={config.model!r}) has no reversible block, so nothing is rebuilt; pass a reversible model, as "
+            "listed by `revnet models`."
         )
     if config.policy != "reverse":
-        raise ValueError(f"`policy` (={config.policy!r}) is not to be chosen: both are run; leave it out.")
+        raise ValueError(f"`policy` (={config.policy!r}) must not be set, since both policies are run; leave it out.")
     if config.memory_budget is not None:
         raise ValueError(
-            f"`memory_budget` (={config.memory_budget!r}) plans what is rebuilt, and here it is everything or nothing; "
-            "leave it out."
+            f"`memory_budget` (={config.memory_budget!r}) must not be set, since one run rebuilds everything and the "
+            "other nothing; leave it out."
         )
     if config.out_dir is not None:
-        raise ValueError(f"`out_dir` (={config.out_dir!r}) is for one run, and here are two; leave it out.")
+        raise ValueError(f"`out_dir` (={config.out_dir!r}) must not be set, since there are two runs; leave it out.")

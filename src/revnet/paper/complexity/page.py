@@ -1,6 +1,4 @@
-"""The measured complexities as a page, a table for machines and a picture."""
-
-from __future__ import annotations
+"""Write the measured complexities as a Markdown page, a CSV file and a figure."""
 
 import csv
 import datetime
@@ -10,10 +8,10 @@ from pathlib import Path
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
-from revnet.bench import CONTENDERS
+from revnet.bench import METHODS
 from revnet.bench.report import Measurement
-from revnet.paper import complexity_plot
-from revnet.paper.complexity import (
+from revnet.paper.complexity import draw
+from revnet.paper.complexity.costs import (
     TECHNIQUES,
     Complexity,
     ComplexitySettings,
@@ -28,13 +26,13 @@ _MIB, _GIGA = 2**20, 1e9
 def run_complexity(
     settings: ComplexitySettings, folder: Path, command: str, *, say: Callable[[str], None] = print
 ) -> Path:
-    """Measure the paper's table of complexities: write `complexity_<hardware>_<date>` as Markdown, CSV and PNG.
+    """Measure the paper's table of complexities and write `complexity_<hardware>_<date>` as Markdown, CSV and PNG.
 
     Args:
-        settings: How much to measure, and where.
-        folder: Where the files go; made if it is not there.
-        command: What was run, for the page.
-        say: Is told each result as it comes.
+        settings: Amount of measurements, and the device.
+        folder: Output folder. It is created if it does not exist.
+        command: Command line that the page prints.
+        say: Function that receives a line for each result.
 
     Returns:
         The path of the page.
@@ -52,12 +50,12 @@ def run_complexity(
         writer = csv.writer(file)
         writer.writerow(Measurement._fields)
         writer.writerows(_measurements(complexity))
-    complexity_plot.plot(complexity, folder / f"{name}.png")
+    draw.plot(complexity, folder / f"{name}.png")
     return page
 
 
 def _measurements(complexity: Complexity) -> Iterator[Measurement]:
-    """Every number, one at a time."""
+    """Yield every measurement."""
     case = complexity.settings.case.name
     for cost in complexity.costs:
         for quantity, value, unit in (
@@ -65,28 +63,28 @@ def _measurements(complexity: Complexity) -> Iterator[Measurement]:
             ("held after forward", cost.held_bytes, "B"),
             ("arithmetic", cost.flops, "FLOP"),
         ):
-            yield Measurement(case, cost.depth, cost.contender, quantity, value, unit)
+            yield Measurement(case, cost.depth, cost.method, quantity, value, unit)
     for row in complexity.times:
         if row.times is None:
-            yield Measurement(case, row.depth, row.contender, "step", "", "s", row.note)
+            yield Measurement(case, row.depth, row.method, "step", "", "s", row.note)
             continue
         quartiles = row.times.over_plain
-        yield Measurement(case, row.depth, row.contender, "step", row.times.step_seconds, "s")
-        yield Measurement(case, row.depth, row.contender, "step / plain, first quartile", quartiles.first, "1")
-        yield Measurement(case, row.depth, row.contender, "step / plain, median", quartiles.median, "1")
-        yield Measurement(case, row.depth, row.contender, "step / plain, third quartile", quartiles.third, "1")
+        yield Measurement(case, row.depth, row.method, "step", row.times.step_seconds, "s")
+        yield Measurement(case, row.depth, row.method, "step / plain, first quartile", quartiles.first, "1")
+        yield Measurement(case, row.depth, row.method, "step / plain, median", quartiles.median, "1")
+        yield Measurement(case, row.depth, row.method, "step / plain, third quartile", quartiles.third, "1")
 
 
 def _page(complexity: Complexity, command: str, name: str) -> Iterator[str]:
     settings = complexity.settings
-    described = {contender.name: contender.description for contender in CONTENDERS}
-    yield "# Complexity of ways to run reversible blocks"
+    described = {method.name: method.description for method in METHODS}
+    yield "# Complexity of methods to run reversible blocks"
     yield ""
     yield from describe_machine(command, device=settings.device)
-    yield f"- Workload, in float32, the same for all: {settings.case.description}"
+    yield f"- Workload, in float32, the same for all techniques: {settings.case.description}"
     yield "- Techniques:"
     for technique in TECHNIQUES:
-        yield f"  - {technique.title}: {described[technique.contender]}"
+        yield f"  - {technique.title}: {described[technique.method]}"
     yield ""
     yield f"![{name}.png]({name}.png)"
     yield ""
@@ -99,13 +97,13 @@ def _memory_section(complexity: Complexity) -> Iterator[str]:
     yield "## Memory: peak of one step, MiB"
     yield ""
     yield (
-        "Bytes beyond parameters, their gradients, buffers and the input, counted by shapes. The exponent is the slope "
-        "of log bytes against log depth, over all depths and between the last two: 1 is linear, 0.5 the square root, 0 "
-        "constant. What grows as the logarithm grows by the same number of bytes each time the depth is multiplied."
+        "Bytes in addition to parameters, gradients, buffers and the input, counted from shapes. The exponent is the "
+        "slope of log bytes against log depth, over all depths and between the last two: 1 is linear growth, 0.5 the "
+        "square root, 0 constant. Logarithmic growth adds the same number of bytes whenever the depth is multiplied."
     )
     yield ""
     depths = complexity.settings.memory_depths
-    yield from _heading(["paper: activations", *_blocks(depths), "exponent", "at the end"])
+    yield from _heading(["paper: activations", *_blocks(depths), "exponent", "last two depths"])
     for technique in TECHNIQUES:
         peaks = [cost.peak_bytes for cost in complexity.costs_of(technique)]
         cells = [_paper(technique.activations), *(f"{peak / _MIB:,.1f}" for peak in peaks)]
@@ -114,17 +112,17 @@ def _memory_section(complexity: Complexity) -> Iterator[str]:
 
 
 def _compute_section(complexity: Complexity) -> Iterator[str]:
-    yield "## Compute: arithmetic of one step, GFLOP (times naive)"
+    yield "## Compute: arithmetic of one step, GFLOP (ratio to naive)"
     yield ""
     yield (
-        "Convolutions and matrix products of the forward and backward pass, recomputation included, two for each "
-        "multiply-add. A checkpoint may leave out the last product of what it recomputes; to rebuild the input takes "
+        "Convolutions and matrix products of the forward and backward pass, including recomputation, two operations "
+        "for each multiply-add. A checkpoint may skip the last product when it recomputes; rebuilding the input needs "
         "the whole residual."
     )
     yield ""
     depths = complexity.settings.memory_depths
     naive = [cost.flops for cost in complexity.costs_of(TECHNIQUES[0])]
-    yield from _heading(["paper: compute", *_blocks(depths), "exponent", "at the end"])
+    yield from _heading(["paper: compute", *_blocks(depths), "exponent", "last two depths"])
     for technique in TECHNIQUES:
         flops = [cost.flops for cost in complexity.costs_of(technique)]
         cells = [f"{a / _GIGA:,.1f} ({a / b:.2f})" for a, b in zip(flops, naive, strict=True)]
@@ -136,11 +134,11 @@ def _time_section(complexity: Complexity) -> Iterator[str]:
     settings = complexity.settings
     if not settings.time_depths:
         return
-    yield "## Time: one step, s (times naive: median, first and third quartile)"
+    yield "## Time: one step, s (ratio to naive: median, first and third quartile)"
     yield ""
     yield (
         f"Median of {settings.num_rounds} rounds after one to warm up; each round measures a step of every technique, "
-        "beginning with another one. Ratios are taken within the round."
+        "starting with a different one. Ratios are taken within the round."
     )
     yield ""
     yield from _heading(_blocks(settings.time_depths))
@@ -170,7 +168,7 @@ def _blocks(depths: Sequence[int]) -> list[str]:
 
 
 def _exponents(depths: Sequence[int], values: Sequence[int]) -> list[str]:
-    """Over all depths, and between the last two."""
+    """Return the exponents over all depths and between the last two."""
     exponents = growth_exponent(depths, values), growth_exponent(depths[-2:], values[-2:])
     return [f"{exponent + 0.0:.2f}" for exponent in exponents]
 

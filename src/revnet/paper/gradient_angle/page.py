@@ -1,6 +1,4 @@
-"""The gradient-angle study as a page, tables for machines and a picture."""
-
-from __future__ import annotations
+"""Write the gradient-angle study as a Markdown page, CSV files and a figure."""
 
 import csv
 import datetime
@@ -13,14 +11,14 @@ from typing import Any
 
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
-from revnet._provenance import describe_machine
-from revnet.paper import gradient_angle_plot
-from revnet.paper.gradient_angle import GradientError
-from revnet.paper.gradient_angle_callbacks import GradientAngle
-from revnet.paper.gradient_angle_study import AngleStudy, check_twins, measure_gradient_angle
+from revnet._provenance import Provenance, describe_machine
+from revnet.paper.gradient_angle import draw
+from revnet.paper.gradient_angle.callbacks import GradientAngle
+from revnet.paper.gradient_angle.gradients import GradientError
+from revnet.paper.gradient_angle.study import AngleStudy, check_twins, measure_gradient_angle
 from revnet.training import TrainConfig
 
-_ALWAYS_TOLD = ("data", "model", "epochs", "batch_size", "lr", "precision", "seed")
+_ALWAYS_SHOWN = ("data", "model", "epochs", "batch_size", "lr", "precision", "seed")
 
 
 def run_gradient_angle(
@@ -32,28 +30,28 @@ def run_gradient_angle(
     with_reference: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Draw the paper's figure: write `gradient-angle_<model>_<data>_<hardware>_<date>` as Markdown, CSV and PNG.
+    """Reproduce the paper's figure in `gradient-angle_<model>_<data>_<hardware>_<date>` as Markdown, CSV and PNG.
 
-    Two runs with the same settings and seed are left where `revnet train` leaves its runs: one reversed, in which the
-    gradients are compared, and one stored.
+    This trains two networks with the same settings and seed: one reversed, in which the gradients are compared, and one
+    stored. The runs are saved in the folders that `revnet train` uses.
 
     Args:
-        config: The settings of both runs.
-        folder: Where the files go; made if it is not there.
-        command: What was run, for the page.
-        every: Updates from one measurement to the next.
-        with_reference: Compare stored gradients with those in float64 too.
-        quiet: Print nothing.
+        config: Settings of both runs.
+        folder: Output folder. It is created if it does not exist.
+        command: Command line that the page prints.
+        every: Number of updates from one measurement to the next.
+        with_reference: Whether to compare stored gradients with float64 too.
+        quiet: Whether to print nothing.
 
     Returns:
         The path of the page.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        TypeError: `every` is no integer.
-        ValueError: The model is not reversible, `every` is not positive, or a setting does not fit.
+        TypeError: `every` is not an integer.
+        ValueError: The model is not reversible, `every` is not positive, or a setting is not allowed here.
         DataError: The data set is missing or corrupt.
-        TrainingInterrupted: Ctrl-C or SIGTERM came.
+        TrainingInterrupted: The process received Ctrl-C or SIGTERM.
     """
     angle = GradientAngle(every, with_reference=with_reference)
     check_twins(config)
@@ -63,14 +61,14 @@ def run_gradient_angle(
 
 
 def write_study(study: AngleStudy, folder: Path, command: str) -> Path:
-    """Write page, tables and picture; returns the path of the page."""
+    """Write the page, the tables and the figure, and return the path of the page."""
     data = re.sub(r"[^A-Za-z0-9.]+", "-", study.reversed.result.test.data).strip("-.")
     name = f"gradient-angle_{study.config.model}_{data}_{hardware_name(study.device)}_{datetime.date.today()}"
     page = folder / f"{name}.md"
     page.write_text("\n".join(_page(study, command, name)).rstrip() + "\n")
     _write_csv(folder / f"{name}.csv", _error_rows(study))
     _write_csv(folder / f"{name}_curves.csv", _curve_rows(study))
-    gradient_angle_plot.plot(study, folder / f"{name}.png")
+    draw.plot(study, folder / f"{name}.png")
     return page
 
 
@@ -85,7 +83,7 @@ def _curve_rows(study: AngleStudy) -> Iterator[Sequence[Any]]:
     runs = study.runs
     yield "update", *(f"{name}_loss" for name in runs), *(f"{name}_val_error" for name in runs)
     for index, losses in enumerate(zip(*(run.losses for run in runs.values()), strict=True)):
-        # A loss is that before the update, a validation error that after it.
+        # Losses are from before the update, validation errors from after it.
         yield index, *losses, *(run.val_errors.get(index + 1, "") for run in runs.values())
 
 
@@ -95,12 +93,15 @@ def _write_csv(path: Path, rows: Iterator[Sequence[Any]]) -> None:
 
 
 def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
-    hardware, versions, date, _ = study.reversed.result.machine  # as it was in training, threads too
-    *_, command_line = describe_machine(command)
     result = study.reversed.result
-    yield f"# Gradients of rebuilt activations beside those of stored ones: {study.config.model} on {result.test.data}"
+    trained = Provenance.parse(result.machine)  # the number of threads too
+    command_line = Provenance.parse(describe_machine(command)).command
+    yield f"# Gradients of rebuilt and of stored activations: {study.config.model} on {result.test.data}"
     yield ""
-    yield from (hardware, versions, date, command_line)
+    yield f"- Hardware: {trained.hardware}"
+    yield f"- Versions: {trained.versions}"
+    yield f"- Date: {trained.date}"
+    yield f"- Command: `{command_line}`"
     yield f"- Settings of both runs: {_settings(study.config)}"
     yield f"- Runs: `{study.reversed.result.folder}`, `{study.stored.result.folder}` (its stored twin)"
     yield ""
@@ -111,9 +112,9 @@ def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
 
 
 def _settings(config: TrainConfig) -> str:
-    usual = asdict(TrainConfig())
-    told = {key: value for key, value in asdict(config).items() if value != usual[key] or key in _ALWAYS_TOLD}
-    return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in told.items())
+    defaults = asdict(TrainConfig())
+    shown = {key: value for key, value in asdict(config).items() if value != defaults[key] or key in _ALWAYS_SHOWN}
+    return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in shown.items())
 
 
 def _angle_section(study: AngleStudy) -> Iterator[str]:
@@ -121,13 +122,13 @@ def _angle_section(study: AngleStudy) -> Iterator[str]:
     yield "## Angle between the two gradients, degrees; relative error"
     yield ""
     yield (
-        f"Of the reversed run, before {len(study.errors)} of its {len(study.reversed.losses):,} updates: the gradient "
-        "of the update's own batch, with its weights and random numbers, once from rebuilt and once from stored "
-        "activations, each group of parameters as one vector. The forward pass is exact, so what comes after the last "
-        "reversible block has the same gradient."
+        f"Measured in the reversed run before {len(study.errors)} of its {len(study.reversed.losses):,} updates. The "
+        "gradients are computed from rebuilt and from stored activations with the batch, weights and random numbers of "
+        "the update, and each group of parameters is one vector. The forward pass is exact, so modules after the last "
+        "reversible block have the same gradient."
     )
     if has_reference:
-        yield ("The reference is plain autograd's own rounding: the stored gradient beside the same one in float64.")
+        yield "The reference compares the stored gradient with its value in float64: the rounding of plain autograd."
     yield ""
     columns = ["angle, first", "median", "largest", "last", "relative error, median", "largest"]
     columns += ["reference: angle, median", "largest"] * has_reference
@@ -148,7 +149,7 @@ def _curve_section(study: AngleStudy) -> Iterator[str]:
     runs = list(study.runs.values())
     yield "## The two runs"
     yield ""
-    yield f"Same settings, same seed. {_first_difference(study)}"
+    yield f"Both runs have the same settings and seed. {_first_difference(study)}"
     yield ""
     yield f"| | {' | '.join(study.runs)} |"
     yield "| --- | ---: | ---: |"
@@ -172,6 +173,6 @@ def _first_difference(study: AngleStudy) -> str:
     if first is None:
         return "The losses of all updates are equal, bit for bit."
     return (
-        f"The losses are equal, bit for bit, up to that of update {first}; from then on they differ by rounding, which "
-        "training amplifies."
+        f"The losses are equal, bit for bit, up to update {first}; after it they differ by rounding, which training "
+        "amplifies."
     )

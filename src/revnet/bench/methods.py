@@ -1,6 +1,7 @@
-"""The ways of running reversible blocks that are compared. A new one is one entry in `CONTENDERS`.
+"""The methods of running reversible blocks that the benchmark compares. To add one, add an entry to `METHODS`.
 
-Each makes, from the very same residual functions, a module that takes and gives both streams joined in one tensor.
+Each method builds a module from the same residual functions. The module takes and returns both streams, concatenated
+into one tensor.
 """
 
 import importlib.util
@@ -19,39 +20,53 @@ from revnet._types import TensorPair
 from revnet.bench.cases import FunctionPair
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
 
+_NOT_INSTALLED = "not installed"
+
 
 @dataclass(frozen=True)
-class Contender:
-    """A way of running reversible blocks."""
+class Method:
+    """A way of running reversible blocks: a policy of this library, a checkpoint, or another library."""
 
     name: str
     description: str
-    """With which settings, for the report."""
+    """Settings of the method, for the report."""
     make: Callable[[Sequence[FunctionPair], int], nn.Module]
-    """From the residual functions and the dimension along which the streams are joined, a module of one tensor."""
+    """Function that builds the module from the residual functions and the dimension of concatenation."""
     package: str | None = None
-    """The peer's name on PyPI, where it is one."""
+    """Name on PyPI, if the method is another library."""
     split_dim: int | None = None
-    """The only dimension along which it can split, where it has no choice."""
+    """Dimension along which the method splits, if it supports only one."""
     max_depth: int | None = None
-    """Blocks beyond which it is not run."""
+    """Largest number of blocks that it is run with."""
 
     def missing(self) -> str | None:
-        """Why it cannot run, with the command that mends it; None if it can."""
+        """Return why the method cannot run and how to install it, or None if it can run."""
         if self.package is None or self.version() is not None:
             return None
-        return f"not installed: pip install --no-deps {self.package}"
+        return f"{_NOT_INSTALLED}: pip install --no-deps {self.package}"
 
     def version(self) -> str | None:
-        """The installed version of the peer; None where there is none."""
+        """Return the installed version of the library, or None if there is none."""
         try:
             return metadata.version(self.package or "")
         except (metadata.PackageNotFoundError, ValueError):
             return None
 
 
+def is_missing(note: str) -> bool:
+    """Return whether `note` says that a library is not installed."""
+    return note.startswith(_NOT_INSTALLED)
+
+
+def report_missing(methods: Sequence[Method], say: Callable[[str], None]) -> None:
+    """Pass one line to `say` with the libraries that are not installed, if there are any."""
+    packages = [method.package for method in methods if method.package and method.missing()]
+    if packages:
+        say(f"{_NOT_INSTALLED}: {', '.join(packages)}; to include them: pip install --no-deps {' '.join(packages)}")
+
+
 class Group(nn.Module):
-    """Reversible blocks as anyone would write them, for the checkpoint to wrap."""
+    """Reversible blocks written as a plain loop, for a checkpoint to wrap."""
 
     def __init__(self, functions: Sequence[FunctionPair]):
         super().__init__()
@@ -70,10 +85,10 @@ class Checkpointed(nn.Module):
     """Groups of blocks, each under PyTorch's non-reentrant checkpoint.
 
     Args:
-        functions: The residual functions of all blocks.
-        group_size: Blocks that are recomputed together.
-        split_dim: The dimension along which the streams are joined.
-        store_last: Whether to store the last group, which is the first one that the backward pass needs.
+        functions: Residual functions of all blocks.
+        group_size: Number of blocks that are recomputed together.
+        split_dim: Dimension along which the streams are concatenated.
+        store_last: Whether to store the last group, which the backward pass needs first.
     """
 
     def __init__(self, functions: Sequence[FunctionPair], group_size: int, split_dim: int, *, store_last: bool):
@@ -85,7 +100,7 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Run the blocks."""
-        x1, x2 = (half.clone() for half in x.chunk(2, self.split_dim))  # dense, as this library's own split makes them
+        x1, x2 = (half.clone() for half in x.chunk(2, self.split_dim))  # contiguous, as in this library
         for index, group in enumerate(self.groups):
             if index < self.num_checkpointed:
                 x1, x2 = checkpoint(group, x1, x2, use_reentrant=False, **kwargs)
@@ -95,13 +110,13 @@ class Checkpointed(nn.Module):
 
 
 class CheckpointedHalves(nn.Module):
-    """Recursive checkpointing: the first half of a row under PyTorch's non-reentrant checkpoint, and each half so too.
+    """Recursive checkpointing: the first half of the blocks runs under a checkpoint, and each half is split again.
 
-    Memory: one pair of streams for each halving. Time: a forward pass of half the row more for each halving.
+    Memory: one pair of streams per level of recursion. Time: one more forward pass of half the blocks per level.
 
     Args:
-        functions: The residual functions of all blocks.
-        split_dim: The dimension along which the streams are joined.
+        functions: Residual functions of all blocks.
+        split_dim: Dimension along which the streams are concatenated.
     """
 
     def __init__(self, functions: Sequence[FunctionPair], split_dim: int):
@@ -111,7 +126,7 @@ class CheckpointedHalves(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Run the blocks."""
-        x1, x2 = (half.clone() for half in x.chunk(2, self.split_dim))  # dense, as this library's own split makes them
+        x1, x2 = (half.clone() for half in x.chunk(2, self.split_dim))  # contiguous, as in this library
         return torch.cat(self._run(0, len(self.blocks), x1, x2, **kwargs), self.split_dim)
 
     def _run(self, start: int, stop: int, x1: Tensor, x2: Tensor, **kwargs: Any) -> TensorPair:
@@ -123,7 +138,7 @@ class CheckpointedHalves(nn.Module):
 
 
 def _under(policy: AbstractPolicy) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
-    """A sequence of this library under `policy`."""
+    """Return a function that builds a sequence of this library with `policy`."""
 
     def make(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
         return ReversibleSequential(*[ReversibleBlock(f, g, split_dim=split_dim) for f, g in functions], policy=policy)
@@ -144,15 +159,15 @@ def _checkpoint_sqrt(functions: Sequence[FunctionPair], split_dim: int) -> nn.Mo
     return Checkpointed(functions, isqrt(len(functions)), split_dim, store_last=True)
 
 
-class _Row(nn.Module):
-    """Modules in a row, each with the same keyword arguments."""
+class _Sequence(nn.Module):
+    """Modules that run one after the other, each with the same keyword arguments."""
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
-        self.row = nn.ModuleList(modules)
+        self.steps = nn.ModuleList(modules)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        for module in self.row:
+        for module in self.steps:
             x = module(x, **kwargs)
         return x
 
@@ -160,7 +175,7 @@ class _Row(nn.Module):
 def _memcnn(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
     memcnn = import_module("memcnn")
     couplings = [memcnn.AdditiveCoupling(f, g, split_dim=split_dim) for f, g in functions]
-    return _Row([memcnn.InvertibleModuleWrapper(coupling, preserve_rng_state=True) for coupling in couplings])
+    return _Sequence([memcnn.InvertibleModuleWrapper(coupling, preserve_rng_state=True) for coupling in couplings])
 
 
 def _revtorch(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
@@ -175,7 +190,7 @@ def _revlib(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
 
 
 class _Reformer(nn.Module):
-    """Routes keyword arguments to both functions, as the other contenders do."""
+    """Reformer blocks that pass keyword arguments to both functions, like the other methods."""
 
     def __init__(self, functions: Sequence[FunctionPair]):
         super().__init__()
@@ -186,7 +201,7 @@ class _Reformer(nn.Module):
 
 
 def _reformer_module() -> Any:
-    """`reformer_pytorch.reversible` alone: the package around it imports four more, none of which this file needs."""
+    """Import the file `reformer_pytorch.reversible` alone, without the four packages that its package imports."""
     name = "reformer_pytorch.reversible"
     if name not in sys.modules:
         package = importlib.util.find_spec("reformer_pytorch")
@@ -202,40 +217,38 @@ def _reformer_module() -> Any:
     return sys.modules[name]
 
 
-PLAIN = Contender(
-    "plain", "`ReversibleSequential(..., policy=Store())`: ordinary autograd", _under(Store()), max_depth=64
-)
-"""What all others are compared with."""
+PLAIN = Method("plain", "`ReversibleSequential(..., policy=Store())`: ordinary autograd", _under(Store()), max_depth=64)
+"""Plain autograd, the baseline of the comparison."""
 
-CONTENDERS: Sequence[Contender] = (
+METHODS: Sequence[Method] = (
     PLAIN,
-    Contender("checkpoint", "`torch.utils.checkpoint(use_reentrant=False)` of each block", _checkpoint_each),
-    Contender(
+    Method("checkpoint", "`torch.utils.checkpoint(use_reentrant=False)` of each block", _checkpoint_each),
+    Method(
         "checkpoint sqrt",
-        "the same of each group of sqrt(depth) blocks; the last group stored, as `checkpoint_sequential` does",
+        "the same, of each group of sqrt(depth) blocks; the last group is stored, as in `checkpoint_sequential`",
         _checkpoint_sqrt,
     ),
-    Contender(
+    Method(
         "checkpoint recursive",
-        "the same of the first half of the blocks, and within each half again, down to single blocks",
+        "the same, of the first half of the blocks, and again within each half, down to single blocks",
         CheckpointedHalves,
     ),
-    Contender("revnet", "`ReversibleSequential(..., policy=Reverse())`, the default", _under(Reverse())),
-    Contender("revnet, last stored", "the same, but `Store()` for the last block", _last_stored),
-    Contender(
+    Method("revnet", "`ReversibleSequential(..., policy=Reverse())`, the default", _under(Reverse())),
+    Method("revnet, last stored", "the same, but `Store()` for the last block", _last_stored),
+    Method(
         "memcnn", "`InvertibleModuleWrapper(preserve_rng_state=True)` of each block", _memcnn, "memcnn", max_depth=64
     ),
-    Contender(
+    Method(
         "revtorch",
         "`ReversibleSequence` of blocks with `fix_random_seed=True`",
         _revtorch,
         "revtorch",
         max_depth=64,
     ),
-    Contender("revlib", "`ReversibleSequential`, its default mode", _revlib, "revlib", max_depth=64),
-    Contender(
+    Method("revlib", "`ReversibleSequential`, its default mode", _revlib, "revlib", max_depth=64),
+    Method(
         "reformer-pytorch",
-        "`ReversibleSequence`, which splits along dimension 2 only: its streams are joined there",
+        "`ReversibleSequence`, which splits along dimension 2 only, so its streams are concatenated there",
         lambda functions, _: _Reformer(functions),
         "reformer-pytorch",
         split_dim=2,

@@ -1,10 +1,8 @@
-"""How far gradients of rebuilt activations are from those of stored ones, with the same weights and the same batch.
+"""Compare the gradients of rebuilt activations with the gradients of stored activations.
 
 References:
-    Gomez et al. (2017), The Reversible Residual Network, section 5: the angle between the two, through training.
+    Gomez et al. (2017), The Reversible Residual Network, section 5: the angle between the two during training.
 """
-
-from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
@@ -28,23 +26,23 @@ from revnet.nn._restore import restoring_policies, restoring_state
 from revnet.numerics._gradients import Gradients, angle_and_error, parameter_gradients
 
 ALL = "all"
-"""The group of all parameters."""
+"""Name of the group of all parameters."""
 
 
 @dataclass(frozen=True)
 class GradientError:
-    """The gradient of a group of parameters, seen as one vector, beside another one."""
+    """Difference between two gradients of a group of parameters, each seen as one vector."""
 
     group: str
-    """A part of the network, or `ALL`."""
+    """Name of a part of the network, or `ALL`."""
     angle_degrees: float
-    """Between the gradient from rebuilt activations and the one from stored activations."""
+    """Angle between the gradient from rebuilt activations and the gradient from stored activations."""
     relative_error: float
-    """Their distance over the length of the stored one."""
+    """Distance between the two, divided by the length of the stored gradient."""
     reference_angle_degrees: float | None = None
-    """Between the one from stored activations and the same in float64: plain autograd's own rounding."""
+    """Angle between the stored gradient and its value in float64: the rounding of plain autograd."""
     reference_relative_error: float | None = None
-    """Their distance over the length of the one in float64."""
+    """Distance between the two, divided by the length of the float64 gradient."""
 
 
 def gradient_errors(
@@ -56,26 +54,25 @@ def gradient_errors(
 ) -> list[GradientError]:
     """Compare the gradients of `model` under `Reverse()` with those under `Store()`.
 
-    Both steps see the same weights, inputs, buffers and random numbers. The model is left as it was: its policies,
-    buffers and gradients (`.grad`), and the random state.
+    Both steps see the same weights, inputs, buffers and random numbers. The function does not change the model's
+    policies, buffers and gradients (`.grad`), or the random state.
 
     Args:
-        model: A model with reversible blocks in `ReversibleSequential`, in the mode (training or evaluation) in which
-            it shall be measured.
-        loss_fn: From the output of the model to a number.
-        inputs: The arguments of the model.
-        with_reference: Compute the stored gradients in float64 too, to see how far plain autograd itself is off.
-        forward_context: Entered for each forward pass and its loss: autocast. The float64 step does without.
+        model: A model with reversible blocks in `ReversibleSequential`, in training or evaluation mode.
+        loss_fn: Function that maps the output of the model to a scalar.
+        inputs: Arguments of the model.
+        with_reference: Whether to compute the stored gradients in float64 too, to measure the error of plain autograd.
+        forward_context: Context for each forward pass and its loss, such as autocast. Not used in float64.
 
     Returns:
-        One entry for each group: the stem, each stage, the head, and `ALL` of the parameters that are trained.
+        One entry for each group of trained parameters: the stem, each stage, the head, and `ALL`.
 
     Raises:
-        ValueError: The model has no reversible block or one that cannot be stored, or no parameter to train.
+        ValueError: The model has no reversible block, one that cannot be stored, or no parameter to train.
 
     Numerics:
-        Lengths are summed up in float64, and angles computed by Kahan's formula, which is exact for small ones. A step
-        is repeated exactly on the CPU; on CUDA, kernels that add in any order put a floor under the errors.
+        Lengths are summed in float64. Angles use Kahan's formula, which is accurate for small angles. On the CPU a step
+        repeats exactly; on CUDA, kernels that add in arbitrary order set a lower limit on the errors.
 
     References:
         Kahan (2006), How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?, section 12.
@@ -99,51 +96,51 @@ def gradient_errors(
 
 
 def check_reversible(model: nn.Module) -> None:
-    """Raise unless all reversible blocks of `model` can be stored too.
+    """Raise an error unless all reversible blocks of `model` can be stored too.
 
     Raises:
-        ValueError: It has no reversible block, or one outside of a `ReversibleSequential`.
+        ValueError: The model has no reversible block, or one outside a `ReversibleSequential`.
     """
     sequences = _sequences(model)
     in_sequences = {id(block) for sequence in sequences for block in sequence}
     for name, module in model.named_modules():
         if isinstance(module, AbstractReversibleBlock) and id(module) not in in_sequences:
             raise ValueError(
-                f"`model` (={type(model).__name__}) has the block `{name}` outside of a ReversibleSequential, where it "
+                f"`model` (={type(model).__name__}) has the block `{name}` outside a ReversibleSequential, where it "
                 "cannot be stored; put it into one."
             )
     if not in_sequences:
         raise ValueError(
-            f"`model` (={type(model).__name__}) has no reversible block, so nothing of it is rebuilt; pass a "
+            f"`model` (={type(model).__name__}) has no reversible block, so nothing is rebuilt; pass a "
             "reversible model, such as `revnet38`."
         )
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
-    """The parameters to train, by the part of the network that they are in.
+    """Return the names of the trainable parameters, by part of the network.
 
-    What comes before the first reversible part is the stem, what comes after the last one is the head. A reversible
-    part that consists of several, such as the stages of a RevNet, is divided into them.
+    Modules before the first reversible part form the stem, and modules after the last one form the head. A container of
+    reversible parts, such as the stages of a RevNet, is divided into its parts.
 
     Args:
         model: A model whose children are registered in the order in which they run.
 
     Returns:
-        The names of each group's parameters, and those of `ALL`, which comes last.
+        The names of each group's parameters. The group `ALL` comes last.
 
     Raises:
-        ValueError: There is no parameter to train.
+        ValueError: The model has no parameter to train.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         raise ValueError(f"`model` (={type(model).__name__}) has no parameter that requires a gradient; unfreeze one.")
     children = list(model.named_children())
     reversible = [index for index, (_, child) in enumerate(children) if _is_reversible(child)]
-    places = {child: index for index, (child, _) in enumerate(children)}
+    positions = {child: index for index, (child, _) in enumerate(children)}
     groups: dict[str, list[str]] = {}
     for name in names:
         child, _, rest = name.partition(".")
-        index = places.get(child, -1)  # a parameter of the model's own, such as a class token
+        index = positions.get(child, -1)  # -1: a parameter of the model itself, such as a class token
         if index < min(reversible, default=0):
             group = "stem"
         elif index > max(reversible, default=0):
@@ -175,14 +172,14 @@ def _sequences(model: nn.Module) -> list[ReversibleSequential]:
 
 @contextmanager
 def _under(model: nn.Module, policy: AbstractPolicy) -> Iterator[None]:
-    """Give all blocks of `model` another policy for a while: those in sequences, and those that change the shape."""
+    """Set the policy of all units of `model` temporarily."""
     with restoring_policies(model):
         set_policy(model, policy)
         yield
 
 
 def _float64_gradients(model: nn.Module, loss_fn: Callable[[Any], Tensor], inputs: tuple[Any, ...]) -> Gradients:
-    # A copy: `torch.func.functional_call` does not put the parameters of a module back that is in two places.
+    # A copy, since `torch.func.functional_call` does not restore a module that is registered twice.
     exact = copy.deepcopy(model)._apply(_double)
     with restoring_state(exact), _under(exact, Store()):
         return parameter_gradients(exact, loss_fn, tree_map_only(Tensor, _double, inputs), nullcontext)
