@@ -14,7 +14,19 @@ there.
 And one warning, ReconstructionWarning: what was rebuilt is far from what the forward pass saw.
 """
 
+from pathlib import Path
 from typing import Self
+
+# The smallest extra that holds a package. All others are in `train`.
+_EXTRAS = {
+    "Pillow": "cli",
+    "PIL": "cli",
+    "pyyaml": "cli",
+    "yaml": "cli",
+    "rich": "cli",
+    "safetensors": "cli",
+    "matplotlib": "plot",
+}
 
 
 class RevnetError(Exception):
@@ -46,8 +58,22 @@ class MissingDependencyError(RevnetError, ImportError):
 
     @classmethod
     def of(cls, package: str, purpose: str) -> Self:
-        """Say that `purpose` needs `package`, and which command installs it."""
-        return cls(f"{purpose} needs {package}, which is not installed; run `pip install 'revnet[train]'`.")
+        """Return an error that says what `purpose` needs and which command installs it."""
+        return cls(f"{purpose} needs {package}, which is not installed; run `{install_command(package)}`.")
+
+
+def install_command(package: str) -> str:
+    """Return the command that installs the smallest extra with `package`, as revnet itself was installed.
+
+    Args:
+        package: Name of the distribution or of the module.
+    """
+    extra = _EXTRAS.get(package, "train")
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'revnet[{extra}]'"
+    clone = "." if root == Path.cwd() else root
+    return f"pip install -e '{clone}[{extra}]'"
 
 
 class PredictionError(RevnetError, RuntimeError):
