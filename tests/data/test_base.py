@@ -126,5 +126,5 @@ def test_holdout_rejects_a_class_with_one_image() -> None:
 
 def test_holdout_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
-    with pytest.raises(MissingDependencyError, match=r"needs scikit-learn, .*`pip install 'revnet\[train\]'`"):
+    with pytest.raises(MissingDependencyError, match=r"needs scikit-learn, .*`pip install .*\[train\]'`"):
         make_dataset().holdout(0.2, seed=0)

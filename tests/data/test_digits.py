@@ -53,6 +53,6 @@ def test_grey_levels_span_the_byte(digits: ImageDataset) -> None:
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    message = r"the data set `digits` needs scikit-learn, which is not installed; run `pip install 'revnet\[train\]'`\."
+    message = r"the data set `digits` needs scikit-learn, which is not installed; run `pip install .*\[train\]'`\."
     with pytest.raises(MissingDependencyError, match=message):
         load_digits()

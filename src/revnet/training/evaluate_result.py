@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from revnet.errors import MissingDependencyError
 from revnet.training import _run_dir
 from revnet.training._files import atomic_path
 from revnet.training._plot_confusion import plot_confusion
@@ -95,7 +96,7 @@ class EvaluateResult:
             output_dir: Folder for them; that of the weights if not given.
 
         Returns:
-            The three files.
+            The files; without the picture if matplotlib is not installed.
 
         Raises:
             ValueError: `output_dir` cannot be written, or is not given for weights that were in memory.
@@ -109,7 +110,11 @@ class EvaluateResult:
             with atomic_path(figures) as temporary:
                 temporary.write_text(json.dumps(self._figures(), indent=2) + "\n")
             self.confusion.save_csv(table)
-            plot_confusion(self.confusion, picture, f"{self.model} on {self.data}: error {100 * self.error:.2f} %")
+            title = f"{self.model} on {self.data}: error {100 * self.error:.2f} %"
+            try:
+                plot_confusion(self.confusion, picture, title)
+            except MissingDependencyError:
+                files.remove(picture)
         except OSError as error:
             raise ValueError(
                 f"`output_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
