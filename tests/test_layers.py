@@ -13,6 +13,7 @@ LEVELS = {
     "_torch_internals": 0,
     "_machine": 0,
     "_table": 0,
+    "_units": 0,
     "_picture": 1,
     "coupling": 1,
     "functional": 1,

@@ -41,7 +41,9 @@ def test_elsewhere_there_is_a_heading_and_a_line_per_epoch_and_nothing_else(out_
         "epoch",
     ]
     assert "1,293 train, 144 validate, 360 test" in lines[2]
-    assert re.fullmatch(r"epoch 2/2  loss \d\.\d{4}  validation \d+\.\d\d %  [\d,]+ images/s  \d+\.\d s", lines[-1])
+    assert re.fullmatch(
+        r"epoch 2/2  loss \d\.\d{4}  validation accuracy \d+\.\d\d %  [\d,]+ images/s  \d+\.\d s", lines[-1]
+    )
 
 
 def test_on_a_terminal_there_is_one_bar_for_the_whole_run(out_dir, capfd, monkeypatch):

@@ -1,6 +1,7 @@
 """Help texts out of docstrings: of the arguments of a function, and of the fields of a dataclass."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import textwrap
@@ -26,7 +27,9 @@ def describe_arguments(function: Callable[..., Any]) -> dict[str, str]:
 def describe_fields(settings: type) -> dict[str, str]:
     """Return the string beneath each field of a dataclass, by field."""
     descriptions: dict[str, str] = {}
-    for base in reversed(settings.__mro__[:-1]):
+    for base in reversed(settings.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(node, ast.ClassDef)
         for field, text in zip(node.body, node.body[1:], strict=False):

@@ -64,7 +64,8 @@ def list_options(function: Callable[..., Any]) -> list[Option]:
     if settings is None:
         return options
     kinds, sentences = get_type_hints(settings), describe_fields(settings)
+    defaults = settings()
     return options + [
-        Option(field.name, kinds[field.name], sentences.get(field.name, ""), field.default, is_setting=True)
-        for field in dataclasses.fields(settings)
+        Option(name, kinds[name], sentences.get(name, ""), getattr(defaults, name), is_setting=True)
+        for name in (field.name for field in dataclasses.fields(settings))
     ]

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from revnet._units import format_rate
 from revnet.training._task import AbstractTask, Criterion
 from revnet.training.density import ImageDensity
 from revnet.training.nice_config import NiceConfig
@@ -67,4 +68,4 @@ class DensityTask(AbstractTask):
         figures = f"bits/dim {metrics['train_loss']:.4f}"
         if "val_loss" in metrics:
             figures += f"  validation {metrics['val_loss']:.4f}"
-        return f"{figures}  {self.config.batch_size / metrics['step_seconds']:,.0f} images/s"
+        return f"{figures}  {format_rate(self.config.batch_size / metrics['step_seconds'], 'images')}"

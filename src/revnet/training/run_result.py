@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 import revnet
+from revnet._units import format_seconds
 from revnet.memory import format_bytes
 from revnet.training import _run_dir
 from revnet.training._files import atomic_path
@@ -77,7 +78,7 @@ class RunResult(ABC):
 
     def report(self) -> str:
         """Say it on the screen."""
-        step_time = f"{1000 * self.step_seconds:.1f} ms, median of updates of {self.batch_size} {self.samples}"
+        step_time = f"{format_seconds(self.step_seconds)}, median of updates of {self.batch_size} {self.samples}"
         lines = [
             *self._scores(),
             ("step time", step_time),
