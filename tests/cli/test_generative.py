@@ -143,3 +143,12 @@ def test_sample_rejects_a_classifier(assert_refused, run_dir):
     assert_refused(
         ["sample", run_dir], "is a classifier, which has no prior to sample images from; use `revnet evaluate` or"
     )
+
+
+def test_folder_of_a_run_stands_for_its_last_weights(revnet, runs, tmp_path):
+    outputs = []
+    for name in ("", "last.safetensors"):
+        outputs.append(revnet("generate", runs / "lm" / name, "--num", 5)[1])
+        outputs.append(revnet("sample", runs / "nice" / name, "--num", 4, "--output-dir", tmp_path)[1])
+    assert outputs[:2] == outputs[2:]
+    assert outputs[1].startswith(f"weights        {runs / 'nice' / 'last.safetensors'}\n")

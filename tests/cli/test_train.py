@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from revnet.cli._photos import photo_settings
 from revnet.training import TrainConfig, load_classifier
+from revnet.training.recipes import find_recipe
+from tests.training.samples import write_images
 
 
 def test_summary_shows_accuracy_time_memory_and_paths(revnet, tmp_path):
@@ -43,6 +46,35 @@ def test_saved_settings_reproduce_the_run(revnet, run_dir, tmp_path):
     assert code == 0
     states = [load_classifier(folder).state_dict() for folder in (run_dir, tmp_path / "again")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Return a folder of images in two classes."""
+    for part in ("train", "val"):
+        for index in range(2):
+            write_images(tmp_path / "photos" / part / f"class{index}", 4)
+    return tmp_path / "photos"
+
+
+def test_photographs_take_the_recipe_for_photographs(revnet, photos, tmp_path):
+    arguments = ["--data", photos, "--image-size", 16, "--epochs", 1, "--batch-size", 4, "--val-fraction", 0]
+    arguments += ["--model", "revnet38", "--num-workers", 0, "--num-threads", 1]
+    code, output, errors = revnet("train", *arguments, "--out-dir", tmp_path / "run")
+    assert (code, errors) == (0, "")
+    assert output.startswith("recipe photos/quick/revnet56, for photographs; pass `--config` for another\n")
+    config = TrainConfig.load(tmp_path / "run" / "config.yaml")
+    recipe = TrainConfig.load(find_recipe("photos/quick/revnet56"))
+    assert (config.lr, config.schedule, config.crop_area) == (recipe.lr, recipe.schedule, recipe.crop_area)
+    assert (config.model, config.image_size, config.epochs) == ("revnet38", 16, 1)
+
+
+def test_photo_settings_depend_on_the_data(photos):
+    assert photo_settings({}) == photo_settings({"data": "cifar10"}) == {}
+    added = photo_settings({"data": str(photos), "lr": 1.0})
+    assert added["model"] == "revnet56"
+    assert not {"data", "lr"} & added.keys()
+    assert photo_settings({"data": "hub:owner/name"}) == photo_settings({"data": "imagenet"}) != {}
 
 
 def test_print_config_shows_every_setting(revnet):

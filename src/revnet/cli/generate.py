@@ -18,11 +18,11 @@ def generate(
 
     Examples:
         revnet generate runs/book_lm_1 --prompt "Once upon a time" --num 500
-        revnet generate runs/book_lm_1/last.safetensors --temperature 0.7 --top-k 10 --seed 3
+        revnet generate runs/book_lm_1/best.safetensors --temperature 0.7 --top-k 10 --seed 3
 
     Args:
-        checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose best
-            weights are used.
+        checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose last
+            weights are used; best.safetensors in it holds the best on validation.
         prompt: Beginning of the text, in characters of the training text; a newline by default.
         num: Number of characters to generate.
         temperature: Divides the logits. Lower values give more predictable text; 0 always takes the most likely

@@ -27,11 +27,11 @@ def sample(
     Examples:
         revnet sample runs/digits_nice_1
         revnet sample runs/digits_nice_1 --inpaint left --temperature 0.8
-        revnet sample runs/cifar10_nice_1/last.safetensors --num 64 --output-dir pictures
+        revnet sample runs/cifar10_nice_1/best.safetensors --num 64 --output-dir pictures
 
     Args:
-        checkpoint: A .safetensors or .ckpt file written by `revnet train nice`, or the folder of a run, whose best
-            weights are used.
+        checkpoint: A .safetensors or .ckpt file written by `revnet train nice`, or the folder of a run, whose last
+            weights are used; best.safetensors in it holds the best on validation.
         num: Number of images to sample.
         temperature: Factor that scales the latent codes. Below 1, samples are more likely and less varied.
         inpaint: Part of the test images to remove and fill in: top, bottom, left, right, or random for half of the

@@ -42,8 +42,11 @@ def save_weights(product: Product, path: Path) -> None:
         temporary.write_bytes(save(tensors, metadata=product.header.to_metadata()))
 
 
-def find_weights(path: Path, *, best: bool = False) -> Path:
-    """The file of weights: `path` itself or, in the folder of a run, the last weights, or the `best`.
+def find_weights(path: Path) -> Path:
+    """Return the file of weights: `path` itself or, in the folder of a run, the last weights.
+
+    The last weights are the default for every kind of model, as in the first line of a run's report. To use the best
+    on validation, pass the path of `best.safetensors`.
 
     Raises:
         CheckpointError: There is no such file.
@@ -51,7 +54,7 @@ def find_weights(path: Path, *, best: bool = False) -> Path:
     if not path.is_dir():
         return _existing_file(path)
     # The last two are written together; a run stopped in between leaves the checkpoint.
-    names = [*["best.safetensors"] * best, "last.safetensors", "last.ckpt"]
+    names = ["last.safetensors", "last.ckpt"]
     found = [path / name for name in names if (path / name).is_file()]
     if not found:
         raise CheckpointError(f"`{path}` holds no last.safetensors and no last.ckpt; {_WAY_OUT}.")

@@ -145,11 +145,11 @@ def load_density(path: str | Path) -> ImageDensity:
     """Rebuild the density that a run of `revnet train nice` has left, on the CPU and in evaluation mode.
 
     Args:
-        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose best weights are taken.
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose last weights are taken.
 
     Raises:
         CheckpointError: There is no such file, it is truncated, holds another kind of model, or its tensors do not fit.
     """
-    path = find_weights(Path(path), best=True)
+    path = find_weights(Path(path))
     metadata, tensors = read_weights(path)
     return ImageDensity.from_tensors(DensityHeader.from_metadata(metadata, path), tensors, path).eval()

@@ -119,11 +119,11 @@ def load_language_model(path: str | Path) -> LanguageModel:
     """Rebuild the language model that a run of `revnet train lm` has left, on the CPU and in evaluation mode.
 
     Args:
-        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose best weights are taken.
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose last weights are taken.
 
     Raises:
         CheckpointError: There is no such file, it is truncated, holds another kind of model, or its tensors do not fit.
     """
-    path = find_weights(Path(path), best=True)
+    path = find_weights(Path(path))
     metadata, tensors = read_weights(path)
     return LanguageModel.from_tensors(LanguageHeader.from_metadata(metadata, path), tensors, path).eval()

@@ -77,7 +77,7 @@ def sample(
 
     Args:
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train nice` has written, or the folder of a run, whose
-            best weights are taken.
+            last weights are taken.
         num_samples: How many images to draw.
         temperature: What codes are multiplied by.
         missing: The part of test images that is filled in, see `known_pixels`; None for no such picture.
@@ -96,7 +96,7 @@ def sample(
     if missing is not None:
         check_choice("missing", missing, get_args(Missing))
     place = find_device(device)
-    weights = find_weights(Path(checkpoint), best=True)
+    weights = find_weights(Path(checkpoint))
     density = load_density(weights)
     folder = weights.parent if output_dir is None else Path(output_dir).expanduser()
     name, images = _test_images(density, data)
