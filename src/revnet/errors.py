@@ -1,17 +1,16 @@
 """The errors that a caller of revnet may want to handle.
 
-Everything else is a plain `ValueError`, `TypeError` or `NotImplementedError`: a mistake in the call, to be mended
-there.
+Bad arguments raise a plain `ValueError`, `TypeError` or `NotImplementedError` instead: the call itself needs a fix.
 
 * RevnetError
   x ReconstructionError       the backward pass cannot rebuild what the forward pass saw
-  x DataError                 a data file or folder is missing, corrupt or of another layout
-  x CheckpointError           a checkpoint is missing, truncated or of another model
+  x DataError                 a data file or folder is missing, corrupt or has another layout
+  x CheckpointError           a checkpoint is missing, truncated or belongs to another model
   x MissingDependencyError    an optional package is not installed
-  x PredictionError           a model cannot be run on shapes without data
-  x BudgetError               a training step cannot be made to fit a budget of memory
+  x PredictionError           a model cannot run on shapes without data
+  x BudgetError               a training step does not fit into a memory budget
 
-And one warning, ReconstructionWarning: what was rebuilt is far from what the forward pass saw.
+There is one warning, ReconstructionWarning: rebuilt activations are far from the original ones.
 """
 
 from pathlib import Path
@@ -36,8 +35,8 @@ class RevnetError(Exception):
 class ReconstructionError(RevnetError, RuntimeError):
     """The backward pass cannot rebuild the activations of the forward pass.
 
-    Raised in place of a wrong gradient: an output, a parameter, a buffer or an argument was modified in place since the
-    forward pass, or running the residual function again did something else than it did the first time.
+    Raised instead of returning a wrong gradient: an output, a parameter, a buffer or an argument was modified in place
+    after the forward pass, or the residual function behaved differently in the second run.
     """
 
 
@@ -46,11 +45,11 @@ class ReconstructionWarning(UserWarning):
 
 
 class DataError(RevnetError, ValueError):
-    """A data file or folder is missing, corrupt or of another layout."""
+    """A data file or folder is missing, corrupt or has another layout."""
 
 
 class CheckpointError(RevnetError, ValueError):
-    """A checkpoint is missing, truncated or of another model."""
+    """A checkpoint is missing, truncated or belongs to another model."""
 
 
 class MissingDependencyError(RevnetError, ImportError):
@@ -81,13 +80,13 @@ class PredictionError(RevnetError, RuntimeError):
 
 
 class BudgetError(RevnetError, ValueError):
-    """A training step cannot be made to fit a budget of memory.
+    """A training step does not fit into a memory budget.
 
     Args:
-        message: What is missing, and what would fit.
-        missing_bytes: By how much the budget is too small.
-        least_bytes: The least that the step needs under any plan.
-        max_batch_size: The largest batch that would fit; 0 if none does.
+        message: Text of the error.
+        missing_bytes: Bytes that the budget lacks.
+        least_bytes: Bytes that the step needs under the most frugal plan.
+        max_batch_size: Largest batch that would fit; 0 if none does.
     """
 
     def __init__(self, message: str, *, missing_bytes: int = 0, least_bytes: int = 0, max_batch_size: int = 0):

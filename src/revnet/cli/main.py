@@ -37,7 +37,7 @@ usage: revnet COMMAND [options]
 Reversible residual networks: activation memory that does not grow with depth.
 
 commands:
-{chr(10).join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())}
+{chr(10).join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())}
 
 options:
   -h, --help  show this help; `revnet COMMAND --help` shows the help of a command
