@@ -15,6 +15,7 @@ LEVELS = {
     "_memory_readings": 0,
     "_palette": 0,
     "_text_table": 0,
+    "_units": 0,
     "_figure": 1,
     "_lazy": 1,
     "_provenance": 1,

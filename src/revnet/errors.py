@@ -1,19 +1,31 @@
 """Errors that a caller of revnet may want to handle.
 
-Mistakes in a call raise a plain `ValueError`, `TypeError` or `NotImplementedError`.
+Bad arguments raise a plain `ValueError`, `TypeError` or `NotImplementedError` instead: the call itself needs a fix.
 
 * RevnetError
   x ReconstructionError       the backward pass cannot rebuild what the forward pass saw
-  x DataError                 a data file or folder is missing, corrupt or laid out differently
-  x CheckpointError           a checkpoint is missing, truncated or from another model
+  x DataError                 a data file or folder is missing, corrupt or has another layout
+  x CheckpointError           a checkpoint is missing, truncated or belongs to another model
   x MissingDependencyError    an optional package is not installed
   x PredictionError           a model cannot run on shapes without data
-  x BudgetError               a training step does not fit a memory budget
+  x BudgetError               a training step does not fit into a memory budget
 
-There is one warning, ReconstructionWarning: rebuilt activations are far from the true ones.
+There is one warning, ReconstructionWarning: rebuilt activations are far from the original ones.
 """
 
+from pathlib import Path
 from typing import Self
+
+# The smallest extra that holds a package. All others are in `train`.
+_EXTRAS = {
+    "Pillow": "cli",
+    "PIL": "cli",
+    "pyyaml": "cli",
+    "yaml": "cli",
+    "rich": "cli",
+    "safetensors": "cli",
+    "matplotlib": "plot",
+}
 
 
 class RevnetError(Exception):
@@ -104,8 +116,22 @@ class MissingDependencyError(RevnetError, ImportError):
 
     @classmethod
     def of(cls, package: str, purpose: str) -> Self:
-        """Say that `purpose` needs `package`, and which command installs it."""
-        return cls(f"{purpose} needs {package}, which is not installed; run `pip install 'revnet[train]'`.")
+        """Return an error that says what `purpose` needs and which command installs it."""
+        return cls(f"{purpose} needs {package}, which is not installed; run `{install_command(package)}`.")
+
+
+def install_command(package: str) -> str:
+    """Return the command that installs the smallest extra with `package`, as revnet itself was installed.
+
+    Args:
+        package: Name of the distribution or of the module.
+    """
+    extra = _EXTRAS.get(package, "train")
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'revnet[{extra}]'"
+    clone = "." if root == Path.cwd() else root
+    return f"pip install -e '{clone}[{extra}]'"
 
 
 class PredictionError(RevnetError, RuntimeError):

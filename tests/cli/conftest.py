@@ -5,7 +5,7 @@ from revnet.cli.main import main
 
 @pytest.fixture
 def revnet(capsys):
-    """A function that runs a command line and gives exit code, output and errors."""
+    """Return a function that runs a command line and returns its exit code, output and errors."""
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])
@@ -16,7 +16,7 @@ def revnet(capsys):
 
 @pytest.fixture
 def assert_refused(revnet):
-    """A function that runs a command line and asserts exit code 2 and exactly one line, which holds `message`."""
+    """Return a function that runs a command line and asserts exit code 2 and a single line with `message`."""
 
     def run(arguments, message):
         code, output, errors = revnet(*arguments)
@@ -30,7 +30,7 @@ def assert_refused(revnet):
 
 @pytest.fixture(scope="session")
 def run_dir(tmp_path_factory):
-    """The folder of a run of one epoch, not to be changed."""
+    """Return the folder of a run of one epoch, shared by all tests."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["train", "--epochs", "1", "--batch-size", "400", "--out-dir", str(folder)]) == 0
     return folder

@@ -1,4 +1,4 @@
-"""`revnet bench`: flags in, files out. What it measures is tested in tests/bench."""
+"""`revnet bench`: its flags and files. tests/bench tests the measurements."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from revnet.bench.host import NUM_QUICK_ROUNDS, NUM_ROUNDS
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the measurement; what it was asked to do."""
+    """Replace the measurement, and return the calls."""
     calls = []
 
     def run_benchmark(settings, folder, command):
@@ -28,7 +28,7 @@ def test_without_options(revnet, calls, tmp_path, monkeypatch):
     assert calls == [(Settings(), Path(), "revnet bench")]
 
 
-def test_results_go_to_the_folder_of_results(revnet, calls, tmp_path, monkeypatch):
+def test_writes_to_benchmarks_results_if_it_exists(revnet, calls, tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert revnet("bench", "--quick")[0] == 0
@@ -64,12 +64,12 @@ def test_host(revnet, monkeypatch, tmp_path, arguments, num_rounds):
     [
         (["--host", "--device", "cuda"], "`--device` (=cuda) must be cpu with `--host`"),
         (["--num-rounds", "0"], "`--num-rounds` (=0) must be a positive integer."),
-        (["--device", "abacus"], "`--device` (=abacus) is no device; use cpu or cuda."),
+        (["--device", "abacus"], "`--device` (=abacus) must be a device, such as cpu or cuda."),
         (["--device", "meta"], "`--device` (=meta) must be cpu or cuda."),
-        (["--device", "cuda:99"], "`--device` (=cuda:99) is not there; PyTorch sees "),
+        (["--device", "cuda:99"], "`--device` (=cuda:99) is not available; PyTorch sees "),
         (["--quick", "maybe"], "`--quick` (=maybe) must be true or false."),
     ],
 )
-def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
     assert_refused(["bench", *arguments], message)
     assert calls == []

@@ -1,4 +1,4 @@
-"""Every file in `configs/` is a complete recipe that the command line takes, by its path or by its name."""
+"""Every file in `configs/` is a complete recipe, which `--config` takes by path or by name."""
 
 from dataclasses import fields, replace
 
@@ -20,7 +20,7 @@ TRANSFORMERS = {
     "cifar10/quick": ["revvit_cifar"],
     "imagenet/modern": ["revvit_small", "revvit_base"],
 }
-"""Each trained in its own way."""
+"""Models that are trained differently from the others."""
 MODELS = {
     "cifar10/paper": CIFAR,
     "cifar10/modern": CIFAR,
@@ -32,6 +32,7 @@ MODELS = {
     "imagenet/paper": IMAGENET,
     "imagenet/modern": IMAGENET,
     "imagenet/quick": IMAGENET[:2],
+    "photos/quick": ["revnet56"],
 }
 DENSITIES = ["cifar10/quick/nice", "digits/quick/nice"]
 LANGUAGE_MODELS = ["text/quick/lm", "text/quick/lm-hierarchical", "text/quick/lm-lsh"]
@@ -43,14 +44,14 @@ def load(name):
     return TrainConfig(**parse(train, "revnet train", ["--config", name]))
 
 
-def test_there_are_these_recipes():
+def test_lists_all_recipes():
     folders = [*MODELS.items(), *TRANSFORMERS.items()]
     classifiers = [f"{folder}/{model}" for folder, models in folders for model in models]
     assert list_recipes() == sorted([*classifiers, *DENSITIES, *LANGUAGE_MODELS])
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_recipe_is_complete_and_named_after_its_data_and_model(name):
+def test_recipe_is_complete_and_named_after_its_data_and_model(name):
     config = load(name)
     data, _, model = name.split("/")
     assert (config.data, config.model) == (data, model)
@@ -67,38 +68,38 @@ def load_language_model(name):
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_every_recipe_of_a_density_is_complete(name):
+def test_density_recipe_is_complete(name):
     assert load_density(name).data == name.split("/")[0]
     assert yaml.safe_load(find_recipe(name).read_text()).keys() == {field.name for field in fields(NiceConfig)}
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_every_recipe_of_a_language_model_is_complete_and_named_after_its_attention(name):
+def test_language_recipe_is_complete_and_named_after_its_attention(name):
     config = load_language_model(name)
     assert config.data is None
     assert config.attention == (name.partition("-")[2] or "full")
     assert yaml.safe_load(find_recipe(name).read_text()).keys() == {field.name for field in fields(LanguageConfig)}
 
 
-def test_the_other_tasks_have_recipes_that_are_their_defaults():
+def test_recipes_of_other_tasks_equal_their_defaults():
     assert load_density("digits/quick/nice") == NiceConfig()
     assert load_language_model("text/quick/lm") == LanguageConfig()
 
 
 @pytest.mark.parametrize(("name", "task"), [("digits/quick/nice", "train"), ("text/quick/lm", "train nice")])
-def test_a_recipe_of_another_task_is_told(name, task):
+def test_rejects_a_recipe_of_another_task(name, task):
     function = {"train": train, "train nice": train_nice}[task]
     with pytest.raises(ValueError, match=r"`--config` \(.*\) is for another task|must be `nice`"):
         parse(function, f"revnet {task}", ["--config", name])
 
 
-def test_the_recipe_for_digits_is_the_default():
+def test_digits_recipe_equals_the_defaults():
     assert load("digits/quick/revnet38") == TrainConfig()
 
 
 @pytest.mark.parametrize("folder", MODELS)
-def test_the_models_of_a_recipe_are_trained_alike(folder):
-    """And CIFAR-100 as CIFAR-10."""
+def test_models_of_a_recipe_differ_in_nothing_else(folder):
+    """The recipes for CIFAR-100 also equal the recipes for CIFAR-10."""
     configs = [load(f"{folder}/{model}") for model in MODELS[folder]]
     assert len({replace(config, model="any") for config in configs}) == 1
     if folder.startswith("cifar100"):
@@ -106,7 +107,7 @@ def test_the_models_of_a_recipe_are_trained_alike(folder):
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100"])
-def test_the_papers_recipe_for_cifar(data):
+def test_paper_recipe_for_cifar(data):
     config = load(f"{data}/paper/revnet164")
     num_updates = config.epochs * UPDATES[data]
     assert num_updates == 80_000
@@ -118,7 +119,7 @@ def test_the_papers_recipe_for_cifar(data):
     assert (config.precision, config.start_size) == ("32-true", None)
 
 
-def test_the_papers_recipe_for_imagenet():
+def test_paper_recipe_for_imagenet():
     config = load("imagenet/paper/revnet104")
     assert config.max_updates == 600_000
     assert config.epochs * UPDATES["imagenet"] >= config.max_updates
@@ -129,13 +130,13 @@ def test_the_papers_recipe_for_imagenet():
 
 
 @pytest.mark.parametrize(("data", "paper_updates"), [("cifar10", 80_000), ("cifar100", 80_000), ("imagenet", 600_000)])
-def test_a_modern_recipe_costs_no_more_updates_than_the_papers(data, paper_updates):
+def test_modern_recipe_needs_no_more_updates_than_the_paper(data, paper_updates):
     name = f"{data}/modern/{MODELS[f'{data}/modern'][0]}"
     assert load(name).epochs * UPDATES[data] <= paper_updates
 
 
 @pytest.mark.parametrize(("model", "weight_decay"), [("revvit_small", 0.05), ("revvit_base", 0.1)])
-def test_the_published_recipe_for_vision_transformers(model, weight_decay):
+def test_published_recipe_for_vision_transformers(model, weight_decay):
     """PySlowFast's configs/ImageNet/REV_VIT_S.yaml and REV_VIT_B.yaml."""
     config = load(f"imagenet/modern/{model}")
     assert (config.optimizer, config.lr, config.momentum, config.schedule) == ("adamw", 5e-4, 0.9, "cosine")
@@ -145,7 +146,7 @@ def test_the_published_recipe_for_vision_transformers(model, weight_decay):
 
 
 @pytest.mark.parametrize("recipe", ["modern", "quick"])
-def test_images_for_a_vision_transformer_can_be_cut_into_patches(recipe):
+def test_image_sizes_for_vision_transformers_are_divisible_by_the_patch_size(recipe):
     config = load(f"cifar10/{recipe}/revvit_cifar")
     assert config.start_size is None or config.start_size % 4 == 0  # and they grow by 4
     assert config.epochs * UPDATES["cifar10"] <= 80_000
@@ -158,7 +159,7 @@ def test_images_for_a_vision_transformer_can_be_cut_into_patches(recipe):
         ("zzz", "the recipes are cifar10/modern/resnet110, "),
     ],
 )
-def test_an_unknown_recipe_is_told(name, message):
+def test_rejects_an_unknown_recipe(name, message):
     for spelling in (["--config", name], [f"--config={name}"]):
         with pytest.raises(ValueError, match=message):
             parse(train, "revnet train", spelling)

@@ -1,4 +1,4 @@
-"""`revnet doctor`: a model or a checkpoint in, a table, a verdict and a picture out."""
+"""`revnet doctor`: from a model or a checkpoint to a table, a verdict and a picture."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_model_by_name(revnet, tmp_path):
+def test_model_by_name(revnet, tmp_path):
     pytest.importorskip("matplotlib")
     code, output, errors = revnet("doctor", "revnet38", "--batch", 2, "--image", 16, "--gradients")
     assert (code, errors) == (0, "")
@@ -23,28 +23,28 @@ def test_a_model_by_name(revnet, tmp_path):
     assert lines[-1] == "picture  drift_revnet38_batch2.png"
 
 
-def test_exactly(revnet):
+def test_exact_reversal(revnet):
     output = revnet("doctor", "revnet38", "--batch", 2, "--image", 8, "--exact")[1]
     assert "\nExact: all streams are rebuilt to the last bit" in output
     assert "picture  drift_revnet38_batch2_exact.png" in output
 
 
-def test_under_a_tolerance(revnet, own, assert_refused):
+def test_tolerance(revnet, own, assert_refused):
     output = revnet("doctor", f"{own}:steep", "--input-shape", "[16]", "--tolerance", "1e-3")[1]
     assert " keyframe" in output
     assert "\nSound: the input of `blocks." in output
     assert "picture  drift_own-reversible-steep_batch32_tolerance.png" in output
     assert_refused(["doctor", "revnet38", "--tolerance", 0], "`--tolerance` (=0.0) must be a finite number above 0")
     both = ["doctor", "revnet38", "--tolerance", 0.1, "--exact"]
-    assert_refused(both, "`--exact` leaves no error that a `--tolerance` could bound")
+    assert_refused(both, "`--exact` leaves no error for `--tolerance` to bound")
 
 
-def test_the_same_model_gives_the_same_figures_again(revnet):
+def test_output_is_deterministic(revnet):
     outputs = [revnet("doctor", "revnet38", "--batch", 2, "--image", 8, "--precision", "bf16-mixed") for _ in range(2)]
     assert outputs[0] == outputs[1]
 
 
-def test_a_run_on_its_data(revnet, run_dir):
+def test_run_on_its_data(revnet, run_dir):
     code, output, errors = revnet("doctor", run_dir, "--data", "digits", "--batch", 8)
     assert (code, errors) == (0, "")
     assert ": a training step on 8 images of digits of 1x8x8, 32-true, cpu\n" in output
@@ -79,13 +79,13 @@ class Broken(nn.Module):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The name of a module of models."""
+    """Return the name of a module with models."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_reversible.py").write_text(OWN)
     return "own_reversible"
 
 
-def test_a_model_of_ones_own_that_is_ill(revnet, own):
+def test_ill_conditioned_model_of_the_user(revnet, own):
     code, output, errors = revnet("doctor", f"{own}:steep", "--input-shape", "[16]")
     assert (code, errors) == (0, "")
     assert "\nWrong: the input of `blocks." in output
@@ -94,7 +94,7 @@ def test_a_model_of_ones_own_that_is_ill(revnet, own):
     assert "picture  drift_own-reversible-steep_batch32.png" in output
 
 
-def test_a_step_that_fails_is_told_in_one_line(assert_refused, own):
+def test_failing_step_prints_one_line(assert_refused, own):
     message = "the step failed: AttributeError: 'Tensor' object has no attribute 'no_such_attribute'"
     assert_refused(["doctor", f"{own}:Broken", "--input-shape", "[16]"], message)
 
@@ -107,20 +107,23 @@ def test_a_step_that_fails_is_told_in_one_line(assert_refused, own):
             ["revnet38", "--batch", 1, "--image", 1],
             "the step failed: ValueError: Expected more than 1 value per channel",
         ),
-        (["revnet83"], "`revnet83` is no model; did you mean `revnet38`"),
+        (["revnet83"], "unknown model `revnet83`; did you mean `revnet38`"),
         (["runs/none"], "`runs/none` is not a file; pass a `.safetensors` or `.ckpt` file, or the folder of a run"),
         (["some.safetensors"], "`some.safetensors` is not a file"),
         (["revnet38", "--batch", 0], "`--batch` (=0) must be 1 or more"),
         (["revnet38", "--data", "nowhere"], "(='nowhere') is neither a data set of revnet"),
-        (["revnet38", "--data", "digits", "--batch", 10**5], "`--batch` (=100000) must not exceed the 1437 images"),
+        (
+            ["revnet38", "--data", "digits", "--batch", 10**5],
+            "`--batch` (=100000) must not exceed the 1437 training",
+        ),
         (["revnet38", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
     ],
 )
-def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, arguments, message):
     assert_refused(["doctor", *arguments], message)
 
 
-def test_a_checkpoint_and_what_does_not_fit_it(assert_refused, tmp_path):
+def test_rejects_options_that_do_not_fit_a_checkpoint(assert_refused, tmp_path):
     path = save_checkpoint(tmp_path / "pets.safetensors", make_header(model="revnet38"))
     assert_refused(["doctor", path, "--image", 8], "`--image` is for models by name")
     assert_refused(["doctor", path, "--data", "digits"], "has images of 1x8x8, but")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 
-def test_all_forms_of_a_run_give_the_error_that_training_printed(revnet, run_dir, tmp_path):
+def test_folder_and_files_of_a_run_give_the_error_printed_by_training(revnet, run_dir, tmp_path):
     error = json.loads((run_dir / "summary.json").read_text())["test_error"]
     for name in ("", "last.safetensors", "last.ckpt"):
         code, output, errors = revnet("evaluate", run_dir / name, "--output-dir", tmp_path)
@@ -17,7 +17,7 @@ def test_all_forms_of_a_run_give_the_error_that_training_printed(revnet, run_dir
         ]
 
 
-def test_figures_table_and_picture_are_written_where_the_output_says(revnet, run_dir, tmp_path):
+def test_writes_the_files_listed_in_the_output(revnet, run_dir, tmp_path):
     folder = tmp_path / "new" / "folder"
     code, output, _ = revnet("evaluate", run_dir / "best.safetensors", "--data", "digits", "--output-dir", folder)
     assert code == 0
@@ -28,7 +28,7 @@ def test_figures_table_and_picture_are_written_where_the_output_says(revnet, run
     assert machine[-1].endswith(f"revnet evaluate {run_dir / 'best.safetensors'} --data digits`")
 
 
-def test_the_files_lie_beside_the_checkpoint(revnet, run_dir, tmp_path):
+def test_writes_next_to_the_checkpoint_by_default(revnet, run_dir, tmp_path):
     checkpoint = tmp_path / "last.safetensors"
     checkpoint.write_bytes((run_dir / checkpoint.name).read_bytes())
     assert revnet("evaluate", checkpoint, "--batch-size", 100, "--device", "cpu")[0] == 0
@@ -56,12 +56,12 @@ def test_the_files_lie_beside_the_checkpoint(revnet, run_dir, tmp_path):
         (["empty.ckpt", "--output-dir", "empty.ckpt"], "File exists: `empty.ckpt`"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.ckpt").touch()
     (tmp_path / "empty.safetensors").touch()
     assert_refused(["evaluate", *arguments], message)
 
 
-def test_missing_data_are_told_in_one_line(assert_refused, run_dir):
+def test_missing_data_print_one_line(assert_refused, run_dir):
     assert_refused(["evaluate", run_dir, "--data", "no/such/folder"], "does not exist")

@@ -1,4 +1,4 @@
-"""`revnet figure`: flags in, files out. What it measures is tested in tests/paper."""
+"""`revnet figure`: its flags and files. tests/paper tests the measurements."""
 
 import shlex
 from pathlib import Path
@@ -15,7 +15,7 @@ from revnet.training import TrainConfig
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces the measurements; what they were asked to do."""
+    """Replace the measurements, and return the calls."""
     calls = []
 
     def record(*arguments, **options):
@@ -34,7 +34,7 @@ def test_gradient_angle_without_options(revnet, calls, tmp_path, monkeypatch):
     assert calls == [(TrainConfig(), Path(), "revnet figure gradient-angle --every 50", options)]
 
 
-def test_gradient_angle_takes_the_settings_of_a_run(revnet, calls, tmp_path):
+def test_gradient_angle_takes_training_settings(revnet, calls, tmp_path):
     (tmp_path / "settings.yaml").write_text("epochs: 7\ndecay_at: [0.25, 0.5]\ndata: my images\nout_dir: null\n")
     arguments = ["--config", tmp_path / "settings.yaml", "--every", 3, "--reference", "--crop-padding=2", "--nesterov"]
     assert revnet("figure", "gradient-angle", *arguments, "--output-dir", tmp_path / "out")[0] == 0
@@ -62,11 +62,14 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gradient-angles"], "`gradient-angles` is no figure; did you mean `gradient-angle`?"),
-        (["xyz"], "`xyz` is no figure; the figures are gradient-angle and complexity."),
+        (["gradient-angles"], "unknown figure `gradient-angles`; did you mean `gradient-angle`?"),
+        (["xyz"], "unknown figure `xyz`; the figures are gradient-angle and complexity."),
         (["gradient-angle", "--every", "0"], "`--every` (=0) must be 1 or more; 50 is usual."),
         (["gradient-angle", "--every", "often"], "`--every` (=often) must be an integer or null."),
-        (["gradient-angle", "--quick"], "`--quick` is for complexity; make gradient-angle short by fewer `--epochs`."),
+        (
+            ["gradient-angle", "--quick"],
+            "`--quick` is for complexity; to shorten gradient-angle, pass fewer",
+        ),
         (["gradient-angle", "--epochs", "0"], "`epochs` (=0) must be 1 or more"),
         (["gradient-angle", "--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
         (["complexity.costs", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
@@ -75,7 +78,7 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
         (["complexity.costs", "--device", "mps"], "`--device` (=mps) must be auto, cpu or cuda for complexity."),
     ],
 )
-def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
     assert_refused(["figure", *arguments], message)
     assert calls == []
 
@@ -90,13 +93,13 @@ def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message
         (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
     ],
 )
-def test_nothing_is_written_for_settings_that_do_not_fit(assert_refused, tmp_path, monkeypatch, arguments, message):
+def test_rejected_settings_write_nothing(assert_refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert_refused(["figure", "gradient-angle", *arguments], message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_figure_of_two_updates(revnet, tmp_path, monkeypatch):
+def test_gradient_angle_of_two_updates(revnet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--max-updates", 2, "--batch-size", 20, "--every", 2, "--output-dir", "figures"]
     code, output, errors = revnet("figure", "gradient-angle", *arguments)

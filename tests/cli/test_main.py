@@ -20,7 +20,7 @@ def test_help_lists_all_commands(revnet, arguments):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_a_documented_function_with_help(revnet, name):
+def test_command_is_a_documented_function_with_help(revnet, name):
     command = getattr(import_module(f"revnet.cli.{name}"), name)
     code, output, errors = revnet(name, "--help")
     assert (code, errors) == (0, "")
@@ -50,12 +50,12 @@ def test_version(revnet):
     assert revnet("--version") == (0, f"{package.__version__}\n", "")
 
 
-def test_an_unknown_command_is_refused_with_the_nearest_one(revnet):
-    assert revnet("tran") == (2, "", "revnet: error: `tran` is no command; did you mean `train`?\n")
-    assert revnet("xyz") == (2, "", f"revnet: error: `xyz` is no command; the commands are {', '.join(COMMANDS)}.\n")
+def test_rejects_an_unknown_command_with_a_suggestion(revnet):
+    assert revnet("tran") == (2, "", "revnet: error: unknown command `tran`; did you mean `train`?\n")
+    assert revnet("xyz") == (2, "", f"revnet: error: unknown command `xyz`; the commands are {', '.join(COMMANDS)}.\n")
 
 
-def test_the_installed_script_answers():
+def test_installed_script_runs():
     script = Path(sys.executable).with_name("revnet")
     assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.strip() == package.__version__
 
@@ -69,7 +69,7 @@ def fail_with(error):
 
 @pytest.fixture
 def replaced(monkeypatch):
-    """A function that puts another function in the place of `revnet models`."""
+    """Return a function that replaces `revnet models`."""
     from revnet.cli import models
 
     return lambda function: monkeypatch.setattr(models, "models", function)
@@ -82,36 +82,38 @@ def replaced(monkeypatch):
         (FileNotFoundError(2, "No such file or directory", "x.parquet"), "No such file or directory: `x.parquet`"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (
-            ModuleNotFoundError("No module", name="kornia"),
-            "kornia is not installed; run `pip install 'revnet[train]'`.",
+            ModuleNotFoundError("No module", name="lightning.pytorch"),
+            "lightning is not installed; run `pip install -e '.[train]'`.",
         ),
+        (ModuleNotFoundError("No module", name="yaml"), "yaml is not installed; run `pip install -e '.[cli]'`."),
     ],
 )
-def test_a_mistake_of_the_user_is_told_in_one_line(revnet, replaced, error, message):
+def test_expected_errors_print_one_line(revnet, replaced, monkeypatch, error, message):
+    monkeypatch.chdir(Path(package.__file__).parents[2])
     replaced(fail_with(error))
     assert revnet("models") == (2, "", f"revnet models: error: {message}\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, ValueError, TypeError, AssertionError])
 def test_a_bug_keeps_its_traceback(replaced, error):
-    replaced(fail_with(error("a bug")))  # a `ValueError`, too, unless revnet itself has raised it
+    replaced(fail_with(error("a bug")))  # unexpected, since revnet did not raise it
     with pytest.raises(error, match="a bug"):
         main(["models"])
 
 
-def test_the_traceback_of_any_error_can_be_seen(replaced, monkeypatch):
+def test_debug_mode_shows_tracebacks(replaced, monkeypatch):
     monkeypatch.setenv("REVNET_DEBUG", "1")
     replaced(fail_with(DataError("gone")))
     with pytest.raises(DataError, match="gone"):
         main(["models"])
 
 
-def test_ctrl_c_is_told_in_one_line(revnet, replaced):
+def test_ctrl_c_prints_one_line(revnet, replaced):
     replaced(fail_with(KeyboardInterrupt()))
     assert revnet("models") == (130, "", "\nrevnet models: stopped.\n")
 
 
-def test_nobody_reading_on_is_no_error():
+def test_closed_pipe_ends_quietly():
     code = "import sys; from revnet.cli.main import main; sys.exit(main(['models']))"
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,4 +1,4 @@
-"""`revnet memory`: flags in, a table and a picture out. What is counted is tested in tests/memory."""
+"""`revnet memory`: its flags, table and picture. tests/memory tests the counts."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def peak_of(model, batch):
     return format_bytes(memory.peak_bytes)
 
 
-def test_the_table_and_the_picture(revnet, tmp_path):
+def test_table_and_picture(revnet, tmp_path):
     pytest.importorskip("matplotlib")
     code, output, errors = revnet("memory", "revnet38", "--batch", "4", "--depth", "1")
     assert (code, errors) == (0, "")
@@ -40,7 +40,7 @@ def test_the_table_and_the_picture(revnet, tmp_path):
     assert (tmp_path / "memory_revnet38_batch4.png").exists()
 
 
-def test_a_policy_for_all(revnet):
+def test_one_policy_for_all_blocks(revnet):
     model = create_model("resnet32")
     set_policy(model, Checkpoint())
     output = revnet("memory", "resnet32", "--batch", "4", "--policy", "checkpoint")[1]
@@ -48,7 +48,7 @@ def test_a_policy_for_all(revnet):
     assert "picture  memory_resnet32_batch4_checkpoint.png" in output
 
 
-def test_a_real_step_is_what_was_predicted(revnet):
+def test_measured_peak_equals_the_prediction(revnet):
     output = revnet("memory", "revnet38", "--batch", "4", "--measure")[1]
     peak = peak_of(create_model("revnet38"), 4)
     assert f"measured; the predicted peak is {peak}\n" in output
@@ -74,22 +74,22 @@ class Broken(Branching):
 
 @pytest.fixture
 def own_branches(tmp_path, monkeypatch):
-    """The name of a module of models."""
+    """Return the name of a module with models."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_branches.py").write_text(OWN)
     return "own_branches"
 
 
-def test_a_model_that_needs_values_can_be_measured(revnet, assert_refused, own_branches):
+def test_measures_a_model_that_needs_values(revnet, assert_refused, own_branches):
     arguments = ["memory", f"{own_branches}:Branching", "--input-shape", "[4]"]
     assert_refused(arguments, "cannot be predicted, because it asks for the value of a tensor")
-    assert_refused(arguments, "measure it with `--measure`, on a small `--batch`.")
+    assert_refused(arguments, "Pass `--measure`, with a small `--batch`, to run a real step.")
     code, output, errors = revnet(*arguments, "--measure")
     assert (code, errors) == (0, "")
     assert "32 inputs of 4, SGD with momentum, 32-true, cpu, measured\n\npeak " in output
 
 
-def test_a_step_that_fails_is_told_in_one_line(assert_refused, own_branches):
+def test_failing_step_prints_one_line(assert_refused, own_branches):
     message = "the step failed: AttributeError: 'Tensor' object has no attribute 'no_such_attribute'"
     assert_refused(["memory", f"{own_branches}:Broken", "--input-shape", "[4]", "--measure"], message)
 
@@ -101,8 +101,8 @@ def test_a_step_that_fails_is_told_in_one_line(assert_refused, own_branches):
         (["resnet32", "--policy", "reverse"], "has no unit that accepts the policy Reverse()"),
         (["revnet38", "--depth", "-1"], "`--depth` (=-1) must be"),
         (["revnet38", "--precision", "8"], "`--precision` (=8) must be `32-true` or `bf16-mixed`"),
-        (["nothing"], "`nothing` is no model"),
+        (["nothing"], "unknown model `nothing`"),
     ],
 )
-def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, arguments, message):
     assert_refused(["memory", *arguments], message)

@@ -1,7 +1,7 @@
 from revnet.models import list_models
 
 
-def test_models_are_listed_as_published(revnet):
+def test_lists_models_as_published(revnet):
     code, output, errors = revnet("models")
     assert (code, errors) == (0, "")
     assert len({len(line) for line in output.splitlines()}) == 1, "aligned"

@@ -1,4 +1,4 @@
-"""`revnet plan`: flags in, a plan and a picture out. What plans are is tested in tests/memory."""
+"""`revnet plan`: its flags, plan and picture. tests/memory tests the plans."""
 
 import sys
 
@@ -56,7 +56,7 @@ def _in_a_folder_with_own_models(tmp_path, monkeypatch):
     (tmp_path / "own_imports.py").write_text("import no_such_package")
 
 
-def test_a_plan_is_printed_and_drawn(revnet, tmp_path):
+def test_prints_and_plots_a_plan(revnet, tmp_path):
     pytest.importorskip("matplotlib")
     code, output, errors = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB", "--output-dir", "pictures")
     assert (code, errors) == (0, "")
@@ -71,13 +71,13 @@ def test_a_plan_is_printed_and_drawn(revnet, tmp_path):
     )
 
 
-def test_the_optimizer_is_trained_with(revnet):
+def test_suggested_train_command_has_the_optimizer(revnet):
     output = revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", "adamw")[1]
     assert "--batch-size 4 --optimizer adamw --lr 0.001 --memory-budget 12MiB" in output
     assert "to train" not in revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", "adam")[1]
 
 
-def test_what_is_printed_to_write_makes_the_same_plan(revnet):
+def test_printed_python_code_makes_the_same_plan(revnet):
     output = revnet("plan", "own_networks:Net", *SMALL, "--budget", "600KiB", "--image", "32")[1]
     call = next(line for line in output.splitlines() if line.startswith("in Python")).split(maxsplit=2)[2]
     import functools
@@ -104,7 +104,7 @@ def test_what_is_printed_to_write_makes_the_same_plan(revnet):
         ["own_networks:Net", "--image", "16", "--measure"],
     ],
 )
-def test_own_models(revnet, arguments):
+def test_models_of_the_user(revnet, arguments):
     code, output, errors = revnet("plan", *arguments, *SMALL, "--budget", "1GiB")
     assert (code, errors) == (0, "")
     assert f"{arguments[0]}: a training step on 4 inputs of" in output
@@ -115,21 +115,24 @@ def test_own_models(revnet, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["revnet38"], "`--budget` is needed"),
+        (["revnet38"], "`--budget` is required"),
         (["revnet38", "--budget", "16 apples"], "`--budget` (='16 apples') must be a number of bytes with a unit"),
         (["own_networks:Net", "--budget", "50KiB", "--image", "16"], "below the least that this step needs"),
         (["own_networks:Net", "--budget", "1KiB", "--image", "16"], "no batch would fit"),
-        (["revnet83", "--budget", "1GiB"], "`revnet83` is no model; did you mean `revnet38`?"),
+        (["revnet83", "--budget", "1GiB"], "unknown model `revnet83`; did you mean `revnet38`?"),
         (["revnet38", "--budget", "1GiB", "--batch", "0"], "`--batch` (=0) must be"),
         (["revnet38", "--budget", "1GiB", "--batch", "1000000000"], "`--batch` (=1000000000) must be 1000000 or less"),
         (["revnet38", "--budget", "1GiB", "--image", "-3"], "`--image` (=-3) must be"),
-        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[0]"], "`--input-shape` (=[0]) must be positive"),
+        (
+            ["own_networks:Net", "--budget", "1GiB", "--input-shape", "[0]"],
+            "`--input-shape` (=[0]) must hold positive",
+        ),
         (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "PyTorch can count"),
-        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[3]", "--image", "3"], "leave one of them out"),
+        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[3]", "--image", "3"], "leave one of the two out"),
         (["revnet38", "--budget", "1GiB", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
         (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`device` (='gpu') is not a device"),
         (["own_networks.py:Net", "--budget", "1GiB"], "must be written package.module:attribute"),
-        (["no_such:Net", "--budget", "1GiB"], "there is no module `no_such`"),
+        (["no_such:Net", "--budget", "1GiB"], "no module `no_such` is installed"),
         (
             ["own_imports:Net", "--budget", "1GiB"],
             "importing `own_imports` failed: ModuleNotFoundError: No module named",
@@ -137,9 +140,9 @@ def test_own_models(revnet, arguments):
         (["own_networks:Nett", "--budget", "1GiB"], "has no `Nett`; did you mean `Net`?"),
         (
             ["own_networks:number", "--budget", "1GiB"],
-            "must be an nn.Module, or make one when it is called; it gave int",
+            "must be an nn.Module, or a callable that returns one; got int",
         ),
-        (["own_networks:broken", "--budget", "1GiB"], "failed when it was called, without arguments: RuntimeError: no"),
+        (["own_networks:broken", "--budget", "1GiB"], "failed when called without arguments: RuntimeError: no"),
         (["own_networks:branching", "--budget", "1GiB", "--image", "8"], "asks for the value of a tensor"),
         (
             ["own_networks:Net", "--budget", "1GiB", "--input-shape", "[4,8,8]"],
@@ -147,11 +150,11 @@ def test_own_models(revnet, arguments):
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(assert_refused, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, arguments, message):
     assert_refused(["plan", *arguments], message)
 
 
-def test_without_matplotlib_the_plan_is_printed_all_the_same(revnet, tmp_path, monkeypatch):
+def test_prints_the_plan_without_matplotlib(revnet, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, output, errors = revnet("plan", "own_networks:Net", *SMALL, "--image", "8", "--budget", "1GiB")
     assert (code, errors) == (0, "")
@@ -160,7 +163,7 @@ def test_without_matplotlib_the_plan_is_printed_all_the_same(revnet, tmp_path, m
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_nothing_is_run_that_has_no_room(assert_refused, monkeypatch):
+def test_does_not_run_a_step_that_exceeds_free_memory(assert_refused, monkeypatch):
     monkeypatch.setattr("revnet.cli._build.free_bytes", lambda device: 1000)
     arguments = ["own_networks:Net", *SMALL, "--image", "8", "--budget", "1GiB", "--measure"]
     assert_refused(["plan", *arguments], "on cpu, where 1000 B are free; leave it out, or pass a smaller `--batch`")

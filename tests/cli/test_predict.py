@@ -11,7 +11,7 @@ from tests.training.samples import make_header, save_checkpoint, write_images
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working folder: a checkpoint, and two images beside it."""
+    """Return the working folder, which holds a run and two images."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     save_checkpoint(tmp_path / "run" / "last.safetensors", make_header())
@@ -19,7 +19,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_line_for_each_image(revnet, folder):
+def test_one_line_per_image(revnet, folder):
     code, output, errors = revnet("predict", "run", "0_0.png", "./0_1.png", folder / "0_0.png")
     assert (code, errors) == (0, "")
     lines = output.splitlines()
@@ -32,7 +32,7 @@ def test_a_line_for_each_image(revnet, folder):
     assert lines[0].split()[1:] == lines[2].split()[1:]
 
 
-def test_options_stand_before_or_behind_the_images(revnet, folder):
+def test_options_before_or_after_the_images(revnet, folder):
     expected = revnet("predict", "run", "0_0.png", "0_1.png", "--top", 1)
     assert expected[0] == 0
     assert all(len(line.split()) == 4 for line in expected[1].splitlines())  # file, class, number, %
@@ -40,7 +40,7 @@ def test_options_stand_before_or_behind_the_images(revnet, folder):
     assert revnet("predict", "--top", 1, "run", "0_0.png", "0_1.png") == expected
 
 
-def test_names_of_files_are_taken_as_they_are(revnet, folder):
+def test_file_names_are_not_parsed_as_yaml(revnet, folder):
     names = ["null", "1.0", "[a]", "a: b", "été.png", "-x.png"]
     for name in names:
         (folder / "0_0.png").with_name(name).write_bytes((folder / "0_0.png").read_bytes())
@@ -49,7 +49,7 @@ def test_names_of_files_are_taken_as_they_are(revnet, folder):
     assert [line.partition("  ")[0].strip() for line in output.splitlines()] == names
 
 
-def test_a_name_that_is_no_text_does_not_stop_the_rest(revnet, folder):
+def test_file_name_that_is_not_utf8(revnet, folder):
     name = os.fsdecode(b"caf\xe9.png")
     (folder / name).write_bytes((folder / "0_0.png").read_bytes())
     code, output, _ = revnet("predict", "run", name, "0_1.png", "--top", 1, "--csv", "answers.csv")
@@ -58,7 +58,7 @@ def test_a_name_that_is_no_text_does_not_stop_the_rest(revnet, folder):
     assert b"\ncaf\xe9.png,1," in (folder / "answers.csv").read_bytes()
 
 
-def test_the_answers_can_go_to_a_file(revnet, folder):
+def test_writes_a_csv(revnet, folder):
     code, output, _ = revnet("predict", "run", "0_0.png", "0_1.png", "--csv", "answers.csv", "--top", 2)
     assert code == 0
     with (folder / "answers.csv").open(newline="") as file:
@@ -69,8 +69,8 @@ def test_the_answers_can_go_to_a_file(revnet, folder):
     assert output.split()[1] == rows[0]["class"]
 
 
-def test_a_file_that_is_no_image_does_not_keep_the_others_from_being_named(revnet, folder):
-    (folder / "text.png").write_text("no image")
+def test_unreadable_images_do_not_stop_the_others(revnet, folder):
+    (folder / "text.png").write_text("not an image")
     code, output, errors = revnet("predict", "run", "text.png", "0_0.png", "gone.png", ".", "--csv", "answers.csv")
     assert code == 2
     assert [line.split()[0] for line in output.splitlines()] == ["0_0.png"]
@@ -92,7 +92,7 @@ def test_a_file_that_is_no_image_does_not_keep_the_others_from_being_named(revne
             ["run", "0_0.png", "--top", "1", "0_1.png", "b c.png"],
             "`0_1.png b c.png` stands apart from the other IMAGES; write them one after the other.",
         ),
-        (["run", "0_0.png", "-t", "1"], "unrecognized arguments: -t"),
+        (["run", "0_0.png", "-t", "1"], "unknown option `-t`; did you mean `--top`?"),
         (["run", "--images", "0_0.png"], "unknown option `--images`; `revnet predict --help` lists them all"),
         (["run", "0_0.png", "--top", "0"], "`top` (=0) must be 1 or more"),
         (["run", "0_0.png", "--top", "many"], "`--top` (=many) must be an integer"),
@@ -101,7 +101,7 @@ def test_a_file_that_is_no_image_does_not_keep_the_others_from_being_named(revne
         (["run", "0_0.png", "--csv", "."], "`--csv` (=.) must be a file in a folder that exists"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(assert_refused, folder, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, folder, arguments, message):
     assert_refused(["predict", *arguments], message)
 
 
@@ -111,7 +111,7 @@ def test_torch_is_not_loaded_for_help_or_wrong_flags(arguments):
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], capture_output=True, check=True)
 
 
-def test_help_shows_that_there_may_be_many_images(revnet):
+def test_help_shows_several_images(revnet):
     code, output, _ = revnet("predict", "--help")
     assert code == 0
     assert output.startswith("usage: revnet predict CHECKPOINT IMAGES... [options]\n")

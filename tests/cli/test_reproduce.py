@@ -3,7 +3,7 @@ import pytest
 from revnet.paper import reproduction as module
 
 
-def test_the_options_reach_the_table(revnet, monkeypatch, tmp_path):
+def test_options_reach_the_table(revnet, monkeypatch, tmp_path):
     calls = []
 
     def reproduce(table, folder, **options):
@@ -31,11 +31,11 @@ def test_the_options_reach_the_table(revnet, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["cifar11"], "`cifar11` is no table; did you mean `cifar10`?"),
-        (["zzz"], "`zzz` is no table; the tables are cifar10, "),
+        (["cifar11"], "unknown table `cifar11`; did you mean `cifar10`?"),
+        (["zzz"], "unknown table `zzz`; the tables are cifar10, "),
         (["cifar10", "--seeds", "a"], "`--seeds` (=a) must be whole numbers separated by commas, such as 0,1."),
         (["cifar10", "--models", "resnet50"], "`models` (=resnet50) is not in the table cifar10"),
     ],
 )
-def test_misuse_is_told_in_a_line(assert_refused, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, arguments, message):
     assert_refused(["reproduce", *arguments], message)

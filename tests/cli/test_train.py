@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from revnet.cli._photos import photo_settings
 from revnet.training import TrainConfig, load_classifier
+from revnet.training.recipes import find_recipe
+from tests.training.samples import write_images
 
 
-def test_the_summary_tells_accuracy_time_memory_and_places(revnet, tmp_path):
+def test_summary_shows_accuracy_time_memory_and_paths(revnet, tmp_path):
     folder = tmp_path / "run"
     code, output, errors = revnet("train", "--epochs", 2, "--batch-size", 400, "--out-dir", folder)
     assert (code, errors) == (0, "")
@@ -28,7 +31,7 @@ def test_the_summary_tells_accuracy_time_memory_and_places(revnet, tmp_path):
         assert Path(path).stat().st_size > 0
 
 
-def test_flags_have_dashes_or_underscores_and_override_the_file(revnet, tmp_path):
+def test_flags_take_dashes_or_underscores_and_override_the_file(revnet, tmp_path):
     (tmp_path / "settings.yaml").write_text("epochs: 7\nbatch_size: 1000\nlr: 1e-3\ndecay_at: [0.25]\n")
     arguments = ["--config", tmp_path / "settings.yaml", "--epochs=1", "--weight_decay", "1e-4", "--val-fraction=0.2"]
     code, _, _ = revnet("train", *arguments, "--out_dir", tmp_path / "run")
@@ -38,11 +41,40 @@ def test_flags_have_dashes_or_underscores_and_override_the_file(revnet, tmp_path
     assert (config.weight_decay, config.val_fraction) == (1e-4, 0.2)
 
 
-def test_the_settings_of_a_run_can_be_used_again(revnet, run_dir, tmp_path):
+def test_saved_settings_reproduce_the_run(revnet, run_dir, tmp_path):
     code, _, _ = revnet("train", "--config", run_dir / "config.yaml", "--out-dir", tmp_path / "again")
     assert code == 0
     states = [load_classifier(folder).state_dict() for folder in (run_dir, tmp_path / "again")]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Return a folder of images in two classes."""
+    for part in ("train", "val"):
+        for index in range(2):
+            write_images(tmp_path / "photos" / part / f"class{index}", 4)
+    return tmp_path / "photos"
+
+
+def test_photographs_take_the_recipe_for_photographs(revnet, photos, tmp_path):
+    arguments = ["--data", photos, "--image-size", 16, "--epochs", 1, "--batch-size", 4, "--val-fraction", 0]
+    arguments += ["--model", "revnet38", "--num-workers", 0, "--num-threads", 1]
+    code, output, errors = revnet("train", *arguments, "--out-dir", tmp_path / "run")
+    assert (code, errors) == (0, "")
+    assert output.startswith("recipe photos/quick/revnet56, for photographs; pass `--config` for another\n")
+    config = TrainConfig.load(tmp_path / "run" / "config.yaml")
+    recipe = TrainConfig.load(find_recipe("photos/quick/revnet56"))
+    assert (config.lr, config.schedule, config.crop_area) == (recipe.lr, recipe.schedule, recipe.crop_area)
+    assert (config.model, config.image_size, config.epochs) == ("revnet38", 16, 1)
+
+
+def test_photo_settings_depend_on_the_data(photos):
+    assert photo_settings({}) == photo_settings({"data": "cifar10"}) == {}
+    added = photo_settings({"data": str(photos), "lr": 1.0})
+    assert added["model"] == "revnet56"
+    assert not {"data", "lr"} & added.keys()
+    assert photo_settings({"data": "hub:owner/name"}) == photo_settings({"data": "imagenet"}) != {}
 
 
 def test_print_config_shows_every_setting(revnet):
@@ -52,7 +84,7 @@ def test_print_config_shows_every_setting(revnet):
     assert "crop_padding: null\n" in output
 
 
-def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refused):
+def test_resume_rejects_settings(revnet, run_dir, assert_refused):
     code, output, _ = revnet("train", "--resume", run_dir)
     assert code == 0
     assert "epochs  1, 3 updates of 400 images" in output
@@ -84,7 +116,7 @@ def test_a_run_resumes_with_its_own_settings_only(revnet, run_dir, assert_refuse
         (["--config", "."], "`--config` (.): path is not a file"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):
+def test_usage_errors_print_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert_refused(["train", *arguments], message)
     assert not list(tmp_path.iterdir())
@@ -100,17 +132,17 @@ def test_a_mistake_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, ar
         ("", "`--config` (bad.yaml) must hold one `setting: value` per line"),
     ],
 )
-def test_a_mistake_in_a_file_is_told_in_one_line(assert_refused, tmp_path, monkeypatch, text, message):
+def test_errors_in_a_config_print_one_line(assert_refused, tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text(text)
     assert_refused(["train", "--config", "bad.yaml"], message)
 
 
-def test_a_file_of_bytes_is_no_config(assert_refused, run_dir):
+def test_rejects_a_binary_config(assert_refused, run_dir):
     assert_refused(["train", "--config", run_dir / "last.ckpt"], "last.ckpt) is not a text file; pass a YAML file")
 
 
-def test_a_folder_that_is_taken_is_refused(assert_refused, run_dir):
+def test_rejects_a_folder_that_holds_a_run(assert_refused, run_dir):
     assert_refused(["train", "--out-dir", run_dir], "is not empty; pass a new folder, or continue the run in it with")
 
 
@@ -131,7 +163,7 @@ def start(*arguments):
     ],
     ids=lambda number: number.name,
 )
-def test_a_process_that_is_stopped_can_be_resumed(revnet, tmp_path, number):
+def test_resumes_a_stopped_process(revnet, tmp_path, number):
     folder = tmp_path / "run"
     process = start("--epochs", 1000, "--out-dir", folder)
     while "epoch    2/1000" not in process.stdout.readline():

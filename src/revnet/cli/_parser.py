@@ -1,184 +1,174 @@
-"""From a typed function to a command: its parameters are the flags, its docstring is the help."""
+"""From a typed function to a command: its parameters are the options, its docstring is the help."""
 
-from __future__ import annotations
-
+import argparse
 import difflib
-import inspect
-import re
-from argparse import RawDescriptionHelpFormatter
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import jsonargparse
-
-from revnet.training.recipes import find_recipe
-
-_TYPES = {
-    "bool": "true or false",
-    "float": "a number",
-    "int": "an integer",
-    "NoneType": "null",
-    "str": "text",
-    "tuple": "a list in brackets, such as [0.5,0.75]",
-}
-
-
-class UsageError(ValueError):
-    """The arguments do not fit the command."""
+from revnet.cli._config_file import read_config
+from revnet.cli._docstrings import describe_function
+from revnet.cli._errors import UsageError
+from revnet.cli._options import Option, list_options
+from revnet.cli._values import choices, describe_type, is_list, is_switch, read_text
 
 
 def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Read `arguments` as the parameters of `function`.
 
-    `--some-name` and `--some_name` are the same flag, and a later one overrides an earlier one. A function that takes
-    `**settings` can also read them from YAML, by `--config FILE` or by the name of a recipe; `--help` and
-    `--print-config` print and exit.
+    `--some-name` and `--some_name` are the same option, and a later one overrides an earlier one. A function that
+    takes settings (`takes_settings`) can also read them from YAML, by `--config FILE` or by the name of a recipe;
+    `--help` and `--print-config` print and exit.
 
     Returns:
-        The values that were given; what was not is the function's default.
+        The values that were given. The others keep the defaults of the function.
 
     Raises:
         UsageError: An argument is unknown, missing or of the wrong type, or a YAML file is missing or broken.
     """
-    parser = _make_parser(function, prog)
-    spelled = _with_recipes([_with_underscores(argument) for argument in arguments])
+    parser = _Parser(function, prog)
     try:
-        parser.parse_args(spelled)  # for --print-config, which prints the defaults too
-        given = parser.parse_args(spelled, defaults=False)
-    except jsonargparse.ArgumentError as error:
-        raise UsageError(_explain(str(error), parser, arguments)) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"`--config` ({_config_file(arguments)}) is not a text file; pass a YAML file.") from error
-    return {name: value for name, value in given.as_dict().items() if name != "config"}
+        given, unknown = parser.parse_known_args(_with_dashes(arguments))
+    except argparse.ArgumentError as error:  # argparse reads text only, so this is the one mistake left
+        raise UsageError(f"`{error.argument_name}` needs a value.") from error
+    if unknown:
+        raise UsageError(parser.explain_unknown(unknown))
+    values = vars(given)
+    if values.pop("print_config", False):
+        print(parser.format_config(values), end="")
+        raise SystemExit(0)
+    return values
 
 
-class _HelpFormatter(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """Keep the paragraphs of the docstring."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """Fill the paragraphs of a docstring to the width of the terminal, and keep its examples as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns - 2, 100))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            paragraph if "\n " in paragraph else textwrap.fill(paragraph, width, break_on_hyphens=False)
+            for paragraph in paragraphs
+        )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    def format_help(self, *args: Any) -> str:
-        """Spell flags with dashes; they are parsed with the underscores of Python and YAML."""
-        return re.sub(r"--[a-z_]+", lambda match: match[0].replace("_", "-"), super().format_help(*args))
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, function: Callable[..., Any], prog: str) -> None:
+        self.known = list_options(function)
+        self.positional = [option for option in self.known if option.is_required]
+        words = [option.name.upper() + "..." * option.takes_many for option in self.positional]
+        super().__init__(
+            prog=prog,
+            usage=" ".join([prog, *words, "[options]"]),
+            description=describe_function(function),
+            formatter_class=_HelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            exit_on_error=False,
+            allow_abbrev=False,
+        )
+        # Titles of argparse, which differ between releases of Python.
+        self._positionals.title, self._optionals.title = "arguments", "options"
+        settings = self
+        if any(option.is_setting for option in self.known):
+            self.add_argument(
+                "--config",
+                action=_ReadConfig,
+                help="YAML file with values for the settings below, or a recipe, such as cifar10/paper/revnet38.",
+            )
+            self.add_argument("--print-config", action="store_true", help="Print all settings as YAML and exit.")
+            settings = self.add_argument_group("settings")  # type: ignore[assignment]
+        for option in self.known:
+            _add_option(settings if option.is_setting else self, option)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the one mistake that argparse finds without naming an argument: a positional one is missing."""
+        raise UsageError(message)
+
+    def explain_unknown(self, unknown: Sequence[str]) -> str:
+        """Return what is wrong with arguments that fit nowhere."""
+        if unknown[0].startswith("-"):
+            name = unknown[0].partition("=")[0]
+            return f"unknown option `{name}`{self.hint(name)}"
+        many = [option.name.upper() for option in self.positional if option.takes_many]
+        if many:
+            words = " ".join(word for word in unknown if not word.startswith("-"))
+            return f"`{words}` stands apart from the other {many[0]}; write them one after the other."
+        return f"`{unknown[0]}` needs an option before it; `{self.prog} --help` lists them all."
+
+    def hint(self, name: str) -> str:
+        """Return the option closest to `name`, as the end of a sentence."""
+        flags = [option.flag for option in self.known if not option.is_required]
+        close = difflib.get_close_matches("--" + name.lstrip("-").replace("_", "-"), flags, n=1)
+        return f"; did you mean `{close[0]}`?" if close else f"; `{self.prog} --help` lists them all."
+
+    def format_config(self, given: dict[str, Any]) -> str:
+        """Return all settings as YAML, given or by default."""
+        import yaml
+
+        values = {option.name: given.get(option.name, option.default) for option in self.known if option.is_setting}
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return yaml.safe_dump(lists, sort_keys=False)
 
 
-def _make_parser(function: Callable[..., Any], prog: str) -> _Parser:
-    # The sentence beneath a dataclass field is the help of its flag.
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    description = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0]
-    parser = _Parser(
-        prog=prog,
-        usage=_usage(function),
-        description=description,
-        formatter_class=_HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-        default_env=False,
+def _add_option(group: Any, option: Option) -> None:
+    if option.is_required:
+        group.add_argument(option.name, nargs="+" if option.takes_many else None, help=option.help)
+        return
+    names = choices(option.kind) or (("true", "false") if is_switch(option.kind) else ())
+    metavar = "{" + ",".join(names) + "}" if names else "[X,...]" if is_list(option.kind) else option.name.upper()
+    default = "" if option.default is None else f" (default: {_spell(option.default)})"
+    group.add_argument(
+        option.flag,
+        dest=option.name,
+        action=_ReadValue,
+        kind=option.kind,
+        nargs="?" if is_switch(option.kind) else None,
+        const="true",
+        metavar=metavar,
+        help=(option.help + default).replace("%", "%%"),
     )
-    has_settings = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    if has_settings:
-        parser.add_argument(
-            "--config",
-            action="config",
-            help="YAML file with values for the options below, or a recipe, such as cifar10/paper/revnet38.",
-        )
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:
-            action.nargs, action.const = "?", "true"  # `--quick` is `--quick true`
-        if not action.option_strings and getattr(action, "_typehint", None) == list[str]:
-            # As many words as there are, each as it was written: jsonargparse would read one word as a list.
-            action.nargs, action._typehint, action.metavar = "+", str, action.dest  # type: ignore[attr-defined]
-    return parser
 
 
-def _usage(function: Callable[..., Any]) -> str:
-    positional = [
-        name.upper() + "..." * str(p.annotation).startswith("list")
-        for name, p in inspect.signature(function).parameters.items()
-        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-    ]
-    return " ".join(["%(prog)s", *positional, "[options]"])
+class _ReadValue(argparse.Action):
+    """Reads the text of an option as a value of its type."""
+
+    def __init__(self, *args: Any, kind: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            value = read_text(values, self.kind)
+        except TypeError as error:
+            raise UsageError(f"`{option_string}` (={values}) must be {describe_type(self.kind)}.") from error
+        setattr(namespace, self.dest, value)
 
 
-def _with_underscores(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+class _ReadConfig(argparse.Action):
+    """Reads a file of settings, which later options override."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        kinds = {option.name: option.kind for option in parser.known if not option.is_required}
+        for name, value in read_config(values, kinds, parser.hint).items():
+            setattr(namespace, name, value)
 
 
-def _with_recipes(arguments: list[str]) -> list[str]:
-    """Put the file of a recipe in place of its name."""
-    found = list(arguments)
-    for index, argument in enumerate(arguments):
+def _with_dashes(arguments: Sequence[str]) -> list[str]:
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    spelled = []
+    for argument in arguments[:end]:
         flag, equals, value = argument.partition("=")
-        if flag != "--config":
-            continue
-        if not equals and index + 1 < len(arguments):
-            found[index + 1] = _recipe_file(arguments[index + 1])
-        elif equals:
-            found[index] = f"--config={_recipe_file(value)}"
-    return found
+        spelled.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else argument)
+    return [*spelled, *arguments[end:]]
 
 
-def _recipe_file(name: str) -> str:
-    is_file = Path(name).suffix in (".yaml", ".yml") or Path(name).exists()
-    return name if is_file else str(find_recipe(name))
-
-
-def _explain(message: str, parser: _Parser, arguments: Sequence[str]) -> str:
-    """Put what jsonargparse says, often over several lines, into one line that names flag, value and rule."""
-    if match := re.match(r'Parser key "(\w+)":\s+(?:Expected|Does not validate)', message):
-        value = re.search(r"(?:Got|Given) value: (.*)", message)
-        types = re.findall(r"Expected an? <class '(\w+)'>", message)
-        rules = [*_choices(message), *(_TYPES.get(name, name) for name in types)] or ["of another type"]
-        return f"`{_flag(match[1])}` (={value[1] if value else ''}) must be {' or '.join(rules)}."
-    if re.match("Option 'task' is not accepted", message):
-        return (
-            f"`--config` ({_config_file(arguments)}) is for another task; its `task` says which: `revnet train TASK`."
-        )
-    if match := re.match(r"Option '(\w+)' is not accepted", message):
-        return f"`--config` ({_config_file(arguments)}) has the unknown setting `{match[1]}`{_hint(match[1], parser)}"
-    if match := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-        return f"unknown option `{match[1].replace('_', '-')}`{_hint(match[1], parser)}"
-    many = [action.dest.upper() for action in parser._actions if action.nargs == "+"]
-    if many and (match := re.match(r"unrecognized arguments: ([^-].*)", message)):
-        return f"`{match[1]}` stands apart from the other {many[0]}; write them one after the other."
-    if match := re.match(r"unrecognized arguments: ([^-].*)", message):
-        return f"`{match[1]}` needs an option before it; `{parser.prog} --help` lists them all."
-    if match := re.match(r"argument (--\w+): expected one argument", message):
-        return f"`{_flag(match[1])}` needs a value."
-    if match := re.match(r'Parser key "config": (File does not exist|Path is not a file)', message):
-        return f"`--config` ({_config_file(arguments)}): {match[1].lower()}; pass a YAML file."
-    if message.startswith("Unexpected config"):
-        return f"`--config` ({_config_file(arguments)}) must hold one `setting: value` per line."
-    if message.startswith("Problems parsing config"):
-        return f"`--config` ({_config_file(arguments)}) is not valid YAML: {_one_line(message.partition(': ')[2])}."
-    return _one_line(message)
-
-
-def _choices(message: str) -> list[str]:
-    match = re.search(r"Literal\[(.*?)\]", message)
-    return [f"`{choice}`" for choice in re.findall(r"'(.*?)'", match[1])] if match else []
-
-
-def _hint(name: str, parser: _Parser) -> str:
-    known = [action.dest for action in parser._actions if action.option_strings]
-    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
-    return f"; did you mean `{_flag(close[0])}`?" if close else f"; `{parser.prog} --help` lists them all."
-
-
-def _flag(name: str) -> str:
-    return "--" + name.lstrip("-").replace("_", "-")
-
-
-def _config_file(arguments: Sequence[str]) -> str:
-    joined = " ".join(arguments)
-    match = re.search(r"--config[= ](\S+)", joined)
-    return match[1] if match else "YAML"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _spell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return str(list(value)).replace(" ", "")
+    return repr(value) if isinstance(value, str) and not value.strip() else str(value).lower()

@@ -1,6 +1,4 @@
-"""The flags that `revnet plan` and `revnet memory` share: which training step they speak of."""
-
-from __future__ import annotations
+"""Options that `revnet memory`, `plan` and `doctor` share: which training step they examine."""
 
 import re
 from collections.abc import Iterator
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
 from revnet.training.checks import check_integer
 from revnet.training.choices import Precision
@@ -17,15 +16,15 @@ InputDtype = Literal["float32", "int64"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]
 
 _MOST = 1_000_000
-"""With more, the operations of a step cannot be counted in 64 bits."""
+"""Largest batch and image size: above, the operations of a step overflow 64 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlags:
-    """A training step as the flags have it, checked before PyTorch is loaded.
+    """A training step as the options describe it, checked before PyTorch is loaded.
 
     Raises:
-        ValueError: A flag is out of range, or does not go with another.
+        ValueError: An option is out of range, or conflicts with another.
     """
 
     model: str
@@ -42,39 +41,41 @@ class StepFlags:
         if self.image is not None:
             check_integer("--image", self.image, at_least=1, at_most=_MOST)
         if self.input_shape is not None and self.image is not None:
-            raise ValueError("`--image` and `--input-shape` both say what an input is; leave one of them out.")
+            raise UsageError("`--image` and `--input-shape` both set the shape of an input; leave one of the two out.")
         if self.input_shape is not None and not all(size > 0 for size in self.input_shape):
-            raise ValueError(f"`--input-shape` (={list(self.input_shape)}) must be positive sizes, such as [512].")
+            raise UsageError(f"`--input-shape` (={list(self.input_shape)}) must hold positive sizes, such as [512].")
         if not self.is_own and (self.input_shape is not None or self.input_dtype != "float32"):
             flag = "--input-dtype" if self.input_shape is None else "--input-shape"
-            raise ValueError(f"`{flag}` is for models of your own; revnet's take images, whose side is `--image`.")
+            raise UsageError(
+                f"`{flag}` is for models of your own; revnet's models take images, whose size is `--image`."
+            )
 
     @property
     def is_own(self) -> bool:
-        """Whether the model is the user's, `package.module:attribute`."""
+        """Whether the model is the user's own, given as `package.module:attribute`."""
         return ":" in self.model
 
     @property
     def title(self) -> str:
-        """What a picture is of."""
+        """Title of a picture."""
         return f"{self.model}, batch {self.batch}"
 
     def picture(self, folder: Path, kind: str, *words: str) -> Path:
-        """The file of a picture."""
+        """Return the file of a picture."""
         model = re.sub(r"[^A-Za-z0-9.]+", "-", self.model).strip("-.")
         return folder / f"{'_'.join([kind, model, f'batch{self.batch}', *words])}.png"
 
 
 def open_folder(output_dir: str | None) -> Path:
-    """Make the folder for pictures, if need be: a mistake is told now, not after the work."""
+    """Create the folder for pictures, before the work, so that a bad path fails at once."""
     folder = Path(output_dir or ".").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def without_matplotlib() -> Iterator[None]:
-    """Where matplotlib is not installed, say so in place of drawing: the text is worth having."""
+def optional_picture() -> Iterator[None]:
+    """Skip the picture with a note if matplotlib is not installed."""
     try:
         yield
     except MissingDependencyError as error:

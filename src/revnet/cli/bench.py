@@ -1,10 +1,10 @@
 """`revnet bench`."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from revnet.cli._errors import UsageError
 
 if TYPE_CHECKING:
     from revnet.bench import Settings
@@ -18,13 +18,14 @@ def bench(
     output_dir: str | None = None,
     num_rounds: int | None = None,
 ) -> None:
-    """Measure memory, time and correctness beside plain autograd, checkpointing and other reversible libraries.
+    """Compare memory, time and correctness with other ways to train.
 
-    Takes about twenty minutes on two cores; leave the machine alone meanwhile. Libraries that are not installed are
-    listed as such; `pip install --no-deps -r benchmarks/peers.txt` installs them.
+    The others are plain autograd, checkpointing and other reversible libraries. A run takes about twenty minutes on two
+    cores; leave the machine idle meanwhile. Libraries that are not installed are listed as such; install them by
+    `pip install --no-deps -r benchmarks/peers.txt`.
 
-    With `--host`, measure the processor time of a step on tiny tensors instead: what Python, the engine and PyTorch's
-    dispatcher cost, which limits small networks on a GPU. Takes a minute or two.
+    With `--host`, measure instead the processor time of a step on tiny tensors: the cost of Python, the engine and
+    PyTorch's dispatcher, which limits small networks on a GPU. This takes a minute or two.
 
     Examples:
         revnet bench --quick
@@ -33,16 +34,18 @@ def bench(
         revnet bench --device cuda --output-dir results
 
     Args:
-        quick: Measure a few shallow stacks only, for a look in about a minute.
-        host: Measure processor time on tiny tensors, on one thread of the CPU.
-        device: Where to measure memory and time: cpu, cuda, cuda:1.
-        output_dir: Folder for the page, its CSV and its pictures; `benchmarks/results` if there is one, else this one.
-        num_rounds: Rounds in which each method is timed; 15 if not given, 3 with `--quick`; 101 or 11 with `--host`.
+        quick: Measure only a few shallow stacks, in about a minute.
+        host: Measure processor time on tiny tensors, on one CPU thread.
+        device: Device to measure on: cpu, cuda, cuda:1.
+        output_dir: Folder for the page, its CSV files and its pictures; `benchmarks/results` if it exists, otherwise
+            the current folder.
+        num_rounds: Number of timed rounds per method. By default 15, or 3 with `--quick`; with `--host` 101, or 11 with
+            `--quick`.
     """
     if num_rounds is not None and num_rounds < 1:
-        raise ValueError(f"`--num-rounds` (={num_rounds}) must be a positive integer.")
+        raise UsageError(f"`--num-rounds` (={num_rounds}) must be a positive integer.")
     if host and device != "cpu":
-        raise ValueError(
+        raise UsageError(
             f"`--device` (={device}) must be cpu with `--host`, which measures processor time; leave it out."
         )
     results = Path("benchmarks/results")
@@ -65,25 +68,26 @@ def _bench_host(num_rounds: int | None, quick: bool, folder: Path, command: str)
     print(f"wrote {page} and its CSV")
 
 
-def _bench_engines(settings: Settings, folder: Path, command: str) -> None:
+def _bench_engines(settings: "Settings", folder: Path, command: str) -> None:
     from revnet.bench import run_benchmark
 
     page = run_benchmark(settings, folder, command)
     print(f"wrote {page}, its CSV and its pictures")
 
 
-def _settings(quick: bool, device: str, num_rounds: int | None) -> Settings:
+def _settings(quick: bool, device: str, num_rounds: int | None) -> "Settings":
     import torch
 
     from revnet.bench import QUICK, Settings
 
     try:
-        place = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"`--device` (={device}) is no device; use cpu or cuda.") from error
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"`--device` (={device}) must be cpu or cuda.")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"`--device` (={device}) is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices.")
-    settings = dataclasses.replace(QUICK if quick else Settings(), device=place)
+        raise UsageError(f"`--device` (={device}) must be a device, such as cpu or cuda.") from error
+    if torch_device.type not in ("cpu", "cuda"):
+        raise UsageError(f"`--device` (={device}) must be cpu or cuda.")
+    num_gpus = torch.cuda.device_count()
+    if torch_device.type == "cuda" and (torch_device.index or 0) >= num_gpus:
+        raise UsageError(f"`--device` (={device}) is not available; PyTorch sees {num_gpus} CUDA devices.")
+    settings = dataclasses.replace(QUICK if quick else Settings(), device=torch_device)
     return settings if num_rounds is None else dataclasses.replace(settings, num_rounds=num_rounds)

@@ -1,9 +1,8 @@
 """`revnet evaluate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
+from revnet.errors import MissingDependencyError
 from revnet.training.choices import OnCorrupt
 
 
@@ -17,10 +16,10 @@ def evaluate(
     on_corrupt: OnCorrupt = "stop",
     device: str = "auto",
 ) -> None:
-    """Read the test set with a checkpoint: errors, the hardest classes, what is taken for what.
+    """Test a checkpoint: errors, hardest classes, confusions.
 
-    Prints the figures, and writes them with those of every class: `evaluation_<data>.json`, `.csv` and, a picture of
-    the confusions, `.png`.
+    Prints a summary, and writes the results of every class to `evaluation_<data>.json` and `.csv`, and a picture of the
+    confusions to `.png`.
 
     Examples:
         revnet evaluate runs/digits_revnet38_1
@@ -28,17 +27,17 @@ def evaluate(
         revnet evaluate runs/imagenet_revnet56_1 --data path/to/imagenet --num-workers 8
 
     Args:
-        checkpoint: A .safetensors or .ckpt file that `revnet train` has written, or the folder of a run, whose last
-            weights are taken.
-        data: Data set, by name or folder; the one trained on if not given. Its classes are matched by name.
-        output_dir: Folder for the files; that of the checkpoint if not given.
-        batch_size: Images at a time; 500 if not given, fewer if they are larger than 64x64.
-        num_workers: Processes that decode images, for data that are not held in memory.
-        on_corrupt: What to do about an image file that cannot be decoded: stop, or skip it and say so.
-        device: Where to compute: auto, cpu, cuda, cuda:1, mps.
+        checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
+            are used; best.safetensors in it holds the best on validation.
+        data: Data set, by name or path; the training data by default. Classes are matched by name.
+        output_dir: Folder for the results; the folder of the checkpoint by default.
+        batch_size: Images per batch; 500 by default, fewer for images larger than 64x64.
+        num_workers: Processes that decode images, if the data are not held in memory.
+        on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
+        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
     """
     if output_dir is not None:
-        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)  # told now, not after an hour
+        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
 
     from revnet import training
     from revnet.training.evaluation.evaluation_report import report_evaluation
@@ -53,5 +52,8 @@ def evaluate(
         show_progress=True,
     )
     print(report_evaluation(result), flush=True)
-    for number, file in enumerate(result.save(output_dir)):
+    files = result.save(output_dir)
+    for number, file in enumerate(files):
         print(f"{'' if number else 'written':13}  {file}")
+    if all(file.suffix != ".png" for file in files):
+        print(f"{'no picture':13}  {MissingDependencyError.of('matplotlib', 'a figure')}")

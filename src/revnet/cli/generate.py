@@ -1,7 +1,5 @@
 """`revnet generate`."""
 
-from __future__ import annotations
-
 
 def generate(
     checkpoint: str,
@@ -14,43 +12,44 @@ def generate(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Continue a text with a language model that `revnet train lm` has trained.
+    """Continue a text with a language model trained by `revnet train lm`.
 
-    Prints the prompt and what follows it.
+    Prints the prompt and its continuation.
 
     Examples:
         revnet generate runs/book_lm_1 --prompt "Once upon a time" --num 500
-        revnet generate runs/book_lm_1/last.safetensors --temperature 0.7 --top-k 10 --seed 3
+        revnet generate runs/book_lm_1/best.safetensors --temperature 0.7 --top-k 10 --seed 3
 
     Args:
-        checkpoint: A .safetensors or .ckpt file that `revnet train lm` has written, or the folder of a run, whose best
-            weights are taken.
-        prompt: How the text begins, in characters that the model has seen; a new line if not given.
-        num: How many characters to write.
-        temperature: Below 1 safer, above 1 wilder; 0 takes the likeliest character.
-        top_k: Draw from so many of the likeliest characters only.
-        top_p: Draw from the likeliest characters that together have this probability.
-        seed: Which of all possible texts.
-        device: Where to compute: auto, cpu, cuda, cuda:1, mps.
+        checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose last
+            weights are used; best.safetensors in it holds the best on validation.
+        prompt: Beginning of the text, in characters of the training text; a newline by default.
+        num: Number of characters to generate.
+        temperature: Divides the logits. Lower values give more predictable text; 0 always takes the most likely
+            character.
+        top_k: Sample only from this number of most likely characters.
+        top_p: Sample only from the most likely characters whose probabilities sum to this.
+        seed: Seed of the sampling.
+        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
     """
     from revnet.training.checks import check_integer, check_number
 
-    check_integer("num", num, at_least=1)
-    check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
-    check_number("temperature", temperature, "0 or more", lambda x: x >= 0, "1 draws as the model was trained")
+    check_integer("--num", num, at_least=1)
+    check_integer("--seed", seed, at_least=0, at_most=2**32 - 1)
+    check_number("--temperature", temperature, "0 or more", lambda x: x >= 0, "1 samples from the model unchanged")
     if top_k is not None:
-        check_integer("top_k", top_k, at_least=1)
+        check_integer("--top-k", top_k, at_least=1)
     if top_p is not None:
-        check_number("top_p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.9 is usual")
+        check_number("--top-p", top_p, "above 0 and at most 1", lambda x: 0 < x <= 1, "0.9 is usual")
 
     import torch
 
     from revnet.training import load_language_model
     from revnet.training.device import find_device
 
-    place = find_device(device)
-    model = load_language_model(checkpoint).to(place)
-    generator = torch.Generator(place).manual_seed(seed)
-    torch.manual_seed(seed)  # an attention may draw for itself
+    torch_device = find_device(device)
+    model = load_language_model(checkpoint).to(torch_device)
+    generator = torch.Generator(torch_device).manual_seed(seed)
+    torch.manual_seed(seed)  # LSH attention draws its hashes from the global generator
     text = model.generate(prompt, num, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     print(prompt + text)

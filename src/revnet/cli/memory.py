@@ -1,8 +1,7 @@
 """`revnet memory`."""
 
-from __future__ import annotations
-
-from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
+from revnet.cli._errors import UsageError, describe_error, step_errors
+from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
 from revnet.training.checks import check_integer
 from revnet.training.choices import Policy, Precision
 
@@ -22,31 +21,31 @@ def memory(
     device: str = "auto",
     output_dir: str | None = None,
 ) -> None:
-    """Tell where the memory of a training step goes: its peak, what that is of, and which module makes it.
+    """Show where the memory of a training step goes, for any model.
 
-    Prints a table, and draws what is alive from moment to moment. Bytes are counted from shapes, without running or
-    allocating anything, unless `--measure` is given. The loss is the sum of the outputs, near enough to any that is
-    computed from logits.
+    Prints the peak, what it consists of and which modules cause it, and plots the live memory over the step. Bytes are
+    counted from shapes, without running or allocating anything, unless `--measure` is given. The loss is the sum of the
+    outputs, which takes about as much memory as any loss of logits.
 
     Examples:
         revnet memory revnet104 --batch 256
         revnet memory resnet50 --policy checkpoint --precision bf16-mixed
-        revnet memory networks.unet:UNet --image 512 --batch 8 --optimizer adamw --depth 1 --measure
+        revnet memory networks.unet:UNet --image 512 --batch 8 --optimizer adamw --measure
 
     Args:
-        model: One of `revnet models`, or one of your own, package.module:attribute: an nn.Module, or what makes one
-            when it is called without arguments.
+        model: A name from `revnet models`, or a model of your own as package.module:attribute. The attribute is an
+            nn.Module, or a callable without arguments that returns one.
         batch: Inputs per step.
-        image: Side of the images; as published if not given, 224 for your own models.
-        input_shape: Shape of one input of your own model, if it takes no images, such as [512].
-        input_dtype: Type of the inputs of your own model; int64 for token ids.
-        optimizer: The optimizer, whose state counts; sgd has a momentum.
+        image: Height and width of the images; as published by default, or 224 for a model of your own.
+        input_shape: Shape of one input to a model of your own that does not take images, such as [512].
+        input_dtype: Type of the inputs to a model of your own; int64 for token ids.
+        optimizer: Optimizer, whose state counts. sgd has momentum.
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
-        policy: What is done with activations: reverse, checkpoint or store; as the model has it if not given.
-        depth: How far down to list modules: 1 for the model's parts, 2 for theirs too.
-        measure: Run a real step, on random inputs, and count what comes and goes.
-        device: Where the step is to run: auto, cpu, cuda, cuda:1.
-        output_dir: Folder for the picture; this one if not given.
+        policy: What to do with activations: reverse, checkpoint or store; unchanged by default.
+        depth: Levels of modules to list: 1 for the parts of the model, 2 for their parts too.
+        measure: Run a real step on random inputs, and count what is allocated and freed.
+        device: Device of the step: auto, cpu, cuda, cuda:1.
+        output_dir: Folder for the picture; the current folder by default.
     """
     flags = StepFlags(
         model=model,
@@ -61,7 +60,7 @@ def memory(
     check_integer("--depth", depth, at_least=0)
     folder = open_folder(output_dir)
 
-    from revnet.cli._build import build_step, running_it, with_data
+    from revnet.cli._build import build_step, materialize
     from revnet.errors import PredictionError
     from revnet.memory import StepMemory, format_bytes, plot_timeline, predict
     from revnet.memory import measure as measure_step
@@ -70,26 +69,28 @@ def memory(
     step = build_step(flags)
     if policy is not None:
         set_policy(step.model, policy)
-    found: StepMemory | None = None
+    step_memory: StepMemory | None = None
     try:
-        found = predict(step.model, step.inputs, device=step.device, **step.options)
-    except PredictionError as error:  # of a model that needs values, which a real step has
+        step_memory = predict(step.model, step.inputs, device=step.device, **step.options)
+    except PredictionError as error:  # the model may need values, which a real step has
         if not measure:
-            way_out = "`revnet.memory.measure`, on a small batch"
-            error.args = (str(error).replace(way_out, "`--measure`, on a small `--batch`"),)
-            raise
+            hint = "Pass `--measure`, with a small `--batch`, to run a real step."
+            raise UsageError(f"{describe_error(error)} {hint}") from error
     how = "predicted"
     if measure:
-        how = "measured" if found is None else f"measured; the predicted peak is {format_bytes(found.peak_bytes)}"
-        step = with_data(step, flags, needed_bytes=None if found is None else found.peak_bytes)
+        predicted_bytes = None if step_memory is None else step_memory.peak_bytes
+        how = "measured"
+        if predicted_bytes is not None:
+            how += f"; the predicted peak is {format_bytes(predicted_bytes)}"
+        step = materialize(step, flags, needed_bytes=predicted_bytes)
         if policy is not None:
             set_policy(step.model, policy)
-        with running_it():
-            found = measure_step(step.model, step.inputs, **step.options)
-    assert found is not None
-    print(f"{step.description}, {how}\n\n{found.report(depth=depth)}\n")
-    with without_matplotlib():
+        with step_errors():
+            step_memory = measure_step(step.model, step.inputs, **step.options)
+    assert step_memory is not None
+    print(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
+    with optional_picture():
         words = [] if policy is None else [policy]
         picture = flags.picture(folder, "memory", *words)
-        plot_timeline(found, picture, title=", ".join([flags.title, *words]))
+        plot_timeline(step_memory, picture, title=", ".join([flags.title, *words]))
         print(f"picture  {picture}")

@@ -1,13 +1,11 @@
 """`revnet models`."""
 
-from __future__ import annotations
-
 
 def models() -> None:
-    """List all models: parameters, and FLOPs of one forward pass, as published.
+    """List all models with their parameters and the FLOPs of a forward pass.
 
-    That is for the classes of its data set, and a colour image of its size; both are shown. A multiply-add counts as
-    two FLOPs, as in PyTorch.
+    Models are built as published: for the classes and the color images of their data set, both of which are shown. A
+    multiply-add counts as two FLOPs, as in PyTorch.
     """
     import torch
 

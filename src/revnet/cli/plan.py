@@ -1,13 +1,12 @@
 """`revnet plan`."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from contextlib import nullcontext
 from typing import get_args
 
-from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, without_matplotlib
+from revnet.cli._errors import UsageError, step_errors
+from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
 from revnet.training.choices import Optimizer, Precision
 
 _IN_PYTHON = {
@@ -32,31 +31,31 @@ def plan(
     device: str = "auto",
     output_dir: str | None = None,
 ) -> None:
-    """Fit a training step into a budget of memory: a policy for each block, such that it takes the least time.
+    """Fit a training step into a memory budget, at the least cost in time.
 
-    Prints the plan, what else there was to choose from, and how to use it; draws time against memory. Bytes are counted
-    from shapes, without running or allocating anything. The loss is the sum of the outputs, near enough to any that is
-    computed from logits.
+    Chooses a policy for each block. Prints the plan, its alternatives and how to use it, and plots time against memory.
+    Bytes are counted from shapes, without running or allocating anything. The loss is the sum of the outputs, which
+    takes about as much memory as any loss of logits.
 
     Examples:
         revnet plan revnet104 --batch 256 --budget 16GiB
         revnet plan resnet50 --batch 64 --budget 2GiB --measure
-        revnet plan networks.text:make_model --input-shape [1024] --input-dtype int64 --optimizer adamw --budget 8GiB
+        revnet plan networks.text:make_model --input-shape [1024] --input-dtype int64 --budget 8GiB
 
     Args:
-        model: One of `revnet models`, or one of your own, package.module:attribute: an nn.Module, or what makes one
-            when it is called without arguments.
-        budget: Most memory that the step may take, such as 16GiB or 500MB; needed. Everything counts: model, gradients,
-            optimizer, inputs, activations. On a GPU, leave room for what is no tensor.
+        model: A name from `revnet models`, or a model of your own as package.module:attribute. The attribute is an
+            nn.Module, or a callable without arguments that returns one.
+        budget: Memory that the step may use, such as 16GiB or 500MB; required. It holds the model, gradients, optimizer
+            state, inputs and activations. On a GPU, leave room for the CUDA context and libraries.
         batch: Inputs per step.
-        image: Side of the images; as published if not given, 224 for your own models.
-        input_shape: Shape of one input of your own model, if it takes no images, such as [512].
-        input_dtype: Type of the inputs of your own model; int64 for token ids.
-        optimizer: The optimizer, whose state counts; sgd has a momentum.
+        image: Height and width of the images; as published by default, or 224 for a model of your own.
+        input_shape: Shape of one input to a model of your own that does not take images, such as [512].
+        input_dtype: Type of the inputs to a model of your own; int64 for token ids.
+        optimizer: Optimizer, whose state counts. sgd has momentum.
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
-        measure: Time real steps, on random inputs, in place of estimating times from shapes.
-        device: Where the step is to run: auto, cpu, cuda, cuda:1.
-        output_dir: Folder for the picture; this one if not given.
+        measure: Time real steps on random inputs instead of estimating times from shapes.
+        device: Device of the step: auto, cpu, cuda, cuda:1.
+        output_dir: Folder for the picture; the current folder by default.
     """
     flags = StepFlags(
         model=model,
@@ -69,23 +68,24 @@ def plan(
         device=device,
     )
     if budget is None:
-        raise ValueError("`--budget` is needed: the memory that the step may take, such as --budget 16GiB.")
+        raise UsageError("`--budget` is required: the memory that the step may use, such as --budget 16GiB.")
     folder = open_folder(output_dir)
 
-    from revnet.cli._build import build_step, running_it, with_data
+    from revnet.cli._build import build_step, materialize
     from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes, predict
     from revnet.memory import plan as make_plan
 
     budget_bytes = parse_bytes(budget, "--budget")
     step = build_step(flags)
     if sys.stderr.isatty():
-        print("planning, which may take some seconds ...", file=sys.stderr)
+        print("planning, which may take a few seconds ...", file=sys.stderr)
     if measure:
         memory = predict(step.model, step.inputs, device=step.device, **step.options)
         fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
-        step = with_data(step, flags, needed_bytes=fixed)  # of the activations as many samples as fit are timed
-    with running_it() if measure else nullcontext():
-        made = make_plan(
+        # The activations need not fit: the timing uses a smaller batch if it must.
+        step = materialize(step, flags, needed_bytes=fixed)
+    with step_errors() if measure else nullcontext():
+        step_plan = make_plan(
             step.model,
             step.inputs,
             budget=budget_bytes,
@@ -93,13 +93,13 @@ def plan(
             timing=MeasuredTiming() if measure else RooflineTiming(),
             **step.options,
         )
-    print(f"{step.description}\n\n{made}\n")
-    with without_matplotlib():
+    print(f"{step.description}\n\n{step_plan}\n")
+    with optional_picture():
         picture = flags.picture(folder, "plan")
-        made.plot(picture, title=flags.title)
+        step_plan.plot(picture, title=flags.title)
         print(f"picture    {picture}")
     print(f"in Python  {_in_python(flags, budget)}")
-    if not flags.is_own and optimizer in get_args(Optimizer):  # with which `revnet train` trains
+    if not flags.is_own and optimizer in get_args(Optimizer):  # `revnet train` has the model and the optimizer
         print(f"to train   {_to_train(flags, budget)}")
 
 

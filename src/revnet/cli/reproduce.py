@@ -1,10 +1,10 @@
 """`revnet reproduce`."""
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 from typing import Any
+
+from revnet.cli._errors import UsageError
 
 
 def reproduce(
@@ -21,12 +21,14 @@ def reproduce(
     output_dir: str | None = None,
     report_only: bool = False,
 ) -> None:
-    """Train the networks of a result table, and write it beside the paper's numbers.
+    """Train the networks of a table of results, and compare with the paper.
 
-    The tables are cifar10, cifar100 and imagenet, by the paper's recipe; with `-modern` behind the name by a recipe of
-    today, with `-quick` by a short one for a CPU. A run that was stopped goes on when the same command is given again.
-    Runs share nothing but the code: spread a table over machines by `--models` and `--seeds`, copy the folders of the
-    runs together, and give the command once more with `--report-only`.
+    The tables are cifar10, cifar100 and imagenet, trained by the paper's recipe. A suffix selects another recipe:
+    `-modern` for a recipe of today, `-quick` for a short one for the CPU. To continue an interrupted table, run the
+    same command again.
+
+    Runs are independent. To spread a table over several machines, divide it by `--models` and `--seeds`, copy the
+    folders of the runs into one, and run the command once more with `--report-only`.
 
     Examples:
         revnet reproduce cifar10-quick --data path/to/cifar10 --seeds 0,1
@@ -34,26 +36,26 @@ def reproduce(
         revnet reproduce cifar100 --report-only
 
     Args:
-        table: Which table.
-        data: The data set, by name or path, if not from the Hugging Face hub.
-        models: Rows of the table, separated by commas; all if not given.
-        seeds: A run of each row for each of these, separated by commas.
-        epochs: Epochs in place of the recipe's; the table says what was made.
-        precision: Arithmetic in place of the recipe's: 32-true or bf16-mixed.
-        device: Where to train: auto, cpu, cuda, mps.
-        num_threads: Threads on the CPU.
-        num_workers: Processes that decode images.
-        output_dir: Folder of the runs and of the table; `runs/<table>` if not given.
-        report_only: Make no runs; write the table of those that are there.
+        table: Name of the table.
+        data: Data set, by name or path, if not from the Hugging Face hub.
+        models: Rows of the table, separated by commas; all by default.
+        seeds: Seeds, separated by commas; each row is trained once per seed.
+        epochs: Number of epochs, if not as in the recipe; the table states it.
+        precision: Arithmetic, if not as in the recipe: 32-true or bf16-mixed.
+        device: Device to train on: auto, cpu, cuda, mps.
+        num_threads: Number of CPU threads.
+        num_workers: Number of processes that decode images.
+        output_dir: Folder of the runs and of the table; `runs/<table>` by default.
+        report_only: Write the table from existing runs, without training.
     """
     from revnet.paper.tables import TABLES
 
     if table not in TABLES:
         close = difflib.get_close_matches(table, TABLES, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"the tables are {', '.join(TABLES)}."
-        raise ValueError(f"`{table}` is no table; {hint}")
+        raise UsageError(f"unknown table `{table}`; {hint}")
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
-        raise ValueError(f"`--seeds` (={seeds}) must be whole numbers separated by commas, such as 0,1.")
+        raise UsageError(f"`--seeds` (={seeds}) must be whole numbers separated by commas, such as 0,1.")
     given: dict[str, Any] = {
         "data": data,
         "epochs": epochs,

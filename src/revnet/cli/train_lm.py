@@ -1,17 +1,18 @@
 """`revnet train lm`."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from revnet.cli.train import check_resume
+from revnet.cli._errors import UsageError
+from revnet.cli._options import takes_settings
+from revnet.cli.train import check_resume, run_training
 from revnet.training import LanguageConfig
 
 
+@takes_settings(LanguageConfig)
 def train_lm(*, resume: str | None = None, **settings: Any) -> None:
-    """Train a reversible transformer to continue text; `revnet generate` then writes some.
+    """Train a reversible transformer as a character-level language model.
 
-    Leaves weights, log and learning curve in a new folder.
+    Writes weights, log and learning curve to a new folder. `revnet generate` then continues texts with it.
 
     Examples:
         revnet train lm --data book.txt
@@ -20,16 +21,11 @@ def train_lm(*, resume: str | None = None, **settings: Any) -> None:
         revnet train lm --resume runs/book_lm_1
 
     Args:
-        resume: Folder of a run that was stopped: go on after its last finished epoch, with its own settings.
-        settings: See `LanguageConfig`.
+        resume: Folder of an interrupted run, to continue after its last finished epoch with its own settings.
+        settings: Fields of `LanguageConfig`.
     """
-    config = LanguageConfig(**settings)
     check_resume(resume, settings)
+    config = LanguageConfig(**settings)
     if resume is None and config.data is None:
-        raise ValueError("`--data` is needed: a text file, such as --data book.txt.")
-
-    from revnet import training  # PyTorch and Lightning load here, once the arguments are known to be good
-
-    result = training.train(config) if resume is None else training.resume(resume)
-    print()
-    print(result.report())
+        raise UsageError("`--data` is required: a text file, such as --data book.txt.")
+    run_training(config, resume)

@@ -1,18 +1,18 @@
 """`revnet train nice`."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from revnet.cli.train import check_resume
+from revnet.cli._options import takes_settings
+from revnet.cli.train import check_resume, run_training
 from revnet.training import NiceConfig
 
 
+@takes_settings(NiceConfig)
 def train_nice(*, resume: str | None = None, **settings: Any) -> None:
-    """Fit NICE, a density with exact likelihood, to images; `revnet sample` then draws new ones.
+    """Fit NICE, a density with exact likelihood, to images.
 
-    Leaves weights, log and learning curve in a new folder. Without options it fits hand-written digits, in about a
-    minute on two cores.
+    Writes weights, log and learning curve to a new folder. `revnet sample` then draws images from it. By default it is
+    fitted to handwritten digits, in about a minute on two cores.
 
     Examples:
         revnet train nice
@@ -20,14 +20,8 @@ def train_nice(*, resume: str | None = None, **settings: Any) -> None:
         revnet train nice --resume runs/digits_nice_1
 
     Args:
-        resume: Folder of a run that was stopped: go on after its last finished epoch, with its own settings.
-        settings: See `NiceConfig`.
+        resume: Folder of an interrupted run, to continue after its last finished epoch with its own settings.
+        settings: Fields of `NiceConfig`.
     """
-    config = NiceConfig(**settings)
     check_resume(resume, settings)
-
-    from revnet import training  # PyTorch and Lightning load here, once the arguments are known to be good
-
-    result = training.train(config) if resume is None else training.resume(resume)
-    print()
-    print(result.report())
+    run_training(NiceConfig(**settings), resume)

@@ -281,7 +281,5 @@ def test_load_image_rejects_bad_arguments() -> None:
 
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(
-        MissingDependencyError, match=r"decoding images needs Pillow, .*`pip install 'revnet\[train\]'`"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"decoding images needs Pillow, .*`pip install .*\[cli\]'`"):
         load_image("x.png", image_size=(4, 4), in_channels=3)

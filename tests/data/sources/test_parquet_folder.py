@@ -392,5 +392,5 @@ def test_files_with_images_of_different_shapes(folder: Path, write_parquet: Writ
 @pytest.mark.parametrize(("module", "package"), [("datasets", "Hugging Face `datasets`"), ("PIL.Image", "Pillow")])
 def test_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match=rf"needs {package}, .*`pip install 'revnet\[train\]'`"):
+    with pytest.raises(MissingDependencyError, match=rf"needs {package}, .*`pip install .*\[(train|cli)\]'`"):
         load_parquet_folder(folder)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from revnet._units import format_rate
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import Classifier
 from revnet.training.optimizers import optimizer_factory, parameter_groups
@@ -99,8 +100,8 @@ class ClassificationTask(AbstractTask):
         """Return loss, accuracy and speed as text."""
         figures = f"loss {metrics['train_loss']:.4f}"
         if "val_accuracy" in metrics:
-            figures += f"  validation {100 * metrics['val_accuracy']:.2f} %"
-        return f"{figures}  {self.config.batch_size / metrics['step_seconds']:,.0f} images/s"
+            figures += f"  validation accuracy {100 * metrics['val_accuracy']:.2f} %"
+        return f"{figures}  {format_rate(self.config.batch_size / metrics['step_seconds'], 'images')}"
 
     def _shrink(self, images: Tensor) -> Tensor:
         full_size, start_size = min(images.shape[2:]), self.config.start_size

@@ -110,9 +110,9 @@ def load_density(path: str | Path) -> ImageDensity:
     """Rebuild the density of a run of `revnet train nice`, on the CPU and in evaluation mode.
 
     Args:
-        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose best weights are loaded.
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose last weights are loaded.
 
     Raises:
         CheckpointError: The file does not exist, is truncated, holds another kind of model, or its tensors do not fit.
     """
-    return load_module(ImageDensity, path, best=True)
+    return load_module(ImageDensity, path)

@@ -75,7 +75,7 @@ def sample(
 
     Args:
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train nice` has written, or the folder of a run, whose
-            best weights are loaded.
+            last weights are loaded.
         num_samples: Number of images to draw.
         temperature: Factor that codes are multiplied by.
         missing: Part of the test images to fill in, see `known_pixels`; None fills in nothing.
@@ -94,7 +94,7 @@ def sample(
     if missing is not None:
         check_choice("missing", missing, get_args(Missing))
     torch_device = find_device(device)
-    weights = find_weights(Path(checkpoint), best=True)
+    weights = find_weights(Path(checkpoint))
     density = load_density(weights)
     folder = weights.parent if output_dir is None else Path(output_dir).expanduser()
     name, images = _test_images(density, data)

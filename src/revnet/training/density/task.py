@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from revnet._units import format_rate
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.model import ImageDensity
 from revnet.training.optimizers import adamw_along_a_cosine
@@ -73,4 +74,4 @@ class DensityTask(AbstractTask):
         figures = f"bits/dim {metrics['train_loss']:.4f}"
         if "val_loss" in metrics:
             figures += f"  validation {metrics['val_loss']:.4f}"
-        return f"{figures}  {self.config.batch_size / metrics['step_seconds']:,.0f} images/s"
+        return f"{figures}  {format_rate(self.config.batch_size / metrics['step_seconds'], 'images')}"

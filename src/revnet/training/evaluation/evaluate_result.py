@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from revnet.errors import MissingDependencyError
 from revnet.training.atomic_file import atomic_path
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
@@ -93,7 +94,7 @@ class EvaluateResult:
             output_dir: Folder for the files; by default the folder of the weights.
 
         Returns:
-            Paths of the three files.
+            Paths of the files. The plot is missing if matplotlib is not installed.
 
         Raises:
             ValueError: `output_dir` cannot be written, or is missing for weights that were in memory.
@@ -107,7 +108,11 @@ class EvaluateResult:
             with atomic_path(figures) as temporary:
                 temporary.write_text(json.dumps(self._figures(), indent=2) + "\n")
             self.confusion.save_csv(table)
-            plot_confusion(self.confusion, picture, f"{self.model} on {self.data}: error {100 * self.error:.2f} %")
+            title = f"{self.model} on {self.data}: error {100 * self.error:.2f} %"
+            try:
+                plot_confusion(self.confusion, picture, title)
+            except MissingDependencyError:
+                files.remove(picture)
         except OSError as error:
             raise ValueError(
                 f"`output_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from revnet._units import format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.run_result import format_lines
 
@@ -17,7 +18,7 @@ def report_evaluation(result: EvaluateResult) -> str:
         ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes"),
         ("accuracy", result.report()),
         ("cross-entropy", f"{result.cross_entropy:.4f}"),
-        ("speed", f"{result.images_per_second:,.0f} images/s on {result.device}, loading included"),
+        ("speed", f"{format_rate(result.images_per_second, 'images')} on {result.device}, loading included"),
     ]
     if result.top5_error is not None:
         count = f"{result.num_top5_errors:,} of {result.num_images:,} not among the five best"

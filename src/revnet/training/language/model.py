@@ -89,9 +89,9 @@ def load_language_model(path: str | Path) -> LanguageModel:
     """Rebuild the language model of a run of `revnet train lm`, on the CPU and in evaluation mode.
 
     Args:
-        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose best weights are loaded.
+        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run, whose last weights are loaded.
 
     Raises:
         CheckpointError: The file does not exist, is truncated, holds another kind of model, or its tensors do not fit.
     """
-    return load_module(LanguageModel, path, best=True)
+    return load_module(LanguageModel, path)

@@ -31,6 +31,7 @@ class LanguageResult(RunResult):
     def _scores(self) -> list[tuple[str, str]]:
         unit = f"nats/character ({self.num_val_characters:,} characters), last weights"
         best = f"best on validation (epoch {self.best_epoch}), {self.best_val_loss / math.log(2):.4f} bits/character"
+        best += f", perplexity {math.exp(min(self.best_val_loss, 700)):.2f}"
         return [("validation loss", f"{self.val_loss:.4f} {unit}"), ("", f"{self.best_val_loss:.4f}, {best}")]
 
     def _score_entries(self) -> dict[str, Any]:

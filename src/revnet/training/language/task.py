@@ -6,6 +6,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from revnet._units import format_rate
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageModel
 from revnet.training.optimizers import adamw_along_a_cosine
@@ -61,8 +62,8 @@ class LanguageTask(AbstractTask):
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return loss and speed as text."""
         characters = self.config.batch_size * self.config.length / metrics["step_seconds"]
-        loss = f"loss {metrics['train_loss']:.4f}  validation {metrics['val_loss']:.4f}"
-        return f"{loss}  {characters:,.0f} characters/s"
+        loss = f"loss {metrics['train_loss']:.4f}  validation {metrics['val_loss']:.4f} nats/character"
+        return f"{loss}  {format_rate(characters, 'characters')}"
 
     def _loss(self, windows: Tensor) -> Tensor:
         logits = self.language_model(windows[:, :-1])

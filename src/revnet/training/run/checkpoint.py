@@ -43,26 +43,28 @@ def save_weights(module: SavedModule, path: Path) -> None:
         temporary.write_bytes(save(tensors, metadata=module.header.to_metadata()))
 
 
-def load_module(module_type: type[_Module], path: str | Path, *, best: bool = False) -> _Module:
+def load_module(module_type: type[_Module], path: str | Path) -> _Module:
     """Rebuild a module from a file of weights, on the CPU and in evaluation mode.
 
     Args:
         module_type: Class of the module.
         path: A `.safetensors` file, a `.ckpt` file, or the folder of a run.
-        best: Take the best weights of a folder, not the last.
 
     Raises:
         CheckpointError: The file does not exist, is truncated, was not written by revnet, holds another kind of module,
             or its tensors do not fit the model that it names.
     """
-    path = find_weights(Path(path), best=best)
+    path = find_weights(Path(path))
     metadata, tensors = read_weights(path)
     header = module_type.header_type.from_metadata(metadata, path)
     return module_type.from_tensors(header, tensors, path).eval()
 
 
-def find_weights(path: Path, *, best: bool = False) -> Path:
-    """Return the file of weights: `path` itself or, in the folder of a run, the last weights, or the `best`.
+def find_weights(path: Path) -> Path:
+    """Return the file of weights: `path` itself or, in the folder of a run, the last weights.
+
+    The last weights are the default for every kind of model, as in the first line of the report of a run. To use the
+    best on validation, pass the path of `best.safetensors`.
 
     Raises:
         CheckpointError: The file does not exist.
@@ -70,8 +72,7 @@ def find_weights(path: Path, *, best: bool = False) -> Path:
     if not path.is_dir():
         return _existing_file(path)
     # The last two are written together; a run that stopped in between leaves the checkpoint.
-    names = [*[run_dir.BEST_WEIGHTS] * best, run_dir.LAST_WEIGHTS, run_dir.CHECKPOINT]
-    for name in names:
+    for name in (run_dir.LAST_WEIGHTS, run_dir.CHECKPOINT):
         if (path / name).is_file():
             return path / name
     raise CheckpointError(f"`{path}` holds no {run_dir.LAST_WEIGHTS} and no {run_dir.CHECKPOINT}; {_WAY_OUT}.")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 import revnet
+from revnet._units import format_seconds
 from revnet.memory import format_bytes
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run import run_dir
@@ -84,7 +85,7 @@ class RunResult(RunFigures, ABC):
 
     def report(self) -> str:
         """Return scores, costs and files as text of two columns."""
-        step_time = f"{1000 * self.step_seconds:.1f} ms, median of updates of {self.batch_size} {self.samples}"
+        step_time = f"{format_seconds(self.step_seconds)}, median of updates of {self.batch_size} {self.samples}"
         lines = [
             *self._scores(),
             ("step time", step_time),

@@ -1,0 +1,58 @@
+"""Settings out of a YAML file, for `--config`."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from revnet.cli._errors import UsageError, one_line
+from revnet.cli._values import check_value, describe_type
+from revnet.training.recipes import find_recipe
+
+
+def read_config(name: str, kinds: Mapping[str, Any], hint: Callable[[str], str]) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Args:
+        name: Path of a YAML file, or the name of a recipe.
+        kinds: Type of each setting.
+        hint: Says which setting an unknown one may mean.
+
+    Raises:
+        UsageError: The file is missing or broken, or holds an unknown setting or a value of the wrong type.
+    """
+    settings = _load(name)
+    values = {}
+    for setting, value in settings.items():
+        if setting == "task" and "task" not in kinds:
+            raise UsageError(f"`--config` ({name}) is for another task; its `task` says which: `revnet train TASK`.")
+        if setting not in kinds:
+            raise UsageError(f"`--config` ({name}) has the unknown setting `{setting}`{hint(str(setting))}")
+        try:
+            values[setting] = check_value(value, kinds[setting])
+        except TypeError as error:
+            flag = "--" + setting.replace("_", "-")
+            raise UsageError(f"`{flag}` (={value}) must be {describe_type(kinds[setting])}.") from error
+    return values
+
+
+def _load(name: str) -> dict[Any, Any]:
+    import yaml
+
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        try:
+            path = find_recipe(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    if not path.is_file():
+        fault = "path is not a file" if path.exists() else "file does not exist"
+        raise UsageError(f"`--config` ({name}): {fault}; pass a YAML file.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"`--config` ({name}) is not a text file; pass a YAML file.") from error
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: an integer of too many digits
+        raise UsageError(f"`--config` ({name}) is not valid YAML: {one_line(str(error))}.") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"`--config` ({name}) must hold one `setting: value` per line.")
+    return settings

@@ -1,0 +1,60 @@
+"""Errors of the command line: which ones print one line, and what that line says."""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from revnet.errors import RevnetError, install_command
+
+
+class UsageError(RevnetError, ValueError):
+    """The arguments do not fit the command."""
+
+
+def is_expected(error: BaseException) -> bool:
+    """Return whether `error` is the user's or the machine's, and not a bug, which must keep its traceback.
+
+    Errors of `revnet.errors`, of the operating system and of missing packages are expected. The library rejects bad
+    arguments with a plain `ValueError`, `TypeError` or `NotImplementedError`, as PyTorch does. These are expected only
+    if revnet's own code raised them: the same types out of another package are bugs.
+    """
+    if isinstance(error, RevnetError | OSError):
+        return True
+    if isinstance(error, ModuleNotFoundError):
+        return _package(error.name) not in ("", "revnet")
+    return isinstance(error, ValueError | TypeError | NotImplementedError) and _is_raised_in_revnet(error)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return `error` as one line for the user."""
+    if isinstance(error, ModuleNotFoundError):
+        package = _package(error.name)
+        return f"{package} is not installed; run `{install_command(package)}`."
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, RevnetError):
+        return f"{error.strerror}: `{error.filename}`" if error.filename else error.strerror
+    return one_line(str(error))
+
+
+@contextmanager
+def step_errors() -> Iterator[None]:
+    """Report in one line what goes wrong while a step runs: memory runs out, or the user's own code fails."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RevnetError) or (isinstance(error, ValueError) and is_expected(error)):
+            raise
+        raise UsageError(f"the step failed: {type(error).__name__}: {error}") from error
+
+
+def one_line(text: str) -> str:
+    """Return `text` without line breaks and runs of spaces."""
+    return " ".join(text.split())
+
+
+def _is_raised_in_revnet(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and _package(frames[-1].f_globals.get("__name__")) == "revnet"
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]

@@ -1,0 +1,71 @@
+"""The options of a command, out of the signature of its function."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from revnet.cli._docstrings import describe_arguments, describe_fields
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option or a positional argument."""
+
+    name: str
+    """Name of the parameter."""
+    kind: Any
+    """Type of the parameter."""
+    help: str
+    """Sentence of the docstring about it."""
+    default: Any
+    """Default value; `inspect.Parameter.empty` if the argument is required."""
+    is_setting: bool
+    """Whether it is a field of the settings, which a YAML file can hold."""
+
+    @property
+    def is_required(self) -> bool:
+        """Whether the argument is positional and has no default."""
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether the argument takes one word or more."""
+        return self.is_required and self.kind == list[str]
+
+    @property
+    def flag(self) -> str:
+        """How it is written on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def takes_settings(settings: type) -> Callable[[_Function], _Function]:
+    """Declare that a command's `**settings` are the fields of the dataclass `settings`, each with a default."""
+
+    def declare(function: _Function) -> _Function:
+        function.settings_type = settings  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def list_options(function: Callable[..., Any]) -> list[Option]:
+    """Return the options of a command in the order of its help."""
+    kinds, sentences = get_type_hints(function), describe_arguments(function)
+    options = [
+        Option(name, kinds[name], sentences.get(name, ""), parameter.default, is_setting=False)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    settings: Any = getattr(function, "settings_type", None)
+    if settings is None:
+        return options
+    kinds, sentences = get_type_hints(settings), describe_fields(settings)
+    defaults = settings()
+    return options + [
+        Option(name, kinds[name], sentences.get(name, ""), getattr(defaults, name), is_setting=True)
+        for name in (field.name for field in dataclasses.fields(settings))
+    ]

@@ -1,0 +1,23 @@
+"""Settings for photographs: the defaults of `TrainConfig` suit digits of 8x8 pixels."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from revnet.training import TrainConfig
+from revnet.training.recipes import find_recipe
+
+PHOTO_RECIPE = "photos/quick/revnet56"
+
+
+def photo_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the recipe for photographs adds to `settings`; none if the data are not photographs."""
+    if not _are_photographs(settings.get("data", TrainConfig.data)):
+        return {}
+    recipe = vars(TrainConfig.load(find_recipe(PHOTO_RECIPE)))
+    return {name: value for name, value in recipe.items() if name not in settings and name != "data"}
+
+
+def _are_photographs(data: str) -> bool:
+    """Return whether `data` names image files of many sizes, in folders or on the Hugging Face hub."""
+    return data == "imagenet" or data.startswith("hub:") or Path(data).expanduser().joinpath("train").is_dir()

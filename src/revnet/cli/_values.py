@@ -1,0 +1,108 @@
+"""Values of options: read from the command line or YAML, and checked against the type of a parameter."""
+
+import math
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+_RULES = {
+    bool: "true or false",
+    float: "a number",
+    int: "an integer",
+    NoneType: "null",
+    str: "text",
+    tuple: "a list in brackets, such as [0.5,0.75]",
+}
+
+
+def read_text(text: str, kind: Any) -> Any:
+    """Read `text`, as written on the command line, as a value of the type `kind`.
+
+    Raises:
+        TypeError: It is not of that type.
+    """
+    import yaml
+
+    members = _members(kind)
+    if str in members:
+        return None if text == "null" and NoneType in members else text
+    if text in choices(kind):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # a ValueError: an integer of too many digits
+        value = text
+    return check_value(value, kind)
+
+
+def check_value(value: Any, kind: Any) -> Any:
+    """Return `value`, as read from YAML, as a value of the type `kind`.
+
+    Raises:
+        TypeError: It is not of that type.
+    """
+    for member in _members(kind):
+        try:
+            return _check_member(value, member)
+        except TypeError:
+            pass
+    raise TypeError(f"must be {describe_type(kind)}")
+
+
+def describe_type(kind: Any) -> str:
+    """Return what a value of the type `kind` must be, in words."""
+    rules = []
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            rules += [f"`{choice}`" for choice in get_args(member)]
+        else:
+            rules.append(_RULES[get_origin(member) or member])
+    return " or ".join(rules)
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """Return the names that the type `kind` chooses among, if it does."""
+    return tuple(choice for member in _members(kind) if get_origin(member) is Literal for choice in get_args(member))
+
+
+def is_switch(kind: Any) -> bool:
+    """Return whether an option of the type `kind` needs no value: `--quick` means `--quick true`."""
+    return kind is bool
+
+
+def is_list(kind: Any) -> bool:
+    """Return whether the type `kind` is a list in brackets, or an optional one."""
+    return any(get_origin(member) is tuple for member in _members(kind))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _check_member(value: Any, member: Any) -> Any:
+    if get_origin(member) is Literal:
+        return _require(value, value in get_args(member))
+    if get_origin(member) is tuple:
+        kinds = get_args(member)
+        _require(value, isinstance(value, list))
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        _require(value, len(kinds) == len(value))
+        return tuple(check_value(item, kind) for item, kind in zip(value, kinds, strict=True))
+    if member is float:
+        return _check_float(value)
+    return _require(value, type(value) is member)  # a bool is not an int here
+
+
+def _check_float(value: Any) -> float:
+    _require(value, isinstance(value, int | float | str) and not isinstance(value, bool))
+    try:
+        number = float(value)  # YAML reads 1e-3 as text
+    except (ValueError, OverflowError) as error:
+        raise TypeError from error
+    return float(_require(number, math.isfinite(number)))
+
+
+def _require(value: Any, holds: bool) -> Any:
+    if not holds:
+        raise TypeError
+    return value

@@ -1,0 +1,65 @@
+"""Values of options, read from text and from YAML."""
+
+from typing import Literal
+
+import pytest
+
+from revnet.cli._values import check_value, describe_type, read_text
+
+Color = Literal["red", "32-true"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("1e-3", float, 0.001),
+        ("3", float, 3.0),
+        ("-3", int, -3),
+        ("true", bool, True),
+        ("null", int | None, None),
+        ("null", str, "null"),
+        ("null", str | None, None),
+        ("1.0", str, "1.0"),
+        ("[a]", str | None, "[a]"),
+        ("32-true", Color, "32-true"),
+        ("[0.5,0.75]", tuple[float, ...], (0.5, 0.75)),
+        ("[1, 2]", tuple[float, float] | None, (1.0, 2.0)),
+    ],
+)
+def test_reads_text(text, kind, value):
+    assert read_text(text, kind) == value
+    assert type(read_text(text, kind)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("1.5", int),
+        ("true", int),
+        ("9" * 5000, int),
+        ("nan", float),
+        ("1e999", float),
+        ("yes please", bool),
+        ("blue", Color),
+        ("0.5", tuple[float, ...]),
+        ("[1]", tuple[float, float]),
+        ("[a: b: c", int),
+    ],
+)
+def test_rejects_text_of_another_type(text, kind):
+    with pytest.raises(TypeError):
+        read_text(text, kind)
+
+
+def test_checks_yaml():
+    assert check_value("1e-3", float) == 0.001
+    assert check_value([1, 2], tuple[int, ...]) == (1, 2)
+    for value, kind in ((5, str), ("5", int), (True, float), ({}, tuple[int, ...])):
+        with pytest.raises(TypeError):
+            check_value(value, kind)
+
+
+def test_describes_types():
+    assert describe_type(int | None) == "an integer or null"
+    assert describe_type(Color | None) == "`red` or `32-true` or null"
+    assert describe_type(tuple[float, ...]) == "a list in brackets, such as [0.5,0.75]"
