@@ -87,7 +87,7 @@ def test_mistakes_are_told_in_one_line(assert_refused, calls, arguments, message
         (["--policy", "store"], "`policy` (='store') is not to be chosen: both are run; leave it out."),
         (["--memory-budget", "1GiB"], "`memory_budget` (='1GiB') plans what is rebuilt, and here it is everything or"),
         (["--out-dir", "x"], "`out_dir` (='x') is for one run, and here are two; leave it out."),
-        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
+        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
     ],
 )
 def test_nothing_is_written_for_settings_that_do_not_fit(assert_refused, tmp_path, monkeypatch, arguments, message):
