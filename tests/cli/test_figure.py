@@ -90,7 +90,7 @@ def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
         (["--policy", "store"], "`policy` (='store') must not be set, since both policies are run; leave it out."),
         (["--memory-budget", "1GiB"], "`memory_budget` (='1GiB') plans what is rebuilt, and here it is everything or"),
         (["--out-dir", "x"], "`out_dir` (='x') is for one run, and here are two; leave it out."),
-        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
+        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
     ],
 )
 def test_rejected_settings_write_nothing(assert_refused, tmp_path, monkeypatch, arguments, message):

@@ -108,7 +108,7 @@ def test_resume_rejects_settings(revnet, run_dir, assert_refused):
         (["--precision", "16"], "`--precision` (=16) must be `32-true` or `bf16-mixed`"),
         (["--memory-budget", "16 apples"], "`memory_budget` (='16 apples') must be a number of bytes with a unit"),
         (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`policy` (='checkpoint') does not go with a"),
-        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 images that train"),
+        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
         (["--model", "revnet83"], "did you mean 'revnet38'?"),
         (["--data", "no/such/folder"], "does not exist"),
         (["--resume", "no/such/run"], "`no/such/run` holds no config.yaml"),
