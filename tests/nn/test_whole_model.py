@@ -8,7 +8,7 @@ from revnet import Additive, FixedPoint, ReversibleBlock, ReversibleSequential, 
 from tests.helpers import mlp
 
 
-def test_every_block_takes_the_coupling():
+def test_set_coupling_changes_every_block():
     model = nn.Sequential(
         nn.Linear(3, 4), ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]), nn.Linear(4, 2)
     )
@@ -20,7 +20,7 @@ def test_every_block_takes_the_coupling():
     assert "coupling" not in repr(model)
 
 
-def test_the_published_networks_take_it():
+def test_set_coupling_changes_published_networks():
     for name, num_blocks in (("revnet38", 2 + 2 + 3), ("revvit_cifar", 9)):
         model = create_model(name)
         set_coupling(model, FixedPoint())
@@ -29,7 +29,7 @@ def test_the_published_networks_take_it():
         assert all(block.coupling == FixedPoint() for block in blocks)
 
 
-def test_what_cannot_take_one_raises():
+def test_set_coupling_rejects_models_without_blocks():
     with pytest.raises(
         ValueError, match=r"`model` \(=Linear\) has no reversible block that could take the coupling Ad"
     ):
@@ -38,7 +38,7 @@ def test_what_cannot_take_one_raises():
         set_coupling(ReversibleBlock(mlp(2), mlp(2)), "exact")
 
 
-def test_a_sequence_is_exact_as_a_whole_or_not_at_all():
+def test_sequence_rejects_a_mix_of_exact_and_other_couplings():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)])
     sequence[1].coupling = FixedPoint()
     with pytest.raises(ValueError, match=r"`blocks.1.f` has the coupling FixedPoint\(.*, but `blocks.0.f` has Addi"):

@@ -30,7 +30,7 @@ def policies(model):
     return {name: holder.policies for name, holder in policy_holders(model).items()}
 
 
-def test_holders_are_found_by_name_with_their_units():
+def test_policy_holders_returns_modules_and_units_by_name():
     model = make_model()
     holders = policy_holders(model)
     assert list(holders) == ["0", "1"]
@@ -40,7 +40,7 @@ def test_holders_are_found_by_name_with_their_units():
     assert holders["0"].policy_units[0].functions == (model[0],)
 
 
-def test_set_policy_reaches_every_unit_that_can_take_it():
+def test_set_policy_changes_every_unit_that_accepts_the_policy():
     model = make_model()
     set_policy(model, Checkpoint())
     assert policies(model) == {"0": (Checkpoint(),), "1": (Checkpoint(),) * 3}
@@ -52,7 +52,7 @@ POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload
 
 
 @pytest.mark.parametrize(("name", "policy"), POLICIES.items())
-def test_a_name_stands_for_a_policy_wherever_one_is_taken(name, policy):
+def test_policies_can_be_given_by_name(name, policy):
     blocks = [ReversibleBlock(mlp(2), mlp(2)) for _ in range(2)]
     assert as_policy(name) == as_policy(policy) == policy
     assert ReversibleSequential(*blocks, policy=name).policies == (policy,) * 2
@@ -72,14 +72,14 @@ def reversible_holders(model):
     return [holder for holder in policy_holders(model).values() if holder.policy_units[0].is_reversible]
 
 
-def test_the_message_names_all_policies():
+def test_error_message_lists_all_policies():
     with pytest.raises(TypeError) as error:
         as_policy(None, "policies[3]")
     assert str(error.value).startswith("`policies[3]` (=None) must be")
     assert all(f"`{policy}`" in str(error.value) for policy in POLICIES.values())
 
 
-def test_units_of_the_published_networks():
+def test_published_networks_have_the_expected_units():
     for name, num_units in (("revnet38", 1 + 3 + 3 + 3), ("resnet32", 1 + 15)):
         model = create_model(name)
         set_policy(model, Store())
@@ -101,12 +101,12 @@ def test_units_of_the_published_networks():
         (3, Store(), TypeError, r"`model` \(=3\) must be an nn.Module"),
     ],
 )
-def test_set_policy_refuses(model, policy, error, message):
+def test_set_policy_rejects(model, policy, error, message):
     with pytest.raises(error, match=message):
         set_policy(model, policy)
 
 
-def test_a_unit_refuses_what_it_cannot_take():
+def test_unit_rejects_a_policy_that_it_does_not_accept():
     with pytest.raises(
         TypeError, match=r"`policy` \(=Reverse\(\)\) is for reversible blocks, and this module is not reversible"
     ):
@@ -119,7 +119,7 @@ def test_a_unit_refuses_what_it_cannot_take():
         make_model()[1].set_policies([Store(), Store()])
 
 
-def test_policies_are_restored_after_an_error_too():
+def test_policies_are_restored_after_an_error():
     model = make_model()
     before = policies(model)
     with pytest.raises(ValueError, match="has no unit that accepts"), restoring_policies(model):
@@ -128,7 +128,7 @@ def test_policies_are_restored_after_an_error_too():
 
 
 @pytest.mark.parametrize("policy", [Checkpoint(), Offload()])
-def test_a_policy_sequential_trains_as_a_plain_sequential(policy):
+def test_policy_sequential_trains_like_a_plain_sequential(policy):
     layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 4)]
     plain = nn.Sequential(*layers)
     x = torch.randn(8, 3)
@@ -147,7 +147,7 @@ def test_a_policy_sequential_trains_as_a_plain_sequential(policy):
         assert torch.equal(parameter.grad, gradient)
 
 
-def test_a_policy_sequential_behaves_as_a_list_and_shows_its_policy():
+def test_policy_sequential_can_be_sliced_and_shows_its_policy():
     module = PolicySequential(nn.Linear(3, 4), nn.ReLU(), policy=Checkpoint())
     assert len(module[:1]) == 1
     assert "policy=Checkpoint()" in repr(module)
