@@ -63,7 +63,7 @@ def step(sequence, x=None):
     return y
 
 
-def made_anew(sequence):
+def rebuilt(sequence):
     """Return a sequence of the same blocks with an empty cache."""
     return ReversibleSequential(*sequence.blocks, policy=sequence.policies, tolerance=sequence.tolerance)
 
@@ -81,7 +81,7 @@ def looks_only(sequence):
 def check(sequence):
     """Check that the next steps compute what a sequence with an empty cache computes."""
     for _ in range(2):
-        expected = step(made_anew(sequence))
+        expected = step(rebuilt(sequence))
         expected_grads = [parameter.grad for parameter in sequence.parameters()]
         assert torch.equal(step(sequence), expected)
         assert all(
@@ -224,7 +224,7 @@ def test_changed_split_dim_and_stream_are_used():
     for block in sequence.blocks:
         block.split_dim = 1
     x = torch.randn(2, 8, 4)
-    assert torch.equal(sequence(x), made_anew(sequence)(x))
+    assert torch.equal(sequence(x), rebuilt(sequence)(x))
 
 
 def test_changed_policies_are_used():

@@ -231,10 +231,10 @@ def test_stream_is_stored_if_one_function_breaks_the_bound():
     twin = stored_twin(sequence)
     with pytest.warns(
         ReconstructionWarning, match=r"undoing `blocks.\d.[fg]` alone has a relative error of \de-0\d, t"
-    ) as told:
+    ) as warnings_raised:
         backward(sequence)
     backward(sequence)
-    assert len(told) == 1
+    assert len(warnings_raised) == 1
     backward(twin)
     backward(twin)
     for gradient, expected in zip(gradients(sequence).values(), gradients(twin).values(), strict=True):
