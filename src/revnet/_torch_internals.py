@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as Unsu
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
 
 # The base class of dispatch modes, and the flattening of nested arguments that `torch.compile` can trace. Only
-# PyTorch's developer notes document them. Replacement: none. Nothing else sees each operator of a call, and `torch.compile` does
-# not recognize any other flattening.
+# PyTorch's developer notes document them. Replacement: none. Nothing else sees each operator of a call, and
+# `torch.compile` does not recognize any other flattening.
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
