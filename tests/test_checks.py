@@ -1,4 +1,4 @@
-"""The words in which arguments are refused."""
+"""The error messages for wrong arguments."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def sequence():
     ],
     ids=["string", "tensor", "module", "list", "lines", "integer"],
 )
-def test_a_value_is_described_in_a_short_line(value, words):
+def test_describe_returns_one_short_line(value, words):
     assert describe(value) == words
     assert len(words) <= 60
 
@@ -70,14 +70,14 @@ def test_a_value_is_described_in_a_short_line(value, words):
         ),
     ],
 )
-def test_name_value_rule_and_way_out(call, error, message):
+def test_message_has_name_value_rule_and_remedy(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value) == message
 
 
-def test_a_refused_tolerance_changes_nothing():
-    """Assigned, a module would become a child of the sequence."""
+def test_rejected_tolerance_changes_nothing():
+    """Assigning a module would make it a child of the sequence."""
     model = sequence()
     with pytest.raises(ValueError, match="`tolerance`"):
         set_tolerance(model, nn.ReLU())

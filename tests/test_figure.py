@@ -8,12 +8,12 @@ from revnet._figure import check_matplotlib, clear_frame, new_figure, save, writ
 from revnet.errors import MissingDependencyError
 
 
-def test_a_figure_is_saved_as_png_whatever_its_name(tmp_path):
+def test_figure_is_saved_as_png_under_any_name(tmp_path):
     figure = new_figure(4, 3)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1])
     clear_frame(axes)
-    write_title(axes, "$ and $^$")  # no formula: this would be a wrong one
+    write_title(axes, "$ and $^$")  # It is not parsed as a formula, which would be invalid.
     save(figure, tmp_path / "picture.tmp")
     with (tmp_path / "picture.tmp").open("rb") as file:
         assert matplotlib.image.imread(file, format="png").shape[:2] == (3 * 150, 4 * 150)
@@ -28,7 +28,7 @@ def test_pyplot_is_not_loaded():
 
 
 @pytest.mark.parametrize("use", [check_matplotlib, lambda: new_figure(1, 1)])
-def test_without_matplotlib_there_is_one_line(monkeypatch, use):
+def test_missing_matplotlib_raises_one_line(monkeypatch, use):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"a figure needs matplotlib, which is not installed; run `pip"):
         use()

@@ -32,7 +32,7 @@ LEVELS = {
     "paper": 6,
     "cli": 7,
 }
-# The public names are gathered at the top, for type checkers; at run time each loads when it is first used.
+# The package imports its public names for type checkers. At run time they load when they are first used.
 GATHERS = {"__init__"}
 
 
@@ -41,7 +41,7 @@ def room_of(path: Path) -> str:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms of revnet that any import statement in the file names, lazy ones too."""
+    """Return the rooms of revnet that the file imports, in lazy imports too."""
     modules = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def test_imports_go_downward(path):
         assert LEVELS[imported] < LEVELS[room], f"{path.name} in `{room}` imports `{imported}`, which is not below it"
 
 
-def test_an_upward_import_would_be_found(tmp_path):
+def test_upward_import_is_found(tmp_path):
     file = tmp_path / "file.py"
     file.write_text(
         "def f():\n    from revnet.cli import main\n    import revnet.training.run\n    from revnet import nn\n"

@@ -3,7 +3,7 @@ import re
 from revnet.bench import describe_machine, hardware_name
 
 
-def test_the_circumstances_are_told(monkeypatch):
+def test_machine_is_described(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     hardware, versions, date, command = describe_machine("some command", peers={"peer": "1.2"})
     assert re.match(r"- Hardware: \d+ cores of .+, threads used: \d+, no GPU", hardware)
@@ -14,5 +14,5 @@ def test_the_circumstances_are_told(monkeypatch):
     assert command == "- Command: `OMP_NUM_THREADS=1 some command`"
 
 
-def test_hardware_names_a_file():
+def test_hardware_name_fits_a_file_name():
     assert re.fullmatch(r"cpu\d+", hardware_name())

@@ -1,7 +1,7 @@
 """Checks of arguments.
 
-Each helper raises an error of one line that a tired reader can act on. It names the argument in backticks, shows its
-value, and says which rule the value breaks and what to pass instead.
+The error messages are one line long. They name the argument in backticks, show its value, and say which rule the value
+breaks and what to pass instead.
 """
 
 import sys
@@ -13,42 +13,42 @@ import torch.fx
 from torch import Tensor, nn
 
 MOST_LAYERS = 100_000
-"""Largest number of layers. Building more would take minutes, so a larger number is a mistake."""
+"""Largest number of layers. Building more layers would take minutes."""
 MOST_CHANNELS = 2**20
-"""Largest width of a layer. Matrices of a larger one fit no machine."""
+"""Largest width of a layer. The matrices of a wider layer do not fit into memory."""
 _MOST = 2**31 - 1
 _LONGEST = 60
-"""Characters of a value that a message shows."""
+"""Number of characters of a value in a message."""
 
 
 def describe(value: object) -> str:
-    """Return `value` as a message shows it: in one short line."""
+    """Return `value` in one short line, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module):
         return type(value).__name__
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # Of an integer of 5,000 digits, say, or of a broken class.
+    except Exception:  # For instance for an integer of 5,000 digits.
         return f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def describe_kind(value: object) -> str:
-    """Return what kind of object `value` is, where a message is about that alone: "tuple of 3", "ndarray"."""
+    """Return the kind of object that `value` is, such as "tuple of 3" or "ndarray", for a message."""
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether `value` is an integer, which a bool is not here."""
+    """Return whether `value` is an integer. A bool does not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Return whether `value` is a finite number, which a bool is not here."""
-    # Compared, not converted: an integer may be too large for a float.
+    """Return whether `value` is a finite number. A bool does not count."""
+    # Compare instead of converting, because an integer may be too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -93,7 +93,7 @@ def check_share(*, below_one: bool = True, **shares: Any) -> None:
 
 
 def check_positive_number(name: str, value: Any, *, hint: str) -> None:
-    """Raise unless `value` is a positive number; `hint` says what is usual."""
+    """Raise unless `value` is a positive number. `hint` gives a usual value."""
     if not is_number(value) or value <= 0:
         raise ValueError(f"`{name}` (={describe(value)}) must be a positive number; {hint}.")
 
@@ -105,13 +105,13 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def check_module(name: str, value: Any, *, hint: str = "pass a model") -> None:
-    """Raise unless `value` is a module; `hint` says what to pass."""
+    """Raise unless `value` is a module. `hint` says what to pass."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"`{name}` (={describe(value)}) must be an nn.Module; {hint}.")
 
 
 def check_tensor(name: str, value: Any, *, hint: str = "convert it with `torch.as_tensor`") -> None:
-    """Raise unless `value` is a tensor; `hint` says how to make one."""
+    """Raise unless `value` is a tensor. `hint` says how to make one."""
     if not isinstance(value, Tensor | torch.fx.Proxy):  # `torch.fx` traces with proxies.
         raise TypeError(f"`{name}` (={describe(value)}) must be a tensor; {hint}.")
 

@@ -76,7 +76,7 @@ class ReconstructionWarning(UserWarning):
 
 
 class DataError(RevnetError, ValueError):
-    """A data file or folder is missing, corrupt or of another layout.
+    """A data file or folder is missing, corrupt or laid out differently.
 
     Example:
         >>> from revnet import DataError
@@ -84,13 +84,13 @@ class DataError(RevnetError, ValueError):
         >>> try:
         ...     load_dataset("missing/folder")
         ... except DataError:
-        ...     print("there is no such data set")
-        there is no such data set
+        ...     print("the data set is missing")
+        the data set is missing
     """
 
 
 class CheckpointError(RevnetError, ValueError):
-    """A checkpoint is missing, truncated or of another model.
+    """A checkpoint is missing, truncated or from another model.
 
     Example:
         >>> from revnet import CheckpointError
@@ -98,13 +98,13 @@ class CheckpointError(RevnetError, ValueError):
         >>> try:
         ...     load_classifier("missing.ckpt")
         ... except CheckpointError:
-        ...     print("there is no such checkpoint")
-        there is no such checkpoint
+        ...     print("the checkpoint is missing")
+        the checkpoint is missing
     """
 
 
 class MissingDependencyError(RevnetError, ImportError):
-    """An optional package is not installed; the message holds the install line.
+    """An optional package is not installed. The message contains the command that installs it.
 
     Example:
         >>> from revnet import MissingDependencyError

@@ -15,7 +15,7 @@ from tests.helpers import assert_close, assert_same_buffers, gradients, stored_t
 def test_running_statistics_are_moving_averages_of_mean_and_biased_variance():
     norm = BatchNorm2dBiased(3, momentum=0.01).double()
     mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    for size in (4, 2, 1):  # the share to be taken away differs from batch to batch
+    for size in (4, 2, 1):  # The factor between both variances differs from batch to batch.
         x = 3 * torch.randn(2, 3, size, 5, dtype=torch.float64) + 1
         norm(x)
         mean = 0.99 * mean + 0.01 * x.mean((0, 2, 3))
@@ -26,7 +26,7 @@ def test_running_statistics_are_moving_averages_of_mean_and_biased_variance():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_output_and_gradients_are_pytorchs(training):
+def test_output_and_gradients_equal_batch_norm_of_pytorch(training):
     norm, usual = BatchNorm2dBiased(4, eps=1e-3), nn.BatchNorm2d(4, eps=1e-3)
     usual.load_state_dict(norm.state_dict())
     x = torch.randn(2, 4, 5, 5)
@@ -38,7 +38,7 @@ def test_output_and_gradients_are_pytorchs(training):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
-def test_evaluation_leaves_the_statistics_alone():
+def test_evaluation_does_not_change_the_statistics():
     norm = BatchNorm2dBiased(3).eval()
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     norm(torch.randn(2, 3, 4, 4))
@@ -55,13 +55,13 @@ def test_evaluation_leaves_the_statistics_alone():
         ({"num_features": 0}, r"`num_features` \(=0\) must be a positive integer"),
     ],
 )
-def test_wrong_options(options, message):
+def test_rejects_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         BatchNorm2dBiased(**{"num_features": 3, **options})
 
 
-def test_without_momentum_all_batches_count_alike():
-    """A cumulative average, as in `nn.BatchNorm2d`."""
+def test_no_momentum_weights_all_batches_equally():
+    """The average is cumulative, as in `nn.BatchNorm2d`."""
     norm = BatchNorm2dBiased(3, momentum=None).double()
     batches = [torch.randn(2, 3, size, 5, dtype=torch.float64) for size in (4, 2, 1)]
     for x in batches:
@@ -78,8 +78,8 @@ class Residual(nn.Sequential):
 
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), Store()])
-def test_statistics_are_estimated_again_by_update_bn(policy):
-    """It sets `momentum` to None, which also moves a norm in a block that is computed twice."""
+def test_update_bn_estimates_the_statistics_again(policy):
+    """`update_bn` sets `momentum` to None, also for a norm in a block whose functions run twice."""
     sequence = ReversibleSequential(*[ReversibleBlock(Residual(0.1), Residual(0.1)) for _ in range(2)], policy=policy)
     batches = [torch.randn(4, 4, 5, 5) for _ in range(3)]
     for x in batches:
@@ -92,7 +92,7 @@ def test_statistics_are_estimated_again_by_update_bn(policy):
     torch.testing.assert_close(norm.running_var, variances.mean(0))
 
 
-def test_a_cumulative_average_counts_a_batch_once_in_a_reversed_block():
+def test_cumulative_average_counts_each_batch_once_in_a_reversed_block():
     sequence = ReversibleSequential(*[ReversibleBlock(Residual(None), Residual(None)) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     for _ in range(2):
@@ -104,7 +104,7 @@ def test_a_cumulative_average_counts_a_batch_once_in_a_reversed_block():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_network_in_training_mode_is_exported(strict):
+def test_network_in_training_mode_can_be_exported(strict):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2dBiased(4), nn.ReLU())
     x = torch.randn(2, 3, 8, 8)
     exported = torch.export.export(copy.deepcopy(network), (x,), strict=strict).module()
@@ -116,8 +116,8 @@ def test_a_network_in_training_mode_is_exported(strict):
 
 
 @pytest.mark.parametrize("track", [True, False])
-def test_without_running_statistics_it_is_pytorchs(track):
-    """As `torch.func.replace_all_batch_norm_modules_` and users leave it."""
+def test_no_running_statistics_equals_batch_norm_of_pytorch(track):
+    """`torch.func.replace_all_batch_norm_modules_` and users remove the statistics."""
     norm, usual = BatchNorm2dBiased(3), nn.BatchNorm2d(3, track_running_stats=False)
     if track:
         torch.func.replace_all_batch_norm_modules_(norm)
@@ -129,8 +129,8 @@ def test_without_running_statistics_it_is_pytorchs(track):
         assert torch.equal(norm.running_var, torch.ones(3))
 
 
-def test_conversion_to_a_synchronized_norm_raises():
-    """It would drop the biased rule; the norm that the message names takes its place."""
+def test_conversion_to_synchronized_batch_norm_raises():
+    """The conversion would lose the biased variance. The norm that the message names can be converted."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2dBiased(4))
     with pytest.raises(NotImplementedError, match=r"cannot become an `nn\.SyncBatchNorm`, which averages the unbiased"):
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -140,7 +140,7 @@ def test_conversion_to_a_synchronized_norm_raises():
     assert isinstance(nn.SyncBatchNorm.convert_sync_batchnorm(network)[1], nn.SyncBatchNorm)
 
 
-def test_a_copy_and_a_pickle_keep_their_options():
+def test_copy_and_pickle_keep_the_options():
     norm = BatchNorm2dBiased(3, eps=1e-3, momentum=None)
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
         assert repr(other) == repr(norm)

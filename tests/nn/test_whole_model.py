@@ -4,11 +4,81 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import Additive, FixedPoint, ReversibleBlock, ReversibleSequential, create_model, set_coupling
+from revnet import (
+    Additive,
+    Checkpoint,
+    FixedPoint,
+    PolicySequential,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    create_model,
+    set_coupling,
+    set_policy,
+)
+from revnet.nn import policy_holders
 from tests.helpers import mlp
 
 
-def test_every_block_takes_the_coupling():
+def make_model():
+    return nn.Sequential(
+        PolicySequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()),
+        ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]),
+        nn.Linear(4, 2),
+    )
+
+
+def policies(model):
+    return {name: holder.policies for name, holder in policy_holders(model).items()}
+
+
+def test_policy_holders_returns_modules_and_units_by_name():
+    model = make_model()
+    holders = policy_holders(model)
+    assert list(holders) == ["0", "1"]
+    assert [unit.name for unit in holders["1"].policy_units] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert holders["1"].policy_units[2].functions == (model[1][2].f, model[1][2].g)
+    assert [unit.name for unit in holders["0"].policy_units] == [""]
+    assert holders["0"].policy_units[0].functions == (model[0],)
+
+
+def test_set_policy_changes_every_unit_that_accepts_the_policy():
+    model = make_model()
+    set_policy(model, Checkpoint())
+    assert policies(model) == {"0": (Checkpoint(),), "1": (Checkpoint(),) * 3}
+    set_policy(model, Reverse())
+    assert policies(model) == {"0": (Checkpoint(),), "1": (Reverse(),) * 3}
+
+
+def test_published_networks_have_the_expected_units():
+    for name, num_units in (("revnet38", 1 + 3 + 3 + 3), ("resnet32", 1 + 15)):
+        model = create_model(name)
+        set_policy(model, Store())
+        assert sum(len(holder.policy_units) for holder in policy_holders(model).values()) == num_units
+
+
+@pytest.mark.parametrize(
+    ("model", "policy", "error", "message"),
+    [
+        (nn.Linear(2, 2), Store(), ValueError, r"`model` \(=Linear\) has no unit that accepts the policy Store\(\)"),
+        (create_model("resnet32"), Reverse(), ValueError, r"`model` \(=ResNet\) has no unit that accepts the policy"),
+        (
+            make_model(),
+            "Store",
+            ValueError,
+            r"`policy` \(='Store'\) must be a policy: .* in lower case, such as 'store'",
+        ),
+        (make_model(), 3, TypeError, r"`policy` \(=3\) must be a policy"),
+        (3, Store(), TypeError, r"`model` \(=3\) must be an nn.Module"),
+    ],
+)
+def test_set_policy_rejects(model, policy, error, message):
+    with pytest.raises(error, match=message):
+        set_policy(model, policy)
+
+
+def test_set_coupling_changes_every_block():
     model = nn.Sequential(
         nn.Linear(3, 4), ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]), nn.Linear(4, 2)
     )
@@ -20,7 +90,7 @@ def test_every_block_takes_the_coupling():
     assert "coupling" not in repr(model)
 
 
-def test_the_published_networks_take_it():
+def test_set_coupling_changes_published_networks():
     for name, num_blocks in (("revnet38", 2 + 2 + 3), ("revvit_cifar", 9)):
         model = create_model(name)
         set_coupling(model, FixedPoint())
@@ -29,7 +99,7 @@ def test_the_published_networks_take_it():
         assert all(block.coupling == FixedPoint() for block in blocks)
 
 
-def test_what_cannot_take_one_raises():
+def test_set_coupling_rejects_models_without_blocks():
     with pytest.raises(
         ValueError, match=r"`model` \(=Linear\) has no reversible block that could take the coupling Ad"
     ):
@@ -38,7 +108,7 @@ def test_what_cannot_take_one_raises():
         set_coupling(ReversibleBlock(mlp(2), mlp(2)), "exact")
 
 
-def test_a_sequence_is_exact_as_a_whole_or_not_at_all():
+def test_sequence_rejects_a_mix_of_exact_and_other_couplings():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)])
     sequence[1].coupling = FixedPoint()
     with pytest.raises(ValueError, match=r"`blocks.1.f` has the coupling FixedPoint\(.*, but `blocks.0.f` has Addi"):

@@ -7,7 +7,7 @@ from tests.helpers import assert_close
 
 
 def by_hand(q, k, v, is_causal, mask):
-    """One query after the other, over the keys that it sees."""
+    """Compute attention query by query, over the keys that the query sees."""
     y = torch.empty_like(v)
     B, H, T, D = q.shape
     for b in range(B):
@@ -19,7 +19,7 @@ def by_hand(q, k, v, is_causal, mask):
     return y
 
 
-def test_it_is_the_definition_with_every_mask():
+def test_full_attention_equals_the_definition_with_every_mask():
     q, k, v = torch.randn(3, 2, 2, 7, 4, dtype=torch.float64)
     some = torch.rand(2, 7) > 0.4
     nothing = torch.zeros(2, 7, dtype=torch.bool)
@@ -29,8 +29,8 @@ def test_it_is_the_definition_with_every_mask():
             assert_close(actual, by_hand(q, k, v, is_causal, mask), tolerance=1e-12)
 
 
-def test_the_module_is_pytorchs():
-    """With the same weights."""
+def test_full_attention_equals_multihead_attention():
+    """Both modules have the same weights."""
     module, x = FullAttention(8, 2).double(), torch.randn(2, 5, 8, dtype=torch.float64)
     other = nn.MultiheadAttention(8, 2, bias=False, batch_first=True).double()
     with torch.no_grad():

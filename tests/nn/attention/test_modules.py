@@ -1,4 +1,4 @@
-"""What all attentions have in common."""
+"""Properties that all attention layers share."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def random_input(B=2, T=30, D=8):
 
 @directions
 @all_modules
-def test_heads_are_the_functions_of_projections(make, is_causal):
+def test_heads_apply_the_function_to_projections(make, is_causal):
     module, x, rotary = make(8, 2, is_causal=is_causal).double(), random_input(), rotary_table(30, 4).double()
     mask = torch.rand(2, 30) > 0.3
 
@@ -51,8 +51,8 @@ def test_heads_are_the_functions_of_projections(make, is_causal):
 
 @directions
 @all_modules
-def test_gradients_in_reversible_blocks_are_the_twins(make, is_causal):
-    """Draws are replayed: the blocks call each function twice."""
+def test_gradients_in_reversible_blocks_equal_the_stored_twin(make, is_causal):
+    """Random numbers are the same in both calls of a function."""
     blocks = [
         ReversibleBlock(make(8, 2, is_causal=is_causal), FeedForward(8), split_dim=-1, coupling=FixedPoint())
         for _ in range(3)
@@ -70,7 +70,7 @@ def test_gradients_in_reversible_blocks_are_the_twins(make, is_causal):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_rotations_are_new_in_training_and_the_same_in_evaluation():
+def test_rotations_are_random_in_training_and_fixed_in_evaluation():
     module, x = LSHAttention(8, 2, bucket_size=2, num_hashes=1).double(), random_input()
     assert not torch.equal(module(x), module(x))
     module.eval()
@@ -80,7 +80,7 @@ def test_rotations_are_new_in_training_and_the_same_in_evaluation():
 
 
 @all_modules
-def test_what_does_not_fit_is_refused(make):
+def test_rejects_wrong_shapes_and_options(make):
     module = make(8, 2).double()
     with pytest.raises(ValueError, match=r"`x` has shape \(2, 30, 6\), but must have \(B, T, 8\)"):
         module(random_input(D=6))
@@ -99,14 +99,14 @@ def test_what_does_not_fit_is_refused(make):
 
 
 @pytest.mark.parametrize("name", ["lsh", "hierarchical"])
-def test_gradients_of_gradients_are_refused(name):
+def test_double_backward_raises(name):
     x = random_input().requires_grad_()
     (grad,) = torch.autograd.grad(squares(MODULES[name](8, 2).double()(x)), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-def test_representations_tell_the_options():
+def test_repr_shows_the_options():
     assert "num_heads=2, is_causal=True" in repr(FullAttention(8, 2, is_causal=True))
     assert "num_heads=2, is_causal=False, bucket_size=64, num_hashes=4" in repr(LSHAttention(8, 2))
     assert "num_heads=2, is_causal=False, block_size=64" in repr(HierarchicalAttention(8, 2))

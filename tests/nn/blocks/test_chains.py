@@ -1,4 +1,4 @@
-"""The chains that a sequence keeps from step to step: every change is seen, and nothing else makes them anew."""
+"""The chains that a sequence caches between steps: every change rebuilds them, and nothing else does."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ all_blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
 
 
 class OwnBlock(ReversibleBlock):
-    """A user's subclass, with half-blocks as they were."""
+    """A subclass that does not override `half_blocks`."""
 
     def __init__(self):
         super().__init__(mlp(4), mlp(4), split_dim=-1)
@@ -35,7 +35,7 @@ class OwnBlock(ReversibleBlock):
 
 
 class Swapping(ReversibleBlock):
-    """A user's subclass whose half-blocks depend on something that no look at the block could find."""
+    """A subclass whose half-blocks depend on something outside of the block."""
 
     swap = False
 
@@ -45,7 +45,7 @@ class Swapping(ReversibleBlock):
 
 
 class Chosen(ReversibleBlock):
-    """A user's subclass with a coupling that is computed."""
+    """A subclass that computes its coupling."""
 
     current = Additive()
     coupling = property(lambda self: self.current, lambda self, value: None)
@@ -63,8 +63,8 @@ def step(sequence, x=None):
     return y
 
 
-def made_anew(sequence):
-    """A sequence of the same blocks, which knows nothing."""
+def rebuilt(sequence):
+    """Return a sequence of the same blocks with an empty cache."""
     return ReversibleSequential(*sequence.blocks, policy=sequence.policies, tolerance=sequence.tolerance)
 
 
@@ -73,15 +73,15 @@ def chains(sequence):
 
 
 def looks_only(sequence):
-    """Whether the next step would ask no block for its half-blocks."""
+    """Return whether the next step reuses the schedule without calling `half_blocks`."""
     known = sequence._chains.known
     return known.origin is not None and known.origin.is_same(sequence)
 
 
 def check(sequence):
-    """The next steps compute what a sequence without a memory does."""
+    """Check that the next steps compute what a sequence with an empty cache computes."""
     for _ in range(2):
-        expected = step(made_anew(sequence))
+        expected = step(rebuilt(sequence))
         expected_grads = [parameter.grad for parameter in sequence.parameters()]
         assert torch.equal(step(sequence), expected)
         assert all(
@@ -91,7 +91,7 @@ def check(sequence):
 
 
 @pytest.mark.parametrize("make", [*BLOCKS.values(), OwnBlock], ids=[*BLOCKS.keys(), "subclass"])
-def test_a_step_like_the_last_one_only_looks(make):
+def test_unchanged_step_reuses_the_schedule(make):
     sequence = sequence_of(make)
     step(sequence)
     assert looks_only(sequence)
@@ -104,8 +104,8 @@ def test_a_step_like_the_last_one_only_looks(make):
 
 
 @all_blocks
-def test_what_is_read_is_what_is_looked_at(make):
-    """A block that reads more of itself must declare it with `reads`."""
+def test_half_blocks_reads_only_the_declared_attributes(make):
+    """A block that reads more attributes must declare them with `reads`."""
     block = make()
     attributes, children, list_name = READS[type(block).half_blocks]
     read = set()
@@ -124,14 +124,14 @@ def test_what_is_read_is_what_is_looked_at(make):
     assert names <= looked_at
 
 
-def test_each_block_of_the_library_declares_what_it_reads():
+def test_every_block_declares_its_reads():
     kinds = [kind for kind in AbstractReversibleBlock.__subclasses__() if kind.__module__.startswith("revnet.")]
     assert len(kinds) == len(BLOCKS)
     assert all(kind.half_blocks in READS for kind in kinds)
 
 
 @all_blocks
-def test_a_function_that_is_replaced(make):
+def test_replaced_function_is_used(make):
     sequence = sequence_of(make)
     step(sequence)
     block = sequence.blocks[1]
@@ -145,7 +145,7 @@ def test_a_function_that_is_replaced(make):
 
 
 @pytest.mark.parametrize("change", ["move", "swap", "new list", "other kind"])
-def test_the_list_of_a_multi_stream_block(change):
+def test_replaced_function_of_a_multi_stream_block_is_used(change):
     sequence = sequence_of(lambda: MultiStreamBlock(*[mlp(4) for _ in range(2)], split_dim=-1))
     step(sequence)
     block = sequence.blocks[1]
@@ -162,7 +162,7 @@ def test_the_list_of_a_multi_stream_block(change):
 
 
 @pytest.mark.parametrize("change", ["append", "delete", "replace", "swap", "insert", "new list", "functions exchanged"])
-def test_blocks_that_are_exchanged(change):
+def test_replaced_block_is_used(change):
     sequence = sequence_of()
     step(sequence)
     blocks = sequence.blocks
@@ -184,7 +184,7 @@ def test_blocks_that_are_exchanged(change):
     check(sequence)
 
 
-def test_an_equal_block_of_the_same_functions_keeps_the_chains():
+def test_block_with_the_same_functions_keeps_the_chains():
     sequence = sequence_of()
     step(sequence)
     (before,) = chains(sequence)
@@ -193,7 +193,7 @@ def test_an_equal_block_of_the_same_functions_keeps_the_chains():
     assert chains(sequence) == [before]
 
 
-def test_a_coupling_that_is_replaced():
+def test_replaced_coupling_is_used():
     sequence = sequence_of()
     step(sequence)
     for coupling in (FixedPoint(), Additive()):
@@ -207,7 +207,7 @@ def test_a_coupling_that_is_replaced():
         step(sequence)
 
 
-def test_an_equal_coupling_keeps_the_chains():
+def test_equal_coupling_keeps_the_chains():
     sequence = sequence_of()
     step(sequence)
     (before,) = chains(sequence)
@@ -215,7 +215,7 @@ def test_an_equal_coupling_keeps_the_chains():
     assert chains(sequence) == [before]
 
 
-def test_the_dimension_and_the_stream_of_a_block():
+def test_changed_split_dim_and_stream_are_used():
     sequence = sequence_of(BLOCKS["layer"])
     step(sequence)
     sequence.blocks[1].updates = 1
@@ -224,10 +224,10 @@ def test_the_dimension_and_the_stream_of_a_block():
     for block in sequence.blocks:
         block.split_dim = 1
     x = torch.randn(2, 8, 4)
-    assert torch.equal(sequence(x), made_anew(sequence)(x))
+    assert torch.equal(sequence(x), rebuilt(sequence)(x))
 
 
-def test_policies_that_are_changed():
+def test_changed_policies_are_used():
     sequence = sequence_of()
     step(sequence)
     sequence.set_policies(sequence.policies)
@@ -238,7 +238,7 @@ def test_policies_that_are_changed():
     assert len(chains(sequence)) == 3
 
 
-def test_policies_of_a_subclass():
+def test_policies_that_a_subclass_overrides_are_used():
     class Annealed(ReversibleSequential):
         stores = False
 
@@ -263,7 +263,7 @@ def test_policies_of_a_subclass():
         "register_full_backward_pre_hook",
     ],
 )
-def test_hooks_of_a_block_that_come_and_go(register):
+def test_added_and_removed_block_hooks_are_noticed(register):
     sequence = sequence_of()
     step(sequence)
     (before,) = chains(sequence)
@@ -281,7 +281,7 @@ def test_hooks_of_a_block_that_come_and_go(register):
     assert chains(sequence)[0].blocks is before.blocks is None
 
 
-def test_global_hooks_that_come_and_go():
+def test_added_and_removed_global_hooks_are_noticed():
     sequence = sequence_of()
     step(sequence)
     seen = []
@@ -299,7 +299,7 @@ def test_global_hooks_that_come_and_go():
     assert looks_only(sequence)
 
 
-def test_a_forward_that_is_set_and_taken_away_again(monkeypatch):
+def test_forward_on_the_instance_is_noticed(monkeypatch):
     sequence = sequence_of()
     step(sequence)
     block = sequence.blocks[1]
@@ -326,7 +326,7 @@ def test_a_forward_that_is_set_and_taken_away_again(monkeypatch):
     assert calls == [1, 2, 2, 2]
 
 
-def test_half_blocks_that_are_set_on_a_block():
+def test_half_blocks_on_the_instance_are_noticed():
     sequence = sequence_of()
     step(sequence)
     block = sequence.blocks[1]
@@ -336,7 +336,7 @@ def test_half_blocks_that_are_set_on_a_block():
     assert len(chains(sequence)[0].half_blocks) == 5
 
 
-def test_half_blocks_of_a_subclass_are_asked_for_in_each_step(monkeypatch):
+def test_half_blocks_of_a_subclass_run_in_each_step(monkeypatch):
     sequence = sequence_of(lambda: Swapping(mlp(4), mlp(4), split_dim=-1))
     for swap in (False, True, False):
         monkeypatch.setattr(Swapping, "swap", swap)
@@ -345,14 +345,14 @@ def test_half_blocks_of_a_subclass_are_asked_for_in_each_step(monkeypatch):
         assert (chains(sequence)[0].half_blocks[0].function is sequence.blocks[0].g) == swap
 
 
-def test_a_property_of_a_subclass_is_looked_at(monkeypatch):
+def test_property_of_a_subclass_is_read(monkeypatch):
     sequence = sequence_of(lambda: Chosen(mlp(4), mlp(4), split_dim=-1))
     for coupling in (Additive(), Affine(), Additive()):
         monkeypatch.setattr(Chosen, "current", coupling)
         assert {half_block.coupling for half_block in chains(sequence)[0].half_blocks} == {coupling}
 
 
-def test_a_child_that_a_property_hides():
+def test_child_hidden_by_a_property_is_not_used():
     other = mlp(4)
 
     class Hiding(CouplingLayer):
@@ -365,7 +365,7 @@ def test_a_child_that_a_property_hides():
 
 
 @pytest.mark.parametrize("name", ["f", "coupling"])
-def test_what_is_missing_is_named(name):
+def test_missing_attribute_is_named_in_the_error(name):
     sequence = sequence_of()
     step(sequence)
     delattr(sequence.blocks[1], name)
@@ -373,7 +373,7 @@ def test_what_is_missing_is_named(name):
         step(sequence)
 
 
-def test_a_block_that_is_something_else_is_named_again_and_again():
+def test_wrong_block_raises_in_every_step():
     sequence = sequence_of()
     step(sequence)
     sequence.blocks[0] = nn.Linear(8, 8)
@@ -383,7 +383,7 @@ def test_a_block_that_is_something_else_is_named_again_and_again():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda sequence: pickle.loads(pickle.dumps(sequence))])
-def test_a_copy_knows_nothing_of_its_origin(copied):
+def test_copy_starts_without_a_cache(copied):
     sequence = sequence_of()
     step(sequence)
     other = copied(sequence)
@@ -393,8 +393,8 @@ def test_a_copy_knows_nothing_of_its_origin(copied):
     assert not {id(each.function) for each in chains(other)[0].half_blocks} & set(map(id, sequence.modules()))
 
 
-def test_a_shallow_copy_with_blocks_of_its_own():
-    """As `nn.DataParallel` makes them: the memory is shared, what it is of is not."""
+def test_shallow_copy_with_other_blocks_runs_them():
+    """`nn.DataParallel` makes such copies: they share the cache, but not the blocks."""
     sequence = sequence_of()
     step(sequence)
     other = copy.copy(sequence)
@@ -403,7 +403,7 @@ def test_a_shallow_copy_with_blocks_of_its_own():
         check(each)
 
 
-def test_what_is_kept_keeps_no_more_than_the_functions():
+def test_cache_keeps_only_the_functions_alive():
     sequence = sequence_of(OwnBlock)
     block = sequence.blocks[0]
     block.extra, block.note = nn.Linear(3, 3), torch.zeros(3)
@@ -420,14 +420,14 @@ def test_what_is_kept_keeps_no_more_than_the_functions():
     assert [function() is None for function in functions] == [True] * 2 + [False] * 4
 
 
-def test_forward_is_documented_where_users_look():
+def test_forward_has_a_signature_and_a_docstring():
     for kind in (ReversibleSequential, ReversibleBlock):
         assert list(inspect.signature(kind.forward).parameters) == ["self", "x", "args", "kwargs"]
         assert "do not modify the output" in inspect.getdoc(kind.forward)
 
 
 @all_blocks
-def test_a_block_that_is_called_alone_keeps_its_chain(make):
+def test_single_block_keeps_its_chain(make):
     block, x = make(), torch.randn(2, 8)
     for _ in range(3):
         block(x).sum().backward()
@@ -440,7 +440,7 @@ def test_a_block_that_is_called_alone_keeps_its_chain(make):
         assert others.half_blocks[0].function is not chain.half_blocks[0].function
 
 
-def test_a_block_that_is_called_alone_sees_another_function():
+def test_single_block_uses_a_replaced_function():
     block, x = BLOCKS["block"](), torch.randn(2, 8)
     block(x).sum().backward()
     block.f = mlp(4)

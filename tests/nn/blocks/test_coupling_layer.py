@@ -8,7 +8,7 @@ from revnet.nn import CouplingLayer
 from tests.helpers import assert_close, mlp, scaling_mlp, squares
 
 
-def test_layers_in_turns_are_blocks():
+def test_alternating_layers_equal_blocks():
     functions = [mlp(3) for _ in range(6)]
     layers = ReversibleSequential(*[CouplingLayer(f, updates=i % 2) for i, f in enumerate(functions)]).double()
     blocks = ReversibleSequential(*[ReversibleBlock(*functions[i : i + 2]) for i in (0, 2, 4)]).double()
@@ -25,7 +25,7 @@ def test_layers_in_turns_are_blocks():
 
 
 @pytest.mark.parametrize("updates", [0, 1])
-def test_one_stream_stays(updates):
+def test_one_stream_is_unchanged(updates):
     layer = CouplingLayer(scaling_mlp(3), updates=updates, coupling=Affine()).double()
     x = torch.randn(2, 4, 3, dtype=torch.float64)
     y = layer((x[0], x[1]))
@@ -48,12 +48,12 @@ def test_streams_of_different_sizes():
         ({"coupling": "affine"}, TypeError, r"`coupling` \(='affine'\) must be a coupling"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments, error, message):
+def test_rejects_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         CouplingLayer(**{"f": mlp(3), **arguments})
 
 
-def test_its_repr_tells_what_is_not_usual():
+def test_repr_shows_options_that_differ_from_the_default():
     assert "updates=1, split_dim=-1, coupling=Affine" in repr(
         CouplingLayer(mlp(3), updates=1, split_dim=-1, coupling=Affine())
     )

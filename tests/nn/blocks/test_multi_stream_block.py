@@ -8,14 +8,14 @@ from revnet.nn import Checkpoint, InvertibleSequential, MultiStreamBlock
 from tests.helpers import assert_close, gradients, mlp, squares
 
 
-def test_two_streams_are_a_reversible_block():
+def test_two_streams_equal_a_reversible_block():
     f, g = mlp(3), mlp(3)
     x = torch.randn(4, 6)
     assert torch.equal(MultiStreamBlock(f, g)(x), ReversibleBlock(f, g)(x))
 
 
 @pytest.mark.parametrize("num_streams", [3, 4, 5])
-def test_each_stream_is_updated_from_the_one_before(num_streams):
+def test_each_stream_is_updated_from_the_previous_one(num_streams):
     block = MultiStreamBlock(*[mlp(2) for _ in range(num_streams)]).double()
     streams = list(torch.randn(num_streams, 4, 2, dtype=torch.float64))
     y = block(tuple(streams))
@@ -25,14 +25,14 @@ def test_each_stream_is_updated_from_the_one_before(num_streams):
     assert torch.equal(block(torch.cat(list(block.inverse(y)), 1)), torch.cat(block(block.inverse(y)), 1))
 
 
-def test_the_inverse_gives_the_streams_back():
+def test_inverse_returns_the_streams():
     sequence = ReversibleSequential(*[MultiStreamBlock(mlp(2), mlp(2), mlp(2)) for _ in range(4)]).double()
     x = torch.randn(4, 6, dtype=torch.float64)
     assert_close(sequence.inverse(sequence(x)), x, tolerance=1e-12)
 
 
 def test_streams_of_different_sizes():
-    """The first function reads the last stream, the second the first, and so on."""
+    """The first function reads the last stream, and each other function the stream before its own."""
     block = MultiStreamBlock(nn.Linear(4, 2), nn.Linear(2, 3), nn.Linear(3, 4)).double()
     x = tuple(torch.randn(5, size, dtype=torch.float64) for size in (2, 3, 4))
     y = block(x)
@@ -40,7 +40,7 @@ def test_streams_of_different_sizes():
     assert_close(block.inverse(y), x)
 
 
-def test_blocks_with_hooks_see_all_streams():
+def test_hooks_see_all_streams():
     sequence = ReversibleSequential(*[MultiStreamBlock(mlp(2), mlp(2), mlp(2)) for _ in range(2)])
     seen = []
     sequence[1].register_forward_hook(lambda module, inputs, output: seen.append((len(inputs[0]), len(output))))
@@ -48,7 +48,7 @@ def test_blocks_with_hooks_see_all_streams():
     assert seen == [(3, 3)]
 
 
-def test_memory_is_flat_in_depth_and_less_with_more_streams():
+def test_memory_does_not_grow_with_depth_and_falls_with_more_streams():
     def measured(depth, num_streams, policy):
         size = 24 // num_streams
 
@@ -64,8 +64,8 @@ def test_memory_is_flat_in_depth_and_less_with_more_streams():
     assert measured(16, 3, Store()).activation_bytes > 5 * three[-1].activation_bytes
 
 
-def test_a_checkpointed_chain_holds_what_functions_read_and_nothing_else():
-    """Each function's input, once: three streams a block."""
+def test_checkpointed_chain_stores_only_the_inputs_of_functions():
+    """A block stores the input of each function once: three streams."""
     blocks = [MultiStreamBlock(*[nn.Linear(8, 8) for _ in range(3)]) for _ in range(6)]
     sequence = ReversibleSequential(*blocks, policy=Checkpoint())
     twin = ReversibleSequential(*blocks, policy=Store())
@@ -73,7 +73,7 @@ def test_a_checkpointed_chain_holds_what_functions_read_and_nothing_else():
     assert measure(sequence, x).held_bytes <= measure(twin, x).held_bytes
 
 
-def test_it_trains_as_the_twin_with_a_tolerance():
+def test_trains_like_the_twin_with_a_tolerance():
     sequence = ReversibleSequential(*[MultiStreamBlock(mlp(2), mlp(2), mlp(2)) for _ in range(6)], tolerance=1e-5)
     twin = ReversibleSequential(*sequence, policy=Store())
     x = torch.randn(4, 6)
@@ -85,7 +85,7 @@ def test_it_trains_as_the_twin_with_a_tolerance():
     assert_close(*steps, tolerance=1e-4)
 
 
-def test_blocks_of_other_numbers_of_streams_do_not_mix():
+def test_sequence_rejects_blocks_with_different_numbers_of_streams():
     two, three = ReversibleBlock(mlp(3), mlp(3)), MultiStreamBlock(mlp(2), mlp(2), mlp(2))
     with pytest.raises(ValueError, match=r"`blocks\[1\]` has 3 streams, but `blocks\[0\]` has 2"):
         ReversibleSequential(two, three)
@@ -111,7 +111,7 @@ def test_blocks_of_other_numbers_of_streams_do_not_mix():
         ((torch.randn(2, 2), torch.randn(2, 2), 1), TypeError, r"`x3` \(=int\) must be a tensor"),
     ],
 )
-def test_inputs_that_do_not_fit(x, error, message):
+def test_rejects_wrong_inputs(x, error, message):
     with pytest.raises(error, match=message):
         MultiStreamBlock(mlp(2), mlp(2), mlp(2))(x)
 
@@ -123,6 +123,6 @@ def test_inputs_that_do_not_fit(x, error, message):
         ([mlp(2), torch.tanh], TypeError, r"`functions\[1\]` .* must be an nn.Module"),
     ],
 )
-def test_functions_that_do_not_fit(functions, error, message):
+def test_rejects_wrong_functions(functions, error, message):
     with pytest.raises(error, match=message):
         MultiStreamBlock(*functions)

@@ -7,7 +7,7 @@ from revnet.memory import measure
 from tests.helpers import SAMPLE, ConvResidual, mlp
 
 
-def test_equations():
+def test_block_computes_the_equations_of_the_paper():
     """y1 = x1 + f(x2), y2 = x2 + g(y1)."""
     f, g = mlp(2), mlp(2)
     x1, x2 = torch.randn(3, 2), torch.randn(3, 2)
@@ -16,7 +16,7 @@ def test_equations():
     assert torch.equal(y2, x2 + g(y1))
 
 
-def test_a_single_block_rebuilds_too():
+def test_single_block_rebuilds_activations():
     block = ReversibleBlock(ConvResidual(8), ConvResidual(8))
     stream = 2 * 8 * 16 * 16 * 4
     assert measure(block, torch.randn(2, 16, 16, 16)).held_bytes == 2 * stream + SAMPLE + 4
@@ -32,19 +32,19 @@ def test_streams_of_different_shapes():
 
 
 @pytest.mark.parametrize("which", ["f", "g"])
-def test_a_function_that_is_no_module(which):
+def test_rejects_a_function_that_is_not_a_module(which):
     functions = {"f": nn.Linear(2, 2), "g": nn.Linear(2, 2)} | {which: torch.tanh}
     with pytest.raises(TypeError, match=rf"`{which}` \(=.*tanh.*\) must be an nn.Module.*wrap the function"):
         ReversibleBlock(**functions)
 
 
-def test_wrong_shape_names_the_function():
+def test_error_about_a_wrong_shape_names_the_function():
     block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 3))
     with pytest.raises(ValueError, match=r"`g` returned shape \(4, 3\), but must return .* \(4, 2\)"):
         block(torch.randn(4, 4))
 
 
-def test_function_that_writes_over_its_input():
+def test_function_that_modifies_its_input_raises():
     block = ReversibleBlock(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2)), nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match=r"`f` modified its input in place.*`inplace=False`"):
         block(torch.randn(4, 4))

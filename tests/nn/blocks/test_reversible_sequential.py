@@ -21,7 +21,7 @@ def test_runs_the_blocks_in_order():
     assert torch.equal(ReversibleSequential(*blocks)(x), expected)
 
 
-def test_behaves_as_a_list():
+def test_sequence_has_length_index_and_iterator():
     blocks = [block() for _ in range(3)]
     sequence = ReversibleSequential(*blocks)
     assert len(sequence) == 3
@@ -29,7 +29,7 @@ def test_behaves_as_a_list():
     assert sequence[-1] is blocks[-1]
 
 
-def test_without_blocks_it_is_the_identity():
+def test_no_blocks_are_the_identity():
     x = torch.randn(2, 4, requires_grad=True)
     y = ReversibleSequential()(x)
     assert torch.equal(y, x)
@@ -37,7 +37,7 @@ def test_without_blocks_it_is_the_identity():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
-def test_the_form_of_the_input_is_the_form_of_the_output():
+def test_tensor_gives_a_tensor_and_pair_gives_a_pair():
     sequence = ReversibleSequential(block())
     assert isinstance(sequence(torch.randn(2, 4)), torch.Tensor)
     assert isinstance(sequence((torch.randn(2, 2), torch.randn(2, 2))), tuple)
@@ -59,7 +59,7 @@ def test_the_form_of_the_input_is_the_form_of_the_output():
         ([block()], [None], TypeError, r"`policy\[0\]` \(=None\) must be a policy"),
     ],
 )
-def test_refuses(blocks, policy, error, message):
+def test_rejects(blocks, policy, error, message):
     with pytest.raises(error, match=message):
         ReversibleSequential(*blocks, policy=policy)
 
@@ -72,7 +72,7 @@ def test_errors_name_the_block():
         sequence(torch.randn(4, 63))
 
 
-def test_policies_are_equal_by_kind():
+def test_policies_of_the_same_class_are_equal():
     assert Reverse() == Reverse()
     assert Reverse() != Store()
 

@@ -1,4 +1,4 @@
-"""The dimension along which blocks split: chosen, or left out, which a three-dimensional input does not allow."""
+"""The dimension along which blocks split. A three-dimensional input requires that it is given."""
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ all_makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
 
 @all_makers
-def test_three_dimensions_need_a_chosen_split_dim(make):
-    """(B, T, D) split along 1 would mix tokens, and (B, C, L) split along -1 places."""
+def test_three_dimensional_input_needs_a_split_dim(make):
+    """Splitting (B, T, D) along 1 would mix tokens, and splitting (B, C, L) along -1 would mix positions."""
     block, x = make(), torch.randn(2, 6, 12)
     assert block.split_dim == 1
     with pytest.raises(
@@ -34,11 +34,11 @@ def test_three_dimensions_need_a_chosen_split_dim(make):
 
 @all_makers
 @pytest.mark.parametrize("shape", [(4, 6), (2, 6, 4, 4), (2, 6, 4, 4, 4)])
-def test_other_inputs_are_split_along_the_channels(make, shape):
+def test_other_inputs_split_along_the_channels(make, shape):
     x, block = torch.randn(shape), make()
     block(x)
     block((x,) * block.num_streams)
-    block((torch.randn(2, 6, 12),) * block.num_streams)  # It is split already.
+    block((torch.randn(2, 6, 12),) * block.num_streams)  # The pair is already split.
 
 
 @all_makers
@@ -49,6 +49,6 @@ def test_split_dim_is_an_integer(make, split_dim):
 
 
 @all_makers
-def test_a_chosen_split_dim_is_shown(make):
+def test_repr_shows_a_given_split_dim(make):
     assert "split_dim" not in repr(make())
     assert "split_dim=1" in repr(make(split_dim=1))

@@ -1,4 +1,4 @@
-"""A bound on the error of rebuilt streams, kept by keyframes where it takes them."""
+"""The tolerance of a sequence: a bound on the error of rebuilt streams, kept by keyframes."""
 
 import copy
 import pickle
@@ -31,7 +31,7 @@ WIDTH = 16
 
 
 class Steep(nn.Module):
-    """Multiplies a small difference of its input by about `slope`, and counts its calls."""
+    """A function that multiplies small differences of its input by about `slope`, and counts its calls."""
 
     def __init__(self, slope=2.0):
         super().__init__()
@@ -46,7 +46,7 @@ class Steep(nn.Module):
 
 
 class Nearby(nn.Module):
-    """Has the values of `function`, and its gradients at an input that is off by `distance`, in a random direction."""
+    """A function with the values of `function` and its gradients at a random point that is `distance` away."""
 
     def __init__(self, function, distance):
         super().__init__()
@@ -65,7 +65,7 @@ def steep_sequence(tolerance=1e-3, depth=DEPTH, slope=2.0, **options):
 
 
 def largest_error(sequence, step):
-    """The largest error that any function read in the backward pass, by all of its elements: streams are small."""
+    """Return the largest error of the streams that functions read in the backward pass, over all elements."""
     meter = DriftMeter(is_quiet=True)
     with meter.on():
         step(sequence)
@@ -77,21 +77,21 @@ def backward(sequence):
     squares(sequence(torch.randn(4, 2 * WIDTH, generator=generator))).backward()
 
 
-def test_the_error_stays_below_the_bound_from_the_first_step_on():
+def test_error_stays_below_the_bound_from_the_first_step():
     sequence = steep_sequence(slope=3.0)
-    # In float64, going back through all blocks multiplies errors by more than 1e10. So in float32 rounding errors grow
+    # In float64, inverting all blocks multiplies errors by more than 1e10. So in float32 rounding errors grow
     # to the size of the streams, whatever they were at first.
     unbounded = copy.deepcopy(sequence)
     unbounded.tolerance = None
     assert largest_error(unbounded, backward) > 100 * 0.5e-3
     for _ in range(3):
-        assert 0 < largest_error(sequence, backward) <= 0.5e-3  # Half of the tolerance is what the guard lets pass.
+        assert 0 < largest_error(sequence, backward) <= 0.5e-3  # Keyframes are added above half of the tolerance.
         # Undoing one function multiplies errors by at most 1 + slope: a keyframe lasts for four functions or more.
         assert 0 < len(sequence.keyframes) <= DEPTH / 2
 
 
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-5])
-def test_gradients_are_as_near_as_the_streams_of_the_backward_pass(tolerance):
+def test_gradient_error_is_bounded_by_the_stream_error(tolerance):
     sequence = steep_sequence(tolerance, slope=3.0)
     twin, nearby = stored_twin(sequence), stored_twin(sequence)
     for block in nearby:
@@ -102,11 +102,11 @@ def test_gradients_are_as_near_as_the_streams_of_the_backward_pass(tolerance):
         found.append(torch.cat([gradient.flatten() for gradient in gradients(module).values()]))
     error, measured = (found[0] - found[2]).norm(), (found[1] - found[2]).norm()
     # What errors of this size do to the gradients is measured in random directions. To first order, the worst direction
-    # does at most sqrt(elements) times as much, and errors of all functions that add up sqrt(functions) times.
+    # is at most sqrt(elements) times worse, and errors of all functions that add up sqrt(functions) times.
     assert 0 < error <= (4 * WIDTH * 2 * DEPTH) ** 0.5 * measured
 
 
-def test_a_tighter_bound_takes_more_keyframes():
+def test_tighter_bound_needs_more_keyframes():
     counts = []
     for tolerance in (1e-1, 1e-4, 1e-6):
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_a_tighter_bound_takes_more_keyframes():
     assert counts[0] < counts[1] < counts[2]
 
 
-def test_once_keyframes_are_placed_each_function_runs_twice():
+def test_functions_run_twice_per_step_after_keyframes_are_set():
     sequence = steep_sequence()
     functions = [function for block in sequence for function in (block.f, block.g)]
     backward(sequence)
@@ -128,7 +128,7 @@ def test_once_keyframes_are_placed_each_function_runs_twice():
     assert sequence.keyframes == keyframes
 
 
-def test_keyframes_follow_the_weights():
+def test_keyframes_change_with_the_weights():
     sequence = steep_sequence()
     functions = [function for block in sequence for function in (block.f, block.g)]
     backward(sequence)
@@ -147,7 +147,7 @@ def test_keyframes_follow_the_weights():
 
 
 @pytest.mark.parametrize("policy", [[Reverse()] * 7 + [Store()] + [Reverse()] * 8, [Checkpoint()] + [Reverse()] * 15])
-def test_policies_mix_with_it(policy):
+def test_tolerance_works_with_mixed_policies(policy):
     sequence = steep_sequence(1e-5, policy=policy)
     for _ in range(2):
         assert largest_error(sequence, backward) <= 0.5e-5
@@ -155,7 +155,7 @@ def test_policies_mix_with_it(policy):
     assert len(sequence.keyframes) > 0
 
 
-def test_a_retained_graph_is_gone_through_again():
+def test_retained_graph_runs_backward_twice():
     sequence = steep_sequence(1e-5)
     twin = stored_twin(sequence)
     for module in (sequence, twin):
@@ -180,7 +180,7 @@ def test_double_backward():
     assert (results[0] - results[1]).norm() <= 1e-2 * results[1].norm()
 
 
-def test_random_functions_and_statistics_are_those_of_the_twin():
+def test_random_functions_and_statistics_equal_the_twin():
     blocks = [ReversibleBlock(nn.Sequential(ConvResidual(4), nn.Dropout(0.3)), ConvResidual(4)) for _ in range(DEPTH)]
     sequence = ReversibleSequential(*blocks, tolerance=1e-6)
     twin = stored_twin(sequence)
@@ -199,14 +199,14 @@ def test_random_functions_and_statistics_are_those_of_the_twin():
 
 
 @pytest.mark.filterwarnings("ignore:undoing:revnet.ReconstructionWarning")
-def test_what_it_keeps_in_bytes():
+def test_stored_bytes():
     sequence = steep_sequence()
     x = torch.randn(64, 2 * WIDTH)
     stream, sample, loss = 64 * WIDTH * 4, 2048, 4
     for tolerance in (1e-3, 1e-7):
         sequence.tolerance = tolerance
         sequence(x).sum().backward()
-        # Of neighbours, the second holds one more stream; the first pair of all is held anyway.
+        # The second of two neighbors stores one more stream. The first pair is always stored.
         places = [int(name.split(".")[1]) * 2 + name.endswith("g") for name in sequence.keyframes]
         streams = sum(1 if place - 1 in [0, *places] else 2 for place in places)
         expected = (2 + 2 + streams) * stream + 2 * DEPTH * sample + loss
@@ -215,7 +215,7 @@ def test_what_it_keeps_in_bytes():
     assert streams > len(places) > 2 * 4
 
 
-def test_exact_couplings_need_no_keyframe_and_cost_nothing_more():
+def test_exact_couplings_need_no_keyframes():
     sequence = steep_sequence(None)
     set_coupling(sequence, FixedPoint())
     x = torch.randn(64, 2 * WIDTH)
@@ -226,15 +226,15 @@ def test_exact_couplings_need_no_keyframe_and_cost_nothing_more():
     assert sequence.keyframes == ()
 
 
-def test_where_one_function_breaks_the_bound_its_stream_is_stored():
+def test_stream_is_stored_if_one_function_breaks_the_bound():
     sequence = steep_sequence(1e-8, depth=4)
     twin = stored_twin(sequence)
     with pytest.warns(
         ReconstructionWarning, match=r"undoing `blocks.\d.[fg]` alone has a relative error of \de-0\d, t"
-    ) as told:
+    ) as warnings_raised:
         backward(sequence)
     backward(sequence)
-    assert len(told) == 1
+    assert len(warnings_raised) == 1
     backward(twin)
     backward(twin)
     for gradient, expected in zip(gradients(sequence).values(), gradients(twin).values(), strict=True):
@@ -242,7 +242,7 @@ def test_where_one_function_breaks_the_bound_its_stream_is_stored():
     assert len(sequence.keyframes) >= 2 * 4 - 3
 
 
-def test_low_precision_is_safe_under_it():
+def test_low_precision_keeps_the_bound():
     blocks = [ReversibleBlock(mlp(8), mlp(8), split_dim=-1) for _ in range(6)]
     sequence = ReversibleSequential(*blocks, tolerance=2e-2).bfloat16()
     twin = stored_twin(sequence)
@@ -255,7 +255,7 @@ def test_low_precision_is_safe_under_it():
     assert len(sequence.keyframes) > 0
 
 
-def test_nan_of_the_models_own_passes():
+def test_nan_from_the_model_does_not_raise():
     sequence = steep_sequence(depth=4)
     x = torch.randn(4, 2 * WIDTH)
     x[0, 0] = torch.nan
@@ -265,20 +265,20 @@ def test_nan_of_the_models_own_passes():
 
 
 class Counting(Steep):
-    """Returns something else at each call."""
+    """A function that returns something else in each call."""
 
     def forward(self, x):
         return super().forward(x) * (1 + 0.1 * self.num_calls)
 
 
-def test_a_function_that_does_not_repeat_itself_is_no_matter_of_keyframes():
+def test_nondeterministic_function_gets_no_keyframes():
     blocks = [ReversibleBlock(Steep(), Steep()) for _ in range(4)]
     blocks[0].f = Counting()
     with pytest.raises(ReconstructionError, match=r"though it was computed as in the forward pass.*find_nondetermin"):
         backward(ReversibleSequential(*blocks, tolerance=1e-6))
 
 
-def test_nothing_is_kept_without_gradients():
+def test_no_gradients_store_nothing():
     sequence = steep_sequence()
     with torch.no_grad():
         sequence(torch.randn(4, 2 * WIDTH))
@@ -287,7 +287,7 @@ def test_nothing_is_kept_without_gradients():
     assert len(sequence.keyframes) > 0
 
 
-def test_it_is_seen_copied_and_set():
+def test_tolerance_is_shown_copied_and_set():
     sequence = steep_sequence()
     backward(sequence)
     number = len(sequence.keyframes)
@@ -304,25 +304,25 @@ def test_it_is_seen_copied_and_set():
 
 
 @pytest.mark.parametrize("tolerance", [0, 1, -1e-3, float("nan"), True, "1e-3"])
-def test_what_is_no_tolerance_raises(tolerance):
+def test_rejects_a_wrong_tolerance(tolerance):
     with pytest.raises(ValueError, match=r"`tolerance` \(=.*\) must be a relative error between 0 and 1"):
         steep_sequence(tolerance)
 
 
-def test_a_model_without_sequences_raises():
+def test_set_tolerance_rejects_a_model_without_sequences():
     with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no reversible sequence whose error"):
         set_tolerance(nn.Linear(2, 2), 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
-def test_compiled_as_a_whole_it_raises():
+def test_compiling_the_whole_sequence_raises():
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(3), mlp(3)) for _ in range(2)], tolerance=1e-3)
     with pytest.raises(Exception, match=r"a ReversibleSequential with a `tolerance` cannot be compiled as a whole"):
         torch.compile(sequence, fullgraph=True, backend="eager")(torch.randn(4, 6))
 
 
 def halving():
-    """A function whose scales are about a half, for an affine coupling."""
+    """Return a function for an affine coupling, with scales of about one half."""
     function = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
     with torch.no_grad():
         function[2].bias[4:] = -2.0  # The coupling takes the sigmoid of this plus two.
@@ -330,8 +330,8 @@ def halving():
 
 
 @pytest.mark.parametrize("kind", ["momentum", "affine"])
-def test_couplings_that_change_the_stream(kind):
-    """Going back through a momentum block doubles errors, and so does going back through an affine one here."""
+def test_works_with_every_coupling(kind):
+    """The inverse of a momentum block doubles errors here, and so does the inverse of an affine block."""
     if kind == "momentum":
         blocks = [MomentumBlock(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), gamma=0.5) for _ in range(24)]
     else:

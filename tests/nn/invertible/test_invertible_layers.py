@@ -6,7 +6,7 @@ from revnet.nn import ChannelPermutation, HaarWavelet, InvertibleConv1x1, SpaceT
 from tests.helpers import assert_close
 
 
-def test_space_to_depth_orders_channels_by_place():
+def test_space_to_depth_orders_channels_by_position():
     x = torch.randn(2, 3, 4, 6)
     y = SpaceToDepth()(x)
     places = [x[..., row::2, column::2] for row in (0, 1) for column in (0, 1)]
@@ -15,7 +15,7 @@ def test_space_to_depth_orders_channels_by_place():
     assert torch.equal(y, unshuffled)
 
 
-def test_the_haar_bands_are_means_and_differences():
+def test_haar_bands_are_means_and_differences():
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     a, b, c, d = (x[..., row::2, column::2] for row in (0, 1) for column in (0, 1))
     bands = [a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]
@@ -24,13 +24,13 @@ def test_the_haar_bands_are_means_and_differences():
     assert_close(y.square().sum(), x.square().sum(), tolerance=1e-12)
 
 
-def test_haar_of_a_flat_image_is_its_mean():
+def test_haar_transform_of_a_constant_image_is_its_mean():
     y = HaarWavelet()(torch.full((1, 1, 4, 4), 3.0))
     assert torch.equal(y[:, 0], torch.full((1, 2, 2), 6.0))
     assert torch.equal(y[:, 1:], torch.zeros(1, 3, 2, 2))
 
 
-def test_a_permutation_is_the_order_that_was_asked_for():
+def test_permutation_has_the_requested_order():
     x = torch.randn(2, 3, 4)
     assert torch.equal(ChannelPermutation(3, [2, 0, 1])(x), x[:, [2, 0, 1]])
     orders = {tuple(ChannelPermutation(8).order.tolist()) for _ in range(10)}
@@ -38,7 +38,7 @@ def test_a_permutation_is_the_order_that_was_asked_for():
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(8))}
 
 
-def test_the_convolution_begins_as_a_rotation_and_is_one_matrix():
+def test_convolution_starts_as_a_rotation():
     layer = InvertibleConv1x1(5).double()
     matrix = layer(torch.eye(5, dtype=torch.float64)).T
     assert_close(matrix @ matrix.T, torch.eye(5, dtype=torch.float64), tolerance=1e-5)  # drawn in float32
@@ -47,7 +47,7 @@ def test_the_convolution_begins_as_a_rotation_and_is_one_matrix():
     assert_close(layer(x), F.conv2d(x, matrix[:, :, None, None]), tolerance=1e-12)
 
 
-def test_weight_decay_and_training_keep_the_convolution_invertible():
+def test_convolution_stays_invertible_in_training_with_weight_decay():
     torch.manual_seed(0)
     layer = InvertibleConv1x1(4)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
@@ -60,7 +60,7 @@ def test_weight_decay_and_training_keep_the_convolution_invertible():
     assert_close(layer.inverse(layer(x)), x, tolerance=1e-5)
 
 
-def test_low_precision_modules_can_be_inverted():
+def test_layers_in_low_precision_are_invertible():
     layer = InvertibleConv1x1(4).bfloat16()
     x = torch.randn(2, 4, 3, 3, dtype=torch.bfloat16)
     assert layer(x).dtype == layer.inverse(x).dtype == torch.bfloat16
@@ -92,7 +92,7 @@ LAYERS = {
         ("conv", "inverse", (2, 4), r"`y` .* must be \(B, 3, \.\.\.\)"),
     ],
 )
-def test_shapes_that_do_not_fit(name, method, shape, message):
+def test_rejects_wrong_shapes(name, method, shape, message):
     with pytest.raises(ValueError, match=message):
         getattr(LAYERS[name](), method)(torch.randn(shape))
 
@@ -107,12 +107,12 @@ def test_shapes_that_do_not_fit(name, method, shape, message):
         (lambda: InvertibleConv1x1(-1), r"`num_channels` \(=-1\)"),
     ],
 )
-def test_options_that_do_not_fit(make, message):
+def test_rejects_wrong_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_nothing_is_kept_for_the_backward_pass():
+def test_layers_store_nothing_for_the_backward_pass():
     for make in (SpaceToDepth, HaarWavelet, lambda: ChannelPermutation(4)):
         layer = make()
         saved = []

@@ -17,7 +17,7 @@ def network(depth=2, policy=None):
     return InvertibleSequential(*layers, policy=policy or Reverse())
 
 
-def test_blocks_in_a_row_are_one_sequence():
+def test_consecutive_blocks_form_one_sequence():
     block = lambda: ReversibleBlock(mlp(2), mlp(2))  # noqa: E731
     other = ReversibleBlock(mlp(4), mlp(4), split_dim=0)
     model = InvertibleSequential(block(), block(), other, InvertibleSequential(block()), block(), CouplingLayer(mlp(2)))
@@ -32,7 +32,7 @@ def test_blocks_in_a_row_are_one_sequence():
     assert_close(model.inverse(model(x)), x, tolerance=1e-5)  # roundings of float32
 
 
-def test_images_come_back_from_their_features():
+def test_inverse_returns_the_images():
     model = network().eval()
     x = torch.randn(2, 1, 8, 8)
     y = model(x)
@@ -41,7 +41,7 @@ def test_images_come_back_from_their_features():
 
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()])
-def test_a_step_is_the_stored_twins(policy):
+def test_training_step_equals_the_stored_twin(policy):
     model, twin = network(policy=policy).double(), network(policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_a_step_is_the_stored_twins(policy):
     assert_close(gradients(model), gradients(twin))
 
 
-def test_memory_is_flat_in_the_number_of_blocks():
+def test_memory_does_not_grow_with_the_number_of_blocks():
     def activation_bytes(depth, policy):
         return measure(network(depth, policy), torch.randn(2, 1, 16, 16)).activation_bytes
 
@@ -58,14 +58,14 @@ def test_memory_is_flat_in_the_number_of_blocks():
     assert activation_bytes(8, Store()) > 3 * activation_bytes(8, Reverse())
 
 
-def test_policies_reach_the_blocks():
+def test_blocks_get_the_policy():
     model = network()
     set_policy(model, Store())
     assert [layer.policies for layer in model.layers if isinstance(layer, ReversibleSequential)] == [(Store(),) * 2] * 2
 
 
-def test_a_density_learns():
-    """A flow by hand, on points along a line: the likelihood of the data rises."""
+def test_density_model_learns():
+    """Train a small flow on points along a line: the likelihood of the data rises."""
     torch.manual_seed(0)
     layers = [CouplingLayer(scaling_mlp(1), updates=each % 2, coupling=Affine()) for each in range(4)]
     model = InvertibleSequential(*layers)
@@ -83,7 +83,7 @@ def test_a_density_learns():
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_without_layers_it_is_the_identity():
+def test_no_layers_are_the_identity():
     x = torch.randn(2, 3)
     model = InvertibleSequential()
     assert model(x) is x
@@ -91,6 +91,6 @@ def test_without_layers_it_is_the_identity():
     assert torch.equal(model.log_det(x), torch.zeros(2))
 
 
-def test_what_is_not_invertible_is_refused():
+def test_rejects_layers_that_are_not_invertible():
     with pytest.raises(TypeError, match=r"`layers\[1\]` \(=Conv2d\) must be an invertible layer, such as"):
         InvertibleSequential(SpaceToDepth(), nn.Conv2d(4, 4, 1))

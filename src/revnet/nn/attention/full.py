@@ -8,7 +8,7 @@ from revnet.nn.attention._heads import check_heads, check_sequence, join_heads, 
 
 
 class FullAttention(nn.Module):
-    """Attend from every token to every other token: exact, at a cost that grows with the square of the length.
+    """Attend from every token to every other token, exactly. The cost grows with the square of the length.
 
     Start with this attention. It is the fastest of the three up to a few thousand tokens.
 
