@@ -9,6 +9,8 @@ copyright = "the revnet authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = f"revnet {version}"
+html_static_path = ["_static"]
+html_css_files = ["revnet.css"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
