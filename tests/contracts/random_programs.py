@@ -1,8 +1,8 @@
 """Random sequences, and random uses of autograd on them.
 
-A seed draws a sequence (depth, residual functions, tied weights, policies, what is frozen, blocks with hooks and with a
-`forward` of their own) and a program: inputs whose channels differ in scale, calls before any backward, parameters that
-are thawed in between, partial gradients in any order over a retained graph, second derivatives.
+A seed draws a sequence (depth, residual functions, tied weights, policies, frozen parameters, blocks with hooks and
+blocks that override `forward`) and a program: inputs whose channels differ in scale, several calls before the backward
+pass, parameters that are unfrozen in between, partial gradients in any order over a retained graph, second derivatives.
 """
 
 import random
@@ -18,8 +18,8 @@ from tests.helpers import leaves
 class Averaged(nn.Module):
     """Keeps an average of its weight in a matrix that it writes through `.data`, which changes no version.
 
-    Plain autograd saves the matrix itself, and so differentiates with whatever a later call has written. `copies` makes
-    it differentiate with what the call has used.
+    Plain autograd saves the matrix itself, so it differentiates with the values that a later call has written. With
+    `copies` it differentiates with the values that the call has used.
     """
 
     copies = False
@@ -103,11 +103,11 @@ def run_program(
     """Return everything that can be observed. None stands for a missing gradient.
 
     Args:
-        sequence: The sequence.
-        inputs: The inputs of its calls.
-        seed: Seed of the questions.
+        sequence: Sequence to run.
+        inputs: Inputs of the calls.
+        seed: Seed of the program.
         call: Function to call instead of the sequence, such as its compiled form.
-        differentiate_again: What gives second derivatives.
+        differentiate_again: Function that computes second derivatives.
     """
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -117,7 +117,7 @@ def run_program(
     wanted = [tensor for tensor in [*sequence.parameters(), *leaves(inputs)] if tensor.requires_grad]
     asked = {id(tensor) for tensor in wanted}
     toggled = [each for each in sequence.parameters() if id(each) not in asked and draw.random() < 0.3]
-    for parameter in toggled:  # thawed after the forward pass, which nothing may notice
+    for parameter in toggled:  # unfrozen after the forward pass, which must have no effect
         parameter.requires_grad_()
     num_questions = draw.randint(1, 4) if outputs else 0
     for question in range(num_questions):

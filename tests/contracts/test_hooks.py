@@ -89,7 +89,7 @@ def test_backward_hooks_of_modules(place):
 def test_forward_hooks_run_again_in_the_replay():
     """This is the same in PyTorch's checkpoint. Hooks of the sequence run once, since it is not replayed.
 
-    Those after the lowest function do not, since it stops where nothing more is needed: before its last product.
+    Hooks after the first function do not run again, since its replay stops before the last product.
     """
     case = CASE["mlp"]
     sequence = case.sequence(2)
@@ -124,7 +124,7 @@ def test_forward_hooks_that_change_input_and_output():
 def test_gradients_arrive_block_by_block(name):
     """A function's parameters have their gradients before the previous function is replayed.
 
-    This is what lets data parallelism send buckets, and optimizers step, while the backward pass goes on.
+    So data parallelism can send buckets, and optimizers can step, during the backward pass.
     """
     case = CASE[name]
     sequence = case.sequence(DEPTH)

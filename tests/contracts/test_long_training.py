@@ -1,6 +1,6 @@
 """A training loop of 2,000 steps leaks no Python object, no tensor and no resident memory.
 
-`make test-slow` runs it; it alone:
+`make test-slow` runs all slow tests. To run this file alone:
 
     python -m pytest -m slow -rP --show-capture=stdout tests/contracts/test_long_training.py
 """
@@ -67,7 +67,7 @@ def train(policy) -> tuple[Live, Live]:
     try:
         for _ in range(FIRST):
             step()
-        num_objects, num_tensors, resident_bytes = count_live()  # as numbers: a `Live` would be one object more
+        num_objects, num_tensors, resident_bytes = count_live()  # numbers, since a `Live` would be one more object
         for _ in range(LAST - FIRST):
             step()
         last = Live(*count_live())
