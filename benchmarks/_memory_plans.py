@@ -77,7 +77,7 @@ def one_policy(model: nn.Module, plans: Mapping[str, Plan]) -> Iterator[Way]:
         "reverse all": reverse_all,
     }
     for name, apply in settings.items():
-        points = {key: each.references[name] for key, each in plans.items() if name in each.references}
+        points = {key: candidate.references[name] for key, candidate in plans.items() if name in candidate.references}
         if points:
             ratios = {key: point.time_ratio for key, point in points.items()}
             yield Way(name, model, apply, None, points["counted"].peak_bytes, ratios)
@@ -112,13 +112,13 @@ class Checkpointed(nn.Module):
 def chosen(model: nn.Module, plans: Sequence[Mapping[str, Plan]]) -> Iterator[Way]:
     """Yield the plans of both timings at all budgets, or one plan if both are equal."""
     for share, by_timing in zip(SHARES, plans, strict=True):
-        name, ratios = f"plan at {100 * share:.0f} %", {key: each.time_ratio for key, each in by_timing.items()}
+        name, ratios = f"plan at {100 * share:.0f} %", {key: option.time_ratio for key, option in by_timing.items()}
         counted, measured = by_timing.values()
         if [unit.policy for unit in counted.units] == [unit.policy for unit in measured.units]:
             yield _of_plan(name, model, counted, ratios)
         else:
-            for key, each in by_timing.items():
-                yield _of_plan(f"{name}, {key}", model, each, {key: ratios[key]})
+            for key, option in by_timing.items():
+                yield _of_plan(f"{name}, {key}", model, option, {key: ratios[key]})
 
 
 def _of_plan(name: str, model: nn.Module, chosen: Plan, ratios: Mapping[str, float]) -> Way:
@@ -204,8 +204,8 @@ def draw(plans: Mapping[str, Plan], rows: Sequence[Row], picture: Path, *, title
     """Draw time against memory: predictions as lines, measurements as points with quartiles."""
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
-    for key, each in plans.items():
-        peaks, ratios = zip(*[(point.peak_bytes / MIB, point.time_ratio) for point in each.points], strict=True)
+    for key, option in plans.items():
+        peaks, ratios = zip(*[(point.peak_bytes / MIB, point.time_ratio) for point in option.points], strict=True)
         label = f"the fastest plan that fits, by {key} times"
         axes.plot(peaks, ratios, drawstyle="steps-post", color=COLORS[key], linewidth=1.2, label=label)
     labels = set()

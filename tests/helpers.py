@@ -72,7 +72,9 @@ class BiasedNormResidual(nn.Sequential):
     def __init__(self, num_channels: int):
         layers: list[nn.Module] = []
         for _ in range(2):
-            convolution = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)  # before a norm it is noise
+            convolution = nn.Conv2d(
+                num_channels, num_channels, 3, padding=1, bias=False
+            )  # without bias, which would be noise before a norm
             layers += [BatchNorm2dBiased(num_channels), nn.ReLU(), convolution]
         super().__init__(*layers)
 
@@ -400,8 +402,8 @@ def assert_trains_as_twin(
 ) -> None:
     """Check that `step(module, x, args, kwargs)` has the same effects as on the stored twin.
 
-    That is the gradients of the parameters, the input and the arguments, and what `step` returns, up to rounding; the
-    buffers and the random state exactly. Both start from the same random state.
+    Gradients of the parameters, the input and the arguments, and the result of `step`, must be equal up to rounding;
+    the buffers and the random state must be identical. Both start with the same random state.
     """
     twin = stored_twin(sequence)
     inputs = (case.input(), case.args(), case.kwargs())

@@ -1,8 +1,8 @@
 """Random sequences, and random autograd calls on them.
 
 A seed draws a sequence (depth, residual functions, tied weights, policies, frozen parameters, blocks with hooks and
-with a `forward` of their own) and a program: inputs whose channels differ in scale, calls before any backward pass,
-parameters that are unfrozen in between, partial gradients in any order over a retained graph, and second derivatives.
+blocks that override `forward`) and a program: inputs whose channels differ in scale, several calls before the backward
+pass, parameters that are unfrozen in between, partial gradients in any order over a retained graph, second derivatives.
 """
 
 import random
@@ -19,7 +19,7 @@ class Averaged(nn.Module):
     """Keeps an average of its weight in a matrix that it writes through `.data`, which does not raise the version.
 
     Plain autograd saves the matrix itself, so it differentiates with the values that a later call has written. With
-    `copies`, it differentiates with the values that the call used.
+    `copies` it differentiates with the values that the call has used.
     """
 
     copies = False
@@ -103,11 +103,11 @@ def run_program(
     """Return all observable results; None stands for a gradient that autograd does not compute.
 
     Args:
-        sequence: The sequence.
-        inputs: The inputs of its calls.
-        seed: Seed of the questions.
-        call: A callable that replaces the sequence, such as its compiled form.
-        differentiate_again: Computes second derivatives.
+        sequence: Sequence to run.
+        inputs: Inputs of the calls.
+        seed: Seed of the program.
+        call: Function to call instead of the sequence, such as its compiled form.
+        differentiate_again: Function that computes second derivatives.
     """
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -117,7 +117,7 @@ def run_program(
     wanted = [tensor for tensor in [*sequence.parameters(), *leaves(inputs)] if tensor.requires_grad]
     asked = {id(tensor) for tensor in wanted}
     toggled = [each for each in sequence.parameters() if id(each) not in asked and draw.random() < 0.3]
-    for parameter in toggled:  # Unfrozen after the forward pass, which must have no effect.
+    for parameter in toggled:  # unfrozen after the forward pass, which must have no effect
         parameter.requires_grad_()
     num_questions = draw.randint(1, 4) if outputs else 0
     for question in range(num_questions):

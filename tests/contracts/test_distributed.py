@@ -1,6 +1,7 @@
 """Two processes on the CPU: gradients equal the stored twin and a single process, and arrive block by block.
 
-All checks run in one pair of processes, since starting it takes longer than running them; each is its own test.
+All checks run in one pair of processes, since starting the pair takes longer than running the checks. Each check is a
+separate test.
 """
 
 import copy
@@ -159,14 +160,14 @@ def check_buckets_go_out_block_by_block(name: str) -> None:
             place = 2 * index + (function is block.g)
             owner.update(dict.fromkeys(function.parameters(), place))
             function.register_forward_pre_hook(lambda *_, place=place: recomputed.append(place))
-    parallel = DistributedDataParallel(model, bucket_cap_mb=1e-4)  # a hundred bytes: a bucket for each few tensors
+    parallel = DistributedDataParallel(model, bucket_cap_mb=1e-4)  # 100 bytes, so that each bucket has a few tensors
 
     def record(state, bucket):
         sent.append(({owner[parameter] for parameter in bucket.parameters()}, recomputed[-1]))
         return allreduce_hook(state, bucket)
 
     parallel.register_comm_hook(None, record)
-    for _ in range(2):  # the second time with the buckets that DDP forms from the first
+    for _ in range(2):  # the second step uses the buckets that DDP forms after the first
         loss = parallel(process_input(name))
         recomputed.clear()
         sent.clear()

@@ -29,7 +29,7 @@ from tests.helpers import (
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),  # of the copy
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),  # from the copy
 ]
 
 
@@ -58,7 +58,7 @@ def test_step_equals_the_twin(case, policy):
         y = module(x, *args, **kwargs)
         squares(y).backward()
         outcomes.append((y.detach(), [leaf.grad for leaf in leaves(moved)], gradients(module), random_states()))
-    assert_close(*(outcome[:3] for outcome in outcomes), tolerance=1e-8)  # kernels may add in another order
+    assert_close(*(outcome[:3] for outcome in outcomes), tolerance=1e-8)  # kernels may add in a different order
     for state, expected in zip(outcomes[0][3], outcomes[1][3], strict=True):
         assert torch.equal(state, expected)
     for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
@@ -218,7 +218,7 @@ def peak_bytes(depth, policy, *, dropout=0.0):
     ]
     sequence = ReversibleSequential(*blocks, policy=policy).to(DEVICE)
     x = torch.randn(8, 64, 32, 32, device=DEVICE)
-    for _ in range(2):  # the first step makes the gradients, and the libraries' workspaces
+    for _ in range(2):  # the first step allocates gradients and workspaces
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

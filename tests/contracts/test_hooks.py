@@ -89,7 +89,7 @@ def test_backward_hooks_of_modules(place):
 def test_forward_hooks_run_again_in_a_replay():
     """As under PyTorch's checkpoint. Hooks of the sequence run once, because the sequence itself does not run again.
 
-    Hooks after the lowest function do not run again, because the replay stops before its last product.
+    Hooks after the first function do not run again, since its replay stops before the last product.
     """
     case = CASE["mlp"]
     sequence = case.sequence(2)
@@ -124,7 +124,7 @@ def test_forward_hooks_can_change_inputs_and_outputs_of_a_function():
 def test_gradients_arrive_block_by_block(name):
     """A function's parameters have their gradients before the previous function is replayed.
 
-    Data parallelism can therefore send buckets, and optimizers can step, during the backward pass.
+    So data parallelism can send buckets, and optimizers can step, during the backward pass.
     """
     case = CASE[name]
     sequence = case.sequence(DEPTH)

@@ -90,7 +90,7 @@ def test_output_modified_between_two_backward_passes_is_right_or_raises(as_pair)
     sequence = CASE["mlp"].sequence(3)
     x = CASE["mlp"].input()
     y = sequence(x.chunk(2, 1) if as_pair else x)
-    loss = y[0].sum() + 2 * y[1].sum() if as_pair else y.sum()  # Saves nothing that autograd itself would check.
+    loss = y[0].sum() + 2 * y[1].sum() if as_pair else y.sum()  # saves no tensor that autograd checks
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     for half in y if as_pair else (y,):
         half.detach().add_(1)

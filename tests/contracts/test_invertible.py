@@ -126,7 +126,7 @@ def test_inverse_under_autocast_has_float32_accuracy(layer):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = module(x)
         assert y.dtype == torch.float32
-        assert_close(module.inverse(y), x, tolerance=1e-4)  # some roundings, times the condition of the matrices
+        assert_close(module.inverse(y), x, tolerance=1e-4)  # some roundings times the condition of the matrices
 
 
 @all_layers

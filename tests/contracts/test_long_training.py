@@ -1,6 +1,6 @@
 """A training loop of 2,000 steps keeps no Python object, tensor or resident memory alive.
 
-`make test-slow` runs it. To run only this:
+`make test-slow` runs all slow tests. To run this file alone:
 
     python -m pytest -m slow -rP --show-capture=stdout tests/contracts/test_long_training.py
 """
@@ -67,7 +67,7 @@ def train(policy) -> tuple[Live, Live]:
     try:
         for _ in range(FIRST):
             step()
-        num_objects, num_tensors, resident_bytes = count_live()  # As numbers: a `Live` would be one more object.
+        num_objects, num_tensors, resident_bytes = count_live()  # numbers, since a `Live` would be one more object
         for _ in range(LAST - FIRST):
             step()
         last = Live(*count_live())

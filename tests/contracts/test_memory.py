@@ -195,7 +195,8 @@ def train(num_steps, use):
                 graph = y.sum()
                 graph.backward(retain_graph=True)
             elif use == "tensor of the graph looked at":
-                last = y.grad_fn.next_functions[1][0].next_functions[0][0]  # Follows the concatenation of the streams.
+                # The node before the concatenation of both streams.
+                last = y.grad_fn.next_functions[1][0].next_functions[0][0]
                 norm = last.next_functions[1][0]
                 assert norm._saved_input.shape == (4, 4)
                 del norm, last

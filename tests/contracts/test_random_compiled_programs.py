@@ -1,6 +1,6 @@
 """Random sequences, compiled as a whole, and random autograd calls give the results of their stored twins.
 
-`make test-slow` runs all of them. To run only these, and print the share of refused programs:
+`make test-slow` runs all slow tests. To run this file alone and print the share of rejected programs:
 
     python -m pytest -m slow -rP --show-capture=stdout tests/contracts/test_random_compiled_programs.py
 """
@@ -80,13 +80,13 @@ def check_program(seed: int, backend: str) -> str | None:
     sequence = draw_sequence(draw)
     for module in sequence.modules():
         if isinstance(module, Averaged):
-            module.copies = True  # graphs, stored ones too, otherwise keep now the matrix, now what was in it
+            module.copies = True  # otherwise graphs keep either the matrix or its values
     twin = stored_twin(sequence)
     inputs = draw_inputs(draw)
     twin_inputs = copy.deepcopy(inputs)
     try:
         observed = run_compiled(sequence, inputs, seed, backend)
-    except Exception as error:  # what the compiler makes of ours differs from one release to the next
+    except Exception as error:  # the compiler's errors differ between releases
         if is_hooked(sequence) and HOOKED in str(error):
             return "hooks"
         if WRITTEN in str(error) and shares_buffers(sequence):
