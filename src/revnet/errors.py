@@ -13,7 +13,7 @@ Bad arguments raise a plain `ValueError`, `TypeError` or `NotImplementedError` i
 There is one warning, ReconstructionWarning: rebuilt activations are far from the original ones.
 """
 
-from pathlib import Path
+import pathlib
 from typing import Self
 
 # The smallest extra that holds a package. All others are in `train`.
@@ -127,10 +127,10 @@ def install_command(package: str) -> str:
         package: Name of the distribution or of the module.
     """
     extra = _EXTRAS.get(package, "train")
-    root = Path(__file__).resolve().parents[2]
+    root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():
         return f"pip install 'revnet[{extra}]'"
-    clone = "." if root == Path.cwd() else root
+    clone = "." if root == pathlib.Path.cwd() else root
     return f"pip install -e '{clone}[{extra}]'"
 
 
