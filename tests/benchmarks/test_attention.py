@@ -46,4 +46,4 @@ def test_rejects_wrong_counts_before_measuring(run, capsys):
     with pytest.raises(SystemExit) as error:
         run("--cost", "--lengths", "512")
     assert error.value.code == 2
-    assert "`--lengths` at least two numbers" in capsys.readouterr().err
+    assert "`--lengths` must have at least two numbers" in capsys.readouterr().err

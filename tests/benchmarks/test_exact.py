@@ -65,7 +65,7 @@ def test_cost(run, monkeypatch):
 def test_rejects_an_empty_selection(capsys):
     with pytest.raises(SystemExit, match="2"):
         import_module("exact").main([])
-    assert "say what to measure: --exactness, --depths or --cost" in capsys.readouterr().err
+    assert "nothing to measure; pass --exactness, --depths or --cost" in capsys.readouterr().err
 
 
 @pytest.mark.slow

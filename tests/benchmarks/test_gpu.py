@@ -97,8 +97,8 @@ def test_a_failure_does_not_stop_other_parts(gpu, in_this_process, setting, part
 def test_no_part_starts_after_the_time_limit(gpu, in_this_process, setting, part, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "TOTAL_SECONDS", gpu.LEAST_SECONDS)
     (outcome,) = gpu.run_all([part("late")], setting, tmp_path, "gpu.py")
-    assert (outcome.note, outcome.rows) == ("no time was left", [])
-    assert "**Not complete: no time was left**" in next(tmp_path.glob("*.md")).read_text()
+    assert (outcome.note, outcome.rows) == ("no time left", [])
+    assert "**Not complete: no time left**" in next(tmp_path.glob("*.md")).read_text()
 
 
 def test_time_limits_are_below_eight_minutes(gpu):

@@ -88,8 +88,11 @@ def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
     [
         (["--model", "resnet32"], "`model` (='resnet32') has no reversible block, so nothing is rebuilt"),
         (["--policy", "store"], "`policy` (='store') must not be set, since both policies are run; leave it out."),
-        (["--memory-budget", "1GiB"], "`memory_budget` (='1GiB') plans what is rebuilt, and here it is everything or"),
-        (["--out-dir", "x"], "`out_dir` (='x') is for one run, and here are two; leave it out."),
+        (
+            ["--memory-budget", "1GiB"],
+            "`memory_budget` (='1GiB') must not be set, since one run rebuilds everything and",
+        ),
+        (["--out-dir", "x"], "`out_dir` (='x') must not be set, since there are two runs; leave it out."),
         (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
     ],
 )
