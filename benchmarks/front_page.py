@@ -34,8 +34,9 @@ def read_peaks(path: Path) -> dict[str, list[tuple[int, float]]]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             is_peak = (row["case"], row["quantity"]) == (CASE, "peak")
-            if is_peak and row["contender"] in peaks and row["value"]:
-                peaks[row["contender"]].append((int(row["depth"]), float(row["value"]) / MIB))
+            method = row["method"] if "method" in row else row["contender"]  # as the column was called in older results
+            if is_peak and method in peaks and row["value"]:
+                peaks[method].append((int(row["depth"]), float(row["value"]) / MIB))
     return {name: sorted(points) for name, points in peaks.items()}
 
 
