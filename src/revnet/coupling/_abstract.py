@@ -10,11 +10,11 @@ from torch import Tensor
 class AbstractCoupling(abc.ABC):
     """A rule that combines a residual with a stream so that the stream can be computed back.
 
-    A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class
-    with equal fields are equal. A class that defines `forward` must also define `is_additive`.
+    A coupling is one half of a reversible block. Subclasses are frozen dataclasses, so two couplings of one class with
+    equal fields are equal. A class that defines `forward` must also define `is_additive`.
 
     Raises:
-        TypeError: When a subclass is defined: it has a `forward`, but does not say whether that is additive.
+        TypeError: On the definition of a subclass that has a `forward` but does not define `is_additive`.
 
     Example:
         >>> import torch

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from revnet.engine import repeat_function
+from revnet.engine._determinism import repeat_function
 from revnet.nn import AbstractReversibleBlock, policy_holders
 from revnet.nn._restore import restoring_state
 
