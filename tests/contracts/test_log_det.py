@@ -149,7 +149,7 @@ def test_nothing_is_left_behind():
 
 def test_none_where_samples_are_split():
     block = CASE["split-batch"].make_block().double()
-    with pytest.raises(ValueError, match=r"`split_dim` \(=0\) must not be the batch dimension.*split along the features"):
+    with pytest.raises(ValueError, match=r"`split_dim` \(=0\) must not be the batch dim.*split along the features"):
         block.log_det(CASE["split-batch"].input())
 
 
