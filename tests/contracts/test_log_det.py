@@ -149,7 +149,7 @@ def test_nothing_remains_allocated():
 
 def test_splitting_samples_raises():
     block = CASE["split-batch"].make_block().double()
-    with pytest.raises(ValueError, match=r"`split_dim` \(=0\) is the batch.*split along the features"):
+    with pytest.raises(ValueError, match=r"`split_dim` \(=0\) must not be the batch dim.*split along the features"):
         block.log_det(CASE["split-batch"].input())
 
 
