@@ -7,7 +7,8 @@ from _gpu_part import Part, Setting
 from _gpu_step import low_precision
 from _memory_page import MIB, Row
 
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 
 
 def rows(setting: Setting) -> Iterator[Row]:

@@ -11,9 +11,9 @@ from _memory_page import Row, mib, table
 from torch import Tensor, nn
 
 from revnet import Offload, ReversibleBlock, ReversibleSequential
-from revnet.bench import Case, Method
-from revnet.bench.cases import Attention, FunctionPair, feed_forward
+from revnet.bench.cases import Attention, Case, FunctionPair, feed_forward
 from revnet.bench.host_cases import HOST_METHODS, LOOP, Loop, conv_residual
+from revnet.bench.methods import Method
 
 DEPTH = 16
 SECONDS = 8.0

@@ -34,10 +34,12 @@ from torch.nn import functional as F
 import revnet
 from revnet import AbstractPolicy, Reverse, Store
 from revnet._figure import check_matplotlib
+from revnet._hardware import hardware_name
 from revnet._memory_readings import process_peak_bytes
-from revnet.bench import describe_machine, hardware_name
+from revnet._provenance import describe_machine
 from revnet.functional import rotary_table
-from revnet.memory import FlopCounter, predict
+from revnet.memory import predict
+from revnet.memory.step._flops import FlopCounter
 from revnet.models import ReversibleTransformer
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 

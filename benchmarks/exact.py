@@ -42,7 +42,8 @@ from revnet import (
     set_coupling,
     set_policy,
 )
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 from revnet.bench.cases import CASES
 from revnet.coupling import AbstractCoupling
 from revnet.engine._agreement import AgreementWatch

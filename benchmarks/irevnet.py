@@ -23,7 +23,8 @@ from torch import Tensor
 
 from revnet import AbstractPolicy, Reverse, Store
 from revnet._figure import check_matplotlib, new_figure, save
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 from revnet.data import load_dataset
 from revnet.memory import predict
 from revnet.models import IRevNet

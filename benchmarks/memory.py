@@ -29,7 +29,8 @@ from _memory_real import PAIRS, real_section
 
 from revnet import BudgetError, list_models
 from revnet._figure import check_matplotlib
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("prediction", "plans", "real")

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet import Store, create_model, list_models
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 from revnet.memory import count_flops, measure
 from revnet.models import published_image_size
 

@@ -29,7 +29,8 @@ from _numerics_curves import curves_section
 from _numerics_scales import scales_section
 
 from revnet._figure import check_matplotlib
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 TABLES = ("scales", "curves", "accuracy", "conditioning")

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from revnet import Reverse, Store
 from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet._hardware import hardware_name
 from revnet._palette import BLUE, PURPLE
-from revnet.bench import describe_machine, hardware_name
+from revnet._provenance import describe_machine
 from revnet.memory import measure, predict
 from revnet.models import ReversibleViT
 from revnet.nn import AbstractPolicy

@@ -6,7 +6,7 @@ from torch import nn
 
 from revnet import FixedPoint, ReversibleBlock, ReversibleSequential, set_policy, set_tolerance
 from revnet._checks import describe
-from revnet.functional import chunked
+from revnet.functional._chunked import chunked
 from revnet.nn import ChannelPermutation, HaarWavelet, InvertibleConv1x1
 from tests.helpers import mlp
 

@@ -1,6 +1,7 @@
 import re
 
-from revnet.bench import describe_machine, hardware_name
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
 
 
 def test_machine_is_described(monkeypatch):

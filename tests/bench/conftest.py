@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.bench import Case
+from revnet.bench.cases import Case
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,11 @@ import gc
 import pytest
 import torch
 
-from revnet.bench import Method, host, host_report, run_host_benchmark
+from revnet.bench import host, host_report, run_host_benchmark
 from revnet.bench._runner import gradient_error
 from revnet.bench.host import HostRunner, HostTimes
 from revnet.bench.host_cases import HOST_CASES, HOST_METHODS, LOOP
+from revnet.bench.methods import Method
 
 CPU = torch.device("cpu")
 

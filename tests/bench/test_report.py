@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from revnet.bench import METHODS, QUICK, Method, Settings, plot, report, run, run_benchmark
+from revnet.bench import METHODS, Settings, plot, report, run, run_benchmark
 from revnet.bench import benchmark as benchmark_module
-from revnet.bench.run import Quartiles
+from revnet.bench.methods import Method
+from revnet.bench.run import QUICK, Quartiles
 from revnet.errors import MissingDependencyError
 
 SETTINGS = Settings(memory_depths=(2, 4), time_depth=4, num_rounds=2, slow_pitfalls=False)

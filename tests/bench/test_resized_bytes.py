@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from revnet.bench._resized_bytes import ResizedBytes
-from revnet.memory import LiveBytes
+from revnet.memory.step._live import LiveBytes
 
 
 def test_agrees_with_live_bytes():

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from revnet import bench
-from revnet.bench import QUICK, Settings
+from revnet.bench import Settings
 from revnet.bench.host import NUM_QUICK_ROUNDS, NUM_ROUNDS
+from revnet.bench.run import QUICK
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential, Store
-from revnet.memory import LiveBytes
+from revnet.memory.step._live import LiveBytes
 from tests.helpers import (
     CASE,
     all_policies,

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.bench.cases import CASES
 from revnet.engine import Chain, HalfBlock, reversible, stored
-from revnet.memory import LiveBytes, measure
+from revnet.memory import measure
+from revnet.memory.step._live import LiveBytes
 from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 
 # One stream is 1 MiB (conv) or 0.5 MiB (transformer).

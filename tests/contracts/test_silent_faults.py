@@ -25,7 +25,7 @@ from revnet import (
     Store,
     set_policy,
 )
-from revnet.memory import LiveBytes
+from revnet.memory.step._live import LiveBytes
 from revnet.nn import MomentumBlock
 from tests.helpers import ConvResidual, gradients, mlp, stored_twin
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import revnet
 from revnet import coupling, functional, models
 from revnet import nn as rnn
+from revnet.coupling._additive import additive, additive_inverse
 from revnet.engine._split import split
 from revnet.nn import attention
 from revnet.nn._restore import restoring_policies, restoring_state
@@ -203,14 +204,14 @@ UNITS = sequence().policy_units
 FUNCTIONS = [
     Target(
         "additive",
-        coupling.additive,
+        additive,
         lambda: {"x": heads(), "residual": heads()},
         also={"x": "f", "residual": "f"},  # errors name the function that returned the residual
         silent=frozenset({"name"}),
     ),
     Target(
         "additive_inverse",
-        coupling.additive_inverse,
+        additive_inverse,
         lambda: {"y": heads(), "residual": heads()},
         also={"y": "f", "residual": "f"},
         silent=frozenset({"name"}),

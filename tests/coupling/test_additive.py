@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revnet.coupling import additive, additive_inverse
+from revnet.coupling._additive import additive, additive_inverse
 
 
 def test_inverse_undoes_forward():

@@ -8,8 +8,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Checkpoint, Offload, ReconstructionError, ReversibleBlock, ReversibleSequential, Store
-from revnet.engine import checkpointed_call, offloaded_call
-from revnet.memory import FlopCounter, LiveBytes
+from revnet.engine._checkpoint import checkpointed_call
+from revnet.engine._offload import offloaded_call
+from revnet.memory.step._flops import FlopCounter
+from revnet.memory.step._live import LiveBytes
 from tests.helpers import all_cases, gradients, squares, stored_twin
 
 

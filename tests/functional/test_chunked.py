@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.functional import chunked
+from revnet.functional._chunked import chunked
 from revnet.memory import measure
 from tests.helpers import assert_close, gradients
 

@@ -5,7 +5,8 @@ from torch import nn
 
 from revnet import Checkpoint, Store
 from revnet.memory import measure
-from revnet.models import IRevNet, irevnet301, irevnet_cifar
+from revnet.models import IRevNet
+from revnet.models.irevnet import irevnet301, irevnet_cifar
 from tests.helpers import assert_close
 
 OPTIONS = {"num_blocks": (3, 2, 2), "strides": (1, 2, 2), "hidden_widths": (4, 6, 8)}

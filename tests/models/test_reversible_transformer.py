@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 from revnet import Reverse, Store
 from revnet.memory import measure, predict
-from revnet.models import (
-    ReversibleTransformer,
+from revnet.models import ReversibleTransformer
+from revnet.models.reversible_transformer import (
     h_transformer_base,
     h_transformer_large,
     h_transformer_small,

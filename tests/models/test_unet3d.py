@@ -8,7 +8,7 @@ from torch import nn
 from revnet import Checkpoint, Reverse, Store, set_policy
 from revnet.memory import measure, plan, predict
 from revnet.models import UNet3d
-from revnet.nn import policy_holders
+from revnet.nn._whole_model import policy_holders
 from tests.helpers import assert_close, gradients, squares
 
 TINY = {"in_channels": 2, "num_classes": 3, "widths": (4, 8, 12)}

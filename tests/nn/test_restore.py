@@ -2,8 +2,8 @@ import pytest
 from torch import nn
 
 from revnet import Offload, PolicySequential, Store, set_policy
-from revnet.nn import policy_holders
 from revnet.nn._restore import restoring_policies
+from revnet.nn._whole_model import policy_holders
 
 
 def fail_with_other_policies(model):

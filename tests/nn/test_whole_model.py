@@ -17,7 +17,7 @@ from revnet import (
     set_coupling,
     set_policy,
 )
-from revnet.nn import policy_holders
+from revnet.nn._whole_model import policy_holders
 from tests.helpers import mlp
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from revnet import Checkpoint, Reverse, Store
 from revnet.coupling import FixedPoint
-from revnet.numerics import BlockDrift, Drift, GradientDrift, _drift_plot, measure_drift
+from revnet.numerics import Drift, _drift_plot, measure_drift
+from revnet.numerics._block_drift import BlockDrift, GradientDrift
 from tests.numerics.test_measure_drift import Shifting, perceptrons
 
 pytest.importorskip("matplotlib")

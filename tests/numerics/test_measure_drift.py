@@ -11,7 +11,8 @@ from torch import nn
 from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.coupling import FixedPoint
 from revnet.nn import set_policy
-from revnet.numerics import GradientDrift, measure_drift
+from revnet.numerics import measure_drift
+from revnet.numerics._block_drift import GradientDrift
 from revnet.numerics._gradients import angle_and_error
 from tests.helpers import all_cases, all_reversible_models, assert_same_buffers, mlp, model_input, squares
 

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.bench import Case
+from revnet.bench.cases import Case
 from revnet.memory import measure
-from revnet.paper import ComplexitySettings, measure_complexity, run_complexity
-from revnet.paper.complexity.costs import QUICK_COMPLEXITY, TECHNIQUES, growth_exponent
+from revnet.paper import run_complexity
+from revnet.paper.complexity.costs import (
+    QUICK_COMPLEXITY,
+    TECHNIQUES,
+    ComplexitySettings,
+    growth_exponent,
+    measure_complexity,
+)
 
 CASE = Case(
     "tiny", "tanh and linear", lambda: (_residual(), _residual()), (4, 8, 4), split_dim=2

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnet.data import ImageDataset, ImageSplit, Preprocess
+from revnet.data import ImageDataset, Preprocess
+from revnet.data.splits.image_split import ImageSplit
 from revnet.training.classification.model import Classifier, ClassifierHeader
 from revnet.training.run.callbacks import RunFiles
 from revnet.training.run.checkpoint import save_weights

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from revnet._memory_readings import free_bytes
 from revnet.cli._errors import UsageError
 from revnet.cli._model import build_model
-from revnet.cli._step import StepFlags
+from revnet.cli._step_flags import StepFlags
 from revnet.memory import format_bytes
 from revnet.models import published_image_size
 from revnet.training.device import find_device

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from revnet.cli._build import cpu_or_cuda
 from revnet.cli._errors import UsageError
 from revnet.cli._model import build_model
-from revnet.cli._step import StepFlags
-from revnet.data import ImageDataset, ImageSplit, Preprocess, load_dataset, make_loader, make_preprocess
+from revnet.cli._step_flags import StepFlags
+from revnet.data import ImageDataset, Preprocess, load_dataset, make_loader, make_preprocess
+from revnet.data.splits.image_split import ImageSplit
 from revnet.models import create_model, list_models, published_image_size
 from revnet.training import load_classifier
 

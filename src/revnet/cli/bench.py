@@ -78,7 +78,8 @@ def _bench_engines(settings: "Settings", folder: Path, command: str) -> None:
 def _settings(quick: bool, device: str, num_rounds: int | None) -> "Settings":
     import torch
 
-    from revnet.bench import QUICK, Settings
+    from revnet.bench import Settings
+    from revnet.bench.run import QUICK
 
     try:
         torch_device = torch.device(device)

@@ -1,7 +1,7 @@
 """`revnet doctor`."""
 
 from revnet.cli._errors import UsageError, step_errors
-from revnet.cli._step import InputDtype, StepFlags, open_folder, optional_picture
+from revnet.cli._step_flags import InputDtype, StepFlags, open_folder, optional_picture
 from revnet.training.checks import check_number
 from revnet.training.choices import Precision
 

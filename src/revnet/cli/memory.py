@@ -1,7 +1,7 @@
 """`revnet memory`."""
 
 from revnet.cli._errors import UsageError, describe_error, step_errors
-from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
+from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
 from revnet.training.checks import check_integer
 from revnet.training.choices import Policy, Precision
 
@@ -62,8 +62,9 @@ def memory(
 
     from revnet.cli._build import build_step, materialize
     from revnet.errors import PredictionError
-    from revnet.memory import StepMemory, format_bytes, plot_timeline, predict
+    from revnet.memory import StepMemory, format_bytes, predict
     from revnet.memory import measure as measure_step
+    from revnet.memory.step._timeline_plot import plot_timeline
     from revnet.nn import set_policy
 
     step = build_step(flags)

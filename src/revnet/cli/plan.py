@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import get_args
 
 from revnet.cli._errors import UsageError, step_errors
-from revnet.cli._step import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
+from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
 from revnet.training.choices import Optimizer, Precision
 
 _IN_PYTHON = {

@@ -14,47 +14,31 @@ Names that `revnet` itself does not export are provisional: they may change in a
 """
 
 from revnet.data.decoding.decode import load_image as load_image
-from revnet.data.loading.loader import Loader as Loader
 from revnet.data.loading.loader import make_loader as make_loader
 from revnet.data.loading.text_windows import ConsecutiveWindows as ConsecutiveWindows
 from revnet.data.loading.text_windows import RandomWindows as RandomWindows
 from revnet.data.sources.catalog import list_datasets as list_datasets
 from revnet.data.sources.catalog import load_dataset as load_dataset
-from revnet.data.sources.text import TextDataset as TextDataset
 from revnet.data.sources.text import Vocabulary as Vocabulary
 from revnet.data.sources.text import load_text as load_text
-from revnet.data.splits.abstract_split import AbstractSplit as AbstractSplit
-from revnet.data.splits.file_split import FileSplit as FileSplit
 from revnet.data.splits.image_dataset import ImageDataset as ImageDataset
-from revnet.data.splits.image_split import ImageSplit as ImageSplit
-from revnet.data.splits.stream_split import StreamSplit as StreamSplit
-from revnet.data.transforms._color_distortion import make_color_distortion as make_color_distortion
 from revnet.data.transforms.augment import make_augment as make_augment
 from revnet.data.transforms.dequantize import Dequantize as Dequantize
-from revnet.data.transforms.dequantize import count_levels as count_levels
 from revnet.data.transforms.preprocess import Preprocess as Preprocess
 from revnet.data.transforms.preprocess import make_preprocess as make_preprocess
 
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
-    "AbstractSplit",
     "ConsecutiveWindows",
-    "count_levels",
     "Dequantize",
-    "FileSplit",
     "ImageDataset",
-    "ImageSplit",
     "list_datasets",
     "load_dataset",
     "load_image",
     "load_text",
-    "Loader",
     "make_augment",
-    "make_color_distortion",
     "make_loader",
     "make_preprocess",
     "Preprocess",
     "RandomWindows",
-    "StreamSplit",
-    "TextDataset",
     "Vocabulary",
 ]

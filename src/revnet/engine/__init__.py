@@ -148,10 +148,7 @@ from revnet.engine._chain import Chain as Chain
 from revnet.engine._chain import HalfBlock as HalfBlock
 from revnet.engine._chain import stored as stored
 from revnet.engine._checkpoint import checkpointed as checkpointed
-from revnet.engine._checkpoint import checkpointed_call as checkpointed_call
 from revnet.engine._drift import DriftMeter as DriftMeter
-from revnet.engine._drift import DriftRecord as DriftRecord
 from revnet.engine._inverse import inverse as inverse
 from revnet.engine._offload import offloaded as offloaded
-from revnet.engine._offload import offloaded_call as offloaded_call
 from revnet.engine._rebuild import reversible as reversible

@@ -5,21 +5,12 @@ Names that `revnet` itself does not export are provisional: they may change in a
 
 from revnet.memory.planning._max_batch_size import max_batch_size as max_batch_size
 from revnet.memory.planning._plan import Plan as Plan
-from revnet.memory.planning._planned_unit import PlannedUnit as PlannedUnit
-from revnet.memory.planning._planned_unit import PlanPoint as PlanPoint
 from revnet.memory.planning._planner import plan as plan
 from revnet.memory.planning._timing import MeasuredTiming as MeasuredTiming
 from revnet.memory.planning._timing import RooflineTiming as RooflineTiming
 from revnet.memory.step._bytes import format_bytes as format_bytes
 from revnet.memory.step._bytes import parse_bytes as parse_bytes
-from revnet.memory.step._flops import FlopCounter as FlopCounter
 from revnet.memory.step._flops import count_flops as count_flops
-from revnet.memory.step._live import LiveBytes as LiveBytes
 from revnet.memory.step._measure import measure as measure
-from revnet.memory.step._memory_parts import Breakdown as Breakdown
-from revnet.memory.step._memory_parts import CudaMemory as CudaMemory
-from revnet.memory.step._memory_parts import ModuleMemory as ModuleMemory
-from revnet.memory.step._memory_parts import Timeline as Timeline
 from revnet.memory.step._predict import predict as predict
 from revnet.memory.step._step_memory import StepMemory as StepMemory
-from revnet.memory.step._timeline_plot import plot_timeline as plot_timeline

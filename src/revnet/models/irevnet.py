@@ -27,15 +27,8 @@ from revnet.models._checks import check_counts_of, check_images, check_num_class
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
-from revnet.nn import (
-    AbstractPolicy,
-    CouplingLayer,
-    PolicySequential,
-    Reverse,
-    ReversibleSequential,
-    SpaceToDepth,
-    as_policy,
-)
+from revnet.nn import AbstractPolicy, CouplingLayer, PolicySequential, Reverse, ReversibleSequential, SpaceToDepth
+from revnet.nn.policies._has_policies import as_policy
 
 
 class Stem(SpaceToDepth):

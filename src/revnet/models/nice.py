@@ -29,7 +29,8 @@ from revnet._checks import (
     is_number,
 )
 from revnet.models._prior import PRIORS, PriorName, draw
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn.policies._has_policies import as_policy
 
 _MOST_STEPS = 1_000_000
 _MOST_SAMPLES = 1_000_000

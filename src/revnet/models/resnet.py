@@ -21,15 +21,8 @@ from revnet.models._checks import check_num_classes, check_stages
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
-from revnet.nn import (
-    AbstractModulePolicy,
-    BatchNorm2dBiased,
-    Conv2dSame,
-    HasSinglePolicy,
-    PolicySequential,
-    PolicyUnit,
-    Store,
-)
+from revnet.nn import AbstractModulePolicy, BatchNorm2dBiased, Conv2dSame, PolicySequential, Store
+from revnet.nn.policies._has_policies import HasSinglePolicy, PolicyUnit
 
 BlockName = Literal["basic", "bottleneck"]
 StemName = Literal["small", "large"]

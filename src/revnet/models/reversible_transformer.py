@@ -33,11 +33,13 @@ from revnet._checks import (
     check_tensor,
 )
 from revnet.coupling import AbstractCoupling, Additive, FixedPoint
-from revnet.functional import chunked, rotary_table
+from revnet.functional import rotary_table
+from revnet.functional._chunked import chunked
 from revnet.models._checks import check_heads, check_ratio, check_tokens
 from revnet.models._sampling import check_sampling, draw_tokens, evaluating
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, as_policy
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
+from revnet.nn.policies._has_policies import as_policy
 
 ATTENTIONS = ("full", "lsh", "hierarchical")
 """Values of `attention` in `ReversibleTransformer`."""

@@ -21,14 +21,8 @@ from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_count, check_counts
 from revnet.models._checks import check_heads, check_num_classes, check_ratio
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._registry import register_model
-from revnet.nn import (
-    AbstractPolicy,
-    PolicySequential,
-    Reverse,
-    ReversibleBlock,
-    ReversibleSequential,
-    as_policy,
-)
+from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn.policies._has_policies import as_policy
 
 _EPS = 1e-6
 """Epsilon of the layer norms, as in the published code and most ViTs."""

@@ -24,15 +24,8 @@ from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
 from revnet.models.resnet import BLOCK_KINDS, STEM_KINDS, BlockKind, BlockName, StemName, batch_norm
-from revnet.nn import (
-    AbstractPolicy,
-    HasSinglePolicy,
-    PolicyUnit,
-    Reverse,
-    ReversibleBlock,
-    ReversibleSequential,
-    as_policy,
-)
+from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn.policies._has_policies import HasSinglePolicy, PolicyUnit, as_policy
 
 
 class Downsample(nn.Module, HasSinglePolicy):

@@ -22,14 +22,8 @@ from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_tensor, describe
 from revnet.models._checks import check_counts_of
-from revnet.nn import (
-    AbstractPolicy,
-    PolicySequential,
-    Reverse,
-    ReversibleBlock,
-    ReversibleSequential,
-    as_policy,
-)
+from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn.policies._has_policies import as_policy
 
 
 class Residual(nn.Module):

@@ -9,7 +9,6 @@ Names that `revnet` itself does not export are provisional: they may change in a
 
 from revnet.nn._tensorflow import BatchNorm2dBiased as BatchNorm2dBiased
 from revnet.nn._tensorflow import Conv2dSame as Conv2dSame
-from revnet.nn._whole_model import policy_holders as policy_holders
 from revnet.nn._whole_model import set_coupling as set_coupling
 from revnet.nn._whole_model import set_policy as set_policy
 from revnet.nn._whole_model import set_tolerance as set_tolerance
@@ -26,9 +25,6 @@ from revnet.nn.invertible._invertible_sequential import InvertibleSequential as 
 from revnet.nn.invertible._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn.invertible._space_to_depth import SpaceToDepth as SpaceToDepth
 from revnet.nn.policies._has_policies import HasPolicies as HasPolicies
-from revnet.nn.policies._has_policies import HasSinglePolicy as HasSinglePolicy
-from revnet.nn.policies._has_policies import PolicyUnit as PolicyUnit
-from revnet.nn.policies._has_policies import as_policy as as_policy
 from revnet.nn.policies._policy import AbstractModulePolicy as AbstractModulePolicy
 from revnet.nn.policies._policy import AbstractPolicy as AbstractPolicy
 from revnet.nn.policies._policy import Checkpoint as Checkpoint

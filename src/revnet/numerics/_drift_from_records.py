@@ -7,7 +7,8 @@ from itertools import takewhile
 
 from torch import nn
 
-from revnet.engine import DriftRecord, HalfBlock
+from revnet.engine import HalfBlock
+from revnet.engine._drift import DriftRecord
 from revnet.nn import AbstractPolicy, AbstractReversibleBlock, Reverse, ReversibleSequential
 from revnet.numerics._block_drift import BlockDrift
 from revnet.numerics._drift import Drift

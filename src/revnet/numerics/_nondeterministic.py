@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from revnet.engine._determinism import repeat_function
-from revnet.nn import AbstractReversibleBlock, policy_holders
+from revnet.nn import AbstractReversibleBlock
 from revnet.nn._restore import restoring_state
+from revnet.nn._whole_model import policy_holders
 
 
 class NondeterministicFunction(NamedTuple):

@@ -11,22 +11,16 @@ from typing import TYPE_CHECKING
 from revnet._lazy import attach
 
 if TYPE_CHECKING:
-    from revnet.paper.complexity.costs import ComplexitySettings as ComplexitySettings
-    from revnet.paper.complexity.costs import measure_complexity as measure_complexity
     from revnet.paper.complexity.page import run_complexity as run_complexity
     from revnet.paper.gradient_angle.callbacks import GradientAngle as GradientAngle
-    from revnet.paper.gradient_angle.gradients import GradientError as GradientError
     from revnet.paper.gradient_angle.gradients import gradient_errors as gradient_errors
     from revnet.paper.gradient_angle.page import run_gradient_angle as run_gradient_angle
     from revnet.paper.reproduction import reproduce as reproduce
     from revnet.paper.tables import TABLES as TABLES
 
 _HOME = {
-    "ComplexitySettings": "complexity.costs",
     "GradientAngle": "gradient_angle.callbacks",
-    "GradientError": "gradient_angle.gradients",
     "gradient_errors": "gradient_angle.gradients",
-    "measure_complexity": "complexity.costs",
     "reproduce": "reproduction",
     "run_complexity": "complexity.page",
     "run_gradient_angle": "gradient_angle.page",

@@ -2,12 +2,13 @@
 
 PyTorch and Lightning load when a name that needs them is first used. The command line can check its flags and print its
 help without them.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from revnet.errors import MissingDependencyError
+from revnet._lazy import attach
 
 if TYPE_CHECKING:  # The names of `_HOME`, for type checkers; a test compares the two.
     from revnet.training.classification.config import TrainConfig as TrainConfig
@@ -18,32 +19,26 @@ if TYPE_CHECKING:  # The names of `_HOME`, for type checkers; a test compares th
     from revnet.training.density.model import ImageDensity as ImageDensity
     from revnet.training.density.model import load_density as load_density
     from revnet.training.density.result import DensityResult as DensityResult
-    from revnet.training.density.sample import Samples as Samples
     from revnet.training.density.sample import sample as sample
     from revnet.training.drift_monitor import DriftMonitor as DriftMonitor
     from revnet.training.entry import resume as resume
     from revnet.training.entry import train as train
-    from revnet.training.evaluation.confusion import Confusion as Confusion
     from revnet.training.evaluation.evaluate import evaluate as evaluate
     from revnet.training.evaluation.evaluate_result import EvaluateResult as EvaluateResult
-    from revnet.training.evaluation.predict_images import ImagePrediction as ImagePrediction
     from revnet.training.evaluation.predict_images import predict_images as predict_images
     from revnet.training.language.config import LanguageConfig as LanguageConfig
     from revnet.training.language.model import LanguageModel as LanguageModel
     from revnet.training.language.model import load_language_model as load_language_model
     from revnet.training.language.result import LanguageResult as LanguageResult
     from revnet.training.run.execute import TrainingInterrupted as TrainingInterrupted
-    from revnet.training.run.run_result import RunResult as RunResult
 
 _HOME = {
     "Classifier": "classification.model",
-    "Confusion": "evaluation.confusion",
     "DensityResult": "density.result",
     "DriftMonitor": "drift_monitor",
     "evaluate": "evaluation.evaluate",
     "EvaluateResult": "evaluation.evaluate_result",
     "ImageDensity": "density.model",
-    "ImagePrediction": "evaluation.predict_images",
     "LanguageConfig": "language.config",
     "LanguageModel": "language.model",
     "LanguageResult": "language.result",
@@ -53,9 +48,7 @@ _HOME = {
     "NiceConfig": "density.config",
     "predict_images": "evaluation.predict_images",
     "resume": "entry",
-    "RunResult": "run.run_result",
     "sample": "density.sample",
-    "Samples": "density.sample",
     "train": "entry",
     "TrainConfig": "classification.config",
     "TrainingInterrupted": "run.execute",
@@ -63,18 +56,4 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'revnet.training' has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"revnet.training.{_HOME[name]}"), name)
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package in ("None", "revnet"):
-            raise
-        raise MissingDependencyError.of(package, "training") from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = attach(__name__, _HOME, purpose="training")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from revnet.data import AbstractSplit, list_datasets
+from revnet.data import list_datasets
+from revnet.data.splits.abstract_split import AbstractSplit
 
 
 def absolute_data(data: str) -> str:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 
 SIZES = [(1, 1), (1, 1000), (1000, 1), (3, 2), (375, 500), (4000, 3000)]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from revnet.data import load_image
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.decoding.decode import UndecodableError, decode, decode_whole
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 from revnet.errors import DataError, MissingDependencyError
 from tests.data.samples import encode, random_images, write_image
 

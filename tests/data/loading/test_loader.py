@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnet.data import AbstractSplit, FileSplit, ImageSplit, Loader, make_loader
+from revnet.data import make_loader
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
+from revnet.data.loading.loader import Loader
+from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.data.splits.file_split import FileSplit
+from revnet.data.splits.image_split import ImageSplit
 from revnet.errors import DataError
 from tests.data.samples import NUM_STREAMED, encode, flat_image, random_images, write_image, write_stream
 

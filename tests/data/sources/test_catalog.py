@@ -3,7 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from revnet.data import FileSplit, ImageSplit, StreamSplit, list_datasets, load_dataset
+from revnet.data import list_datasets, load_dataset
+from revnet.data.splits.file_split import FileSplit
+from revnet.data.splits.image_split import ImageSplit
+from revnet.data.splits.stream_split import StreamSplit
 from revnet.errors import DataError
 from tests.data.samples import write_image
 

@@ -12,9 +12,11 @@ import pytest
 from datasets import SplitDict, SplitInfo
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from revnet.data import Loader, StreamSplit, load_dataset, make_loader
+from revnet.data import load_dataset, make_loader
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
+from revnet.data.loading.loader import Loader
 from revnet.data.sources.hub import HubRows, load_hub_dataset
+from revnet.data.splits.stream_split import StreamSplit
 from revnet.errors import DataError
 from tests.data.samples import CLASS_NAMES, flat_image, write_image
 

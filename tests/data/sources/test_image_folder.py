@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from revnet.data import FileSplit, load_dataset
+from revnet.data import load_dataset
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.sources.image_folder import is_image_folder, load_image_folder
+from revnet.data.splits.file_split import FileSplit
 from revnet.errors import DataError
 from tests.data.samples import write_image
 

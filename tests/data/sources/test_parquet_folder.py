@@ -8,9 +8,9 @@ import datasets
 import pytest
 import torch
 
-from revnet.data import StreamSplit
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.sources.parquet_folder import load_parquet_folder
+from revnet.data.splits.stream_split import StreamSplit
 from revnet.errors import DataError, MissingDependencyError
 from tests.data.samples import CLASS_NAMES, encode, random_images
 

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from revnet.data import FileSplit
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
+from revnet.data.splits.file_split import FileSplit
 from revnet.errors import DataError
 from tests.data.samples import flat_image, write_image
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from revnet.data import ImageDataset, ImageSplit
+from revnet.data import ImageDataset
 from revnet.data.splits._holdout import stratified_parts
+from revnet.data.splits.image_split import ImageSplit
 
 
 def make_dataset(num_images: int = 100, num_classes: int = 3) -> ImageDataset:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from revnet.data import ImageDataset, ImageSplit
+from revnet.data import ImageDataset
+from revnet.data.splits.image_split import ImageSplit
 
 
 def make_split(size: tuple[int, int] = (2, 2)) -> ImageSplit:

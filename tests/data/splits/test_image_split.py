@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revnet.data import ImageSplit
+from revnet.data.splits.image_split import ImageSplit
 
 
 def make_split(num_images: int = 12, num_classes: int = 3) -> ImageSplit:

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from revnet.data import ImageDataset, Loader, StreamSplit, load_dataset, make_loader
+from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.decoding.batch import DecodedBatch
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.loading._stream_batches import join_remainders
+from revnet.data.loading.loader import Loader
 from revnet.data.splits.rows import AbstractRows, Order, Row, shuffled
+from revnet.data.splits.stream_split import StreamSplit
 from revnet.errors import DataError
 from tests.data.samples import NUM_STREAMED, encode, flat_image, random_images, write_stream
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from revnet.data import make_color_distortion
+from revnet.data.transforms._color_distortion import make_color_distortion
 from revnet.data.transforms._hsv import hsv_to_rgb, rgb_to_hsv
 from tests.data.samples import random_images
 

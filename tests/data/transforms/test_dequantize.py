@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from revnet.data import Dequantize, count_levels, load_dataset
+from revnet.data import Dequantize, load_dataset
+from revnet.data.transforms.dequantize import count_levels
 
 
 def spread(levels, num_levels):

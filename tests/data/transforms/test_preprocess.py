@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from revnet.data import AbstractSplit, ImageSplit, Preprocess, make_preprocess
+from revnet.data import Preprocess, make_preprocess
+from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.data.splits.image_split import ImageSplit
 from revnet.errors import DataError
 from tests.data.samples import random_images
 

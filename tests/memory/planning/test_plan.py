@@ -25,7 +25,7 @@ from revnet.memory import MeasuredTiming, max_batch_size, measure, plan, predict
 from revnet.memory.planning._planner import POLICIES
 from revnet.memory.planning._units import set_policies
 from revnet.models import RevNet
-from revnet.nn import policy_holders
+from revnet.nn._whole_model import policy_holders
 from tests.helpers import CASE, Attention, FeedForward, assert_close, gradients, squares
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

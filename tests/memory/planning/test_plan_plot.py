@@ -3,9 +3,10 @@ from itertools import combinations, pairwise
 import matplotlib.image
 import pytest
 
-from revnet.memory import PlanPoint, format_bytes
+from revnet.memory import format_bytes
 from revnet.memory.planning import _plan_plot
 from revnet.memory.planning._plan_plot import plot_plan
+from revnet.memory.planning._planned_unit import PlanPoint
 
 GIB = 2**30
 POINTS = [PlanPoint(3 * GIB, 1.4), PlanPoint(5 * GIB, 1.3), PlanPoint(9 * GIB, 1.1), PlanPoint(20 * GIB, 1.0)]

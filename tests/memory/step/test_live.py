@@ -1,6 +1,6 @@
 import torch
 
-from revnet.memory import LiveBytes
+from revnet.memory.step._live import LiveBytes
 
 
 def test_counts_each_storage_once_until_it_is_freed():

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from revnet import ReversibleSequential
-from revnet.memory import Breakdown, LiveBytes, ModuleMemory, measure, predict
+from revnet.memory import measure, predict
+from revnet.memory.step._live import LiveBytes
+from revnet.memory.step._memory_parts import Breakdown, ModuleMemory
 from revnet.memory.step._run_step import losses_of
 from tests.helpers import all_cases, all_policies, leaves
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from revnet import ReversibleSequential, Store
-from revnet.memory import FlopCounter
+from revnet.memory.step._flops import FlopCounter
 from revnet.memory.step._run_step import run_step
 from tests.helpers import CASE, mlp
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.memory import Timeline, format_bytes, measure, plot_timeline
+from revnet.memory import format_bytes, measure
 from revnet.memory.step import _timeline_plot
+from revnet.memory.step._memory_parts import Timeline
+from revnet.memory.step._timeline_plot import plot_timeline
 
 MIB = 2**20
 

@@ -12,7 +12,9 @@ from revnet import (
     create_model,
     set_policy,
 )
-from revnet.nn import InvertibleSequential, as_policy, policy_holders
+from revnet.nn import InvertibleSequential
+from revnet.nn._whole_model import policy_holders
+from revnet.nn.policies._has_policies import as_policy
 from tests.helpers import mlp
 
 

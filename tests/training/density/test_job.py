@@ -8,7 +8,8 @@ import torch
 
 from revnet.data import load_dataset
 from revnet.errors import BudgetError, CheckpointError
-from revnet.memory import LiveBytes, measure
+from revnet.memory import measure
+from revnet.memory.step._live import LiveBytes
 from revnet.models import NICE
 from revnet.nn import Store
 from revnet.training import NiceConfig, TrainingInterrupted, evaluate, load_classifier, load_density, resume, train

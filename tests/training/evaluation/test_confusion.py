@@ -3,8 +3,7 @@ import csv
 import pytest
 import torch
 
-from revnet.training import Confusion
-from revnet.training.evaluation.confusion import ClassErrors
+from revnet.training.evaluation.confusion import ClassErrors, Confusion
 
 NAMES = ("cat", "dog", "frog", "newt")
 COUNTS = torch.tensor([[5, 2, 0, 1], [3, 7, 0, 0], [0, 0, 0, 0], [1, 2, 0, 0]])

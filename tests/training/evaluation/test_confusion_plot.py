@@ -2,7 +2,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from revnet.training import Confusion
+from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
 
 RIGHT = 50 * torch.eye(130, dtype=torch.int64)

@@ -6,7 +6,8 @@ import matplotlib.image
 import pytest
 import torch
 
-from revnet.training import Confusion, EvaluateResult
+from revnet.training import EvaluateResult
+from revnet.training.evaluation.confusion import Confusion
 
 COUNTS = 90 * torch.eye(10, dtype=torch.int64)
 COUNTS[3, 5] = 57

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from revnet.training import Confusion
+from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.evaluation_report import report_evaluation
 from tests.training.evaluation.test_evaluate_result import COUNTS, RESULT
 

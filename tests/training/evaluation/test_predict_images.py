@@ -6,8 +6,8 @@ import torch
 
 from revnet.data import load_image
 from revnet.errors import CheckpointError, DataError
-from revnet.training import ImagePrediction, load_classifier, predict_images
-from revnet.training.evaluation.predict_images import Answer, predict_each, save_predictions
+from revnet.training import load_classifier, predict_images
+from revnet.training.evaluation.predict_images import Answer, ImagePrediction, predict_each, save_predictions
 from tests.training.samples import make_header, save_checkpoint, write_images
 
 NAMES = tuple(f"class{number}" for number in range(7))

@@ -5,8 +5,10 @@ import torch
 from lightning.pytorch import Callback
 
 from revnet.errors import BudgetError
-from revnet.memory import LiveBytes, parse_bytes
-from revnet.nn import Checkpoint, Store, policy_holders
+from revnet.memory import parse_bytes
+from revnet.memory.step._live import LiveBytes
+from revnet.nn import Checkpoint, Store
+from revnet.nn._whole_model import policy_holders
 from revnet.training import TrainConfig, load_classifier, train
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revnet.data.decoding.crop import AbstractCrop
 from revnet.data.decoding.decode import UndecodableError, decode
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 
 
 class EncodedImage(NamedTuple):

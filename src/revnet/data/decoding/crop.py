@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 
 _ASPECTS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from revnet.data._require import require
 from revnet.data.decoding.crop import AbstractCrop, Box, CenterCrop
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 from revnet.errors import DataError
 
 if TYPE_CHECKING:

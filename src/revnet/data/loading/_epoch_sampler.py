@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sized
 
 from torch.utils.data import DistributedSampler, Sampler
 
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 
 
 class EpochSampler(Sampler[Draw]):

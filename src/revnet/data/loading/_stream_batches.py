@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from revnet.data.decoding.batch import DecodedBatch, EncodedImage, decode_batch
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 from revnet.data.splits.rows import Order, Row, label_error
 from revnet.data.splits.stream_split import StreamSplit
 from revnet.errors import DataError

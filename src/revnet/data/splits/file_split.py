@@ -13,7 +13,7 @@ from revnet.data.decoding.batch import DecodedBatch, EncodedImage, decode_batch
 from revnet.data.decoding.corrupt import OnCorrupt, check_image_size, check_on_corrupt, corrupt_error
 from revnet.data.decoding.crop import AbstractCrop, CenterCrop
 from revnet.data.decoding.decode import require_pillow
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 from revnet.data.splits._holdout import stratified_parts
 from revnet.data.splits.abstract_split import AbstractSplit
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from revnet.data.decoding.draw import Draw
+from revnet.data.decoding.image_draw import Draw
 from revnet.errors import DataError
 
 BUFFER_SIZE = 1000

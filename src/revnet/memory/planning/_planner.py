@@ -30,8 +30,9 @@ from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._predict import Prediction
 from revnet.memory.step._run_step import Loss
 from revnet.memory.step._step_memory import StepMemory
-from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store, as_policy
+from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store
 from revnet.nn._restore import restoring_policies
+from revnet.nn.policies._has_policies import as_policy
 
 POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
 """Policies that a plan chooses from by default, from the least memory to the most."""

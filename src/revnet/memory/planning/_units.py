@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from revnet.memory.step._step_log import StepLog
-from revnet.nn import AbstractPolicy, policy_holders
+from revnet.nn import AbstractPolicy
+from revnet.nn._whole_model import policy_holders
 
 
 @dataclass(frozen=True, eq=False)

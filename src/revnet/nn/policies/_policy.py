@@ -12,15 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from revnet._types import Streams
-from revnet.engine import (
-    BoundChain,
-    checkpointed,
-    checkpointed_call,
-    offloaded,
-    offloaded_call,
-    reversible,
-    stored,
-)
+from revnet.engine import BoundChain, checkpointed, offloaded, reversible, stored
+from revnet.engine._checkpoint import checkpointed_call
+from revnet.engine._offload import offloaded_call
 
 
 class AbstractPolicy(abc.ABC):

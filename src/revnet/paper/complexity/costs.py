@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from revnet.bench import CASES, METHODS, Case, Method, Settings
+from revnet.bench import CASES, METHODS, Settings
+from revnet.bench.cases import Case
+from revnet.bench.methods import Method
 from revnet.bench.run import TimeRow, measure_times
-from revnet.memory import FlopCounter, format_bytes, measure
+from revnet.memory import format_bytes, measure
+from revnet.memory.step._flops import FlopCounter
 
 
 @dataclass(frozen=True)

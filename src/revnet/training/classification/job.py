@@ -10,17 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from revnet.data import (
-    AbstractSplit,
-    ImageDataset,
-    ImageSplit,
-    Loader,
-    load_dataset,
-    make_augment,
-    make_color_distortion,
-    make_loader,
-    make_preprocess,
-)
+from revnet.data import ImageDataset, load_dataset, make_augment, make_loader, make_preprocess
+from revnet.data.loading.loader import Loader
+from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.data.splits.image_split import ImageSplit
+from revnet.data.transforms._color_distortion import make_color_distortion
 from revnet.memory import Plan
 from revnet.models import create_model
 from revnet.nn import set_tolerance

@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from revnet.data import ImageDataset, ImageSplit, Loader, count_levels, load_dataset, make_loader
+from revnet.data import ImageDataset, load_dataset, make_loader
+from revnet.data.loading.loader import Loader
+from revnet.data.splits.image_split import ImageSplit
+from revnet.data.transforms.dequantize import count_levels
 from revnet.memory import Plan
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.model import DensityHeader, ImageDensity, load_density

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from revnet.data import ImageSplit, load_dataset
+from revnet.data import load_dataset
+from revnet.data.splits.image_split import ImageSplit
 from revnet.training.checks import check_choice
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.job import mean_bits_per_dim

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revnet._provenance import describe_machine
-from revnet.data import ImageDataset, Loader, load_dataset, make_loader
+from revnet.data import ImageDataset, load_dataset, make_loader
+from revnet.data.loading.loader import Loader
 from revnet.training.checks import check_integer
 from revnet.training.choices import OnCorrupt
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier

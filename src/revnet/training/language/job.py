@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from revnet.data import ConsecutiveWindows, RandomWindows, TextDataset, load_text
+from revnet.data import ConsecutiveWindows, RandomWindows, load_text
+from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
 from revnet.training.device import check_device
 from revnet.training.language.config import LanguageConfig

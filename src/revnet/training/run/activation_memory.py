@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
-from revnet.nn import Store, policy_holders, set_policy
+from revnet.nn import Store, set_policy
+from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
 from revnet.training.settings import AbstractRunConfig
 
