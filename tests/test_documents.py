@@ -181,3 +181,11 @@ def test_flags_of_shown_commands_exist(capsys):
         assert main([*command.split(), "--help"]) == 0
         known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
         assert flags <= known, command
+
+
+@pytest.mark.parametrize("name", ["architecture", "extending"])
+def test_files_that_a_page_names_exist(name):
+    page = (DOCS / f"{name}.md").read_text()
+    paths = [path for path in re.findall(r"`([\w/.]+\.(?:py|md|toml))`", page) if "/" in path and "NAME" not in path]
+    assert len(paths) > 5
+    assert [path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / "src" / "revnet"))] == []

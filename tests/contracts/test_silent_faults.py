@@ -80,7 +80,7 @@ def test_blocks_may_be_deleted_and_appended(change):
 def test_different_numbers_of_blocks_and_policies_raise():
     sequence = mlp_stack(3, policy=[Reverse(), Store(), Reverse()])
     del sequence.blocks[1]
-    with pytest.raises(ValueError, match="`blocks` has 2 entries, but `policies` has 3, and they differ"):
+    with pytest.raises(ValueError, match="`blocks` has 2 entries, but `policies` has 3, not all equal"):
         sequence(torch.randn(2, 16))
     sequence.set_policies([Reverse(), Store()])
     backward(sequence, torch.randn(2, 16))

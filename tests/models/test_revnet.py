@@ -132,7 +132,7 @@ def test_streams_are_float32_under_autocast(block):
 def test_bfloat16_model_has_bfloat16_streams_and_warns():
     model = RevNet(num_blocks=(1, 2), widths=(4, 4, 8), block="bottleneck").bfloat16()
     with pytest.warns(
-        ReconstructionWarning, match="the streams that begin at `blocks.0.f` are torch.bfloat16, so that"
+        ReconstructionWarning, match="the streams that begin at `blocks.0.f` are torch.bfloat16, so undoing"
     ):
         y = model(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
