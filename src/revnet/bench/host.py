@@ -144,7 +144,7 @@ def measure_host(num_rounds: int, say: Callable[[str], None] = print, *, num_blo
             for row in _measure_case(case, num_rounds, num_blocks):
                 results.rows.append(row)
                 if row.times is not None:
-                    say(f"{case.name}, {row.method}: {row.times.over_plain.median:.2f} of plain's processor time")
+                    say(f"{case.name}, {row.method}: {row.times.over_plain.median:.2f} times plain's processor time")
                 elif not is_missing(row.note):
                     say(f"{case.name}, {row.method}: {row.note}")
     return results
