@@ -181,12 +181,14 @@ def test_double_backward(case, policy):
 
 def saved_tensors(y):
     """Return all saved tensors of the graph of `y`, read through `grad_fn`."""
-    nodes, found = [y.grad_fn], []
+    nodes, tensors = [y.grad_fn], []
     for node in nodes:
         names = [name for name in sorted(dir(node)) if name.startswith("_saved_")]
-        found += [value.clone() for value in (getattr(node, name) for name in names) if isinstance(value, torch.Tensor)]
+        tensors += [
+            value.clone() for value in (getattr(node, name) for name in names) if isinstance(value, torch.Tensor)
+        ]
         nodes += [following for following, _ in node.next_functions if following and following not in nodes]
-    return found
+    return tensors
 
 
 @all_cases

@@ -167,9 +167,9 @@ def test_passes_arguments_by_function(policy):
     kwargs = {"f_kwargs": {"mask": mask}, "g_kwargs": {"scale": 0.5}}
     sequence, twin = ReversibleSequential(*blocks, policy=policy), ReversibleSequential(*blocks, policy=Store())
     x = torch.randn(2, 8)
-    found = torch.autograd.grad(sequence(x, **kwargs).sin().sum(), [mask, *sequence.parameters()])
+    actual = torch.autograd.grad(sequence(x, **kwargs).sin().sum(), [mask, *sequence.parameters()])
     expected = torch.autograd.grad(twin(x, **kwargs).sin().sum(), [mask, *twin.parameters()])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(sequence.inverse(sequence(x, **kwargs), **kwargs), x)
     assert torch.equal(blocks[0](x, **kwargs), sequence[:1](x, **kwargs))
 
@@ -659,7 +659,7 @@ def test_parameters_frozen_or_unfrozen_before_backward(policy, frozen_first):
         module.requires_grad_(frozen_first)
         loss.backward()
         assert all(parameter.requires_grad == frozen_first for parameter in module.parameters())
-        results.append([x.grad, *[each.grad for each in module.parameters() if each.grad is not None]])
+        results.append([x.grad, *[parameter.grad for parameter in module.parameters() if parameter.grad is not None]])
     torch.testing.assert_close(*results)
 
 
@@ -677,7 +677,7 @@ def test_forward_pass_without_a_loss_is_freed(policy):
     gc.disable()
 
     def runs():
-        return sum(type(each).__name__ in ("Rebuilder", "_KeepingRun") for each in gc.get_objects())
+        return sum(type(instance).__name__ in ("Rebuilder", "_KeepingRun") for instance in gc.get_objects())
 
     before = runs()  # Tracebacks of failed tests may keep some.
     try:
