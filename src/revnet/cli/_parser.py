@@ -98,7 +98,7 @@ class _Parser(argparse.ArgumentParser):
         many = [option.name.upper() for option in self.positional if option.takes_many]
         if many:
             words = " ".join(word for word in unknown if not word.startswith("-"))
-            return f"`{words}` stands apart from the other {many[0]}; write them one after the other."
+            return f"`{words}` is separated from the other {many[0]}; write them one after the other."
         return f"`{unknown[0]}` needs an option before it; `{self.prog} --help` lists them all."
 
     def hint(self, name: str) -> str:

@@ -31,7 +31,7 @@ C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64:
 
 
 class Layout(NamedTuple):
-    """How NumPy reads a tensor at an address."""
+    """A description with which NumPy reads a tensor at an address."""
 
     read: Any
     """Returns the memory at an address."""

@@ -84,7 +84,7 @@ def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
 
 
 def _run_again(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Call a batch norm whose statistics are not tracked at present."""
+    """Call a batch norm whose statistics are currently not tracked."""
     if not (torch.compiler.is_compiling() or in_functorch_transform()):
         statistics = find_statistics(x)
         if statistics is not None:

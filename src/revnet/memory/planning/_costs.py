@@ -30,7 +30,7 @@ class CountedCosts(NamedTuple):
 
     chain: ChainCosts
     excess_bytes: int
-    """Most bytes by which the chain's peak exceeded the true peak of a probe.
+    """Largest number of bytes by which the chain's peak exceeded the true peak of a probe.
 
     The chain only models direct neighbors; units farther away have a small effect too.
     """

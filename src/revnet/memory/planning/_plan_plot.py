@@ -19,7 +19,7 @@ _MARKERS = "sD^vPX"
 _LARGEST_LINEAR = 5.0
 """Largest ratio of times on a linear axis."""
 _LONGEST_LINE = 75
-"""Most characters in a line of the title."""
+"""Largest number of characters in a line of the title."""
 _FARTHEST_BUDGET = 1.5
 """Largest budget that is drawn as a line, relative to the largest peak; a line farther away would squeeze the rest."""
 

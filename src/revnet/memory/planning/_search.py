@@ -43,7 +43,7 @@ class ChainCosts:
     held: list[_Ints]
     """Bytes that a unit holds between its forward and its backward pass."""
     transient: list[_Ints]
-    """Most bytes alive while a unit runs, with the bytes that it holds, without the bytes that earlier units hold."""
+    """Largest number of bytes alive while a unit runs, with the bytes that it holds, without the bytes that earlier units hold."""
     seconds: list[npt.NDArray[np.float64]]
     """Time of a unit, forward and backward together."""
     base: int
