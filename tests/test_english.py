@@ -1,4 +1,4 @@
-"""The English of everything that a person reads, as far as a few phrases can tell."""
+"""A few phrases and spellings are rare in everything that a person reads."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ PHRASES = {
     "as many": 10,
     "shall|anew|likeliest|mend": 0,
 }
-"""How often each phrase may occur in all. They are English, but a native speaker rarely needs them."""
+"""Largest total number of occurrences of each phrase. They are English, but a native speaker rarely needs them."""
 BRITISH = (
     r"\b\w*(?:colour|behaviour|neighbour|favour|honour|centre|metre(?!d)|licence|analys(?:e|ed|es|ing)\b|catalogue|grey\b|"
     r"labelled|labelling|cancelled|modelled|modelling|travell|artefact|fulfil\b|programme\b|"

@@ -228,7 +228,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("index", [0, 3, 7])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_different_numbers_in_the_second_run_raise(policy, index, source):
-    """In the first function, in a middle one, and in the last, whose input is bit for bit the same."""
+    """The function is the first, a middle one, or the last, whose input is bit for bit the same."""
     sequence = mlp_stack(4, policy=policy)
     block, which = sequence.blocks[index // 2], "fg"[index % 2]
     setattr(block, which, Noisy(8, source))
@@ -606,7 +606,7 @@ def test_parameters_initialized_in_the_first_forward_pass(policy, through_data):
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_function_that_writes_its_parameter_before_use(policy):
-    """As in `nn.Embedding(max_norm=)`, which raises the version."""
+    """`nn.Embedding(max_norm=)` does this, and raises the version."""
 
     class Embedded(nn.Module):
         def __init__(self, width):
@@ -648,7 +648,7 @@ def test_rejects_a_torch_jit_module_by_name(policy):
 @pytest.mark.parametrize("frozen_first", [True, False])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_parameters_frozen_or_unfrozen_before_backward(policy, frozen_first):
-    """As with a discriminator between the forward and the backward pass of a generator."""
+    """A discriminator is frozen like this between the forward and the backward pass of a generator."""
     torch.manual_seed(0)
     sequence = mlp_stack(3, policy=policy).double().requires_grad_(not frozen_first)
     twin = stored_twin(sequence)
