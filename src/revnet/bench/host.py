@@ -45,7 +45,7 @@ class HostRunner:
         self._x = torch.cat(case.streams(1), case.split_dim)
 
     def inputs(self, number: int) -> list[Tensor]:
-        """Return copies of the input that require a gradient. memcnn overwrites its input."""
+        """Return copies of the input that require a gradient. They are copies, because memcnn overwrites its input."""
         return [self._x.clone().requires_grad_() for _ in range(number)]
 
     def step(self, x: Tensor) -> None:
@@ -176,7 +176,7 @@ def _measure_case(case: Case, num_rounds: int, num_blocks: int) -> Iterator[Host
 
 
 def _rounds(runners: dict[str, HostRunner], num_rounds: int) -> dict[str, list[float]]:
-    """Return the processor time of a step of each runner, by rounds."""
+    """Return the processor time of a step of each runner, one per round."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     shuffle = random.Random(0).shuffle  # a separate generator, since revtorch draws from the global one
     for _ in range(num_rounds):

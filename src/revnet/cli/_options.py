@@ -1,4 +1,4 @@
-"""The options of a command, out of the signature of its function."""
+"""The options of a command, from the signature of its function."""
 
 import dataclasses
 import inspect

@@ -28,7 +28,7 @@ BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
 
 
 def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
-    """Treat a subclass of PyTorch's batch norm as batch norm. A class decorator.
+    """Declare that a subclass of PyTorch's batch norm behaves like batch norm. This is a class decorator.
 
     Use it for a class with its own `forward` that returns the same bits as PyTorch's, and that differs only in what it
     writes to the running statistics. In training, it must not read the running statistics.

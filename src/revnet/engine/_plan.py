@@ -177,7 +177,7 @@ def _held(holders: list[Any]) -> list[Any]:
 
 
 def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Return a function that picks the entries of a list at these places; in C, since it runs at each call."""
+    """Return a function, implemented in C because every call uses it, that picks the entries of a list at `places`."""
     if len(places) > 1:
         return itemgetter(*places)
     # For a single place, `itemgetter` would return the entry itself; a slice returns a list.

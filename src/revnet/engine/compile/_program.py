@@ -34,7 +34,7 @@ Place = tuple[dict[str, Any], str]
 
 
 class Step(NamedTuple):
-    """A half-block of a program, field for field, with a number for the function, so that nothing is kept alive."""
+    """A half-block of a program, with an index instead of the function, so that the function is not kept alive."""
 
     function: int
     """Index of the function in the program's list of functions."""
@@ -149,7 +149,7 @@ class Program:
         return hashlib.sha256(repr(traits).encode()).hexdigest()
 
     def half_block(self, step: Step) -> HalfBlock:
-        """Return the half-block that a step stands for."""
+        """Return the half-block that corresponds to a step."""
         function = self._functions[step.function]()
         if function is None:
             raise ReconstructionError(

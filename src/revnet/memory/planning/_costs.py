@@ -110,7 +110,7 @@ def probes(num_choices: Sequence[int]) -> list[list[int]]:
 
 
 def _uniform_probes(num_choices: Sequence[int]) -> list[list[int]]:
-    """Return one mixture per choice, with it everywhere; a unit with fewer choices has its first one instead."""
+    """Return one mixture per choice, which all units have; a unit with fewer choices has its first one instead."""
     most = max(num_choices, default=0)
     return [[max(0, choice - (most - count)) for count in num_choices] for choice in range(most)]
 

@@ -91,7 +91,7 @@ def _set_time_axis(axes: Any, least: float, most: float) -> None:
 
 
 def _mark_budget(axes: Any, budget_bytes: int, unit_bytes: int) -> list[tuple[float, float]]:
-    """Draw the budget as a line, with an arrow if it lies to the right of the picture; return points on the line."""
+    """Draw the budget as a line, with an arrow if it is to the right of the axes; return points on the line."""
     x, right = budget_bytes / unit_bytes, axes.get_xlim()[1]
     text = f"budget {format_bytes(budget_bytes)}" + (" ->" if x > right else "")
     style = {"ha": alignment_inside(x / right), "fontsize": 9, "color": INK}
