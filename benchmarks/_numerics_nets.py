@@ -37,7 +37,7 @@ class PerceptronClassifier(nn.Module):
 
 
 class Digits:
-    """Batches of the training images of digits, which depend on the seed alone."""
+    """Batches of the training images of digits, which depend only on the seed."""
 
     def __init__(self, batch_size: int, seed: int):
         split = load_dataset("digits").train

@@ -112,7 +112,7 @@ class Network(nn.Module):
 
 
 def digits(batch_size: int) -> tuple[Tensor, Tensor]:
-    """Images of digits, from 0 to 1, and their labels."""
+    """Return images of digits, from 0 to 1, and their labels."""
     with np.load(str(files("revnet.data.sources") / "digits.npz")) as data:
         images, labels = (torch.from_numpy(data[name][:batch_size]) for name in ("levels", "labels"))
     return images[:, None] / 16, labels.long()

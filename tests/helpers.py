@@ -164,7 +164,7 @@ def mlp(num_features: int) -> nn.Sequential:
 
 
 def scaling_mlp(num_features: int) -> nn.Sequential:
-    """Returns a shift and a scale, for the affine coupling."""
+    """Return a function whose output is a shift and a scale, for the affine coupling."""
     return nn.Sequential(nn.Linear(num_features, num_features), nn.Tanh(), nn.Linear(num_features, 2 * num_features))
 
 

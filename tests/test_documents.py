@@ -23,7 +23,7 @@ MESSAGES_OF_PYTORCH = ("`torch.OutOfMemoryError: CUDA out of memory`", "unexpect
 
 
 def with_subcommands():
-    """The commands, each followed by its subcommands."""
+    """Return the commands, each followed by its subcommands."""
     return [
         " ".join((command, *subcommand))
         for command in COMMANDS

@@ -1,4 +1,4 @@
-"""`count_calls` counts calls inside revnet alone, in the forward and the backward pass."""
+"""`count_calls` counts only calls inside revnet, in the forward and the backward pass."""
 
 import gc
 import sys

@@ -21,7 +21,7 @@ def test_arguments_computed_by_earlier_modules(name, policy):
 
 
 def test_only_the_arguments_need_gradients():
-    """The slots serve the context alone."""
+    """Only the context has slots."""
     case = CASE["nested-arguments"]
 
     def step(module, x, args, kwargs):

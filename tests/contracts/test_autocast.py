@@ -1,5 +1,5 @@
-"""Mixed precision: the replay runs under the autocast state of the forward pass, whatever the state in the backward
-pass."""
+"""Mixed precision: the replay runs under the autocast state of the forward pass, regardless of the state in the
+backward pass."""
 
 import pytest
 import torch

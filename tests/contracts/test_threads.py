@@ -1,4 +1,4 @@
-"""Models in threads: each backward pass finds its own run, whichever thread calls it."""
+"""Models in threads: each backward pass finds its own run, on any thread."""
 
 import threading
 

@@ -190,7 +190,7 @@ def test_learns_to_copy():
 
 
 def num_parameters_of(vocab_size, dim, depth, hidden_dim, num_attention_matrices):
-    """Return the number of parameters, computed from the architecture alone."""
+    """Return the number of parameters, computed only from the architecture."""
     attention = num_attention_matrices * dim * dim
     perceptron = dim * hidden_dim + hidden_dim + hidden_dim * dim + dim
     block = 2 * dim + attention + 2 * dim + perceptron

@@ -17,7 +17,7 @@ def make(**options):
 
 
 def num_parameters_of(dim, depth, mlp_ratio, patch_size, num_patches, num_classes):
-    """Return the number of parameters, computed from the architecture alone."""
+    """Return the number of parameters, computed only from the architecture."""
     patches = 3 * patch_size**2 * dim + dim
     attention = dim * 3 * dim + 3 * dim + dim * dim + dim
     perceptron = 2 * mlp_ratio * dim * dim + mlp_ratio * dim + dim

@@ -74,7 +74,7 @@ def test_the_gradient_equals_plain_autograd(make, coupling):
 
 
 def _twice(make):
-    """Residual function with twice the outputs, for a coupling that scales."""
+    """Return a residual function with twice the outputs, for a coupling that scales."""
     widen = nn.Conv2d(3, 6, 1) if make is ConvResidual else nn.Linear(3, 6)
     return nn.Sequential(make(3), widen)
 

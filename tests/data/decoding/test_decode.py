@@ -68,7 +68,7 @@ def test_extreme_sizes(crop: Any, size: tuple[int, int], format: str) -> None:
 
 
 def test_shrinking_averages() -> None:
-    # A filter that used the nearest pixels alone would see stripes.
+    # A filter that used only the nearest pixels would see stripes.
     stripes = Image.fromarray(np.tile(np.array([0, 255], dtype=np.uint8), (64, 32)))
     assert decode(save(stripes), WHOLE, (8, 8), FIRST)[1:-1, 1:-1].std() == 0
 

@@ -44,7 +44,7 @@ def test_sample_of_imagenet(caplog: pytest.LogCaptureFixture) -> None:
     assert dataset.class_names[label] in dataset.test.file(1)
     assert caplog.messages == [
         f"'{IMAGENET_SAMPLE / 'val'}' has no folder for 900 of 1000 classes (the first is 'n01443537'): the test "
-        "accuracy covers the others alone"
+        "accuracy covers only the others"
     ]
 
 
@@ -124,8 +124,8 @@ def test_a_missing_test_class_is_logged_once(pets: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         assert load_image_folder(pets).test.labels.tolist() == [1]
     assert caplog.messages == [
-        f"'{pets / 'val'}' has no folder for 1 of 2 classes (the first is 'cat'): the test accuracy covers the "
-        "others alone"
+        f"'{pets / 'val'}' has no folder for 1 of 2 classes (the first is 'cat'): the test accuracy covers "
+        "only the others"
     ]
 
 

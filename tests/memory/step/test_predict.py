@@ -481,12 +481,14 @@ def test_rejects_wrong_optimizers(call):
         call(model, x, optimizer=torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"^`optimizer` \(='adamw'\) must be an optimizer of the model, or make one"):
         call(model, x, optimizer="adamw")
-    with pytest.raises(TypeError, match=r"^`optimizer` \(=list\) made a list; it must make a `torch.optim.Optimizer`"):
+    with pytest.raises(
+        TypeError, match=r"^`optimizer` \(=list\) returned a list; it must return a `torch.optim.Optimizer`"
+    ):
         call(model, x, optimizer=list)
     with pytest.raises(ValueError, match=r"^`optimizer` \(=LBFGS\) cannot take a step on gradients alone: TypeError: "):
         call(model, x, optimizer=torch.optim.LBFGS)
     with pytest.raises(
-        ValueError, match=r"^`optimizer` \(=SGD\) cannot be made: ValueError: Invalid learning rate: -1"
+        ValueError, match=r"^`optimizer` \(=SGD\) cannot be created: ValueError: Invalid learning rate: -1"
     ):
         call(model, x, optimizer=partial(torch.optim.SGD, lr=-1))
     with pytest.raises(ValueError, match=r"^`optimizer` \(=<lambda>\) must make an optimizer of the parameters that"):
