@@ -6,7 +6,7 @@ release, and the changelog says so.
 
 Names load PyTorch when they are first used, not when `revnet` is imported, so that `revnet --help` answers quickly.
 
-`from revnet import *` imports the stable API alone. It does not import the modules, since `revnet.nn` would replace the
+`from revnet import *` imports only the stable API. It does not import the modules, since `revnet.nn` would replace the
 `nn` of `from torch import nn`.
 """
 

@@ -67,7 +67,7 @@ class Case:
         return [(f.to(device), g.to(device)) for f, g in (self.make_block() for _ in range(depth))]
 
     def streams(self, seed: int) -> TensorPair:
-        """Return a pair of random streams that depends on the seed alone."""
+        """Return a pair of random streams that depends only on the seed."""
         generator = torch.Generator().manual_seed(seed)
         x1, x2 = (torch.randn(self.stream_shape, generator=generator) for _ in range(2))
         return x1, x2

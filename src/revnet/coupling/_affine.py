@@ -29,8 +29,8 @@ class Affine(AbstractCoupling):
     which is more accurate and uses less memory.
 
     The residual function returns the shift and a raw scale, concatenated along one dimension. For a stream
-    (B, C, H, W), it returns (B, 2 C, H, W). The raw scale is bounded, so that a block stays invertible whatever its
-    residual function returns.
+    (B, C, H, W), it returns (B, 2 C, H, W). The raw scale is bounded, so that a block is invertible for any
+    output of its residual function.
 
     Accuracy: each block adds the rounding of a product and a sum. Dividing by small scales magnifies the errors of
     the blocks above it. Reversal is never exact.

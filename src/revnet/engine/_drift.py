@@ -112,7 +112,7 @@ class DriftWatch(Observer):
     def on_forward(
         self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: Sequence[Tensor], y: Tensor
     ) -> None:
-        """Sample the input of function `index` if it will be compared; the lowest always is."""
+        """Sample the input of function `index` if it will be compared, as the lowest one always is."""
         if index == run.lowest or (run.lowest >= 0 and (self._keeps_all or self._meter is not None)):
             source = streams[half_block.source]
             if _can_sample(source):

@@ -100,7 +100,7 @@ def _plot_curves(axes: Any, blocks: Sequence[BlockDrift], gradients: Sequence[fl
 
 
 def _mark_thresholds(axes: Any, low: float, high: float) -> None:
-    """Shade errors that are sound and errors that are wrong, with names to the right of the axes."""
+    """Shade the ranges of acceptable and of too large errors, with labels to the right of the axes."""
     axes.axhspan(WRONG_ABOVE, high, color=RED, alpha=0.08, linewidth=0)
     axes.axhspan(low, SOUND_BELOW, color=BLUE, alpha=0.06, linewidth=0)
     for height, text, align in (

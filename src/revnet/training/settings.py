@@ -26,7 +26,7 @@ Check = Callable[[str, Any], object]
 
 
 class AbstractRunConfig(ABC):
-    """Settings of a run, whatever it trains: the base of three dataclasses.
+    """Settings of any training run: the base of three dataclasses.
 
     A field is checked by its type and by the rule that `integer` or `number` gives it; None passes where the type has
     it.

@@ -1,4 +1,4 @@
-"""The order of an epoch, as a function of the seed and the epoch number alone."""
+"""The order of an epoch, as a function of only the seed and the epoch number."""
 
 from collections.abc import Iterator, Sized
 
@@ -17,7 +17,7 @@ class EpochSampler(Sampler[Draw]):
     """
 
     def __init__(self, split: Sized, *, shuffle: bool, seed: int) -> None:
-        # Used with one replica, because its shuffle depends on (seed, epoch) alone.
+        # Used with one replica, because its shuffle depends only on (seed, epoch).
         self._order: DistributedSampler[int] = DistributedSampler(
             split,  # type: ignore[arg-type]  # only its length is used
             num_replicas=1,

@@ -85,7 +85,7 @@ def make_loader(
 ) -> Loader:
     """Cut a split into batches of (images, labels), uint8 (B, C, H, W) and int64 (B,).
 
-    The order of an epoch and its random crops are a function of `seed` and the epoch number alone, which
+    The order of an epoch and its random crops are a function of only `seed` and the epoch number, which
     `loader.sampler.set_epoch` sets (Lightning calls it). A run that is resumed at an epoch therefore sees the same
     batches as an uninterrupted run, and nothing is drawn from PyTorch's global generator. The order of a stream also
     depends on `num_workers`, since workers share its shards; its crops do not.
@@ -114,7 +114,7 @@ def make_loader(
     unpack: Callable[[DataLoader[Any]], Iterator[Batch]]
     if isinstance(split, ImageSplit):
         num_workers = 0
-        # Used with one replica, because its shuffle depends on (seed, epoch) alone.
+        # Used with one replica, because its shuffle depends only on (seed, epoch).
         sampler = DistributedSampler(split, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
         unpack = iter
     elif isinstance(split, FileSplit):

@@ -10,7 +10,7 @@ from torch import Tensor
 class RandomWindows(Iterable[Tensor]):
     """Batches of windows at random positions of a text, (B, length + 1), int64: inputs and, one later, targets.
 
-    The positions are a function of `seed` and the update number alone. A run that is resumed therefore sees the same
+    The positions are a function of only `seed` and the update number. A run that is resumed therefore sees the same
     windows as an uninterrupted run, and nothing is drawn from PyTorch's global generator.
 
     Args:

@@ -85,7 +85,7 @@ class _Recorder(pickle.Unpickler):
         if full_name not in _KNOWN:
             raise DataError(
                 f"{self._where} is a pickle that requests {full_name[:100]!a}; the request was refused, not run, "
-                "since a CIFAR file needs NumPy arrays alone; download the archive from its official page."
+                "since a CIFAR file needs only NumPy arrays; download the archive from its official page."
             )
         return _Record(full_name)
 

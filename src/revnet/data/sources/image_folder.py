@@ -115,7 +115,7 @@ def _check_classes(test_folder: Path, test: dict[str, Path], class_names: tuple[
     missing = [name for name in class_names if name not in test]
     if missing:
         _log.warning(
-            "'%s' has no folder for %d of %d classes (the first is '%s'): the test accuracy covers the others alone",
+            "'%s' has no folder for %d of %d classes (the first is '%s'): the test accuracy covers only the others",
             test_folder,
             len(missing),
             len(class_names),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class AbstractSplit(ABC):
-    """One part of a data set, wherever its images are stored; `make_loader` cuts any of them into batches."""
+    """One part of a data set, with images stored anywhere; `make_loader` cuts any of them into batches."""
 
     labels: Tensor | None
     """Class of each image: (N,), int64. None if labels become known only as the images are read."""

@@ -20,8 +20,7 @@ def make_color_distortion() -> nn.Module:
     as in the paper's code. Unlike there, pixels are also clipped to 0..255 before saturation and hue, which are
     undefined outside that range.
 
-    The draws come from PyTorch's global CPU generator, whatever the device of the batch, so `torch.manual_seed` makes
-    them reproducible.
+    The draws come from PyTorch's global CPU generator on every device, so `torch.manual_seed` makes them reproducible.
 
     Returns:
         A module from uint8 to uint8, for a batch of shape (B, 3, H, W), active in training mode only.

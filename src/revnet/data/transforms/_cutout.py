@@ -7,9 +7,9 @@ from torch import Tensor, nn
 class Cutout(nn.Module):
     """Set one square to zero in each image, centered on a random pixel.
 
-    Near the border, part of the square lies outside, so some images lose less; the authors found that this matters.
-    Zero is the mean of a preprocessed batch. The draws come from PyTorch's global CPU generator, whatever the device of
-    the images. The module acts in evaluation mode too; `make_augment` disables it there.
+    Near the border, part of the square is outside, so some images lose less; the authors found that this matters.
+    Zero is the mean of a preprocessed batch. The draws come from PyTorch's global CPU generator on every device. The
+    module acts in evaluation mode too; `make_augment` disables it there.
 
     Args:
         side: Side of the square, in pixels.

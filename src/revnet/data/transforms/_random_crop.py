@@ -8,8 +8,8 @@ from torch.nn import functional as F
 class RandomCrop(nn.Module):
     """Pad each image with zeros and cut out a window of its original size, at its own random position.
 
-    The draws come from PyTorch's global CPU generator, whatever the device of the images. The module acts in evaluation
-    mode too; `make_augment` disables it there.
+    The draws come from PyTorch's global CPU generator on every device. The module acts in evaluation mode
+    too; `make_augment` disables it there.
 
     Args:
         padding: Zeros added on each side.

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class RandomHorizontalFlip(nn.Module):
     """Mirror each image left to right with probability 1/2.
 
-    The draws come from PyTorch's global CPU generator, whatever the device of the images. The module acts in evaluation
-    mode too; `make_augment` disables it there.
+    The draws come from PyTorch's global CPU generator on every device. The module acts in evaluation mode
+    too; `make_augment` disables it there.
 
     Shape:
         images: (B, C, H, W). Output: the same.

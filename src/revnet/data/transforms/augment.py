@@ -50,8 +50,7 @@ def make_augment(
 
     Apply it after `Preprocess`, as the paper's code does: the zero border then has the brightness of the mean and is
     not black. The paper pads by 2 pixels per side; 4 is the usual choice today. Every image has its own draws, taken
-    from PyTorch's global CPU generator whatever the device of the batch, so `torch.manual_seed` makes them
-    reproducible.
+    from PyTorch's global CPU generator on every device, so `torch.manual_seed` makes them reproducible.
 
     Args:
         crop_padding: Zeros added on each side before a window of `image_size` is cut out; 0 leaves out the crop.

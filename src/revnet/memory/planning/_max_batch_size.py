@@ -35,15 +35,15 @@ def max_batch_size(
     policies that need the least memory.
 
     Args:
-        model: As for `predict`.
+        model: See `predict`.
         inputs: Arguments of the model, with any batch size.
         budget: Most bytes that a step may need, everything counted: "16GiB", "500MB", or a number of bytes.
-        kwargs: As for `predict`.
-        optimizer: As for `predict`.
-        loss: As for `predict`. It is called with outputs of every batch size that is tried.
-        autocast: As for `predict`.
-        dtype: As for `predict`.
-        device: As for `predict`.
+        kwargs: See `predict`.
+        optimizer: See `predict`.
+        loss: See `predict`. It is called with outputs of every batch size that is tried.
+        autocast: See `predict`.
+        dtype: See `predict`.
+        device: See `predict`.
 
     Returns:
         The number of samples; 0 if not even one fits. A budget above 8 PiB counts as 8 PiB.

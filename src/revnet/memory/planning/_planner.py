@@ -66,12 +66,12 @@ def plan(
         inputs: Arguments of the model: real tensors, or tensors on the meta device.
         budget: Most bytes that a step may need, everything counted: "16GiB", "500MB", or a number of bytes. On a GPU,
             leave room for memory outside tensors: the context, workspaces of kernels, and fragmentation.
-        kwargs: As for `predict`.
-        optimizer: As for `predict`.
-        loss: As for `predict`.
-        autocast: As for `predict`.
-        dtype: As for `predict`.
-        device: As for `predict`.
+        kwargs: See `predict`.
+        optimizer: See `predict`.
+        loss: See `predict`.
+        autocast: See `predict`.
+        dtype: See `predict`.
+        device: See `predict`.
         policies: Policies to choose from, or their names, from the least memory to the most. A unit uses those that it
             accepts. `Store()` is always added.
         timing: Source of the times: `RooflineTiming()` estimates them from shapes and is the default,
@@ -132,7 +132,7 @@ def _count_costs(
     units = find_units(step.model, policies, prediction.run().log)
     if not units:
         raise ValueError(
-            f"`model` (={type(step.model).__name__}) has no units to plan; build it of `ReversibleSequential`, or wrap "
+            f"`model` (={type(step.model).__name__}) has no units to plan; build it from `ReversibleSequential`, or wrap "
             "parts that are not reversible in `PolicySequential`."
         )
     memory = prediction.memory()

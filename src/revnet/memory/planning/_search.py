@@ -1,6 +1,6 @@
 """Choose an option for each unit of a chain: the exact trade-off between the peak memory of a step and its time.
 
-This is arithmetic alone, independent of models and tensors.
+This is pure arithmetic, independent of models and tensors.
 """
 
 import math

@@ -12,7 +12,7 @@ from revnet.memory.step._step_log import Integers
 class RooflineTiming:
     """Time from the roofline model: an operation takes the longer of its arithmetic and its memory traffic.
 
-    It needs shapes alone and is deterministic. Plans compare times, so only the ratio of the two speeds matters. Real
+    It needs only shapes and is deterministic. Plans compare times, so only the ratio of the two speeds matters. Real
     kernels differ, which makes the estimate rough; use `MeasuredTiming` if accuracy matters.
 
     Args:

@@ -11,7 +11,7 @@ for _power, _letter in enumerate("kmgtp", start=1):
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Format a number of bytes for people: "3.2 MiB"."""
+    """Format a number of bytes with a unit, such as "3.2 MiB"."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
@@ -21,7 +21,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def parse_bytes(value: str | int, name: str = "budget") -> int:
-    """Parse a number of bytes as people write it: "16GiB", "500 MB", "0.5g".
+    """Parse a number of bytes with a unit, such as "16GiB", "500 MB", "0.5g".
 
     "KiB", "MiB" and so on are powers of 1024, as are single letters; "KB", "MB" and so on are powers of 1000. Case does
     not matter. An int is a number of bytes.

@@ -94,7 +94,7 @@ def optimizer_cost(
 
     Raises:
         TypeError: `factory` does not make an optimizer.
-        ValueError: The optimizer cannot be made, or it cannot take a step on gradients alone.
+        ValueError: The optimizer cannot be created, or it cannot take a step on gradients alone.
     """
     device_type = "cpu" if device_type == "meta" else device_type
     with ExitStack() as stack:
@@ -126,11 +126,11 @@ def _fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
 
 
 def _make(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
-    with _explained(factory, "cannot be made"):
+    with _explained(factory, "cannot be created"):
         optimizer = factory(parameters)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"`optimizer` (={_name_of(factory)}) made a {type(optimizer).__name__}; it must make a "
+            f"`optimizer` (={_name_of(factory)}) returned a {type(optimizer).__name__}; it must return a "
             "`torch.optim.Optimizer`."
         )
     ids = {id(parameter) for parameter in parameters}

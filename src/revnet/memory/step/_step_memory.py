@@ -47,7 +47,7 @@ class StepMemory:
         """Return the figures as a table.
 
         Args:
-            depth: Levels of modules to list: 0 for the model alone, 1 for its children too.
+            depth: Levels of modules to list: 0 for only the model, 1 for its children too.
         """
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise ValueError(f"`depth` (={depth!r}) must be a number of levels of modules, 0 or more.")

@@ -28,7 +28,7 @@ def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, d
             continue
         if not isinstance(given, Mapping):
             raise TypeError(
-                f"`{role}_kwargs` (={type(given).__name__}) must be a dict of keyword arguments for `{role}` alone, "
+                f"`{role}_kwargs` (={type(given).__name__}) must be a dict of keyword arguments for only `{role}`, "
                 f"such as {role}_kwargs={{'mask': mask}}."
             )
         names = [half_block.role for _, chain in segments for half_block in chain.half_blocks]

@@ -142,7 +142,7 @@ class StepTimer(Callback):
         self._epoch_start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last epoch."""
+        """Discard the times of the last epoch."""
         self._starts.clear()
         self._epoch_start = time.perf_counter()
 

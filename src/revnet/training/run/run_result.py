@@ -1,4 +1,4 @@
-"""The result of a run, whatever it trained: its costs and its files, printed and saved."""
+"""The result of any training run: its costs and its files, printed and saved."""
 
 import json
 import platform
@@ -70,7 +70,7 @@ class RunFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(RunFigures, ABC):
-    """Result of a run, whatever it trained: its costs, its files and, in a subclass, its scores."""
+    """Result of any training run: its costs, its files and, in a subclass, its scores."""
 
     samples: ClassVar[str] = "images"
     """Name of the samples in a batch."""
