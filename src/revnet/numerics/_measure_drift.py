@@ -66,7 +66,7 @@ def measure_drift(
     blocks = locate_blocks(model)
     if not blocks:
         raise ValueError(
-            f"`model` (={type(model).__name__}) has no reversible block, so nothing is rebuilt; build it of "
+            f"`model` (={type(model).__name__}) has no reversible block, so nothing is rebuilt; build it from "
             "`ReversibleSequential`, or pass a reversible model, such as `revnet38`."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -239,7 +239,7 @@ def test_rejects_wrong_arguments(options, error, message):
 def test_rejects_models_that_cannot_be_planned():
     with pytest.raises(PredictionError, match=r"asks for the value of a tensor.*`revnet\.memory\.measure`"):
         plan(Branching(), torch.randn(2, 4), budget="1GiB")
-    with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no units to plan; build it of `ReversibleSeq"):
+    with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no units to plan; build it from `ReversibleSeq"):
         plan(nn.Linear(2, 2), torch.randn(2, 2), budget="1GiB")
 
 

@@ -481,9 +481,7 @@ def test_rejects_wrong_optimizers(call):
         call(model, x, optimizer=torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"^`optimizer` \(='adamw'\) must be an optimizer of the model, or make one"):
         call(model, x, optimizer="adamw")
-    with pytest.raises(
-        TypeError, match=r"^`optimizer` \(=list\) returned a list; it must return a `torch.optim.Optimizer`"
-    ):
+    with pytest.raises(TypeError, match=r"^`optimizer` \(=list\) returned a list; it must return a `torch.optim.Opt"):
         call(model, x, optimizer=list)
     with pytest.raises(ValueError, match=r"^`optimizer` \(=LBFGS\) cannot take a step on gradients alone: TypeError: "):
         call(model, x, optimizer=torch.optim.LBFGS)

@@ -132,8 +132,8 @@ def _count_costs(
     units = find_units(step.model, policies, prediction.run().log)
     if not units:
         raise ValueError(
-            f"`model` (={type(step.model).__name__}) has no units to plan; build it from `ReversibleSequential`, or wrap "
-            "parts that are not reversible in `PolicySequential`."
+            f"`model` (={type(step.model).__name__}) has no units to plan; build it from `ReversibleSequential`, or "
+            "wrap parts that are not reversible in `PolicySequential`."
         )
     memory = prediction.memory()
     constant_bytes = memory.parameter_bytes + memory.buffer_bytes + memory.input_bytes + memory.optimizer_bytes

@@ -86,7 +86,7 @@ def describe_plan(memory_plan: Plan) -> str:
 
 
 def policy_name(config: AbstractRunConfig, memory_plan: Plan | None, *, is_stored: bool) -> str:
-    """Return the policy of a run in one word; `store` if the model stores all activations regardless of the settings."""
+    """Return the policy of a run in one word; `store` if the model ignores the settings and stores everything."""
     return "plan" if memory_plan is not None else "store" if is_stored else config.policy
 
 
