@@ -19,7 +19,7 @@ TWIN = "stored twin"
 
 
 class Group(NamedTuple):
-    """Networks that are timed in turns."""
+    """Networks that are timed in turn."""
 
     reversible: str
     ordinary: str
@@ -85,7 +85,7 @@ def lines(rows_of_part: Sequence[Row]) -> list[str]:
     """Return the lines of the table."""
     columns = ("network", "batch", "pixels", "images/s", "step, ms", "step / twin", "host, ms", "peak, MiB")
     return [
-        "Training steps with SGD and momentum in float32, channels-last. The networks of a group are timed in turns:",
+        "Training steps with SGD and momentum in float32, channels-last. The networks of a group are timed in turn:",
         "the reversible network, its stored twin and the ordinary network of its size. *Step / twin* is the median",
         "over rounds of the ratio within the round; *host* is the processor time until all kernels are launched;",
         "*peak* is the peak minus the memory allocated before the step.",

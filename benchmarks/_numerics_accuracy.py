@@ -16,7 +16,7 @@ MODES = {"float": False, "exact": True}
 
 
 def accuracy_section(data: str, num_updates: int, seeds: Sequence[int]) -> Section:
-    """Train and test each mode with each seed, in turns."""
+    """Train and test each mode with each seed, in turn."""
     rows = [_trained(data, num_updates, seed, mode) for seed in seeds for mode in MODES]
     cells = [
         [

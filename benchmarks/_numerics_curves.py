@@ -79,7 +79,7 @@ def curves_section(num_steps: int, picture: Path) -> Section:
         f"![Errors during training in four modes]({picture.name})",
         "",
         f"An update with the meter took {watched:.1f} ms and one without {step:.1f} ms (medians of {NUM_TIMED} each, "
-        f"in turns), {100 * (watched / step - 1):+.1f} %;",
+        f"in turn), {100 * (watched / step - 1):+.1f} %;",
         f"at every 100th update this is {(watched / step - 1):+.3f} % of the time.",
         "",
     ]
@@ -145,7 +145,7 @@ def autocast(mode: Mode) -> Any:
 
 
 def meter_cost() -> tuple[float, float]:
-    """Return the milliseconds of an update without and with the meter, measured in turns."""
+    """Return the milliseconds of an update without and with the meter, measured in turn."""
     model, optimizer = build(MODES[0])
     digits = Digits(BATCH, seed=1)
     seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -8,7 +8,7 @@ Three tables, each with a flag that selects it:
 
 - `--prediction`: the peak of a step of each model, predicted from shapes and counted while it runs.
 - `--plans`: predicted and measured memory and time of plans between the least memory and plain autograd. All variants
-  are timed in turns in one process.
+  are timed in turn in one process.
 - `--real`: a model planned for a fraction of its plain memory, the plain model and its pair, each in a separate
   process: the counted bytes and the growth of the process.
 

@@ -164,7 +164,7 @@ def step_section(batch_size: int) -> Section:
     lines = [
         f"## Rev-ViT for CIFAR in real steps, {batch_size} images of 32x32",
         "",
-        "Activations are counted while the step runs. *Step*: forward and backward, medians of five in turns. *Inverse",
+        "Activations are counted while the step runs. *Step*: forward and backward, medians of five in turn. *Inverse",
         "error*: the largest difference between the inverse of the last block's output and the first block's input,",
         "relative to the largest element; in float32, at initialization.",
         "",

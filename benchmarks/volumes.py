@@ -3,7 +3,7 @@
     python benchmarks/volumes.py
 
 Memory by depth is predicted for the published network, and counted in real steps of a small one. The small network and
-its twin are trained on synthetic volumes, in turns, from the same weights. Writes a page, a CSV for each table and a
+its twin are trained on synthetic volumes, in turn, from the same weights. Writes a page, a CSV for each table and a
 figure to benchmarks/results/.
 """
 
@@ -248,7 +248,7 @@ def small_section(size: int) -> Section:
         f"## A small network in real steps, on two volumes of {size}x{size}x{size}",
         "",
         f"Widths {widths}. Activations are counted while the step runs. *Step*: forward and backward, medians of three",
-        "in turns. *Inverse error*: the largest difference between the inverse of the output of a level's blocks and",
+        "in turn. *Inverse error*: the largest difference between the inverse of the output of a level's blocks and",
         "their input, relative to the largest element; in float32, at initialization.",
         "",
         *table(columns, cells),

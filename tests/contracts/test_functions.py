@@ -155,7 +155,7 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0], ids=["alone", "with the output"])
 def test_auxiliary_losses_in_attributes(weight):
-    """The losses belong to the forward graph, and reach the saved tensors on another path than the output."""
+    """The losses belong to the forward graph, and reach the saved tensors on a different path from the output."""
     sequence = ReversibleSequential(*[ReversibleBlock(Routed(), Routed()) for _ in range(3)]).double()
     twin = stored_twin(sequence)
     x = torch.randn(4, 6, dtype=torch.float64)

@@ -134,7 +134,7 @@ def test_batched_gradients():
 
 @all_cases
 def test_parameters_swapped_by_functional_call(case):
-    """The forward pass ran with other parameters than the module holds at the time of the backward pass."""
+    """The parameters of the forward pass are not the ones in the module during the backward pass."""
 
     def step(module, x, args, kwargs):
         swapped = {n: (p.detach() * 1.5).requires_grad_() for n, p in module.named_parameters()}
