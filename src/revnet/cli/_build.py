@@ -33,7 +33,7 @@ class BuiltStep:
     device: torch.device
     """Device of the step. A step without data has its model and inputs on the meta device."""
     options: dict[str, Any]
-    """Further arguments of `plan`, `predict` and `measure`."""
+    """Additional arguments of `plan`, `predict` and `measure`."""
     description: str
     """Description in one line."""
 

@@ -242,7 +242,7 @@ def moved(
 
 
 def check_versions(call: "RecordedCall") -> None:
-    """Raise if a parameter, buffer, argument or constant has another version than after the first run.
+    """Raise if a parameter, buffer, argument or constant has a different version from the one after the first run.
 
     Raises:
         ReconstructionError: It was modified in place after the forward pass.

@@ -87,7 +87,7 @@ class Chain:
         """Return one call of the chain.
 
         Args:
-            args: Further positional arguments of every residual function.
+            args: Additional positional arguments of every residual function.
             kwargs: Keyword arguments of every residual function.
             own_kwargs: Keyword arguments for the functions of one role, by role: `{"f": {"mask": mask}}`.
         """
@@ -114,7 +114,7 @@ class BoundChain:
     chain: Chain
     """The chain that is called."""
     args: tuple[Any, ...]
-    """Further positional arguments of every residual function."""
+    """Additional positional arguments of every residual function."""
     kwargs: dict[str, Any]
     """Keyword arguments of every residual function."""
     own_kwargs: dict[str, dict[str, Any]]
@@ -161,7 +161,7 @@ class BoundChain:
         return tensors_in(self.args, self.kwargs, self.own_kwargs)
 
     def arguments_of(self, half_block: HalfBlock) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the further arguments of one residual function."""
+        """Return the additional arguments of one residual function."""
         if not half_block.takes_arguments:
             return (), {}
         own = self.own_kwargs.get(half_block.role) if self.own_kwargs else None

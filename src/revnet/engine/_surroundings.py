@@ -17,7 +17,7 @@ class Surroundings:
     """State that the functions of one forward pass share. The defaults are for a plain pass on the CPU."""
 
     arguments: list[Tensor] = field(default_factory=list)
-    """Tensors in the further arguments, which outlive the call."""
+    """Tensors in the additional arguments, which outlive the call."""
     argument_ids: list[int] = field(default_factory=list)
     argument_versions: list[int] = field(default_factory=list)
     devices: frozenset[torch.device] = ONLY_CPU
@@ -41,7 +41,7 @@ class Surroundings:
         """Return the surroundings of a pass.
 
         Args:
-            arguments: The tensors in the further arguments.
+            arguments: The tensors in the additional arguments.
             streams: The streams that the pass begins with.
         """
         surroundings = cls(arguments, list(map(id, arguments)), versions_of(arguments))

@@ -74,7 +74,7 @@ def create_model(
         num_classes: Size of the output, or 0 for pooled features instead of logits. The default is the number of the
             published network: 10 for CIFAR, 1000 for ImageNet.
         in_channels: Channels of the input images: 3 for color, 1 for gray.
-        options: Further options of the model's entry function, such as `policy=Store()` for a reversible model.
+        options: Additional options of the model's entry function, such as `policy=Store()` for a reversible model.
 
     Returns:
         The model, initialized from PyTorch's random state.

@@ -37,7 +37,7 @@ def conditioning_penalty(
     Args:
         sequence: The reversible part of a model. Its functions must not draw random numbers.
         x: Input of the sequence, a tensor or a tuple, ideally from training. Gradients flow into it too.
-        args: Further positional arguments of the residual functions.
+        args: Additional positional arguments of the residual functions.
         kwargs: Keyword arguments of the residual functions.
         forward_weight: Weight of the term of F; 0 leaves it out.
         inverse_weight: Weight of the term of the inverse; 0 leaves it out.

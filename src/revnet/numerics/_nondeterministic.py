@@ -55,7 +55,7 @@ def find_nondeterministic(
     if not functions:
         raise ValueError(
             f"`model` (={type(model).__name__}) has no reversible block whose functions could be run again; build it "
-            "of `ReversibleSequential`."
+            "from `ReversibleSequential`."
         )
     keywords = dict(kwargs or {})
     differing: dict[str, NondeterministicFunction] = {}

@@ -323,7 +323,7 @@ def program_of(
     Args:
         functions: The numbers of the functions.
         steps: For each half-block the fields of a `Step`, with the number of the coupling.
-        rest: Further positional arguments of `Program`.
+        rest: Additional positional arguments of `Program`.
         more: Keyword arguments of `Program`.
     """
     modules: list[Any] = [_things[number] for number in functions]

@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
-        """Record calls of modules in `model` and gradients of its parameters; remove all hooks on leaving."""
+        """Record calls of modules in `model` and gradients of its parameters; remove all hooks on exit."""
         with ExitStack() as stack:
             for index, (name, module) in enumerate(model.named_modules()):
                 self._names.append(name)

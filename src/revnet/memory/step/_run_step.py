@@ -137,7 +137,7 @@ def _other_leaves(losses: list[Tensor], known: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _restoring_gradients(leaves: list[Tensor]) -> Iterator[None]:
-    """Remove the gradients of the leaves and restore them on leaving."""
+    """Remove the gradients of the leaves and restore them on exit."""
     gradients = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None

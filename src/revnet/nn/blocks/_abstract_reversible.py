@@ -37,7 +37,7 @@ class AbstractReversible(nn.Module, abc.ABC):
     def inverse(self, y: Streams, *args: Any, **kwargs: Any) -> Streams: ...
 
     def inverse(self, y: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor | Streams:
-        """Compute the input from the output `y`. Pass the further arguments that the forward pass had.
+        """Compute the input from the output `y`. Pass the additional arguments that the forward pass had.
 
         The inverse is differentiable by ordinary autograd. It does not change batch-norm statistics. Use evaluation
         mode for blocks with dropout, because in training mode dropout would draw a new mask.

@@ -21,7 +21,7 @@ class CouplingLayer(AbstractReversibleBlock):
     in between.
 
     Args:
-        f: The residual function. It is called with the stream that stays and the further arguments, and returns a
+        f: The residual function. It is called with the stream that stays and the additional arguments, and returns a
             tensor with the shape of the other stream.
         updates: The stream that the layer updates: 0 for the first, 1 for the second.
         split_dim: The dimension along which a tensor input is split into `x1, x2`: 1 for the channels of images, -1 for

@@ -17,8 +17,8 @@ class MomentumBlock(AbstractReversibleBlock):
     residual network computes.
 
     Args:
-        f: The residual function. It is called with `x` and the further arguments, and returns a tensor with the shape
-            of `x`.
+        f: The residual function. It is called with `x` and the additional arguments, and returns a tensor with the
+            shape of `x`.
         gamma: The share of its velocity that a block keeps, between 0 and 1.
         split_dim: The dimension along which a tensor input is split into `x, v`: 1 for the channels of images, -1 for
             the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because

@@ -19,8 +19,8 @@ class MultiStreamBlock(AbstractReversibleBlock):
     only one stream, so more blocks are needed to mix all streams.
 
     Args:
-        functions: The residual functions, two or more. Each one is called with a stream and the further arguments, and
-            returns a tensor with the shape of the next stream.
+        functions: The residual functions, two or more. Each one is called with a stream and the additional arguments,
+            and returns a tensor with the shape of the next stream.
         split_dim: The dimension along which a tensor input is split into streams: 1 for the channels of images, -1 for
             the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because
             it may be (B, T, D) as well as (B, C, L).

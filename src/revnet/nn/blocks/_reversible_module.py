@@ -41,8 +41,8 @@ class ReversibleModule(AbstractReversible):
 
         Args:
             x: The activation, or the streams. Before `backward`, do not modify the output, or `x` under a `tolerance`.
-            args: Further positional arguments of every residual function, such as `f` and `g`.
-            kwargs: Further keyword arguments. `f_kwargs` and `g_kwargs` are dicts for only one of the functions.
+            args: Additional positional arguments of every residual function, such as `f` and `g`.
+            kwargs: Additional keyword arguments. `f_kwargs` and `g_kwargs` are dicts for only one of the functions.
         """
         if not torch.compiler.is_dynamo_compiling() and block_calls.within and (run := call_within(self)):
             return run(x, args, kwargs)

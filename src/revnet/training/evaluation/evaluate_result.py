@@ -87,7 +87,7 @@ class EvaluateResult:
     def save(self, output_dir: str | Path | None = None) -> list[Path]:
         """Write the figures (JSON), the errors of all classes (CSV) and the plot of the confusions (PNG).
 
-        The files are named `evaluation_<data>`, or `evaluation_<data>_<weights>` for other weights than the last of a
+        The files are named `evaluation_<data>`, or `evaluation_<data>_<weights>` for weights other than the last of a
         run, such as `evaluation_digits_best`. Files of an earlier evaluation are replaced.
 
         Args:
