@@ -132,7 +132,7 @@ def _of_plan(name: str, model: nn.Module, chosen: Plan, ratios: Mapping[str, flo
 
 
 def time_in_turns(ways: Sequence[Way], images: Tensor, num_rounds: int) -> list[list[float]]:
-    """Return the step times of each way, one per round. Rounds start with different ways, and the first one warms up."""
+    """Return the step times of each way, one per round. Rounds start with different ways. The first warms up."""
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(num_rounds + 1):
         start = turn % len(ways)

@@ -13,7 +13,7 @@ streams, and return the streams.
 
 NOTE [ Who refers to whom ]
 
-In this picture `-->` is a reference and `~>` is a weak reference. Each forward pass through a chain has one `Rebuilder`
+In this diagram `-->` is a reference and `~>` is a weak reference. Each forward pass through a chain has one `Rebuilder`
 (the *run*), with one step for each half-block. Each step for which autograd saved a tensor has one `Saved`. ::
 
     autograd graph of one forward pass             objects that outlive the pass

@@ -21,8 +21,8 @@ class ReversibleBlock(AbstractReversibleBlock):
         f: The residual function of the first stream. It is called with `x2` and the additional arguments, and returns a
             tensor with the shape of `x1`. It may contain anything, such as dropout or batch norm, but it must not
             modify its input.
-        g: The residual function of the second stream. It is called with `y1` and the additional arguments, and returns a
-            tensor with the shape of `x2`.
+        g: The residual function of the second stream. It is called with `y1` and the additional arguments, and returns
+            a tensor with the shape of `x2`.
         split_dim: The dimension along which a tensor input is split into `x1, x2`: 1 for the channels of images, -1 for
             the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because
             it may be (B, T, D) as well as (B, C, L).

@@ -176,7 +176,8 @@ def _match_classes(header: ClassifierHeader, dataset: ImageDataset) -> Tensor:
     if len(known) < header.num_classes or len(set(dataset.class_names)) < dataset.num_classes:
         raise ValueError(
             f"`data` (='{dataset.name}') has different classes from the checkpoint, and they cannot be matched by "
-            "name, since two classes have the same name; pass data with the classes of the training data, in the same order."
+            "name, since two classes have the same name; pass data with the classes of the training data, in the same "
+            "order."
         )
     return torch.tensor([known[name] for name in dataset.class_names])
 
