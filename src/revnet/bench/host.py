@@ -80,7 +80,7 @@ class HostTimes:
     """Processor time of steps, and its ratio to plain autograd."""
 
     step_seconds: float
-    """Median over rounds."""
+    """Median processor time of a step over all rounds."""
     over_plain: Quartiles
     """Ratio to the plain step of the same round."""
     least_over_least: float

@@ -80,7 +80,7 @@ checks this. ::
 
 Rare cases have files of their own: random numbers and tensors from outside the function (`_careful`), state in buffers
 (`_states`), putting state back (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
-additive ones (`_step`), further observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
+additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
 stream, which one run in sixteen compares (`_parts`).
 
 NOTE [ Rules ]

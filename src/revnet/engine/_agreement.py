@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
 SUSPICIOUS = 64.0
-"""How many times larger than the errors so far an error must be for the function to be run again as a check.
+"""Ratio of an error to the errors so far above which the function is run again as a check.
 
 If every function amplified errors by this factor, a float32 stream would be lost after four blocks.
 """
@@ -54,7 +54,7 @@ class AgreementWatch(Observer):
         self._parts: _parts.Parts | None = None
         """Larger sample of the same stream, in a run that compares its parts."""
         self._read: Any = None
-        """Reads a usual stream at an address: contiguous, with `_numel` elements of type `_dtype`."""
+        """Function that reads a usual stream at an address: contiguous, with `_numel` elements of type `_dtype`."""
         self._numel, self._dtype, self._every = -1, torch.float32, slice(None)
 
     def on_forward(

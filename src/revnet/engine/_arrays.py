@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """Description from which NumPy can read a tensor at an address."""
 
     read: Any
-    """Returns the memory at an address."""
+    """Function that returns the memory at an address."""
     shape: tuple[int, ...]
     dtype: Any
     strides: tuple[int, ...]

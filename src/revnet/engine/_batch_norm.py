@@ -60,7 +60,7 @@ class ReplayedNorm:
     the statistics alone.
     """
     forward: Callable[[Tensor], Tensor] | None
-    """Replacement for the module's own `forward`, if that would write to them all the same; None for PyTorch's."""
+    """Replacement for the module's own `forward`, if that method would still write to them; None for PyTorch's."""
     faster: Callable[[Tensor], Tensor]
     """Replacement for large rebuilt inputs."""
 

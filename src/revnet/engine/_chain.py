@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ADDITIVE = Additive()
 
 Advance = Callable[[int, list[Tensor]], None]
-"""Runs the half-block of an index on a list of streams, and puts the new stream into the list."""
+"""Function that runs the half-block of an index on a list of streams, and puts the new stream into the list."""
 
 
 class HalfBlock(NamedTuple):
@@ -49,7 +49,7 @@ class HalfBlock(NamedTuple):
     role: str = "f"
     """Name of the function in its block, "f" or "g"; `f_kwargs` and `g_kwargs` use it."""
     takes_arguments: bool = True
-    """Whether the function receives the caller's further arguments."""
+    """Whether the function receives the caller's additional arguments."""
 
 
 class Chain:

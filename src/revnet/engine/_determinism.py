@@ -13,7 +13,7 @@ from revnet.engine._tensors import storage_key, tensors_in
 
 
 class Repetition(NamedTuple):
-    """Relative errors of further runs of a function, compared with its first run; 0 if every bit was equal."""
+    """Relative errors of repeated runs of a function, compared with its first run; 0 if every bit was equal."""
 
     output_error: float
     gradient_error: float

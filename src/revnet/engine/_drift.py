@@ -79,7 +79,7 @@ _active = threading.local()
 
 
 active_meter: Callable[[], DriftMeter | None] = partial(getattr, _active, "meter", None)
-"""Returns the meter that is on in this thread. A partial, so that the lookup makes no Python call."""
+"""Function that returns the meter of this thread, or None. A partial, so that the lookup makes no Python call."""
 
 
 def meter_is_quiet() -> bool:

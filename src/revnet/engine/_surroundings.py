@@ -49,7 +49,7 @@ class Surroundings:
         return surroundings
 
     def add_devices(self, devices: Iterable[torch.device]) -> None:
-        """Include further devices."""
+        """Include additional devices."""
         types = {*self.autocast_types, *[device.type for device in devices]}
         # PyTorch raises when asked about autocast on a type of device without it.
         self.autocast_types = tuple(sorted(filter(has_autocast, types)))

@@ -24,7 +24,7 @@ def register_model(*, image_size: int) -> Callable[[EntryFunction], EntryFunctio
     """Register an entry function, so that `create_model` knows it by its name. This is a decorator.
 
     The function takes `num_classes` and `in_channels`, whose defaults are the values of the published network, and
-    further options, all by keyword.
+    additional options, all by keyword.
 
     Args:
         image_size: Side of the images for which the network was published.

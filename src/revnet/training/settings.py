@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Check = Callable[[str, Any], object]
-"""Raises unless the setting of that name may have that value."""
+"""Function that raises unless the setting of that name may have that value."""
 
 
 class AbstractRunConfig(ABC):

@@ -19,7 +19,7 @@ from revnet.memory.step._run_step import tensors_in
 from revnet.memory.step._step_log import Integers
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
-"""Makes an optimizer from parameters: `torch.optim.AdamW`, `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`."""
+"""Function from parameters to an optimizer: `torch.optim.AdamW`, `partial(torch.optim.SGD, lr=0.1, momentum=0.9)`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ class InvertibleConv1x1(AbstractInvertible):
         num_channels: Channels of the input.
 
     Shape:
-        x: (B, num_channels, ...), with any number of further dimensions. Output: the same.
+        x: (B, num_channels, ...), with any number of additional dimensions. Output: the same.
 
     Raises:
         ValueError: `num_channels` is not a positive integer. In the passes: the input has another number of channels.
