@@ -97,12 +97,12 @@ def test_the_gradient_equals_finite_differences():
 
     def penalty(*values):
         torch.manual_seed(2)
-        return torch.func.functional_call(_Penalised(model), dict(zip(_names(model), values, strict=True)), (x,))
+        return torch.func.functional_call(_Penalized(model), dict(zip(_names(model), values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(penalty, [parameter.detach().requires_grad_() for parameter in parameters])
 
 
-class _Penalised(nn.Module):
+class _Penalized(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_depth():
     peaks = []
     for depth in (4, 16):
         model = sequence(depth, width=16).float()
-        memory = measure(_Penalised(model), x, loss=lambda penalty: penalty)
+        memory = measure(_Penalized(model), x, loss=lambda penalty: penalty)
         peaks.append(memory.held_bytes)
     assert peaks[0] == peaks[1]
 
