@@ -1,4 +1,4 @@
-"""The English of everything that a person reads, as far as a few phrases can tell."""
+"""A few phrases and spellings are rare in everything that a person reads."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ PHRASES = {
     "as many": 10,
     "shall|anew|likeliest|mend": 0,
 }
-"""How often each phrase may occur in all. They are English, but a native speaker rarely needs them."""
+"""Largest total number of occurrences of each phrase. They are English, but a native speaker rarely needs them."""
 BRITISH = (
     r"\b\w*(?:colour|behaviour|neighbour|favour|honour|centre|metre(?!d)|licence|analys(?:e|ed|es|ing)\b|catalogue|grey\b|"
     r"labelled|labelling|cancelled|modelled|modelling|travell|artefact|fulfil\b|programme\b|"
@@ -32,8 +32,8 @@ BRITISH = (
 
 def files(*suffixes):
     places = [ROOT / "src", ROOT / "docs", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-    found = [path for place in places for path in ([place] if place.is_file() else place.rglob("*"))]
-    return sorted(path for path in found if path.suffix in suffixes and "_build" not in path.parts)
+    matches = [path for place in places for path in ([place] if place.is_file() else place.rglob("*"))]
+    return sorted(path for path in matches if path.suffix in suffixes and "_build" not in path.parts)
 
 
 def test_files_are_found():
@@ -43,24 +43,24 @@ def test_files_are_found():
 @pytest.mark.parametrize("phrase", PHRASES)
 def test_phrases_are_rare(phrase):
     pattern = re.compile(rf"\b(?:{phrase.replace(' ', chr(92) + 's+')})\b", re.IGNORECASE)
-    found = [
+    matches = [
         f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}"
         for path in files(".py", ".md")
         for text in [path.read_text()]
         for match in pattern.finditer(text)
     ]
-    assert len(found) <= PHRASES[phrase], "\n".join(found)
+    assert len(matches) <= PHRASES[phrase], "\n".join(matches)
 
 
 def test_spelling_is_american():
     others = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*"), *(ROOT / "configs").rglob("*.yaml")]
-    found = [
+    matches = [
         f"{path.relative_to(ROOT)}: {match.group()}"
         for path in [*files(".py", ".md"), *others, ROOT / "CHANGELOG.md"]
         if path.is_file() and path.suffix in (".py", ".md", ".yaml") and path.name != Path(__file__).name
         for match in re.finditer(BRITISH, path.read_text(), re.IGNORECASE)
     ]
-    assert found == []
+    assert matches == []
 
 
 def attribute_docstrings(tree):
@@ -74,10 +74,10 @@ def attribute_docstrings(tree):
 
 
 def test_attribute_docstrings_stand_alone():
-    found = [
+    matches = [
         f"{path.relative_to(ROOT)}:{line} {text}"
         for path in files(".py")
         for line, text in attribute_docstrings(ast.parse(path.read_text()))
         if re.match(r"(Of|Those|That of|By how|The same)\b", text)
     ]
-    assert found == []
+    assert matches == []

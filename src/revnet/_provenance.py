@@ -33,7 +33,7 @@ class Provenance:
 
 
 def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mapping[str, str] | None = None) -> list[str]:
-    """Return the hardware, the versions, the date and the command as a Markdown list, one line for each.
+    """Return the hardware, the versions, the date and the command as a Markdown list with one line for each.
 
     Args:
         command: The command that produced the results, without environment variables.
@@ -56,7 +56,7 @@ def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mappin
 def _revision() -> str:
     """Return the commit of a source checkout, marked if files have changed, or the version of an installed package."""
     folder = Path(revnet.__file__).parent
-    # An installed package may lie in some other repository, which does not track its files.
+    # An installed package may be inside another repository, which does not track its files.
     if _git(folder, "ls-files", "__init__.py"):
         return f"at commit {_git(folder, 'describe', '--always', '--dirty', '--exclude', '*')}"
     return revnet.__version__

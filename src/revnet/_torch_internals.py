@@ -162,7 +162,7 @@ def depends_on_values() -> tuple[type[Exception], ...]:
     Reason: the exceptions are not public. When they disappear: catch their replacements, which are listed in
     `torch._subclasses.fake_tensor`.
     """
-    # This import loads SymPy, which tracing has loaded already. Hence it is not at the head of this file.
+    # Not at the top of this file, because this import loads SymPy, which tracing has already loaded.
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode

@@ -141,21 +141,21 @@ def test_outcomes_of_tests(setting, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tests, "ROOT", tmp_path)
     assert tests.files_with_marks(quick=True) == ["tests/contracts/test_it.py"]
     monkeypatch.setattr(tests, "files_with_marks", lambda quick: ["tests/contracts/test_it.py", "tests/test_more.py"])
-    found = []
+    collected = []
     with pytest.raises(import_module("_gpu_part").PartError, match="1 tests failed; pytest ended with exit code 1"):
-        found.extend(_until_it_fails(tests.rows(setting), found))
-    outcomes = {row["test"]: row["outcome"] for row in found if row["outcome"] != "reason"}
+        collected.extend(_until_it_fails(tests.rows(setting), collected))
+    outcomes = {row["test"]: row["outcome"] for row in collected if row["outcome"] != "reason"}
     name = "tests/contracts/test_it.py::test_"
     assert outcomes == {f"{name}a": "passed", f"{name}b": "failed", f"{name}c": "skipped"}
-    page = "\n".join(tests.lines(found))
+    page = "\n".join(tests.lines(collected))
     assert "| tests/contracts/test_it.py | 1 | 1 | 1 |" in page
     assert f"- `{name}b`: assert 1 == 2" in page
     assert "- `tests/test_more.py`: ModuleNotFoundError: No module named 'no_such_package'" in page
 
 
-def _until_it_fails(rows, found):
+def _until_it_fails(rows, collected):
     for row in rows:
-        found.append(row)
+        collected.append(row)
     return []
 
 
@@ -181,8 +181,8 @@ def test_rounds_of_turns(setting):
     turns = step.take_turns(steps, full, seconds=60.0)
     assert [len(turns[name]) for name in "abc"] == [step.MOST_ROUNDS] * 3
     assert sorted(calls) == sorted("abc" * (step.NUM_STEPS + 1) * step.MOST_ROUNDS)
-    assert [len(found) for found in step.take_turns(steps, full, seconds=0.0).values()] == [1] * 3
-    assert [len(found) for found in step.take_turns(steps, setting, seconds=60.0).values()] == [1] * 3
+    assert [len(seconds) for seconds in step.take_turns(steps, full, seconds=0.0).values()] == [1] * 3
+    assert [len(seconds) for seconds in step.take_turns(steps, setting, seconds=60.0).values()] == [1] * 3
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,18 @@ from revnet.training import TrainConfig, train
 
 
 @pytest.fixture
-def run_of(tmp_path):
-    def run_of(model):
+def train_model(tmp_path):
+    def train_model(model):
         folder = tmp_path / model
         train(TrainConfig(model=model, epochs=1, max_updates=1, batch_size=8, val_fraction=0.1, out_dir=str(folder)))
         return str(folder)
 
-    return run_of
+    return train_model
 
 
-def test_writes_page_table_and_figure(run_of, tmp_path, capsys):
+def test_writes_page_table_and_figure(train_model, tmp_path, capsys):
     arguments = [
-        run_of("irevnet_cifar"),
+        train_model("irevnet_cifar"),
         "--data",
         "digits",
         "--num-images",
@@ -44,7 +44,7 @@ def test_writes_page_table_and_figure(run_of, tmp_path, capsys):
     assert float(two["largest_error"]) < 1e-4  # rounding of float32
 
 
-def test_rejects_a_run_of_another_model(run_of, capsys):
+def test_rejects_a_run_of_another_model(train_model, capsys):
     with pytest.raises(SystemExit):
-        import_module("irevnet").main([run_of("revnet38"), "--data", "digits"])
+        import_module("irevnet").main([train_model("revnet38"), "--data", "digits"])
     assert "holds a RevNet, but must hold an i-RevNet" in capsys.readouterr().err

@@ -73,15 +73,15 @@ class Broken(Branching):
 
 
 @pytest.fixture
-def own_branches(tmp_path, monkeypatch):
-    """Return the name of a module with models."""
+def own_models(tmp_path, monkeypatch):
+    """Return the name of a module that defines two models."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_branches.py").write_text(OWN)
-    return "own_branches"
+    (tmp_path / "own_models.py").write_text(OWN)
+    return "own_models"
 
 
-def test_measures_a_model_that_needs_values(revnet, assert_refused, own_branches):
-    arguments = ["memory", f"{own_branches}:Branching", "--input-shape", "[4]"]
+def test_measures_a_model_that_needs_values(revnet, assert_refused, own_models):
+    arguments = ["memory", f"{own_models}:Branching", "--input-shape", "[4]"]
     assert_refused(arguments, "cannot be predicted, because it asks for the value of a tensor")
     assert_refused(arguments, "Pass `--measure`, with a small `--batch`, to run a real step.")
     code, output, errors = revnet(*arguments, "--measure")
@@ -89,9 +89,9 @@ def test_measures_a_model_that_needs_values(revnet, assert_refused, own_branches
     assert "32 inputs of 4, SGD with momentum, 32-true, cpu, measured\n\npeak " in output
 
 
-def test_failing_step_prints_one_line(assert_refused, own_branches):
+def test_failing_step_prints_one_line(assert_refused, own_models):
     message = "the step failed: AttributeError: 'Tensor' object has no attribute 'no_such_attribute'"
-    assert_refused(["memory", f"{own_branches}:Broken", "--input-shape", "[4]", "--measure"], message)
+    assert_refused(["memory", f"{own_models}:Broken", "--input-shape", "[4]", "--measure"], message)
 
 
 @pytest.mark.parametrize(

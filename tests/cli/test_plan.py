@@ -43,7 +43,7 @@ def branching():
             return super().forward(x if x.sum() > 0 else -x)
     return Branching()
 
-made = Net()
+model = Net()
 number = 3
 """
 
@@ -87,7 +87,7 @@ def test_printed_python_code_makes_the_same_plan(revnet):
     model = build_model("own_networks:Net", is_real=False)
     names = {"revnet": library, "partial": functools.partial, "torch": torch, "model": model}
     eval(call, {**names, "inputs": torch.empty(4, 3, 32, 32, device="meta")})
-    assert model.stem.policies == (Checkpoint(),), "of its own it stores"
+    assert model.stem.policies == (Checkpoint(),), "without a plan, the model stores"
     optimizer = functools.partial(torch.optim.SGD, momentum=0.9)
     peak = predict(model, torch.empty(4, 3, 32, 32, device="meta"), optimizer=optimizer).peak_bytes
     assert peak <= 600 * 2**10
@@ -98,7 +98,7 @@ def test_printed_python_code_makes_the_same_plan(revnet):
     "arguments",
     [
         ["own_networks:Net", "--image", "16"],
-        ["own_networks:made", "--image", "16"],
+        ["own_networks:model", "--image", "16"],
         ["own_networks:with_data", "--image", "16", "--optimizer", "adamw", "--precision", "bf16-mixed"],
         ["own_networks:tokens", "--input-shape", "[7]", "--input-dtype", "int64", "--optimizer", "none"],
         ["own_networks:Net", "--image", "16", "--measure"],

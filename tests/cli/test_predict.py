@@ -90,7 +90,7 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
         (["no/such/run", "0_0.png"], "`no/such/run` is not a file; pass a `.safetensors` or `.ckpt` file"),
         (
             ["run", "0_0.png", "--top", "1", "0_1.png", "b c.png"],
-            "`0_1.png b c.png` stands apart from the other IMAGES; write them one after the other.",
+            "`0_1.png b c.png` is separated from the other IMAGES; write them one after the other.",
         ),
         (["run", "0_0.png", "-t", "1"], "unknown option `-t`; did you mean `--top`?"),
         (["run", "--images", "0_0.png"], "unknown option `--images`; `revnet predict --help` lists them all"),

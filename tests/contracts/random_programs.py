@@ -116,7 +116,7 @@ def run_program(
     outputs = [output for output in outputs if output.requires_grad]
     wanted = [tensor for tensor in [*sequence.parameters(), *leaves(inputs)] if tensor.requires_grad]
     asked = {id(tensor) for tensor in wanted}
-    toggled = [each for each in sequence.parameters() if id(each) not in asked and draw.random() < 0.3]
+    toggled = [parameter for parameter in sequence.parameters() if id(parameter) not in asked and draw.random() < 0.3]
     for parameter in toggled:  # unfrozen after the forward pass, which must have no effect
         parameter.requires_grad_()
     num_questions = draw.randint(1, 4) if outputs else 0
@@ -129,7 +129,9 @@ def run_program(
             loss, of, retain_graph=question < num_questions - 1 or twice, create_graph=twice, allow_unused=True
         )
         observed += [None if gradient is None else gradient.detach().clone() for gradient in gradients]
-        penalty = sum(each.square().sum() for each in gradients if each is not None and each.requires_grad)
+        penalty = sum(
+            gradient.square().sum() for gradient in gradients if gradient is not None and gradient.requires_grad
+        )
         if twice and isinstance(penalty, Tensor):
             observed += differentiate_again(penalty, of)
     return [*observed, *(buffer.clone() for buffer in sequence.buffers()), torch.get_rng_state()]

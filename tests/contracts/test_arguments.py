@@ -14,8 +14,8 @@ def test_arguments_computed_by_earlier_modules(name, policy):
     """Gradients flow through every block into the module that computes the context."""
 
     def step(module, x, args, kwargs):
-        made, made_kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.sin, (args, {}))
-        squares(module(x, *made, **kwargs, **made_kwargs)).backward()
+        computed, computed_kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.sin, (args, {}))
+        squares(module(x, *computed, **kwargs, **computed_kwargs)).backward()
 
     assert_trains_as_twin(CASE[name].sequence(4, policy), CASE[name], step)
 

@@ -181,17 +181,19 @@ def test_double_backward(case, policy):
 
 def saved_tensors(y):
     """Return all saved tensors of the graph of `y`, read through `grad_fn`."""
-    nodes, found = [y.grad_fn], []
+    nodes, tensors = [y.grad_fn], []
     for node in nodes:
         names = [name for name in sorted(dir(node)) if name.startswith("_saved_")]
-        found += [value.clone() for value in (getattr(node, name) for name in names) if isinstance(value, torch.Tensor)]
+        tensors += [
+            value.clone() for value in (getattr(node, name) for name in names) if isinstance(value, torch.Tensor)
+        ]
         nodes += [following for following, _ in node.next_functions if following and following not in nodes]
-    return found
+    return tensors
 
 
 @all_cases
 def test_saved_tensors_can_be_read_before_backward(case):
-    """From the last to the first and back again. Outside of a backward pass, each read rebuilds the tensors that it
+    """They are read from the last to the first and back again. Outside of a backward pass, each read rebuilds the tensors that it
     returns."""
     if case.name == "group-and-instance-norm":
         pytest.skip("instance norm saves a copy of its running statistics, which its backward pass does not read")

@@ -515,7 +515,7 @@ class PartlyUsed(nn.Module):
 
 @pytest.mark.parametrize("output", [0, 1, slice(None)])
 def test_unused_parameters_get_no_gradient(output):
-    """As in plain autograd: an optimizer skips the weight, whereas zeros would make it decay."""
+    """Plain autograd returns none either: an optimizer skips the weight, whereas zeros would make it decay."""
     sequence = ReversibleSequential(*[ReversibleBlock(PartlyUsed(), PartlyUsed()) for _ in range(2)]).double()
     twin = stored_twin(sequence)
     x1, x2 = torch.randn(4, 6, dtype=torch.float64).chunk(2, 1)

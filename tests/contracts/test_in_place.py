@@ -45,7 +45,7 @@ def test_streams_of_a_pair_modified_after_forward_are_harmless():
 
 @all_cases
 def test_input_modified_before_forward(case):
-    """By an in-place activation just before the blocks."""
+    """An in-place activation just before the blocks modifies the input."""
 
     def step(module, x, args, kwargs):
         squares(module((x * 2).add_(1).tanh_(), *args, **kwargs)).backward()
@@ -109,7 +109,7 @@ def test_copy_of_the_output_can_be_modified(case):
 
 
 def test_output_can_be_modified_after_a_stored_last_block():
-    """The remedy that the error names."""
+    """This is the remedy that the error suggests."""
 
     def step(module, x, args, kwargs):
         squares(module(x).relu_()).backward()

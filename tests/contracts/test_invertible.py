@@ -89,9 +89,9 @@ def test_log_determinant_equals_the_jacobian(layer):
     assert torch.equal(y, module(x))
     assert torch.equal(log_det, module.log_det(x))
     assert log_det.dtype == x.dtype
-    for each in range(len(x)):
-        jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None])[0], x[each].detach())
-        assert_close(log_det[each], jacobian.view(x[each].numel(), -1).slogdet().logabsdet, tolerance=1e-11)
+    for index in range(len(x)):
+        jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None])[0], x[index].detach())
+        assert_close(log_det[index], jacobian.view(x[index].numel(), -1).slogdet().logabsdet, tolerance=1e-11)
 
 
 @all_layers

@@ -56,10 +56,10 @@ def test_equals_the_log_determinant_of_the_jacobian(case):
     y, log_det = module.forward_with_log_det(x)
     assert torch.equal(y, module(x))
     assert torch.equal(log_det, module.log_det(x))
-    for each in range(len(x)):
-        jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None])[0], x[each])
-        expected = jacobian.view(x[each].numel(), -1).slogdet().logabsdet
-        assert_close(log_det[each], expected, tolerance=1e-11)
+    for index in range(len(x)):
+        jacobian = torch.autograd.functional.jacobian(lambda v: module(v[None])[0], x[index])
+        expected = jacobian.view(x[index].numel(), -1).slogdet().logabsdet
+        assert_close(log_det[index], expected, tolerance=1e-11)
         assert expected.abs() > 1e-3
 
 
@@ -128,7 +128,7 @@ def test_nothing_remains_allocated():
     """Reference cycles, which only the garbage collector would break, do not occur."""
 
     def num_runs():
-        return sum(type(each) is Rebuilder for each in gc.get_objects())
+        return sum(type(instance) is Rebuilder for instance in gc.get_objects())
 
     sequence = CASE["affine"].sequence(3)
     gc.collect()
@@ -155,7 +155,7 @@ def test_splitting_samples_raises():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
 @pytest.mark.parametrize("case", [CASE["affine"], CASE["momentum"], CASE["mlp"]], ids=lambda case: case.name)
-def test_one_graph_trains_like_the_twin(case):
+def test_compiled_sequence_trains_like_the_twin(case):
     def step(module, x, args, kwargs):
         if module.policies[0] == Reverse():
             module = torch.compile(Density(module), backend="aot_eager", fullgraph=True)

@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
 ]
 
-HOOKED = "has hooks or a `forward` of its own, which a compiled reversible sequence does not call"
-WRITTEN = "one of the variables needed for gradient computation has been modified by an inplace operation"
+HOOKS_MESSAGE = "has hooks or a `forward` of its own, which a compiled reversible sequence does not call"
+IN_PLACE_MESSAGE = "one of the variables needed for gradient computation has been modified by an inplace operation"
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +49,17 @@ def shares_buffers(sequence: ReversibleSequential) -> bool:
     return bool(buffers[True] & buffers[False])
 
 
-def refuse_to_differentiate_again(penalty, of):
+def expect_no_double_backward(penalty, inputs):
     """Check that PyTorch refuses second derivatives of a compiled graph, as it does for every graph."""
     with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        torch.autograd.grad(penalty, of, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(penalty, inputs, retain_graph=True, allow_unused=True)
     return []
 
 
 def run_compiled(sequence: ReversibleSequential, inputs: list, seed: int, backend: str) -> list[Tensor | None]:
     torch._dynamo.reset()
     compiled = torch.compile(sequence, backend=backend, fullgraph=True)
-    return run_program(sequence, inputs, seed, call=compiled, differentiate_again=refuse_to_differentiate_again)
+    return run_program(sequence, inputs, seed, call=compiled, differentiate_again=expect_no_double_backward)
 
 
 def can_be_compiled(twin: ReversibleSequential, inputs: list, seed: int, backend: str) -> bool:
@@ -67,7 +67,7 @@ def can_be_compiled(twin: ReversibleSequential, inputs: list, seed: int, backend
     try:
         run_compiled(twin, inputs, seed, backend)
     except RuntimeError as error:
-        if WRITTEN not in str(error):
+        if IN_PLACE_MESSAGE not in str(error):
             raise
         return False
     return True
@@ -80,26 +80,26 @@ def check_program(seed: int, backend: str) -> str | None:
     sequence = draw_sequence(draw)
     for module in sequence.modules():
         if isinstance(module, Averaged):
-            module.copies = True  # otherwise graphs keep either the matrix or its values
+            module.copies = True  # otherwise some graphs keep the matrix and others its values
     twin = stored_twin(sequence)
     inputs = draw_inputs(draw)
     twin_inputs = copy.deepcopy(inputs)
     try:
         observed = run_compiled(sequence, inputs, seed, backend)
     except Exception as error:  # the compiler's errors differ between releases
-        if is_hooked(sequence) and HOOKED in str(error):
+        if is_hooked(sequence) and HOOKS_MESSAGE in str(error):
             return "hooks"
-        if WRITTEN in str(error) and shares_buffers(sequence):
+        if IN_PLACE_MESSAGE in str(error) and shares_buffers(sequence):
             return "buffers of stored and reversed blocks"
-        if WRITTEN in str(error) and not can_be_compiled(twin, twin_inputs, seed, backend):
+        if IN_PLACE_MESSAGE in str(error) and not can_be_compiled(twin, twin_inputs, seed, backend):
             return "PyTorch refuses the stored twin"
         raise
     assert not is_hooked(sequence), seed
-    expected = run_program(twin, twin_inputs, seed, differentiate_again=lambda penalty, of: [])
+    expected = run_program(twin, twin_inputs, seed, differentiate_again=lambda penalty, inputs: [])
     assert len(observed) == len(expected), seed
     for value, expected_value in zip(observed, expected, strict=True):
         if expected_value is None and value is not None:
-            # Compiled graphs return zeros for missing gradients, also in PyTorch itself.
+            # Compiled graphs return zeros for missing gradients, even without revnet.
             expected_value = torch.zeros_like(value)
         assert_close(value, expected_value, tolerance=1e-7)
     return None

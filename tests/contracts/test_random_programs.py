@@ -27,7 +27,7 @@ def check_programs(seeds) -> None:
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(start, start + 25) for start in range(0, 150, 25)], ids=lambda r: f"{r.start}-"
+    "seeds", [range(start, start + 25) for start in range(0, 150, 25)], ids=lambda seeds: f"{seeds.start}-"
 )
 def test_random_program(seeds):
     check_programs(seeds)
@@ -35,14 +35,14 @@ def test_random_program(seeds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "seeds", [range(start, start + 100) for start in range(150, 2150, 100)], ids=lambda r: f"{r.start}-"
+    "seeds", [range(start, start + 100) for start in range(150, 2150, 100)], ids=lambda seeds: f"{seeds.start}-"
 )
 def test_two_thousand_random_programs(seeds):
     check_programs(seeds)
 
 
-class Outside(nn.Module):
-    """Draws numbers from a generator outside PyTorch."""
+class ForeignNoise(nn.Module):
+    """Multiplies the input by a number from a generator outside PyTorch."""
 
     def __init__(self, function: nn.Module, draw: random.Random):
         super().__init__()
@@ -53,15 +53,15 @@ class Outside(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_numbers_from_outside_raise(seed):
+def test_random_numbers_from_outside_pytorch_raise(seed):
     torch.manual_seed(seed)
     draw = random.Random(seed)
     functions = [draw.choice(FUNCTIONS[:2] + FUNCTIONS[4:])() for _ in range(2 * draw.randint(1, 6))]
-    which = draw.randrange(len(functions))
-    functions[which] = Outside(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), random.Random(seed))
+    position = draw.randrange(len(functions))
+    functions[position] = ForeignNoise(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), random.Random(seed))
     blocks = [ReversibleBlock(f, g) for f, g in zip(functions[::2], functions[1::2], strict=True)]
     sequence = ReversibleSequential(*blocks, policy=draw.choice([Reverse(), Checkpoint()])).double()
     loss = sequence(torch.randn(8, 6, dtype=torch.float64)).square().sum()
-    name = rf"blocks\.{which // 2}\.{'fg'[which % 2]}"
+    name = rf"blocks\.{position // 2}\.{'fg'[position % 2]}"
     with pytest.raises(ReconstructionError, match=f"`{name}` returned different numbers"):
         loss.backward()

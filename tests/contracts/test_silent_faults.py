@@ -167,9 +167,9 @@ def test_passes_arguments_by_function(policy):
     kwargs = {"f_kwargs": {"mask": mask}, "g_kwargs": {"scale": 0.5}}
     sequence, twin = ReversibleSequential(*blocks, policy=policy), ReversibleSequential(*blocks, policy=Store())
     x = torch.randn(2, 8)
-    found = torch.autograd.grad(sequence(x, **kwargs).sin().sum(), [mask, *sequence.parameters()])
+    actual = torch.autograd.grad(sequence(x, **kwargs).sin().sum(), [mask, *sequence.parameters()])
     expected = torch.autograd.grad(twin(x, **kwargs).sin().sum(), [mask, *twin.parameters()])
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(sequence.inverse(sequence(x, **kwargs), **kwargs), x)
     assert torch.equal(blocks[0](x, **kwargs), sequence[:1](x, **kwargs))
 
@@ -228,7 +228,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("index", [0, 3, 7])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_different_numbers_in_the_second_run_raise(policy, index, source):
-    """In the first function, in a middle one, and in the last, whose input is bit for bit the same."""
+    """The function is the first, a middle one, or the last, whose input is bit for bit the same."""
     sequence = mlp_stack(4, policy=policy)
     block, which = sequence.blocks[index // 2], "fg"[index % 2]
     setattr(block, which, Noisy(8, source))
@@ -606,7 +606,7 @@ def test_parameters_initialized_in_the_first_forward_pass(policy, through_data):
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_function_that_writes_its_parameter_before_use(policy):
-    """As in `nn.Embedding(max_norm=)`, which raises the version."""
+    """`nn.Embedding(max_norm=)` does this, and raises the version."""
 
     class Embedded(nn.Module):
         def __init__(self, width):
@@ -648,7 +648,7 @@ def test_rejects_a_torch_jit_module_by_name(policy):
 @pytest.mark.parametrize("frozen_first", [True, False])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_parameters_frozen_or_unfrozen_before_backward(policy, frozen_first):
-    """As with a discriminator between the forward and the backward pass of a generator."""
+    """A discriminator is frozen like this between the forward and the backward pass of a generator."""
     torch.manual_seed(0)
     sequence = mlp_stack(3, policy=policy).double().requires_grad_(not frozen_first)
     twin = stored_twin(sequence)
@@ -659,7 +659,7 @@ def test_parameters_frozen_or_unfrozen_before_backward(policy, frozen_first):
         module.requires_grad_(frozen_first)
         loss.backward()
         assert all(parameter.requires_grad == frozen_first for parameter in module.parameters())
-        results.append([x.grad, *[each.grad for each in module.parameters() if each.grad is not None]])
+        results.append([x.grad, *[parameter.grad for parameter in module.parameters() if parameter.grad is not None]])
     torch.testing.assert_close(*results)
 
 
@@ -677,7 +677,7 @@ def test_forward_pass_without_a_loss_is_freed(policy):
     gc.disable()
 
     def runs():
-        return sum(type(each).__name__ in ("Rebuilder", "_KeepingRun") for each in gc.get_objects())
+        return sum(type(instance).__name__ in ("Rebuilder", "_KeepingRun") for instance in gc.get_objects())
 
     before = runs()  # Tracebacks of failed tests may keep some.
     try:

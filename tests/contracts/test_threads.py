@@ -46,7 +46,7 @@ def test_two_threads_train_two_models(name):
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied", "nested-arguments", "complex"])
 def test_two_threads_train_one_model(name):
-    """As plain autograd allows for modules without state; the gradients of both threads accumulate."""
+    """Plain autograd allows this for modules without state; the gradients of both threads accumulate."""
     case = CASE[name]
     sequence = case.sequence(3)
     twin = stored_twin(sequence)

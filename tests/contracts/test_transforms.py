@@ -158,7 +158,7 @@ def test_buffers_swapped_by_functional_call():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo reads it for every input.
 @pytest.mark.parametrize("name", ["conv", "attention"])
 def test_compiled_residual_functions(name):
-    """AOTAutograd's own graph, without a compiler."""
+    """AOTAutograd runs its own graph, without a compiler."""
     case = CASE[name]
     sequence = case.sequence(2)
     twin = stored_twin(sequence)

@@ -19,44 +19,44 @@ MOST_FOREIGN = 100
 
 def judgments(*flags: str) -> dict[str, tuple[str, str]]:
     """Return the driver's judgment of each case. It runs in a separate process, which a case may kill."""
-    found: dict[str, tuple[str, str]] = {}
+    results: dict[str, tuple[str, str]] = {}
     start = 0
     while True:
         command = [sys.executable, "-m", "tests.contracts.wrong_arguments", str(start), *flags]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = [json.loads(line) for line in run.stdout.splitlines()]
-        found |= {place: (judgment, message) for _, place, judgment, message in (x for x in lines if len(x) == 4)}
+        results |= {place: (judgment, message) for _, place, judgment, message in (x for x in lines if len(x) == 4)}
         if run.returncode == 0:
-            return found
+            return results
         if not lines or len(lines[-1]) == 4:
             raise AssertionError(f"the driver failed: {run.stderr[-2000:]}")
         number, place = lines[-1]
-        found[place] = ("endless", run.stderr[-300:])
+        results[place] = ("endless", run.stderr[-300:])
         start = number + 1
 
 
-def check(found: dict[str, tuple[str, str]]) -> None:
-    counts = Counter(judgment for judgment, _ in found.values())
+def check(results: dict[str, tuple[str, str]]) -> None:
+    counts = Counter(judgment for judgment, _ in results.values())
     places = defaultdict(list)
-    for place, (judgment, message) in found.items():
+    for place, (judgment, message) in results.items():
         places[judgment].append(f"{place}: {message}")
     for judgment in ("endless", "accepted", "nameless", "several lines"):
         assert places[judgment] == []
     assert counts["foreign"] <= MOST_FOREIGN, places["foreign"]
-    assert counts["right"] > 0.95 * len(found)
+    assert counts["right"] > 0.95 * len(results)
 
 
 def test_a_few_wrong_values():
-    found = judgments("--quick")
-    assert len(found) > 2000
-    check(found)
+    results = judgments("--quick")
+    assert len(results) > 2000
+    check(results)
 
 
 @pytest.mark.slow
 def test_all_wrong_values():
-    found = judgments()
-    assert len(found) > 9000
-    check(found)
+    results = judgments()
+    assert len(results) > 9000
+    check(results)
 
 
 def test_tries_everything_public():

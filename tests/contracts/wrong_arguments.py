@@ -98,7 +98,7 @@ class Target:
         function = self.signature or self.call
         function = function.__init__ if isinstance(function, type) else function
         hints = typing.get_type_hints(function)
-        found = {}
+        annotations = {}
         given = self.make_arguments()
         for name, parameter in inspect.signature(function).parameters.items():
             if name == "self" or name in self.silent or parameter.kind is parameter.VAR_KEYWORD:
@@ -107,8 +107,8 @@ class Target:
                 name = f"*{name}"
                 if name not in given:
                     continue
-            found[name] = hints.get(name.lstrip("*"), Any)
-        return found
+            annotations[name] = hints.get(name.lstrip("*"), Any)
+        return annotations
 
     def call_with(self, name: str, value: Any) -> Any:
         """Call with a wrong value for one argument, or for the first positional one."""
@@ -353,10 +353,10 @@ def _methods(make: Callable[[], Any], samples: dict[str, Callable[[], Any]]) -> 
             and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             and parameter.name != "self"
         ]
-        optional = [each for each in inspect.signature(function).parameters if each in ("num_steps",)]
+        optional = [key for key in inspect.signature(function).parameters if key in ("num_steps",)]
 
         def arguments(required: list[str] = [*required, *optional], name: str = name) -> dict[str, Any]:  # noqa: B006
-            return _head_arguments(instance, name, {each: samples[each]() for each in required})
+            return _head_arguments(instance, name, {key: samples[key]() for key in required})
 
         def call(name: str = name, **kwargs: Any) -> Any:
             own = make()
@@ -387,9 +387,9 @@ def allows(annotation: Any, value: Any) -> bool:
     if annotation is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(allows(each, value) for each in inner)
+        return any(allows(kind, value) for kind in inner)
     if origin is Literal:
-        return any(type(value) is type(each) and value == each for each in inner)
+        return any(type(value) is type(choice) and value == choice for choice in inner)
     if annotation is None or annotation is type(None):
         return value is None
     if annotation in (int, float):
@@ -399,7 +399,7 @@ def allows(annotation: Any, value: Any) -> bool:
         if not isinstance(value, tuple):
             return False
         if len(inner) == 2 and inner[1] is Ellipsis:
-            return all(allows(inner[0], each) for each in value)
+            return all(allows(inner[0], item) for item in value)
         return len(value) == len(inner) and all(map(allows, inner, value))
     if origin is collections.abc.Callable:
         return callable(value)
@@ -449,7 +449,7 @@ def _judge_error(target: Target, name: str, error: Exception) -> str:
         traceback = traceback.tb_next
     if traceback is None or not traceback.tb_frame.f_code.co_filename.startswith(SOURCE):
         return "foreign"
-    names = "|".join(re.escape(each) for each in (name, target.also.get(name, name)))
+    names = "|".join(re.escape(alias) for alias in (name, target.also.get(name, name)))
     if not re.search(rf"`(\w+\.)?({names})\d?\b", str(error)):
         return "nameless"
     return "several lines" if "\n" in str(error) else "right"

@@ -27,7 +27,7 @@ def test_inverse_undoes_forward(coupling, shape, doubled):
 
 
 def test_matches_the_paper():
-    """Equations 7 and 8 of Real NVP, with shift t and log-scale s."""
+    """Compare with equations 7 and 8 of Real NVP, with shift t and log-scale s."""
     x, t, raw = stream(3, 4), stream(3, 4), 5 * stream(3, 4)
     residual = torch.cat((t, raw), 1)
     s = 1.5 * torch.tanh(raw / 1.5)

@@ -10,7 +10,7 @@ from tests.helpers import assert_close, mlp, squares
 
 
 def test_matches_the_paper():
-    """Equation 3, written out."""
+    """Compare with equation 3."""
     sequence = ReversibleSequential(*[MomentumBlock(mlp(3), gamma=0.7) for _ in range(3)]).double()
     x, v = torch.randn(2, 4, 3, dtype=torch.float64)
     y, w = sequence((x, v))

@@ -156,7 +156,7 @@ def test_compiling_a_call_raises():
 
 
 def test_offloads_each_activation_once_and_no_parameters(monkeypatch):
-    """A CPU tensor stands for a device tensor, since only the copies matter."""
+    """A CPU tensor represents a device tensor, since only the copies matter."""
     copies = []
     monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
     monkeypatch.setattr("revnet.engine._offload._OnHost.of", lambda tensor: copies.append(tensor) or _Copy(tensor))

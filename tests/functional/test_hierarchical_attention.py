@@ -22,7 +22,7 @@ def by_hand(q, k, v, *, block_size, is_causal, mask=None):
         real = [t for t in range(T) if mask is None or mask[b, t]]
 
         def group(t, level, real=real):
-            return [each for each in real if each >> level == t >> level]
+            return [other for other in real if other >> level == t >> level]
 
         for i in real:
             seen = [j for j in real if not is_causal or j <= i]
@@ -56,7 +56,7 @@ def test_equals_the_definition(T, block_size, num_levels, is_causal, has_mask):
     options = {"block_size": block_size, "is_causal": is_causal, "mask": mask}
     actual, expected = hierarchical_attention(q, k, v, **options), by_hand(q, k, v, **options)
     if has_mask:
-        actual, expected = (each.transpose(1, 2)[mask] for each in (actual, expected))
+        actual, expected = (tensor.transpose(1, 2)[mask] for tensor in (actual, expected))
     assert_close(actual, expected, tolerance=1e-12)
     assert 1 + max(level_of(i, j, block_size) for i in range(T) for j in range(T)) == num_levels
 
@@ -73,7 +73,7 @@ def test_one_level_is_full_attention(T, is_causal):
 def test_equal_tokens_within_groups_are_exact(is_causal):
     """Coarsening equal tokens loses no information."""
     q, k, v = random_inputs(8)
-    q, k = (each.repeat_interleave(8, dim=2) for each in (q, k))
+    q, k = (tensor.repeat_interleave(8, dim=2) for tensor in (q, k))
     v = torch.randn(2, 2, 64, 4, dtype=torch.float64)
     actual = hierarchical_attention(q, k, v, block_size=8, is_causal=is_causal)  # groups of at most eight
     assert_close(actual, full_attention(q, k, v, is_causal=is_causal), tolerance=1e-12)
@@ -81,7 +81,7 @@ def test_equal_tokens_within_groups_are_exact(is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients(is_causal):
-    q, k, v = (each.requires_grad_() for each in random_inputs(11, B=1, H=1, D=2))
+    q, k, v = (tensor.requires_grad_() for tensor in random_inputs(11, B=1, H=1, D=2))
     mask = torch.rand(1, 11) > 0.2
 
     def function(q, k, v):
@@ -93,15 +93,15 @@ def test_gradients(is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_fully_masked_sequences(is_causal):
-    q, k, v = (each.requires_grad_() for each in random_inputs(11))
+    q, k, v = (tensor.requires_grad_() for tensor in random_inputs(11))
     y = hierarchical_attention(q, k, v, block_size=2, is_causal=is_causal, mask=torch.zeros(2, 11, dtype=torch.bool))
     squares(y).backward()
     assert y.isfinite().all()
-    assert all(each.grad.isfinite().all() for each in (q, k, v) if each.grad is not None)
+    assert all(tensor.grad.isfinite().all() for tensor in (q, k, v) if tensor.grad is not None)
 
 
 def test_large_scores_do_not_overflow():
-    q, k, v = (30 * each.float() for each in random_inputs(40))
+    q, k, v = (30 * tensor.float() for tensor in random_inputs(40))
     y = hierarchical_attention(q, k, v, block_size=4)
     assert y.isfinite().all()
     assert y.abs().max() <= v.abs().max() * (1 + 1e-5)  # means of values

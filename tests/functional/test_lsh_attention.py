@@ -52,10 +52,11 @@ def by_hand(qk, v, *, bucket_size, num_hashes, is_causal, mask=None):
     for b in range(B):
         for h in range(H):
             rounds = [
-                seen_by_hand(each[b, h], bucket_size, is_causal, None if mask is None else mask[b]) for each in buckets
+                seen_by_hand(round_buckets[b, h], bucket_size, is_causal, None if mask is None else mask[b])
+                for round_buckets in buckets
             ]
             for i in range(T):
-                seen = sorted(set().union(*[each[i] for each in rounds]) - {i}) or [i]
+                seen = sorted(set().union(*[tokens[i] for tokens in rounds]) - {i}) or [i]
                 weights = (keys[b, h, seen] @ qk[b, h, i] / D**0.5).softmax(0)
                 y[b, h, i] = weights @ v[b, h, seen]
     return y
@@ -114,8 +115,8 @@ def test_more_rounds_miss_less():
     full = lsh_attention(qk, one_hot, bucket_size=256)
     missed = []
     for num_hashes in (1, 2, 4, 8, 16):
-        found = lsh_attention(qk, one_hot, bucket_size=16, num_hashes=num_hashes) > 0
-        missed.append((full * ~found).sum(-1).mean().item())
+        is_seen = lsh_attention(qk, one_hot, bucket_size=16, num_hashes=num_hashes) > 0
+        missed.append((full * ~is_seen).sum(-1).mean().item())
     assert missed == sorted(missed, reverse=True)
     assert missed[0] > 2 * missed[-1]
 
@@ -123,7 +124,7 @@ def test_more_rounds_miss_less():
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients(is_causal):
     """Compare with finite differences for fixed random numbers. No vector lies between two buckets."""
-    qk, v = (each.requires_grad_() for each in random_inputs(10, B=1, H=1, D=2))
+    qk, v = (tensor.requires_grad_() for tensor in random_inputs(10, B=1, H=1, D=2))
 
     def function(qk, v):
         torch.manual_seed(1)

@@ -147,7 +147,7 @@ def test_selection_of_maps(make):
 
     def chosen(indices, **options):
         taken = model.forward_intermediates(x, indices, intermediates_only=True, **options)
-        return [next(i for i, map_ in enumerate(maps) if torch.equal(map_, each)) for each in taken]
+        return [next(i for i, map_ in enumerate(maps) if torch.equal(map_, feature_map)) for feature_map in taken]
 
     assert chosen(None) == [0, 1, 2]
     assert chosen(1) == [2]

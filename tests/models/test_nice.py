@@ -62,11 +62,11 @@ def test_density_equals_the_jacobian_of_autograd(image_shape, prior):
         "gaussian": torch.distributions.Normal(0, 1).log_prob,
         "logistic": lambda z: torch.sigmoid(z).log() + torch.sigmoid(-z).log(),
     }[prior]
-    for each in range(3):
-        jacobian = torch.autograd.functional.jacobian(lambda image: model(image[None])[0][0], x[each])
+    for index in range(3):
+        jacobian = torch.autograd.functional.jacobian(lambda image: model(image[None])[0][0], x[index])
         expected = jacobian.view(z.shape[1], -1).slogdet().logabsdet
-        assert_close(log_det[each], expected, tolerance=1e-12)
-        assert_close(model.log_prob(x)[each], law(z[each]).sum() + expected, tolerance=1e-12)
+        assert_close(log_det[index], expected, tolerance=1e-12)
+        assert_close(model.log_prob(x)[index], law(z[index]).sum() + expected, tolerance=1e-12)
 
 
 @pytest.mark.parametrize(("prior", "reach"), [("logistic", 60), ("gaussian", 20)])
@@ -104,8 +104,8 @@ def test_step_equals_the_stored_twin():
     twin = make(num_couplings=8, policy=Store())
     twin.load_state_dict(model.state_dict())
     x = images()
-    for each in (model, twin):
-        (-each.log_prob(x).mean()).backward()
+    for module in (model, twin):
+        (-module.log_prob(x).mean()).backward()
     assert torch.equal(model.log_prob(x), twin.log_prob(x))
     assert_close(gradients(model), gradients(twin))
 

@@ -167,8 +167,8 @@ def balls(count, size, generator):
     return (masks + noise).unsqueeze(1), masks.unsqueeze(1)
 
 
-def dice(found, masks):
-    return (2 * (found & masks).sum() / (found.sum() + masks.sum())).item()
+def dice(predicted, masks):
+    return (2 * (predicted & masks).sum() / (predicted.sum() + masks.sum())).item()
 
 
 def test_learns_to_segment_balls():

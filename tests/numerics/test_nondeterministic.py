@@ -8,7 +8,7 @@ from tests.helpers import ConvResidual, mlp
 
 
 class Drifting(nn.Module):
-    """Returns another value each time, as a kernel that adds in the order of arrival does."""
+    """Returns a different value each time, like a kernel with atomic additions."""
 
     def __init__(self, scale, *, in_backward=False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Comparison with plain autograd, checkpointing and other reversible libraries: memory, time, gradients, pitfalls.
+"""Compare memory, time, gradients and pitfalls with plain autograd, checkpointing and other reversible libraries.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """

@@ -38,7 +38,7 @@ def check_isolated(pitfall: Pitfall, method: Method) -> tuple[str, str]:
         return "crashes", f"no answer within {_TIMEOUT_SECONDS} s"
     except EOFError:
         process.join()
-        return "crashes", _ending(process.exitcode)
+        return "crashes", _describe_exit(process.exitcode)
     finally:
         process.join()
         receiver.close()
@@ -59,5 +59,5 @@ def _check(pitfall_name: str, method_name: str, sender: "Connection[tuple[str, s
     sender.send(result)
 
 
-def _ending(exit_code: int | None) -> str:
+def _describe_exit(exit_code: int | None) -> str:
     return signal.Signals(-exit_code).name if exit_code is not None and exit_code < 0 else f"exit code {exit_code}"

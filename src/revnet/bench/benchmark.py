@@ -16,7 +16,7 @@ def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
     """Measure everything and write `engine_<hardware>_<date>` as Markdown, CSV and PNG.
 
     Args:
-        settings: Amount of measurements, and the device.
+        settings: Number of measurements, and the device.
         folder: Output folder. It is created if it does not exist.
         command: Command line that the page prints.
 

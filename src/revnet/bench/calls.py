@@ -40,7 +40,7 @@ def count_calls(function: Callable[[], object]) -> Calls:
     """Run `function` and count the Python calls inside revnet in this thread.
 
     The backward pass is included, since on the CPU autograd runs it in the calling thread. Code in `revnet.bench` is
-    not counted, since it stands for the user's code. Python 3.11 counts a comprehension as a call; later versions do
+    not counted, since it represents the user's code. Python 3.11 counts a comprehension as a call; later versions do
     not.
     """
     codes: Counter[str] = Counter()

@@ -45,7 +45,7 @@ class HostRunner:
         self._x = torch.cat(case.streams(1), case.split_dim)
 
     def inputs(self, number: int) -> list[Tensor]:
-        """Return copies of the input that require a gradient. memcnn overwrites its input."""
+        """Return copies of the input that require a gradient. They are copies, because memcnn overwrites its input."""
         return [self._x.clone().requires_grad_() for _ in range(number)]
 
     def step(self, x: Tensor) -> None:
@@ -144,7 +144,7 @@ def measure_host(num_rounds: int, say: Callable[[str], None] = print, *, num_blo
             for row in _measure_case(case, num_rounds, num_blocks):
                 results.rows.append(row)
                 if row.times is not None:
-                    say(f"{case.name}, {row.method}: {row.times.over_plain.median:.2f} of plain's processor time")
+                    say(f"{case.name}, {row.method}: {row.times.over_plain.median:.2f} times plain's processor time")
                 elif not is_missing(row.note):
                     say(f"{case.name}, {row.method}: {row.note}")
     return results
@@ -176,7 +176,7 @@ def _measure_case(case: Case, num_rounds: int, num_blocks: int) -> Iterator[Host
 
 
 def _rounds(runners: dict[str, HostRunner], num_rounds: int) -> dict[str, list[float]]:
-    """Return the processor time of a step of each runner, by rounds."""
+    """Return the processor time of a step of each runner, one per round."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     shuffle = random.Random(0).shuffle  # a separate generator, since revtorch draws from the global one
     for _ in range(num_rounds):

@@ -1,4 +1,4 @@
-"""The methods of running reversible blocks that the benchmark compares. To add one, add an entry to `METHODS`.
+"""The methods that the benchmark compares for running reversible blocks. To add one, add an entry to `METHODS`.
 
 Each method builds a module from the same residual functions. The module takes and returns both streams, concatenated
 into one tensor.
@@ -25,7 +25,7 @@ _NOT_INSTALLED = "not installed"
 
 @dataclass(frozen=True)
 class Method:
-    """A way of running reversible blocks: a policy of this library, a checkpoint, or another library."""
+    """A way to run reversible blocks: a policy of this library, a checkpoint, or another library."""
 
     name: str
     description: str
@@ -37,7 +37,7 @@ class Method:
     split_dim: int | None = None
     """Dimension along which the method splits, if it supports only one."""
     max_depth: int | None = None
-    """Largest number of blocks that it is run with."""
+    """Largest number of blocks to run, if the method is limited."""
 
     def missing(self) -> str | None:
         """Return why the method cannot run and how to install it, or None if it can run."""
@@ -46,7 +46,7 @@ class Method:
         return f"{_NOT_INSTALLED}: pip install --no-deps {self.package}"
 
     def version(self) -> str | None:
-        """Return the installed version of the library, or None if there is none."""
+        """Return the installed version of the library, or None if it is not installed."""
         try:
             return metadata.version(self.package or "")
         except (metadata.PackageNotFoundError, ValueError):
@@ -66,7 +66,7 @@ def report_missing(methods: Sequence[Method], say: Callable[[str], None]) -> Non
 
 
 class Group(nn.Module):
-    """Reversible blocks written as a plain loop, for a checkpoint to wrap."""
+    """Reversible blocks in a plain loop, which a checkpoint can wrap."""
 
     def __init__(self, functions: Sequence[FunctionPair]):
         super().__init__()
@@ -137,7 +137,7 @@ class CheckpointedHalves(nn.Module):
         return self._run(middle, stop, x1, x2, **kwargs)
 
 
-def _under(policy: AbstractPolicy) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
+def _with_policy(policy: AbstractPolicy) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
     """Return a function that builds a sequence of this library with `policy`."""
 
     def make(functions: Sequence[FunctionPair], split_dim: int) -> nn.Module:
@@ -201,7 +201,7 @@ class _Reformer(nn.Module):
 
 
 def _reformer_module() -> Any:
-    """Import the file `reformer_pytorch.reversible` alone, without the four packages that its package imports."""
+    """Import only the module `reformer_pytorch.reversible`, without the four packages that its package imports."""
     name = "reformer_pytorch.reversible"
     if name not in sys.modules:
         package = importlib.util.find_spec("reformer_pytorch")
@@ -217,26 +217,28 @@ def _reformer_module() -> Any:
     return sys.modules[name]
 
 
-PLAIN = Method("plain", "`ReversibleSequential(..., policy=Store())`: ordinary autograd", _under(Store()), max_depth=64)
+PLAIN = Method(
+    "plain", "`ReversibleSequential(..., policy=Store())`: ordinary autograd", _with_policy(Store()), max_depth=64
+)
 """Plain autograd, the baseline of the comparison."""
 
 METHODS: Sequence[Method] = (
     PLAIN,
-    Method("checkpoint", "`torch.utils.checkpoint(use_reentrant=False)` of each block", _checkpoint_each),
+    Method("checkpoint", "`torch.utils.checkpoint(use_reentrant=False)` for each block", _checkpoint_each),
     Method(
         "checkpoint sqrt",
-        "the same, of each group of sqrt(depth) blocks; the last group is stored, as in `checkpoint_sequential`",
+        "the same for each group of sqrt(depth) blocks; the last group is stored, as in `checkpoint_sequential`",
         _checkpoint_sqrt,
     ),
     Method(
         "checkpoint recursive",
-        "the same, of the first half of the blocks, and again within each half, down to single blocks",
+        "the same for the first half of the blocks, and again within each half, down to single blocks",
         CheckpointedHalves,
     ),
-    Method("revnet", "`ReversibleSequential(..., policy=Reverse())`, the default", _under(Reverse())),
-    Method("revnet, last stored", "the same, but `Store()` for the last block", _last_stored),
+    Method("revnet", "`ReversibleSequential(..., policy=Reverse())`, the default", _with_policy(Reverse())),
+    Method("revnet, last stored", "the same, with `Store()` for the last block", _last_stored),
     Method(
-        "memcnn", "`InvertibleModuleWrapper(preserve_rng_state=True)` of each block", _memcnn, "memcnn", max_depth=64
+        "memcnn", "`InvertibleModuleWrapper(preserve_rng_state=True)` for each block", _memcnn, "memcnn", max_depth=64
     ),
     Method(
         "revtorch",

@@ -35,11 +35,11 @@ class PitfallSubject:
         self._weights = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
 
     def input(self, *, requires_grad: bool = True) -> Tensor:
-        """Return a new copy of the input. memcnn overwrites its input."""
+        """Return a new copy of the input, because memcnn overwrites its input."""
         return self._x.clone().requires_grad_(requires_grad)
 
     def run(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """Return the output for a clone of `x`, which stands for the output of a stem."""
+        """Return the output for a clone of `x`, which represents the output of a stem."""
         return self.module(x.clone(), **kwargs)
 
     def loss(self, y: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def markdown(results: Results, command: str, pictures: Sequence[str] = ()) -> st
 
     Args:
         results: All measurements.
-        command: Command line that the page prints.
-        pictures: File names of the figures, in the folder of the page.
+        command: Command line to print on the page.
+        pictures: File names of the figures, relative to the page.
     """
     settings = results.settings
     peers = {method.package: method.version() or "not installed" for method in METHODS if method.package}

@@ -18,7 +18,7 @@ from revnet.memory import format_bytes
 
 @dataclass(frozen=True)
 class Settings:
-    """Amount of measurements, and the device."""
+    """Number of measurements, and the device."""
 
     memory_depths: Sequence[int] = (4, 16, 64, 256)
     """Numbers of blocks for the memory measurements."""
@@ -33,7 +33,7 @@ class Settings:
 
 
 QUICK = Settings(memory_depths=(2, 4), time_depth=4, num_rounds=3, slow_pitfalls=False)
-"""Settings for a quick look, which takes about a minute."""
+"""Settings for a quick comparison, which takes about a minute."""
 
 NUM_WARMUP_ROUNDS = 1
 
@@ -70,10 +70,10 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Times:
-    """Time of steps, and its ratio to plain autograd in the same round."""
+    """Step times, and their ratios to plain autograd in the same round."""
 
     step_seconds: float
-    """Median over rounds."""
+    """Median time of a step over all rounds."""
     over_plain: Quartiles
     """Ratio to the plain step of the same round."""
     median_over_plain_median: float
@@ -123,7 +123,7 @@ def measure_all(settings: Settings, say: Callable[[str], None] = print) -> Resul
     """Measure memory, time and gradients of all cases, then run the pitfalls.
 
     Args:
-        settings: Amount of measurements, and the device.
+        settings: Number of measurements, and the device.
         say: Function that receives a line for each result.
     """
     results = Results(settings)
@@ -148,7 +148,7 @@ def _measure_case(case: Case, results: Results, say: Callable[[str], None]) -> N
     for time_row in time_rows:
         results.times.append(time_row)
         if not is_missing(time_row.note):
-            ratio = time_row.note if time_row.times is None else f"{time_row.times.over_plain.median:.3f} of plain's"
+            ratio = time_row.note if time_row.times is None else f"{time_row.times.over_plain.median:.3f} times plain"
             say(f"{case.name}, {settings.time_depth} blocks, {time_row.method}: step time {ratio}")
 
 
@@ -190,7 +190,7 @@ def measure_times(
     Args:
         case: Workload.
         settings: Depth, number of rounds and device.
-        methods: Some of `METHODS`, including `PLAIN`. None means all.
+        methods: Methods from `METHODS`, including `PLAIN`. None means all of them.
     """
     methods = METHODS if methods is None else methods
     device, depth = settings.device, settings.time_depth
@@ -224,7 +224,7 @@ def measure_times(
 
 
 def _rounds(runners: dict[str, Runner], num_rounds: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Return the time of each runner's steps and of plain forward passes, by rounds."""
+    """Return the times of each runner's steps and of plain forward passes, one per round."""
     names = list(runners)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     forward_seconds = []

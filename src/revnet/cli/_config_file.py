@@ -1,4 +1,4 @@
-"""Settings out of a YAML file, for `--config`."""
+"""Settings from a YAML file, for `--config`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

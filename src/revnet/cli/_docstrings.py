@@ -1,4 +1,4 @@
-"""Help texts out of docstrings: of the arguments of a function, and of the fields of a dataclass."""
+"""Help texts from docstrings, for the arguments of a function and the fields of a dataclass."""
 
 import ast
 import dataclasses

@@ -12,7 +12,7 @@ class UsageError(RevnetError, ValueError):
 
 
 def is_expected(error: BaseException) -> bool:
-    """Return whether `error` is the user's or the machine's, and not a bug, which must keep its traceback.
+    """Return whether the user or the machine caused `error`. Any other error is a bug, and keeps its traceback.
 
     Errors of `revnet.errors`, of the operating system and of missing packages are expected. The library rejects bad
     arguments with a plain `ValueError`, `TypeError` or `NotImplementedError`, as PyTorch does. These are expected only

@@ -1,4 +1,4 @@
-"""The options of a command, out of the signature of its function."""
+"""The options of a command, from the signature of its function."""
 
 import dataclasses
 import inspect
@@ -38,7 +38,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """How it is written on the command line."""
+        """The option as it is written on the command line."""
         return "--" + self.name.replace("_", "-")
 
 

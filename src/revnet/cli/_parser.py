@@ -1,4 +1,4 @@
-"""From a typed function to a command: its parameters are the options, its docstring is the help."""
+"""Build a command from a typed function: its parameters are the options, and its docstring is the help."""
 
 import argparse
 import difflib
@@ -87,18 +87,18 @@ class _Parser(argparse.ArgumentParser):
             _add_option(settings if option.is_setting else self, option)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the one mistake that argparse finds without naming an argument: a positional one is missing."""
+        """Raise the only error that argparse reports here: a positional argument is missing."""
         raise UsageError(message)
 
     def explain_unknown(self, unknown: Sequence[str]) -> str:
-        """Return what is wrong with arguments that fit nowhere."""
+        """Return a message about arguments that match no option."""
         if unknown[0].startswith("-"):
             name = unknown[0].partition("=")[0]
             return f"unknown option `{name}`{self.hint(name)}"
         many = [option.name.upper() for option in self.positional if option.takes_many]
         if many:
             words = " ".join(word for word in unknown if not word.startswith("-"))
-            return f"`{words}` stands apart from the other {many[0]}; write them one after the other."
+            return f"`{words}` is separated from the other {many[0]}; write them one after the other."
         return f"`{unknown[0]}` needs an option before it; `{self.prog} --help` lists them all."
 
     def hint(self, name: str) -> str:

@@ -4,7 +4,7 @@ import math
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-_RULES = {
+_DESCRIPTIONS = {
     bool: "true or false",
     float: "a number",
     int: "an integer",
@@ -15,10 +15,10 @@ _RULES = {
 
 
 def read_text(text: str, kind: Any) -> Any:
-    """Read `text`, as written on the command line, as a value of the type `kind`.
+    """Convert `text` from the command line to a value of the type `kind`.
 
     Raises:
-        TypeError: It is not of that type.
+        TypeError: `text` does not describe a value of that type.
     """
     import yaml
 
@@ -29,16 +29,16 @@ def read_text(text: str, kind: Any) -> Any:
         return text
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # a ValueError: an integer of too many digits
+    except (yaml.YAMLError, ValueError):  # a ValueError: an integer with too many digits
         value = text
     return check_value(value, kind)
 
 
 def check_value(value: Any, kind: Any) -> Any:
-    """Return `value`, as read from YAML, as a value of the type `kind`.
+    """Convert `value` from YAML to a value of the type `kind`.
 
     Raises:
-        TypeError: It is not of that type.
+        TypeError: `value` is not of that type.
     """
     for member in _members(kind):
         try:
@@ -49,18 +49,18 @@ def check_value(value: Any, kind: Any) -> Any:
 
 
 def describe_type(kind: Any) -> str:
-    """Return what a value of the type `kind` must be, in words."""
+    """Return a description in words of the values of the type `kind`."""
     rules = []
     for member in _members(kind):
         if get_origin(member) is Literal:
             rules += [f"`{choice}`" for choice in get_args(member)]
         else:
-            rules.append(_RULES[get_origin(member) or member])
+            rules.append(_DESCRIPTIONS[get_origin(member) or member])
     return " or ".join(rules)
 
 
 def choices(kind: Any) -> tuple[str, ...]:
-    """Return the names that the type `kind` chooses among, if it does."""
+    """Return the choices of the `Literal` in the type `kind`, or an empty tuple if there is none."""
     return tuple(choice for member in _members(kind) if get_origin(member) is Literal for choice in get_args(member))
 
 
@@ -70,7 +70,7 @@ def is_switch(kind: Any) -> bool:
 
 
 def is_list(kind: Any) -> bool:
-    """Return whether the type `kind` is a list in brackets, or an optional one."""
+    """Return whether values of the type `kind` are lists in brackets; null may also be allowed."""
     return any(get_origin(member) is tuple for member in _members(kind))
 
 

@@ -21,7 +21,7 @@ def bench(
     """Compare memory, time and correctness with other ways to train.
 
     The others are plain autograd, checkpointing and other reversible libraries. A run takes about twenty minutes on two
-    cores; leave the machine idle meanwhile. Libraries that are not installed are listed as such; install them by
+    cores; run nothing else on the machine. Libraries that are not installed are listed as such; install them by
     `pip install --no-deps -r benchmarks/peers.txt`.
 
     With `--host`, measure instead the processor time of a step on tiny tensors: the cost of Python, the engine and

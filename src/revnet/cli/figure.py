@@ -11,7 +11,7 @@ from revnet.cli._options import takes_settings
 from revnet.training import TrainConfig
 
 _FIGURES = ("gradient-angle", "complexity.costs")
-_EVERY = 50
+_DEFAULT_EVERY = 50
 
 
 @takes_settings(TrainConfig)
@@ -24,7 +24,7 @@ def figure(
     quick: bool = False,
     **settings: Any,
 ) -> None:
-    """Reproduce a figure of the paper, as a page, CSV tables and a picture.
+    """Reproduce a figure of the paper as a page, CSV tables and a picture.
 
     gradient-angle trains a reversible model and its stored twin from the same seed. During training it compares the
     gradients from rebuilt activations with the gradients from stored ones, at the same weights and batch; training
@@ -32,8 +32,8 @@ def figure(
     minutes on two cores.
 
     complexity is the paper's table of memory and compute against depth: plain, checkpointed, recursively checkpointed
-    and reversible. Bytes and FLOPs are counted, step times measured. It takes about three minutes on two cores; leave
-    the machine idle meanwhile.
+    and reversible. Bytes and FLOPs are counted, and step times are measured. It takes about three minutes on two cores;
+    run nothing else on the machine.
 
     Examples:
         revnet figure gradient-angle
@@ -62,7 +62,7 @@ def figure(
             raise UsageError("`--quick` is for complexity; to shorten gradient-angle, pass fewer `--epochs`.")
         if every is not None and every < 1:
             raise UsageError(f"`--every` (={every}) must be 1 or more; 50 is usual.")
-        page = _gradient_angle(config, folder, every or _EVERY, reference)
+        page = _gradient_angle(config, folder, every or _DEFAULT_EVERY, reference)
     else:
         misplaced = ["every"] * (every is not None) + ["reference"] * reference + sorted(settings.keys() - {"device"})
         if misplaced:
@@ -105,7 +105,7 @@ def _dashed(name: str) -> str:
 
 
 def _spell(value: Any) -> str:
-    """Return a setting as the command line takes it."""
+    """Return a setting as it is written on the command line."""
     if isinstance(value, tuple):
         return str(list(value)).replace(" ", "")
     return shlex.quote(value) if isinstance(value, str) else "null" if value is None else str(value).lower()

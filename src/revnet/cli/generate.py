@@ -22,7 +22,7 @@ def generate(
 
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose last
-            weights are used; best.safetensors in it holds the best on validation.
+            weights are used; best.safetensors in it holds the best weights on validation.
         prompt: Beginning of the text, in characters of the training text; a newline by default.
         num: Number of characters to generate.
         temperature: Divides the logits. Lower values give more predictable text; 0 always takes the most likely

@@ -19,7 +19,7 @@ COMMANDS = {
     "predict": "classify image files",
     "sample": "sample images from a density (`train nice`), or fill in missing halves",
     "generate": "continue a text with a language model (`train lm`)",
-    "reproduce": "train the networks of a table of results, and compare them with the paper",
+    "reproduce": "train the networks in a table of results, and compare them with the paper",
     "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",
     "memory": "show where the memory of a training step goes, for any model",
     "plan": "fit a training step into a memory budget: which blocks to reverse, checkpoint or store",

@@ -4,7 +4,7 @@
 def models() -> None:
     """List all models with their parameters and the FLOPs of a forward pass.
 
-    Models are built as published: for the classes and the color images of their data set, both of which are shown. A
+    Models are built as published, for the number of classes and the image size in the table, with color images. A
     multiply-add counts as two FLOPs, as in PyTorch.
     """
     import torch

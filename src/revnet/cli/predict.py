@@ -19,7 +19,7 @@ def predict(checkpoint: str, images: list[str], *, top: int = 5, csv: str | None
 
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
-            are used; best.safetensors in it holds the best on validation.
+            are used; best.safetensors in it holds the best weights on validation.
         images: Image files of any size and format.
         top: Number of classes to print.
         csv: CSV file for the predictions, with columns for file, rank, class and probability.

@@ -21,14 +21,14 @@ def reproduce(
     output_dir: str | None = None,
     report_only: bool = False,
 ) -> None:
-    """Train the networks of a table of results, and compare with the paper.
+    """Train the networks in a table of results, and compare them with the paper.
 
     The tables are cifar10, cifar100 and imagenet, trained by the paper's recipe. A suffix selects another recipe:
-    `-modern` for a recipe of today, `-quick` for a short one for the CPU. To continue an interrupted table, run the
-    same command again.
+    `-modern` for a modern recipe, `-quick` for a short one that runs on a CPU. To continue an interrupted table, run
+    the same command again.
 
-    Runs are independent. To spread a table over several machines, divide it by `--models` and `--seeds`, copy the
-    folders of the runs into one, and run the command once more with `--report-only`.
+    Runs are independent. To spread a table over several machines, split it with `--models` and `--seeds`, copy the
+    folders of the runs into one folder, and run the command again with `--report-only`.
 
     Examples:
         revnet reproduce cifar10-quick --data path/to/cifar10 --seeds 0,1
@@ -37,11 +37,11 @@ def reproduce(
 
     Args:
         table: Name of the table.
-        data: Data set, by name or path, if not from the Hugging Face hub.
+        data: Name or path of the data set; downloaded from the Hugging Face hub by default.
         models: Rows of the table, separated by commas; all by default.
         seeds: Seeds, separated by commas; each row is trained once per seed.
-        epochs: Number of epochs, if not as in the recipe; the table states it.
-        precision: Arithmetic, if not as in the recipe: 32-true or bf16-mixed.
+        epochs: Number of epochs, which the table states; as in the recipe by default.
+        precision: Precision of the arithmetic, 32-true or bf16-mixed; as in the recipe by default.
         device: Device to train on: auto, cpu, cuda, mps.
         num_threads: Number of CPU threads.
         num_workers: Number of processes that decode images.

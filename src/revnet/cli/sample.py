@@ -21,8 +21,8 @@ def sample(
     """Sample images from a density fitted by `revnet train nice`.
 
     Prints the bits per dimension on the test set, and writes a grid of samples to `samples.png`. With `--inpaint`, also
-    writes `inpainting_<part>.png`: rows of test images, the same images with a part missing, and with that part filled
-    in by gradient ascent on the density.
+    writes `inpainting_<part>.png`, which shows test images, the same images with a part missing, and the same images
+    with that part filled in by gradient ascent on the density.
 
     Examples:
         revnet sample runs/digits_nice_1
@@ -31,7 +31,7 @@ def sample(
 
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train nice`, or the folder of a run, whose last
-            weights are used; best.safetensors in it holds the best on validation.
+            weights are used; best.safetensors in it holds the best weights on validation.
         num: Number of images to sample.
         temperature: Factor that scales the latent codes. Below 1, samples are more likely and less varied.
         inpaint: Part of the test images to remove and fill in: top, bottom, left, right, or random for half of the

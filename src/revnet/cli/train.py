@@ -41,7 +41,7 @@ def train(*, resume: str | None = None, **settings: Any) -> None:
 
 
 def check_resume(resume: str | None, settings: Mapping[str, Any]) -> None:
-    """Raise if settings are given together with `--resume`: a run has its own."""
+    """Raise if settings are given together with `--resume`, because a run already has settings."""
     if resume is not None and settings:
         flag = "--" + next(iter(settings)).replace("_", "-")
         raise UsageError(f"`--resume` continues with the settings of the run; leave out `{flag}`.")

@@ -98,7 +98,7 @@ The code cites these rules by number.
     function are emptied, even if they were never read.
  4. *Both runs must be equal* in the function's structure, parameters, buffers, arguments, training flags,
     `requires_grad` flags, autocast state and random numbers. A replay first checks each of them cheaply. State that can
-    be put back is put back for the replay, and afterwards set to its present value again: flags, autocast, random
+    be put back is put back for the replay, and afterwards set to its current value again: flags, autocast, random
     states, tensors that were swapped out (`functional_call`), and copies of the buffers that the function changes. A
     tensor that was modified in place cannot be put back, so it raises. A tensor is identified by the object, which a
     reference keeps alive, and never by its address.

@@ -1,4 +1,4 @@
-"""Read CPU tensors without PyTorch operators. How to read a shape is worked out once, and cached."""
+"""Read CPU tensors without PyTorch operators. The layout of a tensor is computed once, and cached."""
 
 import ctypes
 import math
@@ -31,7 +31,7 @@ C_TYPES: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64:
 
 
 class Layout(NamedTuple):
-    """How NumPy reads a tensor at an address."""
+    """Description from which NumPy can read a tensor at an address."""
 
     read: Any
     """Returns the memory at an address."""
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=256)
 def layout_of(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Layout:
-    """Return how to read tensors of this shape, stride and dtype. Cached, because it takes longer than the reading."""
+    """Return the layout of tensors of this shape, stride and dtype. It is cached, because reading is faster."""
     itemsize = dtype.itemsize
     strides = tuple([step * itemsize for step in stride])
     # Not the number of elements: strides may leave gaps, or visit an element many times, as `expand` does.

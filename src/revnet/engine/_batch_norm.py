@@ -28,7 +28,7 @@ BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
 
 
 def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
-    """Treat a subclass of PyTorch's batch norm as batch norm. A class decorator.
+    """Declare that a subclass of PyTorch's batch norm behaves like batch norm. This is a class decorator.
 
     Use it for a class with its own `forward` that returns the same bits as PyTorch's, and that differs only in what it
     writes to the running statistics. In training, it must not read the running statistics.
@@ -84,7 +84,7 @@ def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
 
 
 def _run_again(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Call a batch norm whose statistics are not tracked at present."""
+    """Call a batch norm whose statistics are currently not tracked."""
     if not (torch.compiler.is_compiling() or in_functorch_transform()):
         statistics = find_statistics(x)
         if statistics is not None:

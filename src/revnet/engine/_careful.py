@@ -100,7 +100,7 @@ def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
 
 
 def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
-    """Return a test whether a tensor outlives the call. A miss is harmless, since the tensor is then rebuilt."""
+    """Return a test of whether a tensor outlives the call. A missed tensor is rebuilt, which is harmless."""
     if forward_mode_level() < 0:
         return lambda tensor: id(tensor) in lasting or id(tensor._base) in lasting
     # Forward mode saves the primal of a dual tensor, which is a different object with the same storage.

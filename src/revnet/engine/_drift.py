@@ -1,4 +1,4 @@
-"""How far rebuilt streams are from the true ones.
+"""Measure how far rebuilt streams are from the true ones.
 
 The forward pass samples the streams that residual functions read, a few hundred elements each. When the backward pass
 has rebuilt a stream, the same elements are compared. This is always done for the first function of a run, whose input

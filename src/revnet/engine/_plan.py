@@ -39,9 +39,11 @@ class Plan:
     """Types of all values in these dicts, None included."""
     children: Sequence[nn.Module]
     pick_children: Callable[[list[Any]], Sequence[nn.Module]]
-    """Picks the children out of a list of all values in the dicts; likewise the next two."""
+    """Function that selects the children from a list of all values in the dicts."""
     pick_parameters: Callable[[list[Any]], Sequence[Tensor]]
+    """Function that selects the parameters from the same list."""
     pick_buffers: Callable[[list[Any]], Sequence[Tensor]]
+    """Function that selects the buffers from the same list."""
     parameter_places: list[tuple[Any, str]]
     buffer_places: list[tuple[Any, str]]
     device_list: list[torch.device]
@@ -70,7 +72,7 @@ class Plan:
     results: list[Any]
     """Shape, dtype and device of each tensor that the last call returned."""
     norm_attributes: list[dict[str, Any]] = field(init=False)
-    """Attributes of the norms. If they contain `forward`, it was set after the plan was made."""
+    """Attributes of the norms. If they contain `forward`, it was set after the plan was built."""
 
     def __post_init__(self) -> None:
         self.norm_attributes = [norm.attributes for norm in self.norms]
@@ -93,12 +95,12 @@ class Plan:
         return lasting
 
     def has_devices_of(self, held: list[Any]) -> bool:
-        """Return whether the tensors are on the devices on which they were when the plan was made."""
+        """Return whether the tensors are on the same devices as when the plan was built."""
         return list(map(_device, (*self.pick_parameters(held), *self.pick_buffers(held)))) == self.device_list
 
 
 def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]:
-    """Return the plan of a function in its present state, all values that its modules hold, and the ids of its tensors.
+    """Return the plan of a function in its current state, all values that its modules hold, and the ids of its tensors.
 
     Args:
         function: The function.
@@ -127,7 +129,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
     _refuse_fsdp1(modules, name)
     parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
-    used = frozenset([each for each in devices if each.type != "meta"])  # The meta device has no random state.
+    used = frozenset([device for device in devices if device.type != "meta"])  # The meta device has no random state.
     norms = replayed_norms_of(function)
     statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
     filled = [holder for holder in dicts if len(holder)]
@@ -175,7 +177,7 @@ def _held(holders: list[Any]) -> list[Any]:
 
 
 def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Return a function that picks the entries of a list at these places; in C, since it runs at each call."""
+    """Return a function, implemented in C because every call uses it, that picks the entries of a list at `places`."""
     if len(places) > 1:
         return itemgetter(*places)
     # For a single place, `itemgetter` would return the entry itself; a slice returns a list.

@@ -104,7 +104,7 @@ class Saved:
                 if torch.compiler.is_dynamo_compiling():
                     _careful.refuse_compiled_autograd()
                 with self.filler.lock:  # Each device has its own backward thread.
-                    if self.tensors is None:  # Another thread may have filled it meanwhile.
+                    if self.tensors is None:  # Another thread may have filled it first.
                         self.filler.rebuild(self.index)
             tensors = self.tensors
             filled = None if tensors is None else tensors[number]
@@ -167,7 +167,7 @@ class RecordedCall:
         """Weak reference to the object of the slots. It returns None if no backward pass can ask for any of them."""
         self.metas: list[Any] = []
         self.results: list[Any] = []
-        """Shape, dtype and device of each returned tensor; likewise `metas` for each saved tensor."""
+        """Shape, dtype and device of each returned tensor; `metas` describes each saved tensor."""
         self.is_plain = True
         """Whether no saved tensor was written to, and none was read before the forward pass ended."""
         self.stop_after = -1

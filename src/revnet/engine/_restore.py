@@ -2,7 +2,7 @@
 
 A replay first checks whether everything is unchanged (`replay`). Usually it is, and nothing in this file is called.
 Otherwise, or if the function draws random numbers or keeps state in buffers, `restored` puts back each kind of state
-for the time of the replay, and then sets it to its present value again.
+for the time of the replay, and then sets it to its current value again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +32,7 @@ class AutocastState:
 
 
 def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
-    """Return the present state of autocast on these types of device, all of which support it."""
+    """Return the current state of autocast on these types of device, all of which support it."""
     cache_enabled = torch.is_autocast_cache_enabled()
     return tuple(
         [
@@ -92,7 +92,7 @@ def set_aside(call: "RecordedCall") -> Iterator[None]:
 
 @contextmanager
 def restored(call: "RecordedCall") -> Iterator[set[int]]:
-    """Put back everything that the function saw; on exit, set everything to its present value again.
+    """Put back everything that the function saw; on exit, set everything to its current value again.
 
     Yields:
         The identities of the tensors that outlive the call, including the copies that were put in.
@@ -137,7 +137,7 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
             if end is not None and digest(get_random_state(device)) != end:
                 raise OtherNumbersError(
                     f"`{call.name}` did not draw the same random numbers on {device} as in the forward pass: "
-                    "another thread drew from the same generator meanwhile, or the function is not deterministic; "
+                    "another thread used the same generator at the same time, or the function is not deterministic; "
                     "train in separate processes, or store its block's activations with the policy `Store()`."
                 )
 
@@ -180,7 +180,7 @@ def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor 
         yield TensorPlace(holder, name, parameter), (call.written or {}).get(number)
     for number, ((holder, name), buffer) in enumerate(zip(plan.buffer_places, call.buffers, strict=True)):
         value = (call.states or {}).get(number)
-        # A buffer that is only written may begin with any value, so a copy of its present value will do.
+        # A buffer that is only written may begin with any value, so a copy of its current value will do.
         yield TensorPlace(holder, name, buffer), buffer if value is None and number in copied else value
 
 

@@ -57,5 +57,5 @@ def fork(streams: StreamSnapshot) -> StreamSnapshot:
 
 
 def snapshot_of(position: int, streams: Sequence[Tensor]) -> StreamSnapshot:
-    """Return a snapshot of `streams` in their present layout."""
+    """Return a snapshot of `streams` in their current layout."""
     return StreamSnapshot(position, [stream.detach() for stream in streams], [stream.stride() for stream in streams])

@@ -49,7 +49,7 @@ class AbstractStep(RecordedCall, abc.ABC):
 
 
 class AbstractFunctionStep(AbstractStep):
-    """A half-block whose slots belong to the function alone."""
+    """A half-block whose slots belong only to the function."""
 
     __slots__ = ()
 

@@ -76,7 +76,7 @@ class StreamSnapshot:
         self.strides = strides
         """Strides of each stream in the forward pass. Kernels round differently on another layout."""
         self.held = list(tensors)
-        """The streams in their present layout; None for a stream that is not needed."""
+        """The streams in their current layout; None for a stream that is not needed."""
         self.versions = [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
     def read(self, which: int) -> Tensor:

@@ -67,9 +67,9 @@ class Surroundings:
         self.is_forward_mode = forward_mode_level() >= 0
 
     def look_at_random_states(self, begin: RandomStates) -> None:
-        """Record whether the random states differ now from before the first function.
+        """Record whether the random states have changed since before the first function.
 
-        A function may draw and put the state back itself, so that nothing shows that it drew.
+        A function may draw numbers and restore the state itself, so that the state does not show that it drew.
         """
         self.has_moved = not (
             same_random_state(begin[0], cpu_random_state())

@@ -78,7 +78,7 @@ def check_same(
 ) -> None:
     """Raise if half-block `index` returned a different result the second time, and rounding is not the reason.
 
-    The function runs two more times on its present input. If the results differ, it is not deterministic. Then it runs
+    The function runs two more times on its current input. If the results differ, it is not deterministic. Then it runs
     once on an input that is perturbed by as much as the streams are off. If most elements of the result are off by far
     more than that explains, something that the function depends on has changed since the forward pass. A few elements
     are not enough, because a hash or a choice may jump for some elements when its input changes in the last place.

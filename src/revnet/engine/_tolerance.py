@@ -68,7 +68,7 @@ class ToleranceKeeper:
         return count % _INTERVAL == 0
 
     def exceeds(self, error: float, *, is_calibrating: bool) -> bool:
-        """Return whether a sampled error is too large. NaN is."""
+        """Return whether a sampled error is too large. NaN counts as too large."""
         return not error <= self.tolerance * (_PLACE_ABOVE if is_calibrating else _BROKEN_ABOVE)
 
     def forget(self, names: set[str]) -> None:
@@ -175,8 +175,8 @@ class ToleranceWatch(Observer):
                 run.keyframes = [*below, fork(streams), *run.keyframes[len(below) :]]
 
     def after_backward(self, run: "Rebuilder") -> None:
-        """Release the references on the way."""
-        # The first one is needed if a retained graph is walked a second time.
+        """Release all references except the first."""
+        # The first reference is needed if a retained graph is walked a second time.
         del self._references[1:]
 
     def _recompute_streams(self, run: "Rebuilder", position: int) -> StreamSnapshot:

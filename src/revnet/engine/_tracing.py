@@ -1,4 +1,4 @@
-"""How eager code behaves while it is traced: it runs plainly, or refuses in a way that reaches the user.
+"""Behavior of eager code while it is traced: it runs plainly, or refuses in a way that reaches the user.
 
 An exception in traced code or in a fake kernel does not always end the trace: without `fullgraph=True`, the tracer may
 break the graph there and continue. An exception in a function that runs for its constant result does end it.

@@ -197,7 +197,7 @@ def _stage(
 
 @register_model(image_size=32)
 def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """Return RevNet-38 for CIFAR: 464,890 parameters for 10 classes. Pair of ResNet-32."""
+    """Return RevNet-38, the counterpart of ResNet-32, for CIFAR: 464,890 parameters for 10 classes."""
     return RevNet(
         num_blocks=(3, 3, 3), widths=(32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels, policy=policy
     )
@@ -205,7 +205,7 @@ def revnet38(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPol
 
 @register_model(image_size=32)
 def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """Return RevNet-110 for CIFAR: 1,729,194 parameters for 10 classes. Pair of ResNet-110."""
+    """Return RevNet-110, the counterpart of ResNet-110, for CIFAR: 1,729,194 parameters for 10 classes."""
     return RevNet(
         num_blocks=(9, 9, 9), widths=(32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, policy=policy
     )
@@ -213,7 +213,10 @@ def revnet110(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPo
 
 @register_model(image_size=32)
 def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """Return RevNet-164 for CIFAR with bottlenecks: 1,748,778 parameters for 10 classes. Pair of ResNet-164."""
+    """Return RevNet-164 for CIFAR with bottlenecks: 1,748,778 parameters for 10 classes.
+
+    It is the counterpart of ResNet-164.
+    """
     return RevNet(
         num_blocks=(9, 9, 9),
         widths=(32, 32, 64, 128),
@@ -226,7 +229,10 @@ def revnet164(*, num_classes: int = 10, in_channels: int = 3, policy: AbstractPo
 
 @register_model(image_size=224)
 def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """Return RevNet-56 for ImageNet with bottlenecks: 27,553,128 parameters for 1000 classes. Pair of ResNet-50."""
+    """Return RevNet-56 for ImageNet with bottlenecks: 27,553,128 parameters for 1000 classes.
+
+    It is the counterpart of ResNet-50.
+    """
     return RevNet(
         num_blocks=(2, 2, 3, 2),
         widths=(128, 128, 256, 512, 832),
@@ -240,7 +246,10 @@ def revnet56(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractP
 
 @register_model(image_size=224)
 def revnet104(*, num_classes: int = 1000, in_channels: int = 3, policy: AbstractPolicy | str | None = None) -> RevNet:
-    """Return RevNet-104 for ImageNet with bottlenecks: 45,428,072 parameters for 1000 classes. Pair of ResNet-101."""
+    """Return RevNet-104 for ImageNet with bottlenecks: 45,428,072 parameters for 1000 classes.
+
+    It is the counterpart of ResNet-101.
+    """
     return RevNet(
         num_blocks=(2, 2, 11, 2),
         widths=(128, 128, 256, 512, 832),

@@ -1,4 +1,4 @@
-"""How far rebuilt activations are from the true ones, and what to do about it.
+"""Measure how far rebuilt activations are from the true ones, and find a remedy.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """

@@ -65,7 +65,7 @@ def locate_blocks(model: nn.Module) -> list[LocatedBlock]:
 
 
 _FARTHEST = 8
-"""Most half-blocks to search in either direction for one that reads a stream."""
+"""Largest number of half-blocks to search in either direction for one that reads a stream."""
 
 
 @dataclass(frozen=True, eq=False)

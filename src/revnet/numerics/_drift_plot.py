@@ -17,9 +17,9 @@ _FLOOR, _CEILING = 1e-8, 1e1
 _OUTLIER = 10.0
 """Largest amplification, relative to the mean, that is drawn on a linear axis."""
 _LONGEST_LINE = 75
-"""Most characters in a line of the title, and in the names of all sequences."""
+"""Largest number of characters in a line of the title, and in the names of all sequences."""
 _MOST_PARTS = 8
-"""Most sequences to name."""
+"""Largest number of sequences to name."""
 
 
 def plot_drift(blocks: Sequence[BlockDrift], keyframes: Sequence[str], path: Path, *, title: str) -> None:

@@ -7,7 +7,7 @@ from revnet._text_table import aligned
 from revnet.numerics._block_drift import BlockDrift, GradientDrift
 
 _MOST_ROWS = 40
-"""Most blocks to list; of more, evenly spaced ones are shown."""
+"""Largest number of blocks to list; of more, evenly spaced ones are shown."""
 _MOST_NAMES = 8
 _WIDTH = 120
 

@@ -12,7 +12,7 @@ _SUFFIX = ".tmp"
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to, and move it to `path` once the body has succeeded.
 
-    The temporary file lies in the same folder as `path`, because a rename is atomic within one file system only.
+    The temporary file is in the same folder as `path`, because a rename is atomic within one file system only.
     Lightning, through fsspec, writes to the system's temporary folder and may have to copy from there: a process that
     is killed then leaves half a checkpoint.
     """

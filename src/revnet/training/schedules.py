@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 _SIZE_STEP = 4
-"""Pixels by which images grow at a time: one pixel of the last stage of a CIFAR network, which halves them twice."""
+"""Number of pixels by which images grow at a time, one pixel in the last stage of a CIFAR network."""
 
 
 def step_decay(
@@ -20,8 +20,8 @@ def step_decay(
     0.001 from update 60,000. Call `step` after every update, not after every epoch.
 
     Args:
-        optimizer: Optimizer whose learning rate is the highest of the run.
-        num_updates: Updates of the whole run.
+        optimizer: Optimizer, with the highest learning rate of the run.
+        num_updates: Number of updates in the whole run.
         decay_at: Fractions of the run, in ascending order.
         decay_factor: Factor that the rate is multiplied by.
         warmup: Fraction of the run in which the rate first rises linearly.
@@ -40,7 +40,7 @@ def cosine_decay(optimizer: Optimizer, *, num_updates: int, warmup: float = 0.0)
     The rate is zero only after the last update.
 
     References:
-        Loshchilov and Hutter (2017), SGDR: Stochastic Gradient Descent with Warm Restarts, equation 5; no restarts.
+        Loshchilov and Hutter (2017), SGDR: Stochastic Gradient Descent with Warm Restarts, equation 5 (no restarts).
         Goyal et al. (2017), Accurate, Large Minibatch SGD, section 2.2: the warm-up.
     """
     rise = round(warmup * num_updates)

@@ -26,7 +26,7 @@ BLOCKS = {
 all_blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
 
 
-class OwnBlock(ReversibleBlock):
+class PlainSubclass(ReversibleBlock):
     """A subclass that does not override `half_blocks`."""
 
     def __init__(self):
@@ -44,14 +44,14 @@ class Swapping(ReversibleBlock):
         return [f._replace(function=self.g), g._replace(function=self.f)] if self.swap else [f, g]
 
 
-class Chosen(ReversibleBlock):
+class ComputedCoupling(ReversibleBlock):
     """A subclass that computes its coupling."""
 
     current = Additive()
     coupling = property(lambda self: self.current, lambda self, value: None)
 
 
-def sequence_of(make=BLOCKS["block"], count=3, policy=None):
+def make_sequence(make=BLOCKS["block"], count=3, policy=None):
     return ReversibleSequential(*[make() for _ in range(count)], policy=policy or Reverse())
 
 
@@ -63,7 +63,7 @@ def step(sequence, x=None):
     return y
 
 
-def rebuilt(sequence):
+def with_empty_cache(sequence):
     """Return a sequence of the same blocks with an empty cache."""
     return ReversibleSequential(*sequence.blocks, policy=sequence.policies, tolerance=sequence.tolerance)
 
@@ -72,16 +72,16 @@ def chains(sequence):
     return [chain for _, chain in sequence._schedule().segments]
 
 
-def looks_only(sequence):
+def reuses_schedule(sequence):
     """Return whether the next step reuses the schedule without calling `half_blocks`."""
     known = sequence._chains.known
     return known.origin is not None and known.origin.is_same(sequence)
 
 
-def check(sequence):
+def check_next_steps(sequence):
     """Check that the next steps compute what a sequence with an empty cache computes."""
     for _ in range(2):
-        expected = step(rebuilt(sequence))
+        expected = step(with_empty_cache(sequence))
         expected_grads = [parameter.grad for parameter in sequence.parameters()]
         assert torch.equal(step(sequence), expected)
         assert all(
@@ -90,15 +90,15 @@ def check(sequence):
         )
 
 
-@pytest.mark.parametrize("make", [*BLOCKS.values(), OwnBlock], ids=[*BLOCKS.keys(), "subclass"])
+@pytest.mark.parametrize("make", [*BLOCKS.values(), PlainSubclass], ids=[*BLOCKS.keys(), "subclass"])
 def test_unchanged_step_reuses_the_schedule(make):
-    sequence = sequence_of(make)
+    sequence = make_sequence(make)
     step(sequence)
-    assert looks_only(sequence)
+    assert reuses_schedule(sequence)
     before, plans = chains(sequence), chains(sequence)[0].plans
     for change in (sequence.eval, sequence.train, lambda: sequence.requires_grad_(False), sequence.double):
         change()
-        assert looks_only(sequence)
+        assert reuses_schedule(sequence)
     assert chains(sequence)[0] is before[0]
     assert chains(sequence)[0].plans is plans
 
@@ -120,8 +120,8 @@ def test_half_blocks_reads_only_the_declared_attributes(make):
     names = {name for name in read if not name.startswith("_")} - {"half_blocks"}
     read.clear()
     attributes(block)
-    looked_at = {*read, *children, *([list_name] if list_name else [])}
-    assert names <= looked_at
+    compared = {*read, *children, *([list_name] if list_name else [])}
+    assert names <= compared
 
 
 def test_every_block_declares_its_reads():
@@ -132,21 +132,21 @@ def test_every_block_declares_its_reads():
 
 @all_blocks
 def test_replaced_function_is_used(make):
-    sequence = sequence_of(make)
+    sequence = make_sequence(make)
     step(sequence)
     block = sequence.blocks[1]
     if isinstance(block, MultiStreamBlock):
         block.functions[1] = mlp(4)
     else:
         block.f = mlp(4)
-    assert not looks_only(sequence)
-    check(sequence)
-    assert looks_only(sequence)
+    assert not reuses_schedule(sequence)
+    check_next_steps(sequence)
+    assert reuses_schedule(sequence)
 
 
 @pytest.mark.parametrize("change", ["move", "swap", "new list", "other kind"])
 def test_replaced_function_of_a_multi_stream_block_is_used(change):
-    sequence = sequence_of(lambda: MultiStreamBlock(*[mlp(4) for _ in range(2)], split_dim=-1))
+    sequence = make_sequence(lambda: MultiStreamBlock(*[mlp(4) for _ in range(2)], split_dim=-1))
     step(sequence)
     block = sequence.blocks[1]
     if change == "move":
@@ -157,13 +157,13 @@ def test_replaced_function_of_a_multi_stream_block_is_used(change):
         block.functions = nn.ModuleList([mlp(4), mlp(4)])
     else:
         block.functions = nn.Sequential(mlp(4), mlp(4))
-    assert not looks_only(sequence)
-    check(sequence)
+    assert not reuses_schedule(sequence)
+    check_next_steps(sequence)
 
 
 @pytest.mark.parametrize("change", ["append", "delete", "replace", "swap", "insert", "new list", "functions exchanged"])
 def test_replaced_block_is_used(change):
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     blocks = sequence.blocks
     if change == "append":
@@ -180,12 +180,12 @@ def test_replaced_block_is_used(change):
         sequence.blocks = nn.ModuleList(reversed(blocks))
     else:
         blocks[0].f, blocks[0].g = blocks[0].g, blocks[0].f
-    assert not looks_only(sequence)
-    check(sequence)
+    assert not reuses_schedule(sequence)
+    check_next_steps(sequence)
 
 
 def test_block_with_the_same_functions_keeps_the_chains():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     (before,) = chains(sequence)
     old = sequence.blocks[1]
@@ -194,13 +194,13 @@ def test_block_with_the_same_functions_keeps_the_chains():
 
 
 def test_replaced_coupling_is_used():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     for coupling in (FixedPoint(), Additive()):
         for block in sequence.blocks:
             block.coupling = coupling
-        assert not looks_only(sequence)
-        check(sequence)
+        assert not reuses_schedule(sequence)
+        check_next_steps(sequence)
         assert chains(sequence)[0].is_exact == (coupling == FixedPoint())
     sequence.blocks[1].coupling = FixedPoint()
     with pytest.raises(ValueError, match="so give all blocks of a sequence the same one"):
@@ -208,7 +208,7 @@ def test_replaced_coupling_is_used():
 
 
 def test_equal_coupling_keeps_the_chains():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     (before,) = chains(sequence)
     sequence.blocks[1].coupling = Additive()
@@ -216,25 +216,25 @@ def test_equal_coupling_keeps_the_chains():
 
 
 def test_changed_split_dim_and_stream_are_used():
-    sequence = sequence_of(BLOCKS["layer"])
+    sequence = make_sequence(BLOCKS["layer"])
     step(sequence)
     sequence.blocks[1].updates = 1
-    assert not looks_only(sequence)
-    check(sequence)
+    assert not reuses_schedule(sequence)
+    check_next_steps(sequence)
     for block in sequence.blocks:
         block.split_dim = 1
     x = torch.randn(2, 8, 4)
-    assert torch.equal(sequence(x), rebuilt(sequence)(x))
+    assert torch.equal(sequence(x), with_empty_cache(sequence)(x))
 
 
 def test_changed_policies_are_used():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     sequence.set_policies(sequence.policies)
-    assert looks_only(sequence)
+    assert reuses_schedule(sequence)
     sequence.set_policies([Reverse(), Store(), Reverse()])
-    assert not looks_only(sequence)
-    check(sequence)
+    assert not reuses_schedule(sequence)
+    check_next_steps(sequence)
     assert len(chains(sequence)) == 3
 
 
@@ -248,7 +248,7 @@ def test_policies_that_a_subclass_overrides_are_used():
 
     sequence = Annealed(BLOCKS["block"](), BLOCKS["block"]())
     step(sequence)
-    assert not looks_only(sequence)
+    assert not reuses_schedule(sequence)
     sequence.stores = True
     assert [policy for policy, _ in sequence._schedule().segments] == [Store()]
 
@@ -264,7 +264,7 @@ def test_policies_that_a_subclass_overrides_are_used():
     ],
 )
 def test_added_and_removed_block_hooks_are_noticed(register):
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     (before,) = chains(sequence)
     calls = []
@@ -273,22 +273,22 @@ def test_added_and_removed_block_hooks_are_noticed(register):
     for count in (1, 2):
         step(sequence, x)
         assert len(calls) == count
-        assert not looks_only(sequence)
+        assert not reuses_schedule(sequence)
     handle.remove()
     step(sequence, x)
     assert len(calls) == 2
-    assert looks_only(sequence)
+    assert reuses_schedule(sequence)
     assert chains(sequence)[0].blocks is before.blocks is None
 
 
 def test_added_and_removed_global_hooks_are_noticed():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     seen = []
     for count in (1, 2):
         handle = register_module_forward_hook(lambda module, x, y: seen.append(module))
         try:
-            assert not looks_only(sequence)
+            assert not reuses_schedule(sequence)
             step(sequence)
             step(sequence)
         finally:
@@ -296,11 +296,11 @@ def test_added_and_removed_global_hooks_are_noticed():
         assert seen.count(sequence.blocks[1]) == 2 * count
         step(sequence)
         assert seen.count(sequence.blocks[1]) == 2 * count
-    assert looks_only(sequence)
+    assert reuses_schedule(sequence)
 
 
 def test_forward_on_the_instance_is_noticed(monkeypatch):
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     block = sequence.blocks[1]
     calls = []
@@ -315,40 +315,40 @@ def test_forward_on_the_instance_is_noticed(monkeypatch):
     del block.forward
     step(sequence)
     assert len(calls) == 1
-    assert looks_only(sequence)
+    assert reuses_schedule(sequence)
 
-    def of_class(self, *args, **kwargs):
+    def counting_in_class(self, *args, **kwargs):
         calls.append(2)
         return AbstractReversibleBlock.forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(ReversibleBlock, "forward", of_class)
+    monkeypatch.setattr(ReversibleBlock, "forward", counting_in_class)
     step(sequence)
     assert calls == [1, 2, 2, 2]
 
 
 def test_half_blocks_on_the_instance_are_noticed():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     block = sequence.blocks[1]
     block.half_blocks = lambda prefix="": ReversibleBlock.half_blocks(block, prefix)[:1]
     step(sequence)
-    assert not looks_only(sequence)
+    assert not reuses_schedule(sequence)
     assert len(chains(sequence)[0].half_blocks) == 5
 
 
 def test_half_blocks_of_a_subclass_run_in_each_step(monkeypatch):
-    sequence = sequence_of(lambda: Swapping(mlp(4), mlp(4), split_dim=-1))
+    sequence = make_sequence(lambda: Swapping(mlp(4), mlp(4), split_dim=-1))
     for swap in (False, True, False):
         monkeypatch.setattr(Swapping, "swap", swap)
-        check(sequence)
-        assert not looks_only(sequence)
+        check_next_steps(sequence)
+        assert not reuses_schedule(sequence)
         assert (chains(sequence)[0].half_blocks[0].function is sequence.blocks[0].g) == swap
 
 
 def test_property_of_a_subclass_is_read(monkeypatch):
-    sequence = sequence_of(lambda: Chosen(mlp(4), mlp(4), split_dim=-1))
+    sequence = make_sequence(lambda: ComputedCoupling(mlp(4), mlp(4), split_dim=-1))
     for coupling in (Additive(), Affine(), Additive()):
-        monkeypatch.setattr(Chosen, "current", coupling)
+        monkeypatch.setattr(ComputedCoupling, "current", coupling)
         assert {half_block.coupling for half_block in chains(sequence)[0].half_blocks} == {coupling}
 
 
@@ -358,15 +358,15 @@ def test_child_hidden_by_a_property_is_not_used():
     class Hiding(CouplingLayer):
         f = property(lambda self: other)
 
-    sequence = sequence_of(lambda: Hiding(mlp(4), split_dim=-1))
+    sequence = make_sequence(lambda: Hiding(mlp(4), split_dim=-1))
     step(sequence)
-    assert not looks_only(sequence)
+    assert not reuses_schedule(sequence)
     assert chains(sequence)[0].half_blocks[0].function is other
 
 
 @pytest.mark.parametrize("name", ["f", "coupling"])
 def test_missing_attribute_is_named_in_the_error(name):
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     delattr(sequence.blocks[1], name)
     with pytest.raises(AttributeError, match=f"'ReversibleBlock' object has no attribute '{name}'"):
@@ -374,7 +374,7 @@ def test_missing_attribute_is_named_in_the_error(name):
 
 
 def test_wrong_block_raises_in_every_step():
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     sequence.blocks[0] = nn.Linear(8, 8)
     for _ in range(2):
@@ -384,37 +384,41 @@ def test_wrong_block_raises_in_every_step():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda sequence: pickle.loads(pickle.dumps(sequence))])
 def test_copy_starts_without_a_cache(copied):
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     other = copied(sequence)
     assert other._chains is not sequence._chains
     assert other._chains.known is None
-    check(other)
-    assert not {id(each.function) for each in chains(other)[0].half_blocks} & set(map(id, sequence.modules()))
+    check_next_steps(other)
+    assert not {id(half_block.function) for half_block in chains(other)[0].half_blocks} & set(
+        map(id, sequence.modules())
+    )
 
 
 def test_shallow_copy_with_other_blocks_runs_them():
     """`nn.DataParallel` makes such copies: they share the cache, but not the blocks."""
-    sequence = sequence_of()
+    sequence = make_sequence()
     step(sequence)
     other = copy.copy(sequence)
     other._modules = {"blocks": nn.ModuleList([BLOCKS["block"]() for _ in range(3)])}
-    for each in (other, sequence, other):
-        check(each)
+    for module in (other, sequence, other):
+        check_next_steps(module)
 
 
 def test_cache_keeps_only_the_functions_alive():
-    sequence = sequence_of(OwnBlock)
+    sequence = make_sequence(PlainSubclass)
     block = sequence.blocks[0]
     block.extra, block.note = nn.Linear(3, 3), torch.zeros(3)
     step(sequence)
-    assert looks_only(sequence)
-    gone = [weakref.ref(each) for each in (block, block.extra, block.note, sequence.blocks)]
+    assert reuses_schedule(sequence)
+    references = [weakref.ref(value) for value in (block, block.extra, block.note, sequence.blocks)]
     sequence.blocks = nn.ModuleList(list(sequence.blocks)[1:])
     del block
     gc.collect()
-    assert [each() for each in gone] == [None] * 4
-    functions = [weakref.ref(each.function) for each in sequence._chains.known.schedule.segments[0][1].half_blocks]
+    assert [reference() for reference in references] == [None] * 4
+    functions = [
+        weakref.ref(half_block.function) for half_block in sequence._chains.known.schedule.segments[0][1].half_blocks
+    ]
     step(sequence)
     gc.collect()
     assert [function() is None for function in functions] == [True] * 2 + [False] * 4
@@ -435,9 +439,9 @@ def test_single_block_keeps_its_chain(make):
     assert chain.num_runs == 3
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(other(x), block(x))
-        ((_, others),) = other._schedule().segments
-        assert others is not chain
-        assert others.half_blocks[0].function is not chain.half_blocks[0].function
+        ((_, other_chain),) = other._schedule().segments
+        assert other_chain is not chain
+        assert other_chain.half_blocks[0].function is not chain.half_blocks[0].function
 
 
 def test_single_block_uses_a_replaced_function():

@@ -59,7 +59,7 @@ def test_memory_does_not_grow_with_depth_and_falls_with_more_streams():
         return measure(ReversibleSequential(*blocks, policy=policy), torch.randn(64, 24))
 
     three = [measured(depth, 3, Reverse()) for depth in (2, 4, 16)]
-    assert len({each.activation_bytes for each in three}) == 1
+    assert len({memory.activation_bytes for memory in three}) == 1
     assert measured(16, 3, Reverse()).activation_bytes < measured(16, 2, Reverse()).activation_bytes
     assert measured(16, 3, Store()).activation_bytes > 5 * three[-1].activation_bytes
 

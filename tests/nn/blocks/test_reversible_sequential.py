@@ -16,8 +16,8 @@ def test_runs_the_blocks_in_order():
     blocks = [block() for _ in range(3)]
     x = torch.randn(4, 4)
     expected = x
-    for each in blocks:
-        expected = each(expected)
+    for module in blocks:
+        expected = module(expected)
     assert torch.equal(ReversibleSequential(*blocks)(x), expected)
 
 

@@ -96,11 +96,11 @@ def test_gradient_error_is_bounded_by_the_stream_error(tolerance):
     twin, nearby = stored_twin(sequence), stored_twin(sequence)
     for block in nearby:
         block.f, block.g = Nearby(block.f, tolerance / 2), Nearby(block.g, tolerance / 2)
-    found = []
+    all_gradients = []
     for module in (sequence, nearby, twin):
         backward(module)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients(module).values()]))
-    error, measured = (found[0] - found[2]).norm(), (found[1] - found[2]).norm()
+        all_gradients.append(torch.cat([gradient.flatten() for gradient in gradients(module).values()]))
+    error, measured = (all_gradients[0] - all_gradients[2]).norm(), (all_gradients[1] - all_gradients[2]).norm()
     # What errors of this size do to the gradients is measured in random directions. To first order, the worst direction
     # is at most sqrt(elements) times worse, and errors of all functions that add up sqrt(functions) times.
     assert 0 < error <= (4 * WIDTH * 2 * DEPTH) ** 0.5 * measured
@@ -299,7 +299,7 @@ def test_tolerance_is_shown_copied_and_set():
     assert (sequence.tolerance, sequence.keyframes) == (None, ())
     model = create_model("revnet38")
     set_tolerance(model, 1e-4)
-    assert [each.tolerance for each in model.modules() if isinstance(each, ReversibleSequential)] == [1e-4] * 3
+    assert [module.tolerance for module in model.modules() if isinstance(module, ReversibleSequential)] == [1e-4] * 3
     model(torch.randn(2, 3, 8, 8)).sum().backward()
 
 

@@ -45,8 +45,8 @@ def test_training_step_equals_the_stored_twin(policy):
     model, twin = network(policy=policy).double(), network(policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    for each in (model, twin):
-        squares(each(x)).backward()
+    for module in (model, twin):
+        squares(module(x)).backward()
     assert_close(gradients(model), gradients(twin))
 
 
@@ -67,7 +67,7 @@ def test_blocks_get_the_policy():
 def test_density_model_learns():
     """Train a small flow on points along a line: the likelihood of the data rises."""
     torch.manual_seed(0)
-    layers = [CouplingLayer(scaling_mlp(1), updates=each % 2, coupling=Affine()) for each in range(4)]
+    layers = [CouplingLayer(scaling_mlp(1), updates=index % 2, coupling=Affine()) for index in range(4)]
     model = InvertibleSequential(*layers)
     prior = torch.distributions.Normal(0, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)

@@ -47,7 +47,7 @@ def test_policies_can_be_given_by_name(name, policy):
     assert policies(model)["1"] == (policy,) * 3
     for model_name in ("revnet38", "irevnet_cifar", "revvit_cifar"):
         model = create_model(model_name, policy=name)
-        assert {each for holder in reversible_holders(model) for each in holder.policies} == {policy}
+        assert {unit_policy for holder in reversible_holders(model) for unit_policy in holder.policies} == {policy}
 
 
 def reversible_holders(model):

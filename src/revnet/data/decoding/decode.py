@@ -28,11 +28,11 @@ _ANY_DRAW = Draw(0, 0, 0)
 
 
 class UndecodableError(Exception):
-    """An image cannot be decoded. The message is the reason alone; callers add the name of the image."""
+    """An image cannot be decoded. The message contains only the reason; callers add the name of the image."""
 
 
 def require_pillow() -> None:
-    """Raise if Pillow is missing, before a worker process fails for lack of it."""
+    """Raise if Pillow is missing, before a worker process fails without it."""
     require("PIL.Image", package="Pillow", purpose="decoding images")
 
 
@@ -157,7 +157,7 @@ def _turn_upright(image: "Image", orientation: int) -> "Image":
 
 
 def _orientation(image: "Image") -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if the metadata does not say."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if the metadata does not contain it."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # the pixels may be fine although the metadata cannot be read

@@ -72,7 +72,7 @@ class RandomWindows(Iterable[Tensor]):
 
 
 class ConsecutiveWindows(Iterable[Tensor]):
-    """Batches of consecutive windows, (B, length + 1), int64, in order; a shorter rest at the end is left out.
+    """Batches of consecutive windows, (B, length + 1), int64, in order; a shorter window at the end is left out.
 
     Args:
         tokens: The text, (N,).

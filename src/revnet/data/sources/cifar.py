@@ -31,7 +31,7 @@ def load_cifar10(*, on_corrupt: OnCorrupt = "stop") -> ImageDataset:
 
 
 def load_cifar100(*, on_corrupt: OnCorrupt = "stop") -> ImageDataset:
-    """Load CIFAR-100: like `load_cifar10`, with 100 classes of 500 training and 100 test images; the fine labels."""
+    """Load CIFAR-100: like `load_cifar10`, with the fine labels: 100 classes of 500 training and 100 test images."""
     return _load("cifar100", "uoft-cs/cifar100", "cifar100", on_corrupt)
 
 

@@ -30,7 +30,7 @@ def load_parquet_folder(
 ) -> ImageDataset:
     """Load a data set from a folder of parquet files.
 
-    The files may lie in the folder or in one folder directly inside it, as in a clone of a hub repository. Each has a
+    The files may be in the folder or in one folder directly inside it, as in a clone of a hub repository. Each has a
     column of encoded images (`img` or `image`) and one of integer labels (`label` or `fine_label`); other columns are
     not read. Class names come from the metadata of the schema. Without them, classes are named by their numbers, and
     the training labels must be 0..K-1 without gaps. `validation-*.parquet` may replace `test-*.parquet`, and is also

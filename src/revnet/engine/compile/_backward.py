@@ -76,7 +76,7 @@ class BackwardPass:
         if any(self._returned[:NUM_STREAMS]):
             return 0
         wanted = {position for position, is_wanted in enumerate(self._returned) if is_wanted}
-        reaches = self._program.found.reaches
+        reaches = self._program.known_findings.reaches
         return next((index for index, reach in enumerate(reaches) if wanted.intersection(reach.inputs)), len(reaches))
 
     def _restore(self, step: Step, kept: Kept) -> None:
@@ -107,7 +107,7 @@ class BackwardPass:
 
     def _check_graph(self, index: int, step: Step, residual: Tensor) -> None:
         """Raise if a residual has no graph, although in the probe it depended on inputs that get a gradient."""
-        expected = any(self._returned[position] for position in self._program.found.reaches[index].inputs)
+        expected = any(self._returned[position] for position in self._program.known_findings.reaches[index].inputs)
         if expected and not residual.requires_grad:
             raise ReconstructionError(
                 f"`{step.name}` returned a tensor that does not require a gradient, but did when it was traced; store "

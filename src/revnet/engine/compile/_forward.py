@@ -33,7 +33,7 @@ class ForwardPass:
         self._program = program
         self._inputs = inputs
         self._wanted = wanted
-        self._is_constant = program.found.is_constant
+        self._is_constant = program.known_findings.is_constant
         self._buffers = [
             buffer if constant else buffer.clone() for buffer, constant in zip(buffers, self._is_constant, strict=True)
         ]
@@ -57,7 +57,7 @@ class ForwardPass:
     def _residual(self, index: int, step: Step) -> Tensor:
         """Call the function of a step, and check that it does what the probe saw."""
         program = self._program
-        draws = program.found.draws[index]
+        draws = program.known_findings.draws[index]
         random_states = [get_random_state(device) for device in self._devices]
         self._kept += keep(program, step, draws, random_states, self._buffers)
         source = self._streams[step.source].detach().requires_grad_()

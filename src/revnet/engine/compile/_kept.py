@@ -41,7 +41,7 @@ def num_bytes(program: Program, devices: Sequence[torch.device], buffers: Sequen
     """Return the number of bytes that a program keeps."""
     # The states are real even while tracing; only their size counts.
     states = sum(get_random_state(device).numel() for device in devices)
-    size = sum(states for draws in program.found.draws if draws)
+    size = sum(states for draws in program.known_findings.draws if draws)
     kept = [buffers[position] for step in program.steps for position in program.kept(step)]
     return size + sum(buffer.numel() * buffer.element_size() for buffer in kept)
 
@@ -67,5 +67,5 @@ def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buf
     now = [get_random_state(device) for device in devices]  # Only for their sizes.
     return [
         Kept([take(old) for old in now] if draws else [], [take(buffers[which]) for which in program.kept(step)])
-        for step, draws in zip(program.steps, program.found.draws, strict=True)
+        for step, draws in zip(program.steps, program.known_findings.draws, strict=True)
     ]

@@ -1,7 +1,7 @@
-"""The operators of a compiled graph, one for each pass.
+"""The operators of a compiled graph, one for the forward pass and one for the backward pass.
 
 The compiler treats them like a convolution: it knows the shapes of their results, and which operator computes the
-gradient of which.
+gradients of the other.
 """
 
 from typing import Any
@@ -60,7 +60,9 @@ def _forward_fake(
     streams = probe(run, inputs, buffers, wanted)
     y1, y2 = (streams[which] if which in run.targets else x1.new_empty(0) for which in range(NUM_STREAMS))
     size = num_bytes(run, devices_of(x1, inputs[NUM_STREAMS:]), buffers)
-    changed = [torch.empty_like(b) for b, constant in zip(buffers, run.found.is_constant, strict=True) if not constant]
+    changed = [
+        torch.empty_like(b) for b, constant in zip(buffers, run.known_findings.is_constant, strict=True) if not constant
+    ]
     return y1, y2, run.no_log_det(x1), x1.new_empty(size, dtype=torch.uint8), changed
 
 
@@ -91,7 +93,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> No
     ends = [y if which in run.targets else x for which, (x, y) in enumerate(zip(tensors[:2], (y1, y2), strict=True))]
     if len(run.steps) == 1 and run.steps[0].coupling.is_additive:
         ends[run.steps[0].target] = y1.new_empty(0)  # With a single step, the updated stream is never read again.
-    constants = [b for b, constant in zip(buffers, run.found.is_constant, strict=True) if constant]
+    constants = [b for b, constant in zip(buffers, run.known_findings.is_constant, strict=True) if constant]
     ctx.save_for_backward(*ends, *tensors[NUM_STREAMS:], *constants, state)
     ctx.mark_non_differentiable(state, *changed)
     # A parameter that the loss does not depend on must get None, not zeros, to which a weight decay would apply.

@@ -30,11 +30,11 @@ TENSOR = "<tensor>"
 NUM_STREAMS = 2
 
 Place = tuple[dict[str, Any], str]
-"""The `_parameters` or `_buffers` of a module, and a name in it."""
+"""The `_parameters` or `_buffers` dict of a module, and a key of that dict."""
 
 
 class Step(NamedTuple):
-    """A half-block of a program, field for field, with a number for the function, so that nothing is kept alive."""
+    """A half-block of a program, with an index instead of the function, so that the function is not kept alive."""
 
     function: int
     """Index of the function in the program's list of functions."""
@@ -131,7 +131,7 @@ class Program:
         self._is_scratch = [id(holder) in norms for held in self._buffer_places for holder, _ in held]
 
     @property
-    def found(self) -> Findings:
+    def known_findings(self) -> Findings:
         """Findings of the probe."""
         if self.findings is None:
             # The trace broke where the probe failed, and the operator ran by itself.
@@ -145,11 +145,11 @@ class Program:
         """Return a string for everything that the shapes and the gradients of the operators depend on."""
         # Without numbers and identities, which are valid in one process only: compiled graphs are cached on disk.
         steps = [(step.target, step.source, type(step.coupling).__qualname__, step.coupling) for step in self.steps]
-        traits = (steps, self.found, self._is_scratch, self.has_log_det, self._input_dtype, self._autocast)
+        traits = (steps, self.known_findings, self._is_scratch, self.has_log_det, self._input_dtype, self._autocast)
         return hashlib.sha256(repr(traits).encode()).hexdigest()
 
     def half_block(self, step: Step) -> HalfBlock:
-        """Return the half-block that a step stands for."""
+        """Return the half-block that corresponds to a step."""
         function = self._functions[step.function]()
         if function is None:
             raise ReconstructionError(
@@ -243,7 +243,7 @@ class Program:
 
     def kept(self, step: Step) -> list[int]:
         """Return the positions of the buffers that a replay must read as the first run did."""
-        is_constant, is_scratch = self.found.is_constant, self._is_scratch
+        is_constant, is_scratch = self.known_findings.is_constant, self._is_scratch
         return [
             position
             for position in self.buffer_positions[step.function]
@@ -257,7 +257,7 @@ class Program:
         all_places = itertools.chain.from_iterable(self._buffer_places)
         return [
             next(remaining) if constant else holder[name].detach().clone()
-            for constant, (holder, name) in zip(self.found.is_constant, all_places, strict=True)
+            for constant, (holder, name) in zip(self.known_findings.is_constant, all_places, strict=True)
         ]
 
     def reached(self, wanted: Sequence[bool], has_gradient: Sequence[bool]) -> list[bool]:
@@ -269,7 +269,7 @@ class Program:
         """
         is_live = list(has_gradient[:NUM_STREAMS])
         inputs: set[int] = set()
-        for step, reach in zip(reversed(self.steps), reversed(self.found.reaches), strict=True):
+        for step, reach in zip(reversed(self.steps), reversed(self.known_findings.reaches), strict=True):
             # A log-determinant depends on the stream that its coupling updates.
             if has_gradient[NUM_STREAMS] and not step.coupling.is_additive:
                 is_live[step.target] = True
@@ -352,7 +352,7 @@ def digest_of(program: int) -> str:
 @constant_while_tracing
 def changing_buffers(program: int) -> list[int]:
     """Return the positions of the buffers that a program writes to."""
-    return [position for position, constant in enumerate(PROGRAMS[program].found.is_constant) if not constant]
+    return [position for position, constant in enumerate(PROGRAMS[program].known_findings.is_constant) if not constant]
 
 
 @constant_while_tracing

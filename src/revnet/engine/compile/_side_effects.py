@@ -45,7 +45,7 @@ def check_arguments(name: str, arguments: Any, flat: Sequence[Any], spec: Any) -
 
 
 class Attributes:
-    """The present attributes of a function's modules, including the lists and dicts in them.
+    """The current attributes of a function's modules, including the lists and dicts in them.
 
     Args:
         function: The residual function.

@@ -30,7 +30,7 @@ class CountedCosts(NamedTuple):
 
     chain: ChainCosts
     excess_bytes: int
-    """Most bytes by which the chain's peak exceeded the true peak of a probe.
+    """Largest number of bytes by which the chain's peak exceeded the true peak of a probe.
 
     The chain only models direct neighbors; units farther away have a small effect too.
     """
@@ -110,7 +110,7 @@ def probes(num_choices: Sequence[int]) -> list[list[int]]:
 
 
 def _uniform_probes(num_choices: Sequence[int]) -> list[list[int]]:
-    """Return one mixture per choice, with it everywhere; a unit with fewer choices has its first one instead."""
+    """Return one mixture per choice, which all units have; a unit with fewer choices has its first one instead."""
     most = max(num_choices, default=0)
     return [[max(0, choice - (most - count)) for count in num_choices] for choice in range(most)]
 

@@ -1,4 +1,4 @@
-"""Find the largest batch of which a training step fits a budget."""
+"""Find the largest batch size with which a training step fits a budget."""
 
 import math
 from collections.abc import Mapping

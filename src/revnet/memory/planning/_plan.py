@@ -45,7 +45,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes alive at once in a step under the plan, everything counted."""
+        """Largest number of bytes alive at once in a step under the plan, everything counted."""
         return self.memory.peak_bytes
 
     def apply(self, model: nn.Module) -> None:

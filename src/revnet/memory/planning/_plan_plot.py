@@ -19,7 +19,7 @@ _MARKERS = "sD^vPX"
 _LARGEST_LINEAR = 5.0
 """Largest ratio of times on a linear axis."""
 _LONGEST_LINE = 75
-"""Most characters in a line of the title."""
+"""Largest number of characters in a line of the title."""
 _FARTHEST_BUDGET = 1.5
 """Largest budget that is drawn as a line, relative to the largest peak; a line farther away would squeeze the rest."""
 
@@ -91,7 +91,7 @@ def _set_time_axis(axes: Any, least: float, most: float) -> None:
 
 
 def _mark_budget(axes: Any, budget_bytes: int, unit_bytes: int) -> list[tuple[float, float]]:
-    """Draw the budget as a line, with an arrow if it lies to the right of the picture; return points on the line."""
+    """Draw the budget as a line, with an arrow if it is to the right of the axes; return points on the line."""
     x, right = budget_bytes / unit_bytes, axes.get_xlim()[1]
     text = f"budget {format_bytes(budget_bytes)}" + (" ->" if x > right else "")
     style = {"ha": alignment_inside(x / right), "fontsize": 9, "color": INK}

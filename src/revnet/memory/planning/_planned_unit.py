@@ -10,7 +10,7 @@ class PlanPoint(NamedTuple):
     """Memory and time of one way to run the step."""
 
     peak_bytes: int
-    """Most bytes alive at once, everything counted."""
+    """Largest number of bytes alive at once, everything counted."""
     time_ratio: float
     """Time of the step, relative to a step that stores all activations."""
 

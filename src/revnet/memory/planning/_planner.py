@@ -157,7 +157,7 @@ def _policies_at(point: FrontierPoint, units: Sequence[UnitInModel]) -> list[Abs
 
 
 def _uniform_points(units: Sequence[UnitInModel], costs: ChainCosts) -> dict[str, FrontierPoint]:
-    """Return one point for each policy, with it everywhere; a unit that does not accept it has its next policy."""
+    """Return one point for each policy, which all units have; a unit that does not accept it has its next policy."""
     most = max(len(unit.choices) for unit in units)
     longest = next(unit for unit in units if len(unit.choices) == most)
     points = {}

@@ -43,7 +43,7 @@ class ChainCosts:
     held: list[_Ints]
     """Bytes that a unit holds between its forward and its backward pass."""
     transient: list[_Ints]
-    """Most bytes alive while a unit runs, with the bytes that it holds, without the bytes that earlier units hold."""
+    """Peak bytes while a unit runs, with the bytes that it holds, without the bytes that earlier units hold."""
     seconds: list[npt.NDArray[np.float64]]
     """Time of a unit, forward and backward together."""
     base: int
@@ -94,7 +94,7 @@ class ChainCosts:
         return len(self.held)
 
     def peak(self, choices: Sequence[int]) -> int:
-        """Return the most bytes alive at once in a step with these choices, one for each unit."""
+        """Return the peak bytes of a step with these choices, one for each unit."""
         self._check(choices)
         before, peak = self.base, max(self.base, self.floor)
         for index, (choice, after) in enumerate(pairwise([*choices, 0])):

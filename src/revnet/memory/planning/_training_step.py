@@ -1,4 +1,4 @@
-"""Training step to plan."""
+"""The training step to plan."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -68,7 +68,7 @@ class TrainingStep:
         return self if count >= self.num_samples else self._with_batch(lambda tensor: tensor[:count])
 
     def _with_batch(self, change: Any) -> "TrainingStep":
-        """Return the same step with every tensor of the batch replaced by `change` of it."""
+        """Return the same step with every tensor of the batch replaced by the result of `change`."""
         total = self.num_samples
 
         def change_batch(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from revnet.memory.step._run_step import losses_of, tensors_in
 from revnet.nn._restore import restoring_state
 
 _LEAST_EXTRA = 1e-3
-"""Least fraction by which any other policy is assumed to be slower than storing; below the resolution of the clock."""
+"""Smallest fraction by which other policies are assumed to be slower than storing; below the clock's resolution."""
 
 
 def measure_seconds(

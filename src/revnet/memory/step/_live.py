@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Count the live bytes of all tensor storages that are created while this mode is active.
 
-    A storage counts from the operation that returns it until it is freed, and once no matter how many tensors view it.
-    Workspaces, which a kernel allocates and frees within one operation, are not seen.
+    A storage counts from the operation that returns it until it is freed. It counts once, even if several tensors view
+    it. Workspaces, which a kernel allocates and frees within one operation, are not seen.
 
     Args:
         ignore: Tensors whose storages do not count, such as parameters and inputs.

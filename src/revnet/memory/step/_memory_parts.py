@@ -49,7 +49,7 @@ class ModuleMemory:
     The streams between reversible blocks belong to the sequence; a block owns what its residual functions create.
     """
     peak_bytes: int
-    """Most bytes alive, of every kind, while it ran in either pass; 0 if it never ran."""
+    """Largest number of bytes alive, of every kind, while it ran in either pass; 0 if it never ran."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +83,8 @@ class CudaMemory:
     """
 
     allocated_bytes: int
-    """Most bytes in tensors of this process, from `torch.cuda.max_memory_allocated`."""
+    """Largest number of bytes in tensors of this process, from `torch.cuda.max_memory_allocated`."""
     reserved_bytes: int
-    """Most bytes that PyTorch's allocator held, from `torch.cuda.max_memory_reserved`."""
+    """Largest number of bytes that PyTorch's allocator held, from `torch.cuda.max_memory_reserved`."""
     device_bytes: int
     """Bytes in use on the device after the step, by all processes, as `nvidia-smi` shows them."""

@@ -154,7 +154,7 @@ def _restoring_gradients(leaves: list[Tensor]) -> Iterator[None]:
 def check_step(
     model: nn.Module, kwargs: Mapping[str, Any] | None, loss: Loss | None, autocast: torch.dtype | None
 ) -> None:
-    """Raise for arguments that are wrong in themselves, before anything runs."""
+    """Raise for arguments that are invalid in any step, before anything runs."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` (={type(model).__name__}) must be a module.")
     if kwargs is not None and not isinstance(kwargs, Mapping):

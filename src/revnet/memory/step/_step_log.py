@@ -11,7 +11,7 @@ from torch import nn
 Integers = NDArray[np.int64]
 
 NO_MODULE = -1
-"""Stands for a module's index where no module ran, such as in the loss."""
+"""Placeholder for a module's index where no module ran, such as in the loss."""
 
 
 @dataclass(frozen=True, eq=False)

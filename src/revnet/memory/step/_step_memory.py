@@ -16,7 +16,7 @@ class StepMemory:
     """
 
     peak_bytes: int
-    """Most bytes alive at once: model, inputs, activations, gradients and optimizer state."""
+    """Largest number of bytes alive at once: model, inputs, activations, gradients and optimizer state."""
     at_peak: Breakdown
     """Bytes alive at the peak, by kind."""
     peak_phase: Phase
@@ -24,7 +24,7 @@ class StepMemory:
     peak_module: str
     """Name of the module that runs at the peak; "" for the model itself, the loss and the optimizer."""
     activation_bytes: int
-    """Most bytes of activations and their gradients alive at once.
+    """Largest number of bytes of activations and their gradients alive at once.
 
     A step needs these bytes in addition to the model, its parameters' gradients and its inputs.
     """

@@ -18,10 +18,10 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _CARET_DOWN = 7
 """Number of matplotlib's triangle that points down, with its tip at the position of the marker."""
 _MOST_COLUMNS = 400
-"""Most columns of a timeline; with more, the allocations of each block would look like a comb."""
+"""Largest number of columns of a timeline; with more, the allocations of each block would look like a comb."""
 _LONGEST_NAME = 40
 _LONGEST_LINE = 75
-"""Most characters in a line of the title."""
+"""Largest number of characters in a line of the title."""
 
 
 def plot_timeline(memory: StepMemory, path: Path, *, title: str) -> None:

@@ -17,7 +17,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 def check_sequence(x: Tensor, dim: int, num_heads: int, mask: Tensor | None, rotary: Tensor | None) -> None:
-    """Raise unless `x` is (B, T, dim), and `mask` and `rotary` are None or made for it."""
+    """Raise unless `x` is (B, T, dim), and `mask` and `rotary` are None or fit `x`."""
     if not isinstance(x, Tensor):
         check_tensor("x", x)
     if x.dim() != 3 or x.shape[-1] != dim:

@@ -118,7 +118,7 @@ class ReversibleSequential(ReversibleModule, HasPolicies):
         self._keeper = None if tolerance is None else ToleranceKeeper(tolerance)
 
     def tolerance_state(self) -> dict[str, Any] | None:
-        """Return the keyframes and what else the tolerance has recorded, in plain values; None without a `tolerance`.
+        """Return the keyframes and the other records of the tolerance as plain values; None without a `tolerance`.
 
         A training run that is resumed with this state has the same keyframes, and so the same gradients, as a run that
         was never stopped.

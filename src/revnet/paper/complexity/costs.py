@@ -43,7 +43,7 @@ TECHNIQUES: Sequence[Technique] = (
 
 @dataclass(frozen=True)
 class ComplexitySettings:
-    """Amount of measurements, and the device.
+    """Number of measurements, and the device.
 
     Raises:
         ValueError: A depth or the number of rounds is not positive, or there are fewer than two depths.
@@ -111,7 +111,7 @@ def measure_complexity(settings: ComplexitySettings, say: Callable[[str], None] 
     """Count bytes and arithmetic of all techniques at all depths, and time their steps.
 
     Args:
-        settings: Amount of measurements, and the device.
+        settings: Number of measurements, and the device.
         say: Function that receives a line for each result.
     """
     costs, times = [], []
@@ -125,7 +125,7 @@ def measure_complexity(settings: ComplexitySettings, say: Callable[[str], None] 
             rows, _ = measure_times(settings.case, only, _methods())
             for row in rows:
                 times.append(row)
-                ratio = row.note if row.times is None else f"{row.times.over_plain.median:.2f} of plain's"
+                ratio = row.note if row.times is None else f"{row.times.over_plain.median:.2f} times plain"
                 say(f"{depth} blocks, {row.method}: step time {ratio}")
     return Complexity(settings, costs, times)
 

@@ -29,7 +29,7 @@ def run_complexity(
     """Measure the paper's table of complexities and write `complexity_<hardware>_<date>` as Markdown, CSV and PNG.
 
     Args:
-        settings: Amount of measurements, and the device.
+        settings: Number of measurements, and the device.
         folder: Output folder. It is created if it does not exist.
         command: Command line that the page prints.
         say: Function that receives a line for each result.

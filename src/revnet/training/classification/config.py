@@ -182,7 +182,7 @@ class TrainConfig(AbstractRunConfig):
 
         Args:
             data_name: Name of the data set.
-            is_decoded: Whether its images lie in files, to be decoded and cropped in every epoch.
+            is_decoded: Whether its images are files, which are decoded and cropped in every epoch.
         """
         usual = _USUAL.get(data_name, _USUAL_DECODED if is_decoded else _USUAL_IN_MEMORY)
         usual = {"num_workers": min(8, max(0, (os.cpu_count() or 1) - 1)) if is_decoded else 0, **usual}

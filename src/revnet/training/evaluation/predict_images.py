@@ -40,7 +40,7 @@ class ImagePrediction:
     """Path of the image file, as given."""
 
     answers: tuple[Answer, ...]
-    """Most probable classes, in descending order."""
+    """The most probable classes, in descending order of probability."""
 
 
 def predict_images(

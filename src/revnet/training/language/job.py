@@ -21,7 +21,7 @@ from revnet.training.run.activation_memory import PeakBytes, Update, apply_polic
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 _LONGEST_EPOCH = 500
-"""Most updates of an epoch, if the settings leave the number open."""
+"""Largest number of updates of an epoch, if the settings leave the number open."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

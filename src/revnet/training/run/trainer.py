@@ -30,7 +30,7 @@ class AtomicCheckpointIO(CheckpointIO):
     """Plugin that writes a checkpoint whole or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint`; a process that is killed meanwhile leaves the previous file."""
+        """Write `checkpoint`; if the process is killed while writing, the previous file remains."""
         with atomic_path(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
 
