@@ -38,6 +38,7 @@ from revnet import coupling, functional, models
 from revnet import nn as rnn
 from revnet.coupling._additive import additive, additive_inverse
 from revnet.engine._split import split
+from revnet.models._registry import _ENTRIES
 from revnet.nn import attention
 from revnet.nn._restore import restoring_policies, restoring_state
 from revnet.nn._whole_model import policy_holders
@@ -372,7 +373,7 @@ def targets() -> list[Target]:
     result = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
     result += FUNCTIONS
     for name in ENTRY_FUNCTIONS:
-        function = getattr(models, name)
+        function = getattr(models, name, None) or _ENTRIES[name].function
         result.append(Target(name, on_meta(function), dict, function))
     for make, samples in INSTANCES:
         result += _methods(make, samples)
