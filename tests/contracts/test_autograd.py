@@ -193,10 +193,7 @@ def saved_tensors(y):
 
 @all_cases
 def test_saved_tensors_can_be_read_before_backward(case):
-    """They are read from the last to the first and back again.
-
-    Outside of a backward pass, each read rebuilds the tensors that it returns.
-    """
+    """They are read from the last to the first and back again. Each read outside of a backward pass rebuilds them."""
     if case.name == "group-and-instance-norm":
         pytest.skip("instance norm saves a copy of its running statistics, which its backward pass does not read")
 

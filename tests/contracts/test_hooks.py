@@ -87,7 +87,7 @@ def test_backward_hooks_of_modules(place):
 
 
 def test_forward_hooks_run_again_in_a_replay():
-    """PyTorch's checkpoint does the same. Hooks of the sequence run once, because the sequence does not run again.
+    """PyTorch's checkpoint does the same. Hooks of the sequence run once, because the sequence is not replayed.
 
     Hooks after the first function do not run again, since its replay stops before the last product.
     """

@@ -38,9 +38,11 @@ from revnet import coupling, functional, models
 from revnet import nn as rnn
 from revnet.coupling._additive import additive, additive_inverse
 from revnet.engine._split import split
+from revnet.models._registry import _ENTRIES
 from revnet.nn import attention
 from revnet.nn._restore import restoring_policies, restoring_state
-from revnet.nn.policies._has_policies import broadcast_policy
+from revnet.nn._whole_model import policy_holders
+from revnet.nn.policies._has_policies import as_policy, broadcast_policy
 
 LIMIT_SECONDS = 10.0
 LIMIT_BYTES = 4 * 2**30
@@ -216,9 +218,9 @@ FUNCTIONS = [
         also={"y": "f", "residual": "f"},
         silent=frozenset({"name"}),
     ),
-    Target("as_policy", rnn.as_policy, lambda: {"policy": "store"}, silent=frozenset({"name"})),
+    Target("as_policy", as_policy, lambda: {"policy": "store"}, silent=frozenset({"name"})),
     Target("broadcast_policy", broadcast_policy, lambda: {"policy": "store", "units": UNITS}),
-    Target("policy_holders", rnn.policy_holders, lambda: {"model": sequence()}),
+    Target("policy_holders", policy_holders, lambda: {"model": sequence()}),
     Target("restoring_policies", restoring_policies, lambda: {"model": sequence()}),
     Target("restoring_state", restoring_state, lambda: {"model": sequence()}),
     Target("set_coupling", rnn.set_coupling, lambda: {"model": sequence(), "coupling": coupling.FixedPoint()}),
@@ -371,7 +373,7 @@ def targets() -> list[Target]:
     result = [Target(cls.__name__, cls, lambda options=options: dict(options)) for cls, options in CONSTRUCTORS]
     result += FUNCTIONS
     for name in ENTRY_FUNCTIONS:
-        function = getattr(models, name)
+        function = getattr(models, name, None) or _ENTRIES[name].function
         result.append(Target(name, on_meta(function), dict, function))
     for make, samples in INSTANCES:
         result += _methods(make, samples)

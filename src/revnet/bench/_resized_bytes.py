@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 class ResizedBytes(TorchDispatchMode):
     """Count the bytes of all storages except `baseline`, reading every storage's size at every operation.
 
-    `revnet.memory.LiveBytes` reads the size of a storage once. This is fast, and exact as long as storages are only
+    `LiveBytes` reads the size of a storage once. This is fast, and exact as long as storages are only
     created and freed. memcnn frees its inputs by resizing their storages to zero, which a dispatch mode does not see,
     so this class reads the sizes again before and after each operation. A method that frees its own input gets credit
     for it: the count is the allocator's current total minus its total at the start.

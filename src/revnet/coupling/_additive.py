@@ -70,7 +70,7 @@ def additive(x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
 
     Example:
         >>> import torch
-        >>> from revnet.coupling import additive
+        >>> from revnet.coupling._additive import additive
         >>> additive(torch.tensor([1.0]), torch.tensor([0.5]))
         tensor([1.5000])
     """
@@ -101,7 +101,7 @@ def additive_inverse(y: Tensor, residual: Tensor, name: str = "f", *, in_place: 
 
     Example:
         >>> import torch
-        >>> from revnet.coupling import additive_inverse
+        >>> from revnet.coupling._additive import additive_inverse
         >>> additive_inverse(torch.tensor([1.5]), torch.tensor([0.5]))
         tensor([1.])
     """

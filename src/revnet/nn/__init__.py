@@ -25,6 +25,8 @@ from revnet.nn.invertible._invertible_sequential import InvertibleSequential as 
 from revnet.nn.invertible._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn.invertible._space_to_depth import SpaceToDepth as SpaceToDepth
 from revnet.nn.policies._has_policies import HasPolicies as HasPolicies
+from revnet.nn.policies._has_policies import HasSinglePolicy as HasSinglePolicy
+from revnet.nn.policies._has_policies import PolicyUnit as PolicyUnit
 from revnet.nn.policies._policy import AbstractModulePolicy as AbstractModulePolicy
 from revnet.nn.policies._policy import AbstractPolicy as AbstractPolicy
 from revnet.nn.policies._policy import Checkpoint as Checkpoint

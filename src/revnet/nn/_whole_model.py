@@ -22,7 +22,7 @@ def policy_holders(model: nn.Module) -> dict[str, HasPolicies]:
     Example:
         >>> from torch import nn
         >>> from revnet import PolicySequential
-        >>> from revnet.nn import policy_holders
+        >>> from revnet.nn._whole_model import policy_holders
         >>> model = nn.Sequential(PolicySequential(nn.Linear(2, 2)), nn.ReLU())
         >>> {name: module.policies for name, module in policy_holders(model).items()}
         {'0': (Store(),)}

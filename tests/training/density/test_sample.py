@@ -38,8 +38,10 @@ def test_random_mask_hides_about_half_of_the_pixels():
 def test_known_pixels_do_not_change(folder, tmp_path):
     sample(folder, num_samples=1, missing="left", num_steps=1, output_dir=tmp_path)
     picture = matplotlib.image.imread(tmp_path / "inpainting_left.png")
-    factor = picture.shape[1] // (20 * 9 + 1)
-    pixels = np.rint(picture[::factor, ::factor] * 255).astype(int)
+    height, width = 3 * 9 + 1, 20 * 9 + 1
+    factor = round(1000 / width)
+    grid = picture[-height * factor :, -width * factor :, 0]  # below the title, to the right of the labels
+    pixels = np.rint(grid[::factor, ::factor] * 255).astype(int)
     original, gap, filled = pixels[1:9, 1:], pixels[10:18, 1:], pixels[19:27, 1:]
     for column in range(20):
         known = slice(9 * column + 4, 9 * column + 8)
@@ -92,3 +94,17 @@ def test_grid_places_every_image(tmp_path, channels):
     picture = matplotlib.image.imread(tmp_path / "grid.png")
     assert picture.shape[:2] == (9 * 62, 16 * 62), "each pixel is a square of 62, for a width of about 1000"
     assert (picture.ndim == 3) == (channels == 3)
+
+
+def test_grid_has_room_for_its_texts(tmp_path):
+    images = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
+    save_grid(images, tmp_path / "plain.png", num_columns=3)
+    title = "a title " * 20  # wider than the grid
+    save_grid(images, tmp_path / "texts.png", num_columns=3, title=title, row_labels=("original", "filled in"))
+    plain, texts = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("plain", "texts"))
+    is_dark = (texts[:, :, 0] < 0.5) if texts.ndim == 3 else texts < 0.5
+    title_height = texts.shape[0] - plain.shape[0]
+    assert 0 < is_dark.any(axis=1).argmax() < title_height, "the title is above the grid"
+    labels = is_dark[title_height:, : is_dark[-100].argmax()]  # to the left of the first image of the last row
+    assert labels[: len(labels) // 2].any()
+    assert labels[len(labels) // 2 :].any()

@@ -26,7 +26,7 @@ def as_policy(policy: AbstractPolicy | str, name: str = "policy") -> AbstractPol
         ValueError: No policy has this name.
 
     Example:
-        >>> from revnet.nn import as_policy
+        >>> from revnet.nn.policies._has_policies import as_policy
         >>> as_policy("checkpoint")
         Checkpoint()
     """

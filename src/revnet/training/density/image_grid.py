@@ -1,7 +1,9 @@
 """A grid of small images in one picture."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,24 +11,49 @@ from torch import Tensor
 from revnet.training.atomic_file import atomic_path
 
 _GAP = 1  # pixels of the images
-_USUAL_WIDTH = 1000  # of the picture
+_USUAL_WIDTH = 1000  # of the grid, in pixels of the picture
+_FONT_SIZE, _MARGIN = 22, 8  # in pixels of the picture
 
 
-def save_grid(images: Tensor, path: Path, *, num_columns: int | None = None) -> None:
+def save_grid(
+    images: Tensor, path: Path, *, num_columns: int | None = None, title: str = "", row_labels: Sequence[str] = ()
+) -> None:
     """Write images as one PNG file, row by row, and enlarge each pixel to a square.
 
     Args:
         images: (N, C, H, W), uint8, grayscale or RGB.
         path: The PNG file.
         num_columns: Images in a row; by default the grid is square.
+        title: Text above the grid.
+        row_labels: Texts to the left of the rows.
     """
     from PIL import Image
 
     grid = make_grid(images, num_columns or math.ceil(math.sqrt(len(images))))
     factor = max(1, round(_USUAL_WIDTH / grid.shape[2]))
     pixels = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
+    picture = Image.fromarray(pixels.squeeze(2).contiguous().numpy())
+    if title or row_labels:
+        picture = _with_texts(picture, title, row_labels)
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels.squeeze(2).contiguous().numpy()).save(temporary, format="png")
+        picture.save(temporary, format="png")
+
+
+def _with_texts(picture: Any, title: str, row_labels: Sequence[str]) -> Any:
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(_FONT_SIZE)
+    left = max((math.ceil(font.getlength(label)) + 2 * _MARGIN for label in row_labels), default=0)
+    top = _FONT_SIZE + 2 * _MARGIN if title else 0
+    width = max(left + picture.width, math.ceil(font.getlength(title)) + 2 * _MARGIN)
+    canvas = Image.new("RGB", (width, top + picture.height), "white")
+    canvas.paste(picture, (left, top))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((left + _MARGIN, _MARGIN), title, fill="black", font=font)
+    for row, label in enumerate(row_labels):
+        middle = top + picture.height * (row + 0.5) / len(row_labels)
+        draw.text((left - _MARGIN, middle), label, fill="black", font=font, anchor="rm")
+    return canvas
 
 
 def make_grid(images: Tensor, num_columns: int) -> Tensor:

@@ -104,7 +104,8 @@ def sample(
     generator = torch.Generator(torch_device).manual_seed(seed)
     drawn = density.sample(num_samples, temperature=temperature, generator=generator).cpu()
     files = [folder / "samples.png"]
-    save_grid(drawn, files[0])
+    subject = f"{name}, {weights.parent.name or weights.name}"
+    save_grid(drawn, files[0], title=f"{num_samples} samples at temperature {temperature:g} ({subject})")
     if missing is not None:
         files.append(folder / f"inpainting_{missing}.png")
         chosen = images[:: max(1, len(images) // _NUM_INPAINTED)][:_NUM_INPAINTED]
@@ -112,7 +113,13 @@ def sample(
         options = {"num_steps": num_steps, "step_size": step_size, "noise": _NOISE}
         filled = density.inpaint(chosen.to(torch_device), mask, generator=generator, **options).cpu()
         gray = torch.full_like(chosen, 128)
-        save_grid(torch.cat((chosen, torch.where(mask, chosen, gray), filled)), files[1], num_columns=len(chosen))
+        save_grid(
+            torch.cat((chosen, torch.where(mask, chosen, gray), filled)),
+            files[1],
+            num_columns=len(chosen),
+            title=f"Test images with missing pixels filled in ({subject})",
+            row_labels=("original", "known", "filled in"),
+        )
     return Samples(
         checkpoint=weights,
         data=name,

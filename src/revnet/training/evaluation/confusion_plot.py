@@ -1,5 +1,6 @@
 """The plot of the confusions of a classifier."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,9 @@ from revnet.training.evaluation.confusion import Confusion
 # Largest numbers of classes for which cells show numbers, and rows and columns show names.
 _NUMBERS_UP_TO = 20
 _NAMES_UP_TO = 120
+
+_LEAST_DARKEST = 20
+"""Smallest share of a class, in percent, that has the darkest red. A few mistakes must not look like a failure."""
 
 _LONGEST_NAME = 24
 _OTHERS = "(others)"
@@ -58,15 +62,18 @@ def _shown(confusion: Confusion) -> tuple[Tensor, list[str], list[str]]:
 def _draw_cells(axes: Any, counts: Tensor) -> None:
     is_right = torch.eye(*counts.shape, dtype=torch.bool)
     shares, wrong = 100 * counts / counts.sum(dim=1, keepdim=True), counts.where(~is_right, 0)
-    most = max(1, int(wrong.max()))
     draw = _draw_squares if len(counts) <= _NAMES_UP_TO else _draw_dots
-    has_numbers = len(counts) <= _NUMBERS_UP_TO
     right = draw(axes, shares.where(is_right, torch.nan), "Blues", _linear(100))
-    mistakes = draw(axes, wrong.where(wrong > 0, torch.nan), "Reds", _linear(most) if has_numbers else _log(most))
     _draw_bar(axes, right, 0, "right, % of the class", range(0, 101, 20))
-    if has_numbers:
-        _write_numbers(axes, counts, shares.where(is_right, 100 * wrong / most))
+    if len(counts) <= _NUMBERS_UP_TO:
+        wrong_shares = shares.where(wrong > 0, torch.nan)
+        darkest = max(_LEAST_DARKEST, math.ceil(float(wrong_shares.nan_to_num().max()) / 10) * 10)
+        mistakes = draw(axes, wrong_shares, "Reds", _linear(darkest))
+        _draw_bar(axes, mistakes, 1, "wrong, % of the class", range(0, darkest + 1, 5 if darkest <= 30 else 20))
+        _write_numbers(axes, counts, shares.where(is_right, 100 * shares / darkest))
     else:
+        most = max(1, int(wrong.max()))
+        mistakes = draw(axes, wrong.where(wrong > 0, torch.nan), "Reds", _log(most))
         _draw_bar(axes, mistakes, 1, "wrong, images", _round_numbers(most))
 
 
