@@ -37,8 +37,8 @@ In this diagram `-->` is a reference and `~>` is a weak reference. Each forward 
                   |   --> versions, random states, copies of the buffers that the function changes
                   +~> Saved
 
-A *slot* is the value that the pack hook returns. Numbers from 0 up stand for tensors that are rebuilt. Negative numbers
-stand for tensors that outlive the call anyway; `Saved` keeps these, with the versions that they had.
+A *slot* is the value that the pack hook returns. Numbers from 0 up refer to tensors that are rebuilt. Negative numbers
+refer to tensors that outlive the call anyway; `Saved` keeps these, with the versions that they had.
 
 NOTE [ One training step ]
 
@@ -79,7 +79,7 @@ checks this. ::
                 autograd takes the tensors of i one by one, and differentiates function i
 
 Rare cases have files of their own: random numbers and tensors from outside the function (`_careful`), state in buffers
-(`_states`), putting state back (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
+(`_states`), restoring state (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
 additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
 stream, which one run in sixteen compares (`_parts`).
 
@@ -98,9 +98,9 @@ The code cites these rules by number.
     function are emptied, even if they were never read.
  4. *Both runs must be equal* in the function's structure, parameters, buffers, arguments, training flags,
     `requires_grad` flags, autocast state and random numbers. A replay first checks each of them cheaply. State that can
-    be put back is put back for the replay, and afterwards set to its current value again: flags, autocast, random
+    be restored is restored for the replay, and afterwards set to its current value again: flags, autocast, random
     states, tensors that were swapped out (`functional_call`), and copies of the buffers that the function changes. A
-    tensor that was modified in place cannot be put back, so it raises. A tensor is identified by the object, which a
+    tensor that was modified in place cannot be restored, so it raises. A tensor is identified by the object, which a
     reference keeps alive, and never by its address.
  5. *Never written to:* the caller's tensors, streams that are held while the graph is retained, and memory that another
     tensor sees. A stream is overwritten only if nothing else refers to its storage.

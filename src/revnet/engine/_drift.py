@@ -206,7 +206,7 @@ def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -
     size = torch.linalg.vector_norm(true)
     if floor is not None:
         size = torch.maximum(size, floor * true.numel() ** 0.5)
-    # 0 / 0 would be NaN, which stands for a stream that is not finite.
+    # 0 / 0 would be NaN, which represents a stream that is not finite.
     return torch.linalg.vector_norm(rebuilt.to(dtype) - true) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 

@@ -58,7 +58,7 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
 
 
 def _is_on_host(stream: Tensor) -> bool:
-    """Return whether a stream is an ordinary CPU tensor, or a fake tensor that stands for one."""
+    """Return whether a stream is an ordinary CPU tensor, or a fake tensor that represents one."""
     return is_plain(stream) and stream.device.type in ("cpu", "meta")
 
 

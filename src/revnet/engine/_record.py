@@ -242,7 +242,7 @@ class RecordedCall:
         return result
 
     def _keep_slots(self, saved: Saved, tensors: list[Tensor], own: tuple[Any, ...], start: int) -> None:
-        """Record what the slots stand for, and which of them a replay would not compute."""
+        """Record what the slots refer to, and which of them a replay would not compute."""
         metas, plan, versions = list(map(meta_of, tensors)), self.plan, saved.versions
         assert versions is not None
         # Reuse the same list, so that the garbage collector has nothing new to track.

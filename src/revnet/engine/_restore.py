@@ -155,7 +155,7 @@ def run_restored(
     rounded: Tensor | None,
     needs_result: bool,
 ) -> Any:
-    """Run a function again with `run_again`, with all state put back.
+    """Run a function again with `run_again`, with all state restored.
 
     Raises:
         ReconstructionError: The replay did not draw the same random numbers as the first run.

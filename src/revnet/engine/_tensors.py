@@ -72,11 +72,11 @@ def _count_alone() -> int | None:
 
 ALONE = _count_alone()
 use_count: Any = storage_use_count
-PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted like the tensor that it stands for.
+PLAIN = (Tensor, FakeTensor)  # A fake tensor is counted like the tensor that it represents.
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether it is an ordinary tensor, or a fake tensor that stands for one."""
+    """Return whether `tensor` is an ordinary tensor, or a fake tensor that represents one."""
     return type(tensor) in PLAIN
 
 

@@ -161,7 +161,7 @@ class NICE(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images, (num_samples, C, H, W). Values may lie outside [0, 1].
+        """Draw images, (num_samples, C, H, W). Values may be outside [0, 1].
 
         Args:
             num_samples: Number of images.

@@ -136,7 +136,7 @@ def test_rejects_other_arrays(tmp_path: Path, batch: bytes) -> None:
         ({"data": np.zeros((1, 3072), dtype=np.uint8), "labels": ["0"]}, "as a list of integers"),
         (
             {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [2, 3]},
-            r"^image 1 of `data_batch_4` in '.*' has the label 3, but there are 3 classes, so it must lie in 0\.\.2;",
+            r"^image 1 of `data_batch_4` in '.*' has the label 3, but there are 3 classes, so it must be in 0\.\.2;",
         ),
         ({"data": np.zeros((1, 3072), dtype=np.uint8), "labels": [-1]}, "image 0 of .* has the label -1"),
     ],

@@ -299,7 +299,7 @@ def test_labels_without_a_class(tmp_path: Path, write_parquet: Writer, label: in
     options = {"class_names": None, "label_type": label_type}
     write_parquet(tmp_path / TRAIN, random_images(3), [0, 1, 2], **options)
     write_parquet(tmp_path / TEST, random_images(3), [0, label, 2], **options)
-    message = rf"row 1 of '.*{TEST}' has the label {label}, but there are 3 classes, so it must lie in 0\.\.2"
+    message = rf"row 1 of '.*{TEST}' has the label {label}, but there are 3 classes, so it must be in 0\.\.2"
     with pytest.raises(DataError, match=message):
         load_parquet_folder(tmp_path)
 

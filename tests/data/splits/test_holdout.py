@@ -46,7 +46,7 @@ def test_holdout_depends_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("fraction", [0, 1, 0.0, 1.0, 2, -0.1, float("nan"), float("inf")])
 def test_holdout_rejects_fractions_outside_the_unit_interval(fraction: float) -> None:
-    with pytest.raises(ValueError, match=r"`fraction` \(=.*\) must lie between 0 and 1, both excluded; pass 0\.1"):
+    with pytest.raises(ValueError, match=r"`fraction` \(=.*\) must be between 0 and 1, both excluded; pass 0\.1"):
         make_dataset().holdout(fraction, seed=0)
 
 

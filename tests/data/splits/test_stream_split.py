@@ -201,7 +201,7 @@ def test_stop(num_workers: int, tmp_path: Path, write_parquet: Writer) -> None:
 def test_labels_without_a_class(label: int | None, num_workers: int) -> None:
     split = make_split([0, 1, 2, label, 4], num_classes=10)
     loader = make_loader(split, batch_size=2, shuffle=False, seed=0, num_workers=num_workers)
-    with pytest.raises(DataError, match=rf"^row 3 has the label {label}, but there are 10 classes, so it must lie in"):
+    with pytest.raises(DataError, match=rf"^row 3 has the label {label}, but there are 10 classes, so it must be in"):
         order(loader)
 
 

@@ -89,7 +89,7 @@ def test_rejects_images_of_another_shape():
     classifier = SayPixels(make_header(image_shape=(3, 8, 8), data="cifar10"))
     dataset = make_dataset(torch.zeros(1, 3), torch.tensor([0]), ("cat", "dog", "frog"))
     message = (
-        r"`data` \(='pets'\) has images of 1x1x3, but the checkpoint was made for 3x8x8 \(cifar10\); pass data like"
+        r"`data` \(='pets'\) has images of 1x1x3, but the checkpoint was trained on 3x8x8 \(cifar10\); pass data like"
     )
     with pytest.raises(ValueError, match=message):
         evaluate_on(dataset, classifier, CPU)

@@ -52,7 +52,7 @@ def read_class_names(data: bytes, where: str, *, key: str) -> tuple[str, ...]:
 
 @dataclass(eq=False)
 class _Record:
-    """Record of an object that a pickle requests by name, and of the call, which is not made.
+    """Record of an object that a pickle requests by name, and of the call, which does not happen.
 
     A pickle cannot reach the class of a record, and so cannot reach anything else that could be called.
     """

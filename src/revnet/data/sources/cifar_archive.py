@@ -151,7 +151,7 @@ def _check(pixels: NDArray[np.uint8], labels: Sequence[int], class_names: Sequen
         if not 0 <= label < len(class_names):
             raise DataError(
                 f"image {index} of {where} has the label {label}, but there are {len(class_names)} classes, so it must "
-                f"lie in 0..{len(class_names) - 1}; download it again."
+                f"be in 0..{len(class_names) - 1}; download it again."
             )
 
 

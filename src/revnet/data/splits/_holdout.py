@@ -21,7 +21,7 @@ def stratified_parts(labels: Tensor, fraction: float, seed: int) -> tuple[list[i
     """
     if not 0 < fraction < 1:
         raise ValueError(
-            f"`fraction` (={fraction}) must lie between 0 and 1, both excluded; "
+            f"`fraction` (={fraction}) must be between 0 and 1, both excluded; "
             "pass 0.1 to hold out a tenth of the training images."
         )
     _, classes, counts = np.unique(labels.numpy(), return_inverse=True, return_counts=True)

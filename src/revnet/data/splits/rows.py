@@ -78,6 +78,6 @@ def shuffled(rows: Iterable[Row], buffer_size: int, random: np.random.Generator)
 def label_error(name: str, label: int | None, num_classes: int) -> DataError:
     """Return the error for a label without a class."""
     return DataError(
-        f"{name} has the label {label}, but there are {num_classes} classes, so it must lie in 0..{num_classes - 1}; "
+        f"{name} has the label {label}, but there are {num_classes} classes, so it must be in 0..{num_classes - 1}; "
         "fix the row, or name all classes with a `ClassLabel` feature."
     )

@@ -17,7 +17,7 @@ class StreamSplit(AbstractSplit):
     Args:
         rows: Source of the images.
         num_images: Number of images.
-        num_classes: Number of classes; labels lie in 0..num_classes - 1.
+        num_classes: Number of classes; labels are in 0..num_classes - 1.
         image_size: Height and width of the decoded images.
         crop: Rule that chooses the part of an image that is kept.
         on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError, "skip" leaves the image

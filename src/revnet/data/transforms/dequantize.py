@@ -62,7 +62,7 @@ class Dequantize(nn.Module):
 def count_levels(images: Tensor) -> int:
     """Return the number of gray levels of uint8 images: 17 for digits.
 
-    256 unless all pixels lie on an even scale of fewer levels.
+    256 unless all pixels are on an even scale of fewer levels.
     """
     values = images.unique().long()
     scale = torch.arange(len(values)).mul(255 / max(1, len(values) - 1)).round().long()

@@ -11,7 +11,7 @@ _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _ate
 
 
 class CpuKernels(TorchDispatchMode):
-    """Correct the results of operations on fake CPU tensors, and on meta tensors, which stand for them.
+    """Correct the results of operations on fake CPU tensors, and on meta tensors, which represent them.
 
     Enter it after the fake mode. PyTorch 2.13 needs four corrections; on a release that needs fewer, the others change
     nothing, and `tests/memory/step/test_cpu_kernels.py` fails to say which to delete once older releases are dropped.

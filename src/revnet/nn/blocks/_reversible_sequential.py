@@ -33,7 +33,7 @@ class ReversibleSequential(ReversibleModule, HasPolicies):
     Args:
         blocks: The blocks, all with the same `split_dim`.
         policy: Policy for the activations, or its name: `Reverse()` rebuilds them, `Store()` keeps them, and
-            `Checkpoint()` and `Offload()` lie in between. Pass one policy for all blocks, or a sequence with one for
+            `Checkpoint()` and `Offload()` are in between. Pass one policy for all blocks, or a sequence with one for
             each block, in any mix.
         tolerance: Bound on the relative error of every rebuilt stream, such as 1e-3. To keep it, the sequence also
             stores the streams at intermediate points (`keyframes`), as few as possible. None sets no bound.

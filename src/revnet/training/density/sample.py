@@ -157,7 +157,7 @@ def _test_images(density: ImageDensity, data: str | Path | None) -> tuple[str, T
     if not isinstance(dataset.test, ImageSplit) or dataset.test.image_shape != header.image_shape:
         shape, expected = ("x".join(map(str, sizes)) for sizes in (dataset.test.image_shape, header.image_shape))
         raise ValueError(
-            f"`data` (='{dataset.name}') has images of {shape}, but the checkpoint was made for {expected} "
+            f"`data` (='{dataset.name}') has images of {shape}, but the checkpoint was trained on {expected} "
             f"({header.data}); pass data like its training data."
         )
     return dataset.name, dataset.test.images

@@ -156,7 +156,7 @@ def _check_images(header: ClassifierHeader, dataset: ImageDataset) -> None:
     shape = (dataset.in_channels, *dataset.image_size)
     if shape != header.image_shape:
         raise ValueError(
-            f"`data` (='{dataset.name}') has images of {_describe(shape)}, but the checkpoint was made for "
+            f"`data` (='{dataset.name}') has images of {_describe(shape)}, but the checkpoint was trained on "
             f"{_describe(header.image_shape)} ({header.data}); pass data like its training data."
         )
 
