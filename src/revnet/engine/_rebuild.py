@@ -134,7 +134,7 @@ class Rebuilder:
         last = self.steps[-1].half_block
         if self.lowest == len(self.steps) - 1 and last.coupling.is_additive:
             # Only the last function runs again, and it needs only the stream that it reads.
-            held = [stream if which == last.source else None for which, stream in enumerate(held)]
+            held = [stream if number == last.source else None for number, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
         for observer in self.observers:

@@ -50,7 +50,7 @@ def fork(streams: StreamSnapshot) -> StreamSnapshot:
     Both share their memory, so neither writes to it.
     """
     # `detach` shares the version, so that the fork detects writes to the tensors that it was forked from.
-    held = [None if tensor is None else streams.read(which).detach() for which, tensor in enumerate(streams.held)]
+    held = [None if tensor is None else streams.read(number).detach() for number, tensor in enumerate(streams.held)]
     copy = StreamSnapshot(streams.position, held, streams.strides)
     copy.origin = streams.origin
     return copy

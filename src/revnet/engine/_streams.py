@@ -79,27 +79,27 @@ class StreamSnapshot:
         """The streams in their current layout; None for a stream that is not needed."""
         self.versions = [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
-    def read(self, which: int) -> Tensor:
+    def read(self, index: int) -> Tensor:
         """Return one stream, in the layout that it had in the forward pass."""
-        tensor = self.held[which]
+        tensor = self.held[index]
         assert tensor is not None
-        if tensor._version != self.versions[which]:
-            raise _careful.modified_output(tensor, self.versions[which])
-        if tensor.stride() != self.strides[which]:
+        if tensor._version != self.versions[index]:
+            raise _careful.modified_output(tensor, self.versions[index])
+        if tensor.stride() != self.strides[index]:
             self._lay_out()
-            tensor = self.held[which]
+            tensor = self.held[index]
             assert tensor is not None
         return tensor
 
     def _lay_out(self) -> None:
         """Bring all streams into the layout that they had in the forward pass."""
         # All at once: parts of one output share its memory, and a single part would keep all of it.
-        for which, tensor in enumerate(self.held):
-            if tensor is not None and tensor.stride() != self.strides[which]:
-                if tensor._version != self.versions[which]:
-                    raise _careful.modified_output(tensor, self.versions[which])
-                dense = torch.empty_strided(tensor.shape, self.strides[which], dtype=tensor.dtype, device=tensor.device)
-                self.put(which, dense.copy_(tensor))
+        for index, tensor in enumerate(self.held):
+            if tensor is not None and tensor.stride() != self.strides[index]:
+                if tensor._version != self.versions[index]:
+                    raise _careful.modified_output(tensor, self.versions[index])
+                dense = torch.empty_strided(tensor.shape, self.strides[index], dtype=tensor.dtype, device=tensor.device)
+                self.put(index, dense.copy_(tensor))
 
     def check_memory(self) -> None:
         """Raise if the memory of a stream was freed; reading it would crash."""
@@ -112,7 +112,7 @@ class StreamSnapshot:
                 if is_gone:
                     raise _careful.freed_output(tensor)
 
-    def put(self, which: int, tensor: Tensor) -> None:
+    def put(self, index: int, tensor: Tensor) -> None:
         """Replace one stream."""
-        self.held[which] = tensor
-        self.versions[which] = tensor._version
+        self.held[index] = tensor
+        self.versions[index] = tensor._version

@@ -117,17 +117,17 @@ def check_same(
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
 
 
-def _perturbed(streams: StreamSnapshot, which: int, change: Change) -> StreamSnapshot:
+def _perturbed(streams: StreamSnapshot, number: int, change: Change) -> StreamSnapshot:
     """Return a copy of the streams in which each element of one stream is changed, up or down."""
     # A fork, because the walk goes on from these streams.
     copy = fork(streams)
     if change is not None:
         relative, absolute = change
-        source = copy.read(which)
+        source = copy.read(number)
         # A generator of its own: the global one would advance, and change the training run.
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
-        copy.put(which, source + signs.to(source) * (source.abs() * relative + absolute))
+        copy.put(number, source + signs.to(source) * (source.abs() * relative + absolute))
     return copy
 
 

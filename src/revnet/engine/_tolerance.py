@@ -189,7 +189,7 @@ class ToleranceWatch(Observer):
         while streams.position < position:
             step = run.steps[streams.position]
             y, target = step.redo(run, streams), step.half_block.target
-            moved = [y if which == target else streams.read(which) for which in range(len(streams.strides))]
+            moved = [y if number == target else streams.read(number) for number in range(len(streams.strides))]
             streams = snapshot_of(streams.position + 1, moved)
             if streams.position < position and (position - streams.position) % spacing == 0:
                 self._references.append(streams)

@@ -50,7 +50,7 @@ class ForwardPass:
             self._join(step, residual)
             del residual  # Frees its memory for the next function.
         # An operator must not return its inputs, so a stream that no step updates is left out.
-        y1, y2 = (self._streams[which] if which in self._program.targets else x1.new_empty(0) for which in (0, 1))
+        y1, y2 = (self._streams[number] if number in self._program.targets else x1.new_empty(0) for number in (0, 1))
         changed = [buffer for buffer, constant in zip(self._buffers, self._is_constant, strict=True) if not constant]
         return y1, y2, self._log_det, pack(self._kept, x1.device), changed
 

@@ -66,6 +66,6 @@ def unpack(program: Program, state: Tensor, devices: Sequence[torch.device], buf
 
     now = [get_random_state(device) for device in devices]  # Only for their sizes.
     return [
-        Kept([take(old) for old in now] if draws else [], [take(buffers[which]) for which in program.kept(step)])
+        Kept([take(old) for old in now] if draws else [], [take(buffers[number]) for number in program.kept(step)])
         for step, draws in zip(program.steps, program.known_findings.draws, strict=True)
     ]

@@ -58,7 +58,7 @@ def _forward_fake(
     run = PROGRAMS[program]
     x1 = inputs[0]
     streams = probe(run, inputs, buffers, wanted)
-    y1, y2 = (streams[which] if which in run.targets else x1.new_empty(0) for which in range(NUM_STREAMS))
+    y1, y2 = (streams[number] if number in run.targets else x1.new_empty(0) for number in range(NUM_STREAMS))
     size = num_bytes(run, devices_of(x1, inputs[NUM_STREAMS:]), buffers)
     changed = [
         torch.empty_like(b) for b, constant in zip(buffers, run.known_findings.is_constant, strict=True) if not constant
@@ -90,7 +90,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> No
     y1, y2, _, state, changed = output
     run = PROGRAMS[program]
     # A stream that no step updates ends as it began.
-    ends = [y if which in run.targets else x for which, (x, y) in enumerate(zip(tensors[:2], (y1, y2), strict=True))]
+    ends = [y if number in run.targets else x for number, (x, y) in enumerate(zip(tensors[:2], (y1, y2), strict=True))]
     if len(run.steps) == 1 and run.steps[0].coupling.is_additive:
         ends[run.steps[0].target] = y1.new_empty(0)  # With a single step, the updated stream is never read again.
     constants = [b for b, constant in zip(buffers, run.known_findings.is_constant, strict=True) if constant]

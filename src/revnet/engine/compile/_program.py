@@ -210,7 +210,7 @@ class Program:
 
     @contextmanager
     def _entered(
-        self, half_block: HalfBlock, which: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]
+        self, half_block: HalfBlock, function: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]
     ) -> Iterator[None]:
         with ExitStack() as stack:
             for device_type, dtype, enabled in self._autocast:
@@ -219,15 +219,17 @@ class Program:
                     stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
             # One by one: `train()` would set the flags of the children too, and models override it to keep a norm
             # frozen.
-            for module, training in zip(half_block.function.modules(), self._training[which], strict=True):
+            for module, training in zip(half_block.function.modules(), self._training[function], strict=True):
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
             for position, (holder, name) in zip(
-                self.parameter_positions[which], self._parameter_places[which], strict=True
+                self.parameter_positions[function], self._parameter_places[function], strict=True
             ):
                 stack.callback(TensorPlace(holder, name, leaves[position]).swap(leaves[position]))
-            for position, (holder, name) in zip(self.buffer_positions[which], self._buffer_places[which], strict=True):
+            for position, (holder, name) in zip(
+                self.buffer_positions[function], self._buffer_places[function], strict=True
+            ):
                 stack.callback(TensorPlace(holder, name, buffers[position]).swap(buffers[position]))
             yield
 
@@ -276,7 +278,7 @@ class Program:
             if is_live[step.target]:
                 inputs.update(reach.inputs)
                 is_live[step.source] |= reach.source
-        inputs |= {which for which in range(NUM_STREAMS) if is_live[which]}
+        inputs |= {number for number in range(NUM_STREAMS) if is_live[number]}
         return [is_wanted and position in inputs for position, is_wanted in enumerate(wanted)]
 
 
@@ -302,15 +304,15 @@ def _consecutive(start: int, items: Sequence[Sequence[Any]]) -> list[range]:
 PROGRAMS: dict[int, Program] = {}
 _numbers = itertools.count()
 # Weak both ways, so that a number does not keep a model alive.
-_things: "weakref.WeakValueDictionary[int, nn.Module | AbstractCoupling]" = weakref.WeakValueDictionary()
-_number_by_thing: "weakref.WeakKeyDictionary[nn.Module | AbstractCoupling, int]" = weakref.WeakKeyDictionary()
+_numbered: "weakref.WeakValueDictionary[int, nn.Module | AbstractCoupling]" = weakref.WeakValueDictionary()
+_number_by_instance: "weakref.WeakKeyDictionary[nn.Module | AbstractCoupling, int]" = weakref.WeakKeyDictionary()
 
 
 @constant_while_tracing
-def number_of(thing: nn.Module | AbstractCoupling) -> int:
+def number_of(instance: nn.Module | AbstractCoupling) -> int:
     """Return the number of a function or a coupling in traced code. The trace is valid for this object only."""
-    number = _number_by_thing.setdefault(thing, next(_numbers))
-    _things[number] = thing
+    number = _number_by_instance.setdefault(instance, next(_numbers))
+    _numbered[number] = instance
     return number
 
 
@@ -326,9 +328,9 @@ def program_of(
         rest: Additional positional arguments of `Program`.
         more: Keyword arguments of `Program`.
     """
-    modules: list[Any] = [_things[number] for number in functions]
+    modules: list[Any] = [_numbered[number] for number in functions]
     _check(modules)
-    program_steps = [Step(*step[:4], _things[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]
+    program_steps = [Step(*step[:4], _numbered[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]
     number = next(_numbers)
     PROGRAMS[number] = Program(modules, program_steps, *rest, **more)
     # Without any one of its functions, no graph that refers to the program can run.
