@@ -193,7 +193,7 @@ def _cells(row: Row) -> list[str]:
     ratios = [row["ratio_by_counting"], row["ratio_by_measuring"]]
     return [
         row["way"],
-        *[mib(row[f"{which}_bytes"]) for which in ("budget", "predicted_peak", "counted_peak")],
+        *[mib(row[f"{quantity}_bytes"]) for quantity in ("budget", "predicted_peak", "counted_peak")],
         *["" if ratio is None else f"{ratio:.3f}" for ratio in ratios],
         f"{row['ratio_median']:.3f} ({row['ratio_first_quartile']:.3f}-{row['ratio_third_quartile']:.3f})",
         row["units"],

@@ -127,11 +127,11 @@ ROOMS_WITH_CYCLES = {"engine", "nn"}
 
 
 def test_no_files_form_an_import_cycle():
-    found = [
+    import_cycles = [
         [str(file.relative_to(SOURCE)) for file in group] for group in cycles({f: imported_files(f) for f in FILES})
     ]
-    rooms = {room_of(SOURCE / group[0]) for group in found}
-    assert [group for group in found if room_of(SOURCE / group[0]) not in ROOMS_WITH_CYCLES] == []
+    rooms = {room_of(SOURCE / group[0]) for group in import_cycles}
+    assert [group for group in import_cycles if room_of(SOURCE / group[0]) not in ROOMS_WITH_CYCLES] == []
     assert rooms >= ROOMS_WITH_CYCLES, (
         f"no cycle is left in {sorted(ROOMS_WITH_CYCLES - rooms)}; remove it from `ROOMS_WITH_CYCLES`"
     )

@@ -74,12 +74,12 @@ def test_output_modified_before_backward_raises(name, touch):
     assert all(parameter.grad is None for parameter in sequence.parameters())
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_output_of_a_pair_modified_before_backward_raises(which):
+@pytest.mark.parametrize("index", [0, 1])
+def test_output_of_a_pair_modified_before_backward_raises(index):
     sequence = CASE["mlp"].sequence(2)
     y = sequence(CASE["mlp"].input().chunk(2, 1))
     loss = y[0].sum() + y[1].sum()
-    y[which].detach().add_(1)
+    y[index].detach().add_(1)
     with pytest.raises(ReconstructionError, match=r"an output of a reversible sequence, of shape \(4, 3\)"):
         loss.backward()
 

@@ -230,10 +230,10 @@ class Noisy(nn.Module):
 def test_different_numbers_in_the_second_run_raise(policy, index, source):
     """The function is the first, a middle one, or the last, whose input is bit for bit the same."""
     sequence = mlp_stack(4, policy=policy)
-    block, which = sequence.blocks[index // 2], "fg"[index % 2]
-    setattr(block, which, Noisy(8, source))
+    block, role = sequence.blocks[index // 2], "fg"[index % 2]
+    setattr(block, role, Noisy(8, source))
     loss = sequence(torch.randn(16, 16)).square().mean()
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` returned different numbers"):
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{role}` returned different numbers"):
         loss.backward()
 
 
@@ -241,12 +241,12 @@ def test_different_numbers_in_the_second_run_raise(policy, index, source):
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_attribute_changed_before_backward_raises(policy, index):
     sequence = mlp_stack(4, policy=policy)
-    block, which = sequence.blocks[index // 2], "fg"[index % 2]
+    block, role = sequence.blocks[index // 2], "fg"[index % 2]
     noisy = Noisy(8, "attribute", size=1.0)
-    setattr(block, which, noisy)
+    setattr(block, role, noisy)
     loss = sequence(torch.randn(16, 16)).square().mean()
     noisy.elsewhere = 1.1
-    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{which}` returned different numbers"):
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{role}` returned different numbers"):
         loss.backward()
 
 
@@ -725,4 +725,4 @@ def test_replays_are_named_in_a_profile():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         backward(sequence, x)
     names = [event.name for event in profile.events() if event.name.startswith("revnet: ")]
-    assert names == [f"revnet: replay blocks.{index}.{which}" for index in (1, 0) for which in "gf"]
+    assert names == [f"revnet: replay blocks.{index}.{role}" for index in (1, 0) for role in "gf"]

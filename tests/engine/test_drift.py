@@ -94,13 +94,13 @@ def test_does_not_warn_about_accurate_models(make, how):
     assert any(parameter.grad is not None for parameter in parameters)
 
 
-@pytest.mark.parametrize("which", ["both", "first", "second"])
-def test_does_not_warn_about_zero_streams(which):
+@pytest.mark.parametrize("zero_streams", ["both", "first", "second"])
+def test_does_not_warn_about_zero_streams(zero_streams):
     """Their rounding errors are negligible compared with the other stream, and do no harm."""
     sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(6)])
     x1, x2 = torch.randn(4, 8), torch.randn(4, 8)
     zero = torch.zeros(4, 8)
-    streams = {"both": (zero, zero), "first": (zero, x2), "second": (x1, zero)}[which]
+    streams = {"both": (zero, zero), "first": (zero, x2), "second": (x1, zero)}[zero_streams]
     y1, y2 = sequence(streams)
     (squares(y1) + squares(y2)).backward()
     assert sequence[0].f[0].bias.grad.isfinite().all()

@@ -20,7 +20,7 @@ def windows(image: Tensor, padding: int) -> list[Tensor]:
     return [padded[:, top : top + SIZE[0], left : left + SIZE[1]] for top in steps for left in steps]
 
 
-def which(images: Tensor, candidates: list[Tensor]) -> list[int]:
+def matching_candidates(images: Tensor, candidates: list[Tensor]) -> list[int]:
     """Return the index of the candidate that each image equals; there must be exactly one."""
     table = torch.stack(candidates).flatten(1)
     matches = (images.flatten(1)[:, None] == table).all(2)
@@ -34,13 +34,13 @@ def test_crops_are_the_windows_of_the_zero_padded_image() -> None:
     output = make_augment(2, False, SIZE)(images)
     assert output.shape == images.shape
     assert output.dtype == images.dtype
-    assert set(which(output, windows(images[0], 2))) == set(range(25))
+    assert set(matching_candidates(output, windows(images[0], 2))) == set(range(25))
 
 
 def test_flip_mirrors_about_half_of_the_images() -> None:
     torch.manual_seed(0)
     images = numbered(1000)
-    flipped = sum(which(make_augment(0, True, SIZE)(images), [images[0], images[0].flip(-1)]))
+    flipped = sum(matching_candidates(make_augment(0, True, SIZE)(images), [images[0], images[0].flip(-1)]))
     assert abs(flipped - 500) < 80  # five standard deviations; the seed is fixed
 
 
@@ -48,7 +48,7 @@ def test_crop_and_flip_together() -> None:
     torch.manual_seed(0)
     images = numbered(600)
     crops = windows(images[0], 1)
-    chosen = which(make_augment(1, True, SIZE)(images), crops + [crop.flip(-1) for crop in crops])
+    chosen = matching_candidates(make_augment(1, True, SIZE)(images), crops + [crop.flip(-1) for crop in crops])
     assert set(chosen) == set(range(18))
 
 

@@ -31,10 +31,10 @@ def test_streams_of_different_shapes():
     torch.testing.assert_close(block.inverse((y1, y2)), (x1, x2))
 
 
-@pytest.mark.parametrize("which", ["f", "g"])
-def test_rejects_a_function_that_is_not_a_module(which):
-    functions = {"f": nn.Linear(2, 2), "g": nn.Linear(2, 2)} | {which: torch.tanh}
-    with pytest.raises(TypeError, match=rf"`{which}` \(=.*tanh.*\) must be an nn.Module.*wrap the function"):
+@pytest.mark.parametrize("role", ["f", "g"])
+def test_rejects_a_function_that_is_not_a_module(role):
+    functions = {"f": nn.Linear(2, 2), "g": nn.Linear(2, 2)} | {role: torch.tanh}
+    with pytest.raises(TypeError, match=rf"`{role}` \(=.*tanh.*\) must be an nn.Module.*wrap the function"):
         ReversibleBlock(**functions)
 
 
