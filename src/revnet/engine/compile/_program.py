@@ -210,7 +210,7 @@ class Program:
 
     @contextmanager
     def _entered(
-        self, half_block: HalfBlock, function: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]
+        self, half_block: HalfBlock, index: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]
     ) -> Iterator[None]:
         with ExitStack() as stack:
             for device_type, dtype, enabled in self._autocast:
@@ -219,17 +219,15 @@ class Program:
                     stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
             # One by one: `train()` would set the flags of the children too, and models override it to keep a norm
             # frozen.
-            for module, training in zip(half_block.function.modules(), self._training[function], strict=True):
+            for module, training in zip(half_block.function.modules(), self._training[index], strict=True):
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
             for position, (holder, name) in zip(
-                self.parameter_positions[function], self._parameter_places[function], strict=True
+                self.parameter_positions[index], self._parameter_places[index], strict=True
             ):
                 stack.callback(TensorPlace(holder, name, leaves[position]).swap(leaves[position]))
-            for position, (holder, name) in zip(
-                self.buffer_positions[function], self._buffer_places[function], strict=True
-            ):
+            for position, (holder, name) in zip(self.buffer_positions[index], self._buffer_places[index], strict=True):
                 stack.callback(TensorPlace(holder, name, buffers[position]).swap(buffers[position]))
             yield
 
