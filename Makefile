@@ -4,7 +4,7 @@
 # Others: make test-slow (checks that take minutes), make docs (docs/_build/index.html), make clean.
 #
 # constraints.txt pins the tested PyTorch. On Linux, PyPI's build of it carries CUDA; for another build,
-# install torch into .venv your way first (see "Which PyTorch" in the README).
+# install torch into .venv your way first (see "Set up" in the README).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

@@ -37,8 +37,8 @@ class RevnetError(Exception):
         >>> try:
         ...     load_dataset("missing/folder")
         ... except RevnetError as error:
-        ...     print(error)
-        `path` (='missing/folder') does not exist; pass the folder of a data set.
+        ...     print(type(error).__name__)
+        DataError
     """
 
 

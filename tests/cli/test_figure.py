@@ -51,8 +51,8 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    assert revnet("figure", "complexity.costs")[0] == 0
-    assert revnet("figure", "complexity.costs", "--quick", "--device", "cpu", "--output-dir", "somewhere")[0] == 0
+    assert revnet("figure", "complexity")[0] == 0
+    assert revnet("figure", "complexity", "--quick", "--device", "cpu", "--output-dir", "somewhere")[0] == 0
     assert calls == [
         (ComplexitySettings(), Path("benchmarks/results"), "revnet figure complexity --device cpu", {}),
         (QUICK_COMPLEXITY, Path("somewhere"), "revnet figure complexity --quick --device cpu", {}),
@@ -72,10 +72,10 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
         ),
         (["gradient-angle", "--epochs", "0"], "`epochs` (=0) must be 1 or more"),
         (["gradient-angle", "--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
-        (["complexity.costs", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
-        (["complexity.costs", "--reference"], "`--reference` is for gradient-angle; leave it out."),
-        (["complexity.costs", "--batch-size", "3"], "`--batch-size` is for gradient-angle; leave it out."),
-        (["complexity.costs", "--device", "mps"], "`--device` (=mps) must be auto, cpu or cuda for complexity."),
+        (["complexity", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
+        (["complexity", "--reference"], "`--reference` is for gradient-angle; leave it out."),
+        (["complexity", "--batch-size", "3"], "`--batch-size` is for gradient-angle; leave it out."),
+        (["complexity", "--device", "mps"], "`--device` (=mps) must be auto, cpu or cuda for complexity."),
     ],
 )
 def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):

@@ -79,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
             self.add_argument(
                 "--config",
                 action=_ReadConfig,
-                help="YAML file with values for the settings below, or a recipe, such as cifar10/paper/revnet38.",
+                help="YAML file with values for the settings below, or the name of a recipe, as in configs/.",
             )
             self.add_argument("--print-config", action="store_true", help="Print all settings as YAML and exit.")
             settings = self.add_argument_group("settings")  # type: ignore[assignment]

@@ -29,7 +29,8 @@ def evaluate(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
-        data: Data set, by name or path; the training data by default. Classes are matched by name.
+        data: Data set, by name or path; by default, the data set of the run. Its test images are used, and
+            classes are matched by name.
         output_dir: Folder for the results; the folder of the checkpoint by default.
         batch_size: Images per batch; 500 by default, fewer for images larger than 64x64.
         num_workers: Processes that decode images, if the data are not held in memory.

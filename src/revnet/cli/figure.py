@@ -10,7 +10,7 @@ from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
 from revnet.training import TrainConfig
 
-_FIGURES = ("gradient-angle", "complexity.costs")
+_FIGURES = ("gradient-angle", "complexity")
 _DEFAULT_EVERY = 50
 
 

@@ -38,7 +38,7 @@ def sample(
             pixels.
         steps: Number of steps of the gradient ascent.
         step_size: Size of the first step; lower it if the filled parts come out black and white.
-        data: Data set of the test images, by name or path; the training data by default.
+        data: Data set of the test images, by name or path; by default, the data set of the run.
         seed: Seed of the samples and of the noise.
         output_dir: Folder for the pictures; the folder of the checkpoint by default.
         device: Device to run on: auto, cpu, cuda, cuda:1, mps.

@@ -61,7 +61,7 @@ def test_unknown_name(name: str, hint: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"`path` \(='.*nowhere'\) does not exist; pass the folder of a data set"):
+    with pytest.raises(DataError, match=r"`path` \(='.*nowhere'\) does not exist; pass a folder of images or"):
         load_dataset(tmp_path / "nowhere")
 
 

@@ -65,7 +65,9 @@ def join_labels(files: Sequence[ParquetFile]) -> Tensor:
 
 def _find_files(folder: Path) -> dict[str, list[Path]]:
     if not folder.exists():
-        raise DataError(f"`path` (='{folder}') does not exist; pass the folder of a data set.")
+        raise DataError(
+            f"`path` (='{folder}') does not exist; pass a folder of images or Parquet files, or a CIFAR archive."
+        )
     if not folder.is_dir():
         raise DataError(f"`path` (='{folder}') must be a folder, not a file; pass '{folder.parent}'.")
     folders = [folder, *sorted(inner for inner in folder.iterdir() if inner.is_dir())]

@@ -53,10 +53,11 @@ class ClassificationJob(AbstractJob[TrainResult]):
         num_parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
         shape = "x".join(map(str, classifier.header.image_shape))
         counts = describe_splits(self.training, self.validation, dataset.test)
+        plural = "s" if self.task.num_updates > 1 else ""
         return [
             ("model", f"{self.config.model}, {num_parameters:,} parameters"),
             ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
-            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} updates of {self.batch_size} images"),
+            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} update{plural} of {self.batch_size} images"),
         ]
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:

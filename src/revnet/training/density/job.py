@@ -52,10 +52,11 @@ class DensityJob(AbstractJob[DensityResult]):
         shape = "x".join(map(str, density.header.image_shape))
         counts = describe_splits(self.training, self.validation, self.test)
         levels = f"{density.header.num_levels} levels"
+        plural = "s" if self.task.num_updates > 1 else ""
         return [
             ("model", f"nice, {config.num_couplings} couplings, {config.prior} prior, {num_parameters:,} parameters"),
             ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
-            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} updates of {self.batch_size} images"),
+            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} update{plural} of {self.batch_size} images"),
         ]
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
