@@ -1,6 +1,7 @@
 """What the README and the docs show works, and what they name exists."""
 
 import ast
+import importlib
 import re
 import sys
 import tomllib
@@ -189,3 +190,21 @@ def test_files_that_a_page_names_exist(name):
     paths = [path for path in re.findall(r"`([\w/.]+\.(?:py|md|toml))`", page) if "/" in path and "NAME" not in path]
     assert len(paths) > 5
     assert [path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / "src" / "revnet"))] == []
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_api_page_lists_every_exported_name(page):
+    text = page.read_text()
+    room = f"revnet.{page.stem}"
+    if page.stem == "index" or f"automodule:: {room}\n" in text:
+        return  # `automodule` lists what there is
+    module = importlib.import_module(room)
+    listed = set(re.findall(rf"auto(?:class|function|data):: {re.escape(room)}\.(\w+)$", text, re.MULTILINE))
+    exported = getattr(module, "__all__", None) or {
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_"
+        and not isinstance(value, ModuleType)
+        and getattr(value, "__module__", "").startswith("revnet")
+    }
+    assert set(exported) <= listed
