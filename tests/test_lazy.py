@@ -5,43 +5,56 @@ from types import ModuleType
 
 import pytest
 
-from revnet._lazy import attach
+from revnet._lazy import attach, read_stub
 from revnet.errors import MissingDependencyError
+
+STUB = """# a comment
+from drawing import shapes as shapes
+from drawing.shapes import Circle as Circle
+from drawing.plots import Plot as Plot
+from drawing.shapes import area as area
+
+__version__: str
+"""
 
 
 @pytest.fixture
-def package(monkeypatch):
-    """A package with a module `shapes`."""
+def file(monkeypatch, tmp_path):
+    """The `__init__.py` of a package with a module `shapes`, and without its module `plots`."""
     shapes = ModuleType("drawing.shapes")
     shapes.Circle = "a circle"
-    for name, module in {"drawing": ModuleType("drawing"), "drawing.shapes": shapes}.items():
+    for name, module in {"drawing": ModuleType("drawing"), "drawing.shapes": shapes, "drawing.plots": None}.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return "drawing"
+    (tmp_path / "__init__.pyi").write_text(STUB)
+    return str(tmp_path / "__init__.py")
 
 
-def test_names_load_from_their_module(package):
-    load, names = attach(package, {"Circle": "shapes"}, submodules=["shapes"])
+def test_reads_submodules_and_homes():
+    submodules, homes = read_stub("drawing", STUB)
+    assert submodules == {"shapes"}
+    assert homes == {"Circle": "drawing.shapes", "Plot": "drawing.plots", "area": "drawing.shapes"}
+
+
+def test_names_load_from_their_module(file):
+    load, names, exported = attach("drawing", file)
     assert load("Circle") == "a circle"
     assert load("shapes") is sys.modules["drawing.shapes"]
-    assert names() == ["Circle", "shapes"]
+    assert names() == ["Circle", "Plot", "area", "shapes"]
+    assert exported == ["area", "Circle", "Plot"]
 
 
-def test_modules_are_searched_in_order(package):
-    load, _ = attach(package, {"Circle": ("shapes", "missing"), "Square": ("shapes",)})
-    assert load("Circle") == "a circle"
-    for name in ("Square", "Triangle"):
-        with pytest.raises(AttributeError, match=f"module 'drawing' has no attribute '{name}'"):
-            load(name)
+def test_unknown_names_raise(file):
+    load, _, _ = attach("drawing", file)
+    with pytest.raises(AttributeError, match="module 'drawing' has no attribute 'Square'"):
+        load("Square")
+    with pytest.raises(AttributeError, match="area"):
+        load("area")  # listed, but its module does not define it
 
 
-def test_missing_dependency_is_named(package, monkeypatch):
-    monkeypatch.setitem(sys.modules, "drawing.plots", None)
-    load, _ = attach("revnet", {"save": "_figure_that_is_missing"}, purpose="a figure")
-    with pytest.raises(ModuleNotFoundError, match="_figure_that_is_missing"):
-        load("save")
-    load, _ = attach(package, {"Plot": "plots"}, purpose="a figure")
+def test_missing_dependency_is_named(file):
+    load, _, _ = attach("drawing", file, purpose="a figure")
     with pytest.raises(MissingDependencyError, match="a figure needs drawing"):
         load("Plot")
-    load, _ = attach(package, {"Plot": "plots"})
+    load, _, _ = attach("drawing", file)
     with pytest.raises(ModuleNotFoundError, match=r"drawing\.plots"):
         load("Plot")

@@ -1,51 +1,56 @@
 """Packages whose names load when they are first used."""
 
-import sys
-from collections.abc import Callable, Collection, Mapping
+import ast
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from revnet.errors import MissingDependencyError
 
 
 def attach(
-    package: str,
-    homes: Mapping[str, str | tuple[str, ...]],
-    *,
-    submodules: Collection[str] = (),
-    purpose: str | None = None,
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the functions `__getattr__` and `__dir__` of a package that imports its names on first use.
+    package: str, file: str, *, purpose: str | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package that imports its names on first use.
 
-    Type checkers do not run these functions. Import the names for them in an `if TYPE_CHECKING:` block. A test compares
-    the block with `__all__`.
+    The names and their modules stand in the stub file of the package, `__init__.pyi`, which type checkers read, too. A
+    submodule, imported there from the package itself, is an attribute but is not in `__all__`.
 
     Args:
         package: Name of the package, `__name__`.
-        homes: For each exported name, the module of the package that defines it, or the modules to search in order.
-        submodules: Names of submodules that are attributes of the package.
+        file: Path of its `__init__.py`, `__file__`.
         purpose: Use of the names, for the error message if a dependency is not installed. Without it, the error is
             Python's own.
     """
+    submodules, homes = read_stub(package, Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
 
     def load(name: str) -> Any:
         if name in submodules:
             return import_module(f"{package}.{name}")
-        home = homes.get(name, ())
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
-            for module_name in (home,) if isinstance(home, str) else home:
-                module = import_module(f"{package}.{module_name}")
-                if hasattr(module, name):
-                    return getattr(module, name)
+            return getattr(import_module(homes[name]), name)
         except ModuleNotFoundError as error:
             dependency = str(error.name).partition(".")[0]
             if purpose is None or dependency in ("None", "revnet"):
                 raise
             raise MissingDependencyError.of(dependency, purpose) from error
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names() -> list[str]:
-        version = ["__version__"] if hasattr(sys.modules[package], "__version__") else []
-        return sorted([*homes, *submodules, *version])
+        return sorted([*homes, *submodules, *(["__version__"] if package == "revnet" else [])])
 
-    return load, names
+    return load, names, sorted(homes, key=str.casefold)
+
+
+def read_stub(package: str, stub: str) -> tuple[set[str], dict[str, str]]:
+    """Return the submodules that a stub imports from its own package, and the module of each other name."""
+    submodules: set[str] = set()
+    homes: dict[str, str] = {}
+    for node in ast.parse(stub).body:
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            submodules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            homes.update((alias.name, node.module) for alias in node.names)
+    return submodules, homes

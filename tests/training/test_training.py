@@ -1,9 +1,7 @@
 """The names of the package, and its dependencies."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import revnet.training
 
@@ -33,10 +31,3 @@ def test_missing_package_names_the_install_command():
     message = run_python(code)
     assert message.startswith("training needs lightning, which is not installed; run `pip install ")
     assert message.endswith("[train]'`.")
-
-
-def test_type_checkers_see_the_same_names():
-    tree = ast.parse(Path(revnet.training.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    imported = {alias.asname: node.module for node in block.body for alias in node.names}
-    assert imported == {name: f"revnet.training.{module}" for name, module in revnet.training._HOME.items()}

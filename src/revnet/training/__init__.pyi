@@ -1,0 +1,21 @@
+# The names of the package, each of them once: type checkers and `revnet._lazy` read this file.
+from revnet.training.classification.config import TrainConfig as TrainConfig
+from revnet.training.classification.model import Classifier as Classifier
+from revnet.training.classification.model import load_classifier as load_classifier
+from revnet.training.classification.result import TrainResult as TrainResult
+from revnet.training.density.config import NiceConfig as NiceConfig
+from revnet.training.density.model import ImageDensity as ImageDensity
+from revnet.training.density.model import load_density as load_density
+from revnet.training.density.result import DensityResult as DensityResult
+from revnet.training.density.sample import sample as sample
+from revnet.training.drift_monitor import DriftMonitor as DriftMonitor
+from revnet.training.entry import resume as resume
+from revnet.training.entry import train as train
+from revnet.training.evaluation.evaluate import evaluate as evaluate
+from revnet.training.evaluation.evaluate_result import EvaluateResult as EvaluateResult
+from revnet.training.evaluation.predict_images import predict_images as predict_images
+from revnet.training.language.config import LanguageConfig as LanguageConfig
+from revnet.training.language.model import LanguageModel as LanguageModel
+from revnet.training.language.model import load_language_model as load_language_model
+from revnet.training.language.result import LanguageResult as LanguageResult
+from revnet.training.run.execute import TrainingInterrupted as TrainingInterrupted
