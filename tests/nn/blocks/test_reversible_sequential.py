@@ -54,7 +54,12 @@ def test_tensor_gives_a_tensor_and_pair_gives_a_pair():
             ValueError,
             r"`blocks\[1\]` has split_dim=0, but `blocks\[0\]` has split",
         ),
-        ([block(), block()], [Store()], ValueError, r"`len\(policy\)` \(=1\) must be the number of units, 2"),
+        (
+            [block(), block()],
+            [Store()],
+            ValueError,
+            r"`policy` \(of length 1\) must have one entry for each unit \(2\)",
+        ),
         ([block()], ["x"], ValueError, r"`policy\[0\]` \(='x'\) must be a policy: `Reverse\(\)`, `Checkpoint\(\)`"),
         ([block()], [None], TypeError, r"`policy\[0\]` \(=None\) must be a policy"),
     ],

@@ -70,5 +70,5 @@ def test_unit_rejects_a_policy_that_it_does_not_accept():
         PolicySequential(nn.ReLU(), policy=None)
     with pytest.raises(TypeError, match=r"`policy\[1\]` \(=3\) must be a policy"):
         make_model()[1].set_policies([Store(), 3, Store()])
-    with pytest.raises(ValueError, match=r"`len\(policy\)` \(=2\) must be the number of units, 3"):
+    with pytest.raises(ValueError, match=r"`policy` \(of length 2\) must have one entry for each unit \(3\)"):
         make_model()[1].set_policies([Store(), Store()])

@@ -161,8 +161,8 @@ def broadcast_policy(
             policies = policy
     if len(policies) != len(units):
         raise ValueError(
-            f"`len(policy)` (={len(policies)}) must be the number of units, {len(units)}; pass one policy, or "
-            "one for each unit."
+            f"`policy` (of length {len(policies)}) must have one entry for each unit ({len(units)}); pass one policy, "
+            "or one for each unit."
         )
     for unit_policy, unit in zip(policies, units, strict=True):
         if not unit.accepts(unit_policy):
