@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -34,18 +34,36 @@ def optimizer_factory(config: TrainConfig) -> Callable[..., torch.optim.Optimize
     )
 
 
-def adamw_factory(*, lr: float, beta2: float, weight_decay: float) -> Callable[..., torch.optim.Optimizer]:
+class AdamWSettings(Protocol):
+    """The settings that the densities and the language models have in common."""
+
+    @property
+    def lr(self) -> float:
+        """Highest learning rate."""
+
+    @property
+    def warmup(self) -> float:
+        """Share of all updates in which the learning rate rises from zero."""
+
+    @property
+    def beta2(self) -> float:
+        """Decay rate of the average of squared gradients."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Decay of the weights of convolutions and linear layers."""
+
+
+def adamw_factory(config: AdamWSettings) -> Callable[..., torch.optim.Optimizer]:
     """Return a function that makes AdamW from parameters or parameter groups."""
-    return partial(torch.optim.AdamW, lr=lr, betas=(_ADAMW_BETA1, beta2), weight_decay=weight_decay)
+    betas = (_ADAMW_BETA1, config.beta2)
+    return partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
 
 
-def adamw_along_a_cosine(
-    model: nn.Module, *, lr: float, beta2: float, weight_decay: float, warmup: float, num_updates: int
-) -> OptimizerLRSchedulerConfig:
+def adamw_along_a_cosine(model: nn.Module, config: AdamWSettings, num_updates: int) -> OptimizerLRSchedulerConfig:
     """Return AdamW for the parameters of `model`, and a cosine schedule that steps after every update."""
-    make_optimizer = adamw_factory(lr=lr, beta2=beta2, weight_decay=weight_decay)
-    optimizer = make_optimizer(parameter_groups(model, weight_decay))
-    schedule = cosine_decay(optimizer, num_updates=num_updates, warmup=warmup)
+    optimizer = adamw_factory(config)(parameter_groups(model, config.weight_decay))
+    schedule = cosine_decay(optimizer, num_updates=num_updates, warmup=config.warmup)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -90,6 +90,8 @@ class SavedModule(nn.Module, ABC):
 
     header: Any
     """Everything that it takes to rebuild the module, except its tensors."""
+    model: nn.Module
+    """The network inside."""
 
     @classmethod
     @abstractmethod

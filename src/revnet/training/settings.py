@@ -1,8 +1,9 @@
 """The settings of a run: a dataclass whose fields carry their rules, written and read as YAML."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -43,6 +44,9 @@ class AbstractRunConfig(ABC):
     data: str | None
     policy: str
     memory_budget: str | None
+    epochs: int
+    max_updates: int | None
+    batch_size: int
     precision: str
     device: str
     num_threads: int | None
@@ -58,6 +62,12 @@ class AbstractRunConfig(ABC):
     @abstractmethod
     def _check_together(self) -> None:
         """Raise unless the settings go together."""
+
+    def limit_updates(self, updates_per_epoch: int) -> tuple[Self, int]:
+        """Return the settings with as many epochs as `max_updates` leaves, and the number of updates of the run."""
+        num_updates = min(self.epochs * updates_per_epoch, self.max_updates or sys.maxsize)
+        epochs = -(-num_updates // updates_per_epoch)
+        return cast("Self", replace(self._as_dataclass(), epochs=epochs)), num_updates
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `--config` reads."""

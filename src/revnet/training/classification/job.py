@@ -1,6 +1,5 @@
 """The job of `revnet train`: train a classifier."""
 
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import optimizer_factory
 from revnet.training.run import run_dir
-from revnet.training.run.activation_memory import PeakBytes, Update, apply_policies, count_peak_bytes, make_plan
+from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 
@@ -38,8 +37,6 @@ class ClassificationJob(AbstractJob[TrainResult]):
     config: TrainConfig
     names: RunNames
     task: ClassificationTask
-    num_epochs: int
-    batch_size: int
     plan: Plan | None
     dataset: ImageDataset
     training: AbstractSplit
@@ -53,11 +50,10 @@ class ClassificationJob(AbstractJob[TrainResult]):
         num_parameters = sum(parameter.numel() for parameter in classifier.model.parameters())
         shape = "x".join(map(str, classifier.header.image_shape))
         counts = describe_splits(self.training, self.validation, dataset.test)
-        plural = "s" if self.task.num_updates > 1 else ""
         return [
             ("model", f"{self.config.model}, {num_parameters:,} parameters"),
             ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
-            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} update{plural} of {self.batch_size} images"),
+            ("epochs", self.describe_updates("images")),
         ]
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
@@ -71,10 +67,6 @@ class ClassificationJob(AbstractJob[TrainResult]):
         if self.validation is None:
             return training, None
         return training, loader(self.validation, batch_size=usual_batch_size(self.dataset.image_size), shuffle=False)
-
-    def count_peak_bytes(self) -> PeakBytes:
-        """Count the activations of an update, and of an update of the stored twin."""
-        return count_peak_bytes(self.task.classifier.model, self.config, self.update)
 
     def finish(self, folder: Path, outcome: Outcome) -> TrainResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
@@ -138,9 +130,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
     distort = make_color_distortion() if config.color_distortion else nn.Identity()
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
-    updates_per_epoch = len(training) // config.batch_size
-    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
-    config = replace(config, epochs=-(-num_updates // updates_per_epoch))
+    config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
         make_model=lambda: Classifier.create(header, preprocess).model,
         make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
@@ -157,8 +147,6 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         config=config,
         names=RunNames(data=dataset.name, model=config.model),
         task=ClassificationTask(classifier, distort, augment, config, num_updates),
-        num_epochs=config.epochs,
-        batch_size=config.batch_size,
         plan=plan,
         dataset=dataset,
         training=training,

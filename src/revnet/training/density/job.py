@@ -1,6 +1,5 @@
 """The job of `revnet train nice`: fit NICE to images."""
 
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from revnet.training.device import check_device
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import adamw_factory
 from revnet.training.run import run_dir
-from revnet.training.run.activation_memory import PeakBytes, Update, apply_policies, count_peak_bytes, make_plan
+from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 _EVALUATION_BATCH_SIZE = 500
@@ -35,8 +34,6 @@ class DensityJob(AbstractJob[DensityResult]):
     config: NiceConfig
     names: RunNames
     task: DensityTask
-    num_epochs: int
-    batch_size: int
     max_grad_norm: float | None
     plan: Plan | None
     dataset: ImageDataset
@@ -52,24 +49,19 @@ class DensityJob(AbstractJob[DensityResult]):
         shape = "x".join(map(str, density.header.image_shape))
         counts = describe_splits(self.training, self.validation, self.test)
         levels = f"{density.header.num_levels} levels"
-        plural = "s" if self.task.num_updates > 1 else ""
         return [
             ("model", f"nice, {config.num_couplings} couplings, {config.prior} prior, {num_parameters:,} parameters"),
             ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
-            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} update{plural} of {self.batch_size} images"),
+            ("epochs", self.describe_updates("images")),
         ]
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
         loader = partial(make_loader, seed=self.config.seed, pin_memory=device.type == "cuda")
-        training = loader(self.training, batch_size=self.batch_size, shuffle=True, drop_last=True)
+        training = loader(self.training, batch_size=self.config.batch_size, shuffle=True, drop_last=True)
         if self.validation is None:
             return training, None
         return training, loader(self.validation, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False)
-
-    def count_peak_bytes(self) -> PeakBytes:
-        """Count the activations of an update, and of an update of the stored twin."""
-        return count_peak_bytes(self.task.density.model, self.config, self.update)
 
     def finish(self, folder: Path, outcome: Outcome) -> DensityResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
@@ -129,14 +121,12 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
             "prior": config.prior,
         },
     )
-    updates_per_epoch = len(training) // config.batch_size
-    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
-    config = replace(config, epochs=-(-num_updates // updates_per_epoch))
+    config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
         make_model=lambda: ImageDensity.create(header).model,
         make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
         loss=_loss,
-        optimizer=adamw_factory(lr=config.lr, beta2=config.beta2, weight_decay=config.weight_decay),
+        optimizer=adamw_factory(config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
@@ -147,8 +137,6 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
         config=config,
         names=RunNames(data=dataset.name, model="nice", loss="bits per dimension"),
         task=DensityTask(density, config, num_updates),
-        num_epochs=config.epochs,
-        batch_size=config.batch_size,
         max_grad_norm=config.max_grad_norm,
         plan=plan,
         dataset=dataset,

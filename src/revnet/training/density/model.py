@@ -51,6 +51,7 @@ class ImageDensity(SavedModule):
 
     header_type: ClassVar[type[AbstractHeader]] = DensityHeader
     header: DensityHeader
+    model: NICE
 
     def __init__(self, model: NICE, header: DensityHeader) -> None:
         super().__init__()

@@ -59,15 +59,7 @@ class DensityTask(AbstractTask):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer, and the schedule that steps after every update."""
-        config = self.config
-        return adamw_along_a_cosine(
-            self.density.model,
-            lr=config.lr,
-            beta2=config.beta2,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            num_updates=self.num_updates,
-        )
+        return adamw_along_a_cosine(self.density.model, self.config, self.num_updates)
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return bits per dimension and speed as text."""

@@ -1,6 +1,5 @@
 """The job of `revnet train lm`: train a language model on a text file."""
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
 from revnet.training.language.task import LanguageTask
 from revnet.training.optimizers import adamw_factory
-from revnet.training.run.activation_memory import PeakBytes, Update, apply_policies, count_peak_bytes, make_plan
+from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 _LONGEST_EPOCH = 500
@@ -31,8 +30,6 @@ class LanguageJob(AbstractJob[LanguageResult]):
     config: LanguageConfig
     names: RunNames
     task: LanguageTask
-    num_epochs: int
-    batch_size: int
     max_grad_norm: float | None
     plan: Plan | None
     dataset: TextDataset
@@ -44,11 +41,10 @@ class LanguageJob(AbstractJob[LanguageResult]):
         config, dataset = self.config, self.dataset
         num_parameters = sum(parameter.numel() for parameter in self.task.language_model.model.parameters())
         counts = f"{len(dataset.train):,} train, {len(dataset.validation):,} validate"
-        windows = f"{self.batch_size} windows of {config.length} characters"
         return [
             ("model", f"lm, {config.depth} blocks, {config.attention} attention, {num_parameters:,} parameters"),
             ("data", f"{dataset.name}, {len(dataset.vocabulary)} different characters: {counts}"),
-            ("epochs", f"{self.num_epochs}, {self.task.num_updates:,} updates of {windows}"),
+            ("epochs", self.describe_updates(f"windows of {config.length} characters")),
         ]
 
     def make_loaders(self, device: torch.device) -> tuple[RandomWindows, ConsecutiveWindows]:
@@ -57,16 +53,12 @@ class LanguageJob(AbstractJob[LanguageResult]):
         training = RandomWindows(
             self.dataset.train,
             length=self.config.length,
-            batch_size=self.batch_size,
+            batch_size=self.config.batch_size,
             num_batches=self.config.updates_per_epoch,
             seed=self.config.seed,
             pin_memory=device.type == "cuda",
         )
         return training, self.validation
-
-    def count_peak_bytes(self) -> PeakBytes:
-        """Count the activations of an update, and of an update of the stored twin."""
-        return count_peak_bytes(self.task.language_model.model, self.config, self.update)
 
     def finish(self, folder: Path, outcome: Outcome) -> LanguageResult:
         """Take the scores from the log: the validation text is the only text that is held out."""
@@ -102,8 +94,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         )
     usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
     updates_per_epoch = config.updates_per_epoch or usual
-    num_updates = min(config.epochs * updates_per_epoch, config.max_updates or sys.maxsize)
-    config = replace(config, updates_per_epoch=updates_per_epoch, epochs=-(-num_updates // updates_per_epoch))
+    config, num_updates = replace(config, updates_per_epoch=updates_per_epoch).limit_updates(updates_per_epoch)
     header = LanguageHeader(
         data=str(config.data),
         characters=dataset.vocabulary.characters,
@@ -123,7 +114,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         make_model=lambda: LanguageModel.create(header).model,
         make_batch=lambda: torch.zeros(config.batch_size, config.length, dtype=torch.int64),
         loss=_loss,
-        optimizer=adamw_factory(lr=config.lr, beta2=config.beta2, weight_decay=config.weight_decay),
+        optimizer=adamw_factory(config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
@@ -133,8 +124,6 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         config=config,
         names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
         task=LanguageTask(language_model, config, num_updates),
-        num_epochs=config.epochs,
-        batch_size=config.batch_size,
         max_grad_norm=config.max_grad_norm,
         plan=plan,
         dataset=dataset,

@@ -42,6 +42,7 @@ class LanguageModel(SavedModule):
 
     header_type: ClassVar[type[AbstractHeader]] = LanguageHeader
     header: LanguageHeader
+    model: ReversibleTransformer
 
     def __init__(self, model: ReversibleTransformer, header: LanguageHeader) -> None:
         super().__init__()

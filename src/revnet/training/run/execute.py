@@ -16,7 +16,7 @@ from revnet._provenance import describe_machine
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.run import run_dir
-from revnet.training.run.activation_memory import describe_plan, policy_name
+from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
 from revnet.training.run.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer, ToleranceState
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
@@ -79,7 +79,7 @@ def _execute(
     if not quiet:
         ours.append(make_progress())
     trainer = make_trainer(
-        job.config, [*ours, *callbacks], folder, num_epochs=job.num_epochs, max_grad_norm=job.max_grad_norm
+        job.config, [*ours, *callbacks], folder, num_epochs=job.config.epochs, max_grad_norm=job.max_grad_norm
     )
     device = trainer.strategy.root_device
     if job.plan is not None:
@@ -99,14 +99,14 @@ def _execute(
 
 def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles) -> RunFigures:
     device = trainer.strategy.root_device
-    peak_bytes, stored_peak_bytes = job.count_peak_bytes()
+    peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
     return RunFigures(
         folder=folder,
         best_epoch=files.best_epoch,
         num_updates=trainer.global_step,
         train_seconds=sum(row["epoch_seconds"] for row in log.rows),
         step_seconds=median(row["step_seconds"] for row in log.rows),
-        batch_size=job.batch_size,
+        batch_size=job.config.batch_size,
         peak_bytes=peak_bytes,
         stored_peak_bytes=stored_peak_bytes,
         policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),

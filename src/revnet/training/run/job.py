@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from revnet.memory import Plan
-from revnet.training.run.activation_memory import PeakBytes
+from revnet.training.run.activation_memory import Update
 from revnet.training.run.callbacks import Row
 from revnet.training.run.run_result import RunFigures, RunResult
 from revnet.training.run.task import AbstractTask
@@ -53,10 +53,8 @@ class AbstractJob(ABC, Generic[Result]):
     """Names of its parts."""
     task: AbstractTask
     """The LightningModule to train."""
-    num_epochs: int
-    """Epochs of the run."""
-    batch_size: int
-    """Samples per update."""
+    update: Update
+    """What a plan and a count of the memory need to know of an update."""
     plan: Plan | None
     """Plan of policies for the memory budget, if there is one."""
     max_grad_norm: float | None = None
@@ -72,9 +70,11 @@ class AbstractJob(ABC, Generic[Result]):
     def make_loaders(self, device: torch.device) -> tuple[Iterable[Any], Iterable[Any] | None]:
         """Return the training batches, and the validation batches if there are any."""
 
-    @abstractmethod
-    def count_peak_bytes(self) -> PeakBytes:
-        """Count the activations of an update, and of an update of the stored twin."""
+    def describe_updates(self, samples: str) -> str:
+        """Return the numbers of epochs, updates and samples per update as text; `samples` names the samples."""
+        plural = "s" if self.task.num_updates > 1 else ""
+        updates = f"{self.task.num_updates:,} update{plural}"
+        return f"{self.config.epochs}, {updates} of {self.config.batch_size} {samples}"
 
     @abstractmethod
     def finish(self, folder: Path, outcome: Outcome) -> Result:
