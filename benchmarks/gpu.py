@@ -99,7 +99,7 @@ def find_problem(names: Sequence[str], setting: Setting, folder: Path) -> str | 
     """Return a problem of the arguments, or None."""
     for name in names:
         if name not in PARTS:
-            return f"there is no part {name!r}; choose from {', '.join(PARTS)}"
+            return f"unknown part {name!r}; choose from {', '.join(PARTS)}"
     if setting.device.type == "cuda" and not torch.cuda.is_available():
         return "PyTorch finds no GPU; pass `--device cpu --quick` for a dry run without one"
     if setting.device.type != "cuda" and not setting.quick:

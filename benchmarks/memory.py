@@ -100,7 +100,7 @@ def find_problem(given: argparse.Namespace, names: Sequence[str]) -> str | None:
     """Return a problem of the arguments, or None."""
     for name in [*given.models.split(","), given.model]:
         if name not in list_models():
-            return f"there is no model {name!r}; choose from {', '.join(list_models())}"
+            return f"unknown model {name!r}; choose from {', '.join(list_models())}"
     if "real" in names and given.model not in PAIRS:
         return f"--real needs a reversible --model, not {given.model}; choose from {', '.join(PAIRS)}"
     try:

@@ -30,8 +30,9 @@ def file(monkeypatch, tmp_path):
 
 
 def test_reads_submodules_and_homes():
-    submodules, homes = read_stub("drawing", STUB)
+    submodules, homes, defined = read_stub("drawing", STUB)
     assert submodules == {"shapes"}
+    assert defined == {"__version__"}
     assert homes == {"Circle": "drawing.shapes", "Plot": "drawing.plots", "area": "drawing.shapes"}
 
 
@@ -39,7 +40,7 @@ def test_names_load_from_their_module(file):
     load, names, exported = attach("drawing", file)
     assert load("Circle") == "a circle"
     assert load("shapes") is sys.modules["drawing.shapes"]
-    assert names() == ["Circle", "Plot", "area", "shapes"]
+    assert names() == ["Circle", "Plot", "__version__", "area", "shapes"]
     assert exported == ["area", "Circle", "Plot"]
 
 

@@ -5,7 +5,7 @@ breaks and what to pass instead.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -171,3 +171,17 @@ def check_generator(generator: Any) -> None:
         raise TypeError(
             f"`generator` (={describe(generator)}) must be a `torch.Generator`, or None for PyTorch's random state."
         )
+
+
+def check_step_arguments(model: Any, kwargs: Any, loss: Any, autocast: Any) -> None:
+    """Raise unless these can describe a training step: a module, its keyword arguments, a loss and a dtype."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` (={type(model).__name__}) must be a module.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"`kwargs` (={type(kwargs).__name__}) must be a dict of the model's keyword arguments, or None."
+        )
+    if loss is not None and not callable(loss):
+        raise TypeError(f"`loss` (={loss!r}) must be a function from the model's output to a scalar, or None.")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"`autocast` (={autocast!r}) must be `torch.bfloat16`, `torch.float16` or None.")

@@ -23,7 +23,7 @@ def attach(
         purpose: Use of the names, for the error message if a dependency is not installed. Without it, the error is
             Python's own.
     """
-    submodules, homes = read_stub(package, Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    submodules, homes, defined = read_stub(package, Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
 
     def load(name: str) -> Any:
         if name in submodules:
@@ -39,18 +39,26 @@ def attach(
             raise MissingDependencyError.of(dependency, purpose) from error
 
     def names() -> list[str]:
-        return sorted([*homes, *submodules, *(["__version__"] if package == "revnet" else [])])
+        return sorted({*homes, *submodules, *defined})
 
     return load, names, sorted(homes, key=str.casefold)
 
 
-def read_stub(package: str, stub: str) -> tuple[set[str], dict[str, str]]:
-    """Return the submodules that a stub imports from its own package, and the module of each other name."""
+def read_stub(package: str, stub: str) -> tuple[set[str], dict[str, str], set[str]]:
+    """Read a stub.
+
+    Returns:
+        The submodules that it imports from its own package, the module of each other name that it imports, and the
+        names that the package itself defines.
+    """
     submodules: set[str] = set()
     homes: dict[str, str] = {}
+    defined: set[str] = set()
     for node in ast.parse(stub).body:
         if isinstance(node, ast.ImportFrom) and node.module == package:
             submodules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             homes.update((alias.name, node.module) for alias in node.names)
-    return submodules, homes
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            defined.add(node.target.id)
+    return submodules, homes, defined

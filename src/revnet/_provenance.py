@@ -40,8 +40,6 @@ def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mappin
         device: Device of the measurements.
         peers: Names and versions of other packages that were measured.
     """
-    threads = os.environ.get("OMP_NUM_THREADS")
-    prefix = f"OMP_NUM_THREADS={threads} " if threads else ""
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     others = "".join(f", {name} {version}" for name, version in (peers or {}).items())
     return [
@@ -49,8 +47,14 @@ def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mappin
         f"{accelerator}",
         f"- Versions: PyTorch {torch.__version__}, Python {platform.python_version()}, revnet {_revision()}{others}",
         f"- Date: {datetime.date.today()}",
-        f"- Command: `{prefix}{command}`",
+        f"- Command: `{with_environment(command)}`",
     ]
+
+
+def with_environment(command: str) -> str:
+    """Return a command with the environment variables that change its results."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"OMP_NUM_THREADS={threads} {command}" if threads else command
 
 
 def _revision() -> str:

@@ -188,7 +188,7 @@ def test_rounds_of_turns(setting):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "tests,speed"], "there is no part 'speed'; choose from tests, ratios, "),
+        (["--parts", "tests,speed"], "unknown part 'speed'; choose from tests, ratios, "),
         (["--device", "cpu"], "--device cpu would take hours; add --quick for a dry run"),
         (
             ["--device", "cpu", "--quick", "--output-dir", "no/such"],

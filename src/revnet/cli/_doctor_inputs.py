@@ -108,7 +108,7 @@ def _on_images(flags: StepFlags, data: str) -> DoctorInputs:
     images = _preprocess(dataset)(images)
     loss = _cross_entropy(labels)
     if flags.is_own:
-        # Its outputs may not be logits of these classes, so there is no cross-entropy.
+        # The outputs may not be logits of these classes, so the cross-entropy is not computed.
         return DoctorInputs(build_model(flags.model, is_real=True), images, None, f"images of {dataset.name}")
     model = create_model(flags.model, num_classes=dataset.num_classes, in_channels=dataset.in_channels)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's stubs lack it

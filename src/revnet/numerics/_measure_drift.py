@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from revnet._checks import check_step_arguments
 from revnet.engine import DriftMeter
 from revnet.errors import ReconstructionWarning
 from revnet.nn import Store, set_policy
@@ -61,7 +62,7 @@ def measure_drift(
         same weights, inputs, buffers and random numbers. On a GPU, kernels that add in varying order limit how small
         the errors of gradients can be.
     """
-    _check(model, kwargs, loss, autocast)
+    check_step_arguments(model, kwargs, loss, autocast)
     model = getattr(model, "_orig_mod", model)  # compiled code cannot be watched, and computes the same
     blocks = locate_blocks(model)
     if not blocks:
@@ -103,19 +104,6 @@ def _unwarned() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ReconstructionWarning)
         yield
-
-
-def _check(model: nn.Module, kwargs: Mapping[str, Any] | None, loss: Loss | None, autocast: torch.dtype | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` (={type(model).__name__}) must be a module.")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(
-            f"`kwargs` (={type(kwargs).__name__}) must be a dict of the model's keyword arguments, or None."
-        )
-    if loss is not None and not callable(loss):
-        raise TypeError(f"`loss` (={loss!r}) must be a function from the model's output to a scalar, or None.")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise TypeError(f"`autocast` (={autocast!r}) must be `torch.bfloat16`, `torch.float16` or None.")
 
 
 def _check_can_be_stored(blocks: Sequence[LocatedBlock]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from revnet._checks import check_step_arguments
 from revnet._torch_internals import active_fake_mode
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._recorder import Recorder
@@ -155,16 +156,7 @@ def check_step(
     model: nn.Module, kwargs: Mapping[str, Any] | None, loss: Loss | None, autocast: torch.dtype | None
 ) -> None:
     """Raise for arguments that are invalid in any step, before anything runs."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` (={type(model).__name__}) must be a module.")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(
-            f"`kwargs` (={type(kwargs).__name__}) must be a dict of the model's keyword arguments, or None."
-        )
-    if loss is not None and not callable(loss):
-        raise TypeError(f"`loss` (={loss!r}) must be a function from the model's output to a scalar, or None.")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise TypeError(f"`autocast` (={autocast!r}) must be `torch.bfloat16`, `torch.float16` or None.")
+    check_step_arguments(model, kwargs, loss, autocast)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ValueError(

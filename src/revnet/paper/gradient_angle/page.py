@@ -11,7 +11,7 @@ from typing import Any
 
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
-from revnet._provenance import Provenance, describe_machine
+from revnet._provenance import Provenance, with_environment
 from revnet.paper.gradient_angle import draw
 from revnet.paper.gradient_angle.callbacks import GradientAngle
 from revnet.paper.gradient_angle.gradients import GradientError
@@ -95,13 +95,12 @@ def _write_csv(path: Path, rows: Iterator[Sequence[Any]]) -> None:
 def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
     result = study.reversed.result
     trained = Provenance.parse(result.machine)  # the number of threads too
-    command_line = Provenance.parse(describe_machine(command)).command
     yield f"# Gradients of rebuilt and of stored activations: {study.config.model} on {result.test.data}"
     yield ""
     yield f"- Hardware: {trained.hardware}"
     yield f"- Versions: {trained.versions}"
     yield f"- Date: {trained.date}"
-    yield f"- Command: `{command_line}`"
+    yield f"- Command: `{with_environment(command)}`"
     yield f"- Settings of both runs: {_settings(study.config)}"
     yield f"- Runs: `{study.reversed.result.folder}`, `{study.stored.result.folder}` (its stored twin)"
     yield ""
