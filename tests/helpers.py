@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -459,3 +460,34 @@ def assert_silent_write_raises(device: str = "cpu") -> None:
     y.data.zero_()
     with pytest.raises(ReconstructionError, match="overwritten after the forward pass"):
         loss.backward()
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def keep_saved_figures(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[Any]:
+    """Return a list that fills with the figures that `module` saves, by the function `save` that it imports."""
+    figures: list[Any] = []
+    save = module.save
+
+    def keep_and_save(figure: Any, path: Path) -> None:
+        figures.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(module, "save", keep_and_save)
+    return figures
+
+
+def texts_of(figure: Any) -> list[str]:
+    """Return the texts inside the first axes of a figure."""
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def assert_something_is_drawn(path: Path) -> None:
+    """A picture of the usual size that is not blank, and no other file next to it."""
+    import matplotlib.image
+
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[1] > 1000
+    assert picture.std() > 0.05
+    assert [file.name for file in path.parent.iterdir()] == [path.name]

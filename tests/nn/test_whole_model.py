@@ -8,7 +8,6 @@ from revnet import (
     Additive,
     Checkpoint,
     FixedPoint,
-    PolicySequential,
     Reverse,
     ReversibleBlock,
     ReversibleSequential,
@@ -19,18 +18,7 @@ from revnet import (
 )
 from revnet.nn._whole_model import policy_holders
 from tests.helpers import mlp
-
-
-def make_model():
-    return nn.Sequential(
-        PolicySequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()),
-        ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]),
-        nn.Linear(4, 2),
-    )
-
-
-def policies(model):
-    return {name: holder.policies for name, holder in policy_holders(model).items()}
+from tests.nn.samples import make_model, policies
 
 
 def test_policy_holders_returns_modules_and_units_by_name():

@@ -8,6 +8,7 @@ from revnet import Checkpoint, Reverse, Store
 from revnet.coupling import FixedPoint
 from revnet.numerics import Drift, _drift_plot, measure_drift
 from revnet.numerics._block_drift import BlockDrift, GradientDrift
+from tests.helpers import keep_saved_figures
 from tests.numerics.test_measure_drift import Shifting, perceptrons
 
 pytest.importorskip("matplotlib")
@@ -16,14 +17,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture
 def drawn(monkeypatch):
     """Return the figures that were saved."""
-    figures, save = [], _drift_plot.save
-
-    def keep_and_save(figure, path):
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(_drift_plot, "save", keep_and_save)
-    return figures
+    return keep_saved_figures(monkeypatch, _drift_plot)
 
 
 def drift_of_errors(errors, amplifications=None, gradients=None, part=""):

@@ -1,12 +1,12 @@
 from itertools import combinations, pairwise
 
-import matplotlib.image
 import pytest
 
 from revnet.memory import format_bytes
 from revnet.memory.planning import _plan_plot
 from revnet.memory.planning._plan_plot import plot_plan
 from revnet.memory.planning._planned_unit import PlanPoint
+from tests.helpers import assert_something_is_drawn, keep_saved_figures, texts_of
 
 GIB = 2**30
 POINTS = [PlanPoint(3 * GIB, 1.4), PlanPoint(5 * GIB, 1.3), PlanPoint(9 * GIB, 1.1), PlanPoint(20 * GIB, 1.0)]
@@ -22,25 +22,7 @@ MANY = {f"{name}{suffix}": point for suffix in ("", ".", "..") for name, point i
 @pytest.fixture
 def drawn(monkeypatch):
     """Return the figures that were saved."""
-    figures, save = [], _plan_plot.save
-
-    def keep_and_save(figure, path):
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(_plan_plot, "save", keep_and_save)
-    return figures
-
-
-def texts_of(figure):
-    return [text.get_text() for text in figure.axes[0].texts]
-
-
-def assert_something_is_drawn(path):
-    picture = matplotlib.image.imread(path)
-    assert picture.shape[1] > 1000
-    assert picture.std() > 0.05
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    return keep_saved_figures(monkeypatch, _plan_plot)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from dataclasses import replace
 from functools import partial
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from revnet.memory import format_bytes, measure
 from revnet.memory.step import _timeline_plot
 from revnet.memory.step._memory_parts import Timeline
 from revnet.memory.step._timeline_plot import plot_timeline
+from tests.helpers import assert_something_is_drawn, keep_saved_figures, texts_of
 
 MIB = 2**20
 
@@ -18,31 +18,13 @@ MIB = 2**20
 @pytest.fixture
 def drawn(monkeypatch):
     """Return the figures that were saved."""
-    figures, save = [], _timeline_plot.save
-
-    def keep_and_save(figure, path):
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(_timeline_plot, "save", keep_and_save)
-    return figures
+    return keep_saved_figures(monkeypatch, _timeline_plot)
 
 
 @pytest.fixture(scope="module")
 def memory():
     model = nn.Sequential(nn.Linear(100, 300), nn.Tanh(), nn.Linear(300, 10))
     return measure(model, torch.randn(500, 100), optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-
-
-def texts_of(figure):
-    return [text.get_text() for text in figure.axes[0].texts]
-
-
-def assert_something_is_drawn(path):
-    picture = matplotlib.image.imread(path)
-    assert picture.shape[1] > 1000
-    assert picture.std() > 0.05
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_shows_each_part_and_the_peak(tmp_path, drawn, memory):

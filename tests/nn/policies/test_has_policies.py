@@ -16,19 +16,7 @@ from revnet.nn import InvertibleSequential
 from revnet.nn._whole_model import policy_holders
 from revnet.nn.policies._has_policies import as_policy
 from tests.helpers import mlp
-
-
-def make_model():
-    return nn.Sequential(
-        PolicySequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()),
-        ReversibleSequential(*[ReversibleBlock(mlp(2), mlp(2)) for _ in range(3)]),
-        nn.Linear(4, 2),
-    )
-
-
-def policies(model):
-    return {name: holder.policies for name, holder in policy_holders(model).items()}
-
+from tests.nn.samples import make_model, policies
 
 POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
 
