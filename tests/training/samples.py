@@ -2,7 +2,9 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 
 from revnet.data import ImageDataset, Preprocess
 from revnet.data.splits.image_split import ImageSplit
+from revnet.training import TrainingInterrupted, resume, train
 from revnet.training.classification.model import Classifier, ClassifierHeader
 from revnet.training.run.callbacks import RunFiles
 from revnet.training.run.checkpoint import save_weights
+from revnet.training.settings import AbstractRunConfig
 from tests.data.samples import encode, random_images
 
 
@@ -86,3 +90,38 @@ def stop_after_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, stop: Callable
             stop()
 
     monkeypatch.setattr(RunFiles, "on_train_epoch_end", write_files_and_stop)
+
+
+RUN_FILES = [
+    "best.safetensors",
+    "config.yaml",
+    "last.ckpt",
+    "last.safetensors",
+    "learning_curve.png",
+    "metrics.csv",
+    "summary.json",
+]
+"""Files of a finished run without a plan."""
+
+
+def train_and_resume(
+    config: AbstractRunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stop_after: int
+) -> tuple[Any, Any]:
+    """Return the results of two runs: one straight through, and one stopped after an epoch and resumed."""
+    straight = train(replace(config, out_dir=str(tmp_path / "straight")), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after_epoch(patch, stop_after)
+        with pytest.raises(TrainingInterrupted, match=r"`revnet train --resume .*stopped` continues"):
+            train(replace(config, out_dir=str(tmp_path / "stopped")), quiet=True)
+    torch.rand(1000)  # a new process may draw numbers before it resumes
+    return straight, resume(tmp_path / "stopped", quiet=True)
+
+
+def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module]) -> None:
+    """The weights of both runs are equal bit for bit, and so are the logs, apart from times."""
+    for weights in ("last.safetensors", "best.safetensors"):
+        expected, actual = (load(result.folder / weights).state_dict() for result in (straight, resumed))
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    times = {"step_seconds": "", "epoch_seconds": ""}
+    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
+    assert logs[0] == logs[1]

@@ -14,19 +14,11 @@ from revnet.models import create_model
 from revnet.nn import Store
 from revnet.training import TrainConfig, TrainingInterrupted, evaluate, load_classifier, resume, train
 from revnet.training.run.callbacks import RunFiles
-from tests.training.samples import interrupt, read_log, stop_after_epoch
+from tests.training.samples import RUN_FILES, assert_same_run, interrupt, read_log, stop_after_epoch, train_and_resume
 
 
 def test_run_writes_its_files(finished):
-    assert sorted(path.name for path in finished.folder.iterdir()) == [
-        "best.safetensors",
-        "config.yaml",
-        "last.ckpt",
-        "last.safetensors",
-        "learning_curve.png",
-        "metrics.csv",
-        "summary.json",
-    ]
+    assert sorted(path.name for path in finished.folder.iterdir()) == RUN_FILES
 
 
 def test_saves_the_resolved_settings(finished):
@@ -89,21 +81,10 @@ def test_evaluates_last_and_best_weights(finished):
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     # crops and flips draw from the random state; schedule, momentum and batch norm have their own state
     settings = {"epochs": 4, "crop_padding": 1, "horizontal_flip": True, "batch_size": 200} | more
-    straight = train(TrainConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
-    with monkeypatch.context() as patch:
-        stop_after_epoch(patch, 2)
-        with pytest.raises(TrainingInterrupted):
-            train(TrainConfig(**settings, out_dir=str(tmp_path / "stopped")), quiet=True)
-    torch.rand(1000)  # a new process may draw numbers before it resumes
-    resumed = resume(tmp_path / "stopped", quiet=True)
+    straight, resumed = train_and_resume(TrainConfig(**settings), tmp_path, monkeypatch, stop_after=2)
 
-    for weights in ("last.safetensors", "best.safetensors"):
-        expected, actual = (load_classifier(result.folder / weights).state_dict() for result in (straight, resumed))
-        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert_same_run(straight, resumed, load_classifier)
     assert (resumed.test, resumed.best_epoch) == (straight.test, straight.best_epoch)
-    times = {"step_seconds": "", "epoch_seconds": ""}
-    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
-    assert logs[0] == logs[1]
 
 
 def test_resuming_a_finished_run_gives_the_same_result(finished):

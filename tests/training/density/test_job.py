@@ -16,7 +16,13 @@ from revnet.training import NiceConfig, TrainingInterrupted, evaluate, load_clas
 from revnet.training.density.job import mean_bits_per_dim, new_job
 from revnet.training.density.model import ImageDensity
 from revnet.training.run.callbacks import RunFiles
-from tests.training.samples import read_log, stop_after_epoch, write_image_folder
+from tests.training.samples import (
+    RUN_FILES,
+    assert_same_run,
+    read_log,
+    train_and_resume,
+    write_image_folder,
+)
 
 SMALL = {"num_couplings": 4, "hidden_dim": 32, "num_hidden": 1, "batch_size": 200}
 
@@ -28,15 +34,7 @@ def fitted(tmp_path_factory):
 
 
 def test_run_writes_its_files(fitted):
-    assert sorted(path.name for path in fitted.folder.iterdir()) == [
-        "best.safetensors",
-        "config.yaml",
-        "last.ckpt",
-        "last.safetensors",
-        "learning_curve.png",
-        "metrics.csv",
-        "summary.json",
-    ]
+    assert sorted(path.name for path in fitted.folder.iterdir()) == RUN_FILES
     assert matplotlib.image.imread(fitted.folder / "learning_curve.png").std() > 0.05
 
 
@@ -81,21 +79,10 @@ def test_weights_and_checkpoint_hold_the_same_weights(fitted):
 @pytest.mark.parametrize("more", [{}, {"memory_budget": "1MiB", "prior": "gaussian"}], ids=["", "planned"])
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     settings = SMALL | {"epochs": 4, "horizontal_flip": True} | more  # noise and flips are random
-    straight = train(NiceConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
-    with monkeypatch.context() as patch:
-        stop_after_epoch(patch, 2)
-        with pytest.raises(TrainingInterrupted, match=r"`revnet train --resume .*stopped` continues"):
-            train(NiceConfig(**settings, out_dir=str(tmp_path / "stopped")), quiet=True)
-    torch.rand(1000)  # a new process may draw numbers before it resumes
-    resumed = resume(tmp_path / "stopped", quiet=True)
-    for weights in ("last.safetensors", "best.safetensors"):
-        expected, actual = (load_density(result.folder / weights).state_dict() for result in (straight, resumed))
-        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    straight, resumed = train_and_resume(NiceConfig(**settings), tmp_path, monkeypatch, stop_after=2)
+    assert_same_run(straight, resumed, load_density)
     assert resumed.test_bits_per_dim == straight.test_bits_per_dim
     assert (resumed.best_epoch, resumed.best_val_bits_per_dim) == (straight.best_epoch, straight.best_val_bits_per_dim)
-    times = {"step_seconds": "", "epoch_seconds": ""}
-    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
-    assert logs[0] == logs[1]
 
 
 def test_run_stopped_in_its_first_epoch_must_start_again(out_dir, monkeypatch):

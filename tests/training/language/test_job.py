@@ -14,14 +14,12 @@ from revnet.models import ReversibleTransformer
 from revnet.nn import Store
 from revnet.training import (
     LanguageConfig,
-    TrainingInterrupted,
     load_classifier,
     load_density,
     load_language_model,
-    resume,
     train,
 )
-from tests.training.samples import read_log, stop_after_epoch
+from tests.training.samples import RUN_FILES, assert_same_run, read_log, train_and_resume
 
 SMALL = {
     "length": 16,
@@ -52,15 +50,7 @@ def trained(text, tmp_path_factory):
 
 
 def test_run_writes_its_files(trained):
-    assert sorted(path.name for path in trained.folder.iterdir()) == [
-        "best.safetensors",
-        "config.yaml",
-        "last.ckpt",
-        "last.safetensors",
-        "learning_curve.png",
-        "metrics.csv",
-        "summary.json",
-    ]
+    assert sorted(path.name for path in trained.folder.iterdir()) == RUN_FILES
 
 
 def test_loss_decreases_and_is_reported(trained):
@@ -104,19 +94,8 @@ def test_memory_equals_measured_model_and_stored_twin(trained):
 )
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, text, more):
     settings = SMALL | {"data": text, "epochs": 3} | more  # dropout and hashes are random
-    straight = train(LanguageConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
-    with monkeypatch.context() as patch:
-        stop_after_epoch(patch, 1)
-        with pytest.raises(TrainingInterrupted, match=r"`revnet train --resume .*stopped` continues"):
-            train(LanguageConfig(**settings, out_dir=str(tmp_path / "stopped")), quiet=True)
-    torch.rand(1000)  # a new process may draw numbers before it resumes
-    resumed = resume(tmp_path / "stopped", quiet=True)
-    for weights in ("last.safetensors", "best.safetensors"):
-        expected, actual = (load_language_model(result.folder / weights).state_dict() for result in (straight, resumed))
-        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-    times = {"step_seconds": "", "epoch_seconds": ""}
-    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
-    assert logs[0] == logs[1]
+    straight, resumed = train_and_resume(LanguageConfig(**settings), tmp_path, monkeypatch, stop_after=1)
+    assert_same_run(straight, resumed, load_language_model)
     assert (straight.policy == "plan") == ("memory_budget" in more)
 
 
