@@ -31,9 +31,8 @@ def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
     results = measure_all(settings)
     stem = f"{_THEME}_{hardware_name(settings.device)}_{datetime.date.today()}"
     pictures = f"{stem}_memory.png", f"{stem}_time.png"
-    text = markdown(
-        results, command, pictures
-    )  # before any file is written, since it records whether the checkout has changes
+    # Before any file is written, because it records whether the checkout has changes.
+    text = markdown(results, command, pictures)
     write_csv(results, folder / f"{stem}.csv")
     page = folder / f"{stem}.md"
     page.write_text(text)
