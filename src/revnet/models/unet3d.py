@@ -40,9 +40,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual of `x`."""
-        return self.conv(
-            F.leaky_relu(self.norm(x), inplace=True)
-        )  # in place, since nothing else reads the norm's output
+        # In place, since nothing else reads the output of the norm.
+        return self.conv(F.leaky_relu(self.norm(x), inplace=True))
 
 
 class UNet3d(nn.Module):

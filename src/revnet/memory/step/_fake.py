@@ -92,9 +92,8 @@ def fake_tensors_in(model: nn.Module, faker: TensorFaker) -> Iterator[None]:
         for module in model.modules():
             for name, value in module.__dict__.items():
                 if name not in _HOLDERS:
-                    module.__dict__[name] = faker.replace_known(
-                        value
-                    )  # the flat weights of recurrent layers, for instance
+                    # For instance the flat weights of recurrent layers.
+                    module.__dict__[name] = faker.replace_known(value)
         yield
     finally:
         for restore in restores:
