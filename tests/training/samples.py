@@ -16,7 +16,7 @@ from revnet.training import TrainingInterrupted, resume, train
 from revnet.training.classification.model import Classifier, ClassifierHeader
 from revnet.training.run.callbacks import RunFiles
 from revnet.training.run.checkpoint import save_weights
-from revnet.training.settings import AbstractRunConfig
+from revnet.training.settings.run_config import AbstractRunConfig
 from tests.data.samples import encode, random_images
 
 

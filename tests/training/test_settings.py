@@ -6,7 +6,8 @@ import pytest
 from revnet.cli._docstrings import describe_fields
 from revnet.errors import CheckpointError
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig, resume
-from revnet.training.settings import read_task
+from revnet.training.settings.fields import list_groups
+from revnet.training.settings.run_config import read_task
 
 
 @pytest.mark.parametrize(("config", "task"), [(TrainConfig(), None), (NiceConfig(), "nice"), (LanguageConfig(), "lm")])
@@ -41,3 +42,24 @@ def test_every_number_has_a_rule(config_type):
     for field in fields(config_type):
         if {int, float} & {field.type, *get_args(field.type)}:
             assert "check" in field.metadata, field.name
+
+
+def test_groups_hold_each_setting_once():
+    groups = list_groups(NiceConfig)
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(field.name for field in fields(NiceConfig))
+    assert len(names) == len(set(names))
+    assert groups["devices"] == [
+        "device",
+        "precision",
+        "num_threads",
+    ]  # although NiceConfig describes two of them itself
+    assert groups["settings"][0] == "task"
+
+
+def test_every_group_states_its_rules():
+    """A rule of a group holds for the settings that derive from it, besides the rules of the family."""
+    with pytest.raises(ValueError, match=r"`policy` .* does not go with a `memory_budget`"):
+        NiceConfig(policy="store", memory_budget="1GiB")
+    with pytest.raises(ValueError, match=r"`num_couplings` .* must be even"):
+        NiceConfig(num_couplings=3)

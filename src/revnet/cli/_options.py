@@ -1,12 +1,12 @@
 """The options of a command, from the signature of its function."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from revnet.cli._docstrings import describe_arguments, describe_fields
+from revnet.training.settings.fields import list_groups
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -23,8 +23,13 @@ class Option:
     """Sentence of the docstring about it."""
     default: Any
     """Default value; `inspect.Parameter.empty` if the argument is required."""
-    is_setting: bool
-    """Whether it is a field of the settings, which a YAML file can hold."""
+    group: str | None = None
+    """Title of its group, if it is a field of the settings, which a YAML file can hold."""
+
+    @property
+    def is_setting(self) -> bool:
+        """Whether the option is a field of the settings."""
+        return self.group is not None
 
     @property
     def is_required(self) -> bool:
@@ -56,7 +61,7 @@ def list_options(function: Callable[..., Any]) -> list[Option]:
     """Return the options of a command in the order of its help."""
     kinds, sentences = get_type_hints(function), describe_arguments(function)
     options = [
-        Option(name, kinds[name], sentences.get(name, ""), parameter.default, is_setting=False)
+        Option(name, kinds[name], sentences.get(name, ""), parameter.default)
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
@@ -66,6 +71,7 @@ def list_options(function: Callable[..., Any]) -> list[Option]:
     kinds, sentences = get_type_hints(settings), describe_fields(settings)
     defaults = settings()
     return options + [
-        Option(name, kinds[name], sentences.get(name, ""), getattr(defaults, name), is_setting=True)
-        for name in (field.name for field in dataclasses.fields(settings))
+        Option(name, kinds[name], sentences.get(name, ""), getattr(defaults, name), title)
+        for title, names in list_groups(settings).items()
+        for name in names
     ]

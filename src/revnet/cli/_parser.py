@@ -74,7 +74,6 @@ class _Parser(argparse.ArgumentParser):
         )
         # Titles of argparse, which differ between releases of Python.
         self._positionals.title, self._optionals.title = "arguments", "options"
-        settings = self
         if any(option.is_setting for option in self.known):
             self.add_argument(
                 "--config",
@@ -82,9 +81,11 @@ class _Parser(argparse.ArgumentParser):
                 help="YAML file with values for the settings below, or the name of a recipe, as in configs/.",
             )
             self.add_argument("--print-config", action="store_true", help="Print all settings as YAML and exit.")
-            settings = self.add_argument_group("settings")  # type: ignore[assignment]
+        groups = {
+            title: self.add_argument_group(title) for title in dict.fromkeys(o.group for o in self.known) if title
+        }
         for option in self.known:
-            _add_option(settings if option.is_setting else self, option)
+            _add_option(self if option.group is None else groups[option.group], option)
 
     def error(self, message: str) -> NoReturn:
         """Raise the only error that argparse reports here: a positional argument is missing."""

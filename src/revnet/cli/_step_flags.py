@@ -9,8 +9,8 @@ from typing import Literal
 
 from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
-from revnet.training.checks import check_integer
-from revnet.training.choices import Precision
+from revnet.training.settings.checks import check_integer
+from revnet.training.settings.choices import Precision
 
 InputDtype = Literal["float32", "int64"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]

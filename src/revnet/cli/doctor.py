@@ -2,8 +2,8 @@
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._step_flags import InputDtype, StepFlags, open_folder, optional_picture
-from revnet.training.checks import check_number
-from revnet.training.choices import Precision
+from revnet.training.settings.checks import check_number
+from revnet.training.settings.choices import Precision
 
 
 def doctor(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from revnet.errors import MissingDependencyError
-from revnet.training.choices import OnCorrupt
+from revnet.training.settings.choices import OnCorrupt
 
 
 def evaluate(

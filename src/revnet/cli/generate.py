@@ -32,7 +32,7 @@ def generate(
         seed: Seed of the sampling.
         device: Device to run on: auto, cpu, cuda, cuda:1, mps.
     """
-    from revnet.training.checks import check_integer, check_number
+    from revnet.training.settings.checks import check_integer, check_number
 
     check_integer("--num", num, at_least=1)
     check_integer("--seed", seed, at_least=0, at_most=2**32 - 1)

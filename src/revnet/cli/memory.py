@@ -2,8 +2,8 @@
 
 from revnet.cli._errors import UsageError, describe_error, step_errors
 from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
-from revnet.training.checks import check_integer
-from revnet.training.choices import Policy, Precision
+from revnet.training.settings.checks import check_integer
+from revnet.training.settings.choices import Policy, Precision
 
 
 def memory(

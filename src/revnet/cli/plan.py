@@ -7,7 +7,7 @@ from typing import get_args
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
-from revnet.training.choices import Optimizer, Precision
+from revnet.training.settings.choices import Optimizer, Precision
 
 _IN_PYTHON = {
     "sgd": "optimizer=partial(torch.optim.SGD, momentum=0.9)",

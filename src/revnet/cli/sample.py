@@ -43,7 +43,7 @@ def sample(
         output_dir: Folder for the pictures; the folder of the checkpoint by default.
         device: Device to run on: auto, cpu, cuda, cuda:1, mps.
     """
-    from revnet.training.checks import check_integer, check_number
+    from revnet.training.settings.checks import check_integer, check_number
 
     check_integer("--num", num, at_least=1)
     check_integer("--steps", steps, at_least=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from revnet.engine import DriftMeter
 from revnet.numerics import Drift, drift_of, measure_drift
 from revnet.training.atomic_file import atomic_path
-from revnet.training.checks import check_integer
+from revnet.training.settings.checks import check_integer
 
 Loss = Callable[[Any, Any], Tensor]
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from revnet.training.run.execute import execute
 from revnet.training.run.job import AbstractJob
 from revnet.training.run.run_result import RunResult
 from revnet.training.saved_module import check_fit
-from revnet.training.settings import AbstractRunConfig, read_task
+from revnet.training.settings.run_config import AbstractRunConfig, read_task
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from revnet.training.checks import check_fractions, check_range
-from revnet.training.choices import Device, OnCorrupt, Optimizer, Policy, Precision, Preprocessing, Schedule
-from revnet.training.settings import AbstractRunConfig, checked, integer, number
+from revnet.training.settings.checks import check_fractions, check_range
+from revnet.training.settings.choices import OnCorrupt, Optimizer, Policy, Preprocessing, Schedule
+from revnet.training.settings.fields import checked, integer, number
+from revnet.training.settings.run_config import AbstractRunConfig
 
 # Each update of AdamW moves every weight by about the learning rate: with a rate that suits SGD, nothing is learned.
 _HIGHEST_LR_OF_ADAMW = 0.05
@@ -38,6 +39,7 @@ class TrainConfig(AbstractRunConfig):
     """
 
     command: ClassVar[str] = "revnet train"
+    title: ClassVar[str] = "settings"
 
     data: str = "digits"
     """Data set: a name (`digits`, `cifar10`, `cifar100`, `imagenet`), `hub:owner/name`, or a path: a folder of images
@@ -152,12 +154,6 @@ class TrainConfig(AbstractRunConfig):
     on_corrupt: OnCorrupt = "stop"
     """Response to an image that cannot be decoded: `stop` the run, or `skip` the image and print its name."""
 
-    precision: Precision = "32-true"
-    """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16."""
-
-    device: Device = "auto"
-    """Device to train on; `auto` takes the GPU if there is one."""
-
     num_threads: int | None = integer(None, at_least=1)
     """Threads on the CPU; null uses the default of the data set: 1 for digits, PyTorch's choice elsewhere."""
 
@@ -167,9 +163,6 @@ class TrainConfig(AbstractRunConfig):
 
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the held-out images, their order and the augmentation."""
-
-    out_dir: str | None = None
-    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_<model>_<number>`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

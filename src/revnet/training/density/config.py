@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
-from revnet.training.choices import Device, OnCorrupt, Policy, Precision
-from revnet.training.settings import AbstractRunConfig, integer, number
+from revnet.training.settings.choices import OnCorrupt, Precision
+from revnet.training.settings.fields import integer, number
+from revnet.training.settings.run_config import AbstractRunConfig
 
 Prior = Literal["logistic", "gaussian"]
 
@@ -24,6 +25,7 @@ class NiceConfig(AbstractRunConfig):
     """
 
     command: ClassVar[str] = "revnet train nice"
+    title: ClassVar[str] = "settings"
 
     task: Literal["nice"] = "nice"
     """Task of the run, which distinguishes a file of these settings from others."""
@@ -43,15 +45,6 @@ class NiceConfig(AbstractRunConfig):
 
     prior: Prior = "logistic"
     """Distribution of each component of a code."""
-
-    policy: Policy = "reverse"
-    """Policy for activations: `reverse` reconstructs the activations of reversible blocks in the backward pass,
-    `checkpoint` stores the input of each block and computes the rest again, `store` keeps all activations, as the
-    stored twin does."""
-
-    memory_budget: str | None = None
-    """Largest amount of memory that an update may take, such as `16GiB` or `500MB`. A plan then chooses the policy of
-    each block, instead of `policy`, so that an update takes the least time."""
 
     epochs: int = integer(120, at_least=1)
     """Number of passes over the training images, each with different noise."""
@@ -90,17 +83,11 @@ class NiceConfig(AbstractRunConfig):
     precision: Precision = "32-true"
     """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16, which makes likelihoods less accurate."""
 
-    device: Device = "auto"
-    """Device to train on; `auto` takes the GPU if there is one."""
-
     num_threads: int | None = integer(None, at_least=1)
     """Threads on the CPU; null is 1 for digits, and PyTorch's choice elsewhere."""
 
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the held-out images, their order and the noise."""
-
-    out_dir: str | None = None
-    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_nice_<number>`."""
 
     def resolve(self, data_name: str) -> Self:
         """Return the settings with the defaults of the data set filled in."""

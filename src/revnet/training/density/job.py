@@ -34,7 +34,6 @@ class DensityJob(AbstractJob[DensityResult]):
     config: NiceConfig
     names: RunNames
     task: DensityTask
-    max_grad_norm: float | None
     plan: Plan | None
     dataset: ImageDataset
     training: ImageSplit
@@ -137,7 +136,6 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
         config=config,
         names=RunNames(data=dataset.name, model="nice", loss="bits per dimension"),
         task=DensityTask(density, config, num_updates),
-        max_grad_norm=config.max_grad_norm,
         plan=plan,
         dataset=dataset,
         training=training,

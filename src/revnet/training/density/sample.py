@@ -9,13 +9,13 @@ from torch import Tensor
 
 from revnet.data import load_dataset
 from revnet.data.splits.image_split import ImageSplit
-from revnet.training.checks import check_choice
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.job import mean_bits_per_dim
 from revnet.training.density.model import ImageDensity, load_density
 from revnet.training.device import find_device
 from revnet.training.run.checkpoint import find_weights
 from revnet.training.run.run_result import format_lines
+from revnet.training.settings.checks import check_choice
 
 Missing = Literal["top", "bottom", "left", "right", "random"]
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.loading.loader import Loader
-from revnet.training.checks import check_integer
-from revnet.training.choices import OnCorrupt
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.device import find_device
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.checkpoint import find_weights
+from revnet.training.settings.checks import check_integer
+from revnet.training.settings.choices import OnCorrupt
 
 EVALUATION_BATCH_SIZE = 500
 """Images per batch, for images up to 64x64."""

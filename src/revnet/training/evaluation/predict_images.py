@@ -12,10 +12,10 @@ from torch import Tensor
 from revnet.data import load_image
 from revnet.errors import DataError
 from revnet.training.atomic_file import atomic_path
-from revnet.training.checks import check_integer
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.device import find_device
 from revnet.training.evaluation.evaluate import usual_batch_size
+from revnet.training.settings.checks import check_integer
 
 _OnError = Callable[[DataError], object]
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from revnet.training.choices import Device, Policy, Precision
-from revnet.training.settings import AbstractRunConfig, integer, number
+from revnet.training.settings.fields import integer, number
+from revnet.training.settings.run_config import AbstractRunConfig
 
 Attention = Literal["full", "lsh", "hierarchical"]
 
@@ -25,6 +25,7 @@ class LanguageConfig(AbstractRunConfig):
     """
 
     command: ClassVar[str] = "revnet train lm"
+    title: ClassVar[str] = "settings"
 
     task: Literal["lm"] = "lm"
     """Task of the run, which distinguishes a file of these settings from others."""
@@ -66,15 +67,6 @@ class LanguageConfig(AbstractRunConfig):
     block_size: int = integer(32, at_least=1)
     """Characters of a block, even; for `hierarchical` only."""
 
-    policy: Policy = "reverse"
-    """Policy for activations: `reverse` reconstructs the activations of reversible blocks in the backward pass,
-    `checkpoint` stores the input of each block and computes the rest again, `store` keeps all activations, as the
-    stored twin does."""
-
-    memory_budget: str | None = None
-    """Largest amount of memory that an update may take, such as `16GiB` or `500MB`. A plan then chooses the policy of
-    each block, instead of `policy`, so that an update takes the least time."""
-
     epochs: int = integer(4, at_least=1)
     """Number of epochs, each of `updates_per_epoch`; the model is validated and saved at the end of each."""
 
@@ -109,20 +101,8 @@ class LanguageConfig(AbstractRunConfig):
     val_windows: int | None = integer(1000, at_least=1)
     """Largest number of windows that a validation reads, spread evenly over its text; null reads all of it."""
 
-    precision: Precision = "32-true"
-    """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16."""
-
-    device: Device = "auto"
-    """Device to train on; `auto` takes the GPU if there is one."""
-
-    num_threads: int | None = integer(None, at_least=1)
-    """Threads on the CPU; null is PyTorch's choice."""
-
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the windows and dropout."""
-
-    out_dir: str | None = None
-    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_lm_<number>`."""
 
     def _check_together(self) -> None:
         if self.dim % (2 * self.num_heads):

@@ -30,7 +30,6 @@ class LanguageJob(AbstractJob[LanguageResult]):
     config: LanguageConfig
     names: RunNames
     task: LanguageTask
-    max_grad_norm: float | None
     plan: Plan | None
     dataset: TextDataset
     validation: ConsecutiveWindows
@@ -124,7 +123,6 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         config=config,
         names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
         task=LanguageTask(language_model, config, num_updates),
-        max_grad_norm=config.max_grad_norm,
         plan=plan,
         dataset=dataset,
         validation=ConsecutiveWindows(

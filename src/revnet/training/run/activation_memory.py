@@ -13,7 +13,7 @@ from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Store, set_policy
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
-from revnet.training.settings import AbstractRunConfig
+from revnet.training.settings.run_config import AbstractRunConfig
 
 
 class PeakBytes(NamedTuple):

@@ -78,9 +78,7 @@ def _execute(
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
     if not quiet:
         ours.append(make_progress())
-    trainer = make_trainer(
-        job.config, [*ours, *callbacks], folder, num_epochs=job.config.epochs, max_grad_norm=job.max_grad_norm
-    )
+    trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
     if job.plan is not None:
         with atomic_path(folder / run_dir.PLAN) as temporary:

@@ -13,7 +13,7 @@ from revnet.training.run.activation_memory import Update
 from revnet.training.run.callbacks import Row
 from revnet.training.run.run_result import RunFigures, RunResult
 from revnet.training.run.task import AbstractTask
-from revnet.training.settings import AbstractRunConfig
+from revnet.training.settings.run_config import AbstractRunConfig
 
 Result = TypeVar("Result", bound=RunResult)
 
@@ -57,8 +57,6 @@ class AbstractJob(ABC, Generic[Result]):
     """What a plan and a count of the memory need to know of an update."""
     plan: Plan | None
     """Plan of policies for the memory budget, if there is one."""
-    max_grad_norm: float | None = None
-    """Norm to which gradients are clipped; None does not clip."""
     drift_every: int | None = None
     """Updates from one measurement of drift to the next; None measures nothing."""
 

@@ -4,7 +4,7 @@ import re
 from itertools import count
 from pathlib import Path
 
-from revnet.training.settings import AbstractRunConfig
+from revnet.training.settings.run_config import AbstractRunConfig
 
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"

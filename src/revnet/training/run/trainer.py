@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
-from revnet.training.settings import AbstractRunConfig
+from revnet.training.settings.run_config import AbstractRunConfig
 
 _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
@@ -60,16 +60,13 @@ def make_trainer(
     config: AbstractRunConfig,
     callbacks: list[Callback],
     folder: Path,
-    *,
-    num_epochs: int,
-    max_grad_norm: float | None = None,
 ) -> Trainer:
     """Return a Trainer that writes nothing but what `callbacks` write."""
     precision: Any = config.precision
     with quiet():
         return Trainer(
-            max_epochs=num_epochs,
-            gradient_clip_val=max_grad_norm,
+            max_epochs=config.epochs,
+            gradient_clip_val=config.max_grad_norm,
             accelerator=config.device,
             precision=precision,
             devices=1,  # the loader's sampler does not split the images among processes
