@@ -25,6 +25,9 @@ _EXTRAS = {
     "rich": "cli",
     "safetensors": "cli",
     "matplotlib": "plot",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 
 

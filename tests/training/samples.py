@@ -100,6 +100,7 @@ RUN_FILES = [
     "learning_curve.png",
     "metrics.csv",
     "summary.json",
+    "updates.csv",
 ]
 """Files of a finished run without a plan."""
 
@@ -122,6 +123,6 @@ def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Modul
     for weights in ("last.safetensors", "best.safetensors"):
         expected, actual = (load(result.folder / weights).state_dict() for result in (straight, resumed))
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-    times = {"step_seconds": "", "epoch_seconds": ""}
+    times = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
     logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
     assert logs[0] == logs[1]

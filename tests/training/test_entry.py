@@ -249,4 +249,4 @@ def test_diverging_run_stops_with_advice_and_saves_nothing(out_dir, tmp_path):
         ValueError, match=r"`lr` \(=1e\+12\) made the training loss (nan|inf) in epoch 1; pass a smaller"
     ):
         train(TrainConfig(epochs=1, lr=1e12, out_dir=out_dir), quiet=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "updates.csv"]

@@ -56,7 +56,7 @@ def clock(monkeypatch):
 
 
 def test_step_timer_logs_the_median_without_the_first_updates(clock):
-    timer = StepTimer(num_warmup=3)
+    timer = StepTimer(batch_size=10, num_warmup=3)
     assert time_epoch(timer, clock, [64.0, 64.0]) == 64.0  # nothing else to count
     assert time_epoch(timer, clock, [64.0, 1.0, 2.0, 4.0]) == 2.0
     assert time_epoch(timer, clock, [8.0]) == 8.0
@@ -68,10 +68,12 @@ def make_trainer(epoch, **metrics):
         global_step=10 * (epoch + 1),
         callback_metrics={name: torch.tensor(value) for name, value in metrics.items()},
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5}])],
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
     )
 
 
-def test_epoch_log_continues_from_the_checkpoint(tmp_path):
+def test_epoch_log_continues_from_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("revnet.training.run.callbacks.process_peak_bytes", lambda device: 1000)
     path = tmp_path / "metrics.csv"
     log = EpochLog(path)
     for epoch in range(2):
@@ -84,10 +86,10 @@ def test_epoch_log_continues_from_the_checkpoint(tmp_path):
     resumed.on_train_epoch_start(make_trainer(2), None)
     resumed.on_train_epoch_end(make_trainer(2, train_loss=0.5, step_seconds=2.0), None)
     assert path.read_text().splitlines() == [
-        "epoch,updates,lr,train_loss,step_seconds",
-        "1,10,0.5,0.25,2.0",
-        "2,20,0.5,0.25,2.0",
-        "3,30,0.5,0.5,2.0",
+        "epoch,updates,lr,train_loss,step_seconds,peak_bytes",
+        "1,10,0.5,0.25,2.0,1000",
+        "2,20,0.5,0.25,2.0,1000",
+        "3,30,0.5,0.5,2.0,1000",
     ]
 
 

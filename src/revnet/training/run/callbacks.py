@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from revnet._memory_readings import process_peak_bytes
 from revnet.nn import ReversibleSequential
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run import run_dir
@@ -34,6 +35,7 @@ _LOGGED = (
     "drift_amplification",
     "keyframes",
     "step_seconds",
+    "samples_per_second",
     "epoch_seconds",
 )
 
@@ -124,7 +126,7 @@ class LastUpdate(Callback):
 
 
 class StepTimer(Callback):
-    """Log the median time of an update in each epoch and the time of the epoch.
+    """Log the median time of an update in each epoch, the throughput, and the time of the epoch.
 
     `step_seconds` includes loading and augmentation, `epoch_seconds` includes validation.
 
@@ -132,11 +134,13 @@ class StepTimer(Callback):
     intervals still settle at its pace.
 
     Args:
+        batch_size: Samples per update, over all processes.
         num_warmup: Updates at the start of the process to leave out, in which memory is allocated and kernels are
             chosen.
     """
 
-    def __init__(self, num_warmup: int = 5) -> None:
+    def __init__(self, batch_size: int, num_warmup: int = 5) -> None:
+        self._batch_size = batch_size
         self._num_warmup = num_warmup
         self._starts: list[float] = []
         self._epoch_start = 0.0
@@ -164,7 +168,9 @@ class StepTimer(Callback):
         seconds = [end - start for start, end in pairwise(self._starts)]
         counted = seconds[self._num_warmup :] or seconds
         self._num_warmup = max(0, self._num_warmup - len(seconds))
-        pl_module.log("step_seconds", median(counted))
+        step_seconds = median(counted)
+        pl_module.log("step_seconds", step_seconds)
+        pl_module.log("samples_per_second", self._batch_size / step_seconds)
         pl_module.log("epoch_seconds", time.perf_counter() - self._epoch_start)
 
 
@@ -208,6 +214,9 @@ class EpochLog(Callback):
                 f"`lr` (={self._lr:g}) made the training loss {row['train_loss']} in epoch {row['epoch']}; pass a "
                 "smaller one."
             )
+        peak_bytes = process_peak_bytes(trainer.strategy.root_device)
+        if peak_bytes is not None:
+            row["peak_bytes"] = peak_bytes
         self.rows.append(row)
         with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
             # An epoch may lack a figure: it may be too short for a measurement of drift, for instance.

@@ -20,9 +20,11 @@ from revnet.training.run.activation_memory import count_peak_bytes, describe_pla
 from revnet.training.run.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer, ToleranceState
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
+from revnet.training.run.loggers import LoggedRun, describe_loggers
 from revnet.training.run.progress import make_progress
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
 from revnet.training.run.trainer import Stopped, fit, make_trainer
+from revnet.training.run.update_log import UpdateLog
 
 _Result = TypeVar("_Result", bound=RunResult)
 
@@ -73,7 +75,17 @@ def _execute(
     job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
 ) -> _Result:
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
-    ours: list[Callback] = [RandomState(), ToleranceState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
+    updates = UpdateLog(folder / run_dir.UPDATE_LOG, every=job.config.log_every, batch_size=job.config.batch_size)
+    ours: list[Callback] = [
+        RandomState(),
+        ToleranceState(),
+        LastUpdate(job.task.num_updates),
+        StepTimer(job.config.batch_size),
+        LoggedRun(job.config, folder),
+        updates,
+        log,
+        files,
+    ]
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
     if not quiet:
@@ -123,4 +135,5 @@ def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> s
     ]
     if job.plan is not None:
         lines.append(("memory", describe_plan(job.plan)))
+    lines += [("logger", place) for place in describe_loggers(job.config, folder)]
     return format_lines([*lines, ("folder", str(folder))])

@@ -17,11 +17,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.run.loggers import logger_errors, make_loggers
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
+    r"The number of training batches .* is smaller than the logging interval",  # revnet logs by update itself
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
 
@@ -61,9 +63,9 @@ def make_trainer(
     callbacks: list[Callback],
     folder: Path,
 ) -> Trainer:
-    """Return a Trainer that writes nothing but what `callbacks` write."""
+    """Return a Trainer that writes nothing but what `callbacks` and the loggers of `config` write."""
     precision: Any = config.precision
-    with quiet():
+    with quiet(), logger_errors():
         return Trainer(
             max_epochs=config.epochs,
             gradient_clip_val=config.max_grad_norm,
@@ -75,7 +77,7 @@ def make_trainer(
             # One process: a scheduler's environment variables (SLURM's) must not make it wait for others.
             plugins=[AtomicCheckpointIO(), LightningEnvironment()],
             default_root_dir=folder,
-            logger=False,
+            logger=make_loggers(config, folder) or False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -90,7 +92,7 @@ def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with quiet():
+        with quiet(), logger_errors():
             trainer.fit(*args, **kwargs)
     except SIGTERMException as error:
         raise Stopped(signal.SIGTERM) from error

@@ -6,7 +6,12 @@ command line can refuse a flag at once.
 
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
+
+from revnet.errors import MissingDependencyError
+from revnet.training.settings.choices import LOGGERS
 
 
 def check_name(name: str, value: Any) -> None:
@@ -86,3 +91,20 @@ def check_memory_budget(budget: Any, policy: str) -> None:
             f"`policy` (={policy!r}) does not go with a `memory_budget`, which chooses a policy for each block; leave "
             "one of the two out."
         )
+
+
+def check_loggers(name: str, value: Any) -> None:
+    """Raise unless `value` lists loggers, separated by commas, whose packages are installed."""
+    check_name(name, value)
+    for logger in split_loggers(value):
+        if logger not in LOGGERS:
+            close = get_close_matches(logger, LOGGERS, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"the loggers are {', '.join(LOGGERS)}."
+            raise ValueError(f"`{name}` (={value!r}) has the unknown logger `{logger}`; {hint}")
+        if logger != "csv" and find_spec(logger) is None:
+            raise MissingDependencyError.of(logger, f"`{name}` (={value!r})")
+
+
+def split_loggers(value: str) -> list[str]:
+    """Return the names in a list that is separated by commas."""
+    return [logger.strip() for logger in value.split(",")]

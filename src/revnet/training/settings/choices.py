@@ -9,3 +9,6 @@ Schedule = Literal["step", "cosine"]
 Optimizer = Literal["sgd", "adamw"]
 Policy = Literal["reverse", "checkpoint", "store"]
 OnCorrupt = Literal["stop", "skip"]
+
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+"""Destinations of the figures of a run."""

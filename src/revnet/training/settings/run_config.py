@@ -11,11 +11,12 @@ from revnet.training.settings.activations import ActivationSettings
 from revnet.training.settings.checkpoints import CheckpointSettings
 from revnet.training.settings.devices import DeviceSettings
 from revnet.training.settings.fields import list_groups
+from revnet.training.settings.logs import LogSettings
 from revnet.training.settings.updates import UpdateSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbstractRunConfig(UpdateSettings, ActivationSettings, DeviceSettings, CheckpointSettings, ABC):
+class AbstractRunConfig(UpdateSettings, ActivationSettings, DeviceSettings, CheckpointSettings, LogSettings, ABC):
     """Settings of any training run: the base of three dataclasses.
 
     A field is checked by its type and by the rule that `integer` or `number` gives it; None passes where the type has
