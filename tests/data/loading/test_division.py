@@ -1,6 +1,5 @@
 """Loaders of several processes yield the batches of one, in memory, from files and from streams."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,29 +7,16 @@ import torch
 from torch import Tensor
 
 from revnet.data import make_loader
-from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
+from revnet.data.decoding.crop import CenterCrop
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.errors import DataError
-from tests.data.samples import NUM_STREAMED, random_images, write_image, write_stream
+from tests.data.samples import NUM_STREAMED, write_image
 
 # PyTorch warns on a machine with fewer cores than a test has workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(params=["memory", "files", "stream"])
-def split(request: pytest.FixtureRequest, tmp_path: Path, write_parquet: Callable[..., None]) -> AbstractSplit:
-    if request.param == "stream":
-        return write_stream(tmp_path / "parquet", write_parquet).train
-    images, labels = random_images(NUM_STREAMED, height=12, width=16), torch.arange(NUM_STREAMED)
-    if request.param == "memory":
-        return ImageSplit(images, labels)
-    files = [tmp_path / f"{number:02}.png" for number in range(NUM_STREAMED)]
-    for file, image in zip(files, images, strict=True):
-        write_image(file, image)
-    return FileSplit(files, labels, image_size=4, crop=RandomResizedCrop())
 
 
 def batches(loader: Loader, epoch: int = 1) -> list[tuple[Tensor, Tensor]]:
@@ -48,11 +34,11 @@ def assert_equal(parts: list[tuple[Tensor, Tensor]], whole: tuple[Tensor, Tensor
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("num_processes", "num_parts"), [(2, 1), (1, 3), (2, 3)])
 def test_training_batches_of_all_processes_are_the_batches_of_one(
-    split: AbstractSplit, num_workers: int, num_processes: int, num_parts: int
+    any_split: AbstractSplit, num_workers: int, num_processes: int, num_parts: int
 ) -> None:
     def make(rank: int, num_processes: int, num_parts: int) -> Loader:
         return make_loader(
-            split,
+            any_split,
             batch_size=6,
             shuffle=True,
             seed=3,
@@ -75,14 +61,14 @@ def test_training_batches_of_all_processes_are_the_batches_of_one(
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(2, 12), (3, 4), (4, 8), (4, 3), (8, 25), (25, 1)])
 def test_validation_leaves_nothing_out_and_reads_nothing_twice(
-    split: AbstractSplit, num_workers: int, num_processes: int, batch_size: int
+    any_split: AbstractSplit, num_workers: int, num_processes: int, batch_size: int
 ) -> None:
     if num_processes == 25 and num_workers:
         pytest.skip("starts 50 workers")
     divided = [
         batches(
             make_loader(
-                split,
+                any_split,
                 batch_size=batch_size,
                 shuffle=False,
                 seed=3,
@@ -101,15 +87,15 @@ def test_validation_leaves_nothing_out_and_reads_nothing_twice(
     assert labels.sort().values.tolist() == list(range(NUM_STREAMED))
 
 
-def test_a_process_decodes_only_its_own_images(split: AbstractSplit, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isinstance(split, ImageSplit):
+def test_a_process_decodes_only_its_own_images(any_split: AbstractSplit, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isinstance(any_split, ImageSplit):
         pytest.skip("nothing to decode")
     decoded = []
-    crop = type(split.crop).box
-    monkeypatch.setattr(type(split.crop), "box", lambda *args: decoded.append(args) or crop(*args))
-    batches(make_loader(split, batch_size=6, shuffle=True, seed=0, drop_last=True, rank=1, num_processes=2))
+    crop = type(any_split.crop).box
+    monkeypatch.setattr(type(any_split.crop), "box", lambda *args: decoded.append(args) or crop(*args))
+    batches(make_loader(any_split, batch_size=6, shuffle=True, seed=0, drop_last=True, rank=1, num_processes=2))
     # The row that is left over at the end of a stream is decoded by every process.
-    assert len(decoded) == 4 * 3 + (not isinstance(split, FileSplit))
+    assert len(decoded) == 4 * 3 + (not isinstance(any_split, FileSplit))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -129,13 +115,13 @@ def test_a_slice_without_decodable_images_stops_the_run(tmp_path: Path, num_work
         list(make(1))
 
 
-def test_rejects_bad_divisions(split: AbstractSplit) -> None:
+def test_rejects_bad_divisions(any_split: AbstractSplit) -> None:
     options = {"shuffle": False, "seed": 0}
     with pytest.raises(ValueError, match=r"`batch_size` \(=5\) must be a multiple of 2, .* pass 4 or 6\.$"):
-        make_loader(split, batch_size=5, drop_last=True, num_processes=2, **options)
+        make_loader(any_split, batch_size=5, drop_last=True, num_processes=2, **options)
     with pytest.raises(ValueError, match=r"`num_parts` \(=2\) needs `drop_last`"):
-        make_loader(split, batch_size=4, num_parts=2, **options)
+        make_loader(any_split, batch_size=4, num_parts=2, **options)
     with pytest.raises(ValueError, match=r"`num_processes` \(=26\) must not exceed the 25 images of the split"):
-        make_loader(split, batch_size=4, num_processes=26, **options)
+        make_loader(any_split, batch_size=4, num_processes=26, **options)
     with pytest.raises(ValueError, match=r"`rank` \(=2\) must be from 0 to 1"):
-        make_loader(split, batch_size=4, rank=2, num_processes=2, **options)
+        make_loader(any_split, batch_size=4, rank=2, num_processes=2, **options)

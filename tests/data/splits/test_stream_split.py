@@ -269,4 +269,4 @@ def test_remainders_are_joined_to_full_batches(chunks: list[Chunk], drop_last: b
 
 
 def test_a_fatal_error_is_passed_on() -> None:
-    assert [part.fatal for part in follow([chunk(0, [0], fatal="gone")], False)][0] == "gone"
+    assert next(part.fatal for part in follow([chunk(0, [0], fatal="gone")], False)) == "gone"

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from revnet.data.decoding.batch import DecodedBatch
 from revnet.data.decoding.corrupt import corrupt_error, log_skipped
 from revnet.data.loading._abstract_batches import AbstractBatches
 from revnet.data.loading._epoch_batches import EpochBatches, ImageBatches
@@ -124,13 +123,13 @@ def make_loader(
     """Cut a split into batches of (images, labels), uint8 (B, C, H, W) and int64 (B,).
 
     The order of an epoch and its random crops are a function of only `seed` and the epoch number, which
-    `loader.sampler.set_epoch` sets (Lightning calls it), and nothing is drawn from PyTorch's global generator. The order
-    of a stream also depends on `num_workers`, since workers share its shards; its crops do not.
+    `loader.sampler.set_epoch` sets (Lightning calls it), and nothing is drawn from PyTorch's global generator. The
+    order of a stream also depends on `num_workers`, since workers share its shards; its crops do not.
 
     Several processes divide each batch: process `rank` takes the slice of that number, so that all of them together see
     the batches of a single process. With `drop_last`, the slices are equal. Without it, nothing is left out or read
-    twice, the sizes of the slices differ by at most one image, and every process yields the same number of batches, none
-    of them empty. Each process reads a whole stream, but decodes only its own slices.
+    twice, the sizes of the slices differ by at most one image, and every process yields the same number of batches,
+    none of them empty. Each process reads a whole stream, but decodes only its own slices.
 
     `loader.state_dict` and `load_state_dict` save and restore the position within an epoch, and Lightning calls them: a
     run that is resumed after any update sees the same batches as an uninterrupted run, on any number of processes. The
@@ -140,8 +139,8 @@ def make_loader(
 
     Args:
         split: The images.
-        batch_size: Images per batch of all processes together. The last batch is smaller unless `drop_last`, and so is a
-            batch with skipped images.
+        batch_size: Images per batch of all processes together. The last batch is smaller unless `drop_last`, and so is
+            a batch with skipped images.
         shuffle: Whether each epoch has a new order; otherwise batches follow the order of the split.
         seed: Seed of the orders and crops.
         drop_last: Whether to leave out the last batch if it is not full.
@@ -181,7 +180,9 @@ def make_loader(
         len(split), batch_size=batch_size, drop_last=drop_last, shuffle=shuffle, seed=seed, share=share
     )
     options = _options(0 if isinstance(split, ImageSplit) else num_workers, pin_memory, seed)
-    return Loader(split, batches, DataLoader(ImageBatches(split), batch_sampler=batches, **options))
+    # `ImageBatches` gets what the batch sampler yields as it is, so that need not be a list.
+    workers: DataLoader[Any] = DataLoader(ImageBatches(split), batch_sampler=batches, **options)  # type: ignore[arg-type]
+    return Loader(split, batches, workers)
 
 
 def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: int, share: Share) -> None:

@@ -14,9 +14,9 @@ from revnet.data.loading._share import Share
 class RandomWindows(Iterable[Tensor]):
     """Batches of windows at random positions of a text, (B, length + 1), int64: inputs and, one later, targets.
 
-    The positions are a function of only `seed` and the update number. A run that is resumed after any update therefore
-    sees the same windows as an uninterrupted run, on any number of processes, and nothing is drawn from PyTorch's global
-    generator. Lightning sets the epoch by `sampler.set_epoch`, and keeps the state in checkpoints.
+    The positions are a function of only `seed` and the update number, and nothing is drawn from PyTorch's global
+    generator. A run that is resumed after any update therefore sees the same windows as an uninterrupted run, on any
+    number of processes. Lightning sets the epoch by `sampler.set_epoch`, and keeps the state in checkpoints.
 
     Args:
         tokens: The text, (N,).
