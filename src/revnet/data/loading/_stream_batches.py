@@ -145,11 +145,14 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
                     yield from self._hand_out_chunk(held)
                 held = chunk
         rest = _joined([remainders[reader] for reader in sorted(remainders)])
+        is_taken = self._may_grow and 0 < len(rest.labels) < self.share.num_processes
         if held is not None:
-            if 0 < len(rest.labels) < self.share.num_processes:
+            if is_taken:
                 held = held._replace(parts=(_joined([held.parts[0], *self._share_of(rest)]),))
-                rest = DecodedBatch.empty()
             yield from self._hand_out_chunk(held)
+        # Without a full batch in the whole epoch, nothing can take them; then a process will miss an image.
+        if is_taken and sum(self._num_read) > 0:
+            return
         for batch in self._cut(rest)[num_joined:]:
             for part in self._share_of(batch):
                 yield self.hand_out(part)
