@@ -57,7 +57,7 @@ class DensityJob(AbstractJob[DensityResult]):
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
-        loader = partial(make_loader, seed=self.config.seed, pin_memory=device.type == "cuda")
+        loader = partial(make_loader, seed=self.config.seed, keys=True, pin_memory=device.type == "cuda")
         training = loader(self.training, batch_size=self.config.batch_size, shuffle=True, drop_last=True)
         if self.validation is None:
             return training, None
