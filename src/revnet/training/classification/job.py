@@ -57,17 +57,27 @@ class ClassificationJob(AbstractJob[TrainResult]):
             ("epochs", self.describe_updates("images")),
         ]
 
-    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
         config = self.config
         assert config.num_workers is not None
         loader = partial(
-            make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers
+            make_loader,
+            seed=config.seed,
+            pin_memory=device.type == "cuda",
+            num_workers=config.num_workers,
+            rank=rank,
+            num_processes=num_processes,
         )
-        training = loader(self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, keys=True)
+        training = loader(
+            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=num_parts, keys=True
+        )
         if self.validation is None:
             return training, None
-        return training, loader(self.validation, batch_size=usual_batch_size(self.dataset.image_size), shuffle=False)
+        batch_size = num_processes * usual_batch_size(self.dataset.image_size)
+        return training, loader(self.validation, batch_size=batch_size, shuffle=False)
 
     def finish(self, folder: Path, outcome: Outcome) -> TrainResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
