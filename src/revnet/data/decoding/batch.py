@@ -1,7 +1,7 @@
 """Decoding of one batch, in a worker process or in the main one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -34,10 +34,23 @@ class DecodedBatch(NamedTuple):
     """Pixels of the images that could be decoded: (B, 3, H, W), uint8."""
     labels: Tensor
     """Classes of these images: (B,), int64."""
+    numbers: Tensor
+    """Numbers that identify these images, and that their random numbers depend on: (B,), int64."""
     corrupt: tuple[tuple[str, str], ...] = ()
     """Name and reason of each image that could not be decoded."""
     fatal: str | None = None
     """Message of an error that ends the epoch after this batch."""
+
+    @classmethod
+    def empty(cls, corrupt: tuple[tuple[str, str], ...] = (), fatal: str | None = None) -> Self:
+        """Return a batch without images."""
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(torch.empty(0, 3, 1, 1, dtype=torch.uint8), none, none, corrupt, fatal)
+
+    def part(self, part: range) -> Self:
+        """Return consecutive images as a batch of their own, without the failures."""
+        own = slice(part.start, part.stop)
+        return type(self)(self.images[own], self.labels[own], self.numbers[own])
 
 
 def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[int, int]) -> DecodedBatch:
@@ -45,6 +58,7 @@ def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[i
     images = torch.empty((len(rows), 3, *size), dtype=torch.uint8)
     pixels = images.numpy()
     labels: list[int] = []
+    numbers: list[int] = []
     corrupt: list[tuple[str, str]] = []
     for row in rows:
         try:
@@ -53,4 +67,10 @@ def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[i
             corrupt.append((row.name, str(error)))
         else:
             labels.append(row.label)
-    return DecodedBatch(images[: len(labels)], torch.tensor(labels, dtype=torch.int64), tuple(corrupt))
+            numbers.append(row.draw.image)
+    return DecodedBatch(
+        images[: len(labels)],
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(numbers, dtype=torch.int64),
+        tuple(corrupt),
+    )

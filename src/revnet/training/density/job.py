@@ -54,13 +54,25 @@ class DensityJob(AbstractJob[DensityResult]):
             ("epochs", self.describe_updates("images")),
         ]
 
-    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
-        loader = partial(make_loader, seed=self.config.seed, pin_memory=device.type == "cuda")
-        training = loader(self.training, batch_size=self.config.batch_size, shuffle=True, drop_last=True)
+        config = self.config
+        loader = partial(
+            make_loader,
+            seed=config.seed,
+            keys=True,
+            pin_memory=device.type == "cuda",
+            rank=rank,
+            num_processes=num_processes,
+        )
+        training = loader(
+            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=num_parts
+        )
         if self.validation is None:
             return training, None
-        return training, loader(self.validation, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False)
+        return training, loader(self.validation, batch_size=num_processes * _EVALUATION_BATCH_SIZE, shuffle=False)
 
     def finish(self, folder: Path, outcome: Outcome) -> DensityResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
