@@ -57,7 +57,7 @@ hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_
 
 # Whether a profiler is on. Each replay asks, so that it builds the name of its range only for a profiler. Replacement:
 # always enter `record_function`.
-profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled
 
 
 # Whether autocast is on for any type of device. Each replay asks. Replacement: `torch.is_autocast_enabled` for each
@@ -108,12 +108,13 @@ def backward_keeps_graph() -> bool:
     return is_running and _keeps_graph is not None and _keeps_graph()
 
 
-def post_gradient_hooks(parameter: Tensor) -> list[Callable[..., object]]:
-    """Return the hooks that run after a gradient of `parameter` was accumulated.
+def post_gradient_hooks(parameter: Tensor) -> dict[int, Callable[..., object]]:
+    """Return the hooks that run after a gradient of `parameter` was accumulated; changes of the dict take effect.
 
     Registering such a hook is public, but asking for one is not. Replacement: none.
     """
-    return list((parameter._post_accumulate_grad_hooks or {}).values())
+    hooks: dict[int, Callable[..., object]] | None = parameter._post_accumulate_grad_hooks
+    return {} if hooks is None else hooks
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., object]]:
@@ -162,7 +163,7 @@ def constant_while_tracing(function: Function) -> Function:
     Reason: `torch.compiler.assume_constant_result` does the same, but loads the whole compiler when this module is
     imported. When the attribute disappears: call the public function, and measure `import revnet`.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True
     return function
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -36,9 +37,9 @@ class StepInBackward:
     receives the complete gradient.
 
     Every backward pass updates the parameters that it reaches. `torch.autograd.grad` does not. If a backward pass
-    fails halfway, some parameters are already updated: load a checkpoint. A forward pass that uses the memory of a
-    parameter behind autograd's back, by `parameter.data`, gives wrong gradients if the backward pass reads that memory
-    after the update.
+    fails halfway, some parameters are already updated: load a checkpoint of the model and the optimizer. A forward pass
+    that uses the memory of a parameter behind autograd's back, by `parameter.data`, gives wrong gradients if the
+    backward pass reads that memory after the update.
 
     CUDA is experimental: the class was tested on CPUs only.
 
@@ -82,14 +83,13 @@ class StepInBackward:
         self._removals: list[Callable[[], None]] = [
             optimizer.register_step_pre_hook(self._begin_step).remove,
             optimizer.register_step_post_hook(self._end_step).remove,
+            optimizer.register_load_state_dict_post_hook(self._forget).remove,
         ]
         self._watch(optimizer)
 
     def remove(self) -> None:
         """Return to ordinary steps."""
-        self._drop_placeholders()
-        self._updated.clear()
-        self._options.clear()
+        self._forget()
         while self._removals:
             self._removals.pop()()
 
@@ -149,9 +149,14 @@ class StepInBackward:
         return (args[0], closure_with_updates, *args[2:]), kwargs
 
     def _end_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._forget(optimizer)
+        self._watch(optimizer)
+
+    def _forget(self, _: Any = None) -> None:
+        """Forget what the backward pass has updated; a checkpoint that is loaded after a failure ends the step, too."""
+        self._drop_placeholders()
         self._updated.clear()
         self._options.clear()
-        self._watch(optimizer)
 
     def _end_updates(self, optimizer: Optimizer) -> None:
         """Remove the placeholders, so that the step finds no gradients."""
@@ -193,28 +198,37 @@ def check_optimizer(optimizer: Any) -> None:
             f"`optimizer` (={name} with `differentiable=True`) keeps the graph of its step, but `StepInBackward` frees "
             "each gradient; leave `differentiable` out."
         )
-    if any(isinstance(getattr(hook, "__self__", None), StepInBackward) for hook in step_pre_hooks(optimizer)):
+    if any(_owner(hook) is not None for hook in step_pre_hooks(optimizer)):
         raise ValueError(f"`optimizer` (={name}) already steps in the backward pass; call `StepInBackward` once.")
     _check_pre_hooks(optimizer)
 
 
-def check_not_stepping(parameters: Iterable[Tensor]) -> None:
-    """Raise if a backward pass would update one of the parameters."""
+@contextmanager
+def suspended(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Keep backward passes from updating the parameters."""
+    removed: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for parameter in parameters:
-        for hook in post_gradient_hooks(parameter):
-            if isinstance(hook, partial) and isinstance(getattr(hook.func, "__self__", None), StepInBackward):
-                raise ValueError(
-                    "`model` is trained by a `StepInBackward`, so that every backward pass updates its parameters; "
-                    "call `StepInBackward.remove` first."
-                )
+        hooks = post_gradient_hooks(parameter)
+        updates = {key: hook for key, hook in hooks.items() if _owner(hook) is not None}
+        for key in updates:
+            del hooks[key]
+        removed.append((hooks, updates))
+    try:
+        yield
+    finally:
+        for hooks, updates in removed:
+            hooks.update(updates)
+
+
+def _owner(hook: Any) -> StepInBackward | None:
+    """Return the object that registered the hook, or None if it was something else."""
+    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+    return owner if isinstance(owner, StepInBackward) else None
 
 
 def _check_pre_hooks(optimizer: Optimizer) -> None:
     """Raise if a hook must run before the step, when all gradients exist."""
-    others = [
-        hook for hook in step_pre_hooks(optimizer) if not isinstance(getattr(hook, "__self__", None), StepInBackward)
-    ]
-    if others:
+    if any(_owner(hook) is None for hook in step_pre_hooks(optimizer)):
         raise NotImplementedError(
             f"`optimizer` (={type(optimizer).__name__}) has a hook that runs before its step, but `StepInBackward` "
             "updates the parameters earlier; remove the hook, or use `register_step_post_hook`."

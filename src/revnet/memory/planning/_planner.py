@@ -34,7 +34,6 @@ from revnet.memory.step._step_memory import StepMemory
 from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store
 from revnet.nn._restore import restoring_policies
 from revnet.nn.policies._has_policies import as_policy
-from revnet.optim._step_in_backward import check_not_stepping
 
 POLICIES: tuple[AbstractPolicy, ...] = (Reverse(), Checkpoint(), Store())
 """Policies that a plan chooses from by default, from the least memory to the most."""
@@ -99,8 +98,6 @@ def plan(
     if not isinstance(step_in_backward, bool) and step_in_backward != "auto":
         raise ValueError(f"`step_in_backward` (={step_in_backward!r}) must be True, False or 'auto'.")
     check_step_in_backward(bool(step_in_backward), optimizer)
-    if isinstance(timing, MeasuredTiming):
-        check_not_stepping(model.parameters())
     step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, False)
     stepping = replace(step, step_in_backward=True)
     if step_in_backward == "auto":

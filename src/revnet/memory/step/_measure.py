@@ -17,7 +17,6 @@ from revnet.memory.step._run_step import Loss, check_step, device_of, run_step
 from revnet.memory.step._step_memory import StepMemory
 from revnet.memory.step._summarize import summarize
 from revnet.nn._restore import restoring_state
-from revnet.optim._step_in_backward import check_not_stepping
 
 
 def measure(
@@ -56,14 +55,13 @@ def measure(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: No output requires a gradient, a lazy module has no shape yet, `step_in_backward` has no optimizer,
-            or `StepInBackward` would train the model.
+        ValueError: No output requires a gradient, a lazy module has no shape yet, or `step_in_backward` has no
+            optimizer.
     """
     check_step(model, kwargs, loss, autocast)
     parameters = list(model.parameters())
     factory = as_factory(optimizer, parameters)
     check_step_in_backward(step_in_backward, optimizer)
-    check_not_stepping(parameters)
     device = device_of(model, inputs, kwargs)
     if autocast is not None and not torch.amp.is_autocast_available(device.type):
         raise ValueError(
