@@ -57,7 +57,7 @@ hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_
 
 # Whether a profiler is on. Each replay asks, so that it builds the name of its range only for a profiler. Replacement:
 # always enter `record_function`.
-profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled
+profiler_is_on: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 # Whether autocast is on for any type of device. Each replay asks. Replacement: `torch.is_autocast_enabled` for each
@@ -163,7 +163,7 @@ def constant_while_tracing(function: Function) -> Function:
     Reason: `torch.compiler.assume_constant_result` does the same, but loads the whole compiler when this module is
     imported. When the attribute disappears: call the public function, and measure `import revnet`.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 

@@ -104,6 +104,8 @@ def plan(
         step_plan.plot(picture, title=flags.title)
         print(f"picture    {picture}")
     print(f"in Python  {_in_python(flags, budget, step_in_backward=step_plan.step_in_backward)}")
+    if step_plan.step_in_backward:
+        print("           revnet.optim.StepInBackward(optimizer)")
     # `revnet train` must have the model and the optimizer.
     if not flags.is_own and optimizer in get_args(Optimizer) and not step_plan.step_in_backward:
         print(f"to train   {_to_train(flags, budget)}")

@@ -1,6 +1,7 @@
 """Plans fit their budget, nothing that fits is faster, and reports are complete."""
 
 import itertools
+import re
 from functools import partial
 
 import pytest
@@ -229,6 +230,12 @@ class Branching(nn.Module):
         ({"budget": "1GiB", "policies": [Reverse]}, TypeError, r"`policies\[0\]` \(=.*Reverse.*\) must be a policy"),
         ({"budget": "1GiB", "policies": "store"}, TypeError, r"`policies` \(='store'\) must be a sequence of policies"),
         ({"budget": "1GiB", "policies": []}, ValueError, "`policies` must hold one policy or more"),
+        (
+            {"budget": "1GiB", "step_in_backward": 1},
+            ValueError,
+            r"`step_in_backward` \(=1\) must be True, False or 'auto'",
+        ),
+        ({"budget": "1GiB", "step_in_backward": "auto"}, ValueError, r"`step_in_backward` needs `optimizer` \(=None\)"),
     ],
 )
 def test_rejects_wrong_arguments(options, error, message):
@@ -289,6 +296,46 @@ def test_the_report_has_all_tables():
         assert words in text
     for name in ("reverse all", "checkpoint all", "plain autograd", "next faster plan"):
         assert name in text
+
+
+# Step in the backward pass --------------------------------------------------------------------------------------------
+
+
+def test_plans_with_the_step_in_the_backward_pass():
+    """The budget is between the smallest peaks with and without it."""
+    model, x = small_transformer(4), torch.randn(3, 10, 4)
+    options = {"optimizer": torch.optim.AdamW, "budget": "48KiB"}
+    with pytest.raises(
+        BudgetError, match=r"but the optimizer's step in the backward pass would make it fit \(`step_in_"
+    ):
+        plan(model, x, **options)
+    planned = plan(model, x, **options, step_in_backward=True)
+    assert planned.step_in_backward
+    assert re.search("^optimizer +StepInBackward", str(planned), re.MULTILINE)
+    planned.apply(model)
+    measured = measure(model, x, optimizer=torch.optim.AdamW, step_in_backward=True)
+    assert planned.peak_bytes == measured.peak_bytes <= 48 * 2**10
+    chosen = plan(model, x, **options, step_in_backward="auto")
+    assert (chosen.step_in_backward, chosen.units) == (True, planned.units)
+    assert max_batch_size(model, x, **options) < 3 <= max_batch_size(model, x, **options, step_in_backward=True)
+
+
+def test_the_step_stays_ordinary_if_that_is_as_fast():
+    options = {"optimizer": SGD, "budget": "1GiB"}
+    model, x = small_transformer(1), torch.randn(3, 10, 4)
+    automatic = plan(model, x, **options, step_in_backward="auto")
+    assert not automatic.step_in_backward
+    assert "StepInBackward" not in str(automatic)
+    # The times do not include the optimizer, wherever its step runs.
+    assert plan(model, x, **options, step_in_backward=True).points[-1].time_ratio == automatic.time_ratio
+
+
+def test_no_plan_fits_with_either_step():
+    model, x = small_transformer(1), torch.randn(3, 10, 4)
+    with pytest.raises(BudgetError, match="no batch would fit") as error:
+        plan(model, x, budget="1KiB", optimizer=SGD, step_in_backward="auto")
+    peaks = [predict(model, x, optimizer=SGD, step_in_backward=choice).peak_bytes for choice in (False, True)]
+    assert error.value.least_bytes <= min(peaks)
 
 
 def test_draws_a_plan(tmp_path):
