@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
@@ -302,6 +302,20 @@ def test_refuses_what_needs_gradients_later(act, message):
     with pytest.raises(RuntimeError, match=message) as error:
         act(model, optimizer)
     assert "\n" not in str(error.value)
+
+
+def test_refuses_data_parallel_training():
+    """Each process would update its parameters before the gradients are averaged."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(6, 3)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = SGD(model.parameters())
+        StepInBackward(optimizer)
+        with pytest.raises(RuntimeError, match="cannot be accumulated, clipped, unscaled or reduced"):
+            backward(parallel)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_loaded_checkpoint_ends_a_step_that_failed():

@@ -301,37 +301,42 @@ def test_the_report_has_all_tables():
 # Step in the backward pass --------------------------------------------------------------------------------------------
 
 
+def wide_blocks():
+    """Return two blocks whose gradients need more memory than their activations."""
+    return ReversibleSequential(*[ReversibleBlock(nn.Linear(32, 32), nn.Linear(32, 32)) for _ in range(2)])
+
+
 def test_plans_with_the_step_in_the_backward_pass():
-    """The budget is between the smallest peaks with and without it."""
-    model, x = small_transformer(4), torch.randn(3, 10, 4)
-    options = {"optimizer": torch.optim.AdamW, "budget": "48KiB"}
+    """Parameters and momentum take 33 KiB, all gradients 16.5 KiB, and the budget is between."""
+    model, x = wide_blocks(), torch.randn(4, 64)
+    options = {"optimizer": SGD, "budget": "48KiB"}
     with pytest.raises(
         BudgetError, match=r"but the optimizer's step in the backward pass would make it fit \(`step_in_"
     ):
         plan(model, x, **options)
-    planned = plan(model, x, **options, step_in_backward=True)
+    planned = plan(model, x, **options, step_in_backward="auto")
     assert planned.step_in_backward
     assert re.search("^optimizer +StepInBackward", str(planned), re.MULTILINE)
     planned.apply(model)
-    measured = measure(model, x, optimizer=torch.optim.AdamW, step_in_backward=True)
+    measured = measure(model, x, optimizer=SGD, step_in_backward=True)
     assert planned.peak_bytes == measured.peak_bytes <= 48 * 2**10
-    chosen = plan(model, x, **options, step_in_backward="auto")
-    assert (chosen.step_in_backward, chosen.units) == (True, planned.units)
-    assert max_batch_size(model, x, **options) < 3 <= max_batch_size(model, x, **options, step_in_backward=True)
+    assert max_batch_size(model, x, **options) == 0
+    assert max_batch_size(model, x, **options, step_in_backward=True) >= 4
 
 
 def test_the_step_stays_ordinary_if_that_is_as_fast():
-    options = {"optimizer": SGD, "budget": "1GiB"}
-    model, x = small_transformer(1), torch.randn(3, 10, 4)
+    model, x, options = wide_blocks(), torch.randn(4, 64), {"optimizer": SGD, "budget": "1GiB"}
     automatic = plan(model, x, **options, step_in_backward="auto")
     assert not automatic.step_in_backward
     assert "StepInBackward" not in str(automatic)
     # The times do not include the optimizer, wherever its step runs.
-    assert plan(model, x, **options, step_in_backward=True).points[-1].time_ratio == automatic.time_ratio
+    chosen = plan(model, x, **options, step_in_backward=True)
+    assert chosen.step_in_backward
+    assert chosen.references["reverse all"].time_ratio == automatic.references["reverse all"].time_ratio
 
 
 def test_no_plan_fits_with_either_step():
-    model, x = small_transformer(1), torch.randn(3, 10, 4)
+    model, x = wide_blocks(), torch.randn(4, 64)
     with pytest.raises(BudgetError, match="no batch would fit") as error:
         plan(model, x, budget="1KiB", optimizer=SGD, step_in_backward="auto")
     peaks = [predict(model, x, optimizer=SGD, step_in_backward=choice).peak_bytes for choice in (False, True)]
