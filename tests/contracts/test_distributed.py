@@ -344,7 +344,7 @@ CHECKS = {
         f"step in the backward pass, {how}, {policy}, {'resharded' if reshards else 'kept whole'}": partial(
             check_step_in_backward, how, policy, {"reshard_after_forward": reshards}
         )
-        for how, policy, reshards in (("functions", "reverse", True), ("blocks", "store", False))
+        for how, policy, reshards in (("functions", "reverse", True), ("blocks", "checkpoint", False))
     },
     "one function unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "functions"),
     "one block unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "blocks"),

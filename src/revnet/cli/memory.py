@@ -97,7 +97,7 @@ def memory(
     assert step_memory is not None
     print(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
     with optional_picture():
-        words = [] if policy is None else [policy]
+        words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
         picture = flags.picture(folder, "memory", *words)
         plot_timeline(step_memory, picture, title=", ".join([flags.title, *words]))
         print(f"picture  {picture}")
