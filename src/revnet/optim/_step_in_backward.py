@@ -19,27 +19,27 @@ from revnet.optim._used_gradient import UsedGradient
 class StepInBackward:
     """Update each parameter as soon as its gradient is complete, and free the gradient.
 
-    An ordinary training step keeps the gradients of all parameters until `optimizer.step()`. With this class, one
-    gradient is alive at a time. It belongs to reversible networks, whose activations do not grow with depth: what
-    grows are the parameters and the optimizer's state alone.
+    An ordinary training step keeps the gradients of all parameters until `optimizer.step()`. With this class, only one
+    gradient is alive at a time. It complements reversible networks, whose activations do not grow with depth: in a
+    deeper network, only parameters and optimizer state need more memory.
 
-    The training loop stays as it is, `optimizer.step()` included. The step finds no gradients left, and it still counts
-    for schedulers and for hooks that run after it. `optimizer.step(closure)`, which Lightning calls, works too. State
-    dicts and schedulers are the optimizer's own, and the parameters and the state are equal to those of an ordinary
-    step, bit for bit. A parameter without a gradient is skipped, as ever.
+    The training loop does not change, and it must still call `optimizer.step()`. The call finds no gradients, advances
+    the schedulers' counters, and runs the hooks that follow a step. `optimizer.step(closure)`, which Lightning uses,
+    works too. Parameters and state are equal to the results of ordinary steps, bit for bit, and state dicts have the
+    same format. Parameters without a gradient are skipped, as usual.
 
-    The object needs no further attention: the optimizer keeps it alive. To return to ordinary steps, call `remove`, or
-    use the object as a context manager.
+    The optimizer keeps the object alive. To return to ordinary steps, call `remove`, or use the object as a context
+    manager.
 
-    These need gradients after the backward pass, and raise an error: gradient accumulation, that is, a second backward
+    Code that needs gradients after the backward pass raises an error: gradient accumulation, which is a second backward
     pass before `optimizer.step()`; a retained graph; `clip_grad_norm_`; `GradScaler`; and `DistributedDataParallel`.
-    FSDP2 (`fully_shard`) works. To clip by value, register a hook on each parameter with `Tensor.register_hook`, which
+    FSDP2 (`fully_shard`) works. To clip by value, register a hook on each parameter with `Tensor.register_hook`; it
     receives the complete gradient.
 
-    Every backward pass updates the parameters that it reaches. `torch.autograd.grad` does not. If a backward pass
-    fails halfway, some parameters are already updated: load a checkpoint of the model and the optimizer. A forward pass
-    that uses the memory of a parameter behind autograd's back, by `parameter.data`, gives wrong gradients if the
-    backward pass reads that memory after the update.
+    Every backward pass updates the parameters that it reaches. `torch.autograd.grad` does not. If a backward pass fails
+    halfway, some parameters are already updated: load a checkpoint of the model and the optimizer. A forward pass that
+    reads a parameter without autograd's knowledge, as `parameter.data`, gives wrong gradients if the backward pass
+    reads the same memory after the update.
 
     CUDA is experimental: the class was tested on CPUs only.
 
@@ -74,8 +74,8 @@ class StepInBackward:
 
     def __init__(self, optimizer: Optimizer):
         check_optimizer(optimizer)
-        # The optimizer refers to this object. With a strong reference back, only the garbage collector would free the
-        # parameters of a model that is not used any more.
+        # The optimizer refers to this object. If this object also referred to the optimizer, only the garbage collector
+        # could free the parameters after training.
         self._optimizer = weakref.ref(optimizer)
         self._updated: set[Tensor] = set()
         self._options: dict[int, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ class StepInBackward:
         self.remove()
 
     def _watch(self, optimizer: Optimizer) -> None:
-        """Register the hooks of parameters that have none and that are trained."""
+        """Register a hook on each trained parameter that has none."""
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if parameter.requires_grad and (group_index, index) not in self._watched:
@@ -132,7 +132,7 @@ class StepInBackward:
         parameter.grad = UsedGradient.of(parameter)
 
     def _begin_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Let the step find no gradients, after its closure if there is one."""
+        """Remove the placeholders before the step, or after its closure if it has one."""
         _check_pre_hooks(optimizer)
         self._end_updates(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -153,7 +153,7 @@ class StepInBackward:
         self._watch(optimizer)
 
     def _forget(self, _: Any = None) -> None:
-        """Forget what the backward pass has updated; a checkpoint that is loaded after a failure ends the step, too."""
+        """End the current step; loading a checkpoint after a failure does so, too."""
         self._drop_placeholders()
         self._updated.clear()
         self._options.clear()

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 class UsedGradient(Tensor):
     """Gradient of a parameter after its update: a tensor without data, which refuses every operation.
 
-    Without it, whatever reads gradients after the backward pass would take the parameter for unused, and do nothing:
-    clipping, a gradient scaler, `DistributedDataParallel`, and the accumulation of a second gradient.
+    If `grad` were None, clipping, gradient scalers and `DistributedDataParallel` would take the parameter for an unused
+    one and ignore it, and a second gradient would not be added to the first.
     """
 
     @classmethod
