@@ -73,7 +73,7 @@ def shard_blocks(
         options["offload_policy"] = offload_policy
     _set_precision(model, units, policy)
     if policy.param_dtype in LOW:
-        _shard_norms(model, policy, options)
+        _shard_norms(model, units, policy, options)
     inside = {id(parameter) for found in units for parameter in found.module.parameters()}
     has_others = any(id(parameter) not in inside for parameter in model.parameters())
     for part, part_policy in list(_parts_to_shard(units, shared_units(model, units), policy, unit)):
@@ -147,19 +147,21 @@ def _set_precision(model: nn.Module, units: list[Unit], policy: MixedPrecisionPo
             StreamPrecision(module)
 
 
-def _shard_norms(model: nn.Module, policy: MixedPrecisionPolicy, options: dict[str, Any]) -> None:
-    """Shard the norms with running statistics as one unit, in the precision of these statistics."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, _NormBase)
-        and module.running_mean is not None
-        and module.weight is not None
-        and not isinstance(module, FSDPModule)
-    ]
-    if norms:
-        whole = MixedPrecisionPolicy(reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False)
-        fully_shard(cast("Any", norms), mp_policy=whole, **options)
+def _shard_norms(
+    model: nn.Module, units: list[Unit], policy: MixedPrecisionPolicy, options: dict[str, Any]
+) -> None:
+    """Shard the norms with running statistics apart from other layers, in the precision of these statistics."""
+    whole = MixedPrecisionPolicy(reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False)
+    # One group for each residual function: a group that outlasts a function would be whole when the function is
+    # recorded and divided when it is replayed, or the other way around.
+    for part in [*(part for unit in units for part in unit.parts), model]:
+        norms = [module for module in part.modules() if _has_statistics(module) and not isinstance(module, FSDPModule)]
+        if norms:
+            fully_shard(cast("Any", norms if len(norms) > 1 else norms[0]), mp_policy=whole, **options)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.running_mean is not None and module.weight is not None
 
 
 def _parts_to_shard(
