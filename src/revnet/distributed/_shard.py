@@ -68,6 +68,8 @@ def shard_blocks(
             f"`model` (={type(model).__name__}) has no reversible block that could be sharded as a unit; build it from "
             "`ReversibleSequential`, or call `torch.distributed.fsdp.fully_shard`."
         )
+    if unit == "function":
+        _check_compiled(units)
     options: dict[str, Any] = {"mesh": _all_processes(model) if mesh is None else mesh}
     if offload_policy is not None:
         options["offload_policy"] = offload_policy
@@ -121,6 +123,17 @@ def _check_arguments(
             f"`reshard_after_forward` (={describe(reshard_after_forward)}) must be True, False, or a divisor of the "
             f"number of processes (={num_processes}) between 1 and that number; pass True."
         )
+
+
+def _check_compiled(units: list[Unit]) -> None:
+    for found in units:
+        for part in found.parts:
+            # Hooks of FSDP end a graph, and then PyTorch does not compile the code of its own modules.
+            if part._compiled_call_impl is not None and type(part).forward.__module__.startswith("torch.nn."):
+                raise ValueError(
+                    f"`unit` (='function') would run a compiled function of `{found.name}` (={type(part).__name__}) "
+                    'uncompiled; pass `unit="block"`, or write the function as a module with its own `forward`.'
+                )
 
 
 def _all_processes(model: nn.Module) -> DeviceMesh:
