@@ -75,7 +75,7 @@ def shard_blocks(
         options["offload_policy"] = offload_policy
     _set_precision(model, units, policy)
     if policy.param_dtype in LOW:
-        _shard_norms(model, units, policy, options)
+        _shard_norms(model, units, policy, {**options, "reshard_after_forward": reshard_after_forward})
     inside = {id(parameter) for found in units for parameter in found.module.parameters()}
     has_others = any(id(parameter) not in inside for parameter in model.parameters())
     for part, part_policy in list(_parts_to_shard(units, shared_units(model, units), policy, unit)):
@@ -160,9 +160,7 @@ def _set_precision(model: nn.Module, units: list[Unit], policy: MixedPrecisionPo
             StreamPrecision(module)
 
 
-def _shard_norms(
-    model: nn.Module, units: list[Unit], policy: MixedPrecisionPolicy, options: dict[str, Any]
-) -> None:
+def _shard_norms(model: nn.Module, units: list[Unit], policy: MixedPrecisionPolicy, options: dict[str, Any]) -> None:
     """Shard the norms with running statistics apart from other layers, in the precision of these statistics."""
     whole = MixedPrecisionPolicy(reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False)
     # One group for each residual function: a group that outlasts a function would be whole when the function is
