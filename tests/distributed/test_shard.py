@@ -2,11 +2,15 @@
 
 import copy
 import math
+import re
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from revnet import FixedPoint, ReconstructionWarning, ReversibleBlock, ReversibleSequential, Store, set_coupling
@@ -380,6 +384,34 @@ def check_held_bytes(unit: str, policy: MixedPrecisionPolicy | None) -> None:
     assert held_bytes(7, unit, policy, stored=True) > 2 * held_bytes(7, unit, policy)
 
 
+def check_inverse() -> None:
+    """Check the inverse with sharded functions, which it calls; it does not call the blocks."""
+    blocks = make("network").blocks.double()
+    shard_blocks(blocks, unit="function")
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert_close(blocks.inverse(blocks(x).detach()), x)
+
+
+def check_generation() -> None:
+    model = make("transformer").eval()
+    prompt = torch.zeros(1, 2, dtype=torch.long)
+    expected = model.generate(prompt, 4, temperature=0)
+    register_fsdp_forward_method(shard_blocks(model), "generate")
+    assert torch.equal(model.generate(prompt, 4, temperature=0), expected)
+
+
+def check_sharded_head_keeps_its_group() -> None:
+    model = make("network").double()
+    twin = copy.deepcopy(model)
+    head = fully_shard(model.head)
+    shard_blocks(model)
+    for module in (model, twin):
+        squares(module(torch.ones(3, 6, dtype=torch.float64))).backward()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(whole(parameter.grad), expected.grad)
+    assert model.head is head
+
+
 def check_refuses_compiled_functions() -> None:
     model = make("network")
     for block in model.blocks:
@@ -436,6 +468,9 @@ CHECKS = {
         f"held bytes, {unit}, {'float32' if policy is None else 'bfloat16'}": partial(check_held_bytes, unit, policy)
         for unit, policy in zip(UNITS, (None, BF16), strict=True)
     },
+    "inverse": check_inverse,
+    "generation": check_generation,
+    "sharded head": check_sharded_head_keeps_its_group,
     "refuses a model without blocks": check_needs_a_block,
     "refuses compiled functions": check_refuses_compiled_functions,
     "refuses a second call": check_refuses_a_second_call,
@@ -466,6 +501,15 @@ def test_bytes_in_four_processes(tmp_path):
     outcomes = run_checks(__name__, tmp_path, 4, "BYTES")
     for name in BYTES:
         assert_passed(outcomes, name)
+
+
+@pytest.mark.slow
+def test_script_of_the_page_runs(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "several-gpus.md"
+    (script,) = re.findall(r"```py\n(# train\.py.*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
 
 
 def test_needs_a_process_group():
