@@ -162,8 +162,8 @@ def _page(rows: Sequence[Row], options: argparse.Namespace) -> list[str]:
         f"A reversible transformer with {options.dim} features in each stream trains on {options.batch_size} sequences",
         f"of {options.length} tokens, divided among the processes. Bytes are counted in the first process. Held:",
         "activations between forward and backward pass, and the gathered parameters of stem and head. Peak: the",
-        "largest sum of all tensors that a step creates, with gradients, gathered parameters and DDP's buckets. Seconds:",
-        f"the fastest of {options.num_steps} steps; the ways take turns.",
+        "largest sum of all tensors that a step creates, with gradients, gathered parameters and DDP's buckets.",
+        f"Seconds: the fastest of {options.num_steps} steps; the ways take turns.",
         "",
     ]
     for depth in dict.fromkeys(row["depth"] for row in rows):
