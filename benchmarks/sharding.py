@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the page, and write it with its CSV."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--processes", default="1,2,4", help="numbers of processes (default: %(default)s)")
-    parser.add_argument("--depths", default="8,32", help="two numbers of blocks (default: %(default)s)")
+    parser.add_argument("--depths", default="4,16", help="two numbers of blocks (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="features of a stream (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences on all processes (default: %(default)s)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--num-steps", type=int, default=7, help="timed steps (default: %(default)s)")
+    parser.add_argument("--num-steps", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
