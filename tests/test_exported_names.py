@@ -11,7 +11,20 @@ import torch
 import revnet
 from revnet import models
 
-ROOMS = {"bench", "coupling", "data", "functional", "memory", "models", "nn", "numerics", "optim", "paper", "training"}
+ROOMS = {
+    "bench",
+    "coupling",
+    "data",
+    "distributed",
+    "functional",
+    "memory",
+    "models",
+    "nn",
+    "numerics",
+    "optim",
+    "paper",
+    "training",
+}
 LAZY = ("revnet", "revnet.paper", "revnet.training")
 """Packages whose names load when they are first used."""
 NUM_NAMES = 134
