@@ -36,6 +36,8 @@ def record(
 ) -> tuple[Streams, "Recording"]:
     """Run chains one after the other, and return the streams and the recording of the pass, which holds no output.
 
+    If the streams require gradients, the backward pass continues into their graph.
+
     Args:
         segments: The chains with the `run` methods of their policies, at least one. Only the output of the last chain
             is not held, if it is reversed without a tolerance. The output of any other chain is held as usual.
@@ -43,7 +45,6 @@ def record(
         needs_input: Whether `Recording.backward` must return the input.
 
     Raises:
-        RuntimeError: Gradients are disabled.
         NotImplementedError: The call is traced, by `torch.compile` or an exporter.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -52,28 +53,30 @@ def record(
             "`block.compile()`."
         )
     if not torch.is_grad_enabled():
-        raise RuntimeError(
-            "`record` needs gradients, which `torch.no_grad()` or `torch.inference_mode()` has disabled; call the "
-            "sequence itself if there is no backward pass."
-        )
+        running = tuple(streams)
+        for policy_run, chain in segments:
+            running = policy_run(chain, running)
+        return running, Recording(running)
     entry = BackwardEntry()
+    before = BackwardRoot(streams) if any(stream.requires_grad for stream in streams) else None
     inputs = [stream.detach() for stream in streams]
+    del streams
     running = entry.enter(inputs)
     runs: list[RecordedRun | None] = []
     for index, (policy_run, chain) in enumerate(segments):
         is_last = index == len(segments) - 1
-        recorder = ChainRecorder(undoes_all=needs_input and not runs, releases=is_last and chain.tolerance is None)
+        is_free = chain.tolerance is None or chain.chain.is_exact
+        recorder = ChainRecorder(undoes_all=needs_input and not runs, releases=is_last and is_free)
         chain.recorder = recorder
         running = policy_run(chain, running)
         # The run refers to the chain, and nothing that a run refers to may refer to it (rule 1).
         chain.recorder = None
         runs.append(recorder.taken(running, chain))
     output = tuple([stream.detach() for stream in running])
-    first = runs[0] if needs_input else None
-    last = runs[-1]
-    recording = Recording(
-        BackwardRoot(running), entry, first, last, inputs if needs_input and first is None else None, output
-    )
+    recording = Recording(output)
+    recording.keep(BackwardRoot(running), entry, before, runs[-1])
+    if needs_input:
+        recording.keep_input(runs[0], inputs)
     return output, recording
 
 
@@ -81,33 +84,44 @@ class Recording:
     """One forward pass of `record`. It holds no output, unless the policy of the last block or a tolerance needs it.
 
     Its method `backward` is called once.
+
+    Args:
+        output: The output of the pass. It is not kept.
     """
 
-    def __init__(
-        self,
-        root: BackwardRoot,
-        entry: BackwardEntry,
-        first: "RecordedRun | None",
-        last: "RecordedRun | None",
-        inputs: list[Tensor] | None,
-        output: Streams,
-    ):
-        self._root, self._entry, self._first = root, entry, first
-        self._released = last if last is not None and last.is_released else None
-        self._inputs = inputs
+    def __init__(self, output: Streams):
         self._metas = [(stream.shape, stream.dtype, stream.device) for stream in output]
+        self._root: BackwardRoot | None = None
+        self._entry: BackwardEntry | None = None
+        self._before: BackwardRoot | None = None
+        self._first: RecordedRun | None = None
+        self._released: RecordedRun | None = None
+        self._inputs: list[Tensor] | None = None
         self._is_used = False
-        self.needs_output = self._released is not None
+        self.needs_output = False
         """Whether `backward` needs the output back. Otherwise the recording holds what it needs."""
-        self.rebuilds_input = first is not None
-        """Whether `backward` computes the input from the output, so that the input carries its rounding."""
         self.input_dtype: torch.dtype | None = None
         """Dtype in which residual functions read the streams, if it differs from the dtype of the streams."""
+
+    def keep(
+        self, root: BackwardRoot, entry: BackwardEntry, before: BackwardRoot | None, last: "RecordedRun | None"
+    ) -> None:
+        """Keep the ends of the graph, the end of the graph before it, and the run of the last chain."""
+        self._root, self._entry, self._before = root, entry, before
+        self._released = last if last is not None and last.is_released else None
+        self.needs_output = self._released is not None
+
+    def keep_input(self, first: "RecordedRun | None", inputs: list[Tensor]) -> None:
+        """Keep the run that can rebuild the input, or the input itself if there is none."""
+        self._first = first
+        self._inputs = inputs if first is None else None
 
     def backward(
         self, streams: Sequence[Tensor] | None, grads: Sequence[Tensor | None], *, distance: int = 0
     ) -> tuple[Streams | None, list[Tensor | None]]:
         """Run the backward pass, and return the input and its gradients. Gradients of parameters accumulate.
+
+        If the input of the pass required a gradient, the backward pass continues into its graph.
 
         Args:
             streams: The output of the pass. None if `needs_output` is false. A list is emptied, so that the memory of
@@ -121,13 +135,18 @@ class Recording:
 
         Raises:
             ReconstructionError: `streams` are not the output of this pass, or cannot be undone.
-            RuntimeError: It is the second call.
+            RuntimeError: It is the second call, or gradients were disabled in the forward pass.
             TypeError: `streams` is missing, or one of the arguments has the wrong kind.
             ValueError: One of the arguments has the wrong number of tensors, shape, dtype or device.
         """
         if self._is_used:
             raise RuntimeError(
                 "`Recording.backward` was called a second time, but the first call freed the pass; record it again."
+            )
+        if self._root is None or self._entry is None:
+            raise RuntimeError(
+                "`Recording.backward` needs a pass with gradients, but `torch.no_grad()` or `torch.inference_mode()` was "
+                "on when it was recorded; record it outside."
             )
         _check("grads", grads, self._metas, may_be_none=True)
         if self._released is not None:
@@ -140,12 +159,14 @@ class Recording:
             del held
         self._is_used = True
         self._root.backward(grads)
-        inputs = self._inputs
-        if self._first is not None:
-            inputs = self._first.take_input()
-        count = len(self._metas)
-        self._first = self._released = self._inputs = None
-        return None if inputs is None else tuple(inputs), self._entry.take_grads(count)
+        inputs = self._inputs if self._first is None else self._first.take_input()
+        input_grads = self._entry.take_grads(len(self._metas))
+        # The graph refers to the run, and the run to what it has kept.
+        self._root = self._entry = self._first = self._released = self._inputs = None
+        before, self._before = self._before, None
+        if before is not None:
+            before.backward(tuple(input_grads))
+        return None if inputs is None else tuple(inputs), input_grads
 
 
 class ChainRecorder:

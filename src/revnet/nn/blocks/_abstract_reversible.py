@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from revnet._checks import check_bool, describe
 from revnet._types import Streams, TensorPair
 from revnet.engine import Chain, Recording
+from revnet.engine._split import prepare
 from revnet.engine._streams import begin
 from revnet.engine._tolerance import ToleranceKeeper
 from revnet.nn.blocks._run import run_inverse, run_recorded, sum_log_dets
@@ -77,6 +78,7 @@ class AbstractReversible(nn.Module, abc.ABC):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
+        is_prepared: bool = False,
         input_dtype: torch.dtype | None = None,
         needs_input: bool = True,
     ) -> tuple[Streams, Recording]:
@@ -84,23 +86,23 @@ class AbstractReversible(nn.Module, abc.ABC):
 
         Use it if the output leaves this process, as in a pipeline, and comes back for the backward pass:
         `Recording.backward` takes the streams and their gradients, and returns the input and its gradients. In between,
-        the recording holds no stream. The backward pass is not part of the caller's graph, so `x` gets no gradient, and
-        hooks of this module do not run.
+        the recording holds no stream. If `x` requires a gradient, the backward pass continues into its graph. Hooks of
+        this module do not run.
 
         Args:
-            x: The activation, or the streams, such as the ones that `record` of another sequence has returned.
+            x: The activation, or the streams.
             args: Additional positional arguments of every residual function.
             kwargs: Additional keyword arguments, as for `forward`.
-            input_dtype: The dtype in which residual functions read the streams, if another sequence has prepared them:
-                its `Recording.input_dtype`. None for an ordinary input.
+            is_prepared: Whether `x` are streams that `record` of another sequence returned, and are used as they are.
+            input_dtype: The `Recording.input_dtype` of that other sequence.
             needs_input: Whether `Recording.backward` must return the input. The first stage of a pipeline needs none.
 
         Returns:
             The streams, which may be wider than `x` under `FixedPoint`, and the recording.
 
         Raises:
-            RuntimeError: Gradients are disabled.
-            ValueError: There are no blocks.
+            TypeError: An argument has the wrong type.
+            ValueError: There are no blocks, or `x` does not fit them.
 
         Example:
             >>> import torch
@@ -121,13 +123,17 @@ class AbstractReversible(nn.Module, abc.ABC):
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise TypeError(f"`kwargs` (={describe(kwargs)}) must be a dict of keyword arguments, or None.")
         if input_dtype is not None and not isinstance(input_dtype, torch.dtype):
-            raise TypeError(f"`input_dtype` (={describe(input_dtype)}) must be a dtype, such as torch.float32, or None.")
-        check_bool(needs_input=needs_input)
+            raise TypeError(
+                f"`input_dtype` (={describe(input_dtype)}) must be a dtype, such as torch.float32, or None."
+            )
+        check_bool(is_prepared=is_prepared, needs_input=needs_input)
         if schedule.ambiguous is not None and isinstance(x, Tensor) and x.dim() == 3:
             raise unclear_split_dim(schedule.ambiguous, x)
-        coupling = schedule.segments[0][1].half_blocks[0].coupling
-        streams, reads = begin(x, schedule.split_dim, schedule.num_streams, coupling)
-        reads = reads if input_dtype is None else input_dtype
+        if is_prepared:
+            streams, reads = prepare(x, schedule.split_dim, schedule.num_streams, None)[0], input_dtype
+        else:
+            coupling = schedule.segments[0][1].half_blocks[0].coupling
+            streams, reads = begin(x, schedule.split_dim, schedule.num_streams, coupling)
         return run_recorded(
             schedule.segments, streams, args, dict(kwargs or {}), reads, self._keeper, needs_input=needs_input
         )

@@ -1,0 +1,12 @@
+"""Training on several processes.
+
+`pipeline` divides a reversible sequence into stages, one for each process.
+
+Names that `revnet` itself does not export are provisional: they may change in any release.
+"""
+
+from revnet.distributed.pipeline._cut import cut_into_stages as cut_into_stages
+from revnet.distributed.pipeline._link import Traffic as Traffic
+from revnet.distributed.pipeline._pipeline import Pipeline as Pipeline
+from revnet.distributed.pipeline._reversible_stage import ReversibleStage as ReversibleStage
+from revnet.distributed.pipeline._stage_module import StageModule as StageModule
