@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,12 +65,8 @@ def seed_stage(index: int) -> None:
 
 
 @contextmanager
-def random_states_of_stages(model: Parts, counts: Sequence[int]):
+def random_states_of_stages(model: Parts, counts: Sequence[int], states: list[Tensor]):
     """Let the parts of each stage draw from a random state of its own, as in separate processes."""
-    states = []
-    for index in range(len(counts)):
-        seed_stage(index)
-        states.append(torch.get_rng_state())
     current = 0
 
     def switch_to(index: int) -> None:
@@ -79,6 +75,7 @@ def random_states_of_stages(model: Parts, counts: Sequence[int]):
         torch.set_rng_state(states[index])
         current = index
 
+    before = torch.get_rng_state()
     torch.set_rng_state(states[0])
     firsts = [sum(counts[:index]) for index in range(len(counts))]
     hooks = [
@@ -88,9 +85,15 @@ def random_states_of_stages(model: Parts, counts: Sequence[int]):
     ]
     try:
         yield lambda: switch_to(0)
+        states[current] = torch.get_rng_state()
     finally:
+        torch.set_rng_state(before)
         for hook in hooks:
             hook.remove()
+
+
+def first_states(num_stages: int) -> list[Tensor]:
+    return [torch.Generator().manual_seed(100 + index).get_state() for index in range(num_stages)]
 
 
 def reference_step(
@@ -101,18 +104,29 @@ def reference_step(
     loss: Callable[[Any, Any], Tensor],
     num_microbatches: int,
     arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]] = lambda _: ((), {}),
+    *,
+    autocast: torch.dtype | None = None,
+    states: list[Tensor] | None = None,
+    is_copied: bool = True,
 ) -> tuple[Parts, float]:
-    """Return a stored twin after the backward passes of all microbatches, and the mean loss."""
-    twin = copy.deepcopy(model)
+    """Return a stored twin after the backward passes of all microbatches, and the mean loss.
+
+    Args:
+        states: Random states of the stages, which are updated; the default is new ones.
+        is_copied: Whether to copy the model; otherwise it is the twin.
+    """
+    twin = copy.deepcopy(model) if is_copied else model
     twin.blocks.set_policies(Store())
     twin.blocks.tolerance = None
+    states = first_states(len(counts)) if states is None else states
     size, total = len(batch) // num_microbatches, 0.0
-    with random_states_of_stages(twin, counts) as begin:
+    with random_states_of_stages(twin, counts, states) as begin:
         for number in range(num_microbatches):
             begin()
             part = slice(number * size, (number + 1) * size)
             args, kwargs = arguments(number)
-            value = loss(twin(batch[part], *args, **kwargs), target[part]) / num_microbatches
+            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                value = loss(twin(batch[part], *args, **kwargs), target[part]) / num_microbatches
             value.backward()
             total += float(value.detach())
     return twin, total

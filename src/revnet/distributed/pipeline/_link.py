@@ -1,5 +1,6 @@
 """Messages between the stages of a pipeline."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class Traffic:
     Example:
         >>> from revnet.distributed import Traffic
         >>> print(Traffic(forward_bytes=1_048_576, backward_bytes=2_097_152, num_tensors=6))
-        sent 1.00 MiB forward and 2.00 MiB backward in 6 tensors
+        sent 1,048,576 bytes forward and 2,097,152 bytes backward in 6 tensors
     """
 
     forward_bytes: int = 0
@@ -28,8 +29,10 @@ class Traffic:
     """Number of tensors that were sent."""
 
     def __str__(self) -> str:
-        forward, backward = self.forward_bytes / 2**20, self.backward_bytes / 2**20
-        return f"sent {forward:,.2f} MiB forward and {backward:,.2f} MiB backward in {self.num_tensors} tensors"
+        return (
+            f"sent {self.forward_bytes:,} bytes forward and {self.backward_bytes:,} bytes backward in "
+            f"{self.num_tensors:,} tensors"
+        )
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class Link:
         """
         if ops:
             peers = sorted({self._index(op.peer) for op in ops})
-            with self._explained("exchanging with", *peers):
+            with self._explained("exchanging streams with", *peers):
                 for work in dist.batch_isend_irecv(list(ops)):
                     work.wait()
 
@@ -241,10 +244,11 @@ class Link:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # The first sentence, without the place in the source of the backend.
+            reason = re.sub(r"^\[\S+\] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
             peers = " and ".join(f"stage {index} (rank {self._rank(index)})" for index in indices)
             raise RuntimeError(
-                f"stage {self.index} (rank {self._rank(self.index)}) failed in {what} {peers}: a process has ended, or "
+                f"stage {self.index} (rank {self._rank(self.index)}) failed while {what} {peers}: a process has ended, or "
                 "does not answer within the `timeout` of the process group; look for the first error in its output, and "
                 f"start all processes again ({reason})."
             ) from error

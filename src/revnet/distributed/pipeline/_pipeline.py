@@ -43,11 +43,10 @@ class Pipeline(nn.Module):
         group: The processes, in the order of the stages. The default is all processes. Its `timeout` is the longest time
             that a stage waits for another.
 
-    Memory: between the passes, a stage holds the pair of streams that it exchanges, whatever the number of
-        microbatches. With a `tolerance`, it holds its own output of each microbatch that is under way, at most
-        `num_stages - 1`. Blocks with other policies hold what their policies say.
-    Time: as for `Reverse`. A stage sends three tensors for each that it would send in an ordinary pipeline twice: 1.5
-        times the bytes.
+    Memory: between the passes, a stage holds the streams that it has just received, whatever the number of
+        microbatches: an output and its gradients. With a `tolerance`, it holds its own input and output of each
+        microbatch that is under way, at most `num_stages`. Blocks with other policies hold what their policies say.
+    Time: as for `Reverse`. Stages send 1.5 times the bytes of an ordinary pipeline.
     Accuracy: gradients are as in one process with the same microbatches, up to the rounding of rebuilt streams, and bit
         for bit with `FixedPoint()`. Batch norm sees one microbatch at a time, as in one process. Random functions such as
         dropout draw from the state of their process, so give each process a seed of its own once the model exists, as
