@@ -22,6 +22,7 @@ from revnet.engine._digest import can_digest, digest_of
 from revnet.engine._drift import DriftWatch
 from revnet.engine._rebuild import Rebuilder
 from revnet.engine._streams import StreamSnapshot
+from revnet.engine._tracing import refuse, runs_plainly
 from revnet.errors import ReconstructionError
 
 Segment = tuple[Callable[[BoundChain, Sequence[Tensor]], Streams], BoundChain]
@@ -47,8 +48,8 @@ def record(
     Raises:
         NotImplementedError: The call is traced, by `torch.compile` or an exporter.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        raise NotImplementedError(
+    if torch.compiler.is_dynamo_compiling() or runs_plainly():
+        refuse(
             "`record` cannot be compiled or exported; call it in eager mode, and compile the residual functions: "
             "`block.compile()`."
         )
@@ -145,8 +146,8 @@ class Recording:
             )
         if self._root is None or self._entry is None:
             raise RuntimeError(
-                "`Recording.backward` needs a pass with gradients, but `torch.no_grad()` or `torch.inference_mode()` was "
-                "on when it was recorded; record it outside."
+                "`Recording.backward` needs a pass with gradients, but `torch.no_grad()` or `torch.inference_mode()` "
+                "was on when it was recorded; record it outside."
             )
         _check("grads", grads, self._metas, may_be_none=True)
         if self._released is not None:

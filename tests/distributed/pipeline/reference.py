@@ -47,7 +47,9 @@ def conv_model(
         for _ in range(depth)
     ]
     sequence = ReversibleSequential(*blocks, policy=policy or Reverse(), tolerance=tolerance)
-    stem = nn.Sequential(nn.Conv2d(2, 2 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(2 * channels), nn.Dropout(0.2))
+    stem = nn.Sequential(
+        nn.Conv2d(2, 2 * channels, 3, padding=1, bias=False), nn.BatchNorm2d(2 * channels), nn.Dropout(0.2)
+    )
     head = nn.Sequential(nn.BatchNorm2d(2 * channels), nn.Flatten(), nn.Dropout(0.2), nn.LazyLinear(5))
     model = Parts(sequence, stem, head)
     head(torch.zeros(2, 2 * channels, 5, 5))  # makes the parameters of the lazy layer

@@ -84,8 +84,8 @@ def _counts(blocks: ReversibleSequential, num_stages: int, num_blocks: Sequence[
         raise ValueError(f"`num_stages` (={describe(num_stages)}) must be a positive integer, the number of processes.")
     if len(blocks) < num_stages:
         raise ValueError(
-            f"`blocks` has {len(blocks)} blocks, but each of the {num_stages} stages needs at least one; use fewer "
-            "processes, or divide the batch among them with DistributedDataParallel."
+            f"`num_stages` (={describe(num_stages)}) must be at most the number of blocks ({len(blocks)}), since each "
+            "stage runs at least one; use fewer processes, or divide the batch with DistributedDataParallel."
         )
     if num_blocks is None:
         quotient, remainder = divmod(len(blocks), num_stages)
@@ -95,8 +95,8 @@ def _counts(blocks: ReversibleSequential, num_stages: int, num_blocks: Sequence[
         raise ValueError(f"`num_blocks` (={describe(num_blocks)}) must be a list of positive integers, one per stage.")
     if len(num_blocks) != num_stages or sum(num_blocks) != len(blocks):
         raise ValueError(
-            f"`num_blocks` (={describe(list(num_blocks))}) must have one entry for each of {num_stages} stages, and the "
-            f"sum {len(blocks)}, the number of blocks."
+            f"`num_blocks` (={describe(list(num_blocks))}) must have one entry for each of {num_stages} stages, and "
+            f"the sum {len(blocks)}, the number of blocks."
         )
     return list(num_blocks)
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from revnet._checks import describe
+
 
 @dataclass
 class Traffic:
@@ -94,11 +96,12 @@ class Link:
         group: The process group, or None for the default one.
         index: The place of this stage.
         num_stages: The number of stages.
-        device: The device of the streams.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, index: int, num_stages: int, device: torch.device):
-        self.group, self.index, self.num_stages, self.device = group, index, num_stages, device
+    def __init__(self, group: dist.ProcessGroup | None, index: int, num_stages: int):
+        self.group, self.index, self.num_stages = group, index, num_stages
+        self.device = torch.device("cpu")
+        """Device of the streams."""
         self.traffic = Traffic()
         self.incoming: Header | None = None
         """Description of the streams that the stage before sends; None until they come."""
@@ -115,8 +118,9 @@ class Link:
         """Whether there is no stage after."""
         return self.index == self.num_stages - 1
 
-    def begin_step(self) -> None:
+    def begin_step(self, device: torch.device) -> None:
         """Forget the headers of the last step, whose batch may have had another size, and count bytes from 0."""
+        self.device = device
         self.incoming = self.outgoing = None
         self.traffic = Traffic()
 
@@ -134,8 +138,8 @@ class Link:
         header: Header = messages[0]
         if header.num_microbatches != num_microbatches:
             raise ValueError(
-                f"`num_microbatches` is {num_microbatches} in stage {self.index}, but {header.num_microbatches} in stage "
-                f"{self.index - 1}; pass the same number in all processes."
+                f"`num_microbatches` is {num_microbatches} in stage {self.index}, but {header.num_microbatches} in "
+                f"stage {self.index - 1}; pass the same number in all processes."
             )
         self.incoming = header
 
@@ -215,12 +219,16 @@ class Link:
                     work.wait()
 
     def broadcast_from_last(self, value: Tensor) -> None:
-        """Overwrite `value` with the one of the last stage."""
+        """Overwrite `value` with the value in the last stage."""
+        if self.num_stages == 1:
+            return
         with self._explained("receiving from", self.num_stages - 1):
             dist.broadcast(value, self._rank(self.num_stages - 1), self.group)
 
     def add_up(self, value: Tensor) -> None:
         """Overwrite `value` with the sum over all stages."""
+        if self.num_stages == 1:
+            return
         with self._explained("adding up with", *[index for index in range(self.num_stages) if index != self.index]):
             dist.all_reduce(value, group=self.group)
 
@@ -248,10 +256,23 @@ class Link:
             reason = re.sub(r"^\[\S+\] *", "", str(error).strip()).split("\n")[0].split(". ")[0]
             peers = " and ".join(f"stage {index} (rank {self._rank(index)})" for index in indices)
             raise RuntimeError(
-                f"stage {self.index} (rank {self._rank(self.index)}) failed while {what} {peers}: a process has ended, or "
-                "does not answer within the `timeout` of the process group; look for the first error in its output, and "
-                f"start all processes again ({reason})."
+                f"stage {self.index} (rank {self._rank(self.index)}) failed while {what} {peers}: a process has ended, "
+                "or does not answer within the `timeout` of the process group; look for the first error in its output, "
+                f"and start all processes again ({reason})."
             ) from error
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Return the place of this process in a group, and the number of processes. Without a group it is alone.
+
+    Raises:
+        TypeError: `group` is not a process group, or does not contain this process.
+    """
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"`group` (={describe(group)}) must be a process group with this process, or None.")
+    return dist.get_rank(group), dist.get_world_size(group)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -1,11 +1,17 @@
-"""Divide a batch into microbatches."""
+"""Divide a batch into microbatches, and average their losses."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from revnet._checks import describe
+from revnet.distributed.pipeline._stage_module import StageModule
+
+Input = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""Microbatch, with the positional and keyword arguments of the residual functions."""
 
 
 def split(name: str, value: Any, num_microbatches: int, hint: str = "") -> list[Any]:
@@ -37,16 +43,17 @@ def split(name: str, value: Any, num_microbatches: int, hint: str = "") -> list[
     return [tree_unflatten([column[index] for column in columns], structure) for index in range(num_microbatches)]
 
 
-def split_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], shared: dict[str, Any], num_microbatches: int
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Return the arguments of the residual functions for each microbatch.
+def divide(batch: Any, args: Any, kwargs: Any, shared: Any, num_microbatches: int, stage: StageModule) -> list[Input]:
+    """Return the microbatches, with the arguments of the residual functions.
 
     Raises:
-        NotImplementedError: A tensor requires a gradient.
-        TypeError: An argument has the wrong type.
+        NotImplementedError: A tensor in the arguments requires a gradient.
+        TypeError: An argument has the wrong type, or the batch is missing in the first stage.
         ValueError: A tensor cannot be divided, or an argument is given twice.
     """
+    if batch is None and stage.is_first:
+        raise TypeError("`batch` is None, but the first stage needs it; pass it at least in the process of rank 0.")
+    kwargs, shared = {} if kwargs is None else kwargs, {} if shared is None else shared
     if not isinstance(args, tuple):
         raise TypeError(f"`args` (={describe(args)}) must be a tuple of positional arguments, such as (context,).")
     for name, given in (("kwargs", kwargs), ("shared", shared)):
@@ -62,6 +69,44 @@ def split_arguments(
                 "part of it; pass it with `detach()`, or make it part of the activations."
             )
     hint = "pass an argument without a batch dimension, such as a table of positions, in `shared`."
+    batches = split("batch", batch, num_microbatches)
     split_args = split("args", args, num_microbatches, hint)
     split_kwargs = split("kwargs", kwargs, num_microbatches, hint)
-    return [(own, {**shared, **named}) for own, named in zip(split_args, split_kwargs, strict=True)]
+    parts = zip(batches, split_args, split_kwargs, strict=True)
+    return [(x, own_args, {**shared, **own_kwargs}) for x, own_args, own_kwargs in parts]
+
+
+class Losses:
+    """The losses of the microbatches of one step, in the last stage.
+
+    Args:
+        function: Function that takes the output and the target of a microbatch.
+        targets: The targets of the microbatches.
+        device: The device of the model.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Tensor], targets: Sequence[Any], device: torch.device):
+        self._function, self._targets = function, targets
+        self._losses: dict[int, Tensor] = {}
+        self.mean = torch.zeros((), dtype=torch.float64, device=device)
+        """Mean of the losses, once all of them are computed."""
+
+    def compute(self, number: int, output: Any) -> None:
+        """Compute the loss of a microbatch.
+
+        Raises:
+            TypeError: The function did not return a tensor with one element.
+        """
+        loss = self._function(output, self._targets[number])
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(
+                f"`loss` returned {describe(loss)}, but must return a tensor with one element, the mean loss of the "
+                "microbatch; average it over the samples."
+            )
+        share = loss / len(self._targets)
+        self._losses[number] = share
+        self.mean += share.detach().reshape(()).double()
+
+    def take(self, number: int) -> Tensor:
+        """Return the share of a microbatch in the mean, once, so that its graph is freed after the backward pass."""
+        return self._losses.pop(number)

@@ -16,10 +16,11 @@ from revnet.distributed.pipeline._stage_runner import StageRunner
 class ReversibleStage(PipelineStage):
     """A stage for PyTorch's `Schedule1F1B` that keeps no activations of a microbatch, because its output comes back.
 
-    Prefer `Pipeline`, which holds less: PyTorch's schedule keeps one microbatch more in its variables. Use this class if
-    you depend on `torch.distributed.pipelining`. `ScheduleGPipe` works, too, but holds all microbatches at once: it waits
-    for its messages only at the end, and they hold what they send. Schedules that divide the backward pass in two
-    (`ScheduleInterleavedZeroBubble`, `ScheduleZBVZeroBubble`) or give a process several stages are not supported.
+    Prefer `Pipeline`, which holds less: PyTorch's schedule keeps a microbatch or two in its variables. Use this class
+    if you depend on `torch.distributed.pipelining`. `ScheduleGPipe` works, too, but its memory grows with the number
+    of microbatches: it waits for its messages only at the end, and each message holds what it sends. Schedules that
+    divide the backward pass in two, such as `ScheduleInterleavedZeroBubble`, and several stages in one process are not
+    supported.
 
     Keyword arguments of `schedule.step` reach the residual functions of all stages, like `kwargs` of `Pipeline.step`.
 
@@ -47,13 +48,14 @@ class ReversibleStage(PipelineStage):
         if (dist.get_rank(group), dist.get_world_size(group)) != (stage.index, stage.num_stages):
             raise ValueError(
                 f"`stage` is stage {stage.index} of {stage.num_stages}, but this process has rank "
-                f"{dist.get_rank(group)} of {dist.get_world_size(group)}; cut the model into as many stages as there are "
-                "processes, and take the stage of the rank."
+                f"{dist.get_rank(group)} of {dist.get_world_size(group)}; cut the model into one stage for each "
+                "process, and take the stage of the rank."
             )
         device = torch.device(device)
         super().__init__(stage, stage.index, stage.num_stages, device, group=group)
         self._runner = StageRunner(stage)
-        self._link = Link(group, stage.index, stage.num_stages, device)
+        self._link = Link(group, stage.index, stage.num_stages)
+        self._link.begin_step(device)
         self._received: dict[int, list[Tensor]] = {}
         self._results: dict[int, list[Tensor]] = {}
 
@@ -75,7 +77,7 @@ class ReversibleStage(PipelineStage):
         self._runner.forget()
         self._received.clear()
         self._results.clear()
-        self._link.begin_step()
+        self._link.begin_step(self.device)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Return the operations that receive the input of a microbatch."""

@@ -1,8 +1,11 @@
 """The part of a model that one process of a pipeline runs."""
 
 import re
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from revnet.nn import ReversibleSequential
@@ -11,8 +14,9 @@ from revnet.nn import ReversibleSequential
 class StageModule(nn.Module):
     """Consecutive blocks of a pipeline, with the stem in the first stage and the head in the last.
 
-    `cut_into_stages` makes stages. Its state dict names blocks by their places in the whole sequence, so the state dicts
-    of all stages together are the state dict of one stage with all blocks. A stage loads its own part of such a whole.
+    `cut_into_stages` makes stages. The state dict of a stage names blocks by their places in the whole sequence, so the
+    state dicts of all stages together are the state dict of a stage with all blocks. It is also the state dict of a
+    module whose attributes are named `stem`, `blocks` and `head`. A stage loads its own part of such a state dict.
 
     Args:
         blocks: The blocks of this stage.
@@ -69,6 +73,12 @@ class StageModule(nn.Module):
     def split_dim(self) -> int:
         """The dimension along which the blocks split a tensor into streams."""
         return int(self.blocks.blocks[0].split_dim)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        tensors: Iterator[torch.Tensor] = chain(self.parameters(), self.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def extra_repr(self) -> str:
         """Return the place of the stage, for `repr`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from revnet._types import Streams
 from revnet.distributed.pipeline._link import Header
 from revnet.distributed.pipeline._stage_module import StageModule
 from revnet.engine import Recording
+from revnet.engine._backward_root import BackwardEntry
 from revnet.engine._checkpoint import checkpointed_call
 from revnet.nn import HasPolicies
 
@@ -27,6 +28,8 @@ class _Pass:
     """Whether the output is one tensor and not a tuple of streams."""
     output: list[Tensor]
     """Output of the blocks, in the last stage only."""
+    entry: BackwardEntry = field(default_factory=BackwardEntry)
+    """Beginning of the graph of the head, which does not keep the output after its backward pass."""
 
 
 class StageRunner:
@@ -98,22 +101,24 @@ class StageRunner:
     def output(self, number: int) -> Any:
         """Return the output of the model, in the last stage. `backward_from_loss` continues from its loss."""
         of_pass = self._passes[number]
+        streams: Sequence[Tensor] = of_pass.output
         if torch.is_grad_enabled():
-            of_pass.output = [stream.requires_grad_() for stream in of_pass.output]
-        y = _leave(of_pass.output, of_pass.recording.input_dtype, self.stage.split_dim if of_pass.is_joined else None)
+            streams = of_pass.entry.enter(streams)
+        y = _leave(streams, of_pass.recording.input_dtype, self.stage.split_dim if of_pass.is_joined else None)
         return y if self.stage.head is None else self.stage.head(y)
 
     def backward_from_loss(self, number: int, loss: Tensor) -> list[Tensor]:
         """Run the backward passes of the head and of the blocks, in the last stage, and return what `backward` does."""
         with _without_autocast(loss.device):
             loss.backward()
-        streams = self._passes[number].output
-        grads = [torch.zeros_like(stream) if stream.grad is None else stream.grad for stream in streams]
-        for stream in streams:
-            stream.grad = None
-        self._passes[number].output = []
-        streams = [stream.detach() for stream in streams]
-        return self._backward(number, streams, grads, 0)
+        of_pass = self._passes[number]
+        streams, of_pass.output = of_pass.output, []
+        grads = of_pass.entry.take_grads(len(streams))
+        filled = [
+            torch.zeros_like(stream) if grad is None else grad for stream, grad in zip(streams, grads, strict=True)
+        ]
+        grads.clear()
+        return self._backward(number, streams, filled, 0)
 
     def backward(self, number: int, received: list[Tensor]) -> list[Tensor]:
         """Run the backward pass of the blocks and of the stem.
