@@ -120,20 +120,26 @@ def gradient_difference(method: AbstractMethod, counts: Sequence[int], num_micro
 # Seconds --------------------------------------------------------------------------------------------------------------
 
 
-def time_steps(methods: Sequence[AbstractMethod], x: Tensor, target: Tensor, num_steps: int) -> list[float]:
-    """Return the median seconds of a step of each method, until all processes have finished. Methods take turns."""
-    seconds: list[list[float]] = [[] for _ in methods]
+def time_steps(
+    methods: Sequence[AbstractMethod], x: Tensor, target: Tensor, num_steps: int
+) -> list[tuple[float, float]]:
+    """Return the median seconds of a step of each method, and the processor time of this process.
+
+    A step ends when all processes have finished. The methods take turns.
+    """
+    times: list[list[tuple[float, float]]] = [[] for _ in methods]
     for step in range(num_steps + 1):
-        for method, of_method in zip(methods, seconds, strict=True):
+        for method, of_method in zip(methods, times, strict=True):
             method.module.zero_grad()
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             method.step(x, target)
+            cpu_seconds = time.process_time() - cpu_start
             dist.barrier()
             # The first step allocates buffers and opens connections.
             if step > 0:
-                of_method.append(time.perf_counter() - start)
-    return [statistics.median(of_method) for of_method in seconds]
+                of_method.append((time.perf_counter() - start, cpu_seconds))
+    return [tuple(map(statistics.median, zip(*of_method, strict=True))) for of_method in times]  # type: ignore[misc]
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
@@ -146,7 +152,7 @@ def measure(counts: Sequence[int], num_microbatches: int, num_steps: int) -> lis
     differences = [gradient_difference(method, counts, num_microbatches) for method in exact]
     methods = make_methods(counts, NUM_CHANNELS, num_microbatches, torch.float32, with_ddp=True)
     x, target = make_batch(MICROBATCH * num_microbatches, SIDE, torch.float32)
-    seconds = time_steps(methods, x, target, num_steps)
+    times = time_steps(methods, x, target, num_steps)
     rows = []
     for index, name in enumerate(names):
         held, peak, sent = bytes_of(index, counts, num_microbatches)
@@ -161,7 +167,8 @@ def measure(counts: Sequence[int], num_microbatches: int, num_steps: int) -> lis
                 "peak_bytes": peak,
                 "sent_bytes": sent,
                 "gradient_difference": differences[index] if index < len(differences) else "",
-                "step_seconds": round(seconds[index], 4),
+                "step_seconds": round(times[index][0], 4),
+                "processor_seconds": round(times[index][1], 4),
             }
         )
     return rows
@@ -219,9 +226,18 @@ def section_of(num_processes: int, rows: Sequence[Row]) -> list[str]:
                     " ".join(f"{row['sent_bytes'] / 2**20:.1f}" for row in own),
                     f"{max(differences):.1e}" if differences else "",
                     f"{1e3 * max(row['step_seconds'] for row in own):,.0f}",
+                    f"{1e3 * sum(row['processor_seconds'] for row in own):,.0f}",
                 ]
             )
-        columns = ["method", "held, pairs", "peak, pairs", "sent, MiB", "gradient difference", "step, ms"]
+        columns = [
+            "method",
+            "held, pairs",
+            "peak, pairs",
+            "sent, MiB",
+            "gradient difference",
+            "step, ms",
+            "processor, ms",
+        ]
         lines += table(columns, cells)
     return lines
 
@@ -239,7 +255,9 @@ NOTES = [
     "time; its held and",
     "peak bytes grow with the number of microbatches, which is the size of the batch. Step: the median of the steps, "
     "methods taking turns.",
-    "Each process has one thread; with more processes than cores they wait for each other, and times say little.",
+    "Each process has one thread. Where processes share cores, with each other or with other programs, compare processor "
+    "time, the sum",
+    "over processes.",
 ]
 
 
