@@ -243,21 +243,15 @@ def section_of(num_processes: int, rows: Sequence[Row]) -> list[str]:
 
 
 NOTES = [
-    "Held: the most bytes of tensors that are alive just before a pass, including what was just received. Peak: at any "
-    "time in the step.",
-    "Parameters, their gradients, buffers and the batch do not count, and nor do workspaces within an operation. Sent: "
-    "by each process in one",
-    "step; for DDP the gradients, which its all-reduce sends about twice. Gradient difference: the largest difference "
-    "from one process with",
-    "the same microbatches and random numbers, relative to the largest element of the gradient, in float64, with batch "
-    "norm and dropout.",
-    "DDP gives each process the whole network and an equal part of the batch, so its batch norm sees more samples at a "
-    "time; its held and",
-    "peak bytes grow with the number of microbatches, which is the size of the batch. Step: the median of the steps, "
-    "methods taking turns.",
-    "Each process has one thread. Where processes share cores, with each other or with other programs, compare processor "
-    "time, the sum",
-    "over processes.",
+    "- Held: the most bytes of tensors that are alive just before a pass, including what was just received.",
+    "- Peak: the most bytes at any time in a step.",
+    "- Held and peak leave out parameters, their gradients, buffers, the batch, and workspaces within an operation.",
+    "- Sent: by each process in one step; for DDP the gradients, which its all-reduce sends about twice.",
+    "- Gradient difference: from one process with the same microbatches and random numbers, relative to the largest",
+    "  element of each gradient; in float64, with batch norm and dropout.",
+    "- DDP gives each process the whole network and an equal part of the batch, so its bytes grow with the batch.",
+    "- Step: the median, methods taking turns. Each process has one thread. Where processes share cores, with each",
+    "  other or with other programs, compare processor time instead; it is the sum over processes.",
 ]
 
 

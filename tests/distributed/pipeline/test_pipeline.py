@@ -25,6 +25,8 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
 from revnet import Checkpoint, FixedPoint, Offload, ReconstructionWarning, Reverse, ReversibleSequential, Store
 from revnet.distributed import Pipeline, ReversibleStage, StageModule, cut_into_stages
+from revnet.distributed.pipeline._link import Header
+from revnet.distributed.pipeline._microbatches import divide, sample_of
 from revnet.memory.step._live import LiveBytes
 from revnet.models import ReversibleTransformer
 from tests.helpers import CASE, CASES, squares
@@ -362,9 +364,11 @@ def check_refusals() -> None:
         ({"kwargs": {"mask": torch.ones(3)}}, r"`kwargs` \(of shape \(3,\)\).*in `shared`"),
         ({"kwargs": {"mask": 1}, "shared": {"mask": 1}}, "`mask` is in `kwargs` and in `shared`"),
         ({"args": (torch.ones(8, requires_grad=True),)}, "requires a gradient"),
+        ({"kwargs": {"mask": [1, 2]}}, r"`kwargs` contains .*pass a tensor, or a tuple or dict of tensors"),
+        ({"target": [1] * 8}, "`target` contains") if pipeline.stage.is_last else ({"args": 1}, "`args`"),
     ):
         with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
-            pipeline.step(x, target, F.cross_entropy, **arguments)
+            pipeline.step(**{"batch": x, "target": target, "loss": F.cross_entropy, **arguments})
     with pytest.raises(TypeError, match="`loss`"):
         pipeline.step(x, target, None)
     with torch.no_grad(), pytest.raises(RuntimeError, match="`step` needs gradients"):
@@ -397,12 +401,41 @@ def check_different_numbers_of_microbatches() -> None:
     link.begin_step(torch.device("cpu"))
     if dist.get_rank() == 0:
         streams = [torch.zeros(2, 3)] * 2
-        from revnet.distributed.pipeline._link import Header
-
-        link.send_header(Header.of(streams, None, is_joined=True, needs_output=True, num=4))
+        link.send_header(Header.of(streams, None, is_joined=True, needs_output=True, num_microbatches=4))
     elif dist.get_rank() == 1:
         with pytest.raises(ValueError, match="`num_microbatches` is 8 in stage 1, but 4 in stage 0"):
             link.receive_header(8)
+
+
+def check_different_batches() -> None:
+    """Check that a batch which a sampler has divided among the processes is an error, instead of wrong training."""
+    pipeline = make_pipeline(conv_model(sum(counts())), 4)
+    x, target = conv_batch(16, torch.float32)
+    link = pipeline._link
+    part = x.chunk(dist.get_world_size())[dist.get_rank()]
+    link.begin_step(torch.device("cpu"), sample_of(part))
+    if pipeline.stage.is_first:
+        inputs = divide(part, (), None, None, 4, pipeline.stage)
+        pipeline._forward(0, [], inputs[0])
+    else:
+        with pytest.raises(ValueError, match="`batch` in stage 1 differs from the batch in stage 0"):
+            link.receive_header(4)
+    # The batch is needed only in the first stage, and the target only in the last.
+    first, last = pipeline.stage.is_first, pipeline.stage.is_last
+    pipeline.step(x if first else None, target if last else None, F.cross_entropy)
+
+
+def check_channels_last() -> None:
+    """Check that streams keep their layout on the way, so that kernels round as in one process."""
+    model = conv_model(sum(counts()), coupling=FixedPoint()).to(memory_format=torch.channels_last)
+    x, target = conv_batch(8, torch.float32)
+    x = x.to(memory_format=torch.channels_last)
+    twin, _ = reference_step(model, counts(), x, target, F.cross_entropy, 4)
+    pipeline = make_pipeline(model, 4)
+    pipeline.step(x, target, F.cross_entropy)
+    assert_same(pipeline.stage, stage_of(twin), 0.0)
+    if not pipeline.stage.is_first:
+        assert pipeline._link.incoming.strides[0] != (75, 25, 5, 1)
 
 
 def check_wrong_stage() -> None:
@@ -429,7 +462,7 @@ CHECKS: dict[int, dict[str, Callable[[], None]]] = {
         **{
             f"case, {case.name}": partial(check_case, case.name)
             for case in CASES
-            if case.name not in ("nested-arguments", "tied", "tied-batch-norm", "split-batch")
+            if case.name not in ("nested-arguments", "tied", "tied-batch-norm")
         },
         "language model": check_language_model,
         "autocast": check_autocast,
@@ -443,6 +476,8 @@ CHECKS: dict[int, dict[str, Callable[[], None]]] = {
         "refusals": check_refusals,
         "tied stages": check_tied_stages,
         "different numbers of microbatches": check_different_numbers_of_microbatches,
+        "different batches": check_different_batches,
+        "channels last": check_channels_last,
         "wrong stage": check_wrong_stage,
     },
     4: {
@@ -594,6 +629,27 @@ def test_loss_must_be_a_scalar():
         pipeline.step(torch.zeros(4, 6).double(), torch.zeros(4, 6), lambda y, _: y)
     # The failed step leaves nothing.
     assert pipeline._runner._passes == {}
+
+
+def test_a_forgotten_process_group_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"each of them would train the whole model; call .*init_process_group"):
+        Pipeline(CASE["mlp"].sequence(2), num_microbatches=2)
+
+
+def test_output_may_be_nested():
+    class Head(nn.Module):
+        def forward(self, y):
+            return {"mean": (y.mean(1), y), "count": 3}
+
+    pipeline = Pipeline(CASE["mlp"].sequence(2), num_microbatches=2, head=Head())
+    x = torch.randn(4, 6).double()
+    output = pipeline(x)
+    assert output["count"] == [3, 3]
+    torch.testing.assert_close(output["mean"][0], output["mean"][1].mean(1))
+    assert output["mean"][1].shape == (4, 6)
+    loss = pipeline.step(x, {"a": (x, 1)}, lambda y, target: F.mse_loss(y["mean"][1], target["a"][0]))
+    assert loss > 0
 
 
 def test_first_stage_needs_a_batch():

@@ -1,5 +1,6 @@
 """Messages between the stages of a pipeline."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ class Header:
     needs_output: bool
     """Whether the stage that sends them needs them back."""
     num_microbatches: int
+    sample: str | None
+    """Some elements of the batch of the first stage, as text."""
 
     @classmethod
     def of(
@@ -60,9 +63,10 @@ class Header:
         *,
         is_joined: bool,
         needs_output: bool,
-        num: int,
+        num_microbatches: int,
+        sample: str | None = None,
     ) -> "Header":
-        """Return the header for streams in the layout of these, and `num` microbatches."""
+        """Return the header for streams in the layout of these."""
         return cls(
             tuple([tuple(stream.shape) for stream in streams]),
             tuple([stream.stride() if _is_dense(stream) else stream.contiguous().stride() for stream in streams]),
@@ -70,7 +74,8 @@ class Header:
             input_dtype,
             is_joined,
             needs_output,
-            num,
+            num_microbatches,
+            sample,
         )
 
     def new_streams(self, device: torch.device) -> list[Tensor]:
@@ -102,6 +107,8 @@ class Link:
         self.group, self.index, self.num_stages = group, index, num_stages
         self.device = torch.device("cpu")
         """Device of the streams."""
+        self.sample: str | None = None
+        """A few elements of the batch, as text; in later stages the elements that the first stage has sent."""
         self.traffic = Traffic()
         self.incoming: Header | None = None
         """Description of the streams that the stage before sends; None until they come."""
@@ -118,9 +125,14 @@ class Link:
         """Whether there is no stage after."""
         return self.index == self.num_stages - 1
 
-    def begin_step(self, device: torch.device) -> None:
-        """Forget the headers of the last step, whose batch may have had another size, and count bytes from 0."""
-        self.device = device
+    def begin_step(self, device: torch.device, sample: str | None = None) -> None:
+        """Forget the headers of the last step, whose batch may have had another size, and count bytes from 0.
+
+        Args:
+            device: The device of the streams.
+            sample: A few elements of this process's batch, as text, to compare with the first stage; None for none.
+        """
+        self.device, self.sample = device, sample
         self.incoming = self.outgoing = None
         self.traffic = Traffic()
 
@@ -128,7 +140,7 @@ class Link:
         """Receive the header of the stage before, once in each step.
 
         Raises:
-            ValueError: The two processes have different numbers of microbatches.
+            ValueError: The two processes have different numbers of microbatches, or another batch.
         """
         if self.incoming is not None or self.is_first:
             return
@@ -141,7 +153,12 @@ class Link:
                 f"`num_microbatches` is {num_microbatches} in stage {self.index}, but {header.num_microbatches} in "
                 f"stage {self.index - 1}; pass the same number in all processes."
             )
-        self.incoming = header
+        if self.sample is not None and header.sample is not None and self.sample != header.sample:
+            raise ValueError(
+                f"`batch` in stage {self.index} differs from the batch in stage 0; pass the same batch in all "
+                "processes (a sampler must not divide the data among the stages), or None in all stages but the first."
+            )
+        self.incoming, self.sample = header, header.sample
 
     def send_header(self, header: Header) -> None:
         """Send the header to the next stage, once in each step."""
@@ -266,9 +283,15 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Return the place of this process in a group, and the number of processes. Without a group it is alone.
 
     Raises:
+        RuntimeError: There are several processes, and no group.
         TypeError: `group` is not a process group, or does not contain this process.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError(
+                "this is one of several processes, but there is no process group, so each of them would train the "
+                "whole model; call `torch.distributed.init_process_group` before."
+            )
         return 0, 1
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"`group` (={describe(group)}) must be a process group with this process, or None.")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from revnet._checks import describe
 from revnet.distributed.pipeline._stage_module import StageModule
@@ -19,28 +19,58 @@ def split(name: str, value: Any, num_microbatches: int, hint: str = "") -> list[
 
     Args:
         name: The name of the argument, for error messages.
-        value: A tensor, or a nested structure of tensors and other values.
+        value: A tensor, or a tuple or dict of tensors and plain values, at any depth.
         num_microbatches: The number of microbatches.
         hint: The end of the error message.
 
     Raises:
+        TypeError: There is a value of another kind.
         ValueError: The first dimension of a tensor is not a multiple of `num_microbatches`.
     """
-    leaves, structure = tree_flatten(value)
-    columns = []
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            columns.append([leaf] * num_microbatches)
-            continue
-        size = leaf.shape[0] if leaf.dim() else 0
-        if size == 0 or size % num_microbatches:
-            raise ValueError(
-                f"`{name}` (of shape {tuple(leaf.shape)}) cannot be divided into `num_microbatches` "
-                f"(={num_microbatches}) equal parts along its first dimension; "
-                + (hint or "pad or shorten the batch, for instance with `drop_last=True` in the DataLoader.")
-            )
-        columns.append(list(leaf.split(size // num_microbatches)))
-    return [tree_unflatten([column[index] for column in columns], structure) for index in range(num_microbatches)]
+    if isinstance(value, tuple) and type(value) is not torch.Size:
+        columns = [split(name, entry, num_microbatches, hint) for entry in value]
+        return list(zip(*columns, strict=True)) if columns else [()] * num_microbatches
+    if isinstance(value, dict):
+        rows: list[dict[Any, Any]] = [{} for _ in range(num_microbatches)]
+        for key, entry in value.items():
+            for row, part in zip(rows, split(name, entry, num_microbatches, hint), strict=True):
+                row[key] = part
+        return rows
+    if value is None or isinstance(value, bool | int | float | complex | str | torch.dtype):
+        return [value] * num_microbatches
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` contains {describe(value)}, which cannot be divided into microbatches; pass a tensor, or a "
+            "tuple or dict of tensors."
+        )
+    size = value.shape[0] if value.dim() else 0
+    if size == 0 or size % num_microbatches:
+        raise ValueError(
+            f"`{name}` (of shape {tuple(value.shape)}) cannot be divided into `num_microbatches` (={num_microbatches}) "
+            "equal parts along its first dimension; "
+            + (hint or "pad or shorten the batch, for instance with `drop_last=True` in the DataLoader.")
+        )
+    return list(value.split(size // num_microbatches))
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """Return the output for the whole batch: what `split` has divided, put together again."""
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple([joined(column) for column in zip(*outputs, strict=True)])
+    if isinstance(first, dict):
+        return {key: joined([output[key] for output in outputs]) for key in first}
+    return torch.cat(list(outputs)) if isinstance(first, Tensor) and first.dim() else list(outputs)
+
+
+def sample_of(batch: Any) -> str | None:
+    """Return a few elements of the first tensor of a batch as text, or None if there is no batch."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.numel() > 0]
+    if not leaves:
+        return None
+    flat = leaves[0].detach().reshape(-1)
+    # As text, so that NaN equals itself.
+    return f"{tuple(leaves[0].shape)} {flat[:: max(1, len(flat) // 16)].tolist()}"
 
 
 def divide(batch: Any, args: Any, kwargs: Any, shared: Any, num_microbatches: int, stage: StageModule) -> list[Input]:
@@ -62,7 +92,7 @@ def divide(batch: Any, args: Any, kwargs: Any, shared: Any, num_microbatches: in
     both = sorted(set(kwargs) & set(shared))
     if both:
         raise ValueError(f"`{both[0]}` is in `kwargs` and in `shared`; pass it once.")
-    for leaf in tree_flatten((args, kwargs, shared))[0]:
+    for leaf in tree_leaves((args, kwargs, shared)):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             raise NotImplementedError(
                 "an argument of the residual functions requires a gradient, but each stage would compute only its own "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from revnet._checks import describe, is_integer, is_number
 from revnet.distributed.pipeline._cut import cut_into_stages
 from revnet.distributed.pipeline._link import Link, Traffic, place_in
-from revnet.distributed.pipeline._microbatches import Input, Losses, divide, split
+from revnet.distributed.pipeline._microbatches import Input, Losses, divide, joined, sample_of, split
 from revnet.distributed.pipeline._one_forward_one_backward import one_forward_one_backward, only_forward
 from revnet.distributed.pipeline._stage_runner import StageRunner
 from revnet.nn import ReversibleSequential
@@ -44,12 +44,12 @@ class Pipeline(nn.Module):
             stage waits for another.
 
     Memory: a stage holds the streams that it has just received, whatever the number of microbatches: an output and its
-        gradients. With a `tolerance`, it holds its own input and output of each microbatch that is under way, at most
-        `num_stages`. Blocks with other policies hold what their policies say.
+    gradients. With a `tolerance`, it holds its own input and output of each microbatch that is under way, at most
+    `num_stages`. Blocks with other policies hold what their policies say.
     Time: as for `Reverse`. Stages send 1.5 times the bytes of an ordinary pipeline.
     Accuracy: gradients are as in one process with the same microbatches, up to the rounding of rebuilt streams, and bit
-        for bit with `FixedPoint()`. Batch norm sees one microbatch at a time. Dropout draws from the random state of
-        the process; seed each process differently once the model exists, or all stages draw the same numbers.
+    for bit with `FixedPoint()`. Batch norm sees one microbatch at a time. Dropout draws from the random state of the
+    process; seed each process differently once the model exists, or all stages draw the same numbers.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -146,7 +146,7 @@ class Pipeline(nn.Module):
         inputs = divide(batch, args, kwargs, shared, self.num_microbatches, self.stage)
         targets = split("target", target, self.num_microbatches) if self.stage.is_last else []
         losses = Losses(loss, targets, self.stage.device)
-        self._link.begin_step(self.stage.device)
+        self._link.begin_step(self.stage.device, sample_of(batch))
 
         def forward(number: int, received: list[Tensor]) -> list[Tensor]:
             output = self._forward(number, received, inputs[number])
@@ -182,7 +182,7 @@ class Pipeline(nn.Module):
         """
         inputs = divide(batch, args, kwargs, shared, self.num_microbatches, self.stage)
         outputs: list[Tensor] = []
-        self._link.begin_step(self.stage.device)
+        self._link.begin_step(self.stage.device, sample_of(batch))
 
         def forward(number: int, received: list[Tensor]) -> list[Tensor]:
             streams = self._forward(number, received, inputs[number])
@@ -194,7 +194,7 @@ class Pipeline(nn.Module):
             only_forward(self._link, self.num_microbatches, forward)
         finally:
             self._runner.forget()
-        return torch.cat(outputs) if self.stage.is_last else None
+        return joined(outputs) if self.stage.is_last else None
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale the gradients of all stages so that their norm is at most `max_norm`, and return the norm before.
@@ -215,5 +215,6 @@ class Pipeline(nn.Module):
         x = x if self.stage.is_first else received
         streams = self._runner.forward(number, x, args, kwargs, self._link.incoming)
         if streams and self._link.outgoing is None:
-            self._link.send_header(self._runner.header(number, streams, self.num_microbatches))
+            header = self._runner.header(number, streams, self.num_microbatches, self._link.sample)
+            self._link.send_header(header)
         return streams

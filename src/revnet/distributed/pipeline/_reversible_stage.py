@@ -112,10 +112,9 @@ class ReversibleStage(PipelineStage):
         save_forward_output: bool = True,
     ) -> Any:
         """Run the forward pass of a microbatch."""
-        if self.is_first:
-            (x,) = args
-        else:
-            x = self._received.pop(fwd_chunk_id)
+        # Two arguments are a pair of streams.
+        batch = args[0] if len(args) == 1 else args
+        x = batch if self.is_first else self._received.pop(fwd_chunk_id)
         streams = self._runner.forward(fwd_chunk_id, x, (), kwargs or {}, self._link.incoming)
         if not self.is_last:
             if self._link.outgoing is None:

@@ -87,15 +87,18 @@ class StageRunner:
         self._passes[number] = _Pass(recording, incoming, is_joined, list(streams) if stage.is_last else [])
         return [] if stage.is_last else list(streams)
 
-    def header(self, number: int, streams: Sequence[Tensor], num_microbatches: int) -> Header:
-        """Return the description of the streams that `forward` returned."""
+    def header(
+        self, number: int, streams: Sequence[Tensor], num_microbatches: int, sample: str | None = None
+    ) -> Header:
+        """Return the description of the streams that `forward` returned, with a sample of the batch."""
         of_pass = self._passes[number]
         return Header.of(
             streams,
             of_pass.recording.input_dtype,
             is_joined=of_pass.is_joined,
             needs_output=of_pass.recording.needs_output,
-            num=num_microbatches,
+            num_microbatches=num_microbatches,
+            sample=sample,
         )
 
     def output(self, number: int) -> Any:
