@@ -202,6 +202,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (models.ReversibleViT, VIT),
     (models.ReversibleTransformer, TRANSFORMER),
     (models.UNet3d, UNET),
+    (distributed.Pipeline, {"blocks": sequence(), "num_microbatches": 1}),
 ]
 UNITS = sequence().policy_units
 
@@ -254,6 +255,7 @@ FUNCTIONS = [
         also={"dim": "split_dim"},  # the name of the argument of a block
         silent=frozenset({"name"}),
     ),
+    Target("cut_into_stages", distributed.cut_into_stages, lambda: {"blocks": sequence(), "num_stages": 2}),
     Target("create_model", on_meta(models.create_model), lambda: {"name": "resnet32"}, models.create_model),
     Target("list_models", models.list_models, dict),
     Target("published_image_size", models.published_image_size, lambda: {"name": "resnet32"}),
@@ -333,6 +335,8 @@ LEFT_OUT = {
         [name for name in [*dir(rnn), *dir(coupling), *dir(models)] if name.startswith("Abstract")], "abstract"
     ),
     "PolicyUnit": "a record",
+    "StageModule": "a result of `cut_into_stages`",
+    "Traffic": "a record",
     "HasPolicies": "abstract",
     "HasSinglePolicy": "abstract",
 }
@@ -340,7 +344,7 @@ LEFT_OUT = {
 
 def public_names() -> set[str]:
     """Return the names that the subpackages export."""
-    rooms = (coupling, functional, rnn, attention, models, optim)
+    rooms = (coupling, distributed, functional, rnn, attention, models, optim)
     return {
         name
         for room in rooms
@@ -404,6 +408,8 @@ def allows(annotation: Any, value: Any) -> bool:
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is Any:
         return True
+    if origin in (dict, collections.abc.Mapping):
+        return isinstance(value, origin) and all(allows(inner[0], key) for key in value)
     if origin in (Union, types.UnionType):
         return any(allows(kind, value) for kind in inner)
     if origin is Literal:

@@ -78,6 +78,8 @@ checks this. ::
                     observers: is the rebuilt stream close enough?
                 autograd takes the tensors of i one by one, and differentiates function i
 
+`record` runs chains whose output is not held (`_recording`), and `Recording.backward` takes the output back.
+
 Rare cases have files of their own: random numbers and tensors from outside the function (`_careful`), state in buffers
 (`_states`), restoring state (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
 additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
@@ -131,8 +133,7 @@ Each of these was once a bug or a slow step.
 NOTE [ Where to add things ]
 
  - A coupling that keeps bits in addition to the stream: its step keeps them (`AbstractStep`).
- - Streams that come back from outside, as in a pipeline: `Rebuilder.hold` is the only place where a run receives its
-   streams, and it may be called again.
+ - Streams that come back from outside, as in a pipeline: `_recording`. `RecordedRun.take_back` gives a run its streams.
  - Holding the stream that one function reads: add a keyframe before it.
  - Keeping the outputs of some operators: enter a mode around the call in `_replay`, and keep the outputs in `Saved`.
 
@@ -152,3 +153,5 @@ from revnet.engine._drift import DriftMeter as DriftMeter
 from revnet.engine._inverse import inverse as inverse
 from revnet.engine._offload import offloaded as offloaded
 from revnet.engine._rebuild import reversible as reversible
+from revnet.engine._recording import Recording as Recording
+from revnet.engine._recording import record as record

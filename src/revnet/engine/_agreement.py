@@ -48,7 +48,7 @@ class AgreementWatch(Observer):
         self.worst = 0.0
         """Largest error so far in this walk, relative to the larger of the stream before and after each step."""
         self.eps = torch.finfo(torch.float32).eps
-        self._position = -1
+        self.position = -1
         self._first: Digest | None = None
         """Digest of the stream that the lowest function reads, which is rebuilt over the longest distance."""
         self._parts: _parts.Parts | None = None
@@ -100,10 +100,10 @@ class AgreementWatch(Observer):
                 digest = self._read(x.data_ptr())[self._every]
             else:
                 digest = digest_of(x)
-            if index >= self._position:  # A new walk, from true streams.
+            if index >= self.position:  # A new walk, from true streams.
                 count = len(streams.strides)
                 self.worst, self.sizes, self.errors = 0.0, [0.0] * count, [0.0] * count
-            self._position = index
+            self.position = index
             # The sum was rounded at the size of the larger of the two: the stream before or after.
             scale = max(size := math.hypot(*expected), self.sizes[target])
             self.sizes[target] = size
@@ -146,4 +146,4 @@ class AgreementWatch(Observer):
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Start a new walk in the next backward pass of a retained graph."""
-        self._position = -1
+        self.position = -1

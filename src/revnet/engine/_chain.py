@@ -22,6 +22,7 @@ from revnet.engine._tensors import tensors_in
 if TYPE_CHECKING:
     from revnet.engine._plan import Plan
     from revnet.engine._rebuild import Rebuilder
+    from revnet.engine._recording import ChainRecorder
     from revnet.engine._tolerance import ToleranceKeeper
 
 _ADDITIVE = Additive()
@@ -132,6 +133,8 @@ class BoundChain:
     # Weak: the graph owns the run (rule 1).
     run: "weakref.ref[Rebuilder] | None" = None
     """The run that holds the final streams for the backward pass, if there is one."""
+    recorder: "ChainRecorder | None" = None
+    """Runs the chain if its activations are rebuilt from streams that come from outside; see `record`."""
 
     def for_replays(self) -> "BoundChain":
         """Return the same call without references to the caller's graph, which a run must not keep alive."""

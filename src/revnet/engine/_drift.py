@@ -123,7 +123,8 @@ class DriftWatch(Observer):
 
         NaN and inf stay in a stream to its end, so if the final streams have none, no stream had any.
         """
-        if not self._samples or run.held is None:
+        # A released run has computed it from the true streams.
+        if not self._samples or self._totals or run.held is None:
             return
         for stream in run.held.held:
             if stream is not None and _can_sample(stream):

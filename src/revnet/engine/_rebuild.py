@@ -47,6 +47,8 @@ def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         return stored(chain, streams)
     if torch.compiler.is_dynamo_compiling():
         return compiled(chain, streams) or stored(chain, streams)
+    if chain.recorder is not None:
+        return chain.recorder.run(chain, streams)
     return Rebuilder(chain, streams).run(chain, streams)
 
 
@@ -56,6 +58,9 @@ class Rebuilder:
     The autograd graph owns it (rule 1). It records the half-blocks as steps, holds the final streams, and walks them
     back when the backward pass asks for a slot: in any order, repeatedly, and from several threads.
     """
+
+    # Whether to undo the lowest half-block, too; see `RecordedRun`.
+    undoes_all = False
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
         self.chain = chain if chain.log_dets is None else chain.for_replays()
@@ -217,7 +222,7 @@ class AdditiveStep(AbstractFunctionStep):
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
         """Run the function again, and subtract its result from the stream."""
         index, half_block = streams.position - 1, self.half_block
-        is_needed = index > run.lowest
+        is_needed = index > run.lowest or run.undoes_all
         residual = self.run_again(run, streams, index, fill=fill, needs_result=is_needed)
         if not is_needed:
             return

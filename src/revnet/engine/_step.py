@@ -106,7 +106,7 @@ class JoinedStep(AbstractStep):
         """Run the function again, invert the coupling, and run the coupling forward with gradients."""
         index = streams.position - 1
         x = self._run_again(run, streams, index, fill=fill)
-        if index > run.lowest:
+        if index > run.lowest or run.undoes_all:
             streams.put(self.half_block.target, x)
             streams.position = index
 

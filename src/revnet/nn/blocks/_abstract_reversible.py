@@ -1,19 +1,27 @@
 """The inverse and the log-determinants of reversible blocks and sequences."""
 
 import abc
+from collections.abc import Mapping
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_bool, describe
 from revnet._types import Streams, TensorPair
-from revnet.engine import Chain
-from revnet.nn.blocks._run import run_inverse, sum_log_dets
+from revnet.engine import Chain, Recording
+from revnet.engine._split import prepare
+from revnet.engine._streams import begin
+from revnet.engine._tolerance import ToleranceKeeper
+from revnet.nn.blocks._run import run_inverse, run_recorded, sum_log_dets
 from revnet.nn.blocks._schedule import Schedule
 from revnet.nn.blocks._split_dim import unclear_split_dim
 
 
 class AbstractReversible(nn.Module, abc.ABC):
     """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
+
+    _keeper: ToleranceKeeper | None = None
 
     @abc.abstractmethod
     def _build_schedule(self) -> Schedule:
@@ -63,3 +71,69 @@ class AbstractReversible(nn.Module, abc.ABC):
     def log_det(self, x: Tensor | Streams, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the log-determinant at `x` for each sample, (B,)."""
         return self.forward_with_log_det(x, *args, **kwargs)[1]
+
+    def record(
+        self,
+        x: Tensor | Streams,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        is_prepared: bool = False,
+        input_dtype: torch.dtype | None = None,
+        needs_input: bool = True,
+    ) -> tuple[Streams, Recording]:
+        """Run forward without holding the output, and return the output as streams, with the recording of the pass.
+
+        Use it if the output leaves this process, as in a pipeline, and comes back for the backward pass:
+        `Recording.backward` takes the streams and their gradients, and returns the input and its gradients. In between,
+        the recording holds no stream. If `x` requires a gradient, the backward pass continues into its graph. Hooks of
+        this module do not run.
+
+        Args:
+            x: The activation, or the streams.
+            args: Additional positional arguments of every residual function.
+            kwargs: Additional keyword arguments, as for `forward`.
+            is_prepared: Whether `x` are streams that `record` of another sequence returned, and are used as they are.
+            input_dtype: The `Recording.input_dtype` of that other sequence.
+            needs_input: Whether `Recording.backward` must return the input. The first stage of a pipeline needs none.
+
+        Returns:
+            The streams, which may be wider than `x` under `FixedPoint`, and the recording.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: There are no blocks, or `x` does not fit them.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from revnet import ReversibleBlock, ReversibleSequential
+            >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(8)]
+            >>> model = ReversibleSequential(*blocks)
+            >>> y, recording = model.record(torch.rand(3, 4))
+            >>> x, grads = recording.backward(y, [torch.ones_like(stream) for stream in y])
+            >>> grads[0].shape
+            torch.Size([3, 2])
+        """
+        schedule = self._schedule()
+        if not schedule.segments:
+            raise ValueError("`record` needs at least one block, but the sequence is empty; add a block.")
+        if not isinstance(args, tuple):
+            raise TypeError(f"`args` (={describe(args)}) must be a tuple of positional arguments, such as (context,).")
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise TypeError(f"`kwargs` (={describe(kwargs)}) must be a dict of keyword arguments, or None.")
+        if input_dtype is not None and not isinstance(input_dtype, torch.dtype):
+            raise TypeError(
+                f"`input_dtype` (={describe(input_dtype)}) must be a dtype, such as torch.float32, or None."
+            )
+        check_bool(is_prepared=is_prepared, needs_input=needs_input)
+        if schedule.ambiguous is not None and isinstance(x, Tensor) and x.dim() == 3:
+            raise unclear_split_dim(schedule.ambiguous, x)
+        if is_prepared:
+            streams, reads = prepare(x, schedule.split_dim, schedule.num_streams, None)[0], input_dtype
+        else:
+            coupling = schedule.segments[0][1].half_blocks[0].coupling
+            streams, reads = begin(x, schedule.split_dim, schedule.num_streams, coupling)
+        return run_recorded(
+            schedule.segments, streams, args, dict(kwargs or {}), reads, self._keeper, needs_input=needs_input
+        )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from revnet._types import Streams
-from revnet.engine import BoundChain, Chain, inverse
+from revnet.engine import BoundChain, Chain, Recording, inverse, record
 from revnet.engine._streams import begin
+from revnet.engine._tolerance import ToleranceKeeper
 from revnet.nn.policies._policy import AbstractPolicy
 
 Segment = tuple[AbstractPolicy, Chain]
@@ -77,3 +78,25 @@ def run_inverse(
     if input_dtype is not None:
         streams = tuple([stream.to(input_dtype) for stream in streams])
     return torch.cat(streams, split_dim) if isinstance(y, Tensor) else streams
+
+
+def run_recorded(
+    segments: Sequence[Segment],
+    streams: Streams,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    input_dtype: torch.dtype | None,
+    tolerance: ToleranceKeeper | None,
+    *,
+    needs_input: bool,
+) -> tuple[Streams, Recording]:
+    """Run chains on streams that `begin` has prepared, and record the pass without holding the output."""
+    own_kwargs = take_own(kwargs, segments) if kwargs else {}
+    is_plain = input_dtype is None and len(args) + len(kwargs) + len(own_kwargs) == 0
+    bound = [
+        (policy.run, BoundChain(chain, args, kwargs, own_kwargs, input_dtype, None, tolerance, is_plain))
+        for policy, chain in segments
+    ]
+    streams, recording = record(bound, streams, needs_input=needs_input)
+    recording.input_dtype = input_dtype
+    return streams, recording
