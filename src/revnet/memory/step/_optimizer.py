@@ -101,9 +101,9 @@ def optimizer_cost(
         stack.enter_context(active_fake_mode() or FakeTensorMode())
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device(device_type))
-        stack.enter_context(_AnyValue())
+        stack.enter_context(AnyValue())
         fakes = [_fake_parameter(*pair) for pair in zip(parameters, has_gradient, strict=True)]
-        optimizer = _make(factory, fakes)
+        optimizer = make_optimizer(factory, fakes)
         with _explained(factory, "cannot take a step on gradients alone"):
             optimizer.step()
         state = [tensor for tensor in tensors_in(list(optimizer.state.values())) if tensor.device.type == device_type]
@@ -125,7 +125,7 @@ def _fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
     return fake
 
 
-def _make(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
+def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
     with _explained(factory, "cannot be created"):
         optimizer = factory(parameters)
     if not isinstance(optimizer, Optimizer):
@@ -155,7 +155,7 @@ def _name_of(factory: Any) -> str:
     return _name_of(factory.func) if isinstance(factory, partial) else getattr(factory, "__name__", repr(factory))
 
 
-class _AnyValue(TorchDispatchMode):
+class AnyValue(TorchDispatchMode):
     """Returns 1 where an optimizer asks for the value of a fake tensor, as some do for a scalar factor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
