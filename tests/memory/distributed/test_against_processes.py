@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from revnet import Checkpoint, ReversibleBlock, ReversibleSequential, Store
 from revnet.memory.distributed._device_memory import DeviceMemory
 from revnet.memory.distributed._predict_distributed import predict_distributed
+from revnet.memory.distributed._predict_process import passes_of
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import run_process_step
 from revnet.memory.distributed._sharding import shard_units
@@ -98,18 +99,10 @@ def measure_case(case: Case, num_processes: int) -> list[tuple[Any, Any]]:
             module = model
         optimizer = None if case.optimizer is None else case.optimizer(list(module.parameters()))
         x = batch_of(case, BATCH // num_processes)
+        passes = passes_of(module, (x,), {}, loss=None, autocast=case.autocast)
         results = []
         for index in range(NUM_STEPS):
-            step = run_process_step(
-                log,
-                module,
-                (x,),
-                {},
-                optimizer=optimizer,
-                loss=None,
-                autocast=case.autocast,
-                num_warm_up=2 if index == 0 else 0,
-            )
+            step = run_process_step(log, module, [x], passes, optimizer=optimizer, num_warm_up=2 if index == 0 else 0)
             results.append((device_memory(step, "each device"), communication_of(step)))
     return results
 

@@ -34,9 +34,7 @@ def device_lines(device: DeviceMemory) -> list[str]:
 
 def stage_lines(stages: Sequence[DeviceMemory]) -> list[str]:
     """Return a table of stages, in which a run of equal stages has one row."""
-    table: list[tuple[str, ...]] = [
-        ("stages", "parameters", "gradients", "optimizer state", "activations held", "peak")
-    ]
+    table: list[tuple[str, ...]] = [("stages", "parameters", "gradients", "optimizer state", "held", "peak")]
     numbered = enumerate(stages)
     for _, group in groupby(numbered, key=lambda item: replace(item[1], name="")):
         run = list(group)
@@ -45,14 +43,15 @@ def stage_lines(stages: Sequence[DeviceMemory]) -> list[str]:
             stage.parameter_bytes,
             stage.gradient_bytes,
             stage.optimizer_bytes,
-            stage.held_bytes,
+            stage.held_bytes + stage.communication_bytes,
             stage.peak_bytes,
         )
-        name = stage.name if first == last else f"{first} to {last}"
+        name = f"{first}" if first == last else f"{first} to {last}"
         table.append((name, *map(format_bytes, sizes)))
     peak = max(stages, key=lambda stage: stage.peak_bytes)
     line = f"peak {format_bytes(peak.peak_bytes)} on stage {stages.index(peak)}, {_WHEN[peak.peak_phase]}"
-    return [line, "", *aligned(table, num_left=1)]
+    note = "Held: activations and received streams between the passes of two microbatches."
+    return [line, "", *aligned(table, num_left=1), "", note]
 
 
 def communication_lines(communication: Iterable[Communication]) -> list[str]:
@@ -64,8 +63,8 @@ def communication_lines(communication: Iterable[Communication]) -> list[str]:
 
 def padding_lines(num_devices: int, model_bytes: int, padding_bytes: int) -> list[str]:
     """Return a note about the padding of the shards."""
+    whole, padding = format_bytes(model_bytes + padding_bytes), format_bytes(padding_bytes)
     return [
         f"Padding: FSDP2 cuts each parameter along its first dimension into {num_devices:,} equal shards. All shards",
-        f"together take {format_bytes(model_bytes + padding_bytes)}. The padding is {format_bytes(padding_bytes)}, which "
-        "collectives move too.",
+        f"together take {whole}, of which {padding} are padding. Collectives move it, too.",
     ]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from revnet.nn import ReversibleSequential
 
-_FEWEST = 12
+FEWEST = 12
 """Smallest length of a run for which leaving blocks out saves time."""
 _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"training"}
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device)
@@ -39,20 +40,31 @@ def find_equal_blocks(model: nn.Module) -> list[EqualBlocks]:
     have the same policy. Rates may differ, such as dropout. A block that shares a tensor with another module is not
     equal to any.
     """
-    num_uses = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
     runs = []
     for name, sequence in model.named_modules():
         # With a tolerance, values decide which blocks hold a keyframe.
         if type(sequence) is ReversibleSequential and sequence.tolerance is None:
-            keys = [
-                (index if _shares_tensors(block, num_uses) else _structure_of(block), policy)
-                for index, (block, policy) in enumerate(zip(sequence, sequence.policies, strict=True))
-            ]
-            for _, group in groupby(range(len(keys)), key=keys.__getitem__):
-                indices = list(group)
-                if len(indices) >= _FEWEST:
+            for _, group in groupby(enumerate(kinds_of_blocks(model, sequence)), key=itemgetter(1)):
+                indices = [index for index, _ in group]
+                if len(indices) >= FEWEST:
                     runs.append(EqualBlocks(name, indices[0], indices[-1] + 1))
     return runs
+
+
+def kinds_of_blocks(model: nn.Module, sequence: ReversibleSequential) -> list[int]:
+    """Return a number for each block of a sequence in a model, which is the same for equal blocks."""
+    num_uses = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
+    known: list[Any] = []
+    kinds = []
+    for block, policy in zip(sequence, sequence.policies, strict=True):
+        structure = None if _shares_tensors(block, num_uses) else (_structure_of(block), policy)
+        # Usually it is like the one before.
+        kind = next((index for index in range(len(known) - 1, -1, -1) if structure and known[index] == structure), -1)
+        if kind < 0:
+            kind = len(known)
+            known.append(structure)
+        kinds.append(kind)
+    return kinds
 
 
 def copy_to_meta(model: nn.Module, runs: Sequence[EqualBlocks] = (), lengths: Sequence[int] = ()) -> nn.Module:

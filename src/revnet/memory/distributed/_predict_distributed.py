@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from revnet._checks import check_bool, check_choice, check_count, describe
 from revnet.errors import PredictionError
 from revnet.memory.distributed._distributed_memory import DistributedMemory, ShardUnit, Strategy
 from revnet.memory.distributed._equal_blocks import find_equal_blocks
+from revnet.memory.distributed._predict_pipeline import predict_pipeline
 from revnet.memory.distributed._predict_process import ProcessProgram, predict_replicated, predict_sharded
 from revnet.memory.distributed._process_step import ProcessStep
 from revnet.memory.distributed._splice import NotPeriodicError
@@ -68,7 +69,7 @@ def predict_distributed(
         shard_unit: Module that is gathered at once under "fsdp2": "block" for a reversible block, "function" for a
             residual function, which needs less memory and more collectives.
         reshard_after_forward: Whether units give up their gathered parameters between the passes under "fsdp2".
-        num_microbatches: Number of parts of the batch under "pipeline"; None for as many as devices.
+        num_microbatches: Number of parts of the batch under "pipeline"; None for four times the number of devices.
         rank: Process that is predicted under "ddp" and "fsdp2". The first one has most bytes.
 
     Raises:
@@ -84,10 +85,15 @@ def predict_distributed(
     check_choice("shard_unit", shard_unit, get_args(ShardUnit))
     check_bool(reshard_after_forward=reshard_after_forward)
     check_count("rank", rank, least=0, most=num_devices - 1)
-    if strategy == "pipeline":
-        raise NotImplementedError("`strategy` (='pipeline') cannot be predicted yet; pass 'fsdp2'.")
     factory = _checked_factory(optimizer)
     step = TrainingStep(model, inputs, dict(kwargs or {}), factory, loss, autocast, None, torch.device("cpu"))
+    if strategy == "pipeline":
+        return _pipeline(step, num_devices, num_microbatches)
+    if num_microbatches is not None:
+        raise ValueError(
+            f"`num_microbatches` (={describe(num_microbatches)}) is for strategy='pipeline'; leave it out for "
+            f"{strategy!r}."
+        )
     part = step.with_batch_size(_share(step.num_samples, num_devices))
     program = ProcessProgram(model, part.args, part.kwargs, factory, loss, autocast, num_devices, rank)
     is_extrapolated = False
@@ -102,6 +108,36 @@ def predict_distributed(
         communication=communication_of(process),
         model_bytes=process.whole_parameter_bytes,
         is_extrapolated=is_extrapolated,
+    )
+
+
+def _pipeline(step: TrainingStep, num_devices: int, num_microbatches: int | None) -> DistributedMemory:
+    if num_microbatches is None:
+        num_microbatches = 4 * num_devices
+    check_count("num_microbatches", num_microbatches)
+    if num_microbatches < num_devices:
+        raise ValueError(
+            f"`num_microbatches` (={num_microbatches}) must be at least `num_devices` (={num_devices}), or some "
+            f"devices would only wait; pass {4 * num_devices}."
+        )
+    if step.num_samples % num_microbatches:
+        raise ValueError(
+            f"`inputs` (={step.num_samples} samples) must be divisible by `num_microbatches` (={num_microbatches}); "
+            f"pass {num_microbatches * -(-step.num_samples // num_microbatches)} samples."
+        )
+    if len(step.args) != 1 or not isinstance(step.args[0], Tensor) or step.kwargs:
+        raise ValueError("`inputs` must be one tensor for strategy='pipeline', which divides it into microbatches.")
+    program = ProcessProgram(
+        step.model, step.args, {}, _checked_factory(step.optimizer), step.loss, step.autocast, num_devices, 0
+    )
+    memory = predict_pipeline(program, num_microbatches)
+    return DistributedMemory(
+        strategy="pipeline",
+        num_devices=num_devices,
+        devices=memory.stages,
+        communication=memory.communication,
+        model_bytes=memory.model_bytes,
+        is_extrapolated=memory.is_extrapolated,
     )
 
 

@@ -1,8 +1,8 @@
 """Predict the step of one process of several, on fake tensors."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,16 @@ from revnet.errors import PredictionError
 from revnet.memory.distributed._equal_blocks import EqualBlocks, copy_to_meta
 from revnet.memory.distributed._fake_processes import fake_processes
 from revnet.memory.distributed._process_log import ProcessLog
-from revnet.memory.distributed._process_step import ProcessStep, run_process_step
+from revnet.memory.distributed._process_step import Passes, ProcessStep, run_process_step
 from revnet.memory.distributed._replica import Replica
-from revnet.memory.distributed._splice import NotPeriodicError, is_same, spliced
+from revnet.memory.distributed._splice import extrapolated
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import AnyValue, OptimizerFactory, make_optimizer
 from revnet.memory.step._predict import describe_inputs, first_line, quiet, values_needed
-from revnet.memory.step._run_step import Loss, tensors_in
+from revnet.memory.step._run_step import Loss, check_losses, losses_of, tensors_in
 
-_SHORT = 3
+SHORT = 3
 """Number of blocks to which a run of equal blocks is shortened, since the first and the last differ from the others."""
 
 
@@ -48,7 +48,7 @@ def predict_replicated(program: ProcessProgram) -> ProcessStep:
     """Return the step of a process under `DistributedDataParallel`."""
     faker = TensorFaker(torch.device("cpu"), None)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    with _imaginary(program), fakes, fake_tensors_in(program.model, faker), _counting() as log:
+    with predicting(program), _processes(program), fakes, fake_tensors_in(program.model, faker), counting() as log:
         # The first step finds the order of the gradients, and the second forms the buckets.
         return _run(program, log, Replica(program.model), faker, num_warm_up=2)
 
@@ -66,22 +66,15 @@ def predict_sharded(program: ProcessProgram, shard: Callable[..., None], runs: S
     """
 
     def predict(lengths: Sequence[int]) -> ProcessStep:
-        with _imaginary(program):
+        with predicting(program), _processes(program):
             model = copy_to_meta(program.model, runs, lengths)
             # Outside the fake mode, because `fully_shard` makes a tensor for each parameter and process.
             shard(model, mesh=init_device_mesh("cpu", (program.num_processes,)))
-            with FakeTensorMode(allow_non_fake_inputs=True), _counting() as log:
+            with FakeTensorMode(allow_non_fake_inputs=True), counting() as log:
                 model.to_empty(device="cpu")
                 return _run(program, log, model, TensorFaker(torch.device("cpu"), None), num_warm_up=1)
 
-    if not runs:
-        return predict(())
-    short = [_SHORT] * len(runs)
-    base = predict(short)
-    longer = [predict([_SHORT + (index == other) for other in range(len(runs))]) for index in range(len(runs))]
-    if not is_same(spliced(base, longer, [2] * len(runs)), predict([_SHORT + 2] * len(runs))):
-        raise NotPeriodicError
-    return spliced(base, longer, [len(run) - _SHORT for run in runs])
+    return extrapolated(predict, list(map(len, runs)), [SHORT] * len(runs)) if runs else predict(())
 
 
 def _run(
@@ -91,28 +84,43 @@ def _run(
     optimizer = None
     if program.optimizer is not None:
         optimizer = make_optimizer(program.optimizer, list(model.parameters()))
-    return run_process_step(
-        log,
-        model,
-        args,
-        kwargs,
-        optimizer=optimizer,
-        loss=program.loss,
-        autocast=program.autocast,
-        num_warm_up=num_warm_up,
-    )
+    passes = passes_of(model, args, kwargs, loss=program.loss, autocast=program.autocast)
+    inputs = tensors_in(args, kwargs)
+    return run_process_step(log, model, inputs, passes, optimizer=optimizer, num_warm_up=num_warm_up)
+
+
+def passes_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    loss: Loss | None,
+    autocast: torch.dtype | None,
+) -> Passes:
+    """Return a function that runs the forward pass, the loss and the backward pass of a model."""
+
+    def passes(end_forward: Callable[[], None]) -> None:
+        torch.clear_autocast_cache()
+        with torch.enable_grad():
+            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                losses = losses_of(model(*args, **kwargs), loss)
+            check_losses(model, losses, is_given=loss is not None)
+            end_forward()
+            torch.autograd.backward(losses)
+
+    return passes
 
 
 @contextmanager
-def _counting() -> Iterator[ProcessLog]:
+def counting() -> Iterator[ProcessLog]:
     """Count the operations on fake tensors of the CPU."""
     with CpuKernels(), AnyValue(), ProcessLog() as log:
         yield log
 
 
 @contextmanager
-def _imaginary(program: ProcessProgram) -> Iterator[None]:
-    """Play the part of one process of the program, and explain errors in one line."""
+def predicting(program: ProcessProgram) -> Iterator[None]:
+    """Run the code of the program in the usual modes of PyTorch, and explain errors in one line."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type == "meta":
@@ -120,9 +128,12 @@ def _imaginary(program: ProcessProgram) -> Iterator[None]:
         stack.enter_context(quiet())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # Warnings are for those who train.
-        stack.enter_context(fake_processes(program.num_processes, program.rank))
         stack.enter_context(_explained(program))
         yield
+
+
+def _processes(program: ProcessProgram) -> AbstractContextManager[None]:
+    return fake_processes(program.num_processes, program.rank)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Record the storages and collectives of one process of a distributed step."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,7 @@ class ProcessLog(TorchDispatchMode):
         """Storages that a collective read or wrote, and storages that were resized: gathered parameters."""
         self._alive: dict[int, _Reference] = {}
         self._sizes: list[int] = []
+        self._is_paused = False
         self._gathered: dict[int, _Reference] = {}
         """The resized storages that are not empty."""
 
@@ -57,6 +60,19 @@ class ProcessLog(TorchDispatchMode):
         """Return the number of the storage of a tensor, or of the local part of a DTensor."""
         local: Tensor = getattr(tensor, "_local_tensor", tensor)
         return self._read(local.untyped_storage()).index
+
+    def note_message(self, tensor: Tensor) -> None:
+        """Note that a tensor is sent or received."""
+        self.transferred.add(self.index_of(tensor))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count no storages of the operations inside, until other operations use them."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def mark(self) -> int:
         """End the current row, read the sizes of all storages, and return the number of the next row."""
@@ -70,6 +86,8 @@ class ProcessLog(TorchDispatchMode):
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # An operation on DTensors. They repeat it on their local tensors.
         kwargs = kwargs or {}
+        if self._is_paused:
+            return func(*args, **kwargs)
         num_changes = len(self.changes)
         self._read_gathered()
         operands = _tensors_in((args, kwargs))
@@ -126,9 +144,10 @@ class ProcessLog(TorchDispatchMode):
     def _freed(self, reference: Any) -> None:
         self._change(reference.index, -self._sizes[reference.index])
         # A thread of the process group may free a storage while a new one already has its address.
+        key = reference.key
         for references in (self._alive, self._gathered):
-            if references.get(reference.key) is reference:
-                del references[reference.key]
+            if references.get(key) is reference:
+                del references[key]
 
     def _change(self, index: int, difference: int) -> None:
         if difference:

@@ -1,6 +1,6 @@
 """Compute the figures of a deep model from those of shallow ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,7 +13,27 @@ class NotPeriodicError(Exception):
     """A block more does not add the same operations at one place."""
 
 
-def spliced(base: ProcessStep, longer: Sequence[ProcessStep], num_more: Sequence[int]) -> ProcessStep:
+def extrapolated(
+    predict: Callable[[Sequence[int]], ProcessStep], sizes: Sequence[int], short: Sequence[int]
+) -> ProcessStep:
+    """Return the step of a model of the given sizes, from the steps of smaller models.
+
+    Args:
+        predict: Returns the step of a model with other sizes, such as numbers of blocks.
+        sizes: The sizes, any number.
+        short: A smaller size for each of them. Models with one more and with two more must be smaller, too.
+
+    Raises:
+        NotPeriodicError: The step does not grow evenly with the sizes.
+    """
+    base = predict(short)
+    longer = [predict([size + (index == other) for other, size in enumerate(short)]) for index in range(len(short))]
+    if not _is_same(_spliced(base, longer, [2] * len(short)), predict([size + 2 for size in short])):
+        raise NotPeriodicError
+    return _spliced(base, longer, [size - less for size, less in zip(sizes, short, strict=True)])
+
+
+def _spliced(base: ProcessStep, longer: Sequence[ProcessStep], num_more: Sequence[int]) -> ProcessStep:
     """Return the step of a model with more blocks.
 
     One block more in a run inserts a segment into the changes of each phase. Many blocks more insert that segment many
@@ -42,6 +62,7 @@ def spliced(base: ProcessStep, longer: Sequence[ProcessStep], num_more: Sequence
     return ProcessStep(
         start=extrapolate(base.start, [step.start for step in longer]),
         changes=changes,
+        held=extrapolate(base.held, [step.held for step in longer]),
         collectives={key: (int(number), int(num_bytes)) for key, (number, num_bytes) in collectives.items()},
         whole_parameter_bytes=int(
             extrapolate(np.array(base.whole_parameter_bytes), [np.array(step.whole_parameter_bytes) for step in longer])
@@ -49,10 +70,11 @@ def spliced(base: ProcessStep, longer: Sequence[ProcessStep], num_more: Sequence
     )
 
 
-def is_same(step: ProcessStep, other: ProcessStep) -> bool:
+def _is_same(step: ProcessStep, other: ProcessStep) -> bool:
     """Return whether two steps have the same bytes at each moment, and the same collectives."""
     return (
         np.array_equal(step.start, other.start)
+        and np.array_equal(step.held, other.held)
         and all(np.array_equal(step.changes[phase], other.changes[phase]) for phase in PHASES)
         and step.collectives == other.collectives
         and step.whole_parameter_bytes == other.whole_parameter_bytes

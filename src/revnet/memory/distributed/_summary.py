@@ -14,8 +14,7 @@ def device_memory(step: ProcessStep, name: str) -> DeviceMemory:
     ends = np.cumsum([len(step.changes[phase]) for phase in PHASES])
     total = bytes_at.sum(1)
     peak = int(total.argmax())
-    after_forward, after_backward = (_breakdown(bytes_at[end]) for end in ends[:2])
-    start = _breakdown(step.start)
+    start, held, after_backward = _breakdown(step.start), _breakdown(step.held), _breakdown(bytes_at[ends[1]])
     return DeviceMemory(
         name=name,
         peak_bytes=int(total[peak]),
@@ -26,8 +25,8 @@ def device_memory(step: ProcessStep, name: str) -> DeviceMemory:
         gradient_bytes=after_backward.gradients,
         optimizer_bytes=start.optimizer,
         input_bytes=start.inputs,
-        held_bytes=after_forward.activations,
-        communication_bytes=after_forward.communication,
+        held_bytes=held.activations,
+        communication_bytes=held.communication,
     )
 
 
