@@ -21,7 +21,7 @@ from revnet.memory.distributed._stage_step import Stage, StageStep
 from revnet.memory.distributed._summary import device_memory
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._memory_parts import Phase
-from revnet.memory.step._optimizer import make_optimizer
+from revnet.memory.step._optimizer import AnyValue, make_optimizer
 from revnet.nn import AbstractReversibleBlock, ReversibleSequential
 
 _FEW_AHEAD = 2
@@ -146,7 +146,9 @@ class _PipelinePrediction:
                 autocast=self._program.autocast,
             )
             inputs = [self._batch] if is_first else []
-            return run_process_step(log, stage, inputs, step.run, optimizer=optimizer, num_warm_up=1)
+            return run_process_step(
+                log, stage, inputs, step.run, optimizer=optimizer, optimizer_mode=AnyValue(), num_warm_up=1
+            )
 
     def _communication(self) -> tuple[Communication, ...]:
         """Return what two neighbors send each other."""

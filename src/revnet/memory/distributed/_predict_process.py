@@ -1,5 +1,6 @@
 """Predict the step of one process of several, on fake tensors."""
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -86,7 +87,9 @@ def _run(
         optimizer = make_optimizer(program.optimizer, list(model.parameters()))
     passes = passes_of(model, args, kwargs, loss=program.loss, autocast=program.autocast)
     inputs = tensors_in(args, kwargs)
-    return run_process_step(log, model, inputs, passes, optimizer=optimizer, num_warm_up=num_warm_up)
+    return run_process_step(
+        log, model, inputs, passes, optimizer=optimizer, optimizer_mode=AnyValue(), num_warm_up=num_warm_up
+    )
 
 
 def passes_of(
@@ -114,7 +117,7 @@ def passes_of(
 @contextmanager
 def counting() -> Iterator[ProcessLog]:
     """Count the operations on fake tensors of the CPU."""
-    with CpuKernels(), AnyValue(), ProcessLog() as log:
+    with CpuKernels(), ProcessLog() as log:
         yield log
 
 
@@ -136,6 +139,13 @@ def _processes(program: ProcessProgram) -> AbstractContextManager[None]:
     return fake_processes(program.num_processes, program.rank)
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Return whether a prediction has refused an argument, in one line. Other errors come from the user's model."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__"))
+    return isinstance(error, ValueError | TypeError) and module.startswith("revnet.memory.")
+
+
 @contextmanager
 def _explained(program: ProcessProgram) -> Iterator[None]:
     try:
@@ -143,6 +153,8 @@ def _explained(program: ProcessProgram) -> Iterator[None]:
     except PredictionError:
         raise
     except Exception as error:
+        if _is_refusal(error):
+            raise
         where = f"the step of {type(program.model).__name__} on {program.num_processes} devices"
         cause = values_needed(error)
         if cause is None:

@@ -1,6 +1,7 @@
 """Run the training step of one process, and count its bytes and collectives."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,7 @@ def run_process_step(
     passes: Passes,
     *,
     optimizer: Optimizer | None,
+    optimizer_mode: AbstractContextManager[object] | None = None,
     num_warm_up: int,
 ) -> ProcessStep:
     """Run steps of a model that is divided among processes, and return the figures of the last one.
@@ -54,6 +56,7 @@ def run_process_step(
         passes: Runs the forward and the backward pass. What it runs before it calls its argument for the first time is
             the forward pass.
         optimizer: Optimizer of the model; None for none.
+        optimizer_mode: Context of the optimizer's step, which may be entered several times.
         num_warm_up: Number of steps before the one that counts. They create the state of the optimizer, and DDP forms
             its buckets during the second.
     """
@@ -63,7 +66,8 @@ def run_process_step(
         passes(lambda: between.append(log.mark()))
         ends = [between[0], log.mark()]
         if optimizer is not None:
-            optimizer.step()
+            with optimizer_mode or nullcontext():
+                optimizer.step()
         ends.append(log.mark())
         gradients = {log.index_of(parameter.grad) for parameter in model.parameters() if parameter.grad is not None}
         for tensor in (*model.parameters(), *inputs):
