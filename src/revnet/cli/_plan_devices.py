@@ -57,6 +57,11 @@ class DeviceFlags:
                 raise UsageError(f"`{flag}` is for `--strategy {strategy}`; leave it out for {self.strategy}.")
         if self.microbatches is not None:
             check_integer("--microbatches", self.microbatches, at_least=1)
+            if self.microbatches < self.devices:
+                raise UsageError(
+                    f"`--microbatches` (={self.microbatches}) must be at least `--devices` (={self.devices}), or some "
+                    f"devices would only wait; pass {4 * self.devices}."
+                )
 
     @property
     def num_microbatches(self) -> int:

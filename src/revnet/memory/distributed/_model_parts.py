@@ -70,7 +70,7 @@ def take_apart(model: nn.Module, x: Tensor, pause: Callable[[], Any]) -> ModelPa
 
     def skip(activation: Any, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
-            raise _refusal(model, "passes more than one argument to its blocks")
+            raise refusal(model, "passes more than one argument to its blocks")
         activations.append(activation)
         use.begin_second_part()
         return activation
@@ -78,10 +78,10 @@ def take_apart(model: nn.Module, x: Tensor, pause: Callable[[], Any]) -> ModelPa
     with torch.no_grad(), _Use() as use, _replacing(blocks, skip):
         output = model(x)
     if len(activations) != 1:
-        raise _refusal(model, f"calls its blocks {len(activations)} times")
+        raise refusal(model, f"calls its blocks {len(activations)} times")
     (activation,) = activations
     if use.created & use.second - {tensor.untyped_storage()._cdata for tensor in tensors_in(activation)}:
-        raise _refusal(model, "uses activations from before its blocks after them, too")
+        raise refusal(model, "uses activations from before its blocks after them, too")
     before, after = _tensors_outside(model, blocks, use)
 
     def stem(value: Tensor) -> Any:
@@ -111,9 +111,10 @@ def take_apart(model: nn.Module, x: Tensor, pause: Callable[[], Any]) -> ModelPa
     )
 
 
-def _refusal(model: nn.Module, reason: str) -> ValueError:
+def refusal(model: nn.Module, reason: str) -> ValueError:
+    """Return the error for a model that cannot run as a pipeline."""
     return ValueError(
-        f"`model` (={type(model).__name__}) {reason}, so it cannot run as a pipeline; pass strategy='fsdp2'."
+        f"`model` (={type(model).__name__}) {reason}, so it cannot run as a pipeline; use the strategy fsdp2 instead."
     )
 
 
@@ -126,7 +127,7 @@ def _tensors_outside(model: nn.Module, blocks: nn.Module, use: "_Use") -> tuple[
         storage = tensor.untyped_storage()._cdata
         num_uses = (storage in use.first) + (storage in use.second) + (id(tensor) in own)
         if num_uses > 1:
-            raise _refusal(model, f"uses `{name}` in two of its parts, which may be in different stages")
+            raise refusal(model, f"uses `{name}` in two of its parts, which may be in different stages")
         if id(tensor) not in own:
             (after if storage in use.second else before).append(tensor)
     return before, after
@@ -135,7 +136,7 @@ def _tensors_outside(model: nn.Module, blocks: nn.Module, use: "_Use") -> tuple[
 def _only_sequence(model: nn.Module) -> ReversibleSequential:
     sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
     if len(sequences) != 1:
-        raise _refusal(model, f"has {len(sequences)} reversible sequences instead of one")
+        raise refusal(model, f"has {len(sequences)} reversible sequences instead of one")
     return sequences[0]
 
 

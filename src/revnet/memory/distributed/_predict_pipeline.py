@@ -12,7 +12,7 @@ from torch import Tensor
 from revnet._torch_internals import FakeTensorMode
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
 from revnet.memory.distributed._equal_blocks import FEWEST, kinds_of_blocks
-from revnet.memory.distributed._model_parts import ModelParts, take_apart
+from revnet.memory.distributed._model_parts import ModelParts, refusal, take_apart
 from revnet.memory.distributed._predict_process import SHORT, ProcessProgram, counting, predicting
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import ProcessStep, run_process_step
@@ -75,10 +75,7 @@ class _PipelinePrediction:
         """Return the figures of all stages."""
         num_stages, num_blocks = self._program.num_processes, len(self._parts.blocks)
         if num_blocks < num_stages:
-            raise ValueError(
-                f"`num_devices` (={num_stages}) must be at most the number of blocks, {num_blocks}, so that each stage "
-                "of a pipeline has one."
-            )
+            raise refusal(self._program.model, f"has {num_blocks} blocks, fewer than {num_stages} stages")
         quotient, remainder = divmod(num_blocks, num_stages)
         stages, first, model_bytes = [], 0, 0
         for rank in range(num_stages):
