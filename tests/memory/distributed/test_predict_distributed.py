@@ -285,7 +285,7 @@ def test_models_that_cannot_be_cut_are_refused(make, reason):
         (
             {"strategy": "pipeline", "num_microbatches": 4},
             ValueError,
-            "has 2 blocks, fewer than 4 stages, so it cannot run",
+            "has 2 blocks, fewer than 4 stages",
         ),
         ({"optimizer": "adam"}, TypeError, "`optimizer` (='adam') must be an optimizer"),
         ({"autocast": torch.int8}, TypeError, "`autocast` (=torch.int8) must be"),
