@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import methodcaller
 from types import CodeType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import (
+    is_traceable_wrapper_subclass_type as is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_unflatten as tree_unflatten
@@ -209,3 +212,36 @@ def autograd_in_operators() -> AbstractContextManager[None]:
         torch._C.DispatchKey.AutogradFunctionality, False
     )
     return guard
+
+
+def bucket_assignment(parameters: list[Tensor], limits: list[int]) -> list[list[int]]:
+    """Return the indices of the parameters in each bucket of DistributedDataParallel, for its limits in bytes.
+
+    Reason: a prediction must count the same buckets. When it disappears: repeat the rule, which fills a bucket until it
+    reaches its limit.
+    """
+    assign: Callable[..., tuple[list[list[int]], list[int]]] = vars(torch.distributed)[
+        "_compute_bucket_assignment_by_size"
+    ]
+    return assign(parameters, limits, [False] * len(parameters), list(range(len(parameters))))[0]
+
+
+def broadcast_buffers(group: torch.distributed.ProcessGroup, buffers: list[Tensor], most_bytes: int) -> None:
+    """Broadcast tensors in pieces of at most `most_bytes`, as DistributedDataParallel does in each forward pass.
+
+    Reason: a prediction must count the same broadcasts. When it disappears: call `torch.distributed.broadcast` on the
+    flattened tensors.
+    """
+    vars(torch.distributed)["_broadcast_coalesced"](group, buffers, most_bytes, 0)
+
+
+def fake_store() -> Any:
+    """Return a store for the process group "fake", whose collectives return at once, and register this backend.
+
+    Reason: it lets one process run the code of one of many. Only PyTorch's own tests document it. When it disappears:
+    define a process group whose collectives do nothing.
+    """
+    # Not at the top of this file, because few callers need this import.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()

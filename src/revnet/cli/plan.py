@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import get_args
 
 from revnet.cli._errors import UsageError, step_errors
+from revnet.cli._plan_devices import DeviceFlags, ShardUnit, Strategy, check_with_step, plan_devices
 from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
 from revnet.training.settings.choices import Optimizer, Precision
 
@@ -29,6 +30,11 @@ def plan(
     precision: Precision = "32-true",
     step_in_backward: bool = False,
     measure: bool = False,
+    devices: int | None = None,
+    strategy: Strategy | None = None,
+    shard_unit: ShardUnit | None = None,
+    keep_gathered: bool = False,
+    microbatches: int | None = None,
     device: str = "auto",
     output_dir: str | None = None,
 ) -> None:
@@ -38,17 +44,22 @@ def plan(
     Bytes are counted from shapes, without running or allocating anything. The loss is the sum of the outputs, which
     takes about as much memory as any loss of logits.
 
+    With `--devices`, nothing is chosen: prints the memory of each device and the communication of a step on several
+    devices, as processes on CPUs would need them. None of these devices has to exist.
+
     Examples:
         revnet plan revnet104 --batch 256 --budget 16GiB
+        revnet plan revnet104 --batch 1024 --devices 8 --strategy fsdp2 --budget 16GiB
         revnet plan resnet50 --batch 64 --budget 2GiB --measure
         revnet plan networks.text:make_model --input-shape [1024] --input-dtype int64 --budget 8GiB
 
     Args:
         model: A name from `revnet models`, or a model of your own as package.module:attribute. The attribute is an
             nn.Module, or a callable without arguments that returns one.
-        budget: Memory that the step may use, such as 16GiB or 500MB; required. It holds the model, gradients, optimizer
-            state, inputs and activations. On a GPU, leave room for the CUDA context and libraries.
-        batch: Inputs per step.
+        budget: Memory that the step may use on each device, such as 16GiB or 500MB; required unless `--devices` is
+            given. It holds the model, gradients, optimizer state, inputs and activations. On a GPU, leave room for the
+            CUDA context and libraries.
+        batch: Inputs per step, on all devices together.
         image: Height and width of the images; as published by default, or 224 for a model of your own.
         input_shape: Shape of one input to a model of your own that does not take images, such as [512].
         input_dtype: Type of the inputs to a model of your own; int64 for token ids.
@@ -57,6 +68,12 @@ def plan(
         step_in_backward: Let the plan move the optimizer's step into the backward pass, by
             revnet.optim.StepInBackward, if that makes a faster plan fit.
         measure: Time real steps on random inputs instead of estimating times from shapes.
+        devices: Number of devices, up to 1,024, for a step on several. They divide the batch.
+        strategy: How they share the work: ddp copies the model to each, fsdp2 shards its parameters, and pipeline gives
+            each some of the blocks. Required with `--devices`.
+        shard_unit: What fsdp2 gathers at a time: block (default), or function for half a block.
+        keep_gathered: With fsdp2, keep gathered parameters between the passes, which saves communication.
+        microbatches: With pipeline, parts into which the batch is divided; four times the number of devices by default.
         device: Device of the step: auto, cpu, cuda, cuda:1.
         output_dir: Folder for the picture; the current folder by default.
     """
@@ -71,6 +88,17 @@ def plan(
         device=device,
         step_in_backward=step_in_backward,
     )
+    device_flags = DeviceFlags(
+        devices=devices,
+        strategy=strategy,
+        shard_unit=shard_unit,
+        keep_gathered=keep_gathered,
+        microbatches=microbatches,
+    )
+    if device_flags.is_given:
+        check_with_step(flags, device_flags, measure=measure, output_dir=output_dir)
+        plan_devices(flags, device_flags, budget)
+        return
     if budget is None:
         raise UsageError("`--budget` is required: the memory that the step may use, such as --budget 16GiB.")
     folder = open_folder(output_dir)

@@ -117,7 +117,7 @@ def predicting(
         stack.enter_context(active_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True))
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu" if target is None else target))
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(fake_tensors_in(model, faker))
         args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
         yield Prediction(
@@ -177,7 +177,7 @@ class Prediction:
             self._kwargs,
             loss=self._loss,
             autocast=self._autocast,
-            guard=partial(_explained, self._model, _describe(tensors_in(self._args, self._kwargs))),
+            guard=partial(_explained, self._model, describe_inputs(tensors_in(self._args, self._kwargs))),
             on_gradient=None if in_backward is None else in_backward.update,
             state=() if in_backward is None else in_backward.state,
         )
@@ -211,7 +211,7 @@ def _checked_device(name: str, value: torch.device | str) -> torch.device:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress the traces that PyTorch logs for errors on fake tensors; the exception says the same."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.disabled
@@ -230,9 +230,9 @@ def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> I
     except Exception as error:
         name = recorder.running_module
         where = f"`{name}` of {type(model).__name__}" if name else type(model).__name__
-        cause = _needs_values(error)
+        cause = values_needed(error)
         if cause is None:
-            raise PredictionError(f"{part} of {where} failed, {given}: {_first_line(error)}") from error
+            raise PredictionError(f"{part} of {where} failed, {given}: {first_line(error)}") from error
         raise PredictionError(
             f"{part} of {where} cannot be predicted, because {cause}; measure it with `revnet.memory.measure`, on a "
             "small batch."
@@ -242,26 +242,26 @@ def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> I
 _NEEDS_DATA = ("FakeTensor", "fake", "data pointer", "tensor subclasses")
 
 
-def _needs_values(error: Exception) -> str | None:
+def values_needed(error: Exception) -> str | None:
     """Return the reason why only fake tensors raise this error; None if real tensors may raise it too."""
     if isinstance(error, DataDependentOutputException):
         return "it asks for the value of a tensor (`.item()`, `if x > 0`)"
     if isinstance(error, DynamicOutputShapeException):
         return f"a shape depends on values ({error.func})"
     if isinstance(error, UnsupportedOperatorException | UnsupportedFakeTensorException):
-        return f"an operator has no shape function ({_first_line(error)})"
+        return f"an operator has no shape function ({first_line(error)})"
     is_slip = isinstance(error, TypeError | AttributeError)  # its message only names the type of an operand
     if not is_slip and any(phrase in str(error) for phrase in _NEEDS_DATA):
-        return f"it needs data ({_first_line(error)})"
+        return f"it needs data ({first_line(error)})"
     return None
 
 
-def _describe(inputs: list[Tensor]) -> str:
+def describe_inputs(inputs: list[Tensor]) -> str:
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
     return f"on inputs of shape {shapes}" if shapes else "without inputs"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     line = next(iter(str(error).splitlines()), "").replace("FakeTensor", "Tensor")
     line = line if len(line) <= 200 else f"{line[:200]}..."
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -90,7 +90,7 @@ def run_step(
             with guard("the loss", recorder):
                 losses = losses_of(output, loss)
             del output  # a training step does not keep it either
-        _check_losses(model, losses, is_given=loss is not None)
+        check_losses(model, losses, is_given=loss is not None)
         recorder.end_forward()
         with _restoring_gradients(_other_leaves(losses, [*parameters, *inputs])), guard("the backward pass", recorder):
             torch.autograd.backward(losses)
@@ -129,7 +129,7 @@ def losses_of(output: Any, loss: Loss | None) -> list[Tensor]:
     return [(torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).sum() for leaf in outputs]
 
 
-def _check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool) -> None:
+def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool) -> None:
     for value in losses:
         if not isinstance(value, Tensor) or value.numel() != 1:
             returned = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,1 @@
+"""Memory and communication of a training step on several devices."""

@@ -1,0 +1,163 @@
+"""Predict the memory of the stages of a reversible pipeline."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from revnet._torch_internals import FakeTensorMode
+from revnet.memory.distributed._device_memory import Communication, DeviceMemory
+from revnet.memory.distributed._equal_blocks import FEWEST, kinds_of_blocks
+from revnet.memory.distributed._model_parts import ModelParts, refusal, take_apart
+from revnet.memory.distributed._predict_process import SHORT, ProcessProgram, counting, predicting
+from revnet.memory.distributed._process_log import ProcessLog
+from revnet.memory.distributed._process_step import ProcessStep, run_process_step
+from revnet.memory.distributed._splice import NotPeriodicError, extrapolated
+from revnet.memory.distributed._stage_step import Stage, StageStep
+from revnet.memory.distributed._summary import device_memory
+from revnet.memory.step._fake import TensorFaker, fake_tensors_in
+from revnet.memory.step._memory_parts import Phase
+from revnet.memory.step._optimizer import AnyValue, make_optimizer
+from revnet.nn import AbstractReversibleBlock, ReversibleSequential
+
+_FEW_AHEAD = 2
+"""Number of microbatches that a stage runs ahead of its backward passes, where the true number is larger."""
+_MESSAGES: tuple[tuple[Phase, str, int], ...] = (
+    ("forward", "to the next stage", 1),
+    ("backward", "to the stage before", 2),
+)
+"""Part of the step, direction, and number of copies of the streams that a stage sends in that direction."""
+_STEADY = 3
+"""Number of microbatches that it runs after these. More would repeat the same bytes."""
+
+
+@dataclass(frozen=True)
+class PipelineMemory:
+    """Figures of all stages."""
+
+    stages: tuple[DeviceMemory, ...]
+    communication: tuple[Communication, ...]
+    model_bytes: int
+    is_extrapolated: bool
+
+
+def predict_pipeline(program: ProcessProgram, num_microbatches: int) -> PipelineMemory:
+    """Return the figures of the stages of a pipeline, into which the blocks are divided evenly.
+
+    Raises:
+        ValueError: The model cannot be cut into this many stages.
+    """
+    faker = TensorFaker(torch.device("cpu"), None)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with predicting(program), fakes, fake_tensors_in(program.model, faker):
+        (batch,) = map(faker.fake, program.args)
+        prediction = _PipelinePrediction(program, batch, num_microbatches)
+        return prediction.figures()
+
+
+class _PipelinePrediction:
+    """Predicts the stages of a pipeline. Equal stages are predicted once."""
+
+    def __init__(self, program: ProcessProgram, batch: Tensor, num_microbatches: int):
+        self._program, self._batch = program, batch
+        self._microbatches = batch.split(len(batch) // num_microbatches)
+        self._log: ProcessLog | None = None
+        self._parts: ModelParts = take_apart(program.model, self._microbatches[0], self._pause)
+        self._kinds = kinds_of_blocks(program.model, self._parts.blocks)
+        self._steps: dict[tuple[object, ...], ProcessStep] = {}
+        self._is_extrapolated = False
+
+    def figures(self) -> PipelineMemory:
+        """Return the figures of all stages."""
+        num_stages, num_blocks = self._program.num_processes, len(self._parts.blocks)
+        if num_blocks < num_stages:
+            raise refusal(self._program.model, f"has {num_blocks} blocks, fewer than {num_stages} stages")
+        quotient, remainder = divmod(num_blocks, num_stages)
+        stages, first, model_bytes = [], 0, 0
+        for rank in range(num_stages):
+            count = quotient + (rank < remainder)
+            step = self._predict(rank, range(first, first + count))
+            stages.append(device_memory(step, f"stage {rank}"))
+            model_bytes += step.whole_parameter_bytes
+            first += count
+        return PipelineMemory(tuple(stages), self._communication(), model_bytes, self._is_extrapolated)
+
+    def _predict(self, rank: int, blocks: Sequence[int]) -> ProcessStep:
+        """Return the step of a stage with these blocks."""
+        ahead = self._program.num_processes - 1 - rank
+        num_steady = min(_STEADY, len(self._microbatches) - ahead)
+        runs = [list(run) for _, run in groupby(blocks, key=self._kinds.__getitem__)]
+        sizes, short = [ahead, *map(len, runs)], [_FEW_AHEAD, *[SHORT] * len(runs)]
+        long = [index for index, size in enumerate(sizes) if size >= (FEWEST if index else _FEW_AHEAD + 3)]
+
+        def predict(long_sizes: Sequence[int]) -> ProcessStep:
+            chosen = list(sizes)
+            for index, size in zip(long, long_sizes, strict=True):
+                chosen[index] = size
+            kept = [block for run, size in zip(runs, chosen[1:], strict=True) for block in run[:size]]
+            return self._run_once(rank, kept, chosen[0], num_steady)
+
+        if long:
+            try:
+                step = extrapolated(predict, [sizes[index] for index in long], [short[index] for index in long])
+            except NotPeriodicError:
+                return self._run_once(rank, blocks, ahead, num_steady)
+            self._is_extrapolated = True
+            return step
+        return predict(())
+
+    def _run_once(self, rank: int, blocks: Sequence[int], ahead: int, num_steady: int) -> ProcessStep:
+        """Return the step of a stage. Stages of equal blocks share it."""
+        is_first, is_last = rank == 0, rank == self._program.num_processes - 1
+        key = is_first, is_last, ahead, num_steady, *(self._kinds[block] for block in blocks)
+        if key not in self._steps:
+            self._steps[key] = self._run(rank, blocks, ahead, num_steady)
+        return self._steps[key]
+
+    def _run(self, rank: int, blocks: Sequence[int], ahead: int, num_steady: int) -> ProcessStep:
+        is_first, is_last = rank == 0, rank == self._program.num_processes - 1
+        whole, factory = self._parts.blocks, self._program.optimizer
+        sequence = ReversibleSequential(
+            *[cast("AbstractReversibleBlock", whole[block]) for block in blocks],
+            policy=[whole.policies[block] for block in blocks],
+            tolerance=whole.tolerance,
+        )
+        stage = Stage(self._parts.stem if is_first else None, sequence, self._parts.head if is_last else None)
+        parameters = list(stage.parameters())
+        with counting() as log:
+            self._log = log
+            optimizer = None if factory is None or not parameters else make_optimizer(factory, parameters)
+            step = StageStep(
+                log=log,
+                stage=stage,
+                microbatches=self._microbatches[: ahead + num_steady],
+                parts=self._parts,
+                num_ahead=ahead,
+                rank=rank,
+                num_stages=self._program.num_processes,
+                loss=self._program.loss,
+                autocast=self._program.autocast,
+            )
+            inputs = [self._batch] if is_first else []
+            return run_process_step(
+                log, stage, inputs, step.run, optimizer=optimizer, optimizer_mode=AnyValue(), num_warm_up=1
+            )
+
+    def _communication(self) -> tuple[Communication, ...]:
+        """Return what two neighbors send each other."""
+        if self._program.num_processes == 1:
+            return ()
+        streams = self._parts.streams()
+        count, num_bytes = len(streams), sum(stream.numel() * stream.element_size() for stream in streams)
+        num_microbatches = len(self._microbatches)
+        return tuple(
+            Communication(phase, kind, copies * num_microbatches * count, copies * num_microbatches * num_bytes)
+            for phase, kind, copies in _MESSAGES
+        )
+
+    def _pause(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._log is None else self._log.pause()
