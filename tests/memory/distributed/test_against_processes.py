@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from revnet import Checkpoint, ReversibleBlock, ReversibleSequential, Store
+from revnet.distributed import shard_blocks
 from revnet.memory.distributed._device_memory import DeviceMemory
 from revnet.memory.distributed._predict_distributed import predict_distributed
 from revnet.memory.distributed._predict_process import passes_of
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import run_process_step
-from revnet.memory.distributed._sharding import shard_units
 from revnet.memory.distributed._summary import communication_of, device_memory
 from revnet.models import ReversibleTransformer, RevNet
 
@@ -95,7 +95,7 @@ def measure_case(case: Case, num_processes: int) -> list[tuple[Any, Any]]:
             module: nn.Module = DistributedDataParallel(model)
         else:
             options = {"shard_unit": "block", "reshard_after_forward": True} | case.options
-            shard_units(model, mesh=mesh, unit=options.pop("shard_unit"), **options)
+            shard_blocks(model, mesh=mesh, unit=options.pop("shard_unit"), **options)
             module = model
         optimizer = None if case.optimizer is None else case.optimizer(list(module.parameters()))
         x = batch_of(case, BATCH // num_processes)

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from revnet._checks import check_bool, check_choice, check_count, describe
@@ -142,10 +143,7 @@ def _pipeline(step: TrainingStep, num_devices: int, num_microbatches: int | None
 
 
 def _sharded(program: ProcessProgram, unit: ShardUnit, reshard_after_forward: bool) -> tuple[ProcessStep, bool]:
-    # Loading FSDP takes as long as loading the rest of PyTorch, and nothing else here needs it.
-    from revnet.memory.distributed._sharding import shard_units
-
-    shard = partial(shard_units, unit=unit, reshard_after_forward=reshard_after_forward)
+    shard = partial(_shard, unit=unit, reshard_after_forward=reshard_after_forward)
     runs = find_equal_blocks(program.model)
     if runs:
         try:
@@ -153,6 +151,19 @@ def _sharded(program: ProcessProgram, unit: ShardUnit, reshard_after_forward: bo
         except (NotPeriodicError, PredictionError):
             pass  # The whole model runs, and reports an error that persists.
     return predict_sharded(program, shard, ()), False
+
+
+def _shard(model: nn.Module, *, mesh: DeviceMesh, unit: ShardUnit, reshard_after_forward: bool) -> None:
+    # Loading FSDP takes as long as loading the rest of PyTorch, and nothing else here needs it.
+    from torch.distributed.fsdp import fully_shard
+
+    from revnet.distributed import shard_blocks
+    from revnet.distributed._shard_units import units_of
+
+    if units_of(model):
+        shard_blocks(model, mesh=mesh, unit=unit, reshard_after_forward=reshard_after_forward)
+    else:
+        fully_shard(model, mesh=mesh)
 
 
 def _checked_factory(optimizer: Any) -> OptimizerFactory | None:
