@@ -8,6 +8,7 @@ import copy
 import datetime
 import traceback
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from revnet import (
     set_coupling,
     set_tolerance,
 )
+from revnet.bench._resized_bytes import ResizedBytes
 from revnet.optim import StepInBackward
 from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
 
@@ -234,6 +236,35 @@ def check_step_in_backward(how: str, policy: str, options: dict[str, bool]) -> N
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 
+class LocalBytes(ResizedBytes):
+    """Count local tensors. The storage of a `DTensor` has the size of all shards, and no memory or address."""
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        with suppress(RuntimeError):
+            storage.data_ptr()
+            super()._watch(storage)
+
+
+def check_memory_of_step_in_backward() -> None:
+    """One unit's gradients are alive at a time, so a deeper model needs no more beyond parameters and state."""
+    peaks = []
+    for depth in (3, 6):
+        model = WithHead(CASE["mlp"].sequence(depth))
+        shard(model, "functions")
+        optimizer = torch.optim.AdamW(model.parameters())
+        StepInBackward(optimizer)
+        x = process_input("mlp")
+        model(x).backward()
+        optimizer.step()
+        kept = [*model.parameters(), *[value for values in optimizer.state.values() for value in values.values()], x]
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in kept]
+        with LocalBytes(local) as live:
+            model(x).backward()
+            optimizer.step()
+        peaks.append(live.peak_bytes)
+    assert peaks[0] == peaks[1]
+
+
 def check_one_unit_unsharded_at_a_time(how: str) -> None:
     """Check that a replay has full parameters only for its own unit and the one that is being prefetched."""
     model = make_model("mlp")
@@ -346,6 +377,7 @@ CHECKS = {
         )
         for how, policy, reshards in (("functions", "reverse", True), ("blocks", "checkpoint", False))
     },
+    "memory of the step in the backward pass": check_memory_of_step_in_backward,
     "one function unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "functions"),
     "one block unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "blocks"),
     "functions sharded in low precision": check_functions_sharded_in_low_precision,
