@@ -225,13 +225,14 @@ def check_state_dict() -> None:
 def check_group() -> None:
     """Check stages in a group whose ranks are reversed, so that a rank is not a place."""
     order = list(reversed(range(dist.get_world_size())))
-    group = dist.new_group(order, sort_ranks=False) if "sort_ranks" in dist.new_group.__code__.co_varnames else None
+    group = dist.new_group(order, sort_ranks=False)
     model = conv_model(sum(counts())).double()
     x, target = conv_batch(8, torch.float64)
     twin, expected = reference_step(model, counts(), x, target, F.cross_entropy, 4)
     pipeline = Pipeline(
         model.blocks, stem=model.stem, head=model.head, num_microbatches=4, num_blocks=counts(), group=group
     )
+    assert pipeline.stage.index == order[dist.get_rank()]
     seed_stage(pipeline.stage.index)
     loss = pipeline.step(x, target, F.cross_entropy)
     assert abs(float(loss) - expected) <= BOUND * expected
