@@ -147,9 +147,7 @@ def _set_precision(model: nn.Module, units: list[Unit], policy: MixedPrecisionPo
             StreamPrecision(module)
 
 
-def _shard_norms(
-    model: nn.Module, units: list[Unit], policy: MixedPrecisionPolicy, options: dict[str, Any]
-) -> None:
+def _shard_norms(model: nn.Module, units: list[Unit], policy: MixedPrecisionPolicy, options: dict[str, Any]) -> None:
     """Shard the norms with running statistics apart from other layers, in the precision of these statistics."""
     whole = MixedPrecisionPolicy(reduce_dtype=policy.reduce_dtype, cast_forward_inputs=False)
     # One group for each residual function: a group that outlasts a function would be whole when the function is
