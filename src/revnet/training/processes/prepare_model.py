@@ -50,6 +50,13 @@ def uses_fsdp2(config: AbstractRunConfig) -> bool:
     return config.strategy == "fsdp2" and current_world().num_processes > 1
 
 
+def strategy_name(config: AbstractRunConfig) -> str | None:
+    """Return how the run divides the model among processes, or None for a single process."""
+    if current_world().num_processes == 1:
+        return None
+    return "fsdp2" if uses_fsdp2(config) else "ddp"
+
+
 def model_preparation(config: AbstractRunConfig) -> Callable[[nn.Module], None] | None:
     """Return a function that prepares the network in place once the processes are connected, if that is needed."""
     is_synchronized = config.sync_batch_norm and current_world().num_processes > 1

@@ -43,8 +43,8 @@ _LOGGED = (
 class RandomState(Callback):
     """Keep PyTorch's random state, on the CPU and on the device in use, in the checkpoint.
 
-    A resumed run continues augmentation and dropout where they stopped. The order of the images needs no state: it is a
-    function of the seed and the epoch.
+    A resumed run continues dropout where it stopped. Order and augmentation of the images need no state: they are
+    functions of the seed, the epoch and the image.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from revnet._provenance import describe_machine
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.processes.join import broadcast
-from revnet.training.processes.prepare_model import model_preparation, uses_fsdp2
+from revnet.training.processes.prepare_model import model_preparation, strategy_name
 from revnet.training.processes.statistics import share_statistics
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -34,6 +34,7 @@ from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
 from revnet.training.run.progress import make_progress
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
+from revnet.training.run.state_bytes import count_state_bytes
 from revnet.training.run.trainer import Stopped, fit, make_trainer
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -97,7 +98,8 @@ def _execute(
     ]
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
-    is_main = current_world().is_main
+    world = current_world()
+    is_main = world.is_main
     is_quiet = quiet or not is_main
     if not is_quiet:
         ours.append(make_progress())
@@ -109,7 +111,8 @@ def _execute(
             temporary.write_text(f"{job.plan.report()}\n")
     if not is_quiet:
         print(_heading(job, folder, device), flush=True)
-    fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
+    loaders = job.make_loaders(device, rank=world.rank, num_processes=world.num_processes)
+    fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
 
     share_statistics(job.task.saved_module)
     names = job.names
@@ -137,6 +140,9 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
         policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),
         memory_budget_bytes=None if job.plan is None else job.plan.budget_bytes,
         planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
+        num_processes=current_world().num_processes,
+        strategy=strategy_name(job.config),
+        state_bytes=count_state_bytes(trainer),
         process_peak_bytes=process_peak_bytes(device),
         machine=describe_machine(f"{job.config.command} --config {run_dir.CONFIG}", device=device),
     )
@@ -147,7 +153,7 @@ def _devices(device: torch.device, config: AbstractRunConfig) -> str:
     if world.num_processes == 1:
         return str(device)
     nodes = f" on {world.num_nodes} nodes" if world.num_nodes > 1 else ""
-    return f"{world.num_processes} {device.type} processes{nodes}, {'fsdp2' if uses_fsdp2(config) else 'ddp'}"
+    return f"{world.num_processes} {device.type} processes{nodes}, {strategy_name(config)}"
 
 
 def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:
