@@ -49,9 +49,8 @@ def _describe(error: BaseException, rank: int) -> bytes:
     module = frames[-1].f_globals.get("__name__", "") if frames else ""
     text = "".join(traceback.format_exception(error))
     is_reported = bool(getattr(error, "is_reported", False))
-    failure = Failure(
-        rank, is_reported, type(error), _arguments(error), dict(error.__dict__), text, module.partition(".")[0]
-    )
+    package = module.partition(".")[0]
+    failure = Failure(rank, is_reported, type(error), _arguments(error), dict(error.__dict__), text, package)
     try:
         content = pickle.dumps(failure)
         pickle.loads(content)

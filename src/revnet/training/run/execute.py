@@ -34,7 +34,7 @@ from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
 from revnet.training.run.progress import make_progress
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
-from revnet.training.run.state_bytes import count_state_bytes
+from revnet.training.run.state_bytes import StateCounter
 from revnet.training.run.trainer import Stopped, fit, make_trainer
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -86,6 +86,7 @@ def _threads(count: int | None) -> Iterator[None]:
 def _execute(
     job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
 ) -> _Result:
+    counter = StateCounter()
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
     ours: list[Callback] = [
         RandomState(),
@@ -93,6 +94,7 @@ def _execute(
         MainStatistics(),
         LastUpdate(job.task.num_updates),
         StepTimer(),
+        counter,
         log,
         files,
     ]
@@ -118,14 +120,16 @@ def _execute(
     names = job.names
     if is_main:
         plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
-    figures = broadcast(_figures(job, folder, trainer, log, files) if is_main else None)
+    figures = broadcast(_figures(job, folder, trainer, log, files, counter) if is_main else None)
     result = job.finish(folder, Outcome(device=device, rows=log.rows, best_score=files.best_score, figures=figures))
     if is_main:
         result.save(folder / run_dir.SUMMARY)
     return result
 
 
-def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles) -> RunFigures:
+def _figures(
+    job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles, counter: StateCounter
+) -> RunFigures:
     device = trainer.strategy.root_device
     peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
     return RunFigures(
@@ -142,7 +146,7 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
         planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
         num_processes=current_world().num_processes,
         strategy=strategy_name(job.config),
-        state_bytes=count_state_bytes(trainer),
+        state_bytes=counter.count(trainer),
         process_peak_bytes=process_peak_bytes(device),
         machine=describe_machine(f"{job.config.command} --config {run_dir.CONFIG}", device=device),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -15,17 +15,28 @@ class StateBytes(NamedTuple):
     parameters: int
     """Bytes of the parameters."""
     gradients: int
-    """Bytes of the gradients, after the last update."""
+    """Bytes of the gradients of an update."""
     optimizer: int
     """Bytes of the state of the optimizer."""
 
 
-def count_state_bytes(trainer: Trainer) -> StateBytes:
-    """Count the bytes of the trained parameters, their gradients and the state of the optimizer in this process."""
-    assert trainer.lightning_module is not None
-    parameters = list(trainer.lightning_module.parameters())
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return StateBytes(_count(parameters), _count(gradients), _count(_states(trainer.optimizers)))
+class StateCounter(Callback):
+    """Count the bytes of parameters, gradients and optimizer state in this process."""
+
+    def __init__(self) -> None:
+        self._gradients = 0
+        self._is_counted = False
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Count the gradients of the first update, since a validation frees them."""
+        if not self._is_counted:
+            self._gradients = _count([p.grad for p in pl_module.parameters() if p.grad is not None])
+            self._is_counted = True
+
+    def count(self, trainer: Trainer) -> StateBytes:
+        """Return the bytes after training."""
+        parameters = list(trainer.lightning_module.parameters())
+        return StateBytes(_count(parameters), self._gradients, _count(_states(trainer.optimizers)))
 
 
 def _states(optimizers: Iterable[Optimizer]) -> Iterable[Tensor]:
