@@ -36,8 +36,8 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
     tolerance = getattr(config, "tolerance", None)
     if config.strategy == "fsdp2" and tolerance is not None:
         raise ValueError(
-            f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other blocks "
-            "again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
+            f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
+            "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
         )
     if not config.sync_batch_norm:
         return
