@@ -7,6 +7,7 @@ from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
 from revnet.cli._photos import PHOTO_RECIPE, photo_settings
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
+from revnet.training.processes.world import is_printing
 
 
 @takes_settings(TrainConfig)
@@ -35,7 +36,7 @@ def train(*, resume: str | None = None, **settings: Any) -> None:
     check_resume(resume, settings)
     added = photo_settings(settings)
     config = TrainConfig(**settings, **added)
-    if added:
+    if added and is_printing():
         print(f"recipe {PHOTO_RECIPE}, for photographs; pass `--config` for another")
     run_training(config, resume)
 
@@ -52,5 +53,6 @@ def run_training(config: TrainConfig | NiceConfig | LanguageConfig, resume: str 
     from revnet import training  # PyTorch and Lightning load here, after the arguments are checked
 
     result = training.train(config) if resume is None else training.resume(resume)
-    print()
-    print(result.report())
+    if is_printing():
+        print()
+        print(result.report())

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from lightning.pytorch import Callback
 
@@ -18,6 +18,10 @@ from revnet.training.density.result import DensityResult
 from revnet.training.language import job as language
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.result import LanguageResult
+from revnet.training.processes.choose import choose_world
+from revnet.training.processes.join import broadcast, joined
+from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint import read_checkpoint, trained_part
 from revnet.training.run.execute import execute
@@ -76,10 +80,16 @@ def train(
         DataError: The data set is missing or corrupt.
         TrainingInterrupted: Ctrl-C or SIGTERM came; `resume` continues from the last finished epoch.
     """
-    family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
-    job = family.new_job(config)
-    folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model)
-    return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.must_start:
+        arguments = {"config": config, "quiet": quiet, "callbacks": list(callbacks)}
+        return cast("RunResult", run_in_processes(train, arguments, world))
+    with joined(world, config.device):
+        family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
+        job = family.new_job(config)
+        is_main = current_world().is_main
+        folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model) if is_main else None
+        return execute(job, broadcast(folder), None, quiet=quiet, callbacks=callbacks)
 
 
 def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> RunResult:
@@ -109,11 +119,17 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
             f"`{family.config_type.command} --config {folder / run_dir.CONFIG}`."
         )
     config = family.config_type.load(folder / run_dir.CONFIG)
-    tensors = trained_part(read_checkpoint(checkpoint)).tensors
-    job = family.job_of_run(config)
-    check_fit(job.task.saved_module, tensors, checkpoint)
-    remove_leftovers(folder)
-    return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.must_start:
+        arguments = {"folder": folder, "quiet": quiet, "callbacks": list(callbacks)}
+        return cast("RunResult", run_in_processes(resume, arguments, world))
+    with joined(world, config.device):
+        tensors = trained_part(read_checkpoint(checkpoint)).tensors
+        job = family.job_of_run(config)
+        check_fit(job.task.saved_module, tensors, checkpoint)
+        if current_world().is_main:
+            remove_leftovers(folder)
+        return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
 
 
 def _find_family(folder: Path) -> _Family:

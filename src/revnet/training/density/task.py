@@ -48,13 +48,13 @@ class DensityTask(AbstractTask):
         if self.flip is not None:
             images = self.flip(images, uniform(keys, self.flip.num_draws, Purpose.AUGMENT))
         loss = self.density(images, keys=keys).mean()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log_mean("train_loss", loss, len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss on held-out images."""
         images, _, keys = batch
-        self.log("val_loss", self.density(images, keys=keys).mean(), batch_size=len(images))
+        self.log_mean("val_loss", self.density(images, keys=keys).mean(), len(images))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer, and the schedule that steps after every update."""

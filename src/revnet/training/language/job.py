@@ -16,6 +16,8 @@ from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
 from revnet.training.language.task import LanguageTask
 from revnet.training.optimizers import adamw_factory
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
@@ -104,6 +106,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             f"{len(dataset.validation):,} for validation, too few for windows of `length` (={config.length}) plus one; "
             "pass a longer text, or a smaller length."
         )
+    check_division(config.batch_size)
     usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
     updates_per_epoch = config.updates_per_epoch or usual
     config, num_updates = replace(config, updates_per_epoch=updates_per_epoch).limit_updates(updates_per_epoch)
@@ -124,13 +127,14 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     )
     update = Update(
         make_model=lambda: LanguageModel.create(header).model,
-        make_batch=lambda: torch.zeros(config.batch_size, config.length, dtype=torch.int64),
+        make_batch=lambda: torch.zeros(part_of_batch(config.batch_size), config.length, dtype=torch.int64),
         loss=_loss,
         optimizer=adamw_factory(config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     language_model = LanguageModel.create(header)
+    check_devices(config, language_model.model, "the language model")
     apply_policies(language_model.model, config, plan)
     return LanguageJob(
         config=config,

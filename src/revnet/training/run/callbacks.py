@@ -19,6 +19,8 @@ from torch import Tensor
 from revnet._memory_readings import process_peak_bytes
 from revnet.nn import ReversibleSequential
 from revnet.training.atomic_file import atomic_path
+from revnet.training.processes.statistics import share_statistics
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint import save_weights
 from revnet.training.run.task import AbstractTask, BestEpoch
@@ -107,6 +109,14 @@ class ToleranceState(Callback):
         """Restore the state of each sequence."""
         for name, sequence in self._sequences.items():
             sequence.restore_tolerance(self._restored.get(name))
+
+
+class MainStatistics(Callback):
+    """Validate with the running statistics of the main process, which are the ones that are saved."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy them to all processes."""
+        share_statistics(pl_module)
 
 
 class LastUpdate(Callback):
@@ -218,6 +228,8 @@ class EpochLog(Callback):
         if peak_bytes is not None:
             row["peak_bytes"] = peak_bytes
         self.rows.append(row)
+        if not current_world().is_main:
+            return
         with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
             # An epoch may lack a figure: it may be too short for a measurement of drift, for instance.
             names = dict.fromkeys(name for earlier_row in self.rows for name in earlier_row)

@@ -15,16 +15,30 @@ from revnet._memory_readings import process_peak_bytes
 from revnet._provenance import describe_machine
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
+from revnet.training.processes.join import broadcast
+from revnet.training.processes.prepare_model import model_preparation, strategy_name
+from revnet.training.processes.statistics import share_statistics
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
-from revnet.training.run.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer, ToleranceState
+from revnet.training.run.callbacks import (
+    EpochLog,
+    LastUpdate,
+    MainStatistics,
+    RandomState,
+    RunFiles,
+    StepTimer,
+    ToleranceState,
+)
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
 from revnet.training.run.loggers import LoggedRun, describe_loggers
 from revnet.training.run.progress import make_progress
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
+from revnet.training.run.state_bytes import StateCounter
 from revnet.training.run.trainer import Stopped, fit, make_trainer
 from revnet.training.run.update_log import UpdateLog
+from revnet.training.settings.run_config import AbstractRunConfig
 
 _Result = TypeVar("_Result", bound=RunResult)
 
@@ -74,40 +88,53 @@ def _threads(count: int | None) -> Iterator[None]:
 def _execute(
     job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
 ) -> _Result:
+    counter = StateCounter()
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
     updates = UpdateLog(folder / run_dir.UPDATE_LOG, every=job.config.log_every, batch_size=job.config.batch_size)
     ours: list[Callback] = [
         RandomState(),
         ToleranceState(),
+        MainStatistics(),
         LastUpdate(job.task.num_updates),
         StepTimer(job.config.batch_size),
         LoggedRun(job.config, folder),
+        counter,
         updates,
         log,
         files,
     ]
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
-    if not quiet:
+    world = current_world()
+    is_main = world.is_main
+    is_quiet = quiet or not is_main
+    if not is_quiet:
         ours.append(make_progress())
+    job.task.prepare_model = model_preparation(job.config)
     trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
-    if job.plan is not None:
+    if job.plan is not None and is_main:
         with atomic_path(folder / run_dir.PLAN) as temporary:
             temporary.write_text(f"{job.plan.report()}\n")
-    if not quiet:
+    if not is_quiet:
         print(_heading(job, folder, device), flush=True)
-    fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
+    loaders = job.make_loaders(device, rank=world.rank, num_processes=world.num_processes)
+    fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
 
+    share_statistics(job.task.saved_module)
     names = job.names
-    plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
-    figures = _figures(job, folder, trainer, log, files)
+    if is_main:
+        plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
+    figures = broadcast(_figures(job, folder, trainer, log, files, counter) if is_main else None)
     result = job.finish(folder, Outcome(device=device, rows=log.rows, best_score=files.best_score, figures=figures))
-    result.save(folder / run_dir.SUMMARY)
+    if is_main:
+        result.save(folder / run_dir.SUMMARY)
     return result
 
 
-def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles) -> RunFigures:
+def _figures(
+    job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles, counter: StateCounter
+) -> RunFigures:
     device = trainer.strategy.root_device
     peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
     return RunFigures(
@@ -122,16 +149,27 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
         policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),
         memory_budget_bytes=None if job.plan is None else job.plan.budget_bytes,
         planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
+        num_processes=current_world().num_processes,
+        strategy=strategy_name(job.config),
+        state_bytes=counter.count(trainer),
         process_peak_bytes=process_peak_bytes(device),
         machine=describe_machine(f"{job.config.command} --config {run_dir.CONFIG}", device=device),
     )
+
+
+def _devices(device: torch.device, config: AbstractRunConfig) -> str:
+    world = current_world()
+    if world.num_processes == 1:
+        return str(device)
+    nodes = f" on {world.num_nodes} nodes" if world.num_nodes > 1 else ""
+    return f"{world.num_processes} {device.type} processes{nodes}, {strategy_name(config)}"
 
 
 def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:
     lines = [
         ("revnet", revnet.__version__),
         *job.heading(),
-        ("device", f"{device}, {job.config.precision}"),
+        ("device", f"{_devices(device, job.config)}, {job.config.precision}"),
     ]
     if job.plan is not None:
         lines.append(("memory", describe_plan(job.plan)))

@@ -6,16 +6,23 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.nn.parallel import DistributedDataParallel
 
 from revnet.training.atomic_file import atomic_path
+from revnet.training.processes.prepare_model import uses_fsdp2
+from revnet.training.processes.world import current_world
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.loggers import logger_errors, make_loggers
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -24,6 +31,8 @@ _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
     r"The number of training batches .* is smaller than the logging interval",  # revnet logs by update itself
+    r"FSDP2-wrapped module .* returned a view tensor",  # no task changes the output in place
+    r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
 
@@ -63,25 +72,54 @@ def make_trainer(
     callbacks: list[Callback],
     folder: Path,
 ) -> Trainer:
-    """Return a Trainer that writes nothing but what `callbacks` and the loggers of `config` write."""
-    precision: Any = config.precision
+    """Return a Trainer that writes nothing but what `callbacks` and the loggers of `config` write.
+
+    It trains on the processes of the current world.
+    """
+    world = current_world()
+    is_sharded = uses_fsdp2(config)
+    # `fully_shard` has a policy for mixed precision of its own.
+    precision: Any = "32-true" if is_sharded else config.precision
     with quiet(), logger_errors():
         return Trainer(
             max_epochs=config.epochs,
             gradient_clip_val=config.max_grad_norm,
             accelerator=config.device,
             precision=precision,
-            devices=1,  # the loader's sampler does not split the images among processes
-            use_distributed_sampler=False,
+            devices=world.num_local,
+            num_nodes=world.num_nodes,
+            strategy=_make_strategy(is_sharded=is_sharded),
+            use_distributed_sampler=False,  # the loaders divide the batches among processes
             callbacks=callbacks,
-            # One process: a scheduler's environment variables (SLURM's) must not make it wait for others.
-            plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+            plugins=[AtomicCheckpointIO(), _make_environment()],
             default_root_dir=folder,
             logger=make_loggers(config, folder) or False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
+
+
+def _make_strategy(*, is_sharded: bool) -> Strategy | str:
+    world = current_world()
+    if world.num_processes == 1:
+        return "auto"
+    if is_sharded:
+        return ModelParallelStrategy(
+            data_parallel_size=world.num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    # PyTorch has renamed the option.
+    names = signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    # Each process keeps the statistics of its own batches. Gradients lie in the buckets that are sent, not in copies.
+    return DDPStrategy(**options, gradient_as_bucket_view=True)
+
+
+def _make_environment() -> ClusterEnvironment:
+    # `joined` sets the variables of torchrun under every launcher. With one process, a scheduler's variables (SLURM's)
+    # must not make it wait for others.
+    return LightningEnvironment() if current_world().num_processes == 1 else TorchElasticEnvironment()
 
 
 def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
