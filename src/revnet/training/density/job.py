@@ -21,6 +21,7 @@ from revnet.training.image_data import absolute_data, check_batch_size, describe
 from revnet.training.optimizers import adamw_factory
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 _EVALUATION_BATCH_SIZE = 500
@@ -53,6 +54,10 @@ class DensityJob(AbstractJob[DensityResult]):
             ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
             ("epochs", self.describe_updates("images")),
         ]
+
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_images(self.dataset)
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 
 from revnet.training.run.checkpoint import HEADER_KEY
+from revnet.training.run.random_state import seed_batch
 from revnet.training.saved_module import SavedModule
+from revnet.training.settings.run_config import AbstractRunConfig
 
 
 class BestEpoch(NamedTuple):
@@ -30,6 +32,8 @@ class AbstractTask(LightningModule, ABC):
     `language_model`, by which a checkpoint finds its tensors.
     """
 
+    config: AbstractRunConfig
+    """Settings of the run."""
     num_updates: int
     """Updates of the whole run."""
     best_epoch: BestEpoch
@@ -43,6 +47,11 @@ class AbstractTask(LightningModule, ABC):
     @abstractmethod
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return the figures of an epoch as one line of text."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Seed the random numbers of the batch, so that they do not depend on what was drawn before."""
+        seed_batch(self.trainer, self.config.seed)
+        return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the header to the checkpoint, so that the file says what it holds."""

@@ -4,19 +4,16 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from revnet.training.atomic_file import atomic_path
-from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.device import find_device
+from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _IRRELEVANT_WARNINGS = (
@@ -24,36 +21,6 @@ _IRRELEVANT_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Plugin that writes a checkpoint whole or not at all."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint`; if the process is killed while writing, the previous file remains."""
-        with atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, location: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read a checkpoint without executing anything in it."""
-        return read_checkpoint(path, map_location)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came while Lightning was running."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__()
-        self.signal_number = signal_number
 
 
 def make_trainer(
@@ -73,7 +40,7 @@ def make_trainer(
             use_distributed_sampler=False,
             callbacks=callbacks,
             # One process: a scheduler's environment variables (SLURM's) must not make it wait for others.
-            plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+            plugins=[make_checkpoint_io(config), LightningEnvironment()],
             default_root_dir=folder,
             logger=False,
             enable_progress_bar=False,
@@ -82,23 +49,27 @@ def make_trainer(
         )
 
 
+def make_checkpoint_io(config: AbstractRunConfig) -> AtomicCheckpointIO:
+    """Return the plugin that writes checkpoints: in the background on a GPU, unless the settings say otherwise."""
+    is_async = config.async_save
+    return AtomicCheckpointIO(is_async=find_device(config.device).type == "cuda" if is_async is None else is_async)
+
+
 def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """Run `trainer.fit`, and restore the signal handler afterwards.
+    """Run `trainer.fit`.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came.
+        KeyboardInterrupt: A signal came that did not wait for a checkpoint.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         with quiet():
             trainer.fit(*args, **kwargs)
-    except SIGTERMException as error:
-        raise Stopped(signal.SIGTERM) from error
     except SystemExit as error:
         # Lightning exits Python at Ctrl-C, and ignores Ctrl-C from then on.
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        raise Stopped(signal.SIGINT) from error
+        raise error.__context__ from None
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
