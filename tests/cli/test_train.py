@@ -95,9 +95,33 @@ def test_resume_rejects_settings(revnet, run_dir, assert_refused):
     )
 
 
+def test_resume_auto_starts_a_run_and_continues_it(revnet, assert_refused, tmp_path):
+    command = ["train", "--resume", "auto", "--batch-size", 1000, "--epochs", 1, "--out-dir", tmp_path / "run"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # all that a run leaves that is killed at its start
+    code, output, errors = revnet(*command)
+    assert (code, errors) == (0, "")
+    assert "epoch 1/1" in output
+    code, output, errors = revnet(*command)
+    assert (code, errors) == (0, "")
+    assert "epoch 1/1" not in output, "the run is over"
+    code, output, _ = revnet(*command[:5], "--epochs", 2, *command[7:])
+    assert code == 0
+    assert output.startswith("changed  epochs 1 -> 2\n")
+    assert "epoch 1/2" not in output
+    assert "epoch 2/2" in output
+    assert_refused([*command, "--seed", 1], "`seed` (=1) cannot change within a run, which has 0")
+    assert_refused(command[:3], "`--resume auto` needs a folder; pass `--out-dir FOLDER`")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--save-every", "0"],
+            "`save_every` (='0') must be above 0; pass a number of updates, such as 500, or a time",
+        ),
+        (["--save-every", "10 apples"], "`save_every` (='10 apples') must be a number of updates, such as 500, or a"),
+        (["--keep-checkpoints", "0"], "`keep_checkpoints` (=0) must be 1 or more"),
         (["--epochs", "0"], "`epochs` (=0) must be 1 or more"),
         (["--epochs", "1.5"], "`--epochs` (=1.5) must be an integer"),
         (["--epochs", "-1"], "`epochs` (=-1) must be 1 or more"),

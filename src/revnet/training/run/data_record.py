@@ -94,16 +94,15 @@ def _record_split(noun: str, split: AbstractSplit, class_names: tuple[str, ...])
 def _fingerprint(*arrays: np.ndarray) -> str:
     digest = blake2b(digest_size=16)
     for array in arrays:
-        digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+        digest.update(np.ascontiguousarray(array).data)
     return f"{_FINGERPRINT}{digest.hexdigest()}"
 
 
 def _fingerprint_files(files: list[str]) -> str:
     # Without the folder of the data set, which may move.
     lines = sorted(f"{Path(file).name} {os.stat(file).st_size}" for file in files)  # noqa: PTH116 - a million of them
-    return (
-        f"{_FINGERPRINT}{blake2b(chr(10).join(lines).encode('utf-8', 'surrogateescape'), digest_size=16).hexdigest()}"
-    )
+    text = "\n".join(lines).encode("utf-8", "surrogateescape")
+    return f"{_FINGERPRINT}{blake2b(text, digest_size=16).hexdigest()}"
 
 
 def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -24,6 +24,7 @@ from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
 from revnet.training.run.process_state import ProcessState
 from revnet.training.run.progress import make_progress
+from revnet.training.run.rates import CurrentRates
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
 from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
@@ -96,7 +97,7 @@ def _execute(
     callbacks: Sequence[Callback],
 ) -> _Result:
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
-    ours: list[Callback] = [ProcessState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
+    ours: list[Callback] = [ProcessState(), CurrentRates(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
     checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
     interval = parse_interval("save_every", job.config.save_every)
     ours.append(SaveCheckpoints(checkpoints, interval, job.config.keep_checkpoints, signals))
