@@ -11,33 +11,10 @@ class CurrentRates(Callback):
 
     A checkpoint restores the rates that it was saved with. Where nothing has changed, they stay as they are to the last
     bit.
-
-    A schedule that waits for a metric to improve steps after the checkpoint of an epoch is saved. This callback keeps
-    the metric, and makes that step again.
     """
 
     def __init__(self) -> None:
-        self._trainer: Trainer | None = None
         self._highest: list[list[float]] = []
-        self._metrics: dict[str, float] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the trainer."""
-        self._trainer = trainer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the metrics that schedules wait for, at the end of an epoch."""
-        assert self._trainer is not None
-        epoch: Any = self._trainer.fit_loop.epoch_progress.current
-        if epoch.processed < epoch.ready:
-            return {"metrics": {}}
-        names = [config.monitor for config in self._trainer.lr_scheduler_configs if config.reduce_on_plateau]
-        metrics = self._trainer.callback_metrics
-        return {"metrics": {name: float(metrics[name]) for name in names if name in metrics}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the metrics until training starts."""
-        self._metrics = state_dict["metrics"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the rates of the settings, before a checkpoint replaces them."""
@@ -59,6 +36,3 @@ class CurrentRates(Callback):
                 schedule.base_lrs = [group["initial_lr"] for group in groups]
                 for group, share in zip(groups, schedule.lr_lambdas, strict=True):
                     group["lr"] = group["initial_lr"] * share(schedule.last_epoch)
-            elif config.reduce_on_plateau and config.monitor in self._metrics:
-                schedule.step(self._metrics[config.monitor])
-        self._metrics = {}
