@@ -8,6 +8,7 @@ from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
 from revnet.cli._photos import PHOTO_RECIPE, photo_settings
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
+from revnet.training.processes.world import is_printing
 
 AUTO = "auto"
 """Value of `--resume` that starts a run or continues it."""
@@ -44,7 +45,7 @@ def train(*, resume: str | None = None, **settings: Any) -> None:
         return
     added = photo_settings(settings)
     config = TrainConfig(**settings, **added)
-    if added:
+    if added and is_printing():
         print(f"recipe {PHOTO_RECIPE}, for photographs; pass `--config` for another")
     start_run(config)
 
@@ -75,5 +76,6 @@ def continue_run(folder: str, settings: Mapping[str, Any]) -> None:
 
 
 def _report(result: Any) -> None:
-    print()
-    print(result.report())
+    if is_printing():
+        print()
+        print(result.report())

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from lightning.pytorch import Callback
 
@@ -19,6 +19,10 @@ from revnet.training.image_data import absolute_data, absolute_path
 from revnet.training.language import job as language
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.result import LanguageResult
+from revnet.training.processes.choose import choose_world
+from revnet.training.processes.join import broadcast, joined
+from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint import read_outline, trained_part
 from revnet.training.run.checkpoint_folder import CheckpointFolder
@@ -85,13 +89,21 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM came; a checkpoint was saved, from which `resume` continues. A second
             signal stops at once.
     """
-    family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
-    job = family.new_job(config)
-    folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model)
-    with lock_run(folder):
-        run_dir.write_settings(job.config, folder)
-        save_record(job.record_data(), folder / run_dir.DATA)
-        return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.must_start:
+        arguments = {"config": config, "quiet": quiet, "callbacks": list(callbacks)}
+        return cast("RunResult", run_in_processes(train, arguments, world))
+    with joined(world, config.device):
+        family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
+        job = family.new_job(config)
+        is_main = current_world().is_main
+        folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model) if is_main else None
+        folder = broadcast(folder)
+        with lock_run(folder):
+            if is_main:
+                run_dir.write_settings(job.config, folder)
+                save_record(job.record_data(), folder / run_dir.DATA)
+            return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
 
 
 def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = (), **changes: Any) -> RunResult:
@@ -130,17 +142,23 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
     family = _find_family(folder)
     if isinstance(changes.get("data"), str):
         changes["data"] = family.locate(changes["data"])
-    (folder / run_dir.CHECKPOINTS).mkdir(exist_ok=True)
-    with lock_run(folder):
-        before = family.config_type.load(folder / run_dir.CONFIG)
-        job = family.job_of_run(change_settings(before, changes))
-        checkpoint = _find_start(folder, job)
-        if job.config != before:
-            job.config.save(folder / run_dir.CONFIG)
-        if not quiet:
-            for line in list_changes(before, job.config):
-                print(f"changed  {line}")
-        return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
+    before = family.config_type.load(folder / run_dir.CONFIG)
+    config = change_settings(before, changes)
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.must_start:
+        arguments = {"folder": folder, "quiet": quiet, "callbacks": list(callbacks), **changes}
+        return cast("RunResult", run_in_processes(resume, arguments, world))
+    with joined(world, config.device):
+        (folder / run_dir.CHECKPOINTS).mkdir(exist_ok=True)
+        with lock_run(folder):
+            job = family.job_of_run(config)
+            checkpoint = broadcast(_find_start(folder, job) if current_world().is_main else None)
+            if current_world().is_main:
+                if job.config != before:
+                    job.config.save(folder / run_dir.CONFIG)
+                for line in [] if quiet else list_changes(before, job.config):
+                    print(f"changed  {line}")
+            return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
 
 
 def _find_start(folder: Path, job: AbstractJob[Any]) -> Path | None:

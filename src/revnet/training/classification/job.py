@@ -25,8 +25,11 @@ from revnet.training.device import check_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import optimizer_factory
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, current_world, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
 from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
@@ -65,8 +68,14 @@ class ClassificationJob(AbstractJob[TrainResult]):
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
         config = self.config
         assert config.num_workers is not None
+        world = current_world()
         loader = partial(
-            make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers
+            make_loader,
+            seed=config.seed,
+            rank=world.rank,
+            num_processes=world.num_processes,
+            pin_memory=device.type == "cuda",
+            num_workers=config.num_workers,
         )
         training = loader(self.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
         if self.validation is None:
@@ -77,19 +86,29 @@ class ClassificationJob(AbstractJob[TrainResult]):
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
         assert self.config.num_workers is not None
         test = partial(evaluate_on, self.dataset, device=outcome.device, num_workers=self.config.num_workers)
-        best = None if outcome.best_score is None else load_classifier(folder / run_dir.BEST_WEIGHTS)
+        result, best_result = test(self.task.classifier), None
+        if outcome.best_score is not None:
+            best_result = test(self._best_classifier(folder / run_dir.BEST_WEIGHTS))
         return TrainResult(
-            test=test(self.task.classifier),
-            best_test=None if best is None else test(best),
+            test=result,
+            best_test=best_result,
             best_val_accuracy=outcome.best_score,
             **outcome.figures.as_arguments(),
         )
+
+    def _best_classifier(self, path: Path) -> Classifier:
+        if not is_divided(self.task.classifier):
+            return load_classifier(path)
+        # A whole classifier may not fit on one device.
+        load_whole_state(self.task.classifier, read_weights(path).tensors)
+        return self.task.classifier
 
 
 def new_job(config: TrainConfig) -> ClassificationJob:
     """Check the settings of a new run and load its data."""
     with torch.device("meta"):
         model = create_model(config.model)  # reports an unknown name before the data are read, which may take a while
+    check_devices(config, model, config.model)
     if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
     for name in ("exact", "tolerance", "drift_every"):
@@ -123,6 +142,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     if config.val_fraction > 0:
         training, validation = dataset.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
+    check_division(config.batch_size, validation)
     header = ClassifierHeader(
         model=config.model,
         data=config.data,
@@ -138,7 +158,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
         make_model=lambda: Classifier.create(header, preprocess).model,
-        make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
+        make_batch=lambda: torch.empty(part_of_batch(config.batch_size), *header.image_shape),
         loss=partial(_loss, label_smoothing=config.label_smoothing),
         optimizer=optimizer_factory(config),
     )

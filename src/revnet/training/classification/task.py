@@ -63,7 +63,7 @@ class ClassificationTask(AbstractTask):
         logits = self.classifier.model(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.train_accuracy.update(logits.detach(), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log_mean("train_loss", loss, len(labels))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         return loss
 
@@ -72,7 +72,7 @@ class ClassificationTask(AbstractTask):
         images, labels = batch
         logits = self.classifier.model(images)
         self.val_accuracy.update(logits, labels)
-        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log_mean("val_loss", F.cross_entropy(logits, labels), len(labels))
         self.log("val_accuracy", self.val_accuracy)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -19,6 +19,8 @@ from revnet.training.density.task import DensityTask
 from revnet.training.device import check_device
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import adamw_factory
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, current_world, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_images
@@ -61,7 +63,14 @@ class DensityJob(AbstractJob[DensityResult]):
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
-        loader = partial(make_loader, seed=self.config.seed, pin_memory=device.type == "cuda")
+        world = current_world()
+        loader = partial(
+            make_loader,
+            seed=self.config.seed,
+            rank=world.rank,
+            num_processes=world.num_processes,
+            pin_memory=device.type == "cuda",
+        )
         training = loader(self.training, batch_size=self.config.batch_size, shuffle=True, drop_last=True)
         if self.validation is None:
             return training, None
@@ -114,6 +123,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     if config.val_fraction > 0:
         training, validation = whole.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
+    check_division(config.batch_size, validation)
     header = DensityHeader(
         data=config.data,
         image_shape=whole.image_shape,
@@ -128,13 +138,14 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
         make_model=lambda: ImageDensity.create(header).model,
-        make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
+        make_batch=lambda: torch.empty(part_of_batch(config.batch_size), *header.image_shape),
         loss=_loss,
         optimizer=adamw_factory(config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     density = ImageDensity.create(header)
+    check_devices(config, density.model, "nice")
     density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))
     apply_policies(density.model, config, plan)
     return DensityJob(

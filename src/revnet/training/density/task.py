@@ -46,7 +46,7 @@ class DensityTask(AbstractTask):
             is_mirrored = torch.rand(len(images), device=images.device) < 0.5
             images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
         loss = self.density(images).mean()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log_mean("train_loss", loss, len(images))
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -56,7 +56,7 @@ class DensityTask(AbstractTask):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss on held-out images."""
         images, _ = batch
-        self.log("val_loss", self.density(images, self._noise).mean(), batch_size=len(images))
+        self.log_mean("val_loss", self.density(images, self._noise).mean(), len(images))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer, and the schedule that steps after every update."""

@@ -17,6 +17,8 @@ from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
 from revnet.training.language.task import LanguageTask
 from revnet.training.optimizers import adamw_factory
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, current_world, part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_text
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
@@ -61,6 +63,8 @@ class LanguageJob(AbstractJob[LanguageResult]):
             batch_size=self.config.batch_size,
             num_batches=self.config.updates_per_epoch,
             seed=self.config.seed,
+            rank=current_world().rank,
+            num_processes=current_world().num_processes,
             pin_memory=device.type == "cuda",
         )
         return training, self.validation
@@ -97,6 +101,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             f"{len(dataset.validation):,} for validation, too few for windows of `length` (={config.length}) plus one; "
             "pass a longer text, or a smaller length."
         )
+    check_division(config.batch_size)
     usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
     updates_per_epoch = config.updates_per_epoch or usual
     config, num_updates = replace(config, updates_per_epoch=updates_per_epoch).limit_updates(updates_per_epoch)
@@ -117,14 +122,16 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     )
     update = Update(
         make_model=lambda: LanguageModel.create(header).model,
-        make_batch=lambda: torch.zeros(config.batch_size, config.length, dtype=torch.int64),
+        make_batch=lambda: torch.zeros(part_of_batch(config.batch_size), config.length, dtype=torch.int64),
         loss=_loss,
         optimizer=adamw_factory(config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     language_model = LanguageModel.create(header)
+    check_devices(config, language_model.model, "the language model")
     apply_policies(language_model.model, config, plan)
+    world = current_world()
     return LanguageJob(
         config=config,
         names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
@@ -132,7 +139,12 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         plan=plan,
         dataset=dataset,
         validation=ConsecutiveWindows(
-            dataset.validation, length=config.length, batch_size=config.batch_size, max_windows=config.val_windows
+            dataset.validation,
+            length=config.length,
+            batch_size=config.batch_size,
+            max_windows=config.val_windows,
+            rank=world.rank,
+            num_processes=world.num_processes,
         ),
         update=update,
     )

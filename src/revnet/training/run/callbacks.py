@@ -16,6 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from revnet.training.atomic_file import atomic_path
+from revnet.training.processes.statistics import share_statistics
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint import save_weights
 from revnet.training.run.task import AbstractTask, BestEpoch
@@ -34,6 +36,14 @@ _LOGGED = (
     "step_seconds",
     "epoch_seconds",
 )
+
+
+class MainStatistics(Callback):
+    """Validate with the running statistics of the main process, which are the ones that are saved."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy them to all processes."""
+        share_statistics(pl_module)
 
 
 class LastUpdate(Callback):
@@ -149,6 +159,8 @@ class EpochLog(Callback):
         row |= {name: float(metrics[name]) for name in _LOGGED if name in metrics}
         check_loss(row["train_loss"], self._lr, trainer.current_epoch + 1)
         self.rows.append(row)
+        if not current_world().is_main:
+            return
         with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
             # An epoch may lack a figure: it may be too short for a measurement of drift, for instance.
             names = dict.fromkeys(name for earlier_row in self.rows for name in earlier_row)

@@ -12,10 +12,17 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from revnet.errors import CheckpointError
 from revnet.training.atomic_file import atomic_path
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.shards import is_sharded, outline_shards, read_shards
 from revnet.training.saved_module import SavedModule, attribute_of_kind
@@ -37,11 +44,33 @@ class SavedWeights(NamedTuple):
 
 
 def save_weights(module: SavedModule, path: Path) -> None:
-    """Write the tensors and the header of `module`."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    """Write the tensors and the header of `module`; of several processes, which must all call this, one writes."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in whole_state(module).items()}
+    if not current_world().is_main:
+        return
     with atomic_path(path) as temporary:
         # `save_file` would make a file that only its owner may read.
         temporary.write_bytes(save(tensors, metadata=module.header.to_metadata()))
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of `module`; parameters that are divided among processes are whole in the main process only."""
+    if not is_divided(module):
+        return module.state_dict()
+    state: dict[str, Any] = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
+
+
+def load_whole_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into `module`, whose parameters may be divided among processes."""
+    set_model_state_dict(module, dict(tensors), options=StateDictOptions(full_state_dict=True))
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Return whether parameters of `module` are divided among processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def load_module(module_type: type[_Module], path: str | Path) -> _Module:

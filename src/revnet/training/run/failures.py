@@ -1,19 +1,13 @@
-"""What stops a run from outside, in one line: no memory, no room on the disk, a process that died."""
+"""What stops a run from outside, in one line: no memory, no room on the disk, a killed process that loads data."""
 
 import re
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from revnet.errors import RevnetError
 
-_CONNECTION = re.compile(
-    r"Connection (closed|reset)|connection (was )?(closed|reset)|Broken pipe|Socket closed|gloo::|NCCL|"
-    r"Timed out waiting|recvValue failed|sendBytes failed"
-)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: ([^.]+)|exited unexpectedly)")
-_REPORTED = "revnet/reported"
 
 
 class RunError(RevnetError, RuntimeError):
@@ -36,26 +30,9 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
             f"a process that loads data was killed{reason}, which is often due to a lack of memory; {resume}, with "
             "fewer `--num-workers` to need less."
         )
-    if isinstance(error, RuntimeError) and _CONNECTION.search(text) and is_shared():
-        return RunError(f"a process of the run died, and the others cannot go on; {resume}.")
     if isinstance(error, OSError):
         return _explain_os_error(error, folder, resume)
     return None
-
-
-def is_reporter(error: Exception) -> bool:
-    """Return whether this process should print `error`: the first of all processes that asks."""
-    if not is_shared():
-        return True
-    try:
-        return distributed.distributed_c10d._get_default_store().add(_REPORTED, 1) == 1
-    except Exception:  # the process that holds the store is gone
-        return distributed.get_rank() == 1
-
-
-def is_shared() -> bool:
-    """Return whether several processes share the run."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _explain_os_error(error: OSError, folder: Path, resume: str) -> RevnetError | None:

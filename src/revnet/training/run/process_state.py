@@ -1,4 +1,4 @@
-"""The part of a run's state that differs between its processes: running means, buffers, keyframes."""
+"""The part of a run's state that differs between its processes: running means and keyframes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,9 @@ _EXTREMES = ("max", "min")
 class ProcessState(Callback):
     """Keep in the checkpoint what each process has for itself.
 
-    This is the running means of the epoch so far, which Lightning does not save; the buffers of the module, such as the
-    statistics of batch norm, which processes need not share; and the keyframes of reversible sequences with a
-    tolerance, whose positions decide the last digits of the gradients.
+    This is the running means of the epoch so far, which Lightning does not save, and the keyframes of reversible
+    sequences with a tolerance, whose positions decide the last digits of the gradients. The statistics of batch norm
+    differ too, but only the ones of the main process are ever read.
 
     On another number of processes, the first one takes the sums of all, and the others start from zero; the rest is
     dealt out in turn.
@@ -58,29 +58,16 @@ class ProcessState(Callback):
         is_same_number = len(states) == trainer.world_size
         means = [own] if is_same_number else states if rank == 0 else []
         _restore_means(trainer, means)
-        buffers = dict(pl_module.named_buffers())
-        for name, value in own["buffers"].items():
-            buffers[name].copy_(value)
         for name, sequence in _sequences(pl_module).items():
             sequence.restore_tolerance(own["tolerance"].get(name))
 
 
-def running_mean(trainer: Trainer, name: str) -> float | None:
-    """Return the mean of a logged figure over this process's part of the epoch so far; None if it was not logged."""
-    for result in _results(trainer).values():
-        if result.meta.name == name and result.is_tensor and not result.has_reset:
-            return float(result.value / getattr(result, "cumulated_batch_size", 1))
-    return None
-
-
 def _state_of(trainer: Trainer) -> dict[str, Any]:
     module = trainer.lightning_module
-    buffers = module.named_buffers() if trainer.world_size > 1 else ()
     epoch: Any = trainer.fit_loop.epoch_progress.current
     is_within_epoch = epoch.processed < epoch.ready
     return {
         "means": {key: _save_mean(x) for key, x in _results(trainer).items() if is_within_epoch and not x.has_reset},
-        "buffers": {name: buffer.detach().cpu().clone() for name, buffer in buffers},
         "tolerance": {name: sequence.tolerance_state() for name, sequence in _sequences(module).items()},
     }
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from revnet.errors import CheckpointError
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 
 try:
@@ -17,7 +18,7 @@ _NAME = "lock"
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Hold the lock of the run in `folder` while the body runs.
+    """Hold the lock of the run in `folder` while the body runs; of several processes, the main one does.
 
     The operating system releases the lock when the process ends, in any way. A file system without locks gives none.
 
@@ -27,7 +28,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: Another process works on the run.
     """
-    if fcntl is None:
+    if fcntl is None or not current_world().is_main:
         yield
         return
     with (folder / run_dir.CHECKPOINTS / _NAME).open("a") as file:

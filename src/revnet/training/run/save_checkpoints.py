@@ -15,7 +15,6 @@ from revnet.training.run.agreement import Agreement
 from revnet.training.run.callbacks import check_loss
 from revnet.training.run.checkpoint_folder import CheckpointFolder
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
-from revnet.training.run.process_state import running_mean
 from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
 from revnet.training.run.task import AbstractTask
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -99,24 +98,24 @@ class SaveCheckpoints(Checkpoint):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
             return  # the end of the epoch saves
         if self._is_due and not _validation_follows(trainer, batch_idx):
-            self._save_within_epoch(trainer)
+            self._save_within_epoch(trainer, pl_module)
         self._stop(trainer, answer)
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save and stop if a signal has come."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         answer = self._agreement.ask(self._request() if self._signals.number is not None else 0)
         if answer >= _STOP:
             self._repeats_validation = True
-            self._save_within_epoch(trainer)
+            self._save_within_epoch(trainer, pl_module)
         self._stop(trainer, answer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if it was time before the validation."""
         is_within_epoch = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not trainer.should_stop
         if self._is_due and is_within_epoch and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save_within_epoch(trainer)
+            self._save_within_epoch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and stop if a signal has come and there is an epoch left."""
@@ -152,10 +151,10 @@ class SaveCheckpoints(Checkpoint):
         seconds = self._interval.seconds
         return _SAVE if seconds is not None and time.monotonic() - self._last_time >= seconds else 0
 
-    def _save_within_epoch(self, trainer: Trainer) -> None:
+    def _save_within_epoch(self, trainer: Trainer, task: LightningModule) -> None:
         """Save, unless the loss shows that the run has diverged: the checkpoints before that must remain."""
-        loss = running_mean(trainer, "train_loss")
-        if self._agreement.any(loss is not None and not math.isfinite(loss)):
+        assert isinstance(task, AbstractTask)
+        if self._agreement.any(not math.isfinite(task.total_train_loss)):
             check_loss(math.nan, trainer.optimizers[0].param_groups[0]["lr"], trainer.current_epoch + 1)
         self._save(trainer)
 

@@ -6,19 +6,27 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
 from revnet.training.device import find_device
+from revnet.training.processes.prepare_model import uses_fsdp2
+from revnet.training.processes.world import current_world
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
+    r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
 
@@ -28,19 +36,26 @@ def make_trainer(
     callbacks: list[Callback],
     folder: Path,
 ) -> Trainer:
-    """Return a Trainer that writes nothing but what `callbacks` write."""
-    precision: Any = config.precision
+    """Return a Trainer that writes nothing but what `callbacks` write.
+
+    It trains on the processes of the current world.
+    """
+    world = current_world()
+    is_sharded = uses_fsdp2(config)
+    # `fully_shard` has a policy for mixed precision of its own.
+    precision: Any = "32-true" if is_sharded else config.precision
     with quiet():
         return Trainer(
             max_epochs=config.epochs,
             gradient_clip_val=config.max_grad_norm,
             accelerator=config.device,
             precision=precision,
-            devices=1,  # the loader's sampler does not split the images among processes
-            use_distributed_sampler=False,
+            devices=world.num_local,
+            num_nodes=world.num_nodes,
+            strategy=_make_strategy(is_sharded=is_sharded),
+            use_distributed_sampler=False,  # the loaders divide the batches among processes
             callbacks=callbacks,
-            # One process: a scheduler's environment variables (SLURM's) must not make it wait for others.
-            plugins=[make_checkpoint_io(config), LightningEnvironment()],
+            plugins=[make_checkpoint_io(config), _make_environment()],
             default_root_dir=folder,
             logger=False,
             enable_progress_bar=False,
@@ -53,6 +68,26 @@ def make_checkpoint_io(config: AbstractRunConfig) -> AtomicCheckpointIO:
     """Return the plugin that writes checkpoints: in the background on a GPU, unless the settings say otherwise."""
     is_async = config.async_save
     return AtomicCheckpointIO(is_async=find_device(config.device).type == "cuda" if is_async is None else is_async)
+
+
+def _make_strategy(*, is_sharded: bool) -> Strategy | str:
+    world = current_world()
+    if world.num_processes == 1:
+        return "auto"
+    if is_sharded:
+        return ModelParallelStrategy(data_parallel_size=world.num_processes, tensor_parallel_size=1)
+    # PyTorch has renamed the option.
+    names = signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    # Each process keeps the statistics of its own batches. Gradients lie in the buckets that are sent, not in copies.
+    return DDPStrategy(**options, gradient_as_bucket_view=True)
+
+
+def _make_environment() -> ClusterEnvironment:
+    # `joined` sets the variables of torchrun under every launcher. With one process, a scheduler's variables (SLURM's)
+    # must not make it wait for others.
+    return LightningEnvironment() if current_world().num_processes == 1 else TorchElasticEnvironment()
 
 
 def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
