@@ -60,7 +60,7 @@ def make_config(task: str, tmp_path: Path, **more: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1])
+@pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize("task", ["digits", "nice", "lm"])
 def test_run_survives_random_kills(tmp_path, task, num_processes):
     for seed, is_async in ((0, False), (1, True)):
