@@ -31,6 +31,7 @@ from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
+from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 
@@ -59,6 +60,10 @@ class ClassificationJob(AbstractJob[TrainResult]):
             ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
             ("epochs", self.describe_updates("images")),
         ]
+
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_images(self.dataset)
 
     def make_loaders(
         self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1

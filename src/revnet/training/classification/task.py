@@ -30,6 +30,7 @@ class ClassificationTask(AbstractTask):
             builds the loaders early, which stops stateful ones from resuming (lightning #20550).
     """
 
+    config: TrainConfig
     best_epoch = BestEpoch("val_accuracy", is_highest=True)
 
     def __init__(

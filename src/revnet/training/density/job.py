@@ -23,6 +23,7 @@ from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 _EVALUATION_BATCH_SIZE = 500
@@ -55,6 +56,10 @@ class DensityJob(AbstractJob[DensityResult]):
             ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
             ("epochs", self.describe_updates("images")),
         ]
+
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_images(self.dataset)
 
     def make_loaders(
         self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1

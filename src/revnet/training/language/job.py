@@ -11,6 +11,7 @@ from revnet.data import ConsecutiveWindows, RandomWindows, load_text
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
 from revnet.training.device import check_device
+from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
@@ -19,6 +20,7 @@ from revnet.training.optimizers import adamw_factory
 from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.data_record import DataRecord, record_text
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 
 _LONGEST_EPOCH = 500
@@ -46,6 +48,10 @@ class LanguageJob(AbstractJob[LanguageResult]):
             ("data", f"{dataset.name}, {len(dataset.vocabulary)} different characters: {counts}"),
             ("epochs", self.describe_updates(f"windows of {config.length} characters")),
         ]
+
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_text(self.dataset)
 
     def make_loaders(
         self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
@@ -91,7 +97,7 @@ def new_job(config: LanguageConfig) -> LanguageJob:
     """Check the settings of a new run and read its text."""
     if config.data is None:
         raise ValueError("`data` is required: a text file, such as --data book.txt.")
-    return job_of_run(replace(config, data=str(Path(config.data).expanduser().resolve())))
+    return job_of_run(replace(config, data=absolute_path(config.data)))
 
 
 def job_of_run(config: LanguageConfig) -> LanguageJob:

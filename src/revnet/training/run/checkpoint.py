@@ -1,13 +1,13 @@
 """Read and write the two files of a run: weights (safetensors) and the checkpoint to resume from (PyTorch's format).
 
 A weights file holds the tensors of the module that was trained, such as a `Classifier`, and its header as metadata. A
-checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, callbacks and random generators, and the
-header.
+checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, loader and callbacks, and the header. It
+is a file or, if several processes shard the model, a folder of shards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from revnet.errors import CheckpointError
 from revnet.training.atomic_file import atomic_path
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
+from revnet.training.run.shards import is_sharded, outline_shards, read_shards
 from revnet.training.saved_module import SavedModule, attribute_of_kind
 
 HEADER_KEY = "revnet"
@@ -86,7 +87,7 @@ def load_module(module_type: type[_Module], path: str | Path) -> _Module:
 
     Args:
         module_type: Class of the module.
-        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run.
+        path: A `.safetensors` file, a `.ckpt` file or folder, or the folder of a run.
 
     Raises:
         CheckpointError: The file does not exist, is truncated, was not written by revnet, holds another kind of module,
@@ -107,17 +108,19 @@ def find_weights(path: Path) -> Path:
     Raises:
         CheckpointError: The file does not exist.
     """
-    if not path.is_dir():
-        return _existing_file(path)
-    # The last two are written together; a run that stopped in between leaves the checkpoint.
-    for name in (run_dir.LAST_WEIGHTS, run_dir.CHECKPOINT):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"`{path}` holds no {run_dir.LAST_WEIGHTS} and no {run_dir.CHECKPOINT}; {_WAY_OUT}.")
+    if not path.is_dir() or is_sharded(path):
+        return _existing(path)
+    weights = path / run_dir.LAST_WEIGHTS
+    if weights.is_file():
+        return weights
+    checkpoints = sorted((path / run_dir.CHECKPOINTS).glob("*.ckpt"), key=lambda file: (len(file.name), file.name))
+    if checkpoints:  # of a run that was stopped in its first epoch
+        return checkpoints[-1]
+    raise CheckpointError(f"`{path}` holds no {run_dir.LAST_WEIGHTS} and no checkpoint; {_WAY_OUT}.")
 
 
 def read_weights(path: Path) -> SavedWeights:
-    """Read a `.safetensors` file, or the same part of a `.ckpt` file.
+    """Read a `.safetensors` file, or the same part of a checkpoint.
 
     Raises:
         CheckpointError: The file is missing, truncated, or was not written by `revnet train`.
@@ -137,17 +140,38 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """Read a checkpoint to resume from, without executing anything in it.
 
     Raises:
-        CheckpointError: The file is missing, truncated, or was not written by `revnet train`.
+        CheckpointError: The checkpoint is missing, truncated, or was not written by `revnet train`.
     """
-    path = _existing_file(Path(path))
-    with path.open("rb") as file:  # an unreadable file raises its own error here
-        try:
-            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-        except Exception as error:  # the unpickler can raise anything, OSError included
-            raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+    path = _existing(Path(path))
+    checkpoint = _load(path, lambda: read_shards(path) if is_sharded(path) else _read_file(path, map_location))
     if not (isinstance(checkpoint, dict) and {HEADER_KEY, "state_dict"} <= checkpoint.keys()):
         raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
     return checkpoint
+
+
+def read_outline(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with tensors that have shapes, and no values in memory.
+
+    Raises:
+        CheckpointError: The checkpoint is truncated, or not a checkpoint.
+    """
+    if is_sharded(path):
+        return cast("dict[str, Any]", _load(path, lambda: outline_shards(path)))
+    return cast("dict[str, Any]", _load(path, lambda: torch.load(path, "cpu", weights_only=True, mmap=True)))
+
+
+def _load(path: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except PermissionError:
+        raise
+    except Exception as error:  # the unpickler can raise anything, OSError included
+        raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+
+
+def _read_file(path: Path, map_location: Any) -> Any:
+    with path.open("rb") as file:
+        return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
@@ -158,7 +182,7 @@ def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
     return SavedWeights(metadata, {name.removeprefix(prefix): x for name, x in state if name.startswith(prefix)})
 
 
-def _existing_file(path: Path) -> Path:
-    if not path.is_file():
+def _existing(path: Path) -> Path:
+    if not path.is_file() and not is_sharded(path):
         raise CheckpointError(f"`{path}` is not a file; {_WAY_OUT}.")
     return path

@@ -21,24 +21,23 @@ from revnet.training.processes.statistics import share_statistics
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
-from revnet.training.run.callbacks import (
-    EpochLog,
-    LastUpdate,
-    MainStatistics,
-    RandomState,
-    RunFiles,
-    StepTimer,
-    ToleranceState,
-)
+from revnet.training.run.callbacks import EpochLog, LastUpdate, MainStatistics, RunFiles, StepTimer
+from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
+from revnet.training.run.failures import explain
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
 from revnet.training.run.loggers import LoggedRun, describe_loggers
+from revnet.training.run.process_state import ProcessState
 from revnet.training.run.progress import make_progress
+from revnet.training.run.rates import CurrentRates
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
+from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.run.state_bytes import StateCounter
-from revnet.training.run.trainer import Stopped, fit, make_trainer
+from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
+from revnet.training.run.trainer import fit, make_trainer
 from revnet.training.run.update_log import UpdateLog
 from revnet.training.settings.run_config import AbstractRunConfig
+from revnet.training.settings.save_interval import parse_interval
 
 _Result = TypeVar("_Result", bound=RunResult)
 
@@ -63,16 +62,26 @@ def execute(
 
     Raises:
         TrainingInterrupted: Ctrl-C or SIGTERM came.
+        RevnetError: The machine stopped the run: no memory, no room on the disk, a killed process that loads data.
     """
     try:
-        with _threads(job.config.num_threads):
-            return _execute(job, folder, checkpoint, quiet, callbacks)
-    except KeyboardInterrupt as stop:
-        message = f"stopped; `revnet train --resume {folder}` continues after the last finished epoch."
-        if not (folder / run_dir.CHECKPOINT).is_file():
-            settings = folder / run_dir.CONFIG
-            message = f"stopped before an epoch was finished; `{job.config.command} --config {settings}` starts again."
-        raise TrainingInterrupted(message, stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT) from stop
+        with StopSignals() as signals, _threads(job.config.num_threads):
+            return _execute(job, folder, checkpoint, signals, quiet, callbacks)
+    except (SavedAndStopped, KeyboardInterrupt) as stop:
+        number = getattr(stop, "signal_number", signal.SIGINT)
+        raise TrainingInterrupted(_how_to_continue(folder, stop), number) from stop
+    except Exception as error:
+        explained = explain(error, folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _how_to_continue(folder: Path, stop: BaseException) -> str:
+    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS).list()
+    start = f"after update {update_of(checkpoints[-1]):,}" if checkpoints else "from the beginning"
+    how = "stopped" if isinstance(stop, SavedAndStopped) or not checkpoints else "stopped at once"
+    return f"{how}; `revnet train --resume {folder}` continues {start}."
 
 
 @contextmanager
@@ -86,14 +95,19 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _execute(
-    job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
+    job: AbstractJob[_Result],
+    folder: Path,
+    checkpoint: Path | None,
+    signals: StopSignals,
+    quiet: bool,
+    callbacks: Sequence[Callback],
 ) -> _Result:
     counter = StateCounter()
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
     updates = UpdateLog(folder / run_dir.UPDATE_LOG, every=job.config.log_every, batch_size=job.config.batch_size)
     ours: list[Callback] = [
-        RandomState(),
-        ToleranceState(),
+        ProcessState(),
+        CurrentRates(),
         MainStatistics(),
         LastUpdate(job.task.num_updates),
         StepTimer(job.config.batch_size),
@@ -103,6 +117,9 @@ def _execute(
         log,
         files,
     ]
+    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
+    interval = parse_interval("save_every", job.config.save_every)
+    ours.append(SaveCheckpoints(checkpoints, interval, job.config.keep_checkpoints, signals))
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
     world = current_world()

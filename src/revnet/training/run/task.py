@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from revnet.training.run.checkpoint import HEADER_KEY
 from revnet.training.run.mean_over_samples import MeanOverSamples
+from revnet.training.run.random_state import seed_batch
 from revnet.training.saved_module import SavedModule
+from revnet.training.settings.run_config import AbstractRunConfig
 
 
 class BestEpoch(NamedTuple):
@@ -32,6 +34,8 @@ class AbstractTask(LightningModule, ABC):
     `language_model`, by which a checkpoint finds its tensors.
     """
 
+    config: AbstractRunConfig
+    """Settings of the run."""
     num_updates: int
     """Updates of the whole run."""
     best_epoch: BestEpoch
@@ -52,6 +56,11 @@ class AbstractTask(LightningModule, ABC):
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return the figures of an epoch as one line of text."""
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Seed the random numbers of the batch, so that they do not depend on what was drawn before."""
+        seed_batch(self.trainer, self.config.seed)
+        return batch
+
     def configure_model(self) -> None:
         """Prepare the network for several devices."""
         if self.prepare_model is not None:
@@ -64,6 +73,13 @@ class AbstractTask(LightningModule, ABC):
         assert isinstance(metric, MeanOverSamples)
         metric.update(mean.detach(), num_samples)
         self.log(name, metric, on_step=False, on_epoch=True)
+
+    @property
+    def total_train_loss(self) -> float:
+        """Sum of the training loss over the samples of this process in the epoch so far."""
+        metric = self.means["train_loss"]
+        assert isinstance(metric, MeanOverSamples)
+        return float(metric.total)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the header to the checkpoint, so that the file says what it holds."""

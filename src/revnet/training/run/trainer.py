@@ -4,26 +4,23 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn.parallel import DistributedDataParallel
 
-from revnet.training.atomic_file import atomic_path
+from revnet.training.device import find_device
 from revnet.training.processes.prepare_model import uses_fsdp2
 from revnet.training.processes.world import current_world
-from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.run.loggers import logger_errors, make_loggers
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -35,36 +32,6 @@ _IRRELEVANT_WARNINGS = (
     r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Plugin that writes a checkpoint whole or not at all."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint`; if the process is killed while writing, the previous file remains."""
-        with atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, location: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read a checkpoint without executing anything in it."""
-        return read_checkpoint(path, map_location)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came while Lightning was running."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__()
-        self.signal_number = signal_number
 
 
 def make_trainer(
@@ -91,7 +58,7 @@ def make_trainer(
             strategy=_make_strategy(is_sharded=is_sharded),
             use_distributed_sampler=False,  # the loaders divide the batches among processes
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(), _make_environment()],
+            plugins=[make_checkpoint_io(config), _make_environment()],
             default_root_dir=folder,
             logger=make_loggers(config, folder) or False,
             enable_progress_bar=False,
@@ -100,14 +67,18 @@ def make_trainer(
         )
 
 
+def make_checkpoint_io(config: AbstractRunConfig) -> AtomicCheckpointIO:
+    """Return the plugin that writes checkpoints: in the background on a GPU, unless the settings say otherwise."""
+    is_async = config.async_save
+    return AtomicCheckpointIO(is_async=find_device(config.device).type == "cuda" if is_async is None else is_async)
+
+
 def _make_strategy(*, is_sharded: bool) -> Strategy | str:
     world = current_world()
     if world.num_processes == 1:
         return "auto"
     if is_sharded:
-        return ModelParallelStrategy(
-            data_parallel_size=world.num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
+        return ModelParallelStrategy(data_parallel_size=world.num_processes, tensor_parallel_size=1)
     # PyTorch has renamed the option.
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
@@ -123,22 +94,20 @@ def _make_environment() -> ClusterEnvironment:
 
 
 def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """Run `trainer.fit`, and restore the signal handler afterwards.
+    """Run `trainer.fit`.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came.
+        KeyboardInterrupt: A signal came that did not wait for a checkpoint.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         with quiet(), logger_errors():
             trainer.fit(*args, **kwargs)
-    except SIGTERMException as error:
-        raise Stopped(signal.SIGTERM) from error
     except SystemExit as error:
         # Lightning exits Python at Ctrl-C, and ignores Ctrl-C from then on.
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        raise Stopped(signal.SIGINT) from error
+        raise error.__context__ from None
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

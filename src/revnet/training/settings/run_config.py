@@ -35,6 +35,7 @@ class AbstractRunConfig(UpdateSettings, ActivationSettings, DeviceSettings, Chec
     epochs: int
     max_updates: int | None
     batch_size: int
+    seed: int
 
     def __post_init__(self) -> None:
         self.check()
