@@ -4,13 +4,10 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from revnet.training.settings.checks import check_fractions, check_range
+from revnet.training.settings.checks import check_range
 from revnet.training.settings.choices import OnCorrupt, Optimizer, Policy, Preprocessing, Schedule
 from revnet.training.settings.fields import checked, integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
-
-# Each update of AdamW moves every weight by about the learning rate: with a rate that suits SGD, nothing is learned.
-_HIGHEST_LR_OF_ADAMW = 0.05
 
 # Values for settings that are left open, by data set.
 _USUAL: dict[str, dict[str, Any]] = {
@@ -81,37 +78,20 @@ class TrainConfig(AbstractRunConfig):
     """Images per update. Images that an epoch leaves over may be seen in another epoch."""
 
     optimizer: Optimizer = "sgd"
-    """Optimizer: `sgd` is gradient descent with momentum, for convolutional networks; `adamw` is for transformers, with
-    a learning rate near 1e-3 and a weight decay near 0.05."""
+    """Optimizer, a class of `torch.optim` in lower case. `sgd` is gradient descent with momentum, for convolutional
+    networks; `adamw` is for transformers, with a learning rate near 1e-3 and a weight decay near 0.05; `muon` makes the
+    updates of the weight matrices of hidden layers orthogonal, and leaves all other parameters to `adamw`, with the same
+    learning rate."""
 
     lr: float = number(0.1, "above 0", lambda x: x > 0, usual="0.1")
     """Highest learning rate."""
 
     schedule: Schedule = "step"
-    """Schedule of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`, `cosine`
-    lowers it to zero along half a cosine."""
-
-    warmup: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
-    """Share of all updates in which the learning rate first rises linearly from zero."""
-
-    decay_at: tuple[float, ...] = checked((0.5, 0.75), check_fractions)
-    """Points at which the learning rate is multiplied by `decay_factor`, as fractions of all updates."""
-
-    decay_factor: float = number(0.1, "above 0 and at most 1", lambda x: 0 < x <= 1, usual="0.1")
-    """Factor that the learning rate is multiplied by."""
-
-    momentum: float = number(0.9, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.9")
-    """Momentum of `sgd`, or the first beta of `adamw`, whose second is 0.999."""
-
-    nesterov: bool = False
-    """Whether to use Nesterov's momentum; with `sgd` only."""
 
     label_smoothing: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
     """Share of the target that is spread over all classes; in the training loss only."""
 
     weight_decay: float = number(2e-4, "0 or more", lambda x: x >= 0, usual="2e-4")
-    """Decay of the convolution and linear weights; norms, biases and position embeddings do not decay. `sgd` adds the
-    decay to the gradient, `adamw` subtracts it from the weights, times the learning rate."""
 
     val_fraction: float = number(0.1, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
     """Share of the training images, taken evenly from all classes, that is held out for validation. With 0, the paper's
@@ -166,8 +146,6 @@ class TrainConfig(AbstractRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # YAML has lists only; a frozen dataclass needs tuples, which can be hashed.
-        object.__setattr__(self, "decay_at", tuple(self.decay_at))
         object.__setattr__(self, "crop_area", tuple(self.crop_area))
 
     def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
@@ -192,11 +170,3 @@ class TrainConfig(AbstractRunConfig):
                 f"`tolerance` (={self.tolerance}) bounds the error of reconstructed activations, and the `policy` "
                 f"{self.policy} reconstructs nothing; leave one of the two out."
             )
-        if self.optimizer == "adamw" and self.nesterov:
-            raise ValueError("`nesterov` (=True) is for the `optimizer` sgd, not for adamw; leave it out.")
-        if self.optimizer == "adamw" and self.lr > _HIGHEST_LR_OF_ADAMW:
-            raise ValueError(
-                f"`lr` (={self.lr}) must be {_HIGHEST_LR_OF_ADAMW} or less with the `optimizer` adamw; 0.001 is usual."
-            )
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("`nesterov` (=True) needs a `momentum` above 0; 0.9 is usual.")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -11,9 +10,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from revnet._units import format_rate
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import Classifier
-from revnet.training.optimizers import optimizer_factory, parameter_groups
 from revnet.training.run.task import AbstractTask, BestEpoch
-from revnet.training.schedules import cosine_decay, progressive_size, step_decay
+from revnet.training.schedules import progressive_size
 
 Batch = tuple[Tensor, Tensor]
 
@@ -73,23 +71,6 @@ class ClassificationTask(AbstractTask):
         self.val_accuracy.update(logits, labels)
         self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log("val_accuracy", self.val_accuracy)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer, and the schedule that steps after every update."""
-        config = self.config
-        groups = parameter_groups(self.classifier.model, config.weight_decay)
-        optimizer = optimizer_factory(config)(groups)
-        if config.schedule == "cosine":
-            schedule = cosine_decay(optimizer, num_updates=self.num_updates, warmup=config.warmup)
-        else:
-            schedule = step_decay(
-                optimizer,
-                num_updates=self.num_updates,
-                decay_at=config.decay_at,
-                decay_factor=config.decay_factor,
-                warmup=config.warmup,
-            )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
     def saved_module(self) -> Classifier:

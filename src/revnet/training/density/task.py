@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from revnet._units import format_rate
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.model import ImageDensity
-from revnet.training.optimizers import adamw_along_a_cosine
 from revnet.training.run.task import AbstractTask, BestEpoch
 
 Batch = tuple[Tensor, Tensor]
@@ -56,10 +54,6 @@ class DensityTask(AbstractTask):
         """Log the loss on held-out images."""
         images, _ = batch
         self.log("val_loss", self.density(images, self._noise).mean(), batch_size=len(images))
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer, and the schedule that steps after every update."""
-        return adamw_along_a_cosine(self.density.model, self.config, self.num_updates)
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return bits per dimension and speed as text."""

@@ -1,13 +1,19 @@
 """The part of a LightningModule that all tasks share: what to save, which epoch is best, what to print."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Self
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from revnet.training.freezing import frozen_norms
 from revnet.training.run.checkpoint import HEADER_KEY
+from revnet.training.run.optimization import configure_optimization
 from revnet.training.saved_module import SavedModule
+from revnet.training.settings.run_config import AbstractRunConfig
 
 
 class BestEpoch(NamedTuple):
@@ -30,10 +36,14 @@ class AbstractTask(LightningModule, ABC):
     `language_model`, by which a checkpoint finds its tensors.
     """
 
+    config: AbstractRunConfig
+    """Settings of the run."""
     num_updates: int
     """Updates of the whole run."""
     best_epoch: BestEpoch
     """Rule for which epoch is the best."""
+    with_final_weights: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
+    """Context in which the module has the weights to save: their average, if the run keeps one."""
 
     @property
     @abstractmethod
@@ -43,6 +53,31 @@ class AbstractTask(LightningModule, ABC):
     @abstractmethod
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return the figures of an epoch as one line of text."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer, and the schedule that steps after every update."""
+        metric, is_highest = self.best_epoch
+        return configure_optimization(
+            self.config, self.saved_module.model, self.num_updates, metric=metric, is_highest=is_highest
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules; frozen batch norms always use their averages."""
+        super().train(mode)
+        for norm in frozen_norms(self.saved_module.model):
+            norm.train(False)
+        return self
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule, except the one that follows validations."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_validation_end(self) -> None:
+        """Step the schedule that follows validations."""
+        for entry in self.trainer.lr_scheduler_configs:
+            if isinstance(entry.scheduler, ReduceLROnPlateau):
+                entry.scheduler.step(self.trainer.callback_metrics[self.best_epoch.metric])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the header to the checkpoint, so that the file says what it holds."""

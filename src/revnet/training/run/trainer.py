@@ -16,12 +16,16 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from revnet.training.atomic_file import atomic_path
+from revnet.training.device import find_device
 from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.run.precision import precision_arguments
+from revnet.training.run.updates import update_arguments
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
+    r"Detected call of `lr_scheduler.step\(\)` before",  # a gradient scaler left out the first updates
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
 
@@ -62,18 +66,18 @@ def make_trainer(
     folder: Path,
 ) -> Trainer:
     """Return a Trainer that writes nothing but what `callbacks` write."""
-    precision: Any = config.precision
+    precision = precision_arguments(config, find_device(config.device).type)
     with quiet():
         return Trainer(
             max_epochs=config.epochs,
-            gradient_clip_val=config.max_grad_norm,
+            **update_arguments(config),
             accelerator=config.device,
-            precision=precision,
+            precision=precision.get("precision"),
             devices=1,  # the loader's sampler does not split the images among processes
             use_distributed_sampler=False,
             callbacks=callbacks,
             # One process: a scheduler's environment variables (SLURM's) must not make it wait for others.
-            plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+            plugins=[AtomicCheckpointIO(), LightningEnvironment(), *precision.get("plugins", ())],
             default_root_dir=folder,
             logger=False,
             enable_progress_bar=False,

@@ -1,0 +1,56 @@
+"""Rules about settings of several groups together.
+
+Each raises an error of one line with both settings and the way out.
+"""
+
+from typing import Any
+
+
+def check_combinations(config: Any) -> None:
+    """Raise unless the shared settings of a run go together.
+
+    Raises:
+        ValueError: Two settings exclude each other, or one needs another.
+    """
+    _check_validation(config)
+    _check_arithmetic(config)
+    if config.batch_size % config.accumulate:
+        nearest = _nearest_multiple(config.batch_size, config.accumulate)
+        raise ValueError(
+            f"`batch_size` (={config.batch_size}) must be a multiple of `accumulate` (={config.accumulate}), so that "
+            f"all parts weigh the same; pass {nearest}, or another number of parts."
+        )
+    if config.ema_decay is not None and config.memory_budget is not None:
+        raise ValueError(
+            f"`ema_decay` (={config.ema_decay}) keeps a second copy of the weights, which a `memory_budget` "
+            f"(={config.memory_budget!r}) does not count; leave one of the two out, or pass a `policy`."
+        )
+
+
+def _check_validation(config: Any) -> None:
+    if config.val_fraction > 0:
+        return
+    for name in ("val_every", "patience"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` (={getattr(config, name)}) needs a validation, and `val_fraction` (=0) holds out nothing; "
+                "pass a `val_fraction` of 0.1, or leave it out."
+            )
+    if config.schedule == "plateau":
+        raise ValueError(
+            "`schedule` (='plateau') needs a validation, and `val_fraction` (=0) holds out nothing; pass a "
+            "`val_fraction` of 0.1, or the schedule cosine."
+        )
+
+
+def _check_arithmetic(config: Any) -> None:
+    if config.precision == "bf16-true" and config.ema_decay is not None:
+        raise ValueError(
+            f"`ema_decay` (={config.ema_decay}) does not go with the `precision` bf16-true, which rounds the small "
+            "steps of an average away; pass bf16-mixed, or leave it out."
+        )
+
+
+def _nearest_multiple(number: int, factor: int) -> str:
+    lower = number // factor * factor
+    return f"{lower} or {lower + factor}" if lower else str(factor)
