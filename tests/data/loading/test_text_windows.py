@@ -54,3 +54,36 @@ def test_rejects_texts_shorter_than_a_window(make):
         make(length=50, batch_size=1)
     with pytest.raises(ValueError, match=r"`batch_size` \(=0\) must be positive"):
         make(length=5, batch_size=0)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_random_windows_of_two_processes_are_the_windows_of_one(num_parts):
+    whole = list(random_windows(batch_size=8))
+    ranks = [list(random_windows(batch_size=8, rank=rank, num_processes=2, num_parts=num_parts)) for rank in range(2)]
+    for update, expected in enumerate(whole):
+        parts = [part for own in ranks for part in own[update * num_parts : (update + 1) * num_parts]]
+        assert {len(part) for part in parts} == {4 // num_parts}
+        assert torch.equal(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_consecutive_windows_of_several_processes_cover_the_text_once(num_processes, batch_size):
+    def make(rank, num_processes):
+        return ConsecutiveWindows(
+            torch.arange(22), length=5, batch_size=batch_size, rank=rank, num_processes=num_processes
+        )
+
+    ranks = [make(rank, num_processes) for rank in range(num_processes)]
+    assert {windows.num_windows for windows in ranks} == {4}
+    assert len({len(windows) for windows in ranks}) == 1
+    assert all(len(batch) for windows in ranks for batch in windows)
+    starts = torch.cat([batch[:, 0] for windows in ranks for batch in windows])
+    assert starts.sort().values.tolist() == [0, 5, 10, 15]
+
+
+def test_rejects_windows_that_cannot_be_divided():
+    with pytest.raises(ValueError, match=r"`batch_size` \(=3\) must be a multiple of 2, .* pass 2 or 4\.$"):
+        random_windows(num_processes=2)
+    with pytest.raises(ValueError, match=r"`num_processes` \(=5\) must not exceed the 4 windows of the text"):
+        ConsecutiveWindows(torch.arange(22), length=5, batch_size=3, num_processes=5)

@@ -11,7 +11,8 @@ from torch import Tensor
 from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.decoding.batch import DecodedBatch
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
-from revnet.data.loading._stream_batches import join_remainders
+from revnet.data.loading._share import Share
+from revnet.data.loading._stream_batches import Chunk, StreamBatches
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.rows import AbstractRows, Order, Row, shuffled
 from revnet.data.splits.stream_split import StreamSplit
@@ -232,32 +233,40 @@ def test_shuffling_keeps_every_row_and_looks_no_further_ahead_than_its_buffer() 
     assert list(shuffled([], 10, np.random.default_rng(0))) == []
 
 
-def batch(labels: list[int], num_corrupt: int = 0, fatal: str | None = None) -> DecodedBatch:
+def chunk(reader: int, labels: list[int], num_corrupt: int = 0, fatal: str | None = None) -> Chunk:
+    """Return a chunk of a stream whose global batches have two images."""
     images = torch.tensor(labels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    return DecodedBatch(images, torch.tensor(labels, dtype=torch.int64), (("x", "y"),) * num_corrupt, fatal)
+    batch = DecodedBatch(images, torch.tensor(labels, dtype=torch.int64), (("x", "y"),) * num_corrupt, fatal)
+    return Chunk(reader, (batch,), is_full=len(labels) + num_corrupt == 2 and fatal is None)
+
+
+def follow(chunks: list[Chunk], drop_last: bool) -> list[DecodedBatch]:
+    batches = StreamBatches(
+        make_split([0] * 6), batch_size=2, drop_last=drop_last, shuffle=False, seed=0, share=Share(), num_workers=4
+    )
+    return list(batches.follow(chunks))
 
 
 @pytest.mark.parametrize(
-    ("batches", "drop_last", "expected"),
+    ("chunks", "drop_last", "expected"),
     [
-        ([batch([0, 1]), batch([2]), batch([3, 4]), batch([5])], True, [[0, 1], [3, 4], [2, 5]]),
-        ([batch([0, 1]), batch([2]), batch([3, 4])], True, [[0, 1], [3, 4]]),
-        ([batch([0, 1]), batch([2]), batch([3, 4])], False, [[0, 1], [3, 4], [2]]),
-        ([batch([0], 1), batch([1]), batch([], 1), batch([2])], True, [[0], [1, 2]]),
-        ([batch([], 2), batch([], 1)], False, []),
-        ([batch([]), batch([0, 1])], False, [[0, 1]]),
+        ([chunk(0, [0, 1]), chunk(1, [2]), chunk(0, [3, 4]), chunk(2, [5])], True, [[0, 1], [3, 4], [2, 5]]),
+        ([chunk(0, [0, 1]), chunk(2, [2]), chunk(0, [3, 4]), chunk(1, [5])], True, [[0, 1], [3, 4], [5, 2]]),
+        ([chunk(0, [0, 1]), chunk(1, [2]), chunk(0, [3, 4])], True, [[0, 1], [3, 4]]),
+        ([chunk(0, [0, 1]), chunk(1, [2]), chunk(0, [3, 4])], False, [[0, 1], [3, 4], [2]]),
+        ([chunk(0, [0], 1), chunk(1, [1]), chunk(2, [], 1), chunk(3, [2])], True, [[0], [1, 2]]),
+        ([chunk(0, [], 2), chunk(1, [], 1)], False, []),
+        ([chunk(0, []), chunk(1, [0, 1])], False, [[0, 1]]),
         ([], False, []),
     ],
 )
-def test_remainders_are_joined_to_full_batches(
-    batches: list[DecodedBatch], drop_last: bool, expected: list[list[int]]
-) -> None:
-    joined = list(join_remainders(batches, 2, drop_last))
+def test_remainders_are_joined_to_full_batches(chunks: list[Chunk], drop_last: bool, expected: list[list[int]]) -> None:
+    joined = follow(chunks, drop_last)
     assert [part.labels.tolist() for part in joined if len(part.labels)] == expected
-    assert sum(len(part.corrupt) for part in joined) == sum(len(part.corrupt) for part in batches)
+    assert sum(len(part.corrupt) for part in joined) == sum(len(part.corrupt) for (_, (part,), _) in chunks)
     for part in joined:
         assert part.images[:, 0, 0, 0].tolist() == part.labels.tolist()
 
 
 def test_a_fatal_error_is_passed_on() -> None:
-    assert [part.fatal for part in join_remainders([batch([0], fatal="gone")], 2, False)] == ["gone"]
+    assert next(part.fatal for part in follow([chunk(0, [0], fatal="gone")], False)) == "gone"

@@ -1,7 +1,7 @@
 """Decoding of one batch, in a worker process or in the main one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ class DecodedBatch(NamedTuple):
     """Name and reason of each image that could not be decoded."""
     fatal: str | None = None
     """Message of an error that ends the epoch after this batch."""
+
+    @classmethod
+    def empty(cls, corrupt: tuple[tuple[str, str], ...] = (), fatal: str | None = None) -> Self:
+        """Return a batch without images."""
+        return cls(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), corrupt, fatal)
+
+    def part(self, part: range) -> Self:
+        """Return consecutive images as a batch of their own, without the failures."""
+        return type(self)(self.images[part.start : part.stop], self.labels[part.start : part.stop])
 
 
 def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[int, int]) -> DecodedBatch:

@@ -1,17 +1,18 @@
 """Batches of a split of any kind."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
-from revnet.data.decoding.batch import DecodedBatch
 from revnet.data.decoding.corrupt import corrupt_error, log_skipped
-from revnet.data.loading._epoch_sampler import EpochSampler
-from revnet.data.loading._stream_batches import StreamBatches, join_remainders
+from revnet.data.loading._abstract_batches import AbstractBatches
+from revnet.data.loading._epoch_batches import EpochBatches, ImageBatches
+from revnet.data.loading._share import Share
+from revnet.data.loading._stream_batches import StreamBatches
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
@@ -21,40 +22,73 @@ from revnet.errors import DataError
 Batch = tuple[Tensor, Tensor]
 
 
-class _HasEpoch(Protocol):
-    def set_epoch(self, epoch: int) -> None: ...
-
-
 class Loader(Iterable[Batch]):
     """Batches of (images, labels), uint8 (B, C, H, W) and int64 (B,), as returned by `make_loader`.
 
-    Lightning's Trainer accepts it like a `DataLoader`, and sets the epoch of its `sampler`.
+    Lightning's Trainer accepts it like a `DataLoader`, sets the epoch of its `sampler`, and keeps its position in
+    checkpoints.
     """
 
     batch_sampler = None  # Lightning looks for this too where there is a `sampler`
 
-    def __init__(
-        self,
-        workers: DataLoader[Any],
-        unpack: Callable[[DataLoader[Any]], Iterator[Batch]],
-        sampler: _HasEpoch,
-        num_batches: int,
-    ) -> None:
+    def __init__(self, split: AbstractSplit, batches: AbstractBatches, workers: DataLoader[Any]) -> None:
+        self._split = split
+        self._batches = batches
         self._workers = workers
-        self._unpack = unpack
-        self._num_batches = num_batches
-        self.sampler = sampler
+
+    @property
+    def sampler(self) -> AbstractBatches:
+        """The object whose `set_epoch` sets the epoch of the next iteration."""
+        return self._batches
 
     def __len__(self) -> int:
-        return self._num_batches
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from self._unpack(self._workers)
+            yield from self._decodable()
         except DataError:
             # Now, and not when the garbage collector frees the traceback that holds this loader.
             self.close()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: the epoch, and the updates of it whose batches were all handed out.
+
+        Batches that workers have read ahead do not count. The state consists of plain numbers and fits any number of
+        processes and of parts.
+        """
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a position: the next iteration yields the rest of its epoch, unless another epoch is set first.
+
+        Raises:
+            ValueError: The position is from a loader with another order.
+        """
+        self._batches.load_state_dict(state_dict)
+
+    def _decodable(self) -> Iterator[Batch]:
+        is_empty = True
+        for images, labels, corrupt, fatal in self._batches.follow(self._workers):
+            for name, reason in corrupt:
+                self._handle(name, reason)
+            if fatal is not None:
+                raise DataError(fatal)
+            if len(labels):
+                is_empty = False
+                yield images, labels
+        if is_empty and self._batches.position.num_left_out == 0:
+            raise DataError("no image of the split can be decoded; restore the files.")
+
+    def _handle(self, name: str, reason: str) -> None:
+        """Raise or log, in this process, a failure that a worker reports."""
+        assert isinstance(self._split, FileSplit | StreamSplit)
+        if self._split.on_corrupt == "stop":
+            raise corrupt_error(name, reason)
+        if name not in self._split.skipped:
+            self._split.skipped.add(name)
+            log_skipped(name, reason)
 
     def close(self) -> None:
         """End the worker processes; another iteration starts new ones."""
@@ -80,111 +114,78 @@ def make_loader(
     shuffle: bool,
     seed: int,
     drop_last: bool = False,
+    rank: int = 0,
+    num_processes: int = 1,
+    num_parts: int = 1,
     pin_memory: bool = False,
     num_workers: int = 0,
 ) -> Loader:
     """Cut a split into batches of (images, labels), uint8 (B, C, H, W) and int64 (B,).
 
     The order of an epoch and its random crops are a function of only `seed` and the epoch number, which
-    `loader.sampler.set_epoch` sets (Lightning calls it). A run that is resumed at an epoch therefore sees the same
-    batches as an uninterrupted run, and nothing is drawn from PyTorch's global generator. The order of a stream also
-    depends on `num_workers`, since workers share its shards; its crops do not.
+    `loader.sampler.set_epoch` sets (Lightning calls it), and nothing is drawn from PyTorch's global generator. The
+    order of a stream also depends on `num_workers`, since workers share its shards; its crops do not.
+
+    Several processes divide each batch: process `rank` takes the slice of that number, so that all of them together see
+    the batches of a single process. With `drop_last`, the slices are equal. Without it, nothing is left out or read
+    twice, the sizes of the slices differ by at most one image, and every process yields the same number of batches,
+    none of them empty. Each process reads a whole stream, but decodes only its own slices.
+
+    `loader.state_dict` and `load_state_dict` save and restore the position within an epoch, and Lightning calls them: a
+    run that is resumed after any update sees the same batches as an uninterrupted run, on any number of processes. The
+    position of a stream leaves out rows without decoding them, and needs the same `num_workers`. It is exact as long as
+    the rows come in the same order, which a stream from the hub keeps only with the same files there and the same
+    version of `datasets`.
 
     Args:
         split: The images.
-        batch_size: Images per batch. The last batch is smaller unless `drop_last`, and so is a batch with skipped
-            images.
+        batch_size: Images per batch of all processes together. The last batch is smaller unless `drop_last`, and so is
+            a batch with skipped images.
         shuffle: Whether each epoch has a new order; otherwise batches follow the order of the split.
         seed: Seed of the orders and crops.
         drop_last: Whether to leave out the last batch if it is not full.
+        rank: Number of this process, from 0.
+        num_processes: Number of processes that divide each batch.
+        num_parts: Number of consecutive batches to cut a process's slice into, to accumulate their gradients; needs
+            `drop_last` unless it is 1.
         pin_memory: Whether to put batches into page-locked memory, for faster copies to a GPU.
         num_workers: Number of processes that decode images, which stay alive between epochs; 0 decodes in this process.
             Not used for images in memory, where a batch is one indexing operation.
 
     Raises:
-        ValueError: `batch_size` is not positive, `num_workers` is negative, or `drop_last` would leave no batch.
+        ValueError: A number is out of range, `drop_last` would leave no batch, a batch cannot be divided into equal
+            parts, or there are fewer images than processes.
         TypeError: `split` is not a split of an `ImageDataset`.
         DataError: While iterating, if an image cannot be decoded and the data set was loaded with
-            `on_corrupt="stop"`.
+            `on_corrupt="stop"`, or if no image of a slice can be decoded.
     """
-    _check(split, batch_size, drop_last, num_workers)
+    share = Share(rank, num_processes, num_parts)
+    _check(split, batch_size, drop_last, num_workers, share)
     if isinstance(split, StreamSplit):
-        return _stream_loader(split, batch_size, shuffle, seed, drop_last, pin_memory, num_workers)
-    sampler: DistributedSampler[Batch] | EpochSampler
-    unpack: Callable[[DataLoader[Any]], Iterator[Batch]]
-    if isinstance(split, ImageSplit):
-        num_workers = 0
-        # Used with one replica, because its shuffle depends only on (seed, epoch).
-        sampler = DistributedSampler(split, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
-        unpack = iter
-    elif isinstance(split, FileSplit):
-        sampler = EpochSampler(split, shuffle=shuffle, seed=seed)
-        unpack = _CorruptHandler(split)
-    else:
+        num_workers = min(num_workers, split.rows.num_shards)
+        stream = StreamBatches(
+            split,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            shuffle=shuffle,
+            seed=seed,
+            share=share,
+            num_workers=num_workers,
+        )
+        options = _options(num_workers, pin_memory, seed)
+        return Loader(split, stream, DataLoader(stream, batch_size=None, **options))
+    if not isinstance(split, ImageSplit | FileSplit):
         raise TypeError(f"`split` (of {type(split)}) must be a split of an `ImageDataset`; pass `dataset.train`, say.")
-    workers = DataLoader(
-        split,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=drop_last,
-        **_options(num_workers, pin_memory, seed),
+    batches = EpochBatches(
+        len(split), batch_size=batch_size, drop_last=drop_last, shuffle=shuffle, seed=seed, share=share
     )
-    return Loader(workers, unpack, sampler, _num_batches(split, batch_size, drop_last))
+    options = _options(0 if isinstance(split, ImageSplit) else num_workers, pin_memory, seed)
+    # `ImageBatches` gets what the batch sampler yields as it is, so that need not be a list.
+    workers: DataLoader[Any] = DataLoader(ImageBatches(split), batch_sampler=batches, **options)  # type: ignore[arg-type]
+    return Loader(split, batches, workers)
 
 
-def _stream_loader(
-    split: StreamSplit,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
-    drop_last: bool,
-    pin_memory: bool,
-    num_workers: int,
-) -> Loader:
-    batches = StreamBatches(split, batch_size=batch_size, shuffle=shuffle, seed=seed)
-    num_workers = min(num_workers, split.rows.num_shards)
-    workers = DataLoader(batches, batch_size=None, **_options(num_workers, pin_memory, seed))
-    handle_corrupt = _CorruptHandler(split)
-    return Loader(
-        workers,
-        lambda batches: handle_corrupt(join_remainders(batches, batch_size, drop_last)),
-        batches,
-        _num_batches(split, batch_size, drop_last),
-    )
-
-
-class _CorruptHandler:
-    """Raises or logs, in this process, the failures that a worker reports.
-
-    Args:
-        split: The split, which decides between raising and logging, and records the images already logged.
-    """
-
-    def __init__(self, split: FileSplit | StreamSplit) -> None:
-        self._split = split
-
-    def __call__(self, batches: Iterable[DecodedBatch]) -> Iterator[Batch]:
-        is_empty = True
-        for images, labels, corrupt, fatal in batches:
-            for name, reason in corrupt:
-                self._handle(name, reason)
-            if len(labels):
-                is_empty = False
-                yield images, labels
-            if fatal is not None:
-                raise DataError(fatal)
-        if is_empty:
-            raise DataError("no image of the split can be decoded; restore the files.")
-
-    def _handle(self, name: str, reason: str) -> None:
-        if self._split.on_corrupt == "stop":
-            raise corrupt_error(name, reason)
-        if name not in self._split.skipped:
-            self._split.skipped.add(name)
-            log_skipped(name, reason)
-
-
-def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: int) -> None:
+def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: int, share: Share) -> None:
     if batch_size < 1:
         raise ValueError(f"`batch_size` (={batch_size}) must be positive; pass 100, for instance.")
     if num_workers < 0:
@@ -194,10 +195,14 @@ def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: 
             f"`batch_size` (={batch_size}) must not exceed the {len(split)} images of the split with `drop_last`, "
             "which would leave no batch; lower it, or keep the last batch."
         )
-
-
-def _num_batches(split: AbstractSplit, batch_size: int, drop_last: bool) -> int:
-    return len(split) // batch_size if drop_last else -(-len(split) // batch_size)
+    if drop_last:
+        share.check_batch_size(batch_size)
+    elif share.num_parts > 1:
+        raise ValueError(
+            f"`num_parts` (={share.num_parts}) needs `drop_last`, since the last batch may be too small to be divided; "
+            "pass `drop_last=True`, or 1."
+        )
+    share.check_num_samples(len(split), "images of the split")
 
 
 def _options(num_workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
