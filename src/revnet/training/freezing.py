@@ -23,11 +23,20 @@ def freeze_parameters(model: nn.Module, patterns: str) -> None:
         pattern = pattern.strip()
         names = [name for name in parameters if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
         if not names:
-            raise ValueError(f"`freeze` (={patterns!r}): {pattern!r} matches no parameter; {_hint(pattern, parameters)}")
+            raise ValueError(
+                f"`freeze` (={patterns!r}): {pattern!r} matches no parameter; {_hint(pattern, parameters)}"
+            )
         for name in names:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"`freeze` (={patterns!r}) leaves no parameter to train; leave out a pattern.")
+
+
+def describe_frozen(model: nn.Module) -> str:
+    """Return the numbers of frozen and of all parameters as text."""
+    counts = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return f"{sum(counts):,} of {total:,} parameters"
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:

@@ -80,8 +80,8 @@ class TrainConfig(AbstractRunConfig):
     optimizer: Optimizer = "sgd"
     """Optimizer, a class of `torch.optim` in lower case. `sgd` is gradient descent with momentum, for convolutional
     networks; `adamw` is for transformers, with a learning rate near 1e-3 and a weight decay near 0.05; `muon` makes the
-    updates of the weight matrices of hidden layers orthogonal, and leaves all other parameters to `adamw`, with the same
-    learning rate."""
+    updates of the weight matrices of hidden layers orthogonal, and leaves all other parameters to `adamw`, with the
+    same learning rate."""
 
     lr: float = number(0.1, "above 0", lambda x: x > 0, usual="0.1")
     """Highest learning rate."""
@@ -101,7 +101,8 @@ class TrainConfig(AbstractRunConfig):
     """Preprocessing: `standardize` scales each channel by the mean and deviation of the training pixels; `mean_image`
     subtracts the mean image of training and test set and stays on the 0-255 scale, as the paper does for CIFAR;
     `imagenet` uses the constants of that data set; `unit_range` scales to [-1, 1], as the paper does for ImageNet. Null
-    uses the default of the data set: `imagenet` for images in files, `standardize` for images in memory."""
+    uses the preprocessing of the `weights`, or without them the default of the data set: `imagenet` for images in
+    files, `standardize` for images in memory."""
 
     image_size: int | None = integer(None, at_least=1)
     """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as
@@ -156,6 +157,8 @@ class TrainConfig(AbstractRunConfig):
             is_decoded: Whether its images are files, which are decoded and cropped in every epoch.
         """
         usual = _USUAL.get(data_name, _USUAL_DECODED if is_decoded else _USUAL_IN_MEMORY)
+        if self.weights is not None:
+            usual = {**usual, "preprocess": None}  # the preprocessing of the weights
         usual = {"num_workers": min(8, max(0, (os.cpu_count() or 1) - 1)) if is_decoded else 0, **usual}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 

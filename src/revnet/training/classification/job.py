@@ -20,14 +20,17 @@ from revnet.nn import set_tolerance
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.classification.result import TrainResult
+from revnet.training.classification.start import load_start, preprocess_of
 from revnet.training.classification.task import ClassificationTask
 from revnet.training.device import check_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
-from revnet.training.optimizers import optimizer_factory
+from revnet.training.optimizers import make_optimizer
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
+from revnet.training.run.network import prepare_network
+from revnet.training.starting import absolute_weights, read_start_weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,6 +45,7 @@ class ClassificationJob(AbstractJob[TrainResult]):
     training: AbstractSplit
     validation: AbstractSplit | None
     update: Update
+    start: str | None
     drift_every: int | None
 
     def heading(self) -> list[tuple[str, str]]:
@@ -63,7 +67,9 @@ class ClassificationJob(AbstractJob[TrainResult]):
         loader = partial(
             make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers
         )
-        training = loader(self.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
+        training = loader(
+            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=config.accumulate
+        )
         if self.validation is None:
             return training, None
         return training, loader(self.validation, batch_size=usual_batch_size(self.dataset.image_size), shuffle=False)
@@ -93,7 +99,8 @@ def new_job(config: TrainConfig) -> ClassificationJob:
                 f"`{name}` (={getattr(config, name)}) is for reversible models; {config.model} reconstructs nothing."
             )
     dataset = _load(config)
-    return _prepare(replace(config, data=absolute_data(config.data)), dataset)
+    config = replace(config, data=absolute_data(config.data), weights=absolute_weights(config.weights))
+    return _prepare(config, dataset)
 
 
 def job_of_run(config: TrainConfig) -> ClassificationJob:
@@ -111,7 +118,8 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     is_decoded = not isinstance(dataset.train, ImageSplit)
     config = config.resolve(dataset.name, is_decoded=is_decoded)
     check_device(config.device)
-    assert config.preprocess is not None
+    start = None if config.weights is None else read_start_weights(config.weights, ClassifierHeader)
+    assert config.preprocess is not None or start is not None
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None
     training, validation = dataset.train, None
@@ -123,23 +131,28 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         data=config.data,
         class_names=dataset.class_names,
         image_shape=(dataset.in_channels, *dataset.image_size),
-        preprocess=config.preprocess,
+        preprocess=config.preprocess or start.header.preprocess,
         is_resized=is_decoded,
         is_exact=config.exact,
     )
-    preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
+    if config.preprocess is None:
+        preprocess = preprocess_of(start, header.image_shape)
+    else:
+        preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
     distort = make_color_distortion() if config.color_distortion else nn.Identity()
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
-        make_model=lambda: Classifier.create(header, preprocess).model,
-        make_batch=lambda: torch.empty(config.batch_size, *header.image_shape),
+        make_model=lambda: prepare_network(Classifier.create(header, preprocess).model, config),
+        make_batch=lambda: torch.empty(config.batch_size // config.accumulate, *header.image_shape),
         loss=partial(_loss, label_smoothing=config.label_smoothing),
-        optimizer=optimizer_factory(config),
+        optimizer=partial(make_optimizer, config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     classifier = Classifier.create(header, preprocess)
+    started = None if start is None else load_start(classifier, start)
+    prepare_network(classifier.model, config)
     apply_policies(classifier.model, config, plan)
     if config.tolerance is not None:
         set_tolerance(classifier.model, config.tolerance)
@@ -152,6 +165,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         training=training,
         validation=validation,
         update=update,
+        start=started,
         drift_every=config.drift_every,
     )
 

@@ -15,12 +15,15 @@ from revnet._memory_readings import process_peak_bytes
 from revnet._provenance import describe_machine
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
+from revnet.training.freezing import describe_frozen
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
 from revnet.training.run.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer, ToleranceState
+from revnet.training.run.execution import execution
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
 from revnet.training.run.progress import make_progress
+from revnet.training.run.recipe_callbacks import recipe_callbacks
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
 from revnet.training.run.trainer import Stopped, fit, make_trainer
 
@@ -74,6 +77,7 @@ def _execute(
 ) -> _Result:
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
     ours: list[Callback] = [RandomState(), ToleranceState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
+    ours += recipe_callbacks(job.config, job.task)
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
     if not quiet:
@@ -85,7 +89,8 @@ def _execute(
             temporary.write_text(f"{job.plan.report()}\n")
     if not quiet:
         print(_heading(job, folder, device), flush=True)
-    fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
+    with execution(job.config, job.task.saved_module.model):
+        fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
 
     names = job.names
     plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
@@ -116,11 +121,12 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
 
 
 def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:
-    lines = [
-        ("revnet", revnet.__version__),
-        *job.heading(),
-        ("device", f"{device}, {job.config.precision}"),
-    ]
+    lines = [("revnet", revnet.__version__), *job.heading()]
+    if job.start is not None:
+        lines.append(("weights", job.start))
+    if job.config.freeze is not None:
+        lines.append(("frozen", describe_frozen(job.task.saved_module.model)))
+    lines.append(("device", f"{device}, {job.config.precision}"))
     if job.plan is not None:
         lines.append(("memory", describe_plan(job.plan)))
     return format_lines([*lines, ("folder", str(folder))])

@@ -34,8 +34,8 @@ def configure_optimization(
         factor=config.decay_factor,
         patience=config.plateau_patience,
     )
-    # Lightning keeps its state; the task steps it after a validation. A warm-up that multiplies the rate leaves it alone
-    # afterwards, unlike one that computes it from the highest rate.
+    # Lightning keeps its state; the task steps it after a validation. A warm-up that multiplies the rate leaves it
+    # alone afterwards, unlike one that computes it from the highest rate.
     schedules: list[Any] = [{"scheduler": plateau, "monitor": metric, "strict": False}]
     if round(config.warmup * num_updates):
         rise = linear_warmup(optimizer, num_updates=num_updates, warmup=config.warmup)

@@ -16,9 +16,9 @@ from revnet.training.run.task import AbstractTask
 class WeightAverage(Callback):
     """Average the weights of the network over the updates; validate and save the average.
 
-    Parameters and floating-point buffers, such as the statistics of batch norms, are averaged; other buffers are copied.
-    After `n` updates the decay is at most (1 + n) / (10 + n), so that a short run, too, forgets its first weights. The
-    checkpoint holds the average, next to the weights that are trained.
+    Parameters and floating-point buffers, such as the statistics of batch norms, are averaged; other buffers are
+    copied. After `n` updates the decay is at most (1 + n) / (10 + n), so that a short run, too, forgets its first
+    weights. The checkpoint holds the average, next to the weights that are trained.
 
     Args:
         decay: Decay of the average in each update.

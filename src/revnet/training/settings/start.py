@@ -18,5 +18,5 @@ class StartSettings(SettingsGroup):
     random weights."""
 
     freeze: str | None = None
-    """Parameters that are not trained: patterns of their names, separated by commas, such as `stem,stages.0*`. A pattern
-    also matches all parameters of a module. Frozen batch norms use their averages. Null trains everything."""
+    """Parameters that are not trained: patterns of their names, separated by commas, such as `stem,stages.0*`. A
+    pattern also matches all parameters of a module. Frozen batch norms use their averages. Null trains everything."""

@@ -24,8 +24,8 @@ class UpdateSettings(SettingsGroup):
 
     ema_decay: float | None = number(None, "above 0 and below 1", lambda x: 0 < x < 1, usual="0.999")
     """Decay of an exponential moving average of the weights, which is validated and saved instead of the weights
-    themselves. The decay of early updates is lower, so that the first weights are soon forgotten. Null saves the weights
-    themselves."""
+    themselves. The decay of early updates is lower, so that the first weights are soon forgotten. Null saves the
+    weights themselves."""
 
     def _check_together(self) -> None:
         if self.max_grad_norm is not None and self.max_grad_value is not None:

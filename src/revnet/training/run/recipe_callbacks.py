@@ -1,0 +1,29 @@
+"""The callbacks that the settings of a run ask for."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+from revnet.training.run.task import AbstractTask
+from revnet.training.run.weight_average import WeightAverage
+from revnet.training.settings.run_config import AbstractRunConfig
+
+
+class Patience(EarlyStopping):
+    """Lightning's early stopping, which also stops a run that is resumed after it had stopped."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop at once if the patience was used up before."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+
+
+def recipe_callbacks(config: AbstractRunConfig, task: AbstractTask) -> list[Callback]:
+    """Return the callbacks for the average of the weights and for early stopping."""
+    callbacks: list[Callback] = []
+    if config.ema_decay is not None:
+        callbacks.append(WeightAverage(config.ema_decay))
+    if config.patience is not None:
+        metric, is_highest = task.best_epoch
+        mode = "max" if is_highest else "min"
+        callbacks.append(Patience(metric, patience=config.patience, mode=mode, min_delta=0.0, check_finite=False))
+    return callbacks
