@@ -259,6 +259,8 @@ class RunFiles(Checkpoint):
         """Write the weights if this validation is the best so far."""
         assert isinstance(pl_module, AbstractTask)
         score = float(trainer.callback_metrics[self._rule.metric])
+        if not math.isfinite(trainer.callback_metrics["val_loss"]):
+            return  # a run that diverges may still have an accuracy
         if self.best_score is None or self._rule.is_better(score, self.best_score):
             self.best_score = score
             self._save_best(trainer, pl_module)

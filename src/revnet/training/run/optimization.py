@@ -34,7 +34,7 @@ def configure_optimization(
         factor=config.decay_factor,
         patience=config.plateau_patience,
     )
-    # Lightning keeps its state; the task steps it after a validation. A warm-up that multiplies the rate leaves it
+    # Lightning keeps its state; a callback steps it after a validation. A warm-up that multiplies the rate leaves it
     # alone afterwards, unlike one that computes it from the highest rate.
     schedules: list[Any] = [{"scheduler": plateau, "monitor": metric, "strict": False}]
     if round(config.warmup * num_updates):

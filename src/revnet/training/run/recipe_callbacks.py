@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from revnet.training.run.task import AbstractTask
 from revnet.training.run.weight_average import WeightAverage
@@ -17,8 +18,22 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
+class PlateauStep(Callback):
+    """Step the schedule that follows validations.
+
+    Lightning would count the ends of epochs. A callback, unlike a hook of the task, runs before the checkpoint is saved.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower the learning rate if the validations have stopped to improve."""
+        assert isinstance(pl_module, AbstractTask)
+        for entry in trainer.lr_scheduler_configs:
+            if isinstance(entry.scheduler, ReduceLROnPlateau):
+                entry.scheduler.step(trainer.callback_metrics[pl_module.best_epoch.metric])
+
+
 def recipe_callbacks(config: AbstractRunConfig, task: AbstractTask) -> list[Callback]:
-    """Return the callbacks for the average of the weights and for early stopping."""
+    """Return the callbacks for the average of the weights, for early stopping, and for the schedule `plateau`."""
     callbacks: list[Callback] = []
     if config.ema_decay is not None:
         callbacks.append(WeightAverage(config.ema_decay))
@@ -26,4 +41,6 @@ def recipe_callbacks(config: AbstractRunConfig, task: AbstractTask) -> list[Call
         metric, is_highest = task.best_epoch
         mode = "max" if is_highest else "min"
         callbacks.append(Patience(metric, patience=config.patience, mode=mode, min_delta=0.0, check_finite=False))
+    if config.schedule == "plateau":
+        callbacks.append(PlateauStep())
     return callbacks

@@ -73,12 +73,6 @@ class AbstractTask(LightningModule, ABC):
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 
-    def on_validation_end(self) -> None:
-        """Step the schedule that follows validations."""
-        for entry in self.trainer.lr_scheduler_configs:
-            if isinstance(entry.scheduler, ReduceLROnPlateau):
-                entry.scheduler.step(self.trainer.callback_metrics[self.best_epoch.metric])
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the header to the checkpoint, so that the file says what it holds."""
         checkpoint[HEADER_KEY] = self.saved_module.header.to_metadata()

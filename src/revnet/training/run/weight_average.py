@@ -35,9 +35,9 @@ class WeightAverage(Callback):
         self._model: nn.Module | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average."""
+        """Return the average, or the trained weights if a validation has put the average into the network."""
         average = {} if self._average is None else self._average.state_dict()
-        return {"average": average, "num_updates": self._num_updates}
+        return {"average": average, "num_updates": self._num_updates, "is_swapped": self._is_swapped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the average until the network is on its device."""
@@ -52,7 +52,9 @@ class WeightAverage(Callback):
         if self._restored is not None:
             self._average.load_state_dict(self._restored["average"])
             self._num_updates = self._restored["num_updates"]
+            self._is_swapped = self._restored["is_swapped"]
             self._restored = None
+        self._restore()
         pl_module.with_final_weights = self._swapped
 
     def on_train_batch_end(
