@@ -18,11 +18,9 @@ from torch import Tensor
 class Purpose(IntEnum):
     """What random numbers are for; two purposes have different numbers for the same key."""
 
-    CROP = 1
-    FLIP = 2
-    CUTOUT = 3
-    COLOR = 4
-    NOISE = 5
+    AUGMENT = 1
+    COLOR = 2
+    NOISE = 3
 
 
 _BITS = 2**64 - 1
@@ -57,8 +55,8 @@ def check_keys(keys: Tensor | None, images: Tensor) -> Tensor:
         keys = torch.randint(-(2**63), 2**63 - 1, images.shape[:1])
     elif keys.dtype != torch.int64 or keys.shape != images.shape[:1]:
         raise ValueError(
-            f"`keys` (of shape {tuple(keys.shape)}, {keys.dtype}) must be int64 of shape ({len(images)},), one for each "
-            "image; pass the keys that `make_loader(..., keys=True)` yields, or None."
+            f"`keys` (of shape {tuple(keys.shape)}, {keys.dtype}) must be int64 of shape ({len(images)},), one "
+            "for each image; pass the keys that `make_loader(..., keys=True)` yields, or None."
         )
     return keys.to(images.device)
 

@@ -187,5 +187,5 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
 def _joined(batches: Sequence[DecodedBatch]) -> DecodedBatch:
     if not batches:
         return DecodedBatch.empty()
-    images, labels, corrupt, _ = zip(*batches, strict=True)
-    return DecodedBatch(torch.cat(images), torch.cat(labels), tuple(chain.from_iterable(corrupt)))
+    images, labels, numbers, corrupt, _ = zip(*batches, strict=True)
+    return DecodedBatch(torch.cat(images), torch.cat(labels), torch.cat(numbers), tuple(chain.from_iterable(corrupt)))

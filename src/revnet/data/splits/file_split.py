@@ -86,16 +86,18 @@ class FileSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
         Raises:
             DataError: The image cannot be decoded.
         """
-        images, labels, corrupt, _ = self.__getitems__([Draw(0, 0, range(len(self))[index])])
+        images, labels, _, corrupt, _ = self.__getitems__([Draw(0, 0, range(len(self))[index])])
         if corrupt:
             raise corrupt_error(*corrupt[0])
         return images[0], labels[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> DecodedBatch:
         """Read and decode a batch."""
+        # An image that is drawn again in an epoch has a larger number, and thus another crop.
         rows = [
-            EncodedImage(file := self.file(draw.image), f"'{file}'", int(self.labels[draw.image]), draw)
+            EncodedImage(file := self.file(index), f"'{file}'", int(self.labels[index]), draw)
             for draw in draws
+            for index in [draw.image % len(self)]
         ]
         return decode_batch(rows, self.crop, self.image_shape[1:])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from revnet.data import ImageDataset, load_dataset, make_augment, make_loader, make_preprocess
@@ -14,9 +14,11 @@ from revnet.data.loading.loader import Loader
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.data.transforms._color_distortion import make_color_distortion
+from revnet.data.transforms.augment import NoAugment
 from revnet.memory import Plan
 from revnet.models import create_model
 from revnet.nn import set_tolerance
+from revnet.training.classification.balance import class_weights, sampling_weights
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.classification.result import TrainResult
@@ -46,6 +48,7 @@ class ClassificationJob(AbstractJob[TrainResult]):
     validation: AbstractSplit | None
     update: Update
     start: str | None
+    sampling_weights: Tensor | None
     drift_every: int | None
 
     def heading(self) -> list[tuple[str, str]]:
@@ -68,7 +71,13 @@ class ClassificationJob(AbstractJob[TrainResult]):
             make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers
         )
         training = loader(
-            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=config.accumulate
+            self.training,
+            batch_size=config.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_parts=config.accumulate,
+            keys=True,
+            weights=self.sampling_weights,
         )
         if self.validation is None:
             return training, None
@@ -139,7 +148,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         preprocess = preprocess_of(start, header.image_shape)
     else:
         preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
-    distort = make_color_distortion() if config.color_distortion else nn.Identity()
+    distort = make_color_distortion() if config.color_distortion else NoAugment()
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
@@ -159,13 +168,16 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     return ClassificationJob(
         config=config,
         names=RunNames(data=dataset.name, model=config.model),
-        task=ClassificationTask(classifier, distort, augment, config, num_updates),
+        task=ClassificationTask(
+            classifier, distort, augment, config, num_updates, class_weights=class_weights(config, training, dataset)
+        ),
         plan=plan,
         dataset=dataset,
         training=training,
         validation=validation,
         update=update,
         start=started,
+        sampling_weights=sampling_weights(config, training),
         drift_every=config.drift_every,
     )
 

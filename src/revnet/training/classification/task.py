@@ -9,6 +9,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from revnet._units import format_rate
 from revnet.training.classification.config import TrainConfig
+from revnet.training.classification.mixing import make_mix
 from revnet.training.classification.model import Classifier
 from revnet.training.run.task import AbstractTask, BestEpoch
 from revnet.training.schedules import progressive_size
@@ -21,14 +22,16 @@ class ClassificationTask(AbstractTask):
 
     Args:
         classifier: Classifier to train.
-        distort: Module applied to the pixels of training images, uint8, on the device.
-        augment: Module applied to preprocessed training images, on the device, outside autocast.
+        distort: Module applied to the pixels of training images, uint8, and their keys, on the device.
+        augment: Module applied to preprocessed training images and their keys, on the device, outside autocast.
         config: Settings of the run.
         num_updates: Updates of the whole run, for the schedule. The caller counts them: Lightning's own estimate
             builds the loaders early, which stops stateful ones from resuming (lightning #20550).
+        class_weights: Weight of each class in the training loss, (K,); None weighs all classes alike.
     """
 
     best_epoch = BestEpoch("val_accuracy", is_highest=True)
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class ClassificationTask(AbstractTask):
         augment: nn.Module,
         config: TrainConfig,
         num_updates: int,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -44,21 +48,28 @@ class ClassificationTask(AbstractTask):
         self.augment = augment
         self.config = config
         self.num_updates = num_updates
+        self.mix = make_mix(config, classifier.header.num_classes)
+        # Computed from the data: a checkpoint need not have it.
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.train_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Preprocess the batch on the device and, for training, augment it."""
-        images, labels = batch
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Batch:
+        """Preprocess the batch on the device and, for training, augment it with the keys that it has then."""
+        images, labels, *rest = batch
+        keys = rest[0] if rest else None
         with torch.no_grad():
-            images = self.classifier.preprocess(self.distort(images))
-            return self._shrink(self.augment(images)), labels  # both are the identity in evaluation mode
+            images = self.classifier.preprocess(self.distort(images, keys))
+            images = self._shrink(self.augment(images, keys))  # both are the identity in evaluation mode
+            return self.mix(images, labels) if self.mix is not None and self.training else (images, labels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one update."""
-        images, labels = batch
+        images, targets = batch
         logits = self.classifier.model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        loss = self._loss(logits, targets)
+        # Of two images that were mixed, the one with the larger share counts as the truth.
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.train_accuracy.update(logits.detach(), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
@@ -71,6 +82,16 @@ class ClassificationTask(AbstractTask):
         self.val_accuracy.update(logits, labels)
         self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log("val_accuracy", self.val_accuracy)
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        # Divided by the number of images, not by the sum of their weights, which differs between the parts of a batch.
+        losses = F.cross_entropy(
+            logits, targets, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
+        )
+        return losses.mean()
 
     @property
     def saved_module(self) -> Classifier:

@@ -59,8 +59,8 @@ class DensityJob(AbstractJob[DensityResult]):
 
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
-        loader = partial(make_loader, seed=self.config.seed, pin_memory=device.type == "cuda")
         config = self.config
+        loader = partial(make_loader, seed=config.seed, keys=True, pin_memory=device.type == "cuda")
         training = loader(
             self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=config.accumulate
         )

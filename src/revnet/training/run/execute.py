@@ -77,7 +77,7 @@ def _execute(
 ) -> _Result:
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
     ours: list[Callback] = [RandomState(), ToleranceState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
-    ours += recipe_callbacks(job.config, job.task)
+    ours += recipe_callbacks(job.config, job.task, folder, quiet=quiet)
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
     if not quiet:
