@@ -8,7 +8,7 @@ from revnet.training import NiceConfig
 
 
 @takes_settings(NiceConfig)
-def train_nice(*, resume: str | None = None, **settings: Any) -> None:
+def train_nice(*, resume: str | None = None, find_lr: bool = False, **settings: Any) -> None:
     """Fit NICE, a density with exact likelihood, to images.
 
     Writes weights, log and learning curve to a new folder. `revnet sample` then draws images from it. By default it is
@@ -21,7 +21,8 @@ def train_nice(*, resume: str | None = None, **settings: Any) -> None:
 
     Args:
         resume: Folder of an interrupted run, to continue after its last finished epoch with its own settings.
+        find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `NiceConfig`.
     """
     check_resume(resume, settings)
-    run_training(NiceConfig(**settings), resume)
+    run_training(NiceConfig(**settings), resume, find_lr=find_lr)

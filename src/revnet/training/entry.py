@@ -76,10 +76,15 @@ def train(
         DataError: The data set is missing or corrupt.
         TrainingInterrupted: Ctrl-C or SIGTERM came; `resume` continues from the last finished epoch.
     """
-    family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
-    job = family.new_job(config)
+    job = new_job(config)
     folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model)
     return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
+
+
+def new_job(config: AbstractRunConfig) -> AbstractJob[Any]:
+    """Check the settings of a new run and load its data."""
+    family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
+    return family.new_job(config)
 
 
 def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> RunResult:

@@ -68,7 +68,7 @@ class MuonWithAdamW(Optimizer):
                     )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:

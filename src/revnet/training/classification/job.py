@@ -3,11 +3,9 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from revnet.data import ImageDataset, load_dataset, make_augment, make_loader, make_preprocess
 from revnet.data.loading.loader import Loader
@@ -17,21 +15,22 @@ from revnet.data.transforms._color_distortion import make_color_distortion
 from revnet.data.transforms.augment import NoAugment
 from revnet.memory import Plan
 from revnet.models import create_model
-from revnet.nn import set_tolerance
 from revnet.training.classification.balance import class_weights, sampling_weights
+from revnet.training.classification.build import build_classifier
 from revnet.training.classification.config import TrainConfig
-from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
+from revnet.training.classification.model import ClassifierHeader, load_classifier
+from revnet.training.classification.own_job import job_of_own_data
+from revnet.training.classification.own_model import own_network
 from revnet.training.classification.result import TrainResult
-from revnet.training.classification.start import load_start, preprocess_of
+from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
 from revnet.training.device import check_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
-from revnet.training.optimizers import make_optimizer
+from revnet.training.import_path import is_import_path
 from revnet.training.run import run_dir
-from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.activation_memory import Update
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
-from revnet.training.run.network import prepare_network
 from revnet.training.starting import absolute_weights, read_start_weights
 
 
@@ -87,7 +86,10 @@ class ClassificationJob(AbstractJob[TrainResult]):
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
         assert self.config.num_workers is not None
         test = partial(evaluate_on, self.dataset, device=outcome.device, num_workers=self.config.num_workers)
-        best = None if outcome.best_score is None else load_classifier(folder / run_dir.BEST_WEIGHTS)
+        best = None
+        if outcome.best_score is not None:
+            own = own_network(self.task.classifier.header)
+            best = load_classifier(folder / run_dir.BEST_WEIGHTS, model=own)
         return TrainResult(
             test=test(self.task.classifier),
             best_test=None if best is None else test(best),
@@ -96,10 +98,28 @@ class ClassificationJob(AbstractJob[TrainResult]):
         )
 
 
-def new_job(config: TrainConfig) -> ClassificationJob:
+def new_job(config: TrainConfig) -> AbstractJob[TrainResult]:
     """Check the settings of a new run and load its data."""
+    config = replace(config, data=absolute_data(config.data), weights=absolute_weights(config.weights))
+    if not is_import_path(config.model):
+        _check_model(config)
+    return job_of_run(config)
+
+
+def job_of_run(config: TrainConfig) -> AbstractJob[TrainResult]:
+    """Make the job of a run that was stopped, from the settings in its folder."""
+    if is_import_path(config.data):
+        return job_of_own_data(config)
+    dataset = load_dataset(
+        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
+    )
+    return _prepare(config, dataset)
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Raise unless revnet has the model, before the data are read, which may take a while."""
     with torch.device("meta"):
-        model = create_model(config.model)  # reports an unknown name before the data are read, which may take a while
+        model = create_model(config.model)
     if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
     for name in ("exact", "tolerance", "drift_every"):
@@ -107,20 +127,6 @@ def new_job(config: TrainConfig) -> ClassificationJob:
             raise ValueError(
                 f"`{name}` (={getattr(config, name)}) is for reversible models; {config.model} reconstructs nothing."
             )
-    dataset = _load(config)
-    config = replace(config, data=absolute_data(config.data), weights=absolute_weights(config.weights))
-    return _prepare(config, dataset)
-
-
-def job_of_run(config: TrainConfig) -> ClassificationJob:
-    """Make the job of a run that was stopped, from the settings in its folder."""
-    return _prepare(config, _load(config))
-
-
-def _load(config: TrainConfig) -> ImageDataset:
-    return load_dataset(
-        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
-    )
 
 
 def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
@@ -128,7 +134,6 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     config = config.resolve(dataset.name, is_decoded=is_decoded)
     check_device(config.device)
     start = None if config.weights is None else read_start_weights(config.weights, ClassifierHeader)
-    assert config.preprocess is not None or start is not None
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None
     training, validation = dataset.train, None
@@ -140,48 +145,29 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         data=config.data,
         class_names=dataset.class_names,
         image_shape=(dataset.in_channels, *dataset.image_size),
-        preprocess=config.preprocess or start.header.preprocess,
+        preprocess=start.header.preprocess if config.preprocess is None and start else config.preprocess or "",
         is_resized=is_decoded,
         is_exact=config.exact,
     )
-    if config.preprocess is None:
+    if start is not None and config.preprocess is None:
         preprocess = preprocess_of(start, header.image_shape)
     else:
-        preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
+        preprocess = make_preprocess(header.preprocess, dataset.train, dataset.test)
     distort = make_color_distortion() if config.color_distortion else NoAugment()
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
-    update = Update(
-        make_model=lambda: prepare_network(Classifier.create(header, preprocess).model, config),
-        make_batch=lambda: torch.empty(config.batch_size // config.accumulate, *header.image_shape),
-        loss=partial(_loss, label_smoothing=config.label_smoothing),
-        optimizer=partial(make_optimizer, config),
-    )
-    plan = make_plan(config, update)
-    torch.manual_seed(config.seed)
-    classifier = Classifier.create(header, preprocess)
-    started = None if start is None else load_start(classifier, start)
-    prepare_network(classifier.model, config)
-    apply_policies(classifier.model, config, plan)
-    if config.tolerance is not None:
-        set_tolerance(classifier.model, config.tolerance)
+    built = build_classifier(config, header, preprocess, start)
+    weights = class_weights(config, training, dataset)
     return ClassificationJob(
         config=config,
-        names=RunNames(data=dataset.name, model=config.model),
-        task=ClassificationTask(
-            classifier, distort, augment, config, num_updates, class_weights=class_weights(config, training, dataset)
-        ),
-        plan=plan,
+        names=RunNames(data=dataset.name, model=config.model.rpartition(":")[2]),
+        task=ClassificationTask(built.classifier, distort, augment, config, num_updates, class_weights=weights),
+        plan=built.plan,
         dataset=dataset,
         training=training,
         validation=validation,
-        update=update,
-        start=started,
+        update=built.update,
+        start=built.start,
         sampling_weights=sampling_weights(config, training),
         drift_every=config.drift_every,
     )
-
-
-def _loss(logits: Tensor, **options: Any) -> Tensor:
-    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return F.cross_entropy(logits, labels, **options)

@@ -12,8 +12,13 @@ def preprocess_of(start: StartWeights, image_shape: tuple[int, int, int]) -> Pre
     """Return the preprocessing that the weights were trained with.
 
     Raises:
-        CheckpointError: It does not fit images of `image_shape`.
+        CheckpointError: They have none, or it does not fit images of `image_shape`.
     """
+    if "preprocess.mean" not in start.others:
+        raise CheckpointError(
+            f"`weights` (='{start.path}') have no preprocessing, since they were trained on floating-point images; "
+            "pass a `preprocess`."
+        )
     mean = start.others["preprocess.mean"]
     if mean.shape[0] != image_shape[0]:
         raise CheckpointError(

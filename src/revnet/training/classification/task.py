@@ -31,6 +31,7 @@ class ClassificationTask(AbstractTask):
     """
 
     best_epoch = BestEpoch("val_accuracy", is_highest=True)
+    config: TrainConfig
     class_weights: Tensor | None
 
     def __init__(

@@ -26,6 +26,7 @@ class DensityTask(AbstractTask):
         num_updates: Updates of the whole run, for the schedule.
     """
 
+    config: NiceConfig
     best_epoch = BestEpoch("val_loss", is_highest=False)
 
     def __init__(self, density: ImageDensity, config: NiceConfig, num_updates: int) -> None:

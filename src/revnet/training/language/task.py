@@ -22,6 +22,7 @@ class LanguageTask(AbstractTask):
         num_updates: Updates of the whole run, for the schedule.
     """
 
+    config: LanguageConfig
     best_epoch = BestEpoch("val_loss", is_highest=False)
 
     def __init__(self, language_model: LanguageModel, config: LanguageConfig, num_updates: int) -> None:

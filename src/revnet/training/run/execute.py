@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 import revnet
 from revnet._memory_readings import process_peak_bytes
 from revnet._provenance import describe_machine
+from revnet.errors import PredictionError
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.freezing import describe_frozen
@@ -102,7 +103,10 @@ def _execute(
 
 def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles) -> RunFigures:
     device = trainer.strategy.root_device
-    peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
+    try:
+        peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
+    except PredictionError:  # a model of the user's own that needs the values of its tensors
+        peak_bytes, stored_peak_bytes = None, None
     return RunFigures(
         folder=folder,
         best_epoch=files.best_epoch,
@@ -110,6 +114,7 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
         train_seconds=sum(row["epoch_seconds"] for row in log.rows),
         step_seconds=median(row["step_seconds"] for row in log.rows),
         batch_size=job.config.batch_size,
+        accumulate=job.config.accumulate,
         peak_bytes=peak_bytes,
         stored_peak_bytes=stored_peak_bytes,
         policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),

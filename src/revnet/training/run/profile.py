@@ -6,9 +6,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from revnet._text_table import format_table
+from revnet._text_table import aligned
 from revnet._units import format_seconds
 from revnet.training.atomic_file import atomic_path
+from revnet.training.run.task import AbstractTask
 
 _NUM_ROWS = 10
 
@@ -41,6 +42,7 @@ class ProfileUpdates(Callback):
         if not trainer.is_global_zero:
             return
         if self._first is None:
+            assert isinstance(pl_module, AbstractTask)
             num_left = pl_module.num_updates - trainer.global_step
             self._first = trainer.global_step + max(0, min(self._num_skipped, num_left - self._num_recorded))
         if self._profile is None and trainer.global_step == self._first:
@@ -95,4 +97,4 @@ def _top_operators(recorded: Any, num_updates: int) -> str:
         )
         for average in averages[:_NUM_ROWS]
     ]
-    return format_table([("operator", "calls", "time", "share"), *rows])
+    return "\n".join(aligned([("operator", "calls", "time per update", "share"), *rows], num_left=1))

@@ -14,6 +14,8 @@ def check_combinations(config: Any) -> None:
     """
     _check_validation(config)
     _check_arithmetic(config)
+    _check_compile(config)
+    _check_sharding(config)
     if config.batch_size % config.accumulate:
         nearest = _nearest_multiple(config.batch_size, config.accumulate)
         raise ValueError(
@@ -49,6 +51,37 @@ def _check_arithmetic(config: Any) -> None:
             f"`ema_decay` (={config.ema_decay}) does not go with the `precision` bf16-true, which rounds the small "
             "steps of an average away; pass bf16-mixed, or leave it out."
         )
+
+
+def _check_compile(config: Any) -> None:
+    if not config.compile:
+        return
+    reasons = {
+        "tolerance": "places keyframes while the network runs",
+        "drift_every": "measures an uncompiled network",
+        "memory_budget": "counts the memory of an uncompiled network",
+    }
+    for name, reason in reasons.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            raise ValueError(f"`compile` (=True) does not go with `{name}` (={value}), which {reason}; leave one out.")
+
+
+def _check_sharding(config: Any) -> None:
+    if getattr(config, "strategy", "auto") != "fsdp2":
+        return
+    excluded = {
+        "ema_decay": config.ema_decay is not None,
+        "compile": config.compile,
+        "optimizer": config.optimizer in ("muon", "adafactor"),
+        "precision": config.precision in ("16-mixed", "bf16-true"),
+    }
+    for name, is_excluded in excluded.items():
+        if is_excluded:
+            raise ValueError(
+                f"`{name}` (={getattr(config, name)}) does not go with the `strategy` fsdp2, which divides every "
+                "parameter; pass ddp, or another value."
+            )
 
 
 def _nearest_multiple(number: int, factor: int) -> str:
