@@ -1,11 +1,15 @@
 """Find a learning rate by a trial run in which it rises."""
 
+import io
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.tuner.tuning import Tuner
 
 from revnet._figure import clear_frame, new_figure, save
@@ -18,6 +22,8 @@ from revnet.training.settings.run_config import AbstractRunConfig
 
 _LOWEST, _HIGHEST = 1e-6, 1.0
 _FEWEST = 20
+_NUM_SETTLING = 10
+"""Number of updates at the start to leave out, in which the smoothed loss settles."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +80,7 @@ def find_lr(config: AbstractRunConfig, *, num_updates: int = 100) -> RateTrial:
     if not isinstance(num_updates, int) or num_updates < _FEWEST:
         raise ValueError(f"`num_updates` (={num_updates!r}) must be an integer of {_FEWEST} or more; 100 is usual.")
     job = new_job(replace(config, schedule="constant", warmup=0.0, val_every=None, patience=None, ema_decay=None))
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(), _bar_on_terminals_only():
         endless = replace(job.config, epochs=sys.maxsize, max_updates=None)
         trainer = make_trainer(endless, [], Path(folder))
         training, _ = job.make_loaders(trainer.strategy.root_device)
@@ -83,4 +89,26 @@ def find_lr(config: AbstractRunConfig, *, num_updates: int = 100) -> RateTrial:
                 job.task, training, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=num_updates, update_attr=False
             )
     losses = [float(loss) for loss in finder.results["loss"]]
-    return RateTrial(suggestion=finder.suggestion(), rates=list(finder.results["lr"])[: len(losses)], losses=losses)
+    rates = [float(rate) for rate in finder.results["lr"][: len(losses)]]
+    return RateTrial(suggestion=_steepest(rates, losses), rates=rates, losses=losses)
+
+
+def _steepest(rates: list[float], losses: list[float]) -> float | None:
+    """Return the rate at which the loss falls fastest on a logarithmic axis; None if it falls nowhere.
+
+    Lightning's own suggestion takes a linear axis, on which the loss is always steepest at the left.
+    """
+    rates, losses = rates[_NUM_SETTLING:], losses[_NUM_SETTLING:]
+    if len(losses) < 2:
+        return None
+    slopes = np.gradient(np.array(losses), np.log(rates))
+    slopes[~np.isfinite(slopes)] = np.inf
+    index = int(slopes.argmin())
+    return rates[index] if slopes[index] < 0 else None
+
+
+@contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """Hide the progress bar, which Lightning draws on standard error, unless that is a terminal."""
+    with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+        yield

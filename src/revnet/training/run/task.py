@@ -68,6 +68,10 @@ class AbstractTask(LightningModule, ABC):
             norm.train(False)
         return self
 
+    def on_fit_start(self) -> None:
+        """Set the modes: Lightning leaves them as they are."""
+        self.train()
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Step a schedule, except the one that follows validations."""
         if not isinstance(scheduler, ReduceLROnPlateau):

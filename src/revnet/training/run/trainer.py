@@ -25,6 +25,7 @@ from revnet.training.settings.run_config import AbstractRunConfig
 _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
+    r"Found .* module\(s\) in eval mode at the start of training",  # frozen batch norms
     r"Detected call of `lr_scheduler.step\(\)` before",  # a gradient scaler left out the first updates
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
