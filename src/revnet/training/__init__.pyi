@@ -14,10 +14,10 @@ from revnet.training.entry import train as train
 from revnet.training.evaluation.evaluate import evaluate as evaluate
 from revnet.training.evaluation.evaluate_result import EvaluateResult as EvaluateResult
 from revnet.training.evaluation.predict_images import predict_images as predict_images
-from revnet.training.find_lr import RateTrial as RateTrial
-from revnet.training.find_lr import find_lr as find_lr
 from revnet.training.language.config import LanguageConfig as LanguageConfig
 from revnet.training.language.model import LanguageModel as LanguageModel
 from revnet.training.language.model import load_language_model as load_language_model
 from revnet.training.language.result import LanguageResult as LanguageResult
+from revnet.training.rate_trial import RateTrial as RateTrial
+from revnet.training.rate_trial import find_lr as find_lr
 from revnet.training.run.execute import TrainingInterrupted as TrainingInterrupted

@@ -47,9 +47,12 @@ def test_rare_images_are_drawn_more_often():
 )
 def test_rejects_what_cannot_be_weighed(settings, training, message):
     config = TrainConfig(**settings)
+
+    def weigh():
+        return class_weights(config, training, DATASET), sampling_weights(config, training)
+
     with pytest.raises(ValueError, match=message):
-        class_weights(config, training, DATASET)
-        sampling_weights(config, training)
+        weigh()
 
 
 @pytest.mark.parametrize("weights", ["even", [1, -1], [0, 0], 3, [float("inf")]])
