@@ -21,6 +21,7 @@ LEVELS = {
     "_provenance": 1,
     "coupling": 1,
     "functional": 1,
+    "optim": 1,
     "engine": 2,
     "nn": 3,
     "models": 4,

@@ -7,6 +7,7 @@ from revnet import memory as memory
 from revnet import models as models
 from revnet import nn as nn
 from revnet import numerics as numerics
+from revnet import optim as optim
 from revnet import paper as paper
 from revnet import training as training
 from revnet.coupling import Additive as Additive

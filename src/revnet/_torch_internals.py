@@ -29,6 +29,8 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException as Unsupp
 # PyTorch's developer notes document them. Replacement: none. Nothing else sees each operator of a call, and
 # `torch.compile` does not recognize any other flattening.
 from torch.nn.modules.module import _has_any_global_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -93,6 +95,34 @@ forward_mode_level: Callable[[], int] = partial(getattr, torch.autograd.forward_
 # The number of tensors and Python objects that refer to a storage, by its address. No public API returns it.
 # Replacement: never overwrite a stream, which takes memory for one more stream.
 storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+# Whether the current backward pass keeps its graph, for the function below. Replacement: none; a second backward pass
+# through the graph then raises an error that does not name the cause.
+_keeps_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def backward_keeps_graph() -> bool:
+    """Return whether a backward pass is running that keeps its graph, by `retain_graph` or `create_graph`."""
+    is_running = torch._C._current_graph_task_id() != -1
+    return is_running and _keeps_graph is not None and _keeps_graph()
+
+
+def post_gradient_hooks(parameter: Tensor) -> dict[int, Callable[..., object]]:
+    """Return the hooks that run after a gradient of `parameter` was accumulated; changes of the dict take effect.
+
+    Registering such a hook is public, but asking for one is not. Replacement: none.
+    """
+    hooks: dict[int, Callable[..., object]] | None = parameter._post_accumulate_grad_hooks
+    return {} if hooks is None else hooks
+
+
+def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., object]]:
+    """Return the hooks that run before a step of `optimizer`, those of all optimizers included.
+
+    Registering such a hook is public, but asking for one is not. Replacement: none.
+    """
+    return [*_global_optimizer_pre_hooks.values(), *optimizer._optimizer_step_pre_hooks.values()]
 
 
 def never_compile(function: Callable[..., object]) -> None:

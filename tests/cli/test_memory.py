@@ -55,6 +55,19 @@ def test_measured_peak_equals_the_prediction(revnet):
     assert f"\npeak {peak}, in the " in output
 
 
+def test_step_in_the_backward_pass(revnet):
+    arguments = ["memory", "revnet38", "--batch", "2", "--image", "8", "--step-in-backward", "--measure"]
+    output = revnet(*arguments)[1]
+    with torch.device("meta"):
+        images = torch.empty(2, 3, 8, 8)
+    optimizer = partial(torch.optim.SGD, momentum=0.9)
+    memory = predict(create_model("revnet38"), images, optimizer=optimizer, step_in_backward=True)
+    peak = format_bytes(memory.peak_bytes)
+    assert f"measured; the predicted peak is {peak}\n" in output
+    assert f"\npeak {peak}, in the " in output
+    assert peak != format_bytes(predict(create_model("revnet38"), images, optimizer=optimizer).peak_bytes)
+
+
 OWN = """
 from torch import nn
 
@@ -102,6 +115,7 @@ def test_failing_step_prints_one_line(assert_refused, own_models):
         (["revnet38", "--depth", "-1"], "`--depth` (=-1) must be"),
         (["revnet38", "--precision", "8"], "`--precision` (=8) must be `32-true` or `bf16-mixed`"),
         (["nothing"], "unknown model `nothing`"),
+        (["revnet38", "--optimizer", "none", "--step-in-backward"], "`--step-in-backward` needs an optimizer"),
     ],
 )
 def test_usage_errors_print_one_line(assert_refused, arguments, message):

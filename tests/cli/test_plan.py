@@ -29,6 +29,9 @@ class Net(nn.Module):
 def tokens():
     return nn.Sequential(nn.Embedding(10, 4), ReversibleSequential(ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2),
                                                                                    split_dim=-1)))
+def wide():
+    return ReversibleSequential(*[ReversibleBlock(nn.Linear(128, 128), nn.Linear(128, 128)) for _ in range(2)])
+
 def with_data():
     net = Net()
     float(next(net.parameters()).detach().sum())  # which the meta device does not have
@@ -92,6 +95,14 @@ def test_printed_python_code_makes_the_same_plan(revnet):
     peak = predict(model, torch.empty(4, 3, 32, 32, device="meta"), optimizer=optimizer).peak_bytes
     assert peak <= 600 * 2**10
     assert f"peak       {format_bytes(peak)}" in output
+
+
+def test_moves_the_step_into_the_backward_pass_if_nothing_else_fits(revnet):
+    arguments = ["plan", "own_networks:wide", "--input-shape", "[256]", *SMALL, "--step-in-backward", "--budget"]
+    output = revnet(*arguments, "700KiB")[1]
+    assert "\noptimizer  StepInBackward  its step runs in the backward pass\n" in output
+    assert "step_in_backward=True).apply(model)\n           revnet.optim.StepInBackward(optimizer)\n" in output
+    assert "StepInBackward" not in revnet(*arguments, "1GiB")[1]
 
 
 @pytest.mark.parametrize(

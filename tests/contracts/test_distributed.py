@@ -19,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from revnet import (
     FixedPoint,
@@ -29,6 +30,7 @@ from revnet import (
     set_coupling,
     set_tolerance,
 )
+from revnet.optim import StepInBackward
 from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
 
 NUM_PROCESSES = 2
@@ -210,6 +212,28 @@ def check_fully_sharded(name: str, how: str, options: dict[str, bool], policy: s
         assert_same_gradients(model, expected, 2 / NUM_PROCESSES)
 
 
+def check_step_in_backward(how: str, policy: str, options: dict[str, bool]) -> None:
+    """Sharded parameters and their state equal the ordinary step's, bit for bit."""
+    models = [make_model("mlp", policy=policy) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    outcomes = []
+    for model, in_backward in zip(models, (False, True), strict=True):
+        shard(model, how, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if in_backward:
+            StepInBackward(optimizer)
+        for _ in range(3):
+            model(process_input("mlp")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states = [{"value": parameter.detach(), **optimizer.state[parameter]} for parameter in model.parameters()]
+        outcomes.append(tree_map_only(DTensor, DTensor.to_local, states))
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+    model(process_input("mlp")).backward()
+    with pytest.raises(RuntimeError, match="was used and freed in the backward pass, by `StepInBackward`"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
 def check_one_unit_unsharded_at_a_time(how: str) -> None:
     """Check that a replay has full parameters only for its own unit and the one that is being prefetched."""
     model = make_model("mlp")
@@ -316,6 +340,12 @@ CHECKS = {
     "fully sharded, kept whole after forward": partial(
         check_fully_sharded, "mlp", "functions", {"reshard_after_forward": False}
     ),
+    **{
+        f"step in the backward pass, {how}, {policy}, {'resharded' if reshards else 'kept whole'}": partial(
+            check_step_in_backward, how, policy, {"reshard_after_forward": reshards}
+        )
+        for how, policy, reshards in (("functions", "reverse", True), ("blocks", "checkpoint", False))
+    },
     "one function unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "functions"),
     "one block unsharded at a time": partial(check_one_unit_unsharded_at_a_time, "blocks"),
     "functions sharded in low precision": check_functions_sharded_in_low_precision,

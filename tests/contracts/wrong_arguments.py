@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import revnet
-from revnet import coupling, functional, models
+from revnet import coupling, functional, models, optim
 from revnet import nn as rnn
 from revnet.coupling._additive import additive, additive_inverse
 from revnet.engine._split import split
@@ -246,6 +246,11 @@ FUNCTIONS = [
     Target("create_model", on_meta(models.create_model), lambda: {"name": "resnet32"}, models.create_model),
     Target("list_models", models.list_models, dict),
     Target("published_image_size", models.published_image_size, lambda: {"name": "resnet32"}),
+    Target(
+        "StepInBackward",
+        optim.StepInBackward,
+        lambda: {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(2))])},
+    ),
     Target("register_model", models.register_model, lambda: {"image_size": 32}),
 ]
 ENTRY_FUNCTIONS = [
@@ -324,7 +329,7 @@ LEFT_OUT = {
 
 def public_names() -> set[str]:
     """Return the names that the subpackages export."""
-    rooms = (coupling, functional, rnn, attention, models)
+    rooms = (coupling, functional, rnn, attention, models, optim)
     return {
         name
         for room in rooms

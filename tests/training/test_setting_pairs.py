@@ -26,6 +26,7 @@ SHARED: dict[str, Settings] = {
     "stored": {"policy": "store"},
     "adafactor": {"optimizer": "adafactor", "lr": 1e-3},
     "rmsprop": {"optimizer": "rmsprop", "lr": 1e-3, "beta2": 0.9, "eps": 1e-6},
+    "backward": {"max_grad_norm": None, "step_in_backward": True},
     "sgd": {"optimizer": "sgd", "nesterov": True, "lr": 1e-3},
 }
 MUON = {"muon": {"optimizer": "muon", "lr": 1e-3}}

@@ -35,6 +35,7 @@ class StepFlags:
     optimizer: OptimizerName
     precision: StepPrecision
     device: str
+    step_in_backward: bool = False
 
     def __post_init__(self) -> None:
         check_integer("--batch", self.batch, at_least=1, at_most=_MOST)
@@ -49,6 +50,9 @@ class StepFlags:
             raise UsageError(
                 f"`{flag}` is for models of your own; revnet's models take images, whose size is `--image`."
             )
+
+        if self.step_in_backward and self.optimizer == "none":
+            raise UsageError("`--step-in-backward` needs an optimizer, but `--optimizer` (=none) counts none.")
 
     @property
     def is_own(self) -> bool:

@@ -17,6 +17,7 @@ def memory(
     precision: StepPrecision = "32-true",
     policy: Policy | None = None,
     depth: int = 2,
+    step_in_backward: bool = False,
     measure: bool = False,
     device: str = "auto",
     output_dir: str | None = None,
@@ -43,6 +44,8 @@ def memory(
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
         policy: What to do with activations: reverse, checkpoint or store; unchanged by default.
         depth: Levels of modules to list: 1 for the parts of the model, 2 for their parts too.
+        step_in_backward: Let the optimizer update each parameter in the backward pass and free its gradient, as
+            revnet.optim.StepInBackward does.
         measure: Run a real step on random inputs, and count what is allocated and freed.
         device: Device of the step: auto, cpu, cuda, cuda:1.
         output_dir: Folder for the picture; the current folder by default.
@@ -56,6 +59,7 @@ def memory(
         optimizer=optimizer,
         precision=precision,
         device=device,
+        step_in_backward=step_in_backward,
     )
     check_integer("--depth", depth, at_least=0)
     folder = open_folder(output_dir)
@@ -72,7 +76,9 @@ def memory(
         set_policy(step.model, policy)
     step_memory: StepMemory | None = None
     try:
-        step_memory = predict(step.model, step.inputs, device=step.device, **step.options)
+        step_memory = predict(
+            step.model, step.inputs, device=step.device, step_in_backward=step_in_backward, **step.options
+        )
     except PredictionError as error:  # the model may need values, which a real step has
         if not measure:
             hint = "Pass `--measure`, with a small `--batch`, to run a real step."
@@ -87,11 +93,11 @@ def memory(
         if policy is not None:
             set_policy(step.model, policy)
         with step_errors():
-            step_memory = measure_step(step.model, step.inputs, **step.options)
+            step_memory = measure_step(step.model, step.inputs, step_in_backward=step_in_backward, **step.options)
     assert step_memory is not None
     print(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
     with optional_picture():
-        words = [] if policy is None else [policy]
+        words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
         picture = flags.picture(folder, "memory", *words)
         plot_timeline(step_memory, picture, title=", ".join([flags.title, *words]))
         print(f"picture  {picture}")

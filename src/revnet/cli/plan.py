@@ -27,6 +27,7 @@ def plan(
     input_dtype: InputDtype = "float32",
     optimizer: OptimizerName = "sgd",
     precision: StepPrecision = "32-true",
+    step_in_backward: bool = False,
     measure: bool = False,
     device: str = "auto",
     output_dir: str | None = None,
@@ -53,6 +54,8 @@ def plan(
         input_dtype: Type of the inputs to a model of your own; int64 for token ids.
         optimizer: Optimizer, whose state counts. sgd has momentum.
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
+        step_in_backward: Let the plan move the optimizer's step into the backward pass, by
+            revnet.optim.StepInBackward, if that makes a faster plan fit.
         measure: Time real steps on random inputs instead of estimating times from shapes.
         device: Device of the step: auto, cpu, cuda, cuda:1.
         output_dir: Folder for the picture; the current folder by default.
@@ -66,6 +69,7 @@ def plan(
         optimizer=optimizer,
         precision=precision,
         device=device,
+        step_in_backward=step_in_backward,
     )
     if budget is None:
         raise UsageError("`--budget` is required: the memory that the step may use, such as --budget 16GiB.")
@@ -91,6 +95,7 @@ def plan(
             budget=budget_bytes,
             device=step.device,
             timing=MeasuredTiming() if measure else RooflineTiming(),
+            step_in_backward="auto" if step_in_backward else False,
             **step.options,
         )
     print(f"{step.description}\n\n{step_plan}\n")
@@ -98,14 +103,18 @@ def plan(
         picture = flags.picture(folder, "plan")
         step_plan.plot(picture, title=flags.title)
         print(f"picture    {picture}")
-    print(f"in Python  {_in_python(flags, budget)}")
-    if not flags.is_own and optimizer in get_args(Optimizer):  # `revnet train` has the model and the optimizer
+    print(f"in Python  {_in_python(flags, budget, step_in_backward=step_plan.step_in_backward)}")
+    if step_plan.step_in_backward:
+        print("           revnet.optim.StepInBackward(optimizer)")
+    # `revnet train` must have the model and the optimizer.
+    if not flags.is_own and optimizer in get_args(Optimizer) and not step_plan.step_in_backward:
         print(f"to train   {_to_train(flags, budget)}")
 
 
-def _in_python(flags: StepFlags, budget: str) -> str:
+def _in_python(flags: StepFlags, budget: str, *, step_in_backward: bool) -> str:
     autocast = "autocast=torch.bfloat16" if flags.precision == "bf16-mixed" else ""
-    arguments = ["model", "inputs", f'budget="{budget.strip()}"', _IN_PYTHON[flags.optimizer], autocast]
+    stepping = "step_in_backward=True" if step_in_backward else ""
+    arguments = ["model", "inputs", f'budget="{budget.strip()}"', _IN_PYTHON[flags.optimizer], autocast, stepping]
     return f"revnet.memory.plan({', '.join(filter(None, arguments))}).apply(model)"
 
 

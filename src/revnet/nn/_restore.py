@@ -10,13 +10,15 @@ from revnet._checks import check_module
 from revnet._torch_internals import has_internal_overlap
 from revnet.nn._whole_model import policy_holders
 from revnet.nn.blocks._reversible_sequential import ReversibleSequential
+from revnet.optim._step_in_backward import suspended
 
 
 @contextmanager
 def restoring_state(model: nn.Module) -> Iterator[None]:
     """Clear the gradients of `model`; on exit, restore them and the buffers, the keyframes and the random states.
 
-    Training steps inside this context leave the model and the random state as they were, except for the parameters.
+    Training steps inside this context leave the model and the random state as they were, except for the parameters. A
+    `StepInBackward` does not update them.
 
     Raises:
         TypeError: `model` is not a module.
@@ -31,7 +33,7 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
     tolerances = [(sequence, sequence.tolerance_state()) for sequence in sequences]
     devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), suspended(parameters):
             for parameter in parameters:
                 parameter.grad = None
             yield

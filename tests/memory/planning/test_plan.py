@@ -1,6 +1,7 @@
 """Plans fit their budget, nothing that fits is faster, and reports are complete."""
 
 import itertools
+import re
 from functools import partial
 
 import pytest
@@ -229,6 +230,12 @@ class Branching(nn.Module):
         ({"budget": "1GiB", "policies": [Reverse]}, TypeError, r"`policies\[0\]` \(=.*Reverse.*\) must be a policy"),
         ({"budget": "1GiB", "policies": "store"}, TypeError, r"`policies` \(='store'\) must be a sequence of policies"),
         ({"budget": "1GiB", "policies": []}, ValueError, "`policies` must hold one policy or more"),
+        (
+            {"budget": "1GiB", "step_in_backward": 1},
+            ValueError,
+            r"`step_in_backward` \(=1\) must be True, False or 'auto'",
+        ),
+        ({"budget": "1GiB", "step_in_backward": "auto"}, ValueError, r"`step_in_backward` needs `optimizer` \(=None\)"),
     ],
 )
 def test_rejects_wrong_arguments(options, error, message):
@@ -289,6 +296,51 @@ def test_the_report_has_all_tables():
         assert words in text
     for name in ("reverse all", "checkpoint all", "plain autograd", "next faster plan"):
         assert name in text
+
+
+# Step in the backward pass --------------------------------------------------------------------------------------------
+
+
+def wide_blocks():
+    """Return two blocks whose gradients need more memory than their activations."""
+    return ReversibleSequential(*[ReversibleBlock(nn.Linear(32, 32), nn.Linear(32, 32)) for _ in range(2)])
+
+
+def test_plans_with_the_step_in_the_backward_pass():
+    """Parameters and momentum take 33 KiB, all gradients 16.5 KiB, and the budget is between."""
+    model, x = wide_blocks(), torch.randn(4, 64)
+    options = {"optimizer": SGD, "budget": "48KiB"}
+    with pytest.raises(
+        BudgetError, match=r"but the optimizer's step in the backward pass would make it fit \(`step_in_"
+    ):
+        plan(model, x, **options)
+    planned = plan(model, x, **options, step_in_backward="auto")
+    assert planned.step_in_backward
+    assert re.search("^optimizer +StepInBackward", str(planned), re.MULTILINE)
+    planned.apply(model)
+    measured = measure(model, x, optimizer=SGD, step_in_backward=True)
+    assert planned.peak_bytes == measured.peak_bytes <= 48 * 2**10
+    assert max_batch_size(model, x, **options) == 0
+    assert max_batch_size(model, x, **options, step_in_backward=True) >= 4
+
+
+def test_the_step_stays_ordinary_if_that_is_as_fast():
+    model, x, options = wide_blocks(), torch.randn(4, 64), {"optimizer": SGD, "budget": "1GiB"}
+    automatic = plan(model, x, **options, step_in_backward="auto")
+    assert not automatic.step_in_backward
+    assert "StepInBackward" not in str(automatic)
+    # The times do not include the optimizer, wherever its step runs.
+    chosen = plan(model, x, **options, step_in_backward=True)
+    assert chosen.step_in_backward
+    assert chosen.references["reverse all"].time_ratio == automatic.references["reverse all"].time_ratio
+
+
+def test_no_plan_fits_with_either_step():
+    model, x = wide_blocks(), torch.randn(4, 64)
+    with pytest.raises(BudgetError, match="no batch would fit") as error:
+        plan(model, x, budget="1KiB", optimizer=SGD, step_in_backward="auto")
+    peaks = [predict(model, x, optimizer=SGD, step_in_backward=choice).peak_bytes for choice in (False, True)]
+    assert error.value.least_bytes <= min(peaks)
 
 
 def test_draws_a_plan(tmp_path):

@@ -140,3 +140,16 @@ def test_bfloat16_parameters_keep_streams_in_float32(out_dir, recwarn):
     assert {watch.types["stem.0.weight"], watch.types["head.bias"]} == {torch.bfloat16}
     assert watch.types["stem.1.weight"] == torch.float32
     assert not [warning for warning in recwarn if "ReconstructionWarning" in str(warning.category)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_step_in_the_backward_pass_makes_the_same_update(language, tmp_path, optimizer):
+    settings = language | {"optimizer": optimizer, "lr": 1e-2, "max_grad_norm": None, "max_grad_value": 1e-3}
+    runs = [
+        train(
+            LanguageConfig(**settings, max_updates=3, step_in_backward=flag, out_dir=str(tmp_path / str(flag))),
+            quiet=True,
+        )
+        for flag in (False, True)
+    ]
+    assert torch.equal(*map(weights_of, runs))

@@ -27,6 +27,7 @@ def max_batch_size(
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    step_in_backward: bool = False,
 ) -> int:
     """Return the largest batch size at which a training step fits a budget, under the policies that `model` has.
 
@@ -44,6 +45,7 @@ def max_batch_size(
         autocast: See `predict`.
         dtype: See `predict`.
         device: See `predict`.
+        step_in_backward: See `predict`.
 
     Returns:
         The number of samples; 0 if not even one fits. A budget above 8 PiB counts as 8 PiB.
@@ -53,7 +55,7 @@ def max_batch_size(
         ValueError: `budget` is not a number of bytes, or the inputs have no tensor.
     """
     budget_bytes = min(parse_bytes(budget), _MOST_BYTES)
-    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, step_in_backward)
     return largest_batch(step, budget_bytes)
 
 

@@ -18,7 +18,8 @@ from revnet.memory.step._step_memory import StepMemory
 class Plan:
     """A policy for each unit of a model, with its costs and the alternatives.
 
-    `apply` sets the policies of a model. `print` shows the plan as a table.
+    `apply` sets the policies of a model. `print` shows the plan as a table. If `step_in_backward` is true, the plan
+    fits only with `revnet.optim.StepInBackward`.
     """
 
     budget_bytes: int
@@ -42,6 +43,8 @@ class Plan:
     is_exact: bool
     """Whether `points` are complete; if a model has very many different units, some points are left out."""
     timing: Timing
+    step_in_backward: bool
+    """Whether the optimizer's step must run in the backward pass: train with `revnet.optim.StepInBackward`."""
 
     @property
     def peak_bytes(self) -> int:
@@ -72,7 +75,7 @@ class Plan:
     def report(self) -> str:
         """Return the plan as text: the total, the policy of each unit with its costs, and the references."""
         lines = [
-            *total_lines(self.budget_bytes, self.memory.at_peak, self.time_ratio, self.timing),
+            *total_lines(self.budget_bytes, self.memory.at_peak, self.time_ratio, self.timing, self.step_in_backward),
             "",
             *unit_lines(self.units),
             "",

@@ -10,7 +10,9 @@ from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Breakdown
 
 
-def total_lines(budget_bytes: int, at_peak: Breakdown, time_ratio: float, timing: Timing) -> list[str]:
+def total_lines(
+    budget_bytes: int, at_peak: Breakdown, time_ratio: float, timing: Timing, step_in_backward: bool
+) -> list[str]:
     """Return a table of budget, peak and time of the whole step."""
     activations = format_bytes(at_peak.held + at_peak.transient)
     rows = [
@@ -18,6 +20,8 @@ def total_lines(budget_bytes: int, at_peak: Breakdown, time_ratio: float, timing
         ("peak", format_bytes(at_peak.total), f"of which activations {activations}"),
         ("step time", f"{time_ratio:.3f}", f"relative to plain autograd, {timing.describe()}"),
     ]
+    if step_in_backward:
+        rows.append(("optimizer", "StepInBackward", "its step runs in the backward pass"))
     return aligned(rows, num_left=3)
 
 

@@ -9,7 +9,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timin
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._unit_seconds import measure_seconds
 from revnet.memory.planning._units import UnitInModel, assign, find_units
+from revnet.memory.step._backward_optimizer import check_step_in_backward
 from revnet.memory.step._bytes import format_bytes, parse_bytes
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._predict import Prediction
@@ -50,6 +51,7 @@ def plan(
     device: torch.device | str | None = None,
     policies: Sequence[AbstractPolicy | str] = POLICIES,
     timing: Timing | None = None,
+    step_in_backward: bool | Literal["auto"] = False,
 ) -> Plan:
     """Choose a policy for each unit of `model`, so that a training step fits a budget in the least time.
 
@@ -76,11 +78,16 @@ def plan(
             accepts. `Store()` is always added.
         timing: Source of the times: `RooflineTiming()` estimates them from shapes and is the default,
             `MeasuredTiming()` runs steps.
+        step_in_backward: Whether the optimizer's step runs in the backward pass, by `revnet.optim.StepInBackward`. With
+            "auto", the plan chooses it if that makes a faster plan fit; `Plan.step_in_backward` holds the choice. A
+            step in the backward pass needs less memory if the gradients are large, and a little more if the stored
+            activations are.
 
     Raises:
         BudgetError: No plan fits. The error says how much memory is missing, and which batch size would fit.
         PredictionError: The model fails on fake tensors.
-        ValueError: `budget` is not a number of bytes, or the model has no units to plan.
+        ValueError: `budget` is not a number of bytes, the model has no units to plan, or `step_in_backward` has no
+            optimizer.
         TypeError: An argument has the wrong type.
     """
     budget_bytes = parse_bytes(budget)
@@ -88,8 +95,37 @@ def plan(
     if not isinstance(timing, RooflineTiming | MeasuredTiming):
         raise TypeError(f"`timing` (={timing!r}) must be a `RooflineTiming()` or a `MeasuredTiming()`.")
     allowed = _check_policies(policies)
-    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
-    with restoring_policies(model):
+    if not isinstance(step_in_backward, bool) and step_in_backward != "auto":
+        raise ValueError(f"`step_in_backward` (={step_in_backward!r}) must be True, False or 'auto'.")
+    check_step_in_backward(bool(step_in_backward), optimizer)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, False)
+    stepping = replace(step, step_in_backward=True)
+    if step_in_backward == "auto":
+        return _faster_plan(step, stepping, budget_bytes, allowed, timing)
+    return _plan_step(stepping if step_in_backward else step, budget_bytes, allowed, timing)
+
+
+def _faster_plan(
+    step: TrainingStep,
+    stepping: TrainingStep,
+    budget_bytes: int,
+    policies: Sequence[AbstractPolicy],
+    timing: Timing,
+) -> Plan:
+    """Return the plan with the step of the optimizer in the backward pass if it is faster than the ordinary one."""
+    plans, errors = [], []
+    for candidate in (step, stepping):
+        try:
+            plans.append(_plan_step(candidate, budget_bytes, policies, timing))
+        except BudgetError as error:
+            errors.append(error)
+    if not plans:
+        raise min(errors, key=lambda error: error.least_bytes)
+    return min(plans, key=lambda plan: plan.time_ratio)
+
+
+def _plan_step(step: TrainingStep, budget_bytes: int, allowed: Sequence[AbstractPolicy], timing: Timing) -> Plan:
+    with restoring_policies(step.model):
         with step.predicted() as prediction:
             units, (costs, excess_bytes) = _count_costs(step, prediction, allowed, timing)
         if isinstance(timing, MeasuredTiming):
@@ -113,7 +149,7 @@ def plan(
     # A predicted peak replaces the sum for the same choices.
     by_choices = {other.choices: other for other in [*frontier.points, least, *references.values(), point]}
     outcome = _Outcome(_undominated(by_choices.values()), references, point, memory, frontier.is_exact)
-    return _make_plan(units, costs, outcome, budget_bytes, timing)
+    return _make_plan(step, units, costs, outcome, budget_bytes, timing)
 
 
 def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractPolicy, ...]:
@@ -213,6 +249,8 @@ def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> B
     missing = least.peak_bytes - budget_bytes
     samples = "sample" if fitting == 1 else "samples"
     hint = f"a batch of {fitting} {samples} instead of {total} would fit" if fitting else "no batch would fit"
+    if _fits_stepping(step, budget_bytes):
+        hint += ", but the optimizer's step in the backward pass would make it fit (`step_in_backward`)"
     fixed = least.parameter_bytes + least.optimizer_bytes + least.gradient_bytes
     return BudgetError(
         f"`budget` (={format_bytes(budget_bytes)}) is {format_bytes(missing)} below the least that this step needs, "
@@ -222,6 +260,17 @@ def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> B
         least_bytes=least.peak_bytes,
         max_batch_size=fitting,
     )
+
+
+def _fits_stepping(step: TrainingStep, budget_bytes: int) -> bool:
+    """Return whether a step that does not fit would do so with the optimizer's step in the backward pass."""
+    if step.optimizer is None or step.step_in_backward:
+        return False
+    try:
+        with replace(step, step_in_backward=True).predicted() as prediction:
+            return prediction.memory().peak_bytes <= budget_bytes
+    except (NotImplementedError, ValueError):  # the optimizer cannot update one parameter at a time
+        return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +285,12 @@ class _Outcome:
 
 
 def _make_plan(
-    units: Sequence[UnitInModel], costs: ChainCosts, outcome: _Outcome, budget_bytes: int, timing: Timing
+    step: TrainingStep,
+    units: Sequence[UnitInModel],
+    costs: ChainCosts,
+    outcome: _Outcome,
+    budget_bytes: int,
+    timing: Timing,
 ) -> Plan:
     stored_seconds = costs.time([0, *[len(unit.choices) - 1 for unit in units]])
     choices = outcome.chosen.choices
@@ -270,4 +324,5 @@ def _make_plan(
         references={name: plan_point(point) for name, point in outcome.references.items()},
         is_exact=outcome.is_exact,
         timing=timing,
+        step_in_backward=step.step_in_backward,
     )

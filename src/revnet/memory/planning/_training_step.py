@@ -26,6 +26,7 @@ class TrainingStep:
     autocast: torch.dtype | None
     dtype: torch.dtype | None
     device: torch.device | str | None
+    step_in_backward: bool
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -53,6 +54,7 @@ class TrainingStep:
             autocast=self.autocast,
             dtype=self.dtype,
             device=self.device,
+            step_in_backward=self.step_in_backward,
         )
 
     def with_batch_size(self, count: int) -> "TrainingStep":

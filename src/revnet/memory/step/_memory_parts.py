@@ -69,7 +69,10 @@ class Timeline:
     """For each point, the index in `StepMemory.modules` of the module that ran; -1 for the loss and the optimizer."""
     backward_start: int
     optimizer_start: int
-    """First point of the optimizer's step; the number of points if no optimizer was given."""
+    """First point of the optimizer's step.
+
+    It is the number of points if no optimizer was given, or if its step runs in the backward pass.
+    """
 
     def __len__(self) -> int:
         return len(self.activation_bytes)

@@ -28,7 +28,10 @@ class OptimizerCost:
 
     state_bytes: int
     step_bytes: Integers
-    """Bytes alive after each operation of a step, in addition to parameters, gradients and state."""
+    """Bytes alive after each operation of a step, in addition to parameters, gradients and state.
+
+    Empty if the step runs in the backward pass, which then records them.
+    """
 
 
 def as_factory(
@@ -101,10 +104,10 @@ def optimizer_cost(
         stack.enter_context(active_fake_mode() or FakeTensorMode())
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device(device_type))
-        stack.enter_context(_AnyValue())
+        stack.enter_context(AnyValue())
         fakes = [_fake_parameter(*pair) for pair in zip(parameters, has_gradient, strict=True)]
-        optimizer = _make(factory, fakes)
-        with _explained(factory, "cannot take a step on gradients alone"):
+        optimizer = make_optimizer(factory, fakes)
+        with explained(factory, "cannot take a step on gradients alone"):
             optimizer.step()
         state = [tensor for tensor in tensors_in(list(optimizer.state.values())) if tensor.device.type == device_type]
         gradients = [fake.grad for fake in fakes if fake.grad is not None]
@@ -125,8 +128,14 @@ def _fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
     return fake
 
 
-def _make(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
-    with _explained(factory, "cannot be created"):
+def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimizer:
+    """Make the optimizer of these parameters.
+
+    Raises:
+        TypeError: `factory` does not make an optimizer.
+        ValueError: `factory` fails, or the optimizer has other parameters.
+    """
+    with explained(factory, "cannot be created"):
         optimizer = factory(parameters)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -143,7 +152,8 @@ def _make(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> Optimize
 
 
 @contextmanager
-def _explained(factory: OptimizerFactory, what: str) -> Iterator[None]:
+def explained(factory: OptimizerFactory, what: str) -> Iterator[None]:
+    """Turn an exception into one line that names the optimizer."""
     try:
         yield
     except Exception as error:
@@ -155,10 +165,11 @@ def _name_of(factory: Any) -> str:
     return _name_of(factory.func) if isinstance(factory, partial) else getattr(factory, "__name__", repr(factory))
 
 
-class _AnyValue(TorchDispatchMode):
-    """Returns 1 where an optimizer asks for the value of a fake tensor, as some do for a scalar factor."""
+class AnyValue(TorchDispatchMode):
+    """Return 1 where an optimizer asks for the value of a fake tensor, as some do for a scalar factor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, or return 1 if it needs the value of a tensor."""
         try:
             return func(*args, **(kwargs or {}))
         except DataDependentOutputException:

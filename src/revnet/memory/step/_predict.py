@@ -20,6 +20,7 @@ from revnet._torch_internals import (
     active_fake_mode,
 )
 from revnet.errors import PredictionError
+from revnet.memory.step._backward_optimizer import BackwardOptimizer, check_step_in_backward
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
 from revnet.memory.step._recorder import Recorder
@@ -37,6 +38,7 @@ def predict(
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    step_in_backward: bool = False,
 ) -> StepMemory:
     """Count the bytes of a training step of `model` without running it.
 
@@ -64,14 +66,25 @@ def predict(
         dtype: Predict as if the model and all floating-point inputs were converted to this data type.
         device: Predict as if model and inputs were on this device; None for the model's own, or the CPU if that is the
             meta device.
+        step_in_backward: Count a step whose optimizer updates each parameter in the backward pass and frees its
+            gradient, as under `revnet.optim.StepInBackward`. It needs `optimizer`.
 
     Raises:
         PredictionError: The model or the loss fails on inputs of these shapes, or needs the values of tensors.
         TypeError: An argument has the wrong type.
-        ValueError: No output requires a gradient, a lazy module has no shape yet, or `device` is not available.
+        ValueError: No output requires a gradient, a lazy module has no shape yet, `device` is not available, or
+            `step_in_backward` has no optimizer.
     """
     with predicting(
-        model, inputs, kwargs, optimizer=optimizer, loss=loss, autocast=autocast, dtype=dtype, device=device
+        model,
+        inputs,
+        kwargs,
+        optimizer=optimizer,
+        loss=loss,
+        autocast=autocast,
+        dtype=dtype,
+        device=device,
+        step_in_backward=step_in_backward,
     ) as prediction:
         return prediction.memory()
 
@@ -87,10 +100,12 @@ def predicting(
     autocast: torch.dtype | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    step_in_backward: bool = False,
 ) -> Iterator["Prediction"]:
     """Replace the model's tensors by fake ones, for any number of steps; for the arguments see `predict`."""
     check_step(model, kwargs, loss, autocast)
     factory = as_factory(optimizer, list(model.parameters()))
+    check_step_in_backward(step_in_backward, optimizer)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"`dtype` (={dtype!r}) must be a floating-point type such as `torch.bfloat16`, or None.")
     target = None if device is None else _checked_device("device", device)
@@ -105,7 +120,15 @@ def predicting(
         stack.enter_context(_quiet())
         stack.enter_context(fake_tensors_in(model, faker))
         args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
-        yield Prediction(model, args, keywords, optimizer=factory, loss=loss, autocast=autocast)
+        yield Prediction(
+            model,
+            args,
+            keywords,
+            optimizer=factory,
+            loss=loss,
+            autocast=autocast,
+            step_in_backward=step_in_backward,
+        )
 
 
 class Prediction:
@@ -118,6 +141,7 @@ class Prediction:
         optimizer: Makes the optimizer; None counts no optimizer.
         loss: Function from the output to a scalar; None for the sum of all outputs.
         autocast: Data type of autocast; None keeps the current setting.
+        step_in_backward: Whether the optimizer's step runs in the backward pass.
     """
 
     def __init__(
@@ -129,6 +153,7 @@ class Prediction:
         optimizer: OptimizerFactory | None,
         loss: Loss | None,
         autocast: torch.dtype | None,
+        step_in_backward: bool,
     ):
         self._model = model
         self._args = args
@@ -137,21 +162,36 @@ class Prediction:
         self._loss = loss
         self._autocast = autocast
         self._cost: OptimizerCost | None = None
+        self._in_backward: BackwardOptimizer | None = None
+        if step_in_backward and optimizer is not None:
+            self._in_backward = BackwardOptimizer(optimizer, list(model.parameters()))
 
     def run(self) -> StepResult:
         """Run a step of the model under its current policies."""
         for tensor in [*self._model.parameters(), *tensors_in(self._args, self._kwargs)]:
             tensor.grad = None
-        guard = partial(_explained, self._model, _describe(tensors_in(self._args, self._kwargs)))
-        return run_step(self._model, self._args, self._kwargs, loss=self._loss, autocast=self._autocast, guard=guard)
+        in_backward = self._in_backward
+        return run_step(
+            self._model,
+            self._args,
+            self._kwargs,
+            loss=self._loss,
+            autocast=self._autocast,
+            guard=partial(_explained, self._model, _describe(tensors_in(self._args, self._kwargs))),
+            on_gradient=None if in_backward is None else in_backward.update,
+            state=() if in_backward is None else in_backward.state,
+        )
 
     def memory(self) -> StepMemory:
         """Return the memory of a step of the model under its current policies."""
         result = self.run()
         if self._optimizer is not None and self._cost is None:  # it does not depend on policies
             device_type = device_of(self._model, self._args, self._kwargs).type
-            parameters = list(self._model.parameters())
-            self._cost = optimizer_cost(self._optimizer, parameters, result.has_gradient, device_type)
+            if self._in_backward is None:
+                parameters = list(self._model.parameters())
+                self._cost = optimizer_cost(self._optimizer, parameters, result.has_gradient, device_type)
+            else:
+                self._cost = self._in_backward.cost(result.has_gradient, device_type)
         return summarize(self._model, result, self._cost)
 
 

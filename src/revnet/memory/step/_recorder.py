@@ -39,6 +39,8 @@ class Recorder(TorchDispatchMode):
     Storages count as in `LiveBytes`, and recording keeps none alive. Within `following(model)`, it also records which
     module runs and when a storage becomes the gradient of a parameter.
 
+    While `counts_costs` is false, it records storages, and neither arithmetic nor movement of bytes.
+
     Args:
         ignore: Tensors that are alive during the whole step, whose storages do not count.
         device_type: Type of the device on which storages count, such as "cpu"; storages elsewhere take no memory there.
@@ -62,6 +64,7 @@ class Recorder(TorchDispatchMode):
         self._sequence: list[int] = []
         self._flops: list[int] = []
         self._moved_bytes: list[int] = []
+        self.counts_costs = True
 
         self._names: list[str] = []
         self._calls: list[_OpenCall] = []
@@ -151,12 +154,8 @@ class Recorder(TorchDispatchMode):
         if operation is None:
             operation = self._operations[func] = _Operation.of(func)
         sequence = self._current_sequence()
-        flops = 0 if operation.count_flops is None else operation.count_flops(*args, **kwargs, out_val=result)
-        moved_bytes = 0
         outputs = _tensors_in(result)
-        if operation.moves:
-            moved_bytes = sum(map(_num_bytes, outputs))
-            moved_bytes += sum(map(_num_bytes, _tensors_in((*args, *kwargs.values()))))
+        flops, moved_bytes = operation.costs(args, kwargs, result, outputs) if self.counts_costs else (0, 0)
         if operation.is_fresh:
             for tensor in outputs:
                 if tensor.layout is torch.strided and tensor.device.type == self._device_type:
@@ -262,6 +261,14 @@ class _Operation:
         )
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
         return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket))
+
+    def costs(self, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]) -> tuple[int, int]:
+        """Return the floating-point operations of a call, and the bytes that it reads and writes."""
+        flops = 0 if self.count_flops is None else self.count_flops(*args, **kwargs, out_val=result)
+        if not self.moves:
+            return flops, 0
+        inputs = _tensors_in((*args, *kwargs.values()))
+        return flops, sum(map(_num_bytes, outputs)) + sum(map(_num_bytes, inputs))
 
 
 class _OpenCall:

@@ -1,7 +1,7 @@
 """Run one training step under a recorder."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,6 +50,8 @@ def run_step(
     loss: Loss | None,
     autocast: torch.dtype | None,
     guard: Callable[[str, Recorder], AbstractContextManager[None]] = _unguarded,
+    on_gradient: Callable[[Tensor], None] | None = None,
+    state: Sequence[Tensor] = (),
 ) -> StepResult:
     """Run `model(*args, **kwargs)`, the loss and `backward`, and record them.
 
@@ -63,6 +65,9 @@ def run_step(
         autocast: Data type in which autocast runs the forward pass and the loss; None keeps the current setting.
         guard: Makes a context for each part that runs code of the user, from the name of the part ("the forward pass",
             "the loss", "the backward pass") and the recorder.
+        on_gradient: Called with each parameter when its gradient is complete, such as the step of an optimizer. Its
+            allocations count, and its time does not.
+        state: Other tensors that are alive during the whole step, which do not count, such as an optimizer's state.
 
     Raises:
         TypeError: `loss` did not return a scalar.
@@ -71,12 +76,14 @@ def run_step(
     device_type = device_of(model, args, kwargs).type
     parameters, buffers = list(model.parameters()), list(model.buffers())
     inputs = tensors_in(args, kwargs)
-    recorder = Recorder([*parameters, *buffers, *inputs], device_type)
+    recorder = Recorder([*parameters, *buffers, *inputs, *state], device_type)
     constants = Constants(*_bytes_by_group([parameters, buffers, inputs], device_type))
     torch.clear_autocast_cache()  # casts cached by earlier code would not be counted
     is_real = device_type != "meta" and active_fake_mode() is None
     kernels = nullcontext() if is_real else CpuKernels()
-    with torch.enable_grad(), recorder.following(model), kernels, recorder:
+    # The hooks of `following` come first, so that the recorder sees each gradient before `on_gradient` frees it.
+    calling = _calling_on_gradients(parameters, on_gradient, recorder)
+    with torch.enable_grad(), recorder.following(model), calling as received, kernels, recorder:
         with nullcontext() if autocast is None else torch.autocast(device_type, autocast):
             with guard("the forward pass", recorder), recorder.calling(model):
                 output = model(*args, **kwargs)
@@ -89,8 +96,29 @@ def run_step(
             torch.autograd.backward(losses)
         recorder.end()
     torch.clear_autocast_cache()
-    has_gradient = [parameter.grad is not None for parameter in parameters]
+    has_gradient = [parameter.grad is not None or parameter in received for parameter in parameters]
     return StepResult(recorder.log(), constants, has_gradient)
+
+
+@contextmanager
+def _calling_on_gradients(
+    parameters: Iterable[nn.Parameter], on_gradient: Callable[[Tensor], None] | None, recorder: Recorder
+) -> Iterator[set[Tensor]]:
+    """Call `on_gradient` with each parameter that receives a gradient; yield these parameters."""
+    received: set[Tensor] = set()
+
+    def hook(parameter: Tensor) -> None:
+        assert on_gradient is not None
+        received.add(parameter)
+        recorder.counts_costs = False
+        on_gradient(parameter)
+        recorder.counts_costs = True
+
+    with ExitStack() as stack:
+        for parameter in parameters:
+            if parameter.requires_grad and on_gradient is not None:
+                stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        yield received
 
 
 def losses_of(output: Any, loss: Loss | None) -> list[Tensor]:

@@ -26,14 +26,15 @@ class StepMemory:
     activation_bytes: int
     """Largest number of bytes of activations and their gradients alive at once.
 
-    A step needs these bytes in addition to the model, its parameters' gradients and its inputs.
+    A step needs these bytes in addition to the model, its parameters' gradients and its inputs. If the optimizer's
+    step runs in the backward pass, its temporaries count.
     """
     held_bytes: int
     """Activations alive between the forward and the backward pass: tensors that autograd saved, and the loss."""
     parameter_bytes: int
     buffer_bytes: int
     gradient_bytes: int
-    """Gradients of all parameters after the backward pass."""
+    """Gradients of all parameters after the backward pass; 0 if the optimizer's step runs in it."""
     optimizer_bytes: int
     """State that the optimizer keeps from step to step; 0 if no optimizer was given."""
     input_bytes: int

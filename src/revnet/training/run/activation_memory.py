@@ -60,6 +60,7 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
             batch,
             budget=config.memory_budget,
             optimizer=update.optimizer(model),
+            step_in_backward=config.step_in_backward,
             loss=update.loss,
             autocast=autocast_dtype(config),
             device=device if device.type == "cuda" else "cpu",

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from revnet.optim import StepInBackward
 from revnet.training.optimizers import make_optimizer
 from revnet.training.schedules import constant_rate, cosine_decay, cosine_restarts, linear_warmup, step_decay
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -25,6 +26,9 @@ def configure_optimization(
         is_highest: Whether the highest value of the metric is the best.
     """
     optimizer = make_optimizer(config, model)
+    if config.step_in_backward:
+        _clip_each_gradient(optimizer, config.max_grad_value)
+        StepInBackward(optimizer)  # the optimizer keeps it
     if config.schedule != "plateau":
         schedule = _schedule(config, optimizer, num_updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -41,6 +45,15 @@ def configure_optimization(
         rise = linear_warmup(optimizer, num_updates=num_updates, warmup=config.warmup)
         schedules.append({"scheduler": rise, "interval": "step"})
     return [optimizer], schedules
+
+
+def _clip_each_gradient(optimizer: Optimizer, largest: float | None) -> None:
+    """Clip the elements of each gradient when it is known."""
+    if largest is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.register_hook(lambda gradient: gradient.clamp(-largest, largest))
 
 
 def _schedule(config: AbstractRunConfig, optimizer: Optimizer, num_updates: int) -> LambdaLR:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -55,7 +56,16 @@ class AbstractTask(LightningModule, ABC):
         """Return the figures of an epoch as one line of text."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer, and the schedule that steps after every update."""
+        """Return the optimizer, and the schedule that steps after every update.
+
+        Raises:
+            ValueError: A setting does not fit the model or the processes.
+        """
+        if self.config.step_in_backward and isinstance(self.trainer.strategy, DDPStrategy):
+            raise ValueError(
+                "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
+                "after the backward pass; pass the `strategy` fsdp2, or leave it out."
+            )
         metric, is_highest = self.best_epoch
         return configure_optimization(
             self.config, self.saved_module.model, self.num_updates, metric=metric, is_highest=is_highest

@@ -11,7 +11,8 @@ def update_arguments(config: AbstractRunConfig) -> dict[str, Any]:
         "accumulate_grad_batches": config.accumulate,
         "gradient_clip_val": config.max_grad_norm,
     }
-    if config.max_grad_value is not None:
+    # With the step in the backward pass, a hook on each parameter clips its gradient.
+    if config.max_grad_value is not None and not config.step_in_backward:
         arguments |= {"gradient_clip_val": config.max_grad_value, "gradient_clip_algorithm": "value"}
     if config.val_every is not None:
         # Lightning counts batches, of which an update has several, and not from the start of each epoch.

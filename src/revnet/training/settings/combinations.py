@@ -15,6 +15,7 @@ def check_combinations(config: Any) -> None:
     _check_validation(config)
     _check_arithmetic(config)
     _check_compile(config)
+    _check_step_in_backward(config)
     _check_sharding(config)
     if config.batch_size % config.accumulate:
         nearest = _nearest_multiple(config.batch_size, config.accumulate)
@@ -51,6 +52,22 @@ def _check_arithmetic(config: Any) -> None:
             f"`ema_decay` (={config.ema_decay}) does not go with the `precision` bf16-true, which rounds the small "
             "steps of an average away; pass bf16-mixed, or leave it out."
         )
+
+
+def _check_step_in_backward(config: Any) -> None:
+    if not config.step_in_backward:
+        return
+    reasons = {
+        "accumulate": (config.accumulate > 1, "needs the gradients of all parts", "1"),
+        "max_grad_norm": (config.max_grad_norm is not None, "needs all gradients at once", "null"),
+        "precision": (config.precision == "16-mixed", "checks all gradients before an update", "bf16-mixed"),
+    }
+    for name, (is_excluded, reason, way_out) in reasons.items():
+        if is_excluded:
+            raise ValueError(
+                f"`step_in_backward` (=True) does not go with `{name}` (={getattr(config, name)}), which {reason}; "
+                f"pass {way_out}, or leave `step_in_backward` out."
+            )
 
 
 def _check_compile(config: Any) -> None:

@@ -27,6 +27,10 @@ class UpdateSettings(SettingsGroup):
     themselves. The decay of early updates is lower, so that the first weights are soon forgotten. Null saves the
     weights themselves."""
 
+    step_in_backward: bool = False
+    """Whether each parameter is updated in the backward pass, as soon as its gradient is known. One gradient at a time
+    then takes memory, and the weights are the same to the last bit."""
+
     def _check_together(self) -> None:
         if self.max_grad_norm is not None and self.max_grad_value is not None:
             raise ValueError(
