@@ -25,6 +25,7 @@ _EXTRAS = {
     "rich": "cli",
     "safetensors": "cli",
     "matplotlib": "plot",
+    "kornia": "augment",
 }
 
 

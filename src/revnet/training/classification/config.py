@@ -122,6 +122,10 @@ class TrainConfig(AbstractRunConfig):
     color_distortion: bool = False
     """Whether brightness, saturation, hue and contrast change at random, as the paper does for ImageNet."""
 
+    randaugment: int = integer(0, at_least=0, at_most=30)
+    """Magnitude of RandAugment, which applies two random operations to each training image, such as rotation, contrast
+    or shear; 9 is usual, and 0 leaves it out. It needs kornia (`pip install 'revnet[augment]'`)."""
+
     cutout: int = integer(0, at_least=0)
     """Side in pixels of a random square that is blanked out of each image; 0 for none."""
 

@@ -11,8 +11,6 @@ from revnet.data import ImageDataset, load_dataset, make_augment, make_loader, m
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.image_split import ImageSplit
-from revnet.data.transforms._color_distortion import make_color_distortion
-from revnet.data.transforms.augment import NoAugment
 from revnet.memory import Plan
 from revnet.models import create_model
 from revnet.training.classification.balance import class_weights, sampling_weights
@@ -21,6 +19,7 @@ from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import ClassifierHeader, load_classifier
 from revnet.training.classification.own_job import job_of_own_data
 from revnet.training.classification.own_model import own_network
+from revnet.training.classification.rand_augment import make_distortion
 from revnet.training.classification.result import TrainResult
 from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
@@ -153,7 +152,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         preprocess = preprocess_of(start, header.image_shape)
     else:
         preprocess = make_preprocess(header.preprocess, dataset.train, dataset.test)
-    distort = make_color_distortion() if config.color_distortion else NoAugment()
+    distort = make_distortion(config, header.in_channels)
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     built = build_classifier(config, header, preprocess, start)

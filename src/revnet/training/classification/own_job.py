@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from revnet.data import make_augment, make_preprocess
-from revnet.data.transforms._color_distortion import make_color_distortion
-from revnet.data.transforms.augment import NoAugment
 from revnet.memory import Plan
 from revnet.training.classification.build import build_classifier
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import NO_PREPROCESS, ClassifierHeader, load_classifier
 from revnet.training.classification.own_data import OwnBatches, OwnData, load_own_data
 from revnet.training.classification.own_model import own_network
+from revnet.training.classification.rand_augment import make_distortion
 from revnet.training.classification.result import TrainResult
 from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
@@ -111,7 +110,7 @@ def job_of_own_data(config: TrainConfig) -> OwnDataJob:
         is_exact=config.exact,
     )
     image_size = data.image_shape[1:]
-    distort = make_color_distortion() if config.color_distortion else NoAugment()
+    distort = make_distortion(config, header.in_channels)
     augment = make_augment(config.crop_padding or 0, config.horizontal_flip or False, image_size, cutout=config.cutout)
     built = build_classifier(config, header, preprocess, start)
     weights = None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)
@@ -161,8 +160,9 @@ def _check_settings(config: TrainConfig, data: OwnData) -> None:
             f"`class_weights` (={list(config.class_weights)}) must be {len(data.class_names)} numbers, one for each "
             "class."
         )
-    if not data.is_encoded and (config.color_distortion or config.preprocess is not None):
-        name = "color_distortion" if config.color_distortion else "preprocess"
+    for name in ("color_distortion", "randaugment", "preprocess"):
+        if data.is_encoded or not getattr(config, name):
+            continue
         raise ValueError(
             f"`{name}` (={getattr(config, name)}) is for images of bytes (uint8), and `data` (={config.data!r}) yields "
             "floating point; leave it out."

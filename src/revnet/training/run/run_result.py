@@ -50,7 +50,7 @@ class RunFigures:
     some models of your own."""
 
     stored_peak_bytes: int | None
-    """The same for the stored twin; None if the model stores all activations itself."""
+    """Peak activation memory of the stored twin; None if the model stores all activations itself."""
 
     policy: str
     """Policy for activations: `reverse`, `checkpoint`, `store`, or `plan` for a run with a memory budget."""

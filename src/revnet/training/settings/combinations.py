@@ -23,6 +23,11 @@ def check_combinations(config: Any) -> None:
             f"`batch_size` (={config.batch_size}) must be a multiple of `accumulate` (={config.accumulate}), so that "
             f"all parts weigh the same; pass {nearest}, or another number of parts."
         )
+    if config.accumulate > 1 and config.memory_budget is not None:
+        raise ValueError(
+            f"`accumulate` (={config.accumulate}) keeps the gradients of earlier parts, which a `memory_budget` "
+            f"(={config.memory_budget!r}) does not count; leave one of the two out, or pass a `policy`."
+        )
     if config.ema_decay is not None and config.memory_budget is not None:
         raise ValueError(
             f"`ema_decay` (={config.ema_decay}) keeps a second copy of the weights, which a `memory_budget` "
