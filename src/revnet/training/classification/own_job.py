@@ -1,5 +1,6 @@
 """The job of a run that trains a classifier on data of the user's own."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,11 @@ def job_of_own_data(config: TrainConfig) -> OwnDataJob:
         UserCodeError: The user's code failed.
     """
     check_device(config.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"`data` (={config.data!r}) is your own data module, whose batches are not divided among processes; use "
+            "one device, or a data set by its name or folder."
+        )
     data = load_own_data(config)
     _check_settings(config, data)
     updates_per_epoch = _count_batches(config.data, data.training) // config.accumulate

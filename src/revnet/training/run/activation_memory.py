@@ -48,18 +48,22 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
 
     Raises:
         BudgetError: No plan fits.
+        ValueError: The optimizer does not fit the model.
     """
-    if config.memory_budget is None:
+    if config.memory_budget is None and config.optimizer != "muon":
         return None
     device = find_device(config.device)
     with torch.device("meta"):
         model, batch = update.make_model(), update.make_batch()
+    optimizer = update.optimizer(model)  # Muon needs a matrix; the others fit every model
+    if config.memory_budget is None:
+        return None
     try:
         return plan(
             model,
             batch,
             budget=config.memory_budget,
-            optimizer=update.optimizer(model),
+            optimizer=optimizer,
             step_in_backward=config.step_in_backward,
             loss=update.loss,
             autocast=autocast_dtype(config),

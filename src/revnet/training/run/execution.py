@@ -1,5 +1,6 @@
 """How PyTorch executes a run: compiled, or with deterministic algorithms only."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ def execution(config: AbstractRunConfig, model: nn.Module) -> Iterator[None]:
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     is_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     if config.deterministic:
+        # Without it, cuBLAS refuses to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if config.compile:
         model.compile()
