@@ -25,13 +25,14 @@ LEVELS = {
     "engine": 2,
     "nn": 3,
     "models": 4,
-    "memory": 4,
     "numerics": 4,
+    "distributed": 4,
     "data": 4,
-    "training": 5,
-    "bench": 5,
-    "paper": 6,
-    "cli": 7,
+    "memory": 5,
+    "training": 6,
+    "bench": 6,
+    "paper": 7,
+    "cli": 8,
 }
 # The package imports its public names for type checkers. At run time they load when they are first used.
 GATHERS = {"__init__"}

@@ -2,6 +2,7 @@
 from revnet import bench as bench
 from revnet import coupling as coupling
 from revnet import data as data
+from revnet import distributed as distributed
 from revnet import functional as functional
 from revnet import memory as memory
 from revnet import models as models

@@ -5,7 +5,7 @@ import pytest
 
 def test_folder_and_files_of_a_run_give_the_error_printed_by_training(revnet, run_dir, tmp_path):
     error = json.loads((run_dir / "summary.json").read_text())["test_error"]
-    for name in ("", "last.safetensors", "last.ckpt"):
+    for name in ("", "last.safetensors", "checkpoints/update-00000003.ckpt"):
         code, output, errors = revnet("evaluate", run_dir / name, "--output-dir", tmp_path)
         assert (code, errors) == (0, "")
         lines = dict(line.split("  ", 1) for line in output.splitlines() if not line.startswith(" "))
@@ -45,7 +45,7 @@ def test_writes_next_to_the_checkpoint_by_default(revnet, run_dir, tmp_path):
     [
         ([], "the following arguments are required: checkpoint"),
         (["no/such/file.ckpt"], "`no/such/file.ckpt` is not a file; pass a `.safetensors` or `.ckpt` file"),
-        (["."], "`.` holds no last.safetensors and no last.ckpt"),
+        (["."], "`.` holds no last.safetensors and no checkpoint"),
         (["empty.ckpt"], "`empty.ckpt` is truncated or not a PyTorch checkpoint"),
         (["empty.safetensors"], "`empty.safetensors` is truncated or not a safetensors file"),
         (["empty.ckpt", "--device", "abacus"], "`device` (='abacus') is not a device; pass auto, cpu"),

@@ -114,7 +114,7 @@ def test_generate_continues_the_prompt(revnet, runs):
         (["train", "nice", "--num-couplings", "5"], "revnet train nice: error: `num_couplings` (=5) must be even"),
         (["train", "nice", "--prior", "flat"], "`--prior` (=flat) must be `logistic` or `gaussian`"),
         (["train", "nice", "--model", "revnet38"], "unknown option `--model`"),
-        (["train", "nice", "--resume", "{runs}/nice", "--epochs", "3"], "leave out `--epochs`"),
+        (["train", "nice", "--resume", "{runs}/nice", "--seed", "3"], "`seed` (=3) cannot change within a run"),
         (["train", "nice", "lm"], "`lm` needs an option before it; `revnet train nice --help` lists them all"),
         (["train", "--config", "digits/quick/nice"], "is for another task; its `task` says which"),
         (

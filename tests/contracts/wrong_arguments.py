@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import revnet
-from revnet import coupling, functional, models, optim
+from revnet import coupling, distributed, functional, models, optim
 from revnet import nn as rnn
 from revnet.coupling._additive import additive, additive_inverse
 from revnet.engine._split import split
@@ -203,6 +205,14 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
 ]
 UNITS = sequence().policy_units
 
+
+def shard_arguments() -> dict[str, Any]:
+    """Return arguments for sharding, in a process group in which only this process is real."""
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    return {"model": sequence()}
+
+
 FUNCTIONS = [
     Target(
         "additive",
@@ -226,6 +236,7 @@ FUNCTIONS = [
     Target("set_coupling", rnn.set_coupling, lambda: {"model": sequence(), "coupling": coupling.FixedPoint()}),
     Target("set_policy", rnn.set_policy, lambda: {"model": sequence(), "policy": "store"}),
     Target("set_tolerance", rnn.set_tolerance, lambda: {"model": sequence(), "tolerance": 1e-3}),
+    Target("shard_blocks", distributed.shard_blocks, shard_arguments),
     Target("chunked", functional.chunked, lambda: {"module": linear(), "x": images(1, 4, 2), "num_chunks": 2}),
     Target("full_attention", functional.full_attention, lambda: {"q": heads(), "k": heads(), "v": heads()}),
     Target(

@@ -14,8 +14,9 @@ from revnet.data import ImageDataset, Preprocess
 from revnet.data.splits.image_split import ImageSplit
 from revnet.training import TrainingInterrupted, resume, train
 from revnet.training.classification.model import Classifier, ClassifierHeader
-from revnet.training.run.callbacks import RunFiles
 from revnet.training.run.checkpoint import save_weights
+from revnet.training.run.checkpoint_folder import CheckpointFolder
+from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.settings.run_config import AbstractRunConfig
 from tests.data.samples import encode, random_images
 
@@ -82,20 +83,28 @@ def interrupt() -> None:
 
 def stop_after_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, stop: Callable[[], object] = interrupt) -> None:
     """Make a run call `stop` once the files of `epoch` have been written."""
-    write_files = RunFiles.on_train_epoch_end
+    save = SaveCheckpoints.on_train_epoch_end
 
-    def write_files_and_stop(self, trainer, pl_module):
-        write_files(self, trainer, pl_module)
+    def save_and_stop(self, trainer, pl_module):
+        save(self, trainer, pl_module)
         if trainer.current_epoch + 1 == epoch:
             stop()
 
-    monkeypatch.setattr(RunFiles, "on_train_epoch_end", write_files_and_stop)
+    monkeypatch.setattr(SaveCheckpoints, "on_train_epoch_end", save_and_stop)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """Return the newest checkpoint of a run."""
+    checkpoint = CheckpointFolder(folder / "checkpoints").newest()
+    assert checkpoint is not None
+    return checkpoint
 
 
 RUN_FILES = [
     "best.safetensors",
+    "checkpoints",
     "config.yaml",
-    "last.ckpt",
+    "data.json",
     "last.safetensors",
     "learning_curve.png",
     "metrics.csv",
@@ -111,7 +120,9 @@ def train_and_resume(
     straight = train(replace(config, out_dir=str(tmp_path / "straight")), quiet=True)
     with monkeypatch.context() as patch:
         stop_after_epoch(patch, stop_after)
-        with pytest.raises(TrainingInterrupted, match=r"`revnet train --resume .*stopped` continues"):
+        with pytest.raises(
+            TrainingInterrupted, match=r"`revnet train --resume .*stopped` continues after update \d+\."
+        ):
             train(replace(config, out_dir=str(tmp_path / "stopped")), quiet=True)
     torch.rand(1000)  # a new process may draw numbers before it resumes
     return straight, resume(tmp_path / "stopped", quiet=True)

@@ -1,5 +1,5 @@
 import json
-import signal
+import shutil
 from statistics import median
 
 import matplotlib.image
@@ -12,9 +12,8 @@ from revnet.errors import CheckpointError, DataError
 from revnet.memory import measure
 from revnet.models import create_model
 from revnet.nn import Store
-from revnet.training import TrainConfig, TrainingInterrupted, evaluate, load_classifier, resume, train
-from revnet.training.run.callbacks import RunFiles
-from tests.training.samples import RUN_FILES, assert_same_run, interrupt, read_log, stop_after_epoch, train_and_resume
+from revnet.training import TrainConfig, evaluate, load_classifier, resume, train
+from tests.training.samples import RUN_FILES, assert_same_run, newest_checkpoint, read_log, train_and_resume
 
 
 def test_run_writes_its_files(finished):
@@ -91,34 +90,12 @@ def test_resuming_a_finished_run_gives_the_same_result(finished):
     assert resume(finished.folder, quiet=True) == finished
 
 
-@pytest.mark.parametrize(
-    ("stop", "number"),
-    [(interrupt, signal.SIGINT), (lambda: signal.raise_signal(signal.SIGTERM), signal.SIGTERM)],
-    ids=["SIGINT", "SIGTERM"],
-)
-def test_signal_raises_an_error_that_says_how_to_resume(out_dir, monkeypatch, stop, number):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    stop_after_epoch(monkeypatch, 1, stop)
-    with pytest.raises(TrainingInterrupted, match=f"stopped; `revnet train --resume {out_dir}` continues") as caught:
-        train(TrainConfig(epochs=3, out_dir=out_dir), quiet=True)
-    assert caught.value.signal_number == number
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_run_stopped_in_its_first_epoch_must_start_again(out_dir, monkeypatch):
-    monkeypatch.setattr(RunFiles, "on_train_epoch_end", lambda *_: interrupt())
-    with pytest.raises(TrainingInterrupted, match=f"`revnet train --config {out_dir}/config.yaml` starts again"):
-        train(TrainConfig(epochs=1, out_dir=out_dir), quiet=True)
-    with pytest.raises(CheckpointError, match=r"holds no last\.ckpt, since no epoch was finished; start again"):
-        resume(out_dir)
-
-
 def test_resume_rejects_a_checkpoint_of_another_model(finished, tmp_path):
     folder = tmp_path / "mixed"
-    folder.mkdir()
-    (folder / "last.ckpt").write_bytes((finished.folder / "last.ckpt").read_bytes())
+    (folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(newest_checkpoint(finished.folder), folder / "checkpoints")
     TrainConfig(model="resnet32").resolve("digits").save(folder / "config.yaml")
-    with pytest.raises(CheckpointError, match=r"last\.ckpt` does not fit the model resnet32"):
+    with pytest.raises(CheckpointError, match=r"update-00000024\.ckpt` does not fit the model resnet32"):
         resume(folder)
 
 
@@ -207,10 +184,10 @@ def test_numbers_runs_and_never_overwrites_one(tmp_path, monkeypatch):
 
 
 def test_rejects_a_folder_that_is_not_empty(finished):
-    before = {path: path.read_bytes() for path in finished.folder.iterdir()}
+    before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"`out_dir` \(='.*finished'\) is not empty; pass a new folder, or continue"):
         train(TrainConfig(epochs=1, out_dir=str(finished.folder)))
-    assert {path: path.read_bytes() for path in finished.folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
 
 
 def test_rejects_a_folder_that_cannot_be_made(tmp_path):
@@ -249,4 +226,5 @@ def test_diverging_run_stops_with_advice_and_saves_nothing(out_dir, tmp_path):
         ValueError, match=r"`lr` \(=1e\+12\) made the training loss (nan|inf) in epoch 1; pass a smaller"
     ):
         train(TrainConfig(epochs=1, lr=1e12, out_dir=out_dir), quiet=True)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "config.yaml", "data.json"]
+    assert not list((tmp_path / "run").glob("checkpoints/*.ckpt"))

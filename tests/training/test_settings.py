@@ -51,6 +51,10 @@ def test_groups_hold_each_setting_once():
     assert len(names) == len(set(names))
     assert groups["devices"] == [
         "device",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "sync_batch_norm",
         "precision",
         "num_threads",
     ]  # although NiceConfig describes two of them itself

@@ -52,6 +52,9 @@ def one_line(text: str) -> str:
 
 
 def _is_raised_in_revnet(error: BaseException) -> bool:
+    remote = getattr(error.__cause__, "package", None)
+    if remote is not None:  # the exception comes from a process that revnet has started
+        return bool(remote == "revnet")
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _package(frames[-1].f_globals.get("__name__")) == "revnet"
 

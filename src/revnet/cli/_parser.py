@@ -11,7 +11,8 @@ from revnet.cli._config_file import read_config
 from revnet.cli._docstrings import describe_function
 from revnet.cli._errors import UsageError
 from revnet.cli._options import Option, list_options
-from revnet.cli._values import choices, describe_type, is_list, is_switch, read_text
+from revnet.cli._values import choices, describe_type, is_list, is_switch, read_text, takes_choices_only
+from revnet.training.settings.devices import explain_device
 
 
 def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +122,9 @@ def _add_option(group: Any, option: Option) -> None:
     if option.is_required:
         group.add_argument(option.name, nargs="+" if option.takes_many else None, help=option.help)
         return
-    names = choices(option.kind) or (("true", "false") if is_switch(option.kind) else ())
+    names = (choices(option.kind) if takes_choices_only(option.kind) else ()) or (
+        ("true", "false") if is_switch(option.kind) else ()
+    )
     metavar = "{" + ",".join(names) + "}" if names else "[X,...]" if is_list(option.kind) else option.name.upper()
     default = "" if option.default is None else f" (default: {_spell(option.default)})"
     group.add_argument(
@@ -147,6 +150,9 @@ class _ReadValue(argparse.Action):
         try:
             value = read_text(values, self.kind)
         except TypeError as error:
+            hint = explain_device(self.dest, values)
+            if hint is not None:
+                raise UsageError(hint) from error
             raise UsageError(f"`{option_string}` (={values}) must be {describe_type(self.kind)}.") from error
         setattr(namespace, self.dest, value)
 

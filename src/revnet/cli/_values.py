@@ -64,6 +64,11 @@ def choices(kind: Any) -> tuple[str, ...]:
     return tuple(choice for member in _members(kind) if get_origin(member) is Literal for choice in get_args(member))
 
 
+def takes_choices_only(kind: Any) -> bool:
+    """Return whether every value of the type `kind` is a choice of a `Literal`; null may also be allowed."""
+    return all(get_origin(member) is Literal or member is NoneType for member in _members(kind))
+
+
 def is_switch(kind: Any) -> bool:
     """Return whether an option of the type `kind` needs no value: `--quick` means `--quick true`."""
     return kind is bool

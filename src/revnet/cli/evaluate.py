@@ -1,6 +1,7 @@
 """`revnet evaluate`."""
 
 from pathlib import Path
+from typing import Literal
 
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.choices import OnCorrupt
@@ -15,6 +16,7 @@ def evaluate(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
     device: str = "auto",
+    devices: int | Literal["auto"] | None = None,
 ) -> None:
     """Test a checkpoint: errors, hardest classes, confusions.
 
@@ -32,16 +34,19 @@ def evaluate(
         data: Data set, by name or path; by default, the data set of the run. Its test images are used, and
             classes are matched by name.
         output_dir: Folder for the results; the folder of the checkpoint by default.
-        batch_size: Images per batch; 500 by default, fewer for images larger than 64x64.
-        num_workers: Processes that decode images, if the data are not held in memory.
+        batch_size: Images per batch, on each device; 500 by default, fewer for images larger than 64x64.
+        num_workers: Processes that decode images for each device, if the data are not held in memory.
         on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
         device: Device to run on: auto, cpu, cuda, cuda:1, mps.
+        devices: Number of devices that divide the images; auto takes all GPUs. By default, the processes that torchrun
+            or SLURM has started, or one device.
     """
     if output_dir is not None:
         Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
 
     from revnet import training
     from revnet.training.evaluation.evaluation_report import report_evaluation
+    from revnet.training.processes.world import is_printing
 
     result = training.evaluate(
         checkpoint,
@@ -50,8 +55,11 @@ def evaluate(
         num_workers=num_workers,
         on_corrupt=on_corrupt,
         device=device,
+        devices=devices,
         show_progress=True,
     )
+    if not is_printing():
+        return
     print(report_evaluation(result), flush=True)
     files = result.save(output_dir)
     for number, file in enumerate(files):

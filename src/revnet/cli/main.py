@@ -12,6 +12,7 @@ from importlib import import_module
 
 import revnet
 from revnet.cli._errors import describe_error, is_expected
+from revnet.training.processes.world import is_reported
 
 COMMANDS = {
     "train": "train a classifier; by default, a small RevNet on handwritten digits (also `train nice`, `train lm`)",
@@ -83,12 +84,15 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except SystemExit as leaving:  # --help and --print-config; an image that `predict` could not read
         return int(leaving.code or 0)
     except KeyboardInterrupt as stop:
-        print(f"\n{prog}: {str(stop) or 'stopped.'}", file=sys.stderr)
+        if not is_reported(stop):
+            print(f"\n{prog}: {str(stop) or 'stopped.'}", file=sys.stderr)
         return 128 + getattr(stop, "signal_number", signal.SIGINT)
     except BrokenPipeError:  # the reader has closed the pipe: `revnet models | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
+        if is_reported(error):
+            return 2
         if os.environ.get("REVNET_DEBUG") or not is_expected(error):
             raise
         return _fail(prog, describe_error(error))

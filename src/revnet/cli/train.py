@@ -9,6 +9,10 @@ from revnet.cli._options import takes_settings
 from revnet.cli._photos import PHOTO_RECIPE, photo_settings
 from revnet.cli._step_flags import open_folder, optional_picture
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
+from revnet.training.processes.world import is_printing
+
+AUTO = "auto"
+"""Value of `--resume` that starts a run or continues it."""
 
 
 @takes_settings(TrainConfig)
@@ -30,19 +34,25 @@ def train(*, resume: str | None = None, find_lr: bool = False, **settings: Any) 
         revnet train lm --data book.txt
         revnet train --data path/to/images --weights runs/digits_revnet38_1 --freeze stem
         revnet train --resume runs/digits_revnet38_1
+        revnet train --resume auto --out-dir runs/digits
 
     Args:
-        resume: Folder of an interrupted run, to continue after its last finished epoch with its own settings.
+        resume: Folder of a run that was stopped, to continue it; `auto` starts a run in `--out-dir`, or continues the
+            run there. Settings that are safe to change may be given with it.
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `TrainConfig`.
     """
-    check_resume(resume, settings)
+    folder = find_run(resume, settings)
+    if folder is not None:
+        check_find_lr(find_lr)
+        continue_run(folder, settings)
+        return
     settings = {**_model_of_weights(settings), **settings}
     added = photo_settings(settings)
     config = TrainConfig(**settings, **added)
-    if added:
+    if added and is_printing():
         print(f"recipe {PHOTO_RECIPE}, for photographs; pass `--config` for another")
-    run_training(config, resume, find_lr=find_lr)
+    start_run(config, find_lr=find_lr)
 
 
 def _model_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,35 +65,46 @@ def _model_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": read_start_weights(str(Path(settings["weights"]).expanduser()), ClassifierHeader).header.model}
 
 
-def check_resume(resume: str | None, settings: Mapping[str, Any]) -> None:
-    """Raise if settings are given together with `--resume`, because a run already has settings."""
-    if resume is not None and settings:
-        flag = "--" + next(iter(settings)).replace("_", "-")
-        raise UsageError(f"`--resume` continues with the settings of the run; leave out `{flag}`.")
+def find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
+    """Return the folder of the run to continue, or None to start one."""
+    if resume != AUTO:
+        return resume
+    folder = settings.get("out_dir")
+    if folder is None:
+        raise UsageError("`--resume auto` needs a folder; pass `--out-dir FOLDER`.")
+    # Without settings, the run in the folder was stopped before it began.
+    return str(folder) if (Path(folder).expanduser() / "config.yaml").is_file() else None
 
 
-def run_training(
-    config: TrainConfig | NiceConfig | LanguageConfig, resume: str | None, *, find_lr: bool = False
-) -> None:
-    """Train by `config`, or continue the run in the folder `resume`, and print its report.
+def check_find_lr(find_lr: bool) -> None:
+    """Raise if a learning rate is to be found for a run that has one."""
+    if find_lr:
+        raise UsageError("`--find-lr` is for a new run; leave out `--resume`.")
 
-    Args:
-        config: The settings.
-        resume: Folder of a run, or None.
-        find_lr: Whether to suggest a learning rate instead.
-    """
+
+def start_run(config: TrainConfig | NiceConfig | LanguageConfig, *, find_lr: bool = False) -> None:
+    """Train by `config`, and print the report; or only suggest a learning rate."""
     from revnet import training  # PyTorch and Lightning load here, after the arguments are checked
 
-    if find_lr:
-        if resume is not None:
-            raise UsageError("`--find-lr` is for a new run; leave out `--resume`.")
-        trial = training.find_lr(config)
-        picture = open_folder(config.out_dir) / "learning_rates.png"
-        print(trial.report())
-        with optional_picture():
-            trial.plot(picture)
-            print(f"picture {picture}")
+    if not find_lr:
+        _report(training.train(config))
         return
-    result = training.train(config) if resume is None else training.resume(resume)
-    print()
-    print(result.report())
+    trial = training.find_lr(config)
+    picture = open_folder(config.out_dir) / "learning_rates.png"
+    print(trial.report())
+    with optional_picture():
+        trial.plot(picture)
+        print(f"picture {picture}")
+
+
+def continue_run(folder: str, settings: Mapping[str, Any]) -> None:
+    """Continue the run in `folder` with the settings that were given, and print its report."""
+    from revnet import training
+
+    _report(training.resume(folder, **{name: value for name, value in settings.items() if name != "out_dir"}))
+
+
+def _report(result: Any) -> None:
+    if is_printing():
+        print()
+        print(result.report())

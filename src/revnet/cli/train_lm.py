@@ -4,7 +4,7 @@ from typing import Any
 
 from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
-from revnet.cli.train import check_resume, run_training
+from revnet.cli.train import check_find_lr, continue_run, find_run, start_run
 from revnet.training import LanguageConfig
 
 
@@ -21,12 +21,17 @@ def train_lm(*, resume: str | None = None, find_lr: bool = False, **settings: An
         revnet train lm --resume runs/book_lm_1
 
     Args:
-        resume: Folder of an interrupted run, to continue after its last finished epoch with its own settings.
+        resume: Folder of a run that was stopped, to continue it; `auto` starts a run in `--out-dir`, or continues the
+            run there. Settings that are safe to change may be given with it.
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `LanguageConfig`.
     """
-    check_resume(resume, settings)
+    folder = find_run(resume, settings)
+    if folder is not None:
+        check_find_lr(find_lr)
+        continue_run(folder, settings)
+        return
     config = LanguageConfig(**settings)
-    if resume is None and config.data is None:
+    if config.data is None:
         raise UsageError("`--data` is required: a text file, such as --data book.txt.")
-    run_training(config, resume, find_lr=find_lr)
+    start_run(config, find_lr=find_lr)

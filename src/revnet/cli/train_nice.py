@@ -3,7 +3,7 @@
 from typing import Any
 
 from revnet.cli._options import takes_settings
-from revnet.cli.train import check_resume, run_training
+from revnet.cli.train import check_find_lr, continue_run, find_run, start_run
 from revnet.training import NiceConfig
 
 
@@ -20,9 +20,14 @@ def train_nice(*, resume: str | None = None, find_lr: bool = False, **settings: 
         revnet train nice --resume runs/digits_nice_1
 
     Args:
-        resume: Folder of an interrupted run, to continue after its last finished epoch with its own settings.
+        resume: Folder of a run that was stopped, to continue it; `auto` starts a run in `--out-dir`, or continues the
+            run there. Settings that are safe to change may be given with it.
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `NiceConfig`.
     """
-    check_resume(resume, settings)
-    run_training(NiceConfig(**settings), resume, find_lr=find_lr)
+    folder = find_run(resume, settings)
+    if folder is not None:
+        check_find_lr(find_lr)
+        continue_run(folder, settings)
+        return
+    start_run(NiceConfig(**settings), find_lr=find_lr)

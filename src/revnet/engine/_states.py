@@ -47,7 +47,9 @@ def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
     # The parameters are only read again if there are checksums from before the call.
     new_sums = () if checksums is None else _checksums(call.parameters)
     for place, (old_sum, new_sum) in enumerate(zip(checksums or (), new_sums, strict=False)):
-        if old_sum != new_sum and place not in written:
+        # FSDP frees or allocates the memory of a parameter when a module inside the function ends or begins.
+        can_compare = old_sum is not None and new_sum is not None
+        if can_compare and old_sum != new_sum and place not in written:
             # Observed for the first time, so the value from before the call is lost. This replay begins with the value
             # that the function left, and the check of its result shows whether that was right. From the next call on, a
             # copy is taken first.

@@ -113,10 +113,9 @@ def _check_same_settings(run: _Run) -> None:
 
 def _train(run: _Run, quiet: bool) -> None:
     try:
-        if (run.folder / "last.ckpt").is_file():
+        if (run.folder / "config.yaml").is_file():
             resume(run.folder, quiet=quiet)
-            return
-        (run.folder / "config.yaml").unlink(missing_ok=True)  # the only file of a run that finished no epoch
-        train(run.config, quiet=quiet)
+        else:
+            train(run.config, quiet=quiet)
     except TrainingInterrupted as stop:
         raise TrainingInterrupted("stopped; run the same command again to continue.", stop.signal_number) from stop

@@ -11,6 +11,8 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: The device is unknown, or not available here.
     """
+    if name.isdecimal():
+        raise ValueError(f"`device` (={name!r}) is the kind of device; the number of devices is `devices` (={name}).")
     num_gpus = torch.cuda.device_count()
     has_mps = torch.backends.mps.is_available()
     if name == "auto":

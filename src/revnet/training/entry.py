@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from lightning.pytorch import Callback
 
@@ -15,15 +15,25 @@ from revnet.training.classification.result import TrainResult
 from revnet.training.density import job as density
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.result import DensityResult
+from revnet.training.image_data import absolute_data, absolute_path
 from revnet.training.language import job as language
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.result import LanguageResult
+from revnet.training.processes.choose import choose_world
+from revnet.training.processes.join import broadcast, joined
+from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
-from revnet.training.run.checkpoint import read_checkpoint, trained_part
+from revnet.training.run.checkpoint import read_outline, trained_part
+from revnet.training.run.checkpoint_folder import CheckpointFolder
+from revnet.training.run.data_record import check_record, save_record
 from revnet.training.run.execute import execute
 from revnet.training.run.job import AbstractJob
+from revnet.training.run.run_lock import lock_run
 from revnet.training.run.run_result import RunResult
+from revnet.training.run.save_checkpoints import check_length
 from revnet.training.saved_module import check_fit
+from revnet.training.settings.resumable import change_settings, list_changes
 from revnet.training.settings.run_config import AbstractRunConfig, read_task
 
 
@@ -35,12 +45,14 @@ class _Family:
     """Function that checks the settings of a new run and loads its data."""
     job_of_run: Callable[[Any], AbstractJob[Any]]
     """Function that does so for a run that was stopped."""
+    locate: Callable[[str], str]
+    """Function from the setting `data` to a name or an absolute path."""
 
 
 _FAMILIES: dict[str | None, _Family] = {  # by the `task` in the settings
-    None: _Family(TrainConfig, classification.new_job, classification.job_of_run),
-    "nice": _Family(NiceConfig, density.new_job, density.job_of_run),
-    "lm": _Family(LanguageConfig, language.new_job, language.job_of_run),
+    None: _Family(TrainConfig, classification.new_job, classification.job_of_run, absolute_data),
+    "nice": _Family(NiceConfig, density.new_job, density.job_of_run, absolute_data),
+    "lm": _Family(LanguageConfig, language.new_job, language.job_of_run, absolute_path),
 }
 
 
@@ -58,10 +70,10 @@ def train(
     The type of the settings decides what is trained: a classifier, a density of images, or a language model.
 
     The folder holds the settings (`config.yaml`), a row of figures per epoch (`metrics.csv`), the weights
-    (`best.safetensors`, `last.safetensors`), the checkpoint to resume from (`last.ckpt`), the learning curve
-    (`learning_curve.png`) and the final figures (`summary.json`). A run with a `memory_budget` adds its plan
-    (`plan.txt`), a run with `drift_every` the drift of all blocks (`drift.csv`). Every file is written whole or not at
-    all. The test set is read only at the end.
+    (`best.safetensors`, `last.safetensors`), the checkpoints to resume from (`checkpoints`), what identifies the data
+    (`data.json`), the learning curve (`learning_curve.png`) and the final figures (`summary.json`). A run with a
+    `memory_budget` adds its plan (`plan.txt`), a run with `drift_every` the drift of all blocks (`drift.csv`). Every
+    file is written whole or not at all. The test set is read only at the end.
 
     PyTorch's global random state is seeded with `config.seed`.
 
@@ -74,11 +86,23 @@ def train(
         ValueError: The model or the data set is unknown, `out_dir` is not empty, or a setting does not fit the data.
         BudgetError: No plan fits the `memory_budget`.
         DataError: The data set is missing or corrupt.
-        TrainingInterrupted: Ctrl-C or SIGTERM came; `resume` continues from the last finished epoch.
+        TrainingInterrupted: Ctrl-C or SIGTERM came; a checkpoint was saved, from which `resume` continues. A second
+            signal stops at once.
     """
-    job = new_job(config)
-    folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model)
-    return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.must_start:
+        arguments = {"config": config, "quiet": quiet, "callbacks": list(callbacks)}
+        return cast("RunResult", run_in_processes(train, arguments, world))
+    with joined(world, config.device):
+        job = new_job(config)
+        is_main = current_world().is_main
+        folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model) if is_main else None
+        folder = broadcast(folder)
+        with lock_run(folder):
+            if is_main:
+                run_dir.write_settings(job.config, folder)
+                save_record(job.record_data(), folder / run_dir.DATA)
+            return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
 
 
 def new_job(config: AbstractRunConfig) -> AbstractJob[Any]:
@@ -87,38 +111,76 @@ def new_job(config: AbstractRunConfig) -> AbstractJob[Any]:
     return family.new_job(config)
 
 
-def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> RunResult:
-    """Continue a run that was stopped, from its last finished epoch and with its own settings.
+def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = (), **changes: Any) -> RunResult:
+    """Continue a run that was stopped, from its newest checkpoint, or from the beginning if it has none.
 
-    On the CPU the result is the same, bit for bit, as if the run had never stopped.
+    On the CPU the result is the same, bit for bit, as if the run had never stopped, on the same number of processes. A
+    run remembers its data, by names, labels and a fingerprint, and refuses others.
 
     Args:
         folder: Folder of the run.
         quiet: Print nothing.
         callbacks: Additional callbacks for Lightning's Trainer; the checkpoint holds their state, if they have any.
+        changes: Settings to change for the rest of the run: where its data are (`data`), its length (`epochs`,
+            `max_updates`), its highest rate (`lr`), devices, workers, memory (`policy`, `memory_budget`) and files
+            (`save_every`, ...). They are saved, and printed.
 
     Returns:
         The result that `train` would have returned.
 
     Raises:
-        CheckpointError: `folder` holds no run, a run that cannot be resumed, or a checkpoint of another model.
+        CheckpointError: `folder` holds no run, a run that is going on, or checkpoints that cannot be read or that
+            belong to another model; or the data are not the ones of the run.
+        ValueError: A setting cannot change, or not to that value.
         DataError: The data set is missing or corrupt.
         TrainingInterrupted: Ctrl-C or SIGTERM came again.
+
+    Example:
+        >>> import tempfile
+        >>> from revnet.training import TrainConfig, resume, train
+        >>> run = train(TrainConfig(epochs=1, out_dir=tempfile.mkdtemp()), quiet=True)
+        >>> longer = resume(run.folder, epochs=2, quiet=True)
+        >>> longer.num_updates == 2 * run.num_updates
+        True
     """
     folder = Path(folder)
     family = _find_family(folder)
-    checkpoint = folder / run_dir.CHECKPOINT
-    if not checkpoint.is_file():
-        raise CheckpointError(
-            f"`{folder}` holds no {run_dir.CHECKPOINT}, since no epoch was finished; start again with "
-            f"`{family.config_type.command} --config {folder / run_dir.CONFIG}`."
-        )
-    config = family.config_type.load(folder / run_dir.CONFIG)
-    tensors = trained_part(read_checkpoint(checkpoint)).tensors
-    job = family.job_of_run(config)
-    check_fit(job.task.saved_module, tensors, checkpoint)
+    if isinstance(changes.get("data"), str):
+        changes["data"] = family.locate(changes["data"])
+    before = family.config_type.load(folder / run_dir.CONFIG)
+    config = change_settings(before, changes)
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.must_start:
+        arguments = {"folder": folder, "quiet": quiet, "callbacks": list(callbacks), **changes}
+        return cast("RunResult", run_in_processes(resume, arguments, world))
+    with joined(world, config.device):
+        (folder / run_dir.CHECKPOINTS).mkdir(exist_ok=True)
+        with lock_run(folder):
+            job = family.job_of_run(config)
+            checkpoint = broadcast(_find_start(folder, job) if current_world().is_main else None)
+            if current_world().is_main:
+                if job.config != before:
+                    job.config.save(folder / run_dir.CONFIG)
+                for line in [] if quiet else list_changes(before, job.config):
+                    print(f"changed  {line}")
+            return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
+
+
+def _find_start(folder: Path, job: AbstractJob[Any]) -> Path | None:
+    """Return the checkpoint that a run continues from, None for the beginning, once it is known to fit."""
+    record, path = job.record_data(), folder / run_dir.DATA
+    check_record(record, path, str(job.config.data))
+    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
+    checkpoint = checkpoints.newest()
+    if checkpoint is not None:
+        outline = read_outline(checkpoint)
+        check_fit(job.task.saved_module, trained_part(outline).tensors, checkpoint)
+        check_length(outline, job.config, job.task.num_updates)
+    elif not path.exists():  # the run was killed just before
+        save_record(record, path)
     remove_leftovers(folder)
-    return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
+    checkpoints.remove_leftovers()
+    return checkpoint
 
 
 def _find_family(folder: Path) -> _Family:

@@ -13,7 +13,12 @@ def absolute_data(data: str) -> str:
     A run with an absolute path can be resumed and evaluated in any working directory.
     """
     is_name = data in list_datasets() or data.startswith("hub:") or is_import_path(data)
-    return data if is_name else str(Path(data).expanduser().resolve())
+    return data if is_name else absolute_path(data)
+
+
+def absolute_path(path: str) -> str:
+    """Return a path that is the same in any working directory."""
+    return str(Path(path).expanduser().resolve())
 
 
 def describe_splits(training: AbstractSplit, validation: AbstractSplit | None, test: AbstractSplit) -> str:

@@ -11,7 +11,14 @@ from revnet.data import load_dataset
 from revnet.errors import CheckpointError, DataError
 from revnet.training import evaluate, load_classifier, predict_images
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
-from tests.training.samples import SayPixels, make_dataset, make_header, save_checkpoint, write_image_folder
+from tests.training.samples import (
+    SayPixels,
+    make_dataset,
+    make_header,
+    newest_checkpoint,
+    save_checkpoint,
+    write_image_folder,
+)
 
 CPU = torch.device("cpu")
 LETTERS = tuple("abcdefg")
@@ -100,9 +107,8 @@ def test_evaluation_equals_the_test_of_the_run(finished):
     assert result == finished.test
     assert result.checkpoint == finished.folder / "last.safetensors"
     assert result.machine[-1].endswith(f"revnet evaluate {finished.folder}`")
-    assert (
-        evaluate(finished.folder / "last.ckpt", "digits", batch_size=360, device="cpu").num_errors == result.num_errors
-    )
+    checkpoint = newest_checkpoint(finished.folder)
+    assert evaluate(checkpoint, "digits", batch_size=360, device="cpu").num_errors == result.num_errors
 
 
 def test_leaves_the_model_unchanged_in_evaluation_mode(finished):

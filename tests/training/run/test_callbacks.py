@@ -3,27 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from revnet.training.run.callbacks import EpochLog, RandomState, RunFiles, StepTimer
+from revnet.training.run.callbacks import EpochLog, RunFiles, StepTimer
 from revnet.training.run.task import BestEpoch
 
 HIGHEST_ACCURACY = BestEpoch("val_accuracy", is_highest=True)
-
-
-def test_random_state_continues_where_it_stopped():
-    torch.rand(3)
-    state = RandomState().state_dict()
-    expected = torch.rand(4)
-    torch.manual_seed(7)
-    callback = RandomState()
-    callback.load_state_dict(state)
-    callback.on_train_start(None, None)
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_random_state_of_a_new_run_does_not_change():
-    expected = torch.get_rng_state()
-    RandomState().on_train_start(None, None)
-    assert torch.equal(torch.get_rng_state(), expected)
 
 
 class Task:
@@ -77,7 +60,7 @@ def test_epoch_log_continues_from_the_checkpoint(tmp_path):
     for epoch in range(2):
         log.on_train_epoch_start(make_trainer(epoch), None)
         log.on_train_epoch_end(make_trainer(epoch, train_loss=0.25, step_seconds=2.0), None)
-    state = {"rows": list(log.rows)}
+    state = {"rows": list(log.rows), "lr": 0.5}
     log.on_train_epoch_end(make_trainer(2, train_loss=0.25, step_seconds=2.0), None)  # lost with the process
     resumed = EpochLog(path)
     resumed.load_state_dict(state)

@@ -1,3 +1,4 @@
+import errno
 import shutil
 
 import pytest
@@ -8,7 +9,10 @@ from safetensors.torch import load_file, save_file
 from revnet.errors import CheckpointError
 from revnet.training import load_classifier
 from revnet.training.run.checkpoint import read_checkpoint, save_weights
-from revnet.training.run.trainer import AtomicCheckpointIO
+from revnet.training.run.checkpoint_io import AtomicCheckpointIO
+from tests.training.samples import newest_checkpoint
+
+CHECKPOINT = "checkpoints/update-00000024.ckpt"
 
 
 @pytest.fixture
@@ -41,9 +45,8 @@ def test_weights_round_trip_bit_for_bit(weights, tmp_path):
 
 
 def test_folder_weights_and_checkpoint_hold_the_same_weights(folder):
-    states = [
-        load_classifier(path).state_dict() for path in (folder, folder / "last.safetensors", folder / "last.ckpt")
-    ]
+    paths = (folder, folder / "last.safetensors", newest_checkpoint(folder))
+    states = [load_classifier(path).state_dict() for path in paths]
     assert_same_state(states[0], states[1])
     assert_same_state(states[0], states[2])
 
@@ -70,7 +73,7 @@ def assert_refused(path, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "last.ckpt"])
+@pytest.mark.parametrize("name", ["last.safetensors", CHECKPOINT])
 @pytest.mark.parametrize("num_bytes", [0, 3, 1000, 5000, 500_000])
 def test_rejects_a_truncated_file(folder, name, num_bytes):
     path = folder / name
@@ -78,7 +81,7 @@ def test_rejects_a_truncated_file(folder, name, num_bytes):
     assert_refused(path, rf"{name}` is truncated or not a .* file|{name}` is truncated or not a PyTorch checkpoint")
 
 
-@pytest.mark.parametrize("name", ["last.safetensors", "last.ckpt"])
+@pytest.mark.parametrize("name", ["last.safetensors", CHECKPOINT])
 def test_rejects_a_file_in_another_format(folder, name):
     (folder / name).write_text("hello\n")
     assert_refused(folder / name, "is truncated or not a")
@@ -86,7 +89,7 @@ def test_rejects_a_file_in_another_format(folder, name):
 
 def test_rejects_a_missing_file(tmp_path):
     assert_refused(tmp_path / "last.ckpt", "is not a file; pass a `.safetensors` or `.ckpt` file")
-    assert_refused(tmp_path, "holds no last.safetensors and no last.ckpt")
+    assert_refused(tmp_path, "holds no last.safetensors and no checkpoint")
 
 
 def test_rejects_weights_of_another_program(weights):
@@ -147,16 +150,19 @@ def test_rejects_a_later_format(weights):
     assert_refused(weights, "has format 2 of revnet 9.0, this is revnet .*; update revnet")
 
 
-def test_checkpoint_is_written_atomically(folder, monkeypatch):
-    path = folder / "last.ckpt"
+@pytest.mark.parametrize("is_async", [False, True])
+def test_checkpoint_is_written_atomically(folder, monkeypatch, is_async):
+    path = newest_checkpoint(folder)
     before = path.read_bytes()
 
     def write_half(checkpoint, file):
-        file.write_bytes(before[: len(before) // 2])
-        raise OSError("no space left on device")
+        file.write(before[: len(before) // 2])
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(torch, "save", write_half)
-    with pytest.raises(OSError, match="no space"):
-        AtomicCheckpointIO().save_checkpoint({}, path)
+    writer = AtomicCheckpointIO(is_async=is_async)
+    writer.save_checkpoint({}, path)
+    writer.teardown()
+    assert writer.take_error().errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert read_checkpoint(path)["epoch"] == 1

@@ -16,7 +16,7 @@ from revnet.models import create_model
 from revnet.training.classification.balance import class_weights, sampling_weights
 from revnet.training.classification.build import build_classifier
 from revnet.training.classification.config import TrainConfig
-from revnet.training.classification.model import ClassifierHeader, load_classifier
+from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.classification.own_job import job_of_own_data
 from revnet.training.classification.own_model import own_network
 from revnet.training.classification.rand_augment import make_distortion
@@ -27,8 +27,12 @@ from revnet.training.device import check_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.import_path import is_import_path
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, current_world
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update
+from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
+from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 from revnet.training.starting import absolute_weights, read_start_weights
 
@@ -61,12 +65,22 @@ class ClassificationJob(AbstractJob[TrainResult]):
             ("epochs", self.describe_updates("images")),
         ]
 
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_images(self.dataset)
+
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
         config = self.config
         assert config.num_workers is not None
+        world = current_world()
         loader = partial(
-            make_loader, seed=config.seed, pin_memory=device.type == "cuda", num_workers=config.num_workers
+            make_loader,
+            seed=config.seed,
+            rank=world.rank,
+            num_processes=world.num_processes,
+            pin_memory=device.type == "cuda",
+            num_workers=config.num_workers,
         )
         training = loader(
             self.training,
@@ -85,16 +99,22 @@ class ClassificationJob(AbstractJob[TrainResult]):
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
         assert self.config.num_workers is not None
         test = partial(evaluate_on, self.dataset, device=outcome.device, num_workers=self.config.num_workers)
-        best = None
+        result, best_result = test(self.task.classifier), None
         if outcome.best_score is not None:
-            own = own_network(self.task.classifier.header)
-            best = load_classifier(folder / run_dir.BEST_WEIGHTS, model=own)
+            best_result = test(self._best_classifier(folder / run_dir.BEST_WEIGHTS))
         return TrainResult(
-            test=test(self.task.classifier),
-            best_test=None if best is None else test(best),
+            test=result,
+            best_test=best_result,
             best_val_accuracy=outcome.best_score,
             **outcome.figures.as_arguments(),
         )
+
+    def _best_classifier(self, path: Path) -> Classifier:
+        if not is_divided(self.task.classifier):
+            return load_classifier(path, model=own_network(self.task.classifier.header))
+        # A whole classifier may not fit on one device.
+        load_whole_state(self.task.classifier, read_weights(path).tensors)
+        return self.task.classifier
 
 
 def new_job(config: TrainConfig) -> AbstractJob[TrainResult]:
@@ -119,6 +139,7 @@ def _check_model(config: TrainConfig) -> None:
     """Raise unless revnet has the model, before the data are read, which may take a while."""
     with torch.device("meta"):
         model = create_model(config.model)
+    check_devices(config, model, config.model)
     if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
     for name in ("exact", "tolerance", "drift_every"):
@@ -139,6 +160,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     if config.val_fraction > 0:
         training, validation = dataset.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
+    check_division(config.batch_size, validation)
     header = ClassifierHeader(
         model=config.model,
         data=config.data,

@@ -1,6 +1,5 @@
 """The job of a run that trains a classifier on data of the user's own."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +21,10 @@ from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
 from revnet.training.device import check_device
 from revnet.training.evaluation.evaluate import evaluate_batches
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update
+from revnet.training.run.data_record import DataRecord
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 from revnet.training.starting import StartWeights, read_start_weights
 
@@ -53,7 +54,7 @@ class OwnDataJob(AbstractJob[TrainResult]):
             ("epochs", self.describe_updates("images")),
         ]
 
-    def record_data(self) -> dict[str, Any]:
+    def record_data(self) -> DataRecord:
         """Return what the run remembers of its data."""
         names = {f"name of class {number}": name for number, name in enumerate(self.data.class_names)}
         return {"number of classes": len(self.data.class_names), **names}
@@ -90,7 +91,7 @@ def job_of_own_data(config: TrainConfig) -> OwnDataJob:
         UserCodeError: The user's code failed.
     """
     check_device(config.device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if current_world().num_processes > 1:
         raise ValueError(
             f"`data` (={config.data!r}) is your own data module, whose batches are not divided among processes; use "
             "one device, or a data set by its name or folder."

@@ -30,8 +30,8 @@ class ClassificationTask(AbstractTask):
         class_weights: Weight of each class in the training loss, (K,); None weighs all classes alike.
     """
 
-    best_epoch = BestEpoch("val_accuracy", is_highest=True)
     config: TrainConfig
+    best_epoch = BestEpoch("val_accuracy", is_highest=True)
     class_weights: Tensor | None
 
     def __init__(
@@ -72,7 +72,7 @@ class ClassificationTask(AbstractTask):
         # Of two images that were mixed, the one with the larger share counts as the truth.
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.train_accuracy.update(logits.detach(), labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log_mean("train_loss", loss, len(labels))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         return loss
 
@@ -81,7 +81,7 @@ class ClassificationTask(AbstractTask):
         images, labels = batch
         logits = self.classifier.model(images)
         self.val_accuracy.update(logits, labels)
-        self.log("val_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log_mean("val_loss", F.cross_entropy(logits, labels), len(labels))
         self.log("val_accuracy", self.val_accuracy)
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:

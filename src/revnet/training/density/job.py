@@ -19,8 +19,11 @@ from revnet.training.density.task import DensityTask
 from revnet.training.device import check_device
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import make_optimizer
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, current_world, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 from revnet.training.run.network import prepare_network
 from revnet.training.starting import absolute_weights, describe_start, load_start_weights, read_start_weights
@@ -57,10 +60,21 @@ class DensityJob(AbstractJob[DensityResult]):
             ("epochs", self.describe_updates("images")),
         ]
 
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_images(self.dataset)
+
     def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
-        config = self.config
-        loader = partial(make_loader, seed=config.seed, keys=True, pin_memory=device.type == "cuda")
+        config, world = self.config, current_world()
+        loader = partial(
+            make_loader,
+            seed=config.seed,
+            rank=world.rank,
+            num_processes=world.num_processes,
+            keys=True,
+            pin_memory=device.type == "cuda",
+        )
         training = loader(
             self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=config.accumulate
         )
@@ -116,6 +130,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     if config.val_fraction > 0:
         training, validation = whole.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
+    check_division(config.batch_size, validation)
     header = DensityHeader(
         data=config.data,
         image_shape=whole.image_shape,
@@ -130,13 +145,14 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
         make_model=lambda: prepare_network(ImageDensity.create(header).model, config),
-        make_batch=lambda: torch.empty(config.batch_size // config.accumulate, *header.image_shape),
+        make_batch=lambda: torch.empty(part_of_batch(config.batch_size) // config.accumulate, *header.image_shape),
         loss=_loss,
         optimizer=partial(make_optimizer, config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     density = ImageDensity.create(header)
+    check_devices(config, density.model, "nice")
     start = None
     if config.weights is None:
         density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))

@@ -47,13 +47,13 @@ class DensityTask(AbstractTask):
         if self.flip is not None:
             images = self.flip(images, uniform(keys, self.flip.num_draws, Purpose.AUGMENT))
         loss = self.density(images, keys=keys).mean()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log_mean("train_loss", loss, len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss on held-out images."""
         images, _, keys = batch
-        self.log("val_loss", self.density(images, keys=keys).mean(), batch_size=len(images))
+        self.log_mean("val_loss", self.density(images, keys=keys).mean(), len(images))
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return bits per dimension and speed as text."""

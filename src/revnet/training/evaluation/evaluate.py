@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,12 +16,17 @@ from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.loading.loader import Loader
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
-from revnet.training.device import find_device
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.evaluate_result import EvaluateResult
+from revnet.training.processes.choose import NumDevices, choose_world, device_of
+from revnet.training.processes.join import add_up, joined
+from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.world import current_world
 from revnet.training.run.checkpoint import find_weights
 from revnet.training.settings.checks import check_integer
 from revnet.training.settings.choices import OnCorrupt
+from revnet.training.settings.devices import check_num_devices
+from revnet.training.settings.fields import check_setting
 
 EVALUATION_BATCH_SIZE = 500
 """Images per batch, for images up to 64x64."""
@@ -36,6 +42,7 @@ def evaluate(
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
     device: str = "auto",
+    devices: NumDevices = None,
     show_progress: bool = False,
 ) -> EvaluateResult:
     """Evaluate the weights of `checkpoint` in one pass over a test set.
@@ -47,10 +54,12 @@ def evaluate(
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
             weights are loaded.
         data: Data set, by name or folder; by default the data set of the training.
-        batch_size: Images per batch; by default 500, or fewer if they are larger than 64x64.
-        num_workers: Processes that decode images, for data that are not in memory.
+        batch_size: Images per batch, on each device; by default 500, or fewer if they are larger than 64x64.
+        num_workers: Processes that decode images for each device, for data that are not in memory.
         on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        devices: Number of devices that divide the images; `auto` takes all GPUs. None takes the processes that torchrun
+            or SLURM has started, all of which return the result, or one device.
         show_progress: Whether to draw a bar, if standard error is a terminal.
 
     Raises:
@@ -62,20 +71,54 @@ def evaluate(
     if batch_size is not None:
         check_integer("batch_size", batch_size, at_least=1)
     check_integer("num_workers", num_workers, at_least=0)
-    torch_device = find_device(device)
-    weights = find_weights(Path(checkpoint))
-    classifier = load_classifier(weights)
-    header = classifier.header
-    dataset = load_dataset(
-        header.data if data is None else data,
-        image_size=header.image_shape[1] if header.is_resized else None,
-        on_corrupt=on_corrupt,
-    )
-    result = evaluate_on(
-        dataset, classifier, torch_device, batch_size=batch_size, num_workers=num_workers, show_progress=show_progress
-    )
-    command = ["revnet", "evaluate", str(checkpoint), *([] if data is None else ["--data", str(data)])]
-    return replace(result, checkpoint=weights, machine=describe_machine(shlex.join(command), device=torch_device))
+    check_setting("devices", NumDevices, devices, check_num_devices)
+    arguments: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "data": data,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "on_corrupt": on_corrupt,
+        "device": device,
+        "show_progress": show_progress,
+    }
+    world = choose_world(device, devices)
+    if world.must_start:
+        return cast("EvaluateResult", run_in_processes(_evaluate_part, arguments, world))
+    return _evaluate_part(**arguments)
+
+
+def _evaluate_part(
+    checkpoint: str | Path,
+    data: str | Path | None,
+    *,
+    batch_size: int | None,
+    num_workers: int,
+    on_corrupt: OnCorrupt,
+    device: str,
+    show_progress: bool,
+) -> EvaluateResult:
+    """Evaluate this process's part of the images, and return the result of all processes."""
+    world = choose_world(device, None)
+    with joined(world, device):
+        torch_device = device_of(device, world)
+        weights = find_weights(Path(checkpoint))
+        classifier = load_classifier(weights)
+        header = classifier.header
+        dataset = load_dataset(
+            header.data if data is None else data,
+            image_size=header.image_shape[1] if header.is_resized else None,
+            on_corrupt=on_corrupt,
+        )
+        result = evaluate_on(
+            dataset,
+            classifier,
+            torch_device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            show_progress=show_progress and world.is_main,
+        )
+        command = ["revnet", "evaluate", str(checkpoint), *([] if data is None else ["--data", str(data)])]
+        return replace(result, checkpoint=weights, machine=describe_machine(shlex.join(command), device=torch_device))
 
 
 def evaluate_on(
@@ -87,7 +130,7 @@ def evaluate_on(
     num_workers: int = 0,
     show_progress: bool = False,
 ) -> EvaluateResult:
-    """Evaluate `classifier` in one pass over the test images of `dataset`.
+    """Evaluate `classifier` in one pass over the test images of `dataset`, which the current processes divide.
 
     The classifier is moved to `device` and left in evaluation mode. See `evaluate` for the arguments.
     """
@@ -95,7 +138,16 @@ def evaluate_on(
     _check_images(header, dataset)
     logit_of_label = _match_classes(header, dataset)
     batch_size = batch_size or usual_batch_size(dataset.image_size)
-    loader = make_loader(dataset.test, batch_size=batch_size, shuffle=False, seed=0, num_workers=num_workers)
+    world = current_world()
+    loader = make_loader(
+        dataset.test,
+        batch_size=batch_size * world.num_processes,
+        shuffle=False,
+        seed=0,
+        rank=world.rank,
+        num_processes=world.num_processes,
+        num_workers=num_workers,
+    )
     batches = _with_bar(loader) if show_progress else loader
     start = time.perf_counter()
     counts, num_top5_errors, cross_entropy = _count(classifier.to(device).eval(), batches, logit_of_label, device)
@@ -106,7 +158,7 @@ def evaluate_on(
         num_top5_errors=num_top5_errors,
         cross_entropy=cross_entropy,
         seconds=time.perf_counter() - start,
-        device=str(device),
+        device=str(device) if world.num_processes == 1 else f"{world.num_processes} {device.type} devices",
     )
 
 
@@ -160,7 +212,10 @@ def _count(
         is_before = ~(logits <= logits.gather(1, truths[:, None]))
         num_top5_errors += int((is_before.sum(dim=1) >= 5).sum())
         cross_entropy += float(F.cross_entropy(logits, truths, reduction="sum"))
-    return counts, num_top5_errors if num_classes > 5 else None, cross_entropy / int(counts.sum())
+    sums = torch.tensor([num_top5_errors, cross_entropy], dtype=torch.float64)
+    counts, sums = add_up(counts, device), add_up(sums, device)
+    num_errors = int(sums[0]) if num_classes > 5 else None
+    return counts, num_errors, float(sums[1]) / int(counts.sum())
 
 
 def _with_bar(loader: Loader) -> Iterable[_Batch]:

@@ -3,8 +3,9 @@
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,14 @@ from revnet.data import load_image
 from revnet.errors import DataError
 from revnet.training.atomic_file import atomic_path
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
-from revnet.training.device import find_device
 from revnet.training.evaluation.evaluate import usual_batch_size
+from revnet.training.processes.choose import NumDevices, choose_world, device_of
+from revnet.training.processes.join import gather, joined
+from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.world import current_world
 from revnet.training.settings.checks import check_integer
+from revnet.training.settings.devices import check_num_devices
+from revnet.training.settings.fields import check_setting
 
 _OnError = Callable[[DataError], object]
 
@@ -43,6 +49,9 @@ class ImagePrediction:
     """The most probable classes, in descending order of probability."""
 
 
+_Outcome = ImagePrediction | DataError
+
+
 def predict_images(
     checkpoint: str | Path,
     paths: Iterable[str | Path],
@@ -50,6 +59,7 @@ def predict_images(
     top: int = 5,
     batch_size: int | None = None,
     device: str = "auto",
+    devices: NumDevices = None,
     on_error: _OnError | None = None,
 ) -> list[ImagePrediction]:
     """Classify image files of any size and kind, with the weights of `checkpoint`.
@@ -65,6 +75,8 @@ def predict_images(
         top: Number of classes to return for each image; all if there are fewer.
         batch_size: Images per batch; by default 500, or fewer if they are larger than 64x64.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        devices: Number of devices that divide the batches; `auto` takes all GPUs. None takes the processes that
+            torchrun or SLURM has started, all of which return all predictions, or one device.
         on_error: Function that is called with the error of a file that cannot be read; the file is then left out. By
             default the error is raised.
 
@@ -77,7 +89,14 @@ def predict_images(
         TypeError: `paths` is a single path.
         ValueError: `device` is not available, or a number is out of range.
     """
-    return list(predict_each(checkpoint, paths, top=top, batch_size=batch_size, device=device, on_error=on_error))
+    options: dict[str, Any] = {
+        "top": top,
+        "batch_size": batch_size,
+        "device": device,
+        "devices": devices,
+        "on_error": on_error,
+    }
+    return list(predict_each(checkpoint, paths, **options))
 
 
 def predict_each(
@@ -87,21 +106,71 @@ def predict_each(
     top: int = 5,
     batch_size: int | None = None,
     device: str = "auto",
+    devices: NumDevices = None,
     on_error: _OnError | None = None,
 ) -> Iterator[ImagePrediction]:
-    """Yield the predictions of `predict_images`, each as soon as its batch is done."""
+    """Yield the predictions of `predict_images`; on one device, each as soon as its batch is done."""
     if isinstance(paths, str | Path):
         raise TypeError(f"`paths` (='{paths}') must be a list of files; pass ['{paths}'].")
     check_integer("top", top, at_least=1)
     if batch_size is not None:
         check_integer("batch_size", batch_size, at_least=1)
-    torch_device = find_device(device)
+    check_setting("devices", NumDevices, devices, check_num_devices)
+    arguments: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "files": [Path(path) for path in paths],
+        "top": top,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    world = choose_world(device, devices)
+    if world.num_processes == 1:
+        outcomes = _outcomes(**arguments)
+    else:
+        outcomes = iter(
+            run_in_processes(_all_outcomes, arguments, world) if world.must_start else _all_outcomes(**arguments)
+        )
+    return _predictions(outcomes, on_error)
+
+
+def _predictions(outcomes: Iterator[_Outcome], on_error: _OnError | None) -> Iterator[ImagePrediction]:
+    for outcome in outcomes:
+        if isinstance(outcome, ImagePrediction):
+            yield outcome
+        elif on_error is None:
+            raise outcome
+        else:
+            on_error(outcome)
+
+
+def _all_outcomes(
+    checkpoint: str | Path, files: Sequence[Path], top: int, batch_size: int | None, device: str
+) -> list[_Outcome]:
+    """Predict this process's batches, and return the outcomes of all processes in the order of the files."""
+    with joined(choose_world(device, None), device):
+        batches = gather(list(_batch_outcomes(checkpoint, files, top, batch_size, device)))
+    rounds = zip_longest(*batches, fillvalue=[])
+    return [outcome for batches in rounds for outcomes in batches for outcome in outcomes]
+
+
+def _outcomes(
+    checkpoint: str | Path, files: Sequence[Path], top: int, batch_size: int | None, device: str
+) -> Iterator[_Outcome]:
+    batches = _batch_outcomes(checkpoint, files, top, batch_size, device)
+    return (outcome for batch in batches for outcome in batch)
+
+
+def _batch_outcomes(
+    checkpoint: str | Path, files: Sequence[Path], top: int, batch_size: int | None, device: str
+) -> Iterator[list[_Outcome]]:
+    """Return the outcomes of this process's batches, each of which is the same for any number of processes."""
+    world = current_world()
+    torch_device = device_of(device, world)
     classifier = load_classifier(checkpoint).to(torch_device)
-    files = [Path(path) for path in paths]
     batch_size = batch_size or usual_batch_size(classifier.header.image_shape[1:])
     batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
     return (
-        prediction for batch in batches for prediction in _predict_batch(classifier, batch, top, torch_device, on_error)
+        _predict_batch(classifier, batch, top, torch_device) for batch in batches[world.rank :: world.num_processes]
     )
 
 
@@ -119,22 +188,28 @@ def save_predictions(predictions: Sequence[ImagePrediction], path: str | Path) -
                 writer.writerow([prediction.path, rank, answer.class_name, answer.probability])
 
 
-def _predict_batch(
-    classifier: Classifier, files: Sequence[Path], top: int, device: torch.device, on_error: _OnError | None
-) -> Iterator[ImagePrediction]:
-    images = [(file, image) for file in files if (image := _read(file, classifier.header, on_error)) is not None]
-    if not images:
-        return
+def _predict_batch(classifier: Classifier, files: Sequence[Path], top: int, device: torch.device) -> list[_Outcome]:
     header = classifier.header
+    outcomes: list[_Outcome] = []
+    images = [_read(file, header) for file in files]
+    readable = [image for image in images if isinstance(image, Tensor)]
+    if not readable:
+        return [image for image in images if isinstance(image, DataError)]
     with torch.no_grad():
-        logits = classifier(torch.stack([image for _, image in images]).to(device))
+        logits = classifier(torch.stack(readable).to(device))
     best = logits.float().cpu().softmax(dim=1).topk(min(top, header.num_classes))
-    for (file, _), probabilities, classes in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
+    answers = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    for file, image in zip(files, images, strict=True):
+        if isinstance(image, DataError):
+            outcomes.append(image)
+            continue
+        probabilities, classes = next(answers)
         names = [header.class_names[number] for number in classes]
-        yield ImagePrediction(path=file, answers=tuple(map(Answer, names, probabilities)))
+        outcomes.append(ImagePrediction(path=file, answers=tuple(map(Answer, names, probabilities))))
+    return outcomes
 
 
-def _read(file: Path, header: ClassifierHeader, on_error: _OnError | None) -> Tensor | None:
+def _read(file: Path, header: ClassifierHeader) -> Tensor | DataError:
     try:
         return load_image(
             file,
@@ -143,7 +218,4 @@ def _read(file: Path, header: ClassifierHeader, on_error: _OnError | None) -> Te
             crop_fraction=_TEST_CROP if header.is_resized else 1.0,
         )
     except DataError as error:
-        if on_error is None:
-            raise
-        on_error(error)
-        return None
+        return error

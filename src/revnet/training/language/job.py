@@ -12,13 +12,17 @@ from revnet.data import ConsecutiveWindows, RandomWindows, load_text
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
 from revnet.training.device import check_device
+from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
 from revnet.training.language.start import load_start
 from revnet.training.language.task import LanguageTask
 from revnet.training.optimizers import make_optimizer
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import check_division, current_world, part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.data_record import DataRecord, record_text
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 from revnet.training.run.network import prepare_network
 from revnet.training.starting import absolute_weights, read_start_weights
@@ -51,6 +55,10 @@ class LanguageJob(AbstractJob[LanguageResult]):
             ("epochs", self.describe_updates(f"windows of {config.length} characters")),
         ]
 
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
+        return record_text(self.dataset)
+
     def make_loaders(self, device: torch.device) -> tuple[RandomWindows, ConsecutiveWindows]:
         """Return random windows for training and consecutive windows for validation."""
         assert self.config.updates_per_epoch is not None
@@ -61,6 +69,8 @@ class LanguageJob(AbstractJob[LanguageResult]):
             num_batches=self.config.updates_per_epoch,
             num_parts=self.config.accumulate,
             seed=self.config.seed,
+            rank=current_world().rank,
+            num_processes=current_world().num_processes,
             pin_memory=device.type == "cuda",
         )
         return training, self.validation
@@ -82,8 +92,7 @@ def new_job(config: LanguageConfig) -> LanguageJob:
     """Check the settings of a new run and read its text."""
     if config.data is None:
         raise ValueError("`data` is required: a text file, such as --data book.txt.")
-    data = str(Path(config.data).expanduser().resolve())
-    return job_of_run(replace(config, data=data, weights=absolute_weights(config.weights)))
+    return job_of_run(replace(config, data=absolute_path(config.data), weights=absolute_weights(config.weights)))
 
 
 def job_of_run(config: LanguageConfig) -> LanguageJob:
@@ -98,6 +107,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             f"{len(dataset.validation):,} for validation, too few for windows of `length` (={config.length}) plus one; "
             "pass a longer text, or a smaller length."
         )
+    check_division(config.batch_size)
     usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
     updates_per_epoch = config.updates_per_epoch or usual
     config, num_updates = replace(config, updates_per_epoch=updates_per_epoch).limit_updates(updates_per_epoch)
@@ -118,18 +128,22 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     )
     update = Update(
         make_model=lambda: prepare_network(LanguageModel.create(header).model, config),
-        make_batch=lambda: torch.zeros(config.batch_size // config.accumulate, config.length, dtype=torch.int64),
+        make_batch=lambda: torch.zeros(
+            part_of_batch(config.batch_size) // config.accumulate, config.length, dtype=torch.int64
+        ),
         loss=_loss,
         optimizer=partial(make_optimizer, config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     language_model = LanguageModel.create(header)
+    check_devices(config, language_model.model, "the language model")
     start = None
     if config.weights is not None:
         start = load_start(language_model, read_start_weights(config.weights, LanguageHeader))
     prepare_network(language_model.model, config)
     apply_policies(language_model.model, config, plan)
+    world = current_world()
     return LanguageJob(
         config=config,
         names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
@@ -137,7 +151,12 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         plan=plan,
         dataset=dataset,
         validation=ConsecutiveWindows(
-            dataset.validation, length=config.length, batch_size=config.batch_size, max_windows=config.val_windows
+            dataset.validation,
+            length=config.length,
+            batch_size=config.batch_size,
+            max_windows=config.val_windows,
+            rank=world.rank,
+            num_processes=world.num_processes,
         ),
         update=update,
         start=start,

@@ -39,12 +39,12 @@ class LanguageTask(AbstractTask):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of one update."""
         loss = self._loss(batch)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch))
+        self.log_mean("train_loss", loss, len(batch))
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss on windows of the validation text."""
-        self.log("val_loss", self._loss(batch), batch_size=len(batch))
+        self.log_mean("val_loss", self._loss(batch), len(batch))
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return loss and speed as text."""

@@ -1,4 +1,4 @@
-"""Callbacks that Lightning lacks: exact resumption, step timing, a log that survives it, files written atomically.
+"""Callbacks that Lightning lacks: the last update, step timing, a log that survives a stop, files written atomically.
 
 They all keep their state in the checkpoint, so a resumed run ends as if it had never stopped.
 """
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
 
-from revnet.nn import ReversibleSequential
 from revnet.training.atomic_file import atomic_path
+from revnet.training.processes.statistics import share_statistics
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint import save_weights
 from revnet.training.run.task import AbstractTask, BestEpoch
@@ -38,73 +38,12 @@ _LOGGED = (
 )
 
 
-class RandomState(Callback):
-    """Keep PyTorch's random state, on the CPU and on the device in use, in the checkpoint.
+class MainStatistics(Callback):
+    """Validate with the running statistics of the main process, which are the ones that are saved."""
 
-    A resumed run continues augmentation and dropout where they stopped. The order of the images needs no state: it is a
-    function of the seed and the epoch.
-    """
-
-    def __init__(self) -> None:
-        self._device = torch.device("cpu")
-        self._restored: dict[str, Tensor | None] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the device."""
-        self._device = trainer.strategy.root_device
-
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """Return the state of the generators."""
-        # Tensors only: checkpoints are read with `weights_only`.
-        on_cuda = self._device.type == "cuda"
-        return {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(self._device) if on_cuda else None,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Tensor | None]) -> None:
-        """Remember the state until training starts, since setting up draws random numbers too."""
-        self._restored = state_dict
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the generators."""
-        if self._restored is None:
-            return
-        cpu, cuda = self._restored["cpu"], self._restored["cuda"]
-        assert cpu is not None
-        torch.set_rng_state(cpu.cpu())
-        if cuda is not None and self._device.type == "cuda":
-            torch.cuda.set_rng_state(cuda.cpu(), self._device)
-        self._restored = None
-
-
-class ToleranceState(Callback):
-    """Keep the keyframes of reversible sequences with a tolerance in the checkpoint.
-
-    The positions of the keyframes decide the last digits of the gradients.
-    """
-
-    def __init__(self) -> None:
-        self._sequences: dict[str, ReversibleSequential] = {}
-        self._restored: dict[str, Any] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the sequences."""
-        modules = pl_module.named_modules()
-        self._sequences = {name: module for name, module in modules if isinstance(module, ReversibleSequential)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each sequence."""
-        return {name: sequence.tolerance_state() for name, sequence in self._sequences.items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the state until training starts."""
-        self._restored = state_dict
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the state of each sequence."""
-        for name, sequence in self._sequences.items():
-            sequence.restore_tolerance(self._restored.get(name))
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy them to all processes."""
+        share_statistics(pl_module)
 
 
 class LastUpdate(Callback):
@@ -139,11 +78,23 @@ class StepTimer(Callback):
     def __init__(self, num_warmup: int = 5) -> None:
         self._num_warmup = num_warmup
         self._starts: list[float] = []
+        self._earlier: list[float] = []  # times of this epoch in the processes before this one
         self._epoch_start = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times of this epoch."""
+        seconds = torch.tensor([*self._earlier, *self._counted()], dtype=torch.float64)
+        return {"seconds": seconds, "epoch_seconds": time.perf_counter() - self._epoch_start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the times of this epoch."""
+        self._earlier = state_dict["seconds"].tolist()
+        self._epoch_start = time.perf_counter() - state_dict["epoch_seconds"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Discard the times of the last epoch."""
         self._starts.clear()
+        self._earlier.clear()
         self._epoch_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -162,11 +113,13 @@ class StepTimer(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the median."""
-        seconds = [end - start for start, end in pairwise(self._starts)]
-        counted = seconds[self._num_warmup :] or seconds
-        self._num_warmup = max(0, self._num_warmup - len(seconds))
-        pl_module.log("step_seconds", median(counted))
+        pl_module.log("step_seconds", median([*self._earlier, *self._counted()]))
         pl_module.log("epoch_seconds", time.perf_counter() - self._epoch_start)
+        self._num_warmup = max(0, self._num_warmup - (len(self._starts) - 1))
+
+    def _counted(self) -> list[float]:
+        seconds = [end - start for start, end in pairwise(self._starts)]
+        return seconds[self._num_warmup :] or (seconds if not self._earlier else [])
 
 
 class EpochLog(Callback):
@@ -188,12 +141,13 @@ class EpochLog(Callback):
         self.rows: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows."""
-        return {"rows": self.rows}
+        """Return the rows, and the learning rate at the start of the epoch."""
+        return {"rows": self.rows, "lr": self._lr}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows."""
+        """Restore the rows and the learning rate."""
         self.rows = state_dict["rows"]
+        self._lr = state_dict["lr"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the learning rate before the schedule changes it."""
@@ -204,12 +158,10 @@ class EpochLog(Callback):
         metrics = trainer.callback_metrics
         row: Row = {"epoch": trainer.current_epoch + 1, "updates": trainer.global_step, "lr": self._lr}
         row |= {name: float(metrics[name]) for name in _LOGGED if name in metrics}
-        if not math.isfinite(row["train_loss"]):
-            raise ValueError(
-                f"`lr` (={self._lr:g}) made the training loss {row['train_loss']} in epoch {row['epoch']}; pass a "
-                "smaller one."
-            )
+        check_loss(row["train_loss"], self._lr, trainer.current_epoch + 1)
         self.rows.append(row)
+        if not current_world().is_main:
+            return
         with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
             # An epoch may lack a figure: it may be too short for a measurement of drift, for instance.
             names = dict.fromkeys(name for earlier_row in self.rows for name in earlier_row)
@@ -218,18 +170,28 @@ class EpochLog(Callback):
             writer.writerows(self.rows)
 
 
+def check_loss(loss: float, lr: float, epoch: int) -> None:
+    """Raise unless the training loss of an epoch is finite.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"`lr` (={lr:g}) made the training loss {loss} in epoch {epoch}; pass a smaller one.")
+
+
 class RunFiles(Checkpoint):
-    """Write the best weights after a validation, and the last weights and the checkpoint after every epoch.
+    """Write the best weights after a validation, and the last weights after every epoch.
 
     The task's rule decides which validation is the best, such as the one with the highest accuracy; the earliest of
     equal ones wins. Without validation, the last epoch is the best.
 
     Args:
-        folder: Folder for `best.safetensors`, `last.safetensors` and `last.ckpt`.
+        folder: Folder for `best.safetensors` and `last.safetensors`.
         rule: Rule for which epoch is the best.
     """
 
-    # Lightning runs a `Checkpoint` after all other callbacks, so the file holds their state after this epoch.
+    # Lightning runs a `Checkpoint` after all other callbacks, and the ones that it was passed in that order.
 
     def __init__(self, folder: Path, rule: BestEpoch) -> None:
         self._folder = folder
@@ -247,13 +209,12 @@ class RunFiles(Checkpoint):
         self.best_score = state_dict[f"best_{self._rule.metric}"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files, the checkpoint last: it must not refer to weights that were not written."""
+        """Write the files, before a checkpoint refers to them."""
         assert isinstance(pl_module, AbstractTask)
         if self._rule.metric not in trainer.callback_metrics:
             self._save_best(trainer, pl_module)
         with pl_module.with_final_weights():
             save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS)
-        trainer.save_checkpoint(self._folder / run_dir.CHECKPOINT)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights if this validation is the best so far."""

@@ -1,22 +1,30 @@
 """Read and write the two files of a run: weights (safetensors) and the checkpoint to resume from (PyTorch's format).
 
 A weights file holds the tensors of the module that was trained, such as a `Classifier`, and its header as metadata. A
-checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, callbacks and random generators, and the
-header.
+checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, loader and callbacks, and the header. It
+is a file or, if several processes shard the model, a folder of shards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from revnet.errors import CheckpointError
 from revnet.training.atomic_file import atomic_path
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
+from revnet.training.run.shards import is_sharded, outline_shards, read_shards
 from revnet.training.saved_module import SavedModule, attribute_of_kind
 
 HEADER_KEY = "revnet"
@@ -36,11 +44,33 @@ class SavedWeights(NamedTuple):
 
 
 def save_weights(module: SavedModule, path: Path) -> None:
-    """Write the tensors and the header of `module`."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}
+    """Write the tensors and the header of `module`; of several processes, which must all call this, one writes."""
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in whole_state(module).items()}
+    if not current_world().is_main:
+        return
     with atomic_path(path) as temporary:
         # `save_file` would make a file that only its owner may read.
         temporary.write_bytes(save(tensors, metadata=module.header.to_metadata()))
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of `module`; parameters that are divided among processes are whole in the main process only."""
+    if not is_divided(module):
+        return module.state_dict()
+    state: dict[str, Any] = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
+
+
+def load_whole_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into `module`, whose parameters may be divided among processes."""
+    set_model_state_dict(module, dict(tensors), options=StateDictOptions(full_state_dict=True))
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Return whether parameters of `module` are divided among processes."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def load_module(module_type: type[_Module], path: str | Path) -> _Module:
@@ -48,7 +78,7 @@ def load_module(module_type: type[_Module], path: str | Path) -> _Module:
 
     Args:
         module_type: Class of the module.
-        path: A `.safetensors` file, a `.ckpt` file, or the folder of a run.
+        path: A `.safetensors` file, a `.ckpt` file or folder, or the folder of a run.
 
     Raises:
         CheckpointError: The file does not exist, is truncated, was not written by revnet, holds another kind of module,
@@ -69,17 +99,19 @@ def find_weights(path: Path) -> Path:
     Raises:
         CheckpointError: The file does not exist.
     """
-    if not path.is_dir():
-        return _existing_file(path)
-    # The last two are written together; a run that stopped in between leaves the checkpoint.
-    for name in (run_dir.LAST_WEIGHTS, run_dir.CHECKPOINT):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"`{path}` holds no {run_dir.LAST_WEIGHTS} and no {run_dir.CHECKPOINT}; {_WAY_OUT}.")
+    if not path.is_dir() or is_sharded(path):
+        return _existing(path)
+    weights = path / run_dir.LAST_WEIGHTS
+    if weights.is_file():
+        return weights
+    checkpoints = sorted((path / run_dir.CHECKPOINTS).glob("*.ckpt"), key=lambda file: (len(file.name), file.name))
+    if checkpoints:  # of a run that was stopped in its first epoch
+        return checkpoints[-1]
+    raise CheckpointError(f"`{path}` holds no {run_dir.LAST_WEIGHTS} and no checkpoint; {_WAY_OUT}.")
 
 
 def read_weights(path: Path) -> SavedWeights:
-    """Read a `.safetensors` file, or the same part of a `.ckpt` file.
+    """Read a `.safetensors` file, or the same part of a checkpoint.
 
     Raises:
         CheckpointError: The file is missing, truncated, or was not written by `revnet train`.
@@ -99,17 +131,38 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """Read a checkpoint to resume from, without executing anything in it.
 
     Raises:
-        CheckpointError: The file is missing, truncated, or was not written by `revnet train`.
+        CheckpointError: The checkpoint is missing, truncated, or was not written by `revnet train`.
     """
-    path = _existing_file(Path(path))
-    with path.open("rb") as file:  # an unreadable file raises its own error here
-        try:
-            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
-        except Exception as error:  # the unpickler can raise anything, OSError included
-            raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+    path = _existing(Path(path))
+    checkpoint = _load(path, lambda: read_shards(path) if is_sharded(path) else _read_file(path, map_location))
     if not (isinstance(checkpoint, dict) and {HEADER_KEY, "state_dict"} <= checkpoint.keys()):
         raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
     return checkpoint
+
+
+def read_outline(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with tensors that have shapes, and no values in memory.
+
+    Raises:
+        CheckpointError: The checkpoint is truncated, or not a checkpoint.
+    """
+    if is_sharded(path):
+        return cast("dict[str, Any]", _load(path, lambda: outline_shards(path)))
+    return cast("dict[str, Any]", _load(path, lambda: torch.load(path, "cpu", weights_only=True, mmap=True)))
+
+
+def _load(path: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except PermissionError:
+        raise
+    except Exception as error:  # the unpickler can raise anything, OSError included
+        raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+
+
+def _read_file(path: Path, map_location: Any) -> Any:
+    with path.open("rb") as file:
+        return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
@@ -120,7 +173,7 @@ def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
     return SavedWeights(metadata, {name.removeprefix(prefix): x for name, x in state if name.startswith(prefix)})
 
 
-def _existing_file(path: Path) -> Path:
-    if not path.is_file():
+def _existing(path: Path) -> Path:
+    if not path.is_file() and not is_sharded(path):
         raise CheckpointError(f"`{path}` is not a file; {_WAY_OUT}.")
     return path

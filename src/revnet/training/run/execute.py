@@ -17,16 +17,28 @@ from revnet.errors import PredictionError
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.freezing import describe_frozen
+from revnet.training.processes.join import broadcast
+from revnet.training.processes.prepare_model import model_preparation, uses_fsdp2
+from revnet.training.processes.statistics import share_statistics
+from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
-from revnet.training.run.callbacks import EpochLog, LastUpdate, RandomState, RunFiles, StepTimer, ToleranceState
+from revnet.training.run.callbacks import EpochLog, LastUpdate, MainStatistics, RunFiles, StepTimer
+from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
 from revnet.training.run.execution import execution
+from revnet.training.run.failures import explain
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
+from revnet.training.run.process_state import ProcessState
 from revnet.training.run.progress import make_progress
+from revnet.training.run.rates import CurrentRates
 from revnet.training.run.recipe_callbacks import recipe_callbacks
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
-from revnet.training.run.trainer import Stopped, fit, make_trainer
+from revnet.training.run.save_checkpoints import SaveCheckpoints
+from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
+from revnet.training.run.trainer import fit, make_trainer
+from revnet.training.settings.run_config import AbstractRunConfig
+from revnet.training.settings.save_interval import parse_interval
 
 _Result = TypeVar("_Result", bound=RunResult)
 
@@ -51,16 +63,26 @@ def execute(
 
     Raises:
         TrainingInterrupted: Ctrl-C or SIGTERM came.
+        RevnetError: The machine stopped the run: no memory, no room on the disk, a killed process that loads data.
     """
     try:
-        with _threads(job.config.num_threads):
-            return _execute(job, folder, checkpoint, quiet, callbacks)
-    except KeyboardInterrupt as stop:
-        message = f"stopped; `revnet train --resume {folder}` continues after the last finished epoch."
-        if not (folder / run_dir.CHECKPOINT).is_file():
-            settings = folder / run_dir.CONFIG
-            message = f"stopped before an epoch was finished; `{job.config.command} --config {settings}` starts again."
-        raise TrainingInterrupted(message, stop.signal_number if isinstance(stop, Stopped) else signal.SIGINT) from stop
+        with StopSignals() as signals, _threads(job.config.num_threads):
+            return _execute(job, folder, checkpoint, signals, quiet, callbacks)
+    except (SavedAndStopped, KeyboardInterrupt) as stop:
+        number = getattr(stop, "signal_number", signal.SIGINT)
+        raise TrainingInterrupted(_how_to_continue(folder, stop), number) from stop
+    except Exception as error:
+        explained = explain(error, folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _how_to_continue(folder: Path, stop: BaseException) -> str:
+    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS).list()
+    start = f"after update {update_of(checkpoints[-1]):,}" if checkpoints else "from the beginning"
+    how = "stopped" if isinstance(stop, SavedAndStopped) or not checkpoints else "stopped at once"
+    return f"{how}; `revnet train --resume {folder}` continues {start}."
 
 
 @contextmanager
@@ -74,30 +96,52 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _execute(
-    job: AbstractJob[_Result], folder: Path, checkpoint: Path | None, quiet: bool, callbacks: Sequence[Callback]
+    job: AbstractJob[_Result],
+    folder: Path,
+    checkpoint: Path | None,
+    signals: StopSignals,
+    quiet: bool,
+    callbacks: Sequence[Callback],
 ) -> _Result:
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
-    ours: list[Callback] = [RandomState(), ToleranceState(), LastUpdate(job.task.num_updates), StepTimer(), log, files]
-    ours += recipe_callbacks(job.config, job.task, folder, quiet=quiet)
+    ours: list[Callback] = [
+        ProcessState(),
+        CurrentRates(),
+        MainStatistics(),
+        LastUpdate(job.task.num_updates),
+        StepTimer(),
+        *recipe_callbacks(job.config, job.task, folder, quiet=quiet),
+        log,
+        files,
+    ]
+    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
+    interval = parse_interval("save_every", job.config.save_every)
+    ours.append(SaveCheckpoints(checkpoints, interval, job.config.keep_checkpoints, signals))
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
-    if not quiet:
+    is_main = current_world().is_main
+    is_quiet = quiet or not is_main
+    if not is_quiet:
         ours.append(make_progress())
+    job.task.prepare_model = model_preparation(job.config)
     trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
-    if job.plan is not None:
+    if job.plan is not None and is_main:
         with atomic_path(folder / run_dir.PLAN) as temporary:
             temporary.write_text(f"{job.plan.report()}\n")
-    if not quiet:
+    if not is_quiet:
         print(_heading(job, folder, device), flush=True)
     with execution(job.config, job.task.saved_module.model):
         fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
 
+    share_statistics(job.task.saved_module)
     names = job.names
-    plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
-    figures = _figures(job, folder, trainer, log, files)
+    if is_main:
+        plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
+    figures = broadcast(_figures(job, folder, trainer, log, files) if is_main else None)
     result = job.finish(folder, Outcome(device=device, rows=log.rows, best_score=files.best_score, figures=figures))
-    result.save(folder / run_dir.SUMMARY)
+    if is_main:
+        result.save(folder / run_dir.SUMMARY)
     return result
 
 
@@ -125,13 +169,21 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
     )
 
 
+def _devices(device: torch.device, config: AbstractRunConfig) -> str:
+    world = current_world()
+    if world.num_processes == 1:
+        return str(device)
+    nodes = f" on {world.num_nodes} nodes" if world.num_nodes > 1 else ""
+    return f"{world.num_processes} {device.type} processes{nodes}, {'fsdp2' if uses_fsdp2(config) else 'ddp'}"
+
+
 def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:
     lines = [("revnet", revnet.__version__), *job.heading()]
     if job.start is not None:
         lines.append(("weights", job.start))
     if job.config.freeze is not None:
         lines.append(("frozen", describe_frozen(job.task.saved_module.model)))
-    lines.append(("device", f"{device}, {job.config.precision}"))
+    lines.append(("device", f"{_devices(device, job.config)}, {job.config.precision}"))
     if job.plan is not None:
         lines.append(("memory", describe_plan(job.plan)))
     return format_lines([*lines, ("folder", str(folder))])

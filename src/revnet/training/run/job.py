@@ -11,6 +11,7 @@ import torch
 from revnet.memory import Plan
 from revnet.training.run.activation_memory import Update
 from revnet.training.run.callbacks import Row
+from revnet.training.run.data_record import DataRecord
 from revnet.training.run.run_result import RunFigures, RunResult
 from revnet.training.run.task import AbstractTask
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -65,6 +66,10 @@ class AbstractJob(ABC, Generic[Result]):
     @abstractmethod
     def heading(self) -> list[tuple[str, str]]:
         """Return the lines printed before training: model, data, epochs."""
+
+    @abstractmethod
+    def record_data(self) -> DataRecord:
+        """Return what the run remembers of its data."""
 
     @abstractmethod
     def make_loaders(self, device: torch.device) -> tuple[Iterable[Any], Iterable[Any] | None]:

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,16 +19,9 @@ def make_progress() -> Callback:
 class EpochLines(Callback):
     """Print a line at the end of each epoch."""
 
-    def __init__(self) -> None:
-        self._start = 0.0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the line."""
-        seconds = time.perf_counter() - self._start
+        seconds = float(trainer.callback_metrics["epoch_seconds"])
         print(f"{_epoch(trainer)}  {_figures(trainer)}  {seconds:.1f} s", flush=True)
 
 

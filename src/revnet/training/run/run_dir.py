@@ -1,13 +1,16 @@
 """The folder of a run, and the names of its files."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 from revnet.training.settings.run_config import AbstractRunConfig
 
 CONFIG = "config.yaml"
-CHECKPOINT = "last.ckpt"
+CHECKPOINTS = "checkpoints"
+DATA = "data.json"
 LAST_WEIGHTS = "last.safetensors"
 BEST_WEIGHTS = "best.safetensors"
 LOG = "metrics.csv"
@@ -19,7 +22,7 @@ PROFILE = "profile.json"
 
 
 def make_run_dir(config: AbstractRunConfig, data_name: str, model: str) -> Path:
-    """Make the folder of a new run and write the settings to it; never touch the folder of another run.
+    """Make the folder of a new run; never touch the folder of another run.
 
     Args:
         config: The settings.
@@ -29,15 +32,33 @@ def make_run_dir(config: AbstractRunConfig, data_name: str, model: str) -> Path:
     Raises:
         ValueError: `out_dir` is not empty, or cannot be written.
     """
-    try:
+    with _write_errors(config):
         folder = _next_free(data_name, model) if config.out_dir is None else _given(config.out_dir)
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    return folder
+
+
+def write_settings(config: AbstractRunConfig, folder: Path) -> None:
+    """Write the settings to the folder of a new run, which is a run from then on.
+
+    Raises:
+        ValueError: Another run has taken the folder, or it cannot be written.
+    """
+    if (folder / CONFIG).exists():
+        raise _not_empty(str(folder))
+    with _write_errors(config):
         config.save(folder / CONFIG)
+
+
+@contextmanager
+def _write_errors(config: AbstractRunConfig) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         out_dir = config.out_dir or "runs"
         raise ValueError(
             f"`out_dir` (={out_dir!r}) cannot be written: {error.strerror}; pass a folder that you can write to."
         ) from error
-    return folder
 
 
 def file_stem(data_name: str) -> str:
@@ -48,12 +69,16 @@ def file_stem(data_name: str) -> str:
 def _given(out_dir: str) -> Path:
     folder = Path(out_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ValueError(
-            f"`out_dir` (={out_dir!r}) is not empty; pass a new folder, or continue the run in it with "
-            f"`revnet train --resume {out_dir}`."
-        )
+    if any(path.name != CHECKPOINTS for path in folder.iterdir()) or any(folder.glob(f"{CHECKPOINTS}/*.ckpt")):
+        raise _not_empty(out_dir)
     return folder
+
+
+def _not_empty(out_dir: str) -> ValueError:
+    return ValueError(
+        f"`out_dir` (={out_dir!r}) is not empty; pass a new folder, or continue the run in it with "
+        f"`revnet train --resume {out_dir}`."
+    )
 
 
 def _next_free(data_name: str, model: str) -> Path:

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple, Self
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from revnet.training.freezing import frozen_norms
 from revnet.training.run.checkpoint import HEADER_KEY
+from revnet.training.run.mean_over_samples import MeanOverSamples
 from revnet.training.run.optimization import configure_optimization
+from revnet.training.run.random_state import seed_batch
 from revnet.training.saved_module import SavedModule
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -45,6 +48,12 @@ class AbstractTask(LightningModule, ABC):
     """Rule for which epoch is the best."""
     with_final_weights: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
     """Context in which the module has the weights to save: their average, if the run keeps one."""
+    prepare_model: Callable[[nn.Module], object] | None = None
+    """Function that changes the network in place for several devices, once the processes are connected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means = nn.ModuleDict({name: MeanOverSamples() for name in ("train_loss", "val_loss")})
 
     @property
     @abstractmethod
@@ -86,6 +95,31 @@ class AbstractTask(LightningModule, ABC):
         """Step a schedule, except the one that follows validations."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Seed the random numbers of the batch, so that they do not depend on what was drawn before."""
+        seed_batch(self.trainer, self.config.seed)
+        return batch
+
+    def configure_model(self) -> None:
+        """Prepare the network for several devices."""
+        if self.prepare_model is not None:
+            self.prepare_model(self.saved_module.model)
+            self.prepare_model = None
+
+    def log_mean(self, name: str, mean: Tensor, num_samples: int) -> None:
+        """Log the mean of `train_loss` or `val_loss` over all samples of an epoch, in all processes."""
+        metric = self.means[name]
+        assert isinstance(metric, MeanOverSamples)
+        metric.update(mean.detach(), num_samples)
+        self.log(name, metric, on_step=False, on_epoch=True)
+
+    @property
+    def total_train_loss(self) -> float:
+        """Sum of the training loss over the samples of this process in the epoch so far."""
+        metric = self.means["train_loss"]
+        assert isinstance(metric, MeanOverSamples)
+        return float(metric.total)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the header to the checkpoint, so that the file says what it holds."""

@@ -4,20 +4,23 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.nn.parallel import DistributedDataParallel
 
-from revnet.training.atomic_file import atomic_path
 from revnet.training.device import find_device
-from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.processes.prepare_model import uses_fsdp2
+from revnet.training.processes.world import current_world
+from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.run.precision import precision_arguments
 from revnet.training.run.updates import update_arguments
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -27,38 +30,9 @@ _IRRELEVANT_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
     r"Found .* module\(s\) in eval mode at the start of training",  # frozen batch norms
     r"Detected call of `lr_scheduler.step\(\)` before",  # a gradient scaler left out the first updates
+    r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Plugin that writes a checkpoint whole or not at all."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write `checkpoint`; if the process is killed while writing, the previous file remains."""
-        with atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, location: storage,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Read a checkpoint without executing anything in it."""
-        return read_checkpoint(path, map_location)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM came while Lightning was running."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__()
-        self.signal_number = signal_number
 
 
 def make_trainer(
@@ -66,19 +40,27 @@ def make_trainer(
     callbacks: list[Callback],
     folder: Path,
 ) -> Trainer:
-    """Return a Trainer that writes nothing but what `callbacks` write."""
-    precision = precision_arguments(config, find_device(config.device).type)
+    """Return a Trainer that writes nothing but what `callbacks` write.
+
+    It trains on the processes of the current world.
+    """
+    world = current_world()
+    is_sharded = uses_fsdp2(config)
+    precision: dict[str, Any] = precision_arguments(config, find_device(config.device).type)
+    if is_sharded:
+        precision = {"precision": "32-true"}  # `fully_shard` has a policy for mixed precision of its own
     with quiet():
         return Trainer(
             max_epochs=config.epochs,
             **update_arguments(config),
             accelerator=config.device,
             precision=precision.get("precision"),
-            devices=1,  # the loader's sampler does not split the images among processes
-            use_distributed_sampler=False,
+            devices=world.num_local,
+            num_nodes=world.num_nodes,
+            strategy=_make_strategy(is_sharded=is_sharded),
+            use_distributed_sampler=False,  # the loaders divide the batches among processes
             callbacks=callbacks,
-            # One process: a scheduler's environment variables (SLURM's) must not make it wait for others.
-            plugins=[AtomicCheckpointIO(), LightningEnvironment(), *precision.get("plugins", ())],
+            plugins=[make_checkpoint_io(config), _make_environment(), *precision.get("plugins", ())],
             default_root_dir=folder,
             logger=False,
             enable_progress_bar=False,
@@ -87,23 +69,47 @@ def make_trainer(
         )
 
 
+def make_checkpoint_io(config: AbstractRunConfig) -> AtomicCheckpointIO:
+    """Return the plugin that writes checkpoints: in the background on a GPU, unless the settings say otherwise."""
+    is_async = config.async_save
+    return AtomicCheckpointIO(is_async=find_device(config.device).type == "cuda" if is_async is None else is_async)
+
+
+def _make_strategy(*, is_sharded: bool) -> Strategy | str:
+    world = current_world()
+    if world.num_processes == 1:
+        return "auto"
+    if is_sharded:
+        return ModelParallelStrategy(data_parallel_size=world.num_processes, tensor_parallel_size=1)
+    # PyTorch has renamed the option.
+    names = signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False}
+    # Each process keeps the statistics of its own batches. Gradients lie in the buckets that are sent, not in copies.
+    return DDPStrategy(**options, gradient_as_bucket_view=True)
+
+
+def _make_environment() -> ClusterEnvironment:
+    # `joined` sets the variables of torchrun under every launcher. With one process, a scheduler's variables (SLURM's)
+    # must not make it wait for others.
+    return LightningEnvironment() if current_world().num_processes == 1 else TorchElasticEnvironment()
+
+
 def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    """Run `trainer.fit`, and restore the signal handler afterwards.
+    """Run `trainer.fit`.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came.
+        KeyboardInterrupt: A signal came that did not wait for a checkpoint.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
         with quiet():
             trainer.fit(*args, **kwargs)
-    except SIGTERMException as error:
-        raise Stopped(signal.SIGTERM) from error
     except SystemExit as error:
         # Lightning exits Python at Ctrl-C, and ignores Ctrl-C from then on.
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        raise Stopped(signal.SIGINT) from error
+        raise error.__context__ from None
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

@@ -90,7 +90,7 @@ def _check_compile(config: Any) -> None:
 
 
 def _check_sharding(config: Any) -> None:
-    if getattr(config, "strategy", "auto") != "fsdp2":
+    if config.strategy != "fsdp2":
         return
     excluded = {
         "ema_decay": config.ema_decay is not None,

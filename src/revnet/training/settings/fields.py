@@ -71,6 +71,8 @@ def check_setting(name: str, kind: Any, value: Any, check: Check | None) -> None
     is_optional = NoneType in get_args(kind)
     if is_optional and value is None:
         return
+    if check is not None:
+        check(name, value)
     if is_optional:
         options = [option for option in get_args(kind) if option is not NoneType]
         kind = options[0] if len(options) == 1 else Any  # the check knows what else it may be
@@ -80,5 +82,3 @@ def check_setting(name: str, kind: Any, value: Any, check: Check | None) -> None
         check_flag(name, value, is_optional=is_optional)
     elif kind is str:
         check_name(name, value)
-    if check is not None:
-        check(name, value)

@@ -53,6 +53,7 @@ class AbstractRunConfig(
     max_updates: int | None
     batch_size: int
     val_fraction: float
+    seed: int
 
     def __post_init__(self) -> None:
         self.check()

@@ -1,0 +1,1 @@
+"""Several processes that run the same command: how they start, meet, fail together and divide the work."""

@@ -1,0 +1,71 @@
+"""Prepare a network for several devices: divide its parameters, or synchronize its batch norms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from revnet.distributed import shard_blocks
+from revnet.distributed._shard_units import units_of
+from revnet.distributed._sync_batch_norm import synchronize_batch_norms
+from revnet.training.device import find_device
+from revnet.training.processes.world import current_world
+from revnet.training.settings.run_config import AbstractRunConfig
+
+_LOW = {"bf16-mixed": torch.bfloat16}
+"""Dtypes in which a sharded network computes, by the precision of the settings."""
+
+
+def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> None:
+    """Raise unless the network can be trained on the devices of the settings.
+
+    Args:
+        config: Settings of the run.
+        model: The network, whose tensors are not needed.
+        name: Name of the network, for the error message.
+
+    Raises:
+        ValueError: `strategy` or `sync_batch_norm` does not fit the network or the device.
+    """
+    if config.strategy == "fsdp2" and not any(unit.is_reversible for unit in units_of(model)):
+        raise ValueError(
+            f"`strategy` (='fsdp2') divides reversible blocks among devices, and {name} has none; pass `ddp`."
+        )
+    if not config.sync_batch_norm:
+        return
+    kind = find_device(config.device).type
+    if kind != "cuda":
+        raise ValueError(
+            f"`sync_batch_norm` (=True) needs GPUs, since PyTorch synchronizes batch norms on GPUs only, and the "
+            f"device is {kind}; leave it out."
+        )
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError(f"`sync_batch_norm` (=True) is for networks with batch norms; {name} has none. Leave it out.")
+
+
+def uses_fsdp2(config: AbstractRunConfig) -> bool:
+    """Return whether the run divides the model among processes; a single process has nothing to divide."""
+    return config.strategy == "fsdp2" and current_world().num_processes > 1
+
+
+def model_preparation(config: AbstractRunConfig) -> Callable[[nn.Module], None] | None:
+    """Return a function that prepares the network in place once the processes are connected, if that is needed."""
+    is_synchronized = config.sync_batch_norm and current_world().num_processes > 1
+    is_sharded = uses_fsdp2(config)
+    if not (is_synchronized or is_sharded):
+        return None
+
+    def prepare(model: nn.Module) -> None:
+        if is_synchronized:
+            synchronize_batch_norms(model)
+        if is_sharded:
+            # `fully_shard` cannot divide tensors that are contiguous in another layout.
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # PyTorch's stubs lack it
+            dtype = _LOW.get(config.precision)
+            float32 = None if dtype is None else torch.float32
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=float32, output_dtype=float32)
+            shard_blocks(model, mp_policy=policy)
+
+    return prepare

@@ -1,0 +1,93 @@
+"""The checkpoints in the folder of a run: their names, the newest valid one, and the ones that are deleted."""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from revnet.errors import CheckpointError
+from revnet.training.run.checkpoint import read_outline
+
+_NAME = re.compile(r"update-(\d{8,})\.ckpt")
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """Folder of the checkpoints of a run.
+
+    A checkpoint is a file, or a folder of shards. Both get their names once they are complete.
+    """
+
+    path: Path
+    """The folder."""
+
+    def file(self, update: int) -> Path:
+        """Return the path of the checkpoint after `update` updates."""
+        return self.path / f"update-{update:08d}.ckpt"
+
+    def temporary(self, update: int) -> Path:
+        """Return the path at which shards are written before their checkpoint is complete."""
+        return self.path / f".update-{update:08d}.ckpt{_TEMPORARY}"
+
+    def list(self) -> list[Path]:
+        """Return all checkpoints, the oldest first."""
+        if not self.path.is_dir():
+            return []
+        named = [(match, path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for match, path in sorted(named, key=lambda pair: int(pair[0][1]))]
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that can be read; None if there are none at all.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none can be read.
+        """
+        first_error: CheckpointError | None = None
+        for path in reversed(self.list()):
+            try:
+                read_outline(path)
+            except CheckpointError as error:
+                first_error = first_error or error
+                continue
+            return path
+        if first_error is not None:
+            raise first_error
+        return None
+
+    def complete(self, update: int) -> None:
+        """Give the shards at the temporary path their name."""
+        temporary, final = self.temporary(update), self.file(update)
+        for file in temporary.iterdir():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        if final.is_dir():  # of a run that was continued from an earlier checkpoint
+            shutil.rmtree(final)
+        temporary.rename(final)
+
+    def prune(self, num_kept: int) -> None:
+        """Delete all checkpoints but the newest."""
+        for path in self.list()[:-num_kept]:
+            _delete(path)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a process that was killed had begun to write."""
+        for path in self.path.glob(f".*{_TEMPORARY}"):
+            _delete(path)
+
+
+def update_of(checkpoint: Path) -> int:
+    """Return the number of updates before a checkpoint, from its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        # Under another name first: a folder that lacks shards must not look like a checkpoint.
+        hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}{_TEMPORARY}"))
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)

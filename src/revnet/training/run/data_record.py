@@ -1,0 +1,119 @@
+"""What a run remembers of its data, to refuse other data when it is resumed."""
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from revnet.data import ImageDataset
+from revnet.data.sources.text import TextDataset
+from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.data.splits.file_split import FileSplit
+from revnet.data.splits.image_split import ImageSplit
+from revnet.errors import CheckpointError
+from revnet.training.atomic_file import atomic_path
+
+DataRecord = dict[str, Any]
+"""Facts about the data by their description; texts that begin with `blake2b` are fingerprints."""
+
+_FINGERPRINT = "blake2b:"
+_CHARACTERS = "characters"
+
+
+def record_images(dataset: ImageDataset) -> DataRecord:
+    """Return the record of a data set of images: classes, numbers, and fingerprints.
+
+    The fingerprint of images in memory covers every byte, the one of image files covers names, sizes and classes.
+    """
+    record: DataRecord = {"number of classes": dataset.num_classes}
+    record |= {f"name of class {number}": name for number, name in enumerate(dataset.class_names)}
+    for noun, split in (("training images", dataset.train), ("test images", dataset.test)):
+        record |= _record_split(noun, split, dataset.class_names)
+    return record
+
+
+def record_text(dataset: TextDataset) -> DataRecord:
+    """Return the record of a text: its characters and a fingerprint."""
+    tokens = (dataset.train.numpy(), dataset.validation.numpy())
+    return {
+        _CHARACTERS: dataset.vocabulary.characters,
+        "number of characters": sum(map(len, tokens)),
+        "text": _fingerprint(*tokens),
+    }
+
+
+def save_record(record: DataRecord, path: Path) -> None:
+    """Write a record as JSON."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_record(record: DataRecord, path: Path, data: str) -> None:
+    """Compare the record of the data at hand with the one of the run, at `path`.
+
+    Args:
+        record: Record of the data at hand.
+        path: File with the record of the run.
+        data: The data, for the message.
+
+    Raises:
+        CheckpointError: The data differ; the message names the first difference.
+    """
+    if not path.is_file():
+        return
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    difference = _first_difference(earlier, record)
+    if difference is not None:
+        raise CheckpointError(
+            f"`data` (='{data}') is not what the run was trained on: {difference}; restore the data, or start a new "
+            "run."
+        )
+
+
+def _record_split(noun: str, split: AbstractSplit, class_names: tuple[str, ...]) -> DataRecord:
+    record: DataRecord = {f"number of {noun}": len(split)}
+    if isinstance(split, ImageSplit):
+        record[f"shape of the {noun}"] = "x".join(map(str, split.image_shape))
+        record[f"pixels of the {noun}"] = _fingerprint(split.images.numpy())
+    if isinstance(split, FileSplit):
+        files: dict[int, list[str]] = {}
+        for index, label in enumerate(split.labels.tolist()):
+            files.setdefault(label, []).append(split.file(index))
+        for label, names in sorted(files.items()):
+            record[f"number of {noun} of class {class_names[label]}"] = len(names)
+            record[f"files of the {noun} of class {class_names[label]}"] = _fingerprint_files(names)
+    if split.labels is not None:
+        record[f"labels of the {noun}"] = _fingerprint(split.labels.numpy())
+    return record
+
+
+def _fingerprint(*arrays: np.ndarray) -> str:
+    digest = blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return f"{_FINGERPRINT}{digest.hexdigest()}"
+
+
+def _fingerprint_files(files: list[str]) -> str:
+    # Without the folder of the data set, which may move.
+    lines = sorted(f"{Path(file).name} {os.stat(file).st_size}" for file in files)  # noqa: PTH116 - a million of them
+    text = "\n".join(lines).encode("utf-8", "surrogateescape")
+    return f"{_FINGERPRINT}{blake2b(text, digest_size=16).hexdigest()}"
+
+
+def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    for fact in [*earlier, *(fact for fact in now if fact not in earlier)]:
+        old, new = earlier.get(fact), now.get(fact)
+        if old == new:
+            continue
+        if fact == _CHARACTERS and isinstance(old, str) and isinstance(new, str):
+            character = next(c for c in sorted({*old, *new}) if (c in old) != (c in new))
+            return f"the character {character!r} is {'new' if character in new else 'missing'}"
+        if str(old).startswith(_FINGERPRINT) and str(new).startswith(_FINGERPRINT):
+            return f"the {fact} differ" if fact != "text" else "the text differs"
+        return f"the {fact} is {new}, and was {old}"
+    return None

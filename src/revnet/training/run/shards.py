@@ -1,0 +1,65 @@
+"""Checkpoints in shards, as `torch.distributed.checkpoint` writes them for a sharded model, read by one process."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+_EXTRA = "meta.pt"
+"""File in which Lightning keeps everything but tensors of the model and the optimizer."""
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether the folder at `path` is a checkpoint in shards."""
+    return (path / _EXTRA).is_file()
+
+
+def read_shards(path: Path) -> dict[str, Any]:
+    """Read a checkpoint in shards as if one process had written it.
+
+    Optimizer states are numbered as `torch.optim` numbers them; the shards name them by the parameters.
+    """
+    from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized")
+        checkpoint = _load_distributed_checkpoint(path)
+    names = sorted((name for name in checkpoint if name.startswith("optimizer_")), key=len)
+    checkpoint["optimizer_states"] = [_numbered(checkpoint.pop(name)) for name in names]
+    return checkpoint
+
+
+def outline_shards(path: Path) -> dict[str, Any]:
+    """Read a checkpoint in shards without the values of tensors and without optimizer states.
+
+    Raises:
+        ValueError: A shard is truncated.
+    """
+    checkpoint: dict[str, Any] = torch.load(path / _EXTRA, map_location="cpu", weights_only=True)
+    metadata = FileSystemReader(path).read_metadata()
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        size = (path / name).stat().st_size
+        if size < end:
+            raise ValueError(f"`{path / name}` has {size:,} bytes of {end:,}.")
+    tensors = metadata.state_dict_metadata.items()
+    checkpoint["state_dict"] = {
+        name.removeprefix("state_dict."): torch.empty(tensor.size, device="meta")
+        for name, tensor in tensors
+        if name.startswith("state_dict.") and isinstance(tensor, TensorStorageMetadata)
+    }
+    return checkpoint
+
+
+def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
+    groups = optimizer["param_groups"]
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
+    return {
+        "state": {numbers[name]: state for name, state in optimizer["state"].items()},
+        "param_groups": [group | {"params": [numbers[name] for name in group["params"]]} for group in groups],
+    }

@@ -1,0 +1,117 @@
+"""What stops a run from outside is reported in one line, and what was saved before remains."""
+
+import errno
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from revnet.errors import RevnetError
+from revnet.training import NiceConfig, TrainConfig, load_density, resume, train
+from revnet.training.run.checkpoint_folder import CheckpointFolder
+from revnet.training.run.failures import RunError, explain
+from tests.training.samples import assert_same_run, write_image_folder
+
+NICE = NiceConfig(batch_size=200, epochs=2, num_couplings=2, hidden_dim=16, num_hidden=1, save_every=2)
+
+
+class AtUpdate(Callback):
+    """Call a function at the start of an update."""
+
+    def __init__(self, update, function):
+        self.update, self.function = update, function
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step + 1 == self.update:
+            self.function()
+
+
+def fail(config, update, function, folder):
+    """Return the error of a run that `function` breaks, after a check that it has one line."""
+    with pytest.raises(RevnetError) as caught:
+        train(replace(config, out_dir=str(folder)), quiet=True, callbacks=[AtUpdate(update, function)])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_full_disk(tmp_path, monkeypatch, is_async):
+    straight = train(replace(NICE, out_dir=str(tmp_path / "straight")), quiet=True)
+    save = torch.save
+
+    def fill_disk():
+        def save_none(checkpoint, file):
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError:
+                raise RuntimeError("[enforce fail at inline_container.cc]")  # noqa: B904 - as PyTorch does
+
+        monkeypatch.setattr(torch, "save", save_none)
+
+    folder = tmp_path / "run"
+    message = fail(replace(NICE, async_save=is_async), 5, fill_disk, folder)
+    assert message == (
+        f"the checkpoints in `{folder}/checkpoints` cannot be written: No space left on device; make room or restore "
+        f"the folder, and `revnet train --resume {folder}` continues from update 4."
+    )
+    names = [path.name for path in CheckpointFolder(folder / "checkpoints").list()]
+    assert names[-1] == "update-00000004.ckpt"
+    assert not list(folder.rglob("*.tmp"))
+    monkeypatch.setattr(torch, "save", save)
+    assert_same_run(straight, resume(folder, quiet=True), load_density)
+
+
+def test_full_disk_while_weights_are_written(tmp_path, monkeypatch):
+    def fill_disk():
+        monkeypatch.setattr(Path, "write_bytes", raise_full)
+
+    def raise_full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    folder = tmp_path / "run"
+    message = fail(NICE, 5, fill_disk, folder)
+    assert message.startswith(f"`{folder}/.best.safetensors.")
+    assert message.endswith(f"No space left on device; make room, and `revnet train --resume {folder}` continues.")
+
+
+def test_deleted_folder(tmp_path):
+    folder = tmp_path / "run"
+    message = fail(NICE, 5, lambda: shutil.rmtree(folder), folder)
+    assert f"{folder}" in message
+    assert "No such file or directory" in message or "was deleted" in message
+    assert not folder.exists()
+
+
+def test_killed_worker(tmp_path):
+    data = write_image_folder(tmp_path / "data", num_images=12)
+    config = TrainConfig(data=str(data), image_size=8, batch_size=4, num_workers=1, val_fraction=0, save_every=1)
+
+    def kill_worker():
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+
+    message = fail(config, 3, kill_worker, tmp_path / "run")
+    assert message == (
+        f"a process that loads data was killed, which is often due to a lack of memory; `revnet train --resume "
+        f"{tmp_path / 'run'}` continues, with fewer `--num-workers` to need less."
+    ) or message.startswith("a process that loads data was killed by ")
+
+
+def test_explains_lack_of_memory(tmp_path):
+    explained = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 2 GiB"), tmp_path)
+    assert isinstance(explained, RunError)
+    assert str(explained) == (
+        f"the GPU is out of memory; `revnet train --resume {tmp_path}` continues, with `--memory-budget` to need less."
+    )
+    assert "the machine is out of memory" in str(explain(MemoryError(), tmp_path))
+
+
+def test_leaves_other_errors_alone(tmp_path):
+    assert explain(ValueError("wrong"), tmp_path) is None
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), tmp_path) is None
+    assert explain(FileNotFoundError(errno.ENOENT, "No such file", "elsewhere.txt"), tmp_path) is None
