@@ -28,6 +28,7 @@ _EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",
+    "kornia": "augment",
 }
 
 

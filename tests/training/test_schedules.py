@@ -3,7 +3,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from revnet.training.schedules import cosine_decay, progressive_size, step_decay
+from revnet.training.schedules import (
+    constant_rate,
+    cosine_decay,
+    cosine_restarts,
+    linear_warmup,
+    progressive_size,
+    step_decay,
+)
 
 
 def rates(make_schedule, num_updates, **options):
@@ -46,6 +53,37 @@ def test_cosine_after_a_warm_up():
 
 def test_cosine_without_a_warm_up_starts_at_the_top():
     assert rates(cosine_decay, 4) == pytest.approx([1, 0.8535534, 0.5, 0.1464466])
+
+
+def test_constant_rate_after_a_warm_up():
+    assert rates(constant_rate, 5, warmup=0.4) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+
+
+def test_cosine_restarts_from_the_highest_rate():
+    assert rates(cosine_restarts, 8, num_cycles=2) == pytest.approx(2 * rates(cosine_decay, 4))
+
+
+def test_cycles_may_grow_after_a_warm_up():
+    learning_rates = rates(cosine_restarts, 16, num_cycles=3, cycle_growth=2, warmup=0.125)
+    expected = [1 / 3, 2 / 3, *rates(cosine_decay, 2), *rates(cosine_decay, 4), *rates(cosine_decay, 8)]
+    assert learning_rates == pytest.approx(expected)
+
+
+def test_more_cycles_than_updates():
+    assert rates(cosine_restarts, 2, num_cycles=5) == pytest.approx([1, 1])
+
+
+def test_warm_up_leaves_the_rate_alone_afterwards():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = linear_warmup(optimizer, num_updates=10, warmup=0.3)
+    learning_rates = []
+    for update in range(6):
+        learning_rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+        if update == 3:
+            optimizer.param_groups[0]["lr"] *= 0.1
+    assert learning_rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 0.1, 0.1])
 
 
 def test_images_grow_by_four_pixels_up_to_their_size():

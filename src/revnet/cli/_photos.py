@@ -15,7 +15,11 @@ def photo_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not _are_photographs(settings.get("data", TrainConfig.data)):
         return {}
     recipe = vars(TrainConfig.load(find_recipe(PHOTO_RECIPE)))
-    return {name: value for name, value in recipe.items() if name not in settings and name != "data"}
+    # Options of the recipe's optimizer do not fit every other one.
+    left_out = {"data", *settings, *(("momentum", "nesterov") if "optimizer" in settings else ())}
+    if "weights" in settings:
+        left_out.add("preprocess")  # the weights have theirs
+    return {name: value for name, value in recipe.items() if name not in left_out}
 
 
 def _are_photographs(data: str) -> bool:

@@ -10,9 +10,9 @@ from typing import Literal
 from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.checks import check_integer
-from revnet.training.settings.choices import Precision
 
 InputDtype = Literal["float32", "int64"]
+StepPrecision = Literal["32-true", "bf16-mixed"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]
 
 _MOST = 1_000_000
@@ -33,7 +33,7 @@ class StepFlags:
     input_shape: tuple[int, ...] | None
     input_dtype: InputDtype
     optimizer: OptimizerName
-    precision: Precision
+    precision: StepPrecision
     device: str
     step_in_backward: bool = False
 

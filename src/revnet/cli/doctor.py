@@ -1,9 +1,8 @@
 """`revnet doctor`."""
 
 from revnet.cli._errors import UsageError, step_errors
-from revnet.cli._step_flags import InputDtype, StepFlags, open_folder, optional_picture
+from revnet.cli._step_flags import InputDtype, StepFlags, StepPrecision, open_folder, optional_picture
 from revnet.training.settings.checks import check_number
-from revnet.training.settings.choices import Precision
 
 
 def doctor(
@@ -14,7 +13,7 @@ def doctor(
     image: int | None = None,
     input_shape: tuple[int, ...] | None = None,
     input_dtype: InputDtype = "float32",
-    precision: Precision = "32-true",
+    precision: StepPrecision = "32-true",
     gradients: bool = False,
     exact: bool = False,
     tolerance: float | None = None,

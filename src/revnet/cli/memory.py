@@ -1,9 +1,9 @@
 """`revnet memory`."""
 
 from revnet.cli._errors import UsageError, describe_error, step_errors
-from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
+from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, StepPrecision, open_folder, optional_picture
 from revnet.training.settings.checks import check_integer
-from revnet.training.settings.choices import Policy, Precision
+from revnet.training.settings.choices import Policy
 
 
 def memory(
@@ -14,7 +14,7 @@ def memory(
     input_shape: tuple[int, ...] | None = None,
     input_dtype: InputDtype = "float32",
     optimizer: OptimizerName = "sgd",
-    precision: Precision = "32-true",
+    precision: StepPrecision = "32-true",
     policy: Policy | None = None,
     depth: int = 2,
     step_in_backward: bool = False,

@@ -7,8 +7,8 @@ from typing import get_args
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._plan_devices import DeviceFlags, ShardUnit, Strategy, check_with_step, plan_devices
-from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, open_folder, optional_picture
-from revnet.training.settings.choices import Optimizer, Precision
+from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, StepPrecision, open_folder, optional_picture
+from revnet.training.settings.choices import Optimizer
 
 _IN_PYTHON = {
     "sgd": "optimizer=partial(torch.optim.SGD, momentum=0.9)",
@@ -27,7 +27,7 @@ def plan(
     input_shape: tuple[int, ...] | None = None,
     input_dtype: InputDtype = "float32",
     optimizer: OptimizerName = "sgd",
-    precision: Precision = "32-true",
+    precision: StepPrecision = "32-true",
     step_in_backward: bool = False,
     measure: bool = False,
     devices: int | None = None,

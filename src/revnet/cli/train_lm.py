@@ -4,12 +4,12 @@ from typing import Any
 
 from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
-from revnet.cli.train import continue_run, find_run, start_run
+from revnet.cli.train import check_find_lr, continue_run, find_run, start_run
 from revnet.training import LanguageConfig
 
 
 @takes_settings(LanguageConfig)
-def train_lm(*, resume: str | None = None, **settings: Any) -> None:
+def train_lm(*, resume: str | None = None, find_lr: bool = False, **settings: Any) -> None:
     """Train a reversible transformer as a character-level language model.
 
     Writes weights, log and learning curve to a new folder. `revnet generate` then continues texts with it.
@@ -23,13 +23,15 @@ def train_lm(*, resume: str | None = None, **settings: Any) -> None:
     Args:
         resume: Folder of a run that was stopped, to continue it; `auto` starts a run in `--out-dir`, or continues the
             run there. Settings that are safe to change may be given with it.
+        find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `LanguageConfig`.
     """
     folder = find_run(resume, settings)
     if folder is not None:
+        check_find_lr(find_lr)
         continue_run(folder, settings)
         return
     config = LanguageConfig(**settings)
     if config.data is None:
         raise UsageError("`--data` is required: a text file, such as --data book.txt.")
-    start_run(config)
+    start_run(config, find_lr=find_lr)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from revnet.cli._options import takes_settings
-from revnet.cli.train import continue_run, find_run, start_run
+from revnet.cli.train import check_find_lr, continue_run, find_run, start_run
 from revnet.training import NiceConfig
 
 
 @takes_settings(NiceConfig)
-def train_nice(*, resume: str | None = None, **settings: Any) -> None:
+def train_nice(*, resume: str | None = None, find_lr: bool = False, **settings: Any) -> None:
     """Fit NICE, a density with exact likelihood, to images.
 
     Writes weights, log and learning curve to a new folder. `revnet sample` then draws images from it. By default it is
@@ -22,10 +22,12 @@ def train_nice(*, resume: str | None = None, **settings: Any) -> None:
     Args:
         resume: Folder of a run that was stopped, to continue it; `auto` starts a run in `--out-dir`, or continues the
             run there. Settings that are safe to change may be given with it.
+        find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `NiceConfig`.
     """
     folder = find_run(resume, settings)
     if folder is not None:
+        check_find_lr(find_lr)
         continue_run(folder, settings)
         return
-    start_run(NiceConfig(**settings))
+    start_run(NiceConfig(**settings), find_lr=find_lr)

@@ -18,4 +18,6 @@ from revnet.training.language.config import LanguageConfig as LanguageConfig
 from revnet.training.language.model import LanguageModel as LanguageModel
 from revnet.training.language.model import load_language_model as load_language_model
 from revnet.training.language.result import LanguageResult as LanguageResult
+from revnet.training.rate_trial import RateTrial as RateTrial
+from revnet.training.rate_trial import find_lr as find_lr
 from revnet.training.run.execute import TrainingInterrupted as TrainingInterrupted

@@ -94,8 +94,7 @@ def train(
         arguments = {"config": config, "quiet": quiet, "callbacks": list(callbacks)}
         return cast("RunResult", run_in_processes(train, arguments, world))
     with joined(world, config.device):
-        family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
-        job = family.new_job(config)
+        job = new_job(config)
         is_main = current_world().is_main
         folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model) if is_main else None
         folder = broadcast(folder)
@@ -104,6 +103,12 @@ def train(
                 run_dir.write_settings(job.config, folder)
                 save_record(job.record_data(), folder / run_dir.DATA)
             return execute(job, folder, None, quiet=quiet, callbacks=callbacks)
+
+
+def new_job(config: AbstractRunConfig) -> AbstractJob[Any]:
+    """Check the settings of a new run and load its data."""
+    family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
+    return family.new_job(config)
 
 
 def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = (), **changes: Any) -> RunResult:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from revnet.data import list_datasets
 from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.training.import_path import is_import_path
 
 
 def absolute_data(data: str) -> str:
@@ -11,7 +12,7 @@ def absolute_data(data: str) -> str:
 
     A run with an absolute path can be resumed and evaluated in any working directory.
     """
-    is_name = data in list_datasets() or data.startswith("hub:")
+    is_name = data in list_datasets() or data.startswith("hub:") or is_import_path(data)
     return data if is_name else absolute_path(data)
 
 

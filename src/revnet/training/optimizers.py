@@ -1,81 +1,107 @@
 """The optimizers of a run, and the parameters that decay."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from revnet.training.classification.config import TrainConfig
-from revnet.training.schedules import cosine_decay
+from revnet.training.muon import MuonWithAdamW
+from revnet.training.settings.optimization import ADAM_FAMILY
+from revnet.training.settings.run_config import AbstractRunConfig
 
-_ADAMW_BETA1 = 0.9
-_ADAMW_BETA2 = 0.999
+_USUAL_BETA2 = 0.999
+_CLASSES: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+    "muon": MuonWithAdamW,
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "adafactor": torch.optim.Adafactor,
+    "asgd": torch.optim.ASGD,
+    "rprop": torch.optim.Rprop,
+}
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def optimizer_factory(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
-    """Return a function that makes the optimizer of `config` from parameters or parameter groups.
+def make_optimizer(config: AbstractRunConfig, model: nn.Module) -> Optimizer:
+    """Return the optimizer of `config` for the parameters of `model` that are trained.
+
+    Raises:
+        ValueError: The optimizer is Muon, and the model has no weight matrix for it.
 
     References:
         Loshchilov and Hutter (2019), Decoupled Weight Decay Regularization: AdamW.
     """
-    if config.optimizer == "adamw":
-        betas = (config.momentum, _ADAMW_BETA2)
-        return partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    return partial(
-        torch.optim.SGD,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
-
-
-class AdamWSettings(Protocol):
-    """The settings that the densities and the language models have in common."""
-
-    @property
-    def lr(self) -> float:
-        """Highest learning rate."""
-
-    @property
-    def warmup(self) -> float:
-        """Share of all updates in which the learning rate rises from zero."""
-
-    @property
-    def beta2(self) -> float:
-        """Decay rate of the average of squared gradients."""
-
-    @property
-    def weight_decay(self) -> float:
-        """Decay of the weights of convolutions and linear layers."""
-
-
-def adamw_factory(config: AdamWSettings) -> Callable[..., torch.optim.Optimizer]:
-    """Return a function that makes AdamW from parameters or parameter groups."""
-    betas = (_ADAMW_BETA1, config.beta2)
-    return partial(torch.optim.AdamW, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-
-
-def adamw_along_a_cosine(model: nn.Module, config: AdamWSettings, num_updates: int) -> OptimizerLRSchedulerConfig:
-    """Return AdamW for the parameters of `model`, and a cosine schedule that steps after every update."""
-    optimizer = adamw_factory(config)(parameter_groups(model, config.weight_decay))
-    schedule = cosine_decay(optimizer, num_updates=num_updates, warmup=config.warmup)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "rprop":
+        groups = [{"params": group["params"]} for group in groups]
+    if config.optimizer == "muon":
+        matrices = _hidden_matrices(model)
+        if not matrices:
+            raise ValueError(
+                "`optimizer` (='muon') is for the weight matrices of hidden linear layers, and the model has none to "
+                "train; pass sgd or adamw."
+            )
+        groups = [part for group in groups for part in _split_for_muon(group, matrices)]
+    return _CLASSES[config.optimizer](groups, lr=config.lr, **_options(config))  # type: ignore[call-arg]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters: weights of convolutions and linear layers decay, the others do not.
+    """Split the parameters that are trained: weights of convolutions and linear layers decay, the others do not.
 
     References:
         Gomez et al. (2017), the official code: the same weights decay, and neither batch norms nor biases do.
     """
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, _DECAYED)}
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
+
+
+def _options(config: AbstractRunConfig) -> dict[str, Any]:
+    """Return the options of the optimizer's class, apart from the learning rate; PyTorch's defaults for the others."""
+    name = config.optimizer
+    beta1 = 0.9 if config.momentum is None else config.momentum
+    beta2 = config.usual_beta2 if config.beta2 is None else config.beta2
+    options: dict[str, Any] = {"eps": config.eps} if config.eps is not None else {}
+    if name in ADAM_FAMILY:
+        options["betas"] = (beta1, beta2)
+    if name in ("nadam", "radam"):
+        options["decoupled_weight_decay"] = True
+    if name == "sgd":
+        options |= {"momentum": beta1, "nesterov": bool(config.nesterov)}
+    if name == "muon":
+        momentum = 0.95 if config.momentum is None else config.momentum
+        nesterov = momentum > 0 if config.nesterov is None else config.nesterov
+        options |= {"momentum": momentum, "nesterov": nesterov, "betas": (0.9, beta2)}
+    if name == "rmsprop":
+        options["momentum"] = beta1
+    if name in ("rmsprop", "adadelta") and config.beta2 is not None:
+        options["alpha" if name == "rmsprop" else "rho"] = config.beta2
+    return options
+
+
+def _hidden_matrices(model: nn.Module) -> set[int]:
+    """Return the ids of the trained weights of all linear layers but the head."""
+    head = getattr(model, "head", None)
+    excluded = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    # An embedding that shares its weight with a linear layer stays with AdamW.
+    excluded |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    return {id(weight) for weight in weights if weight.requires_grad} - excluded
+
+
+def _split_for_muon(group: dict[str, Any], matrices: set[int]) -> list[dict[str, Any]]:
+    parts = {
+        use_muon: [parameter for parameter in group["params"] if (id(parameter) in matrices) == use_muon]
+        for use_muon in (True, False)
+    }
+    return [{**group, "params": params, "use_muon": use_muon} for use_muon, params in parts.items() if params]

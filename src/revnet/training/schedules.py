@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 
 _SIZE_STEP = 4
 """Number of pixels by which images grow at a time, one pixel in the last stage of a CIFAR network."""
@@ -50,6 +50,48 @@ def cosine_decay(optimizer: Optimizer, *, num_updates: int, warmup: float = 0.0)
         return _rise(update, rise) if update < rise else (1 + math.cos(math.pi * min(fall, 1.0))) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+def constant_rate(optimizer: Optimizer, *, num_updates: int, warmup: float = 0.0) -> LambdaLR:
+    """Raise the learning rate linearly over the fraction `warmup` of the run, then keep it."""
+    rise = round(warmup * num_updates)
+    return LambdaLR(optimizer, lambda update: _rise(update, rise))
+
+
+def cosine_restarts(
+    optimizer: Optimizer, *, num_updates: int, num_cycles: int, cycle_growth: float = 1.0, warmup: float = 0.0
+) -> LambdaLR:
+    """Lower the learning rate along `num_cycles` half cosines, one after another, each from the highest rate.
+
+    Args:
+        optimizer: Optimizer, with the highest learning rate of the run.
+        num_updates: Number of updates in the whole run.
+        num_cycles: Number of cycles.
+        cycle_growth: Length of a cycle, as a multiple of the cycle before.
+        warmup: Fraction of the run in which the rate first rises linearly, before the first cycle.
+
+    References:
+        Loshchilov and Hutter (2017), SGDR: Stochastic Gradient Descent with Warm Restarts, section 3.
+    """
+    rise = round(warmup * num_updates)
+    weights = [cycle_growth**cycle for cycle in range(num_cycles)]
+    ends = [sum(weights[: cycle + 1]) / sum(weights) for cycle in range(num_cycles)]
+    starts = [rise + round(end * (num_updates - rise)) for end in (0.0, *ends)]
+
+    def factor(update: int) -> float:
+        if update < rise:
+            return _rise(update, rise)
+        cycle = min(bisect_right(starts, update), num_cycles) - 1
+        fall = (update - starts[cycle]) / max(1, starts[cycle + 1] - starts[cycle])
+        return (1 + math.cos(math.pi * min(fall, 1.0))) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def linear_warmup(optimizer: Optimizer, *, num_updates: int, warmup: float) -> LinearLR:
+    """Raise the learning rate linearly over the fraction `warmup` of the run, and leave it to others from then on."""
+    rise = round(warmup * num_updates)
+    return LinearLR(optimizer, start_factor=1 / (rise + 1), total_iters=rise)
 
 
 def progressive_size(progress: float, *, start_size: int, full_size: int, full_size_at: float) -> int:

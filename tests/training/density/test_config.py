@@ -9,7 +9,7 @@ from revnet.training import NiceConfig
         ({"num_couplings": 3}, ValueError, r"`num_couplings` \(=3\) must be even, .*; pass 4"),
         ({"hidden_dim": 0}, ValueError, r"`hidden_dim` \(=0\) must be 1 or more"),
         ({"prior": "uniform"}, ValueError, r"`prior` \(='uniform'\) must be `logistic` or `gaussian`"),
-        ({"lr": 0.1}, ValueError, r"`lr` \(=0.1\) must be a finite number above 0 and at most 0.05"),
+        ({"lr": 0.1}, ValueError, r"`lr` \(=0.1\) must be 0.05 or less with the `optimizer` adamw"),
         ({"beta2": 1}, ValueError, r"`beta2` \(=1\) must be a finite number from 0 to below 1"),
         ({"max_grad_norm": 0}, ValueError, r"`max_grad_norm` \(=0\) must be a finite number above 0"),
         ({"epochs": 0}, ValueError, r"`epochs` \(=0\) must be 1 or more"),

@@ -1,8 +1,10 @@
 """Batches of images that can be read in any order: an epoch's order is a function of seed and epoch alone."""
 
+import zlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from revnet.data.decoding.batch import DecodedBatch
@@ -24,18 +26,32 @@ class EpochBatches(AbstractBatches, Sampler[Draws]):
         shuffle: Whether each epoch has a new order; otherwise numbers ascend.
         seed: Seed of the orders.
         share: Part of every global batch that this process reads.
+        weights: Weight of each image, (N,). The images of an epoch are drawn with these weights, with replacement, and
+            the numbers of an image that is drawn again are larger by multiples of `num_images`. None takes every image
+            once.
     """
 
     def __init__(
-        self, num_images: int, *, batch_size: int, drop_last: bool, shuffle: bool, seed: int, share: Share
+        self,
+        num_images: int,
+        *,
+        batch_size: int,
+        drop_last: bool,
+        shuffle: bool,
+        seed: int,
+        share: Share,
+        weights: Tensor | None = None,
     ) -> None:
         self._num_images = num_images
         self._batches = share.global_batches(num_images, batch_size, drop_last=drop_last)
         self._shuffle = shuffle
+        self._weights = weights
         self._seed = seed
         self.share = share
         self._first = 0
         order = {"seed": seed, "batch_size": batch_size, "num_images": num_images}
+        if weights is not None:
+            order["weights"] = zlib.crc32(weights.numpy().tobytes())
         self.position = Position(len(self._batches), share.num_parts, order)
 
     def __len__(self) -> int:
@@ -43,9 +59,15 @@ class EpochBatches(AbstractBatches, Sampler[Draws]):
 
     def __iter__(self) -> Iterator[Draws]:
         epoch = self.position.epoch
-        if self._shuffle:
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        if self._weights is not None:
+            images = _number_repeats(
+                torch.multinomial(self._weights, self._num_images, replacement=True, generator=generator),
+                self._num_images,
+            )
+        elif self._shuffle:
             # The order that PyTorch's DistributedSampler has for one process.
-            images = torch.randperm(self._num_images, generator=torch.Generator().manual_seed(self._seed + epoch))
+            images = torch.randperm(self._num_images, generator=generator)
         else:
             images = torch.arange(self._num_images)
         for batch in self._batches[self._first :]:
@@ -57,6 +79,22 @@ class EpochBatches(AbstractBatches, Sampler[Draws]):
         self._first = self.position.begin()
         for batch in workers:
             yield self.hand_out(batch)
+
+
+def _number_repeats(images: Tensor, num_images: int) -> Tensor:
+    """Add `num_images` to the second occurrence of a number, twice that to the third, and so on.
+
+    Random numbers of an image then differ between its occurrences.
+    """
+    order = torch.argsort(images, stable=True)
+    ascending = images[order]
+    positions = torch.arange(len(images))
+    is_first = torch.ones_like(ascending, dtype=torch.bool)
+    is_first[1:] = ascending[1:] != ascending[:-1]
+    firsts = torch.where(is_first, positions, 0).cummax(0).values
+    repeats = torch.empty_like(images)
+    repeats[order] = positions - firsts
+    return images + num_images * repeats
 
 
 class ImageBatches(Dataset[DecodedBatch]):
@@ -73,4 +111,4 @@ class ImageBatches(Dataset[DecodedBatch]):
         """Return one batch."""
         if isinstance(self._split, FileSplit):
             return self._split.__getitems__([Draw(*draws[:2], image) for image in draws.images.tolist()])
-        return DecodedBatch(*self._split.__getitems__(draws.images), draws.images)
+        return DecodedBatch(*self._split.__getitems__(draws.images % len(self._split)), draws.images)

@@ -131,6 +131,7 @@ def make_loader(
     num_processes: int = 1,
     num_parts: int = 1,
     keys: bool = False,
+    weights: Tensor | None = None,
     pin_memory: bool = False,
     num_workers: int = 0,
 ) -> Loader:
@@ -166,19 +167,23 @@ def make_loader(
             transforms. They are a function of seed, epoch and image, so any number of processes, and a resumed run,
             augment an image in the same way. Without `shuffle`, they are the same in every epoch, so that epochs can be
             compared.
+        weights: Weight of each image, (N,), floating point. Every epoch draws its images at random with these weights,
+            with replacement, so that rare classes can come as often as others. None takes each image once. Not for a
+            stream.
         pin_memory: Whether to put batches into page-locked memory, for faster copies to a GPU.
         num_workers: Number of processes that decode images, which stay alive between epochs; 0 decodes in this process.
             Not used for images in memory, where a batch is one indexing operation.
 
     Raises:
-        ValueError: A number is out of range, `drop_last` would leave no batch, a batch cannot be divided into equal
-            parts, or there are fewer images than processes.
+        ValueError: A number is out of range, `weights` do not fit the split, `drop_last` would leave no batch, a batch
+            cannot be divided into equal parts, or there are fewer images than processes.
         TypeError: `split` is not a split of an `ImageDataset`.
         DataError: While iterating, if an image cannot be decoded and the data set was loaded with
             `on_corrupt="stop"`, or if no image of a slice can be decoded.
     """
     share = Share(rank, num_processes, num_parts)
     _check(split, batch_size, drop_last, num_workers, share)
+    _check_weights(split, weights)
     make_keys = partial(_make_keys, seed=seed, is_shuffled=shuffle, pin_memory=pin_memory) if keys else None
     if isinstance(split, StreamSplit):
         num_workers = min(num_workers, split.rows.num_shards)
@@ -196,12 +201,32 @@ def make_loader(
     if not isinstance(split, ImageSplit | FileSplit):
         raise TypeError(f"`split` (of {type(split)}) must be a split of an `ImageDataset`; pass `dataset.train`, say.")
     batches = EpochBatches(
-        len(split), batch_size=batch_size, drop_last=drop_last, shuffle=shuffle, seed=seed, share=share
+        len(split),
+        batch_size=batch_size,
+        drop_last=drop_last,
+        shuffle=shuffle,
+        seed=seed,
+        share=share,
+        weights=weights,
     )
     options = _options(0 if isinstance(split, ImageSplit) else num_workers, pin_memory, seed)
     # `ImageBatches` gets what the batch sampler yields as it is, so that need not be a list.
     workers: DataLoader[Any] = DataLoader(ImageBatches(split), batch_sampler=batches, **options)  # type: ignore[arg-type]
     return Loader(split, batches, workers, make_keys)
+
+
+def _check_weights(split: AbstractSplit, weights: Tensor | None) -> None:
+    if weights is None:
+        return
+    if isinstance(split, StreamSplit):
+        raise ValueError("`weights` are not for a stream, whose images come one after the other; pass None.")
+    if weights.shape != (len(split),) or not weights.is_floating_point():
+        raise ValueError(
+            f"`weights` (of shape {tuple(weights.shape)}, {weights.dtype}) must be floating point of shape "
+            f"({len(split)},), one for each image."
+        )
+    if not (weights >= 0).all() or not weights.sum().isfinite() or not weights.any():
+        raise ValueError("`weights` must be finite, 0 or more, and not all 0.")
 
 
 def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: int, share: Share) -> None:

@@ -93,9 +93,11 @@ class FileSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, draws: Sequence[Draw]) -> DecodedBatch:
         """Read and decode a batch."""
+        # An image that is drawn again in an epoch has a larger number, and thus another crop.
         rows = [
-            EncodedImage(file := self.file(draw.image), f"'{file}'", int(self.labels[draw.image]), draw)
+            EncodedImage(file := self.file(index), f"'{file}'", int(self.labels[index]), draw)
             for draw in draws
+            for index in [draw.image % len(self)]
         ]
         return decode_batch(rows, self.crop, self.image_shape[1:])
 

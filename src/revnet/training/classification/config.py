@@ -2,15 +2,12 @@
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
-from revnet.training.settings.checks import check_fractions, check_range
+from revnet.training.settings.checks import check_class_weights, check_range
 from revnet.training.settings.choices import OnCorrupt, Optimizer, Policy, Preprocessing, Schedule
 from revnet.training.settings.fields import checked, integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
-
-# Each update of AdamW moves every weight by about the learning rate: with a rate that suits SGD, nothing is learned.
-_HIGHEST_LR_OF_ADAMW = 0.05
 
 # Values for settings that are left open, by data set.
 _USUAL: dict[str, dict[str, Any]] = {
@@ -81,37 +78,20 @@ class TrainConfig(AbstractRunConfig):
     """Images per update. Images that an epoch leaves over may be seen in another epoch."""
 
     optimizer: Optimizer = "sgd"
-    """Optimizer: `sgd` is gradient descent with momentum, for convolutional networks; `adamw` is for transformers, with
-    a learning rate near 1e-3 and a weight decay near 0.05."""
+    """Optimizer, a class of `torch.optim` in lower case. `sgd` is gradient descent with momentum, for convolutional
+    networks; `adamw` is for transformers, with a learning rate near 1e-3 and a weight decay near 0.05; `muon` makes the
+    updates of the weight matrices of hidden layers orthogonal, and leaves all other parameters to `adamw`, with the
+    same learning rate."""
 
     lr: float = number(0.1, "above 0", lambda x: x > 0, usual="0.1")
     """Highest learning rate."""
 
     schedule: Schedule = "step"
-    """Schedule of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`, `cosine`
-    lowers it to zero along half a cosine."""
-
-    warmup: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
-    """Share of all updates in which the learning rate first rises linearly from zero."""
-
-    decay_at: tuple[float, ...] = checked((0.5, 0.75), check_fractions)
-    """Points at which the learning rate is multiplied by `decay_factor`, as fractions of all updates."""
-
-    decay_factor: float = number(0.1, "above 0 and at most 1", lambda x: 0 < x <= 1, usual="0.1")
-    """Factor that the learning rate is multiplied by."""
-
-    momentum: float = number(0.9, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.9")
-    """Momentum of `sgd`, or the first beta of `adamw`, whose second is 0.999."""
-
-    nesterov: bool = False
-    """Whether to use Nesterov's momentum; with `sgd` only."""
 
     label_smoothing: float = number(0.0, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
     """Share of the target that is spread over all classes; in the training loss only."""
 
     weight_decay: float = number(2e-4, "0 or more", lambda x: x >= 0, usual="2e-4")
-    """Decay of the convolution and linear weights; norms, biases and position embeddings do not decay. `sgd` adds the
-    decay to the gradient, `adamw` subtracts it from the weights, times the learning rate."""
 
     val_fraction: float = number(0.1, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.1")
     """Share of the training images, taken evenly from all classes, that is held out for validation. With 0, the paper's
@@ -121,7 +101,8 @@ class TrainConfig(AbstractRunConfig):
     """Preprocessing: `standardize` scales each channel by the mean and deviation of the training pixels; `mean_image`
     subtracts the mean image of training and test set and stays on the 0-255 scale, as the paper does for CIFAR;
     `imagenet` uses the constants of that data set; `unit_range` scales to [-1, 1], as the paper does for ImageNet. Null
-    uses the default of the data set: `imagenet` for images in files, `standardize` for images in memory."""
+    uses the preprocessing of the `weights`, or without them the default of the data set: `imagenet` for images in
+    files, `standardize` for images in memory."""
 
     image_size: int | None = integer(None, at_least=1)
     """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as
@@ -141,8 +122,27 @@ class TrainConfig(AbstractRunConfig):
     color_distortion: bool = False
     """Whether brightness, saturation, hue and contrast change at random, as the paper does for ImageNet."""
 
+    randaugment: int = integer(0, at_least=0, at_most=30)
+    """Magnitude of RandAugment, which applies two random operations to each training image, such as rotation, contrast
+    or shear; 9 is usual, and 0 leaves it out. It needs kornia (`pip install 'revnet[augment]'`)."""
+
     cutout: int = integer(0, at_least=0)
     """Side in pixels of a random square that is blanked out of each image; 0 for none."""
+
+    mixup: float = number(0.0, "0 or more", lambda x: x >= 0, usual="0.2 or 0.8")
+    """Parameter of the Beta distribution that decides how images of a batch are blended with others; 0 does not."""
+
+    cutmix: float = number(0.0, "0 or more", lambda x: x >= 0, usual="1")
+    """Parameter of the Beta distribution that decides how large a rectangle of another image is pasted into the images
+    of a batch; 0 pastes none. With `mixup` too, half of the batches are blended."""
+
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = checked(None, check_class_weights)
+    """Weight of each class in the training loss, as a list in the order of the classes, or `balanced` for weights that
+    are inverse to the number of training images. Null weighs all images alike."""
+
+    balanced_sampling: bool = False
+    """Whether every training image is drawn at random, each class equally often, instead of each image once in an
+    epoch."""
 
     start_size: int | None = integer(None, at_least=1)
     """Side to which training images are shrunk at first. It grows until the fraction `full_size_at` of all updates,
@@ -166,9 +166,9 @@ class TrainConfig(AbstractRunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # YAML has lists only; a frozen dataclass needs tuples, which can be hashed.
-        object.__setattr__(self, "decay_at", tuple(self.decay_at))
         object.__setattr__(self, "crop_area", tuple(self.crop_area))
+        if isinstance(self.class_weights, list):
+            object.__setattr__(self, "class_weights", tuple(self.class_weights))
 
     def resolve(self, data_name: str, *, is_decoded: bool = False) -> Self:
         """Return the settings with the defaults of the data set filled in.
@@ -178,10 +178,16 @@ class TrainConfig(AbstractRunConfig):
             is_decoded: Whether its images are files, which are decoded and cropped in every epoch.
         """
         usual = _USUAL.get(data_name, _USUAL_DECODED if is_decoded else _USUAL_IN_MEMORY)
+        if self.weights is not None:
+            usual = {**usual, "preprocess": None}  # the preprocessing of the weights
         usual = {"num_workers": min(8, max(0, (os.cpu_count() or 1) - 1)) if is_decoded else 0, **usual}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def _check_together(self) -> None:
+        if self.class_weights is not None and self.balanced_sampling:
+            raise ValueError(
+                "`class_weights` and `balanced_sampling` both make up for rare classes; leave one of the two out."
+            )
         if self.tolerance is not None and self.exact:
             raise ValueError(
                 f"`tolerance` (={self.tolerance}) has no effect with `exact`, which leaves no error to bound; leave "
@@ -192,11 +198,3 @@ class TrainConfig(AbstractRunConfig):
                 f"`tolerance` (={self.tolerance}) bounds the error of reconstructed activations, and the `policy` "
                 f"{self.policy} reconstructs nothing; leave one of the two out."
             )
-        if self.optimizer == "adamw" and self.nesterov:
-            raise ValueError("`nesterov` (=True) is for the `optimizer` sgd, not for adamw; leave it out.")
-        if self.optimizer == "adamw" and self.lr > _HIGHEST_LR_OF_ADAMW:
-            raise ValueError(
-                f"`lr` (={self.lr}) must be {_HIGHEST_LR_OF_ADAMW} or less with the `optimizer` adamw; 0.001 is usual."
-            )
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("`nesterov` (=True) needs a `momentum` above 0; 0.9 is usual.")

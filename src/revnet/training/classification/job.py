@@ -3,36 +3,38 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from revnet.data import ImageDataset, load_dataset, make_augment, make_loader, make_preprocess
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.image_split import ImageSplit
-from revnet.data.transforms._color_distortion import make_color_distortion
-from revnet.data.transforms.augment import NoAugment
 from revnet.memory import Plan
 from revnet.models import create_model
-from revnet.nn import set_tolerance
+from revnet.training.classification.balance import class_weights, sampling_weights
+from revnet.training.classification.build import build_classifier
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
+from revnet.training.classification.own_job import job_of_own_data
+from revnet.training.classification.own_model import own_network
+from revnet.training.classification.rand_augment import make_distortion
 from revnet.training.classification.result import TrainResult
+from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
 from revnet.training.device import check_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
-from revnet.training.optimizers import optimizer_factory
+from revnet.training.import_path import is_import_path
 from revnet.training.processes.prepare_model import check_devices
-from revnet.training.processes.world import check_division, part_of_batch
+from revnet.training.processes.world import check_division
 from revnet.training.run import run_dir
-from revnet.training.run.activation_memory import Update, apply_policies, make_plan
+from revnet.training.run.activation_memory import Update
 from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
 from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
+from revnet.training.starting import absolute_weights, read_start_weights
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,6 +49,8 @@ class ClassificationJob(AbstractJob[TrainResult]):
     training: AbstractSplit
     validation: AbstractSplit | None
     update: Update
+    start: str | None
+    sampling_weights: Tensor | None
     drift_every: int | None
 
     def heading(self) -> list[tuple[str, str]]:
@@ -80,7 +84,13 @@ class ClassificationJob(AbstractJob[TrainResult]):
             num_processes=num_processes,
         )
         training = loader(
-            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=num_parts, keys=True
+            self.training,
+            batch_size=config.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_parts=num_parts,
+            keys=True,
+            weights=self.sampling_weights,
         )
         if self.validation is None:
             return training, None
@@ -103,16 +113,34 @@ class ClassificationJob(AbstractJob[TrainResult]):
 
     def _best_classifier(self, path: Path) -> Classifier:
         if not is_divided(self.task.classifier):
-            return load_classifier(path)
+            return load_classifier(path, model=own_network(self.task.classifier.header))
         # A whole classifier may not fit on one device.
         load_whole_state(self.task.classifier, read_weights(path).tensors)
         return self.task.classifier
 
 
-def new_job(config: TrainConfig) -> ClassificationJob:
+def new_job(config: TrainConfig) -> AbstractJob[TrainResult]:
     """Check the settings of a new run and load its data."""
+    config = replace(config, data=absolute_data(config.data), weights=absolute_weights(config.weights))
+    if not is_import_path(config.model):
+        _check_model(config)
+    return job_of_run(config)
+
+
+def job_of_run(config: TrainConfig) -> AbstractJob[TrainResult]:
+    """Make the job of a run that was stopped, from the settings in its folder."""
+    if is_import_path(config.data):
+        return job_of_own_data(config)
+    dataset = load_dataset(
+        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
+    )
+    return _prepare(config, dataset)
+
+
+def _check_model(config: TrainConfig) -> None:
+    """Raise unless revnet has the model, before the data are read, which may take a while."""
     with torch.device("meta"):
-        model = create_model(config.model)  # reports an unknown name before the data are read, which may take a while
+        model = create_model(config.model)
     check_devices(config, model, config.model)
     if config.policy == "store" and not model.is_reversible:
         raise ValueError(f"`policy` (='store') is for reversible models; {config.model} stores its activations anyway.")
@@ -121,26 +149,13 @@ def new_job(config: TrainConfig) -> ClassificationJob:
             raise ValueError(
                 f"`{name}` (={getattr(config, name)}) is for reversible models; {config.model} reconstructs nothing."
             )
-    dataset = _load(config)
-    return _prepare(replace(config, data=absolute_data(config.data)), dataset)
-
-
-def job_of_run(config: TrainConfig) -> ClassificationJob:
-    """Make the job of a run that was stopped, from the settings in its folder."""
-    return _prepare(config, _load(config))
-
-
-def _load(config: TrainConfig) -> ImageDataset:
-    return load_dataset(
-        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
-    )
 
 
 def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     is_decoded = not isinstance(dataset.train, ImageSplit)
     config = config.resolve(dataset.name, is_decoded=is_decoded)
     check_device(config.device)
-    assert config.preprocess is not None
+    start = None if config.weights is None else read_start_weights(config.weights, ClassifierHeader)
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None
     training, validation = dataset.train, None
@@ -153,39 +168,29 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         data=config.data,
         class_names=dataset.class_names,
         image_shape=(dataset.in_channels, *dataset.image_size),
-        preprocess=config.preprocess,
+        preprocess=start.header.preprocess if config.preprocess is None and start else config.preprocess or "",
         is_resized=is_decoded,
         is_exact=config.exact,
     )
-    preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
-    distort = make_color_distortion() if config.color_distortion else NoAugment()
+    if start is not None and config.preprocess is None:
+        preprocess = preprocess_of(start, header.image_shape)
+    else:
+        preprocess = make_preprocess(header.preprocess, dataset.train, dataset.test)
+    distort = make_distortion(config, header.in_channels)
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
-    update = Update(
-        make_model=lambda: Classifier.create(header, preprocess).model,
-        make_batch=lambda: torch.empty(part_of_batch(config.batch_size), *header.image_shape),
-        loss=partial(_loss, label_smoothing=config.label_smoothing),
-        optimizer=optimizer_factory(config),
-    )
-    plan = make_plan(config, update)
-    torch.manual_seed(config.seed)
-    classifier = Classifier.create(header, preprocess)
-    apply_policies(classifier.model, config, plan)
-    if config.tolerance is not None:
-        set_tolerance(classifier.model, config.tolerance)
+    built = build_classifier(config, header, preprocess, start)
+    weights = class_weights(config, training, dataset)
     return ClassificationJob(
         config=config,
-        names=RunNames(data=dataset.name, model=config.model),
-        task=ClassificationTask(classifier, distort, augment, config, num_updates),
-        plan=plan,
+        names=RunNames(data=dataset.name, model=config.model.rpartition(":")[2]),
+        task=ClassificationTask(built.classifier, distort, augment, config, num_updates, class_weights=weights),
+        plan=built.plan,
         dataset=dataset,
         training=training,
         validation=validation,
-        update=update,
+        update=built.update,
+        start=built.start,
+        sampling_weights=sampling_weights(config, training),
         drift_every=config.drift_every,
     )
-
-
-def _loss(logits: Tensor, **options: Any) -> Tensor:
-    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    return F.cross_entropy(logits, labels, **options)

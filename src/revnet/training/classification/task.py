@@ -3,17 +3,16 @@
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from revnet._units import format_rate
 from revnet.training.classification.config import TrainConfig
+from revnet.training.classification.mixing import make_mix
 from revnet.training.classification.model import Classifier
-from revnet.training.optimizers import optimizer_factory, parameter_groups
 from revnet.training.run.task import AbstractTask, BestEpoch
-from revnet.training.schedules import cosine_decay, progressive_size, step_decay
+from revnet.training.schedules import progressive_size
 
 Batch = tuple[Tensor, Tensor]
 
@@ -28,10 +27,12 @@ class ClassificationTask(AbstractTask):
         config: Settings of the run.
         num_updates: Updates of the whole run, for the schedule. The caller counts them: Lightning's own estimate
             builds the loaders early, which stops stateful ones from resuming (lightning #20550).
+        class_weights: Weight of each class in the training loss, (K,); None weighs all classes alike.
     """
 
     config: TrainConfig
     best_epoch = BestEpoch("val_accuracy", is_highest=True)
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class ClassificationTask(AbstractTask):
         augment: nn.Module,
         config: TrainConfig,
         num_updates: int,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -47,6 +49,9 @@ class ClassificationTask(AbstractTask):
         self.augment = augment
         self.config = config
         self.num_updates = num_updates
+        self.mix = make_mix(config, classifier.header.num_classes)
+        # Computed from the data: a checkpoint need not have it.
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.train_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
 
@@ -56,13 +61,16 @@ class ClassificationTask(AbstractTask):
         keys = rest[0] if rest else None
         with torch.no_grad():
             images = self.classifier.preprocess(self.distort(images, keys))
-            return self._shrink(self.augment(images, keys)), labels  # both are the identity in evaluation mode
+            images = self._shrink(self.augment(images, keys))  # both are the identity in evaluation mode
+            return self.mix(images, labels) if self.mix is not None and self.training else (images, labels)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one update."""
-        images, labels = batch
+        images, targets = batch
         logits = self.classifier.model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        loss = self._loss(logits, targets)
+        # Of two images that were mixed, the one with the larger share counts as the truth.
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.train_accuracy.update(logits.detach(), labels)
         self.log_mean("train_loss", loss, len(labels))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
@@ -76,22 +84,15 @@ class ClassificationTask(AbstractTask):
         self.log_mean("val_loss", F.cross_entropy(logits, labels), len(labels))
         self.log("val_accuracy", self.val_accuracy)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer, and the schedule that steps after every update."""
-        config = self.config
-        groups = parameter_groups(self.classifier.model, config.weight_decay)
-        optimizer = optimizer_factory(config)(groups)
-        if config.schedule == "cosine":
-            schedule = cosine_decay(optimizer, num_updates=self.num_updates, warmup=config.warmup)
-        else:
-            schedule = step_decay(
-                optimizer,
-                num_updates=self.num_updates,
-                decay_at=config.decay_at,
-                decay_factor=config.decay_factor,
-                warmup=config.warmup,
-            )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        # Divided by the number of images, not by the sum of their weights, which differs between the parts of a batch.
+        losses = F.cross_entropy(
+            logits, targets, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
+        )
+        return losses.mean()
 
     @property
     def saved_module(self) -> Classifier:

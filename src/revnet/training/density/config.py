@@ -55,20 +55,14 @@ class NiceConfig(AbstractRunConfig):
     batch_size: int = integer(100, at_least=1)
     """Images per update. Images that an epoch leaves over may be seen in another epoch."""
 
-    lr: float = number(1e-3, "above 0 and at most 0.05", lambda x: 0 < x <= 0.05, usual="0.001")
-    """Highest learning rate of AdamW; it falls to zero along half a cosine."""
+    lr: float = number(1e-3, "above 0", lambda x: x > 0, usual="0.001")
 
     warmup: float = number(0.02, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
-    """Share of all updates in which the learning rate first rises linearly from zero."""
-
-    beta2: float = number(0.999, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.999")
-    """Decay rate of AdamW's average of squared gradients."""
 
     weight_decay: float = number(2.0, "0 or more", lambda x: x >= 0, usual="0.1")
     """Decay of the weights of the linear layers, times the learning rate. The digits are few, and overfit with less."""
 
     max_grad_norm: float | None = number(10.0, "above 0", lambda x: x > 0, usual="1")
-    """Norm to which the gradient of an update is clipped; null does not clip."""
 
     horizontal_flip: bool = False
     """Whether training images are mirrored at random."""

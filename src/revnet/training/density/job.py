@@ -18,13 +18,15 @@ from revnet.training.density.result import DensityResult
 from revnet.training.density.task import DensityTask
 from revnet.training.device import check_device
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
-from revnet.training.optimizers import adamw_factory
+from revnet.training.optimizers import make_optimizer
 from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_images
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
+from revnet.training.run.network import prepare_network
+from revnet.training.starting import absolute_weights, describe_start, load_start_weights, read_start_weights
 
 _EVALUATION_BATCH_SIZE = 500
 _NUM_ADAPTED = 1000  # images that the initial scale is computed from
@@ -43,6 +45,7 @@ class DensityJob(AbstractJob[DensityResult]):
     validation: ImageSplit | None
     test: ImageSplit
     update: Update
+    start: str | None
 
     def heading(self) -> list[tuple[str, str]]:
         """Return the lines printed before training: model, data, epochs."""
@@ -107,7 +110,8 @@ def mean_bits_per_dim(density: ImageDensity, images: Tensor, device: torch.devic
 def new_job(config: NiceConfig) -> DensityJob:
     """Check the settings of a new run and load its data."""
     dataset = load_dataset(config.data, on_corrupt=config.on_corrupt)
-    return _prepare(replace(config, data=absolute_data(config.data)), dataset)
+    config = replace(config, data=absolute_data(config.data), weights=absolute_weights(config.weights))
+    return _prepare(config, dataset)
 
 
 def job_of_run(config: NiceConfig) -> DensityJob:
@@ -142,16 +146,23 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     )
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
-        make_model=lambda: ImageDensity.create(header).model,
-        make_batch=lambda: torch.empty(part_of_batch(config.batch_size), *header.image_shape),
+        make_model=lambda: prepare_network(ImageDensity.create(header).model, config),
+        make_batch=lambda: torch.empty(part_of_batch(config.batch_size) // config.accumulate, *header.image_shape),
         loss=_loss,
-        optimizer=adamw_factory(config),
+        optimizer=partial(make_optimizer, config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     density = ImageDensity.create(header)
     check_devices(config, density.model, "nice")
-    density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))
+    start = None
+    if config.weights is None:
+        density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))
+    else:
+        weights = read_start_weights(config.weights, DensityHeader)
+        load_start_weights(density.model, weights.network, weights.path)
+        start = describe_start(weights.path, ())
+    prepare_network(density.model, config)
     apply_policies(density.model, config, plan)
     return DensityJob(
         config=config,
@@ -163,6 +174,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
         validation=validation,
         test=test,
         update=update,
+        start=start,
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from revnet._units import format_rate
@@ -10,7 +9,6 @@ from revnet.data._random_keys import Purpose, uniform
 from revnet.data.transforms._random_flip import RandomHorizontalFlip
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.model import ImageDensity
-from revnet.training.optimizers import adamw_along_a_cosine
 from revnet.training.run.task import AbstractTask, BestEpoch
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -56,10 +54,6 @@ class DensityTask(AbstractTask):
         """Log the loss on held-out images."""
         images, _, keys = batch
         self.log_mean("val_loss", self.density(images, keys=keys).mean(), len(images))
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer, and the schedule that steps after every update."""
-        return adamw_along_a_cosine(self.density.model, self.config, self.num_updates)
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return bits per dimension and speed as text."""

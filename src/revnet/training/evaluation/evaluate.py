@@ -162,6 +162,32 @@ def evaluate_on(
     )
 
 
+def evaluate_batches(
+    classifier: Classifier, batches: Iterable[_Batch], *, data: str, device: torch.device
+) -> EvaluateResult:
+    """Evaluate `classifier` in one pass over batches whose labels are the numbers of its classes.
+
+    Args:
+        classifier: The classifier, which is moved to `device` and left in evaluation mode.
+        batches: Batches of images and labels.
+        data: Name of the data.
+        device: Device to compute on.
+    """
+    header = classifier.header
+    start = time.perf_counter()
+    logit_of_label = torch.arange(header.num_classes)
+    counts, num_top5_errors, cross_entropy = _count(classifier.to(device).eval(), batches, logit_of_label, device)
+    return EvaluateResult(
+        model=header.model,
+        data=data,
+        confusion=Confusion(counts, header.class_names),
+        num_top5_errors=num_top5_errors,
+        cross_entropy=cross_entropy,
+        seconds=time.perf_counter() - start,
+        device=str(device),
+    )
+
+
 def usual_batch_size(image_size: tuple[int, int]) -> int:
     """Return a batch size that bounds the activations: 500 for images up to 64x64, 41 for 224x224."""
     height, width = image_size

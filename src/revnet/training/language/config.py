@@ -26,6 +26,7 @@ class LanguageConfig(AbstractRunConfig):
 
     command: ClassVar[str] = "revnet train lm"
     title: ClassVar[str] = "settings"
+    usual_beta2: ClassVar[float] = 0.99
 
     task: Literal["lm"] = "lm"
     """Task of the run, which distinguishes a file of these settings from others."""
@@ -80,20 +81,13 @@ class LanguageConfig(AbstractRunConfig):
     batch_size: int = integer(32, at_least=1)
     """Windows per update, from random positions of the text."""
 
-    lr: float = number(2e-3, "above 0 and at most 0.05", lambda x: 0 < x <= 0.05, usual="0.001")
-    """Highest learning rate of AdamW; it falls to zero along half a cosine."""
+    lr: float = number(2e-3, "above 0", lambda x: x > 0, usual="0.001")
 
     warmup: float = number(0.05, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.05")
-    """Share of all updates in which the learning rate first rises linearly from zero."""
-
-    beta2: float = number(0.99, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.999")
-    """Decay rate of AdamW's average of squared gradients."""
 
     weight_decay: float = number(0.1, "0 or more", lambda x: x >= 0, usual="0.1")
-    """Decay of the weights of linear layers; embeddings, norms and biases do not decay."""
 
     max_grad_norm: float | None = number(1.0, "above 0", lambda x: x > 0, usual="1")
-    """Norm to which the gradient of an update is clipped; null does not clip."""
 
     val_fraction: float = number(0.1, "above 0 and below 1", lambda x: 0 < x < 1, usual="0.1")
     """Share of the text, at its end, that is held out for validation."""

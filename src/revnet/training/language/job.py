@@ -1,6 +1,7 @@
 """The job of `revnet train lm`: train a language model on a text file."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +16,16 @@ from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
+from revnet.training.language.start import load_start
 from revnet.training.language.task import LanguageTask
-from revnet.training.optimizers import adamw_factory
+from revnet.training.optimizers import make_optimizer
 from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_text
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
+from revnet.training.run.network import prepare_network
+from revnet.training.starting import absolute_weights, read_start_weights
 
 _LONGEST_EPOCH = 500
 """Largest number of updates of an epoch, if the settings leave the number open."""
@@ -37,6 +41,7 @@ class LanguageJob(AbstractJob[LanguageResult]):
     plan: Plan | None
     dataset: TextDataset
     update: Update
+    start: str | None
 
     def heading(self) -> list[tuple[str, str]]:
         """Return the lines printed before training: model, data, epochs."""
@@ -63,10 +68,10 @@ class LanguageJob(AbstractJob[LanguageResult]):
             length=self.config.length,
             batch_size=self.config.batch_size,
             num_batches=self.config.updates_per_epoch,
+            num_parts=num_parts,
             seed=self.config.seed,
             rank=rank,
             num_processes=num_processes,
-            num_parts=num_parts,
             pin_memory=device.type == "cuda",
         )
         validation = ConsecutiveWindows(
@@ -97,7 +102,7 @@ def new_job(config: LanguageConfig) -> LanguageJob:
     """Check the settings of a new run and read its text."""
     if config.data is None:
         raise ValueError("`data` is required: a text file, such as --data book.txt.")
-    return job_of_run(replace(config, data=absolute_path(config.data)))
+    return job_of_run(replace(config, data=absolute_path(config.data), weights=absolute_weights(config.weights)))
 
 
 def job_of_run(config: LanguageConfig) -> LanguageJob:
@@ -132,15 +137,21 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         },
     )
     update = Update(
-        make_model=lambda: LanguageModel.create(header).model,
-        make_batch=lambda: torch.zeros(part_of_batch(config.batch_size), config.length, dtype=torch.int64),
+        make_model=lambda: prepare_network(LanguageModel.create(header).model, config),
+        make_batch=lambda: torch.zeros(
+            part_of_batch(config.batch_size) // config.accumulate, config.length, dtype=torch.int64
+        ),
         loss=_loss,
-        optimizer=adamw_factory(config),
+        optimizer=partial(make_optimizer, config),
     )
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     language_model = LanguageModel.create(header)
     check_devices(config, language_model.model, "the language model")
+    start = None
+    if config.weights is not None:
+        start = load_start(language_model, read_start_weights(config.weights, LanguageHeader))
+    prepare_network(language_model.model, config)
     apply_policies(language_model.model, config, plan)
     return LanguageJob(
         config=config,
@@ -149,6 +160,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         plan=plan,
         dataset=dataset,
         update=update,
+        start=start,
     )
 
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 from revnet._units import format_rate
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageModel
-from revnet.training.optimizers import adamw_along_a_cosine
 from revnet.training.run.task import AbstractTask, BestEpoch
 
 
@@ -48,15 +46,13 @@ class LanguageTask(AbstractTask):
         """Log the loss on windows of the validation text."""
         self.log_mean("val_loss", self._loss(batch), len(batch))
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return the optimizer, and the schedule that steps after every update."""
-        return adamw_along_a_cosine(self.language_model.model, self.config, self.num_updates)
-
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return loss and speed as text."""
         characters = self.config.batch_size * self.config.length / metrics["step_seconds"]
-        loss = f"loss {metrics['train_loss']:.4f}  validation {metrics['val_loss']:.4f} nats/character"
-        return f"{loss}  {format_rate(characters, 'characters')}"
+        losses = f"loss {metrics['train_loss']:.4f}"
+        if "val_loss" in metrics:
+            losses += f"  validation {metrics['val_loss']:.4f}"
+        return f"{losses} nats/character  {format_rate(characters, 'characters')}"
 
     def _loss(self, windows: Tensor) -> Tensor:
         logits = self.language_model(windows[:, :-1])

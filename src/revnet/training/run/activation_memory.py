@@ -13,6 +13,7 @@ from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Store, set_policy
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
+from revnet.training.run.precision import autocast_dtype
 from revnet.training.settings.run_config import AbstractRunConfig
 
 
@@ -35,8 +36,8 @@ class Update:
     """Function that makes a batch; called under the meta device."""
     loss: Callable[[Any], Tensor]
     """Function from the output of the model to a scalar."""
-    optimizer: Callable[..., torch.optim.Optimizer]
-    """Function that makes the optimizer of parameters."""
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    """Function that makes the optimizer of the model."""
 
 
 def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
@@ -47,20 +48,25 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
 
     Raises:
         BudgetError: No plan fits.
+        ValueError: The optimizer does not fit the model.
     """
-    if config.memory_budget is None:
+    if config.memory_budget is None and config.optimizer != "muon":
         return None
     device = find_device(config.device)
     with torch.device("meta"):
         model, batch = update.make_model(), update.make_batch()
+    optimizer = update.optimizer(model)  # Muon needs a matrix; the others fit every model
+    if config.memory_budget is None:
+        return None
     try:
         return plan(
             model,
             batch,
             budget=config.memory_budget,
-            optimizer=update.optimizer,
+            optimizer=optimizer,
+            step_in_backward=config.step_in_backward,
             loss=update.loss,
-            autocast=_autocast(config),
+            autocast=autocast_dtype(config),
             device=device if device.type == "cuda" else "cpu",
         )
     except BudgetError as error:
@@ -98,17 +104,13 @@ def count_peak_bytes(model: nn.Module, config: AbstractRunConfig, update: Update
         holder.set_policies(original.policies)
 
     def count() -> int:
-        return predict(twin, batch, autocast=_autocast(config)).activation_bytes
+        return predict(twin, batch, autocast=autocast_dtype(config)).activation_bytes
 
     peak_bytes = count()
     if all(policy == Store() for holder in policy_holders(twin).values() for policy in holder.policies):
         return PeakBytes(peak_bytes, None)
     set_policy(twin, Store())
     return PeakBytes(peak_bytes, count())
-
-
-def _autocast(config: AbstractRunConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.precision == "bf16-mixed" else None
 
 
 def _budget_error(memory_budget: str, error: BudgetError) -> BudgetError:

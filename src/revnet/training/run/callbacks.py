@@ -102,8 +102,9 @@ class StepTimer(Callback):
         self._epoch_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Read the clock."""
-        self._starts.append(time.perf_counter())
+        """Read the clock at the first batch of each update."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._starts.append(time.perf_counter())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -189,10 +190,10 @@ def check_loss(loss: float, lr: float, epoch: int) -> None:
 
 
 class RunFiles(Checkpoint):
-    """Write the best weights and the last weights after every epoch.
+    """Write the best weights after a validation, and the last weights after every epoch.
 
-    The task's rule decides which epoch is the best, such as the one with the highest validation accuracy; the earliest
-    of equal epochs wins. Without validation, the last epoch is the best.
+    The task's rule decides which validation is the best, such as the one with the highest accuracy; the earliest of
+    equal ones wins. Without validation, the last epoch is the best.
 
     Args:
         folder: Folder for `best.safetensors` and `last.safetensors`.
@@ -219,16 +220,22 @@ class RunFiles(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, before a checkpoint refers to them."""
         assert isinstance(pl_module, AbstractTask)
-        if self._is_best(trainer):
-            self.best_epoch = trainer.current_epoch + 1
-            save_weights(pl_module.saved_module, self._folder / run_dir.BEST_WEIGHTS)
-        save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS)
-
-    def _is_best(self, trainer: Trainer) -> bool:
         if self._rule.metric not in trainer.callback_metrics:
-            return True
+            self._save_best(trainer, pl_module)
+        with pl_module.with_final_weights():
+            save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the weights if this validation is the best so far."""
+        assert isinstance(pl_module, AbstractTask)
         score = float(trainer.callback_metrics[self._rule.metric])
-        if self.best_score is not None and not self._rule.is_better(score, self.best_score):
-            return False
-        self.best_score = score
-        return True
+        if not math.isfinite(trainer.callback_metrics["val_loss"]):
+            return  # a run that diverges may still have an accuracy
+        if self.best_score is None or self._rule.is_better(score, self.best_score):
+            self.best_score = score
+            self._save_best(trainer, pl_module)
+
+    def _save_best(self, trainer: Trainer, pl_module: AbstractTask) -> None:
+        self.best_epoch = trainer.current_epoch + 1
+        with pl_module.with_final_weights():
+            save_weights(pl_module.saved_module, self._folder / run_dir.BEST_WEIGHTS)

@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, Trainer
 import revnet
 from revnet._memory_readings import process_peak_bytes
 from revnet._provenance import describe_machine
+from revnet.errors import PredictionError
 from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
+from revnet.training.freezing import describe_frozen
 from revnet.training.processes.join import broadcast
 from revnet.training.processes.prepare_model import model_preparation, strategy_name
 from revnet.training.processes.statistics import share_statistics
@@ -23,6 +25,7 @@ from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
 from revnet.training.run.callbacks import EpochLog, LastUpdate, MainStatistics, RunFiles, StepTimer
 from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
+from revnet.training.run.execution import execution
 from revnet.training.run.failures import explain
 from revnet.training.run.job import AbstractJob, Outcome
 from revnet.training.run.learning_curve import plot_learning_curve
@@ -30,6 +33,7 @@ from revnet.training.run.loggers import LoggedRun, describe_loggers
 from revnet.training.run.process_state import ProcessState
 from revnet.training.run.progress import make_progress
 from revnet.training.run.rates import CurrentRates
+from revnet.training.run.recipe_callbacks import recipe_callbacks
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
 from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.run.state_bytes import StateCounter
@@ -114,6 +118,7 @@ def _execute(
         LoggedRun(job.config, folder),
         counter,
         updates,
+        *recipe_callbacks(job.config, job.task, folder, quiet=quiet),
         log,
         files,
     ]
@@ -135,8 +140,11 @@ def _execute(
             temporary.write_text(f"{job.plan.report()}\n")
     if not is_quiet:
         print(_heading(job, folder, device), flush=True)
-    loaders = job.make_loaders(device, rank=world.rank, num_processes=world.num_processes)
-    fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
+    loaders = job.make_loaders(
+        device, rank=world.rank, num_processes=world.num_processes, num_parts=job.config.accumulate
+    )
+    with execution(job.config, job.task.saved_module.model):
+        fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
 
     share_statistics(job.task.saved_module)
     names = job.names
@@ -153,7 +161,10 @@ def _figures(
     job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles, counter: StateCounter
 ) -> RunFigures:
     device = trainer.strategy.root_device
-    peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
+    try:
+        peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
+    except PredictionError:  # a model of the user's own that needs the values of its tensors
+        peak_bytes, stored_peak_bytes = None, None
     return RunFigures(
         folder=folder,
         best_epoch=files.best_epoch,
@@ -161,6 +172,7 @@ def _figures(
         train_seconds=sum(row["epoch_seconds"] for row in log.rows),
         step_seconds=median(row["step_seconds"] for row in log.rows),
         batch_size=job.config.batch_size,
+        accumulate=job.config.accumulate,
         peak_bytes=peak_bytes,
         stored_peak_bytes=stored_peak_bytes,
         policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),
@@ -183,11 +195,12 @@ def _devices(device: torch.device, config: AbstractRunConfig) -> str:
 
 
 def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:
-    lines = [
-        ("revnet", revnet.__version__),
-        *job.heading(),
-        ("device", f"{_devices(device, job.config)}, {job.config.precision}"),
-    ]
+    lines = [("revnet", revnet.__version__), *job.heading()]
+    if job.start is not None:
+        lines.append(("weights", job.start))
+    if job.config.freeze is not None:
+        lines.append(("frozen", describe_frozen(job.task.saved_module.model)))
+    lines.append(("device", f"{_devices(device, job.config)}, {job.config.precision}"))
     if job.plan is not None:
         lines.append(("memory", describe_plan(job.plan)))
     lines += [("logger", place) for place in describe_loggers(job.config, folder)]

@@ -58,6 +58,8 @@ class AbstractJob(ABC, Generic[Result]):
     """What a plan and a count of the memory need to know of an update."""
     plan: Plan | None
     """Plan of policies for the memory budget, if there is one."""
+    start: str | None = None
+    """Trained weights that the run started from, as text; None for random weights."""
     drift_every: int | None = None
     """Updates from one measurement of drift to the next; None measures nothing."""
 
@@ -86,7 +88,8 @@ class AbstractJob(ABC, Generic[Result]):
         """Return the numbers of epochs, updates and samples per update as text; `samples` names the samples."""
         plural = "s" if self.task.num_updates > 1 else ""
         updates = f"{self.task.num_updates:,} update{plural}"
-        return f"{self.config.epochs}, {updates} of {self.config.batch_size} {samples}"
+        parts = f" in {self.config.accumulate} parts" if self.config.accumulate > 1 else ""
+        return f"{self.config.epochs}, {updates} of {self.config.batch_size} {samples}{parts}"
 
     @abstractmethod
     def finish(self, folder: Path, outcome: Outcome) -> Result:

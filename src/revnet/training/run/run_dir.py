@@ -20,6 +20,7 @@ PICTURE = "learning_curve.png"
 SUMMARY = "summary.json"
 PLAN = "plan.txt"
 DRIFT = "drift.csv"
+PROFILE = "profile.json"
 
 
 def make_run_dir(config: AbstractRunConfig, data_name: str, model: str) -> Path:

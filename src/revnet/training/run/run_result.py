@@ -43,11 +43,15 @@ class RunFigures:
     batch_size: int
     """Images, or windows of text, per update."""
 
-    peak_bytes: int
-    """Peak activation memory of an update."""
+    accumulate: int = 1
+    """Number of parts in which an update processes its batch."""
+
+    peak_bytes: int | None
+    """Peak activation memory of an update, or of one part of it with `accumulate`; None if it cannot be counted, as in
+    some models of your own."""
 
     stored_peak_bytes: int | None
-    """Peak activation memory of an update of the stored twin; None if the model stores all activations itself."""
+    """Peak activation memory of the stored twin; None if the model stores all activations itself."""
 
     policy: str
     """Policy for activations: `reverse`, `checkpoint`, `store`, or `plan` for a run with a memory budget."""
@@ -137,9 +141,13 @@ class RunResult(RunFigures, ABC):
             temporary.write_text(json.dumps(summary, indent=2) + "\n")
 
     def _memory_lines(self) -> list[tuple[str, str]]:
+        if self.peak_bytes is None:
+            return []
         part = self.batch_size // self.num_processes
         where = "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
         per_step = f"at the peak of a step of {part} {self.samples}{where}"
+        if self.accumulate > 1:
+            per_step += f" in {self.accumulate} parts"
         lines = [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, {_PARTICIPLES[self.policy]}")]
         if self.stored_peak_bytes is not None:
             ratio = self.stored_peak_bytes / self.peak_bytes

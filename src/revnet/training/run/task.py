@@ -2,13 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Self
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from revnet.training.freezing import frozen_norms
 from revnet.training.run.checkpoint import HEADER_KEY
 from revnet.training.run.mean_over_samples import MeanOverSamples
+from revnet.training.run.optimization import configure_optimization
 from revnet.training.run.random_state import seed_batch
 from revnet.training.saved_module import SavedModule
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -40,6 +46,8 @@ class AbstractTask(LightningModule, ABC):
     """Updates of the whole run."""
     best_epoch: BestEpoch
     """Rule for which epoch is the best."""
+    with_final_weights: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
+    """Context in which the module has the weights to save: their average, if the run keeps one."""
     prepare_model: Callable[[nn.Module], object] | None = None
     """Function that changes the network in place for several devices, once the processes are connected."""
 
@@ -55,6 +63,38 @@ class AbstractTask(LightningModule, ABC):
     @abstractmethod
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return the figures of an epoch as one line of text."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer, and the schedule that steps after every update.
+
+        Raises:
+            ValueError: A setting does not fit the model or the processes.
+        """
+        if self.config.step_in_backward and isinstance(self.trainer.strategy, DDPStrategy):
+            raise ValueError(
+                "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
+                "after the backward pass; pass the `strategy` fsdp2, or leave it out."
+            )
+        metric, is_highest = self.best_epoch
+        return configure_optimization(
+            self.config, self.saved_module.model, self.num_updates, metric=metric, is_highest=is_highest
+        )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules; frozen batch norms always use their averages."""
+        super().train(mode)
+        for norm in frozen_norms(self.saved_module.model):
+            norm.train(False)
+        return self
+
+    def on_fit_start(self) -> None:
+        """Set the modes: Lightning leaves them as they are."""
+        self.train()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule, except the one that follows validations."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Seed the random numbers of the batch, so that they do not depend on what was drawn before."""

@@ -22,6 +22,8 @@ from revnet.training.processes.prepare_model import uses_fsdp2
 from revnet.training.processes.world import current_world
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.run.loggers import logger_errors, make_loggers
+from revnet.training.run.precision import precision_arguments
+from revnet.training.run.updates import update_arguments
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _IRRELEVANT_WARNINGS = (
@@ -29,6 +31,8 @@ _IRRELEVANT_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
     r"The number of training batches .* is smaller than the logging interval",  # revnet logs by update itself
     r"FSDP2-wrapped module .* returned a view tensor",  # no task changes the output in place
+    r"Found .* module\(s\) in eval mode at the start of training",  # frozen batch norms
+    r"Detected call of `lr_scheduler.step\(\)` before",  # a gradient scaler left out the first updates
     r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
@@ -45,20 +49,21 @@ def make_trainer(
     """
     world = current_world()
     is_sharded = uses_fsdp2(config)
-    # `fully_shard` has a policy for mixed precision of its own.
-    precision: Any = "32-true" if is_sharded else config.precision
+    precision: dict[str, Any] = precision_arguments(config, find_device(config.device).type)
+    if is_sharded:
+        precision = {"precision": "32-true"}  # `fully_shard` has a policy for mixed precision of its own
     with quiet(), logger_errors():
         return Trainer(
             max_epochs=config.epochs,
-            gradient_clip_val=config.max_grad_norm,
+            **update_arguments(config),
             accelerator=config.device,
-            precision=precision,
+            precision=precision.get("precision"),
             devices=world.num_local,
             num_nodes=world.num_nodes,
             strategy=_make_strategy(is_sharded=is_sharded),
             use_distributed_sampler=False,  # the loaders divide the batches among processes
             callbacks=callbacks,
-            plugins=[make_checkpoint_io(config), _make_environment()],
+            plugins=[make_checkpoint_io(config), _make_environment(), *precision.get("plugins", ())],
             default_root_dir=folder,
             logger=make_loggers(config, folder) or False,
             enable_progress_bar=False,

@@ -80,6 +80,17 @@ def check_range(name: str, values: Any) -> tuple[float, float]:
     return shares
 
 
+def check_class_weights(name: str, value: Any) -> None:
+    """Raise unless `value` is a list of weights, or the word for balanced ones."""
+    if value == "balanced":
+        return
+    is_list = isinstance(value, list | tuple) and all(isinstance(x, int | float) and 0 <= x < math.inf for x in value)
+    if not is_list or not any(value):
+        raise ValueError(
+            f"`{name}` (={value!r}) must be `balanced`, or a list of weights that are 0 or more, such as [1, 2.5]."
+        )
+
+
 def check_memory_budget(budget: Any, policy: str) -> None:
     """Raise unless `budget` is a number of bytes with a unit, and `policy` was left at its default."""
     from revnet.memory import parse_bytes  # loads PyTorch, which `revnet train --help` does without

@@ -74,7 +74,8 @@ def check_setting(name: str, kind: Any, value: Any, check: Check | None) -> None
     if check is not None:
         check(name, value)
     if is_optional:
-        kind = next(option for option in get_args(kind) if option is not NoneType)
+        options = [option for option in get_args(kind) if option is not NoneType]
+        kind = options[0] if len(options) == 1 else Any  # the check knows what else it may be
     if get_origin(kind) is Literal:
         check_choice(name, value, get_args(kind))
     elif kind is bool:

@@ -9,14 +9,30 @@ from typing import Any, ClassVar, Self
 from revnet.training.atomic_file import atomic_path
 from revnet.training.settings.activations import ActivationSettings
 from revnet.training.settings.checkpoints import CheckpointSettings
+from revnet.training.settings.combinations import check_combinations
 from revnet.training.settings.devices import DeviceSettings
+from revnet.training.settings.execution import ExecutionSettings
 from revnet.training.settings.fields import list_groups
 from revnet.training.settings.logs import LogSettings
+from revnet.training.settings.optimization import OptimizationSettings
+from revnet.training.settings.start import StartSettings
 from revnet.training.settings.updates import UpdateSettings
+from revnet.training.settings.validation import ValidationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AbstractRunConfig(UpdateSettings, ActivationSettings, DeviceSettings, CheckpointSettings, LogSettings, ABC):
+class AbstractRunConfig(
+    StartSettings,
+    OptimizationSettings,
+    UpdateSettings,
+    ValidationSettings,
+    ActivationSettings,
+    DeviceSettings,
+    ExecutionSettings,
+    CheckpointSettings,
+    LogSettings,
+    ABC,
+):
     """Settings of any training run: the base of three dataclasses.
 
     A field is checked by its type and by the rule that `integer` or `number` gives it; None passes where the type has
@@ -30,15 +46,23 @@ class AbstractRunConfig(UpdateSettings, ActivationSettings, DeviceSettings, Chec
     command: ClassVar[str]
     """Command that takes these settings; its `--help` lists them."""
 
+    usual_beta2: ClassVar[float] = 0.999
+    """Second beta of `adamw` and its relatives, if the settings leave it open."""
+
     # The fields that all three have, each with its own default.
     data: str | None
     epochs: int
     max_updates: int | None
     batch_size: int
+    val_fraction: float
     seed: int
 
     def __post_init__(self) -> None:
         self.check()
+        super().__post_init__()
+
+    def _check_together(self) -> None:
+        check_combinations(self)
 
     def limit_updates(self, updates_per_epoch: int) -> tuple[Self, int]:
         """Return the settings with as many epochs as `max_updates` leaves, and the number of updates of the run."""

@@ -1,0 +1,52 @@
+"""A model of the user's own, by its import path."""
+
+import copy
+
+from torch import nn
+
+from revnet.nn import AbstractReversibleBlock
+from revnet.training.classification.config import TrainConfig
+from revnet.training.classification.model import ClassifierHeader
+from revnet.training.import_path import call_object, import_object, is_import_path
+
+
+def own_network(header: ClassifierHeader) -> nn.Module | None:
+    """Return the user's own model if the header names one, None if it names a model of revnet.
+
+    A function or class is called, with `num_classes` and `in_channels` if it takes them. A module is copied.
+
+    Raises:
+        ValueError: There is no such object, or it is not a model.
+        UserCodeError: The user's code failed.
+    """
+    if not is_import_path(header.model):
+        return None
+    made = import_object("model", header.model)
+    if isinstance(made, nn.Module):
+        return copy.deepcopy(made)
+    if callable(made):
+        made = call_object("model", header.model, made, num_classes=header.num_classes, in_channels=header.in_channels)
+    if not isinstance(made, nn.Module):
+        raise ValueError(
+            f"`model` (={header.model!r}) must be an nn.Module, or a function that returns one; got "
+            f"{type(made).__name__}."
+        )
+    return made
+
+
+def check_policies(config: TrainConfig, model: nn.Module) -> None:
+    """Raise unless the settings about reversible blocks suit the model.
+
+    Raises:
+        ValueError: The model has no reversible block, and a setting needs one.
+    """
+    if any(isinstance(module, AbstractReversibleBlock) for module in model.modules()):
+        return
+    needs = {name: getattr(config, name) for name in ("exact", "tolerance", "drift_every")}
+    if config.policy == "store":
+        needs["policy"] = config.policy
+    for name, value in needs.items():
+        if value:
+            raise ValueError(
+                f"`{name}` (={value!r}) is for reversible models; {config.model} has no reversible block; leave it out."
+            )

@@ -1,0 +1,24 @@
+"""The settings of how PyTorch executes a run."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from revnet.training.settings.fields import SettingsGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionSettings(SettingsGroup):
+    """Settings of how PyTorch executes a run."""
+
+    title: ClassVar[str] = "execution"
+
+    compile: bool = False
+    """Whether to compile the network with `torch.compile`. The first updates take longer."""
+
+    deterministic: bool = False
+    """Whether to use deterministic algorithms only, so that a run on a GPU can be repeated bit for bit. PyTorch raises
+    an error for an operation that has none."""
+
+    profile: bool = False
+    """Whether to record some updates with PyTorch's profiler. The run writes a trace (`profile.json`), which
+    https://ui.perfetto.dev opens, and prints the operators that take the longest."""

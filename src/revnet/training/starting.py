@@ -1,0 +1,79 @@
+"""Start a run from trained weights."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from revnet.errors import CheckpointError
+from revnet.training.run.checkpoint import find_weights, read_weights
+from revnet.training.saved_module import AbstractHeader
+
+_Header = TypeVar("_Header", bound=AbstractHeader)
+_PREFIX = "model."
+
+
+class StartWeights(NamedTuple):
+    """Trained weights to start from."""
+
+    path: Path
+    """File of the weights."""
+    header: Any
+    """Its header."""
+    network: dict[str, Tensor]
+    """Tensors of the network, by their names in it."""
+    others: dict[str, Tensor]
+    """Other tensors of the file, such as the statistics of the preprocessing."""
+
+
+def absolute_weights(weights: str | None) -> str | None:
+    """Return the absolute path of the weights of a run, which can be resumed in any working directory."""
+    return None if weights is None else str(Path(weights).expanduser().resolve())
+
+
+def read_start_weights(weights: str, header_type: type[_Header]) -> StartWeights:
+    """Read the weights of another run, and check that they are of the same task.
+
+    Raises:
+        CheckpointError: The file does not exist, is truncated, or holds another kind of model.
+    """
+    path = find_weights(Path(weights))
+    metadata, tensors = read_weights(path)
+    header = header_type.from_metadata(metadata, path)
+    network = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
+    return StartWeights(path, header, network, others)
+
+
+def load_start_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, new: Collection[str] = ()
+) -> None:
+    """Load `tensors` into `model`, except the names in `new`, which keep their random weights.
+
+    Raises:
+        CheckpointError: Another tensor is missing, superfluous or of another shape; the message names the first one.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in new}
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in new}
+    for name in sorted(expected | actual):
+        if expected.get(name) == actual.get(name):
+            continue
+        if name not in actual:
+            difference = f"they lack the tensor `{name}`"
+        elif name not in expected:
+            difference = f"the model has no tensor `{name}`"
+        else:
+            difference = f"`{name}` is {actual[name]} in the file and {expected[name]} in the model"
+        raise CheckpointError(
+            f"`weights` (='{path}') do not fit the model: {difference}; pass weights of the same model, or the "
+            "settings of the model that they are from."
+        )
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in new}, strict=False)
+
+
+def describe_start(path: Path, new: Collection[str], reason: str = "") -> str:
+    """Return the file and the names that were not loaded as text."""
+    if not new:
+        return f"{path}, all loaded"
+    return f"{path}, except {', '.join(sorted(new))}, which {'is' if len(new) == 1 else 'are'} new{reason}"
