@@ -16,6 +16,7 @@ from revnet.training.classification.model import Classifier, ClassifierHeader
 from revnet.training.classification.own_model import check_policies, own_network
 from revnet.training.classification.start import load_start
 from revnet.training.optimizers import make_optimizer
+from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.network import prepare_network
@@ -51,6 +52,7 @@ def build_classifier(
     own = own_network(header)
     if own is not None:
         check_policies(config, own)
+        check_devices(config, own, config.model)
 
     def make_model() -> nn.Module:
         model = Classifier.create(header, preprocess).model if own is None else copy.deepcopy(own).to("meta")
@@ -58,7 +60,7 @@ def build_classifier(
 
     update = Update(
         make_model=make_model,
-        make_batch=lambda: torch.empty(part_of_batch(config.batch_size) // config.accumulate, *header.image_shape),
+        make_batch=lambda: torch.empty(part_of_batch(config.batch_size, config.accumulate), *header.image_shape),
         loss=partial(_loss, label_smoothing=config.label_smoothing),
         optimizer=partial(make_optimizer, config),
     )

@@ -162,7 +162,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     if config.val_fraction > 0:
         training, validation = dataset.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
-    check_division(config.batch_size, validation)
+    check_division(config.batch_size, validation, num_parts=config.accumulate)
     header = ClassifierHeader(
         model=config.model,
         data=config.data,

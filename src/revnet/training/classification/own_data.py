@@ -109,7 +109,7 @@ def load_own_data(config: TrainConfig) -> OwnData:
     A function or class is called with `batch_size`, `num_workers` and `seed` if it takes them.
 
     Raises:
-        ValueError: There is no such object, it is not a data module, or its batches are not images and labels.
+        ValueError: The object does not exist, is not a data module, or its batches are not images and labels.
         UserCodeError: The user's code failed.
     """
     made = import_object("data", config.data)

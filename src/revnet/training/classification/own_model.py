@@ -16,7 +16,7 @@ def own_network(header: ClassifierHeader) -> nn.Module | None:
     A function or class is called, with `num_classes` and `in_channels` if it takes them. A module is copied.
 
     Raises:
-        ValueError: There is no such object, or it is not a model.
+        ValueError: The object does not exist, or is not a model.
         UserCodeError: The user's code failed.
     """
     if not is_import_path(header.model):

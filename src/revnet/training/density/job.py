@@ -132,7 +132,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     if config.val_fraction > 0:
         training, validation = whole.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
-    check_division(config.batch_size, validation)
+    check_division(config.batch_size, validation, num_parts=config.accumulate)
     header = DensityHeader(
         data=config.data,
         image_shape=whole.image_shape,
@@ -147,7 +147,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
         make_model=lambda: prepare_network(ImageDensity.create(header).model, config),
-        make_batch=lambda: torch.empty(part_of_batch(config.batch_size) // config.accumulate, *header.image_shape),
+        make_batch=lambda: torch.empty(part_of_batch(config.batch_size, config.accumulate), *header.image_shape),
         loss=_loss,
         optimizer=partial(make_optimizer, config),
     )

@@ -117,7 +117,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             f"{len(dataset.validation):,} for validation, too few for windows of `length` (={config.length}) plus one; "
             "pass a longer text, or a smaller length."
         )
-    check_division(config.batch_size)
+    check_division(config.batch_size, num_parts=config.accumulate)
     usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
     updates_per_epoch = config.updates_per_epoch or usual
     config, num_updates = replace(config, updates_per_epoch=updates_per_epoch).limit_updates(updates_per_epoch)
@@ -139,7 +139,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     update = Update(
         make_model=lambda: prepare_network(LanguageModel.create(header).model, config),
         make_batch=lambda: torch.zeros(
-            part_of_batch(config.batch_size) // config.accumulate, config.length, dtype=torch.int64
+            part_of_batch(config.batch_size, config.accumulate), config.length, dtype=torch.int64
         ),
         loss=_loss,
         optimizer=partial(make_optimizer, config),

@@ -59,28 +59,38 @@ def entered(world: World) -> Iterator[None]:
         _current.reset(token)
 
 
-def part_of_batch(batch_size: int) -> int:
-    """Return the samples of an update that one process of the current world computes."""
-    return batch_size // current_world().num_processes
+def part_of_batch(batch_size: int, num_parts: int = 1) -> int:
+    """Return the number of samples that one process of the current world computes at once.
+
+    Args:
+        batch_size: Samples of an update.
+        num_parts: Number of parts in which a process computes its samples, one after another.
+    """
+    return batch_size // (current_world().num_processes * num_parts)
 
 
-def check_division(batch_size: int, validation: Sized | None = None) -> None:
+def check_division(batch_size: int, validation: Sized | None = None, *, num_parts: int = 1) -> None:
     """Raise unless the processes of the current world can divide the batches.
 
     Args:
         batch_size: Samples of an update.
         validation: Samples of a validation, which may be divided unevenly.
+        num_parts: Number of parts in which a process computes its samples, one after another.
 
     Raises:
         ValueError: Processes would get a different number of training samples, or none of the validation samples.
     """
     count = current_world().num_processes
-    if batch_size % count:
-        lower = batch_size // count * count
-        nearest = f"{lower} or {lower + count}" if lower else str(count)
+    unit = count * num_parts
+    if batch_size % unit:
+        lower = batch_size // unit * unit
+        nearest = f"{lower} or {lower + unit}" if lower else str(unit)
+        rule = f"the {count} processes that divide each batch"
+        if num_parts > 1:
+            rule = f"{unit}, since {count} processes divide each batch and `accumulate` (={num_parts}) their shares"
         raise ValueError(
-            f"`batch_size` (={batch_size}) must be a multiple of the {count} processes that divide each batch; pass "
-            f"{nearest}, or use another number of `devices`."
+            f"`batch_size` (={batch_size}) must be a multiple of {rule}; pass {nearest}, or use another number of "
+            "`devices`."
         )
     if validation is not None and len(validation) < count:
         raise ValueError(

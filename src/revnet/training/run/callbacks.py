@@ -39,6 +39,8 @@ _LOGGED = (
     "epoch_seconds",
 )
 
+_VALIDATED = ("val_loss", "val_accuracy")
+
 
 class MainStatistics(Callback):
     """Validate with the running statistics of the main process, which are the ones that are saved."""
@@ -67,7 +69,7 @@ class LastUpdate(Callback):
 class StepTimer(Callback):
     """Log the median time of an update in each epoch, the throughput, and the time of the epoch.
 
-    `step_seconds` includes loading and augmentation, `epoch_seconds` includes validation.
+    `step_seconds` includes loading and augmentation, but not validations; `epoch_seconds` includes them.
 
     The clock is read when an update starts, without waiting for the device. A GPU works asynchronously, but the
     intervals still settle at its pace.
@@ -84,6 +86,7 @@ class StepTimer(Callback):
         self._starts: list[float] = []
         self._earlier: list[float] = []  # times of this epoch in the processes before this one
         self._epoch_start = 0.0
+        self._pause_start = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the times of this epoch."""
@@ -115,6 +118,15 @@ class StepTimer(Callback):
                 torch.cuda.synchronize(pl_module.device)
             self._starts.append(time.perf_counter())
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the updates."""
+        self._pause_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the updates again."""
+        pause = time.perf_counter() - self._pause_start
+        self._starts = [start + pause for start in self._starts]
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the median."""
         step_seconds = median([*self._earlier, *self._counted()])
@@ -144,26 +156,38 @@ class EpochLog(Callback):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lr = 0.0
+        self._validated: Row = {}
         self.rows: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows, and the learning rate at the start of the epoch."""
-        return {"rows": self.rows, "lr": self._lr}
+        """Return the rows and, of this epoch, the first learning rate and the figures of the last validation."""
+        return {"rows": self.rows, "lr": self._lr, "validated": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows and the learning rate."""
+        """Restore the rows and the figures of the epoch."""
         self.rows = state_dict["rows"]
         self._lr = state_dict["lr"]
+        self._validated = state_dict["validated"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the learning rate before the schedule changes it."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self._validated = {}
+        # Lightning would show them again for an epoch without a validation.
+        for name in _VALIDATED:
+            trainer.callback_metrics.pop(name, None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the figures, which a checkpoint of Lightning lacks."""
+        metrics = trainer.callback_metrics
+        self._validated = {name: float(metrics[name]) for name in _VALIDATED if name in metrics}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row and rewrite the file."""
         metrics = trainer.callback_metrics
         row: Row = {"epoch": trainer.current_epoch + 1, "updates": trainer.global_step, "lr": self._lr}
-        row |= {name: float(metrics[name]) for name in _LOGGED if name in metrics}
+        known = self._validated | {name: float(metrics[name]) for name in _LOGGED if name in metrics}
+        row |= {name: known[name] for name in _LOGGED if name in known}
         check_loss(row["train_loss"], self._lr, trainer.current_epoch + 1)
         peak_bytes = process_peak_bytes(trainer.strategy.root_device)
         if peak_bytes is not None:
@@ -220,7 +244,7 @@ class RunFiles(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, before a checkpoint refers to them."""
         assert isinstance(pl_module, AbstractTask)
-        if self._rule.metric not in trainer.callback_metrics:
+        if self.best_score is None and self._rule.metric not in trainer.callback_metrics:
             self._save_best(trainer, pl_module)
         with pl_module.with_final_weights():
             save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS)

@@ -180,7 +180,7 @@ def _figures(
         planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
         num_processes=current_world().num_processes,
         strategy=strategy_name(job.config),
-        state_bytes=counter.count(trainer),
+        state_bytes=counter.counted,
         process_peak_bytes=process_peak_bytes(device),
         machine=describe_machine(f"{job.config.command} --config {run_dir.CONFIG}", device=device),
     )

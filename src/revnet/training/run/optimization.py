@@ -32,6 +32,8 @@ def configure_optimization(
     if config.schedule != "plateau":
         schedule = _schedule(config, optimizer, num_updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # as other schedules do, so that a resumed run can change it
     plateau = ReduceLROnPlateau(
         optimizer,
         mode="max" if is_highest else "min",

@@ -118,6 +118,7 @@ class RunResult(RunFigures, ABC):
             "train_seconds": self.train_seconds,
             "step_seconds": self.step_seconds,
             "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
             "peak_bytes": self.peak_bytes,
             "stored_peak_bytes": self.stored_peak_bytes,
             "policy": self.policy,
@@ -147,7 +148,7 @@ class RunResult(RunFigures, ABC):
         where = "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
         per_step = f"at the peak of a step of {part} {self.samples}{where}"
         if self.accumulate > 1:
-            per_step += f" in {self.accumulate} parts"
+            per_step += f", in {self.accumulate} parts"
         lines = [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, {_PARTICIPLES[self.policy]}")]
         if self.stored_peak_bytes is not None:
             ratio = self.stored_peak_bytes / self.peak_bytes

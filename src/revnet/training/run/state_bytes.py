@@ -26,6 +26,8 @@ class StateCounter(Callback):
     def __init__(self) -> None:
         self._gradients = 0
         self._is_counted = False
+        self.counted = StateBytes(0, 0, 0)
+        """The bytes, after training."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count the gradients of the first update, since a validation frees them."""
@@ -33,10 +35,10 @@ class StateCounter(Callback):
             self._gradients = _count([p.grad for p in pl_module.parameters() if p.grad is not None])
             self._is_counted = True
 
-    def count(self, trainer: Trainer) -> StateBytes:
-        """Return the bytes after training."""
-        parameters = list(trainer.lightning_module.parameters())
-        return StateBytes(_count(parameters), self._gradients, _count(_states(trainer.optimizers)))
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count parameters and optimizer state, before the parameters are cast for evaluation."""
+        parameters, states = _count(pl_module.parameters()), _count(_states(trainer.optimizers))
+        self.counted = StateBytes(parameters, self._gradients, states)
 
 
 def _states(optimizers: Iterable[Optimizer]) -> Iterable[Tensor]:

@@ -47,7 +47,7 @@ class OptimizationSettings(SettingsGroup):
     `muon`, whose `adamw` part always has 0.9."""
 
     nesterov: bool | None = None
-    """Whether to use Nesterov's momentum, for `sgd` and `muon`; null is no for `sgd`, yes for `muon`."""
+    """Whether to use Nesterov's momentum, for `sgd` and `muon`; null means false for `sgd`, true for `muon`."""
 
     beta2: float | None = number(None, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.999")
     """Decay rate of the average of squared gradients: the second beta of `adamw` and its relatives, alpha of `rmsprop`,

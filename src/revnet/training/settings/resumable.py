@@ -28,11 +28,17 @@ _RESUMABLE = frozenset(
         # memory: policies differ in the last digits of the gradients only
         "policy",
         "memory_budget",
+        "step_in_backward",
+        # execution
+        "compile",
+        "deterministic",
+        "profile",
         # files
         "save_every",
         "keep_checkpoints",
         "async_save",
         "logger",
+        "log_every",
     }
 )
 
