@@ -109,6 +109,20 @@ def test_every_image_appears_once_per_epoch(hub: SimpleNamespace, num_workers: i
     assert order(resumed, 1) == epochs[1]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_continues_after_every_batch(hub: SimpleNamespace, num_workers: int) -> None:
+    train = load_hub_dataset("owner/pets", image_size=4).train
+    loader, resumed = (
+        make_loader(train, batch_size=2, shuffle=True, seed=0, drop_last=True, num_workers=num_workers)
+        for _ in range(2)
+    )
+    whole = order(loader, 1)
+    loader.sampler.set_epoch(1)
+    for count, state in enumerate([loader.state_dict() for _ in loader], start=1):
+        resumed.load_state_dict(state)
+        assert order(resumed, 1) == whole[2 * count :]
+
+
 def test_without_shuffling_images_follow_the_order_of_the_files(hub: SimpleNamespace) -> None:
     loader = make_loader(load_hub_dataset("owner/pets").train, batch_size=4, shuffle=False, seed=0)
     assert order(loader, 0) == order(loader, 1) == EXPECTED

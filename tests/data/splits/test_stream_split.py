@@ -236,7 +236,8 @@ def test_shuffling_keeps_every_row_and_looks_no_further_ahead_than_its_buffer() 
 def chunk(reader: int, labels: list[int], num_corrupt: int = 0, fatal: str | None = None) -> Chunk:
     """Return a chunk of a stream whose global batches have two images."""
     images = torch.tensor(labels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    batch = DecodedBatch(images, torch.tensor(labels, dtype=torch.int64), (("x", "y"),) * num_corrupt, fatal)
+    numbers = torch.tensor(labels, dtype=torch.int64)
+    batch = DecodedBatch(images, numbers, numbers, (("x", "y"),) * num_corrupt, fatal)
     return Chunk(reader, (batch,), is_full=len(labels) + num_corrupt == 2 and fatal is None)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet.data import make_augment
+from revnet.data._random_keys import image_keys
 
 SIZE = (4, 6)
 
@@ -80,21 +81,39 @@ def test_draws_follow_the_seed() -> None:
     assert not torch.equal(first, second)
 
 
+def test_draws_are_a_function_of_the_key() -> None:
+    augment, images, keys = make_augment(2, True, SIZE, cutout=2), numbered(50), torch.arange(50)
+    before = torch.get_rng_state()
+    output = augment(images, keys)
+    assert torch.equal(augment(images[20:30], keys[20:30]), output[20:30])
+    assert torch.equal(augment(images, keys.flip(0)).flip(0), output)
+    assert not torch.equal(augment(images, keys + 50), output)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_cutout_does_not_change_crops_and_flips() -> None:
+    images, keys = numbered(50), torch.arange(50)
+    plain, erased = make_augment(2, True, SIZE)(images, keys), make_augment(2, True, SIZE, cutout=2)(images, keys)
+    assert torch.equal(erased.where(erased != 0, plain), plain)
+
+
 def test_single_images_and_single_pixels() -> None:
     assert make_augment(2, True, SIZE)(numbered(1)).shape == (1, 2, 4, 6)
     assert make_augment(1, True, (1, 1))(torch.ones(3, 1, 1, 1)).shape == (3, 1, 1, 1)
 
 
 def test_without_transforms_it_is_the_identity() -> None:
-    assert isinstance(make_augment(0, False, SIZE), nn.Identity)
+    augment, images = make_augment(0, False, SIZE), numbered(2)
+    assert isinstance(augment, nn.Identity)
+    assert augment(images) is images
+    assert augment(images, torch.arange(2)) is images
 
 
 def test_draws_never_change() -> None:
     # Accuracies can be reproduced only while a seed gives the same crops and flips.
-    torch.manual_seed(3)
-    output = make_augment(2, True, SIZE)(numbered(100))
+    output = make_augment(2, True, SIZE)(numbered(100), image_keys(3, 0, torch.arange(100)))
     assert hashlib.sha256(output.numpy().tobytes()).hexdigest() == (
-        "612981384b7b583158f7b7d2bfba76e8588fce2315a89068796639a6c554b5b6"
+        "4a3027508b80d50cdf8f04ba42a5d4296a5b421178bafd3d4f763912bb64a90a"
     )
 
 
@@ -143,3 +162,6 @@ def test_rejects_bad_batches() -> None:
         augment(numbered(2).to(torch.uint8))
     with pytest.raises(ValueError, match=r"must have the size \(4, 6\) of this augmentation"):
         augment(torch.zeros(2, 2, 6, 4))
+    for keys in (torch.arange(3), torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"`keys` \(of shape .*\) must be int64 of shape \(2,\), one for each im"):
+            augment(numbered(2), keys)

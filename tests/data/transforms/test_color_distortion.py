@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from revnet.data.transforms import _color_distortion
 from revnet.data.transforms._color_distortion import make_color_distortion
 from revnet.data.transforms._hsv import hsv_to_rgb, rgb_to_hsv
 from tests.data.samples import random_images
@@ -14,8 +15,7 @@ from tests.data.samples import random_images
 
 def set_draws(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
     """Fix the draws of brightness, contrast, saturation, hue and order, each in 0..1."""
-    draws = torch.tensor(values).view(5, 1, 1, 1, 1)
-    monkeypatch.setattr(torch, "rand", lambda _, num_images, *__: draws.expand(5, num_images, 1, 1, 1))
+    monkeypatch.setattr(_color_distortion, "uniform", lambda keys, *_: torch.tensor(values).expand(len(keys), 5))
 
 
 def stretch(pixels: np.ndarray, contrast: float) -> np.ndarray:
@@ -94,6 +94,13 @@ def test_draws_follow_the_seed() -> None:
     assert torch.equal(make_color_distortion()(images), first)
     assert not torch.equal(first, second)
     assert torch.equal(images, before)
+
+
+def test_draws_are_a_function_of_the_key() -> None:
+    distort, images, keys = make_color_distortion(), random_images(10), torch.arange(10)
+    output = distort(images, keys)
+    assert torch.equal(distort(images[4:7], keys[4:7]), output[4:7])
+    assert not torch.equal(distort(images, keys + 10), output)
 
 
 def test_evaluation_mode_returns_the_batch_unchanged() -> None:

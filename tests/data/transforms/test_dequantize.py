@@ -42,6 +42,19 @@ def test_the_noise_comes_from_the_generator_or_the_global_state():
     assert torch.equal(Dequantize()(images), draws[0])
 
 
+def test_the_noise_is_a_function_of_the_key():
+    images, keys = torch.zeros(6, 3, 4, 5, dtype=torch.uint8), torch.arange(6)
+    state = torch.get_rng_state()
+    x = Dequantize()(images, keys=keys)
+    assert torch.equal(Dequantize()(images[2:5], keys=keys[2:5]), x[2:5])
+    assert len(x.unique()) == x.numel(), "every pixel has its own noise"
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"`generator` and `keys` each determine the noise; pass one of them"):
+        Dequantize()(images, torch.Generator(), keys=keys)
+    with pytest.raises(ValueError, match=r"`keys` \(of shape \(5,\), torch.int64\) must be int64 of shape \(6,\)"):
+        Dequantize()(images, keys=keys[:5])
+
+
 def test_numbers_outside_the_range_get_the_nearest_level():
     pixels = Dequantize(17).inverse(torch.tensor([-3.0, -0.001, 0.0, 1.0, 7.0]))
     assert pixels.tolist() == [0, 0, 0, 255, 255]

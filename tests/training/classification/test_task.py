@@ -6,13 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from revnet.data import Preprocess
+from revnet.data.transforms._color_distortion import make_color_distortion
+from revnet.data.transforms.augment import NoAugment
 from revnet.training import Classifier, TrainConfig
 from revnet.training.classification.model import ClassifierHeader
 from revnet.training.classification.task import ClassificationTask
 
 
 class Brighten(nn.Module):
-    def forward(self, images):
+    def forward(self, images, keys=None):
+        self.keys = keys
         return images + 1 if self.training else images
 
 
@@ -27,7 +30,7 @@ def task():
     )
     preprocess = Preprocess(torch.full((1, 1, 1), 8.0), torch.full((1, 1, 1), 2.0))
     return ClassificationTask(
-        Classifier.create(header, preprocess), nn.Identity(), Brighten(), TrainConfig(), num_updates=8
+        Classifier.create(header, preprocess), NoAugment(), Brighten(), TrainConfig(), num_updates=8
     )
 
 
@@ -38,6 +41,19 @@ def test_augments_images_in_training_only(task):
     assert torch.equal(labels, batch[1])
     images, _ = task.eval().on_after_batch_transfer(batch, 0)
     assert torch.equal(images, torch.full((2, 1, 8, 8), 1.0))
+
+
+def test_transforms_get_the_keys_of_the_batch(task):
+    keys = torch.tensor([3, 4])
+    batch = torch.full((2, 1, 8, 8), 10, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), keys
+    images, labels = task.train().on_after_batch_transfer(batch, 0)
+    assert (len(images), len(labels)) == (2, 2)
+    assert task.augment.keys is keys
+    task.classifier.preprocess = nn.Identity()
+    task.distort, task.augment = make_color_distortion(), NoAugment()
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    images, _ = task.train().on_after_batch_transfer((pixels, batch[1], keys), 0)
+    assert torch.equal(images, make_color_distortion()(pixels, keys))
 
 
 def test_training_images_grow(task):

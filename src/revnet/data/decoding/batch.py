@@ -34,6 +34,8 @@ class DecodedBatch(NamedTuple):
     """Pixels of the images that could be decoded: (B, 3, H, W), uint8."""
     labels: Tensor
     """Classes of these images: (B,), int64."""
+    numbers: Tensor
+    """Numbers that identify these images, and that their random numbers depend on: (B,), int64."""
     corrupt: tuple[tuple[str, str], ...] = ()
     """Name and reason of each image that could not be decoded."""
     fatal: str | None = None
@@ -42,11 +44,13 @@ class DecodedBatch(NamedTuple):
     @classmethod
     def empty(cls, corrupt: tuple[tuple[str, str], ...] = (), fatal: str | None = None) -> Self:
         """Return a batch without images."""
-        return cls(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), corrupt, fatal)
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(torch.empty(0, 3, 1, 1, dtype=torch.uint8), none, none, corrupt, fatal)
 
     def part(self, part: range) -> Self:
         """Return consecutive images as a batch of their own, without the failures."""
-        return type(self)(self.images[part.start : part.stop], self.labels[part.start : part.stop])
+        own = slice(part.start, part.stop)
+        return type(self)(self.images[own], self.labels[own], self.numbers[own])
 
 
 def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[int, int]) -> DecodedBatch:
@@ -54,6 +58,7 @@ def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[i
     images = torch.empty((len(rows), 3, *size), dtype=torch.uint8)
     pixels = images.numpy()
     labels: list[int] = []
+    numbers: list[int] = []
     corrupt: list[tuple[str, str]] = []
     for row in rows:
         try:
@@ -62,4 +67,10 @@ def decode_batch(rows: Sequence[EncodedImage], crop: AbstractCrop, size: tuple[i
             corrupt.append((row.name, str(error)))
         else:
             labels.append(row.label)
-    return DecodedBatch(images[: len(labels)], torch.tensor(labels, dtype=torch.int64), tuple(corrupt))
+            numbers.append(row.draw.image)
+    return DecodedBatch(
+        images[: len(labels)],
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(numbers, dtype=torch.int64),
+        tuple(corrupt),
+    )

@@ -73,4 +73,4 @@ class ImageBatches(Dataset[DecodedBatch]):
         """Return one batch."""
         if isinstance(self._split, FileSplit):
             return self._split.__getitems__([Draw(*draws[:2], image) for image in draws.images.tolist()])
-        return DecodedBatch(*self._split.__getitems__(draws.images))
+        return DecodedBatch(*self._split.__getitems__(draws.images), draws.images)

@@ -150,7 +150,7 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
             if is_taken:
                 held = held._replace(parts=(_joined([held.parts[0], *self._share_of(rest)]),))
             yield from self._hand_out_chunk(held)
-        # Without a full batch in the whole epoch, nothing can take them; then a process will miss an image.
+        # A full batch took them, now or before the position was saved. If the epoch has none, a process gets no image.
         if is_taken and sum(self._num_read) > 0:
             return
         for batch in self._cut(rest)[num_joined:]:
@@ -187,5 +187,5 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
 def _joined(batches: Sequence[DecodedBatch]) -> DecodedBatch:
     if not batches:
         return DecodedBatch.empty()
-    images, labels, corrupt, _ = zip(*batches, strict=True)
-    return DecodedBatch(torch.cat(images), torch.cat(labels), tuple(chain.from_iterable(corrupt)))
+    images, labels, numbers, corrupt, _ = zip(*batches, strict=True)
+    return DecodedBatch(torch.cat(images), torch.cat(labels), torch.cat(numbers), tuple(chain.from_iterable(corrupt)))

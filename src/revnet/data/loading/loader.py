@@ -1,13 +1,15 @@
 """Batches of a split of any kind."""
 
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from revnet.data._random_keys import image_keys
 from revnet.data.decoding.corrupt import corrupt_error, log_skipped
 from revnet.data.loading._abstract_batches import AbstractBatches
 from revnet.data.loading._epoch_batches import EpochBatches, ImageBatches
@@ -19,11 +21,12 @@ from revnet.data.splits.image_split import ImageSplit
 from revnet.data.splits.stream_split import StreamSplit
 from revnet.errors import DataError
 
-Batch = tuple[Tensor, Tensor]
+# (images, labels), or (images, labels, keys) if keys were requested: a type that callers can unpack in both ways.
+Batch = Any
 
 
 class Loader(Iterable[Batch]):
-    """Batches of (images, labels), uint8 (B, C, H, W) and int64 (B,), as returned by `make_loader`.
+    """Batches of (images, labels), or of (images, labels, keys), as returned by `make_loader`.
 
     Lightning's Trainer accepts it like a `DataLoader`, sets the epoch of its `sampler`, and keeps its position in
     checkpoints.
@@ -31,10 +34,17 @@ class Loader(Iterable[Batch]):
 
     batch_sampler = None  # Lightning looks for this too where there is a `sampler`
 
-    def __init__(self, split: AbstractSplit, batches: AbstractBatches, workers: DataLoader[Any]) -> None:
+    def __init__(
+        self,
+        split: AbstractSplit,
+        batches: AbstractBatches,
+        workers: DataLoader[Any],
+        make_keys: Callable[[int, Tensor], Tensor] | None,
+    ) -> None:
         self._split = split
         self._batches = batches
         self._workers = workers
+        self._make_keys = make_keys
 
     @property
     def sampler(self) -> AbstractBatches:
@@ -55,8 +65,8 @@ class Loader(Iterable[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the epoch, and the updates of it whose batches were all handed out.
 
-        Batches that workers have read ahead do not count. The state consists of plain numbers and fits any number of
-        processes and of parts.
+        A batch counts once it is handed out, so save the position when its update is complete. Batches that workers
+        have read ahead do not count. The state consists of plain numbers and fits any number of processes and of parts.
         """
         return self._batches.state_dict()
 
@@ -70,16 +80,19 @@ class Loader(Iterable[Batch]):
 
     def _decodable(self) -> Iterator[Batch]:
         is_empty = True
-        for images, labels, corrupt, fatal in self._batches.follow(self._workers):
+        for images, labels, numbers, corrupt, fatal in self._batches.follow(self._workers):
             for name, reason in corrupt:
                 self._handle(name, reason)
             if fatal is not None:
                 raise DataError(fatal)
             if len(labels):
                 is_empty = False
-                yield images, labels
+                yield images, labels, *self._keys(numbers)
         if is_empty and self._batches.position.num_left_out == 0:
             raise DataError("no image of the split can be decoded; restore the files.")
+
+    def _keys(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        return () if self._make_keys is None else (self._make_keys(self._batches.position.epoch, numbers),)
 
     def _handle(self, name: str, reason: str) -> None:
         """Raise or log, in this process, a failure that a worker reports."""
@@ -117,10 +130,11 @@ def make_loader(
     rank: int = 0,
     num_processes: int = 1,
     num_parts: int = 1,
+    keys: bool = False,
     pin_memory: bool = False,
     num_workers: int = 0,
 ) -> Loader:
-    """Cut a split into batches of (images, labels), uint8 (B, C, H, W) and int64 (B,).
+    """Cut a split into batches of (images, labels), uint8 (B, C, H, W) and int64 (B,), and keys if requested.
 
     The order of an epoch and its random crops are a function of only `seed` and the epoch number, which
     `loader.sampler.set_epoch` sets (Lightning calls it), and nothing is drawn from PyTorch's global generator. The
@@ -148,6 +162,10 @@ def make_loader(
         num_processes: Number of processes that divide each batch.
         num_parts: Number of consecutive batches to cut a process's slice into, to accumulate their gradients; needs
             `drop_last` unless it is 1.
+        keys: Whether to yield (images, labels, keys). The keys, int64 (B,), determine the random numbers of the
+            transforms. They are a function of seed, epoch and image, so any number of processes, and a resumed run,
+            augment an image in the same way. Without `shuffle`, they are the same in every epoch, so that epochs can be
+            compared.
         pin_memory: Whether to put batches into page-locked memory, for faster copies to a GPU.
         num_workers: Number of processes that decode images, which stay alive between epochs; 0 decodes in this process.
             Not used for images in memory, where a batch is one indexing operation.
@@ -161,6 +179,7 @@ def make_loader(
     """
     share = Share(rank, num_processes, num_parts)
     _check(split, batch_size, drop_last, num_workers, share)
+    make_keys = partial(_make_keys, seed=seed, is_shuffled=shuffle, pin_memory=pin_memory) if keys else None
     if isinstance(split, StreamSplit):
         num_workers = min(num_workers, split.rows.num_shards)
         stream = StreamBatches(
@@ -173,7 +192,7 @@ def make_loader(
             num_workers=num_workers,
         )
         options = _options(num_workers, pin_memory, seed)
-        return Loader(split, stream, DataLoader(stream, batch_size=None, **options))
+        return Loader(split, stream, DataLoader(stream, batch_size=None, **options), make_keys)
     if not isinstance(split, ImageSplit | FileSplit):
         raise TypeError(f"`split` (of {type(split)}) must be a split of an `ImageDataset`; pass `dataset.train`, say.")
     batches = EpochBatches(
@@ -182,7 +201,7 @@ def make_loader(
     options = _options(0 if isinstance(split, ImageSplit) else num_workers, pin_memory, seed)
     # `ImageBatches` gets what the batch sampler yields as it is, so that need not be a list.
     workers: DataLoader[Any] = DataLoader(ImageBatches(split), batch_sampler=batches, **options)  # type: ignore[arg-type]
-    return Loader(split, batches, workers)
+    return Loader(split, batches, workers, make_keys)
 
 
 def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: int, share: Share) -> None:
@@ -203,6 +222,11 @@ def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: 
             "pass `drop_last=True`, or 1."
         )
     share.check_num_samples(len(split), "images of the split")
+
+
+def _make_keys(epoch: int, numbers: Tensor, *, seed: int, is_shuffled: bool, pin_memory: bool) -> Tensor:
+    keys = image_keys(seed, epoch if is_shuffled else 0, numbers)
+    return keys.pin_memory() if pin_memory else keys
 
 
 def _options(num_workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:

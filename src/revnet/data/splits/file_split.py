@@ -86,7 +86,7 @@ class FileSplit(AbstractSplit, Dataset[tuple[Tensor, Tensor]]):
         Raises:
             DataError: The image cannot be decoded.
         """
-        images, labels, corrupt, _ = self.__getitems__([Draw(0, 0, range(len(self))[index])])
+        images, labels, _, corrupt, _ = self.__getitems__([Draw(0, 0, range(len(self))[index])])
         if corrupt:
             raise corrupt_error(*corrupt[0])
         return images[0], labels[0]

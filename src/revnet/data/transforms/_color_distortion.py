@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from revnet.data._random_keys import Purpose, check_keys, uniform
 from revnet.data.transforms._hsv import hsv_to_rgb, rgb_to_hsv
 
 _BRIGHTNESS = 32 / 255
@@ -20,10 +21,10 @@ def make_color_distortion() -> nn.Module:
     as in the paper's code. Unlike there, pixels are also clipped to 0..255 before saturation and hue, which are
     undefined outside that range.
 
-    The draws come from PyTorch's global CPU generator on every device, so `torch.manual_seed` makes them reproducible.
+    The draws of an image are a function of its key, as in `make_augment`.
 
     Returns:
-        A module from uint8 to uint8, for a batch of shape (B, 3, H, W), active in training mode only.
+        A module from uint8 to uint8, for a batch of shape (B, 3, H, W) and its keys, active in training mode only.
 
     References:
         Gomez et al. (2017), The Reversible Residual Network; official code, renmengye/revnet-public, the ImageNet
@@ -37,14 +38,18 @@ class ColorDistortion(nn.Module):
 
     Shape:
         images: (B, 3, H, W), uint8. Output: the same.
+        keys: (B,), int64.
 
     Raises:
         TypeError: The images of a call are not uint8.
-        ValueError: The images of a call are not RGB.
+        ValueError: The images of a call are not RGB, or the keys are not one int64 for each image.
     """
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Distort one batch; in evaluation mode, return it unchanged."""
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Distort one batch; without keys, draw them from PyTorch's global CPU generator.
+
+        In evaluation mode, return the batch unchanged.
+        """
         if not self.training:
             return images
         if images.dtype != torch.uint8:
@@ -54,7 +59,7 @@ class ColorDistortion(nn.Module):
                 f"`images` (of shape {tuple(images.shape)}) must be RGB, (B, 3, H, W); leave out the distortion for "
                 "gray images."
             )
-        draws = torch.rand(5, len(images), 1, 1, 1).to(images.device)  # one copy to the device for all of them
+        draws = uniform(check_keys(keys, images), 5, Purpose.COLOR).T[..., None, None, None]  # (5, B, 1, 1, 1)
         brightness = _scale_to(-_BRIGHTNESS, _BRIGHTNESS, draws[0])
         contrast = _scale_to(*_FACTORS, draws[1])
         saturation = _scale_to(*_FACTORS, draws[2])

@@ -1,35 +1,32 @@
 """Random crops of padded images."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from revnet.data.transforms._abstract_transform import AbstractTransform
 
-class RandomCrop(nn.Module):
+
+class RandomCrop(AbstractTransform):
     """Pad each image with zeros and cut out a window of its original size, at its own random position.
-
-    The draws come from PyTorch's global CPU generator on every device. The module acts in evaluation mode
-    too; `make_augment` disables it there.
 
     Args:
         padding: Zeros added on each side.
-
-    Shape:
-        images: (B, C, H, W). Output: the same.
     """
+
+    num_draws = 2
 
     def __init__(self, padding: int) -> None:
         super().__init__()
         self.padding = padding
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, draws: Tensor) -> Tensor:
         """Crop each image."""
-        B, _, H, W = images.shape
-        # One copy to the device for both draws.
-        left, top = torch.rand(2, B).mul(2 * self.padding + 1).long().to(images.device)
-        rows = top[:, None] + torch.arange(H, device=images.device)  # (B, H)
-        columns = left[:, None] + torch.arange(W, device=images.device)  # (B, W)
-        image = torch.arange(B, device=images.device)
+        B, C, H, W = images.shape
         padded = F.pad(images, [self.padding] * 4)
-        # Indexing puts the channels last, since a slice stands between the indices.
-        return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+        width = padded.shape[3]
+        left, top = draws.mul(2 * self.padding + 1).long().unbind(1)
+        window = torch.arange(H * width, device=images.device).view(H, width)[:, :W].flatten()
+        # Pixels by their numbers in the padded image: one gather is faster than indexing with rows and columns.
+        pixels = (top * width + left)[:, None] + window  # (B, H * W)
+        return padded.flatten(2).gather(2, pixels[:, None].expand(B, C, H * W)).view(images.shape)

@@ -1,20 +1,17 @@
 """Random horizontal flips."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from revnet.data.transforms._abstract_transform import AbstractTransform
 
 
-class RandomHorizontalFlip(nn.Module):
-    """Mirror each image left to right with probability 1/2.
+class RandomHorizontalFlip(AbstractTransform):
+    """Mirror each image left to right with probability 1/2."""
 
-    The draws come from PyTorch's global CPU generator on every device. The module acts in evaluation mode
-    too; `make_augment` disables it there.
+    num_draws = 1
 
-    Shape:
-        images: (B, C, H, W). Output: the same.
-    """
-
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, draws: Tensor) -> Tensor:
         """Flip half of the images."""
-        is_flipped = (torch.rand(len(images)) < 0.5).to(images.device)
+        is_flipped = draws[:, 0] < 0.5
         return torch.where(is_flipped[:, None, None, None], images.flip(3), images)

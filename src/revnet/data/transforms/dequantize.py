@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from revnet.data._random_keys import Purpose, check_keys, uniform
+
 
 class Dequantize(nn.Module):
     """Spread each gray level over a cell of [0, 1): level k of K becomes `(k + u) / K`, with u uniform in [0, 1).
@@ -19,7 +21,8 @@ class Dequantize(nn.Module):
 
     Raises:
         TypeError: The images of a call are not uint8.
-        ValueError: `num_levels` is not from 2 to 256.
+        ValueError: `num_levels` is not from 2 to 256, a call has both a generator and keys, or the keys are not one
+            int64 for each image.
 
     References:
         Uria, Murray and Larochelle (2013), RNADE, section 5.1, for the noise.
@@ -32,22 +35,33 @@ class Dequantize(nn.Module):
             raise ValueError(f"`num_levels` (={num_levels}) must be from 2 to 256; pass 256 for bytes of any value.")
         self.num_levels = num_levels
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Add the noise, drawn from `generator` or else from PyTorch's random state.
+    def forward(
+        self, images: Tensor, generator: torch.Generator | None = None, *, keys: Tensor | None = None
+    ) -> Tensor:
+        """Add the noise: a function of `keys`, drawn from `generator`, or else drawn from PyTorch's random state.
 
         Args:
             images: The pixels.
             generator: A generator on the CPU, or None.
+            keys: Keys of the images, as `make_loader(..., keys=True)` yields them, or None. With its key, an image has
+                the same noise in any batch, in any process and on any device.
         """
         if images.dtype != torch.uint8:
             raise TypeError(
                 f"`images` (={images.dtype}) must be uint8 pixels, 0 to 255; pass them as they were loaded."
             )
         levels = images.float().mul((self.num_levels - 1) / 255).round()
-        device = images.device if generator is None else generator.device
-        noise = torch.rand(images.shape, device=device, generator=generator).to(images.device)
+        noise = self._noise(images, generator, keys)
         # The sum of a high level and a number next to 1 may round up to the level above.
         return ((levels + noise) / self.num_levels).clamp(max=1 - 2**-24)
+
+    def _noise(self, images: Tensor, generator: torch.Generator | None, keys: Tensor | None) -> Tensor:
+        if keys is None:
+            device = images.device if generator is None else generator.device
+            return torch.rand(images.shape, device=device, generator=generator).to(images.device)
+        if generator is not None:
+            raise ValueError("`generator` and `keys` each determine the noise; pass one of them.")
+        return uniform(check_keys(keys, images), images[:1].numel(), Purpose.NOISE).view(images.shape)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Return the uint8 pixels whose cells contain `x`; numbers outside [0, 1) get the nearest level."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from revnet.data import ImageDataset, load_dataset, make_augment, make_loader, make_preprocess
@@ -14,6 +14,7 @@ from revnet.data.loading.loader import Loader
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.data.transforms._color_distortion import make_color_distortion
+from revnet.data.transforms.augment import NoAugment
 from revnet.memory import Plan
 from revnet.models import create_model
 from revnet.nn import set_tolerance
@@ -26,7 +27,7 @@ from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import optimizer_factory
 from revnet.training.processes.prepare_model import check_devices
-from revnet.training.processes.world import check_division, current_world, part_of_batch
+from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
@@ -64,23 +65,27 @@ class ClassificationJob(AbstractJob[TrainResult]):
         """Return what the run remembers of its data."""
         return record_images(self.dataset)
 
-    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
         config = self.config
         assert config.num_workers is not None
-        world = current_world()
         loader = partial(
             make_loader,
             seed=config.seed,
-            rank=world.rank,
-            num_processes=world.num_processes,
             pin_memory=device.type == "cuda",
             num_workers=config.num_workers,
+            rank=rank,
+            num_processes=num_processes,
         )
-        training = loader(self.training, batch_size=config.batch_size, shuffle=True, drop_last=True)
+        training = loader(
+            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=num_parts, keys=True
+        )
         if self.validation is None:
             return training, None
-        return training, loader(self.validation, batch_size=usual_batch_size(self.dataset.image_size), shuffle=False)
+        batch_size = num_processes * usual_batch_size(self.dataset.image_size)
+        return training, loader(self.validation, batch_size=batch_size, shuffle=False)
 
     def finish(self, folder: Path, outcome: Outcome) -> TrainResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
@@ -153,7 +158,7 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         is_exact=config.exact,
     )
     preprocess = make_preprocess(config.preprocess, dataset.train, dataset.test)
-    distort = make_color_distortion() if config.color_distortion else nn.Identity()
+    distort = make_color_distortion() if config.color_distortion else NoAugment()
     augment = make_augment(config.crop_padding, config.horizontal_flip, dataset.image_size, cutout=config.cutout)
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(

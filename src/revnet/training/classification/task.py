@@ -23,8 +23,8 @@ class ClassificationTask(AbstractTask):
 
     Args:
         classifier: Classifier to train.
-        distort: Module applied to the pixels of training images, uint8, on the device.
-        augment: Module applied to preprocessed training images, on the device, outside autocast.
+        distort: Module applied to the pixels of training images, uint8, and their keys, on the device.
+        augment: Module applied to preprocessed training images and their keys, on the device, outside autocast.
         config: Settings of the run.
         num_updates: Updates of the whole run, for the schedule. The caller counts them: Lightning's own estimate
             builds the loaders early, which stops stateful ones from resuming (lightning #20550).
@@ -50,12 +50,13 @@ class ClassificationTask(AbstractTask):
         self.train_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(classifier.header.num_classes, average="micro")
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Preprocess the batch on the device and, for training, augment it."""
-        images, labels = batch
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Batch:
+        """Preprocess the batch on the device and, for training, augment it with the keys that it has then."""
+        images, labels, *rest = batch
+        keys = rest[0] if rest else None
         with torch.no_grad():
-            images = self.classifier.preprocess(self.distort(images))
-            return self._shrink(self.augment(images)), labels  # both are the identity in evaluation mode
+            images = self.classifier.preprocess(self.distort(images, keys))
+            return self._shrink(self.augment(images, keys)), labels  # both are the identity in evaluation mode
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one update."""

@@ -84,9 +84,14 @@ class ImageDensity(SavedModule):
         deviations = codes.std(0) if len(codes) > 1 else torch.full_like(codes[0], noise_deviation)
         self.model.log_scale.add_((_DEVIATIONS[self.model.prior] / deviations).log())
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Compute the bits per dimension of each image: on average over the noise, an upper bound for its bytes."""
-        log_prob = self.model.log_prob(self.dequantize(images, generator))
+    def forward(
+        self, images: Tensor, generator: torch.Generator | None = None, *, keys: Tensor | None = None
+    ) -> Tensor:
+        """Compute the bits per dimension of each image: on average over the noise, an upper bound for its bytes.
+
+        The noise comes from `generator` or is a function of `keys`, see `revnet.data.Dequantize`.
+        """
+        log_prob = self.model.log_prob(self.dequantize(images, generator, keys=keys))
         return self.model.bits_per_dim(log_prob, self.header.num_levels)
 
     @torch.no_grad()

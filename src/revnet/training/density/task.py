@@ -2,21 +2,25 @@
 
 from collections.abc import Mapping
 
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from revnet._units import format_rate
+from revnet.data._random_keys import Purpose, uniform
+from revnet.data.transforms._random_flip import RandomHorizontalFlip
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.model import ImageDensity
 from revnet.training.optimizers import adamw_along_a_cosine
 from revnet.training.run.task import AbstractTask, BestEpoch
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class DensityTask(AbstractTask):
     """Maximum likelihood; the loss is in bits per dimension.
+
+    Noise and flips are functions of the keys that come with each batch: in training, of seed, epoch and image, and in
+    validation, of seed and image, so that epochs can be compared.
 
     Args:
         density: Density to fit.
@@ -32,7 +36,7 @@ class DensityTask(AbstractTask):
         self.density = density
         self.config = config
         self.num_updates = num_updates
-        self._noise: torch.Generator | None = None
+        self.flip = RandomHorizontalFlip() if config.horizontal_flip else None
 
     @property
     def saved_module(self) -> ImageDensity:
@@ -41,22 +45,17 @@ class DensityTask(AbstractTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one update."""
-        images, _ = batch
-        if self.config.horizontal_flip:
-            is_mirrored = torch.rand(len(images), device=images.device) < 0.5
-            images = torch.where(is_mirrored[:, None, None, None], images.flip(3), images)
-        loss = self.density(images).mean()
+        images, _, keys = batch
+        if self.flip is not None:
+            images = self.flip(images, uniform(keys, self.flip.num_draws, Purpose.AUGMENT))
+        loss = self.density(images, keys=keys).mean()
         self.log_mean("train_loss", loss, len(images))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Use the same noise in every epoch, so that epochs can be compared."""
-        self._noise = torch.Generator().manual_seed(self.config.seed)
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss on held-out images."""
-        images, _ = batch
-        self.log_mean("val_loss", self.density(images, self._noise).mean(), len(images))
+        images, _, keys = batch
+        self.log_mean("val_loss", self.density(images, keys=keys).mean(), len(images))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Return the optimizer, and the schedule that steps after every update."""

@@ -1,6 +1,7 @@
 """The callback that decides when a run saves a checkpoint, and when it stops."""
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from revnet.errors import CheckpointError
 from revnet.training.run.agreement import Agreement
@@ -161,9 +163,7 @@ class SaveCheckpoints(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         update = trainer.global_step
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            trainer.save_checkpoint(self._folder.temporary(update))
-            if trainer.is_global_zero:
-                self._folder.complete(update)
+            self._save_shards(trainer, update)
         else:
             trainer.save_checkpoint(self._folder.file(update))
         self._check(trainer)
@@ -172,6 +172,20 @@ class SaveCheckpoints(Checkpoint):
         self._is_due = False
         if trainer.is_global_zero:
             self._folder.prune(self._num_kept)
+
+    def _save_shards(self, trainer: Trainer, update: int) -> None:
+        path = self._folder.temporary(update)
+        try:
+            trainer.save_checkpoint(path)
+        except CheckpointException as error:  # in all processes, if one of them could not write
+            if trainer.is_global_zero:
+                shutil.rmtree(path, ignore_errors=True)
+            cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, OSError):
+                raise
+            raise self._failure(cause.strerror or str(cause)) from error
+        if trainer.is_global_zero:
+            self._folder.complete(update)
 
     def _stop(self, trainer: Trainer, answer: int) -> None:
         if answer >= _STOP:
@@ -194,7 +208,17 @@ class SaveCheckpoints(Checkpoint):
         error = io.take_error() if isinstance(io, AtomicCheckpointIO) else None
         reason = trainer.strategy.broadcast(None if error is None else error.strerror or str(error))
         if reason is not None:
-            raise CheckpointError(_failure(self._folder, self.num_saved_updates, reason))
+            raise self._failure(reason)
+
+    def _failure(self, reason: str) -> CheckpointError:
+        path = self._folder.path
+        if not path.is_dir():
+            return CheckpointError(f"`{path}` was deleted while the run was going on; its checkpoints are lost.")
+        start = "the beginning" if self.num_saved_updates is None else f"update {self.num_saved_updates:,}"
+        return CheckpointError(
+            f"the checkpoints in `{path}` cannot be written: {reason}; make room, and `revnet train --resume "
+            f"{path.parent}` continues from {start}."
+        )
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
@@ -224,12 +248,3 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
             f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,} by "
             "`max_updates`; start a new run."
         )
-
-
-def _failure(folder: CheckpointFolder, num_saved_updates: int | None, reason: str) -> str:
-    run = folder.path.parent
-    start = "the beginning" if num_saved_updates is None else f"update {num_saved_updates:,}"
-    return (
-        f"the checkpoints in `{folder.path}` cannot be written: {reason}; make room or restore the folder, and "
-        f"`revnet train --resume {run}` continues from {start}."
-    )

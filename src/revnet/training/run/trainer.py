@@ -26,6 +26,7 @@ from revnet.training.settings.run_config import AbstractRunConfig
 _IRRELEVANT_WARNINGS = (
     r".*does not have many workers",  # the images are in memory: a worker would only copy them
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
+    r"FSDP2-wrapped module .* returned a view tensor",  # no task changes the output in place
     r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
