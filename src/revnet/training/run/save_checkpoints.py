@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from revnet.errors import CheckpointError
 from revnet.training.run.agreement import Agreement
 from revnet.training.run.callbacks import check_loss
-from revnet.training.run.checkpoint_folder import CheckpointFolder
+from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
 from revnet.training.run.task import AbstractTask
@@ -65,8 +65,6 @@ class SaveCheckpoints(Checkpoint):
         self._is_due = False
         self._repeats_validation = False
         self._end = RunEnd()
-        self.num_saved_updates: int | None = None
-        """Number of updates before the last checkpoint; None before the first."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the run was over, and how."""
@@ -167,7 +165,6 @@ class SaveCheckpoints(Checkpoint):
         else:
             trainer.save_checkpoint(self._folder.file(update))
         self._check(trainer)
-        self.num_saved_updates = update
         self._last_time = time.monotonic()
         self._is_due = False
         if trainer.is_global_zero:
@@ -214,7 +211,8 @@ class SaveCheckpoints(Checkpoint):
         path = self._folder.path
         if not path.is_dir():
             return CheckpointError(f"`{path}` was deleted while the run was going on; its checkpoints are lost.")
-        start = "the beginning" if self.num_saved_updates is None else f"update {self.num_saved_updates:,}"
+        saved = self._folder.list()
+        start = f"update {update_of(saved[-1]):,}" if saved else "the beginning"
         return CheckpointError(
             f"the checkpoints in `{path}` cannot be written: {reason}; make room, and `revnet train --resume "
             f"{path.parent}` continues from {start}."
