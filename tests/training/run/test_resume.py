@@ -17,7 +17,13 @@ from tests.training.samples import assert_same_run, train_with_copies, write_ima
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
-CLASSIFIER: dict[str, Any] = {"batch_size": 400, "epochs": 2, "crop_padding": 1, "horizontal_flip": True}
+CLASSIFIER: dict[str, Any] = {
+    "batch_size": 400,
+    "epochs": 2,
+    "max_updates": 5,
+    "crop_padding": 1,
+    "horizontal_flip": True,
+}
 LANGUAGE: dict[str, Any] = {"length": 16, "batch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "epochs": 2}
 
 
@@ -25,7 +31,11 @@ LANGUAGE: dict[str, Any] = {"length": 16, "batch_size": 4, "dim": 16, "depth": 2
     ("config", "load"),
     [
         (TrainConfig(**CLASSIFIER), load_classifier),
-        (TrainConfig(**CLASSIFIER, drift_every=2, tolerance=1e-3, max_updates=5), load_classifier),
+        pytest.param(
+            TrainConfig(**CLASSIFIER, drift_every=2, tolerance=1e-3),
+            load_classifier,
+            marks=pytest.mark.slow,
+        ),
         (NiceConfig(batch_size=400, epochs=2, num_couplings=2, hidden_dim=16, num_hidden=1), load_density),
     ],
     ids=["classifier", "drift", "density"],
@@ -39,7 +49,7 @@ def test_resumes_from_every_checkpoint(tmp_path, config, load):
         assert resumed.best_epoch == result.best_epoch
 
 
-@pytest.mark.parametrize("attention", ["full", "lsh"])
+@pytest.mark.parametrize("attention", ["full", pytest.param("lsh", marks=pytest.mark.slow)])
 def test_language_model_resumes_from_every_checkpoint(tmp_path, attention):
     (tmp_path / "fox.txt").write_text(TEXT)
     more = {"dropout": 0.1, "updates_per_epoch": 3, "attention": attention}
@@ -52,6 +62,7 @@ def test_language_model_resumes_from_every_checkpoint(tmp_path, attention):
         assert_same_run(result, resume(copy, quiet=True), load_language_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_in_files_resume_from_every_checkpoint(tmp_path, num_workers):
     data = write_image_folder(tmp_path / "data", num_images=6)

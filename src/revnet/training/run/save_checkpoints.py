@@ -174,13 +174,15 @@ class SaveCheckpoints(Checkpoint):
         path = self._folder.temporary(update)
         try:
             trainer.save_checkpoint(path)
-        except CheckpointException as error:  # in all processes, if one of them could not write
+        except (CheckpointException, RuntimeError, OSError) as error:
+            # Of the shards, all processes learn that one of them failed. The rest is written by the main process alone.
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if trainer.is_global_zero:
                 shutil.rmtree(path, ignore_errors=True)
-            cause = next(iter(error.failures.values()))[0]
-            if not isinstance(cause, OSError):
+            reason = _reason(cause)
+            if reason is None:
                 raise
-            raise self._failure(cause.strerror or str(cause)) from error
+            raise self._failure(reason) from error
         if trainer.is_global_zero:
             self._folder.complete(update)
 
@@ -217,6 +219,14 @@ class SaveCheckpoints(Checkpoint):
             f"the checkpoints in `{path}` cannot be written: {reason}; make room, and `revnet train --resume "
             f"{path.parent}` continues from {start}."
         )
+
+
+def _reason(error: BaseException) -> str | None:
+    """Return why a shard could not be written; None if the disk was not the cause."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # PyTorch's writer hides the error of the disk, and on the way to this process its cause is lost.
+    return "the disk may be full" if "inline_container" in str(error) else None
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
