@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from revnet.training.processes.join import LostProcessError
+from revnet.errors import ProcessError
 from revnet.training.processes.launch import RemoteError, run_in_processes
 from revnet.training.processes.world import World
 from tests.training.processes import programs
@@ -33,14 +33,14 @@ def test_processes_join_more_than_once():
         ("raise in both", ValueError, r"^`number` \(=3\) must be even\.$"),
         ("raise before the other", OSError, "No space left on device: 'folder/file'"),
         pytest.param("own error", KeyError, "a bug", marks=pytest.mark.slow),
-        ("die", LostProcessError, "^process 1 of 2 was ended by SIGKILL, so the others were stopped"),
-        pytest.param("exit", LostProcessError, "^process 1 of 2 ended with status 3", marks=pytest.mark.slow),
+        ("die", ProcessError, "^process 1 of 2 was ended by SIGKILL, so the others were stopped"),
+        pytest.param("exit", ProcessError, "^process 1 of 2 ended with status 3", marks=pytest.mark.slow),
     ],
 )
 def test_one_failure_ends_all_processes(how, error, message, capfd):
     with pytest.raises(error, match=message) as failure:
         run_in_processes(programs.fail, {"how": how}, TWO)
-    if error is not LostProcessError:
+    if error is not ProcessError:
         assert isinstance(failure.value.__cause__, RemoteError)
         assert "programs.py" in str(failure.value.__cause__)
     assert workers() == []

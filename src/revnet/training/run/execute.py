@@ -66,7 +66,8 @@ def execute(
 
     Raises:
         TrainingInterrupted: Ctrl-C or SIGTERM came.
-        RevnetError: The machine stopped the run: no memory, no room on the disk, a killed process that loads data.
+        CheckpointError: There is no room on the disk, or the folder was deleted.
+        ProcessError: Memory ran out, or a process was killed.
     """
     try:
         with StopSignals() as signals, _threads(job.config.num_threads):
