@@ -36,6 +36,7 @@ _LOGGED = (
     "step_seconds",
     "epoch_seconds",
 )
+_VALIDATED = ("val_loss", "val_accuracy")
 
 
 class MainStatistics(Callback):
@@ -113,7 +114,10 @@ class StepTimer(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the median."""
-        pl_module.log("step_seconds", median([*self._earlier, *self._counted()]))
+        seconds = [*self._earlier, *self._counted()]
+        if not seconds:  # the only update since the last checkpoint, after whose validation the run ends
+            seconds = [time.perf_counter() - (self._starts or [self._epoch_start])[-1]]
+        pl_module.log("step_seconds", median(seconds))
         pl_module.log("epoch_seconds", time.perf_counter() - self._epoch_start)
         self._num_warmup = max(0, self._num_warmup - (len(self._starts) - 1))
 
@@ -138,26 +142,34 @@ class EpochLog(Callback):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lr = 0.0
+        self._validation: Row = {}
         self.rows: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows, and the learning rate at the start of the epoch."""
-        return {"rows": self.rows, "lr": self._lr}
+        """Return the rows, the learning rate at the start of the epoch, and the figures of the last validation."""
+        return {"rows": self.rows, "lr": self._lr, "validation": self._validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows and the learning rate."""
+        """Restore the rows, the learning rate and the figures."""
         self.rows = state_dict["rows"]
         self._lr = state_dict["lr"]
+        self._validation = state_dict["validation"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the learning rate before the schedule changes it."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the figures, which may belong to several epochs, or to a process before this one."""
+        metrics = trainer.callback_metrics
+        self._validation = {name: float(metrics[name]) for name in _VALIDATED if name in metrics}
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add a row and rewrite the file."""
         metrics = trainer.callback_metrics
         row: Row = {"epoch": trainer.current_epoch + 1, "updates": trainer.global_step, "lr": self._lr}
-        row |= {name: float(metrics[name]) for name in _LOGGED if name in metrics}
+        known = {name: float(metrics[name]) for name in _LOGGED if name in metrics} | self._validation
+        row |= {name: known[name] for name in _LOGGED if name in known}
         check_loss(row["train_loss"], self._lr, trainer.current_epoch + 1)
         self.rows.append(row)
         if not current_world().is_main:
