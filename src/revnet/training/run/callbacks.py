@@ -38,7 +38,6 @@ _LOGGED = (
     "samples_per_second",
     "epoch_seconds",
 )
-
 _VALIDATED = ("val_loss", "val_accuracy")
 
 
@@ -129,7 +128,10 @@ class StepTimer(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the median."""
-        step_seconds = median([*self._earlier, *self._counted()])
+        seconds = [*self._earlier, *self._counted()]
+        if not seconds:  # the only update since the last checkpoint, after whose validation the run ends
+            seconds = [time.perf_counter() - (self._starts or [self._epoch_start])[-1]]
+        step_seconds = median(seconds)
         pl_module.log("step_seconds", step_seconds)
         pl_module.log("samples_per_second", self._batch_size / step_seconds)
         pl_module.log("epoch_seconds", time.perf_counter() - self._epoch_start)
