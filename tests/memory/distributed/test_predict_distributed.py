@@ -148,7 +148,7 @@ def test_padding_of_small_matrices_is_reported():
     assert "Padding" not in str(few)
     whole = 1024 * many.devices[0].parameter_bytes
     assert many.padding_bytes == whole - many.model_bytes > many.model_bytes
-    assert "Padding: FSDP2 cuts each parameter along its first dimension into 1,024 equal shards" in str(many)
+    assert "Padding: FSDP2 cuts the first dimension of each parameter into 1,024 equal shards." in str(many)
     gathered = next(entry for entry in many.communication if entry.phase == "forward")
     assert gathered.num_bytes == whole
     last = prediction(network(2), 1024, batch=1024, rank=1023).devices[0]
