@@ -1,5 +1,6 @@
 """Shard a model over processes, unit by unit."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -20,8 +21,15 @@ def shard_units(model: nn.Module, *, mesh: DeviceMesh, unit: ShardUnit, reshard_
         reshard_after_forward: Whether units give up their gathered parameters between the passes. What is outside all
             units, such as stem and head, keeps them: the backward pass needs the head at once.
     """
-    for module in {id(module): module for module in _units(model, unit)}.values():
-        if module is not model and next(module.parameters(), None) is not None:
+    units = {id(module): module for module in _units(model, unit)}.values()
+    num_owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    # A module that belongs to several units counts for each of them.
+    num_owners += Counter(id(parameter) for module in units for parameter in module.parameters())
+    for module in units:
+        parameters = list(module.parameters())
+        # Parameters that are shared with another unit stay with the rest, which is gathered as a whole.
+        is_shared = any(num_owners[id(parameter)] > 2 for parameter in parameters)
+        if module is not model and parameters and not is_shared:
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
 
