@@ -56,7 +56,7 @@ class DeviceMemory:
     In a pipeline, the largest number between the passes of two microbatches.
     """
     communication_bytes: int
-    """Gathered parameters and buckets of gradients alive between the passes; in a pipeline, streams that were received."""
+    """Gathered parameters and buckets of gradients alive between the passes; in a pipeline, received streams."""
 
 
 @dataclass(frozen=True)
