@@ -148,7 +148,7 @@ def test_padding_of_small_matrices_is_reported():
     assert "Padding" not in str(few)
     whole = 1024 * many.devices[0].parameter_bytes
     assert many.padding_bytes == whole - many.model_bytes > many.model_bytes
-    assert "Padding: FSDP2 cuts each parameter along its first dimension into 1,024 equal shards" in str(many)
+    assert "Padding: FSDP2 cuts the first dimension of each parameter into 1,024 equal shards." in str(many)
     gathered = next(entry for entry in many.communication if entry.phase == "forward")
     assert gathered.num_bytes == whole
     last = prediction(network(2), 1024, batch=1024, rank=1023).devices[0]
@@ -251,6 +251,17 @@ class Tied(nn.Module):
         return self.blocks(self.stem(x)) @ self.stem.weight
 
 
+def tied_blocks():
+    blocks = [block(), block()]
+    blocks[1].f = blocks[0].f
+    return nn.Sequential(nn.Linear(5, 12), ReversibleSequential(*blocks), nn.Linear(12, 3))
+
+
+def test_shared_functions_are_not_sharded_alone():
+    memory = prediction(tied_blocks(), 2)
+    assert [entry.count for entry in memory.communication] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -258,6 +269,7 @@ class Tied(nn.Module):
         (lambda: nn.Linear(5, 3), "has 0 reversible sequences instead of one"),
         (WithSkip, "uses activations from before its blocks after them"),
         (Tied, "uses `stem.weight` in two of its parts"),
+        (tied_blocks, "shares parameters between stages 0 and 1"),
     ],
 )
 def test_models_that_cannot_be_cut_are_refused(make, reason):

@@ -51,9 +51,12 @@ class DeviceMemory:
     """State of the optimizer; 0 if none was given."""
     input_bytes: int
     held_bytes: int
-    """Activations alive between the forward and the backward pass: tensors that autograd saved, and the loss."""
+    """Activations alive between the forward and the backward pass: tensors that autograd saved, and the loss.
+
+    In a pipeline, the largest number between the passes of two microbatches.
+    """
     communication_bytes: int
-    """Gathered parameters and buckets of gradients alive between the forward and the backward pass."""
+    """Gathered parameters and buckets of gradients alive between the passes; in a pipeline, received streams."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class DistributedMemory:
     devices: tuple[DeviceMemory, ...]
     """One entry for all devices if they run the same program, or one entry for each stage of a pipeline."""
     communication: tuple[Communication, ...]
-    """Collectives that each device calls in a step. In a pipeline, all tensors that stages send to their neighbors."""
+    """Collectives that each device calls in a step. In a pipeline, what two neighbors send each other."""
     model_bytes: int
     """Parameters of the whole model, without padding."""
     is_extrapolated: bool

@@ -65,6 +65,6 @@ def padding_lines(num_devices: int, model_bytes: int, padding_bytes: int) -> lis
     """Return a note about the padding of the shards."""
     whole, padding = format_bytes(model_bytes + padding_bytes), format_bytes(padding_bytes)
     return [
-        f"Padding: FSDP2 cuts each parameter along its first dimension into {num_devices:,} equal shards. All shards",
-        f"together take {whole}, of which {padding} are padding. Collectives move it, too.",
+        f"Padding: FSDP2 cuts the first dimension of each parameter into {num_devices:,} equal shards.",
+        f"Together they take {whole}, of which {padding} are padding. Collectives move it, too.",
     ]

@@ -47,13 +47,14 @@ def predict_distributed(
     * "fsdp2" shards the model with `fully_shard`. Each device has a part of each parameter and a part of the batch.
     * "pipeline" gives each device some of the blocks, which run on microbatches of the whole batch.
 
-    The bytes are the bytes of processes on the CPU, which the `gloo` backend connects: tests compare them with 2 and 4
-    real processes, to the byte. A real process may free a buffer a moment later, when a thread of `gloo` lets go of it.
-    Prediction for GPUs is experimental: the same tensors exist, but the allocator and NCCL need more memory.
+    The bytes are the bytes of processes on the CPU, which the `gloo` backend connects: tests compare "ddp" and "fsdp2"
+    with 2 and 4 real processes, to the byte. A real process may free a buffer a moment later, when a thread of `gloo`
+    releases it. The peak of a stage of a "pipeline" is an estimate, which may be off by a few percent. Prediction for
+    GPUs is experimental: the same tensors exist, but the allocator and NCCL need more memory.
 
-    A model with 1,000 blocks takes a few seconds on 1,024 devices. Runs of equal blocks are shortened, and the figures
-    of the whole model follow from models that differ by a block. One more model checks that they do; if not, the whole
-    model runs.
+    Under "fsdp2" and "pipeline", 1,000 equal blocks take as long as a few: runs of equal blocks are shortened, and the
+    figures of the whole model follow from models that differ by a block. One more model checks that they do; if not,
+    the whole model runs.
 
     Args:
         model: Any module, in the mode (training or evaluation) to predict. It may be on the meta device. It is not

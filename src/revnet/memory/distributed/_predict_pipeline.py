@@ -78,13 +78,24 @@ class _PipelinePrediction:
             raise refusal(self._program.model, f"has {num_blocks} blocks, fewer than {num_stages} stages")
         quotient, remainder = divmod(num_blocks, num_stages)
         stages, first, model_bytes = [], 0, 0
+        owners: dict[int, int] = {}
         for rank in range(num_stages):
             count = quotient + (rank < remainder)
+            self._check_not_tied(rank, range(first, first + count), owners)
             step = self._predict(rank, range(first, first + count))
             stages.append(device_memory(step, f"stage {rank}"))
             model_bytes += step.whole_parameter_bytes
             first += count
         return PipelineMemory(tuple(stages), self._communication(), model_bytes, self._is_extrapolated)
+
+    def _check_not_tied(self, rank: int, blocks: Sequence[int], owners: dict[int, int]) -> None:
+        """Raise if blocks share a parameter with an earlier stage. `owners` has the stage of each tensor, by its id."""
+        for block in blocks:
+            for tensor in self._parts.blocks[block].state_dict(keep_vars=True).values():
+                if owners.setdefault(id(tensor), rank) != rank:
+                    raise refusal(
+                        self._program.model, f"shares parameters between stages {owners[id(tensor)]} and {rank}"
+                    )
 
     def _predict(self, rank: int, blocks: Sequence[int]) -> ProcessStep:
         """Return the step of a stage with these blocks."""

@@ -16,7 +16,7 @@ from revnet.engine import HalfBlock
 from revnet.engine._checkpoint import checkpointed_call
 from revnet.memory.distributed._model_parts import ModelParts
 from revnet.memory.distributed._process_log import ProcessLog
-from revnet.memory.step._run_step import Loss, losses_of
+from revnet.memory.step._run_step import Loss, check_losses, losses_of
 from revnet.nn import AbstractReversibleBlock, ReversibleSequential
 
 
@@ -120,6 +120,7 @@ class _Runner:
         with self._autocast():
             activation, head = self._step.parts.joined(leaves), self._step.stage.head
             losses = losses_of(activation if head is None else head(activation), self._step.loss)
+            check_losses(self._step.stage, losses, is_given=self._step.loss is not None)
             del activation
         torch.autograd.backward([loss / len(self._step.microbatches) for loss in losses])
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
