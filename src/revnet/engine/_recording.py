@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from revnet._checks import describe, is_integer
 from revnet._types import Streams
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._backward_root import BackwardEntry, BackwardRoot
@@ -149,6 +150,8 @@ class Recording:
                 "`Recording.backward` needs a pass with gradients, but `torch.no_grad()` or `torch.inference_mode()` "
                 "was on when it was recorded; record it outside."
             )
+        if not is_integer(distance) or distance < 0:
+            raise ValueError(f"`distance` (={describe(distance)}) must be an integer from 0 up.")
         _check("grads", grads, self._metas, may_be_none=True)
         if self._released is not None:
             _check("streams", streams, self._metas)
