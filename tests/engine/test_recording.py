@@ -404,6 +404,13 @@ def test_rejects_wrong_streams_and_gradients(recorded, change, message):
     recording.backward(output, grads)
 
 
+@pytest.mark.parametrize("distance", [-1, 1.5, None, "x"])
+def test_rejects_a_wrong_distance(recorded, distance):
+    _, output, recording, grads = recorded
+    with pytest.raises(ValueError, match="`distance`"):
+        recording.backward(output, grads, distance=distance)
+
+
 def test_without_gradients_there_is_no_backward_pass():
     case = CASE["fixed-point-mlp"]
     sequence = case.sequence(DEPTH)

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from revnet._checks import describe, is_integer
 from revnet._types import Streams
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._backward_root import BackwardEntry, BackwardRoot
 from revnet.engine._chain import BoundChain
-from revnet.engine._digest import can_digest, digest_of
+from revnet.engine._digest import digest_of
 from revnet.engine._drift import DriftWatch
 from revnet.engine._rebuild import Rebuilder
 from revnet.engine._streams import StreamSnapshot
@@ -149,6 +150,8 @@ class Recording:
                 "`Recording.backward` needs a pass with gradients, but `torch.no_grad()` or `torch.inference_mode()` "
                 "was on when it was recorded; record it outside."
             )
+        if not is_integer(distance) or distance < 0:
+            raise ValueError(f"`distance` (={describe(distance)}) must be an integer from 0 up.")
         _check("grads", grads, self._metas, may_be_none=True)
         if self._released is not None:
             _check("streams", streams, self._metas)
@@ -238,7 +241,7 @@ class RecordedRun(Rebuilder):
             # `rebuild` looks only if the streams are exact.
             self.surroundings.look_at_random_states(self.steps[0].before)
         for observer in self.observers:
-            if isinstance(observer, AgreementWatch) and can_digest(streams[0]):
+            if isinstance(observer, AgreementWatch):
                 _compare(observer, self, self.held)
 
     def rebuild(self, index: int) -> None:

@@ -688,3 +688,10 @@ def test_stages_share_the_modules_of_the_sequence():
     # The middle stage begins with a stored block, so it keeps its input, which is then exact.
     assert [stage.num_above for stage in stages] == [0, 2, 0]
     assert "stage 1 of 3, blocks 2 to 3" in repr(stages[1])
+
+
+def test_errors_name_blocks_by_their_places_in_the_whole():
+    stages = cut_into_stages(CASE["mlp"].sequence(5), 2)
+    stages[1].blocks[1].f = nn.Linear(3, 2).double()
+    with pytest.raises(ValueError, match=r"blocks\.4\.f"):
+        stages[1].blocks.record(torch.zeros(2, 6).double())

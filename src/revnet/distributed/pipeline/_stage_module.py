@@ -51,6 +51,8 @@ class StageModule(nn.Module):
         super().__init__()
         self.stem = stem
         self.blocks = blocks
+        # Errors and warnings name blocks by their places in the whole sequence.
+        self.blocks.first_block = first_block
         self.head = head
         self.index = index
         self.num_stages = num_stages

@@ -52,7 +52,8 @@ class Chains(ModuleCache):
             blocks: Its blocks.
             kind: The class `ReversibleSequential`. `sequence` may be a subclass that overrides `policies`.
         """
-        half_blocks = [block.half_blocks(f"blocks.{index}.") for index, block in enumerate(blocks)]
+        names = [f"blocks.{sequence.first_block + index}." for index in range(len(blocks))]
+        half_blocks = [block.half_blocks(name) for name, block in zip(names, blocks, strict=True)]
         called = [block if must_be_called(block) else None for block in blocks]
         key = (sequence.policies, half_blocks, called)
         first = blocks[0] if blocks else None

@@ -77,6 +77,8 @@ class ReversibleSequential(ReversibleModule, HasPolicies):
     """
 
     _chains: Chains
+    first_block = 0
+    """Number of the first block in errors, for a sequence that is a part of another one."""
 
     def __init__(
         self,
