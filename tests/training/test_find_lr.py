@@ -23,6 +23,11 @@ def test_rejects_a_trial_that_is_too_short(num_updates):
         find_lr(TrainConfig(), num_updates=num_updates)
 
 
+def test_rejects_several_processes():
+    with pytest.raises(ValueError, match=r"^`devices` \(=2\) must be 1 to find a learning rate; leave it out"):
+        find_lr(TrainConfig(device="cpu", devices=2))
+
+
 def test_command_draws_and_exits(tmp_path, capsys):
     arguments = ["train", "nice", "--find-lr", "--hidden-dim", "8", "--batch-size", "20", "--out-dir", str(tmp_path)]
     assert main(arguments) == 0

@@ -16,6 +16,7 @@ from revnet._figure import clear_frame, new_figure, save
 from revnet._palette import BLUE, RED
 from revnet.training.atomic_file import atomic_path
 from revnet.training.entry import new_job
+from revnet.training.processes.choose import choose_world
 from revnet.training.run.execution import execution
 from revnet.training.run.trainer import make_trainer, quiet
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -72,13 +73,20 @@ def find_lr(config: AbstractRunConfig, *, num_updates: int = 100) -> RateTrial:
         num_updates: Number of updates.
 
     Raises:
-        ValueError: `num_updates` is below 20, or a setting does not fit the data.
+        ValueError: `num_updates` is below 20, a setting does not fit the data, or there are several processes.
 
     References:
         Smith (2017), Cyclical Learning Rates for Training Neural Networks, section 3.3.
     """
     if not isinstance(num_updates, int) or num_updates < _FEWEST:
         raise ValueError(f"`num_updates` (={num_updates!r}) must be an integer of {_FEWEST} or more; 100 is usual.")
+    world = choose_world(config.device, config.devices, config.num_nodes)
+    if world.num_processes > 1:
+        launcher = f", and start the trial without {world.launcher}" if world.launcher else ""
+        raise ValueError(
+            f"`devices` (={world.num_processes}) must be 1 to find a learning rate; leave it out{launcher}. The rate "
+            "holds for a `batch_size` on any number of devices."
+        )
     job = new_job(replace(config, schedule="constant", warmup=0.0, val_every=None, patience=None, ema_decay=None))
     with tempfile.TemporaryDirectory() as folder, quiet(), _bar_on_terminals_only():
         endless = replace(job.config, epochs=sys.maxsize, max_updates=None)

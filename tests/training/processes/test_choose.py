@@ -147,5 +147,10 @@ def test_rejects_a_batch_that_processes_cannot_divide():
             check_division(33)
         with pytest.raises(ValueError, match=r"^`batch_size` \(=1\) must be a multiple of the 2 .* pass 2, or use"):
             check_division(1)
+        with pytest.raises(
+            ValueError,
+            match=r"^`batch_size` \(=6\) must be a multiple of 4, since 2 processes divide .* pass 4 or 8, or use",
+        ):
+            check_division(6, num_parts=2)
         with pytest.raises(ValueError, match=r"^`val_fraction` leaves 1 samples for validation, fewer than the 2 proc"):
             check_division(32, range(1))
