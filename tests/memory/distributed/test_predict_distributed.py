@@ -210,6 +210,7 @@ def test_stages_have_all_parameters_once():
     assert memory.devices[1].input_bytes == 0
 
 
+@pytest.mark.slow
 def test_figures_of_many_stages_follow_from_few(monkeypatch):
     assert_extrapolated(monkeypatch, network(6), 6, "pipeline", num_microbatches=8, optimizer=None)
 

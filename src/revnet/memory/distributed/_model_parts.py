@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import TorchDispatchMode
-from revnet.engine._streams import begin
 from revnet.memory.step._run_step import tensors_in
-from revnet.nn import AbstractReversibleBlock, ReversibleSequential
+from revnet.nn import ReversibleSequential
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,30 +24,6 @@ class ModelParts:
     """Module after the blocks, which returns the output of the model."""
     activation: Any
     """Input of the blocks: a tensor or a tuple of streams."""
-
-    def streams(self) -> list[Tensor]:
-        """Return new streams like the ones between the blocks."""
-        return self.split(self.activation)
-
-    def split(self, activation: Any) -> list[Tensor]:
-        """Return the streams of an activation, as the blocks begin with them."""
-        coupling = self._first.half_blocks()[0].coupling
-        return list(begin(activation, self._split_dim, self._first.num_streams, coupling)[0])
-
-    def joined(self, streams: list[Tensor]) -> Any:
-        """Return streams as the blocks return them: one tensor if their input is one."""
-        return torch.cat(streams, self._split_dim) if isinstance(self.activation, Tensor) else tuple(streams)
-
-    @property
-    def _first(self) -> AbstractReversibleBlock:
-        block = self.blocks[0]
-        assert isinstance(block, AbstractReversibleBlock)
-        return block
-
-    @property
-    def _split_dim(self) -> int:
-        assert self._first.split_dim is not None
-        return self._first.split_dim
 
 
 def take_apart(model: nn.Module, x: Tensor, pause: Callable[[], Any]) -> ModelParts:

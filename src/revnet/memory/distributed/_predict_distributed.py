@@ -13,7 +13,6 @@ from revnet._checks import check_bool, check_choice, check_count, describe
 from revnet.errors import PredictionError
 from revnet.memory.distributed._distributed_memory import DistributedMemory, ShardUnit, Strategy
 from revnet.memory.distributed._equal_blocks import find_equal_blocks
-from revnet.memory.distributed._predict_pipeline import predict_pipeline
 from revnet.memory.distributed._predict_process import ProcessProgram, predict_replicated, predict_sharded
 from revnet.memory.distributed._process_step import ProcessStep
 from revnet.memory.distributed._splice import NotPeriodicError
@@ -44,13 +43,13 @@ def predict_distributed(
     The step runs on fake tensors, in a process group without other processes, as one process of `num_devices`:
 
     * "ddp" replicates the model with `DistributedDataParallel`. Each device has all parameters and a part of the batch.
-    * "fsdp2" shards the model with `fully_shard`. Each device has a part of each parameter and a part of the batch.
-    * "pipeline" gives each device some of the blocks, which run on microbatches of the whole batch.
+    * "fsdp2" shards the model with `revnet.distributed.shard_blocks`. Each device has a part of each parameter, and of
+      the batch.
+    * "pipeline" is a `revnet.distributed.Pipeline`. Each device has some of the blocks, which run on microbatches.
 
-    The bytes are the bytes of processes on the CPU, which the `gloo` backend connects: tests compare "ddp" and "fsdp2"
-    with 2 and 4 real processes, to the byte. A real process may free a buffer a moment later, when a thread of `gloo`
-    releases it. The peak of a stage of a "pipeline" is an estimate, which may be off by a few percent. Prediction for
-    GPUs is experimental: the same tensors exist, but the allocator and NCCL need more memory.
+    The bytes are the bytes of processes on the CPU, which the `gloo` backend connects: tests compare them with 2 and 4
+    real processes, to the byte. A real process may free a buffer a moment later, when a thread of `gloo` releases it.
+    Prediction for GPUs is experimental: the same tensors exist, but the allocator and NCCL need more memory.
 
     Under "fsdp2", 1,000 equal blocks take as long as a few: runs of equal blocks are shortened, and the figures of the
     whole model follow from models that differ by a block. One more model checks that they do; if not, the whole model
@@ -132,6 +131,8 @@ def _pipeline(step: TrainingStep, num_devices: int, num_microbatches: int | None
     program = ProcessProgram(
         step.model, step.args, {}, _checked_factory(step.optimizer), step.loss, step.autocast, num_devices, 0
     )
+    from revnet.memory.distributed._predict_pipeline import predict_pipeline
+
     memory = predict_pipeline(program, num_microbatches)
     return DistributedMemory(
         strategy="pipeline",

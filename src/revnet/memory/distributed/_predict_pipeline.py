@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import FakeTensorMode
+from revnet.distributed.pipeline._link import Header
+from revnet.distributed.pipeline._stage_module import StageModule
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
 from revnet.memory.distributed._equal_blocks import kinds_of_blocks
 from revnet.memory.distributed._model_parts import ModelParts, refusal, take_apart
@@ -16,20 +18,14 @@ from revnet.memory.distributed._predict_process import ProcessProgram, counting,
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import ProcessStep, run_process_step
 from revnet.memory.distributed._splice import NotPeriodicError, extrapolated
-from revnet.memory.distributed._stage_step import Stage, StageStep
+from revnet.memory.distributed._stage_step import StageStep
 from revnet.memory.distributed._summary import device_memory
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
-from revnet.memory.step._memory_parts import Phase
 from revnet.memory.step._optimizer import AnyValue, make_optimizer
 from revnet.nn import AbstractReversibleBlock, ReversibleSequential
 
 _FEW_AHEAD = 2
 """Number of microbatches that a stage runs ahead of its backward passes, where the true number is larger."""
-_MESSAGES: tuple[tuple[Phase, str, int], ...] = (
-    ("forward", "to the next stage", 1),
-    ("backward", "to the stage before", 2),
-)
-"""Part of the step, direction, and number of copies of the streams that a stage sends in that direction."""
 _STEADY = 3
 """Number of microbatches that it runs after these. More would repeat the same bytes."""
 
@@ -67,6 +63,7 @@ class _PipelinePrediction:
         self._log: ProcessLog | None = None
         self._parts: ModelParts = take_apart(program.model, self._microbatches[0], self._pause)
         self._kinds = kinds_of_blocks(program.model, self._parts.blocks)
+        self._headers: dict[int, Header] = {}
         self._steps: dict[tuple[object, ...], ProcessStep] = {}
         self._is_extrapolated = False
 
@@ -78,6 +75,7 @@ class _PipelinePrediction:
         quotient, remainder = divmod(num_blocks, num_stages)
         stages, first, model_bytes = [], 0, 0
         owners: dict[int, int] = {}
+        last_blocks: list[int] = []
         for rank in range(num_stages):
             count = quotient + (rank < remainder)
             self._check_not_tied(rank, range(first, first + count), owners)
@@ -85,7 +83,9 @@ class _PipelinePrediction:
             stages.append(device_memory(step, f"stage {rank}"))
             model_bytes += step.whole_parameter_bytes
             first += count
-        return PipelineMemory(tuple(stages), self._communication(), model_bytes, self._is_extrapolated)
+            last_blocks.append(first - 1)
+        communication = self._communication(last_blocks[:-1])
+        return PipelineMemory(tuple(stages), communication, model_bytes, self._is_extrapolated)
 
     def _check_not_tied(self, rank: int, blocks: Sequence[int], owners: dict[int, int]) -> None:
         """Raise if blocks share a parameter with an earlier stage. `owners` has the stage of each tensor, by its id."""
@@ -115,7 +115,8 @@ class _PipelinePrediction:
     def _run_once(self, rank: int, blocks: Sequence[int], ahead: int, num_steady: int) -> ProcessStep:
         """Return the step of a stage. Stages of equal blocks share it."""
         is_first, is_last = rank == 0, rank == self._program.num_processes - 1
-        key = is_first, is_last, ahead, num_steady, *(self._kinds[block] for block in blocks)
+        before = None if is_first else self._kinds[blocks[0] - 1]
+        key = is_first, is_last, ahead, num_steady, before, *(self._kinds[block] for block in blocks)
         if key not in self._steps:
             self._steps[key] = self._run(rank, blocks, ahead, num_steady)
         return self._steps[key]
@@ -128,8 +129,19 @@ class _PipelinePrediction:
             policy=[whole.policies[block] for block in blocks],
             tolerance=whole.tolerance,
         )
-        stage = Stage(self._parts.stem if is_first else None, sequence, self._parts.head if is_last else None)
+        num_stages = self._program.num_processes
+        stage = StageModule(
+            sequence,
+            stem=self._parts.stem if is_first else None,
+            head=self._parts.head if is_last else None,
+            index=rank,
+            num_stages=num_stages,
+            # Only whether there are half-blocks above matters here.
+            num_above=num_stages - 1 - rank,
+        )
         parameters = list(stage.parameters())
+        incoming = None if is_first else self._header_after(blocks[0] - 1)
+        outgoing = None if is_last else self._header_after(blocks[-1])
         with counting() as log:
             self._log = log
             optimizer = None if factory is None or not parameters else make_optimizer(factory, parameters)
@@ -137,10 +149,9 @@ class _PipelinePrediction:
                 log=log,
                 stage=stage,
                 microbatches=self._microbatches[: ahead + num_steady],
-                parts=self._parts,
+                incoming=incoming,
+                outgoing=outgoing,
                 num_ahead=ahead,
-                rank=rank,
-                num_stages=self._program.num_processes,
                 loss=self._program.loss,
                 autocast=self._program.autocast,
             )
@@ -149,16 +160,34 @@ class _PipelinePrediction:
                 log, stage, inputs, step.run, optimizer=optimizer, optimizer_mode=AnyValue(), num_warm_up=1
             )
 
-    def _communication(self) -> tuple[Communication, ...]:
-        """Return what two neighbors send each other."""
-        if self._program.num_processes == 1:
+    def _header_after(self, block: int) -> Header:
+        """Return the description of the streams that a stage sends whose last block is this one."""
+        kind = self._kinds[block]
+        if kind not in self._headers:
+            with torch.enable_grad():
+                streams, recording = self._parts.blocks[block : block + 1].record(self._parts.activation)
+            self._headers[kind] = Header.of(
+                streams,
+                recording.input_dtype,
+                is_joined=isinstance(self._parts.activation, Tensor),
+                needs_output=recording.needs_output,
+                num_microbatches=len(self._microbatches),
+            )
+        return self._headers[kind]
+
+    def _communication(self, last_blocks: Sequence[int]) -> tuple[Communication, ...]:
+        """Return what two neighbors send each other, for the two that send most."""
+        if not last_blocks:
             return ()
-        streams = self._parts.streams()
-        count, num_bytes = len(streams), sum(stream.numel() * stream.element_size() for stream in streams)
-        num_microbatches = len(self._microbatches)
-        return tuple(
-            Communication(phase, kind, copies * num_microbatches * count, copies * num_microbatches * num_bytes)
-            for phase, kind, copies in _MESSAGES
+        header = max(map(self._header_after, last_blocks), key=lambda header: header.needs_output)
+        streams = header.new_streams(torch.device("meta"))
+        count = len(self._microbatches)
+        num_bytes = sum(stream.numel() * stream.element_size() for stream in streams)
+        # The output comes back together with its gradients, if the stage needs it.
+        copies = 2 if header.needs_output else 1
+        return (
+            Communication("forward", "to the next stage", count * len(streams), count * num_bytes),
+            Communication("backward", "to the stage before", copies * count * len(streams), copies * count * num_bytes),
         )
 
     def _pause(self) -> AbstractContextManager[None]:

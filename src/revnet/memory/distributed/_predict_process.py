@@ -54,7 +54,7 @@ def predict_replicated(program: ProcessProgram) -> ProcessStep:
         return _run(program, log, Replica(program.model), faker, num_warm_up=2)
 
 
-def predict_sharded(program: ProcessProgram, shard: Callable[..., None], runs: Sequence[EqualBlocks]) -> ProcessStep:
+def predict_sharded(program: ProcessProgram, shard: Callable[..., object], runs: Sequence[EqualBlocks]) -> ProcessStep:
     """Return the step of a process under `fully_shard`.
 
     Args:
