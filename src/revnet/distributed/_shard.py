@@ -64,6 +64,17 @@ def shard_blocks(
         ValueError: `model` has no reversible block, is already sharded, or `unit` is not one of the two names. Or a
             function that would run uncompiled has been compiled.
         RuntimeError: There is no process group.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import ReversibleBlock, ReversibleSequential
+        >>> from revnet.distributed import shard_blocks
+        >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(8)]
+        >>> model = shard_blocks(ReversibleSequential(*blocks))
+        >>> optimizer = torch.optim.AdamW(model.parameters())  # after sharding
+        >>> model(torch.rand(3, 4)).square().mean().backward()
+        >>> optimizer.step()
     """
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
     _check_arguments(model, mesh, reshard_after_forward, policy, offload_policy, unit)
