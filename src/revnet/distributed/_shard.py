@@ -67,14 +67,18 @@ def shard_blocks(
 
     Example:
         >>> import torch
+        >>> import torch.distributed as dist
         >>> from torch import nn
         >>> from revnet import ReversibleBlock, ReversibleSequential
         >>> from revnet.distributed import shard_blocks
+        >>> # Under torchrun, `dist.init_process_group()` is enough.
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(8)]
         >>> model = shard_blocks(ReversibleSequential(*blocks))
         >>> optimizer = torch.optim.AdamW(model.parameters())  # after sharding
         >>> model(torch.rand(3, 4)).square().mean().backward()
         >>> optimizer.step()
+        >>> dist.destroy_process_group()
     """
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
     _check_arguments(model, mesh, reshard_after_forward, policy, offload_policy, unit)
