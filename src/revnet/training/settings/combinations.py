@@ -94,7 +94,6 @@ def _check_sharding(config: Any) -> None:
         return
     excluded = {
         "ema_decay": config.ema_decay is not None,
-        "compile": config.compile,
         "optimizer": config.optimizer in ("muon", "adafactor"),
         "precision": config.precision in ("16-mixed", "bf16-true"),
     }
