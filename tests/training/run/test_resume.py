@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 
 from revnet.training import (
     LanguageConfig,
@@ -47,6 +49,36 @@ def test_resumes_from_every_checkpoint(tmp_path, config, load):
         resumed = resume(copy, quiet=True)
         assert_same_run(result, resumed, load)
         assert resumed.best_epoch == result.best_epoch
+
+
+class ValidateEvery(Callback):
+    """Validate every `num_updates`, and collect the losses."""
+
+    def __init__(self, num_updates):
+        self.num_updates = num_updates
+        self.losses = []
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.val_check_interval = self.num_updates
+
+    def on_validation_end(self, trainer, pl_module):
+        self.losses.append(float(trainer.callback_metrics["val_loss"]))
+
+
+def test_resumes_around_validations_within_an_epoch_and_an_early_end(tmp_path):
+    def make_callbacks():
+        # The loss falls, so this stops the run after the fifth of nine validations.
+        return [ValidateEvery(2), EarlyStopping("val_loss", patience=4, mode="max", check_finite=False)]
+
+    config = NiceConfig(batch_size=200, epochs=3, num_couplings=2, hidden_dim=16, num_hidden=1)
+    callbacks = make_callbacks()
+    result, copies = train_with_copies(config, tmp_path, callbacks)
+    assert (result.num_updates, len(copies), len(callbacks[0].losses)) == (10, 10, 5)
+    for number, copy in enumerate(copies, start=1):
+        others = make_callbacks()
+        assert_same_run(result, resume(copy, quiet=True, callbacks=others), load_density)
+        # A checkpoint comes after the validation that follows its update.
+        assert others[0].losses == callbacks[0].losses[number // 2 :]
 
 
 @pytest.mark.parametrize("attention", ["full", pytest.param("lsh", marks=pytest.mark.slow)])

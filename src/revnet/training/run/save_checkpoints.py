@@ -251,8 +251,8 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
         raise ValueError(
             f"`{name}` (={value}) leaves {num_updates:,} updates, and the run has made {num_done:,} already; pass more."
         )
-    if end.is_within_epoch and num_updates > num_done and num_updates != end.num_updates:
+    if end.is_within_epoch and num_updates != end.num_updates:
         raise ValueError(
-            f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,} by "
-            "`max_updates` or `patience`; start a new run."
+            f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,}; "
+            "start a new run."
         )
