@@ -18,6 +18,7 @@ from revnet.errors import CheckpointError as CheckpointError
 from revnet.errors import DataError as DataError
 from revnet.errors import MissingDependencyError as MissingDependencyError
 from revnet.errors import PredictionError as PredictionError
+from revnet.errors import ProcessError as ProcessError
 from revnet.errors import ReconstructionError as ReconstructionError
 from revnet.errors import ReconstructionWarning as ReconstructionWarning
 from revnet.errors import RevnetError as RevnetError

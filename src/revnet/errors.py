@@ -9,6 +9,7 @@ Bad arguments raise a plain `ValueError`, `TypeError` or `NotImplementedError` i
   x MissingDependencyError    an optional package is not installed
   x PredictionError           a model cannot run on shapes without data
   x BudgetError               a training step does not fit into a memory budget
+  x ProcessError              a process of a run on several devices was killed
 
 There is one warning, ReconstructionWarning: rebuilt activations are far from the original ones.
 """
@@ -181,3 +182,16 @@ class BudgetError(RevnetError, ValueError):
         self.missing_bytes = missing_bytes
         self.least_bytes = least_bytes
         self.max_batch_size = max_batch_size
+
+
+class ProcessError(RevnetError, RuntimeError):
+    """A process of a run was killed, or ran out of memory; on several devices, the others have ended with it.
+
+    Example:
+        >>> from revnet import ProcessError
+        >>> try:
+        ...     ...  # train(TrainConfig(devices=2))
+        ... except ProcessError:
+        ...     print("memory may have run out")
+        Ellipsis
+    """

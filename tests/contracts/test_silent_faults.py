@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from revnet import (
     Checkpoint,
@@ -135,13 +136,22 @@ def test_forward_that_changes_the_result_raises():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiling_a_block_compiles_its_functions():
     block = ReversibleBlock(mlp(8), mlp(8), split_dim=-1)
-    block.compile(backend="aot_eager")
+    num_graphs = 0
+
+    def backend(graph, inputs):
+        nonlocal num_graphs
+        num_graphs += 1
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    block.compile(backend=backend)
     assert block._compiled_call_impl is None
     assert block.f._compiled_call_impl is not None
     assert block.g._compiled_call_impl is not None
     x = torch.randn(2, 16, requires_grad=True)
     backward(ReversibleSequential(block, ReversibleBlock(mlp(8), mlp(8), split_dim=-1)), x)
     assert x.grad is not None
+    assert num_graphs > 0, "PyTorch does not compile an `nn.Sequential` that compiles itself"
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from safetensors import safe_open
 
+from revnet.errors import ProcessError
 from revnet.training import resume, train
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
@@ -48,10 +50,13 @@ def work(config: Any, folder: Path, rank: int, num_processes: int, port: int) ->
             "TORCHELASTIC_RUN_ID": "kills",
         }
     progress = WriteProgress(folder.with_name(f"{folder.name}.{_PROGRESS}"))
-    if (folder / "config.yaml").is_file():
-        resume(folder, quiet=True, callbacks=[progress])
-    else:
-        train(replace(config, out_dir=str(folder)), quiet=True, callbacks=[progress])
+    try:
+        if (folder / "config.yaml").is_file():
+            resume(folder, quiet=True, callbacks=[progress])
+        else:
+            train(replace(config, out_dir=str(folder)), quiet=True, callbacks=[progress])
+    except ProcessError:
+        sys.exit(1)
 
 
 @dataclass

@@ -1,10 +1,12 @@
 """Small classifiers and data sets, with known or arbitrary answers."""
 
 import csv
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +14,16 @@ from torch import Tensor, nn
 
 from revnet.data import ImageDataset, Preprocess
 from revnet.data.splits.image_split import ImageSplit
-from revnet.training import TrainingInterrupted, resume, train
+from revnet.training import (
+    TrainingInterrupted,
+    load_classifier,
+    load_density,
+    load_language_model,
+    resume,
+    train,
+)
 from revnet.training.classification.model import Classifier, ClassifierHeader
-from revnet.training.run.checkpoint import save_weights
+from revnet.training.run.checkpoint import read_weights, save_weights
 from revnet.training.run.checkpoint_folder import CheckpointFolder
 from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -126,6 +135,30 @@ def train_and_resume(
             train(replace(config, out_dir=str(tmp_path / "stopped")), quiet=True)
     torch.rand(1000)  # a new process may draw numbers before it resumes
     return straight, resume(tmp_path / "stopped", quiet=True)
+
+
+def train_with_copies(config: AbstractRunConfig, tmp_path: Path) -> tuple[Any, list[Path]]:
+    """Return the result of a run, and copies of its folder as it was after each checkpoint."""
+    copies: list[Path] = []
+    save = SaveCheckpoints._save
+
+    def save_and_copy(self: SaveCheckpoints, trainer: Any) -> None:
+        save(self, trainer)
+        copies.append(tmp_path / f"copy_{len(copies)}")
+        if trainer.is_global_zero:
+            shutil.copytree(self._folder.path.parent, copies[-1])
+        trainer.strategy.barrier()
+
+    with mock.patch.object(SaveCheckpoints, "_save", save_and_copy):
+        result = train(replace(config, out_dir=str(tmp_path / "straight"), save_every=1), quiet=True)
+    return result, copies
+
+
+def load_weights(path: Path) -> nn.Module:
+    """Rebuild a module of any kind."""
+    kind = read_weights(path).metadata.get("kind")
+    loaders: dict[str | None, Any] = {None: load_classifier, "nice": load_density, "lm": load_language_model}
+    return loaders[kind](path)
 
 
 def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module]) -> None:

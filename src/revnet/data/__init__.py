@@ -7,7 +7,7 @@ and on any device. For densities, `Dequantize` replaces both. `load_text` reads 
 * `sources`: where data come from, one file per kind
 * `splits`: labeled images in memory, in files or as a stream
 * `decoding`: from an image file to pixels of the requested size
-* `loading`: batches in a reproducible order
+* `loading`: batches in a reproducible order, divided among processes, with a position that can be saved
 * `transforms`: preprocessing, augmentation and dequantization of a batch
 
 Names that `revnet` itself does not export are provisional: they may change in any release.

@@ -28,9 +28,9 @@ def shard_blocks(
     """Shard the parameters of `model` among processes, one reversible block at a time.
 
     This calls `torch.distributed.fsdp.fully_shard` on each block and then on the model, which keeps its stem and its
-    head. Parameters, gradients and optimizer state are divided among the processes. The activations that a process
-    holds stay as they are, independent of the depth. Gather the data of a batch, build the optimizer and clip gradients
-    as for any model that `fully_shard` has sharded.
+    head. Parameters, gradients and optimizer state are divided among the processes, and the activations of each process
+    stay independent of the depth. Build the optimizer afterwards, and train as with any model that `fully_shard` has
+    sharded.
 
     Blocks compute in `mp_policy.param_dtype`, but their streams stay in float32, or in the dtype of an exact coupling,
     so that they can be rebuilt. A `fully_shard` of your own with such a policy would cast the streams. If the stem
@@ -41,9 +41,12 @@ def shard_blocks(
     ...)`. Blocks that share parameters with other parts of the model are not sharded one by one; they stay with the
     model, whose parameters are whole during a step. Compile the blocks *before* you shard them, with `block.compile()`.
 
+    Tested on the CPU with gloo; experimental on GPUs.
+
     Args:
         model: A model that contains reversible blocks. It is changed in place.
-        mesh: Mesh of the processes, as for `fully_shard`. None takes all processes.
+        mesh: Mesh of the processes, as for `fully_shard`. None takes all processes, and the accelerator if there is
+            one.
         reshard_after_forward: Whether to free the gathered parameters of a block after its forward pass, as for
             `fully_shard`. The model's own parameters stay gathered until the backward pass.
         mp_policy: Mixed precision, as for `fully_shard`. `output_dtype` is the dtype of the model's output. None
@@ -68,12 +71,14 @@ def shard_blocks(
             f"`model` (={type(model).__name__}) has no reversible block that could be sharded as a unit; build it from "
             "`ReversibleSequential`, or call `torch.distributed.fsdp.fully_shard`."
         )
-    options: dict[str, Any] = {"mesh": _all_processes(model) if mesh is None else mesh}
+    if unit == "function":
+        _check_compiled(units)
+    options: dict[str, Any] = {"mesh": _all_processes() if mesh is None else mesh}
     if offload_policy is not None:
         options["offload_policy"] = offload_policy
     _set_precision(model, units, policy)
     if policy.param_dtype in LOW:
-        _shard_norms(model, units, policy, options)
+        _shard_norms(model, units, policy, {**options, "reshard_after_forward": reshard_after_forward})
     inside = {id(parameter) for found in units for parameter in found.module.parameters()}
     has_others = any(id(parameter) not in inside for parameter in model.parameters())
     for part, part_policy in list(_parts_to_shard(units, shared_units(model, units), policy, unit)):
@@ -123,13 +128,21 @@ def _check_arguments(
         )
 
 
-def _all_processes(model: nn.Module) -> DeviceMesh:
-    """Return a mesh of all processes, on the kind of device that holds the parameters."""
-    devices = {parameter.device.type for parameter in model.parameters()} - {"meta"}
-    accelerator = torch.accelerator.current_accelerator()
-    usual = "cpu" if accelerator is None else accelerator.type
-    device_type = devices.pop() if len(devices) == 1 else usual
-    return init_device_mesh(device_type, (dist.get_world_size(),))
+def _check_compiled(units: list[Unit]) -> None:
+    for found in units:
+        for part in found.parts:
+            # Hooks of FSDP end a graph, and then PyTorch does not compile the code of its own modules.
+            if part._compiled_call_impl is not None and type(part).forward.__module__.startswith("torch.nn."):
+                raise ValueError(
+                    f"`unit` (='function') would run a compiled function of `{found.name}` (={type(part).__name__}) "
+                    'uncompiled; pass `unit="block"`, or write the function as a module with its own `forward`.'
+                )
+
+
+def _all_processes() -> DeviceMesh:
+    """Return the default mesh of `fully_shard`, which builds another one in each call."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return init_device_mesh("cpu" if accelerator is None else accelerator.type, (dist.get_world_size(),))
 
 
 def _set_precision(model: nn.Module, units: list[Unit], policy: MixedPrecisionPolicy) -> None:

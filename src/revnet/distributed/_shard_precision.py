@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from revnet.engine._block_hooks import block_calls
+
 LOW = (torch.bfloat16, torch.float16)
 """Dtypes that are too coarse for streams, which could hardly be rebuilt."""
 
@@ -40,6 +42,8 @@ class StreamPrecision:
     def raise_precision(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Return the inputs, and the ones of 16 bits in float32."""
         self._dtype = None
+        if block_calls.within is not None and block_calls.within[0] is module:
+            return args, kwargs  # A sequence runs the block, and its streams must not be replaced.
 
         def cast(x: Tensor) -> Tensor:
             if x.dtype not in LOW:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from revnet.nn import AbstractReversibleBlock, HasSinglePolicy, PolicySequential, ReversibleSequential
+from revnet.coupling import AbstractCoupling
+from revnet.nn import AbstractReversibleBlock, HasSinglePolicy, PolicySequential
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 """Containers that are never called themselves."""
@@ -25,8 +26,10 @@ class Unit:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Modules that the unit calls, such as f and g, without repetition."""
-        return list(dict.fromkeys(_called_children(self.module)))
+        """Modules with parameters that the unit calls, such as f and g, without modules inside other ones."""
+        children = dict.fromkeys(_called_children(self.module))
+        inside = {module for child in children for module in child.modules() if module is not child}
+        return [child for child in children if child not in inside]
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -64,8 +67,7 @@ def shared_units(model: nn.Module, units: list[Unit]) -> set[nn.Module]:
 def stream_modules(model: nn.Module, units: list[Unit]) -> list[nn.Module]:
     """Return the modules that take streams and return streams.
 
-    All their parameters belong to reversible units, so nothing inside them needs the dtype of the other layers. Blocks
-    in a sequence are not among them, because the sequence runs their functions itself.
+    All their parameters belong to reversible units, so nothing inside them needs the dtype of the other layers.
     """
     blocks = {unit.module for unit in units if unit.is_reversible}
     owned = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -75,7 +77,7 @@ def stream_modules(model: nn.Module, units: list[Unit]) -> list[nn.Module]:
         has_streams = module in blocks or any(child in blocks for child in module.modules())
         if has_streams and not isinstance(module, _LISTS) and all(id(p) in owned for p in module.parameters()):
             found[module] = None
-        if module not in blocks and not isinstance(module, ReversibleSequential):
+        if module not in blocks:
             for child in module.children():
                 visit(child)
 
@@ -88,5 +90,6 @@ def _called_children(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, _LISTS):
             yield from _called_children(child)
-        elif next(child.parameters(), None) is not None:
+        # The engine calls the methods of a coupling, and not the module.
+        elif not isinstance(child, AbstractCoupling) and next(child.parameters(), None) is not None:
             yield child

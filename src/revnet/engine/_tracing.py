@@ -5,6 +5,7 @@ break the graph there and continue. An exception in a function that runs for its
 """
 
 import torch
+from torch import nn
 
 from revnet._torch_internals import constant_while_tracing
 
@@ -17,6 +18,16 @@ class CannotCompileError(NotImplementedError):
 def refuse(message: str) -> None:
     """End the trace with an error."""
     raise CannotCompileError(message)
+
+
+@constant_while_tracing
+def refuse_sharded(module: nn.Module) -> None:
+    """End the trace with an error if FSDP manages a parameter of `module`; the graph would not see its whole form."""
+    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        raise CannotCompileError(
+            "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; call "
+            "`block.compile()` on each of its blocks before sharding instead."
+        )
 
 
 def runs_plainly() -> bool:

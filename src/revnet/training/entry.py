@@ -75,17 +75,26 @@ def train(
     `memory_budget` adds its plan (`plan.txt`), a run with `drift_every` the drift of all blocks (`drift.csv`). Every
     file is written whole or not at all. The test set is read only at the end.
 
+    With several `devices`, a process for each of them runs this function, and the caller waits. The processes do not
+    run the caller's script. One of them writes the files.
+
     PyTorch's global random state is seeded with `config.seed`.
 
     Args:
         config: The settings: a `TrainConfig`, a `NiceConfig` or a `LanguageConfig`.
         quiet: Print nothing.
-        callbacks: Additional callbacks for Lightning's Trainer.
+        callbacks: Additional callbacks for Lightning's Trainer. With several `devices`, each process has a copy, whose
+            attributes stay in that process.
+
+    Returns:
+        The result, in every process that torchrun or SLURM has started.
 
     Raises:
         ValueError: The model or the data set is unknown, `out_dir` is not empty, or a setting does not fit the data.
         BudgetError: No plan fits the `memory_budget`.
         DataError: The data set is missing or corrupt.
+        CheckpointError: A checkpoint cannot be written; the ones before it remain.
+        ProcessError: A process of the run was killed, or memory ran out.
         TrainingInterrupted: Ctrl-C or SIGTERM came; a checkpoint was saved, from which `resume` continues. A second
             signal stops at once.
     """

@@ -83,7 +83,7 @@ def find_lr(config: AbstractRunConfig, *, num_updates: int = 100) -> RateTrial:
     with tempfile.TemporaryDirectory() as folder, quiet(), _bar_on_terminals_only():
         endless = replace(job.config, epochs=sys.maxsize, max_updates=None)
         trainer = make_trainer(endless, [], Path(folder))
-        training, _ = job.make_loaders(trainer.strategy.root_device)
+        training, _ = job.make_loaders(trainer.strategy.root_device, num_parts=job.config.accumulate)
         with execution(job.config, job.task.saved_module.model):
             finder: Any = Tuner(trainer).lr_find(
                 job.task, training, min_lr=_LOWEST, max_lr=_HIGHEST, num_training=num_updates, update_attr=False

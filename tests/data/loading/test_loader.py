@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from revnet.data import make_loader
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
@@ -104,6 +105,13 @@ def test_order_is_a_function_of_seed_and_epoch(split: AbstractSplit) -> None:
 def test_files_have_the_same_order_as_images_in_memory(image_split: ImageSplit, file_split: FileSplit) -> None:
     loaders = [make_loader(part, batch_size=10, shuffle=True, seed=3) for part in (image_split, file_split)]
     assert order(loaders[0], epoch=2) == order(loaders[1], epoch=2)
+
+
+def test_order_is_the_one_of_a_distributed_sampler(split: AbstractSplit) -> None:
+    # Results can be reproduced only while a seed gives the same order.
+    sampler = DistributedSampler(split, num_replicas=1, rank=0, shuffle=True, seed=3)
+    sampler.set_epoch(2)
+    assert order(make_loader(split, batch_size=10, shuffle=True, seed=3), epoch=2) == list(sampler)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -11,10 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from revnet.errors import RevnetError
+from revnet.errors import ProcessError, RevnetError
 from revnet.training import NiceConfig, TrainConfig, load_density, resume, train
-from revnet.training.run.checkpoint_folder import CheckpointFolder
-from revnet.training.run.failures import RunError, explain
+from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
+from revnet.training.run.failures import explain
 from tests.training.samples import assert_same_run, write_image_folder
 
 NICE = NiceConfig(batch_size=200, epochs=2, num_couplings=2, hidden_dim=16, num_hidden=1, save_every=2)
@@ -55,12 +55,13 @@ def test_full_disk(tmp_path, monkeypatch, is_async):
 
     folder = tmp_path / "run"
     message = fail(replace(NICE, async_save=is_async), 5, fill_disk, folder)
+    newest = update_of(CheckpointFolder(folder / "checkpoints").list()[-1])
+    # In the background, the one before may not have been written yet.
+    assert newest == 4 or (is_async and newest == 2)
     assert message == (
-        f"the checkpoints in `{folder}/checkpoints` cannot be written: No space left on device; make room or restore "
-        f"the folder, and `revnet train --resume {folder}` continues from update 4."
+        f"the checkpoints in `{folder}/checkpoints` cannot be written: No space left on device; make room, and "
+        f"`revnet train --resume {folder}` continues from update {newest}."
     )
-    names = [path.name for path in CheckpointFolder(folder / "checkpoints").list()]
-    assert names[-1] == "update-00000004.ckpt"
     assert not list(folder.rglob("*.tmp"))
     monkeypatch.setattr(torch, "save", save)
     assert_same_run(straight, resume(folder, quiet=True), load_density)
@@ -71,19 +72,21 @@ def test_full_disk_while_weights_are_written(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "write_bytes", raise_full)
 
     def raise_full(path, data):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device")  # as `write` does, without the name of the file
 
     folder = tmp_path / "run"
     message = fail(NICE, 5, fill_disk, folder)
-    assert message.startswith(f"`{folder}/.best.safetensors.")
-    assert message.endswith(f"No space left on device; make room, and `revnet train --resume {folder}` continues.")
+    assert message == (
+        f"`{folder}` cannot be written: No space left on device; make room, and `revnet train --resume {folder}` "
+        "continues."
+    )
 
 
 def test_deleted_folder(tmp_path):
     folder = tmp_path / "run"
     message = fail(NICE, 5, lambda: shutil.rmtree(folder), folder)
-    assert f"{folder}" in message
-    assert "No such file or directory" in message or "was deleted" in message
+    assert message.startswith(f"`{folder}")
+    assert "` was deleted while the run was going on; " in message
     assert not folder.exists()
 
 
@@ -104,7 +107,7 @@ def test_killed_worker(tmp_path):
 
 def test_explains_lack_of_memory(tmp_path):
     explained = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 2 GiB"), tmp_path)
-    assert isinstance(explained, RunError)
+    assert isinstance(explained, ProcessError)
     assert str(explained) == (
         f"the GPU is out of memory; `revnet train --resume {tmp_path}` continues, with `--memory-budget` to need less."
     )

@@ -1,8 +1,5 @@
 """A resumed run is equal to one that never stopped, bit for bit, from every checkpoint."""
 
-import shutil
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,31 +12,13 @@ from revnet.training import (
     load_density,
     load_language_model,
     resume,
-    train,
 )
-from revnet.training.run.save_checkpoints import SaveCheckpoints
-from tests.training.samples import assert_same_run, write_image_folder
+from tests.training.samples import assert_same_run, train_with_copies, write_image_folder
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 CLASSIFIER: dict[str, Any] = {"batch_size": 400, "epochs": 2, "crop_padding": 1, "horizontal_flip": True}
 LANGUAGE: dict[str, Any] = {"length": 16, "batch_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "epochs": 2}
-
-
-def train_with_copies(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[Path]]:
-    """Return the result of a run, and copies of its folder as it was after each checkpoint."""
-    copies = []
-    save = SaveCheckpoints._save
-
-    def save_and_copy(self, trainer):
-        save(self, trainer)
-        copies.append(tmp_path / f"copy_{len(copies)}")
-        shutil.copytree(self._folder.path.parent, copies[-1])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SaveCheckpoints, "_save", save_and_copy)
-        result = train(replace(config, out_dir=str(tmp_path / "straight"), save_every=1), quiet=True)
-    return result, copies
 
 
 @pytest.mark.parametrize(
@@ -51,8 +30,8 @@ def train_with_copies(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ],
     ids=["classifier", "drift", "density"],
 )
-def test_resumes_from_every_checkpoint(tmp_path, monkeypatch, config, load):
-    result, copies = train_with_copies(config, tmp_path, monkeypatch)
+def test_resumes_from_every_checkpoint(tmp_path, config, load):
+    result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == result.num_updates
     for copy in copies:
         resumed = resume(copy, quiet=True)
@@ -61,25 +40,25 @@ def test_resumes_from_every_checkpoint(tmp_path, monkeypatch, config, load):
 
 
 @pytest.mark.parametrize("attention", ["full", "lsh"])
-def test_language_model_resumes_from_every_checkpoint(tmp_path, monkeypatch, attention):
+def test_language_model_resumes_from_every_checkpoint(tmp_path, attention):
     (tmp_path / "fox.txt").write_text(TEXT)
     more = {"dropout": 0.1, "updates_per_epoch": 3, "attention": attention}
     if attention == "lsh":
         more |= {"bucket_size": 4, "num_hashes": 2}
     config = LanguageConfig(data=str(tmp_path / "fox.txt"), **LANGUAGE, **more)
-    result, copies = train_with_copies(config, tmp_path, monkeypatch)
+    result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == 6
     for copy in copies:
         assert_same_run(result, resume(copy, quiet=True), load_language_model)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_images_in_files_resume_from_every_checkpoint(tmp_path, monkeypatch, num_workers):
+def test_images_in_files_resume_from_every_checkpoint(tmp_path, num_workers):
     data = write_image_folder(tmp_path / "data", num_images=6)
     config = TrainConfig(
         data=str(data), image_size=8, batch_size=4, epochs=2, val_fraction=0.2, num_workers=num_workers, num_threads=1
     )
-    result, copies = train_with_copies(config, tmp_path, monkeypatch)
+    result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == result.num_updates > 4
     for copy in copies:
         assert_same_run(result, resume(copy, quiet=True), load_classifier)

@@ -150,7 +150,7 @@ class StreamBatches(AbstractBatches, IterableDataset[Chunk]):
             if is_taken:
                 held = held._replace(parts=(_joined([held.parts[0], *self._share_of(rest)]),))
             yield from self._hand_out_chunk(held)
-        # Without a full batch in the whole epoch, nothing can take them; then a process will miss an image.
+        # A full batch took them, now or before the position was saved. If the epoch has none, a process gets no image.
         if is_taken and sum(self._num_read) > 0:
             return
         for batch in self._cut(rest)[num_joined:]:

@@ -65,8 +65,8 @@ class Loader(Iterable[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Return the position: the epoch, and the updates of it whose batches were all handed out.
 
-        Batches that workers have read ahead do not count. The state consists of plain numbers and fits any number of
-        processes and of parts.
+        A batch counts once it is handed out, so save the position when its update is complete. Batches that workers
+        have read ahead do not count. The state consists of plain numbers and fits any number of processes and of parts.
         """
         return self._batches.state_dict()
 

@@ -87,7 +87,10 @@ class RandomWindows(Iterable[Tensor]):
         return _cut(self._tokens, self._starts(update), self._length)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: the epoch, and the updates of it whose batches were all handed out."""
+        """Return the position: the epoch, and the updates of it whose batches were all handed out.
+
+        A batch counts once it is handed out, so save the position when its update is complete.
+        """
         return self._position.save()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet._types import Streams
 from revnet.engine._chain import BoundChain
-from revnet.engine._tracing import refuse
+from revnet.engine._tracing import refuse, refuse_sharded
 from revnet.engine._tracing import runs_plainly as runs_plainly
 from revnet.engine.compile import _operators as _operators  # Defines the operators.
 from revnet.engine.compile._program import (
@@ -117,6 +117,7 @@ def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
     if chain.chain.blocks is not None:
         for half_block, block in zip(chain.half_blocks, chain.chain.blocks, strict=True):
             if block is not None:
+                refuse_sharded(block)
                 refuse(
                     f"the block of `{half_block.name}` has hooks or a `forward` of its own, which a compiled "
                     "reversible sequence does not call; register hooks on its `f` and `g`, or on the sequence."

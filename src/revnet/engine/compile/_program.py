@@ -20,7 +20,7 @@ from revnet.coupling import AbstractCoupling
 from revnet.engine._batch_norm import is_torch_norm
 from revnet.engine._chain import BoundChain, Chain, HalfBlock
 from revnet.engine._restore import TensorPlace
-from revnet.engine._tracing import CannotCompileError
+from revnet.engine._tracing import CannotCompileError, refuse_sharded
 from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_hooks
 from revnet.errors import ReconstructionError
 
@@ -365,12 +365,7 @@ def _check(functions: Sequence[nn.Module]) -> None:
     """Raise for functions whose parameters or buffers the operators cannot handle."""
     seen: set[int] = set()
     for function in functions:
-        for parameter in function.parameters():
-            if hasattr(parameter, "device_mesh"):
-                raise CannotCompileError(
-                    "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; compile its "
-                    "residual functions instead: `block.f.compile(); block.g.compile()`."
-                )
+        refuse_sharded(function)
         for holder, name in places(function, "_buffers"):
             if id(holder[name]) in seen:
                 raise CannotCompileError(

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -75,7 +76,21 @@ class AbstractReversibleBlock(ReversibleModule):
         A sequence calls the functions of its blocks and not the blocks, so it would never call a compiled block.
         """
         for half_block in self.half_blocks():
-            half_block.function.compile(*args, **kwargs)
+            _compile(half_block.function, *args, **kwargs)
+
+
+def _compile(function: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Compile a function in place, as `nn.Module.compile` does."""
+    if type(function).forward.__module__.startswith("torch.nn."):
+        # PyTorch compiles no code of its own, so `nn.Sequential(...).compile()` has no effect. It does compile a call
+        # of such code.
+        function._compiled_call_impl = torch.compile(partial(_call, function), *args, **kwargs)
+    else:
+        function.compile(*args, **kwargs)
+
+
+def _call(function: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return function._call_impl(*args, **kwargs)
 
 
 class _SingleChain(ModuleCache):

@@ -8,6 +8,7 @@ from revnet.models import create_model
 from revnet.paper.gradient_angle.callbacks import GradientAngle, TrainingCurve
 from revnet.paper.gradient_angle.gradients import GradientError
 from revnet.training import TrainConfig, TrainResult, train
+from revnet.training.processes.choose import choose_world
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ def check_twins(config: TrainConfig) -> None:
         raise ValueError(
             f"`memory_budget` (={config.memory_budget!r}) must not be set, since one run rebuilds everything and the "
             "other nothing; leave it out."
+        )
+    if choose_world(config.device, config.devices, config.num_nodes).num_processes > 1:
+        raise ValueError(
+            f"`devices` (={config.devices!r}) must be 1, since the study collects its figures in this process; "
+            "leave it out, and start a single process."
         )
     if config.out_dir is not None:
         raise ValueError(f"`out_dir` (={config.out_dir!r}) must not be set, since there are two runs; leave it out.")

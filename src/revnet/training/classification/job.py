@@ -28,7 +28,7 @@ from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.import_path import is_import_path
 from revnet.training.processes.prepare_model import check_devices
-from revnet.training.processes.world import check_division, current_world
+from revnet.training.processes.world import check_division
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update
 from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
@@ -69,31 +69,33 @@ class ClassificationJob(AbstractJob[TrainResult]):
         """Return what the run remembers of its data."""
         return record_images(self.dataset)
 
-    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
         config = self.config
         assert config.num_workers is not None
-        world = current_world()
         loader = partial(
             make_loader,
             seed=config.seed,
-            rank=world.rank,
-            num_processes=world.num_processes,
             pin_memory=device.type == "cuda",
             num_workers=config.num_workers,
+            rank=rank,
+            num_processes=num_processes,
         )
         training = loader(
             self.training,
             batch_size=config.batch_size,
             shuffle=True,
             drop_last=True,
-            num_parts=config.accumulate,
+            num_parts=num_parts,
             keys=True,
             weights=self.sampling_weights,
         )
         if self.validation is None:
             return training, None
-        return training, loader(self.validation, batch_size=usual_batch_size(self.dataset.image_size), shuffle=False)
+        batch_size = num_processes * usual_batch_size(self.dataset.image_size)
+        return training, loader(self.validation, batch_size=batch_size, shuffle=False)
 
     def finish(self, folder: Path, outcome: Outcome) -> TrainResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""

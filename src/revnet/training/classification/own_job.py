@@ -59,10 +59,11 @@ class OwnDataJob(AbstractJob[TrainResult]):
         names = {f"name of class {number}": name for number, name in enumerate(self.data.class_names)}
         return {"number of classes": len(self.data.class_names), **names}
 
-    def make_loaders(self, device: torch.device) -> tuple[OwnBatches, Any | None]:
-        """Return the training batches and the validation batches."""
-        config = self.config
-        training = OwnBatches(self.data.training, self.updates_per_epoch, config.accumulate, config.seed)
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[OwnBatches, Any | None]:
+        """Return the training batches, of a single process, and the validation batches."""
+        training = OwnBatches(self.data.training, self.updates_per_epoch, num_parts, self.config.seed)
         return training, self.data.validation
 
     def finish(self, folder: Path, outcome: Outcome) -> TrainResult:

@@ -20,7 +20,7 @@ from revnet.training.device import check_device
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import make_optimizer
 from revnet.training.processes.prepare_model import check_devices
-from revnet.training.processes.world import check_division, current_world, part_of_batch
+from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_images
@@ -64,23 +64,25 @@ class DensityJob(AbstractJob[DensityResult]):
         """Return what the run remembers of its data."""
         return record_images(self.dataset)
 
-    def make_loaders(self, device: torch.device) -> tuple[Loader, Loader | None]:
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[Loader, Loader | None]:
         """Return the training batches, all of one size so that updates weigh the same, and the validation batches."""
-        config, world = self.config, current_world()
+        config = self.config
         loader = partial(
             make_loader,
             seed=config.seed,
-            rank=world.rank,
-            num_processes=world.num_processes,
             keys=True,
             pin_memory=device.type == "cuda",
+            rank=rank,
+            num_processes=num_processes,
         )
         training = loader(
-            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=config.accumulate
+            self.training, batch_size=config.batch_size, shuffle=True, drop_last=True, num_parts=num_parts
         )
         if self.validation is None:
             return training, None
-        return training, loader(self.validation, batch_size=_EVALUATION_BATCH_SIZE, shuffle=False)
+        return training, loader(self.validation, batch_size=num_processes * _EVALUATION_BATCH_SIZE, shuffle=False)
 
     def finish(self, folder: Path, outcome: Outcome) -> DensityResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""

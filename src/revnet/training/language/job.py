@@ -20,7 +20,7 @@ from revnet.training.language.start import load_start
 from revnet.training.language.task import LanguageTask
 from revnet.training.optimizers import make_optimizer
 from revnet.training.processes.prepare_model import check_devices
-from revnet.training.processes.world import check_division, current_world, part_of_batch
+from revnet.training.processes.world import check_division, part_of_batch
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_text
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
@@ -40,7 +40,6 @@ class LanguageJob(AbstractJob[LanguageResult]):
     task: LanguageTask
     plan: Plan | None
     dataset: TextDataset
-    validation: ConsecutiveWindows
     update: Update
     start: str | None
 
@@ -59,7 +58,9 @@ class LanguageJob(AbstractJob[LanguageResult]):
         """Return what the run remembers of its data."""
         return record_text(self.dataset)
 
-    def make_loaders(self, device: torch.device) -> tuple[RandomWindows, ConsecutiveWindows]:
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[RandomWindows, ConsecutiveWindows]:
         """Return random windows for training and consecutive windows for validation."""
         assert self.config.updates_per_epoch is not None
         training = RandomWindows(
@@ -67,23 +68,32 @@ class LanguageJob(AbstractJob[LanguageResult]):
             length=self.config.length,
             batch_size=self.config.batch_size,
             num_batches=self.config.updates_per_epoch,
-            num_parts=self.config.accumulate,
             seed=self.config.seed,
-            rank=current_world().rank,
-            num_processes=current_world().num_processes,
+            rank=rank,
+            num_processes=num_processes,
+            num_parts=num_parts,
             pin_memory=device.type == "cuda",
         )
-        return training, self.validation
+        validation = ConsecutiveWindows(
+            self.dataset.validation,
+            length=self.config.length,
+            batch_size=self.config.batch_size,
+            max_windows=self.config.val_windows,
+            rank=rank,
+            num_processes=num_processes,
+        )
+        return training, validation
 
     def finish(self, folder: Path, outcome: Outcome) -> LanguageResult:
         """Take the scores from the log: the validation text is the only text that is held out."""
         assert outcome.best_score is not None
+        _, validation = self.make_loaders(outcome.device)
         return LanguageResult(
             data=self.dataset.name,
             attention=self.config.attention,
             val_loss=outcome.rows[-1]["val_loss"],
             best_val_loss=outcome.best_score,
-            num_val_characters=self.validation.num_windows * self.config.length,
+            num_val_characters=validation.num_windows * self.config.length,
             **outcome.figures.as_arguments(),
         )
 
@@ -143,21 +153,12 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         start = load_start(language_model, read_start_weights(config.weights, LanguageHeader))
     prepare_network(language_model.model, config)
     apply_policies(language_model.model, config, plan)
-    world = current_world()
     return LanguageJob(
         config=config,
         names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
         task=LanguageTask(language_model, config, num_updates),
         plan=plan,
         dataset=dataset,
-        validation=ConsecutiveWindows(
-            dataset.validation,
-            length=config.length,
-            batch_size=config.batch_size,
-            max_windows=config.val_windows,
-            rank=world.rank,
-            num_processes=world.num_processes,
-        ),
         update=update,
         start=start,
     )

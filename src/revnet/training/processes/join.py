@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from revnet.errors import RevnetError
+from revnet.errors import ProcessError, RevnetError
 from revnet.training.processes.choose import device_of
 from revnet.training.processes.world import World, current_world, entered
 
@@ -19,23 +19,19 @@ _numbers = itertools.count()
 """Numbers of the meetings of this process, which are the same in all processes."""
 
 
-class LostProcessError(RevnetError, RuntimeError):
-    """Another process has ended before the work was done."""
-
-
 @contextmanager
 def joined(world: World, device_name: str) -> Iterator[None]:
     """Connect the processes of `world`, and make it the current world.
 
     If the body fails, one process reports the error: the attribute `is_reported` of the exception is False there, and
-    True in the others. A process that finds the others gone raises a `LostProcessError`.
+    True in the others. A process that finds the others gone raises a `ProcessError`.
 
     Args:
         world: The processes.
         device_name: Name of the kind of device.
 
     Raises:
-        LostProcessError: Another process has ended in the meantime.
+        ProcessError: Another process has ended in the meantime.
     """
     if world.num_processes == 1 or current_world().num_processes > 1:
         yield
@@ -116,7 +112,7 @@ def _explained(error: BaseException) -> BaseException:
     )
     if not is_lost:
         return error
-    return LostProcessError(
+    return ProcessError(
         "another process has ended without an error message, as if it was killed; memory may have run out. The run "
         "can be resumed."
     )

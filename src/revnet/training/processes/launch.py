@@ -16,7 +16,8 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from revnet.training.processes.join import LostProcessError, threads_per_process
+from revnet.errors import ProcessError
+from revnet.training.processes.join import threads_per_process
 from revnet.training.processes.world import World
 
 PAYLOAD, RESULT = "payload.pkl", "result.pkl"
@@ -77,7 +78,7 @@ def run_in_processes(function: Callable[..., Any], arguments: Mapping[str, Any],
 
     Raises:
         TypeError: An argument cannot be sent to another process.
-        LostProcessError: A process was killed.
+        ProcessError: A process was killed.
     """
     payload = _pickle(function, arguments, world)
     with tempfile.TemporaryDirectory(prefix="revnet-") as name:
@@ -91,7 +92,7 @@ def run_in_processes(function: Callable[..., Any], arguments: Mapping[str, Any],
                 lost = _wait(processes)
         failures = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("failure_*.pkl"))]
         reported = [failure for failure in failures if not failure.is_reported]
-        own = [failure for failure in reported if failure.error_type is not LostProcessError]
+        own = [failure for failure in reported if failure.error_type is not ProcessError]
         if own:
             raise own[0].to_error()
         if signals:
@@ -201,9 +202,9 @@ def _first_failed(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     return min(failed, key=lambda rank: (processes[rank].returncode > 0, rank), default=None)
 
 
-def _lost_error(rank: int, status: int, world: World) -> LostProcessError:
+def _lost_error(rank: int, status: int, world: World) -> ProcessError:
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return LostProcessError(
+    return ProcessError(
         f"process {rank} of {world.num_processes} {how}, so the others were stopped; memory may have run out. A run of "
         "`revnet train` can be resumed."
     )

@@ -27,11 +27,17 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         name: Name of the network, for the error message.
 
     Raises:
-        ValueError: `strategy` or `sync_batch_norm` does not fit the network or the device.
+        ValueError: `strategy`, `tolerance` or `sync_batch_norm` does not fit the network or the device.
     """
     if config.strategy == "fsdp2" and not any(unit.is_reversible for unit in units_of(model)):
         raise ValueError(
             f"`strategy` (='fsdp2') divides reversible blocks among devices, and {name} has none; pass `ddp`."
+        )
+    tolerance = getattr(config, "tolerance", None)
+    if config.strategy == "fsdp2" and tolerance is not None:
+        raise ValueError(
+            f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
+            "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
         )
     if not config.sync_batch_norm:
         return
@@ -48,6 +54,13 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
 def uses_fsdp2(config: AbstractRunConfig) -> bool:
     """Return whether the run divides the model among processes; a single process has nothing to divide."""
     return config.strategy == "fsdp2" and current_world().num_processes > 1
+
+
+def strategy_name(config: AbstractRunConfig) -> str | None:
+    """Return how the run divides the model among processes, or None for a single process."""
+    if current_world().num_processes == 1:
+        return None
+    return "fsdp2" if uses_fsdp2(config) else "ddp"
 
 
 def model_preparation(config: AbstractRunConfig) -> Callable[[nn.Module], None] | None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import Any
 
 # PyTorch loads inside `main`, where Ctrl-C is handled.
 
@@ -48,14 +49,21 @@ def _describe(error: BaseException, rank: int) -> bytes:
     module = frames[-1].f_globals.get("__name__", "") if frames else ""
     text = "".join(traceback.format_exception(error))
     is_reported = bool(getattr(error, "is_reported", False))
-    failure = Failure(rank, is_reported, type(error), error.args, dict(error.__dict__), text, module.partition(".")[0])
+    package = module.partition(".")[0]
+    failure = Failure(rank, is_reported, type(error), _arguments(error), dict(error.__dict__), text, package)
     try:
         content = pickle.dumps(failure)
         pickle.loads(content)
     except Exception:  # an exception that holds a file or a lock, say
-        failure = Failure(rank, is_reported, RuntimeError, (str(error),), {}, text, failure.package)
+        failure = Failure(rank, is_reported, RuntimeError, (str(error),), {}, text, package)
         content = pickle.dumps(failure)
     return content
+
+
+def _arguments(error: BaseException) -> tuple[Any, ...]:
+    """Return the arguments that make the exception again; an `OSError` leaves its file out of `args`."""
+    reduced = error.__reduce__()
+    return reduced[1] if isinstance(reduced, tuple) else error.args
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from revnet.errors import CheckpointError
@@ -65,7 +66,15 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 def load_whole_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load whole tensors into `module`, whose parameters may be divided among processes."""
+    _reshard(module)
     set_model_state_dict(module, dict(tensors), options=StateDictOptions(full_state_dict=True))
+
+
+def _reshard(module: nn.Module) -> None:
+    # After a forward pass without a backward pass, some parameters are still whole.
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def is_divided(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.freezing import describe_frozen
 from revnet.training.processes.join import broadcast
-from revnet.training.processes.prepare_model import model_preparation, uses_fsdp2
+from revnet.training.processes.prepare_model import model_preparation, strategy_name
 from revnet.training.processes.statistics import share_statistics
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -35,6 +35,7 @@ from revnet.training.run.rates import CurrentRates
 from revnet.training.run.recipe_callbacks import recipe_callbacks
 from revnet.training.run.run_result import RunFigures, RunResult, format_lines
 from revnet.training.run.save_checkpoints import SaveCheckpoints
+from revnet.training.run.state_bytes import StateCounter
 from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
 from revnet.training.run.trainer import fit, make_trainer
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -63,7 +64,8 @@ def execute(
 
     Raises:
         TrainingInterrupted: Ctrl-C or SIGTERM came.
-        RevnetError: The machine stopped the run: no memory, no room on the disk, a killed process that loads data.
+        CheckpointError: There is no room on the disk, or the folder was deleted.
+        ProcessError: Memory ran out, or a process was killed.
     """
     try:
         with StopSignals() as signals, _threads(job.config.num_threads):
@@ -103,6 +105,7 @@ def _execute(
     quiet: bool,
     callbacks: Sequence[Callback],
 ) -> _Result:
+    counter = StateCounter()
     log, files = EpochLog(folder / run_dir.LOG), RunFiles(folder, job.task.best_epoch)
     ours: list[Callback] = [
         ProcessState(),
@@ -111,6 +114,7 @@ def _execute(
         LastUpdate(job.task.num_updates),
         StepTimer(),
         *recipe_callbacks(job.config, job.task, folder, quiet=quiet),
+        counter,
         log,
         files,
     ]
@@ -119,7 +123,8 @@ def _execute(
     ours.append(SaveCheckpoints(checkpoints, interval, job.config.keep_checkpoints, signals))
     if job.drift_every is not None:
         ours.insert(0, DriftMonitor(job.drift_every, path=folder / run_dir.DRIFT))
-    is_main = current_world().is_main
+    world = current_world()
+    is_main = world.is_main
     is_quiet = quiet or not is_main
     if not is_quiet:
         ours.append(make_progress())
@@ -131,21 +136,26 @@ def _execute(
             temporary.write_text(f"{job.plan.report()}\n")
     if not is_quiet:
         print(_heading(job, folder, device), flush=True)
+    loaders = job.make_loaders(
+        device, rank=world.rank, num_processes=world.num_processes, num_parts=job.config.accumulate
+    )
     with execution(job.config, job.task.saved_module.model):
-        fit(trainer, job.task, *job.make_loaders(device), ckpt_path=checkpoint)
+        fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
 
     share_statistics(job.task.saved_module)
     names = job.names
     if is_main:
         plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
-    figures = broadcast(_figures(job, folder, trainer, log, files) if is_main else None)
+    figures = broadcast(_figures(job, folder, trainer, log, files, counter) if is_main else None)
     result = job.finish(folder, Outcome(device=device, rows=log.rows, best_score=files.best_score, figures=figures))
     if is_main:
         result.save(folder / run_dir.SUMMARY)
     return result
 
 
-def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles) -> RunFigures:
+def _figures(
+    job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: EpochLog, files: RunFiles, counter: StateCounter
+) -> RunFigures:
     device = trainer.strategy.root_device
     try:
         peak_bytes, stored_peak_bytes = count_peak_bytes(job.task.saved_module.model, job.config, job.update)
@@ -164,6 +174,9 @@ def _figures(job: AbstractJob[_Result], folder: Path, trainer: Trainer, log: Epo
         policy=policy_name(job.config, job.plan, is_stored=stored_peak_bytes is None),
         memory_budget_bytes=None if job.plan is None else job.plan.budget_bytes,
         planned_peak_bytes=None if job.plan is None else job.plan.peak_bytes,
+        num_processes=current_world().num_processes,
+        strategy=strategy_name(job.config),
+        state_bytes=counter.count(trainer),
         process_peak_bytes=process_peak_bytes(device),
         machine=describe_machine(f"{job.config.command} --config {run_dir.CONFIG}", device=device),
     )
@@ -174,7 +187,7 @@ def _devices(device: torch.device, config: AbstractRunConfig) -> str:
     if world.num_processes == 1:
         return str(device)
     nodes = f" on {world.num_nodes} nodes" if world.num_nodes > 1 else ""
-    return f"{world.num_processes} {device.type} processes{nodes}, {'fsdp2' if uses_fsdp2(config) else 'ddp'}"
+    return f"{world.num_processes} {device.type} processes{nodes}, {strategy_name(config)}"
 
 
 def _heading(job: AbstractJob[_Result], folder: Path, device: torch.device) -> str:

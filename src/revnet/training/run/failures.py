@@ -1,17 +1,15 @@
 """What stops a run from outside, in one line: no memory, no room on the disk, a killed process that loads data."""
 
+import errno
 import re
 from pathlib import Path
 
 import torch
 
-from revnet.errors import RevnetError
+from revnet.errors import CheckpointError, ProcessError, RevnetError
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: ([^.]+)|exited unexpectedly)")
-
-
-class RunError(RevnetError, RuntimeError):
-    """A run was stopped by the machine, not by its settings; the message says how to continue."""
 
 
 def explain(error: Exception, folder: Path) -> RevnetError | None:
@@ -21,12 +19,12 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
     resume = f"`revnet train --resume {folder}` continues"
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(f"the GPU is out of memory; {resume}, with `--memory-budget` to need less.")
+        return ProcessError(f"the GPU is out of memory; {resume}, with `--memory-budget` to need less.")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        return RunError(f"the machine is out of memory; free some, and {resume}.")
+        return ProcessError(f"the machine is out of memory; free some, and {resume}.")
     if worker := _WORKER.search(text):
         reason = f" by {worker[2]}" if worker[2] else ""
-        return RunError(
+        return ProcessError(
             f"a process that loads data was killed{reason}, which is often due to a lack of memory; {resume}, with "
             "fewer `--num-workers` to need less."
         )
@@ -36,10 +34,10 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
 
 
 def _explain_os_error(error: OSError, folder: Path, resume: str) -> RevnetError | None:
-    if isinstance(error, ConnectionError):
+    path = None if error.filename is None else Path(error.filename)
+    is_ours = error.errno in _DISK_ERRORS if path is None else path.is_relative_to(folder)
+    if not is_ours:
         return None
     if not folder.is_dir():
-        return RunError(f"`{folder}` was deleted while the run was going on; nothing of it is left.")
-    if error.filename is not None and Path(error.filename).is_relative_to(folder):
-        return RunError(f"`{error.filename}` cannot be written: {error.strerror}; make room, and {resume}.")
-    return None
+        return CheckpointError(f"`{folder}` was deleted while the run was going on; nothing of it is left.")
+    return CheckpointError(f"`{path or folder}` cannot be written: {error.strerror}; make room, and {resume}.")

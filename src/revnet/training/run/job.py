@@ -72,8 +72,17 @@ class AbstractJob(ABC, Generic[Result]):
         """Return what the run remembers of its data."""
 
     @abstractmethod
-    def make_loaders(self, device: torch.device) -> tuple[Iterable[Any], Iterable[Any] | None]:
-        """Return the training batches, and the validation batches if there are any."""
+    def make_loaders(
+        self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
+    ) -> tuple[Iterable[Any], Iterable[Any] | None]:
+        """Return the training batches, and the validation batches if there are any.
+
+        Args:
+            device: Device to train on.
+            rank: Number of this process, from 0.
+            num_processes: Number of processes that divide the batches.
+            num_parts: Number of consecutive batches to cut a process's slice of a training batch into.
+        """
 
     def describe_updates(self, samples: str) -> str:
         """Return the numbers of epochs, updates and samples per update as text; `samples` names the samples."""

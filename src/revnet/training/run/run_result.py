@@ -16,6 +16,7 @@ from revnet._units import format_seconds
 from revnet.memory import format_bytes
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run import run_dir
+from revnet.training.run.state_bytes import StateBytes
 
 _PARTICIPLES = {"reverse": "reversible", "checkpoint": "checkpointed", "store": "stored", "plan": "planned"}
 
@@ -60,6 +61,15 @@ class RunFigures:
 
     planned_peak_bytes: int | None
     """Peak memory of an update in the plan, including model, gradients and optimizer."""
+
+    num_processes: int
+    """Number of processes, each with a device of its own."""
+
+    strategy: str | None
+    """Division of the model among several processes: `ddp` or `fsdp2`."""
+
+    state_bytes: StateBytes
+    """Bytes of parameters, gradients and optimizer state in the main process."""
 
     process_peak_bytes: int | None = field(compare=False)
     """Peak memory of the process: resident on the CPU, by PyTorch's allocator on a GPU."""
@@ -113,6 +123,11 @@ class RunResult(RunFigures, ABC):
             "policy": self.policy,
             "memory_budget_bytes": self.memory_budget_bytes,
             "planned_peak_bytes": self.planned_peak_bytes,
+            "num_processes": self.num_processes,
+            "strategy": self.strategy,
+            "parameter_bytes": self.state_bytes.parameters,
+            "gradient_bytes": self.state_bytes.gradients,
+            "optimizer_bytes": self.state_bytes.optimizer,
             "process_peak_bytes": self.process_peak_bytes,
             "machine": self.machine,
             "versions": {
@@ -128,7 +143,9 @@ class RunResult(RunFigures, ABC):
     def _memory_lines(self) -> list[tuple[str, str]]:
         if self.peak_bytes is None:
             return []
-        per_step = f"at the peak of a step of {self.batch_size} {self.samples}"
+        part = self.batch_size // self.num_processes
+        where = "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
+        per_step = f"at the peak of a step of {part} {self.samples}{where}"
         if self.accumulate > 1:
             per_step += f" in {self.accumulate} parts"
         lines = [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, {_PARTICIPLES[self.policy]}")]
@@ -136,6 +153,10 @@ class RunResult(RunFigures, ABC):
             ratio = self.stored_peak_bytes / self.peak_bytes
             twin = f"{format_bytes(self.stored_peak_bytes)} for the stored twin, {ratio:.1f} times as much"
             lines.append(("", twin))
+        if self.num_processes > 1:
+            names = ("parameters", "gradients", "optimizer state")
+            parts = [f"{format_bytes(count)} {name}" for name, count in zip(names, self.state_bytes, strict=True)]
+            lines.append(("state", f"{', '.join(parts)}, of process 0"))
         if self.memory_budget_bytes is not None and self.planned_peak_bytes is not None:
             planned = f"{format_bytes(self.planned_peak_bytes)} with model, gradients and optimizer"
             lines.append(("", f"{planned}, of a budget of {format_bytes(self.memory_budget_bytes)}"))

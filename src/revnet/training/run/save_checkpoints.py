@@ -1,6 +1,7 @@
 """The callback that decides when a run saves a checkpoint, and when it stops."""
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,11 +10,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from revnet.errors import CheckpointError
 from revnet.training.run.agreement import Agreement
 from revnet.training.run.callbacks import check_loss
-from revnet.training.run.checkpoint_folder import CheckpointFolder
+from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.run.stop_signals import SavedAndStopped, StopSignals
 from revnet.training.run.task import AbstractTask
@@ -63,8 +65,6 @@ class SaveCheckpoints(Checkpoint):
         self._is_due = False
         self._repeats_validation = False
         self._end = RunEnd()
-        self.num_saved_updates: int | None = None
-        """Number of updates before the last checkpoint; None before the first."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the run was over, and how."""
@@ -161,17 +161,28 @@ class SaveCheckpoints(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         update = trainer.global_step
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            trainer.save_checkpoint(self._folder.temporary(update))
-            if trainer.is_global_zero:
-                self._folder.complete(update)
+            self._save_shards(trainer, update)
         else:
             trainer.save_checkpoint(self._folder.file(update))
         self._check(trainer)
-        self.num_saved_updates = update
         self._last_time = time.monotonic()
         self._is_due = False
         if trainer.is_global_zero:
             self._folder.prune(self._num_kept)
+
+    def _save_shards(self, trainer: Trainer, update: int) -> None:
+        path = self._folder.temporary(update)
+        try:
+            trainer.save_checkpoint(path)
+        except CheckpointException as error:  # in all processes, if one of them could not write
+            if trainer.is_global_zero:
+                shutil.rmtree(path, ignore_errors=True)
+            cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, OSError):
+                raise
+            raise self._failure(cause.strerror or str(cause)) from error
+        if trainer.is_global_zero:
+            self._folder.complete(update)
 
     def _stop(self, trainer: Trainer, answer: int) -> None:
         if answer >= _STOP:
@@ -194,7 +205,18 @@ class SaveCheckpoints(Checkpoint):
         error = io.take_error() if isinstance(io, AtomicCheckpointIO) else None
         reason = trainer.strategy.broadcast(None if error is None else error.strerror or str(error))
         if reason is not None:
-            raise CheckpointError(_failure(self._folder, self.num_saved_updates, reason))
+            raise self._failure(reason)
+
+    def _failure(self, reason: str) -> CheckpointError:
+        path = self._folder.path
+        if not path.is_dir():
+            return CheckpointError(f"`{path}` was deleted while the run was going on; its checkpoints are lost.")
+        saved = self._folder.list()
+        start = f"update {update_of(saved[-1]):,}" if saved else "the beginning"
+        return CheckpointError(
+            f"the checkpoints in `{path}` cannot be written: {reason}; make room, and `revnet train --resume "
+            f"{path.parent}` continues from {start}."
+        )
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
@@ -224,12 +246,3 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
             f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,} by "
             "`max_updates` or `patience`; start a new run."
         )
-
-
-def _failure(folder: CheckpointFolder, num_saved_updates: int | None, reason: str) -> str:
-    run = folder.path.parent
-    start = "the beginning" if num_saved_updates is None else f"update {num_saved_updates:,}"
-    return (
-        f"the checkpoints in `{folder.path}` cannot be written: {reason}; make room or restore the folder, and "
-        f"`revnet train --resume {run}` continues from {start}."
-    )

@@ -30,6 +30,7 @@ _IRRELEVANT_WARNINGS = (
     r"You defined a `validation_step` but have no `val_dataloader`",  # no validation: the paper's protocol
     r"Found .* module\(s\) in eval mode at the start of training",  # frozen batch norms
     r"Detected call of `lr_scheduler.step\(\)` before",  # a gradient scaler left out the first updates
+    r"FSDP2-wrapped module .* returned a view tensor",  # no task changes the output in place
     r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )

@@ -1,0 +1,97 @@
+"""Runs in two processes resume bit for bit, and on another number of processes from the same weights."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from revnet.training import LanguageConfig, NiceConfig, TrainConfig, load_classifier, load_language_model, resume
+from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.world import World
+from revnet.training.run.checkpoint import find_weights, read_weights
+from tests.training.processes.resume_programs import WriteState, train_and_resume_all
+from tests.training.samples import assert_same_run, load_weights, newest_checkpoint
+
+LANGUAGE: dict[str, Any] = {
+    "length": 16,
+    "batch_size": 4,
+    "dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "dropout": 0.1,
+    "updates_per_epoch": 2,
+    "epochs": 2,
+    "val_windows": 8,
+}
+RUNS = ["classifier", "nice", "lm", "lm fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return runs in two processes, each with runs that continue from its checkpoints."""
+    folder = tmp_path_factory.mktemp("resume")
+    text = folder / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    configs = {
+        "classifier": TrainConfig(batch_size=400, max_updates=3, horizontal_flip=True),
+        "nice": NiceConfig(hidden_dim=16, num_couplings=2, num_hidden=1, epochs=2, batch_size=600),
+        "lm": LanguageConfig(data=str(text), **LANGUAGE),
+        "lm fsdp2": LanguageConfig(data=str(text), strategy="fsdp2", **LANGUAGE),
+    }
+    arguments = {"configs": configs, "folder": folder}
+    return run_in_processes(train_and_resume_all, arguments, World(num_processes=2))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resumes_from_every_checkpoint(runs, name):
+    result, resumed = runs[name]
+    assert len(resumed) == result.num_updates > 2
+    for other in resumed:
+        assert_same_run(result, other, load_weights)
+
+
+def test_shards_are_read_like_a_file(runs):
+    result, _ = runs["lm fsdp2"]
+    checkpoint = newest_checkpoint(result.folder)
+    assert checkpoint.is_dir()
+    expected = load_language_model(result.folder / "last.safetensors").state_dict()
+    assert find_weights(checkpoint) == checkpoint
+    actual = load_language_model(checkpoint).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy"),
+    [
+        (1, "fsdp2"),
+        (1, "ddp"),
+        pytest.param(4, "fsdp2", marks=pytest.mark.slow),
+        pytest.param(2, "ddp", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`devices`")
+def test_shards_of_two_processes_continue_on_another_number(runs, tmp_path, devices, strategy):
+    folder = runs["lm fsdp2"][1][0].folder
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for path in sorted((copy / "checkpoints").glob("*.ckpt"))[1:]:
+        shutil.rmtree(path)
+    (checkpoint,) = (copy / "checkpoints").glob("*.ckpt")
+    saved = read_weights(checkpoint).tensors
+    result = resume(copy, devices=devices, strategy=strategy, quiet=True, callbacks=[WriteState(tmp_path / "state.pt")])
+    restored = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved.keys() == restored.keys()
+    assert all(torch.equal(restored[name], tensor) for name, tensor in saved.items())
+    assert result.num_updates == 4
+
+
+@pytest.mark.slow
+def test_file_of_one_process_continues_in_shards(runs, tmp_path):
+    copy = shutil.copytree(runs["lm"][0].folder, tmp_path / "copy")
+    result = resume(copy, devices=2, strategy="fsdp2", epochs=3, quiet=True)
+    assert result.num_updates == 6
+    assert newest_checkpoint(copy).is_dir()
+
+
+def test_run_of_two_processes_loads_like_any_other(runs):
+    assert load_classifier(runs["classifier"][0].folder).header.num_classes == 10
