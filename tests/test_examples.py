@@ -7,15 +7,15 @@ import pytest
 import torch
 
 import revnet
-from revnet import coupling, nn, optim
+from revnet import coupling, distributed, nn, optim
 
 MOST_COLUMNS = 88
 
 
 def documented_objects():
-    """Return the stable API, all couplings, and all of `revnet.nn` and `revnet.optim`, by qualified name."""
+    """Return the stable API, all couplings, and all of `distributed`, `nn` and `optim`, by qualified name."""
     objects = {f"revnet.{name}": getattr(revnet, name) for name in revnet.__all__}
-    for room in (coupling, nn, optim):
+    for room in (coupling, distributed, nn, optim):
         for name, value in vars(room).items():
             is_new = not any(value is known for known in objects.values())
             if name[0] != "_" and getattr(value, "__module__", "").startswith("revnet.") and is_new:

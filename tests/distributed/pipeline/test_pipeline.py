@@ -8,7 +8,6 @@ import copy
 import datetime
 import os
 import signal
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -29,11 +28,15 @@ from revnet.distributed.pipeline._link import Header
 from revnet.distributed.pipeline._microbatches import divide, sample_of
 from revnet.memory.step._live import LiveBytes
 from revnet.models import ReversibleTransformer
+from tests.distributed.pipeline.reference import (
+    Parts,
+    conv_batch,
+    conv_model,
+    first_states,
+    reference_step,
+    seed_stage,
+)
 from tests.helpers import CASE, CASES, squares
-
-# `importlib` import mode: the folder of a test is not on the path.
-sys.path.insert(0, str(Path(__file__).parent))
-from reference import Parts, conv_batch, conv_model, first_states, reference_step, seed_stage
 
 COUNTS = {2: [3, 2], 4: [3, 2, 1, 2]}
 """Number of blocks in each stage, by the number of processes: unequal on purpose."""
