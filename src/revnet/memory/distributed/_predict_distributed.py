@@ -52,9 +52,9 @@ def predict_distributed(
     releases it. The peak of a stage of a "pipeline" is an estimate, which may be off by a few percent. Prediction for
     GPUs is experimental: the same tensors exist, but the allocator and NCCL need more memory.
 
-    Under "fsdp2" and "pipeline", 1,000 equal blocks take as long as a few: runs of equal blocks are shortened, and the
-    figures of the whole model follow from models that differ by a block. One more model checks that they do; if not,
-    the whole model runs.
+    Under "fsdp2", 1,000 equal blocks take as long as a few: runs of equal blocks are shortened, and the figures of the
+    whole model follow from models that differ by a block. One more model checks that they do; if not, the whole model
+    runs. Under "pipeline", equal stages are predicted together.
 
     Args:
         model: Any module, in the mode (training or evaluation) to predict. It may be on the meta device. It is not

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import cast
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from revnet._torch_internals import FakeTensorMode
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
-from revnet.memory.distributed._equal_blocks import FEWEST, kinds_of_blocks
+from revnet.memory.distributed._equal_blocks import kinds_of_blocks
 from revnet.memory.distributed._model_parts import ModelParts, refusal, take_apart
-from revnet.memory.distributed._predict_process import SHORT, ProcessProgram, counting, predicting
+from revnet.memory.distributed._predict_process import ProcessProgram, counting, predicting
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import ProcessStep, run_process_step
 from revnet.memory.distributed._splice import NotPeriodicError, extrapolated
@@ -101,25 +100,17 @@ class _PipelinePrediction:
         """Return the step of a stage with these blocks."""
         ahead = self._program.num_processes - 1 - rank
         num_steady = min(_STEADY, len(self._microbatches) - ahead)
-        runs = [list(run) for _, run in groupby(blocks, key=self._kinds.__getitem__)]
-        sizes, short = [ahead, *map(len, runs)], [_FEW_AHEAD, *[SHORT] * len(runs)]
-        long = [index for index, size in enumerate(sizes) if size >= (FEWEST if index else _FEW_AHEAD + 3)]
-
-        def predict(long_sizes: Sequence[int]) -> ProcessStep:
-            chosen = list(sizes)
-            for index, size in zip(long, long_sizes, strict=True):
-                chosen[index] = size
-            kept = [block for run, size in zip(runs, chosen[1:], strict=True) for block in run[:size]]
-            return self._run_once(rank, kept, chosen[0], num_steady)
-
-        if long:
+        if ahead >= _FEW_AHEAD + 3:
             try:
-                step = extrapolated(predict, [sizes[index] for index in long], [short[index] for index in long])
+                step = extrapolated(
+                    lambda sizes: self._run_once(rank, blocks, sizes[0], num_steady), [ahead], [_FEW_AHEAD]
+                )
             except NotPeriodicError:
-                return self._run_once(rank, blocks, ahead, num_steady)
-            self._is_extrapolated = True
-            return step
-        return predict(())
+                pass
+            else:
+                self._is_extrapolated = True
+                return step
+        return self._run_once(rank, blocks, ahead, num_steady)
 
     def _run_once(self, rank: int, blocks: Sequence[int], ahead: int, num_steady: int) -> ProcessStep:
         """Return the step of a stage. Stages of equal blocks share it."""
