@@ -13,6 +13,7 @@ from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Store, set_policy
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
+from revnet.training.processes.world import current_world
 from revnet.training.settings.run_config import AbstractRunConfig
 
 
@@ -113,7 +114,8 @@ def _autocast(config: AbstractRunConfig) -> torch.dtype | None:
 
 def _budget_error(memory_budget: str, error: BudgetError) -> BudgetError:
     """Return the error in terms of the settings of a run."""
-    size = error.max_batch_size
+    # The plan is for the part of a batch that one process computes.
+    size = error.max_batch_size * current_world().num_processes
     way_out = f"pass a `batch_size` of {size} or less" if size else "no batch would fit; pass a smaller model"
     return BudgetError(
         f"`memory_budget` (={memory_budget!r}) is {format_bytes(error.missing_bytes)} below the least that an update "
