@@ -1,5 +1,6 @@
 """A resumed run is equal to one that never stopped, bit for bit, from every checkpoint."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ from revnet.training import (
     LanguageConfig,
     NiceConfig,
     TrainConfig,
+    TrainingInterrupted,
     load_classifier,
     load_density,
     load_language_model,
     resume,
+    train,
 )
+from tests.training.run.test_stop import SendSignal
 from tests.training.samples import assert_same_run, train_with_copies, write_image_folder
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -79,6 +83,21 @@ def test_resumes_around_validations_within_an_epoch_and_an_early_end(tmp_path):
         assert_same_run(result, resume(copy, quiet=True, callbacks=others), load_density)
         # A checkpoint comes after the validation that follows its update.
         assert others[0].losses == callbacks[0].losses[number // 2 :]
+
+
+def test_stop_before_a_validation_within_an_epoch_repeats_it(tmp_path):
+    config = NiceConfig(batch_size=200, epochs=1, num_couplings=2, hidden_dim=16, num_hidden=1)
+    straight = train(replace(config, out_dir=str(tmp_path / "straight")), quiet=True, callbacks=[ValidateEvery(2)])
+    folder = tmp_path / "stopped"
+    with pytest.raises(TrainingInterrupted, match=r"^stopped; .* continues after update 4\.$"):
+        train(
+            replace(config, out_dir=str(folder)),
+            quiet=True,
+            callbacks=[ValidateEvery(2), SendSignal("on_train_batch_end", 4)],
+        )
+    validations = ValidateEvery(2)
+    assert_same_run(straight, resume(folder, quiet=True, callbacks=[validations]), load_density)
+    assert len(validations.losses) == 2
 
 
 @pytest.mark.parametrize("attention", ["full", pytest.param("lsh", marks=pytest.mark.slow)])
