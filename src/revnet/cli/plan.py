@@ -135,8 +135,8 @@ def plan(
     if step_plan.step_in_backward:
         print("           revnet.optim.StepInBackward(optimizer)")
     # `revnet train` must have the model and the optimizer.
-    if not flags.is_own and optimizer in get_args(Optimizer) and not step_plan.step_in_backward:
-        print(f"to train   {_to_train(flags, budget)}")
+    if not flags.is_own and optimizer in get_args(Optimizer):
+        print(f"to train   {_to_train(flags, budget, step_in_backward=step_plan.step_in_backward)}")
 
 
 def _in_python(flags: StepFlags, budget: str, *, step_in_backward: bool) -> str:
@@ -146,12 +146,14 @@ def _in_python(flags: StepFlags, budget: str, *, step_in_backward: bool) -> str:
     return f"revnet.memory.plan({', '.join(filter(None, arguments))}).apply(model)"
 
 
-def _to_train(flags: StepFlags, budget: str) -> str:
+def _to_train(flags: StepFlags, budget: str, *, step_in_backward: bool) -> str:
     words = ["revnet", "train", "--model", flags.model, "--data", "path/to/images", "--batch-size", str(flags.batch)]
     if flags.image is not None:
         words += ["--image-size", str(flags.image)]
-    if flags.optimizer == "adamw":
-        words += ["--optimizer", "adamw", "--lr", "0.001"]
+    if flags.optimizer != "sgd":
+        words += ["--optimizer", flags.optimizer, "--lr", "0.001"]
     if flags.precision != "32-true":
         words += ["--precision", flags.precision]
+    if step_in_backward:
+        words.append("--step-in-backward")
     return shlex.join([*words, "--memory-budget", budget.strip()])

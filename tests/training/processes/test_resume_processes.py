@@ -24,7 +24,16 @@ LANGUAGE: dict[str, Any] = {
     "epochs": 2,
     "val_windows": 8,
 }
-RUNS = ["classifier", "nice", "lm", "lm fsdp2"]
+RECIPE: dict[str, Any] = {
+    "accumulate": 2,
+    "val_every": 1,
+    "schedule": "plateau",
+    "plateau_patience": 0,
+    "patience": 9,
+    "max_grad_norm": None,
+    "max_grad_value": 0.1,
+}
+RUNS = ["classifier", "nice", "lm", "lm fsdp2", "recipe", "recipe fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +47,10 @@ def runs(tmp_path_factory):
         "nice": NiceConfig(hidden_dim=16, num_couplings=2, num_hidden=1, epochs=2, batch_size=600),
         "lm": LanguageConfig(data=str(text), **LANGUAGE),
         "lm fsdp2": LanguageConfig(data=str(text), strategy="fsdp2", **LANGUAGE),
+        "recipe": NiceConfig(
+            hidden_dim=16, num_couplings=2, num_hidden=1, max_updates=3, batch_size=600, ema_decay=0.9, **RECIPE
+        ),
+        "recipe fsdp2": LanguageConfig(data=str(text), strategy="fsdp2", **LANGUAGE, **RECIPE),
     }
     arguments = {"configs": configs, "folder": folder}
     return run_in_processes(train_and_resume_all, arguments, World(num_processes=2))

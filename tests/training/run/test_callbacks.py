@@ -1,10 +1,11 @@
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from revnet.training.run.callbacks import EpochLog, RunFiles, StepTimer
-from revnet.training.run.task import BestEpoch
+from revnet.training.run.task import AbstractTask, BestEpoch
 
 HIGHEST_ACCURACY = BestEpoch("val_accuracy", is_highest=True)
 
@@ -21,7 +22,10 @@ class Task:
 
 def time_epoch(timer, clock, seconds):
     """Run an epoch whose updates take `seconds`, and return the logged time of a step."""
-    task, trainer = Task(), SimpleNamespace(num_training_batches=len(seconds), should_stop=False)
+    task, trainer = (
+        Task(),
+        SimpleNamespace(num_training_batches=len(seconds), should_stop=False, accumulate_grad_batches=1),
+    )
     timer.on_train_epoch_start(trainer, task)
     for index, duration in enumerate(seconds):
         timer.on_train_batch_start(trainer, task, None, index)
@@ -62,7 +66,7 @@ def test_epoch_log_continues_from_the_checkpoint(tmp_path, monkeypatch):
     for epoch in range(2):
         log.on_train_epoch_start(make_trainer(epoch), None)
         log.on_train_epoch_end(make_trainer(epoch, train_loss=0.25, step_seconds=2.0), None)
-    state = {"rows": list(log.rows), "lr": 0.5}
+    state = {"rows": list(log.rows), "lr": 0.5, "validation": {}}
     log.on_train_epoch_end(make_trainer(2, train_loss=0.25, step_seconds=2.0), None)  # lost with the process
     resumed = EpochLog(path)
     resumed.load_state_dict(state)
@@ -99,7 +103,21 @@ def test_best_epoch_is_the_earliest_with_the_highest_accuracy(tmp_path):
     assert files.best_score == 0.75
 
 
-def test_last_epoch_is_best_without_validation(tmp_path):
+def test_last_epoch_is_best_without_validation(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr("revnet.training.run.callbacks.save_weights", lambda module, path: saved.append(path.name))
     files = RunFiles(tmp_path, HIGHEST_ACCURACY)
-    assert all(files._is_best(make_trainer(epoch)) for epoch in range(3))
-    assert files.best_score is None
+    task = MagicMock(spec=AbstractTask)
+    for epoch in range(3):
+        files.on_train_epoch_end(make_trainer(epoch), task)
+    assert saved == ["best.safetensors", "last.safetensors"] * 3
+    assert (files.best_epoch, files.best_score) == (3, None)
+
+
+def test_last_epoch_does_not_replace_the_best_validation_after_a_stop(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr("revnet.training.run.callbacks.save_weights", lambda module, path: saved.append(path.name))
+    files = RunFiles(tmp_path, HIGHEST_ACCURACY)
+    files.load_state_dict({"best_epoch": 1, "best_val_accuracy": 0.5})
+    files.on_train_epoch_end(make_trainer(1), MagicMock(spec=AbstractTask))
+    assert saved == ["last.safetensors"]

@@ -2,9 +2,10 @@
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-from revnet.training.settings.checks import check_class_weights, check_range
+from revnet.training.classification.mixing_settings import MixingSettings
+from revnet.training.settings.checks import check_range
 from revnet.training.settings.choices import OnCorrupt, Optimizer, Policy, Preprocessing, Schedule
 from revnet.training.settings.fields import checked, integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -21,7 +22,7 @@ _USUAL_DECODED: dict[str, Any] = {"preprocess": "imagenet", "crop_padding": 0, "
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(AbstractRunConfig):
+class TrainConfig(MixingSettings, AbstractRunConfig):
     """Settings of a run that trains a classifier.
 
     The defaults train a small RevNet on the digits that come with revnet. `configs/` holds complete recipes, among them
@@ -122,27 +123,8 @@ class TrainConfig(AbstractRunConfig):
     color_distortion: bool = False
     """Whether brightness, saturation, hue and contrast change at random, as the paper does for ImageNet."""
 
-    randaugment: int = integer(0, at_least=0, at_most=30)
-    """Magnitude of RandAugment, which applies two random operations to each training image, such as rotation, contrast
-    or shear; 9 is usual, and 0 leaves it out. It needs kornia (`pip install 'revnet[augment]'`)."""
-
     cutout: int = integer(0, at_least=0)
     """Side in pixels of a random square that is blanked out of each image; 0 for none."""
-
-    mixup: float = number(0.0, "0 or more", lambda x: x >= 0, usual="0.2 or 0.8")
-    """Parameter of the Beta distribution that decides how images of a batch are blended with others; 0 does not."""
-
-    cutmix: float = number(0.0, "0 or more", lambda x: x >= 0, usual="1")
-    """Parameter of the Beta distribution that decides how large a rectangle of another image is pasted into the images
-    of a batch; 0 pastes none. With `mixup` too, half of the batches are blended."""
-
-    class_weights: Literal["balanced"] | tuple[float, ...] | None = checked(None, check_class_weights)
-    """Weight of each class in the training loss, as a list in the order of the classes, or `balanced` for weights that
-    are inverse to the number of training images. Null weighs all images alike."""
-
-    balanced_sampling: bool = False
-    """Whether every training image is drawn at random, each class equally often, instead of each image once in an
-    epoch."""
 
     start_size: int | None = integer(None, at_least=1)
     """Side to which training images are shrunk at first. It grows until the fraction `full_size_at` of all updates,
@@ -184,10 +166,6 @@ class TrainConfig(AbstractRunConfig):
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
     def _check_together(self) -> None:
-        if self.class_weights is not None and self.balanced_sampling:
-            raise ValueError(
-                "`class_weights` and `balanced_sampling` both make up for rare classes; leave one of the two out."
-            )
         if self.tolerance is not None and self.exact:
             raise ValueError(
                 f"`tolerance` (={self.tolerance}) has no effect with `exact`, which leaves no error to bound; leave "

@@ -62,7 +62,7 @@ class OwnDataJob(AbstractJob[TrainResult]):
     def make_loaders(
         self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
     ) -> tuple[OwnBatches, Any | None]:
-        """Return the training batches and the validation batches."""
+        """Return the training batches, of a single process, and the validation batches."""
         training = OwnBatches(self.data.training, self.updates_per_epoch, num_parts, self.config.seed)
         return training, self.data.validation
 

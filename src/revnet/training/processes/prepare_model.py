@@ -27,7 +27,7 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         name: Name of the network, for the error message.
 
     Raises:
-        ValueError: `strategy`, `tolerance` or `sync_batch_norm` does not fit the network or the device.
+        ValueError: `strategy`, `tolerance`, `compile` or `sync_batch_norm` does not fit the network or the device.
     """
     if config.strategy == "fsdp2" and not any(unit.is_reversible for unit in units_of(model)):
         raise ValueError(
@@ -38,6 +38,11 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         raise ValueError(
             f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
             "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
+        )
+    if config.strategy == "fsdp2" and config.compile and any(unit.has_log_det for unit in units_of(model)):
+        raise ValueError(
+            f"`compile` (=True) does not go with the `strategy` fsdp2 for {name}, whose blocks have log-determinants "
+            "and are divided by function; pass ddp, or leave it out."
         )
     if not config.sync_batch_norm:
         return

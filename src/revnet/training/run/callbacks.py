@@ -246,7 +246,7 @@ class RunFiles(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, before a checkpoint refers to them."""
         assert isinstance(pl_module, AbstractTask)
-        if self.best_score is None and self._rule.metric not in trainer.callback_metrics:
+        if self.best_score is None:  # no validation so far
             self._save_best(trainer, pl_module)
         with pl_module.with_final_weights():
             save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS)
@@ -254,12 +254,16 @@ class RunFiles(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights if this validation is the best so far."""
         assert isinstance(pl_module, AbstractTask)
-        score = float(trainer.callback_metrics[self._rule.metric])
-        if not math.isfinite(trainer.callback_metrics["val_loss"]):
-            return  # a run that diverges may still have an accuracy
-        if self.best_score is None or self._rule.is_better(score, self.best_score):
-            self.best_score = score
+        # A run that diverges may still have an accuracy.
+        if math.isfinite(trainer.callback_metrics["val_loss"]) and self._is_best(trainer):
             self._save_best(trainer, pl_module)
+
+    def _is_best(self, trainer: Trainer) -> bool:
+        score = float(trainer.callback_metrics[self._rule.metric])
+        if self.best_score is not None and not self._rule.is_better(score, self.best_score):
+            return False
+        self.best_score = score
+        return True
 
     def _save_best(self, trainer: Trainer, pl_module: AbstractTask) -> None:
         self.best_epoch = trainer.current_epoch + 1

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from revnet.distributed._shard_units import units_of
+from revnet.training.processes.prepare_model import uses_fsdp2
 from revnet.training.run.precision import restore_parameters
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -20,11 +22,18 @@ def execution(config: AbstractRunConfig, model: nn.Module) -> Iterator[None]:
         # Without it, cuBLAS refuses to run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if config.compile:
-        model.compile()
+    compiled = _parts_to_compile(model, config) if config.compile else []
+    for part in compiled:
+        part.compile()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning)
-        model._compiled_call_impl = None
+        for part in compiled:
+            part._compiled_call_impl = None
         restore_parameters(model, config)
+
+
+def _parts_to_compile(model: nn.Module, config: AbstractRunConfig) -> list[nn.Module]:
+    """Return the whole network or, if it is to be divided among processes, its blocks."""
+    return [unit.module for unit in units_of(model)] if uses_fsdp2(config) else [model]

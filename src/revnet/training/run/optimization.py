@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -50,12 +50,19 @@ def configure_optimization(
 
 
 def _clip_each_gradient(optimizer: Optimizer, largest: float | None) -> None:
-    """Clip the elements of each gradient when it is known."""
+    """Clip the elements of each gradient when it is known, before a hook that is registered later uses it."""
     if largest is None:
         return
+
+    def clip(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.clamp_(-largest, largest)
+
+    # FSDP2 calls these hooks for divided parameters, but not the ones of `Tensor.register_hook`.
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.register_hook(lambda gradient: gradient.clamp(-largest, largest))
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(clip)
 
 
 def _schedule(config: AbstractRunConfig, optimizer: Optimizer, num_updates: int) -> LambdaLR:

@@ -80,7 +80,6 @@ class SaveCheckpoints(Checkpoint):
         if self._end.num_updates == pl_module.num_updates:
             trainer.should_stop = True  # it was over, and its length is still the same
         self._end = RunEnd()
-        self._agreement = Agreement()
         self._signals.install()
         self._signals.waits = True
         self._last_time = time.monotonic()
@@ -95,9 +94,10 @@ class SaveCheckpoints(Checkpoint):
             return
         updates = self._interval.updates
         self._is_due |= answer > 0 or (updates is not None and trainer.global_step % updates == 0)
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
-            return  # the end of the epoch saves
-        if self._is_due and not _validation_follows(trainer, batch_idx):
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
+        if is_last or _validation_follows(trainer, batch_idx):
+            return  # the end of the epoch, or of the validation, saves and stops
+        if self._is_due:
             self._save_within_epoch(trainer, pl_module)
         self._stop(trainer, answer)
 
@@ -118,16 +118,14 @@ class SaveCheckpoints(Checkpoint):
             self._save_within_epoch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and stop if a signal has come and there is an epoch left."""
+        """Save, and stop if a signal has come."""
         assert isinstance(pl_module, AbstractTask)
         answer = self._agreement.ask_now(self._request())
-        is_over = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if is_over:
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             self._end = RunEnd(pl_module.num_updates, is_within_epoch=not progress.is_last_batch)
         self._save(trainer)
-        if not is_over:
-            self._stop(trainer, answer)
+        self._stop(trainer, answer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish writing."""
@@ -251,8 +249,8 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
         raise ValueError(
             f"`{name}` (={value}) leaves {num_updates:,} updates, and the run has made {num_done:,} already; pass more."
         )
-    if end.is_within_epoch and num_updates > num_done and num_updates != end.num_updates:
+    if end.is_within_epoch and num_updates != end.num_updates:
         raise ValueError(
-            f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,} by "
-            "`max_updates` or `patience`; start a new run."
+            f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,}; "
+            "start a new run."
         )

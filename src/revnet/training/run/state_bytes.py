@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from revnet.optim._used_gradient import UsedGradient
+
 
 class StateBytes(NamedTuple):
     """Bytes of the tensors that a process keeps, which are parts of the whole if they are divided."""
@@ -15,7 +17,7 @@ class StateBytes(NamedTuple):
     parameters: int
     """Bytes of the parameters."""
     gradients: int
-    """Bytes of the gradients of an update."""
+    """Bytes of the gradients of an update; of the largest one if the optimizer steps in the backward pass."""
     optimizer: int
     """Bytes of the state of the optimizer."""
 
@@ -32,7 +34,11 @@ class StateCounter(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count the gradients of the first update, since a validation frees them."""
         if not self._is_counted:
-            self._gradients = _count([p.grad for p in pl_module.parameters() if p.grad is not None])
+            trained = [p for p in pl_module.parameters() if p.grad is not None]  # as large as its gradient
+            if any(isinstance(p.grad, UsedGradient) for p in trained):
+                self._gradients = max(_count([p]) for p in trained)
+            else:
+                self._gradients = _count(trained)
             self._is_counted = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

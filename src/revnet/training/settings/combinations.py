@@ -94,8 +94,7 @@ def _check_sharding(config: Any) -> None:
         return
     excluded = {
         "ema_decay": config.ema_decay is not None,
-        "compile": config.compile,
-        "optimizer": config.optimizer in ("muon", "adafactor"),
+        "optimizer": config.optimizer in ("muon", "adafactor", "rprop"),
         "precision": config.precision in ("16-mixed", "bf16-true"),
     }
     for name, is_excluded in excluded.items():

@@ -13,7 +13,8 @@ class ExecutionSettings(SettingsGroup):
     title: ClassVar[str] = "execution"
 
     compile: bool = False
-    """Whether to compile the network with `torch.compile`. The first updates take longer."""
+    """Whether to compile the network with `torch.compile`, as a whole or, with the `strategy` fsdp2, by block. The
+    first updates take longer."""
 
     deterministic: bool = False
     """Whether to use deterministic algorithms only, so that a run on a GPU can be repeated bit for bit. PyTorch raises
