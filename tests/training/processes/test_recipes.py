@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from revnet.training import LanguageConfig
+from revnet.training import LanguageConfig, TrainConfig
 from revnet.training.processes.launch import run_in_processes
-from revnet.training.processes.world import World
+from revnet.training.processes.prepare_model import check_devices
+from revnet.training.processes.world import World, entered
 from tests.training.processes import training_programs as programs
 from tests.training.processes.test_devices import ROUNDING
 
@@ -59,3 +61,13 @@ def test_clips_divided_gradients_in_the_backward_pass(runs):
     expected, actual = (load_file(result.folder / "last.safetensors") for result in (ordinary, in_backward))
     assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
     assert in_backward.state_bytes.gradients < ordinary.state_bytes.gradients / 4
+
+
+def test_rejects_a_step_in_the_backward_pass_under_ddp():
+    config = TrainConfig(device="cpu", step_in_backward=True)
+    check_devices(config, nn.Linear(1, 1), "net")
+    with (
+        entered(World(num_processes=2)),
+        pytest.raises(ValueError, match=r"^`step_in_backward` \(=True\) does not go with several processes under ddp"),
+    ):
+        check_devices(config, nn.Linear(1, 1), "net")
