@@ -33,7 +33,7 @@ def test_parts_of_a_batch_make_the_same_update(language, tmp_path):
     assert [run.num_updates for run in runs.values()] == [4, 4, 4]
     assert runs["parts"].batch_size == 8
     assert runs["parts"].peak_bytes < runs["whole"].peak_bytes / 3
-    assert "at the peak of a step of 8 windows in 4 parts" in runs["parts"].report()
+    assert "at the peak of a step of 8 windows, in 4 parts" in runs["parts"].report()
     rows = [read_log(run.folder)[0] for run in runs.values()]
     assert rows[0]["updates"] == rows[1]["updates"] == "4"
     assert float(rows[1]["train_loss"]) == pytest.approx(float(rows[0]["train_loss"]), rel=1e-5)

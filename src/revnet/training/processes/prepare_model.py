@@ -27,7 +27,7 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         name: Name of the network, for the error message.
 
     Raises:
-        ValueError: `strategy`, `tolerance`, `compile` or `sync_batch_norm` does not fit the network or the device.
+        ValueError: A setting does not fit the network or the devices.
     """
     if config.strategy == "fsdp2" and not any(unit.is_reversible for unit in units_of(model)):
         raise ValueError(
@@ -38,6 +38,11 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         raise ValueError(
             f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
             "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
+        )
+    if config.step_in_backward and current_world().num_processes > 1 and not uses_fsdp2(config):
+        raise ValueError(
+            "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
+            "after the backward pass; pass the `strategy` fsdp2, or leave it out."
         )
     if config.strategy == "fsdp2" and config.compile and any(unit.has_log_det for unit in units_of(model)):
         raise ValueError(

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Self
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -68,13 +67,8 @@ class AbstractTask(LightningModule, ABC):
         """Return the optimizer, and the schedule that steps after every update.
 
         Raises:
-            ValueError: A setting does not fit the model or the processes.
+            ValueError: A setting does not fit the model.
         """
-        if self.config.step_in_backward and isinstance(self.trainer.strategy, DDPStrategy):
-            raise ValueError(
-                "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
-                "after the backward pass; pass the `strategy` fsdp2, or leave it out."
-            )
         metric, is_highest = self.best_epoch
         return configure_optimization(
             self.config, self.saved_module.model, self.num_updates, metric=metric, is_highest=is_highest
