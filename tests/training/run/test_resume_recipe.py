@@ -4,8 +4,8 @@ import pytest
 
 from revnet.training import LanguageConfig, TrainConfig, load_classifier, load_language_model, resume
 from tests.training.own_code import tiny_revnet
-from tests.training.run.test_resume import LANGUAGE, TEXT, train_with_copies
-from tests.training.samples import assert_same_run
+from tests.training.run.test_resume import LANGUAGE, TEXT
+from tests.training.samples import assert_same_run, train_with_copies
 
 OWN = "tests.training.own_code"
 
@@ -21,11 +21,11 @@ SLOW = ("muon", "backward")
 
 
 @pytest.mark.parametrize("recipe", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_language_model_resumes_bit_for_bit(tmp_path, monkeypatch, recipe):
+def test_language_model_resumes_bit_for_bit(tmp_path, recipe):
     (tmp_path / "fox.txt").write_text(TEXT)
     settings = LANGUAGE | {"updates_per_epoch": 3, "val_windows": 4} | RECIPES[recipe]
     config = LanguageConfig(data=str(tmp_path / "fox.txt"), **settings)
-    result, copies = train_with_copies(config, tmp_path, monkeypatch)
+    result, copies = train_with_copies(config, tmp_path)
     assert len(copies) >= result.num_updates
     for copy in copies[1::2]:
         resumed = resume(copy, quiet=True)
@@ -41,9 +41,9 @@ def test_language_model_resumes_bit_for_bit(tmp_path, monkeypatch, recipe):
     ],
     ids=["mixing", "own-data"],
 )
-def test_classifier_resumes_bit_for_bit(tmp_path, monkeypatch, settings, num_classes):
+def test_classifier_resumes_bit_for_bit(tmp_path, settings, num_classes):
     config = TrainConfig(**{"model": f"{OWN}:tiny_revnet", "batch_size": 400, "epochs": 2} | settings)
-    result, copies = train_with_copies(config, tmp_path, monkeypatch)
+    result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == result.num_updates
     for copy in copies[1::2]:
         resumed = resume(copy, quiet=True)
