@@ -392,6 +392,33 @@ def check_inverse() -> None:
     assert_close(blocks.inverse(blocks(x).detach()), x)
 
 
+class Density(nn.Module):
+    """Returns the log-determinants of its blocks with their output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = CASE["affine-conv"].sequence(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, log_det = self.blocks.forward_with_log_det(x)
+        return z.flatten(1).square().sum(1) - log_det
+
+
+def check_log_det(unit: str) -> None:
+    """Check that the gradient of a log-determinant finds the parameters, which may come first."""
+    torch.manual_seed(0)
+    model = Density()
+    twin = make_stored(copy.deepcopy(model))
+    torch.manual_seed(1)
+    x = CASE["affine-conv"].input(requires_grad=False)
+    for module in (model, twin):
+        shard_blocks(module, unit=unit)
+        torch.manual_seed(2)
+        module(x).mean().backward()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(whole(parameter.grad), whole(expected.grad))
+
+
 def check_generation() -> None:
     model = make("transformer").eval()
     prompt = torch.zeros(1, 2, dtype=torch.long)
@@ -469,6 +496,7 @@ CHECKS = {
         for unit, policy in zip(UNITS, (None, BF16), strict=True)
     },
     "inverse": check_inverse,
+    **{f"log-determinant, {unit}": partial(check_log_det, unit) for unit in UNITS},
     "generation": check_generation,
     "sharded head": check_sharded_head_keeps_its_group,
     "refuses a model without blocks": check_needs_a_block,

@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from revnet.data import ImageDataset, Preprocess
@@ -137,7 +138,9 @@ def train_and_resume(
     return straight, resume(tmp_path / "stopped", quiet=True)
 
 
-def train_with_copies(config: AbstractRunConfig, tmp_path: Path) -> tuple[Any, list[Path]]:
+def train_with_copies(
+    config: AbstractRunConfig, tmp_path: Path, callbacks: Sequence[Callback] = ()
+) -> tuple[Any, list[Path]]:
     """Return the result of a run, and copies of its folder as it was after each checkpoint."""
     copies: list[Path] = []
     save = SaveCheckpoints._save
@@ -150,7 +153,8 @@ def train_with_copies(config: AbstractRunConfig, tmp_path: Path) -> tuple[Any, l
         trainer.strategy.barrier()
 
     with mock.patch.object(SaveCheckpoints, "_save", save_and_copy):
-        result = train(replace(config, out_dir=str(tmp_path / "straight"), save_every=1), quiet=True)
+        config = replace(config, out_dir=str(tmp_path / "straight"), save_every=1)
+        result = train(config, quiet=True, callbacks=callbacks)
     return result, copies
 
 

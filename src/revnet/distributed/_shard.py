@@ -53,14 +53,16 @@ def shard_blocks(
             computes in the dtype of the parameters.
         offload_policy: Offloading of parameters to the CPU, as for `fully_shard`.
         unit: "block" gathers the parameters of a whole block at a time. "function" gathers one residual function at a
-            time, which holds fewer gathered parameters and communicates more often.
+            time, which holds fewer gathered parameters and communicates more often. Blocks whose coupling has a
+            log-determinant are always sharded by function.
 
     Returns:
         The same model, which is now also an `FSDPModule`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: `model` has no reversible block, is already sharded, or `unit` is not one of the two names.
+        ValueError: `model` has no reversible block, is already sharded, or `unit` is not one of the two names. Or a
+            function that would run uncompiled has been compiled.
         RuntimeError: There is no process group.
     """
     policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
@@ -71,8 +73,7 @@ def shard_blocks(
             f"`model` (={type(model).__name__}) has no reversible block that could be sharded as a unit; build it from "
             "`ReversibleSequential`, or call `torch.distributed.fsdp.fully_shard`."
         )
-    if unit == "function":
-        _check_compiled(units)
+    _check_compiled(units, unit)
     options: dict[str, Any] = {"mesh": _all_processes() if mesh is None else mesh}
     if offload_policy is not None:
         options["offload_policy"] = offload_policy
@@ -128,14 +129,15 @@ def _check_arguments(
         )
 
 
-def _check_compiled(units: list[Unit]) -> None:
+def _check_compiled(units: list[Unit], unit: str) -> None:
     for found in units:
-        for part in found.parts:
+        for part in found.parts_to_shard(unit):
             # Hooks of FSDP end a graph, and then PyTorch does not compile the code of its own modules.
             if part._compiled_call_impl is not None and type(part).forward.__module__.startswith("torch.nn."):
+                way_out = "" if found.has_log_det else 'pass `unit="block"`, or '
                 raise ValueError(
-                    f"`unit` (='function') would run a compiled function of `{found.name}` (={type(part).__name__}) "
-                    'uncompiled; pass `unit="block"`, or write the function as a module with its own `forward`.'
+                    f"`unit` (={unit!r}) would run a compiled function of `{found.name}` (={type(part).__name__}) "
+                    f"uncompiled; {way_out}write the function as a module with its own `forward`."
                 )
 
 
@@ -184,6 +186,6 @@ def _parts_to_shard(
             continue
         # The hooks of a reversible unit's parts cast; a cast of the block's own inputs would cast the streams.
         casts = policy.cast_forward_inputs and not found.is_reversible
-        for part in found.parts if unit == "function" else [found.module]:
+        for part in found.parts_to_shard(unit):
             if not isinstance(part, FSDPModule) and next(part.parameters(), None) is not None:
                 yield part, replace(policy, cast_forward_inputs=casts, output_dtype=None)

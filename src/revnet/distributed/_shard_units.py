@@ -31,6 +31,20 @@ class Unit:
         inside = {module for child in children for module in child.modules() if module is not child}
         return [child for child in children if child not in inside]
 
+    @property
+    def has_log_det(self) -> bool:
+        """Whether the unit may compute a log-determinant, which leaves it next to its output."""
+        module = self.module
+        if not isinstance(module, AbstractReversibleBlock):
+            return False
+        return any(not half_block.coupling.is_additive for half_block in module.half_blocks())
+
+    def parts_to_shard(self, unit: str) -> list[nn.Module]:
+        """Return the modules to shard one by one: the whole unit, or its parts."""
+        # FSDP gathers parameters when the gradient of an output arrives. The gradient of a log-determinant may arrive
+        # before the gradient of the block's output; the outputs of the functions are in the paths of both.
+        return self.parts if unit == "function" or self.has_log_det else [self.module]
+
 
 def units_of(model: nn.Module) -> list[Unit]:
     """Return the units of `model` from the input to the output, without units inside other units."""

@@ -146,8 +146,8 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
 
     Example:
         >>> import tempfile
-        >>> from revnet.training import TrainConfig, resume, train
-        >>> run = train(TrainConfig(epochs=1, out_dir=tempfile.mkdtemp()), quiet=True)
+        >>> from revnet.training import NiceConfig, resume, train
+        >>> run = train(NiceConfig(epochs=1, out_dir=tempfile.mkdtemp()), quiet=True)
         >>> longer = resume(run.folder, epochs=2, quiet=True)
         >>> longer.num_updates == 2 * run.num_updates
         True

@@ -78,22 +78,25 @@ def comparison(tmp_path_factory) -> Comparison:
     return compare(make_configs(4, folder), RUNS, folder)
 
 
-def assert_same_losses(comparison: Comparison, name: str, strategy: str) -> None:
+def assert_same_losses(comparison: Comparison, name: str, strategy: str, *, is_long: bool = False) -> None:
     config, losses = comparison.configs[name], comparison.two[name, strategy][1]
-    in_parts = programs.losses_of_one_process(config, 2)
-    if strategy == "ddp":
-        # The mean of two gradients has the same bits in either order.
-        assert losses == in_parts
-    else:
-        # The norm of divided gradients is summed in another order.
-        assert losses == pytest.approx(in_parts, rel=ROUNDING)
-    whole = comparison.one[name][1]
-    assert programs.losses_of_one_process(config, 1) == whole
-    difference = max(abs(a - b) for a, b in zip(losses, whole, strict=True))
+    whole, in_parts = comparison.one[name][1], programs.losses_of_one_process(config, 2, strategy)
     if name == "batch norm":
-        assert difference > 1e-3, "each process normalizes its part of the batch by itself"
+        # Each process normalizes its part of the batch by itself. The mean of two gradients has the same bits in either
+        # order, so nothing differs that 50 updates could amplify.
+        by_parts = largest_difference(losses, whole)
+        assert by_parts > 1e-3
+        assert largest_difference(losses, in_parts) <= (0 if is_long else by_parts / 100)
     else:
-        assert difference <= ROUNDING * max(whole)
+        # These are sums in another order: of the parts, and of the norm of gradients.
+        eps = torch.finfo(torch.float32).eps * max(whole)
+        assert largest_difference(programs.losses_of_one_process(config, 1), whole) <= 100 * eps
+        rounding = largest_difference(programs.losses_of_one_process(config, 2), whole)
+        assert largest_difference(losses, whole) <= 100 * max(rounding, eps)
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("name", "strategy"), RUNS)
@@ -219,7 +222,7 @@ def long_comparison(tmp_path_factory) -> Comparison:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["batch norm", "vit", "lm", "nice"])
 def test_fifty_updates(long_comparison, name, strategy):
-    assert_same_losses(long_comparison, name, strategy)
+    assert_same_losses(long_comparison, name, strategy, is_long=True)
 
 
 @pytest.mark.slow
@@ -240,7 +243,7 @@ def test_fifty_updates_on_cifar10(tmp_path):
     runs = [(name, strategy) for name in configs for strategy in ("ddp", "fsdp2")]
     comparison = compare(configs, runs, tmp_path)
     for run in runs:
-        assert_same_losses(comparison, *run)
+        assert_same_losses(comparison, *run, is_long=True)
 
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:

@@ -76,14 +76,17 @@ def train_and_evaluate(configs: Mapping[Any, Config], files: list[Path]) -> tupl
     return results, evaluate_and_predict(next(iter(results.values()))[0].folder, files)
 
 
-def losses_of_one_process(config: Config, num_parts: int) -> list[float]:
+def losses_of_one_process(config: Config, num_parts: int, strategy: str = "ddp") -> list[float]:
     """Train in one process with each batch in several parts, without Lightning, and return the losses.
 
-    The parts are processed one after another, so that batch norms normalize each part by itself.
+    The parts are processed one after another, so that batch norms normalize each part by itself. The layout of the
+    weights is the layout that they have with the strategy.
     """
     families = {TrainConfig: classification, NiceConfig: density, LanguageConfig: language}
     job = families[type(config)].new_job(config)
     task = job.task.train()
+    if strategy == "fsdp2":
+        task.saved_module.model.to(memory_format=torch.contiguous_format)
     loader, _ = job.make_loaders(torch.device("cpu"), num_parts=num_parts)
     optimization = task.configure_optimizers()
     optimizer, scheduler = optimization["optimizer"], optimization["lr_scheduler"]["scheduler"]

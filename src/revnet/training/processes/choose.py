@@ -79,7 +79,7 @@ def _check_available(kind: str, device: str, world: World) -> None:
             f"this process can use; pass {num_gpus} or fewer."
         )
     num_cores = os.cpu_count() or 1
-    if kind == "cpu" and world.num_local > num_cores and world.is_main:
+    if kind == "cpu" and world.num_local > num_cores and world.must_start:
         warnings.warn(
             f"`devices` (={world.num_local}) exceeds the {num_cores} core{'s' * (num_cores > 1)} of this machine, so "
             "processes will wait for each other.",

@@ -95,7 +95,7 @@ def run_in_processes(function: Callable[..., Any], arguments: Mapping[str, Any],
         own = [failure for failure in reported if failure.error_type is not ProcessError]
         if own:
             raise own[0].to_error()
-        if signals:
+        if signals and lost is not None:
             stop = KeyboardInterrupt()
             stop.signal_number = signals[0]  # type: ignore[attr-defined]
             raise stop

@@ -14,6 +14,7 @@ from revnet.memory.step._optimizer import as_factory
 from revnet.nn import Store, set_policy
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
+from revnet.training.processes.world import current_world
 from revnet.training.run.precision import autocast_dtype
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -118,7 +119,8 @@ def count_peak_bytes(model: nn.Module, config: AbstractRunConfig, update: Update
 
 def _budget_error(memory_budget: str, error: BudgetError) -> BudgetError:
     """Return the error in terms of the settings of a run."""
-    size = error.max_batch_size
+    # The plan is for the part of a batch that one process computes.
+    size = error.max_batch_size * current_world().num_processes
     way_out = f"pass a `batch_size` of {size} or less" if size else "no batch would fit; pass a smaller model"
     return BudgetError(
         f"`memory_budget` (={memory_budget!r}) is {format_bytes(error.missing_bytes)} below the least that an update "

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, distributed
 
+from revnet.training.processes.world import current_world
+
 
 class Agreement:
     """Largest request of all processes, which all of them learn at the same update.
@@ -12,8 +14,7 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._is_shared = distributed.is_available() and distributed.is_initialized()
-        self._is_shared = self._is_shared and distributed.get_world_size() > 1
+        self._is_shared = current_world().num_processes > 1
         # The tensors stay on the CPU: a GPU would have to finish its work before an answer could be read.
         self._group = distributed.new_group(backend="gloo") if self._is_shared else None
         self._pending: tuple[Tensor, distributed.Work] | None = None

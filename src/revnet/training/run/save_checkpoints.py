@@ -80,7 +80,6 @@ class SaveCheckpoints(Checkpoint):
         if self._end.num_updates == pl_module.num_updates:
             trainer.should_stop = True  # it was over, and its length is still the same
         self._end = RunEnd()
-        self._agreement = Agreement()
         self._signals.install()
         self._signals.waits = True
         self._last_time = time.monotonic()
@@ -95,9 +94,10 @@ class SaveCheckpoints(Checkpoint):
             return
         updates = self._interval.updates
         self._is_due |= answer > 0 or (updates is not None and trainer.global_step % updates == 0)
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
-            return  # the end of the epoch saves
-        if self._is_due and not _validation_follows(trainer, batch_idx):
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
+        if is_last or _validation_follows(trainer, batch_idx):
+            return  # the end of the epoch, or of the validation, saves and stops
+        if self._is_due:
             self._save_within_epoch(trainer, pl_module)
         self._stop(trainer, answer)
 
@@ -118,16 +118,14 @@ class SaveCheckpoints(Checkpoint):
             self._save_within_epoch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and stop if a signal has come and there is an epoch left."""
+        """Save, and stop if a signal has come."""
         assert isinstance(pl_module, AbstractTask)
         answer = self._agreement.ask_now(self._request())
-        is_over = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        if is_over:
+        if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             self._end = RunEnd(pl_module.num_updates, is_within_epoch=not progress.is_last_batch)
         self._save(trainer)
-        if not is_over:
-            self._stop(trainer, answer)
+        self._stop(trainer, answer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish writing."""
@@ -174,13 +172,15 @@ class SaveCheckpoints(Checkpoint):
         path = self._folder.temporary(update)
         try:
             trainer.save_checkpoint(path)
-        except CheckpointException as error:  # in all processes, if one of them could not write
+        except (CheckpointException, RuntimeError, OSError) as error:
+            # Of the shards, all processes learn that one of them failed. The rest is written by the main process alone.
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             if trainer.is_global_zero:
                 shutil.rmtree(path, ignore_errors=True)
-            cause = next(iter(error.failures.values()))[0]
-            if not isinstance(cause, OSError):
+            reason = _reason(cause)
+            if reason is None:
                 raise
-            raise self._failure(cause.strerror or str(cause)) from error
+            raise self._failure(reason) from error
         if trainer.is_global_zero:
             self._folder.complete(update)
 
@@ -219,6 +219,14 @@ class SaveCheckpoints(Checkpoint):
         )
 
 
+def _reason(error: BaseException) -> str | None:
+    """Return why a shard could not be written; None if the disk was not the cause."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # PyTorch's writer hides the error of the disk, and on the way to this process its cause is lost.
+    return "the disk may be full" if "inline_container" in str(error) else None
+
+
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     interval = trainer.val_check_batch
     if not trainer.enable_validation or interval is None or math.isinf(interval):
@@ -241,8 +249,8 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
         raise ValueError(
             f"`{name}` (={value}) leaves {num_updates:,} updates, and the run has made {num_done:,} already; pass more."
         )
-    if end.is_within_epoch and num_updates > num_done and num_updates != end.num_updates:
+    if end.is_within_epoch and num_updates != end.num_updates:
         raise ValueError(
-            f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,} by "
-            "`max_updates` or `patience`; start a new run."
+            f"`{name}` (={value}) cannot continue the run, whose last epoch was cut short at update {num_done:,}; "
+            "start a new run."
         )

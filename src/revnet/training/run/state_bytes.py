@@ -1,7 +1,7 @@
 """The bytes that a process keeps from one update to the next."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -26,6 +26,14 @@ class StateCounter(Callback):
     def __init__(self) -> None:
         self._gradients = 0
         self._is_counted = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the bytes of the gradients, for a resumed run that has no update left."""
+        return {"gradients": self._gradients}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the bytes of the gradients; the next update counts them again."""
+        self._gradients = state_dict["gradients"]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count the gradients of the first update, since a validation frees them."""

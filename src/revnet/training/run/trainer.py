@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from revnet.training.device import find_device
@@ -22,6 +22,7 @@ from revnet.training.processes.prepare_model import uses_fsdp2
 from revnet.training.processes.world import current_world
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from revnet.training.run.precision import precision_arguments
+from revnet.training.run.sharded_strategy import ShardedStrategy
 from revnet.training.run.updates import update_arguments
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -61,7 +62,11 @@ def make_trainer(
             strategy=_make_strategy(is_sharded=is_sharded),
             use_distributed_sampler=False,  # the loaders divide the batches among processes
             callbacks=callbacks,
-            plugins=[make_checkpoint_io(config), _make_environment(), *precision.get("plugins", ())],
+            plugins=[
+                AtomicCheckpointIO(is_async=config.async_save),
+                _make_environment(),
+                *precision.get("plugins", ()),
+            ],
             default_root_dir=folder,
             logger=False,
             enable_progress_bar=False,
@@ -70,18 +75,12 @@ def make_trainer(
         )
 
 
-def make_checkpoint_io(config: AbstractRunConfig) -> AtomicCheckpointIO:
-    """Return the plugin that writes checkpoints: in the background on a GPU, unless the settings say otherwise."""
-    is_async = config.async_save
-    return AtomicCheckpointIO(is_async=find_device(config.device).type == "cuda" if is_async is None else is_async)
-
-
 def _make_strategy(*, is_sharded: bool) -> Strategy | str:
     world = current_world()
     if world.num_processes == 1:
         return "auto"
     if is_sharded:
-        return ModelParallelStrategy(data_parallel_size=world.num_processes, tensor_parallel_size=1)
+        return ShardedStrategy(data_parallel_size=world.num_processes, tensor_parallel_size=1)
     # PyTorch has renamed the option.
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

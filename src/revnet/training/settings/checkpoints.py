@@ -23,5 +23,6 @@ class CheckpointSettings(SettingsGroup):
     keep_checkpoints: int = integer(2, at_least=1)
     """Number of checkpoints that are kept, the newest ones."""
 
-    async_save: bool | None = None
-    """Whether checkpoints are written in the background while training goes on; null does so on a GPU only."""
+    async_save: bool = False
+    """Whether checkpoints are written in the background while training goes on, from a copy of weights and optimizer
+    on the CPU; shards of `fsdp2` are always written at once. Experimental on a GPU, where it has not been tested."""
