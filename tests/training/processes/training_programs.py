@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def train_and_evaluate(configs: Mapping[Any, Config], files: list[Path]) -> tupl
     return results, evaluate_and_predict(next(iter(results.values()))[0].folder, files)
 
 
+@cache
 def losses_of_one_process(config: Config, num_parts: int, strategy: str = "ddp") -> list[float]:
     """Train in one process with each batch in several parts, without Lightning, and return the losses.
 

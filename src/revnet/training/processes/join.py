@@ -43,8 +43,10 @@ def joined(world: World, device_name: str) -> Iterator[None]:
             yield
             distributed.barrier()
     except BaseException as error:
-        failure = _explained(error)
-        failure.is_reported = not _claim(store, world, is_lost=failure is not error)  # type: ignore[attr-defined]
+        is_lost = _is_lost(error)
+        is_first = _claim(store, world, is_lost=is_lost)
+        failure = _lost_error(is_first=is_first) if is_lost else error
+        failure.is_reported = not is_first  # type: ignore[attr-defined]
         # The other processes then fail too, instead of waiting. NCCL would wait itself here.
         if is_ours and device.type != "cuda":
             distributed.destroy_process_group()
@@ -103,18 +105,20 @@ def _set_variables(world: World) -> None:
     )
 
 
-def _explained(error: BaseException) -> BaseException:
-    """Return `error`, or a clear one if it only says that the connection to another process has ended."""
+def _is_lost(error: BaseException) -> bool:
+    """Return whether the error only says that the connection to another process has ended."""
     if not isinstance(error, RuntimeError) or isinstance(error, RevnetError):
-        return error
-    is_lost = isinstance(error, distributed.DistError) or any(
-        sign in str(error) for sign in ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
-    )
-    if not is_lost:
-        return error
+        return False
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
+def _lost_error(*, is_first: bool) -> ProcessError:
+    if not is_first:
+        return ProcessError("another process has failed; see its own error.")
     return ProcessError(
-        "another process has ended without an error message, as if it was killed; memory may have run out. The run "
-        "can be resumed."
+        "another process has ended without an error message, as if it was killed; memory may have run out. A run of "
+        "`revnet train` can be resumed."
     )
 
 
