@@ -1,7 +1,9 @@
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from revnet.cli._photos import photo_settings
 from revnet.training import TrainConfig, load_classifier
 from revnet.training.recipes import find_recipe
-from tests.training.samples import write_images
+from tests.training.samples import write_image_folder, write_images
 
 
 def test_summary_shows_accuracy_time_memory_and_paths(revnet, tmp_path):
@@ -176,11 +178,13 @@ def test_rejects_a_folder_that_holds_a_run(assert_refused, run_dir):
     assert_refused(["train", "--out-dir", run_dir], "is not empty; pass a new folder, or continue the run in it with")
 
 
-def start(*arguments):
+def start(*arguments, **options):
     command = [sys.executable, "-m", "revnet.cli.main", "train", *map(str, arguments)]
     # A shell's background job ignores Ctrl-C, and its children with it: ask for the usual answer.
     restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=restore, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,6 +216,22 @@ def test_resumes_a_stopped_process(revnet, tmp_path, number):
     assert output.startswith("changed  epochs 1000 -> 4\n")
     assert "epoch 4/4" in output
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_signal_to_all_processes_of_a_job_saves_first(tmp_path):
+    data = write_image_folder(tmp_path / "data", num_images=40)
+    folder = tmp_path / "run"
+    arguments = ["--data", data, "--image-size", 16, "--batch-size", 4, "--epochs", 100, "--num-workers", 2]
+    process = start(*arguments, "--save-every", 3, "--out-dir", folder, start_new_session=True)
+    while not list(folder.glob("checkpoints/*.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped; `revnet train --resume" in errors
+    assert errors.count("\n") == 2, "workers print nothing"
 
 
 @pytest.mark.slow

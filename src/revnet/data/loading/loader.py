@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -260,15 +261,21 @@ def _options(num_workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "persistent_workers": num_workers > 0,  # starting one takes as long as decoding hundreds of images
-        "worker_init_fn": _ignore_interrupt,
+        "worker_init_fn": _leave_signals_to_main,
         # Without its own generator, every new iterator draws a number from the global one.
         "generator": torch.Generator().manual_seed(seed),
     }
 
 
-def _ignore_interrupt(_worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal. The main one ends the workers, which would each print a traceback.
+def _leave_signals_to_main(_worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal, and SIGTERM every process of a job. The main process ends the workers,
+    # perhaps after a last batch; each of them would print a traceback otherwise.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_next_time)
+
+
+def _end_next_time(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
 
 
 def _identity(batch: Any) -> Any:
