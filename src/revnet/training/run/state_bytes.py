@@ -39,14 +39,6 @@ class StateCounter(Callback):
         """Restore the bytes of the gradients; the next update counts them again."""
         self._gradients = state_dict["gradients"]
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the bytes of the gradients, for a finished run that is resumed."""
-        return {"gradient_bytes": self._gradients}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Restore the bytes of the gradients."""
-        self._gradients = state_dict["gradient_bytes"]
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Count the gradients of the first update, since a validation frees them."""
         if not self._is_counted:
