@@ -19,6 +19,8 @@ from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
 
 _TIMEOUT = 300.0
+_LAST_SECONDS = 60.0
+"""Time that the other processes have to end by themselves once one of them has been killed."""
 _PROGRESS = "progress"
 
 # A server that has imported everything starts a process in milliseconds.
@@ -32,9 +34,17 @@ class WriteProgress(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        started_path(self.path, trainer.global_rank).touch()
+
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.is_global_zero:
             self.path.write_text(str(trainer.global_step))
+
+
+def started_path(progress: Path, rank: int) -> Path:
+    """Return the file that a process makes when it begins to train."""
+    return progress.with_name(f"{progress.name}_{rank}")
 
 
 def work(config: Any, folder: Path, rank: int, num_processes: int, port: int) -> None:
@@ -100,14 +110,23 @@ class Driver:
             _wait_for_write(folder, victim, self.random.randrange(6), seconds)
         was_alive = victim.is_alive()
         victim.kill()
-        deadline = time.monotonic() + _TIMEOUT
+        deadline = time.monotonic() + _LAST_SECONDS
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
-            assert process.exitcode is not None, "a process is left over"
+        have_met = all(path.exists() for path in self._started_paths(folder))
+        # Processes that wait for one which never came are ended by the launcher.
+        assert not have_met or all(process.exitcode is not None for process in processes), "a process is left over"
+        _end_all(processes)
         self._check(folder)
         return was_alive
 
+    def _started_paths(self, folder: Path) -> list[Path]:
+        progress = folder.with_name(f"{folder.name}.{_PROGRESS}")
+        return [started_path(progress, rank) for rank in range(self.num_processes)]
+
     def _start(self, folder: Path) -> list[Any]:
+        for path in self._started_paths(folder):
+            path.unlink(missing_ok=True)
         port = self.random.randrange(20_000, 60_000)
         processes = [
             _processes.Process(target=work, args=(self.config, folder, rank, self.num_processes, port))

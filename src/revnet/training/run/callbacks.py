@@ -163,13 +163,13 @@ class EpochLog(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows and, of this epoch, the first learning rate and the figures of the last validation."""
-        return {"rows": self.rows, "lr": self._lr, "validated": self._validated}
+        return {"rows": self.rows, "lr": self._lr, "validation": self._validated}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the rows and the figures of the epoch."""
         self.rows = state_dict["rows"]
         self._lr = state_dict["lr"]
-        self._validated = state_dict["validated"]
+        self._validated = state_dict["validation"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the learning rate before the schedule changes it."""
