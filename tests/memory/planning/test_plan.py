@@ -348,3 +348,13 @@ def test_draws_a_plan(tmp_path):
     planned = plan(small_revnet(), torch.empty(2, 3, 8, 8, device="meta"), budget="1GiB")
     planned.plot(tmp_path / "plan.png", title="small")
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_an_optimizer_of_the_model_is_taken_where_no_batch_fits():
+    model = PolicySequential(nn.Linear(64, 64))
+    messages = []
+    for optimizer in (torch.optim.AdamW, torch.optim.AdamW(model.parameters())):
+        with pytest.raises(BudgetError, match="no batch would fit") as caught:
+            plan(model, torch.ones(8, 64), budget="1 KiB", optimizer=optimizer)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]

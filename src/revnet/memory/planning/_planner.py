@@ -27,7 +27,7 @@ from revnet.memory.planning._unit_seconds import measure_seconds
 from revnet.memory.planning._units import UnitInModel, assign, find_units
 from revnet.memory.step._backward_optimizer import check_step_in_backward
 from revnet.memory.step._bytes import format_bytes, parse_bytes
-from revnet.memory.step._optimizer import OptimizerFactory
+from revnet.memory.step._optimizer import OptimizerFactory, as_factory
 from revnet.memory.step._predict import Prediction
 from revnet.memory.step._run_step import Loss
 from revnet.memory.step._step_memory import StepMemory
@@ -98,6 +98,9 @@ def plan(
     if not isinstance(step_in_backward, bool) and step_in_backward != "auto":
         raise ValueError(f"`step_in_backward` (={step_in_backward!r}) must be True, False or 'auto'.")
     check_step_in_backward(bool(step_in_backward), optimizer)
+    if isinstance(optimizer, Optimizer) and isinstance(model, nn.Module):
+        # The search looks at batches of other sizes while fake parameters stand for the ones that it holds.
+        optimizer = as_factory(optimizer, list(model.parameters()))
     step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, False)
     stepping = replace(step, step_in_backward=True)
     if step_in_backward == "auto":
