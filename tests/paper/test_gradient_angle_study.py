@@ -87,7 +87,7 @@ def test_writes_page_tables_and_figure(study, tmp_path):
         "- Versions: PyTorch ",
         "- Date: ",
         "revnet figure gradient-angle --some-flag`",
-        "data digits, model revnet38, epochs 60, max_updates 3, batch_size 50, lr 0.1, precision 32-true, seed 0",
+        "data digits, model revnet38, epochs 60, max_updates 3, batch_size 50, seed 0, lr 0.1, precision 32-true",
         f"![{stem}.png]({stem}.png)",
         "before 2 of its 3 updates",
         "| head | 0 | 0 | 0 | 0 | 0 | 0 | ",

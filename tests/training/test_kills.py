@@ -16,7 +16,7 @@ from tests.training.samples import read_log
 NICE = NiceConfig(
     batch_size=100, epochs=2, num_couplings=4, hidden_dim=64, num_hidden=2, horizontal_flip=True, save_every=4
 )
-TIMES = {"step_seconds": "", "epoch_seconds": ""}
+TIMES = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
 MEASURED = ("seconds", "process_peak_bytes", "machine")
 
 

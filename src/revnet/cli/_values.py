@@ -71,7 +71,7 @@ def takes_choices_only(kind: Any) -> bool:
 
 def is_switch(kind: Any) -> bool:
     """Return whether an option of the type `kind` needs no value: `--quick` means `--quick true`."""
-    return kind is bool
+    return bool in _members(kind) and set(_members(kind)) <= {bool, NoneType}
 
 
 def is_list(kind: Any) -> bool:

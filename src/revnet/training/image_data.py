@@ -10,10 +10,11 @@ from revnet.training.import_path import is_import_path
 def absolute_data(data: str) -> str:
     """Return the name of a data set, or the absolute path of a folder.
 
-    A run with an absolute path can be resumed and evaluated in any working directory.
+    A run with an absolute path can be resumed and evaluated in any working directory. What does not exist is returned
+    as it is, for the error message.
     """
     is_name = data in list_datasets() or data.startswith("hub:") or is_import_path(data)
-    return data if is_name else absolute_path(data)
+    return absolute_path(data) if not is_name and Path(data).expanduser().exists() else data
 
 
 def absolute_path(path: str) -> str:

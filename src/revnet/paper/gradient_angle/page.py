@@ -17,6 +17,7 @@ from revnet.paper.gradient_angle.callbacks import GradientAngle
 from revnet.paper.gradient_angle.gradients import GradientError
 from revnet.paper.gradient_angle.study import AngleStudy, check_twins, measure_gradient_angle
 from revnet.training import TrainConfig
+from revnet.training.settings.fields import list_groups
 
 _ALWAYS_SHOWN = ("data", "model", "epochs", "batch_size", "lr", "precision", "seed")
 
@@ -111,8 +112,9 @@ def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
 
 
 def _settings(config: TrainConfig) -> str:
-    defaults = asdict(TrainConfig())
-    shown = {key: value for key, value in asdict(config).items() if value != defaults[key] or key in _ALWAYS_SHOWN}
+    defaults, values = asdict(TrainConfig()), asdict(config)
+    names = [name for group in list_groups(TrainConfig).values() for name in group]
+    shown = {name: values[name] for name in names if values[name] != defaults[name] or name in _ALWAYS_SHOWN}
     return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in shown.items())
 
 
