@@ -134,6 +134,8 @@ def _watched_pipe() -> Iterator[int]:
 def _start(rank: int, world: World, port: int, folder: Path, pipe: int) -> subprocess.Popen[bytes]:
     environment = {
         "OMP_NUM_THREADS": str(threads_per_process(world)),
+        # Without warnings of PyTorch's C++ code, whose stack traces say less than the error of this process.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         **os.environ,
         # As torchrun sets them, so that PyTorch and Lightning know what to do.
         "TORCHELASTIC_RUN_ID": f"revnet-{os.getpid()}",
