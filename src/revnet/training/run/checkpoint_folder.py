@@ -62,8 +62,7 @@ class CheckpointFolder:
         for file in temporary.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        if final.is_dir():  # of a run that was continued from an earlier checkpoint
-            shutil.rmtree(final)
+        remove_checkpoint(final)  # of a run that was continued from an earlier checkpoint
         temporary.rename(final)
 
     def prune(self, num_kept: int) -> None:
@@ -82,6 +81,14 @@ def update_of(checkpoint: Path) -> int:
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match[1])
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint that another one takes the place of: a file, a folder of shards, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _delete(path: Path) -> None:

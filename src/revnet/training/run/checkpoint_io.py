@@ -12,6 +12,7 @@ from torch import Tensor
 
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.run.checkpoint_folder import remove_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -78,6 +79,8 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
+                if path.is_dir():  # shards of a run that was continued from an earlier checkpoint
+                    remove_checkpoint(path)
         except OSError as error:
             self._error = error
         except RuntimeError as error:  # PyTorch's writer hides what the file raised

@@ -1,0 +1,28 @@
+"""A checkpoint takes the place of an unreadable one of the same name, also of the other kind."""
+
+import torch
+
+from revnet.training.run.checkpoint_folder import CheckpointFolder
+from revnet.training.run.checkpoint_io import AtomicCheckpointIO
+
+
+def test_a_file_takes_the_place_of_shards(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    path = folder.file(60)
+    path.mkdir()
+    (path / "__0_0.distcp").write_bytes(b"truncated")
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"update": 60}, path)
+    assert writer.take_error() is None
+    assert torch.load(path) == {"update": 60}
+    assert folder.list() == [path]
+
+
+def test_shards_take_the_place_of_a_file(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.file(60).write_bytes(b"truncated")
+    folder.temporary(60).mkdir()
+    (folder.temporary(60) / "__0_0.distcp").write_bytes(b"whole")
+    folder.complete(60)
+    assert [file.read_bytes() for file in folder.file(60).iterdir()] == [b"whole"]
+    assert [path.name for path in tmp_path.iterdir()] == [folder.file(60).name]
