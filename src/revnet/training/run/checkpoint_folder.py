@@ -62,18 +62,18 @@ class CheckpointFolder:
         for file in temporary.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-        remove_checkpoint(final)  # of a run that was continued from an earlier checkpoint
+        delete_checkpoint(final)  # of a run that was continued from an earlier checkpoint
         temporary.rename(final)
 
     def prune(self, num_kept: int) -> None:
         """Delete all checkpoints but the newest."""
         for path in self.list()[:-num_kept]:
-            _delete(path)
+            delete_checkpoint(path)
 
     def remove_leftovers(self) -> None:
         """Delete what a process that was killed had begun to write."""
         for path in self.path.glob(f".*{_TEMPORARY}"):
-            _delete(path)
+            delete_checkpoint(path)
 
 
 def update_of(checkpoint: Path) -> int:
@@ -83,18 +83,11 @@ def update_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint that another one takes the place of: a file, a folder of shards, or nothing."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _delete(path: Path) -> None:
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder of shards, if there is one."""
     if path.is_dir():
         # Under another name first: a folder that lacks shards must not look like a checkpoint.
-        hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}{_TEMPORARY}"))
+        hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.old{_TEMPORARY}"))
         shutil.rmtree(hidden)
     else:
         path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revnet.training.atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
-from revnet.training.run.checkpoint_folder import remove_checkpoint
+from revnet.training.run.checkpoint_folder import delete_checkpoint
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -66,7 +66,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
+        delete_checkpoint(Path(path))
 
     def teardown(self) -> None:
         """Finish writing."""
@@ -80,7 +80,7 @@ class AtomicCheckpointIO(CheckpointIO):
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 if path.is_dir():  # shards of a run that was continued from an earlier checkpoint
-                    remove_checkpoint(path)
+                    delete_checkpoint(path)
         except OSError as error:
             self._error = error
         except RuntimeError as error:  # PyTorch's writer hides what the file raised
