@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from revnet._units import nearest_multiples
+
 
 @dataclass(frozen=True)
 class Share:
@@ -38,12 +40,10 @@ class Share:
         """Raise unless batches of this size can be divided into equal parts."""
         unit = self.num_processes * self.num_parts
         if batch_size % unit:
-            lower = batch_size // unit * unit
-            nearest = f"{lower} or {lower + unit}" if lower else str(unit)
             raise ValueError(
                 f"`batch_size` (={batch_size}) must be a multiple of {unit}, since each batch is divided among "
                 f"{self.num_processes} process{'es' * (self.num_processes > 1)} in {self.num_parts} "
-                f"part{'s' * (self.num_parts > 1)}; pass {nearest}."
+                f"part{'s' * (self.num_parts > 1)}; pass {nearest_multiples(batch_size, unit)}."
             )
 
     def check_num_samples(self, num_samples: int, samples: str) -> None:

@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from revnet._units import nearest_multiples
+
 Launcher = Literal["torchrun", "SLURM"]
 
 
@@ -83,14 +85,12 @@ def check_division(batch_size: int, validation: Sized | None = None, *, num_part
     count = current_world().num_processes
     unit = count * num_parts
     if batch_size % unit:
-        lower = batch_size // unit * unit
-        nearest = f"{lower} or {lower + unit}" if lower else str(unit)
         rule = f"the {count} processes that divide each batch"
         if num_parts > 1:
             rule = f"{unit}, since {count} processes divide each batch and `accumulate` (={num_parts}) their shares"
         raise ValueError(
-            f"`batch_size` (={batch_size}) must be a multiple of {rule}; pass {nearest}, or use another number of "
-            "`devices`."
+            f"`batch_size` (={batch_size}) must be a multiple of {rule}; pass "
+            f"{nearest_multiples(batch_size, unit)}, or use another number of `devices`."
         )
     if validation is not None and len(validation) < count:
         raise ValueError(

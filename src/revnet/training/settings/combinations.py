@@ -5,6 +5,8 @@ Each raises an error of one line with both settings and the way out.
 
 from typing import Any
 
+from revnet._units import nearest_multiples
+
 
 def check_combinations(config: Any) -> None:
     """Raise unless the shared settings of a run go together.
@@ -18,7 +20,7 @@ def check_combinations(config: Any) -> None:
     _check_step_in_backward(config)
     _check_sharding(config)
     if config.batch_size % config.accumulate:
-        nearest = _nearest_multiple(config.batch_size, config.accumulate)
+        nearest = nearest_multiples(config.batch_size, config.accumulate)
         raise ValueError(
             f"`batch_size` (={config.batch_size}) must be a multiple of `accumulate` (={config.accumulate}), so that "
             f"all parts weigh the same; pass {nearest}, or another number of parts."
@@ -103,8 +105,3 @@ def _check_sharding(config: Any) -> None:
                 f"`{name}` (={getattr(config, name)}) does not go with the `strategy` fsdp2, which divides every "
                 "parameter; pass ddp, or another value."
             )
-
-
-def _nearest_multiple(number: int, factor: int) -> str:
-    lower = number // factor * factor
-    return f"{lower} or {lower + factor}" if lower else str(factor)
