@@ -36,6 +36,7 @@ class UpdateLog(Callback):
         self._loss_sum: Tensor | None = None
         self._lr = 0.0
         self._drift: float | None = None
+        self._monitor: DriftMonitor | None = None
         self._timed_from = 0
         self._start = 0.0
         self._pause_start = 0.0
@@ -55,6 +56,8 @@ class UpdateLog(Callback):
         """Remove the rows after the checkpoint, and start the clock."""
         if self._loss_sum is not None:
             self._loss_sum = self._loss_sum.to(pl_module.device)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set in Lightning's constructor
+        self._monitor = next((callback for callback in callbacks if isinstance(callback, DriftMonitor)), None)
         self._timed_from = trainer.global_step
         self._start = time.perf_counter()
         if trainer.is_global_zero:
@@ -72,7 +75,8 @@ class UpdateLog(Callback):
         # Lightning has divided the loss by the number of parts of a batch, if gradients are accumulated.
         self._loss_sum = loss.clone() if self._loss_sum is None else self._loss_sum + loss
         update = trainer.global_step
-        self._drift = _latest_drift(trainer, update, self._drift)
+        if self._monitor is not None and (measured := self._monitor.measured.get(update - 1)) is not None:
+            self._drift = measured.error
         if update % self._every or update == self._last_update:
             return
         self._write(trainer, pl_module, update)
@@ -109,13 +113,6 @@ class UpdateLog(Callback):
         figures = {name: value for name, value in row.items() if name not in ("update", "drift")}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=update)
-
-
-def _latest_drift(trainer: Trainer, update: int, drift: float | None) -> float | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in its constructor
-        if isinstance(callback, DriftMonitor) and (measured := callback.measured.get(update - 1)) is not None:
-            return measured.error
-    return drift
 
 
 def _start_file(path: Path, update: int) -> None:
