@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from netrc import NetrcParseError, netrc
@@ -32,7 +32,7 @@ def make_loggers(config: AbstractRunConfig, folder: Path) -> list[Logger]:
     """
     known = _read_ids(folder)
     loggers: list[Logger] = []
-    for name in dict.fromkeys(split_loggers(config.logger)):
+    for name in split_loggers(config.logger):
         match name:
             case "tensorboard":
                 loggers.append(TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False))
@@ -91,12 +91,12 @@ def logger_errors() -> Iterator[None]:
 
 def describe_loggers(config: AbstractRunConfig, folder: Path) -> list[str]:
     """Return a line of text for each logger of `make_loggers`: its name, and where its figures are."""
-    places = {
-        "tensorboard": str(folder / "tensorboard"),
-        "wandb": f"{folder / 'wandb'}, offline" if _is_wandb_offline() else "online",
-        "mlflow": _mlflow_uri(folder),
+    places: dict[str, Callable[[], str]] = {
+        "tensorboard": lambda: str(folder / "tensorboard"),
+        "wandb": lambda: f"{folder / 'wandb'}, offline" if _is_wandb_offline() else "online",
+        "mlflow": lambda: _mlflow_uri(folder),
     }
-    return [f"{name}: {places[name]}" for name in dict.fromkeys(split_loggers(config.logger)) if name in places]
+    return [f"{name}: {places[name]()}" for name in split_loggers(config.logger) if name in places]
 
 
 def _make_wandb(folder: Path, run_id: str) -> Logger:

@@ -117,5 +117,5 @@ def check_loggers(name: str, value: Any) -> None:
 
 
 def split_loggers(value: str) -> list[str]:
-    """Return the names in a list that is separated by commas."""
-    return [logger.strip() for logger in value.split(",")]
+    """Return the names in a list that is separated by commas, each of them once."""
+    return list(dict.fromkeys(logger.strip() for logger in value.split(",")))
