@@ -10,7 +10,6 @@ from revnet.training.muon import MuonWithAdamW
 from revnet.training.settings.optimization import ADAM_FAMILY
 from revnet.training.settings.run_config import AbstractRunConfig
 
-_USUAL_BETA2 = 0.999
 _CLASSES: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adamw": torch.optim.AdamW,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -68,15 +68,10 @@ class OwnBatches(Iterable[Batch]):
             torch.manual_seed(self._seed + self._position.epoch)
             batches = iter(self._loader)
             first = list(islice(batches, 1))  # a sampler draws its order when it is first read
-        for number, batch in enumerate(islice(_chain(first, batches), self._num_batches)):
+        for number, batch in enumerate(islice(chain(first, batches), self._num_batches)):
             if number >= num_left_out:
                 self._position.advance()
                 yield batch[0], batch[1]
-
-
-def _chain(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
-    yield from first
-    yield from rest
 
 
 @dataclass(frozen=True, eq=False)

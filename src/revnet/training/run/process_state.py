@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
-from torch import Tensor, distributed
+from torch import Tensor
 from torchmetrics import Metric
 
 from revnet.nn import ReversibleSequential
+from revnet.training.processes.join import gather
 
 _META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
 _EXTREMES = ("max", "min")
@@ -37,12 +38,7 @@ class ProcessState(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all processes."""
         assert self._trainer is not None
-        own = _state_of(self._trainer)
-        states: list[Any] = [own]
-        if self._trainer.world_size > 1:
-            states = [None] * self._trainer.world_size
-            distributed.all_gather_object(states, own)
-        return {"processes": states}
+        return {"processes": gather(_state_of(self._trainer))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the state until training starts."""
