@@ -50,9 +50,10 @@ def make_trainer(
     """
     world = current_world()
     is_sharded = uses_fsdp2(config)
-    precision: dict[str, Any] = precision_arguments(config, find_device(config.device).type)
     if is_sharded:
-        precision = {"precision": "32-true"}  # `fully_shard` has a policy for mixed precision of its own
+        precision: dict[str, Any] = {"precision": "32-true"}  # `fully_shard` has a policy for mixed precision itself
+    else:
+        precision = precision_arguments(config, find_device(config.device).type)
     with quiet(), logger_errors():
         return Trainer(
             max_epochs=config.epochs,
