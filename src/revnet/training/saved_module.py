@@ -157,20 +157,31 @@ def check_fit(module: SavedModule, tensors: Mapping[str, Tensor], path: Path) ->
     Raises:
         CheckpointError: A tensor is missing, superfluous or of another shape; the message names the first one.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected == actual:
-        return
-    name = next(name for name in sorted(expected | actual) if expected.get(name) != actual.get(name))
-    if name not in actual:
-        difference = f"it lacks the tensor `{name}`"
-    elif name not in expected:
-        difference = f"the model has no tensor `{name}`"
-    else:
-        difference = f"`{name}` is {actual[name]} in the file and {expected[name]} in the model"
-    raise CheckpointError(
-        f"`{path}` does not fit the model {module.header.model}: {difference}; pass a checkpoint of that model."
-    )
+    difference = first_difference(module.state_dict(), tensors, lacks="it lacks")
+    if difference is not None:
+        raise CheckpointError(
+            f"`{path}` does not fit the model {module.header.model}: {difference}; pass a checkpoint of that model."
+        )
+
+
+def first_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], *, lacks: str) -> str | None:
+    """Describe the first tensor of a file that differs from the model's in name or shape; None if none does.
+
+    Args:
+        expected: Tensors of the model.
+        actual: Tensors of the file.
+        lacks: Subject and verb for a tensor that the file does not have, such as "it lacks".
+    """
+    in_model = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    in_file = {name: tuple(tensor.shape) for name, tensor in actual.items()}
+    for name in sorted(in_model | in_file):
+        if name not in in_file:
+            return f"{lacks} the tensor `{name}`"
+        if name not in in_model:
+            return f"the model has no tensor `{name}`"
+        if in_file[name] != in_model[name]:
+            return f"`{name}` is {in_file[name]} in the file and {in_model[name]} in the model"
+    return None
 
 
 def _from_json(text: str) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from revnet.errors import CheckpointError
 from revnet.training.run.checkpoint import find_weights, read_weights
-from revnet.training.saved_module import AbstractHeader
+from revnet.training.saved_module import AbstractHeader, first_difference
 
 _Header = TypeVar("_Header", bound=AbstractHeader)
 _PREFIX = "model."
@@ -54,22 +54,15 @@ def load_start_weights(
     Raises:
         CheckpointError: Another tensor is missing, superfluous or of another shape; the message names the first one.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in new}
-    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in new}
-    for name in sorted(expected | actual):
-        if expected.get(name) == actual.get(name):
-            continue
-        if name not in actual:
-            difference = f"they lack the tensor `{name}`"
-        elif name not in expected:
-            difference = f"the model has no tensor `{name}`"
-        else:
-            difference = f"`{name}` is {actual[name]} in the file and {expected[name]} in the model"
+    loaded = {name: tensor for name, tensor in tensors.items() if name not in new}
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in new}
+    difference = first_difference(expected, loaded, lacks="they lack")
+    if difference is not None:
         raise CheckpointError(
             f"`weights` (='{path}') do not fit the model: {difference}; pass weights of the same model, or the "
             "settings of the model that they are from."
         )
-    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in new}, strict=False)
+    model.load_state_dict(loaded, strict=False)
 
 
 def describe_start(path: Path, new: Collection[str], reason: str = "") -> str:
