@@ -1,6 +1,6 @@
 """`revnet train`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,16 @@ def train(*, resume: str | None = None, find_lr: bool = False, **settings: Any) 
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `TrainConfig`.
     """
-    folder = find_run(resume, settings)
-    if folder is not None:
-        check_find_lr(find_lr)
-        continue_run(folder, settings)
-        return
+    run(_make_config, settings, resume=resume, find_lr=find_lr)
+
+
+def _make_config(**settings: Any) -> TrainConfig:
     settings = {**_model_of_weights(settings), **settings}
     added = photo_settings(settings)
     config = TrainConfig(**settings, **added)
     if added and is_printing():
         print(f"recipe {PHOTO_RECIPE}, for photographs; pass `--config` for another")
-    start_run(config, find_lr=find_lr)
+    return config
 
 
 def _model_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +64,38 @@ def _model_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": read_start_weights(str(Path(settings["weights"]).expanduser()), ClassifierHeader).header.model}
 
 
-def find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
+def run(
+    make_config: Callable[..., TrainConfig | NiceConfig | LanguageConfig],
+    settings: Mapping[str, Any],
+    *,
+    resume: str | None,
+    find_lr: bool,
+) -> None:
+    """Start a run or continue one, and print its report; or only suggest a learning rate.
+
+    Args:
+        make_config: Function that makes the settings of a new run.
+        settings: The settings that were given.
+        resume: Folder of the run to continue; `auto` starts it if it does not exist, and None starts a run.
+        find_lr: Whether to suggest a learning rate instead.
+    """
+    folder = _find_run(resume, settings)
+    if folder is not None and find_lr:
+        raise UsageError("`--find-lr` is for a new run; leave out `--resume`.")
+    config = make_config(**settings) if folder is None else None
+
+    from revnet import training  # PyTorch and Lightning load here, after the arguments are checked
+
+    if config is None:
+        changes = {name: value for name, value in settings.items() if name != "out_dir"}
+        _report(training.resume(str(folder), **changes))
+    elif find_lr:
+        _report_rate(training.find_lr(config), config.out_dir)
+    else:
+        _report(training.train(config))
+
+
+def _find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
     """Return the folder of the run to continue, or None to start one."""
     if resume != AUTO:
         return resume
@@ -76,32 +106,12 @@ def find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
     return str(folder) if (Path(folder).expanduser() / "config.yaml").is_file() else None
 
 
-def check_find_lr(find_lr: bool) -> None:
-    """Raise if a learning rate is to be found for a run that has one."""
-    if find_lr:
-        raise UsageError("`--find-lr` is for a new run; leave out `--resume`.")
-
-
-def start_run(config: TrainConfig | NiceConfig | LanguageConfig, *, find_lr: bool = False) -> None:
-    """Train by `config`, and print the report; or only suggest a learning rate."""
-    from revnet import training  # PyTorch and Lightning load here, after the arguments are checked
-
-    if not find_lr:
-        _report(training.train(config))
-        return
-    trial = training.find_lr(config)
-    picture = open_folder(config.out_dir) / "learning_rates.png"
+def _report_rate(trial: Any, out_dir: str | None) -> None:
+    picture = open_folder(out_dir) / "learning_rates.png"
     print(trial.report())
     with optional_picture():
         trial.plot(picture)
         print(f"picture {picture}")
-
-
-def continue_run(folder: str, settings: Mapping[str, Any]) -> None:
-    """Continue the run in `folder` with the settings that were given, and print its report."""
-    from revnet import training
-
-    _report(training.resume(folder, **{name: value for name, value in settings.items() if name != "out_dir"}))
 
 
 def _report(result: Any) -> None:

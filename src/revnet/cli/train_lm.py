@@ -4,7 +4,7 @@ from typing import Any
 
 from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
-from revnet.cli.train import check_find_lr, continue_run, find_run, start_run
+from revnet.cli.train import run
 from revnet.training import LanguageConfig
 
 
@@ -26,12 +26,11 @@ def train_lm(*, resume: str | None = None, find_lr: bool = False, **settings: An
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `LanguageConfig`.
     """
-    folder = find_run(resume, settings)
-    if folder is not None:
-        check_find_lr(find_lr)
-        continue_run(folder, settings)
-        return
+    run(_make_config, settings, resume=resume, find_lr=find_lr)
+
+
+def _make_config(**settings: Any) -> LanguageConfig:
     config = LanguageConfig(**settings)
     if config.data is None:
         raise UsageError("`--data` is required: a text file, such as --data book.txt.")
-    start_run(config, find_lr=find_lr)
+    return config

@@ -3,7 +3,7 @@
 from typing import Any
 
 from revnet.cli._options import takes_settings
-from revnet.cli.train import check_find_lr, continue_run, find_run, start_run
+from revnet.cli.train import run
 from revnet.training import NiceConfig
 
 
@@ -25,9 +25,4 @@ def train_nice(*, resume: str | None = None, find_lr: bool = False, **settings: 
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `NiceConfig`.
     """
-    folder = find_run(resume, settings)
-    if folder is not None:
-        check_find_lr(find_lr)
-        continue_run(folder, settings)
-        return
-    start_run(NiceConfig(**settings), find_lr=find_lr)
+    run(NiceConfig, settings, resume=resume, find_lr=find_lr)
