@@ -1,11 +1,7 @@
 """Models by name: one of `revnet models`, or the user's own by its import path."""
 
 import difflib
-import sys
 from collections.abc import Callable
-from functools import reduce
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +9,7 @@ from torch import nn
 
 from revnet.cli._errors import UsageError
 from revnet.models import create_model, list_models
-
-_FORM = "package.module:attribute"
+from revnet.training.import_path import FORM, UserCodeError, import_object
 
 
 def build_model(name: str, *, is_real: bool) -> nn.Module:
@@ -37,28 +32,15 @@ def build_model(name: str, *, is_real: bool) -> nn.Module:
     else:
         close = difflib.get_close_matches(name, list_models(), n=1)
         hint = f"did you mean `{close[0]}`?" if close else "`revnet models` lists them."
-        raise UsageError(f"unknown model `{name}`; {hint} A model of your own is written {_FORM}.")
+        raise UsageError(f"unknown model `{name}`; {hint} A model of your own is written {FORM}.")
     return model.train()
 
 
 def _load(name: str, is_real: bool) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute or module_name.endswith(".py") or "/" in module_name:
-        raise UsageError(f"`{name}` must be written {_FORM}, such as networks.unet:UNet, without `/` or `.py`.")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        module = import_module(module_name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise UsageError(f"`{name}`: no module `{error.name}` is installed or in the current directory.") from error
-        raise UsageError(f"`{name}`: importing `{module_name}` failed: {_describe(error)}") from error
-    try:
-        model = reduce(getattr, attribute.split("."), module)
-    except AttributeError as error:
-        close = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean `{close[0]}`?" if close else "."
-        raise UsageError(f"`{name}`: `{module_name}` has no `{attribute}`{hint}") from error
+        model = import_object(name, f"`{name}`", example="networks.unet:UNet")
+    except UserCodeError as error:
+        raise UsageError(f"{str(error).removesuffix('.')}: {_describe(error.__cause__ or error)}") from error
     if not isinstance(model, nn.Module) and callable(model):
         model = _call(model, name, is_real)
     if not isinstance(model, nn.Module):

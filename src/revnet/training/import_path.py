@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_FORM = "package.module:attribute"
+FORM = "package.module:attribute"
+"""Form of an import path."""
 
 
 class UserCodeError(Exception):
@@ -21,12 +22,13 @@ def is_import_path(name: str) -> bool:
     return ":" in name and not name.startswith("hub:") and not Path(name).exists()
 
 
-def import_object(setting: str, name: str) -> Any:
+def import_object(name: str, subject: str, *, example: str = "") -> Any:
     """Import the object at the path `package.module:attribute`, from the current directory too.
 
     Args:
-        setting: Name of the setting, for errors.
         name: The path.
+        subject: The path or the setting as the subject of an error message.
+        example: An example of a path, for the error message.
 
     Raises:
         ValueError: The path has another form, or nothing is there.
@@ -34,7 +36,8 @@ def import_object(setting: str, name: str) -> Any:
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute or module_name.endswith(".py") or "/" in name or "\\" in name:
-        raise ValueError(f"`{setting}` (={name!r}) must be written {_FORM}, without `/` or `.py`.")
+        such_as = f", such as {example}" if example else ""
+        raise ValueError(f"{subject} must be written {FORM}{such_as}, without `/` or `.py`.")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -42,17 +45,17 @@ def import_object(setting: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"`{setting}` (={name!r}): no module `{error.name}` is installed or in the current directory."
+                f"{subject}: no module `{error.name}` is installed or in the current directory."
             ) from error
-        raise UserCodeError(f"`{setting}` (={name!r}): importing `{module_name}` failed.") from error
+        raise UserCodeError(f"{subject}: importing `{module_name}` failed.") from error
     except (Exception, SystemExit) as error:
-        raise UserCodeError(f"`{setting}` (={name!r}): importing `{module_name}` failed.") from error
+        raise UserCodeError(f"{subject}: importing `{module_name}` failed.") from error
     try:
         return reduce(getattr, attribute.split("."), module)
     except AttributeError as error:
         close = difflib.get_close_matches(attribute, vars(module), n=1)
         hint = f"; did you mean `{close[0]}`?" if close else "."
-        raise ValueError(f"`{setting}` (={name!r}): `{module_name}` has no `{attribute}`{hint}") from error
+        raise ValueError(f"{subject}: `{module_name}` has no `{attribute}`{hint}") from error
 
 
 def call_object(setting: str, name: str, function: Callable[..., Any], **offered: Any) -> Any:

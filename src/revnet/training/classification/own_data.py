@@ -107,7 +107,7 @@ def load_own_data(config: TrainConfig) -> OwnData:
         ValueError: The object does not exist, is not a data module, or its batches are not images and labels.
         UserCodeError: The user's code failed.
     """
-    made = import_object("data", config.data)
+    made = import_object(config.data, f"`data` (={config.data!r})")
     if not isinstance(made, LightningDataModule) and callable(made):
         made = call_object(
             "data",

@@ -21,7 +21,7 @@ def own_network(header: ClassifierHeader) -> nn.Module | None:
     """
     if not is_import_path(header.model):
         return None
-    made = import_object("model", header.model)
+    made = import_object(header.model, f"`model` (={header.model!r})")
     if isinstance(made, nn.Module):
         return copy.deepcopy(made)
     if callable(made):
