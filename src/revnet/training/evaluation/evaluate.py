@@ -149,33 +149,30 @@ def evaluate_on(
         num_workers=num_workers,
     )
     batches = _with_bar(loader) if show_progress else loader
-    start = time.perf_counter()
-    counts, num_top5_errors, cross_entropy = _count(classifier.to(device).eval(), batches, logit_of_label, device)
-    return EvaluateResult(
-        model=header.model,
-        data=dataset.name,
-        confusion=Confusion(counts, header.class_names),
-        num_top5_errors=num_top5_errors,
-        cross_entropy=cross_entropy,
-        seconds=time.perf_counter() - start,
-        device=str(device) if world.num_processes == 1 else f"{world.num_processes} {device.type} devices",
-    )
+    return evaluate_batches(classifier, batches, data=dataset.name, device=device, logit_of_label=logit_of_label)
 
 
 def evaluate_batches(
-    classifier: Classifier, batches: Iterable[_Batch], *, data: str, device: torch.device
+    classifier: Classifier,
+    batches: Iterable[_Batch],
+    *,
+    data: str,
+    device: torch.device,
+    logit_of_label: Tensor | None = None,
 ) -> EvaluateResult:
-    """Evaluate `classifier` in one pass over batches whose labels are the numbers of its classes.
+    """Evaluate `classifier` in one pass over batches of images and labels, which the current processes divide.
 
     Args:
         classifier: The classifier, which is moved to `device` and left in evaluation mode.
         batches: Batches of images and labels.
         data: Name of the data.
         device: Device to compute on.
+        logit_of_label: Index of the logit for each label, (K,); None if labels are the numbers of the classes.
     """
-    header = classifier.header
+    header, world = classifier.header, current_world()
+    if logit_of_label is None:
+        logit_of_label = torch.arange(header.num_classes)
     start = time.perf_counter()
-    logit_of_label = torch.arange(header.num_classes)
     counts, num_top5_errors, cross_entropy = _count(classifier.to(device).eval(), batches, logit_of_label, device)
     return EvaluateResult(
         model=header.model,
@@ -184,7 +181,7 @@ def evaluate_batches(
         num_top5_errors=num_top5_errors,
         cross_entropy=cross_entropy,
         seconds=time.perf_counter() - start,
-        device=str(device),
+        device=str(device) if world.num_processes == 1 else f"{world.num_processes} {device.type} devices",
     )
 
 
