@@ -182,7 +182,7 @@ class _PipelinePrediction:
         header = max(map(self._header_after, last_blocks), key=lambda header: header.needs_output)
         streams = header.new_streams(torch.device("meta"))
         count = len(self._microbatches)
-        num_bytes = sum(stream.numel() * stream.element_size() for stream in streams)
+        num_bytes = sum(stream.nbytes for stream in streams)
         # The output comes back together with its gradients, if the stage needs it.
         copies = 2 if header.needs_output else 1
         return (

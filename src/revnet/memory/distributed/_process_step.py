@@ -88,7 +88,7 @@ def run_process_step(
     first_row, first_call = log.mark(), len(log.collectives)
     ends, between, gradients = step()
     storages += [gradients, log.transferred]
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
     return _summed(log, storages, [first_row, *ends], between, first_call, whole)
 
 
