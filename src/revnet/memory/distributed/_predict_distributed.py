@@ -88,7 +88,7 @@ def predict_distributed(
     check_bool(reshard_after_forward=reshard_after_forward)
     check_count("rank", rank, least=0, most=num_devices - 1)
     factory = _checked_factory(optimizer)
-    step = TrainingStep(model, inputs, dict(kwargs or {}), factory, loss, autocast, None, torch.device("cpu"), False)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), factory, loss, autocast, device="cpu")
     program = ProcessProgram(model, step.args, step.kwargs, factory, loss, autocast, num_devices, rank)
     if strategy == "pipeline":
         return _pipeline(program, step.num_samples, num_microbatches)

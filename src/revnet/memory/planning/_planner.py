@@ -101,7 +101,7 @@ def plan(
     if isinstance(optimizer, Optimizer) and isinstance(model, nn.Module):
         # The search looks at batches of other sizes while fake parameters stand for the ones that it holds.
         optimizer = as_factory(optimizer, list(model.parameters()))
-    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, False)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
     stepping = replace(step, step_in_backward=True)
     if step_in_backward == "auto":
         return _faster_plan(step, stepping, budget_bytes, allowed, timing)
