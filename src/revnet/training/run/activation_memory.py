@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
-from revnet.memory.step._optimizer import as_factory
 from revnet.nn import Store, set_policy
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
@@ -60,14 +59,12 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
     optimizer = update.optimizer(model)  # Muon needs a matrix; the others fit every model
     if config.memory_budget is None:
         return None
-    # As a function, because a batch that would fit is sought for copies of the model.
-    make_optimizer = as_factory(optimizer, list(model.parameters()))
     try:
         return plan(
             model,
             batch,
             budget=config.memory_budget,
-            optimizer=make_optimizer,
+            optimizer=optimizer,
             step_in_backward=config.step_in_backward,
             loss=update.loss,
             autocast=autocast_dtype(config),
