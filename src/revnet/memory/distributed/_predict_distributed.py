@@ -72,11 +72,11 @@ def predict_distributed(
             residual function, which needs less memory and more collectives.
         reshard_after_forward: Whether units give up their gathered parameters between the passes under "fsdp2".
         num_microbatches: Number of parts of the batch under "pipeline"; None for four times the number of devices.
-        rank: Process that is predicted under "ddp" and "fsdp2". The first one has most bytes.
+        rank: Process that is predicted under "ddp" and "fsdp2". The first one has the most bytes.
 
     Raises:
         PredictionError: The model or the loss fails on inputs of these shapes, or needs the values of tensors.
-        RuntimeError: This process is in a process group already.
+        RuntimeError: This process is already in a process group.
         TypeError: An argument has the wrong type.
         ValueError: The batch cannot be divided by `num_devices`, no output requires a gradient, or an argument is out
             of range.
