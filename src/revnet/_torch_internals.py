@@ -112,7 +112,7 @@ def backward_keeps_graph() -> bool:
 
 
 def post_gradient_hooks(parameter: Tensor) -> dict[int, Callable[..., object]]:
-    """Return the hooks that run after a gradient of `parameter` was accumulated; changes of the dict take effect.
+    """Return the hooks that run after `parameter` has accumulated a gradient. Removing one from the dict disables it.
 
     Registering such a hook is public, but asking for one is not. Replacement: none.
     """
@@ -121,7 +121,7 @@ def post_gradient_hooks(parameter: Tensor) -> dict[int, Callable[..., object]]:
 
 
 def step_pre_hooks(optimizer: Optimizer) -> list[Callable[..., object]]:
-    """Return the hooks that run before a step of `optimizer`, those of all optimizers included.
+    """Return the hooks that run before each step of `optimizer`, including hooks for all optimizers.
 
     Registering such a hook is public, but asking for one is not. Replacement: none.
     """

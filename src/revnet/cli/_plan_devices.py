@@ -80,12 +80,11 @@ def check_with_step(flags: StepFlags, device_flags: DeviceFlags, *, measure: boo
             f"`--device` (={flags.device}) must be auto or cpu with `--devices`, which counts bytes of processes on "
             "CPUs; leave it out."
         )
-    parts, flag = device_flags.devices or 1, "--devices"
+    parts, name = device_flags.devices or 1, "`--devices`"
     if device_flags.strategy == "pipeline":
         parts = device_flags.num_microbatches
-        flag = "--microbatches" if device_flags.microbatches else "the number of microbatches"
+        name = "`--microbatches`" if device_flags.microbatches else "the number of microbatches"
     if flags.batch % parts:
-        name = f"`{flag}`" if flag.startswith("--") else flag
         raise UsageError(
             f"`--batch` (={flags.batch}) is the batch of all devices and must be divisible by {name} (={parts}); pass "
             f"{parts * -(-flags.batch // parts)}."

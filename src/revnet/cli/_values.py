@@ -71,7 +71,7 @@ def takes_choices_only(kind: Any) -> bool:
 
 def is_switch(kind: Any) -> bool:
     """Return whether an option of the type `kind` needs no value: `--quick` means `--quick true`."""
-    return bool in _members(kind) and set(_members(kind)) <= {bool, NoneType}
+    return set(_members(kind)) - {NoneType} == {bool}
 
 
 def is_list(kind: Any) -> bool:

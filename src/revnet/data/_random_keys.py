@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Purpose(IntEnum):
-    """What random numbers are for; two purposes have different numbers for the same key."""
+    """Purpose of random numbers; two purposes have different numbers for the same key."""
 
     AUGMENT = 1
     COLOR = 2

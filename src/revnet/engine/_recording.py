@@ -9,6 +9,7 @@ References:
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -192,16 +193,12 @@ class ChainRecorder:
         """Return the run, or None if the policy has not used it."""
         run, final = self._run, self._final
         self._run, self._final = None, ()
-        if run is not None and not (len(final) == len(streams) and all(map(_is, final, streams))):
+        if run is not None and not (len(final) == len(streams) and all(map(operator.is_, final, streams))):
             raise NotImplementedError(
                 f"the policy of `{chain.half_blocks[0].name}` changes the streams after it has run the blocks, so "
                 "`record` cannot undo them; return the streams of `Reverse().run(chain, streams)` as they are."
             )
         return run
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 class RecordedRun(Rebuilder):

@@ -126,7 +126,8 @@ class StepInBackward:
                 "changes the parameters that it needs; differentiate with `torch.autograd.grad`, or train without "
                 "`StepInBackward`."
             )
-        self._options.setdefault(group_index, _options(optimizer, group_index))
+        if group_index not in self._options:
+            self._options[group_index] = _options(optimizer, group_index)
         update_parameter(optimizer, group_index, parameter)
         self._updated.add(parameter)
         parameter.grad = UsedGradient.of(parameter)

@@ -32,7 +32,7 @@ class Position:
         return self._num_handed_out // self._num_parts
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration; another one than before starts at its beginning."""
+        """Set the epoch of the next iteration. A different epoch than before starts at its beginning."""
         if epoch != self.epoch:
             self.epoch = epoch
             self._num_handed_out = 0

@@ -88,8 +88,7 @@ def _counts(blocks: ReversibleSequential, num_stages: int, num_blocks: Sequence[
             "stage runs at least one; use fewer processes, or divide the batch with DistributedDataParallel."
         )
     if num_blocks is None:
-        quotient, remainder = divmod(len(blocks), num_stages)
-        return [quotient + (index < remainder) for index in range(num_stages)]
+        return even_counts(len(blocks), num_stages)
     is_sequence = isinstance(num_blocks, Sequence) and not isinstance(num_blocks, str)
     if not is_sequence or not all(is_integer(count) and count > 0 for count in num_blocks):
         raise ValueError(f"`num_blocks` (={describe(num_blocks)}) must be a list of positive integers, one per stage.")
@@ -99,6 +98,12 @@ def _counts(blocks: ReversibleSequential, num_stages: int, num_blocks: Sequence[
             f"the sum {len(blocks)}, the number of blocks."
         )
     return list(num_blocks)
+
+
+def even_counts(num_blocks: int, num_stages: int) -> list[int]:
+    """Return the number of blocks in each stage if they are divided evenly; the first stages may get one more."""
+    quotient, remainder = divmod(num_blocks, num_stages)
+    return [quotient + (index < remainder) for index in range(num_stages)]
 
 
 def _half_blocks_above(blocks: ReversibleSequential, counts: Sequence[int]) -> list[int]:

@@ -111,7 +111,7 @@ class Link:
         """A few elements of the batch, as text; in later stages the elements that the first stage has sent."""
         self.traffic = Traffic()
         self.incoming: Header | None = None
-        """Description of the streams that the stage before sends; None until they come."""
+        """Description of the streams that the stage before sends; None until it is received."""
         self.outgoing: Header | None = None
         """Description of the streams that this stage sends."""
 
@@ -246,7 +246,7 @@ class Link:
         """Overwrite `value` with the sum over all stages."""
         if self.num_stages == 1:
             return
-        with self._explained("adding up with", *[index for index in range(self.num_stages) if index != self.index]):
+        with self._explained("summing with", *[index for index in range(self.num_stages) if index != self.index]):
             dist.all_reduce(value, group=self.group)
 
     def _ops(self, kind: Any, tensors: Sequence[Tensor], index: int) -> list[dist.P2POp]:
@@ -290,7 +290,7 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError(
                 "this is one of several processes, but there is no process group, so each of them would train the "
-                "whole model; call `torch.distributed.init_process_group` before."
+                "whole model; call `torch.distributed.init_process_group` first."
             )
         return 0, 1
     if group is not None and not isinstance(group, dist.ProcessGroup):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from revnet._checks import describe, is_integer, is_number
+from revnet._checks import check_count, describe, is_number
 from revnet.distributed.pipeline._cut import cut_into_stages
 from revnet.distributed.pipeline._link import Link, Traffic, place_in
 from revnet.distributed.pipeline._microbatches import Input, Losses, divide, joined, sample_of, split
@@ -86,8 +86,7 @@ class Pipeline(nn.Module):
         group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
-        if not is_integer(num_microbatches) or num_microbatches < 1:
-            raise ValueError(f"`num_microbatches` (={describe(num_microbatches)}) must be a positive integer.")
+        check_count("num_microbatches", num_microbatches)
         index, num_stages = place_in(group)
         if num_microbatches < num_stages:
             raise ValueError(

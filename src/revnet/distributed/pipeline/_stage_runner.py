@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet._types import Streams
 from revnet.distributed.pipeline._link import Header
 from revnet.distributed.pipeline._stage_module import StageModule
 from revnet.engine import Recording
 from revnet.engine._backward_root import BackwardEntry
 from revnet.engine._checkpoint import checkpointed_call
 from revnet.nn import HasPolicies
+from revnet.nn.blocks._run import leave
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class StageRunner:
         streams: Sequence[Tensor] = of_pass.output
         if torch.is_grad_enabled():
             streams = of_pass.entry.enter(streams)
-        y = _leave(streams, of_pass.recording.input_dtype, self.stage.split_dim if of_pass.is_joined else None)
+        y = leave(streams, of_pass.recording.input_dtype, self.stage.split_dim if of_pass.is_joined else None)
         return y if self.stage.head is None else self.stage.head(y)
 
     def backward_from_loss(self, number: int, loss: Tensor) -> list[Tensor]:
@@ -167,10 +167,3 @@ def _without_autocast(device: torch.device) -> Iterator[None]:
 def _run_stem(stem: torch.nn.Module, x: Any) -> Any:
     """Run the stem, and keep only its input, unless it has a policy of its own."""
     return stem(x) if isinstance(stem, HasPolicies) else checkpointed_call(stem, (x,), {})
-
-
-def _leave(streams: Sequence[Tensor], dtype: torch.dtype | None, dim: int | None) -> Tensor | Streams:
-    """Return the streams as a reversible sequence returns them: in the dtype of its input, and joined if that was."""
-    if dtype is not None:
-        streams = [stream.to(dtype) for stream in streams]
-    return tuple(streams) if dim is None else torch.cat(list(streams), dim)

@@ -1,34 +1,23 @@
 """Format the memory of several devices as lines of text."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 
 from revnet._text_table import aligned
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
 from revnet.memory.step._bytes import format_bytes
-
-_LABELS = {"optimizer": "optimizer state", "communication": "gathered parameters, buckets"}
-_WHEN = {
-    "forward": "in the forward pass",
-    "backward": "in the backward pass",
-    "optimizer": "in the optimizer's step",
-}
+from revnet.memory.step._step_report import WHEN, breakdown_rows
 
 
 def device_lines(device: DeviceMemory) -> list[str]:
     """Return a table of the peak of one device, and of the bytes that it holds between the passes."""
-    rows: list[tuple[str, str, str]] = [("at the peak", "", "")]
-    for part in fields(device.at_peak):
-        num_bytes = getattr(device.at_peak, part.name)
-        if num_bytes:
-            share = f"{100 * num_bytes / device.peak_bytes:.0f} %"
-            rows.append((f"  {_LABELS.get(part.name, part.name)}", format_bytes(num_bytes), share))
+    rows = breakdown_rows(asdict(device.at_peak))
     rows.append(("gradients after the backward pass", format_bytes(device.gradient_bytes), ""))
     rows.append(("activations held between the passes", format_bytes(device.held_bytes), ""))
     if device.communication_bytes:
         rows.append(("gathered parameters and buckets held", format_bytes(device.communication_bytes), ""))
-    peak = f"peak {format_bytes(device.peak_bytes)} on {device.name}, {_WHEN[device.peak_phase]}"
+    peak = f"peak {format_bytes(device.peak_bytes)} on {device.name}, {WHEN[device.peak_phase]}"
     return [peak, "", *aligned(rows, num_left=1)]
 
 
@@ -49,7 +38,7 @@ def stage_lines(stages: Sequence[DeviceMemory]) -> list[str]:
         name = f"{first}" if first == last else f"{first} to {last}"
         table.append((name, *map(format_bytes, sizes)))
     peak = max(stages, key=lambda stage: stage.peak_bytes)
-    line = f"peak {format_bytes(peak.peak_bytes)} on stage {stages.index(peak)}, {_WHEN[peak.peak_phase]}"
+    line = f"peak {format_bytes(peak.peak_bytes)} on stage {stages.index(peak)}, {WHEN[peak.peak_phase]}"
     note = "Held: activations and received streams between the passes of two microbatches."
     return [line, "", *aligned(table, num_left=1), "", note]
 

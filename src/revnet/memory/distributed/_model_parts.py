@@ -1,7 +1,7 @@
 """Take a model apart for a pipeline: what runs before its reversible blocks, the blocks, and what runs after them."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def take_apart(model: nn.Module, x: Tensor, pause: Callable[[], Any]) -> ModelPa
     if len(activations) != 1:
         raise refusal(model, f"calls its blocks {len(activations)} times")
     (activation,) = activations
-    if use.created & use.second - {tensor.untyped_storage()._cdata for tensor in tensors_in(activation)}:
+    if use.created & use.second - _storages_in(activation):
         raise refusal(model, "uses activations from before its blocks after them, too")
     before, after = _tensors_outside(model, blocks, use)
 
@@ -68,14 +68,12 @@ def take_apart(model: nn.Module, x: Tensor, pause: Callable[[], Any]) -> ModelPa
         raise AssertionError
 
     def head(activation: Any) -> Any:
-        paused = pause()
-        paused.__enter__()
-
         def resume(_: Any) -> Any:
-            paused.__exit__(None, None, None)
+            paused.close()
             return activation
 
-        with _replacing(blocks, resume):
+        with ExitStack() as paused, _replacing(blocks, resume):
+            paused.enter_context(pause())
             return model(x)
 
     return ModelParts(
@@ -172,11 +170,16 @@ class _Use(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note its operands."""
         result = func(*args, **(kwargs or {}))
-        used = self.second if self._is_second else self.first
-        used.update(tensor.untyped_storage()._cdata for tensor in tensors_in(args, kwargs))
-        if not self._is_second:
-            results = tensors_in(result)
-            operands = {tensor.untyped_storage()._cdata for tensor in tensors_in(args, kwargs)}
-            self.created.update({tensor.untyped_storage()._cdata for tensor in results} - operands)
-            self._kept += results  # so that no other storage gets the address
+        operands = _storages_in(args, kwargs)
+        if self._is_second:
+            self.second |= operands
+        else:
+            self.first |= operands
+            self.created |= _storages_in(result) - operands
+            self._kept += tensors_in(result)  # so that no other storage gets the address
         return result
+
+
+def _storages_in(*values: Any) -> set[int]:
+    """Return the addresses of the storages of the tensors in nested structures."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors_in(*values)}

@@ -1,6 +1,7 @@
 """Predict the memory and the communication of a training step on several devices."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -71,11 +72,11 @@ def predict_distributed(
             residual function, which needs less memory and more collectives.
         reshard_after_forward: Whether units give up their gathered parameters between the passes under "fsdp2".
         num_microbatches: Number of parts of the batch under "pipeline"; None for four times the number of devices.
-        rank: Process that is predicted under "ddp" and "fsdp2". The first one has most bytes.
+        rank: Process that is predicted under "ddp" and "fsdp2". The first one has the most bytes.
 
     Raises:
         PredictionError: The model or the loss fails on inputs of these shapes, or needs the values of tensors.
-        RuntimeError: This process is in a process group already.
+        RuntimeError: This process is already in a process group.
         TypeError: An argument has the wrong type.
         ValueError: The batch cannot be divided by `num_devices`, no output requires a gradient, or an argument is out
             of range.
@@ -87,16 +88,17 @@ def predict_distributed(
     check_bool(reshard_after_forward=reshard_after_forward)
     check_count("rank", rank, least=0, most=num_devices - 1)
     factory = _checked_factory(optimizer)
-    step = TrainingStep(model, inputs, dict(kwargs or {}), factory, loss, autocast, None, torch.device("cpu"), False)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), factory, loss, autocast, device="cpu")
+    program = ProcessProgram(model, step.args, step.kwargs, factory, loss, autocast, num_devices, rank)
     if strategy == "pipeline":
-        return _pipeline(step, num_devices, num_microbatches)
+        return _pipeline(program, step.num_samples, num_microbatches)
     if num_microbatches is not None:
         raise ValueError(
             f"`num_microbatches` (={describe(num_microbatches)}) is for strategy='pipeline'; leave it out for "
             f"{strategy!r}."
         )
     part = step.with_batch_size(_share(step.num_samples, num_devices))
-    program = ProcessProgram(model, part.args, part.kwargs, factory, loss, autocast, num_devices, rank)
+    program = replace(program, args=part.args, kwargs=part.kwargs)
     is_extrapolated = False
     if strategy == "ddp":
         process = predict_replicated(program)
@@ -112,7 +114,8 @@ def predict_distributed(
     )
 
 
-def _pipeline(step: TrainingStep, num_devices: int, num_microbatches: int | None) -> DistributedMemory:
+def _pipeline(program: ProcessProgram, num_samples: int, num_microbatches: int | None) -> DistributedMemory:
+    num_devices = program.num_processes
     if num_microbatches is None:
         num_microbatches = 4 * num_devices
     check_count("num_microbatches", num_microbatches)
@@ -121,16 +124,13 @@ def _pipeline(step: TrainingStep, num_devices: int, num_microbatches: int | None
             f"`num_microbatches` (={num_microbatches}) must be at least `num_devices` (={num_devices}), or some "
             f"devices would only wait; pass {4 * num_devices}."
         )
-    if step.num_samples % num_microbatches:
+    if num_samples % num_microbatches:
         raise ValueError(
-            f"`inputs` (={step.num_samples} samples) must be divisible by `num_microbatches` (={num_microbatches}); "
-            f"pass {num_microbatches * -(-step.num_samples // num_microbatches)} samples."
+            f"`inputs` (={num_samples} samples) must be divisible by `num_microbatches` (={num_microbatches}); "
+            f"pass {num_microbatches * -(-num_samples // num_microbatches)} samples."
         )
-    if len(step.args) != 1 or not isinstance(step.args[0], Tensor) or step.kwargs:
+    if len(program.args) != 1 or not isinstance(program.args[0], Tensor) or program.kwargs:
         raise ValueError("`inputs` must be one tensor for strategy='pipeline', which divides it into microbatches.")
-    program = ProcessProgram(
-        step.model, step.args, {}, _checked_factory(step.optimizer), step.loss, step.autocast, num_devices, 0
-    )
     from revnet.memory.distributed._predict_pipeline import predict_pipeline
 
     memory = predict_pipeline(program, num_microbatches)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import FakeTensorMode
+from revnet.distributed.pipeline._cut import even_counts
 from revnet.distributed.pipeline._link import Header
 from revnet.distributed.pipeline._stage_module import StageModule
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
@@ -72,12 +73,10 @@ class _PipelinePrediction:
         num_stages, num_blocks = self._program.num_processes, len(self._parts.blocks)
         if num_blocks < num_stages:
             raise refusal(self._program.model, f"has {num_blocks} blocks, fewer than {num_stages} stages")
-        quotient, remainder = divmod(num_blocks, num_stages)
         stages, first, model_bytes = [], 0, 0
         owners: dict[int, int] = {}
         last_blocks: list[int] = []
-        for rank in range(num_stages):
-            count = quotient + (rank < remainder)
+        for rank, count in enumerate(even_counts(num_blocks, num_stages)):
             self._check_not_tied(rank, range(first, first + count), owners)
             step = self._predict(rank, range(first, first + count))
             stages.append(device_memory(step, f"stage {rank}"))
@@ -182,7 +181,7 @@ class _PipelinePrediction:
         header = max(map(self._header_after, last_blocks), key=lambda header: header.needs_output)
         streams = header.new_streams(torch.device("meta"))
         count = len(self._microbatches)
-        num_bytes = sum(stream.numel() * stream.element_size() for stream in streams)
+        num_bytes = sum(stream.nbytes for stream in streams)
         # The output comes back together with its gradients, if the stage needs it.
         copies = 2 if header.needs_output else 1
         return (

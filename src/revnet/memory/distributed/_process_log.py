@@ -1,6 +1,5 @@
 """Record the storages and collectives of one process of a distributed step."""
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import TorchDispatchMode, is_traceable_wrapper_subclass_type, tree_leaves
+from revnet.memory.step._storage_reference import StorageReference
 
 _KINDS = {
     "allgather": "all-gather",
@@ -50,10 +50,10 @@ class ProcessLog(TorchDispatchMode):
         self.collectives: list[CollectiveCall] = []
         self.transferred: set[int] = set()
         """Storages that a collective read or wrote, and storages that were resized: gathered parameters."""
-        self._alive: dict[int, _Reference] = {}
+        self._alive: dict[int, StorageReference] = {}
         self._sizes: list[int] = []
         self._is_paused = False
-        self._gathered: dict[int, _Reference] = {}
+        self._gathered: dict[int, StorageReference] = {}
         """The resized storages that are not empty."""
 
     def index_of(self, tensor: Tensor) -> int:
@@ -108,7 +108,7 @@ class ProcessLog(TorchDispatchMode):
     def _note_collective(self, name: str, values: list[Any]) -> None:
         kind = next((kind for part, kind in _KINDS.items() if part in name.replace("_", "")), None)
         if kind is not None:
-            num_bytes = max(sum(map(_num_bytes, _tensors_in(value))) for value in values)
+            num_bytes = max(sum(tensor.nbytes for tensor in _tensors_in(value)) for value in values)
             self.collectives.append(CollectiveCall(kind, self.num_rows, num_bytes))
         for tensor in _tensors_in(values):
             self.transferred.add(self._read(tensor.untyped_storage()).index)
@@ -117,19 +117,19 @@ class ProcessLog(TorchDispatchMode):
         for reference in list(self._gathered.values()):
             self._read_again(reference)
 
-    def _read(self, storage: torch.UntypedStorage) -> "_Reference":
+    def _read(self, storage: torch.UntypedStorage) -> StorageReference:
         known = self._alive.get(storage._cdata)
         if known is not None and known() is not None:
             self._read_again(known)
             return known
-        reference = _Reference(storage, self._freed)
+        reference = StorageReference(storage, self._freed)
         self._alive[storage._cdata] = reference
         reference.key, reference.index = storage._cdata, len(self._sizes)
         self._sizes.append(storage.nbytes())
         self._change(reference.index, storage.nbytes())
         return reference
 
-    def _read_again(self, reference: "_Reference") -> None:
+    def _read_again(self, reference: StorageReference) -> None:
         storage = reference()
         if storage is None or (size := storage.nbytes()) == self._sizes[reference.index]:
             return
@@ -154,14 +154,6 @@ class ProcessLog(TorchDispatchMode):
             self.changes.append((self.num_rows, index, difference))
 
 
-class _Reference(weakref.ref[torch.UntypedStorage]):
-    """Weak reference that remembers which storage it referred to."""
-
-    __slots__ = ("index", "key")
-    index: int
-    key: int
-
-
 def _tensors_in(values: Any) -> list[Tensor]:
     """Return the tensors in a nested structure whose storages count: dense ones, not on the meta device."""
     return [
@@ -169,7 +161,3 @@ def _tensors_in(values: Any) -> list[Tensor]:
         for leaf in tree_leaves(values)
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.device.type != "meta"
     ]
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from revnet.memory.distributed._device_memory import DeviceBreakdown
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.step._memory_parts import Phase
 from revnet.memory.step._run_step import tensors_in
 from revnet.memory.step._step_log import Integers
 
-KINDS = ("parameters", "buffers", "optimizer", "inputs", "gradients", "communication", "activations")
+KINDS = tuple(kind.name for kind in fields(DeviceBreakdown))
 """Kinds of bytes. A storage that serves two purposes belongs to the first of them."""
-PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 Passes = Callable[[Callable[[], None]], None]
 """Function that runs the passes of a step. It calls its argument between the passes, or at several such moments."""
@@ -86,7 +88,7 @@ def run_process_step(
     first_row, first_call = log.mark(), len(log.collectives)
     ends, between, gradients = step()
     storages += [gradients, log.transferred]
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
     return _summed(log, storages, [first_row, *ends], between, first_call, whole)
 
 

@@ -1,4 +1,4 @@
-"""Compute the figures of a deep model from those of shallow ones."""
+"""Compute the figures of a deep model from the figures of shallow ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from revnet.memory.step._step_log import Integers
 
 
 class NotPeriodicError(Exception):
-    """A block more does not add the same operations at one place."""
+    """One more block does not insert the same operations in one place."""
 
 
 def extrapolated(
@@ -36,13 +36,13 @@ def extrapolated(
 def _spliced(base: ProcessStep, longer: Sequence[ProcessStep], num_more: Sequence[int]) -> ProcessStep:
     """Return the step of a model with more blocks.
 
-    One block more in a run inserts a segment into the changes of each phase. Many blocks more insert that segment many
-    times. Bytes that do not change during a step, and collectives, grow by the same number with each block.
+    Each additional block of a run inserts the same segment into the changes of each phase. Bytes that do not change
+    during a step, and collectives, grow by the same number with each block.
 
     Args:
         base: Step of a model with short runs of equal blocks.
-        longer: For each run, the step of the model in which this run has one block more.
-        num_more: For each run, how many blocks more than in `base` it has.
+        longer: For each run, the step of the model in which this run has one more block.
+        num_more: For each run, how many more blocks it has than in `base`.
 
     Raises:
         NotPeriodicError: The changes of a longer model do not contain the changes of the base.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from revnet.memory.distributed._device_memory import Communication, DeviceBreakdown, DeviceMemory
-from revnet.memory.distributed._process_step import KINDS, PHASES, ProcessStep
+from revnet.memory.distributed._process_step import PHASES, ProcessStep
 from revnet.memory.step._step_log import Integers
 
 
@@ -39,4 +39,4 @@ def communication_of(step: ProcessStep) -> tuple[Communication, ...]:
 
 
 def _breakdown(values: Integers) -> DeviceBreakdown:
-    return DeviceBreakdown(**dict(zip(KINDS, values.tolist(), strict=True)))
+    return DeviceBreakdown(*values.tolist())

@@ -101,23 +101,16 @@ def plan(
     if isinstance(optimizer, Optimizer) and isinstance(model, nn.Module):
         # The search looks at batches of other sizes while fake parameters stand for the ones that it holds.
         optimizer = as_factory(optimizer, list(model.parameters()))
-    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, False)
-    stepping = replace(step, step_in_backward=True)
+    step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
     if step_in_backward == "auto":
-        return _faster_plan(step, stepping, budget_bytes, allowed, timing)
-    return _plan_step(stepping if step_in_backward else step, budget_bytes, allowed, timing)
+        return _faster_plan(step, budget_bytes, allowed, timing)
+    return _plan_step(replace(step, step_in_backward=step_in_backward), budget_bytes, allowed, timing)
 
 
-def _faster_plan(
-    step: TrainingStep,
-    stepping: TrainingStep,
-    budget_bytes: int,
-    policies: Sequence[AbstractPolicy],
-    timing: Timing,
-) -> Plan:
+def _faster_plan(step: TrainingStep, budget_bytes: int, policies: Sequence[AbstractPolicy], timing: Timing) -> Plan:
     """Return the plan with the step of the optimizer in the backward pass if it is faster than the ordinary one."""
     plans, errors = [], []
-    for candidate in (step, stepping):
+    for candidate in (step, replace(step, step_in_backward=True)):
         try:
             plans.append(_plan_step(candidate, budget_bytes, policies, timing))
         except BudgetError as error:

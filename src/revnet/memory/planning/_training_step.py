@@ -24,9 +24,9 @@ class TrainingStep:
     optimizer: OptimizerFactory | Optimizer | None
     loss: Loss | None
     autocast: torch.dtype | None
-    dtype: torch.dtype | None
-    device: torch.device | str | None
-    step_in_backward: bool
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    step_in_backward: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:

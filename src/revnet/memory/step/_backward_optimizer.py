@@ -10,7 +10,14 @@ from torch.optim import Optimizer
 
 from revnet._checks import check_bool
 from revnet._torch_internals import active_fake_mode
-from revnet.memory.step._optimizer import AnyValue, OptimizerCost, OptimizerFactory, explained, make_optimizer
+from revnet.memory.step._optimizer import (
+    AnyValue,
+    OptimizerCost,
+    OptimizerFactory,
+    explained,
+    make_optimizer,
+    storage_bytes,
+)
 from revnet.memory.step._run_step import tensors_in
 from revnet.optim._step_in_backward import check_optimizer
 from revnet.optim._update import update_parameter
@@ -68,13 +75,8 @@ class BackwardOptimizer:
         """
         trained = [parameter for parameter, has in zip(self._parameters, has_gradient, strict=True) if has]
         state = tensors_in([self._optimizer.state.get(parameter) for parameter in trained])
-        storages = {
-            storage._cdata: storage.nbytes()
-            for tensor in state
-            if tensor.device.type == device_type
-            for storage in [tensor.untyped_storage()]
-        }
-        return OptimizerCost(sum(storages.values()), np.zeros(0, np.int64))
+        state_bytes = storage_bytes(tensor for tensor in state if tensor.device.type == device_type)
+        return OptimizerCost(state_bytes, np.zeros(0, np.int64))
 
 
 def check_step_in_backward(step_in_backward: bool, optimizer: OptimizerFactory | Optimizer | None) -> None:

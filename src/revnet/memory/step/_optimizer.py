@@ -1,7 +1,7 @@
 """Count the memory of an optimizer: its state, and the temporaries of a step."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,8 +116,13 @@ def optimizer_cost(
             recorder.end_forward()
             optimizer.step()
             recorder.end()
-    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in state)}
-    return OptimizerCost(sum(storages.values()), recorder.log().live_bytes)
+    return OptimizerCost(storage_bytes(state), recorder.log().live_bytes)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages of tensors; a storage that tensors share counts once."""
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 def _fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:

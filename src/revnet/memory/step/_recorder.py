@@ -1,6 +1,5 @@
 """Record the storages and operations of a training step without disturbing it."""
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revnet._torch_internals import current_node, next_sequence_number, sequence_number_of
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
+from revnet.memory.step._storage_reference import StorageReference
 from revnet.nn import AbstractReversibleBlock
 
 _aten = torch.ops.aten
@@ -52,7 +52,7 @@ class Recorder(TorchDispatchMode):
         # Kept alive, so that no new storage can get the address of an ignored one.
         self._ignored = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in ignore}
         self._operations: dict[Any, _Operation] = {}
-        self._references: dict[int, _Reference] = {}
+        self._references: dict[int, StorageReference] = {}
         self._births: list[int] = []
         self._deaths: dict[int, int] = {}
         self._sizes: list[int] = []
@@ -168,7 +168,7 @@ class Recorder(TorchDispatchMode):
         if key in self._ignored or key in self._references:
             return
         index = len(self._births)
-        reference = self._references[key] = _Reference(storage, self._freed)
+        reference = self._references[key] = StorageReference(storage, self._freed)
         reference.key, reference.index = key, index
         self._births.append(self._event)
         self._sizes.append(storage.nbytes())
@@ -232,14 +232,6 @@ class Recorder(TorchDispatchMode):
             index = reference.index
             since = self._births[index] if index in self._copies else self._event
             self._gradient_since.setdefault(index, since)
-
-
-class _Reference(weakref.ref[torch.UntypedStorage]):
-    """Weak reference that remembers which storage it referred to."""
-
-    __slots__ = ("index", "key")
-    index: int
-    key: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Memory of a training step, the result of `measure` and `predict`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from revnet._text_table import aligned
 from revnet.memory.step._bytes import format_bytes
@@ -53,7 +53,7 @@ class StepMemory:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
             raise ValueError(f"`depth` (={depth!r}) must be a number of levels of modules, 0 or more.")
         rows = [
-            *breakdown_rows(self.at_peak),
+            *breakdown_rows(asdict(self.at_peak)),
             ("activations alone, at most", format_bytes(self.activation_bytes), ""),
             ("held between the passes", format_bytes(self.held_bytes), ""),
         ]

@@ -1,38 +1,38 @@
 """Format the parts of a step's memory as lines of text."""
 
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 
 from revnet._text_table import aligned
 from revnet.memory.step._bytes import format_bytes
-from revnet.memory.step._memory_parts import Breakdown, CudaMemory, ModuleMemory, Phase
+from revnet.memory.step._memory_parts import CudaMemory, ModuleMemory, Phase
 
 _LABELS = {
     "optimizer": "optimizer state",
     "held": "activations, held",
     "transient": "activations, transient",
+    "communication": "gathered parameters, buckets",
 }
-_PHASES: dict[Phase, str] = {
+WHEN: dict[Phase, str] = {
     "forward": "in the forward pass",
     "backward": "in the backward pass",
     "optimizer": "in the optimizer's step",
 }
+"""The parts of a step, in words."""
 
 
 def peak_line(peak_bytes: int, phase: Phase, module: str) -> str:
     """Return a line that says how high the peak is, and when and where it occurs."""
     where = f", in `{module}`" if module else ""
-    return f"peak {format_bytes(peak_bytes)}, {_PHASES[phase]}{where}"
+    return f"peak {format_bytes(peak_bytes)}, {WHEN[phase]}{where}"
 
 
-def breakdown_rows(at_peak: Breakdown) -> list[tuple[str, str, str]]:
+def breakdown_rows(at_peak: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """Return a heading, and one row of cells for each kind of bytes at the peak."""
     rows = [("at the peak", "", "")]
-    for part in fields(at_peak):
-        num_bytes = getattr(at_peak, part.name)
+    total = sum(at_peak.values())
+    for kind, num_bytes in at_peak.items():
         if num_bytes:
-            share = f"{100 * num_bytes / at_peak.total:.0f} %"
-            rows.append((f"  {_LABELS.get(part.name, part.name)}", format_bytes(num_bytes), share))
+            rows.append((f"  {_LABELS.get(kind, kind)}", format_bytes(num_bytes), f"{100 * num_bytes / total:.0f} %"))
     return rows
 
 

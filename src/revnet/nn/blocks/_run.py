@@ -75,9 +75,20 @@ def run_inverse(
     streams, input_dtype = begin(y, split_dim, num_streams, coupling, name="y")
     own_kwargs = take_own(kwargs, [(None, chain)]) if kwargs else {}  # type: ignore[list-item]
     streams = inverse(BoundChain(chain, args, kwargs, own_kwargs, input_dtype), streams)
-    if input_dtype is not None:
-        streams = tuple([stream.to(input_dtype) for stream in streams])
-    return torch.cat(streams, split_dim) if isinstance(y, Tensor) else streams
+    return leave(streams, input_dtype, split_dim if isinstance(y, Tensor) else None)
+
+
+def leave(streams: Sequence[Tensor], dtype: torch.dtype | None, dim: int | None) -> Tensor | Streams:
+    """Return streams as a reversible module returns them.
+
+    Args:
+        streams: The streams at the end of a chain.
+        dtype: Dtype of the module's input, if it differs from the dtype of the streams.
+        dim: Dimension along which to join the streams; None leaves them apart.
+    """
+    if dtype is not None:
+        streams = [stream.to(dtype) for stream in streams]
+    return tuple(streams) if dim is None else torch.cat(list(streams), dim)
 
 
 def run_recorded(
