@@ -5,17 +5,14 @@ separate test.
 """
 
 import copy
-import datetime
-import traceback
 import warnings
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -33,6 +30,7 @@ from revnet import (
 )
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.optim import StepInBackward
+from tests.distributed.processes import assert_passed, run_checks
 from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
 
 NUM_PROCESSES = 2
@@ -390,39 +388,12 @@ CHECKS = {
 }
 
 
-def run_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=NUM_PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    outcomes = {}
-    try:
-        for name, check in CHECKS.items():
-            try:
-                check()
-                outcomes[name] = "passed"
-            except Exception:
-                outcomes[name] = traceback.format_exc()
-            dist.barrier()
-    finally:
-        torch.save(outcomes, folder / f"{rank}.pt")
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Return the outcome of each check in each process."""
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run_process, args=(folder,), nprocs=NUM_PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
+    return run_checks(__name__, tmp_path_factory.mktemp("processes"), NUM_PROCESSES)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(name, outcomes):
-    for rank, outcome in enumerate(outcomes):
-        message = outcome.get(name, "not run: the processes stopped before")
-        assert message == "passed", f"process {rank}: {message}"
+    assert_passed(outcomes, name)
