@@ -87,6 +87,13 @@ def read_log(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def assert_same_logs(first: Path, second: Path) -> None:
+    """The logs of two runs are equal, apart from times and memory."""
+    measured = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
+    logs = [[row | measured for row in read_log(folder)] for folder in (first, second)]
+    assert logs[0] == logs[1]
+
+
 def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -167,10 +174,8 @@ def load_weights(path: Path) -> nn.Module:
 
 
 def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module]) -> None:
-    """The weights of both runs are equal bit for bit, and so are the logs, apart from times."""
+    """The weights of both runs are equal bit for bit, and so are the logs, apart from times and memory."""
     for weights in ("last.safetensors", "best.safetensors"):
         expected, actual = (load(result.folder / weights).state_dict() for result in (straight, resumed))
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-    times = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
-    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
-    assert logs[0] == logs[1]
+    assert_same_logs(straight.folder, resumed.folder)
