@@ -30,8 +30,9 @@ from revnet import (
 )
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.optim import StepInBackward
+from tests.distributed.gradients import assert_same_gradients, whole
 from tests.distributed.processes import assert_passed, run_checks
-from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
+from tests.helpers import CASE, REVERSING_POLICIES, mlp, squares
 
 NUM_PROCESSES = 2
 DEPTH = 4
@@ -64,18 +65,6 @@ def process_input(name: str, rank: int | None = None) -> torch.Tensor:
     """Return a different batch in each process."""
     torch.manual_seed(10 + (dist.get_rank() if rank is None else rank))
     return CASE[name].input(requires_grad=False)
-
-
-def assert_same_gradients(model: nn.Module, expected: nn.Module, scale: float = 1.0) -> None:
-    for parameter, twin_parameter in zip(model.parameters(), expected.parameters(), strict=True):
-        grads = [whole(parameter.grad), whole(twin_parameter.grad)]
-        assert (grads[0] is None) == (grads[1] is None)
-        if grads[0] is not None:
-            assert_close(grads[0], grads[1] * scale)
-
-
-def whole(grad):
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
 def single_process_gradients(model: nn.Module, name: str) -> nn.Module:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 
 from revnet.distributed import shard_blocks
 from revnet.models import ReversibleViT, RevNet
+from tests.distributed.gradients import whole
 from tests.distributed.processes import assert_passed, run_checks
 
 MODELS = {
@@ -25,10 +25,6 @@ FOLDER = "REVNET_TEST_CHECKPOINTS"
 
 def folder_of(name: str) -> Path:
     return Path(os.environ[FOLDER]) / name
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
