@@ -173,8 +173,11 @@ def load_weights(path: Path) -> nn.Module:
     return loaders[kind](path)
 
 
-def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module]) -> None:
-    """The weights of both runs are equal bit for bit, and so are the logs, apart from times and memory."""
+def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module] = load_weights) -> None:
+    """The weights of both runs are equal bit for bit, and so are the logs, apart from times and memory.
+
+    `load` rebuilds a module from its file; a run with a network of one's own needs another one.
+    """
     for weights in ("last.safetensors", "best.safetensors"):
         expected, actual = (load(result.folder / weights).state_dict() for result in (straight, resumed))
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())

@@ -11,7 +11,7 @@ from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.world import World
 from revnet.training.run.checkpoint import find_weights, read_weights
 from tests.training.processes.resume_programs import WriteState, train_and_resume_all
-from tests.training.samples import assert_same_run, load_weights, newest_checkpoint, read_log
+from tests.training.samples import assert_same_run, newest_checkpoint, read_log
 
 LANGUAGE: dict[str, Any] = {
     "length": 16,
@@ -61,7 +61,7 @@ def test_resumes_from_every_checkpoint(runs, name):
     result, resumed = runs[name]
     assert len(resumed) == result.num_updates > 2
     for other in resumed:
-        assert_same_run(result, other, load_weights)
+        assert_same_run(result, other)
 
 
 def test_shards_are_read_like_a_file(runs):

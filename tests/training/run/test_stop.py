@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from lightning.pytorch import Callback
 
-from revnet.training import NiceConfig, TrainConfig, TrainingInterrupted, load_classifier, load_density, resume, train
+from revnet.training import NiceConfig, TrainConfig, TrainingInterrupted, resume, train
 from revnet.training.run import stop_signals
 from tests.training.samples import assert_same_run
 
@@ -57,7 +57,7 @@ def test_run_stopped_anywhere_resumes_bit_for_bit(tmp_path, hook, nth, update):
     folder = tmp_path / "stopped"
     with pytest.raises(TrainingInterrupted, match=f"continues after update {update}\\."):
         train(replace(NICE, out_dir=str(folder)), quiet=True, callbacks=[SendSignal(hook, nth)])
-    assert_same_run(straight, resume(folder, quiet=True), load_density)
+    assert_same_run(straight, resume(folder, quiet=True))
 
 
 def test_classifier_stopped_in_a_validation_repeats_it(tmp_path):
@@ -66,7 +66,7 @@ def test_classifier_stopped_in_a_validation_repeats_it(tmp_path):
     folder = tmp_path / "stopped"
     with pytest.raises(TrainingInterrupted, match=r"continues after update 3\."):
         train(replace(config, out_dir=str(folder)), quiet=True, callbacks=[SendSignal("on_validation_batch_end", 1)])
-    assert_same_run(straight, resume(folder, quiet=True), load_classifier)
+    assert_same_run(straight, resume(folder, quiet=True))
 
 
 def test_second_signal_stops_at_once(out_dir, monkeypatch):
@@ -89,4 +89,4 @@ def test_run_stopped_before_its_first_checkpoint_starts_from_the_beginning(tmp_p
     message = f"^stopped; `revnet train --resume {folder}` continues from the beginning\\.$"
     with pytest.raises(TrainingInterrupted, match=message):
         train(replace(NICE, out_dir=str(folder)), quiet=True, callbacks=[SendSignal("setup", 1)])
-    assert_same_run(straight, resume(folder, quiet=True), load_density)
+    assert_same_run(straight, resume(folder, quiet=True))
