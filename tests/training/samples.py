@@ -81,6 +81,13 @@ def write_image_folder(folder: Path, class_names=("cat", "dog", "frog"), num_ima
     return folder
 
 
+def write_text(folder: Path, num_sentences: int = 40) -> str:
+    """Write a text for a language model, and return the name of its file."""
+    file = folder / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * num_sentences)
+    return str(file)
+
+
 def read_log(folder: Path) -> list[dict[str, str]]:
     """Read the log of a run."""
     with (folder / "metrics.csv").open() as file:

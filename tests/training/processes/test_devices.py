@@ -19,7 +19,7 @@ from revnet.training import LanguageConfig, NiceConfig, TrainConfig, evaluate, p
 from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.world import World
 from tests.training.processes import training_programs as programs
-from tests.training.samples import RUN_FILES, write_images
+from tests.training.samples import RUN_FILES, write_images, write_text
 
 ROUNDING = 100 * torch.finfo(torch.float32).eps
 """Relative error of a sum in another order, with a margin of 100."""
@@ -42,14 +42,13 @@ class Comparison:
 
 def make_configs(num_updates: int, folder: Path) -> dict[str, programs.Config]:
     """Return settings of small runs on the digits and on a generated text."""
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    text = write_text(folder, 60)
     images = {"max_updates": num_updates, "batch_size": 16, "val_fraction": 0.05}
     language = {"length": 16, "dim": 16, "depth": 2, "num_heads": 2, "batch_size": 6, "val_windows": 11}
     return {
         "batch norm": TrainConfig(**images, lr=0.01),
         "vit": TrainConfig(**images, model="revvit_cifar", optimizer="adamw", lr=1e-4),
-        "lm": LanguageConfig(data=str(text), updates_per_epoch=1, epochs=num_updates, **language),
+        "lm": LanguageConfig(data=text, updates_per_epoch=1, epochs=num_updates, **language),
         "nice": NiceConfig(hidden_dim=16, num_couplings=2, max_updates=num_updates, val_fraction=0.05, batch_size=50),
     }
 

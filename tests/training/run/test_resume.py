@@ -16,9 +16,7 @@ from revnet.training import (
     train,
 )
 from tests.training.run.test_stop import SendSignal
-from tests.training.samples import assert_same_run, train_with_copies, write_image_folder
-
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+from tests.training.samples import assert_same_run, train_with_copies, write_image_folder, write_text
 
 CLASSIFIER: dict[str, Any] = {
     "batch_size": 400,
@@ -95,11 +93,10 @@ def test_stop_before_a_validation_within_an_epoch_repeats_it(tmp_path):
 
 @pytest.mark.parametrize("attention", ["full", pytest.param("lsh", marks=pytest.mark.slow)])
 def test_language_model_resumes_from_every_checkpoint(tmp_path, attention):
-    (tmp_path / "fox.txt").write_text(TEXT)
     more = {"dropout": 0.1, "updates_per_epoch": 3, "attention": attention}
     if attention == "lsh":
         more |= {"bucket_size": 4, "num_hashes": 2}
-    config = LanguageConfig(data=str(tmp_path / "fox.txt"), **LANGUAGE, **more)
+    config = LanguageConfig(data=write_text(tmp_path), **LANGUAGE, **more)
     result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == 6
     for copy in copies:

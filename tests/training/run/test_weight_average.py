@@ -5,16 +5,15 @@ from safetensors.torch import load_file
 
 from revnet.data import load_dataset
 from revnet.training import LanguageConfig, TrainConfig, load_classifier, load_language_model, train
-from tests.training.samples import assert_same_run, train_and_resume
+from tests.training.samples import assert_same_run, train_and_resume, write_text
 
 TINY = "tests.training.own_code:tiny_revnet"
 
 
 @pytest.fixture
 def language(tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     return {
-        "data": str(tmp_path / "text.txt"),
+        "data": write_text(tmp_path),
         "length": 16,
         "depth": 1,
         "dim": 16,
