@@ -88,9 +88,9 @@ def write_text(folder: Path, num_sentences: int = 40) -> str:
     return str(file)
 
 
-def read_log(folder: Path) -> list[dict[str, str]]:
-    """Read the log of a run."""
-    with (folder / "metrics.csv").open() as file:
+def read_log(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    """Read a log of a run, by epoch or by update."""
+    with (folder / name).open() as file:
         return list(csv.DictReader(file))
 
 
