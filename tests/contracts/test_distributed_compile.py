@@ -19,7 +19,7 @@ from revnet import FixedPoint, ReversibleSequential, Store, set_coupling
 from revnet.distributed import shard_blocks
 from revnet.models import ReversibleTransformer
 from tests.distributed.gradients import assert_same_gradients, gradient_error
-from tests.distributed.processes import assert_passed, run_checks
+from tests.distributed.processes import assert_all_pass, assert_passed, run_checks
 from tests.helpers import CASE, squares
 
 DEPTH = 3
@@ -261,6 +261,4 @@ def test_in_two_processes(name, outcomes):
 
 @pytest.mark.slow
 def test_the_other_ways_in_two_processes(tmp_path):
-    outcomes = run_checks(__name__, tmp_path, name="SLOW_CHECKS")
-    for name in SLOW_CHECKS:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, name="SLOW_CHECKS")

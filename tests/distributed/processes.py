@@ -48,6 +48,13 @@ def assert_passed(outcomes: list[dict[str, str]], name: str, killed: tuple[int, 
             assert message == "passed", f"process {rank}: {message}"
 
 
+def assert_all_pass(module: str, folder: Path, num_processes: int = 2, name: str = "CHECKS") -> None:
+    """Run checks as `run_checks` does, and check the outcomes of all."""
+    outcomes = run_checks(module, folder, num_processes, name)
+    for check_name in getattr(import_module(module), name):
+        assert_passed(outcomes, check_name)
+
+
 def join_group(rank: int, num_processes: int, folder: Path) -> None:
     """Join a group of processes that share an empty folder."""
     torch.set_num_threads(1)

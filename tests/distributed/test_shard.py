@@ -26,7 +26,7 @@ from revnet.coupling import AbstractCoupling
 from revnet.distributed import shard_blocks
 from revnet.models import IRevNet, ResNet, ReversibleTransformer, ReversibleViT, RevNet
 from tests.distributed.gradients import assert_same_gradients, gradient_error, whole
-from tests.distributed.processes import assert_passed, run_checks
+from tests.distributed.processes import assert_all_pass, assert_passed, run_checks
 from tests.helpers import CASE, Case, assert_close, squares
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -501,16 +501,12 @@ def test_in_two_processes(name, outcomes):
 
 @pytest.mark.slow
 def test_other_pairs_in_two_processes(tmp_path):
-    outcomes = run_checks(__name__, tmp_path, name="OTHER_PAIRS")
-    for name in OTHER_PAIRS:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, name="OTHER_PAIRS")
 
 
 @pytest.mark.slow
 def test_bytes_in_four_processes(tmp_path):
-    outcomes = run_checks(__name__, tmp_path, 4, "BYTES")
-    for name in BYTES:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, 4, "BYTES")
 
 
 @pytest.mark.slow

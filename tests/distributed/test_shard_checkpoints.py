@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from revnet.distributed import shard_blocks
 from revnet.models import ReversibleViT, RevNet
 from tests.distributed.gradients import whole
-from tests.distributed.processes import assert_passed, run_checks
+from tests.distributed.processes import assert_all_pass
 
 MODELS = {
     "vit": lambda: ReversibleViT(img_size=8, patch_size=4, dim=8, depth=2, num_heads=2, num_classes=5),
@@ -79,9 +79,7 @@ def checkpoints(tmp_path_factory):
         (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER, str(folder))
-        outcomes = run_checks(__name__, tmp_path_factory.mktemp("processes"), name="SAVE")
-        for name in SAVE:
-            assert_passed(outcomes, name)
+        assert_all_pass(__name__, tmp_path_factory.mktemp("processes"), name="SAVE")
         yield folder
 
 
@@ -93,6 +91,4 @@ def test_loads_on_one_process(name, checkpoints):
 
 @pytest.mark.slow
 def test_loads_on_four_processes(checkpoints, tmp_path):
-    outcomes = run_checks(__name__, tmp_path, 4, "LOAD")
-    for name in LOAD:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, 4, "LOAD")
