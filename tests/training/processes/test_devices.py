@@ -98,7 +98,7 @@ def largest_difference(first: list[float], second: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("name", "strategy"), RUNS)
-def test_losses_are_those_of_one_process_with_its_batch_in_two_parts(comparison, name, strategy):
+def test_losses_equal_one_process_with_its_batch_in_two_parts(comparison, name, strategy):
     assert_same_losses(comparison, name, strategy)
 
 

@@ -46,7 +46,7 @@ def sum_parts(losses: list[float], num_parts: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_weights_are_the_ones_of_one_process(runs, name):
+def test_weights_equal_one_process(runs, name):
     (one, losses), (two, other_losses) = (part[name] for part in runs)
     num_parts = SETTINGS[name].get("accumulate", 1)
     assert sum_parts(other_losses, num_parts) == pytest.approx(sum_parts(losses, num_parts), rel=ROUNDING)
