@@ -10,7 +10,6 @@ benchmarks/results/.
 import argparse
 import datetime
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from _memory_page import Row, Section, table, write_csv
 from _pipeline_methods import IN_CHANNELS, NUM_CLASSES, AbstractMethod, DataParallel, Network, make_methods, seed_stage
-from torch import Tensor, multiprocessing
+from _processes import run_in_processes
+from torch import Tensor
 
 from revnet import Store
 from revnet._hardware import hardware_name
@@ -174,24 +174,16 @@ def measure(counts: Sequence[int], num_microbatches: int, num_steps: int) -> lis
     return rows
 
 
-def run_process(rank: int, counts: Sequence[int], microbatches: Sequence[int], num_steps: int, folder: str) -> None:
-    """Measure in one process, and save the rows."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), len(counts))
-    timeout = datetime.timedelta(seconds=300)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(counts), timeout=timeout)
-    rows = [row for number in microbatches for row in measure(counts, number, num_steps)]
-    torch.save(rows, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def measure_all(counts: Sequence[int], microbatches: Sequence[int], num_steps: int) -> list[Row]:
+    """Return the measurements of this process for each number of microbatches."""
+    return [row for number in microbatches for row in measure(counts, number, num_steps)]
 
 
 def run_group(num_processes: int, microbatches: Sequence[int], num_steps: int) -> list[Row]:
     """Return the rows of all processes, ordered by method and number of microbatches."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (COUNTS[num_processes], microbatches, num_steps, folder)
-        multiprocessing.spawn(run_process, args=arguments, nprocs=num_processes)
-        rows = [row for rank in range(num_processes) for row in torch.load(Path(folder) / f"{rank}.pt")]
+    arguments = (COUNTS[num_processes], microbatches, num_steps)
+    results = run_in_processes(measure_all, *arguments, num_processes=num_processes)
+    rows = [row for of_process in results for row in of_process]
     names = list(dict.fromkeys(row["method"] for row in rows))
     return sorted(rows, key=lambda row: (row["num_microbatches"], names.index(row["method"]), row["stage"]))
 

@@ -10,7 +10,6 @@ benchmarks/results/.
 
 import argparse
 import datetime
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from _memory_page import Row, table, write_csv
-from torch import Tensor, multiprocessing, nn
+from _processes import run_in_processes
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -63,10 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for num_processes in map(int, options.processes.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            settings = vars(options) | {"folder": folder, "num_processes": num_processes}
-            multiprocessing.spawn(_measure_all, args=(settings,), nprocs=num_processes)
-            rows += torch.load(Path(folder) / "rows.pt")
+        # The rows of the first process.
+        rows += run_in_processes(_measure_all, vars(options), num_processes=num_processes)[0]
     page = "\n".join(_page(rows, options))
     print(page)
     stem = options.output_dir / f"sharding_{hardware_name()}_{datetime.date.today()}"
@@ -74,11 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_csv(rows, stem.with_suffix(".csv"))
 
 
-def _measure_all(rank: int, settings: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    num_processes = settings["num_processes"]
-    store = f"file://{settings['folder']}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=num_processes)
+def _measure_all(settings: dict[str, Any]) -> list[Row]:
     rows = []
     for depth in map(int, settings["depths"].split(",")):
         runs = {way: _Run(depth, distribute, settings) for way, distribute in WAYS.items()}
@@ -86,11 +80,9 @@ def _measure_all(rank: int, settings: dict[str, Any]) -> None:
         # In turns, so that the load of the machine affects all ways alike.
         rounds = [{way: run.seconds() for way, run in runs.items()} for _ in range(settings["num_steps"])]
         for way in WAYS:
-            row = {"processes": num_processes, "way": way, "depth": depth, **bytes_of[way]}
+            row = {"processes": dist.get_world_size(), "way": way, "depth": depth, **bytes_of[way]}
             rows.append(row | {"step_seconds": round(min(seconds[way] for seconds in rounds), 4)})
-    if rank == 0:
-        torch.save(rows, Path(settings["folder"]) / "rows.pt")
-    dist.destroy_process_group()
+    return rows
 
 
 class _Run:
@@ -98,7 +90,7 @@ class _Run:
 
     def __init__(self, depth: int, distribute: Callable[[nn.Module], nn.Module], settings: dict[str, Any]):
         torch.manual_seed(0)
-        dim, batch_size = settings["dim"], settings["batch_size"] // settings["num_processes"]
+        dim, batch_size = settings["dim"], settings["batch_size"] // dist.get_world_size()
         model = ReversibleTransformer(vocab_size=VOCABULARY, dim=dim, depth=depth, num_heads=max(1, dim // 32))
         self.model = distribute(model)
         self.optimizer = torch.optim.AdamW(self.model.parameters())

@@ -5,17 +5,14 @@ separate test.
 """
 
 import copy
-import datetime
-import traceback
 import warnings
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -33,7 +30,9 @@ from revnet import (
 )
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.optim import StepInBackward
-from tests.helpers import CASE, REVERSING_POLICIES, assert_close, mlp, squares
+from tests.distributed.gradients import assert_same_gradients, whole
+from tests.distributed.processes import assert_passed, run_checks
+from tests.helpers import CASE, REVERSING_POLICIES, mlp, squares
 
 NUM_PROCESSES = 2
 DEPTH = 4
@@ -66,18 +65,6 @@ def process_input(name: str, rank: int | None = None) -> torch.Tensor:
     """Return a different batch in each process."""
     torch.manual_seed(10 + (dist.get_rank() if rank is None else rank))
     return CASE[name].input(requires_grad=False)
-
-
-def assert_same_gradients(model: nn.Module, expected: nn.Module, scale: float = 1.0) -> None:
-    for parameter, twin_parameter in zip(model.parameters(), expected.parameters(), strict=True):
-        grads = [whole(parameter.grad), whole(twin_parameter.grad)]
-        assert (grads[0] is None) == (grads[1] is None)
-        if grads[0] is not None:
-            assert_close(grads[0], grads[1] * scale)
-
-
-def whole(grad):
-    return grad.full_tensor() if isinstance(grad, DTensor) else grad
 
 
 def single_process_gradients(model: nn.Module, name: str) -> nn.Module:
@@ -390,39 +377,12 @@ CHECKS = {
 }
 
 
-def run_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=NUM_PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    outcomes = {}
-    try:
-        for name, check in CHECKS.items():
-            try:
-                check()
-                outcomes[name] = "passed"
-            except Exception:
-                outcomes[name] = traceback.format_exc()
-            dist.barrier()
-    finally:
-        torch.save(outcomes, folder / f"{rank}.pt")
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Return the outcome of each check in each process."""
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run_process, args=(folder,), nprocs=NUM_PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
+    return run_checks(__name__, tmp_path_factory.mktemp("processes"), NUM_PROCESSES)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(name, outcomes):
-    for rank, outcome in enumerate(outcomes):
-        message = outcome.get(name, "not run: the processes stopped before")
-        assert message == "passed", f"process {rank}: {message}"
+    assert_passed(outcomes, name)

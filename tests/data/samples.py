@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from revnet.data import ImageDataset, load_dataset
+from revnet.data.decoding.crop import CenterCrop
+from revnet.data.splits.file_split import FileSplit
 
 NUM_STREAMED = 25
 CLASS_NAMES = ("cat", "dog", "frog")
@@ -37,6 +39,15 @@ def write_image(file: Path, image: Tensor | None = None) -> None:
     image = random_images(1, height=12, width=16)[0] if image is None else image
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.open(BytesIO(encode(image))).save(file)
+
+
+def split_with_an_empty_file(folder: Path, num_images: int, empty: int) -> FileSplit:
+    """Write images to `folder`, number `empty` as an empty file, which the split skips. The labels are the numbers."""
+    files = [folder / f"{number}.png" for number in range(num_images)]
+    for file in files:
+        write_image(file)
+    files[empty].write_bytes(b"")
+    return FileSplit(files, torch.arange(num_images), image_size=4, crop=CenterCrop(), on_corrupt="skip")
 
 
 def flat_image(level: int, height: int = 12, width: int = 16) -> Tensor:

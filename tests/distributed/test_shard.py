@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from revnet import FixedPoint, ReconstructionWarning, ReversibleBlock, ReversibleSequential, Store, set_coupling
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.coupling import AbstractCoupling
 from revnet.distributed import shard_blocks
 from revnet.models import IRevNet, ResNet, ReversibleTransformer, ReversibleViT, RevNet
-from tests.distributed.processes import assert_passed, run_checks
+from tests.distributed.gradients import assert_same_gradients, gradient_error, whole
+from tests.distributed.processes import assert_all_pass, assert_passed, run_checks
 from tests.helpers import CASE, Case, assert_close, squares
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -129,10 +129,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
-def whole(tensor: Tensor | None) -> Tensor | None:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     return MODELS[name][0]()
@@ -176,13 +172,6 @@ def assert_same_bits(model: nn.Module, twin: nn.Module) -> None:
         assert torch.equal(buffer, expected)
 
 
-def error(model: nn.Module, twin: nn.Module) -> float:
-    """Return the relative error of all gradients together."""
-    pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True)]
-    mine, expected = (torch.cat([whole(grad).flatten() for grad in grads]) for grads in zip(*pairs, strict=True))
-    return ((mine - expected).norm() / expected.norm()).item()
-
-
 # ------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -194,14 +183,12 @@ def check_model(name: str, unit: str) -> None:
     x = x.double() if x.is_floating_point() else x
     for module in (model, twin):
         step(shard_blocks(module, unit=unit), x)
-    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(whole(parameter.grad), whole(expected.grad))
+    assert_same_gradients(model, twin)
     if name in ("vit", "transformer", "network"):
         batches = [make_input(name, rank) for rank in range(dist.get_world_size())]
         x = torch.cat([batch.double() if batch.is_floating_point() else batch for batch in batches])
         step(alone, x)
-        for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
-            assert_close(whole(parameter.grad), expected.grad / dist.get_world_size())
+        assert_same_gradients(model, alone, 1 / dist.get_world_size())
 
 
 def check_case(name: str, unit: str) -> None:
@@ -213,8 +200,7 @@ def check_case(name: str, unit: str) -> None:
     x = case.input(requires_grad=False)
     for module in (model, twin):
         step(shard_blocks(module, unit=unit), x)
-    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(whole(parameter.grad), whole(expected.grad))
+    assert_same_gradients(model, twin)
 
 
 def check_options(**options: Any) -> None:
@@ -224,7 +210,7 @@ def check_options(**options: Any) -> None:
     twin = make_stored(copy.deepcopy(model))
     for module in (model, twin):
         step(shard_blocks(module, **options), x)
-    assert error(model, twin) < 100 * torch.finfo(torch.float32).eps
+    assert gradient_error(model, twin) < 100 * torch.finfo(torch.float32).eps
 
 
 def check_accumulation() -> None:
@@ -235,8 +221,7 @@ def check_accumulation() -> None:
         model.set_requires_gradient_sync(number == 1)
         for module in (model, alone):
             squares(module(torch.full((3, 6), 1.0 + number, dtype=torch.float64))).backward()
-    for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        assert_close(whole(parameter.grad), expected.grad)
+    assert_same_gradients(model, alone)
 
 
 def check_clipping(name: str) -> None:
@@ -250,8 +235,7 @@ def check_clipping(name: str) -> None:
         norms.append(whole(nn.utils.clip_grad_norm_(module.parameters(), 0.01)))
     assert_close(norms[0], norms[1])
     assert norms[1] > 0.01
-    for parameter, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        assert_close(whole(parameter.grad), expected.grad)
+    assert_same_gradients(model, alone)
 
 
 # ------------------------------------------------------------------------------------------------------- precision
@@ -268,7 +252,7 @@ def check_streams_stay_in_float32(name: str, unit: str) -> None:
     assert dtypes <= {torch.float32}
     assert torch.equal(*outputs)
     # Replays round the rebuilt streams to bfloat16, which almost always gives the same bits.
-    assert error(model, twin) < 1e-4
+    assert gradient_error(model, twin) < 1e-4
 
 
 def check_exact_streams(name: str, unit: str) -> None:
@@ -289,7 +273,7 @@ def check_case_in_low_precision(name: str, unit: str) -> None:
     x = case.input(requires_grad=False).float()
     outputs = [step(shard_blocks(module, mp_policy=BF16, unit=unit), x) for module in (model, twin)]
     assert outputs[0].dtype == torch.float32, "nothing but blocks reads or returns streams"
-    assert error(model, twin) < 1e-4
+    assert gradient_error(model, twin) < 1e-4
 
 
 def check_parameters_of_16_bits() -> None:
@@ -299,7 +283,7 @@ def check_parameters_of_16_bits() -> None:
     for module in (model, twin):
         step(shard_blocks(module), make_input("network").bfloat16())
     assert dtypes <= {torch.float32}
-    assert error(model, twin) < 1e-2  # a unit of bfloat16, in which gradients are added up
+    assert gradient_error(model, twin) < 1e-2  # a unit of bfloat16, in which gradients are added up
 
 
 def check_own_sharding_is_as_before() -> None:
@@ -415,8 +399,7 @@ def check_log_det(unit: str) -> None:
         shard_blocks(module, unit=unit)
         torch.manual_seed(2)
         module(x).mean().backward()
-    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(whole(parameter.grad), whole(expected.grad))
+    assert_same_gradients(model, twin)
 
 
 def check_generation() -> None:
@@ -434,8 +417,7 @@ def check_sharded_head_keeps_its_group() -> None:
     shard_blocks(model)
     for module in (model, twin):
         squares(module(torch.ones(3, 6, dtype=torch.float64))).backward()
-    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(whole(parameter.grad), expected.grad)
+    assert_same_gradients(model, twin)
     assert model.head is head
 
 
@@ -519,16 +501,12 @@ def test_in_two_processes(name, outcomes):
 
 @pytest.mark.slow
 def test_other_pairs_in_two_processes(tmp_path):
-    outcomes = run_checks(__name__, tmp_path, name="OTHER_PAIRS")
-    for name in OTHER_PAIRS:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, name="OTHER_PAIRS")
 
 
 @pytest.mark.slow
 def test_bytes_in_four_processes(tmp_path):
-    outcomes = run_checks(__name__, tmp_path, 4, "BYTES")
-    for name in BYTES:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, 4, "BYTES")
 
 
 @pytest.mark.slow

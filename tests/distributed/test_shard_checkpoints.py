@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 
 from revnet.distributed import shard_blocks
 from revnet.models import ReversibleViT, RevNet
-from tests.distributed.processes import assert_passed, run_checks
+from tests.distributed.gradients import whole
+from tests.distributed.processes import assert_all_pass
 
 MODELS = {
     "vit": lambda: ReversibleViT(img_size=8, patch_size=4, dim=8, depth=2, num_heads=2, num_classes=5),
@@ -25,10 +25,6 @@ FOLDER = "REVNET_TEST_CHECKPOINTS"
 
 def folder_of(name: str) -> Path:
     return Path(os.environ[FOLDER]) / name
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -83,9 +79,7 @@ def checkpoints(tmp_path_factory):
         (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER, str(folder))
-        outcomes = run_checks(__name__, tmp_path_factory.mktemp("processes"), name="SAVE")
-        for name in SAVE:
-            assert_passed(outcomes, name)
+        assert_all_pass(__name__, tmp_path_factory.mktemp("processes"), name="SAVE")
         yield folder
 
 
@@ -97,6 +91,4 @@ def test_loads_on_one_process(name, checkpoints):
 
 @pytest.mark.slow
 def test_loads_on_four_processes(checkpoints, tmp_path):
-    outcomes = run_checks(__name__, tmp_path, 4, "LOAD")
-    for name in LOAD:
-        assert_passed(outcomes, name)
+    assert_all_pass(__name__, tmp_path, 4, "LOAD")

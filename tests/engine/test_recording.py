@@ -327,7 +327,7 @@ def test_nan_that_comes_back_is_an_error(recorded):
         recording.backward([output[0] * float("nan"), output[1]], grads)
 
 
-def test_rounding_of_other_stages_is_no_error(recorded):
+def test_rounding_of_other_stages_does_not_raise(recorded):
     """An error that is large for one half-block is drift if the streams came back with it."""
     _, output, recording, grads = recorded
     with warnings.catch_warnings():

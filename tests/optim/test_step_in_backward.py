@@ -319,13 +319,19 @@ def test_refuses_data_parallel_training():
 
 
 def test_a_loaded_checkpoint_ends_a_step_that_failed():
-    model, optimizer = stepping()
-    saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    backward(model)  # the step does not end
-    model.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    backward(model)
-    optimizer.step()
+    outcomes = []
+    for fails in (True, False):
+        model, optimizer = stepping()
+        saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        if fails:
+            backward(model)  # the step does not end
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        torch.manual_seed(1)
+        backward(model)
+        optimizer.step()
+        outcomes.append(outcome(model, optimizer))
+    assert_equal(*outcomes)
 
 
 class Counting(SGD):

@@ -81,10 +81,24 @@ def write_image_folder(folder: Path, class_names=("cat", "dog", "frog"), num_ima
     return folder
 
 
-def read_log(folder: Path) -> list[dict[str, str]]:
-    """Read the log of a run."""
-    with (folder / "metrics.csv").open() as file:
+def write_text(folder: Path, num_sentences: int = 40) -> str:
+    """Write a text for a language model, and return the name of its file."""
+    file = folder / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * num_sentences)
+    return str(file)
+
+
+def read_log(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    """Read a log of a run, by epoch or by update."""
+    with (folder / name).open() as file:
         return list(csv.DictReader(file))
+
+
+def assert_same_logs(first: Path, second: Path) -> None:
+    """The logs of two runs are equal, apart from times and memory."""
+    measured = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
+    logs = [[row | measured for row in read_log(folder)] for folder in (first, second)]
+    assert logs[0] == logs[1]
 
 
 def interrupt() -> None:
@@ -166,11 +180,12 @@ def load_weights(path: Path) -> nn.Module:
     return loaders[kind](path)
 
 
-def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module]) -> None:
-    """The weights of both runs are equal bit for bit, and so are the logs, apart from times."""
+def assert_same_run(straight: Any, resumed: Any, load: Callable[[Path], nn.Module] = load_weights) -> None:
+    """The weights of both runs are equal bit for bit, and so are the logs, apart from times and memory.
+
+    `load` rebuilds a module from its file; a run with a network of one's own needs another one.
+    """
     for weights in ("last.safetensors", "best.safetensors"):
         expected, actual = (load(result.folder / weights).state_dict() for result in (straight, resumed))
         assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-    times = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
-    logs = [[row | times for row in read_log(result.folder)] for result in (straight, resumed)]
-    assert logs[0] == logs[1]
+    assert_same_logs(straight.folder, resumed.folder)

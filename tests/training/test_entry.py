@@ -82,7 +82,7 @@ def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     settings = {"epochs": 4, "crop_padding": 1, "horizontal_flip": True, "batch_size": 200} | more
     straight, resumed = train_and_resume(TrainConfig(**settings), tmp_path, monkeypatch, stop_after=2)
 
-    assert_same_run(straight, resumed, load_classifier)
+    assert_same_run(straight, resumed)
     assert (resumed.test, resumed.best_epoch) == (straight.test, straight.best_epoch)
 
 

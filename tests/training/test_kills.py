@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
 from tests.training.kills import Driver, kill_and_compare
-from tests.training.samples import read_log
+from tests.training.samples import assert_same_logs, write_text
 
 NICE = NiceConfig(
     batch_size=100, epochs=2, num_couplings=4, hidden_dim=64, num_hidden=2, horizontal_flip=True, save_every=4
 )
-TIMES = dict.fromkeys(("step_seconds", "samples_per_second", "epoch_seconds", "peak_bytes"), "")
 MEASURED = ("seconds", "process_peak_bytes", "machine")
 
 
@@ -26,7 +25,7 @@ def assert_equal_folders(straight: Path, killed: Path) -> None:
         expected, actual = load_file(straight / name), load_file(killed / name)
         assert expected.keys() == actual.keys()
         assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items()), name
-    assert [row | TIMES for row in read_log(straight)] == [row | TIMES for row in read_log(killed)]
+    assert_same_logs(straight, killed)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (straight, killed)]
     scores = [{key: x for key, x in summary.items() if not key.endswith(MEASURED)} for summary in summaries]
     assert scores[0] == scores[1]
@@ -43,9 +42,8 @@ def make_config(task: str, tmp_path: Path, **more: Any) -> Any:
         return TrainConfig(batch_size=100, max_updates=16, save_every=3, horizontal_flip=True, **more)
     if task == "nice":
         return NiceConfig(batch_size=100, epochs=3, num_couplings=4, hidden_dim=64, num_hidden=2, save_every=5, **more)
-    (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
     return LanguageConfig(
-        data=str(tmp_path / "fox.txt"),
+        data=write_text(tmp_path, 50),
         length=32,
         batch_size=8,
         dim=32,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig, train
+from tests.training.samples import write_text
 
 Settings = dict[str, Any]
 
@@ -110,8 +111,7 @@ def covering_runs(kind: type, base: Settings, named: dict[str, Settings]) -> lis
 def test_all_pairs_of_settings_train(family, tmp_path):
     kind, base, named = FAMILIES[family]
     if family == "language":
-        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
-        base = base | {"data": str(tmp_path / "text.txt")}
+        base = base | {"data": write_text(tmp_path)}
     for number, run in enumerate(covering_runs(kind, base, named)):
         settings = base | merged([named[name] for name in run]) | {"max_updates": 2}
         try:

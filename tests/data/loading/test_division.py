@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from revnet.data import make_loader
-from revnet.data.decoding.crop import CenterCrop
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.errors import DataError
-from tests.data.samples import NUM_STREAMED, write_image
+from tests.data.samples import NUM_STREAMED, split_with_an_empty_file
 
 # PyTorch warns on a machine with fewer cores than a test has workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -100,10 +99,7 @@ def test_a_process_decodes_only_its_own_images(any_split: AbstractSplit, monkeyp
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_slice_without_decodable_images_stops_the_run(tmp_path: Path, num_workers: int) -> None:
-    for number in range(4):
-        write_image(tmp_path / f"{number}.png")
-    (tmp_path / "3.png").write_bytes(b"")
-    split = FileSplit(sorted(tmp_path.iterdir()), torch.arange(4), image_size=4, crop=CenterCrop(), on_corrupt="skip")
+    split = split_with_an_empty_file(tmp_path, 4, empty=3)
 
     def make(rank: int) -> Loader:
         return make_loader(

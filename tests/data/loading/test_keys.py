@@ -9,12 +9,10 @@ from torch import Tensor
 
 from revnet.data import make_augment, make_loader
 from revnet.data._random_keys import image_keys
-from revnet.data.decoding.crop import CenterCrop
 from revnet.data.splits.abstract_split import AbstractSplit
-from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.data.splits.stream_split import StreamSplit
-from tests.data.samples import NUM_STREAMED, write_image
+from tests.data.samples import NUM_STREAMED, split_with_an_empty_file
 
 # PyTorch warns on a machine with fewer cores than a test has workers.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -78,10 +76,7 @@ def test_a_resumed_or_divided_run_augments_in_the_same_way(any_split: AbstractSp
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipped_images_have_no_keys(tmp_path: Path, num_workers: int) -> None:
-    for number in range(6):
-        write_image(tmp_path / f"{number}.png")
-    (tmp_path / "2.png").write_bytes(b"")
-    split = FileSplit(sorted(tmp_path.iterdir()), torch.arange(6), image_size=4, crop=CenterCrop(), on_corrupt="skip")
+    split = split_with_an_empty_file(tmp_path, 6, empty=2)
     kept = torch.tensor([0, 1, 3, 4, 5])
     assert torch.equal(keys_by_label(split, num_workers=num_workers), image_keys(5, 1, kept))
 

@@ -5,7 +5,6 @@ a separate test.
 """
 
 import copy
-import datetime
 import os
 import signal
 import traceback
@@ -36,6 +35,7 @@ from tests.distributed.pipeline.reference import (
     reference_step,
     seed_stage,
 )
+from tests.distributed.processes import assert_passed, join_group
 from tests.helpers import CASE, CASES, squares
 
 COUNTS = {2: [3, 2], 4: [3, 2, 1, 2]}
@@ -498,12 +498,8 @@ CHECKS: dict[int, dict[str, Callable[[], None]]] = {
 
 
 def run_checks(rank: int, num_processes: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("error", ReconstructionWarning)
-    store = dist.FileStore(str(folder / "store"), num_processes)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=num_processes, timeout=datetime.timedelta(seconds=60)
-    )
+    join_group(rank, num_processes, folder)
     outcomes = {}
     for name, check in CHECKS[num_processes].items():
         try:
@@ -570,13 +566,6 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     return run_group(4, tmp_path_factory.mktemp("four"))
-
-
-def assert_passed(outcomes: list[dict[str, str]], name: str, killed: tuple[int, ...] = ()) -> None:
-    for rank, outcome in enumerate(outcomes):
-        if rank not in killed:
-            message = outcome.get(name, "not run: the processes stopped before")
-            assert message == "passed", f"rank {rank}: {message}"
 
 
 @pytest.mark.parametrize("name", CHECKS[2])

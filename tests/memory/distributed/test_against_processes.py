@@ -1,6 +1,5 @@
 """Predictions for several devices equal the bytes of real processes."""
 
-import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +22,7 @@ from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import run_process_step
 from revnet.memory.distributed._summary import communication_of, device_memory
 from revnet.models import ReversibleTransformer, RevNet
+from tests.distributed.processes import run_in_processes
 
 BATCH = 32
 NUM_STEPS = 6
@@ -107,26 +107,13 @@ def measure_case(case: Case, num_processes: int) -> list[tuple[Any, Any]]:
     return results
 
 
-def run_process(rank: int, folder: Path, num_processes: int, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=num_processes,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
-        torch.save({name: measure_case(CASES[name], num_processes) for name in names}, folder / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def measure_cases(names: list[str]) -> dict[str, list[tuple[Any, Any]]]:
+    return {name: measure_case(CASES[name], dist.get_world_size()) for name in names}
 
 
 def measured_in(folder: Path, num_processes: int, names: list[str]) -> list[dict[str, Any]]:
     """Return the measured steps of each process, by case."""
-    multiprocessing.spawn(run_process, args=(folder, num_processes, names), nprocs=num_processes)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
+    return run_in_processes(measure_cases, names, folder=folder, num_processes=num_processes)
 
 
 @pytest.fixture(scope="module")

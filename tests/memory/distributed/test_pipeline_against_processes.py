@@ -1,6 +1,5 @@
 """Predictions for the stages of a pipeline equal the bytes of real processes."""
 
-import datetime
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from revnet import FixedPoint, ReversibleBlock, ReversibleSequential
 from revnet.coupling import Additive
@@ -18,6 +17,7 @@ from revnet.memory import predict_distributed
 from revnet.memory.distributed._process_log import ProcessLog
 from revnet.memory.distributed._process_step import run_process_step
 from revnet.memory.distributed._summary import device_memory
+from tests.distributed.processes import run_in_processes
 
 WIDTH, SAMPLES = 24, 8
 
@@ -100,25 +100,13 @@ def measure_case(case: Case, rank: int, num_stages: int) -> list[Any]:
     return [min(memories, key=lambda memory: memory.peak_bytes), pipeline.traffic]
 
 
-def run_process(rank: int, folder: Path, num_stages: int, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=num_stages,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    try:
-        torch.save({name: measure_case(CASES[name], rank, num_stages) for name in names}, folder / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def measure_cases(names: list[str]) -> dict[str, list[Any]]:
+    return {name: measure_case(CASES[name], dist.get_rank(), dist.get_world_size()) for name in names}
 
 
 def measured_in(folder: Path, num_stages: int, names: list[str]) -> list[dict[str, Any]]:
-    multiprocessing.spawn(run_process, args=(folder, num_stages, names), nprocs=num_stages)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_stages)]
+    """Return the measurements of each stage, by case."""
+    return run_in_processes(measure_cases, names, folder=folder, num_processes=num_stages)
 
 
 @pytest.fixture(scope="module")

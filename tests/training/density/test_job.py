@@ -80,7 +80,7 @@ def test_weights_and_checkpoint_hold_the_same_weights(fitted):
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     settings = SMALL | {"epochs": 4, "horizontal_flip": True} | more  # noise and flips are random
     straight, resumed = train_and_resume(NiceConfig(**settings), tmp_path, monkeypatch, stop_after=2)
-    assert_same_run(straight, resumed, load_density)
+    assert_same_run(straight, resumed)
     assert resumed.test_bits_per_dim == straight.test_bits_per_dim
     assert (resumed.best_epoch, resumed.best_val_bits_per_dim) == (straight.best_epoch, straight.best_val_bits_per_dim)
 

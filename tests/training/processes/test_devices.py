@@ -1,6 +1,5 @@
 """Training, evaluation and prediction in two processes against one, with the same global batches."""
 
-import csv
 import json
 import os
 import subprocess
@@ -19,7 +18,7 @@ from revnet.training import LanguageConfig, NiceConfig, TrainConfig, evaluate, p
 from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.world import World
 from tests.training.processes import training_programs as programs
-from tests.training.samples import RUN_FILES, write_images
+from tests.training.samples import RUN_FILES, read_log, write_images, write_text
 
 ROUNDING = 100 * torch.finfo(torch.float32).eps
 """Relative error of a sum in another order, with a margin of 100."""
@@ -42,14 +41,13 @@ class Comparison:
 
 def make_configs(num_updates: int, folder: Path) -> dict[str, programs.Config]:
     """Return settings of small runs on the digits and on a generated text."""
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    text = write_text(folder, 60)
     images = {"max_updates": num_updates, "batch_size": 16, "val_fraction": 0.05}
     language = {"length": 16, "dim": 16, "depth": 2, "num_heads": 2, "batch_size": 6, "val_windows": 11}
     return {
         "batch norm": TrainConfig(**images, lr=0.01),
         "vit": TrainConfig(**images, model="revvit_cifar", optimizer="adamw", lr=1e-4),
-        "lm": LanguageConfig(data=str(text), updates_per_epoch=1, epochs=num_updates, **language),
+        "lm": LanguageConfig(data=text, updates_per_epoch=1, epochs=num_updates, **language),
         "nice": NiceConfig(hidden_dim=16, num_couplings=2, max_updates=num_updates, val_fraction=0.05, batch_size=50),
     }
 
@@ -100,19 +98,18 @@ def largest_difference(first: list[float], second: list[float]) -> float:
 
 
 @pytest.mark.parametrize(("name", "strategy"), RUNS)
-def test_losses_are_those_of_one_process_with_its_batch_in_two_parts(comparison, name, strategy):
+def test_losses_equal_one_process_with_its_batch_in_two_parts(comparison, name, strategy):
     assert_same_losses(comparison, name, strategy)
 
 
-def read_log(folder: Path) -> dict[str, float]:
+def last_numbers(folder: Path) -> dict[str, float]:
     """Return the last row of the log of a run."""
-    with (folder / "metrics.csv").open() as file:
-        return {name: float(value) for name, value in list(csv.DictReader(file))[-1].items()}
+    return {name: float(value) for name, value in read_log(folder)[-1].items()}
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run[0] != "batch norm"])
 def test_validation_counts_every_sample_once(comparison, run):
-    one, two = read_log(comparison.one[run[0]][0].folder), read_log(comparison.two[run][0].folder)
+    one, two = last_numbers(comparison.one[run[0]][0].folder), last_numbers(comparison.two[run][0].folder)
     # The weights differ by the rounding of all updates.
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=ROUNDING)
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=ROUNDING)

@@ -10,6 +10,7 @@ from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.world import World
 from revnet.training.run.checkpoint import read_checkpoint
 from tests.training.processes.resume_programs import Disturb, disturb_all
+from tests.training.samples import write_text
 
 DISTURBANCES = {
     "full disk": ("fill", 0, "ddp"),
@@ -23,13 +24,12 @@ DISTURBANCES = {
 def folder(tmp_path_factory):
     """Return the folder of runs in two processes, with the errors of both."""
     folder = tmp_path_factory.mktemp("disturbances")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    text = write_text(folder, 20)
     configs = {}
     for name, (how, rank, strategy) in DISTURBANCES.items():
         run = folder / name
         config = LanguageConfig(
-            data=str(text),
+            data=text,
             length=16,
             batch_size=4,
             dim=16,

@@ -14,6 +14,7 @@ from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import World, entered
 from tests.training.processes import training_programs as programs
 from tests.training.processes.test_devices import ROUNDING
+from tests.training.samples import write_text
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "parts ddp": {"accumulate": 3, "ema_decay": 0.5},
@@ -27,11 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def runs(tmp_path_factory):
     """Return each run in one process and in two: its result and its losses."""
     folder = tmp_path_factory.mktemp("recipes")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    text = write_text(folder, 60)
     small = {"length": 16, "dim": 16, "depth": 2, "num_heads": 2, "batch_size": 6, "val_windows": 11}
     lengths = {"updates_per_epoch": 2, "epochs": 2}
-    configs = {name: LanguageConfig(data=str(text), **small, **lengths, **more) for name, more in SETTINGS.items()}
+    configs = {name: LanguageConfig(data=text, **small, **lengths, **more) for name, more in SETTINGS.items()}
     two = {
         name: replace(config, strategy=name.split()[-1], out_dir=str(folder / f"{name} in two"))
         for name, config in configs.items()
@@ -46,7 +46,7 @@ def sum_parts(losses: list[float], num_parts: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_weights_are_the_ones_of_one_process(runs, name):
+def test_weights_equal_one_process(runs, name):
     (one, losses), (two, other_losses) = (part[name] for part in runs)
     num_parts = SETTINGS[name].get("accumulate", 1)
     assert sum_parts(other_losses, num_parts) == pytest.approx(sum_parts(losses, num_parts), rel=ROUNDING)

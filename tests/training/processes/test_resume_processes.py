@@ -11,7 +11,7 @@ from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.world import World
 from revnet.training.run.checkpoint import find_weights, read_weights
 from tests.training.processes.resume_programs import WriteState, train_and_resume_all
-from tests.training.samples import assert_same_run, load_weights, newest_checkpoint, read_log
+from tests.training.samples import assert_same_run, newest_checkpoint, read_log, write_text
 
 LANGUAGE: dict[str, Any] = {
     "length": 16,
@@ -40,17 +40,16 @@ RUNS = ["classifier", "nice", "lm", "lm fsdp2", "recipe", "recipe fsdp2"]
 def runs(tmp_path_factory):
     """Return runs in two processes, each with runs that continue from its checkpoints."""
     folder = tmp_path_factory.mktemp("resume")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    text = write_text(folder, 20)
     configs = {
         "classifier": TrainConfig(batch_size=400, max_updates=3, horizontal_flip=True),
         "nice": NiceConfig(hidden_dim=16, num_couplings=2, num_hidden=1, epochs=2, batch_size=600),
-        "lm": LanguageConfig(data=str(text), **LANGUAGE),
-        "lm fsdp2": LanguageConfig(data=str(text), strategy="fsdp2", **LANGUAGE),
+        "lm": LanguageConfig(data=text, **LANGUAGE),
+        "lm fsdp2": LanguageConfig(data=text, strategy="fsdp2", **LANGUAGE),
         "recipe": NiceConfig(
             hidden_dim=16, num_couplings=2, num_hidden=1, max_updates=3, batch_size=600, ema_decay=0.9, **RECIPE
         ),
-        "recipe fsdp2": LanguageConfig(data=str(text), strategy="fsdp2", **LANGUAGE, **RECIPE),
+        "recipe fsdp2": LanguageConfig(data=text, strategy="fsdp2", **LANGUAGE, **RECIPE),
     }
     arguments = {"configs": configs, "folder": folder}
     return run_in_processes(train_and_resume_all, arguments, World(num_processes=2))
@@ -61,7 +60,7 @@ def test_resumes_from_every_checkpoint(runs, name):
     result, resumed = runs[name]
     assert len(resumed) == result.num_updates > 2
     for other in resumed:
-        assert_same_run(result, other, load_weights)
+        assert_same_run(result, other)
 
 
 def test_shards_are_read_like_a_file(runs):

@@ -13,7 +13,6 @@ from revnet.training import (
     NiceConfig,
     TrainConfig,
     TrainingInterrupted,
-    load_density,
     load_language_model,
     resume,
     train,
@@ -60,7 +59,7 @@ def test_length_that_is_given_from_the_start_gives_the_same_run(tmp_path):
     straight = train(replace(NICE, epochs=3, warmup=0, out_dir=str(tmp_path / "straight")), quiet=True)
     folder = stop_after(replace(NICE, epochs=2, warmup=0), 1, tmp_path / "stopped")
     # The first update has the full rate in both, so that the schedules agree from there on.
-    assert_same_run(straight, resume(folder, epochs=3, quiet=True), load_density)
+    assert_same_run(straight, resume(folder, epochs=3, quiet=True))
 
 
 def test_another_rate_applies_to_the_rest_of_the_run(tmp_path, capsys):
@@ -129,7 +128,7 @@ def test_newest_checkpoint_that_can_be_read_continues(nice, finished_nice):
     newest = nice / "checkpoints" / "update-00000012.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
     (nice / "checkpoints" / "update-00000099.ckpt.tmp").write_bytes(b"half")
-    assert_same_run(finished_nice, resume(nice, quiet=True), load_density)
+    assert_same_run(finished_nice, resume(nice, quiet=True))
     for path in (nice / "checkpoints").glob("*.ckpt"):
         path.write_bytes(b"half")
     with pytest.raises(CheckpointError, match=r"update-00000012\.ckpt` is truncated or not a PyTorch checkpoint"):

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 from revnet.errors import ProcessError, RevnetError
-from revnet.training import NiceConfig, TrainConfig, load_density, resume, train
+from revnet.training import NiceConfig, TrainConfig, resume, train
 from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
 from revnet.training.run.failures import explain
 from tests.training.samples import assert_same_run, write_image_folder
@@ -64,7 +64,7 @@ def test_full_disk(tmp_path, monkeypatch, is_async):
     )
     assert not list(folder.rglob("*.tmp"))
     monkeypatch.setattr(torch, "save", save)
-    assert_same_run(straight, resume(folder, quiet=True), load_density)
+    assert_same_run(straight, resume(folder, quiet=True))
 
 
 def test_full_disk_while_weights_are_written(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Loggers and the log by update, in short runs on digits."""
 
-import csv
 import json
 import sqlite3
 from importlib.util import find_spec
@@ -11,12 +10,7 @@ import pytest
 from revnet.errors import MissingDependencyError
 from revnet.training import TrainConfig, resume, train
 from revnet.training.run.loggers import describe_loggers, logger_errors
-from tests.training.samples import stop_after_epoch
-
-
-def read_updates(folder: Path) -> list[dict[str, str]]:
-    with (folder / "updates.csv").open() as file:
-        return list(csv.DictReader(file))
+from tests.training.samples import read_log, stop_after_epoch
 
 
 def make_config(folder: Path, **options) -> TrainConfig:
@@ -33,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def test_log_by_update(folder):
-    rows = read_updates(folder)
+    rows = read_log(folder, "updates.csv")
     assert [int(row["update"]) for row in rows] == [5, 10, 15]
     assert [int(row["epoch"]) for row in rows] == [1, 1, 2]
     for row in rows:
@@ -45,8 +39,7 @@ def test_log_by_update(folder):
 
 
 def test_log_by_epoch_has_throughput_and_memory(folder):
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_log(folder)
     assert len(rows) == 2
     assert all(float(row["samples_per_second"]) > 0 and int(row["peak_bytes"]) > 0 for row in rows)
 
@@ -60,7 +53,7 @@ def test_tensorboard_has_figures_by_update_and_by_epoch(folder):
     by_update = events.Scalars("train_loss_step")
     assert [event.step for event in by_update] == [5, 10, 15]
     assert [event.value for event in by_update] == pytest.approx(
-        [float(row["train_loss_step"]) for row in read_updates(folder)]
+        [float(row["train_loss_step"]) for row in read_log(folder, "updates.csv")]
     )
     for name in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
         assert len(events.Scalars(name)) == 2

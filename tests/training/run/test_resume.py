@@ -12,16 +12,11 @@ from revnet.training import (
     NiceConfig,
     TrainConfig,
     TrainingInterrupted,
-    load_classifier,
-    load_density,
-    load_language_model,
     resume,
     train,
 )
 from tests.training.run.test_stop import SendSignal
-from tests.training.samples import assert_same_run, train_with_copies, write_image_folder
-
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+from tests.training.samples import assert_same_run, train_with_copies, write_image_folder, write_text
 
 CLASSIFIER: dict[str, Any] = {
     "batch_size": 400,
@@ -34,24 +29,20 @@ LANGUAGE: dict[str, Any] = {"length": 16, "batch_size": 4, "dim": 16, "depth": 2
 
 
 @pytest.mark.parametrize(
-    ("config", "load"),
+    "config",
     [
-        (TrainConfig(**CLASSIFIER), load_classifier),
-        pytest.param(
-            TrainConfig(**CLASSIFIER, drift_every=2, tolerance=1e-3),
-            load_classifier,
-            marks=pytest.mark.slow,
-        ),
-        (NiceConfig(batch_size=400, epochs=2, num_couplings=2, hidden_dim=16, num_hidden=1), load_density),
+        TrainConfig(**CLASSIFIER),
+        pytest.param(TrainConfig(**CLASSIFIER, drift_every=2, tolerance=1e-3), marks=pytest.mark.slow),
+        NiceConfig(batch_size=400, epochs=2, num_couplings=2, hidden_dim=16, num_hidden=1),
     ],
     ids=["classifier", "drift", "density"],
 )
-def test_resumes_from_every_checkpoint(tmp_path, config, load):
+def test_resumes_from_every_checkpoint(tmp_path, config):
     result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == result.num_updates
     for copy in copies:
         resumed = resume(copy, quiet=True)
-        assert_same_run(result, resumed, load)
+        assert_same_run(result, resumed)
         assert resumed.best_epoch == result.best_epoch
 
 
@@ -80,7 +71,7 @@ def test_resumes_around_validations_within_an_epoch_and_an_early_end(tmp_path):
     assert (result.num_updates, len(copies), len(callbacks[0].losses)) == (10, 10, 5)
     for number, copy in enumerate(copies, start=1):
         others = make_callbacks()
-        assert_same_run(result, resume(copy, quiet=True, callbacks=others), load_density)
+        assert_same_run(result, resume(copy, quiet=True, callbacks=others))
         # A checkpoint comes after the validation that follows its update.
         assert others[0].losses == callbacks[0].losses[number // 2 :]
 
@@ -96,21 +87,20 @@ def test_stop_before_a_validation_within_an_epoch_repeats_it(tmp_path):
             callbacks=[ValidateEvery(2), SendSignal("on_train_batch_end", 4)],
         )
     validations = ValidateEvery(2)
-    assert_same_run(straight, resume(folder, quiet=True, callbacks=[validations]), load_density)
+    assert_same_run(straight, resume(folder, quiet=True, callbacks=[validations]))
     assert len(validations.losses) == 2
 
 
 @pytest.mark.parametrize("attention", ["full", pytest.param("lsh", marks=pytest.mark.slow)])
 def test_language_model_resumes_from_every_checkpoint(tmp_path, attention):
-    (tmp_path / "fox.txt").write_text(TEXT)
     more = {"dropout": 0.1, "updates_per_epoch": 3, "attention": attention}
     if attention == "lsh":
         more |= {"bucket_size": 4, "num_hashes": 2}
-    config = LanguageConfig(data=str(tmp_path / "fox.txt"), **LANGUAGE, **more)
+    config = LanguageConfig(data=write_text(tmp_path), **LANGUAGE, **more)
     result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == 6
     for copy in copies:
-        assert_same_run(result, resume(copy, quiet=True), load_language_model)
+        assert_same_run(result, resume(copy, quiet=True))
 
 
 @pytest.mark.slow
@@ -123,4 +113,4 @@ def test_images_in_files_resume_from_every_checkpoint(tmp_path, num_workers):
     result, copies = train_with_copies(config, tmp_path)
     assert len(copies) == result.num_updates > 4
     for copy in copies:
-        assert_same_run(result, resume(copy, quiet=True), load_classifier)
+        assert_same_run(result, resume(copy, quiet=True))

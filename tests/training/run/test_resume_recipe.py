@@ -2,10 +2,10 @@
 
 import pytest
 
-from revnet.training import LanguageConfig, TrainConfig, load_classifier, load_language_model, resume
+from revnet.training import LanguageConfig, TrainConfig, load_classifier, resume
 from tests.training.own_code import tiny_revnet
-from tests.training.run.test_resume import LANGUAGE, TEXT
-from tests.training.samples import assert_same_run, train_with_copies
+from tests.training.run.test_resume import LANGUAGE
+from tests.training.samples import assert_same_run, train_with_copies, write_text
 
 OWN = "tests.training.own_code"
 
@@ -22,14 +22,13 @@ SLOW = ("muon", "backward")
 
 @pytest.mark.parametrize("recipe", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_language_model_resumes_bit_for_bit(tmp_path, recipe):
-    (tmp_path / "fox.txt").write_text(TEXT)
     settings = LANGUAGE | {"updates_per_epoch": 3, "val_windows": 4} | RECIPES[recipe]
-    config = LanguageConfig(data=str(tmp_path / "fox.txt"), **settings)
+    config = LanguageConfig(data=write_text(tmp_path), **settings)
     result, copies = train_with_copies(config, tmp_path)
     assert len(copies) >= result.num_updates
     for copy in copies[1::2]:
         resumed = resume(copy, quiet=True)
-        assert_same_run(result, resumed, load_language_model)
+        assert_same_run(result, resumed)
         assert resumed.best_val_loss == result.best_val_loss
 
 

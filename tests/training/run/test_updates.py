@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 
 from revnet.training import LanguageConfig, TrainConfig, load_language_model, train
-from tests.training.samples import read_log
+from tests.training.samples import read_log, write_text
 
 TINY = "tests.training.own_code:tiny_revnet"
 
@@ -13,9 +13,8 @@ TINY = "tests.training.own_code:tiny_revnet"
 @pytest.fixture
 def language(tmp_path):
     """Settings of a network without batch norm and dropout, and plain gradient descent."""
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     sizes = {"length": 16, "depth": 2, "dim": 16, "num_heads": 2, "batch_size": 8, "val_windows": 4}
-    return {"data": str(tmp_path / "text.txt"), "optimizer": "sgd", "lr": 0.1, "updates_per_epoch": 4, **sizes}
+    return {"data": write_text(tmp_path), "optimizer": "sgd", "lr": 0.1, "updates_per_epoch": 4, **sizes}
 
 
 def weights_of(result):
