@@ -55,6 +55,20 @@ def test_rejects_an_unknown_command_with_a_suggestion(revnet):
     assert revnet("xyz") == (2, "", f"revnet: error: unknown command `xyz`; the commands are {', '.join(COMMANDS)}.\n")
 
 
+def test_a_warning_is_one_line():
+    code = (
+        "import warnings, revnet.cli.models, revnet.cli._parser\n"
+        "from revnet.cli.main import main\n"
+        "revnet.cli.models.models = lambda **_: warnings.warn('`n` is large.')\n"
+        "revnet.cli._parser.parse = lambda *_: {}\n"
+        "before = warnings.formatwarning\n"
+        "main(['models'])\n"
+        "assert warnings.formatwarning is before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "revnet models: warning: `n` is large.\n"
+
+
 def test_installed_script_runs():
     script = Path(sys.executable).with_name("revnet")
     assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.strip() == package.__version__

@@ -138,7 +138,7 @@ class Driver:
 
     def _check(self, folder: Path) -> None:
         """Check that no file is half written, and that one interval is lost at most."""
-        checkpoints = CheckpointFolder(folder / "checkpoints").list()
+        checkpoints = CheckpointFolder(folder / "checkpoints").all()
         for path in checkpoints:
             read_checkpoint(path)
         for path in folder.glob("*.safetensors"):

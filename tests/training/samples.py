@@ -119,7 +119,7 @@ def stop_after_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, stop: Callable
 
 def newest_checkpoint(folder: Path) -> Path:
     """Return the newest checkpoint of a run."""
-    checkpoint = CheckpointFolder(folder / "checkpoints").newest()
+    checkpoint, _ = CheckpointFolder(folder / "checkpoints").newest()
     assert checkpoint is not None
     return checkpoint
 

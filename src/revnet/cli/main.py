@@ -7,6 +7,7 @@ import difflib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -76,6 +77,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     prog = f"revnet {name}"
     if arguments and arguments[0] in SUBCOMMANDS.get(name, ()):
         prog, name, arguments = f"{prog} {arguments[0]}", f"{name}_{arguments[0]}", arguments[1:]
+    format_before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {message}\n"
     try:
         parse = import_module("revnet.cli._parser").parse
         command = getattr(import_module(f"revnet.cli.{name}"), name)
@@ -96,6 +99,8 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         if os.environ.get("REVNET_DEBUG") or not is_expected(error):
             raise
         return _fail(prog, describe_error(error))
+    finally:
+        warnings.formatwarning = format_before
     return 0
 
 

@@ -25,16 +25,6 @@ def find_device(name: str) -> torch.device:
     if device.type not in available:
         raise ValueError(f"`device` (={name!r}) is of a type that revnet does not use; {_WAY_OUT}")
     if (device.index or 0) >= available[device.type]:
-        raise ValueError(f"`device` (={name!r}) is not available to this PyTorch; {_WAY_OUT}")
+        usable = ["cpu", *(f"cuda:{index}" for index in range(num_gpus)), *(["mps"] if has_mps else [])]
+        raise ValueError(f"`device` (={name!r}) is not available to this PyTorch; pass auto or {' or '.join(usable)}.")
     return device
-
-
-def check_device(name: str) -> None:
-    """Raise unless the device of a run is available.
-
-    Raises:
-        ValueError: The device is not available here.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, True):
-        raise ValueError(f"`device` (={name!r}) is not available to this PyTorch; pass `cpu` or `auto`.")

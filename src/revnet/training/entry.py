@@ -22,6 +22,7 @@ from revnet.training.language.result import LanguageResult
 from revnet.training.processes.choose import choose_world
 from revnet.training.processes.join import broadcast, joined
 from revnet.training.processes.launch import run_in_processes
+from revnet.training.processes.prepare_model import check_processes
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint import read_outline, trained_part
@@ -99,6 +100,7 @@ def train(
             signal stops at once.
     """
     world = choose_world(config.device, config.devices, config.num_nodes)
+    check_processes(config, world)
     if world.must_start:
         arguments = {"config": config, "quiet": quiet, "callbacks": list(callbacks)}
         return cast("RunResult", run_in_processes(train, arguments, world))
@@ -159,6 +161,7 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
     before = family.config_type.load(folder / run_dir.CONFIG)
     config = change_settings(before, changes)
     world = choose_world(config.device, config.devices, config.num_nodes)
+    check_processes(config, world)
     if world.must_start:
         arguments = {"folder": folder, "quiet": quiet, "callbacks": list(callbacks), **changes}
         return cast("RunResult", run_in_processes(resume, arguments, world))
@@ -166,7 +169,7 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
         (folder / run_dir.CHECKPOINTS).mkdir(exist_ok=True)
         with lock_run(folder):
             job = family.job_of_run(config)
-            checkpoint = broadcast(_find_start(folder, job) if current_world().is_main else None)
+            checkpoint = broadcast(_find_start(folder, job, quiet=quiet) if current_world().is_main else None)
             if current_world().is_main:
                 if job.config != before:
                     job.config.save(folder / run_dir.CONFIG)
@@ -175,12 +178,14 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
             return execute(job, folder, checkpoint, quiet=quiet, callbacks=callbacks)
 
 
-def _find_start(folder: Path, job: AbstractJob[Any]) -> Path | None:
+def _find_start(folder: Path, job: AbstractJob[Any], *, quiet: bool) -> Path | None:
     """Return the checkpoint that a run continues from, None for the beginning, once it is known to fit."""
     record, path = job.record_data(), folder / run_dir.DATA
     check_record(record, path, str(job.config.data))
     checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
-    checkpoint = checkpoints.newest()
+    checkpoint, unreadable = checkpoints.newest()
+    for path_skipped in [] if quiet else unreadable:
+        print(f"skipped  {path_skipped}, which cannot be read")
     if checkpoint is not None:
         outline = read_outline(checkpoint)
         check_fit(job.task.saved_module, trained_part(outline).tensors, checkpoint)

@@ -77,10 +77,14 @@ def test_processes_end_with_their_starter(tmp_path):
         "from tests.training.processes import programs\n"
         f"run_in_processes(programs.wait, {{'folder': {str(tmp_path)!r}}}, World(num_processes=2))\n"
     )
-    starter = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
+    starter = subprocess.Popen([sys.executable, script], env=environment)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert list(temporary.glob("revnet-*"))
     starter.kill()
     starter.wait()
     pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
@@ -88,6 +92,7 @@ def test_processes_end_with_their_starter(tmp_path):
     while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(is_alive(pid) for pid in pids)
+    assert not list(temporary.glob("revnet-*"))
 
 
 def is_alive(pid: int) -> bool:

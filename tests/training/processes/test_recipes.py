@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from revnet.training import LanguageConfig, TrainConfig
+from revnet.training import LanguageConfig, TrainConfig, entry, train
 from revnet.training.processes.launch import run_in_processes
-from revnet.training.processes.prepare_model import check_devices
-from revnet.training.processes.world import World, entered
+from revnet.training.processes.prepare_model import check_processes
+from revnet.training.processes.world import World
 from tests.training.processes import training_programs as programs
 from tests.training.processes.test_devices import ROUNDING
 from tests.training.samples import write_text
@@ -65,9 +64,21 @@ def test_clips_divided_gradients_in_the_backward_pass(runs):
 
 def test_rejects_a_step_in_the_backward_pass_under_ddp():
     config = TrainConfig(device="cpu", step_in_backward=True)
-    check_devices(config, nn.Linear(1, 1), "net")
-    with (
-        entered(World(num_processes=2)),
-        pytest.raises(ValueError, match=r"^`step_in_backward` \(=True\) does not go with several processes under ddp"),
-    ):
-        check_devices(config, nn.Linear(1, 1), "net")
+    check_processes(config, World())
+    with pytest.raises(ValueError, match=r"^`step_in_backward` \(=True\) does not go with several processes under ddp"):
+        check_processes(config, World(num_processes=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_in_backward": True}, "`step_in_backward`"),
+        ({"batch_size": 9}, "`batch_size` \\(=9\\) must be a multiple of the 2 processes"),
+        ({"batch_size": 6, "accumulate": 2}, "`batch_size` \\(=6\\) must be a multiple of 4, since 2 processes"),
+    ],
+)
+def test_refuses_before_it_starts_processes(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "run_in_processes", None)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(device="cpu", devices=2, out_dir=str(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()

@@ -110,6 +110,8 @@ def test_run_that_ended_within_an_epoch_cannot_become_longer(tmp_path):
     assert resume(result.folder, quiet=True).num_updates == 4
     with pytest.raises(ValueError, match=r"`max_updates` \(=9\) cannot continue the run, whose last epoch was cut sho"):
         resume(result.folder, max_updates=9, quiet=True)
+    with pytest.raises(ValueError, match=r"`epochs` \(=1\) cannot continue the run"):
+        resume(result.folder, epochs=1, max_updates=1000, quiet=True)
 
 
 def test_run_that_stopped_within_an_epoch_becomes_longer(tmp_path):
@@ -124,14 +126,15 @@ def test_second_process_cannot_work_on_a_run(nice):
     resume(nice, quiet=True)
 
 
-def test_newest_checkpoint_that_can_be_read_continues(nice, finished_nice):
+def test_newest_checkpoint_that_can_be_read_continues(nice, finished_nice, capsys):
     newest = nice / "checkpoints" / "update-00000012.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
     (nice / "checkpoints" / "update-00000099.ckpt.tmp").write_bytes(b"half")
-    assert_same_run(finished_nice, resume(nice, quiet=True))
+    assert_same_run(finished_nice, resume(nice))
+    assert capsys.readouterr().out.startswith(f"skipped  {newest}, which cannot be read\n")
     for path in (nice / "checkpoints").glob("*.ckpt"):
         path.write_bytes(b"half")
-    with pytest.raises(CheckpointError, match=r"update-00000012\.ckpt` is truncated or not a PyTorch checkpoint"):
+    with pytest.raises(CheckpointError, match=r"^no checkpoint in `.*` can be read, and the newest is update-0+12"):
         resume(nice, quiet=True)
 
 

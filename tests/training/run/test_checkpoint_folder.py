@@ -15,7 +15,7 @@ def test_a_file_takes_the_place_of_shards(tmp_path):
     writer.save_checkpoint({"update": 60}, path)
     assert writer.take_error() is None
     assert torch.load(path) == {"update": 60}
-    assert folder.list() == [path]
+    assert folder.all() == [path]
 
 
 def test_shards_take_the_place_of_a_file(tmp_path):

@@ -55,7 +55,7 @@ def test_full_disk(tmp_path, monkeypatch, is_async):
 
     folder = tmp_path / "run"
     message = fail(replace(NICE, async_save=is_async), 5, fill_disk, folder)
-    newest = update_of(CheckpointFolder(folder / "checkpoints").list()[-1])
+    newest = update_of(CheckpointFolder(folder / "checkpoints").all()[-1])
     # In the background, the one before may not have been written yet.
     assert newest == 4 or (is_async and newest == 2)
     assert message == (

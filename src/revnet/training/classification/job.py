@@ -23,7 +23,7 @@ from revnet.training.classification.rand_augment import make_distortion
 from revnet.training.classification.result import TrainResult
 from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
-from revnet.training.device import check_device
+from revnet.training.device import find_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.import_path import is_import_path
@@ -154,7 +154,7 @@ def _check_model(config: TrainConfig) -> None:
 def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     is_decoded = not isinstance(dataset.train, ImageSplit)
     config = config.resolve(dataset.name, is_decoded=is_decoded)
-    check_device(config.device)
+    find_device(config.device)
     start = None if config.weights is None else read_start_weights(config.weights, ClassifierHeader)
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None

@@ -19,7 +19,7 @@ from revnet.training.classification.rand_augment import make_distortion
 from revnet.training.classification.result import TrainResult
 from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
-from revnet.training.device import check_device
+from revnet.training.device import find_device
 from revnet.training.evaluation.evaluate import evaluate_batches
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -91,7 +91,7 @@ def job_of_own_data(config: TrainConfig) -> OwnDataJob:
         ValueError: The data do not have the right form, or a setting does not go with them.
         UserCodeError: The user's code failed.
     """
-    check_device(config.device)
+    find_device(config.device)
     if current_world().num_processes > 1:
         raise ValueError(
             f"`data` (={config.data!r}) is your own data module, whose batches are not divided among processes; use "

@@ -16,7 +16,7 @@ from revnet.training.density.config import NiceConfig
 from revnet.training.density.model import DensityHeader, ImageDensity, load_density
 from revnet.training.density.result import DensityResult
 from revnet.training.density.task import DensityTask
-from revnet.training.device import check_device
+from revnet.training.device import find_device
 from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
 from revnet.training.optimizers import make_optimizer
 from revnet.training.processes.prepare_model import check_devices
@@ -121,7 +121,7 @@ def job_of_run(config: NiceConfig) -> DensityJob:
 
 def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     config = config.resolve(dataset.name)
-    check_device(config.device)
+    find_device(config.device)
     whole, test = dataset.train, dataset.test
     if not isinstance(whole, ImageSplit) or not isinstance(test, ImageSplit):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from revnet.data import ConsecutiveWindows, RandomWindows, load_text
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
-from revnet.training.device import check_device
+from revnet.training.device import find_device
 from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageHeader, LanguageModel
@@ -108,7 +108,7 @@ def new_job(config: LanguageConfig) -> LanguageJob:
 def job_of_run(config: LanguageConfig) -> LanguageJob:
     """Make the job of a run from the settings in its folder."""
     assert config.data is not None
-    check_device(config.device)
+    find_device(config.device)
     dataset = load_text(config.data, val_fraction=config.val_fraction)
     shortest = min(len(dataset.train), len(dataset.validation))
     if shortest <= config.length:

@@ -11,11 +11,26 @@ from revnet.distributed import shard_blocks
 from revnet.distributed._shard_units import units_of
 from revnet.distributed._sync_batch_norm import synchronize_batch_norms
 from revnet.training.device import find_device
-from revnet.training.processes.world import current_world
+from revnet.training.processes.world import World, check_division, current_world, entered
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _LOW = {"bf16-mixed": torch.bfloat16}
 """Dtypes in which a sharded network computes, by the precision of the settings."""
+
+
+def check_processes(config: AbstractRunConfig, world: World) -> None:
+    """Raise unless the settings go with the processes of `world`, before any of them is started.
+
+    Raises:
+        ValueError: The processes cannot divide the batches, or a setting does not go with several processes.
+    """
+    with entered(world):
+        check_division(config.batch_size, num_parts=config.accumulate)
+        if config.step_in_backward and strategy_name(config) == "ddp":
+            raise ValueError(
+                "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
+                "after the backward pass; pass the `strategy` fsdp2, or leave it out."
+            )
 
 
 def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> None:
@@ -38,11 +53,6 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         raise ValueError(
             f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
             "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
-        )
-    if config.step_in_backward and current_world().num_processes > 1 and not uses_fsdp2(config):
-        raise ValueError(
-            "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
-            "after the backward pass; pass the `strategy` fsdp2, or leave it out."
         )
     if config.strategy == "fsdp2" and config.compile and any(unit.has_log_det for unit in units_of(model)):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import sys
 import threading
 import traceback
@@ -21,7 +22,7 @@ def main(folder: Path, pipe: int) -> int:
     Returns:
         The exit status.
     """
-    threading.Thread(target=_end_with_starter, args=(pipe,), daemon=True).start()
+    threading.Thread(target=_end_with_starter, args=(folder, pipe), daemon=True).start()
     rank = int(os.environ["RANK"])
     try:
         from revnet.training.processes.launch import PAYLOAD, RESULT
@@ -37,8 +38,9 @@ def main(folder: Path, pipe: int) -> int:
     return 0
 
 
-def _end_with_starter(pipe: int) -> None:
+def _end_with_starter(folder: Path, pipe: int) -> None:
     os.read(pipe, 1)
+    shutil.rmtree(folder, ignore_errors=True)  # the starter was killed before it could
     os._exit(1)
 
 

@@ -31,30 +31,36 @@ class CheckpointFolder:
         """Return the path at which shards are written before their checkpoint is complete."""
         return self.path / f".update-{update:08d}.ckpt{_TEMPORARY}"
 
-    def list(self) -> list[Path]:
+    def all(self) -> list[Path]:
         """Return all checkpoints, the oldest first."""
         if not self.path.is_dir():
             return []
         named = [(match, path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for match, path in sorted(named, key=lambda pair: int(pair[0][1]))]
 
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint that can be read; None if there are none at all.
+    def newest(self) -> tuple[Path | None, list[Path]]:
+        """Return the newest checkpoint that can be read, and the newer ones, which cannot be read.
+
+        Returns:
+            The checkpoint, None if there are none at all, and a list.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be read.
         """
-        first_error: CheckpointError | None = None
-        for path in reversed(self.list()):
+        unreadable: list[Path] = []
+        for path in reversed(self.all()):
             try:
                 read_outline(path)
-            except CheckpointError as error:
-                first_error = first_error or error
+            except CheckpointError:
+                unreadable.append(path)
                 continue
-            return path
-        if first_error is not None:
-            raise first_error
-        return None
+            return path, unreadable
+        if unreadable:
+            raise CheckpointError(
+                f"no checkpoint in `{self.path}` can be read, and the newest is {unreadable[0].name}; delete the "
+                "folder to start the run from the beginning, or restore a checkpoint."
+            )
+        return None, []
 
     def complete(self, update: int) -> None:
         """Give the shards at the temporary path their name."""
@@ -67,7 +73,7 @@ class CheckpointFolder:
 
     def prune(self, num_kept: int) -> None:
         """Delete all checkpoints but the newest."""
-        for path in self.list()[:-num_kept]:
+        for path in self.all()[:-num_kept]:
             delete_checkpoint(path)
 
     def remove_leftovers(self) -> None:

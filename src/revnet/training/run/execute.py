@@ -83,7 +83,7 @@ def execute(
 
 
 def _how_to_continue(folder: Path, stop: BaseException) -> str:
-    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS).list()
+    checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS).all()
     start = f"after update {update_of(checkpoints[-1]):,}" if checkpoints else "from the beginning"
     how = "stopped" if isinstance(stop, SavedAndStopped) or not checkpoints else "stopped at once"
     return f"{how}; `revnet train --resume {folder}` continues {start}."

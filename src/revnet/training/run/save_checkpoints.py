@@ -211,7 +211,7 @@ class SaveCheckpoints(Checkpoint):
         path = self._folder.path
         if not path.is_dir():
             return CheckpointError(f"`{path}` was deleted while the run was going on; its checkpoints are lost.")
-        saved = self._folder.list()
+        saved = self._folder.all()
         start = f"update {update_of(saved[-1]):,}" if saved else "the beginning"
         return CheckpointError(
             f"the checkpoints in `{path}` cannot be written: {reason}; make room, and `revnet train --resume "
@@ -243,7 +243,7 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
     """
     num_done = checkpoint["global_step"]
     end = RunEnd(**checkpoint["callbacks"].get(SaveCheckpoints.__qualname__, {}))
-    name = "epochs" if config.max_updates is None else "max_updates"
+    name = "max_updates" if config.max_updates == num_updates else "epochs"  # the one that ends the run
     value = getattr(config, name)
     if num_done > num_updates:
         raise ValueError(
