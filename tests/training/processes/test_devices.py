@@ -190,9 +190,9 @@ def test_evaluates_and_predicts_in_two_processes(comparison):
     ],
 )
 def test_rejects_what_does_not_fit_before_it_starts(settings, message, out_dir):
-    config = TrainConfig(**{"strategy": "fsdp2", "device": "cpu", "out_dir": out_dir} | settings)
+    settings = {"strategy": "fsdp2", "device": "cpu", "out_dir": out_dir} | settings
     with pytest.raises(ValueError, match=message):
-        programs.train_all({"run": config})
+        programs.train_all({"run": TrainConfig(**settings)})
     assert not Path(out_dir).exists()
 
 

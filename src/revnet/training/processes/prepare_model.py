@@ -31,6 +31,11 @@ def check_processes(config: AbstractRunConfig, world: World) -> None:
                 "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
                 "after the backward pass; pass the `strategy` fsdp2, or leave it out."
             )
+    if config.sync_batch_norm and (kind := find_device(config.device).type) != "cuda":
+        raise ValueError(
+            "`sync_batch_norm` (=True) needs GPUs, since PyTorch synchronizes batch norms on GPUs only, and the "
+            f"device is {kind}; leave it out."
+        )
 
 
 def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> None:
@@ -48,26 +53,12 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         raise ValueError(
             f"`strategy` (='fsdp2') divides reversible blocks among devices, and {name} has none; pass `ddp`."
         )
-    tolerance = getattr(config, "tolerance", None)
-    if config.strategy == "fsdp2" and tolerance is not None:
-        raise ValueError(
-            f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
-            "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
-        )
     if config.strategy == "fsdp2" and config.compile and any(unit.has_log_det for unit in units_of(model)):
         raise ValueError(
             f"`compile` (=True) does not go with the `strategy` fsdp2 for {name}, whose blocks have log-determinants "
             "and are divided by function; pass ddp, or leave it out."
         )
-    if not config.sync_batch_norm:
-        return
-    kind = find_device(config.device).type
-    if kind != "cuda":
-        raise ValueError(
-            f"`sync_batch_norm` (=True) needs GPUs, since PyTorch synchronizes batch norms on GPUs only, and the "
-            f"device is {kind}; leave it out."
-        )
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if config.sync_batch_norm and not any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"`sync_batch_norm` (=True) is for networks with batch norms; {name} has none. Leave it out.")
 
 

@@ -105,3 +105,9 @@ def _check_sharding(config: Any) -> None:
                 f"`{name}` (={getattr(config, name)}) does not go with the `strategy` fsdp2, which divides every "
                 "parameter; pass ddp, or another value."
             )
+    tolerance = getattr(config, "tolerance", None)
+    if tolerance is not None:
+        raise ValueError(
+            f"`tolerance` (={tolerance}) does not go with the `strategy` fsdp2, since each process computes other "
+            "blocks again, whose parameters would have to be gathered; pass ddp, or `exact` without a tolerance."
+        )
