@@ -71,13 +71,15 @@ def test_writes_a_csv(revnet, folder):
 
 def test_unreadable_images_do_not_stop_the_others(revnet, folder):
     (folder / "text.png").write_text("not an image")
-    code, output, errors = revnet("predict", "run", "text.png", "0_0.png", "gone.png", ".", "--csv", "answers.csv")
-    assert code == 2
+    (folder / "empty").mkdir()
+    code, output, errors = revnet("predict", "run", "text.png", "0_0.png", "gone.png", "empty", "--csv", "answers.csv")
+    assert code == 1
     assert [line.split()[0] for line in output.splitlines()] == ["0_0.png"]
     assert errors.splitlines() == [
         "revnet predict: error: 'text.png' cannot be decoded: it is not an image; pass the path of an image.",
         "revnet predict: error: 'gone.png' cannot be decoded: no such file or directory; pass the path of an image.",
-        "revnet predict: error: '.' cannot be decoded: is a directory; pass the path of an image.",
+        "revnet predict: error: 'empty' holds no images (.jpg, .jpeg, .png, .bmp, .webp, .gif, .tif, .tiff, .ppm, "
+        ".pgm, .pbm); pass a folder that does.",
     ]
     assert len((folder / "answers.csv").read_text().splitlines()) == 1 + 3
 

@@ -66,7 +66,8 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_folder_with_an_unknown_layout(tmp_path: Path) -> None:
-    write_image(tmp_path / "photos" / "1.png")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.txt").write_text("not an image")
     for path in (tmp_path, tmp_path / "photos"):
         with pytest.raises(
             DataError, match=rf"^`path` \(='{path}'\) does not hold a data set of a known layout; it must"
