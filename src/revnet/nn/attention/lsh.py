@@ -28,8 +28,8 @@ class LSHAttention(nn.Module):
         bucket_size: Average number of tokens per bucket. In a round a token sees at most four times this number, or
             twice this number if causal. If `max_length` is at most 1.4 times this number, all tokens are in one bucket.
         num_hashes: Number of hashing rounds. More rounds miss less, at a cost that grows with their number.
-        max_length: Number of tokens that the number of buckets is chosen for. The default is the number of tokens in the
-            batch; the first tokens of a sequence then have another output in a shorter or longer batch.
+        max_length: Number of tokens that the number of buckets is chosen for. The default is the number of tokens in
+            the batch; the first tokens of a sequence then have another output in a shorter or longer batch.
 
     Shape:
         x: (B, T, dim). mask: (B, T), bool, true where a token is real. rotary: (2, T, dim / num_heads / 2), from
