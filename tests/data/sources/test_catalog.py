@@ -106,6 +106,8 @@ def test_bad_options_are_rejected_before_anything_is_read(name: str) -> None:
         load_dataset(name, on_corrupt="drop")
     with pytest.raises(ValueError, match=r"`crop_area` \(=\(0, 1\)\) must be two shares"):
         load_dataset(name, crop_area=(0, 1))
+    with pytest.raises(ValueError, match=r"`seed` \(=-1\) must be"):
+        load_dataset(name, seed=-1)
     with pytest.raises(ValueError, match=r"`image_size` \(=-5\) must be positive"):
         load_dataset(name, image_size=-5)
 

@@ -156,7 +156,8 @@ def test_workers_decode_and_crop_images_in_files():
 
 
 def test_resolve_keeps_given_settings():
-    config = TrainConfig(preprocess="unit_range", crop_padding=0, horizontal_flip=True, num_threads=2, num_workers=3)
+    given = {"preprocess": "unit_range", "crop_padding": 0, "horizontal_flip": True, "num_threads": 2, "num_workers": 3}
+    config = TrainConfig(lr=0.3, **given)
     assert config.resolve("digits") == config
     assert config.resolve("flowers", is_decoded=True) == config
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from revnet._checks import check_count
 from revnet._image_files import is_image_folder, is_plain_folder
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt, check_image_size, check_on_corrupt
 from revnet.data.decoding.crop import RandomResizedCrop
@@ -83,6 +84,8 @@ def load_dataset(
     RandomResizedCrop(crop_area)  # raises for a bad argument, whether or not it is used
     if image_size is not None:
         check_image_size(image_size)
+    if seed is not None:
+        check_count("seed", seed, least=0, most=2**32 - 1)
     options: dict[str, Any] = {
         "image_size": image_size or DEFAULT_IMAGE_SIZE,
         "on_corrupt": on_corrupt,
