@@ -70,7 +70,7 @@ from revnet.training import TrainConfig
         ({"nesterov": True, "momentum": 0}, ValueError, r"`nesterov` \(=True\) needs a `momentum` above 0"),
         ({"optimizer": "lbfgs"}, ValueError, r"`optimizer` \(='lbfgs'\) must be `sgd` or `adamw` or `muon` or"),
         (
-            {"optimizer": "adamw"},
+            {"optimizer": "adamw", "lr": 0.1},
             ValueError,
             r"`lr` \(=0.1\) must be 0.05 or less with the `optimizer` adamw; 0.001 is",
         ),

@@ -48,14 +48,16 @@ def load_plain_folder(
     """
     try:
         folder = Path(path).expanduser()
-        files = {name: class_files(place) for name, place in _find_classes(folder).items()}
+        classes = _find_classes(folder)
+        files = {name: class_files(place) for name, place in classes.items()}
     except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
     train, test = dict(enumerate(files.values())), dict(enumerate(files.values()))
     division = None
     if seed is not None:
-        train, test = _divide(folder, files, seed)
-        division = Division(seed, _fingerprint(folder, files))
+        keys = {file: _key(name, classes[name], file) for name, members in files.items() for file in members}
+        train, test = _divide(classes, files, keys, seed)
+        division = Division(seed, blake2b(b"\0".join(sorted(keys.values())), digest_size=16).hexdigest())
     return ImageDataset(
         name=name or name_of_folder(folder),
         train=split_of_classes(train, image_size, RandomResizedCrop(crop_area), on_corrupt),
@@ -90,29 +92,27 @@ def _find_classes(folder: Path) -> dict[str, Path]:
     return classes
 
 
-def _divide(folder: Path, files: dict[str, list[str]], seed: int) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+def _divide(
+    classes: dict[str, Path], files: dict[str, list[str]], keys: dict[str, bytes], seed: int
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """Return the training and the test files of each label."""
     train, test = {}, {}
     for label, (name, members) in enumerate(files.items()):
         if len(members) < 2:
             raise DataError(
-                f"'{folder / name}' holds a single image, and a class needs two or more, to train and to test on "
+                f"'{classes[name]}' holds a single image, and a class needs two or more, to train and to test on "
                 f"different images; add images of '{name}', or remove the folder."
             )
         num_test = max(1, (2 * len(members) + 5) // 10)
-        ranked = sorted(members, key=lambda file: blake2b(b"%d\n%b" % (seed, _key(folder, file))).digest())
+        ranked = sorted(members, key=lambda file: blake2b(b"%d\n%b" % (seed, keys[file])).digest())
         held_out = set(ranked[:num_test])
         train[label] = [file for file in members if file not in held_out]
         test[label] = [file for file in members if file in held_out]
     return train, test
 
 
-def _fingerprint(folder: Path, files: dict[str, list[str]]) -> str:
-    keys = sorted(_key(folder, file) for members in files.values() for file in members)
-    return blake2b(b"\0".join(keys), digest_size=16).hexdigest()
-
-
-def _key(folder: Path, file: str) -> bytes:
-    """Return the name of a file within the folder, the same on any machine."""
+def _key(class_name: str, class_folder: Path, file: str) -> bytes:
+    """Return the class and the name of a file within the folder of the class, the same on any machine."""
+    within = class_name + file.removeprefix(str(class_folder)).replace(os.sep, "/")
     # macOS stores the letter ü as two characters in some file systems, and other systems as one.
-    return os.fsencode(unicodedata.normalize("NFC", Path(file).relative_to(folder).as_posix()))
+    return os.fsencode(unicodedata.normalize("NFC", within))
