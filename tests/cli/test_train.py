@@ -73,11 +73,18 @@ def test_photographs_take_the_recipe_for_photographs(revnet, photos, tmp_path):
     assert (config.model, config.image_size, config.epochs) == ("revnet38", 16, 1)
 
 
+def test_an_unknown_user_is_refused(assert_refused):
+    assert_refused(["train", "--data", "~unknown_user/photos"], "`path` (='~unknown_user/photos')")
+
+
 def test_photo_settings_depend_on_the_data(photos):
     assert photo_settings({}) == photo_settings({"data": "cifar10"}) == {}
     added = photo_settings({"data": str(photos), "lr": 1.0})
     assert added["model"] == "revnet56"
     assert not {"data", "lr"} & added.keys()
+    assert photo_settings({"data": str(photos / "train")})["model"] == "revnet56"  # a plain folder of classes
+    assert "lr" not in photo_settings({"data": str(photos), "batch_size": 4})
+    assert photo_settings({"data": str(photos.parent / "empty")}) == {}
     assert photo_settings({"data": "hub:owner/name"}) == photo_settings({"data": "imagenet"}) != {}
 
 

@@ -1,5 +1,6 @@
 """Settings for photographs: the defaults of `TrainConfig` suit digits of 8x8 pixels."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,4 +30,5 @@ def _are_photographs(data: str) -> bool:
     """Return whether `data` names image files of many sizes, in folders or on the Hugging Face hub."""
     if data == "imagenet" or data.startswith("hub:"):
         return True
-    return Path(data).expanduser().joinpath("train").is_dir() or is_plain_folder(Path(data))
+    folder = Path(os.path.expanduser(data))  # noqa: PTH111 - `Path` raises an error for an unknown user
+    return (folder / "train").is_dir() or is_plain_folder(folder)

@@ -1,5 +1,6 @@
 """Helpers for data sets of images, which two of the families train on."""
 
+import os
 from pathlib import Path
 
 from revnet.data import ImageDataset, list_datasets
@@ -14,7 +15,9 @@ def absolute_data(data: str) -> str:
     as it is, for the error message.
     """
     is_name = data in list_datasets() or data.startswith("hub:") or is_import_path(data)
-    return absolute_path(data) if not is_name and Path(data).expanduser().exists() else data
+    # Unlike `os.path`, `Path` raises an error for the home directory of an unknown user.
+    exists = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111
+    return absolute_path(data) if not is_name and exists else data
 
 
 def absolute_path(path: str) -> str:
