@@ -12,6 +12,7 @@ LEVELS = {
     "_types": 0,
     "_torch_internals": 0,
     "_hardware": 0,
+    "_image_files": 0,
     "_memory_readings": 0,
     "_palette": 0,
     "_text_table": 0,

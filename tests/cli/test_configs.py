@@ -95,7 +95,7 @@ def test_rejects_a_recipe_of_another_task(name, task):
 
 
 def test_digits_recipe_equals_the_defaults():
-    assert load("digits/quick/revnet38") == TrainConfig()
+    assert load("digits/quick/revnet38") == TrainConfig().resolve_rate(is_decoded=False)
 
 
 @pytest.mark.parametrize("folder", MODELS)

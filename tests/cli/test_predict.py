@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -69,15 +70,61 @@ def test_writes_a_csv(revnet, folder):
     assert output.split()[1] == rows[0]["class"]
 
 
+def test_folders_and_patterns(revnet, folder):
+    for name in ("photos/b/2.PNG", "photos/b/1.png", "photos/a 1.png", "photos/[x].png", "photos/.hidden.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((folder / "0_0.png").read_bytes())
+    (folder / "photos" / "Thumbs.db").write_bytes(b"")
+
+    def files(*arguments):
+        code, output, errors = revnet("predict", "run", *arguments, "--top", 1)
+        assert code == 0, errors
+        return [line.partition("  ")[0] for line in output.splitlines()]
+
+    everything = ["photos/[x].png", "photos/a 1.png", "photos/b/1.png", "photos/b/2.PNG"]
+    assert files("photos") == files("photos/") == everything
+    assert files("photos/**/*.png", "0_0.png") == [*everything[:3], "0_0.png"]
+    assert files("ph*") == everything
+    assert files("photos/[x].png") == ["photos/[x].png"]  # a file of that name
+    assert files("photos/[a]*") == ["photos/a 1.png"]
+    assert files(folder / "0_*.png") == [str(folder / "0_0.png"), str(folder / "0_1.png")]
+
+
+def test_a_pattern_without_a_match(revnet, folder):
+    code, output, errors = revnet("predict", "run", "*.gif", "0_0.png", "--top", 1)
+    assert (code, len(output.splitlines())) == (1, 1)
+    assert "revnet predict: error: '*.gif' matches no files; check the pattern." in errors.splitlines()
+
+
+def test_writes_json_lines(revnet, folder):
+    names = ["Übung 1.png", os.fsdecode(b"caf\xe9.png"), "new\nline.png"]
+    for name in names:
+        (folder / name).write_bytes((folder / "0_0.png").read_bytes())
+    code, output, errors = revnet("predict", "run", *names, "--top", 2, "--jsonl", "answers.jsonl")
+    assert code == 0, errors
+    assert [line.partition("  ")[0].strip() for line in output.splitlines()] == [
+        *("Übung 1.png", "caf?.png", r"new\nline.png")
+    ]
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["file"] for row in rows] == names
+    assert "Übung" in lines[0]
+    for row in rows:
+        assert [set(answer) for answer in row["answers"]] == [{"class", "probability"}] * 2
+        assert row["answers"][0]["probability"] >= row["answers"][1]["probability"]
+
+
 def test_unreadable_images_do_not_stop_the_others(revnet, folder):
     (folder / "text.png").write_text("not an image")
-    code, output, errors = revnet("predict", "run", "text.png", "0_0.png", "gone.png", ".", "--csv", "answers.csv")
-    assert code == 2
+    (folder / "empty").mkdir()
+    code, output, errors = revnet("predict", "run", "text.png", "0_0.png", "gone.png", "empty", "--csv", "answers.csv")
+    assert code == 1
     assert [line.split()[0] for line in output.splitlines()] == ["0_0.png"]
     assert errors.splitlines() == [
         "revnet predict: error: 'text.png' cannot be decoded: it is not an image; pass the path of an image.",
         "revnet predict: error: 'gone.png' cannot be decoded: no such file or directory; pass the path of an image.",
-        "revnet predict: error: '.' cannot be decoded: is a directory; pass the path of an image.",
+        "revnet predict: error: 'empty' holds no images (.jpg, .jpeg, .png, .bmp, .webp, .gif, .tif, .tiff, .ppm, "
+        ".pgm, .pbm); pass a folder that does.",
     ]
     assert len((folder / "answers.csv").read_text().splitlines()) == 1 + 3
 
@@ -98,6 +145,7 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
         (["run", "0_0.png", "--top", "many"], "`--top` (=many) must be an integer"),
         (["run", "0_0.png", "--device", "abacus"], "`device` (='abacus') is not a device"),
         (["run", "0_0.png", "--csv", "no/such/folder.csv"], "`--csv` (=no/such/folder.csv) must be a file in a folder"),
+        (["run", "0_0.png", "--jsonl", "."], "`--jsonl` (=.) must be a file in a folder that exists"),
         (["run", "0_0.png", "--csv", "."], "`--csv` (=.) must be a file in a folder that exists"),
     ],
 )

@@ -68,8 +68,13 @@ def test_photographs_take_the_recipe_for_photographs(revnet, photos, tmp_path):
     assert output.startswith("recipe photos/quick/revnet56, for photographs; pass `--config` for another\n")
     config = TrainConfig.load(tmp_path / "run" / "config.yaml")
     recipe = TrainConfig.load(find_recipe("photos/quick/revnet56"))
-    assert (config.lr, config.schedule, config.crop_area) == (recipe.lr, recipe.schedule, recipe.crop_area)
+    assert (config.schedule, config.crop_area) == (recipe.schedule, recipe.crop_area)
+    assert config.lr == recipe.lr * config.batch_size / recipe.batch_size
     assert (config.model, config.image_size, config.epochs) == ("revnet38", 16, 1)
+
+
+def test_an_unknown_user_is_refused(assert_refused):
+    assert_refused(["train", "--data", "~unknown_user/photos"], "`path` (='~unknown_user/photos')")
 
 
 def test_photo_settings_depend_on_the_data(photos):
@@ -77,6 +82,9 @@ def test_photo_settings_depend_on_the_data(photos):
     added = photo_settings({"data": str(photos), "lr": 1.0})
     assert added["model"] == "revnet56"
     assert not {"data", "lr"} & added.keys()
+    assert photo_settings({"data": str(photos / "train")})["model"] == "revnet56"  # a plain folder of classes
+    assert "lr" not in photo_settings({"data": str(photos), "batch_size": 4})
+    assert photo_settings({"data": str(photos.parent / "empty")}) == {}
     assert photo_settings({"data": "hub:owner/name"}) == photo_settings({"data": "imagenet"}) != {}
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from revnet import Reverse, Store
+from revnet import Additive, Reverse, Store
 from revnet.memory import measure, predict
 from revnet.models import ReversibleTransformer
 from revnet.models.reversible_transformer import (
@@ -46,6 +46,27 @@ causal_options = pytest.mark.parametrize(
     [options for options in OPTIONS.values() if options.get("is_causal", True)],
     ids=[name for name, options in OPTIONS.items() if options.get("is_causal", True)],
 )
+
+
+@causal_options
+def test_a_prefix_has_the_same_logits_in_a_longer_text(options):
+    """Exact arithmetic would give equal logits; in float64, matrix products of other sizes round differently."""
+    model = make(**options, coupling=Additive()).double().eval()
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that attention is far from uniform
+    tokens = random_tokens(2, 64)
+    expected = model(tokens)
+    for length in (1, 2, 7, 8, 9, 31, 40, 63):
+        logits = model(tokens[:, :length])
+        assert_close(logits, expected[:, :length], tolerance=1e-10)
+        mask = (torch.arange(64) < length).expand(2, 64)
+        assert_close(model(tokens, mask)[:, :length], logits, tolerance=1e-10)
+
+
+def test_generation_with_hashing_equals_the_logits_of_the_whole_text():
+    model = make(attention="lsh", bucket_size=4, num_hashes=2).double().eval()
+    text = model.generate(random_tokens(1, 1), 40, temperature=0.0)
+    assert torch.equal(model(text).argmax(-1)[0, :-1], text[0, 1:])
 
 
 @all_options

@@ -84,7 +84,7 @@ def test_frozen_parameters_are_left_out():
         (LanguageConfig(optimizer="adadelta", beta2=0.8), {"rho": 0.8}),
         (LanguageConfig(optimizer="muon"), {"betas": (0.9, 0.99), "momentum": 0.95, "nesterov": True}),
         (LanguageConfig(optimizer="muon", momentum=0.0), {"momentum": 0.0, "nesterov": False}),
-        (TrainConfig(), {"momentum": 0.9, "nesterov": False, "lr": 0.1}),
+        (TrainConfig(lr=0.1), {"momentum": 0.9, "nesterov": False, "lr": 0.1}),
     ],
 )
 def test_settings_reach_the_optimizer(config, expected):

@@ -74,7 +74,8 @@ def _from_checkpoint(flags: StepFlags, data: str | None) -> DoctorInputs:
     header = classifier.header
     if data is None:
         return DoctorInputs(classifier.model, torch.randn(flags.batch, *header.image_shape), None, "random inputs")
-    dataset = load_dataset(data, image_size=header.image_shape[1] if header.is_resized else None)
+    size = header.image_shape[1] if header.is_resized else None
+    dataset = load_dataset(data, image_size=size, seed=header.split_seed)
     if (dataset.in_channels, *dataset.image_size) != header.image_shape:
         raise UsageError(
             f"`--data` (={data}) has images of {dataset.in_channels}x{_join(dataset.image_size)}, but `{flags.model}` "

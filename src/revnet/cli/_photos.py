@@ -1,9 +1,11 @@
 """Settings for photographs: the defaults of `TrainConfig` suit digits of 8x8 pixels."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from revnet._image_files import is_plain_folder
 from revnet.training import TrainConfig
 from revnet.training.recipes import find_recipe
 
@@ -17,6 +19,8 @@ def photo_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     recipe = vars(TrainConfig.load(find_recipe(PHOTO_RECIPE)))
     # Options of the recipe's optimizer do not fit every other one.
     left_out = {"data", *settings, *(("momentum", "nesterov") if "optimizer" in settings else ())}
+    if "batch_size" in settings or "optimizer" in settings:
+        left_out.add("lr")  # the default follows both
     if "weights" in settings:
         left_out.add("preprocess")  # the weights have theirs
     return {name: value for name, value in recipe.items() if name not in left_out}
@@ -24,4 +28,7 @@ def photo_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _are_photographs(data: str) -> bool:
     """Return whether `data` names image files of many sizes, in folders or on the Hugging Face hub."""
-    return data == "imagenet" or data.startswith("hub:") or Path(data).expanduser().joinpath("train").is_dir()
+    if data == "imagenet" or data.startswith("hub:"):
+        return True
+    folder = Path(os.path.expanduser(data))  # noqa: PTH111 - `Path` raises an error for an unknown user
+    return (folder / "train").is_dir() or is_plain_folder(folder)

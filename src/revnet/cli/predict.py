@@ -4,7 +4,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from revnet._image_files import list_images
 from revnet.cli._errors import UsageError, describe_error
+
+_WIDEST = 60
+"""Largest width of the column of file names."""
 
 
 def predict(
@@ -13,34 +17,37 @@ def predict(
     *,
     top: int = 5,
     csv: str | None = None,
+    jsonl: str | None = None,
     device: str = "auto",
     devices: int | Literal["auto"] | None = None,
 ) -> None:
-    """Classify image files: one line per file, with the most likely classes.
+    """Classify images: one line per file, with the most likely classes.
 
     A file that cannot be read as an image prints an error; the other files are still classified, and the exit status
-    is 2.
+    is 1.
 
     Examples:
         revnet predict runs/cifar10_revnet38_1 cat.jpg dog.png
         revnet predict runs/cifar10_revnet38_1/best.safetensors photos/*.jpg --top 1
-        revnet predict runs/cifar10_revnet38_1 photos/*.jpg --csv predictions.csv
+        revnet predict runs/cifar10_revnet38_1 photos --csv predictions.csv
+        revnet predict runs/cifar10_revnet38_1 "photos/**/*.jpg" --jsonl predictions.jsonl
 
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
-        images: Image files of any size and format.
+        images: Image files of any size and format; folders, for all images in them and in the folders inside them; or
+            quoted patterns.
         top: Number of classes to print.
         csv: CSV file for the predictions, with columns for file, rank, class and probability.
+        jsonl: File for the predictions with a JSON object in each line, with the file and its classes.
         device: Device to run on: auto, cpu, cuda, cuda:1, mps.
         devices: Number of devices that divide the files; auto takes all GPUs. By default, the processes that torchrun
             or SLURM has started, or one device.
     """
-    table = None if csv is None else Path(csv).expanduser()
-    if table is not None and (table.is_dir() or not table.parent.is_dir()):
-        raise UsageError(f"`--csv` (={csv}) must be a file in a folder that exists; create the folder, or name a file.")
+    table, lines = _open_place("--csv", csv), _open_place("--jsonl", jsonl)
+    files = list_images(images)
 
-    from revnet.training.evaluation.predict_images import predict_each, save_predictions
+    from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions
     from revnet.training.processes.world import is_printing
 
     errors = []
@@ -52,15 +59,34 @@ def predict(
             print(f"revnet predict: error: {describe_error(error)}", file=sys.stderr)
 
     predictions = []
-    width = max(map(len, images))
-    for prediction in predict_each(checkpoint, images, top=top, device=device, devices=devices, on_error=report):
+    width = min(_WIDEST, max(len(_printable(file)) for file in files))
+    for prediction in predict_each(checkpoint, files, top=top, device=device, devices=devices, on_error=report):
         if not is_main:
             continue
         predictions.append(prediction)
         classes = "  ".join(f"{answer.class_name} {100 * answer.probability:.2f} %" for answer in prediction.answers)
-        name = str(prediction.path).encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
-        print(f"{name:{width}}  {classes}", flush=True)
+        print(f"{_printable(prediction.path):{width}}  {classes}", flush=True)
     if table is not None and is_main:
         save_predictions(predictions, table)
+    if lines is not None and is_main:
+        save_json_lines(predictions, lines)
     if errors:
-        raise SystemExit(2)
+        raise SystemExit(1)
+
+
+def _open_place(flag: str, place: str | None) -> Path | None:
+    """Return the file to write, once it is known that its folder exists."""
+    if place is None:
+        return None
+    path = Path(place).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(
+            f"`{flag}` (={place}) must be a file in a folder that exists; create the folder, or name a file."
+        )
+    return path
+
+
+def _printable(path: Path) -> str:
+    """Return the name of a file on one line."""
+    name = str(path).encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)

@@ -45,6 +45,7 @@ def lsh_attention(
     *,
     bucket_size: int = 64,
     num_hashes: int = 4,
+    max_length: int | None = None,
     is_causal: bool = False,
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -53,13 +54,18 @@ def lsh_attention(
 
     A token counts once, even if several rounds find it, which is the correction for duplicates of appendix A. A token
     sees itself only if it finds no other. The random rotations are the same for the whole batch. If one bucket holds
-    all tokens, up to about `1.4 * bucket_size`, no rotations are drawn and nothing is missed.
+    all tokens, up to a `max_length` of about `1.4 * bucket_size`, no rotations are drawn and nothing is missed.
+
+    With the same `max_length` and the same rotations, causal attention computes the same for the first tokens of a
+    sequence, however many tokens follow, up to the rounding of matrix products of a different size.
 
     Args:
         qk: Queries, which are also the keys. As keys they are scaled to length sqrt(D).
         v: Values.
-        bucket_size: Average number of tokens per bucket. A chunk has twice this number.
+        bucket_size: Average number of tokens per bucket in a sequence of `max_length`. A chunk has twice this number.
         num_hashes: Number of hashing rounds.
+        max_length: Number of tokens that the number of buckets is chosen for. The default is the number of tokens T,
+            so that other tokens share a bucket in a longer sequence.
         is_causal: Whether a token sees only earlier tokens: the nearest `2 * bucket_size` of its bucket. Otherwise it
             sees the tokens of its bucket in its chunk and in the chunk before.
         mask: Which tokens are real. A token that is not real is not seen by real ones, and its output is meaningless.
@@ -84,11 +90,13 @@ def lsh_attention(
     check_same_heads("v", v, qk, num_dims=3)
     check_count("bucket_size", bucket_size)
     check_count("num_hashes", num_hashes, most=MOST_LAYERS)
+    if max_length is not None:
+        check_count("max_length", max_length)
     check_bool(is_causal=is_causal)
     check_mask(mask, (qk.shape[0], qk.shape[-2]))
     check_generator(generator)
     T = qk.shape[-2]
-    num_bits = max(0, round(math.log2(T / bucket_size)))
+    num_bits = max(0, round(math.log2((T if max_length is None else max_length) / bucket_size)))
     rounds = [
         _sort(buckets, min(2 * bucket_size, T), is_causal)
         for buckets in _hash(qk.detach(), num_bits, num_hashes if num_bits else 1, mask, generator)

@@ -102,13 +102,13 @@ class ReversibleTransformer(nn.Module):
         depth: Number of blocks.
         num_heads: Number of attention heads.
         max_length: Largest number of tokens in a sequence, and the number of tokens that `generate` looks back. No
-            parameter depends on it.
+            parameter depends on it. LSH attention has buckets for this number.
         is_causal: Whether a token sees only itself and earlier tokens, as in a decoder. Otherwise each token sees all
             tokens, as in an encoder.
         attention: "full" has a cost that grows with the square of the length. "lsh", as in the Reformer, attends among
             tokens that random rotations put into one bucket. "hierarchical", as in H-Transformer-1D, sees far tokens in
             groups.
-        bucket_size: Average number of tokens per bucket in LSH attention.
+        bucket_size: Average number of tokens per bucket in LSH attention, in a sequence of `max_length`.
         num_hashes: Number of hashing rounds in LSH attention.
         block_size: Tokens per block in hierarchical attention, an even number.
         ff_mult: Hidden width of the perceptrons, as a multiple of `dim`.
@@ -184,7 +184,14 @@ class ReversibleTransformer(nn.Module):
 
         def make_attention() -> nn.Module:
             if attention == "lsh":
-                return LSHAttention(dim, num_heads, is_causal=is_causal, bucket_size=bucket_size, num_hashes=num_hashes)
+                return LSHAttention(
+                    dim,
+                    num_heads,
+                    is_causal=is_causal,
+                    bucket_size=bucket_size,
+                    num_hashes=num_hashes,
+                    max_length=max_length,
+                )
             if attention == "hierarchical":
                 return HierarchicalAttention(dim, num_heads, is_causal=is_causal, block_size=block_size)
             return FullAttention(dim, num_heads, is_causal=is_causal)

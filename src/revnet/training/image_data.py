@@ -1,8 +1,9 @@
 """Helpers for data sets of images, which two of the families train on."""
 
+import os
 from pathlib import Path
 
-from revnet.data import list_datasets
+from revnet.data import ImageDataset, list_datasets
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.training.import_path import is_import_path
 
@@ -14,7 +15,9 @@ def absolute_data(data: str) -> str:
     as it is, for the error message.
     """
     is_name = data in list_datasets() or data.startswith("hub:") or is_import_path(data)
-    return absolute_path(data) if not is_name and Path(data).expanduser().exists() else data
+    # Unlike `os.path`, `Path` raises an error for the home directory of an unknown user.
+    exists = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111
+    return absolute_path(data) if not is_name and exists else data
 
 
 def absolute_path(path: str) -> str:
@@ -32,5 +35,31 @@ def check_batch_size(batch_size: int, training: AbstractSplit) -> None:
     """Raise unless the training images fill a batch."""
     if batch_size > len(training):
         raise ValueError(
-            f"`batch_size` (={batch_size}) must not exceed the {len(training)} training images; pass a smaller one."
+            f"`batch_size` (={batch_size}) must not exceed the {len(training)} training images; pass "
+            f"{len(training)} or less."
         )
+
+
+def check_classes(data: str, dataset: ImageDataset) -> None:
+    """Raise unless there are several classes to tell apart."""
+    if dataset.num_classes < 2:
+        raise ValueError(
+            f"`data` (='{data}') has a single class, '{dataset.class_names[0]}', and a classifier needs two or more; "
+            "add a folder of images for each other class."
+        )
+
+
+def hold_out(dataset: ImageDataset, val_fraction: float, seed: int) -> tuple[AbstractSplit, AbstractSplit | None]:
+    """Return the training images and the validation images; None if `val_fraction` is 0."""
+    if val_fraction == 0:
+        return dataset.train, None
+    dataset.check_holdout("val_fraction", val_fraction)
+    return dataset.holdout(val_fraction, seed)
+
+
+def describe_division(dataset: ImageDataset) -> list[tuple[str, str]]:
+    """Return the line about the choice of the test images, if the data came without a test set."""
+    if dataset.division is None:
+        return []
+    how = f"chosen by seed {dataset.division.seed} and the names of the files"
+    return [("test set", f"{len(dataset.test):,} images, a fifth of each class, {how}")]

@@ -66,7 +66,8 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_folder_with_an_unknown_layout(tmp_path: Path) -> None:
-    write_image(tmp_path / "photos" / "1.png")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.txt").write_text("not an image")
     for path in (tmp_path, tmp_path / "photos"):
         with pytest.raises(
             DataError, match=rf"^`path` \(='{path}'\) does not hold a data set of a known layout; it must"
@@ -105,6 +106,8 @@ def test_bad_options_are_rejected_before_anything_is_read(name: str) -> None:
         load_dataset(name, on_corrupt="drop")
     with pytest.raises(ValueError, match=r"`crop_area` \(=\(0, 1\)\) must be two shares"):
         load_dataset(name, crop_area=(0, 1))
+    with pytest.raises(ValueError, match=r"`seed` \(=-1\) must be"):
+        load_dataset(name, seed=-1)
     with pytest.raises(ValueError, match=r"`image_size` \(=-5\) must be positive"):
         load_dataset(name, image_size=-5)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from revnet._image_files import is_image_folder
 from revnet.data import load_dataset
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
-from revnet.data.sources.image_folder import is_image_folder, load_image_folder
+from revnet.data.sources.image_folder import load_image_folder
 from revnet.data.splits.file_split import FileSplit
 from revnet.errors import DataError
 from tests.data.samples import write_image
@@ -214,5 +215,7 @@ def test_holdout_validates_with_the_center_crop(tmp_path: Path) -> None:
     again = dataset.holdout(0.2, seed=0)[1]
     assert [again.file(i) for i in range(4)] == [validation.file(i) for i in range(4)]
     torch.testing.assert_close(validation.labels, again.labels)
-    with pytest.raises(ValueError, match=r"`fraction` \(=0.01\) .* do not split 20 images of 2 classes"):
+    with pytest.raises(
+        ValueError, match=r"`fraction` \(=0.01\) holds out 1 image of 20, fewer than the 2 classes; pass 0.1"
+    ):
         dataset.holdout(0.01, seed=0)

@@ -51,18 +51,27 @@ def test_holdout_rejects_fractions_outside_the_unit_interval(fraction: float) ->
 
 
 @pytest.mark.parametrize(
-    ("fraction", "seed"), [(0.02, 0), (0.99, 0), (0.2, -1), (0.2, 2**32)], ids=["few", "many", "negative", "huge"]
+    ("fraction", "message"),
+    [
+        (0.02, r"\(=0.02\) holds out 2 images of 100, fewer than the 3 classes; pass 0.03, or leave out the holdout"),
+        (0.99, r"\(=0.99\) leaves 1 image of 100, fewer than the 3 classes; pass 0.03, or leave out the holdout"),
+    ],
 )
-def test_holdout_rejects_impossible_splits(fraction: float, seed: int) -> None:
-    with pytest.raises(
-        ValueError, match=r"^`fraction` .* `seed` .* do not split 100 images of 3 classes: .*; pass another"
-    ):
-        make_dataset(100).holdout(fraction, seed)
+def test_holdout_rejects_impossible_splits(fraction: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^`fraction` {message}"):
+        make_dataset(100).holdout(fraction, 0)
+    make_dataset(100).holdout(0.03, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_holdout_rejects_seeds_out_of_range(seed: int) -> None:
+    with pytest.raises(ValueError, match=rf"`seed` \(={seed}\) must be from 0 to 2\^32 - 1"):
+        make_dataset(100).holdout(0.2, seed)
 
 
 def test_holdout_rejects_a_class_with_one_image() -> None:
     split = ImageSplit(torch.zeros(9, 1, 1, 1, dtype=torch.uint8), torch.tensor([0] * 8 + [1]))
-    with pytest.raises(ValueError, match="do not split 9 images of 2 classes"):
+    with pytest.raises(ValueError, match="the class 'b' has a single training image; add images"):
         ImageDataset("toy", split, split, ("a", "b")).holdout(0.5, seed=0)
 
 

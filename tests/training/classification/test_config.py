@@ -70,7 +70,7 @@ from revnet.training import TrainConfig
         ({"nesterov": True, "momentum": 0}, ValueError, r"`nesterov` \(=True\) needs a `momentum` above 0"),
         ({"optimizer": "lbfgs"}, ValueError, r"`optimizer` \(='lbfgs'\) must be `sgd` or `adamw` or `muon` or"),
         (
-            {"optimizer": "adamw"},
+            {"optimizer": "adamw", "lr": 0.1},
             ValueError,
             r"`lr` \(=0.1\) must be 0.05 or less with the `optimizer` adamw; 0.001 is",
         ),
@@ -156,7 +156,8 @@ def test_workers_decode_and_crop_images_in_files():
 
 
 def test_resolve_keeps_given_settings():
-    config = TrainConfig(preprocess="unit_range", crop_padding=0, horizontal_flip=True, num_threads=2, num_workers=3)
+    given = {"preprocess": "unit_range", "crop_padding": 0, "horizontal_flip": True, "num_threads": 2, "num_workers": 3}
+    config = TrainConfig(lr=0.3, **given)
     assert config.resolve("digits") == config
     assert config.resolve("flowers", is_decoded=True) == config
 

@@ -45,6 +45,7 @@ def test_writes_figures_table_and_picture(tmp_path):
         "model": "revnet38",
         "data": "a/b c",
         "checkpoint": None,
+        "split_seed": None,
         "num_images": 1000,
         "num_errors": 100,
         "accuracy": 0.9,

@@ -6,14 +6,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from revnet._checks import check_count
+from revnet._image_files import is_image_folder, is_plain_folder
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt, check_image_size, check_on_corrupt
 from revnet.data.decoding.crop import RandomResizedCrop
 from revnet.data.sources.cifar import load_cifar10, load_cifar100
 from revnet.data.sources.cifar_archive import is_cifar_archive, load_cifar_archive
 from revnet.data.sources.digits import load_digits
 from revnet.data.sources.hub import HUB_PREFIX, load_hub_dataset, load_imagenet
-from revnet.data.sources.image_folder import is_image_folder, load_image_folder
+from revnet.data.sources.image_folder import load_image_folder
 from revnet.data.sources.parquet_folder import load_parquet_folder
+from revnet.data.sources.plain_folder import load_plain_folder
 from revnet.data.splits.image_dataset import ImageDataset
 from revnet.errors import DataError
 
@@ -38,6 +41,7 @@ def load_dataset(
     image_size: int | None = None,
     on_corrupt: OnCorrupt = "stop",
     crop_area: tuple[float, float] = (0.08, 1.0),
+    seed: int | None = 0,
 ) -> ImageDataset:
     """Load a data set by name or path.
 
@@ -45,6 +49,7 @@ def load_dataset(
 
     * one of the archives of CIFAR-10 or CIFAR-100, or the folder it unpacks to, see `load_cifar_archive`;
     * a folder of image files, `train/<class>/*.jpg` and `val/<class>/*.jpg`, see `load_image_folder`;
+    * a folder of classes, `<class>/*.jpg`, a fifth of which become the test images, see `load_plain_folder`;
     * a folder in the hub's layout, `train-*.parquet` and `test-*.parquet`, see `load_parquet_folder`.
 
     Images of one size are loaded into memory. Images of varying size (image files, ImageNet, everything streamed with
@@ -63,6 +68,8 @@ def load_dataset(
         on_corrupt: Handling of an image that cannot be decoded: "stop" raises a DataError that names the image,
             when it is reached; "skip" leaves the image out and logs it once.
         crop_area: Smallest and largest share of a training image that a random crop keeps.
+        seed: Seed of the choice of the test images, for a folder of classes. None takes all images for training and
+            testing.
 
     Raises:
         ValueError: `name_or_path` is neither a known name nor a path, an option is out of range, or `image_size` is
@@ -77,6 +84,8 @@ def load_dataset(
     RandomResizedCrop(crop_area)  # raises for a bad argument, whether or not it is used
     if image_size is not None:
         check_image_size(image_size)
+    if seed is not None:
+        check_count("seed", seed, least=0, most=2**32 - 1)
     options: dict[str, Any] = {
         "image_size": image_size or DEFAULT_IMAGE_SIZE,
         "on_corrupt": on_corrupt,
@@ -98,11 +107,13 @@ def load_dataset(
         return load_cifar_archive(path)
     if is_image_folder(path):
         return load_image_folder(path, **options)
+    if is_plain_folder(path):
+        return load_plain_folder(path, **options, seed=seed)
     if _is_folder_without_parquet(path):
         raise DataError(
-            f"`path` (='{path}') does not hold a data set of a known layout; it must hold `train/<class>/` and "
-            "`val/<class>/` with image files, or `train-*.parquet` and `test-*.parquet`, or the files of a CIFAR "
-            "archive."
+            f"`path` (='{path}') does not hold a data set of a known layout; it must hold a folder of "
+            "images for each class, or `train/<class>/` and `val/<class>/` with images, or `train-*.parquet` and "
+            "`test-*.parquet`, or the files of a CIFAR archive."
         )
     return load_parquet_folder(path, image_size=image_size, on_corrupt=on_corrupt, crop_area=crop_area)
 

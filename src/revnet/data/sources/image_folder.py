@@ -1,12 +1,11 @@
 """A folder of image files, `train/<class>/*.jpg` and `val/<class>/*.jpg`: the usual layout of ImageNet on disk."""
 
 import logging
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from revnet._image_files import IMAGE_SUFFIXES, TESTS, TRAIN, class_folders, image_files
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import AbstractCrop, CenterCrop, RandomResizedCrop
 from revnet.data.splits.file_split import FileSplit
@@ -14,27 +13,6 @@ from revnet.data.splits.image_dataset import ImageDataset
 from revnet.errors import DataError
 
 _log = logging.getLogger("revnet.data")
-
-_TRAIN = "train"
-_TESTS = ("test", "val", "validation", "valid")
-"""Possible names of the test split; the first with a class folder is used (ImageNet's `test` is unlabeled)."""
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-
-
-def is_image_folder(path: Path) -> bool:
-    """Return whether `load_image_folder` should read a path: it holds a folder `train` without parquet files.
-
-    False if the path does not exist or cannot be read.
-
-    Args:
-        path: A folder; `~` is the home directory.
-    """
-    try:
-        train = path.expanduser() / _TRAIN
-        return train.is_dir() and not any(train.glob("*.parquet"))
-    except (OSError, RuntimeError):  # reading the path raises an error that explains the problem
-        return False
 
 
 def load_image_folder(
@@ -70,9 +48,9 @@ def load_image_folder(
     """
     try:
         folder = Path(path).expanduser()
-        train = _class_folders(folder / _TRAIN)
+        train = class_folders(folder / TRAIN)
         if not train:
-            raise DataError(f"`path` (='{folder}') must hold '{_TRAIN}', with one folder of images for each class.")
+            raise DataError(f"`path` (='{folder}') must hold '{TRAIN}', with one folder of images for each class.")
         test_folder, test = _test_folders(folder)
         class_names = tuple(train)
         _check_classes(test_folder, test, class_names)
@@ -82,26 +60,34 @@ def load_image_folder(
         ]
     except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
-    name = name or folder.name.strip(".") or folder.resolve().name
-    return ImageDataset(name=name, train=splits[0], test=splits[1], class_names=class_names)
+    return ImageDataset(name=name or name_of_folder(folder), train=splits[0], test=splits[1], class_names=class_names)
 
 
-def _class_folders(part: Path) -> dict[str, Path]:
-    """Return the folders directly inside `part`, by name, sorted; empty if `part` is not a folder."""
-    if not part.is_dir():
-        return {}
-    with os.scandir(part) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    return {name: part / name for name in names}
+def name_of_folder(folder: Path) -> str:
+    """Return the name of the data set in a folder, on one line."""
+    name = folder.name.strip(".") or folder.resolve().name
+    return " ".join(name.split()) or name
+
+
+def class_files(folder: Path) -> list[str]:
+    """Return the images of the class in a folder, sorted.
+
+    Raises:
+        DataError: There are none.
+    """
+    files = sorted(image_files(folder))
+    if not files:
+        raise DataError(f"'{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)}); add images, or remove the folder.")
+    return files
 
 
 def _test_folders(folder: Path) -> tuple[Path, dict[str, Path]]:
-    for name in _TESTS:
-        if classes := _class_folders(folder / name):
+    for name in TESTS:
+        if classes := class_folders(folder / name):
             return folder / name, classes
     raise DataError(
-        f"'{folder}' must hold {', '.join(_TESTS[:-1])} or {_TESTS[-1]} next to '{_TRAIN}', with one folder of images "
-        "for each class; move some of the training images there."
+        f"'{folder}' must hold {', '.join(TESTS[:-1])} or {TESTS[-1]} next to '{TRAIN}', with one folder of images "
+        f"for each class; move some of the training images there, or pass '{folder / TRAIN}', whose images are divided."
     )
 
 
@@ -109,7 +95,7 @@ def _check_classes(test_folder: Path, test: dict[str, Path], class_names: tuple[
     unknown = sorted(test.keys() - set(class_names))
     if unknown:
         raise DataError(
-            f"'{test_folder / unknown[0]}' is a class that '{test_folder.parent / _TRAIN}' does not have; add training "
+            f"'{test_folder / unknown[0]}' is a class that '{test_folder.parent / TRAIN}' does not have; add training "
             "images, or remove the class."
         )
     missing = [name for name in class_names if name not in test]
@@ -130,29 +116,19 @@ def _make_split(
     crop: AbstractCrop,
     on_corrupt: OnCorrupt,
 ) -> FileSplit:
-    files: list[str] = []
-    counts = [0] * len(class_names)
-    for label, name in enumerate(class_names):
-        if name not in folders:
-            continue
-        class_files = sorted(_image_files(str(folders[name])))
-        if not class_files:
-            raise DataError(
-                f"'{folders[name]}' holds no images ({', '.join(_SUFFIXES)}); add images, or remove the folder."
-            )
-        files += class_files
-        counts[label] = len(class_files)
-    labels = torch.arange(len(class_names)).repeat_interleave(torch.tensor(counts))
-    return FileSplit(files, labels, image_size=image_size, crop=crop, on_corrupt=on_corrupt)
+    files = {label: class_files(folders[name]) for label, name in enumerate(class_names) if name in folders}
+    return split_of_classes(files, image_size, crop, on_corrupt)
 
 
-def _image_files(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # Checks by name come first, since `is_dir` may have to read from the disk.
-            if entry.name.startswith("."):
-                continue
-            if entry.name.lower().endswith(_SUFFIXES):
-                yield entry.path
-            elif entry.is_dir():
-                yield from _image_files(entry.path)
+def split_of_classes(
+    files: dict[int, list[str]], image_size: int, crop: AbstractCrop, on_corrupt: OnCorrupt
+) -> FileSplit:
+    """Return the split with the files of each label."""
+    labels = torch.tensor([label for label, names in files.items() for _ in names])
+    return FileSplit(
+        [name for names in files.values() for name in names],
+        labels,
+        image_size=image_size,
+        crop=crop,
+        on_corrupt=on_corrupt,
+    )

@@ -1,7 +1,7 @@
 """The stratified split into a training and a validation part."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,11 @@ def stratified_parts(labels: Tensor, fraction: float, seed: int) -> tuple[list[i
     _, classes, counts = np.unique(labels.numpy(), return_inverse=True, return_counts=True)
     num_validation = math.ceil(fraction * len(labels))
     num_training = len(labels) - num_validation
-    reason = _reason_against(counts, num_training, num_validation, seed)
+    reason = explain_holdout(labels, range(int(labels.max()) + 1), fraction)
     if reason:
-        raise ValueError(
-            f"`fraction` (={fraction}) and `seed` (={seed}) do not split {len(labels)} images of "
-            f"{len(counts)} classes: {reason}; pass another fraction or seed."
-        )
+        raise ValueError(f"`fraction` (={fraction}) {reason}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` (={seed}) must be from 0 to 2^32 - 1; 0 is usual.")
     # NumPy guarantees that the stream of the legacy generator never changes.
     random = np.random.RandomState(seed)
     num_kept = _apportion(counts, num_training, random)
@@ -45,15 +44,30 @@ def stratified_parts(labels: Tensor, fraction: float, seed: int) -> tuple[list[i
     return np.flatnonzero(~is_validation).tolist(), np.flatnonzero(is_validation).tolist()
 
 
-def _reason_against(counts: NDArray[Any], num_training: int, num_validation: int, seed: int) -> str | None:
-    if counts.min() < 2:
-        return "a class has a single image"
-    if num_training < len(counts):
-        return f"the training part would have {num_training} images, fewer than there are classes"
-    if num_validation < len(counts):
-        return f"the validation part would have {num_validation} images, fewer than there are classes"
-    if not 0 <= seed < 2**32:
-        return "the seed is not in 0..2^32 - 1"
+def explain_holdout(labels: Tensor, class_names: Sequence[object], fraction: float) -> str | None:
+    """Return why a share of the images of every class cannot be held out, and a way out; None if it can."""
+    numbers, counts = np.unique(labels.numpy(), return_counts=True)
+    single = numbers[counts < 2]
+    if len(single):
+        return (
+            f"holds out images of every class, and the class '{class_names[single[0]]}' has a single training image; "
+            "add images of it"
+        )
+    fault = _fault(len(labels), len(counts), fraction)
+    if fault is None:
+        return None
+    smallest = math.ceil(100 * len(counts) / len(labels)) / 100
+    usual = smallest if _fault(len(labels), len(counts), smallest) is None else len(counts) / len(labels)
+    return f"{fault}; pass {usual:.2g}"
+
+
+def _fault(num_images: int, num_classes: int, fraction: float) -> str | None:
+    num_validation = math.ceil(fraction * num_images)
+    num_training = num_images - num_validation
+    for number, verb in ((num_validation, "holds out"), (num_training, "leaves")):
+        if number < num_classes:
+            images = "image" if number == 1 else "images"
+            return f"{verb} {number} {images} of {num_images}, fewer than the {num_classes} classes"
     return None
 
 

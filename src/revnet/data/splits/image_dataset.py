@@ -2,7 +2,19 @@
 
 from dataclasses import dataclass
 
+from revnet.data.splits._holdout import explain_holdout
 from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.data.splits.stream_split import StreamSplit
+
+
+@dataclass(frozen=True)
+class Division:
+    """Division of a plain folder of classes into training and test images."""
+
+    seed: int
+    """Seed that the division follows from."""
+    files: str
+    """Fingerprint of the names of all files, which the division follows from, too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +33,8 @@ class ImageDataset:
     """Test images, to be used once, at the end."""
     class_names: tuple[str, ...]
     """Names of the classes; a label is an index into them."""
+    division: Division | None = None
+    """Division into `train` and `test`, if the data come in one part."""
 
     def __post_init__(self) -> None:
         if self.train.image_shape != self.test.image_shape:
@@ -72,4 +86,22 @@ class ImageDataset:
                 classes, a class has a single image, `seed` is not in 0..2^32 - 1, or the training images come as a
                 stream.
         """
+        self.check_holdout("fraction", fraction, none="leave out the holdout")
         return self.train.holdout(fraction, seed)
+
+    def check_holdout(self, name: str, fraction: float, *, none: str = "pass 0 to train on all images") -> None:
+        """Raise unless a share of the training images of every class can be held out.
+
+        Args:
+            name: Name of the share, for the message.
+            fraction: The share, between 0 and 1.
+            none: Way out without a holdout, for the message.
+
+        Raises:
+            ValueError: One of the parts would have fewer images than there are classes, or a class has a single image.
+        """
+        if self.train.labels is None or isinstance(self.train, StreamSplit) or not 0 < fraction < 1:
+            return  # `holdout` raises
+        reason = explain_holdout(self.train.labels, self.class_names, fraction)
+        if reason is not None:
+            raise ValueError(f"`{name}` (={fraction}) {reason}, or {none}.")

@@ -26,8 +26,10 @@ class LSHAttention(nn.Module):
         num_heads: Number of heads, which share the features.
         is_causal: Whether a token sees only earlier tokens.
         bucket_size: Average number of tokens per bucket. In a round a token sees at most four times this number, or
-            twice this number if causal. Up to 1.4 times this number of tokens, all are in one bucket.
+            twice this number if causal. If `max_length` is at most 1.4 times this number, all tokens are in one bucket.
         num_hashes: Number of hashing rounds. More rounds miss less, at a cost that grows with their number.
+        max_length: Number of tokens that the number of buckets is chosen for. The default is the number of tokens in
+            the batch; the first tokens of a sequence then have another output in a shorter or longer batch.
 
     Shape:
         x: (B, T, dim). mask: (B, T), bool, true where a token is real. rotary: (2, T, dim / num_heads / 2), from
@@ -43,18 +45,28 @@ class LSHAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, is_causal: bool = False, bucket_size: int = 64, num_hashes: int = 4
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        is_causal: bool = False,
+        bucket_size: int = 64,
+        num_hashes: int = 4,
+        max_length: int | None = None,
     ):
         super().__init__()
         check_heads(dim, num_heads)
         check_bool(is_causal=is_causal)
         check_count("bucket_size", bucket_size)
         check_count("num_hashes", num_hashes, most=MOST_LAYERS)
+        if max_length is not None:
+            check_count("max_length", max_length)
         self.dim = dim
         self.num_heads = num_heads
         self.is_causal = is_causal
         self.bucket_size = bucket_size
         self.num_hashes = num_hashes
+        self.max_length = max_length
         self.qk = nn.Linear(dim, dim, bias=False)
         self.v = nn.Linear(dim, dim, bias=False)
         self.project = nn.Linear(dim, dim, bias=False)
@@ -71,6 +83,7 @@ class LSHAttention(nn.Module):
             v,
             bucket_size=self.bucket_size,
             num_hashes=self.num_hashes,
+            max_length=self.max_length,
             is_causal=self.is_causal,
             mask=mask,
             generator=None if self.training else torch.Generator().manual_seed(_SEED),
@@ -79,7 +92,8 @@ class LSHAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
+        length = "" if self.max_length is None else f", max_length={self.max_length}"
         return (
             f"num_heads={self.num_heads}, is_causal={self.is_causal}, bucket_size={self.bucket_size}, "
-            f"num_hashes={self.num_hashes}"
+            f"num_hashes={self.num_hashes}{length}"
         )

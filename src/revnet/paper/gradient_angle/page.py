@@ -17,6 +17,7 @@ from revnet.paper.gradient_angle.callbacks import GradientAngle
 from revnet.paper.gradient_angle.gradients import GradientError
 from revnet.paper.gradient_angle.study import AngleStudy, check_twins, measure_gradient_angle
 from revnet.training import TrainConfig
+from revnet.training.run import run_dir
 from revnet.training.settings.fields import list_groups
 
 _ALWAYS_SHOWN = ("data", "model", "epochs", "batch_size", "lr", "precision", "seed")
@@ -102,7 +103,7 @@ def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
     yield f"- Versions: {trained.versions}"
     yield f"- Date: {trained.date}"
     yield f"- Command: `{with_environment(command)}`"
-    yield f"- Settings of both runs: {_settings(study.config)}"
+    yield f"- Settings of both runs: {_settings(study)}"
     yield f"- Runs: `{study.reversed.result.folder}`, `{study.stored.result.folder}` (its stored twin)"
     yield ""
     yield f"![{name}.png]({name}.png)"
@@ -111,8 +112,9 @@ def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:
     yield from _curve_section(study)
 
 
-def _settings(config: TrainConfig) -> str:
-    defaults, values = asdict(TrainConfig()), asdict(config)
+def _settings(study: AngleStudy) -> str:
+    defaults, values = asdict(TrainConfig()), asdict(study.config)
+    values["lr"] = TrainConfig.load(study.reversed.result.folder / run_dir.CONFIG).lr  # the default of the data
     names = [name for group in list_groups(TrainConfig).values() for name in group]
     shown = {name: values[name] for name in names if values[name] != defaults[name] or name in _ALWAYS_SHOWN}
     return ", ".join(f"{key} {list(value) if isinstance(value, tuple) else value}" for key, value in shown.items())

@@ -8,6 +8,7 @@ from revnet.training.classification.mixing_settings import MixingSettings
 from revnet.training.settings.checks import check_range
 from revnet.training.settings.choices import OnCorrupt, Optimizer, Policy, Preprocessing, Schedule
 from revnet.training.settings.fields import checked, integer, number
+from revnet.training.settings.optimization import NORMALIZING
 from revnet.training.settings.run_config import AbstractRunConfig
 
 # Values for settings that are left open, by data set.
@@ -41,7 +42,8 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
 
     data: str = "digits"
     """Data set: a name (`digits`, `cifar10`, `cifar100`, `imagenet`), `hub:owner/name`, or a path: a folder of images
-    (`train/<class>/...` next to `val`), of parquet files laid out as on the hub, or CIFAR's official archive."""
+    (`<class>/...`, a fifth of which become the test set, or `train/<class>/...` next to `val`), of parquet files laid
+    out as on the hub, or CIFAR's official archive."""
 
     model: str = "revnet38"
     """Model; `revnet models` lists them."""
@@ -84,8 +86,11 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
     updates of the weight matrices of hidden layers orthogonal, and leaves all other parameters to `adamw`, with the
     same learning rate."""
 
-    lr: float = number(0.1, "above 0", lambda x: x > 0, usual="0.1")
-    """Highest learning rate."""
+    lr: float | None = number(  # type: ignore[assignment] # None until `resolve`
+        None, "above 0", lambda x: x > 0, usual="0.1"
+    )
+    """Highest learning rate; null uses the default of the data set: 0.1 for images in memory, and for images in files
+    0.02 times a 32nd of the batch size, at most 0.1. For `adamw` and its relatives it is 0.001."""
 
     schedule: Schedule = "step"
 
@@ -159,11 +164,21 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
             data_name: Name of the data set.
             is_decoded: Whether its images are files, which are decoded and cropped in every epoch.
         """
-        usual = _USUAL.get(data_name, _USUAL_DECODED if is_decoded else _USUAL_IN_MEMORY)
+        usual = _USUAL_DECODED if is_decoded else _USUAL.get(data_name, _USUAL_IN_MEMORY)
         if self.weights is not None:
             usual = {**usual, "preprocess": None}  # the preprocessing of the weights
         usual = {"num_workers": min(8, max(0, (os.cpu_count() or 1) - 1)) if is_decoded else 0, **usual}
-        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+        settings = self.resolve_rate(is_decoded=is_decoded)
+        return replace(settings, **{name: value for name, value in usual.items() if getattr(self, name) is None})
+
+    def resolve_rate(self, *, is_decoded: bool) -> Self:
+        """Return the settings with the default of the learning rate filled in."""
+        if self.lr is not None:
+            return self
+        if self.optimizer in NORMALIZING:
+            return replace(self, lr=1e-3)
+        # Networks for photographs are deeper, and their batches smaller.
+        return replace(self, lr=min(0.1, 0.02 * self.batch_size / 32) if is_decoded else 0.1)
 
     def _check_together(self) -> None:
         if self.tolerance is not None and self.exact:

@@ -25,7 +25,14 @@ from revnet.training.classification.start import preprocess_of
 from revnet.training.classification.task import ClassificationTask
 from revnet.training.device import find_device
 from revnet.training.evaluation.evaluate import evaluate_on, usual_batch_size
-from revnet.training.image_data import absolute_data, check_batch_size, describe_splits
+from revnet.training.image_data import (
+    absolute_data,
+    check_batch_size,
+    check_classes,
+    describe_division,
+    describe_splits,
+    hold_out,
+)
 from revnet.training.import_path import is_import_path
 from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division
@@ -62,7 +69,8 @@ class ClassificationJob(AbstractJob[TrainResult]):
         return [
             ("model", f"{self.config.model}, {num_parameters:,} parameters"),
             ("data", f"{dataset.name}, {dataset.num_classes} classes, images of {shape}: {counts}"),
-            ("epochs", self.describe_updates("images")),
+            *describe_division(dataset),
+            ("epochs", self.describe_updates("images", len(self.training))),
         ]
 
     def record_data(self) -> DataRecord:
@@ -132,7 +140,11 @@ def job_of_run(config: TrainConfig) -> AbstractJob[TrainResult]:
     if is_import_path(config.data):
         return job_of_own_data(config)
     dataset = load_dataset(
-        config.data, image_size=config.image_size, on_corrupt=config.on_corrupt, crop_area=config.crop_area
+        config.data,
+        image_size=config.image_size,
+        on_corrupt=config.on_corrupt,
+        crop_area=config.crop_area,
+        seed=config.seed,
     )
     return _prepare(config, dataset)
 
@@ -158,9 +170,8 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
     start = None if config.weights is None else read_start_weights(config.weights, ClassifierHeader)
     assert config.crop_padding is not None
     assert config.horizontal_flip is not None
-    training, validation = dataset.train, None
-    if config.val_fraction > 0:
-        training, validation = dataset.holdout(config.val_fraction, config.seed)
+    check_classes(config.data, dataset)
+    training, validation = hold_out(dataset, config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
     check_division(config.batch_size, validation, num_parts=config.accumulate)
     header = ClassifierHeader(
@@ -171,6 +182,8 @@ def _prepare(config: TrainConfig, dataset: ImageDataset) -> ClassificationJob:
         preprocess=start.header.preprocess if config.preprocess is None and start else config.preprocess or "",
         is_resized=is_decoded,
         is_exact=config.exact,
+        split_seed=None if dataset.division is None else dataset.division.seed,
+        split_files=None if dataset.division is None else dataset.division.files,
     )
     if start is not None and config.preprocess is None:
         preprocess = preprocess_of(start, header.image_shape)

@@ -48,6 +48,12 @@ class ClassifierHeader(AbstractHeader):
     is_exact: bool = False
     """Whether the streams of reversible blocks lie on a fixed-point grid, with rounded residuals."""
 
+    split_seed: int | None = None
+    """Seed that chose the test images of a plain folder of classes; None if the data came with a test set."""
+
+    split_files: str | None = None
+    """Fingerprint of the names of the files in that folder."""
+
     def __post_init__(self) -> None:
         _channels, _height, _width = self.image_shape  # a header of another shape is not revnet's
 

@@ -106,6 +106,7 @@ def job_of_own_data(config: TrainConfig) -> OwnDataJob:
             "pass a smaller one."
         )
     config = replace(config, batch_size=data.batch_size * config.accumulate)
+    config = config.resolve_rate(is_decoded=False)
     config, num_updates = config.limit_updates(updates_per_epoch)
     start = None if config.weights is None else read_start_weights(config.weights, ClassifierHeader)
     kind, preprocess = _make_preprocess(config, data, start)

@@ -47,7 +47,7 @@ class ClassificationTask(AbstractTask):
         self.classifier = classifier
         self.distort = distort
         self.augment = augment
-        self.config = config
+        self.config = config.resolve_rate(is_decoded=False)  # a job has filled in the rate
         self.num_updates = num_updates
         self.mix = make_mix(config, classifier.header.num_classes)
         # Computed from the data: a checkpoint need not have it.

@@ -57,7 +57,7 @@ class DensityJob(AbstractJob[DensityResult]):
         return [
             ("model", f"nice, {config.num_couplings} couplings, {config.prior} prior, {num_parameters:,} parameters"),
             ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
-            ("epochs", self.describe_updates("images")),
+            ("epochs", self.describe_updates("images", len(self.training))),
         ]
 
     def record_data(self) -> DataRecord:
@@ -130,6 +130,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
         )
     training, validation = whole, None
     if config.val_fraction > 0:
+        dataset.check_holdout("val_fraction", config.val_fraction)
         training, validation = whole.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
     check_division(config.batch_size, validation, num_parts=config.accumulate)

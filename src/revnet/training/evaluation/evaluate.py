@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.loading.loader import Loader
+from revnet.errors import DataError
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.evaluate_result import EvaluateResult
@@ -53,7 +54,8 @@ def evaluate(
     Args:
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
             weights are loaded.
-        data: Data set, by name or folder; by default the data set of the training.
+        data: Data set, by name or folder; by default the data set of the training. Of a folder of classes without
+            `train`, all images are used, or if such a folder was trained on, the images that were not.
         batch_size: Images per batch, on each device; by default 500, or fewer if they are larger than 64x64.
         num_workers: Processes that decode images for each device, for data that are not in memory.
         on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
@@ -104,11 +106,7 @@ def _evaluate_part(
         weights = find_weights(Path(checkpoint))
         classifier = load_classifier(weights)
         header = classifier.header
-        dataset = load_dataset(
-            header.data if data is None else data,
-            image_size=header.image_shape[1] if header.is_resized else None,
-            on_corrupt=on_corrupt,
-        )
+        dataset = load_test_data(header, data, on_corrupt)
         result = evaluate_on(
             dataset,
             classifier,
@@ -118,7 +116,38 @@ def _evaluate_part(
             show_progress=show_progress and world.is_main,
         )
         command = ["revnet", "evaluate", str(checkpoint), *([] if data is None else ["--data", str(data)])]
-        return replace(result, checkpoint=weights, machine=describe_machine(shlex.join(command), device=torch_device))
+        return replace(
+            result,
+            checkpoint=weights,
+            split_seed=None if dataset.division is None else dataset.division.seed,
+            machine=describe_machine(shlex.join(command), device=torch_device),
+        )
+
+
+def load_test_data(header: ClassifierHeader, data: str | Path | None, on_corrupt: OnCorrupt) -> ImageDataset:
+    """Load the data set to test weights on; its training images are not used.
+
+    Args:
+        header: Header of the weights.
+        data: The data set; None for the data set of the training.
+        on_corrupt: Response to an image file that cannot be decoded.
+
+    Raises:
+        DataError: The data are missing, or are not the folder of classes that the weights were trained on.
+    """
+    data = header.data if data is None else data
+    dataset = load_dataset(
+        data,
+        image_size=header.image_shape[1] if header.is_resized else None,
+        on_corrupt=on_corrupt,
+        seed=header.split_seed,
+    )
+    if dataset.division is not None and dataset.division.files != header.split_files:
+        raise DataError(
+            f"`data` (='{data}') does not hold the files that the weights were trained on, so that test images cannot "
+            "be separated from training images; restore its files, or pass a folder with 'train' and 'test' in it."
+        )
+    return dataset
 
 
 def evaluate_on(

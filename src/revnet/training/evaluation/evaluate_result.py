@@ -44,6 +44,9 @@ class EvaluateResult:
     checkpoint: Path | None = field(default=None, compare=False)
     """File of the weights; None if they were in memory."""
 
+    split_seed: int | None = field(default=None, compare=False)
+    """Seed that chose the test images of a folder of classes without `train`; None if they are all of a test set."""
+
     machine: list[str] = field(default_factory=list, compare=False)
     """Lines that describe the hardware, the versions, the date and the command."""
 
@@ -129,6 +132,7 @@ class EvaluateResult:
             "model": self.model,
             "data": self.data,
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "split_seed": self.split_seed,
             "num_images": self.num_images,
             "num_errors": self.num_errors,
             "accuracy": self.accuracy,

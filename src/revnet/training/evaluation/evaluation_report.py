@@ -13,9 +13,10 @@ _LONGEST_NAME = 40
 def report_evaluation(result: EvaluateResult) -> str:
     """Return a report that fits a screen; the files of `result.save` hold the rest."""
     classes = result.confusion.per_class()
+    choice = "" if result.split_seed is None else f", a fifth of each class, chosen by seed {result.split_seed}"
     heading = [
         ("model", result.model if result.checkpoint is None else f"{result.model}, {result.checkpoint}"),
-        ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes"),
+        ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes{choice}"),
         ("accuracy", result.report()),
         ("cross-entropy", f"{result.cross_entropy:.4f}"),
         ("speed", f"{format_rate(result.images_per_second, 'images')} on {result.device}, loading included"),
@@ -42,4 +43,5 @@ def _under(title: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]
 
 
 def _shorten(name: str) -> str:
+    name = " ".join(name.split())  # a folder's name may hold line breaks
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."

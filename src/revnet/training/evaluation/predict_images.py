@@ -1,6 +1,7 @@
 """Predict the classes of image files."""
 
 import csv
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from revnet._image_files import IMAGE_SUFFIXES, is_pattern, list_images
 from revnet.data import load_image
 from revnet.errors import DataError
 from revnet.training.atomic_file import atomic_path
@@ -71,7 +73,8 @@ def predict_images(
     Args:
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
             weights are loaded.
-        paths: Image files.
+        paths: Image files; folders, which stand for all images in them, at any depth, in the order of their names; and
+            patterns such as `photos/*.jpg`.
         top: Number of classes to return for each image; all if there are fewer.
         batch_size: Images per batch; by default 500, or fewer if they are larger than 64x64.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
@@ -81,7 +84,7 @@ def predict_images(
             default the error is raised.
 
     Returns:
-        A prediction for every file that could be read, in the order of `paths`.
+        A prediction for every image that could be read, in the order of `paths`.
 
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not fit the model that it names.
@@ -118,7 +121,7 @@ def predict_each(
     check_setting("devices", NumDevices, devices, check_num_devices)
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,
-        "files": [Path(path) for path in paths],
+        "files": list_images(paths),
         "top": top,
         "batch_size": batch_size,
         "device": device,
@@ -174,6 +177,18 @@ def _batch_outcomes(
     )
 
 
+def save_json_lines(predictions: Sequence[ImagePrediction], path: str | Path) -> None:
+    """Write a JSON object for each image, one to a line: file, and the classes with their probabilities."""
+    with (
+        atomic_path(Path(path)) as temporary,
+        # Bytes of a name that are not UTF-8 become escapes, which JSON reads as Python's name of the file.
+        temporary.open("w", newline="\n", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        for prediction in predictions:
+            answers = [{"class": answer.class_name, "probability": answer.probability} for answer in prediction.answers]
+            file.write(json.dumps({"file": str(prediction.path), "answers": answers}, ensure_ascii=False) + "\n")
+
+
 def save_predictions(predictions: Sequence[ImagePrediction], path: str | Path) -> None:
     """Write a CSV file with a row for each answer: file, rank, class, probability."""
     with (
@@ -210,6 +225,10 @@ def _predict_batch(classifier: Classifier, files: Sequence[Path], top: int, devi
 
 
 def _read(file: Path, header: ClassifierHeader) -> Tensor | DataError:
+    if is_pattern(file):
+        return DataError(f"'{file}' matches no files; check the pattern.")
+    if file.is_dir():
+        return DataError(f"'{file}' holds no images ({', '.join(IMAGE_SUFFIXES)}); pass a folder that does.")
     try:
         return load_image(
             file,

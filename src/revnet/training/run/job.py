@@ -84,12 +84,19 @@ class AbstractJob(ABC, Generic[Result]):
             num_parts: Number of consecutive batches to cut a process's slice of a training batch into.
         """
 
-    def describe_updates(self, samples: str) -> str:
-        """Return the numbers of epochs, updates and samples per update as text; `samples` names the samples."""
+    def describe_updates(self, samples: str, num_samples: int | None = None) -> str:
+        """Return the numbers of epochs, updates and samples per update as text.
+
+        Args:
+            samples: Noun for the samples.
+            num_samples: Number of training samples, to say how many an epoch leaves over; None does not say.
+        """
         plural = "s" if self.task.num_updates > 1 else ""
         updates = f"{self.task.num_updates:,} update{plural}"
         parts = f" in {self.config.accumulate} parts" if self.config.accumulate > 1 else ""
-        return f"{self.config.epochs}, {updates} of {self.config.batch_size} {samples}{parts}"
+        left_over = 0 if num_samples is None else num_samples % self.config.batch_size
+        rest = f"; each epoch leaves out {left_over:,} of {num_samples:,}, others each time" if left_over else ""
+        return f"{self.config.epochs}, {updates} of {self.config.batch_size} {samples}{parts}{rest}"
 
     @abstractmethod
     def finish(self, folder: Path, outcome: Outcome) -> Result:

@@ -18,8 +18,10 @@ _TAKERS: dict[str, tuple[str, ...]] = {
 }
 """Optimizers that take a setting."""
 
-# Each update of these moves every weight by about the learning rate: with a rate that suits SGD, nothing is learned.
-_NORMALIZING = (*ADAM_FAMILY, "muon", "rmsprop", "adafactor")
+# With a rate that suits SGD, nothing is learned.
+NORMALIZING = (*ADAM_FAMILY, "muon", "rmsprop", "adafactor")
+"""Optimizers each update of which moves every weight by about the learning rate."""
+
 _HIGHEST_LR = 0.05
 
 
@@ -94,7 +96,7 @@ class OptimizationSettings(SettingsGroup):
                     f"`{name}` (={value}) is for the `optimizer` {_join(takers)}, not for {self.optimizer}; leave it "
                     "out, or pass null."
                 )
-        if self.optimizer in _NORMALIZING and self.lr > _HIGHEST_LR:
+        if self.optimizer in NORMALIZING and self.lr is not None and self.lr > _HIGHEST_LR:
             raise ValueError(
                 f"`lr` (={self.lr}) must be {_HIGHEST_LR} or less with the `optimizer` {self.optimizer}; 0.001 is "
                 "usual."
