@@ -74,7 +74,7 @@ def test_saved_settings_reproduce_the_run(revnet, runs, tmp_path):
 
 @pytest.mark.parametrize("missing", ["top", "bottom", "left", "right", "random"])
 def test_sample_writes_a_grid_and_inpaints(revnet, runs, tmp_path, missing):
-    arguments = ["--num", 10, "--inpaint", missing, "--steps", 2, "--output-dir", tmp_path]
+    arguments = ["--num", 10, "--inpaint", missing, "--steps", 2, "--out-dir", tmp_path]
     code, output, errors = revnet("sample", runs / "nice", *arguments)
     assert (code, errors) == (0, "")
     bits = float(output.partition("test bits/dim  ")[2].partition(" (360 images of digits)")[0])
@@ -88,7 +88,7 @@ def test_sample_writes_a_grid_and_inpaints(revnet, runs, tmp_path, missing):
 def test_sample_depends_on_the_seed_alone(revnet, runs, tmp_path):
     pictures = []
     for number, seed in enumerate((0, 0, 1)):
-        assert revnet("sample", runs / "nice", "--seed", seed, "--output-dir", tmp_path / str(number))[0] == 0
+        assert revnet("sample", runs / "nice", "--seed", seed, "--out-dir", tmp_path / str(number))[0] == 0
         pictures.append((tmp_path / str(number) / "samples.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -147,6 +147,6 @@ def test_folder_of_a_run_stands_for_its_last_weights(revnet, runs, tmp_path):
     outputs = []
     for name in ("", "last.safetensors"):
         outputs.append(revnet("generate", runs / "lm" / name, "--num", 5)[1])
-        outputs.append(revnet("sample", runs / "nice" / name, "--num", 4, "--output-dir", tmp_path)[1])
+        outputs.append(revnet("sample", runs / "nice" / name, "--num", 4, "--out-dir", tmp_path)[1])
     assert outputs[:2] == outputs[2:]
     assert outputs[1].startswith(f"weights        {runs / 'nice' / 'last.safetensors'}\n")

@@ -61,7 +61,7 @@ def _in_a_folder_with_own_models(tmp_path, monkeypatch):
 
 def test_prints_and_plots_a_plan(revnet, tmp_path):
     pytest.importorskip("matplotlib")
-    code, output, errors = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB", "--output-dir", "pictures")
+    code, output, errors = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB", "--out-dir", "pictures")
     assert (code, errors) == (0, "")
     assert output.startswith("revnet38: a training step on 4 inputs of 3x32x32, SGD with momentum, 32-true, cpu\n\n")
     for words in ("budget     10.0 MiB", "units ", "stages.2.reversible.blocks", "plain autograd", "least memory"):

@@ -85,9 +85,9 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: checkpoint, images"),
-        (["run"], "the following arguments are required: images"),
-        (["no/such/run", "0_0.png"], "`no/such/run` is not a file; pass a `.safetensors` or `.ckpt` file"),
+        ([], "`CHECKPOINT` and `IMAGES` are missing; `revnet predict --help` explains it."),
+        (["run"], "`IMAGES` is missing; `revnet predict --help` explains it."),
+        (["no/such/run", "0_0.png"], "`no/such/run` does not exist; pass a `.safetensors` or `.ckpt` file"),
         (
             ["run", "0_0.png", "--top", "1", "0_1.png", "b c.png"],
             "`0_1.png b c.png` is separated from the other IMAGES; write them one after the other.",

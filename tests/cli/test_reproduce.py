@@ -13,7 +13,7 @@ def test_options_reach_the_table(revnet, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "reproduce", reproduce)
     arguments = ["--data", "somewhere", "--models", "resnet32,revnet38", "--seeds", "0,1", "--epochs", "3"]
-    code, output, errors = revnet("reproduce", "cifar10-quick", *arguments, "--output-dir", tmp_path / "out")
+    code, output, errors = revnet("reproduce", "cifar10-quick", *arguments, "--out-dir", tmp_path / "out")
     assert (code, errors) == (0, "")
     assert "the table" in output
     ((name, folder, options),) = calls

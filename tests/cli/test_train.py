@@ -141,7 +141,7 @@ def test_resume_auto_starts_a_run_and_continues_it(revnet, assert_refused, tmp_p
         (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
         (["--model", "revnet83"], "did you mean 'revnet38'?"),
         (["--data", "no/such/folder"], "does not exist"),
-        (["--resume", "no/such/run"], "`no/such/run` holds no config.yaml"),
+        (["--resume", "no/such/run"], "`no/such/run` does not exist"),
         (["--config", "no.yaml"], "`--config` (no.yaml): file does not exist; pass a YAML file"),
         (["--config", "."], "`--config` (.): path is not a file"),
     ],

@@ -70,9 +70,9 @@ class StepFlags:
         return folder / f"{'_'.join([kind, model, f'batch{self.batch}', *words])}.png"
 
 
-def open_folder(output_dir: str | None) -> Path:
+def open_folder(out_dir: str | None) -> Path:
     """Create the folder for pictures, before the work, so that a bad path fails at once."""
-    folder = Path(output_dir or ".").expanduser()
+    folder = Path(out_dir or ".").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
