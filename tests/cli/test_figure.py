@@ -70,7 +70,7 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
             ["gradient-angle", "--quick"],
             "`--quick` is for complexity; to shorten gradient-angle, pass fewer",
         ),
-        (["gradient-angle", "--epochs", "0"], "`epochs` (=0) must be 1 or more"),
+        (["gradient-angle", "--epochs", "0"], "`--epochs` (=0) must be 1 or more"),
         (["gradient-angle", "--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
         (["complexity", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
         (["complexity", "--reference"], "`--reference` is for gradient-angle; leave it out."),
@@ -86,14 +86,13 @@ def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet32"], "`model` (='resnet32') has no reversible block, so nothing is rebuilt"),
-        (["--policy", "store"], "`policy` (='store') must not be set, since both policies are run; leave it out."),
+        (["--model", "resnet32"], "`--model` (='resnet32') has no reversible block, so nothing is rebuilt"),
+        (["--policy", "store"], "`--policy` (='store') must not be set, since both policies are run; leave it out."),
         (
             ["--memory-budget", "1GiB"],
-            "`memory_budget` (='1GiB') must not be set, since one run rebuilds everything and",
+            "`--memory-budget` (='1GiB') must not be set, since one run rebuilds everything and",
         ),
-        (["--out-dir", "x"], "`out_dir` (='x') must not be set, since there are two runs; leave it out."),
-        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
+        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1293 training images"),
     ],
 )
 def test_rejected_settings_write_nothing(assert_refused, tmp_path, monkeypatch, arguments, message):

@@ -142,7 +142,7 @@ def test_models_of_the_user(revnet, arguments):
         (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "PyTorch can count"),
         (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[3]", "--image", "3"], "leave one of the two out"),
         (["revnet38", "--budget", "1GiB", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
-        (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`device` (='gpu') is not a device"),
+        (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`--device` (='gpu') is not a device"),
         (["own_networks.py:Net", "--budget", "1GiB"], "must be written package.module:attribute"),
         (["no_such:Net", "--budget", "1GiB"], "no module `no_such` is installed"),
         (

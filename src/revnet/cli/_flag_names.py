@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping
 from revnet.cli._options import Option
 
 _FLAGS_OF: Mapping[str, str] = {
+    "batch_size": "batch",
     "fraction": "val_fraction",
+    "image_size": "image",
     "kind": "preprocess",
     "missing": "inpaint",
     "name": "model",

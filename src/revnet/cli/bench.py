@@ -37,8 +37,8 @@ def bench(
         quick: Measure only a few shallow stacks, in about a minute.
         host: Measure processor time on tiny tensors, on one CPU thread.
         device: Device to measure on: cpu, cuda, cuda:1.
-        out_dir: Folder for the page, its CSV files and its pictures; `benchmarks/results` if it exists, otherwise
-            the current folder.
+        out_dir: Folder for the page, its CSV files and its pictures; by default `benchmarks/results` if it exists,
+            otherwise the current folder.
         num_rounds: Number of timed rounds per method. By default 15, or 3 with `--quick`; with `--host` 101, or 11 with
             `--quick`.
     """

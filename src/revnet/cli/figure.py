@@ -43,8 +43,8 @@ def figure(
 
     Args:
         name: Name of the figure: gradient-angle or complexity.
-        out_dir: Folder for the page, its CSV files and its picture; `benchmarks/results` if it exists, otherwise the
-            current folder.
+        out_dir: Folder for the page, its CSV files and its picture; by default `benchmarks/results` if it exists,
+            otherwise the current folder.
         every: For gradient-angle, number of updates between measurements; 50 by default.
         reference: For gradient-angle, also compare stored gradients in float32 with float64.
         quick: For complexity, measure only shallow stacks, in a few seconds.

@@ -42,9 +42,9 @@ def reproduce(
         seeds: Seeds, separated by commas; each row is trained once per seed.
         epochs: Number of epochs, which the table states; as in the recipe by default.
         precision: Precision of the arithmetic, 32-true or bf16-mixed; as in the recipe by default.
-        device: Device to train on: auto, cpu, cuda, mps.
-        num_threads: Number of CPU threads.
-        num_workers: Number of processes that decode images.
+        device: Device to train on: auto, cpu, cuda, mps; as in the recipe by default.
+        num_threads: Number of CPU threads; as in the recipe by default.
+        num_workers: Number of processes that decode images; as in the recipe by default.
         out_dir: Folder of the runs and of the table; `runs/<table>` by default.
         report_only: Write the table from existing runs, without training.
     """
