@@ -54,6 +54,15 @@ def test_python_m_revnet_is_the_command_line():
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"{package.__version__}\n"
 
 
+def test_matplotlib_does_not_warn_without_a_writable_home(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name[:3] not in ("MPL", "XDG")}
+    environment |= {"HOME": "/proc/nothing", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "revnet", "memory", "revnet38", "--batch", "1", "--out-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.glob("matplotlib-*")) or list(tmp_path.glob("memory_*.png"))
+
+
 def test_version(revnet):
     assert revnet("--version") == (0, f"{package.__version__}\n", "")
 

@@ -4,6 +4,7 @@ Only the requested command is imported, so that `revnet --help` answers at once.
 """
 
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -46,6 +47,9 @@ def _run(name: str, arguments: Sequence[str], prog: str) -> int:
     if arguments and arguments[0] in SUBCOMMANDS.get(name, ()):
         prog, name, arguments = f"{prog} {arguments[0]}", f"{name}_{arguments[0]}", arguments[1:]
     format_before = warnings.formatwarning
+    matplotlib_log = logging.getLogger("matplotlib")
+    level_before = matplotlib_log.level
+    matplotlib_log.setLevel(logging.ERROR)  # it warns of its cache of fonts if the home folder cannot be written
     warnings.formatwarning = lambda message, *_: f"{prog}: warning: {_in_flags(str(message), name, arguments)}\n"
     try:
         parse = import_module("revnet.cli._parser").parse
@@ -69,6 +73,7 @@ def _run(name: str, arguments: Sequence[str], prog: str) -> int:
         return _fail(prog, _in_flags(describe_error(error), name, arguments))
     finally:
         warnings.formatwarning = format_before
+        matplotlib_log.setLevel(level_before)
     return 0
 
 
