@@ -113,7 +113,7 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
     """Smallest and largest share of an image in files that a random crop covers before it is resized; the paper uses
     0.05 to 1."""
 
-    crop_padding: int | None = integer(None, at_least=0)
+    crop_padding: int | None = integer(None, at_least=0, at_most=100_000)
     """Pixels added on each side before a random crop; by default 1 for digits, 4 for other images in memory, 0 for
     images in files."""
 
@@ -136,7 +136,7 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
     on_corrupt: OnCorrupt = "stop"
     """Response to an image that cannot be decoded: `stop` the run, or `skip` the image and print its name."""
 
-    num_threads: int | None = integer(None, at_least=1)
+    num_threads: int | None = integer(None, at_least=1, at_most=4096)
     """Threads on the CPU; by default, 1 for digits, PyTorch's choice elsewhere."""
 
     num_workers: int | None = integer(None, at_least=0)

@@ -77,7 +77,7 @@ class NiceConfig(AbstractRunConfig):
     precision: Precision = "32-true"
     """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16, which makes likelihoods less accurate."""
 
-    num_threads: int | None = integer(None, at_least=1)
+    num_threads: int | None = integer(None, at_least=1, at_most=4096)
     """Threads on the CPU; by default, 1 for digits, and PyTorch's choice elsewhere."""
 
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)

@@ -74,5 +74,5 @@ class DeviceSettings(SettingsGroup):
     """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16. With the `strategy` fsdp2, `bf16-mixed` gathers
     the parameters in bfloat16, and streams stay in float32."""
 
-    num_threads: int | None = integer(None, at_least=1)
+    num_threads: int | None = integer(None, at_least=1, at_most=4096)
     """Threads on the CPU, of each process; by default, PyTorch's choice."""
