@@ -139,7 +139,7 @@ def test_models_of_the_user(revnet, arguments):
             ["own_networks:Net", "--budget", "1GiB", "--input-shape", "[0]"],
             "`--input-shape` (=[0]) must hold positive",
         ),
-        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "PyTorch can count"),
+        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "a step can count"),
         (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[3]", "--image", "3"], "leave one of the two out"),
         (["revnet38", "--budget", "1GiB", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
         (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`--device` (='gpu') is not a device"),
