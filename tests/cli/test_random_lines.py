@@ -116,7 +116,7 @@ def test_some_random_command_lines(files, stubs, tmp_path, monkeypatch, capsys):
 
 def test_a_planted_fault_is_reported(files, stubs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("revnet.cli.recipes.list_recipes", lambda: 1 // 0)
-    with pytest.raises(AssertionError, match=r"1 of 2 command lines:\nrevnet recipes\n    ZeroDivisionError: "):
+    with pytest.raises(AssertionError, match=r"1 of 2 command lines:\s+revnet recipes\s+ZeroDivisionError: "):
         check([["recipes"], ["recipes", "--help"]], files, tmp_path, monkeypatch, capsys)
 
 
