@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depths", type=numbers, default=[2, 4, 8], help="for the second table")
     parser.add_argument("--long-length", type=int, default=16_384, help="for the third table")
     parser.add_argument("--long-depths", type=numbers, default=[2, 8], help="for the third table")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if min(given.num_rounds, len(given.lengths) - 1, *given.lengths, *given.model_lengths, *given.depths) < 1:
         parser.error("counts must be at least 1, and `--lengths` must have at least two numbers")
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
     ]
     for name in names or TABLES:
-        picture = given.output_dir / f"{stem}_{name}.png"
+        picture = given.out_dir / f"{stem}_{name}.png"
         if name == "cost":
             section = cost_section(given.lengths, given.num_rounds, picture)
         elif name == "models":
@@ -320,8 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             section = long_section(given.long_length, given.long_depths, ff_chunks=8)
         print(*section.lines, sep="\n", flush=True)
         page += section.lines
-        write_csv(section.rows, given.output_dir / f"{stem}_{name}.csv")
-        (given.output_dir / f"{stem}.md").write_text("\n".join(page).rstrip() + "\n")
+        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
+        (given.out_dir / f"{stem}.md").write_text("\n".join(page).rstrip() + "\n")
 
 
 def numbers(text: str) -> list[int]:

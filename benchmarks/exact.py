@@ -430,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, default=1, help="for --exactness: number of processes")
     parser.add_argument("--num-steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if not (given.exactness or given.cost or given.depths):
         parser.error("nothing to measure; pass --exactness, --depths or --cost")
@@ -450,8 +450,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             section = section_of(given)
             stem = f"{name}_{hardware_name()}_{datetime.date.today()}"
             lines = ["# Exact reversal", "", *describe_machine(command), "", *section.lines]
-            (given.output_dir / f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
-            write_csv(section.rows, given.output_dir / f"{stem}.csv")
+            (given.out_dir / f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
+            write_csv(section.rows, given.out_dir / f"{stem}.csv")
             print(*lines, sep="\n")
 
 

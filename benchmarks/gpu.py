@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated parts")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one round, to check that everything runs")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     parser.add_argument(
         "--run", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS
     )  # used by the processes of the parts
@@ -87,11 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part_name, path = given.run
         return run_here({**PARTS, MACHINE.name: MACHINE}[part_name], setting, Path(path))
     names = given.parts.split(",")
-    problem = find_problem(names, setting, given.output_dir)
+    problem = find_problem(names, setting, given.out_dir)
     if problem:
         parser.error(problem)
     command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
-    outcomes = run_all([part for name, part in PARTS.items() if name in names], setting, given.output_dir, command)
+    outcomes = run_all([part for name, part in PARTS.items() if name in names], setting, given.out_dir, command)
     return int(any(outcome.note for outcome in outcomes))
 
 
@@ -105,7 +105,7 @@ def find_problem(names: Sequence[str], setting: Setting, folder: Path) -> str | 
     if setting.device.type != "cuda" and not setting.quick:
         return f"--device {setting.device} would take hours; add --quick for a dry run"
     if not folder.is_dir():
-        return f"--output-dir {folder} is not a folder; create it first"
+        return f"--out-dir {folder} is not a folder; create it first"
     return None
 
 

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=10_000, help="number of images in the round trip")
     parser.add_argument("--num-shown", type=int, default=10, help="number of images in the figure")
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks per stage, for the second table")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     check_matplotlib()
     classifier = load_classifier(given.run)
@@ -148,10 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     back = reconstruction(classifier, images)
     depths = [by_depth(int(depth)) for depth in given.depths.split(",")]
     stem = f"irevnet_{hardware_name()}_{datetime.date.today()}"
-    given.output_dir.mkdir(parents=True, exist_ok=True)
+    given.out_dir.mkdir(parents=True, exist_ok=True)
     shown = images[: given.num_shown]
-    draw(shown, round_trip(classifier, shown), given.output_dir / f"{stem}.png")
-    write_csv(depths, given.output_dir / f"{stem}.csv")
+    draw(shown, round_trip(classifier, shown), given.out_dir / f"{stem}.png")
+    write_csv(depths, given.out_dir / f"{stem}.csv")
     columns = ("blocks", "parameters", "reverse MiB", "store MiB", "round-trip error")
     cells = [
         [
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *table(columns, cells),
     ]
     text = "\n".join(page).rstrip() + "\n"
-    (given.output_dir / f"{stem}.md").write_text(text)
+    (given.out_dir / f"{stem}.md").write_text(text)
     print(text)
 
 

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--fraction", type=float, default=0.25, help="fraction of the plain memory, for the third table"
     )
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     names = [name for name in TABLES if getattr(given, name)]
     problem = find_problem(given, names or TABLES)
@@ -71,13 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for name in names or TABLES:
         try:
-            section = measured(name, given, given.output_dir / f"{stem}_{name}.png")
+            section = measured(name, given, given.out_dir / f"{stem}_{name}.png")
         except BudgetError as error:
             parser.error(str(error))
         print(*section.lines, sep="\n", flush=True)
         page += section.lines
-        write_csv(section.rows, given.output_dir / f"{stem}_{name}.csv")
-        (given.output_dir / f"{stem}.md").write_text(
+        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
+        (given.out_dir / f"{stem}.md").write_text(
             "\n".join(page).rstrip() + "\n"
         )  # saves this table before the next one, which may take long
 
@@ -111,8 +111,8 @@ def find_problem(given: argparse.Namespace, names: Sequence[str]) -> str | None:
         return "batch sizes and rounds must be at least 1"
     if not 0 < given.fraction <= 1:
         return f"--fraction {given.fraction} must be above 0 and at most 1"
-    if not given.output_dir.is_dir():
-        return f"--output-dir {given.output_dir} is not a folder; create it first"
+    if not given.out_dir.is_dir():
+        return f"--out-dir {given.out_dir} is not a folder; create it first"
     return None
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-updates", type=int, default=500, help="for the third table")
     parser.add_argument("--seeds", default="0,1", help="for the third table")
     parser.add_argument("--num-steps", type=int, default=300, help="for the second and fourth table")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     problem = find_problem(given)
     if problem:
@@ -58,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     date = datetime.date.today()
     for name in names:
         stem = f"numerics-{name}_{hardware_name()}_{date}"
-        section = measured(name, given, given.output_dir / f"{stem}.png")
+        section = measured(name, given, given.out_dir / f"{stem}.png")
         title = ["# Numerics", "", *describe_machine(shlex.join(["python", "benchmarks/numerics.py", *arguments])), ""]
         print(*section.lines, sep="\n", flush=True)
-        (given.output_dir / f"{stem}.md").write_text("\n".join([*title, *section.lines]).rstrip() + "\n")
-        write_csv(section.rows, given.output_dir / f"{stem}.csv")
+        (given.out_dir / f"{stem}.md").write_text("\n".join([*title, *section.lines]).rstrip() + "\n")
+        write_csv(section.rows, given.out_dir / f"{stem}.csv")
 
 
 def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
@@ -88,8 +88,8 @@ def find_problem(given: argparse.Namespace) -> str | None:
         return f"--seeds {given.seeds!r} must be comma-separated numbers, such as 0,1"
     if min(given.num_updates, given.num_steps) < 1 or min(seeds) < 0:
         return "updates and steps must be at least 1, and seeds at least 0"
-    if not given.output_dir.is_dir():
-        return f"--output-dir {given.output_dir} is not a folder; create it first"
+    if not given.out_dir.is_dir():
+        return f"--out-dir {given.out_dir} is not a folder; create it first"
     return None
 
 

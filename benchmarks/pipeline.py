@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-processes", default="2,4", help=f"any of {', '.join(map(str, COUNTS))}")
     parser.add_argument("--num-microbatches", default="4,8,16")
     parser.add_argument("--num-steps", type=int, default=5, help="for the time")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     command = (
         f"python benchmarks/pipeline.py --num-processes {given.num_processes} "
@@ -268,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += own
     section = Section(lines, rows)
     stem = f"pipeline_{hardware_name()}_{datetime.date.today()}"
-    (given.output_dir / f"{stem}.md").write_text("\n".join(section.lines).rstrip() + "\n")
-    write_csv(section.rows, given.output_dir / f"{stem}.csv")
+    (given.out_dir / f"{stem}.md").write_text("\n".join(section.lines).rstrip() + "\n")
+    write_csv(section.rows, given.out_dir / f"{stem}.csv")
     print(*section.lines, sep="\n")
 
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="sequences on all processes (default: %(default)s)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--num-steps", type=int, default=5, help="timed steps (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    parser.add_argument("--out-dir", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for num_processes in map(int, options.processes.split(",")):
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows += run_in_processes(_measure_all, vars(options), num_processes=num_processes)[0]
     page = "\n".join(_page(rows, options))
     print(page)
-    stem = options.output_dir / f"sharding_{hardware_name()}_{datetime.date.today()}"
+    stem = options.out_dir / f"sharding_{hardware_name()}_{datetime.date.today()}"
     stem.with_suffix(".md").write_text(page)
     write_csv(rows, stem.with_suffix(".csv"))
 

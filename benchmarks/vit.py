@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, nargs="?", help="folder of a training run to include")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.batch_size < 1:
         parser.error(f"--batch-size {given.batch_size} must be at least 1")
-    if not given.output_dir.is_dir():
-        parser.error(f"--output-dir {given.output_dir} is not a folder; create it first")
+    if not given.out_dir.is_dir():
+        parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
     if given.run is not None and not (given.run / "summary.json").is_file():
         parser.error(f"{given.run} is not the folder of a finished run; it has no summary.json")
     check_matplotlib()
@@ -66,16 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
     ]
     sections = {
-        "depth": depth_section(given.batch_size, given.output_dir / f"{stem}.png"),
+        "depth": depth_section(given.batch_size, given.out_dir / f"{stem}.png"),
         "steps": step_section(given.batch_size),
     }
     if given.run is not None:
         sections["training"] = training_section(given.run)
     for name, section in sections.items():
         page += section.lines
-        write_csv(section.rows, given.output_dir / f"{stem}_{name}.csv")
+        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
     text = "\n".join(page).rstrip() + "\n"
-    (given.output_dir / f"{stem}.md").write_text(text)
+    (given.out_dir / f"{stem}.md").write_text(text)
     print(text)
 
 

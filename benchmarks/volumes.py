@@ -48,15 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="side of the volume for the published network")
     parser.add_argument("--small-size", type=int, default=24, help="side of the volumes that are run")
     parser.add_argument("--num-updates", type=int, default=40)
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     if given.size % 16 or given.small_size % 4 or min(given.size, given.small_size, given.num_updates) < 1:
         parser.error("--size must be a multiple of 16, --small-size a multiple of 4, and all numbers at least 1")
-    if not given.output_dir.is_dir():
-        parser.error(f"--output-dir {given.output_dir} is not a folder; create it first")
+    if not given.out_dir.is_dir():
+        parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
     check_matplotlib()
     stem = f"volumes_{hardware_name()}_{datetime.date.today()}"
-    picture = given.output_dir / f"{stem}.png"
+    picture = given.out_dir / f"{stem}.png"
     sections = {
         "depth": depth_section(given.size, picture),
         "size": size_section(),
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for name, section in sections.items():
         page += section.lines
-        write_csv(section.rows, given.output_dir / f"{stem}_{name}.csv")
+        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
     text = "\n".join(page).rstrip() + "\n"
-    (given.output_dir / f"{stem}.md").write_text(text)
+    (given.out_dir / f"{stem}.md").write_text(text)
     print(text)
 
 

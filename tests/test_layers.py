@@ -34,6 +34,7 @@ LEVELS = {
     "bench": 6,
     "paper": 7,
     "cli": 8,
+    "__main__": 9,
 }
 # The package imports its public names for type checkers. At run time they load when they are first used.
 GATHERS = {"__init__"}

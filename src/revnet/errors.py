@@ -30,6 +30,7 @@ _EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
     "kornia": "augment",
+    "shtab": "completion",
 }
 
 

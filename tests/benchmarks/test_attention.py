@@ -12,7 +12,7 @@ def run(tmp_path, capsys, monkeypatch):
 
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
         """Return the page and the rows of the only CSV."""
-        import_module("attention").main([*arguments, "--output-dir", str(tmp_path)])
+        import_module("attention").main([*arguments, "--out-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
         for picture in tmp_path.glob("*.png"):

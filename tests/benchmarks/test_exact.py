@@ -14,7 +14,7 @@ from tests.helpers import mlp
 def run(tmp_path, capsys):
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
         """Return the page and the rows of the CSV."""
-        import_module("exact").main([*arguments, "--output-dir", str(tmp_path)])
+        import_module("exact").main([*arguments, "--out-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
         assert capsys.readouterr().out.rstrip().endswith(page.read_text().rstrip())

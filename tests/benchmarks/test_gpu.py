@@ -53,13 +53,13 @@ def part(gpu):
 def test_dry_run_writes_all_files(gpu, in_this_process, tmp_path, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
-    assert gpu.main(["--device", "cpu", "--quick", "--output-dir", str(folder)]) == 0
+    assert gpu.main(["--device", "cpu", "--quick", "--out-dir", str(folder)]) == 0
     (page,) = folder.glob("*.md")
     assert page.name.startswith("gpu-quick_cpu")
     text = page.read_text()
     assert capsys.readouterr().out.rstrip().endswith(text.rstrip())
     assert "- Versions: PyTorch " in text
-    assert f"`python benchmarks/gpu.py --device cpu --quick --output-dir {folder}`" in text.replace(
+    assert f"`python benchmarks/gpu.py --device cpu --quick --out-dir {folder}`" in text.replace(
         "`OMP_NUM_THREADS=1 ", "`"
     )
     assert "Not complete" not in text
@@ -191,8 +191,8 @@ def test_rounds_of_turns(setting):
         (["--parts", "tests,speed"], "unknown part 'speed'; choose from tests, ratios, "),
         (["--device", "cpu"], "--device cpu would take hours; add --quick for a dry run"),
         (
-            ["--device", "cpu", "--quick", "--output-dir", "no/such"],
-            "--output-dir no/such is not a folder; create it first",
+            ["--device", "cpu", "--quick", "--out-dir", "no/such"],
+            "--out-dir no/such is not a folder; create it first",
         ),
     ],
 )

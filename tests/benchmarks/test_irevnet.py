@@ -31,7 +31,7 @@ def test_writes_page_table_and_figure(train_model, tmp_path, capsys):
         "1,2",
     ]
     capsys.readouterr()
-    import_module("irevnet").main([*arguments, "--output-dir", str(tmp_path)])
+    import_module("irevnet").main([*arguments, "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("*.md")
     text = page.read_text()
     assert capsys.readouterr().out.rstrip() == text.rstrip()

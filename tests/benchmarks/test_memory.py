@@ -16,7 +16,7 @@ TINY = ["--model", "revnet38", "--batch-size", "2", "--num-rounds", "1"]
 def run(tmp_path, capsys):
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
         """Return the page and the rows of the only CSV."""
-        import_module("memory").main([*arguments, "--output-dir", str(tmp_path)])
+        import_module("memory").main([*arguments, "--out-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
         assert page.read_text().rstrip().endswith(capsys.readouterr().out.rstrip())
@@ -122,12 +122,12 @@ def _checkpointed_name(name: str) -> str:
         (["--batch-sizes", "4;16"], "--batch-sizes '4;16' must be comma-separated numbers, such as 4,16"),
         (["--num-rounds", "0"], "batch sizes and rounds must be at least 1"),
         (["--fraction", "25"], "--fraction 25.0 must be above 0 and at most 1"),
-        (["--output-dir", "no/such"], "--output-dir no/such is not a folder; create it first"),
+        (["--out-dir", "no/such"], "--out-dir no/such is not a folder; create it first"),
         (["--real", *TINY, "--fraction", "0.01"], "below the least that this step needs"),
     ],
 )
 def test_usage_errors(arguments, message, tiny, tmp_path, capsys):
-    where = [] if "--output-dir" in arguments else ["--output-dir", str(tmp_path)]
+    where = [] if "--out-dir" in arguments else ["--out-dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="2"):
         import_module("memory").main([*arguments, *where])
     assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ def run(tmp_path, capsys):
     def run(*arguments: str) -> tuple[str, list[dict[str, str]]]:
         """Return the page and the rows of the only CSV."""
         pytest.importorskip("matplotlib")
-        import_module("numerics").main([*arguments, "--output-dir", str(tmp_path)])
+        import_module("numerics").main([*arguments, "--out-dir", str(tmp_path)])
         (page,) = tmp_path.glob("*.md")
         (table,) = tmp_path.glob("*.csv")
         assert page.read_text().rstrip().endswith(capsys.readouterr().out.rstrip()[-200:])
@@ -65,7 +65,7 @@ def test_conditioning(run, monkeypatch):
     [
         (["--seeds", "one"], "--seeds 'one' must be comma-separated numbers"),
         (["--num-updates", "0"], "updates and steps must be at least 1"),
-        (["--output-dir", "nowhere"], "--output-dir nowhere is not a folder; create it first"),
+        (["--out-dir", "nowhere"], "--out-dir nowhere is not a folder; create it first"),
     ],
 )
 def test_usage_errors(capsys, arguments, message):

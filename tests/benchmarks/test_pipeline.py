@@ -20,7 +20,7 @@ def test_page_has_a_number_for_each_stage():
 @pytest.mark.slow
 def test_two_processes(tmp_path, capsys):
     arguments = ["--num-processes", "2", "--num-microbatches", "2,4", "--num-steps", "1"]
-    import_module("pipeline").main([*arguments, "--output-dir", str(tmp_path)])
+    import_module("pipeline").main([*arguments, "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("pipeline_*.md")
     (table,) = tmp_path.glob("pipeline_*.csv")
     assert capsys.readouterr().out.rstrip().endswith(page.read_text().rstrip())

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.slow
 def test_bytes_fall_with_the_number_of_processes(tmp_path, capsys):
     sizes = ["--depths", "1,3", "--dim", "8", "--batch-size", "4", "--length", "8"]
-    import_module("sharding").main([*sizes, "--processes", "1,2", "--num-steps", "1", "--output-dir", str(tmp_path)])
+    import_module("sharding").main([*sizes, "--processes", "1,2", "--num-steps", "1", "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("*.md")
     (table,) = tmp_path.glob("*.csv")
     assert page.read_text() in capsys.readouterr().out

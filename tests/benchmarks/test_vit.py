@@ -22,7 +22,7 @@ def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys, finished_run):
     vit = import_module("vit")
     monkeypatch.setattr(vit, "DEPTHS", (1, 2, 4))
     monkeypatch.setattr(vit, "CIFAR_DEPTHS", (1, 2))
-    vit.main([str(finished_run), "--batch-size", "2", "--output-dir", str(tmp_path)])
+    vit.main([str(finished_run), "--batch-size", "2", "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("revvit_*.md")
     text = page.read_text()
     assert capsys.readouterr().out == f"{text}\n"
@@ -46,7 +46,7 @@ def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys, finished_run):
     ("arguments", "message"),
     [
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-        (["--output-dir", "nowhere"], "--output-dir nowhere is not a folder"),
+        (["--out-dir", "nowhere"], "--out-dir nowhere is not a folder"),
         (["nowhere"], "nowhere is not the folder of a finished run"),
     ],
 )

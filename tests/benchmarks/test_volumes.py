@@ -12,7 +12,7 @@ def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(volumes, "BUDGETS_GIB", (0.5,))
     monkeypatch.setattr(volumes, "SMALL", {**volumes.SMALL, "widths": (4, 8)})
     tiny = ["--size", "16", "--small-size", "8", "--num-updates", "4"]
-    volumes.main([*tiny, "--output-dir", str(tmp_path)])
+    volumes.main([*tiny, "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("volumes_*.md")
     text = page.read_text()
     assert capsys.readouterr().out == f"{text}\n"

@@ -37,7 +37,7 @@ def test_writes_to_benchmarks_results_if_it_exists(revnet, calls, tmp_path, monk
 
 
 def test_options(revnet, calls):
-    assert revnet("bench", "--num-rounds", "7", "--quick", "--output-dir", "somewhere")[0] == 0
+    assert revnet("bench", "--num-rounds", "7", "--quick", "--out-dir", "somewhere")[0] == 0
     ((settings, folder, command),) = calls
     assert (settings.num_rounds, settings.memory_depths) == (7, QUICK.memory_depths)
     assert (folder, command) == (Path("somewhere"), "revnet bench --quick --num-rounds 7")

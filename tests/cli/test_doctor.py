@@ -102,14 +102,14 @@ def test_failing_step_prints_one_line(assert_refused, own):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet32", "--batch", 1, "--image", 8], "`model` (=ResNet) has no reversible block"),
+        (["resnet32", "--batch", 1, "--image", 8], "`MODEL` (=ResNet) has no reversible block"),
         (
             ["revnet38", "--batch", 1, "--image", 1],
             "the step failed: ValueError: Expected more than 1 value per channel",
         ),
         (["revnet83"], "unknown model `revnet83`; did you mean `revnet38`"),
-        (["runs/none"], "`runs/none` is not a file; pass a `.safetensors` or `.ckpt` file, or the folder of a run"),
-        (["some.safetensors"], "`some.safetensors` is not a file"),
+        (["runs/none"], "`runs/none` does not exist; pass a `.safetensors` or `.ckpt` file, or the folder of a run"),
+        (["some.safetensors"], "`some.safetensors` does not exist"),
         (["revnet38", "--batch", 0], "`--batch` (=0) must be 1 or more"),
         (["revnet38", "--data", "nowhere"], "(='nowhere') is neither a data set of revnet"),
         (

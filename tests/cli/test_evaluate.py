@@ -6,7 +6,7 @@ import pytest
 def test_folder_and_files_of_a_run_give_the_error_printed_by_training(revnet, run_dir, tmp_path):
     error = json.loads((run_dir / "summary.json").read_text())["test_error"]
     for name in ("", "last.safetensors", "checkpoints/update-00000003.ckpt"):
-        code, output, errors = revnet("evaluate", run_dir / name, "--output-dir", tmp_path)
+        code, output, errors = revnet("evaluate", run_dir / name, "--out-dir", tmp_path)
         assert (code, errors) == (0, "")
         lines = dict(line.split("  ", 1) for line in output.splitlines() if not line.startswith(" "))
         assert {name: text.strip() for name, text in lines.items()}["accuracy"].endswith(
@@ -19,7 +19,7 @@ def test_folder_and_files_of_a_run_give_the_error_printed_by_training(revnet, ru
 
 def test_writes_the_files_listed_in_the_output(revnet, run_dir, tmp_path):
     folder = tmp_path / "new" / "folder"
-    code, output, _ = revnet("evaluate", run_dir / "best.safetensors", "--data", "digits", "--output-dir", folder)
+    code, output, _ = revnet("evaluate", run_dir / "best.safetensors", "--data", "digits", "--out-dir", folder)
     assert code == 0
     files = [folder / f"evaluation_digits_best.{suffix}" for suffix in ("json", "csv", "png")]
     assert [line[13:].strip() for line in output.splitlines()[-3:]] == [str(file) for file in files]
@@ -43,17 +43,17 @@ def test_writes_next_to_the_checkpoint_by_default(revnet, run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: checkpoint"),
-        (["no/such/file.ckpt"], "`no/such/file.ckpt` is not a file; pass a `.safetensors` or `.ckpt` file"),
+        ([], "`CHECKPOINT` is missing; `revnet evaluate --help` explains it."),
+        (["no/such/file.ckpt"], "`no/such/file.ckpt` does not exist; pass a `.safetensors` or `.ckpt` file"),
         (["."], "`.` holds no last.safetensors and no checkpoint"),
         (["empty.ckpt"], "`empty.ckpt` is truncated or not a PyTorch checkpoint"),
         (["empty.safetensors"], "`empty.safetensors` is truncated or not a safetensors file"),
-        (["empty.ckpt", "--device", "abacus"], "`device` (='abacus') is not a device; pass auto, cpu"),
-        (["empty.ckpt", "--batch-size", "0"], "`batch_size` (=0) must be 1 or more"),
+        (["empty.ckpt", "--device", "abacus"], "`--device` (='abacus') is not a device; pass auto, cpu"),
+        (["empty.ckpt", "--batch-size", "0"], "`--batch-size` (=0) must be 1 or more"),
         (["empty.ckpt", "--batch-size", "many"], "`--batch-size` (=many) must be an integer"),
-        (["empty.ckpt", "--num-workers", "-1"], "`num_workers` (=-1) must be 0 or more"),
+        (["empty.ckpt", "--num-workers", "-1"], "`--num-workers` (=-1) must be 0 or more"),
         (["empty.ckpt", "--on-corrupt", "ask"], "`--on-corrupt` (=ask) must be `stop` or `skip`"),
-        (["empty.ckpt", "--output-dir", "empty.ckpt"], "File exists: `empty.ckpt`"),
+        (["empty.ckpt", "--out-dir", "empty.ckpt"], "File exists: `empty.ckpt`"),
     ],
 )
 def test_usage_errors_print_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):

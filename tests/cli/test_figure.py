@@ -37,7 +37,7 @@ def test_gradient_angle_without_options(revnet, calls, tmp_path, monkeypatch):
 def test_gradient_angle_takes_training_settings(revnet, calls, tmp_path):
     (tmp_path / "settings.yaml").write_text("epochs: 7\ndecay_at: [0.25, 0.5]\ndata: my images\nout_dir: null\n")
     arguments = ["--config", tmp_path / "settings.yaml", "--every", 3, "--reference", "--crop-padding=2", "--nesterov"]
-    assert revnet("figure", "gradient-angle", *arguments, "--output-dir", tmp_path / "out")[0] == 0
+    assert revnet("figure", "gradient-angle", *arguments, "--out-dir", tmp_path / "out")[0] == 0
     ((config, folder, command, options),) = calls
     assert config == TrainConfig(epochs=7, decay_at=(0.25, 0.5), data="my images", crop_padding=2, nesterov=True)
     assert folder == tmp_path / "out"
@@ -52,7 +52,7 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     assert revnet("figure", "complexity")[0] == 0
-    assert revnet("figure", "complexity", "--quick", "--device", "cpu", "--output-dir", "somewhere")[0] == 0
+    assert revnet("figure", "complexity", "--quick", "--device", "cpu", "--out-dir", "somewhere")[0] == 0
     assert calls == [
         (ComplexitySettings(), Path("benchmarks/results"), "revnet figure complexity --device cpu", {}),
         (QUICK_COMPLEXITY, Path("somewhere"), "revnet figure complexity --quick --device cpu", {}),
@@ -70,7 +70,7 @@ def test_complexity(revnet, calls, tmp_path, monkeypatch):
             ["gradient-angle", "--quick"],
             "`--quick` is for complexity; to shorten gradient-angle, pass fewer",
         ),
-        (["gradient-angle", "--epochs", "0"], "`epochs` (=0) must be 1 or more"),
+        (["gradient-angle", "--epochs", "0"], "`--epochs` (=0) must be 1 or more"),
         (["gradient-angle", "--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
         (["complexity", "--every", "50"], "`--every` is for gradient-angle; leave it out."),
         (["complexity", "--reference"], "`--reference` is for gradient-angle; leave it out."),
@@ -86,14 +86,13 @@ def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet32"], "`model` (='resnet32') has no reversible block, so nothing is rebuilt"),
-        (["--policy", "store"], "`policy` (='store') must not be set, since both policies are run; leave it out."),
+        (["--model", "resnet32"], "`--model` (='resnet32') has no reversible block, so nothing is rebuilt"),
+        (["--policy", "store"], "`--policy` (='store') must not be set, since both policies are run; leave it out."),
         (
             ["--memory-budget", "1GiB"],
-            "`memory_budget` (='1GiB') must not be set, since one run rebuilds everything and",
+            "`--memory-budget` (='1GiB') must not be set, since one run rebuilds everything and",
         ),
-        (["--out-dir", "x"], "`out_dir` (='x') must not be set, since there are two runs; leave it out."),
-        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
+        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1293 training images"),
     ],
 )
 def test_rejected_settings_write_nothing(assert_refused, tmp_path, monkeypatch, arguments, message):
@@ -104,7 +103,7 @@ def test_rejected_settings_write_nothing(assert_refused, tmp_path, monkeypatch, 
 
 def test_gradient_angle_of_two_updates(revnet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--max-updates", 2, "--batch-size", 20, "--every", 2, "--output-dir", "figures"]
+    arguments = ["--max-updates", 2, "--batch-size", 20, "--every", 2, "--out-dir", "figures"]
     code, output, errors = revnet("figure", "gradient-angle", *arguments)
     assert (code, errors) == (0, "")
     page = Path(output.splitlines()[-1].removeprefix("wrote ").partition(",")[0])

@@ -74,7 +74,7 @@ def test_saved_settings_reproduce_the_run(revnet, runs, tmp_path):
 
 @pytest.mark.parametrize("missing", ["top", "bottom", "left", "right", "random"])
 def test_sample_writes_a_grid_and_inpaints(revnet, runs, tmp_path, missing):
-    arguments = ["--num", 10, "--inpaint", missing, "--steps", 2, "--output-dir", tmp_path]
+    arguments = ["--num", 10, "--inpaint", missing, "--steps", 2, "--out-dir", tmp_path]
     code, output, errors = revnet("sample", runs / "nice", *arguments)
     assert (code, errors) == (0, "")
     bits = float(output.partition("test bits/dim  ")[2].partition(" (360 images of digits)")[0])
@@ -88,7 +88,7 @@ def test_sample_writes_a_grid_and_inpaints(revnet, runs, tmp_path, missing):
 def test_sample_depends_on_the_seed_alone(revnet, runs, tmp_path):
     pictures = []
     for number, seed in enumerate((0, 0, 1)):
-        assert revnet("sample", runs / "nice", "--seed", seed, "--output-dir", tmp_path / str(number))[0] == 0
+        assert revnet("sample", runs / "nice", "--seed", seed, "--out-dir", tmp_path / str(number))[0] == 0
         pictures.append((tmp_path / str(number) / "samples.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -109,12 +109,12 @@ def test_generate_continues_the_prompt(revnet, runs):
     ("arguments", "message"),
     [
         (["train", "lm"], "revnet train lm: error: `--data` is required: a text file"),
-        (["train", "lm", "--data", "none.txt"], "`data` (='{tmp}/none.txt') does not exist; pass a text file"),
-        (["train", "lm", "--dim", "10"], "`dim` (=10) must be a multiple of twice `num_heads` (=4)"),
-        (["train", "nice", "--num-couplings", "5"], "revnet train nice: error: `num_couplings` (=5) must be even"),
+        (["train", "lm", "--data", "none.txt"], "`--data` (='{tmp}/none.txt') does not exist; pass a text file"),
+        (["train", "lm", "--dim", "10"], "`--dim` (=10) must be a multiple of twice `--num-heads` (=4)"),
+        (["train", "nice", "--num-couplings", "5"], "revnet train nice: error: `--num-couplings` (=5) must be even"),
         (["train", "nice", "--prior", "flat"], "`--prior` (=flat) must be `logistic` or `gaussian`"),
         (["train", "nice", "--model", "revnet38"], "unknown option `--model`"),
-        (["train", "nice", "--resume", "{runs}/nice", "--seed", "3"], "`seed` (=3) cannot change within a run"),
+        (["train", "nice", "--resume", "{runs}/nice", "--seed", "3"], "`--seed` (=3) cannot change within a run"),
         (["train", "nice", "lm"], "`lm` needs an option before it; `revnet train nice --help` lists them all"),
         (["train", "--config", "digits/quick/nice"], "is for another task; its `task` says which"),
         (
@@ -124,9 +124,9 @@ def test_generate_continues_the_prompt(revnet, runs):
         (["sample", "{runs}/nice", "--inpaint", "middle"], "`--inpaint` (=middle) must be `top` or `bottom` or `left`"),
         (["sample", "{runs}/nice", "--num", "0"], "`--num` (=0) must be 1 or more"),
         (["sample", "{runs}/nice", "--temperature", "-1"], "`--temperature` (=-1.0) must be a finite number 0 or more"),
-        (["sample", "nowhere"], "`nowhere` is not a file"),
+        (["sample", "nowhere"], "`nowhere` does not exist"),
         (["generate", "{runs}/nice"], "holds a density of images, not a language model; use `revnet sample`"),
-        (["generate", "{runs}/lm", "--prompt", "Ö"], "`prompt` has the character 'Ö', which is not among the 22"),
+        (["generate", "{runs}/lm", "--prompt", "Ö"], "`--prompt` has the character 'Ö', which is not among the 22"),
         (["generate", "{runs}/lm", "--top-p", "2"], "`--top-p` (=2.0) must be a finite number above 0 and at most 1"),
         (["evaluate", "{runs}/nice"], "holds a density of images, not a classifier; use `revnet sample`"),
         (["evaluate", "{runs}/lm"], "holds a language model, not a classifier; use `revnet generate`"),
@@ -147,6 +147,6 @@ def test_folder_of_a_run_stands_for_its_last_weights(revnet, runs, tmp_path):
     outputs = []
     for name in ("", "last.safetensors"):
         outputs.append(revnet("generate", runs / "lm" / name, "--num", 5)[1])
-        outputs.append(revnet("sample", runs / "nice" / name, "--num", 4, "--output-dir", tmp_path)[1])
+        outputs.append(revnet("sample", runs / "nice" / name, "--num", 4, "--out-dir", tmp_path)[1])
     assert outputs[:2] == outputs[2:]
     assert outputs[1].startswith(f"weights        {runs / 'nice' / 'last.safetensors'}\n")

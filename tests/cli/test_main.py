@@ -10,13 +10,15 @@ import pytest
 import revnet as package
 from revnet.cli.main import COMMANDS, main
 from revnet.errors import DataError
+from tests.cli.random_lines import FUNCTIONS
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"]])
 def test_help_lists_all_commands(revnet, arguments):
     code, output, errors = revnet(*arguments)
     assert (code, errors) == (0, "")
-    assert all(f"  {name} " in output and summary in output for name, summary in COMMANDS.items())
+    text = " ".join(output.split())
+    assert all(f" {name} {summary} " in text for name, summary in COMMANDS.items())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -29,21 +31,36 @@ def test_command_is_a_documented_function_with_help(revnet, name):
     assert "Args:" not in output
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["train", "--help"],
-        ["train", "--epochs", "0"],
-        ["evaluate", "--help"],
-        ["plan", "--help"],
-        ["plan", "revnet38"],
-    ],
-)
-def test_torch_is_not_loaded_for_help_or_wrong_flags(arguments):
-    code = f"import sys; from revnet.cli.main import main; main({arguments}); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_torch_is_not_loaded_for_help_or_wrong_flags():
+    lines = [["--help"], ["--version"], ["train", "--epochs", "0"], ["plan", "revnet38"], ["recipes"]]
+    lines += [[*command.split("_", 1), "--help"] for command in FUNCTIONS]
+    done = run_python(
+        "import sys\n"
+        "from revnet.cli.main import main\n"
+        f"for line in {lines}:\n"
+        "    main(line)\n"
+        "    heavy = {'lightning', 'matplotlib', 'numpy', 'torch'} & sys.modules.keys()\n"
+        "    assert not heavy, (line, heavy)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_m_revnet_is_the_command_line():
+    command = [sys.executable, "-m", "revnet", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == f"{package.__version__}\n"
+
+
+def test_matplotlib_does_not_warn_without_a_writable_home(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name[:3] not in ("MPL", "XDG")}
+    environment |= {"HOME": "/proc/nothing", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "revnet", "memory", "revnet38", "--batch", "1", "--out-dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.glob("matplotlib-*")) or list(tmp_path.glob("memory_*.png"))
 
 
 def test_version(revnet):

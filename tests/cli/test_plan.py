@@ -61,7 +61,7 @@ def _in_a_folder_with_own_models(tmp_path, monkeypatch):
 
 def test_prints_and_plots_a_plan(revnet, tmp_path):
     pytest.importorskip("matplotlib")
-    code, output, errors = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB", "--output-dir", "pictures")
+    code, output, errors = revnet("plan", "revnet38", *SMALL, "--budget", "10MiB", "--out-dir", "pictures")
     assert (code, errors) == (0, "")
     assert output.startswith("revnet38: a training step on 4 inputs of 3x32x32, SGD with momentum, 32-true, cpu\n\n")
     for words in ("budget     10.0 MiB", "units ", "stages.2.reversible.blocks", "plain autograd", "least memory"):
@@ -139,10 +139,10 @@ def test_models_of_the_user(revnet, arguments):
             ["own_networks:Net", "--budget", "1GiB", "--input-shape", "[0]"],
             "`--input-shape` (=[0]) must hold positive",
         ),
-        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "PyTorch can count"),
+        (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[2000000000000,8000000]"], "a step can count"),
         (["own_networks:Net", "--budget", "1GiB", "--input-shape", "[3]", "--image", "3"], "leave one of the two out"),
         (["revnet38", "--budget", "1GiB", "--input-shape", "[3]"], "`--input-shape` is for models of your own"),
-        (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`device` (='gpu') is not a device"),
+        (["revnet38", "--budget", "1GiB", "--device", "gpu"], "`--device` (='gpu') is not a device"),
         (["own_networks.py:Net", "--budget", "1GiB"], "must be written package.module:attribute"),
         (["no_such:Net", "--budget", "1GiB"], "no module `no_such` is installed"),
         (

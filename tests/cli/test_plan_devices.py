@@ -107,7 +107,7 @@ def test_prints_the_stages_of_a_pipeline(revnet):
             "`--keep-gathered` is for `--strategy",
         ),
         (["--devices", "2", "--strategy", "ddp", "--measure"], "`--measure` times steps on one device"),
-        (["--devices", "2", "--strategy", "ddp", "--output-dir", "x"], "`--output-dir` is for the picture"),
+        (["--devices", "2", "--strategy", "ddp", "--out-dir", "x"], "`--out-dir` is for the picture"),
         (["--devices", "2", "--strategy", "ddp", "--device", "cuda"], "`--device` (=cuda) must be auto or cpu"),
         (["--devices", "2", "--strategy", "ddp", "--budget", "x"], "`--budget` (='x') must be a number of bytes"),
         (

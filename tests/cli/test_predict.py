@@ -132,18 +132,18 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: checkpoint, images"),
-        (["run"], "the following arguments are required: images"),
-        (["no/such/run", "0_0.png"], "`no/such/run` is not a file; pass a `.safetensors` or `.ckpt` file"),
+        ([], "`CHECKPOINT` and `IMAGES` are missing; `revnet predict --help` explains it."),
+        (["run"], "`IMAGES` is missing; `revnet predict --help` explains it."),
+        (["no/such/run", "0_0.png"], "`no/such/run` does not exist; pass a `.safetensors` or `.ckpt` file"),
         (
             ["run", "0_0.png", "--top", "1", "0_1.png", "b c.png"],
             "`0_1.png b c.png` is separated from the other IMAGES; write them one after the other.",
         ),
         (["run", "0_0.png", "-t", "1"], "unknown option `-t`; did you mean `--top`?"),
         (["run", "--images", "0_0.png"], "unknown option `--images`; `revnet predict --help` lists them all"),
-        (["run", "0_0.png", "--top", "0"], "`top` (=0) must be 1 or more"),
+        (["run", "0_0.png", "--top", "0"], "`--top` (=0) must be 1 or more"),
         (["run", "0_0.png", "--top", "many"], "`--top` (=many) must be an integer"),
-        (["run", "0_0.png", "--device", "abacus"], "`device` (='abacus') is not a device"),
+        (["run", "0_0.png", "--device", "abacus"], "`--device` (='abacus') is not a device"),
         (["run", "0_0.png", "--csv", "no/such/folder.csv"], "`--csv` (=no/such/folder.csv) must be a file in a folder"),
         (["run", "0_0.png", "--jsonl", "."], "`--jsonl` (=.) must be a file in a folder that exists"),
         (["run", "0_0.png", "--csv", "."], "`--csv` (=.) must be a file in a folder that exists"),

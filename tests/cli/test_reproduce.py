@@ -13,7 +13,7 @@ def test_options_reach_the_table(revnet, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "reproduce", reproduce)
     arguments = ["--data", "somewhere", "--models", "resnet32,revnet38", "--seeds", "0,1", "--epochs", "3"]
-    code, output, errors = revnet("reproduce", "cifar10-quick", *arguments, "--output-dir", tmp_path / "out")
+    code, output, errors = revnet("reproduce", "cifar10-quick", *arguments, "--out-dir", tmp_path / "out")
     assert (code, errors) == (0, "")
     assert "the table" in output
     ((name, folder, options),) = calls
@@ -34,7 +34,7 @@ def test_options_reach_the_table(revnet, monkeypatch, tmp_path):
         (["cifar11"], "unknown table `cifar11`; did you mean `cifar10`?"),
         (["zzz"], "unknown table `zzz`; the tables are cifar10, "),
         (["cifar10", "--seeds", "a"], "`--seeds` (=a) must be whole numbers separated by commas, such as 0,1."),
-        (["cifar10", "--models", "resnet50"], "`models` (=resnet50) is not in the table cifar10"),
+        (["cifar10", "--models", "resnet50"], "`--models` (=resnet50) is not in the table cifar10"),
     ],
 )
 def test_usage_errors_print_one_line(assert_refused, arguments, message):

@@ -101,7 +101,7 @@ def test_resume_rejects_settings(revnet, run_dir, assert_refused):
     assert "epochs  1, 3 updates of 400 images" in output
     assert_refused(
         ["train", "--resume", run_dir, "--batch-size", 3],
-        "`batch_size` (=3) cannot change within a run, which has 400; leave it out, or start a new run",
+        "`--batch-size` (=3) cannot change within a run, which has 400; leave it out, or start a new run",
     )
 
 
@@ -119,7 +119,7 @@ def test_resume_auto_starts_a_run_and_continues_it(revnet, assert_refused, tmp_p
     assert output.startswith("changed  epochs 1 -> 2\n")
     assert "epoch 1/2" not in output
     assert "epoch 2/2" in output
-    assert_refused([*command, "--seed", 1], "`seed` (=1) cannot change within a run, which has 0")
+    assert_refused([*command, "--seed", 1], "`--seed` (=1) cannot change within a run, which has 0")
     assert_refused(command[:3], "`--resume auto` needs a folder; pass `--out-dir FOLDER`")
 
 
@@ -128,28 +128,28 @@ def test_resume_auto_starts_a_run_and_continues_it(revnet, assert_refused, tmp_p
     [
         (
             ["--save-every", "0"],
-            "`save_every` (='0') must be above 0; pass a number of updates, such as 500, or a time",
+            "`--save-every` (='0') must be above 0; pass a number of updates, such as 500, or a time",
         ),
-        (["--save-every", "10 apples"], "`save_every` (='10 apples') must be a number of updates, such as 500, or a"),
-        (["--keep-checkpoints", "0"], "`keep_checkpoints` (=0) must be 1 or more"),
-        (["--epochs", "0"], "`epochs` (=0) must be 1 or more"),
+        (["--save-every", "10 apples"], "`--save-every` (='10 apples') must be a number of updates, such as 500, or a"),
+        (["--keep-checkpoints", "0"], "`--keep-checkpoints` (=0) must be 1 or more"),
+        (["--epochs", "0"], "`--epochs` (=0) must be 1 or more"),
         (["--epochs", "1.5"], "`--epochs` (=1.5) must be an integer"),
-        (["--epochs", "-1"], "`epochs` (=-1) must be 1 or more"),
+        (["--epochs", "-1"], "`--epochs` (=-1) must be 1 or more"),
         (["--epochs"], "`--epochs` needs a value"),
         (["--epoch", "3"], "unknown option `--epoch`; did you mean `--epochs`?"),
         (["--zzz", "3"], "unknown option `--zzz`; `revnet train --help` lists them all"),
         (["digits"], "`digits` needs an option before it; `revnet train --help` lists them all"),
         (["--lr", "nan"], "`--lr` (=nan) must be a number"),
-        (["--lr", "-1"], "`lr` (=-1.0) must be a finite number above 0"),
+        (["--lr", "-1"], "`--lr` (=-1.0) must be a finite number above 0"),
         (["--horizontal-flip", "maybe"], "`--horizontal-flip` (=maybe) must be true or false or null"),
         (["--decay-at", "0.5"], "`--decay-at` (=0.5) must be a list in brackets"),
         (["--precision", "16"], "`--precision` (=16) must be `32-true` or `bf16-mixed`"),
-        (["--memory-budget", "16 apples"], "`memory_budget` (='16 apples') must be a number of bytes with a unit"),
-        (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`policy` (='checkpoint') does not go with a"),
-        (["--batch-size", "5000"], "`batch_size` (=5000) must not exceed the 1293 training images"),
+        (["--memory-budget", "16 apples"], "`--memory-budget` (='16 apples') must be a number of bytes with a unit"),
+        (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`--policy` (='checkpoint') does not go with a"),
+        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1293 training images"),
         (["--model", "revnet83"], "did you mean 'revnet38'?"),
         (["--data", "no/such/folder"], "does not exist"),
-        (["--resume", "no/such/run"], "`no/such/run` holds no config.yaml"),
+        (["--resume", "no/such/run"], "`no/such/run` does not exist"),
         (["--config", "no.yaml"], "`--config` (no.yaml): file does not exist; pass a YAML file"),
         (["--config", "."], "`--config` (.): path is not a file"),
     ],

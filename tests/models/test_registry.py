@@ -72,7 +72,7 @@ def test_register_model(monkeypatch):
 def test_unknown_name(function):
     with pytest.raises(ValueError, match=r"`name` \(='revnet83'\) is not a model of revnet; did you mean 'revnet38'\?"):
         function("revnet83")
-    with pytest.raises(ValueError, match=r"`name` \(='gpt'\) is not a model of revnet; the models are: irevnet301,"):
+    with pytest.raises(ValueError, match=r"`name` \(='gpt'\) is not a model of revnet; `revnet models` lists them"):
         function("gpt")
 
 

@@ -100,7 +100,7 @@ def test_resume_rejects_a_checkpoint_of_another_model(finished, tmp_path):
 
 
 def test_resume_rejects_a_folder_without_a_run(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no config\.yaml; pass the folder of a run"):
+    with pytest.raises(CheckpointError, match=r"nowhere` does not exist; pass the folder of a run"):
         resume(tmp_path / "nowhere")
 
 

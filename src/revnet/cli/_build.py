@@ -53,13 +53,13 @@ def build_step(flags: StepFlags) -> BuiltStep:
     try:
         inputs = torch.empty(flags.batch, *shape, dtype=getattr(torch, flags.input_dtype), device="meta")
     except (RuntimeError, TypeError) as error:  # an integer out of range
-        raise UsageError(f"{flags.batch} inputs of {_join(shape)} are more than PyTorch can count.") from error
+        raise UsageError(f"{flags.batch:,} inputs of {_join(shape)} are more than PyTorch can count.") from error
     options = {
         "optimizer": _OPTIMIZERS[flags.optimizer],
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,
     }
     description = (
-        f"{flags.model}: a training step on {flags.batch} input{'s' * (flags.batch > 1)} of {_join(shape)}, "
+        f"{flags.model}: a training step on {flags.batch:,} input{'s' * (flags.batch > 1)} of {_join(shape)}, "
         f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}"
     )
     return BuiltStep(model, inputs, device, options, description)

@@ -60,7 +60,7 @@ def build_doctor_inputs(flags: StepFlags, data: str | None) -> DoctorInputs:
     if inputs.dim() == 4:  # images are in channels-last order, as in `revnet train`
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     shape = "x".join(map(str, inputs.shape[1:])) or "one number"
-    step = f"a training step on {len(inputs)} {doctor_inputs.description} of {shape}"
+    step = f"a training step on {len(inputs):,} {doctor_inputs.description} of {shape}"
     description = f"{flags.model}: {step}, {flags.precision}, {device}"
     return replace(doctor_inputs, model=doctor_inputs.model.to(device).train(), inputs=inputs, description=description)
 

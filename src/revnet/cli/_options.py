@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from revnet.cli._docstrings import describe_arguments, describe_fields
+from revnet.cli._values import choices, is_switch, takes_choices_only
 from revnet.training.settings.fields import list_groups
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -46,6 +47,18 @@ class Option:
         """The option as it is written on the command line."""
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that the option takes, if only these: of a `Literal`, or of a switch."""
+        if takes_choices_only(self.kind):
+            return choices(self.kind)
+        return ("true", "false") if is_switch(self.kind) else ()
+
+    @property
+    def word(self) -> str:
+        """The option or positional argument as the help writes it."""
+        return self.name.upper() if self.is_required else self.flag
+
 
 def takes_settings(settings: type) -> Callable[[_Function], _Function]:
     """Declare that a command's `**settings` are the fields of the dataclass `settings`, each with a default."""
@@ -70,8 +83,10 @@ def list_options(function: Callable[..., Any]) -> list[Option]:
         return options
     kinds, sentences = get_type_hints(settings), describe_fields(settings)
     defaults = settings()
+    own = {option.name for option in options}  # a parameter of the command hides the setting of its name
     return options + [
         Option(name, kinds[name], sentences.get(name, ""), getattr(defaults, name), title)
         for title, names in list_groups(settings).items()
         for name in names
+        if name not in own
     ]

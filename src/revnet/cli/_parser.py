@@ -2,17 +2,23 @@
 
 import argparse
 import difflib
-import shutil
-import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from revnet.cli._config_file import read_config
 from revnet.cli._docstrings import describe_function
 from revnet.cli._errors import UsageError
+from revnet.cli._flag_names import name_flags
+from revnet.cli._help import HelpFormatter
 from revnet.cli._options import Option, list_options
-from revnet.cli._values import choices, describe_type, is_list, is_switch, read_text, takes_choices_only
+from revnet.cli._values import describe_type, is_list, is_switch, read_text
+from revnet.training.recipes import list_recipes
 from revnet.training.settings.devices import explain_device
+
+_LONGEST_CHOICES = 40
+"""Number of characters of all choices up to which they stand for the value in the help."""
 
 
 def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
     Raises:
         UsageError: An argument is unknown, missing or of the wrong type, or a YAML file is missing or broken.
     """
-    parser = _Parser(function, prog)
+    parser = CommandParser(function, prog)
     try:
         given, unknown = parser.parse_known_args(_with_dashes(arguments))
     except argparse.ArgumentError as error:  # argparse reads text only, so this is the one mistake left
@@ -36,30 +42,31 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
     if unknown:
         raise UsageError(parser.explain_unknown(unknown))
     values = vars(given)
+    _check_model(values, parser)
     if values.pop("print_config", False):
         print(parser.format_config(values), end="")
         raise SystemExit(0)
     return values
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    """Fill the paragraphs of a docstring to the width of the terminal, and keep its examples as they are."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=min(shutil.get_terminal_size().columns - 2, 100))
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = text.split("\n\n")
-        return "\n\n".join(
-            paragraph if "\n " in paragraph else textwrap.fill(paragraph, width, break_on_hyphens=False)
-            for paragraph in paragraphs
-        )
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
+def _check_model(values: dict[str, Any], parser: "CommandParser") -> None:
+    """Raise if the model is the name of a recipe."""
+    name = values.get("model")
+    if name is None or name not in list_recipes() or Path(name).exists():
+        return
+    (option,) = (option for option in parser.known if option.name == "model")
+    way_out = f"`--config {name}`, or " if option.is_setting else ""
+    raise UsageError(f"`{option.word}` (={name}) is a recipe, not a model; pass {way_out}{name.rpartition('/')[2]}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command.
+
+    Args:
+        function: Function of the command.
+        prog: The command as it is typed.
+    """
+
     def __init__(self, function: Callable[..., Any], prog: str) -> None:
         self.known = list_options(function)
         self.positional = [option for option in self.known if option.is_required]
@@ -68,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
             prog=prog,
             usage=" ".join([prog, *words, "[options]"]),
             description=describe_function(function),
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             argument_default=argparse.SUPPRESS,
             exit_on_error=False,
             allow_abbrev=False,
@@ -86,11 +93,14 @@ class _Parser(argparse.ArgumentParser):
             title: self.add_argument_group(title) for title in dict.fromkeys(o.group for o in self.known) if title
         }
         for option in self.known:
-            _add_option(self if option.group is None else groups[option.group], option)
+            text = name_flags(option.help, self.known)
+            _add_option(self if option.group is None else groups[option.group], replace(option, help=text))
 
     def error(self, message: str) -> NoReturn:
         """Raise the only error that argparse reports here: a positional argument is missing."""
-        raise UsageError(message)
+        names = message.rpartition(": ")[2].split(", ")
+        words = " and ".join(f"`{name.upper()}`" for name in names)
+        raise UsageError(f"{words} {'is' if len(names) == 1 else 'are'} missing; `{self.prog} --help` explains it.")
 
     def explain_unknown(self, unknown: Sequence[str]) -> str:
         """Return a message about arguments that match no option."""
@@ -122,10 +132,12 @@ def _add_option(group: Any, option: Option) -> None:
     if option.is_required:
         group.add_argument(option.name, nargs="+" if option.takes_many else None, help=option.help)
         return
-    names = (choices(option.kind) if takes_choices_only(option.kind) else ()) or (
-        ("true", "false") if is_switch(option.kind) else ()
-    )
-    metavar = "{" + ",".join(names) + "}" if names else "[X,...]" if is_list(option.kind) else option.name.upper()
+    metavar = "[X,...]" if is_list(option.kind) else option.name.upper()
+    text = option.help
+    if option.choices and sum(map(len, option.choices)) < _LONGEST_CHOICES:
+        metavar = "{" + ",".join(option.choices) + "}"
+    elif option.choices:
+        text += f" One of {', '.join(option.choices)}."
     default = "" if option.default is None else f" (default: {_spell(option.default)})"
     group.add_argument(
         option.flag,
@@ -135,7 +147,7 @@ def _add_option(group: Any, option: Option) -> None:
         nargs="?" if is_switch(option.kind) else None,
         const="true",
         metavar=metavar,
-        help=(option.help + default).replace("%", "%%"),
+        help=(text + default).replace("%", "%%"),
     )
 
 

@@ -69,12 +69,12 @@ class DeviceFlags:
         return self.microbatches or 4 * (self.devices or 1)
 
 
-def check_with_step(flags: StepFlags, device_flags: DeviceFlags, *, measure: bool, output_dir: str | None) -> None:
+def check_with_step(flags: StepFlags, device_flags: DeviceFlags, *, measure: bool, out_dir: str | None) -> None:
     """Raise unless the step can run on several devices, and its batch can be divided."""
     if measure:
         raise UsageError("`--measure` times steps on one device; leave it out, or leave out `--devices`.")
-    if output_dir is not None:
-        raise UsageError("`--output-dir` is for the picture of a plan on one device; leave it out with `--devices`.")
+    if out_dir is not None:
+        raise UsageError("`--out-dir` is for the picture of a plan on one device; leave it out with `--devices`.")
     if flags.device not in ("auto", "cpu"):
         raise UsageError(
             f"`--device` (={flags.device}) must be auto or cpu with `--devices`, which counts bytes of processes on "

@@ -1,5 +1,6 @@
 """Options that `revnet memory`, `plan` and `doctor` share: which training step they examine."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ OptimizerName = Literal["sgd", "adam", "adamw", "none"]
 
 _MOST = 1_000_000
 """Largest batch and image size: above, the operations of a step overflow 64 bits."""
+
+_MOST_NUMBERS = 10**12
+"""Largest number of elements of all inputs: above, a large model has more FLOPs than 64 bits count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,12 @@ class StepFlags:
             raise UsageError("`--image` and `--input-shape` both set the shape of an input; leave one of the two out.")
         if self.input_shape is not None and not all(size > 0 for size in self.input_shape):
             raise UsageError(f"`--input-shape` (={list(self.input_shape)}) must hold positive sizes, such as [512].")
+        shape = self.input_shape if self.image is None else (3, self.image, self.image)
+        if shape is not None and self.batch * math.prod(shape) > _MOST_NUMBERS:
+            raise UsageError(
+                f"`--batch` (={self.batch}) inputs of {'x'.join(map(str, shape))} are more than a step can count; pass "
+                "smaller sizes."
+            )
         if not self.is_own and (self.input_shape is not None or self.input_dtype != "float32"):
             flag = "--input-dtype" if self.input_shape is None else "--input-shape"
             raise UsageError(
@@ -70,9 +80,9 @@ class StepFlags:
         return folder / f"{'_'.join([kind, model, f'batch{self.batch}', *words])}.png"
 
 
-def open_folder(output_dir: str | None) -> Path:
+def open_folder(out_dir: str | None) -> Path:
     """Create the folder for pictures, before the work, so that a bad path fails at once."""
-    folder = Path(output_dir or ".").expanduser()
+    folder = Path(out_dir or ".").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

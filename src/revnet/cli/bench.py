@@ -15,7 +15,7 @@ def bench(
     quick: bool = False,
     host: bool = False,
     device: str = "cpu",
-    output_dir: str | None = None,
+    out_dir: str | None = None,
     num_rounds: int | None = None,
 ) -> None:
     """Compare memory, time and correctness with other ways to train.
@@ -31,14 +31,14 @@ def bench(
         revnet bench --quick
         revnet bench
         revnet bench --host
-        revnet bench --device cuda --output-dir results
+        revnet bench --device cuda --out-dir results
 
     Args:
         quick: Measure only a few shallow stacks, in about a minute.
         host: Measure processor time on tiny tensors, on one CPU thread.
         device: Device to measure on: cpu, cuda, cuda:1.
-        output_dir: Folder for the page, its CSV files and its pictures; `benchmarks/results` if it exists, otherwise
-            the current folder.
+        out_dir: Folder for the page, its CSV files and its pictures; by default `benchmarks/results` if it exists,
+            otherwise the current folder.
         num_rounds: Number of timed rounds per method. By default 15, or 3 with `--quick`; with `--host` 101, or 11 with
             `--quick`.
     """
@@ -49,7 +49,7 @@ def bench(
             f"`--device` (={device}) must be cpu with `--host`, which measures processor time; leave it out."
         )
     results = Path("benchmarks/results")
-    folder = Path(output_dir) if output_dir is not None else results if results.is_dir() else Path()
+    folder = Path(out_dir) if out_dir is not None else results if results.is_dir() else Path()
     command = ["revnet bench", "--host" * host, "--quick" * quick, f"--device {device}" * (device != "cpu")]
     command += [f"--num-rounds {num_rounds}"] if num_rounds is not None else []
     line = " ".join(filter(None, command))

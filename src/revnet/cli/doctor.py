@@ -18,7 +18,7 @@ def doctor(
     exact: bool = False,
     tolerance: float | None = None,
     device: str = "auto",
-    output_dir: str | None = None,
+    out_dir: str | None = None,
 ) -> None:
     """Measure the error of rebuilt activations per block, and suggest remedies.
 
@@ -46,7 +46,7 @@ def doctor(
         exact: Use exact reversal: streams on a fixed-point grid, rebuilt to the last bit.
         tolerance: Store streams at as few blocks as needed to keep errors below this, such as 1e-3.
         device: Device to run on: auto, cpu, cuda, cuda:1.
-        output_dir: Folder for the picture; the current folder by default.
+        out_dir: Folder for the picture; the current folder by default.
     """
     flags = StepFlags(
         model=model,
@@ -62,7 +62,7 @@ def doctor(
         check_number("--tolerance", tolerance, "above 0 and below 1", lambda x: 0 < x < 1, "1e-3 is usual")
     if tolerance is not None and exact:
         raise UsageError("`--exact` leaves no error for `--tolerance` to bound; leave one of the two out.")
-    folder = open_folder(output_dir)
+    folder = open_folder(out_dir)
 
     import torch
 

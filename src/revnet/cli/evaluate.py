@@ -11,7 +11,7 @@ def evaluate(
     checkpoint: str,
     *,
     data: str | None = None,
-    output_dir: str | None = None,
+    out_dir: str | None = None,
     batch_size: int | None = None,
     num_workers: int = 0,
     on_corrupt: OnCorrupt = "stop",
@@ -25,7 +25,7 @@ def evaluate(
 
     Examples:
         revnet evaluate runs/digits_revnet38_1
-        revnet evaluate runs/digits_revnet38_1/best.safetensors --output-dir evaluations
+        revnet evaluate runs/digits_revnet38_1/best.safetensors --out-dir evaluations
         revnet evaluate runs/imagenet_revnet56_1 --data path/to/imagenet --num-workers 8
 
     Args:
@@ -33,7 +33,7 @@ def evaluate(
             are used; best.safetensors in it holds the best weights on validation.
         data: Data set, by name or path; by default, the data set of the run. Its test images are used, and
             classes are matched by name.
-        output_dir: Folder for the results; the folder of the checkpoint by default.
+        out_dir: Folder for the results; the folder of the checkpoint by default.
         batch_size: Images per batch, on each device; 500 by default, fewer for images larger than 64x64.
         num_workers: Processes that decode images for each device, if the data are not held in memory.
         on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
@@ -41,8 +41,8 @@ def evaluate(
         devices: Number of devices that divide the images; auto takes all GPUs. By default, the processes that torchrun
             or SLURM has started, or one device.
     """
-    if output_dir is not None:
-        Path(output_dir).expanduser().mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
+    if out_dir is not None:
+        Path(out_dir).expanduser().mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
 
     from revnet import training
     from revnet.training.evaluation.evaluation_report import report_evaluation
@@ -61,7 +61,7 @@ def evaluate(
     if not is_printing():
         return
     print(report_evaluation(result), flush=True)
-    files = result.save(output_dir)
+    files = result.save(out_dir)
     for number, file in enumerate(files):
         print(f"{'' if number else 'written':13}  {file}")
     if all(file.suffix != ".png" for file in files):

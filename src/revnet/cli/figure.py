@@ -18,7 +18,7 @@ _DEFAULT_EVERY = 50
 def figure(
     name: str,
     *,
-    output_dir: str | None = None,
+    out_dir: str | None = None,
     every: int | None = None,
     reference: bool = False,
     quick: bool = False,
@@ -38,13 +38,13 @@ def figure(
     Examples:
         revnet figure gradient-angle
         revnet figure gradient-angle --every 10 --reference --epochs 20
-        revnet figure gradient-angle --config cifar10/quick/revnet38 --output-dir results
+        revnet figure gradient-angle --config cifar10/quick/revnet38 --out-dir results
         revnet figure complexity --quick
 
     Args:
         name: Name of the figure: gradient-angle or complexity.
-        output_dir: Folder for the page, its CSV files and its picture; `benchmarks/results` if it exists, otherwise the
-            current folder.
+        out_dir: Folder for the page, its CSV files and its picture; by default `benchmarks/results` if it exists,
+            otherwise the current folder.
         every: For gradient-angle, number of updates between measurements; 50 by default.
         reference: For gradient-angle, also compare stored gradients in float32 with float64.
         quick: For complexity, measure only shallow stacks, in a few seconds.
@@ -56,7 +56,7 @@ def figure(
         raise UsageError(f"unknown figure `{name}`; {hint}")
     config = TrainConfig(**settings)
     results = Path("benchmarks/results")
-    folder = Path(output_dir).expanduser() if output_dir is not None else results if results.is_dir() else Path()
+    folder = Path(out_dir).expanduser() if out_dir is not None else results if results.is_dir() else Path()
     if name == "gradient-angle":
         if quick:
             raise UsageError("`--quick` is for complexity; to shorten gradient-angle, pass fewer `--epochs`.")

@@ -4,6 +4,7 @@ Only the requested command is imported, so that `revnet --help` answers at once.
 """
 
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -12,42 +13,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import revnet
-from revnet.cli._errors import describe_error, is_expected
+from revnet.cli._commands import COMMANDS, COMPLETION, SUBCOMMANDS, format_help
+from revnet.cli._errors import describe_error, is_expected, one_line
 from revnet.training.processes.world import is_reported
-
-COMMANDS = {
-    "train": "train a classifier; by default, a small RevNet on handwritten digits (also `train nice`, `train lm`)",
-    "evaluate": "test a checkpoint: errors, hardest classes, confusions",
-    "predict": "classify image files",
-    "sample": "sample images from a density (`train nice`), or fill in missing halves",
-    "generate": "continue a text with a language model (`train lm`)",
-    "reproduce": "train the networks in a table of results, and compare them with the paper",
-    "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",
-    "memory": "show where the memory of a training step goes, for any model",
-    "plan": "fit a training step into a memory budget: which blocks to reverse, checkpoint or store",
-    "doctor": "measure the error of rebuilt activations and gradients, and suggest remedies",
-    "models": "list the models with their parameters and FLOPs",
-    "bench": "compare memory, time and correctness with other reversible libraries",
-}
-
-SUBCOMMANDS = {"train": ("nice", "lm")}
-"""Words after a command that select another function: `revnet train nice` runs `train_nice`."""
-
-HELP = f"""\
-usage: revnet COMMAND [options]
-
-Reversible residual networks: activation memory that does not grow with depth.
-
-commands:
-{chr(10).join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())}
-
-options:
-  -h, --help  show this help; `revnet COMMAND --help` shows the help of a command
-  --version   show the version
-
-environment:
-  REVNET_DEBUG=1  show tracebacks of errors
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,24 +29,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if name in ("", "-h", "--help", "help"):
-        print(HELP, end="")
+        print(format_help(), end="")
         return 0
     if name == "--version":
         print(revnet.__version__)
         return 0
+    if name.partition("=")[0] == COMPLETION:
+        return _run("completion", [*name.split("=", 1)[1:], *rest[:-1]], f"revnet {COMPLETION}")
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"the commands are {', '.join(COMMANDS)}."
         return _fail("revnet", f"unknown command `{name}`; {hint}")
-    return _run(name, rest[:-1])
+    return _run(name, rest[:-1], f"revnet {name}")
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
-    prog = f"revnet {name}"
+def _run(name: str, arguments: Sequence[str], prog: str) -> int:
     if arguments and arguments[0] in SUBCOMMANDS.get(name, ()):
         prog, name, arguments = f"{prog} {arguments[0]}", f"{name}_{arguments[0]}", arguments[1:]
     format_before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {message}\n"
+    matplotlib_log = logging.getLogger("matplotlib")
+    level_before = matplotlib_log.level
+    matplotlib_log.setLevel(logging.ERROR)  # it warns of its cache of fonts if the home folder cannot be written
+    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {_in_flags(str(message), name, arguments)}\n"
     try:
         parse = import_module("revnet.cli._parser").parse
         command = getattr(import_module(f"revnet.cli.{name}"), name)
@@ -98,10 +70,21 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             return 2
         if os.environ.get("REVNET_DEBUG") or not is_expected(error):
             raise
-        return _fail(prog, describe_error(error))
+        return _fail(prog, _in_flags(describe_error(error), name, arguments))
     finally:
         warnings.formatwarning = format_before
+        matplotlib_log.setLevel(level_before)
     return 0
+
+
+def _in_flags(message: str, name: str, arguments: Sequence[str]) -> str:
+    """Return a message of the library as one line, with the flags of the command for the parameters in it."""
+    from revnet.cli._flag_names import name_flags
+    from revnet.cli._options import list_options
+
+    module = sys.modules.get(f"revnet.cli.{name}")  # None if it could not be imported
+    options = [] if module is None else list_options(getattr(module, name))
+    return name_flags(one_line(message), options, arguments)
 
 
 def _fail(prog: str, message: str) -> int:

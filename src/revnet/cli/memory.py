@@ -20,7 +20,7 @@ def memory(
     step_in_backward: bool = False,
     measure: bool = False,
     device: str = "auto",
-    output_dir: str | None = None,
+    out_dir: str | None = None,
 ) -> None:
     """Show where the memory of a training step goes, for any model.
 
@@ -48,7 +48,7 @@ def memory(
             revnet.optim.StepInBackward does.
         measure: Run a real step on random inputs, and count what is allocated and freed.
         device: Device of the step: auto, cpu, cuda, cuda:1.
-        output_dir: Folder for the picture; the current folder by default.
+        out_dir: Folder for the picture; the current folder by default.
     """
     flags = StepFlags(
         model=model,
@@ -62,7 +62,7 @@ def memory(
         step_in_backward=step_in_backward,
     )
     check_integer("--depth", depth, at_least=0)
-    folder = open_folder(output_dir)
+    folder = open_folder(out_dir)
 
     from revnet.cli._build import build_step, materialize
     from revnet.errors import PredictionError

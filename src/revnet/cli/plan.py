@@ -36,7 +36,7 @@ def plan(
     keep_gathered: bool = False,
     microbatches: int | None = None,
     device: str = "auto",
-    output_dir: str | None = None,
+    out_dir: str | None = None,
 ) -> None:
     """Fit a training step into a memory budget, at the least cost in time.
 
@@ -75,7 +75,7 @@ def plan(
         keep_gathered: With fsdp2, keep gathered parameters between the passes, which saves communication.
         microbatches: With pipeline, parts into which the batch is divided; four times the number of devices by default.
         device: Device of the step: auto, cpu, cuda, cuda:1.
-        output_dir: Folder for the picture; the current folder by default.
+        out_dir: Folder for the picture; the current folder by default.
     """
     flags = StepFlags(
         model=model,
@@ -96,12 +96,12 @@ def plan(
         microbatches=microbatches,
     )
     if device_flags.is_given:
-        check_with_step(flags, device_flags, measure=measure, output_dir=output_dir)
+        check_with_step(flags, device_flags, measure=measure, out_dir=out_dir)
         plan_devices(flags, device_flags, budget)
         return
     if budget is None:
         raise UsageError("`--budget` is required: the memory that the step may use, such as --budget 16GiB.")
-    folder = open_folder(output_dir)
+    folder = open_folder(out_dir)
 
     from revnet.cli._build import build_step, materialize
     from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes, predict

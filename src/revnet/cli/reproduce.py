@@ -18,7 +18,7 @@ def reproduce(
     device: str | None = None,
     num_threads: int | None = None,
     num_workers: int | None = None,
-    output_dir: str | None = None,
+    out_dir: str | None = None,
     report_only: bool = False,
 ) -> None:
     """Train the networks in a table of results, and compare them with the paper.
@@ -42,10 +42,10 @@ def reproduce(
         seeds: Seeds, separated by commas; each row is trained once per seed.
         epochs: Number of epochs, which the table states; as in the recipe by default.
         precision: Precision of the arithmetic, 32-true or bf16-mixed; as in the recipe by default.
-        device: Device to train on: auto, cpu, cuda, mps.
-        num_threads: Number of CPU threads.
-        num_workers: Number of processes that decode images.
-        output_dir: Folder of the runs and of the table; `runs/<table>` by default.
+        device: Device to train on: auto, cpu, cuda, mps; as in the recipe by default.
+        num_threads: Number of CPU threads; as in the recipe by default.
+        num_workers: Number of processes that decode images; as in the recipe by default.
+        out_dir: Folder of the runs and of the table; `runs/<table>` by default.
         report_only: Write the table from existing runs, without training.
     """
     from revnet.paper.tables import TABLES
@@ -64,7 +64,7 @@ def reproduce(
         "num_threads": num_threads,
         "num_workers": num_workers,
     }
-    folder = Path("runs", table) if output_dir is None else Path(output_dir).expanduser()
+    folder = Path("runs", table) if out_dir is None else Path(out_dir).expanduser()
     options = {"models": models, "seeds": seeds, "epochs": epochs, "precision": precision}
     command = " ".join(
         [f"revnet reproduce {table}", *(f"--{name} {value}" for name, value in options.items() if value is not None)]

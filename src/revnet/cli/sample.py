@@ -15,7 +15,7 @@ def sample(
     step_size: float = 0.001,
     data: str | None = None,
     seed: int = 0,
-    output_dir: str | None = None,
+    out_dir: str | None = None,
     device: str = "auto",
 ) -> None:
     """Sample images from a density fitted by `revnet train nice`.
@@ -27,7 +27,7 @@ def sample(
     Examples:
         revnet sample runs/digits_nice_1
         revnet sample runs/digits_nice_1 --inpaint left --temperature 0.8
-        revnet sample runs/cifar10_nice_1/best.safetensors --num 64 --output-dir pictures
+        revnet sample runs/cifar10_nice_1/best.safetensors --num 64 --out-dir pictures
 
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train nice`, or the folder of a run, whose last
@@ -40,7 +40,7 @@ def sample(
         step_size: Size of the first step; lower it if the filled parts come out black and white.
         data: Data set of the test images, by name or path; by default, the data set of the run.
         seed: Seed of the samples and of the noise.
-        output_dir: Folder for the pictures; the folder of the checkpoint by default.
+        out_dir: Folder for the pictures; the folder of the checkpoint by default.
         device: Device to run on: auto, cpu, cuda, cuda:1, mps.
     """
     from revnet.training.settings.checks import check_integer, check_number
@@ -62,7 +62,7 @@ def sample(
         step_size=step_size,
         data=data,
         seed=seed,
-        output_dir=output_dir,
+        out_dir=out_dir,
         device=device,
     )
     print(result.report())

@@ -99,9 +99,7 @@ def _entry(name: str) -> _ModelEntry:
     if not isinstance(name, str) or name not in _ENTRIES:
         close = difflib.get_close_matches(describe(name).strip("'"), _ENTRIES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ValueError(
-            f"`name` (={describe(name)}) is not a model of revnet; {hint}the models are: {', '.join(list_models())}."
-        )
+        raise ValueError(f"`name` (={describe(name)}) is not a model of revnet; {hint}`revnet models` lists them.")
     return _ENTRIES[name]
 
 

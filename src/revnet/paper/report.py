@@ -55,12 +55,12 @@ class RunFigures:
     """Test error of the official code, in percent."""
 
 
-def write_report(table: Table, output_dir: Path, command: str) -> list[RunFigures]:
-    """Write `table.md` and `table.csv` of all finished runs in `output_dir`, and return their figures."""
-    figures = [run for row in table.rows for run in _read_runs(table, row, output_dir)]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "table.md").write_text("\n".join(format_report(table, figures, command)) + "\n")
-    with (output_dir / "table.csv").open("w", newline="") as file:
+def write_report(table: Table, out_dir: Path, command: str) -> list[RunFigures]:
+    """Write `table.md` and `table.csv` of all finished runs in `out_dir`, and return their figures."""
+    figures = [run for row in table.rows for run in _read_runs(table, row, out_dir)]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "table.md").write_text("\n".join(format_report(table, figures, command)) + "\n")
+    with (out_dir / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(RunFigures.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(run) for run in figures)
@@ -137,8 +137,8 @@ def _comparisons(table: Table, figures: Sequence[RunFigures]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _read_runs(table: Table, row: Row, output_dir: Path) -> list[RunFigures]:
-    folders = {folder: folder.name.partition("_seed")[2] for folder in output_dir.glob(f"{row.model}_seed*")}
+def _read_runs(table: Table, row: Row, out_dir: Path) -> list[RunFigures]:
+    folders = {folder: folder.name.partition("_seed")[2] for folder in out_dir.glob(f"{row.model}_seed*")}
     finished = [folder for folder, seed in folders.items() if seed.isdecimal() and (folder / "summary.json").is_file()]
     return [_read_run(table, row, folder) for folder in sorted(finished, key=lambda folder: int(folders[folder]))]
 

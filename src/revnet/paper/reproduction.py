@@ -27,7 +27,7 @@ class _Run:
 
 def reproduce(
     table: Table,
-    output_dir: str | Path,
+    out_dir: str | Path,
     *,
     models: Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
@@ -38,13 +38,13 @@ def reproduce(
 ) -> list[RunFigures]:
     """Train the missing runs of `table`, and write the results next to the paper's numbers.
 
-    Each run has a separate folder, `<output_dir>/<model>_seed<seed>`, with the files of `revnet train`. Runs are
+    Each run has a separate folder, `<out_dir>/<model>_seed<seed>`, with the files of `revnet train`. Runs are
     independent, so a table can be split over machines with `models` and `seeds`, and the folders merged afterwards. An
     interrupted run continues after its last finished epoch, and a finished run is kept.
 
     Args:
         table: One of `TABLES`.
-        output_dir: Folder of the runs, `table.md` and `table.csv`.
+        out_dir: Folder of the runs, `table.md` and `table.csv`.
         models: Rows to run. None means all rows.
         seeds: Seeds. Each model is trained once per seed.
         report_only: Whether to train nothing and write the table of the existing runs of all seeds.
@@ -53,14 +53,14 @@ def reproduce(
         settings: Settings of `TrainConfig` that replace the recipe's, such as `data` for a local copy of the data set.
 
     Returns:
-        The figures of all finished runs of the table in `output_dir`.
+        The figures of all finished runs of the table in `out_dir`.
 
     Raises:
         ValueError: A model is not in the table, a seed is given twice, a setting does not exist, or a run in
-            `output_dir` has other settings.
+            `out_dir` has other settings.
         TrainingInterrupted: The process received Ctrl-C or SIGTERM. The same call continues the table.
     """
-    output_dir = Path(output_dir).expanduser()
+    out_dir = Path(out_dir).expanduser()
     chosen = table.models if models is None else list(models)
     for model in chosen:
         if model not in table.models:
@@ -71,7 +71,7 @@ def reproduce(
         )
     # Check all settings before the first run starts. Train one seed after the other, so that pairs finish early.
     chosen = [model for model in table.models if model in chosen]
-    runs = [_plan(table, model, seed, output_dir, settings) for seed in seeds for model in chosen]
+    runs = [_plan(table, model, seed, out_dir, settings) for seed in seeds for model in chosen]
     for run in [] if report_only else runs:
         _check_same_settings(run)
     for number, run in enumerate(runs, 1):
@@ -80,12 +80,12 @@ def reproduce(
                 name = f"{run.row.model}, seed {run.config.seed}"
                 print(f"\n{table.name}, run {number} of {len(runs)}: {name}", flush=True)
             _train(run, quiet)
-            write_report(table, output_dir, command)
-    return write_report(table, output_dir, command)
+            write_report(table, out_dir, command)
+    return write_report(table, out_dir, command)
 
 
-def _plan(table: Table, model: str, seed: int, output_dir: Path, settings: dict[str, Any]) -> _Run:
-    folder = output_dir / f"{model}_seed{seed}"
+def _plan(table: Table, model: str, seed: int, out_dir: Path, settings: dict[str, Any]) -> _Run:
+    folder = out_dir / f"{model}_seed{seed}"
     config = TrainConfig.load(find_recipe(f"{table.recipe}/{model}"))
     unknown = sorted(set(settings) - {field.name for field in fields(TrainConfig)} | set(settings) & {"model", "seed"})
     if unknown:
@@ -106,7 +106,7 @@ def _check_same_settings(run: _Run) -> None:
         is_open = wanted is None or (field.name == "epochs" and run.config.max_updates is not None)
         if field.name not in _MAY_DIFFER and not is_open and wanted != existing:
             raise ValueError(
-                f"`output_dir` (={str(run.folder.parent)!r}) holds a run of {run.row.model} with "
+                f"`out_dir` (={str(run.folder.parent)!r}) holds a run of {run.row.model} with "
                 f"{field.name} = {existing}, not {wanted}; pass another folder."
             )
 

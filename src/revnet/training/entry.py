@@ -200,7 +200,8 @@ def _find_start(folder: Path, job: AbstractJob[Any], *, quiet: bool) -> Path | N
 def _find_family(folder: Path) -> _Family:
     path = folder / run_dir.CONFIG
     if not path.is_file():
-        raise CheckpointError(f"`{folder}` holds no {run_dir.CONFIG}; pass the folder of a run of `revnet train`.")
+        fault = f"holds no {run_dir.CONFIG}" if folder.exists() else "does not exist"
+        raise CheckpointError(f"`{folder}` {fault}; pass the folder of a run of `revnet train`.")
     task = read_task(path)
     if task not in _FAMILIES:
         raise CheckpointError(f"`{path}` is for the task `{task}`, which this revnet does not know; update revnet.")

@@ -30,7 +30,8 @@ def find_recipe(name: str) -> Path:
     """
     names = list_recipes()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"the recipes are {', '.join(names)}."
-        raise ValueError(f"`{name}` is neither a YAML file nor a recipe of revnet; {hint}")
+        same_model = [known for known in names if known.endswith(f"/{name}")]
+        close = same_model or difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean `{close[0]}`? " if close else ""
+        raise ValueError(f"`{name}` is neither a YAML file nor a recipe of revnet; {hint}`revnet recipes` lists them.")
     return recipes_dir() / f"{name}.yaml"

@@ -5,7 +5,16 @@ from revnet.memory import format_bytes, parse_bytes
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3_355_443, "3.2 MiB"), (5 * 2**30, "5.00 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3_355_443, "3.2 MiB"),
+        (5 * 2**30, "5.00 GiB"),
+        (2**30 - 1, "1.00 GiB"),
+        (3 * 2**40, "3.00 TiB"),
+        (2**63, "8,192.00 PiB"),
+    ],
 )
 def test_format_bytes(num_bytes, text):
     assert format_bytes(num_bytes) == text

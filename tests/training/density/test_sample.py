@@ -36,7 +36,7 @@ def test_random_mask_hides_about_half_of_the_pixels():
 
 
 def test_known_pixels_do_not_change(folder, tmp_path):
-    sample(folder, num_samples=1, missing="left", num_steps=1, output_dir=tmp_path)
+    sample(folder, num_samples=1, missing="left", num_steps=1, out_dir=tmp_path)
     picture = matplotlib.image.imread(tmp_path / "inpainting_left.png")
     height, width = 3 * 9 + 1, 20 * 9 + 1
     factor = round(1000 / width)
@@ -53,7 +53,7 @@ def test_known_pixels_do_not_change(folder, tmp_path):
 
 
 def test_returns_and_reports_samples(folder, tmp_path):
-    samples = sample(folder, num_samples=7, output_dir=tmp_path / "new" / "folder")
+    samples = sample(folder, num_samples=7, out_dir=tmp_path / "new" / "folder")
     assert samples.images.shape == (7, 1, 8, 8)
     assert samples.images.dtype == torch.uint8
     assert samples.files == (tmp_path / "new" / "folder" / "samples.png",)
@@ -62,7 +62,7 @@ def test_returns_and_reports_samples(folder, tmp_path):
 
 
 def test_samples_at_temperature_zero_are_equal(folder, tmp_path):
-    images = sample(folder, num_samples=3, temperature=0.0, output_dir=tmp_path).images
+    images = sample(folder, num_samples=3, temperature=0.0, out_dir=tmp_path).images
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
 
@@ -73,7 +73,7 @@ def test_rejects_data_of_another_shape(folder, tmp_path, monkeypatch):
     other = make_dataset(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), ["any"])
     monkeypatch.setattr("revnet.training.density.sample.load_dataset", lambda *_: other)
     with pytest.raises(ValueError, match=r"`data` \(='pets'\) has images of 1x1x3, but .* 1x8x8 \(digits\); pass data"):
-        sample(folder, output_dir=tmp_path / "new")
+        sample(folder, out_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

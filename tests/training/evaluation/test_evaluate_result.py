@@ -95,8 +95,8 @@ def test_file_names_depend_on_the_weights(tmp_path, weights, stem):
 
 
 def test_rejects_a_missing_or_invalid_output_dir(tmp_path):
-    with pytest.raises(ValueError, match=r"`output_dir` \(=None\) must be given"):
+    with pytest.raises(ValueError, match=r"`out_dir` \(=None\) must be given"):
         RESULT.save()
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"`output_dir` \(='.*/file'\) cannot be written: File exists; pass a folder"):
+    with pytest.raises(ValueError, match=r"`out_dir` \(='.*/file'\) cannot be written: File exists; pass a folder"):
         RESULT.save(tmp_path / "file")

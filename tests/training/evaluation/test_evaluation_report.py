@@ -15,7 +15,7 @@ def test_reports_figures_hardest_classes_and_confusions():
             "data           a/b c, 1,000 test images of 10 classes",
             "accuracy       90.00 % (error 10.00 %, 100 of 1,000 wrong)",
             "top-5 error    1.00 % (10 of 1,000 not among the five best)",
-            "cross-entropy  0.2500",
+            "cross-entropy  0.2500 nats/image",
             "speed          2,000 images/s on cpu, loading included",
             "hardest        class3   38.78 % wrong, 57 of 147",
             "               class5   32.33 % wrong, 43 of 133",

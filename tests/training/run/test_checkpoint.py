@@ -88,7 +88,7 @@ def test_rejects_a_file_in_another_format(folder, name):
 
 
 def test_rejects_a_missing_file(tmp_path):
-    assert_refused(tmp_path / "last.ckpt", "is not a file; pass a `.safetensors` or `.ckpt` file")
+    assert_refused(tmp_path / "last.ckpt", "does not exist; pass a `.safetensors` or `.ckpt` file")
     assert_refused(tmp_path, "holds no last.safetensors and no checkpoint")
 
 

@@ -73,4 +73,5 @@ def _saving(unit: PlannedUnit) -> str:
     """Return the time that storing the unit saves, per MiB that it takes."""
     if unit.most_extra_time <= 0 or not unit.stored_bytes:
         return "-"
-    return f"{100 * unit.most_extra_time * 2**20 / unit.stored_bytes:.3f} %"
+    percent = 100 * unit.most_extra_time * 2**20 / unit.stored_bytes
+    return f"{percent:.3f} %" if percent >= 0.001 else f"{percent:.1e} %"

@@ -12,12 +12,14 @@ for _power, _letter in enumerate("kmgtp", start=1):
 
 def format_bytes(num_bytes: int) -> str:
     """Format a number of bytes with a unit, such as "3.2 MiB"."""
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < 1024:
-            return f"{num_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+    if abs(num_bytes) < 1024:
+        return f"{num_bytes} B"
+    value = num_bytes / 1024
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1023.95:
+            return f"{value:.1f} {unit}" if unit in ("KiB", "MiB") else f"{value:.2f} {unit}"
         value /= 1024
-    return f"{value:.2f} GiB"
+    return f"{value:,.2f} PiB"
 
 
 def parse_bytes(value: str | int, name: str = "budget") -> int:

@@ -32,7 +32,9 @@ def breakdown_rows(at_peak: Mapping[str, int]) -> list[tuple[str, str, str]]:
     total = sum(at_peak.values())
     for kind, num_bytes in at_peak.items():
         if num_bytes:
-            rows.append((f"  {_LABELS.get(kind, kind)}", format_bytes(num_bytes), f"{100 * num_bytes / total:.0f} %"))
+            share = 100 * num_bytes / total
+            percent = f"{share:.0f} %" if share >= 0.5 else "<1 %"
+            rows.append((f"  {_LABELS.get(kind, kind)}", format_bytes(num_bytes), percent))
     return rows
 
 

@@ -65,17 +65,17 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
 
     tolerance: float | None = number(None, "above 0 and below 1", lambda x: 0 < x < 1, usual="1e-3")
     """Largest relative error of reconstructed activations: the run also stores the streams at some blocks, as few as
-    needed. Null sets no bound, and warns when gradients go wrong."""
+    needed. By default there is no bound, and a warning when gradients go wrong."""
 
     drift_every: int | None = integer(None, at_least=1)
     """Number of updates from one measurement of drift to the next, where drift is the distance of reconstructed
-    activations from the true ones; null measures nothing."""
+    activations from the true ones; by default, nothing is measured."""
 
     epochs: int = integer(60, at_least=1)
     """Number of passes over the training images."""
 
     max_updates: int | None = integer(None, at_least=1)
-    """Number of updates after which to stop, mid-epoch if necessary; null completes all `epochs`."""
+    """Number of updates after which to stop, mid-epoch if necessary; by default, all `epochs` are completed."""
 
     batch_size: int = integer(100, at_least=1)
     """Images per update. Images that an epoch leaves over may be seen in another epoch."""
@@ -106,24 +106,24 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
     preprocess: Preprocessing | None = None
     """Preprocessing: `standardize` scales each channel by the mean and deviation of the training pixels; `mean_image`
     subtracts the mean image of training and test set and stays on the 0-255 scale, as the paper does for CIFAR;
-    `imagenet` uses the constants of that data set; `unit_range` scales to [-1, 1], as the paper does for ImageNet. Null
-    uses the preprocessing of the `weights`, or without them the default of the data set: `imagenet` for images in
+    `imagenet` uses the constants of that data set; `unit_range` scales to [-1, 1], as the paper does for ImageNet. By
+    default, the preprocessing of the `weights`, or without them the one that suits the data: `imagenet` for images in
     files, `standardize` for images in memory."""
 
     image_size: int | None = integer(None, at_least=1)
-    """Side to which images in files are cropped and resized; null is 224, or leaves images that all have one size as
+    """Side to which images in files are cropped and resized; by default 224, and images that all have one size stay as
     they are."""
 
     crop_area: tuple[float, float] = checked((0.08, 1.0), check_range)
     """Smallest and largest share of an image in files that a random crop covers before it is resized; the paper uses
     0.05 to 1."""
 
-    crop_padding: int | None = integer(None, at_least=0)
-    """Pixels added on each side before a random crop; null uses the default of the data set: 1 for digits, 4 for other
-    images in memory, 0 for images in files."""
+    crop_padding: int | None = integer(None, at_least=0, at_most=100_000)
+    """Pixels added on each side before a random crop; by default 1 for digits, 4 for other images in memory, 0 for
+    images in files."""
 
     horizontal_flip: bool | None = None
-    """Whether images are mirrored at random; null uses the default of the data set: no for digits, yes elsewhere."""
+    """Whether images are mirrored at random; by default not for digits, and otherwise yes."""
 
     color_distortion: bool = False
     """Whether brightness, saturation, hue and contrast change at random, as the paper does for ImageNet."""
@@ -133,7 +133,7 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
 
     start_size: int | None = integer(None, at_least=1)
     """Side to which training images are shrunk at first. It grows until the fraction `full_size_at` of all updates,
-    when the images have their own size (progressive resizing). Null does not shrink them."""
+    when the images have their own size (progressive resizing). By default, they are not shrunk."""
 
     full_size_at: float = number(0.6, "above 0 and at most 1", lambda x: 0 < x <= 1, usual="0.6")
     """Point at which progressive resizing reaches the images' own size, as a fraction of all updates."""
@@ -141,11 +141,11 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
     on_corrupt: OnCorrupt = "stop"
     """Response to an image that cannot be decoded: `stop` the run, or `skip` the image and print its name."""
 
-    num_threads: int | None = integer(None, at_least=1)
-    """Threads on the CPU; null uses the default of the data set: 1 for digits, PyTorch's choice elsewhere."""
+    num_threads: int | None = integer(None, at_least=1, at_most=4096)
+    """Threads on the CPU; by default, 1 for digits, PyTorch's choice elsewhere."""
 
     num_workers: int | None = integer(None, at_least=0)
-    """Processes that decode images; null is one less than the number of cores, at most 8, and none for images in
+    """Processes that decode images; by default, one less than the number of cores, at most 8, and none for images in
     memory."""
 
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)

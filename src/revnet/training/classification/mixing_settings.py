@@ -26,7 +26,7 @@ class MixingSettings(SettingsGroup):
 
     class_weights: Literal["balanced"] | tuple[float, ...] | None = checked(None, check_class_weights)
     """Weight of each class in the training loss, as a list in the order of the classes, or `balanced` for weights that
-    are inverse to the number of training images. Null weighs all images alike."""
+    are inverse to the number of training images. By default, all images weigh alike."""
 
     balanced_sampling: bool = False
     """Whether every training image is drawn at random, each class equally often, instead of each image once in an

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from revnet._units import format_rate
+from revnet._units import format_loss, format_rate
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.mixing import make_mix
 from revnet.training.classification.model import Classifier
@@ -101,7 +101,7 @@ class ClassificationTask(AbstractTask):
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return loss, accuracy and speed as text."""
-        figures = f"loss {metrics['train_loss']:.4f}"
+        figures = f"loss {format_loss(metrics['train_loss'])}"
         if "val_accuracy" in metrics:
             figures += f"  validation accuracy {100 * metrics['val_accuracy']:.2f} %"
         return f"{figures}  {format_rate(self.config.batch_size / metrics['step_seconds'], 'images')}"

@@ -50,7 +50,7 @@ class NiceConfig(AbstractRunConfig):
     """Number of passes over the training images, each with different noise."""
 
     max_updates: int | None = integer(None, at_least=1)
-    """Number of updates after which to stop, mid-epoch if necessary; null completes all `epochs`."""
+    """Number of updates after which to stop, mid-epoch if necessary; by default, all `epochs` are completed."""
 
     batch_size: int = integer(100, at_least=1)
     """Images per update. Images that an epoch leaves over may be seen in another epoch."""
@@ -77,8 +77,8 @@ class NiceConfig(AbstractRunConfig):
     precision: Precision = "32-true"
     """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16, which makes likelihoods less accurate."""
 
-    num_threads: int | None = integer(None, at_least=1)
-    """Threads on the CPU; null is 1 for digits, and PyTorch's choice elsewhere."""
+    num_threads: int | None = integer(None, at_least=1, at_most=4096)
+    """Threads on the CPU; by default, 1 for digits, and PyTorch's choice elsewhere."""
 
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the held-out images, their order and the noise."""

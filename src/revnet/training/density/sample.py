@@ -69,7 +69,7 @@ def sample(
     step_size: float = _STEP_SIZE,
     data: str | Path | None = None,
     seed: int = 0,
-    output_dir: str | Path | None = None,
+    out_dir: str | Path | None = None,
     device: str = "auto",
 ) -> Samples:
     """Draw images, write them as a grid, and measure the density on the test set.
@@ -84,7 +84,7 @@ def sample(
         step_size: Size of the first step, see `NICE.inpaint`.
         data: Data set of the test images, by name or path; by default the data set of the training.
         seed: Seed of the samples and the noise.
-        output_dir: Folder for the pictures; by default the folder of the checkpoint.
+        out_dir: Folder for the pictures; by default the folder of the checkpoint.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
 
     Raises:
@@ -97,7 +97,7 @@ def sample(
     torch_device = find_device(device)
     weights = find_weights(Path(checkpoint))
     density = load_density(weights)
-    folder = weights.parent if output_dir is None else Path(output_dir).expanduser()
+    folder = weights.parent if out_dir is None else Path(out_dir).expanduser()
     name, images = _test_images(density, data)
     folder.mkdir(parents=True, exist_ok=True)
     density.to(torch_device)

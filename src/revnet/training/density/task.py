@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from revnet._units import format_rate
+from revnet._units import format_loss, format_rate
 from revnet.data._random_keys import Purpose, uniform
 from revnet.data.transforms._random_flip import RandomHorizontalFlip
 from revnet.training.density.config import NiceConfig
@@ -57,7 +57,7 @@ class DensityTask(AbstractTask):
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return bits per dimension and speed as text."""
-        figures = f"bits/dim {metrics['train_loss']:.4f}"
+        figures = f"bits/dim {format_loss(metrics['train_loss'])}"
         if "val_loss" in metrics:
-            figures += f"  validation {metrics['val_loss']:.4f}"
+            figures += f"  validation {format_loss(metrics['val_loss'])}"
         return f"{figures}  {format_rate(self.config.batch_size / metrics['step_seconds'], 'images')}"

@@ -87,24 +87,24 @@ class EvaluateResult:
             f"{self.num_errors:,} of {self.num_images:,} wrong)"
         )
 
-    def save(self, output_dir: str | Path | None = None) -> list[Path]:
+    def save(self, out_dir: str | Path | None = None) -> list[Path]:
         """Write the figures (JSON), the errors of all classes (CSV) and the plot of the confusions (PNG).
 
         The files are named `evaluation_<data>`, or `evaluation_<data>_<weights>` for weights other than the last of a
         run, such as `evaluation_digits_best`. Files of an earlier evaluation are replaced.
 
         Args:
-            output_dir: Folder for the files; by default the folder of the weights.
+            out_dir: Folder for the files; by default the folder of the weights.
 
         Returns:
             Paths of the files. The plot is missing if matplotlib is not installed.
 
         Raises:
-            ValueError: `output_dir` cannot be written, or is missing for weights that were in memory.
+            ValueError: `out_dir` cannot be written, or is missing for weights that were in memory.
         """
-        if output_dir is None and self.checkpoint is None:
-            raise ValueError("`output_dir` (=None) must be given, since the weights were not read from a file.")
-        folder = Path(output_dir).expanduser() if output_dir is not None else Path(self.checkpoint or "").parent
+        if out_dir is None and self.checkpoint is None:
+            raise ValueError("`out_dir` (=None) must be given, since the weights were not read from a file.")
+        folder = Path(out_dir).expanduser() if out_dir is not None else Path(self.checkpoint or "").parent
         figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class EvaluateResult:
                 files.remove(picture)
         except OSError as error:
             raise ValueError(
-                f"`output_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
+                f"`out_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
             ) from error
         return files
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from revnet._units import format_rate
+from revnet._units import format_loss, format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.run_result import format_lines
 
@@ -18,7 +18,7 @@ def report_evaluation(result: EvaluateResult) -> str:
         ("model", result.model if result.checkpoint is None else f"{result.model}, {result.checkpoint}"),
         ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes{choice}"),
         ("accuracy", result.report()),
-        ("cross-entropy", f"{result.cross_entropy:.4f}"),
+        ("cross-entropy", f"{format_loss(result.cross_entropy)} nats/image"),
         ("speed", f"{format_rate(result.images_per_second, 'images')} on {result.device}, loading included"),
     ]
     if result.top5_error is not None:

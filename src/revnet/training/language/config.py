@@ -72,11 +72,11 @@ class LanguageConfig(AbstractRunConfig):
     """Number of epochs, each of `updates_per_epoch`; the model is validated and saved at the end of each."""
 
     updates_per_epoch: int | None = integer(None, at_least=1)
-    """Updates of an epoch. Null makes an epoch read about as many characters as the training text has, in at most 500
+    """Updates of an epoch. By default, an epoch reads about as many characters as the training text has, in at most 500
     updates."""
 
     max_updates: int | None = integer(None, at_least=1)
-    """Number of updates after which to stop, mid-epoch if necessary; null completes all `epochs`."""
+    """Number of updates after which to stop, mid-epoch if necessary; by default, all `epochs` are completed."""
 
     batch_size: int = integer(32, at_least=1)
     """Windows per update, from random positions of the text."""
@@ -93,7 +93,7 @@ class LanguageConfig(AbstractRunConfig):
     """Share of the text, at its end, that is held out for validation."""
 
     val_windows: int | None = integer(1000, at_least=1)
-    """Largest number of windows that a validation reads, spread evenly over its text; null reads all of it."""
+    """Largest number of windows that a validation reads, spread evenly over its text; by default, all of it."""
 
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the windows and dropout."""

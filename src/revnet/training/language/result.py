@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from revnet._units import format_loss, format_perplexity
 from revnet.training.run.run_result import RunResult
 
 
@@ -29,10 +30,12 @@ class LanguageResult(RunResult):
     """Number of characters that a validation predicts."""
 
     def _scores(self) -> list[tuple[str, str]]:
-        unit = f"nats/character ({self.num_val_characters:,} characters), last weights"
-        best = f"best on validation (epoch {self.best_epoch}), {self.best_val_loss / math.log(2):.4f} bits/character"
-        best += f", perplexity {math.exp(min(self.best_val_loss, 700)):.2f}"
-        return [("validation loss", f"{self.val_loss:.4f} {unit}"), ("", f"{self.best_val_loss:.4f}, {best}")]
+        last = f"last weights, {self.num_val_characters:,} characters"
+        best = f"best on validation (epoch {self.best_epoch})"
+        return [
+            ("validation loss", f"{_describe(self.val_loss)}, {last}"),
+            ("", f"{_describe(self.best_val_loss)}, {best}"),
+        ]
 
     def _score_entries(self) -> dict[str, Any]:
         return {
@@ -44,3 +47,8 @@ class LanguageResult(RunResult):
             "best_epoch": self.best_epoch,
             "best_val_loss": self.best_val_loss,
         }
+
+
+def _describe(loss: float) -> str:
+    bits = format_loss(loss / math.log(2))
+    return f"{format_loss(loss)} nats/character ({bits} bits/character, perplexity {format_perplexity(loss)})"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional as F
 
-from revnet._units import format_rate
+from revnet._units import format_loss, format_perplexity, format_rate
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import LanguageModel
 from revnet.training.run.task import AbstractTask, BestEpoch
@@ -49,10 +49,11 @@ class LanguageTask(AbstractTask):
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return loss and speed as text."""
         characters = self.config.batch_size * self.config.length / metrics["step_seconds"]
-        losses = f"loss {metrics['train_loss']:.4f}"
+        losses = f"loss {format_loss(metrics['train_loss'])} nats/character"
         if "val_loss" in metrics:
-            losses += f"  validation {metrics['val_loss']:.4f}"
-        return f"{losses} nats/character  {format_rate(characters, 'characters')}"
+            loss = metrics["val_loss"]
+            losses += f"  validation {format_loss(loss)}, perplexity {format_perplexity(loss)}"
+        return f"{losses}  {format_rate(characters, 'characters')}"
 
     def _loss(self, windows: Tensor) -> Tensor:
         logits = self.language_model(windows[:, :-1])

@@ -1,5 +1,6 @@
 """A process that `run_in_processes` has started."""
 
+import logging
 import os
 import pickle
 import shutil
@@ -24,6 +25,7 @@ def main(folder: Path, pipe: int) -> int:
     """
     threading.Thread(target=_end_with_starter, args=(folder, pipe), daemon=True).start()
     rank = int(os.environ["RANK"])
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # on its cache of fonts, in every process
     try:
         from revnet.training.processes.launch import PAYLOAD, RESULT
 

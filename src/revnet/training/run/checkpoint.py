@@ -184,5 +184,6 @@ def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
 
 def _existing(path: Path) -> Path:
     if not path.is_file() and not is_sharded(path):
-        raise CheckpointError(f"`{path}` is not a file; {_WAY_OUT}.")
+        fault = "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"`{path}` {fault}; {_WAY_OUT}.")
     return path

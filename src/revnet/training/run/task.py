@@ -115,6 +115,13 @@ class AbstractTask(LightningModule, ABC):
         assert isinstance(metric, MeanOverSamples)
         return float(metric.total)
 
+    @property
+    def mean_train_loss(self) -> float:
+        """Mean of the training loss over the samples of this process in the epoch so far."""
+        metric = self.means["train_loss"]
+        assert isinstance(metric, MeanOverSamples)
+        return float(metric.total / metric.num_samples)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the header to the checkpoint, so that the file says what it holds."""
         checkpoint[HEADER_KEY] = self.saved_module.header.to_metadata()

@@ -14,7 +14,7 @@ class CheckpointSettings(SettingsGroup):
     title: ClassVar[str] = "files"
 
     out_dir: str | None = None
-    """Folder of the run, which must be empty or new; null takes the next free `runs/<data>_<model>_<number>`."""
+    """Folder of the run, which must be empty or new; by default, the next free `runs/<data>_<model>_<number>`."""
 
     save_every: int | str = checked("10min", check_interval)
     """Time or number of updates from one checkpoint to the next, such as `90s`, `10min`, `2h`, or `500` for updates.

@@ -5,6 +5,7 @@ command line can refuse a flag at once.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ from typing import Any
 
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.choices import LOGGERS
+
+_LARGEST_FLOAT = 3e38
 
 
 def check_name(name: str, value: Any) -> None:
@@ -30,12 +33,13 @@ def check_flag(name: str, value: Any, *, is_optional: bool = False) -> None:
 
 
 def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
-    """Raise unless `value` is an integer in the range."""
+    """Raise unless `value` is an integer in the range, of at most 63 bits."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` (={value!r}) must be an integer.")
     if value < at_least:
         raise ValueError(f"`{name}` (={value}) must be {at_least} or more.")
-    if at_most is not None and value > at_most:
+    at_most = sys.maxsize if at_most is None else at_most
+    if value > at_most:
         raise ValueError(f"`{name}` (={value}) must be {at_most} or less.")
 
 
@@ -53,6 +57,8 @@ def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool
         raise TypeError(f"`{name}` (={value!r}) must be a number.")
     if not (math.isfinite(value) and holds(value)):
         raise ValueError(f"`{name}` (={value}) must be a finite number {rule}; {advice}.")
+    if abs(value) > _LARGEST_FLOAT:
+        raise ValueError(f"`{name}` (={value}) must be {_LARGEST_FLOAT:g} or less, as float32 is; {advice}.")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

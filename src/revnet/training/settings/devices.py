@@ -55,16 +55,16 @@ class DeviceSettings(SettingsGroup):
 
     devices: int | Literal["auto"] | None = checked(None, check_num_devices)
     """Number of devices on each node, each with a process of its own; `auto` takes all GPUs. They divide each batch of
-    `batch_size`. Null takes the processes that torchrun or SLURM has started, or one device."""
+    `batch_size`. By default, the processes that torchrun or SLURM has started, or one device."""
 
     num_nodes: int | None = integer(None, at_least=1)
-    """Number of machines, on each of which torchrun or SLURM starts this command; null is the number that it has
+    """Number of machines, on each of which torchrun or SLURM starts this command; by default, the number that it has
     started on."""
 
     strategy: Strategy = "auto"
     """Division of the model among several devices: `ddp` keeps all of it on each device; `fsdp2` divides parameters,
-    gradients and optimizer state, one reversible block at a time; `auto` is ddp. Activations are divided with the
-    batch in both."""
+    gradients and optimizer state, one reversible block at a time; `auto` is ddp. Activations are divided with the batch
+    in both."""
 
     sync_batch_norm: bool = False
     """Whether batch norms use the statistics of the whole batch on several GPUs; otherwise each device normalizes its
@@ -74,5 +74,5 @@ class DeviceSettings(SettingsGroup):
     """Arithmetic: `32-true`, or `bf16-mixed` for autocast to bfloat16. With the `strategy` fsdp2, `bf16-mixed` gathers
     the parameters in bfloat16, and streams stay in float32."""
 
-    num_threads: int | None = integer(None, at_least=1)
-    """Threads on the CPU, of each process; null is PyTorch's choice."""
+    num_threads: int | None = integer(None, at_least=1, at_most=4096)
+    """Threads on the CPU, of each process; by default, PyTorch's choice."""

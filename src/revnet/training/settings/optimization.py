@@ -45,18 +45,18 @@ class OptimizationSettings(SettingsGroup):
     add it to the gradient."""
 
     momentum: float | None = number(None, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.9")
-    """Momentum of `sgd`, `muon` and `rmsprop`, or the first beta of `adamw` and its relatives. Null is 0.9, or 0.95 for
-    `muon`, whose `adamw` part always has 0.9."""
+    """Momentum of `sgd`, `muon` and `rmsprop`, or the first beta of `adamw` and its relatives. By default 0.9, or 0.95
+    for `muon`, whose `adamw` part always has 0.9."""
 
     nesterov: bool | None = None
-    """Whether to use Nesterov's momentum, for `sgd` and `muon`; null means false for `sgd`, true for `muon`."""
+    """Whether to use Nesterov's momentum, for `sgd` and `muon`; by default only for `muon`."""
 
     beta2: float | None = number(None, "from 0 to below 1", lambda x: 0 <= x < 1, usual="0.999")
     """Decay rate of the average of squared gradients: the second beta of `adamw` and its relatives, alpha of `rmsprop`,
-    rho of `adadelta`. Null is the usual value of the optimizer, 0.999 for `adamw`."""
+    rho of `adadelta`. By default, the usual value of the optimizer, 0.999 for `adamw`."""
 
     eps: float | None = number(None, "above 0 and at most 1", lambda x: 0 < x <= 1, usual="1e-8")
-    """Constant that keeps the optimizer from dividing by zero; null is the usual value of the optimizer."""
+    """Constant that keeps the optimizer from dividing by zero; by default, the usual value of the optimizer."""
 
     schedule: Schedule = "cosine"
     """Schedule of the learning rate after the warm-up: `step` multiplies it by `decay_factor` at `decay_at`; `cosine`

@@ -14,9 +14,10 @@ class StartSettings(SettingsGroup):
 
     weights: str | None = None
     """Weights to start from: the folder of a run, whose last weights are loaded, or a `.safetensors` or `.ckpt` file.
-    Parts that belong to other classes or characters start from random weights; a line says which. Null starts from
-    random weights."""
+    Parts that belong to other classes or characters start from random weights; a line says which. By default, the run
+    starts from random weights."""
 
     freeze: str | None = None
     """Parameters that are not trained: patterns of their names, separated by commas, such as `stem,stages.0*`. A
-    pattern also matches all parameters of a module. Frozen batch norms use their averages. Null trains everything."""
+    pattern also matches all parameters of a module. Frozen batch norms use their averages. By default, everything is
+    trained."""

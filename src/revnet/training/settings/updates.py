@@ -17,15 +17,15 @@ class UpdateSettings(SettingsGroup):
     of `batch_size`, with the activation memory of one part. Batch norm normalizes each part by itself."""
 
     max_grad_norm: float | None = number(None, "above 0", lambda x: x > 0, usual="1")
-    """Norm to which the gradient of an update is clipped; null does not clip."""
+    """Norm to which the gradient of an update is clipped; not clipped by default."""
 
     max_grad_value: float | None = number(None, "above 0", lambda x: x > 0, usual="0.5")
-    """Largest absolute value of an element of the gradient; larger ones are clipped. Null does not clip."""
+    """Largest absolute value of an element of the gradient; larger ones are clipped. Not clipped by default."""
 
     ema_decay: float | None = number(None, "above 0 and below 1", lambda x: 0 < x < 1, usual="0.999")
     """Decay of an exponential moving average of the weights, which is validated and saved instead of the weights
-    themselves. The decay of early updates is lower, so that the first weights are soon forgotten. Null saves the
-    weights themselves."""
+    themselves. The decay of early updates is lower, so that the first weights are soon forgotten. By default, the run
+    saves the weights themselves."""
 
     step_in_backward: bool = False
     """Whether each parameter is updated in the backward pass, as soon as its gradient is known. One gradient at a time

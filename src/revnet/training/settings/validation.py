@@ -13,8 +13,9 @@ class ValidationSettings(SettingsGroup):
     title: ClassVar[str] = "validation"
 
     val_every: int | None = integer(None, at_least=1)
-    """Number of updates from one validation to the next; the run also validates after its last update. Null validates
-    at the end of each epoch."""
+    """Number of updates from one validation to the next; the run also validates after its last update. By default, it
+    validates at the end of each epoch."""
 
     patience: int | None = integer(None, at_least=1)
-    """Number of validations in a row without a better result after which the run ends; null runs to the end."""
+    """Number of validations in a row without a better result after which the run ends; by default, it runs to the
+    end."""

@@ -1,0 +1,45 @@
+"""Parameters in messages of the library, written as the flags that the user typed."""
+
+import re
+from collections.abc import Collection, Mapping
+
+from revnet.cli._options import Option
+
+_FLAGS_OF: Mapping[str, str] = {
+    "batch_size": "batch",
+    "fraction": "val_fraction",
+    "image_size": "image",
+    "kind": "preprocess",
+    "missing": "inpaint",
+    "name": "model",
+    "name_or_path": "data",
+    "num_devices": "devices",
+    "num_microbatches": "microbatches",
+    "num_samples": "num",
+    "num_steps": "steps",
+    "path": "data",
+    "paths": "images",
+    "repository": "data",
+}
+"""Parameters of the library that have another name on the command line, by the name of the option."""
+
+_PARAMETER = re.compile(r"`([a-z]\w*)`")
+
+
+def name_flags(message: str, options: Collection[Option], arguments: Collection[str] = ()) -> str:
+    """Return `message` with the flag of each parameter that it names in backticks.
+
+    Args:
+        message: An error or a warning of the library, such as "`val_fraction` (=2) must be below 1".
+        options: Options of the command.
+        arguments: Arguments of the command. A message that repeats one of them in backticks does not name a parameter.
+    """
+    words = {option.name: f"`{option.word}`" for option in options}
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in arguments and not message.startswith(" (=", match.end()):
+            return match[0]
+        return words.get(name) or words.get(_FLAGS_OF.get(name, "")) or match[0]
+
+    return _PARAMETER.sub(replace, message)
