@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits", help="`digits`, or a folder of parquet files as on the hub")
     parser.add_argument("--num-images", type=int, help="number of images of the folder, of which a tenth validates")
-    parser.add_argument("--recipe", help="recipe of the run; by default the defaults of `revnet train`")
+    parser.add_argument("--recipe", type=Path, help="recipe of the run; by default the defaults of `revnet train`")
     parser.add_argument("--epochs", type=int, help="epochs, instead of the recipe's")
     parser.add_argument("--seeds", default="0", help="seeds, one run each")
     parser.add_argument("--name", default="digits", help="name of the data in the title and in the names of the files")

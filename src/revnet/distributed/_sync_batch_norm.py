@@ -56,8 +56,8 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
 def synchronize_batch_norms(model: nn.Module) -> int:
     """Replace the batch norms of `model` by synchronized ones, in place, and return their number.
 
-    Parameters and buffers stay the same tensors, with the same names. The running statistics of revnet's own batch norms
-    are averaged as before.
+    Parameters and buffers stay the same tensors, with the same names. The norms of revnet average their running
+    statistics as before.
     Experimental: this has not been tested on several GPUs.
     """
     count = 0
