@@ -18,8 +18,8 @@ def predict(
 ) -> None:
     """Classify image files: one line per file, with the most likely classes.
 
-    A file that cannot be read as an image prints an error; the other files are still classified, and the exit status
-    is 2.
+    The weights are named on standard error. A file that cannot be read as an image prints an error; the other files are
+    still classified, and the exit status is 2.
 
     Examples:
         revnet predict runs/cifar10_revnet38_1 cat.jpg dog.png
@@ -42,6 +42,7 @@ def predict(
 
     from revnet.training.evaluation.predict_images import predict_each, save_predictions
     from revnet.training.processes.world import is_printing
+    from revnet.training.run.used_weights import describe_weights
 
     errors = []
     is_main = is_printing()
@@ -51,6 +52,8 @@ def predict(
         if is_main:
             print(f"revnet predict: error: {describe_error(error)}", file=sys.stderr)
 
+    if is_main:
+        print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the lines of the images may go to a file
     predictions = []
     width = max(map(len, images))
     for prediction in predict_each(checkpoint, images, top=top, device=device, devices=devices, on_error=report):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from revnet._units import format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.run_result import format_lines
+from revnet.training.run.used_weights import describe_weights
 
 _NUM_SHOWN = 5  # number of classes, and of mistakes
 _LONGEST_NAME = 40
@@ -14,7 +15,10 @@ def report_evaluation(result: EvaluateResult) -> str:
     """Return a report that fits a screen; the files of `result.save` hold the rest."""
     classes = result.confusion.per_class()
     heading = [
-        ("model", result.model if result.checkpoint is None else f"{result.model}, {result.checkpoint}"),
+        (
+            "model",
+            result.model if result.checkpoint is None else f"{result.model}, {describe_weights(result.checkpoint)}",
+        ),
         ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes"),
         ("accuracy", result.report()),
         ("cross-entropy", f"{result.cross_entropy:.4f}"),
