@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_one_line_per_image(revnet, folder):
     code, output, errors = revnet("predict", "run", "0_0.png", "./0_1.png", folder / "0_0.png")
-    assert (code, errors) == (0, "")
+    assert (code, errors) == (0, "weights: run/last.safetensors\n")
     lines = output.splitlines()
     assert [line.split()[0] for line in lines] == ["0_0.png", "0_1.png", str(folder / "0_0.png")]
     for line in lines:
@@ -76,6 +76,7 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
     assert [line.split()[0] for line in output.splitlines()] == ["0_0.png"]
     assert errors.splitlines() == [
         "revnet predict: error: 'text.png' cannot be decoded: it is not an image; pass the path of an image.",
+        "weights: run/last.safetensors",
         "revnet predict: error: 'gone.png' cannot be decoded: no such file or directory; pass the path of an image.",
         "revnet predict: error: '.' cannot be decoded: is a directory; pass the path of an image.",
     ]

@@ -52,8 +52,8 @@ def generate(
 
     torch_device = find_device(device)
     model = load_language_model(checkpoint).to(torch_device)
-    print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the text may go to a file
     generator = torch.Generator(torch_device).manual_seed(seed)
     torch.manual_seed(seed)  # LSH attention draws its hashes from the global generator
     text = model.generate(prompt, num, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the text may go to a file
     print(prompt + text)

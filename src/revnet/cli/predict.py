@@ -52,13 +52,13 @@ def predict(
         if is_main:
             print(f"revnet predict: error: {describe_error(error)}", file=sys.stderr)
 
-    if is_main:
-        print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the lines of the images may go to a file
     predictions = []
     width = max(map(len, images))
     for prediction in predict_each(checkpoint, images, top=top, device=device, devices=devices, on_error=report):
         if not is_main:
             continue
+        if not predictions:  # on standard error, as the lines of the images may go to a file
+            print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
         predictions.append(prediction)
         classes = "  ".join(f"{answer.class_name} {100 * answer.probability:.2f} %" for answer in prediction.answers)
         name = str(prediction.path).encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
