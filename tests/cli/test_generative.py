@@ -1,5 +1,6 @@
 """`revnet train nice` with `sample`, and `revnet train lm` with `generate`."""
 
+import re
 from pathlib import Path
 
 import matplotlib.image
