@@ -121,6 +121,30 @@ def test_state_dict_fits_batch_norm_of_pytorch(norm_type):
     usual.load_state_dict(norm.state_dict())
 
 
+@pytest.mark.parametrize("name", ["revnet38", "irevnet_cifar"])
+def test_training_equals_training_with_batch_norm_of_pytorch(name):
+    """Losses and weights are equal bit for bit; only the running statistics differ."""
+    model = create_model(name, num_classes=10, in_channels=3)
+    twin = copy.deepcopy(model)
+    for parent in list(twin.modules()):
+        for child, norm in list(parent.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                usual = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+                usual.load_state_dict(norm.state_dict())
+                setattr(parent, child, usual)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, twin)]
+    for _ in range(2):
+        x, labels = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+        losses = []
+        for module, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            losses.append(nn.functional.cross_entropy(module(x), labels))
+            losses[-1].backward()
+            optimizer.step()
+        assert torch.equal(*losses)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", ["revnet38", "resnet32", "irevnet_cifar"])
 def test_a_short_run_can_be_evaluated(name):
     """After one batch, evaluation normalizes that batch as training did."""

@@ -57,9 +57,9 @@ def predict(
     for prediction in predict_each(checkpoint, images, top=top, device=device, devices=devices, on_error=report):
         if not is_main:
             continue
-        if not predictions:  # on standard error, as the lines of the images may go to a file
-            print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
         predictions.append(prediction)
+        if len(predictions) == 1:  # on standard error, as the lines of the images may go to a file
+            print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
         classes = "  ".join(f"{answer.class_name} {100 * answer.probability:.2f} %" for answer in prediction.answers)
         name = str(prediction.path).encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
         print(f"{name:{width}}  {classes}", flush=True)
