@@ -196,21 +196,21 @@ def average_batches(
         # Autograd has saved the buffers, though it will not read them, and would refuse a newer version. `data` has a
         # version of its own. Exported graphs have no versions, and `data` would not be the buffer there.
         mean, variance = mean.data, variance.data
-    share_of_earlier = _share_of_earlier(norm, mean.dtype)
+    count, momentum = norm.num_batches_tracked, norm.momentum
+    share_of_earlier: Tensor | float
+    if count is None:
+        share_of_earlier = 1 - (momentum or 0.0)
+    elif momentum is None:
+        share_of_earlier = (1 - count.reciprocal()).to(mean.dtype)
+    else:
+        # From some count on, the weight is the momentum. The limit also turns the count into a floating-point number
+        # that every dtype can hold.
+        count = count.clamp(max=(1 + _DELAY) / momentum - _DELAY).to(mean.dtype)
+        share_of_earlier = torch.rsub(count.add_(_DELAY).reciprocal_(), 1, alpha=1 + _DELAY)
     if num_values is not None:
         variance.mul_(1 - 1 / num_values)
     mean.lerp_(earlier_mean, share_of_earlier)
     variance.lerp_(earlier_variance, share_of_earlier)
-
-
-def _share_of_earlier(norm: _BatchNorm, dtype: torch.dtype) -> Tensor | float:
-    count, momentum = norm.num_batches_tracked, norm.momentum
-    if count is None:
-        return 1 - (momentum or 0.0)
-    earlier = (count - 1).to(torch.promote_types(dtype, torch.float32))  # in float16, a large count would be infinite
-    if momentum is None:
-        return (earlier / count).to(dtype)
-    return (earlier / (count + _DELAY)).clamp_(max=1 - momentum).to(dtype)
 
 
 def _add_missing_count(
