@@ -22,6 +22,7 @@ def test_writes_the_files_listed_in_the_output(revnet, run_dir, tmp_path):
     code, output, _ = revnet("evaluate", run_dir / "best.safetensors", "--data", "digits", "--out-dir", folder)
     assert code == 0
     files = [folder / f"evaluation_digits_best.{suffix}" for suffix in ("json", "csv", "png")]
+    assert output.splitlines()[0].endswith(f"revnet38, {run_dir / 'best.safetensors'} (epoch 1)")
     assert [line[13:].strip() for line in output.splitlines()[-3:]] == [str(file) for file in files]
     assert sorted(folder.iterdir()) == sorted(files)
     machine = json.loads(files[0].read_text())["machine"]

@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_one_line_per_image(revnet, folder):
     code, output, errors = revnet("predict", "run", "0_0.png", "./0_1.png", folder / "0_0.png")
-    assert (code, errors) == (0, "")
+    assert (code, errors) == (0, "weights: run/last.safetensors\n")
     lines = output.splitlines()
     assert [line.split()[0] for line in lines] == ["0_0.png", "0_1.png", str(folder / "0_0.png")]
     for line in lines:
@@ -122,6 +122,7 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
     assert [line.split()[0] for line in output.splitlines()] == ["0_0.png"]
     assert errors.splitlines() == [
         "revnet predict: error: 'text.png' cannot be decoded: it is not an image; pass the path of an image.",
+        "weights: run/last.safetensors",
         "revnet predict: error: 'gone.png' cannot be decoded: no such file or directory; pass the path of an image.",
         "revnet predict: error: 'empty' holds no images (.jpg, .jpeg, .png, .bmp, .webp, .gif, .tif, .tiff, .ppm, "
         ".pgm, .pbm); pass a folder that does.",

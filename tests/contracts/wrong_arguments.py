@@ -176,6 +176,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (coupling.FixedPoint, {}),
     (coupling.Momentum, {}),
     (rnn.BatchNorm2dBiased, {"num_features": 4}),
+    (rnn.BatchNorm2dUnbiased, {"num_features": 4}),
     (rnn.ReversibleBlock, {"f": linear(), "g": linear()}),
     (rnn.Conv2dSame, {"in_channels": 4, "out_channels": 2, "kernel_size": 3}),
     (rnn.CouplingLayer, {"f": linear()}),
@@ -281,6 +282,7 @@ TOKENS = {"x": lambda: images(1, 4, 8)}
 CLASSIFIER: dict[str, Callable[[], Any]] = {"x": lambda: images(1, 3, 8, 8), "num_classes": lambda: 2}
 INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (partial(rnn.BatchNorm2dBiased, 4), IMAGES),
+    (partial(rnn.BatchNorm2dUnbiased, 4), IMAGES),
     (partial(rnn.Conv2dSame, 4, 2, 3, 2), IMAGES),
     (rnn.HaarWavelet, IMAGES),
     (partial(rnn.InvertibleConv1x1, 4), IMAGES),

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.distributed._sync_batch_norm import SyncBatchNorm2dBiased, synchronize_batch_norms
+from revnet.distributed._sync_batch_norm import SyncBatchNorm2d, synchronize_batch_norms
 from revnet.models import create_model
-from revnet.nn import BatchNorm2dBiased
+from revnet.nn import BatchNorm2dBiased, BatchNorm2dUnbiased
 
 
 def test_replaces_each_batch_norm_and_keeps_its_tensors():
@@ -21,18 +21,21 @@ def test_replaces_each_batch_norm_and_keeps_its_tensors():
     assert synchronize_batch_norms(model) == 0
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_running_variance_stays_biased(momentum, monkeypatch):
+@pytest.mark.parametrize("momentum", [0.1, 0.0, None])
+@pytest.mark.parametrize("norm_type", [BatchNorm2dBiased, BatchNorm2dUnbiased])
+def test_running_statistics_are_averaged_as_before(norm_type, momentum, monkeypatch):
     """PyTorch's class refuses to run on a CPU, so an ordinary batch norm takes its part."""
-    norm = BatchNorm2dBiased(3, momentum=momentum)
-    model = nn.Sequential(BatchNorm2dBiased(3, momentum=momentum))
+    norm = norm_type(3, momentum=momentum)
+    model = nn.Sequential(norm_type(3, momentum=momentum))
     synchronize_batch_norms(model)
-    assert isinstance(model[0], SyncBatchNorm2dBiased)
+    assert isinstance(model[0], SyncBatchNorm2d)
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.modules.batchnorm._BatchNorm.forward)
     monkeypatch.setattr(nn.SyncBatchNorm, "_check_input_dim", lambda *_: None)
     for _ in range(3):
         x = torch.randn(2, 3, 2, 3)
         assert torch.equal(model(x), norm(x))
+    assert model[0].momentum == momentum
+    assert model[0].num_batches_tracked == 3
     assert torch.allclose(model[0].running_var, norm.running_var, rtol=1e-6)
     assert torch.equal(model[0].running_mean, norm.running_mean)
     model.eval(), norm.eval()

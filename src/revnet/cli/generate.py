@@ -1,5 +1,7 @@
 """`revnet generate`."""
 
+import sys
+
 
 def generate(
     checkpoint: str,
@@ -14,7 +16,7 @@ def generate(
 ) -> None:
     """Continue a text with a language model trained by `revnet train lm`.
 
-    Prints the prompt and its continuation.
+    Prints the prompt and its continuation, and on standard error the weights.
 
     Examples:
         revnet generate runs/book_lm_1 --prompt "Once upon a time" --num 500
@@ -46,10 +48,12 @@ def generate(
 
     from revnet.training import load_language_model
     from revnet.training.device import find_device
+    from revnet.training.run.used_weights import describe_weights
 
     torch_device = find_device(device)
     model = load_language_model(checkpoint).to(torch_device)
     generator = torch.Generator(torch_device).manual_seed(seed)
     torch.manual_seed(seed)  # LSH attention draws its hashes from the global generator
     text = model.generate(prompt, num, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the text may go to a file
     print(prompt + text)

@@ -23,8 +23,8 @@ def predict(
 ) -> None:
     """Classify images: one line per file, with the most likely classes.
 
-    A file that cannot be read as an image prints an error; the other files are still classified, and the exit status
-    is 1.
+    The weights are named on standard error. A file that cannot be read as an image prints an error; the other files are
+    still classified, and the exit status is 1.
 
     Examples:
         revnet predict runs/cifar10_revnet38_1 cat.jpg dog.png
@@ -49,6 +49,7 @@ def predict(
 
     from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions
     from revnet.training.processes.world import is_printing
+    from revnet.training.run.used_weights import describe_weights
 
     errors = []
     is_main = is_printing()
@@ -64,6 +65,8 @@ def predict(
         if not is_main:
             continue
         predictions.append(prediction)
+        if len(predictions) == 1:  # on standard error, as the lines of the images may go to a file
+            print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
         classes = "  ".join(f"{answer.class_name} {100 * answer.probability:.2f} %" for answer in prediction.answers)
         print(f"{_printable(prediction.path):{width}}  {classes}", flush=True)
     if table is not None and is_main:

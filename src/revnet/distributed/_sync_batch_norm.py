@@ -4,36 +4,60 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from revnet.nn import BatchNorm2dBiased
+from revnet.nn import BatchNorm2dBiased, BatchNorm2dUnbiased
+from revnet.nn._batch_norm import average_batches
 
 
-class SyncBatchNorm2dBiased(nn.SyncBatchNorm):
-    """A `torch.nn.SyncBatchNorm` whose running variance averages the *biased* variance, as `BatchNorm2dBiased` does.
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """A `torch.nn.SyncBatchNorm` with the running statistics of `BatchNorm2dBiased` or `BatchNorm2dUnbiased`.
 
     Experimental: it has not been tested on several GPUs.
+
+    Args:
+        norm: The batch norm of a single process. Its tensors are shared, not copied. The running variance stays biased
+            if it is a `BatchNorm2dBiased`.
     """
+
+    def __init__(self, norm: BatchNorm2dBiased | BatchNorm2dUnbiased) -> None:
+        device = None if norm.running_mean is None else norm.running_mean.device
+        super().__init__(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device=device
+        )
+        self._is_biased = isinstance(norm, BatchNorm2dBiased)
+        self.weight, self.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            setattr(self, name, buffer)
+        self.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the input by the statistics of all processes. In training, also update the running statistics."""
-        running_var = self.running_var
-        if not (self.training and self.track_running_stats) or running_var is None:
+        mean, variance = self.running_mean, self.running_var
+        is_averaging = self.training and self.track_running_stats and self.momentum != 0
+        if not is_averaging or mean is None or variance is None:
             return super().forward(input)
-        before = running_var.clone()
-        y = super().forward(input)
-        # PyTorch computed `(1 - momentum) * before + momentum * unbiased`. Subtract 1/n of the second term, where all
-        # processes together have n values per channel.
+        earlier_mean, earlier_variance = mean.clone(), variance.clone()
+        momentum = self.momentum
+        self.momentum = 1.0  # leaves the statistics of this batch in the buffers
+        try:
+            y = super().forward(input)
+        finally:
+            self.momentum = momentum
+        average_batches(self, earlier_mean, earlier_variance, self._num_values(input) if self._is_biased else None)
+        return y
+
+    def _num_values(self, input: Tensor) -> Tensor:
+        """Return the number of values per channel in all processes together."""
         num_values = torch.tensor(input.numel() / input.shape[1], dtype=torch.float64, device=input.device)
         if distributed.is_initialized():
             distributed.all_reduce(num_values, group=self.process_group)
-        momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked or 1)
-        running_var.data.lerp_(before.mul_(1 - momentum), (1 / num_values).to(running_var.dtype))
-        return y
+        return num_values
 
 
 def synchronize_batch_norms(model: nn.Module) -> int:
     """Replace the batch norms of `model` by synchronized ones, in place, and return their number.
 
-    Parameters and buffers stay the same tensors, with the same names. Running variances that were biased stay biased.
+    Parameters and buffers stay the same tensors, with the same names. The norms of revnet average their running
+    statistics as before.
     Experimental: this has not been tested on several GPUs.
     """
     count = 0
@@ -47,18 +71,6 @@ def synchronize_batch_norms(model: nn.Module) -> int:
 
 
 def _synchronized(norm: _BatchNorm) -> nn.Module:
-    if not isinstance(norm, BatchNorm2dBiased):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
-    sync = SyncBatchNorm2dBiased(
-        norm.num_features,
-        norm.eps,
-        norm.momentum,
-        norm.affine,
-        norm.track_running_stats,
-        device=None if norm.running_mean is None else norm.running_mean.device,
-    )
-    sync.weight, sync.bias = norm.weight, norm.bias
-    for name, buffer in norm.named_buffers():
-        setattr(sync, name, buffer)
-    sync.train(norm.training)
-    return sync
+    if isinstance(norm, BatchNorm2dBiased | BatchNorm2dUnbiased):
+        return SyncBatchNorm2d(norm)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(norm)

@@ -27,7 +27,15 @@ from revnet.models._checks import check_counts_of, check_images, check_num_class
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
-from revnet.nn import AbstractPolicy, CouplingLayer, PolicySequential, Reverse, ReversibleSequential, SpaceToDepth
+from revnet.nn import (
+    AbstractPolicy,
+    BatchNorm2dUnbiased,
+    CouplingLayer,
+    PolicySequential,
+    Reverse,
+    ReversibleSequential,
+    SpaceToDepth,
+)
 from revnet.nn.policies._has_policies import as_policy
 
 
@@ -73,10 +81,10 @@ class Residual(nn.Sequential):
         in_width = width // stride**2
         layers: list[nn.Module] = [DepthToSpace()] if stride == 2 else []
         if pre_activate:
-            layers += [nn.BatchNorm2d(in_width), nn.ReLU()]
+            layers += [BatchNorm2dUnbiased(in_width), nn.ReLU()]
         layers.append(_conv(in_width, hidden_width, stride))
         for out_width in (hidden_width, width):
-            layers += [nn.BatchNorm2d(hidden_width), nn.ReLU(), _conv(hidden_width, out_width, 1)]
+            layers += [BatchNorm2dUnbiased(hidden_width), nn.ReLU(), _conv(hidden_width, out_width, 1)]
         super().__init__(*layers)
 
 
@@ -209,7 +217,7 @@ class IRevNet(AbstractImageClassifier):
                 for stage in range(len(num_blocks))
             ]
         )
-        self.norm = nn.BatchNorm2d(self.num_features)
+        self.norm = BatchNorm2dUnbiased(self.num_features)
         self.head = make_head(self.num_features, num_classes)
         self._initialize(self)
 

@@ -7,7 +7,8 @@
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
-from revnet.nn._tensorflow import BatchNorm2dBiased as BatchNorm2dBiased
+from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
+from revnet.nn._batch_norm import BatchNorm2dUnbiased as BatchNorm2dUnbiased
 from revnet.nn._tensorflow import Conv2dSame as Conv2dSame
 from revnet.nn._whole_model import set_coupling as set_coupling
 from revnet.nn._whole_model import set_policy as set_policy

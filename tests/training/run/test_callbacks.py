@@ -91,33 +91,61 @@ def test_epoch_log_stops_a_diverged_run(tmp_path, loss):
     assert not (tmp_path / "metrics.csv").exists()
 
 
-def test_best_epoch_is_the_earliest_with_the_highest_accuracy(tmp_path):
-    files = RunFiles(tmp_path, HIGHEST_ACCURACY)
-    accuracies = [0.5, 0.75, 0.25, 0.75]
-    assert [files._is_best(make_trainer(i, val_accuracy=a)) for i, a in enumerate(accuracies)] == [
-        True,
-        True,
-        False,
-        False,
+def best_epochs(files, metric, validations):
+    """Return, for each validation, whether it is the best so far."""
+    return [
+        files._is_best(make_trainer(epoch, **{metric: score, "val_loss": loss}))
+        for epoch, (score, loss) in enumerate(validations)
     ]
-    assert files.best_score == 0.75
+
+
+def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss_then_comes_last(tmp_path):
+    files = RunFiles(tmp_path, HIGHEST_ACCURACY)
+    validations = [(0.5, 9.0), (0.75, 4.0), (0.25, 1.0), (0.75, 5.0), (0.75, 4.0), (0.75, 3.0), (1.0, 8.0), (0.75, 1.0)]
+    assert best_epochs(files, "val_accuracy", validations) == [True, True, False, False, True, True, True, False]
+    assert files.best_score == 1.0
+
+
+def test_best_epoch_has_the_lowest_loss_then_comes_last(tmp_path):
+    files = RunFiles(tmp_path, BestEpoch("val_loss", is_highest=False))
+    assert best_epochs(files, "val_loss", [(loss, loss) for loss in (3.0, 2.0, 2.5, 2.0)]) == [True, True, False, True]
+    assert files.best_score == 2.0
+
+
+def test_best_epoch_of_a_resumed_run(tmp_path):
+    """An older checkpoint has no loss for a classifier; the next equal accuracy wins."""
+    validations = [(0.75, 4.0), (0.75, 5.0), (0.75, 3.0)]
+    for number in range(3):
+        stopped, resumed, straight = (RunFiles(tmp_path, HIGHEST_ACCURACY) for _ in range(3))
+        best_epochs(stopped, "val_accuracy", validations[:number])
+        resumed.load_state_dict(stopped.state_dict())
+        best_epochs(resumed, "val_accuracy", validations[number:])
+        best_epochs(straight, "val_accuracy", validations)
+        assert resumed.state_dict() == straight.state_dict()
+    older = RunFiles(tmp_path, HIGHEST_ACCURACY)
+    older.load_state_dict({"best_epoch": 1, "best_val_accuracy": 0.75})
+    assert best_epochs(older, "val_accuracy", [(0.5, 1.0), (0.75, 4.0), (0.75, 5.0)]) == [False, True, False]
 
 
 def test_last_epoch_is_best_without_validation(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("revnet.training.run.callbacks.save_weights", lambda module, path: saved.append(path.name))
+    monkeypatch.setattr(
+        "revnet.training.run.callbacks.save_weights", lambda module, path, epoch: saved.append(f"{path.name} {epoch}")
+    )
     files = RunFiles(tmp_path, HIGHEST_ACCURACY)
     task = MagicMock(spec=AbstractTask)
     for epoch in range(3):
         files.on_train_epoch_end(make_trainer(epoch), task)
-    assert saved == ["best.safetensors", "last.safetensors"] * 3
+    assert saved == [f"{name}.safetensors {epoch}" for epoch in (1, 2, 3) for name in ("best", "last")]
     assert (files.best_epoch, files.best_score) == (3, None)
 
 
 def test_last_epoch_does_not_replace_the_best_validation_after_a_stop(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("revnet.training.run.callbacks.save_weights", lambda module, path: saved.append(path.name))
+    monkeypatch.setattr(
+        "revnet.training.run.callbacks.save_weights", lambda module, path, epoch: saved.append(f"{path.name} {epoch}")
+    )
     files = RunFiles(tmp_path, HIGHEST_ACCURACY)
     files.load_state_dict({"best_epoch": 1, "best_val_accuracy": 0.5})
     files.on_train_epoch_end(make_trainer(1), MagicMock(spec=AbstractTask))
-    assert saved == ["last.safetensors"]
+    assert saved == ["last.safetensors 2"]

@@ -15,6 +15,7 @@ from revnet.training.density.model import ImageDensity, load_density
 from revnet.training.device import find_device
 from revnet.training.run.checkpoint import find_weights
 from revnet.training.run.run_result import format_lines
+from revnet.training.run.used_weights import describe_weights
 from revnet.training.settings.checks import check_choice
 
 Missing = Literal["top", "bottom", "left", "right", "random"]
@@ -52,7 +53,7 @@ class Samples:
     def report(self) -> str:
         """Return the figures and the files as text."""
         lines = [
-            ("weights", str(self.checkpoint)),
+            ("weights", describe_weights(self.checkpoint)),
             ("test bits/dim", f"{self.test_bits_per_dim:.4f} ({self.num_test_images:,} images of {self.data})"),
         ]
         lines += [("" if number else "written", str(file)) for number, file in enumerate(self.files)]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from revnet._units import format_loss, format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.run_result import format_lines
+from revnet.training.run.used_weights import describe_weights
 
 _NUM_SHOWN = 5  # number of classes, and of mistakes
 _LONGEST_NAME = 40
@@ -15,7 +16,10 @@ def report_evaluation(result: EvaluateResult) -> str:
     classes = result.confusion.per_class()
     choice = "" if result.split_seed is None else f", a fifth of each class, chosen by seed {result.split_seed}"
     heading = [
-        ("model", result.model if result.checkpoint is None else f"{result.model}, {result.checkpoint}"),
+        (
+            "model",
+            result.model if result.checkpoint is None else f"{result.model}, {describe_weights(result.checkpoint)}",
+        ),
         ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes{choice}"),
         ("accuracy", result.report()),
         ("cross-entropy", f"{format_loss(result.cross_entropy)} nats/image"),

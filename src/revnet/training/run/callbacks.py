@@ -218,8 +218,8 @@ def check_loss(loss: float, lr: float, epoch: int) -> None:
 class RunFiles(Checkpoint):
     """Write the best weights after a validation, and the last weights after every epoch.
 
-    The task's rule decides which validation is the best, such as the one with the highest accuracy; the earliest of
-    equal ones wins. Without validation, the last epoch is the best.
+    The task's rule decides which validation is the best, such as the one with the highest accuracy; of equal ones, the
+    one with the lowest loss, and of these, the latest. Without validation, the last epoch is the best.
 
     Args:
         folder: Folder for `best.safetensors` and `last.safetensors`.
@@ -233,15 +233,18 @@ class RunFiles(Checkpoint):
         self._rule = rule
         self.best_epoch = 0
         self.best_score: float | None = None
+        self._best_loss: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best epoch so far."""
-        return {"best_epoch": self.best_epoch, f"best_{self._rule.metric}": self.best_score}
+        scores = {"best_val_loss": self._best_loss, f"best_{self._rule.metric}": self.best_score}
+        return {"best_epoch": self.best_epoch, **scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best epoch so far."""
         self.best_epoch = state_dict["best_epoch"]
         self.best_score = state_dict[f"best_{self._rule.metric}"]
+        self._best_loss = state_dict.get("best_val_loss")  # older checkpoints of classifiers lack it
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files, before a checkpoint refers to them."""
@@ -249,7 +252,7 @@ class RunFiles(Checkpoint):
         if self.best_score is None:  # no validation so far
             self._save_best(trainer, pl_module)
         with pl_module.with_final_weights():
-            save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS)
+            save_weights(pl_module.saved_module, self._folder / run_dir.LAST_WEIGHTS, epoch=trainer.current_epoch + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights if this validation is the best so far."""
@@ -259,13 +262,15 @@ class RunFiles(Checkpoint):
             self._save_best(trainer, pl_module)
 
     def _is_best(self, trainer: Trainer) -> bool:
-        score = float(trainer.callback_metrics[self._rule.metric])
-        if self.best_score is not None and not self._rule.is_better(score, self.best_score):
-            return False
-        self.best_score = score
+        score, loss = (float(trainer.callback_metrics[name]) for name in (self._rule.metric, "val_loss"))
+        if self.best_score is not None:
+            best_loss = math.inf if self._best_loss is None else self._best_loss
+            if not self._rule.is_best(score, loss, earlier_score=self.best_score, earlier_loss=best_loss):
+                return False
+        self.best_score, self._best_loss = score, loss
         return True
 
     def _save_best(self, trainer: Trainer, pl_module: AbstractTask) -> None:
         self.best_epoch = trainer.current_epoch + 1
         with pl_module.with_final_weights():
-            save_weights(pl_module.saved_module, self._folder / run_dir.BEST_WEIGHTS)
+            save_weights(pl_module.saved_module, self._folder / run_dir.BEST_WEIGHTS, epoch=self.best_epoch)

@@ -30,6 +30,8 @@ from revnet.training.saved_module import SavedModule, attribute_of_kind
 
 HEADER_KEY = "revnet"
 """Key of the header in a checkpoint."""
+EPOCH_KEY = "epoch"
+"""Key of the epoch in the metadata of a weights file."""
 
 _WAY_OUT = "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written"
 _Module = TypeVar("_Module", bound=SavedModule)
@@ -44,14 +46,21 @@ class SavedWeights(NamedTuple):
     """Tensors by their names in the module that was trained."""
 
 
-def save_weights(module: SavedModule, path: Path) -> None:
-    """Write the tensors and the header of `module`; of several processes, which must all call this, one writes."""
+def save_weights(module: SavedModule, path: Path, *, epoch: int | None = None) -> None:
+    """Write the tensors and the header of `module`; of several processes, which must all call this, one writes.
+
+    Args:
+        module: The module.
+        path: File to write.
+        epoch: Number of the epoch that the tensors are from, counted from 1; None if they are from no epoch.
+    """
     tensors = {name: tensor.contiguous().cpu() for name, tensor in whole_state(module).items()}
     if not current_world().is_main:
         return
+    metadata = module.header.to_metadata() | ({} if epoch is None else {EPOCH_KEY: str(epoch)})
     with atomic_path(path) as temporary:
         # `save_file` would make a file that only its owner may read.
-        temporary.write_bytes(save(tensors, metadata=module.header.to_metadata()))
+        temporary.write_bytes(save(tensors, metadata=metadata))
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
@@ -102,8 +111,9 @@ def load_module(module_type: type[_Module], path: str | Path) -> _Module:
 def find_weights(path: Path) -> Path:
     """Return the file of weights: `path` itself or, in the folder of a run, the last weights.
 
-    The last weights are the default for every kind of model, as in the first line of the report of a run. To use the
-    best on validation, pass the path of `best.safetensors`.
+    This is the rule of `evaluate`, `predict`, `sample`, `generate` and of runs that start from trained weights, and the
+    first score in the report of a run belongs to the last weights, too. To use the best on validation, pass the path of
+    `best.safetensors`.
 
     Raises:
         CheckpointError: The file does not exist.

@@ -169,6 +169,7 @@ def _figures(
     return RunFigures(
         folder=folder,
         best_epoch=files.best_epoch,
+        last_epoch=int(log.rows[-1]["epoch"]),
         num_updates=trainer.global_step,
         train_seconds=sum(row["epoch_seconds"] for row in log.rows),
         step_seconds=median(row["step_seconds"] for row in log.rows),

@@ -31,6 +31,9 @@ class RunFigures:
     best_epoch: int
     """Epoch of the best weights: the best in validation, or the last without validation."""
 
+    last_epoch: int
+    """Epoch of the last weights."""
+
     num_updates: int
     """Number of updates."""
 
@@ -104,7 +107,7 @@ class RunResult(RunFigures, ABC):
             *self._scores(),
             ("step time", step_time),
             *self._memory_lines(),
-            ("weights", str(self.folder / run_dir.LAST_WEIGHTS)),
+            ("weights", f"{self.folder / run_dir.LAST_WEIGHTS} (epoch {self.last_epoch})"),
             ("", f"{self.folder / run_dir.BEST_WEIGHTS} (epoch {self.best_epoch})"),
             ("log", str(self.folder / run_dir.LOG)),
             ("picture", str(self.folder / run_dir.PICTURE)),
@@ -114,6 +117,7 @@ class RunResult(RunFigures, ABC):
     def save(self, path: Path) -> None:
         """Write the figures, and the versions they were measured with, as JSON."""
         summary = self._score_entries() | {
+            "last_epoch": self.last_epoch,
             "num_updates": self.num_updates,
             "train_seconds": self.train_seconds,
             "step_seconds": self.step_seconds,

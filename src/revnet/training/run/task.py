@@ -27,9 +27,20 @@ class BestEpoch(NamedTuple):
     is_highest: bool
     """Whether the highest value is the best; otherwise the lowest is."""
 
-    def is_better(self, score: float, than: float) -> bool:
-        """Return whether one score beats another; the earlier of two equal scores wins."""
-        return score > than if self.is_highest else score < than
+    def is_best(self, score: float, loss: float, *, earlier_score: float, earlier_loss: float) -> bool:
+        """Return whether a validation is better than the best of the earlier ones, or equally good.
+
+        Accuracies on few images are often equal. Then the lower loss is better, and of equal losses, the later one.
+
+        Args:
+            score: Value of the metric.
+            loss: Validation loss.
+            earlier_score: Value of the metric in the best earlier validation.
+            earlier_loss: Validation loss in the best earlier validation.
+        """
+        if score == earlier_score:
+            return loss <= earlier_loss
+        return score > earlier_score if self.is_highest else score < earlier_score
 
 
 class AbstractTask(LightningModule, ABC):
