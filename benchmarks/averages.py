@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="epochs, instead of the recipe's")
     parser.add_argument("--seeds", default="0", help="seeds, one run each")
     parser.add_argument("--name", default="digits", help="name of the data in the title and in the names of the files")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as subset:
@@ -186,9 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stem = f"averages-{given.name}_{hardware_name()}_{datetime.date.today()}"
     header = describe_machine(shlex.join(["python", "benchmarks/averages.py", *arguments]))
     text = page(rows, given.name, header)
-    given.output_dir.mkdir(parents=True, exist_ok=True)
-    (given.output_dir / f"{stem}.md").write_text(text)
-    write_csv(rows, given.output_dir / f"{stem}.csv")
+    given.out_dir.mkdir(parents=True, exist_ok=True)
+    (given.out_dir / f"{stem}.md").write_text(text)
+    write_csv(rows, given.out_dir / f"{stem}.csv")
     print(text)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 
 def test_writes_page_and_table(tmp_path, capsys):
-    import_module("averages").main(["--epochs", "2", "--output-dir", str(tmp_path)])
+    import_module("averages").main(["--epochs", "2", "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("*.md")
     text = page.read_text()
     assert text in capsys.readouterr().out

@@ -157,7 +157,7 @@ def test_image_sizes_for_vision_transformers_are_divisible_by_the_patch_size(rec
     ("name", "message"),
     [
         ("cifar10/paper/revnet83", "did you mean `cifar10/paper/revnet38`"),
-        ("zzz", "the recipes are cifar10/modern/resnet110, "),
+        ("zzz", "neither a YAML file nor a recipe of revnet; `revnet recipes` lists them"),
     ],
 )
 def test_rejects_an_unknown_recipe(name, message):

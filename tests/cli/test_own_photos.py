@@ -72,7 +72,6 @@ def test_predictions_equal_the_evaluation(run, photos, answers, revnet):
     assert right_share(answers, load_dataset(photos).test) == evaluated["accuracy"]
 
 
-@pytest.mark.xfail(reason="batch norm's averages need more than twelve updates to arrive", strict=False)
 def test_photographs_are_predicted_as_they_were_trained(run, photos, answers):
     """The answers are at least as right as they were during the last epoch, before its updates."""
     with (run / "metrics.csv").open() as file:

@@ -74,7 +74,7 @@ def test_photographs_take_the_recipe_for_photographs(revnet, photos, tmp_path):
 
 
 def test_an_unknown_user_is_refused(assert_refused):
-    assert_refused(["train", "--data", "~unknown_user/photos"], "`path` (='~unknown_user/photos')")
+    assert_refused(["train", "--data", "~unknown_user/photos"], "`--data` (='~unknown_user/photos')")
 
 
 def test_photo_settings_depend_on_the_data(photos):

@@ -89,7 +89,7 @@ class TrainConfig(MixingSettings, AbstractRunConfig):
     lr: float | None = number(  # type: ignore[assignment] # None until `resolve`
         None, "above 0", lambda x: x > 0, usual="0.1"
     )
-    """Highest learning rate; null uses the default of the data set: 0.1 for images in memory, and for images in files
+    """Highest learning rate. By default, it is 0.1 for images in memory, and for images in files
     0.02 times a 32nd of the batch size, at most 0.1. For `adamw` and its relatives it is 0.001."""
 
     schedule: Schedule = "step"
