@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import revnet
+from revnet._outside_text import printable
 from revnet.cli._errors import describe_error, is_expected
+from revnet.cli._streams import safe_streams
 from revnet.training.processes.world import is_reported
 
 COMMANDS = {
@@ -59,7 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 on success; 2 for a usage error, which prints one line; 128 plus its number for a signal.
     """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    with safe_streams() as streams:
+        streams.status = _main(sys.argv[1:] if arguments is None else arguments)
+    return streams.status
+
+
+def _main(arguments: Sequence[str]) -> int:
+    name, *rest = [*arguments, ""]
     if name in ("", "-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -78,21 +86,19 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in SUBCOMMANDS.get(name, ()):
         prog, name, arguments = f"{prog} {arguments[0]}", f"{name}_{arguments[0]}", arguments[1:]
     format_before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {printable(str(message))}\n"
     try:
         parse = import_module("revnet.cli._parser").parse
         command = getattr(import_module(f"revnet.cli.{name}"), name)
         command(**parse(command, prog, arguments))
-        sys.stdout.flush()
     except SystemExit as leaving:  # --help and --print-config; an image that `predict` could not read
         return int(leaving.code or 0)
     except KeyboardInterrupt as stop:
         if not is_reported(stop):
             print(f"\n{prog}: {str(stop) or 'stopped.'}", file=sys.stderr)
         return 128 + getattr(stop, "signal_number", signal.SIGINT)
-    except BrokenPipeError:  # the reader has closed the pipe: `revnet models | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if is_reported(error):
             return 2
@@ -105,7 +111,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _fail(prog: str, message: str) -> int:
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
     return 2
 
 

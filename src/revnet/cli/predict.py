@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from revnet._outside_text import encodable, printable
 from revnet.cli._errors import UsageError, describe_error
 
 
@@ -49,7 +50,7 @@ def predict(
     def report(error: Exception) -> None:
         errors.append(error)
         if is_main:
-            print(f"revnet predict: error: {describe_error(error)}", file=sys.stderr)
+            print(f"revnet predict: error: {printable(encodable(describe_error(error)))}", file=sys.stderr)
 
     predictions = []
     width = max(map(len, images))
@@ -57,9 +58,9 @@ def predict(
         if not is_main:
             continue
         predictions.append(prediction)
-        classes = "  ".join(f"{answer.class_name} {100 * answer.probability:.2f} %" for answer in prediction.answers)
-        name = str(prediction.path).encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
-        print(f"{name:{width}}  {classes}", flush=True)
+        answers = [f"{printable(answer.class_name)} {100 * answer.probability:.2f} %" for answer in prediction.answers]
+        name = printable(encodable(str(prediction.path)))
+        print(f"{name:{width}}  {'  '.join(answers)}", flush=True)
     if table is not None and is_main:
         save_predictions(predictions, table)
     if errors:

@@ -7,8 +7,8 @@ from typing import Any, cast, overload
 
 from lightning.pytorch import Callback
 
+from revnet._atomic_file import remove_leftovers
 from revnet.errors import CheckpointError
-from revnet.training.atomic_file import remove_leftovers
 from revnet.training.classification import job as classification
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.result import TrainResult
@@ -158,7 +158,7 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
     family = _find_family(folder)
     if isinstance(changes.get("data"), str):
         changes["data"] = family.locate(changes["data"])
-    before = family.config_type.load(folder / run_dir.CONFIG)
+    before = family.config_type.load(folder / run_dir.CONFIG, whole=True)
     config = change_settings(before, changes)
     world = choose_world(config.device, config.devices, config.num_nodes)
     check_processes(config, world)

@@ -49,7 +49,8 @@ class ClassifierHeader(AbstractHeader):
     """Whether the streams of reversible blocks lie on a fixed-point grid, with rounded residuals."""
 
     def __post_init__(self) -> None:
-        _channels, _height, _width = self.image_shape  # a header of another shape is not revnet's
+        if min(self.image_shape) < 1 or not self.class_names:
+            raise ValueError("`image_shape` must be positive, and `class_names` must not be empty.")
 
     @property
     def num_classes(self) -> int:

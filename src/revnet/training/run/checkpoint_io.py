@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from revnet.training.atomic_file import atomic_path
+from revnet._atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.checkpoint_folder import delete_checkpoint
 

@@ -1,6 +1,6 @@
 import pytest
 
-from revnet.training.atomic_file import atomic_path, remove_leftovers
+from revnet._atomic_file import atomic_path, remove_leftovers
 
 
 def test_file_appears_whole(tmp_path):
