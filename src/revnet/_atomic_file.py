@@ -43,9 +43,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 yield (temporary := Path(folder) / "output")
                 _copy_into(temporary, path)
     except OSError as error:
-        if error.filename is None:  # a full disk, say, which the user finds by the name
-            error.filename = str(path)
-        raise
+        # A full disk has no name, and the temporary file has one that the user does not know.
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(_SUFFIX)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,6 +31,7 @@ from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.file_integrity import check_zip
 from revnet.training.run.shards import is_sharded, outline_shards, read_shards
+from revnet.training.run.state_digest import is_changed
 from revnet.training.saved_module import SavedModule, attribute_of_kind
 from revnet.training.weights_hash import HASH_KEY, hash_weights, is_damaged
 
@@ -193,7 +194,13 @@ def _load(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
         raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
     if not _is_ours(checkpoint):
         raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
+    _check_digest(checkpoint, path)
     return cast("dict[str, Any]", checkpoint)
+
+
+def _check_digest(checkpoint: Mapping[str, Any], path: Path) -> None:
+    if is_changed(checkpoint):
+        raise CheckpointError(f"`{path}` is damaged: it holds other values than `revnet train` wrote; copy it again.")
 
 
 def _is_ours(checkpoint: Any) -> bool:

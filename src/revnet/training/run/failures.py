@@ -41,7 +41,7 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
 
 def _explain_os_error(error: OSError, folder: Path, resume: str) -> RevnetError | None:
     path = None if error.filename is None else Path(error.filename)
-    is_ours = error.errno in _DISK_ERRORS if path is None else path.is_relative_to(folder)
+    is_ours = error.errno in _DISK_ERRORS if path is None else path.resolve().is_relative_to(folder.resolve())
     if not is_ours:
         return None
     if not folder.is_dir():
