@@ -6,6 +6,9 @@ from contextlib import contextmanager
 
 from revnet.errors import RevnetError, install_command
 
+_LONGEST = 2000
+"""Characters of the longest line."""
+
 
 class UsageError(RevnetError, ValueError):
     """The arguments do not fit the command."""
@@ -34,7 +37,10 @@ def describe_error(error: BaseException) -> str:
         return failure
     if isinstance(error, OSError) and error.strerror and not isinstance(error, RevnetError):
         return f"{error.strerror}: `{error.filename}`" if error.filename else error.strerror
-    return one_line(str(error))
+    text = one_line(str(error))
+    if len(text) > _LONGEST:  # a value from a file, for instance; the way out is at the end
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text
 
 
 @contextmanager

@@ -53,6 +53,8 @@ def read_archive(path: Path, names: Collection[str]) -> dict[str, bytes]:
 def _read_members(archive: tarfile.TarFile, names: Collection[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for member in archive:
+        if member.size > _MAX_BYTES:  # to skip what is not there, Python would count to any number
+            raise DataError("it has a file of more than 512 MiB, so it is not a CIFAR archive")
         name = _plain_name(member)
         content = archive.extractfile(member) if name in names else None
         if name is None or content is None:
