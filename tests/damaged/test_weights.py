@@ -95,7 +95,8 @@ def test_language_model_that_is_larger_than_its_file(language_run, tmp_path, fie
     path.write_bytes(save(tensors, metadata))
     error = assert_ends_well(lambda: load_language_model(path), field)
     assert isinstance(error, CheckpointError)
-    pytest.raises(CheckpointError, load_language_model, path).match(message)
+    with pytest.raises(CheckpointError, match=message):
+        load_language_model(path)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +131,8 @@ def test_tensors_of_another_type_are_refused(density_run, tmp_path):
         if is_fine:  # a run in bfloat16 saves such weights
             assert load_density(path).state_dict()[name].dtype == torch.float32
         else:
-            pytest.raises(CheckpointError, load_density, path).match(
-                f"`{name}` is {dtype} in the file and torch.float32"
-            )
+            with pytest.raises(CheckpointError, match=f"`{name}` is {dtype} in the file and torch.float32"):
+                load_density(path)
 
 
 @pytest.mark.parametrize("part", ["tensor", "header"])
@@ -142,7 +142,8 @@ def test_a_flipped_bit_is_noticed(density_run, tmp_path, part):
     content[at] ^= 1
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(content)
-    pytest.raises(CheckpointError, load_density, path).match("is damaged: it has other bytes than `revnet train` wrote")
+    with pytest.raises(CheckpointError, match="is damaged: it has other bytes than `revnet train` wrote"):
+        load_density(path)
 
 
 def test_weights_without_a_hash_load(density_run, tmp_path):
