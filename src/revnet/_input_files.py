@@ -53,8 +53,10 @@ def read_bytes(path: str | Path, most_bytes: int) -> bytes:
         OSError: The file cannot be opened, is not a regular file, or has more than `most_bytes`.
     """
     with open_regular(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
+        size = os.fstat(file.fileno()).st_size
+        # Python allocates what it is asked for, so it is not asked for the limit.
+        content = file.read(size + 1) if size <= most_bytes else b""
+    if max(size, len(content)) > most_bytes:
         raise OSError(errno.EFBIG, f"File of more than {most_bytes // 2**20:,} MiB", os.fspath(path))
     return content
 

@@ -15,7 +15,7 @@ from revnet.errors import CheckpointError
 from revnet.training import load_density, resume
 from revnet.training.run.checkpoint import read_checkpoint, read_outline
 from revnet.training.run.file_integrity import check_shards, read_shard_metadata
-from revnet.training.run.state_digest import DIGEST_KEY
+from revnet.training.run.state_digest import DIGEST_KEY, is_changed
 from tests.damaged.damage import assert_ends_well, damage_bytes, damage_tree, other_file, seeded
 from tests.training.samples import newest_checkpoint
 
@@ -54,7 +54,7 @@ def test_checkpoints_with_a_wrong_value(density_run, tmp_path, numbers):
         wrong = damage_tree(checkpoint, seeded("wrong value", number))
         torch.save(wrong, path)
         loaded = assert_ends_well(lambda: load_density(path), f"wrong value {number}")
-        assert isinstance(loaded, CheckpointError) or DIGEST_KEY not in wrong
+        assert isinstance(loaded, CheckpointError) or not is_changed(wrong)
 
 
 @pytest.mark.parametrize("numbers", RESUMED)
@@ -69,25 +69,17 @@ def test_resuming_from_a_wrong_value(folder, numbers):
         wrong = damage_tree(checkpoint, draw)
         torch.save(wrong, path)
         result = assert_ends_well(lambda: resume(folder, quiet=True), f"resume {number}")
-        assert isinstance(result, CheckpointError) or DIGEST_KEY not in wrong
+        assert isinstance(result, CheckpointError) or not is_changed(wrong)
 
 
-@pytest.mark.parametrize("numbers", RESUMED)
-def test_resuming_from_a_forged_checkpoint(folder, numbers):
-    """A checkpoint without a digest may come from a stranger or from an old version."""
+def test_a_run_does_not_continue_from_a_state_of_unknown_origin(folder):
     path = newest_checkpoint(folder)
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint[DIGEST_KEY]
-    untouched = shutil.copytree(folder, folder.parent / "untouched")
-    for number in numbers:
-        draw = seeded("forged", number)
-        shutil.rmtree(folder)
-        shutil.copytree(untouched, folder)
-        key = draw.choice(["callbacks", "optimizer_states", "lr_schedulers", "state_dict", "revnet", "global_step"])
-        torch.save(checkpoint | {key: damage_tree([checkpoint.get(key)], draw)[0:1] or None}, path) if (
-            number % 2
-        ) else torch.save(checkpoint | {key: damage_tree({"x": checkpoint.get(key)}, draw).get("x")}, path)
-        assert_ends_well(lambda: resume(folder, quiet=True), f"forged {number}, {key}")
+    torch.save(checkpoint, path)
+    load_density(path)
+    with pytest.raises(CheckpointError, match="has no digest, so another program or version wrote it"):
+        resume(folder, quiet=True)
 
 
 def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_is_taken(density_run, tmp_path, capsys):

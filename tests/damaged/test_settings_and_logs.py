@@ -32,9 +32,8 @@ def damage_settings(content: bytes, draw: Any) -> bytes:
             return yaml.safe_dump(damage_tree(yaml.safe_load(content), draw)).encode() + b"...\n"
         case 1:
             lines = content.decode().splitlines()
-            lines[draw.randrange(len(lines))] = (
-                f"{draw.choice(('lr', 'epochs', 'data', '<<'))}: {draw.choice(ODD_YAML)}"
-            )
+            name = draw.choice(("lr", "epochs", "data", "<<"))
+            lines[draw.randrange(len(lines))] = f"{name}: {draw.choice(ODD_YAML)}"
             return "\n".join(lines).encode() + b"\n...\n"
     return damage_bytes(content, draw) if draw.random() < 0.9 else other_file(draw)
 

@@ -183,7 +183,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     machine = summary.get("machine")
     numbers = {name: summary.get(name) for name in (*_NUMBERS, *_OPTIONAL_NUMBERS)}
     for name, number in numbers.items():
-        is_missing = number is None and name in _OPTIONAL_NUMBERS
+        is_missing = number is None and name in _OPTIONAL_NUMBERS and name in summary
         if not is_missing and (isinstance(number, bool) or not isinstance(number, int | float)):
             raise CheckpointError(f"`{path}` is damaged: `{name}` (={number!r}) must be a number; restore the file.")
     if not isinstance(machine, list) or not all(isinstance(line, str) for line in machine):

@@ -7,6 +7,7 @@ is a file or, if several processes shard the model, a folder of shards.
 
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,13 +32,22 @@ from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.file_integrity import check_zip
 from revnet.training.run.shards import is_sharded, outline_shards, read_shards
-from revnet.training.run.state_digest import is_changed
+from revnet.training.run.state_digest import DIGEST_KEY, is_changed
 from revnet.training.saved_module import SavedModule, attribute_of_kind
 from revnet.training.weights_hash import HASH_KEY, hash_weights, is_damaged
 
 HEADER_KEY = "revnet"
 """Key of the header in a checkpoint."""
 
+_PARTS: dict[str, type] = {
+    "callbacks": dict,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
+"""Types of the parts of a checkpoint that Lightning writes."""
 # The unpickler runs on whatever bytes a file has.
 _READ_ERRORS = (
     ArithmeticError,
@@ -187,7 +197,9 @@ def read_outline(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
     try:
-        checkpoint = load()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            checkpoint = load()
     except PermissionError:
         raise
     except _READ_ERRORS as error:
@@ -203,10 +215,25 @@ def _check_digest(checkpoint: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"`{path}` is damaged: it holds other values than `revnet train` wrote; copy it again.")
 
 
+def check_whole_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise unless the state of a checkpoint is known to be the one that was saved, so that a run can continue from it.
+
+    Raises:
+        CheckpointError: The checkpoint has no digest.
+    """
+    if DIGEST_KEY not in checkpoint and not is_sharded(path):
+        raise CheckpointError(
+            f"`{path}` has no digest, so another program or version wrote it; its weights can be used, but no run can "
+            "continue from it; restore the file, or pass it as `weights` of a new run."
+        )
+
+
 def _is_ours(checkpoint: Any) -> bool:
     if not isinstance(checkpoint, dict):
         return False
     header, state = checkpoint.get(HEADER_KEY), checkpoint.get("state_dict")
+    if any(not isinstance(checkpoint.get(name, kind()), kind) for name, kind in _PARTS.items()):
+        return False
     return (
         isinstance(header, dict)
         and all(isinstance(text, str) for item in header.items() for text in item)
