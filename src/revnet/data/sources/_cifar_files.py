@@ -53,7 +53,8 @@ def read_archive(path: Path, names: Collection[str]) -> dict[str, bytes]:
 def _read_members(archive: tarfile.TarFile, names: Collection[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for member in archive:
-        if member.size > _MAX_BYTES:  # to skip what is not there, Python would count to any number
+        # To skip what is not there, Python would count to any number. The size of a sparse file includes its holes.
+        if archive.offset - member.offset_data > _MAX_BYTES:
             raise DataError("it has a file of more than 512 MiB, so it is not a CIFAR archive")
         name = _plain_name(member)
         content = archive.extractfile(member) if name in names else None
