@@ -8,7 +8,10 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "revnet"
 LEVELS = {
     "errors": 0,
+    "_atomic_file": 0,
     "_checks": 0,
+    "_input_files": 0,
+    "_outside_text": 0,
     "_types": 0,
     "_torch_internals": 0,
     "_hardware": 0,
@@ -17,6 +20,7 @@ LEVELS = {
     "_palette": 0,
     "_text_table": 0,
     "_units": 0,
+    "_documents": 1,
     "_figure": 1,
     "_lazy": 1,
     "_provenance": 1,

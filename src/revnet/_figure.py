@@ -1,9 +1,13 @@
 """Figures in one style, drawn without a window system."""
 
+import warnings
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+from revnet._atomic_file import atomic_path
+from revnet._outside_text import printable
 from revnet.errors import MissingDependencyError
 
 _DOTS_PER_INCH = 150
@@ -45,10 +49,33 @@ def clear_frame(axes: Any) -> None:
 
 
 def write_title(axes: Any, text: str, **options: Any) -> None:
-    """Write the title of a panel, aligned to the left. Dollar signs in it are plain text."""
-    axes.set_title(text, loc="left", fontsize="medium", fontweight="bold", parse_math=False, **options)
+    """Write the title of a panel, aligned to the left, as plain text."""
+    axes.set_title(plain(text), loc="left", fontsize="medium", fontweight="bold", **options)
 
 
 def save(figure: Any, path: Path, **options: Any) -> None:
-    """Save the figure as a PNG file, even if the name of the file ends differently."""
-    figure.savefig(path, format="png", **options)
+    """Save the figure as a PNG file, whole or not at all, even if the name of the file ends differently."""
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the glyph is drawn as a box
+        figure.savefig(temporary, format="png", **options)
+
+
+def plain(text: str) -> str:
+    """Return a name for a figure: a dollar sign in it starts no formula, and it has no control characters."""
+    return printable(text).replace("$", r"\$")
+
+
+def try_to_draw(draw: Callable[[], object], path: Path) -> bool:
+    """Draw a picture whose failure must not stop a run; then warn, and return false.
+
+    Args:
+        draw: Function that draws the picture and writes the file.
+        path: The file, for the warning.
+    """
+    try:
+        draw()
+    except (MissingDependencyError, OSError, MemoryError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"`{path}` was not drawn: {printable(reason)}", stacklevel=3)
+        return False
+    return True

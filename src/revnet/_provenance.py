@@ -27,8 +27,15 @@ class Provenance:
 
     @classmethod
     def parse(cls, lines: Sequence[str]) -> "Provenance":
-        """Read the lines that `describe_machine` wrote."""
-        entries = dict(line.removeprefix("- ").split(": ", 1) for line in lines)
+        """Read the lines that `describe_machine` wrote.
+
+        Raises:
+            ValueError: An entry is missing.
+        """
+        entries = {name: text for name, _, text in (line.removeprefix("- ").partition(": ") for line in lines)}
+        missing = [name for name in ("Hardware", "Versions", "Date", "Command") if name not in entries]
+        if missing:
+            raise ValueError(f"`lines` lack the entry `{missing[0]}`; pass what `describe_machine` returned.")
         return cls(entries["Hardware"], entries["Versions"], entries["Date"], entries["Command"].strip("`"))
 
 

@@ -3,6 +3,7 @@
 import datetime
 from pathlib import Path
 
+from revnet._atomic_file import write_text
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
 from revnet.bench import plot
@@ -35,7 +36,7 @@ def run_benchmark(settings: Settings, folder: Path, command: str) -> Path:
     text = markdown(results, command, pictures)
     write_csv(results, folder / f"{stem}.csv")
     page = folder / f"{stem}.md"
-    page.write_text(text)
+    write_text(page, text)
     plot.plot_memory(results, folder / pictures[0])
     plot.plot_times(results, folder / pictures[1])
     return page

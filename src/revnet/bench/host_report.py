@@ -1,11 +1,12 @@
 """The page and the CSV of `revnet bench --host`."""
 
-import csv
 import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from revnet._atomic_file import write_csv, write_text
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
 from revnet.bench.host import STEPS_PER_TURN, HostResults, measure_host, one_thread
@@ -37,7 +38,7 @@ def run_host_benchmark(num_rounds: int, folder: Path, command: str) -> Path:
         text = host_markdown(results, command, load=f"{load} before, {_load()} after")
     page = folder / f"{_THEME}_{hardware_name()}_{datetime.date.today()}.md"
     _write_csv(results, page.with_suffix(".csv"))
-    page.write_text(text)
+    write_text(page, text)
     return page
 
 
@@ -115,14 +116,13 @@ def _load() -> str:
 
 
 def _write_csv(results: HostResults, path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for row in results.rows:
-            values: tuple[float | str, ...] = ("",) * 6
-            if row.times is not None:
-                step, ratio = row.times.step_seconds, row.times.over_plain
-                values = (step, results.microseconds(row.times), ratio.first, ratio.median, ratio.third)
-                values = (*values, row.times.least_over_least)
-            calls = ("",) * 3 if row.calls is None else (row.calls.num_calls, row.calls.num_files, row.calls.num_lines)
-            writer.writerow((row.case, results.num_blocks, row.method, *values, *calls, row.note))
+    rows: list[tuple[Any, ...]] = [_COLUMNS]
+    for row in results.rows:
+        values: tuple[float | str, ...] = ("",) * 6
+        if row.times is not None:
+            step, ratio = row.times.step_seconds, row.times.over_plain
+            values = (step, results.microseconds(row.times), ratio.first, ratio.median, ratio.third)
+            values = (*values, row.times.least_over_least)
+        calls = ("",) * 3 if row.calls is None else (row.calls.num_calls, row.calls.num_files, row.calls.num_lines)
+        rows.append((row.case, results.num_blocks, row.method, *values, *calls, row.note))
+    write_csv(path, rows)

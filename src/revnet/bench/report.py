@@ -1,10 +1,10 @@
 """Write the results as a Markdown page and a CSV file."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from revnet._atomic_file import write_csv as write_rows
 from revnet._provenance import describe_machine
 from revnet.bench.cases import CASES
 from revnet.bench.methods import METHODS, Method
@@ -54,10 +54,7 @@ def measurements(results: Results) -> Iterator[Measurement]:
 
 def write_csv(results: Results, path: Path) -> None:
     """Write all measurements, one per row."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Measurement._fields)
-        writer.writerows(measurements(results))
+    write_rows(path, [Measurement._fields, *measurements(results)])
 
 
 def markdown(results: Results, command: str, pictures: Sequence[str] = ()) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from revnet.cli._errors import UsageError, one_line
+from revnet._documents import read_yaml
+from revnet.cli._errors import UsageError
 from revnet.cli._values import check_value, describe_type
 from revnet.training.recipes import find_recipe
 
@@ -36,8 +37,6 @@ def read_config(name: str, kinds: Mapping[str, Any], hint: Callable[[str], str])
 
 
 def _load(name: str) -> dict[Any, Any]:
-    import yaml
-
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml") and not path.exists():
         try:
@@ -48,11 +47,7 @@ def _load(name: str) -> dict[Any, Any]:
         fault = "path is not a file" if path.exists() else "file does not exist"
         raise UsageError(f"`--config` ({name}): {fault}; pass a YAML file.")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"`--config` ({name}) is not a text file; pass a YAML file.") from error
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: an integer of too many digits
-        raise UsageError(f"`--config` ({name}) is not valid YAML: {one_line(str(error))}.") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"`--config` ({name}) must hold one `setting: value` per line.")
+        settings = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`--config` ({name}): {error} Pass a file of settings.") from error
     return settings

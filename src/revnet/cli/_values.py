@@ -4,6 +4,8 @@ import math
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from revnet._documents import parse_yaml
+
 _DESCRIPTIONS = {
     bool: "true or false",
     float: "a number",
@@ -20,16 +22,14 @@ def read_text(text: str, kind: Any) -> Any:
     Raises:
         TypeError: `text` does not describe a value of that type.
     """
-    import yaml
-
     members = _members(kind)
     if str in members:
         return None if text == "null" and NoneType in members else text
     if text in choices(kind):
         return text
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # a ValueError: an integer with too many digits
+        value = parse_yaml(text)
+    except ValueError:
         value = text
     return check_value(value, kind)
 

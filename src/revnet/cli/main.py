@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import revnet
+from revnet._outside_text import printable
 from revnet.cli._commands import COMMANDS, COMPLETION, SUBCOMMANDS, format_help
 from revnet.cli._errors import describe_error, is_expected, one_line
+from revnet.cli._streams import safe_streams
 from revnet.training.processes.world import is_reported
 
 
@@ -27,7 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 on success; 2 for a usage error, which prints one line; 128 plus its number for a signal.
     """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    with safe_streams() as streams:
+        streams.status = _main(sys.argv[1:] if arguments is None else arguments)
+    return streams.status
+
+
+def _main(arguments: Sequence[str]) -> int:
+    name, *rest = [*arguments, ""]
     if name in ("", "-h", "--help", "help"):
         print(format_help(), end="")
         return 0
@@ -50,21 +58,21 @@ def _run(name: str, arguments: Sequence[str], prog: str) -> int:
     matplotlib_log = logging.getLogger("matplotlib")
     level_before = matplotlib_log.level
     matplotlib_log.setLevel(logging.ERROR)  # it warns of its cache of fonts if the home folder cannot be written
-    warnings.formatwarning = lambda message, *_: f"{prog}: warning: {_in_flags(str(message), name, arguments)}\n"
+    warnings.formatwarning = lambda message, *_: (
+        f"{prog}: warning: {printable(_in_flags(str(message), name, arguments))}\n"
+    )
     try:
         parse = import_module("revnet.cli._parser").parse
         command = getattr(import_module(f"revnet.cli.{name}"), name)
         command(**parse(command, prog, arguments))
-        sys.stdout.flush()
     except SystemExit as leaving:  # --help and --print-config; an image that `predict` could not read
         return int(leaving.code or 0)
     except KeyboardInterrupt as stop:
         if not is_reported(stop):
             print(f"\n{prog}: {str(stop) or 'stopped.'}", file=sys.stderr)
         return 128 + getattr(stop, "signal_number", signal.SIGINT)
-    except BrokenPipeError:  # the reader has closed the pipe: `revnet models | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if is_reported(error):
             return 2
@@ -88,7 +96,7 @@ def _in_flags(message: str, name: str, arguments: Sequence[str]) -> str:
 
 
 def _fail(prog: str, message: str) -> int:
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(f"{prog}: error: {printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from revnet._image_files import list_images
+from revnet._outside_text import encodable, printable
 from revnet.cli._errors import UsageError, describe_error
 
 _WIDEST = 60
@@ -57,7 +58,7 @@ def predict(
     def report(error: Exception) -> None:
         errors.append(error)
         if is_main:
-            print(f"revnet predict: error: {describe_error(error)}", file=sys.stderr)
+            print(f"revnet predict: error: {printable(encodable(describe_error(error)))}", file=sys.stderr)
 
     predictions = []
     width = min(_WIDEST, max(len(_printable(file)) for file in files))
@@ -67,8 +68,8 @@ def predict(
         predictions.append(prediction)
         if len(predictions) == 1:  # on standard error, as the lines of the images may go to a file
             print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
-        classes = "  ".join(f"{answer.class_name} {100 * answer.probability:.2f} %" for answer in prediction.answers)
-        print(f"{_printable(prediction.path):{width}}  {classes}", flush=True)
+        answers = [f"{printable(answer.class_name)} {100 * answer.probability:.2f} %" for answer in prediction.answers]
+        print(f"{_printable(prediction.path):{width}}  {'  '.join(answers)}", flush=True)
     if table is not None and is_main:
         save_predictions(predictions, table)
     if lines is not None and is_main:
@@ -91,5 +92,4 @@ def _open_place(flag: str, place: str | None) -> Path | None:
 
 def _printable(path: Path) -> str:
     """Return the name of a file on one line."""
-    name = str(path).encode(errors="replace").decode()  # a name may hold bytes that are not UTF-8
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+    return printable(encodable(str(path)))

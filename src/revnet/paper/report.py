@@ -1,18 +1,24 @@
 """Write the table of finished runs and the paper's numbers as Markdown and CSV."""
 
-import csv
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
+from revnet._atomic_file import write_table, write_text
+from revnet._documents import read_json
 from revnet._provenance import Provenance
+from revnet.errors import CheckpointError
 from revnet.models import AbstractImageClassifier, create_model
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig
+
+_NUMBERS = ("test_error", "num_updates", "train_seconds", "step_seconds")
+_OPTIONAL_NUMBERS = ("peak_bytes", "stored_peak_bytes", "process_peak_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +65,8 @@ def write_report(table: Table, out_dir: Path, command: str) -> list[RunFigures]:
     """Write `table.md` and `table.csv` of all finished runs in `out_dir`, and return their figures."""
     figures = [run for row in table.rows for run in _read_runs(table, row, out_dir)]
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "table.md").write_text("\n".join(format_report(table, figures, command)) + "\n")
-    with (out_dir / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(RunFigures.__dataclass_fields__))
-        writer.writeheader()
-        writer.writerows(asdict(run) for run in figures)
+    write_text(out_dir / "table.md", "\n".join(format_report(table, figures, command)) + "\n")
+    write_table(out_dir / "table.csv", list(RunFigures.__dataclass_fields__), map(asdict, figures))
     return figures
 
 
@@ -140,12 +143,18 @@ def _comparisons(table: Table, figures: Sequence[RunFigures]) -> list[str]:
 def _read_runs(table: Table, row: Row, out_dir: Path) -> list[RunFigures]:
     folders = {folder: folder.name.partition("_seed")[2] for folder in out_dir.glob(f"{row.model}_seed*")}
     finished = [folder for folder, seed in folders.items() if seed.isdecimal() and (folder / "summary.json").is_file()]
-    return [_read_run(table, row, folder) for folder in sorted(finished, key=lambda folder: int(folders[folder]))]
+    runs = []
+    for folder in sorted(finished, key=lambda folder: int(folders[folder])):
+        try:
+            runs.append(_read_run(table, row, folder))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"left out of the table: {error}", stacklevel=2)
+    return runs
 
 
 def _read_run(table: Table, row: Row, folder: Path) -> RunFigures:
-    summary = json.loads((folder / "summary.json").read_text())
-    config = TrainConfig.load(folder / "config.yaml")
+    summary = _read_summary(folder / "summary.json")
+    config = TrainConfig.load(folder / "config.yaml", whole=True)
     provenance = Provenance.parse(summary["machine"])
     model = _skeleton(row.model, table.num_classes)
     return RunFigures(
@@ -167,6 +176,19 @@ def _read_run(table: Table, row: Row, folder: Path) -> RunFigures:
         paper_error=row.paper_error,
         rerun_error=row.rerun_error,
     )
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = read_json(path)
+    machine = summary.get("machine")
+    numbers = {name: summary.get(name) for name in (*_NUMBERS, *_OPTIONAL_NUMBERS)}
+    for name, number in numbers.items():
+        is_missing = number is None and name in _OPTIONAL_NUMBERS and name in summary
+        if not is_missing and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise CheckpointError(f"`{path}` is damaged: `{name}` (={number!r}) must be a number; restore the file.")
+    if not isinstance(machine, list) or not all(isinstance(line, str) for line in machine):
+        raise CheckpointError(f"`{path}` is damaged: `machine` must be a list of lines; restore the file.")
+    return summary
 
 
 def _skeleton(model: str, num_classes: int) -> AbstractImageClassifier:

@@ -99,7 +99,7 @@ def _check_same_settings(run: _Run) -> None:
     path = run.folder / "config.yaml"
     if not path.is_file():
         return
-    saved = TrainConfig.load(path)
+    saved = TrainConfig.load(path, whole=True)
     for field in fields(TrainConfig):
         wanted, existing = getattr(run.config, field.name), getattr(saved, field.name)
         # A saved run has values for settings that were left open, and the number of epochs that `max_updates` takes.

@@ -1,6 +1,5 @@
 """A Lightning callback that measures the drift of a training run at almost no cost."""
 
-import csv
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from revnet._atomic_file import write_table
 from revnet.engine import DriftMeter
 from revnet.numerics import Drift, drift_of, measure_drift
-from revnet.training.atomic_file import atomic_path
 from revnet.training.settings.checks import check_integer
 
 Loss = Callable[[Any, Any], Tensor]
@@ -111,10 +110,7 @@ class DriftMonitor(Callback):
         """Rewrite the file."""
         if self._path is None or not trainer.is_global_zero:
             return
-        with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            writer.writeheader()
-            writer.writerows(self._rows)
+        write_table(self._path, _COLUMNS, self._rows)
 
     def _compare_gradients(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> Drift:
         assert self._loss is not None

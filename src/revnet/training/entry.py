@@ -7,8 +7,8 @@ from typing import Any, cast, overload
 
 from lightning.pytorch import Callback
 
+from revnet._atomic_file import remove_leftovers
 from revnet.errors import CheckpointError
-from revnet.training.atomic_file import remove_leftovers
 from revnet.training.classification import job as classification
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.result import TrainResult
@@ -25,7 +25,7 @@ from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.prepare_model import check_processes
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
-from revnet.training.run.checkpoint import read_outline, trained_part
+from revnet.training.run.checkpoint import check_whole_state, read_outline, trained_part
 from revnet.training.run.checkpoint_folder import CheckpointFolder
 from revnet.training.run.data_record import check_record, save_record
 from revnet.training.run.execute import execute
@@ -158,7 +158,7 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
     family = _find_family(folder)
     if isinstance(changes.get("data"), str):
         changes["data"] = family.locate(changes["data"])
-    before = family.config_type.load(folder / run_dir.CONFIG)
+    before = family.config_type.load(folder / run_dir.CONFIG, whole=True)
     config = change_settings(before, changes)
     world = choose_world(config.device, config.devices, config.num_nodes)
     check_processes(config, world)
@@ -188,6 +188,7 @@ def _find_start(folder: Path, job: AbstractJob[Any], *, quiet: bool) -> Path | N
         print(f"skipped  {path_skipped}, which cannot be read")
     if checkpoint is not None:
         outline = read_outline(checkpoint)
+        check_whole_state(outline, checkpoint)
         check_fit(job.task.saved_module, trained_part(outline).tensors, checkpoint)
         check_length(outline, job.config, job.task.num_updates)
     elif not path.exists():  # the run was killed just before

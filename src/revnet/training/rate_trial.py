@@ -14,7 +14,6 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 from revnet._figure import clear_frame, new_figure, save
 from revnet._palette import BLUE, RED
-from revnet.training.atomic_file import atomic_path
 from revnet.training.entry import new_job
 from revnet.training.processes.choose import choose_world
 from revnet.training.run.execution import execution
@@ -57,8 +56,7 @@ class RateTrial:
         axes.set_xlabel("learning rate")
         axes.set_ylabel("loss, smoothed")
         clear_frame(axes)
-        with atomic_path(path) as temporary:
-            save(figure, temporary)
+        save(figure, path)
 
 
 def find_lr(config: AbstractRunConfig, *, num_updates: int = 100) -> RateTrial:

@@ -8,18 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 
 import revnet
+from revnet._documents import parse_json_value
+from revnet._outside_text import encodable
 from revnet.errors import CheckpointError
+from revnet.training.outline import build_outline
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _FORMAT = "1"
 _CLASSIFIER = "classifier"
+_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_MOST = 2**31
+"""Limit of the integers in a header."""
 
 
 class _Kind(NamedTuple):
@@ -56,7 +63,7 @@ class AbstractHeader(ABC):
             metadata["kind"] = self.kind
         for field in fields(cast("DataclassInstance", self)):
             value = getattr(self, field.name)
-            metadata[field.name] = value if field.name in self.as_text else json.dumps(value)
+            metadata[field.name] = encodable(value) if field.name in self.as_text else json.dumps(value)
         return metadata
 
     @classmethod
@@ -76,7 +83,10 @@ class AbstractHeader(ABC):
             for field in fields(cast("type[DataclassInstance]", cls)):
                 if field.name in metadata or field.default is MISSING:
                     text = metadata[field.name]
-                    values[field.name] = text if field.name in cls.as_text else _from_json(text)
+                    value = text if field.name in cls.as_text else _from_json(text)
+                    if not _has_type(value, field.type):
+                        raise TypeError(f"{field.name} is not of the type {field.type}")
+                    values[field.name] = value
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"`{path}` was not written by `revnet train`; its header is not revnet's.") from error
@@ -115,10 +125,12 @@ class SavedModule(nn.Module, ABC):
             CheckpointError: The module cannot be built, or the tensors do not fit it.
         """
         try:
-            module = cls.build(header, tensors)
+            outline = build_outline(lambda: cls.build(header, tensors), tensors)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"`{path}` cannot be rebuilt: {error}") from error
-        check_fit(module, tensors, path)
+        # Before memory is allocated: a file from a stranger may describe a model of any size.
+        check_fit(outline, tensors, path)
+        module = cls.build(header, tensors)
         module.load_state_dict(tensors)
         return module
 
@@ -155,7 +167,7 @@ def check_fit(module: SavedModule, tensors: Mapping[str, Tensor], path: Path) ->
     """Compare `tensors`, read from `path`, with the state of `module`.
 
     Raises:
-        CheckpointError: A tensor is missing, superfluous or of another shape; the message names the first one.
+        CheckpointError: A tensor is missing, superfluous, or of another shape or type; the message names the first one.
     """
     difference = first_difference(module.state_dict(), tensors, lacks="it lacks")
     if difference is not None:
@@ -165,7 +177,9 @@ def check_fit(module: SavedModule, tensors: Mapping[str, Tensor], path: Path) ->
 
 
 def first_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], *, lacks: str) -> str | None:
-    """Describe the first tensor of a file that differs from the model's in name or shape; None if none does.
+    """Describe the first tensor of a file that differs from the model's in name, shape or type; None if none does.
+
+    Numbers in 16 bits fit a model in 32 bits: a run in bfloat16 saves them.
 
     Args:
         expected: Tensors of the model.
@@ -181,9 +195,36 @@ def first_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor
             return f"the model has no tensor `{name}`"
         if in_file[name] != in_model[name]:
             return f"`{name}` is {in_file[name]} in the file and {in_model[name]} in the model"
+        types = actual[name].dtype, expected[name].dtype
+        if types[0] != types[1] and not _FLOATS.issuperset(types):
+            return f"`{name}` is {types[0]} in the file and {types[1]} in the model"
     return None
 
 
 def _from_json(text: str) -> Any:
-    value = json.loads(text)
+    value = parse_json_value(text)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Return whether `value`, read from JSON, suits the annotation of a field of a header."""
+    origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+    if origin is Mapping:
+        return isinstance(value, dict) and all(map(_is_option, value.values()))
+    return isinstance(value, origin)
+
+
+def _is_option(value: Any) -> bool:
+    """Return whether `value` is a plain value, or a flat list of them, and not an enormous number."""
+    if isinstance(value, list):
+        return not any(isinstance(item, list) for item in value) and all(map(_is_option, value))
+    if isinstance(value, int):
+        return abs(value) < _MOST
+    return value is None or isinstance(value, str | float)

@@ -77,8 +77,8 @@ def test_full_disk_while_weights_are_written(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     message = fail(NICE, 5, fill_disk, folder)
     assert message == (
-        f"`{folder}` cannot be written: No space left on device; make room, and `revnet train --resume {folder}` "
-        "continues."
+        f"`{folder}/best.safetensors` cannot be written: No space left on device; make room, and `revnet train "
+        f"--resume {folder}` continues."
     )
 
 

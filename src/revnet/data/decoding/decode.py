@@ -1,6 +1,7 @@
 """Decoding of image files to pixels of the requested size. No other file depends on how Pillow behaves."""
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revnet._input_files import read_bytes
 from revnet.data._require import require
 from revnet.data.decoding.crop import AbstractCrop, Box, CenterCrop
 from revnet.data.decoding.image_draw import Draw
@@ -22,6 +24,13 @@ if TYPE_CHECKING:
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+"""Formats of images, by Pillow's names. Pillow opens others with programs of the system, such as Ghostscript."""
+
+_MOST_PIXELS = 100_000_000
+_LIMIT_VARIABLE = "REVNET_MAX_PIXELS"
+"""Environment variable with another limit, which worker processes inherit."""
+_MOST_BYTES = 2**30
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
 _ANY_DRAW = Draw(0, 0, 0)
@@ -53,14 +62,15 @@ def decode(source: str | bytes, crop: AbstractCrop, size: tuple[int, int], draw:
         The pixels, (height, width, 3), or (height, width) for gray.
 
     Raises:
-        UndecodableError: The file cannot be read, or does not hold a complete image of a known kind.
+        UndecodableError: The file cannot be read, is not a regular file, has too many pixels, or does not hold a
+            complete image in one of the `FORMATS`.
 
     Numerics:
         Bilinear, with a wider filter where the image shrinks. A JPEG that would shrink to half its size or less is
         decoded at 1/2, 1/4 or 1/8 of its size, which the format allows, and resized from there.
     """
     with _pillow_errors():
-        encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
+        encoded = source if isinstance(source, bytes) else read_bytes(source, _MOST_BYTES)
         return _decode_part(encoded, crop, size, draw, mode)
 
 
@@ -72,6 +82,7 @@ def decode_whole(encoded: bytes) -> Pixels:
     """
     with _pillow_errors():
         image = _open(encoded)
+        _check_size(image)
         image.load()
         return np.asarray(_to_gray_or_rgb(_turn_upright(image, _orientation(image))))
 
@@ -133,6 +144,7 @@ def _decode_part(encoded: bytes, crop: AbstractCrop, size: tuple[int, int], draw
     box = crop.box(*upright, size, draw)
     wanted = _smallest_useful_size(upright, box, size)
     image.draft(None, wanted[::-1] if orientation in _SIDEWAYS else wanted)  # affects JPEG only
+    _check_size(image)
     image.load()
     image = _turn_upright(image, orientation)
     x, y = image.width / upright[0], image.height / upright[1]
@@ -143,11 +155,42 @@ def _decode_part(encoded: bytes, crop: AbstractCrop, size: tuple[int, int], draw
 
 
 def _open(encoded: bytes) -> "Image":
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not encoded:
         raise UndecodableError("it is empty")
-    return Image.open(BytesIO(encoded))
+    limit = _most_pixels()
+    if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limit  # Pillow refuses twice as many before a JPEG can be decoded at a smaller size
+    try:
+        return Image.open(BytesIO(encoded), formats=FORMATS)
+    except UnidentifiedImageError:
+        if not _has_other_format(encoded):
+            raise
+        raise UndecodableError(f"its format is not one of {', '.join(FORMATS)} (convert it)") from None
+    except Image.DecompressionBombError as error:
+        raise UndecodableError(_too_large(limit)) from error
+
+
+def _has_other_format(encoded: bytes) -> bool:
+    """Return whether the bytes begin like HEIC or AVIF, PostScript, Photoshop, JPEG 2000 or SVG."""
+    return encoded[4:8] == b"ftyp" or encoded.lstrip()[:4] in (b"%!PS", b"8BPS", b"\0\0\0\x0c", b"<svg", b"<?xm")
+
+
+def _check_size(image: "Image") -> None:
+    """Raise if the image, as it will be decoded, has too many pixels."""
+    limit = _most_pixels()
+    if image.width * image.height > limit:
+        raise UndecodableError(f"{_too_large(limit)}: {image.width:,} x {image.height:,}")
+
+
+def _most_pixels() -> int:
+    text = os.environ.get(_LIMIT_VARIABLE, "")
+    return int(text) if text.isdecimal() and len(text) < 12 else _MOST_PIXELS
+
+
+def _too_large(limit: int) -> str:
+    return f"it has more than {limit:,} pixels (shrink it, or set {_LIMIT_VARIABLE} to a larger number)"
 
 
 def _turn_upright(image: "Image", orientation: int) -> "Image":

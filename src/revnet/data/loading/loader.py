@@ -15,6 +15,12 @@ from revnet.data.decoding.corrupt import corrupt_error, log_skipped
 from revnet.data.loading._abstract_batches import AbstractBatches
 from revnet.data.loading._epoch_batches import EpochBatches, ImageBatches
 from revnet.data.loading._share import Share
+from revnet.data.loading._shared_memory import (
+    PREFETCH_FACTOR,
+    SECONDS_PER_BATCH,
+    check_shared_memory,
+    end_if_batches_are_lost,
+)
 from revnet.data.loading._stream_batches import StreamBatches
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.file_split import FileSplit
@@ -41,11 +47,13 @@ class Loader(Iterable[Batch]):
         batches: AbstractBatches,
         workers: DataLoader[Any],
         make_keys: Callable[[int, Tensor], Tensor] | None,
+        batch_size: int,
     ) -> None:
         self._split = split
         self._batches = batches
         self._workers = workers
         self._make_keys = make_keys
+        self._batch_size = batch_size  # of this process, at most
 
     @property
     def sampler(self) -> AbstractBatches:
@@ -56,6 +64,8 @@ class Loader(Iterable[Batch]):
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._workers._iterator is None:  # the workers are about to start
+            check_shared_memory(self._workers.num_workers, self._batch_size, self._split.image_shape)
         try:
             yield from self._decodable()
         except DataError:
@@ -186,6 +196,7 @@ def make_loader(
     _check(split, batch_size, drop_last, num_workers, share)
     _check_weights(split, weights)
     make_keys = partial(_make_keys, seed=seed, is_shuffled=shuffle, pin_memory=pin_memory) if keys else None
+    part_size = -(-batch_size // (num_processes * num_parts))
     if isinstance(split, StreamSplit):
         num_workers = min(num_workers, split.rows.num_shards)
         stream = StreamBatches(
@@ -198,7 +209,7 @@ def make_loader(
             num_workers=num_workers,
         )
         options = _options(num_workers, pin_memory, seed)
-        return Loader(split, stream, DataLoader(stream, batch_size=None, **options), make_keys)
+        return Loader(split, stream, DataLoader(stream, batch_size=None, **options), make_keys, part_size)
     if not isinstance(split, ImageSplit | FileSplit):
         raise TypeError(f"`split` (of {type(split)}) must be a split of an `ImageDataset`; pass `dataset.train`, say.")
     batches = EpochBatches(
@@ -213,7 +224,7 @@ def make_loader(
     options = _options(0 if isinstance(split, ImageSplit) else num_workers, pin_memory, seed)
     # `ImageBatches` gets what the batch sampler yields as it is, so that need not be a list.
     workers: DataLoader[Any] = DataLoader(ImageBatches(split), batch_sampler=batches, **options)  # type: ignore[arg-type]
-    return Loader(split, batches, workers, make_keys)
+    return Loader(split, batches, workers, make_keys, part_size)
 
 
 def _check_weights(split: AbstractSplit, weights: Tensor | None) -> None:
@@ -260,14 +271,17 @@ def _options(num_workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
         "collate_fn": _identity,
         "num_workers": num_workers,
         "pin_memory": pin_memory,
+        "timeout": SECONDS_PER_BATCH if num_workers > 0 else 0,
+        "prefetch_factor": PREFETCH_FACTOR if num_workers > 0 else None,
         "persistent_workers": num_workers > 0,  # starting one takes as long as decoding hundreds of images
-        "worker_init_fn": _leave_signals_to_main,
+        "worker_init_fn": _start_worker,
         # Without its own generator, every new iterator draws a number from the global one.
         "generator": torch.Generator().manual_seed(seed),
     }
 
 
-def _leave_signals_to_main(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
+    end_if_batches_are_lost()
     # Ctrl-C reaches every process of a terminal, and SIGTERM every process of a job. The main process ends the workers,
     # perhaps after a last batch; each of them would print a traceback otherwise.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+from revnet._input_files import open_regular, read_bytes
 from revnet.errors import DataError
 
 _MAX_BYTES = 2**29
@@ -35,7 +36,7 @@ def read_archive(path: Path, names: Collection[str]) -> dict[str, bytes]:
             MiB.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             is_compressed = file.read(2) == _GZIP_MAGIC
             file.seek(0)
             stream = _Bounded(fileobj=file) if is_compressed else file
@@ -52,6 +53,9 @@ def read_archive(path: Path, names: Collection[str]) -> dict[str, bytes]:
 def _read_members(archive: tarfile.TarFile, names: Collection[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for member in archive:
+        # To skip what is not there, Python would count to any number. The size of a sparse file includes its holes.
+        if archive.offset - member.offset_data > _MAX_BYTES:
+            raise DataError("it has a file of more than 512 MiB, so it is not a CIFAR archive")
         name = _plain_name(member)
         content = archive.extractfile(member) if name in names else None
         if name is None or content is None:
@@ -76,7 +80,7 @@ def read_folder(folder: Path, names: Collection[str]) -> dict[str, bytes]:
                 continue
             if file.stat().st_size > _MAX_BYTES:
                 raise DataError(f"'{file}' has more than 512 MiB, so it is not a CIFAR file; pass another folder.")
-            files[name] = file.read_bytes()
+            files[name] = read_bytes(file, _MAX_BYTES)
         except OSError as error:
             raise DataError(f"'{file}' cannot be read: {error}; change its permissions, or copy it again.") from error
     return files

@@ -6,12 +6,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from revnet._input_files import check_regular
 from revnet.data._require import require
 from revnet.data.splits.rows import BUFFER_SIZE, AbstractRows, Order, Row, shuffled
 from revnet.errors import DataError
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label")
+
+_FREE_BYTES = 2**26
+_MOST_EXPANSION = 100
+"""How far a part of a file may expand when it is unpacked, if it has more than 64 MiB then."""
 
 _CHUNK = 32
 """Rows read from a file at a time; few, since an image may have megabytes."""
@@ -45,7 +50,9 @@ def read_parquet_file(path: Path) -> ParquetFile:
     datasets = require("datasets", package="Hugging Face `datasets`", purpose="reading parquet files")
     parquet = _arrow()
     try:
+        check_regular(path)
         with parquet.ParquetFile(path) as table:
+            _check_size(table.metadata, path)
             schema = table.schema_arrow
             image_column, label_column = _find_columns(schema.names, path)
             label_feature = datasets.Features.from_arrow_schema(schema)[label_column]
@@ -94,6 +101,26 @@ class ParquetRows(AbstractRows):
             yield from _read_group(*self._shards[shard])
 
 
+def _check_size(metadata: Any, path: Path) -> None:
+    """Raise if a file has far more content than bytes, before the content is read.
+
+    Raises:
+        DataError: It has more rows than bytes, or a part unpacks to far more bytes than it has.
+    """
+    num_bytes = path.stat().st_size
+    if metadata.num_rows > num_bytes:
+        raise DataError(f"'{path}' has {metadata.num_rows:,} rows in {num_bytes:,} bytes, so they hold no images.")
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            part = metadata.row_group(group).column(column)
+            unpacked = part.total_uncompressed_size
+            if unpacked > max(_FREE_BYTES, _MOST_EXPANSION * min(part.total_compressed_size, num_bytes)):
+                raise DataError(
+                    f"'{path}' unpacks `{part.path_in_schema}` to {unpacked / 2**20:,.0f} MiB, more than "
+                    f"{_MOST_EXPANSION} times its size; write it again without compression, which images have already."
+                )
+
+
 def _find_columns(columns: Iterable[str], path: Path) -> tuple[str, str]:
     image = next((name for name in _IMAGE_COLUMNS if name in columns), None)
     label = next((name for name in _LABEL_COLUMNS if name in columns), None)
@@ -121,10 +148,10 @@ def _read_group(file: ParquetFile, group: int) -> Iterator[Row]:
         with parquet.ParquetFile(file.path, buffer_size=2**20) as table:
             columns = [file.image_column, file.label_column]
             for chunk in table.iter_batches(_CHUNK, row_groups=[group], columns=columns, use_threads=False):
-                rows = chunk.to_pydict()
-                for image, label in zip(rows[file.image_column], rows[file.label_column], strict=True):
-                    encoded, note = _encoded(image)
-                    yield Row(encoded, label, f"row {number} of '{file.path}'{note}")
+                # One image at a time, since the others of the chunk are in Arrow's memory already.
+                for image, label in zip(chunk.column(file.image_column), chunk.column(file.label_column), strict=True):
+                    encoded, note = _encoded(image.as_py())
+                    yield Row(encoded, label.as_py(), f"row {number} of '{file.path}'{note}")
                     number += 1
     except Exception as error:
         raise _unreadable(file.path, error) from error
@@ -144,5 +171,5 @@ def _encoded(image: Any) -> tuple[bytes, str]:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0].rstrip(".")
     return DataError(f"'{path}' cannot be read as parquet: {reason}; download it again.")

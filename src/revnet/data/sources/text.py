@@ -7,7 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revnet._input_files import read_text
 from revnet.errors import DataError
+
+_MOST_BYTES = 2**32
+"""Largest text, since it is read whole; tokens take as much memory again."""
 
 
 class Vocabulary:
@@ -87,14 +91,16 @@ def load_text(path: str | Path, *, val_fraction: float = 0.1) -> TextDataset:
         val_fraction: Share of the characters, at the end, for validation.
 
     Raises:
-        DataError: The file is missing, empty, or not a text.
+        DataError: The file is missing, empty, larger than 4 GiB, or not a text.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise DataError(f"`data` (='{path}') {problem}; pass a text file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _MOST_BYTES)
+    except OSError as error:
+        raise DataError(f"`data` (='{path}') cannot be read: {error.strerror}; pass a text file.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"`data` (='{path}') is not text in UTF-8, at byte {error.start:,}; pass a text file, or convert it."

@@ -1,10 +1,10 @@
 """Write the measured complexities as a Markdown page, a CSV file and a figure."""
 
-import csv
 import datetime
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from revnet._atomic_file import write_csv, write_text
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
@@ -45,11 +45,8 @@ def run_complexity(
     complexity = measure_complexity(settings, say)
     name = f"complexity_{hardware_name(settings.device)}_{datetime.date.today()}"
     page = folder / f"{name}.md"
-    page.write_text("\n".join(_page(complexity, command, name)).rstrip() + "\n")
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Measurement._fields)
-        writer.writerows(_measurements(complexity))
+    write_text(page, "\n".join(_page(complexity, command, name)).rstrip() + "\n")
+    write_csv(folder / f"{name}.csv", [Measurement._fields, *_measurements(complexity)])
     draw.plot(complexity, folder / f"{name}.png")
     return page
 

@@ -1,6 +1,5 @@
 """Write the gradient-angle study as a Markdown page, CSV files and a figure."""
 
-import csv
 import datetime
 import re
 from collections.abc import Iterator, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from revnet._atomic_file import write_csv, write_text
 from revnet._figure import check_matplotlib
 from revnet._hardware import hardware_name
 from revnet._provenance import Provenance, with_environment
@@ -67,9 +67,9 @@ def write_study(study: AngleStudy, folder: Path, command: str) -> Path:
     data = re.sub(r"[^A-Za-z0-9.]+", "-", study.reversed.result.test.data).strip("-.")
     name = f"gradient-angle_{study.config.model}_{data}_{hardware_name(study.device)}_{datetime.date.today()}"
     page = folder / f"{name}.md"
-    page.write_text("\n".join(_page(study, command, name)).rstrip() + "\n")
-    _write_csv(folder / f"{name}.csv", _error_rows(study))
-    _write_csv(folder / f"{name}_curves.csv", _curve_rows(study))
+    write_text(page, "\n".join(_page(study, command, name)).rstrip() + "\n")
+    write_csv(folder / f"{name}.csv", _error_rows(study))
+    write_csv(folder / f"{name}_curves.csv", _curve_rows(study))
     draw.plot(study, folder / f"{name}.png")
     return page
 
@@ -87,11 +87,6 @@ def _curve_rows(study: AngleStudy) -> Iterator[Sequence[Any]]:
     for index, losses in enumerate(zip(*(run.losses for run in runs.values()), strict=True)):
         # Losses are from before the update, validation errors from after it.
         yield index, *losses, *(run.val_errors.get(index + 1, "") for run in runs.values())
-
-
-def _write_csv(path: Path, rows: Iterator[Sequence[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
 
 
 def _page(study: AngleStudy, command: str, name: str) -> Iterator[str]:

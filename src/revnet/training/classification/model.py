@@ -55,7 +55,8 @@ class ClassifierHeader(AbstractHeader):
     """Fingerprint of the names of the files in that folder."""
 
     def __post_init__(self) -> None:
-        _channels, _height, _width = self.image_shape  # a header of another shape is not revnet's
+        if min(self.image_shape) < 1 or not self.class_names:
+            raise ValueError("`image_shape` must be positive, and `class_names` must not be empty.")
 
     @property
     def num_classes(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet.training.atomic_file import atomic_path
+from revnet._atomic_file import atomic_path
+from revnet._outside_text import printable
 
 _GAP = 1  # pixels of the images
 _USUAL_WIDTH = 1000  # of the grid, in pixels of the picture
@@ -43,6 +44,7 @@ def _with_texts(picture: Any, title: str, row_labels: Sequence[str]) -> Any:
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_FONT_SIZE)
+    title, row_labels = printable(title), [printable(label) for label in row_labels]
     left = max((math.ceil(font.getlength(label)) + 2 * _MARGIN for label in row_labels), default=0)
     top = _FONT_SIZE + 2 * _MARGIN if title else 0
     width = max(left + picture.width, math.ceil(font.getlength(title)) + 2 * _MARGIN)

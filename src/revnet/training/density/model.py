@@ -39,7 +39,8 @@ class DensityHeader(AbstractHeader):
     """Arguments of `NICE`."""
 
     def __post_init__(self) -> None:
-        _channels, _height, _width = self.image_shape  # a header of another shape is not revnet's
+        if min(self.image_shape) < 1:
+            raise ValueError("`image_shape` must be positive.")
 
 
 class ImageDensity(SavedModule):

@@ -1,6 +1,5 @@
 """Confusions: how often a classifier takes one class for another."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from revnet.training.atomic_file import atomic_path
+from revnet._atomic_file import write_csv
+from revnet._outside_text import csv_cell
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ class Confusion:
 
     def save_csv(self, path: Path) -> None:
         """Write a CSV file with a row for every class that has images: its errors, and its count of each answer."""
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["class", "images", "errors", "error", *(f"as {name}" for name in self.class_names)])
-            rows = [row for row in self.counts.tolist() if any(row)]
-            for errors, row in zip(self.per_class(), rows, strict=True):
-                writer.writerow([errors.name, errors.num_images, errors.num_errors, errors.error, *row])
+        head = ["class", "images", "errors", "error", *(f"as {csv_cell(name)}" for name in self.class_names)]
+        counts = [row for row in self.counts.tolist() if any(row)]
+        rows = [
+            [csv_cell(errors.name), errors.num_images, errors.num_errors, errors.error, *row]
+            for errors, row in zip(self.per_class(), counts, strict=True)
+        ]
+        write_csv(path, [head, *rows])

@@ -1,7 +1,6 @@
 """The plot of the confusions of a classifier."""
 
 import math
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet._figure import new_figure, save
-from revnet.training.atomic_file import atomic_path
+from revnet._figure import new_figure, plain, save
+from revnet._outside_text import printable
 from revnet.training.evaluation.confusion import Confusion
 
 # Largest numbers of classes for which cells show numbers, and rows and columns show names.
@@ -36,17 +35,13 @@ def plot_confusion(confusion: Confusion, path: Path, title: str) -> None:
     _draw_cells(axes, counts)
     if len(rows) <= _NAMES_UP_TO:
         fontsize = min(10.0, 60 * size / len(rows))
-        # Without `parse_math`, a dollar sign in a name starts no formula.
-        style: dict[str, Any] = {"fontsize": fontsize, "parse_math": False}
-        axes.set_xticks(range(len(columns)), [_shorten(name) for name in columns], rotation=90, **style)
-        axes.set_yticks(range(len(rows)), [_shorten(name) for name in rows], **style)
+        axes.set_xticks(range(len(columns)), [_shorten(name) for name in columns], rotation=90, fontsize=fontsize)
+        axes.set_yticks(range(len(rows)), [_shorten(name) for name in rows], fontsize=fontsize)
     counted = "" if len(rows) <= _NAMES_UP_TO else ", counted from 0"
     axes.set_xlabel(f"answer{counted}")
     axes.set_ylabel(f"class{counted}")
-    axes.set_title(title, loc="left", parse_math=False)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the glyph is drawn as a box
-        save(figure, temporary, bbox_inches="tight")
+    axes.set_title(plain(title), loc="left")
+    save(figure, path, bbox_inches="tight")
 
 
 def _shown(confusion: Confusion) -> tuple[Tensor, list[str], list[str]]:
@@ -123,4 +118,5 @@ def _write_numbers(axes: Any, counts: Tensor, darkness: Tensor) -> None:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+    name = printable(name)
+    return plain(name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "...")

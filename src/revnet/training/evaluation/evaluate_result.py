@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from revnet._atomic_file import write_text
+from revnet._figure import check_matplotlib, try_to_draw
 from revnet.errors import MissingDependencyError
-from revnet.training.atomic_file import atomic_path
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
 from revnet.training.run import run_dir
@@ -97,7 +98,7 @@ class EvaluateResult:
             out_dir: Folder for the files; by default the folder of the weights.
 
         Returns:
-            Paths of the files. The plot is missing if matplotlib is not installed.
+            Paths of the files. The plot is missing if it cannot be drawn, or if matplotlib is not installed.
 
         Raises:
             ValueError: `out_dir` cannot be written, or is missing for weights that were in memory.
@@ -108,19 +109,25 @@ class EvaluateResult:
         figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(figures) as temporary:
-                temporary.write_text(json.dumps(self._figures(), indent=2) + "\n")
+            write_text(figures, json.dumps(self._figures(), indent=2) + "\n")
             self.confusion.save_csv(table)
             title = f"{self.model} on {self.data}: error {100 * self.error:.2f} %"
-            try:
-                plot_confusion(self.confusion, picture, title)
-            except MissingDependencyError:
-                files.remove(picture)
+            files.remove(picture)
+            if self._draw(picture, title):
+                files.append(picture)
         except OSError as error:
             raise ValueError(
                 f"`out_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
             ) from error
         return files
+
+    def _draw(self, picture: Path, title: str) -> bool:
+        """Draw the confusions, and return whether that was possible."""
+        try:
+            check_matplotlib()
+        except MissingDependencyError:
+            return False
+        return try_to_draw(lambda: plot_confusion(self.confusion, picture, title), picture)
 
     def _stem(self) -> str:
         stem = f"evaluation_{run_dir.file_stem(self.data)}"

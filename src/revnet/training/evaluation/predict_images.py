@@ -1,6 +1,5 @@
 """Predict the classes of image files."""
 
-import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from revnet._atomic_file import atomic_path, write_csv
 from revnet._image_files import IMAGE_SUFFIXES, is_pattern, list_images
+from revnet._outside_text import csv_cell
 from revnet.data import load_image
 from revnet.errors import DataError
-from revnet.training.atomic_file import atomic_path
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.evaluation.evaluate import usual_batch_size
 from revnet.training.processes.choose import NumDevices, choose_world, device_of
@@ -191,16 +191,12 @@ def save_json_lines(predictions: Sequence[ImagePrediction], path: str | Path) ->
 
 def save_predictions(predictions: Sequence[ImagePrediction], path: str | Path) -> None:
     """Write a CSV file with a row for each answer: file, rank, class, probability."""
-    with (
-        atomic_path(Path(path)) as temporary,
-        # A file name may hold any bytes.
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["file", "rank", "class", "probability"])
-        for prediction in predictions:
-            for rank, answer in enumerate(prediction.answers, start=1):
-                writer.writerow([prediction.path, rank, answer.class_name, answer.probability])
+    rows = [
+        [csv_cell(str(prediction.path)), rank, csv_cell(answer.class_name), answer.probability]
+        for prediction in predictions
+        for rank, answer in enumerate(prediction.answers, start=1)
+    ]
+    write_csv(Path(path), [["file", "rank", "class", "probability"], *rows])
 
 
 def _predict_batch(classifier: Classifier, files: Sequence[Path], top: int, device: torch.device) -> list[_Outcome]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def main(folder: Path, pipe: int) -> int:
     threading.Thread(target=_end_with_starter, args=(folder, pipe), daemon=True).start()
     rank = int(os.environ["RANK"])
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # on its cache of fonts, in every process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a letter that the terminal lacks must not end the run
     try:
         from revnet.training.processes.launch import PAYLOAD, RESULT
 

@@ -3,7 +3,6 @@
 They all keep their state in the checkpoint, so a resumed run ends as if it had never stopped.
 """
 
-import csv
 import math
 import time
 from itertools import pairwise
@@ -15,8 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from revnet._atomic_file import write_table
 from revnet._memory_readings import process_peak_bytes
-from revnet.training.atomic_file import atomic_path
 from revnet.training.processes.statistics import share_statistics
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -197,12 +196,9 @@ class EpochLog(Callback):
         self.rows.append(row)
         if not current_world().is_main:
             return
-        with atomic_path(self._path) as temporary, temporary.open("w", newline="") as file:
-            # An epoch may lack a figure: it may be too short for a measurement of drift, for instance.
-            names = dict.fromkeys(name for earlier_row in self.rows for name in earlier_row)
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        # An epoch may lack a figure: it may be too short for a measurement of drift, for instance.
+        names = dict.fromkeys(name for earlier_row in self.rows for name in earlier_row)
+        write_table(self._path, list(names), self.rows)
 
 
 def check_loss(loss: float, lr: float, epoch: int) -> None:

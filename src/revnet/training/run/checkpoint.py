@@ -5,6 +5,10 @@ checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, l
 is a file or, if several processes shard the model, a folder of shards.
 """
 
+import pickle
+import struct
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -21,18 +25,48 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from revnet._atomic_file import atomic_path
+from revnet._input_files import check_regular
 from revnet.errors import CheckpointError
-from revnet.training.atomic_file import atomic_path
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
+from revnet.training.run.file_integrity import check_zip
 from revnet.training.run.shards import is_sharded, outline_shards, read_shards
+from revnet.training.run.state_digest import DIGEST_KEY, is_changed
 from revnet.training.saved_module import SavedModule, attribute_of_kind
+from revnet.training.weights_hash import HASH_KEY, hash_weights, is_damaged
 
 HEADER_KEY = "revnet"
 """Key of the header in a checkpoint."""
 EPOCH_KEY = "epoch"
 """Key of the epoch in the metadata of a weights file."""
 
+_PARTS: dict[str, type] = {
+    "callbacks": dict,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
+"""Types of the parts of a checkpoint that Lightning writes."""
+# The unpickler runs on whatever bytes a file has.
+_READ_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 _WAY_OUT = "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written"
 _Module = TypeVar("_Module", bound=SavedModule)
 
@@ -60,7 +94,7 @@ def save_weights(module: SavedModule, path: Path, *, epoch: int | None = None) -
     metadata = module.header.to_metadata() | ({} if epoch is None else {EPOCH_KEY: str(epoch)})
     with atomic_path(path) as temporary:
         # `save_file` would make a file that only its owner may read.
-        temporary.write_bytes(save(tensors, metadata=metadata))
+        temporary.write_bytes(save(tensors, metadata=metadata | {HASH_KEY: hash_weights(metadata, tensors)}))
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
@@ -138,11 +172,14 @@ def read_weights(path: Path) -> SavedWeights:
     if path.suffix == ".ckpt":
         return trained_part(read_checkpoint(path))
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise CheckpointError(f"`{path}` is truncated or not a safetensors file; {_WAY_OUT}.") from error
+    if is_damaged(metadata, tensors):
+        raise CheckpointError(f"`{path}` is damaged: it has other bytes than `revnet train` wrote; copy it again.")
     return SavedWeights(metadata, tensors)
 
 
@@ -153,10 +190,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         CheckpointError: The checkpoint is missing, truncated, or was not written by `revnet train`.
     """
     path = _existing(Path(path))
-    checkpoint = _load(path, lambda: read_shards(path) if is_sharded(path) else _read_file(path, map_location))
-    if not (isinstance(checkpoint, dict) and {HEADER_KEY, "state_dict"} <= checkpoint.keys()):
-        raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
-    return checkpoint
+    return _load(path, lambda: read_shards(path) if is_sharded(path) else _read_file(path, map_location))
 
 
 def read_outline(path: Path) -> dict[str, Any]:
@@ -166,22 +200,66 @@ def read_outline(path: Path) -> dict[str, Any]:
         CheckpointError: The checkpoint is truncated, or not a checkpoint.
     """
     if is_sharded(path):
-        return cast("dict[str, Any]", _load(path, lambda: outline_shards(path)))
-    return cast("dict[str, Any]", _load(path, lambda: torch.load(path, "cpu", weights_only=True, mmap=True)))
+        return _load(path, lambda: outline_shards(path))
+    return _load(path, lambda: _map_file(path))
 
 
-def _load(path: Path, load: Callable[[], Any]) -> Any:
+def _load(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return load()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            checkpoint = load()
     except PermissionError:
         raise
-    except Exception as error:  # the unpickler can raise anything, OSError included
+    except _READ_ERRORS as error:
         raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
+    if not _is_ours(checkpoint):
+        raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
+    _check_digest(checkpoint, path)
+    return cast("dict[str, Any]", checkpoint)
+
+
+def _check_digest(checkpoint: Mapping[str, Any], path: Path) -> None:
+    if is_changed(checkpoint):
+        raise CheckpointError(f"`{path}` is damaged: it holds other values than `revnet train` wrote; copy it again.")
+
+
+def check_whole_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise unless the state of a checkpoint is known to be the one that was saved, so that a run can continue from it.
+
+    Raises:
+        CheckpointError: The checkpoint has no digest.
+    """
+    if DIGEST_KEY not in checkpoint and not is_sharded(path):
+        raise CheckpointError(
+            f"`{path}` has no digest, so another program or version wrote it; its weights can be used, but no run can "
+            "continue from it; restore the file, or pass it as `weights` of a new run."
+        )
+
+
+def _is_ours(checkpoint: Any) -> bool:
+    if not isinstance(checkpoint, dict):
+        return False
+    header, state = checkpoint.get(HEADER_KEY), checkpoint.get("state_dict")
+    if any(not isinstance(checkpoint.get(name, kind()), kind) for name, kind in _PARTS.items()):
+        return False
+    return (
+        isinstance(header, dict)
+        and all(isinstance(text, str) for item in header.items() for text in item)
+        and isinstance(state, dict)
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items())
+    )
 
 
 def _read_file(path: Path, map_location: Any) -> Any:
+    check_zip(path)
     with path.open("rb") as file:
         return torch.load(file, map_location=map_location, weights_only=True)
+
+
+def _map_file(path: Path) -> Any:
+    check_zip(path)
+    return torch.load(path, "cpu", weights_only=True, mmap=True)
 
 
 def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from revnet._atomic_file import sync_folder
 from revnet.errors import CheckpointError
 from revnet.training.run.checkpoint import read_outline
 
@@ -68,8 +69,10 @@ class CheckpointFolder:
         for file in temporary.iterdir():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
+        sync_folder(temporary)
         delete_checkpoint(final)  # of a run that was continued from an earlier checkpoint
         temporary.rename(final)
+        sync_folder(self.path)
 
     def prune(self, num_kept: int) -> None:
         """Delete all checkpoints but the newest."""

@@ -10,9 +10,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from revnet.training.atomic_file import atomic_path
+from revnet._atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.checkpoint_folder import delete_checkpoint
+from revnet.training.run.state_digest import DIGEST_KEY, digest_state
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -78,7 +79,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                torch.save(checkpoint | {DIGEST_KEY: digest_state(checkpoint)}, file)
                 if path.is_dir():  # shards of a run that was continued from an earlier checkpoint
                     delete_checkpoint(path)
         except OSError as error:

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from revnet._atomic_file import write_text
+from revnet._documents import read_json
+from revnet._outside_text import encodable
 from revnet.data import ImageDataset
 from revnet.data.sources.text import TextDataset
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.errors import CheckpointError
-from revnet.training.atomic_file import atomic_path
 
 DataRecord = dict[str, Any]
 """Facts about the data by their description; texts that begin with `blake2b` are fingerprints."""
@@ -48,8 +50,9 @@ def record_text(dataset: TextDataset) -> DataRecord:
 
 def save_record(record: DataRecord, path: Path) -> None:
     """Write a record as JSON."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Other letters are readable as they are, and a name that is not UTF-8 can only be escaped.
+    is_text = all(part == encodable(part) for part in (*record, *map(str, record.values())))
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=not is_text) + "\n")
 
 
 def check_record(record: DataRecord, path: Path, data: str) -> None:
@@ -65,7 +68,7 @@ def check_record(record: DataRecord, path: Path, data: str) -> None:
     """
     if not path.is_file():
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path)
     difference = _first_difference(earlier, record)
     if difference is not None:
         raise CheckpointError(

@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import revnet
+from revnet._atomic_file import write_text
+from revnet._figure import try_to_draw
 from revnet._memory_readings import process_peak_bytes
 from revnet._provenance import describe_machine
 from revnet.errors import PredictionError
-from revnet.training.atomic_file import atomic_path
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.freezing import describe_frozen
 from revnet.training.processes.join import broadcast
@@ -137,8 +138,7 @@ def _execute(
     trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
     if job.plan is not None and is_main:
-        with atomic_path(folder / run_dir.PLAN) as temporary:
-            temporary.write_text(f"{job.plan.report()}\n")
+        write_text(folder / run_dir.PLAN, f"{job.plan.report()}\n")
     if not is_quiet:
         print(_heading(job, folder, device), flush=True)
     loaders = job.make_loaders(
@@ -150,7 +150,8 @@ def _execute(
     share_statistics(job.task.saved_module)
     names = job.names
     if is_main:
-        plot_learning_curve(log.rows, folder / run_dir.PICTURE, f"{names.model} on {names.data}", loss_name=names.loss)
+        title, picture = f"{names.model} on {names.data}", folder / run_dir.PICTURE
+        try_to_draw(lambda: plot_learning_curve(log.rows, picture, title, loss_name=names.loss), picture)
     figures = broadcast(_figures(job, folder, trainer, log, files, counter) if is_main else None)
     result = job.finish(folder, Outcome(device=device, rows=log.rows, best_score=files.best_score, figures=figures))
     if is_main:

@@ -9,6 +9,7 @@ import torch
 from revnet.errors import CheckpointError, ProcessError, RevnetError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_TIMEOUT = re.compile(r"DataLoader timed out after (\d+)")
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed by signal: ([^.]+)|exited unexpectedly)")
 
 
@@ -26,7 +27,12 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
         reason = f" by {worker[2]}" if worker[2] else ""
         return ProcessError(
             f"a process that loads data was killed{reason}, which is often due to a lack of memory; {resume}, with "
-            "fewer `--num-workers` to need less."
+            "fewer `--num-workers` to need less, and a container may need more `--shm-size`."
+        )
+    if timeout := _TIMEOUT.search(text):
+        return ProcessError(
+            f"a process that loads data has sent nothing for {timeout[1]} seconds; {resume}, with `--num-workers 0`, "
+            "and a container may need more `--shm-size`."
         )
     if isinstance(error, OSError):
         return _explain_os_error(error, folder, resume)
@@ -35,7 +41,7 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
 
 def _explain_os_error(error: OSError, folder: Path, resume: str) -> RevnetError | None:
     path = None if error.filename is None else Path(error.filename)
-    is_ours = error.errno in _DISK_ERRORS if path is None else path.is_relative_to(folder)
+    is_ours = error.errno in _DISK_ERRORS if path is None else path.resolve().is_relative_to(folder.resolve())
     if not is_ours:
         return None
     if not folder.is_dir():

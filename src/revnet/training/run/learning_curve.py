@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from revnet._figure import clear_frame, new_figure, save
+from revnet._figure import clear_frame, new_figure, plain, save
 from revnet._palette import BLUE, GRAY, RED
-from revnet.training.atomic_file import atomic_path
 from revnet.training.run.callbacks import Row
 
 
@@ -35,7 +34,6 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_nam
         if any(row["train_loss"] > 0 for row in rows):
             panels[0].set_yscale("log")
         panels[1].set_ylabel("accuracy (%)")
-    figure.text(0.01, 0.95, title, va="center", fontsize="large", parse_math=False)  # in the row of the legend
+    figure.text(0.01, 0.95, plain(title), va="center", fontsize="large")  # in the row of the legend
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
-    with atomic_path(path) as temporary:
-        save(figure, temporary)
+    save(figure, path)

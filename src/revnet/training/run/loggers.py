@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from revnet.training.atomic_file import atomic_path
+from revnet._atomic_file import write_text
+from revnet._documents import read_json
+from revnet.errors import CheckpointError
 from revnet.training.run import run_dir
 from revnet.training.settings.checks import split_loggers
 from revnet.training.settings.choices import LOGGERS
@@ -68,8 +70,7 @@ class LoggedRun(Callback):
             elif isinstance(logger, MLFlowLogger):
                 names["mlflow"] = str(logger.run_id)
         if names:
-            with atomic_path(self._folder / run_dir.LOGGERS) as temporary:
-                temporary.write_text(json.dumps(names) + "\n")
+            write_text(self._folder / run_dir.LOGGERS, json.dumps(names) + "\n")
 
 
 @contextmanager
@@ -128,4 +129,9 @@ def _mlflow_uri(folder: Path) -> str:
 
 def _read_ids(folder: Path) -> dict[str, str]:
     path = folder / run_dir.LOGGERS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    ids = read_json(path)
+    if not all(isinstance(value, str) for value in ids.values()):
+        raise CheckpointError(f"`{path}` is damaged: the names of runs must be text; restore the file.")
+    return ids

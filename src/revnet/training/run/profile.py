@@ -6,9 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.profiler import ProfilerActivity, profile
 
+from revnet._atomic_file import atomic_path
 from revnet._text_table import aligned
 from revnet._units import format_seconds
-from revnet.training.atomic_file import atomic_path
 from revnet.training.run.task import AbstractTask
 
 _NUM_ROWS = 10

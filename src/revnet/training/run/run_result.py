@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 import revnet
+from revnet._atomic_file import write_text
+from revnet._outside_text import printable
 from revnet._units import format_seconds
 from revnet.memory import format_bytes
-from revnet.training.atomic_file import atomic_path
 from revnet.training.run import run_dir
 from revnet.training.run.state_bytes import StateBytes
 
@@ -142,8 +143,7 @@ class RunResult(RunFigures, ABC):
                 "lightning": version("lightning"),
             },
         }
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(path, json.dumps(summary, indent=2) + "\n")
 
     def _memory_lines(self) -> list[tuple[str, str]]:
         if self.peak_bytes is None:
@@ -170,5 +170,6 @@ class RunResult(RunFigures, ABC):
 
 def format_lines(lines: Sequence[tuple[str, str]]) -> str:
     """Format names and values in two columns."""
+    lines = [(printable(name), printable(value)) for name, value in lines]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from revnet.training.run.file_integrity import check_shards, check_zip, read_shard_metadata
+
+_LIST = ".metadata"
+"""File in which PyTorch lists the shards."""
 _EXTRA = "meta.pt"
 """File in which Lightning keeps everything but tensors of the model and the optimizer."""
 
@@ -24,6 +27,7 @@ def read_shards(path: Path) -> dict[str, Any]:
     """
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
+    _check(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled, unavailable or uninitialized")
         checkpoint = _load_distributed_checkpoint(path)
@@ -36,17 +40,13 @@ def outline_shards(path: Path) -> dict[str, Any]:
     """Read a checkpoint in shards without the values of tensors and without optimizer states.
 
     Raises:
-        ValueError: A shard is truncated.
+        OSError: A file cannot be read.
+        ValueError: A file is damaged.
+        pickle.UnpicklingError: A file asks for a function.
+        zipfile.BadZipFile: A file is in another format.
     """
+    metadata = _check(path)
     checkpoint: dict[str, Any] = torch.load(path / _EXTRA, map_location="cpu", weights_only=True)
-    metadata = FileSystemReader(path).read_metadata()
-    ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in ends.items():
-        size = (path / name).stat().st_size
-        if size < end:
-            raise ValueError(f"`{path / name}` has {size:,} bytes of {end:,}.")
     tensors = metadata.state_dict_metadata.items()
     checkpoint["state_dict"] = {
         name.removeprefix("state_dict."): torch.empty(tensor.size, device="meta")
@@ -54,6 +54,14 @@ def outline_shards(path: Path) -> dict[str, Any]:
         if name.startswith("state_dict.") and isinstance(tensor, TensorStorageMetadata)
     }
     return checkpoint
+
+
+def _check(path: Path) -> Metadata:
+    # PyTorch's reader would run what the list of shards asks for.
+    check_zip(path / _EXTRA)
+    metadata = read_shard_metadata(path / _LIST)
+    check_shards(path, metadata)
+    return metadata
 
 
 def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:

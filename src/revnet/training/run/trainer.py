@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.nn.parallel import DistributedDataParallel
 
+from revnet.errors import CheckpointError, RevnetError
 from revnet.training.device import find_device
 from revnet.training.processes.prepare_model import uses_fsdp2
 from revnet.training.processes.world import current_world
@@ -37,6 +39,10 @@ _IRRELEVANT_WARNINGS = (
     r"It is recommended to use `self.log\(",  # times and drift are those of the main process
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 calls it, PyTorch 2.13 warns
 )
+
+_RESTORES = "lightning.pytorch.trainer.connectors.checkpoint_connector"
+_RESTORE_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What loading a state of another structure raises."""
 
 
 def make_trainer(
@@ -102,6 +108,7 @@ def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     """Run `trainer.fit`.
 
     Raises:
+        CheckpointError: The state in the checkpoint does not fit the run.
         KeyboardInterrupt: A signal came that did not wait for a checkpoint.
     """
     handler = signal.getsignal(signal.SIGINT)
@@ -113,9 +120,22 @@ def fit(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         raise error.__context__ from None
+    except _RESTORE_ERRORS as error:
+        if isinstance(error, RevnetError) or not _is_restoring(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"`{kwargs.get('ckpt_path')}` does not fit the run ({reason}); delete it to continue from the one before."
+        ) from error
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
+
+
+def _is_restoring(error: BaseException) -> bool:
+    """Return whether `error` was raised while Lightning restored a checkpoint."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(frame.f_globals.get("__name__") == _RESTORES and "restore" in frame.f_code.co_name for frame in frames)
 
 
 @contextmanager

@@ -9,11 +9,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from revnet._atomic_file import write_csv
+from revnet._input_files import read_text
 from revnet._memory_readings import process_peak_bytes
-from revnet.training.atomic_file import atomic_path
+from revnet.errors import CheckpointError
 from revnet.training.drift_monitor import DriftMonitor
 
 _COLUMNS = ("update", "epoch", "train_loss_step", "lr", "samples_per_second", "peak_bytes", "drift")
+_MOST_BYTES = 2**30
+_MOST_DIGITS = 19
+"""Digits that a number of updates may have."""
 
 
 class UpdateLog(Callback):
@@ -117,9 +122,15 @@ class UpdateLog(Callback):
 
 def _start_file(path: Path, update: int) -> None:
     """Write the head of the file and, of the rows that it has, those up to `update`."""
-    rows: list[list[str]] = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0].isdigit()]
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= update)])
+    rows = _read_rows(path) if path.is_file() else []
+    write_csv(path, [_COLUMNS, *(row for row in rows if int(row[0]) <= update)])
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    """Return the rows of the file that are whole; a process that was killed may have written half of one."""
+    try:
+        lines = read_text(path, _MOST_BYTES).splitlines()
+        rows = list(csv.reader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CheckpointError(f"`{path}` is damaged: {error}; restore the file, or delete it.") from error
+    return [row for row in rows if len(row) == len(_COLUMNS) and row[0].isdecimal() and len(row[0]) < _MOST_DIGITS]

@@ -4,9 +4,11 @@ import sys
 from abc import ABC
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-from revnet.training.atomic_file import atomic_path
+from revnet._atomic_file import write_text
+from revnet._documents import read_yaml
+from revnet._input_files import open_regular
 from revnet.training.settings.activations import ActivationSettings
 from revnet.training.settings.checkpoints import CheckpointSettings
 from revnet.training.settings.combinations import check_combinations
@@ -18,6 +20,9 @@ from revnet.training.settings.optimization import OptimizationSettings
 from revnet.training.settings.start import StartSettings
 from revnet.training.settings.updates import UpdateSettings
 from revnet.training.settings.validation import ValidationSettings
+
+_END = b"\n..."
+"""Mark at the end of a YAML document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +82,24 @@ class AbstractRunConfig(
         values = asdict(self)
         names = [name for group in list_groups(type(self)).values() for name in group]
         settings = {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in names}
-        with atomic_path(path) as temporary:
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_text(path, yaml.safe_dump(settings, sort_keys=False, explicit_end=True))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read settings that `save` wrote.
+    def load(cls, path: Path, *, whole: bool = False) -> Self:
+        """Read settings from a YAML file.
+
+        Args:
+            path: The file.
+            whole: Whether `save` wrote the file, and every setting must be there; otherwise missing ones have their
+                defaults, as in a recipe.
 
         Raises:
             FileNotFoundError: The file does not exist.
-            ValueError: The file is not a YAML mapping, or has an unknown setting.
+            ValueError: The file is not a YAML mapping, has an unknown setting, or was cut off.
         """
-        settings = _read(path)
+        if whole:
+            check_whole(path)
+        settings = read_yaml(path)
         known = {setting.name for setting in fields(cls)}
         unknown = sorted(set(map(str, settings)) - known)
         if unknown:
@@ -103,20 +114,23 @@ def read_task(path: Path) -> str | None:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a YAML mapping.
     """
-    return _read(path).get("task")
+    task = read_yaml(path).get("task")
+    if task is not None and not isinstance(task, str):
+        raise ValueError(f"`task` (={task}) in `{path}` must be text; restore the file.")
+    return task
 
 
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
+def check_whole(path: Path) -> None:
+    """Raise unless the file of settings ends with the mark that `save` writes at the end.
 
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` is not valid YAML: {_one_line(error)}.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"`{path}` must hold one `setting: value` per line.")
-    return settings
+    A file that was cut off would otherwise continue a run with the defaults of the settings that are missing.
 
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The mark is missing.
+    """
+    with open_regular(path) as file:
+        file.seek(max(0, path.stat().st_size - 2 * len(_END)))
+        end = file.read()
+    if not end.replace(b"\r\n", b"\n").rstrip().endswith(_END):
+        raise ValueError(f"`{path}` was cut off: its last line must be `...`; restore the file, or start a new run.")

@@ -1,0 +1,93 @@
+"""Standard output and standard error that may be closed, full, or unable to print a letter."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import TextIOWrapper
+from typing import Any
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE)
+
+
+@dataclass
+class StreamStatus:
+    """Outcome of a command."""
+
+    status: int = 0
+    """Exit status."""
+
+
+@contextmanager
+def safe_streams() -> Iterator[StreamStatus]:
+    """Run a command so that its output never ends in a traceback, and yield an object for its exit status.
+
+    A stream that is closed takes everything and prints nothing. A letter that a stream cannot encode is printed as a
+    question mark. A reader that has closed the pipe ends the command quietly, as in `revnet models | head -1`, and an
+    output that is full ends it with one line.
+    """
+    outcome = StreamStatus()
+    _open_missing()
+    with _replacing_letters():
+        try:
+            yield outcome
+            sys.stdout.flush()
+        except OSError as error:
+            if error.filename is not None or error.errno not in _CANNOT_WRITE:
+                raise
+            outcome.status = _report(error, outcome.status)
+        with suppress(OSError):
+            sys.stderr.flush()
+            return
+        _discard(sys.stderr)
+
+
+def _report(error: OSError, status: int) -> int:
+    """Print that the output cannot be written, unless the command has failed already, and return the exit status."""
+    _discard(sys.stdout)
+    if isinstance(error, BrokenPipeError):  # the reader has closed the pipe
+        return 128 + signal.SIGPIPE
+    if status == 0:
+        with suppress(OSError):
+            print(f"revnet: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+    return status or 2
+
+
+def _discard(stream: Any) -> None:
+    """Let the rest of a stream vanish, so that Python does not fail again when it flushes the stream at the end."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _open_missing() -> None:
+    """Open the standard streams that are closed: a file of the command would get their numbers otherwise."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the smallest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+@contextmanager
+def _replacing_letters() -> Iterator[None]:
+    changed = []
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+            changed.append(stream)
+    try:
+        yield
+    finally:
+        for stream in changed:
+            if not stream.closed:
+                with suppress(OSError):
+                    stream.reconfigure(errors="strict")

@@ -1,0 +1,63 @@
+"""Outputs that are closed, full, or unable to print a letter; names that control a terminal or are not UTF-8."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.training.samples import make_header, save_checkpoint, write_images
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shell and the devices of Linux")
+REVNET = f'"{sys.executable}" -m revnet.cli.main'
+
+
+def run(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env=os.environ | environment,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "errors"),
+    [
+        ("--version >&-", 0, ""),
+        ("--version 2>&-", 0, ""),
+        ("--version <&- >&- 2>&-", 0, ""),
+        ("nonsense 2>&-", 2, ""),
+        ("--help >/dev/full", 2, "revnet: error: the output cannot be written: No space left on device\n"),
+        ("nonsense 2>/dev/full", 2, ""),
+    ],
+)
+def test_output_that_is_closed_or_full(command, status, errors):
+    done = run(f"{REVNET} {command}")
+    assert (done.returncode, done.stderr) == (status, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_that_the_output_cannot_print(tmp_path, encoding):
+    header = make_header(class_names=("猫", "\x1b[31mdog", "=cmd"))
+    weights = save_checkpoint(tmp_path / "weights.safetensors", header)
+    (image,) = write_images(tmp_path, 1)
+    name = os.fsdecode("Käse 猫".encode() + b"\xe9\x1b[2J.png")
+    image = image.rename(tmp_path / name)
+    table = tmp_path / "table.csv"
+    done = run(
+        f'{REVNET} predict {weights} {tmp_path}/K*.png missing_猫.png --csv {table}; echo "status $?"',
+        PYTHONIOENCODING=encoding,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stdout.endswith("status 2\n")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert r"\x1b[31mdog" in done.stdout
+    assert ("猫" in done.stdout) == (encoding == "utf-8")
+    content = table.read_bytes()
+    assert b"\xe9\\x1b[2J.png" in content  # the bytes of the name, except for the control character
+    assert b"'=cmd" in content
+    assert b"\x1b" not in content
