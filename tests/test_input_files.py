@@ -45,7 +45,7 @@ def test_follows_links_to_files(tmp_path):
 
 def test_refuses_more_than_the_limit(tmp_path):
     (tmp_path / "file").write_bytes(bytes(2**20 + 1))
-    with pytest.raises(OSError, match="more than 1 MiB"):
+    with pytest.raises(OSError, match="more than 1,024 KiB"):
         read_bytes(tmp_path / "file", 2**20)
     (tmp_path / "file").write_bytes(bytes(2**20))
     assert len(read_bytes(tmp_path / "file", 2**20)) == 2**20

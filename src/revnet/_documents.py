@@ -37,21 +37,26 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(_one_line(error)) from error
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path, name: str | None = None) -> dict[Any, Any]:
     """Read a YAML file of settings.
+
+    Args:
+        path: The file.
+        name: Name of the file in messages; by default its path in backticks.
 
     Raises:
         OSError: The file cannot be read, or is not a regular file.
         ValueError: The file is not a YAML mapping, or exceeds a limit; the message names it.
     """
+    name = name or f"`{path}`"
     try:
         settings = parse_yaml(read_text(path, _MOST_YAML_BYTES))
     except UnicodeDecodeError as error:
-        raise ValueError(f"`{path}` is not valid YAML: it is not text in UTF-8, at byte {error.start}.") from error
+        raise ValueError(f"{name} is not valid YAML: it is not text in UTF-8, at byte {error.start}.") from error
     except ValueError as error:
-        raise ValueError(f"`{path}` is not valid YAML: {error}.") from error
+        raise ValueError(f"{name} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"`{path}` must hold one `setting: value` per line.")
+        raise ValueError(f"{name} must hold one `setting: value` per line.")
     return settings
 
 

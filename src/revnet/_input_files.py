@@ -57,7 +57,7 @@ def read_bytes(path: str | Path, most_bytes: int) -> bytes:
         # Python allocates what it is asked for, so it is not asked for the limit.
         content = file.read(size + 1) if size <= most_bytes else b""
     if max(size, len(content)) > most_bytes:
-        raise OSError(errno.EFBIG, f"File of more than {most_bytes // 2**20:,} MiB", os.fspath(path))
+        raise OSError(errno.EFBIG, f"File of more than {most_bytes // 2**10:,} KiB", os.fspath(path))
     return content
 
 

@@ -178,7 +178,8 @@ def test_errors_in_a_config_print_one_line(assert_refused, tmp_path, monkeypatch
 
 def test_rejects_a_binary_config(assert_refused, run_dir):
     assert_refused(
-        ["train", "--config", run_dir / "last.safetensors"], "last.safetensors) is not a text file; pass a YAML file"
+        ["train", "--config", run_dir / "last.safetensors"],
+        "last.safetensors) cannot be read: File of more than 256 KiB",
     )
 
 

@@ -47,7 +47,8 @@ def _load(name: str) -> dict[Any, Any]:
         fault = "path is not a file" if path.exists() else "file does not exist"
         raise UsageError(f"`--config` ({name}): {fault}; pass a YAML file.")
     try:
-        settings = read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"`--config` ({name}): {error} Pass a file of settings.") from error
-    return settings
+        return read_yaml(path, f"`--config` ({name})")
+    except OSError as error:
+        raise UsageError(f"`--config` ({name}) cannot be read: {error.strerror}; pass a YAML file.") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast, get_args, get_origin
 
 import torch
@@ -209,6 +210,8 @@ def _from_json(text: str) -> Any:
 def _has_type(value: Any, annotation: Any) -> bool:
     """Return whether `value`, read from JSON, suits the annotation of a field of a header."""
     origin, arguments = get_origin(annotation) or annotation, get_args(annotation)
+    if origin is UnionType:
+        return any(_has_type(value, argument) for argument in arguments)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False

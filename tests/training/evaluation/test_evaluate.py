@@ -180,7 +180,7 @@ def test_counts_ties_and_nan_correctly():
         ({"device": "abacus"}, ValueError, r"`device` \(='abacus'\) is not a device"),
         ({"on_corrupt": "ask"}, ValueError, r"`on_corrupt` \(='ask'\) must be"),
         ({"data": "digit"}, ValueError, "did you mean 'digits'"),
-        ({"checkpoint": "nothing"}, CheckpointError, "`nothing` is not a file"),
+        ({"checkpoint": "nothing"}, CheckpointError, "`nothing` does not exist"),
     ],
 )
 def test_rejects_invalid_arguments(tmp_path, arguments, error, message):

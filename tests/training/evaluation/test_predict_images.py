@@ -115,7 +115,7 @@ def test_writes_answers_as_csv(tmp_path):
         ({"top": 0}, ValueError, r"`top` \(=0\) must be 1 or more"),
         ({"batch_size": 0}, ValueError, r"`batch_size` \(=0\) must be 1 or more"),
         ({"device": "abacus"}, ValueError, r"`device` \(='abacus'\) is not a device"),
-        ({"checkpoint": "nothing"}, CheckpointError, "`nothing` is not a file"),
+        ({"checkpoint": "nothing"}, CheckpointError, "`nothing` does not exist"),
     ],
 )
 def test_rejects_invalid_arguments_before_reading(folder, arguments, error, message):
