@@ -138,9 +138,9 @@ def test_bits_per_dimension_follow_the_definition():
 
 
 def test_rejects_other_kinds_of_weights(fitted, finished):
-    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample`"):
+    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample` or"):
         load_classifier(fitted.folder)
-    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample`"):
+    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample` or"):
         evaluate(fitted.folder)
     with pytest.raises(
         CheckpointError, match=r"holds a classifier, not a density of images; use `revnet evaluate` or `revnet pr"

@@ -86,6 +86,11 @@ def load_image_folder(
     return ImageDataset(name=name, train=splits[0], test=splits[1], class_names=class_names)
 
 
+def find_image_files(folder: Path) -> list[str]:
+    """Return the paths of all image files in a folder and in the folders inside it, sorted."""
+    return sorted(_image_files(str(folder)))
+
+
 def _class_folders(part: Path) -> dict[str, Path]:
     """Return the folders directly inside `part`, by name, sorted; empty if `part` is not a folder."""
     if not part.is_dir():
