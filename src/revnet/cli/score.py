@@ -78,6 +78,8 @@ def list_images(paths: list[str]) -> list[str]:
             continue
         found = find_image_files(folder)
         if not found:
-            raise UsageError(f"`images` (={path}) is a folder without image files; pass image files, or another folder.")
+            raise UsageError(
+                f"`images` (={path}) is a folder without image files; pass image files, or another folder."
+            )
         files += found
     return files

@@ -36,8 +36,6 @@ def train_nice(*, resume: str | None = None, find_lr: bool = False, **settings: 
 
 
 def _make_config(**settings: Any) -> NiceConfig:
-    model = settings.get("model", NiceConfig.model)
-    if model not in _RECIPES:
-        return NiceConfig(**settings)
-    recipe = vars(NiceConfig.load(find_recipe(_RECIPES[model])))
-    return NiceConfig(**{**recipe, **settings})
+    recipe = _RECIPES.get(settings.get("model", NiceConfig.model))
+    defaults = {} if recipe is None else vars(NiceConfig.load(find_recipe(recipe)))
+    return NiceConfig(**{**defaults, **settings})

@@ -144,8 +144,8 @@ def _arguments_for(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if isinstance(layer, InvertibleSequential):
         if not any(_arguments_for(inner, args, kwargs) is not _NONE for inner in layer.layers):
             return _NONE
-    elif isinstance(layer, AbstractInvertible):
-        return (args, kwargs) if layer.takes_arguments else _NONE
+    elif isinstance(layer, AbstractInvertible) and not layer.takes_arguments:
+        return _NONE
     roles = {f"{role}_kwargs" for role in _roles(layer)}
     return args, {name: value for name, value in kwargs.items() if name not in _OWN or name in roles}
 
