@@ -35,7 +35,7 @@ MODELS = {
     "imagenet/quick": IMAGENET[:2],
     "photos/quick": ["revnet56"],
 }
-DENSITIES = ["cifar10/quick/nice", "digits/quick/nice"]
+DENSITIES = [f"{data}/quick/{model}" for data in ("cifar10", "digits") for model in ("glow", "nice", "realnvp")]
 LANGUAGE_MODELS = ["text/quick/lm", "text/quick/lm-hierarchical", "text/quick/lm-lsh"]
 CLASSIFIERS = sorted({*list_recipes()} - {*DENSITIES, *LANGUAGE_MODELS})
 UPDATES = {"cifar10": 50_000 // 100, "cifar100": 50_000 // 100, "imagenet": 1_281_167 // 256}
@@ -70,7 +70,9 @@ def load_language_model(name):
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_density_recipe_is_complete(name):
-    assert load_density(name).data == name.split("/")[0]
+    config = load_density(name)
+    data, _, model = name.split("/")
+    assert (config.data, config.model) == (data, model)
     assert yaml.safe_load(find_recipe(name).read_text()).keys() >= {*list_groups(NiceConfig)["settings"]}
 
 
