@@ -8,6 +8,7 @@ import yaml
 from revnet.cli._parser import parse
 from revnet.cli.train import train
 from revnet.cli.train_lm import train_lm
+from revnet.cli.train_nice import _make_config as make_density_config
 from revnet.cli.train_nice import train_nice
 from revnet.models import list_models
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
@@ -62,6 +63,14 @@ def test_recipe_is_complete_and_named_after_its_data_and_model(name):
 
 def load_density(name):
     return NiceConfig(**parse(train_nice, "revnet train nice", ["--config", name]))
+
+
+@pytest.mark.parametrize("model", ["glow", "realnvp"])
+def test_model_takes_its_defaults_from_its_recipe(model):
+    recipe = load_density(f"digits/quick/{model}")
+    assert make_density_config(model=model) == recipe
+    assert make_density_config(model=model, data="cifar10", lr=0.01) == replace(recipe, data="cifar10", lr=0.01)
+    assert make_density_config(model="nice") == NiceConfig()
 
 
 def load_language_model(name):
