@@ -63,7 +63,7 @@ class ChannelMatrix(AbstractCoupling):
 
     def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
         """Solve for `x`, one triangular factor after the other."""
-        dtype = torch.promote_types(y.dtype, torch.float32)  # for smaller types there is no solver
+        dtype = torch.promote_types(y.dtype, torch.float32)  # the solver does not support smaller types
         with without_autocast(y):
             packed = residual.to(dtype)
             x = y.to(dtype).reshape(len(y), y.shape[1], y.shape[2:].numel())

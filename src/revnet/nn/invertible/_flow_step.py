@@ -185,7 +185,7 @@ class FlowStep(AbstractReversibleBlock):
 
 def _rotation(half: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
     """Return the functions A, B, S, E that mix `2 * half` channels by a random rotation, [[A, B], [E A, E B + S]]."""
-    # In float64, and from the CPU: there is no decomposition on the meta device.
+    # In float64, and on the CPU: the meta device cannot decompose a matrix.
     rotation, _ = torch.linalg.qr(torch.randn(2 * half, 2 * half, dtype=torch.float64, device="cpu"))
     # The rows in the order of the pivots, still a rotation, so that no block is nearly singular.
     _, lower, upper = torch.linalg.lu(rotation)

@@ -29,7 +29,7 @@ class MultiScaleSequential(nn.Module):
 
     Raises:
         TypeError: A scale is not invertible. In the passes: the input is not a tensor, or the codes are not tensors.
-        ValueError: There is no scale. In the passes: a scale returns an odd number of channels, or the number of codes
+        ValueError: `scales` is empty. In the passes: a scale returns an odd number of channels, or the number of codes
             is not the number of scales.
 
     References:
