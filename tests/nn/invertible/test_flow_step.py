@@ -227,3 +227,8 @@ def test_additive_steps_have_the_log_determinant_of_norm_and_matrix():
     log_scales = [step.norm1, step.norm2, step.mix1, step.mix2]
     expected = 9 * sum(module.log_scale.sum() for module in log_scales)
     assert_close(step.log_det(torch.randn(2, 4, 3, 3)), expected.expand(2), tolerance=1e-5)
+
+
+def test_parameters_are_contiguous():
+    """FSDP shards only contiguous parameters."""
+    assert all(parameter.is_contiguous() for parameter in steps(1, 8)[0].parameters())

@@ -193,6 +193,7 @@ def _rotation(half: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
     signs = upper.diagonal().sign()
     lower, upper = signs[:, None] * lower * signs, signs[:, None] * upper
     like = torch.empty(())  # of the default type and device
+    # Contiguous, because factors come in columns, and FSDP shards by rows.
     first = lower[:half, :half].tril(-1) + upper[:half, :half]
     second = lower[half:, half:].tril(-1) + upper[half:, half:]
     from_second = lower[:half, :half] @ upper[:half, half:]
@@ -200,8 +201,8 @@ def _rotation(half: int) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         lower[:half, :half], lower[half:, :half], upper=False, left=False, unitriangular=True
     )
     return (
-        _LowerUpper(first.to(like)),
-        _ChannelMix(from_second.to(like)),
-        _LowerUpper(second.to(like)),
-        _ChannelMix(from_first.to(like)),
+        _LowerUpper(first.to(like).contiguous()),
+        _ChannelMix(from_second.to(like).contiguous()),
+        _LowerUpper(second.to(like).contiguous()),
+        _ChannelMix(from_first.to(like).contiguous()),
     )
