@@ -92,7 +92,16 @@ class ActNorm(AbstractInvertible):
 
 
 def normalizing_values(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scale, as its logarithm, and the bias that give each channel of `x` mean 0 and deviation 1, (C,)."""
+    """Return the scale, as its logarithm, and the bias that give each channel of `x` mean 0 and deviation 1, (C,).
+
+    Raises:
+        ValueError: `x` is empty, or contains NaN or inf.
+    """
+    if not x.numel() or not x.isfinite().all():
+        raise ValueError(
+            f"`x` (of shape {tuple(x.shape)}) must have values, all of them finite, to normalize the channels; pass a "
+            "batch of valid images to `initialize_act_norms`."
+        )
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
     deviation = values.std(1, correction=0) + _EPSILON
     return -deviation.log(), -values.mean(1) / deviation

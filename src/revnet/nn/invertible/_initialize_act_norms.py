@@ -26,7 +26,7 @@ def initialize_act_norms(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` has no such layer.
+        ValueError: `model` has no such layer, or what a layer receives is empty or contains NaN or inf.
 
     References:
         Kingma and Dhariwal (2018), Glow, section 3.1: data-dependent initialization.
@@ -47,7 +47,9 @@ def initialize_act_norms(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             "or add such layers."
         )
     handles = [
-        module.register_forward_pre_hook(_initialize_before) for module in model.modules() if isinstance(module, _NORMS)
+        module.register_forward_pre_hook(_initialize_before, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, _NORMS)
     ]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -57,6 +59,6 @@ def initialize_act_norms(model: nn.Module, *args: Any, **kwargs: Any) -> None:
             handle.remove()
 
 
-def _initialize_before(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _initialize_before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if isinstance(module, _NORMS):
-        module.initialize(args[0])
+        module.initialize(args[0] if args else kwargs["x"])
