@@ -29,7 +29,14 @@ from revnet import (
 from revnet.coupling import Affine
 from revnet.errors import ReconstructionError
 from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
-from revnet.nn import AbstractReversibleBlock, BatchNorm2dBiased, CouplingLayer, MomentumBlock, MultiStreamBlock
+from revnet.nn import (
+    AbstractReversibleBlock,
+    BatchNorm2dBiased,
+    CouplingLayer,
+    FlowStep,
+    MomentumBlock,
+    MultiStreamBlock,
+)
 
 
 class ConvResidual(nn.Module):
@@ -274,6 +281,7 @@ CASES = [
         (2, 6, 5, 5),
         density=True,
     ),
+    Case("flow-step", lambda: FlowStep(scaling_mlp(3), num_channels=6), (4, 6), density=True),
     # A grid so fine that its rounding is within the tolerances of the contracts.
     Case(
         "fixed-point-conv",

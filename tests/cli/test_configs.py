@@ -8,6 +8,7 @@ import yaml
 from revnet.cli._parser import parse
 from revnet.cli.train import train
 from revnet.cli.train_lm import train_lm
+from revnet.cli.train_nice import _make_config as make_density_config
 from revnet.cli.train_nice import train_nice
 from revnet.models import list_models
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
@@ -35,7 +36,7 @@ MODELS = {
     "imagenet/quick": IMAGENET[:2],
     "photos/quick": ["revnet56"],
 }
-DENSITIES = ["cifar10/quick/nice", "digits/quick/nice"]
+DENSITIES = [f"{data}/quick/{model}" for data in ("cifar10", "digits") for model in ("glow", "nice", "realnvp")]
 LANGUAGE_MODELS = ["text/quick/lm", "text/quick/lm-hierarchical", "text/quick/lm-lsh"]
 CLASSIFIERS = sorted({*list_recipes()} - {*DENSITIES, *LANGUAGE_MODELS})
 UPDATES = {"cifar10": 50_000 // 100, "cifar100": 50_000 // 100, "imagenet": 1_281_167 // 256}
@@ -64,13 +65,23 @@ def load_density(name):
     return NiceConfig(**parse(train_nice, "revnet train nice", ["--config", name]))
 
 
+@pytest.mark.parametrize("model", ["glow", "realnvp"])
+def test_model_takes_its_defaults_from_its_recipe(model):
+    recipe = load_density(f"digits/quick/{model}")
+    assert make_density_config(model=model) == recipe
+    assert make_density_config(model=model, data="cifar10", lr=0.01) == replace(recipe, data="cifar10", lr=0.01)
+    assert make_density_config(model="nice") == NiceConfig()
+
+
 def load_language_model(name):
     return LanguageConfig(**parse(train_lm, "revnet train lm", ["--config", name]))
 
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_density_recipe_is_complete(name):
-    assert load_density(name).data == name.split("/")[0]
+    config = load_density(name)
+    data, _, model = name.split("/")
+    assert (config.data, config.model) == (data, model)
     assert yaml.safe_load(find_recipe(name).read_text()).keys() >= {*list_groups(NiceConfig)["settings"]}
 
 

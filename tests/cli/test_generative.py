@@ -94,6 +94,26 @@ def test_sample_depends_on_the_seed_alone(revnet, runs, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_score_prints_a_line_per_image_and_writes_a_table(revnet, runs, tmp_path):
+    files = [tmp_path / "b.png", tmp_path / "inner" / "a.png"]
+    (tmp_path / "inner").mkdir()
+    for file in files:
+        matplotlib.image.imsave(file, torch.rand(8, 8).numpy(), cmap="gray")
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "broken.png").write_text("not an image")
+    table = tmp_path / "scores.csv"
+    code, output, errors = revnet("score", runs / "nice", files[1], tmp_path, "--csv", table, "--draws", 2)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "broken.png' cannot be decoded" in errors
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == [str(files[1]), str(files[0]), str(files[1])]
+    assert lines[3].startswith("mean of 3 images ")
+    rows = table.read_text().splitlines()
+    assert rows[0] == "file,bits_per_dim,log_prob"
+    assert [row.split(",")[0] for row in rows[1:]] == [line.split()[0] for line in lines[:3]]
+
+
 def test_generate_continues_the_prompt(revnet, runs):
     texts = []
     for seed in (0, 0, 1):
@@ -115,7 +135,7 @@ def test_generate_continues_the_prompt(revnet, runs):
         (["train", "lm", "--dim", "10"], "`--dim` (=10) must be a multiple of twice `--num-heads` (=4)"),
         (["train", "nice", "--num-couplings", "5"], "revnet train nice: error: `--num-couplings` (=5) must be even"),
         (["train", "nice", "--prior", "flat"], "`--prior` (=flat) must be `logistic` or `gaussian`"),
-        (["train", "nice", "--model", "revnet38"], "unknown option `--model`"),
+        (["train", "nice", "--model", "revnet38"], "`--model` (=revnet38) must be `nice` or `realnvp` or `glow`"),
         (["train", "nice", "--resume", "{runs}/nice", "--seed", "3"], "`--seed` (=3) cannot change within a run"),
         (["train", "nice", "lm"], "`lm` needs an option before it; `revnet train nice --help` lists them all"),
         (["train", "--config", "digits/quick/nice"], "is for another task; its `task` says which"),
@@ -126,6 +146,12 @@ def test_generate_continues_the_prompt(revnet, runs):
         (["sample", "{runs}/nice", "--inpaint", "middle"], "`--inpaint` (=middle) must be `top` or `bottom` or `left`"),
         (["sample", "{runs}/nice", "--num", "0"], "`--num` (=0) must be 1 or more"),
         (["sample", "{runs}/nice", "--temperature", "-1"], "`--temperature` (=-1.0) must be a finite number 0 or more"),
+        (["score", "{runs}/nice", "a.png", "--draws", "0"], "`--draws` (=0) must be 1 or more"),
+        (
+            ["score", "{runs}/nice", "a.png", "--csv", "{runs}"],
+            ") must be a file in a folder that exists",
+        ),
+        (["score", "{runs}/lm", "a.png"], "holds a language model, not a density of images"),
         (["sample", "nowhere"], "`nowhere` does not exist"),
         (["generate", "{runs}/nice"], "holds a density of images, not a language model; use `revnet sample`"),
         (["generate", "{runs}/lm", "--prompt", "Ö"], "`--prompt` has the character 'Ö', which is not among the 22"),

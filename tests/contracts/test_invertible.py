@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from revnet import ReversibleBlock, ReversibleSequential
-from revnet.coupling import Affine
+from revnet.coupling import Additive, Affine
 from revnet.nn import (
     AbstractInvertible,
+    ActNorm,
     ChannelPermutation,
     CouplingLayer,
+    FlowStep,
     HaarWavelet,
     InvertibleConv1x1,
     InvertibleSequential,
@@ -46,6 +48,11 @@ def _network() -> InvertibleSequential:
     )
 
 
+def _flow_steps() -> InvertibleSequential:
+    steps = [FlowStep(ScalingConv(2), num_channels=4, updates=index) for index in (0, 1)]
+    return InvertibleSequential(*steps, FlowStep(ConvResidual(2), num_channels=4, mixes=False, coupling=Additive()))
+
+
 LAYERS = [
     Layer("space-to-depth", SpaceToDepth),
     Layer("space-to-depth-3", lambda: SpaceToDepth(3), (1, 2, 3, 6)),
@@ -55,6 +62,9 @@ LAYERS = [
     Layer("conv1x1", lambda: InvertibleConv1x1(4)),
     Layer("conv1x1-vector", lambda: InvertibleConv1x1(3), (2, 3)),
     Layer("conv1x1-alone", lambda: InvertibleConv1x1(1), (2, 1, 5)),
+    Layer("act-norm", lambda: ActNorm(4)),
+    Layer("act-norm-vector", lambda: ActNorm(3), (2, 3)),
+    Layer("flow-steps", _flow_steps),
     Layer("network", _network, (2, 1, 4, 8)),
 ]
 all_layers = pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)

@@ -168,6 +168,8 @@ VIT = {"img_size": 8, "patch_size": 4, "dim": 8, "depth": 1, "num_heads": 2, "nu
 TRANSFORMER = {"vocab_size": 10, "dim": 8, "depth": 1, "num_heads": 2, "max_length": 16}
 UNET = {"in_channels": 2, "widths": (4, 8)}
 NICE = {"image_shape": (1, 4, 4), "num_couplings": 2, "hidden_dim": 4, "num_hidden": 1}
+GLOW = {"image_shape": (1, 4, 4), "num_scales": 1, "num_steps": 1, "hidden_dim": 4}
+REALNVP = {"image_shape": (1, 4, 4), "num_scales": 1, "num_couplings": 1, "hidden_dim": 4, "num_blocks": 1}
 IREVNET = {"num_blocks": (1, 1), "strides": (1, 2), "num_classes": 2}
 
 CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
@@ -181,6 +183,9 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (rnn.Conv2dSame, {"in_channels": 4, "out_channels": 2, "kernel_size": 3}),
     (rnn.CouplingLayer, {"f": linear()}),
     (rnn.HaarWavelet, {}),
+    (rnn.ActNorm, {"num_channels": 4}),
+    (rnn.FlowStep, {"f": linear(), "num_channels": 4}),
+    (rnn.MultiScaleSequential, {"*scales": [rnn.SpaceToDepth(), rnn.HaarWavelet()]}),
     (rnn.InvertibleConv1x1, {"num_channels": 4}),
     (rnn.InvertibleSequential, {"*layers": [rnn.SpaceToDepth(), block()]}),
     (rnn.MomentumBlock, {"f": linear()}),
@@ -200,6 +205,8 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (models.RevNet, RESNET),
     (models.IRevNet, IREVNET),
     (models.NICE, NICE),
+    (models.Glow, GLOW),
+    (models.RealNVP, REALNVP),
     (models.ReversibleViT, VIT),
     (models.ReversibleTransformer, TRANSFORMER),
     (models.UNet3d, UNET),
@@ -235,6 +242,9 @@ FUNCTIONS = [
     Target("policy_holders", policy_holders, lambda: {"model": sequence()}),
     Target("restoring_policies", restoring_policies, lambda: {"model": sequence()}),
     Target("restoring_state", restoring_state, lambda: {"model": sequence()}),
+    Target(
+        "initialize_act_norms", rnn.initialize_act_norms, lambda: {"model": rnn.ActNorm(4)}, silent=frozenset({"args"})
+    ),
     Target("set_coupling", rnn.set_coupling, lambda: {"model": sequence(), "coupling": coupling.FixedPoint()}),
     Target("set_policy", rnn.set_policy, lambda: {"model": sequence(), "policy": "store"}),
     Target("set_tolerance", rnn.set_tolerance, lambda: {"model": sequence(), "tolerance": 1e-3}),
@@ -280,12 +290,27 @@ IMAGES = {"x": images, "y": images}
 FEATURES = {"x": lambda: images(2, 4), "y": lambda: images(2, 4)}
 TOKENS = {"x": lambda: images(1, 4, 8)}
 CLASSIFIER: dict[str, Callable[[], Any]] = {"x": lambda: images(1, 3, 8, 8), "num_classes": lambda: 2}
+DENSITY: dict[str, Callable[[], Any]] = {
+    "x": lambda: images(1, 1, 4, 4),
+    "z": lambda: images(1, 16),
+    "mask": lambda: torch.ones(4, 4),
+    "log_prob": lambda: torch.zeros(1),
+    "num_levels": lambda: 16,
+    "num_samples": lambda: 1,
+    "num_steps": lambda: 1,
+}
 INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (partial(rnn.BatchNorm2dBiased, 4), IMAGES),
     (partial(rnn.BatchNorm2dUnbiased, 4), IMAGES),
     (partial(rnn.Conv2dSame, 4, 2, 3, 2), IMAGES),
     (rnn.HaarWavelet, IMAGES),
     (partial(rnn.InvertibleConv1x1, 4), IMAGES),
+    (partial(rnn.ActNorm, 4), IMAGES),
+    (lambda: rnn.FlowStep(linear(), num_channels=4, coupling=coupling.Additive()), FEATURES),
+    (
+        lambda: rnn.MultiScaleSequential(rnn.SpaceToDepth(), rnn.SpaceToDepth()),
+        {**IMAGES, "codes": lambda: (images(1, 8, 2, 2), images(1, 32, 1, 1))},
+    ),
     (partial(rnn.ChannelPermutation, 4), IMAGES),
     (rnn.SpaceToDepth, IMAGES),
     (
@@ -305,17 +330,9 @@ INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (partial(models.IRevNet, **IREVNET), {**CLASSIFIER, "y": lambda: images(1, 48, 2, 2)}),
     (partial(models.ReversibleViT, **VIT), CLASSIFIER),
     (partial(models.UNet3d, **UNET), {"x": lambda: images(1, 2, 4, 4, 4)}),
-    (
-        partial(models.NICE, **NICE),
-        {
-            "x": lambda: images(1, 1, 4, 4),
-            "z": lambda: images(1, 16),
-            "mask": lambda: torch.ones(4, 4),
-            "log_prob": lambda: torch.zeros(1),
-            "num_levels": lambda: 16,
-            "num_samples": lambda: 1,
-            "num_steps": lambda: 1,
-        },
+    *(
+        (make, DENSITY)
+        for make in (partial(models.NICE, **NICE), partial(models.Glow, **GLOW), partial(models.RealNVP, **REALNVP))
     ),
     (
         partial(models.ReversibleTransformer, **TRANSFORMER),

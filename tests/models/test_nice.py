@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import Store
+from revnet import FixedPoint, Store, set_coupling
 from revnet.memory import measure
 from revnet.models import NICE
 from revnet.models._prior import GaussianPrior, LogisticPrior
@@ -49,6 +49,15 @@ def test_round_trip_in_float32():
             nn.init.normal_(function[-1].weight, std=0.3)  # residuals of the size of the images
     x = images((3, 32, 32)).float()
     assert (model.inverse(model(x)[0]) - x).abs().max() < 3e-5  # float32 rounds by 6e-8
+
+
+def test_round_trip_in_fixed_point_is_exact():
+    model = make(num_couplings=8).float()
+    set_coupling(model, FixedPoint(14))
+    x = torch.randint(2**14, (5, *SHAPE)) / 2**14
+    with torch.no_grad():
+        # The rounding of the final scaling is far below half a step of the grid, to which the inverse rounds.
+        assert torch.equal(model.inverse(model(x)[0]), x)
 
 
 @pytest.mark.parametrize("image_shape", [SHAPE, (1, 3, 3)])

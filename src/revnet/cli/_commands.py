@@ -7,6 +7,7 @@ COMMANDS = {
     "evaluate": "test a checkpoint: errors, hardest classes, confusions",
     "predict": "classify image files",
     "sample": "sample images from a density (`train nice`), or fill in missing halves",
+    "score": "compute the likelihood of image files under a density",
     "generate": "continue a text with a language model (`train lm`)",
     "reproduce": "train the networks in a table of results, and compare them with the paper",
     "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",

@@ -1,15 +1,12 @@
 """`revnet predict`."""
 
 import sys
-from pathlib import Path
 from typing import Literal
 
 from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable
-from revnet.cli._errors import UsageError, describe_error
-
-_WIDEST = 60
-"""Largest width of the column of file names."""
+from revnet.cli._errors import describe_error
+from revnet.cli._image_lines import name_width, open_place, printable_path
 
 
 def predict(
@@ -45,7 +42,7 @@ def predict(
         devices: Number of devices that divide the files; auto takes all GPUs. By default, the processes that torchrun
             or SLURM has started, or one device.
     """
-    table, lines = _open_place("--csv", csv), _open_place("--jsonl", jsonl)
+    table, lines = open_place("--csv", csv), open_place("--jsonl", jsonl)
     files = list_images(images)
 
     from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions
@@ -61,7 +58,7 @@ def predict(
             print(f"revnet predict: error: {printable(encodable(describe_error(error)))}", file=sys.stderr)
 
     predictions = []
-    width = min(_WIDEST, max(len(_printable(file)) for file in files))
+    width = name_width(files)
     for prediction in predict_each(checkpoint, files, top=top, device=device, devices=devices, on_error=report):
         if not is_main:
             continue
@@ -69,27 +66,10 @@ def predict(
         if len(predictions) == 1:  # on standard error, as the lines of the images may go to a file
             print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
         answers = [f"{printable(answer.class_name)} {100 * answer.probability:.2f} %" for answer in prediction.answers]
-        print(f"{_printable(prediction.path):{width}}  {'  '.join(answers)}", flush=True)
+        print(f"{printable_path(prediction.path):{width}}  {'  '.join(answers)}", flush=True)
     if table is not None and is_main:
         save_predictions(predictions, table)
     if lines is not None and is_main:
         save_json_lines(predictions, lines)
     if errors:
         raise SystemExit(1)
-
-
-def _open_place(flag: str, place: str | None) -> Path | None:
-    """Return the file to write, once it is known that its folder exists."""
-    if place is None:
-        return None
-    path = Path(place).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(
-            f"`{flag}` (={place}) must be a file in a folder that exists; create the folder, or name a file."
-        )
-    return path
-
-
-def _printable(path: Path) -> str:
-    """Return the name of a file on one line."""
-    return printable(encodable(str(path)))

@@ -8,8 +8,10 @@ from revnet.models._registry import create_model as create_model
 from revnet.models._registry import list_models as list_models
 from revnet.models._registry import published_image_size as published_image_size
 from revnet.models._registry import register_model as register_model
+from revnet.models.glow import Glow as Glow
 from revnet.models.irevnet import IRevNet as IRevNet
 from revnet.models.nice import NICE as NICE
+from revnet.models.realnvp import RealNVP as RealNVP
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.reversible_transformer import ReversibleTransformer as ReversibleTransformer
 from revnet.models.reversible_transformer import h_transformer_base as h_transformer_base
@@ -24,6 +26,7 @@ from revnet.models.unet3d import UNet3d as UNet3d
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractImageClassifier",
     "create_model",
+    "Glow",
     "h_transformer_base",
     "h_transformer_large",
     "h_transformer_small",
@@ -31,6 +34,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "list_models",
     "NICE",
     "published_image_size",
+    "RealNVP",
     "reformer_enwik8",
     "register_model",
     "ResNet",

@@ -20,9 +20,13 @@ from revnet.nn.blocks._multi_stream_block import MultiStreamBlock as MultiStream
 from revnet.nn.blocks._reversible_block import ReversibleBlock as ReversibleBlock
 from revnet.nn.blocks._reversible_sequential import ReversibleSequential as ReversibleSequential
 from revnet.nn.invertible._abstract_invertible import AbstractInvertible as AbstractInvertible
+from revnet.nn.invertible._act_norm import ActNorm as ActNorm
+from revnet.nn.invertible._flow_step import FlowStep as FlowStep
 from revnet.nn.invertible._haar import HaarWavelet as HaarWavelet
+from revnet.nn.invertible._initialize_act_norms import initialize_act_norms as initialize_act_norms
 from revnet.nn.invertible._invertible_conv import InvertibleConv1x1 as InvertibleConv1x1
 from revnet.nn.invertible._invertible_sequential import InvertibleSequential as InvertibleSequential
+from revnet.nn.invertible._multi_scale import MultiScaleSequential as MultiScaleSequential
 from revnet.nn.invertible._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn.invertible._space_to_depth import SpaceToDepth as SpaceToDepth
 from revnet.nn.policies._has_policies import HasPolicies as HasPolicies

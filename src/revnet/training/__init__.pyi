@@ -8,6 +8,8 @@ from revnet.training.density.model import ImageDensity as ImageDensity
 from revnet.training.density.model import load_density as load_density
 from revnet.training.density.result import DensityResult as DensityResult
 from revnet.training.density.sample import sample as sample
+from revnet.training.density.score import ImageScore as ImageScore
+from revnet.training.density.score import score_images as score_images
 from revnet.training.drift_monitor import DriftMonitor as DriftMonitor
 from revnet.training.entry import resume as resume
 from revnet.training.entry import train as train

@@ -3,9 +3,16 @@
 import os
 from pathlib import Path
 
-from revnet.data import ImageDataset, list_datasets
+from torch import Tensor
+
+from revnet._image_files import IMAGE_SUFFIXES, is_pattern
+from revnet.data import ImageDataset, list_datasets, load_image
 from revnet.data.splits.abstract_split import AbstractSplit
+from revnet.errors import DataError
 from revnet.training.import_path import is_import_path
+
+_TEST_CROP = 0.875
+"""Share of a test image that `load_dataset` keeps when it resizes."""
 
 
 def absolute_data(data: str) -> str:
@@ -63,3 +70,23 @@ def describe_division(dataset: ImageDataset) -> list[tuple[str, str]]:
         return []
     how = f"chosen by seed {dataset.division.seed} and the names of the files"
     return [("test set", f"{len(dataset.test):,} images, a fifth of each class, {how}")]
+
+
+def read_image(file: Path, image_shape: tuple[int, int, int], *, is_resized: bool) -> Tensor:
+    """Read an image file as a test image of a trained model.
+
+    Args:
+        file: The file.
+        image_shape: Shape of the images that the model takes, (C, H, W).
+        is_resized: Whether the images of the data set were resized and cropped.
+
+    Raises:
+        DataError: The file is missing or not an image, or it is a folder or a pattern without images.
+    """
+    if is_pattern(file):
+        raise DataError(f"'{file}' matches no files; check the pattern.")
+    if file.is_dir():
+        raise DataError(f"'{file}' holds no images ({', '.join(IMAGE_SUFFIXES)}); pass a folder that does.")
+    channels, *size = image_shape
+    crop_fraction = _TEST_CROP if is_resized else 1.0
+    return load_image(file, image_size=(size[0], size[1]), in_channels=channels, crop_fraction=crop_fraction)

@@ -40,7 +40,7 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     _CLASSIFIER: _Kind("a classifier", "`revnet evaluate` or `revnet predict`", "classifier"),
-    "nice": _Kind("a density of images", "`revnet sample`", "density"),
+    "nice": _Kind("a density of images", "`revnet sample` or `revnet score`", "density"),
     "lm": _Kind("a language model", "`revnet generate`", "language_model"),
 }
 

@@ -20,7 +20,6 @@ from tests.training.samples import (
     assert_same_run,
     read_log,
     train_and_resume,
-    write_image_folder,
 )
 
 CHECKPOINT = "checkpoints/update-00000012.ckpt"
@@ -138,9 +137,9 @@ def test_bits_per_dimension_follow_the_definition():
 
 
 def test_rejects_other_kinds_of_weights(fitted, finished):
-    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample`"):
+    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample` or"):
         load_classifier(fitted.folder)
-    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample`"):
+    with pytest.raises(CheckpointError, match=r"holds a density of images, not a classifier; use `revnet sample` or"):
         evaluate(fitted.folder)
     with pytest.raises(
         CheckpointError, match=r"holds a classifier, not a density of images; use `revnet evaluate` or `revnet pr"
@@ -161,9 +160,3 @@ def test_rejects_invalid_settings_before_writing(tmp_path, monkeypatch, settings
     with pytest.raises(error, match=message):
         train(NiceConfig(**SMALL | settings))
     assert not list(tmp_path.iterdir())
-
-
-def test_rejects_images_in_files(tmp_path):
-    folder = write_image_folder(tmp_path / "images")
-    with pytest.raises(ValueError, match=r"has images in files, but NICE needs images of one size in memory"):
-        train(NiceConfig(data=str(folder), **SMALL))

@@ -71,7 +71,7 @@ def test_rejects_data_of_another_shape(folder, tmp_path, monkeypatch):
     from tests.training.samples import make_dataset
 
     other = make_dataset(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), ["any"])
-    monkeypatch.setattr("revnet.training.density.sample.load_dataset", lambda *_: other)
+    monkeypatch.setattr("revnet.training.density.images.load_dataset", lambda *_, **__: other)
     with pytest.raises(ValueError, match=r"`data` \(='pets'\) has images of 1x1x3, but .* 1x8x8 \(digits\); pass data"):
         sample(folder, out_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -2,7 +2,7 @@
 
 import abc
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class AbstractInvertible(nn.Module, abc.ABC):
         >>> Negate().log_det(torch.rand(3, 4))
         tensor([0., 0., 0.])
     """
+
+    takes_arguments: ClassVar[bool] = False
+    """Whether the methods take additional arguments, such as a context, which `InvertibleSequential` then passes on."""
 
     @abc.abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
-"""The settings of a run that fits NICE to images."""
+"""The settings of a run that fits a density to images."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from revnet.training.settings.choices import OnCorrupt, Precision
 from revnet.training.settings.fields import integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
 
 Prior = Literal["logistic", "gaussian"]
+DensityModel = Literal["nice", "realnvp", "glow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NiceConfig(AbstractRunConfig):
-    """Settings of a run that fits NICE, a density with exact likelihood, to images.
+    """Settings of a run that fits NICE, RealNVP or Glow, densities with exact likelihood, to images.
 
-    The defaults fit the digits that come with revnet. `configs/` holds complete recipes.
+    The defaults fit NICE to the digits that come with revnet. `configs/` holds complete recipes for all three models.
 
     Raises:
         TypeError: A setting has the wrong type.
@@ -22,6 +23,8 @@ class NiceConfig(AbstractRunConfig):
 
     References:
         Dinh, Krueger and Bengio (2015), NICE: Non-linear Independent Components Estimation.
+        Dinh, Sohl-Dickstein and Bengio (2017), Density Estimation Using Real NVP.
+        Kingma and Dhariwal (2018), Glow: Generative Flow with Invertible 1x1 Convolutions.
     """
 
     command: ClassVar[str] = "revnet train nice"
@@ -32,16 +35,29 @@ class NiceConfig(AbstractRunConfig):
 
     data: str = "digits"
     """Data set of images that fits into memory: a name (`digits`, `cifar10`, `cifar100`) or a path, of a folder of
-    parquet files laid out as on the hub or of CIFAR's official archive. Labels are not used."""
+    photographs, of parquet files laid out as on the hub or of CIFAR's official archive. Labels are not used."""
+
+    image_size: int | None = integer(None, at_least=1)
+    """Height and width of photographs in files, which are resized and cropped; null for images of one size."""
+
+    model: DensityModel = "nice"
+    """Model: `nice` has perceptrons and suits small images; `realnvp` and `glow` have convolutions at several
+    scales."""
+
+    num_scales: int = integer(2, at_least=1)
+    """Scales of `realnvp` and `glow`, each of which halves the sides of the image. `nice` has none."""
 
     num_couplings: int = integer(8, at_least=1)
-    """Number of coupling layers; even. The paper's networks have 4."""
+    """Number of coupling layers: for `nice` in all, even; for `glow` at each scale; for `realnvp` of each kind at each
+    scale. The papers' networks have 4, 32 and 3."""
 
     hidden_dim: int = integer(256, at_least=1)
-    """Units of each hidden layer of a coupling layer; the paper's networks have 1000 to 5000."""
+    """Units of each hidden layer of a coupling layer; the papers' networks have 1000 to 5000 (`nice`), 512 channels
+    (`glow`) and 64 channels (`realnvp`)."""
 
     num_hidden: int = integer(2, at_least=1)
-    """Hidden layers of each coupling layer; the paper's networks have 4 or 5."""
+    """Hidden layers of each coupling layer of `nice`; residual blocks of each coupling layer of `realnvp`. `glow`
+    always has 2 hidden layers."""
 
     prior: Prior = "logistic"
     """Distribution of each component of a code."""
@@ -83,13 +99,30 @@ class NiceConfig(AbstractRunConfig):
     seed: int = integer(0, at_least=0, at_most=2**32 - 1)
     """Seed of the initial weights, the held-out images, their order and the noise."""
 
+    def model_options(self) -> dict[str, Any]:
+        """Return the arguments of the model, except the shape of the images."""
+        options: dict[str, Any] = {"hidden_dim": self.hidden_dim, "prior": self.prior}
+        match self.model:
+            case "nice":
+                return {"num_couplings": self.num_couplings, "num_hidden": self.num_hidden, **options}
+            case "realnvp":
+                own = {"num_couplings": self.num_couplings, "num_blocks": self.num_hidden}
+            case "glow":
+                own = {"num_steps": self.num_couplings}
+        return {"num_scales": self.num_scales, **own, **options}
+
     def resolve(self, data_name: str) -> Self:
         """Return the settings with the defaults of the data set filled in."""
         # With so little work per thread, threads mostly wait for each other as soon as the cores are busy.
         return replace(self, num_threads=1) if self.num_threads is None and data_name == "digits" else self
 
     def _check_together(self) -> None:
-        if self.num_couplings % 2:
+        if self.model == "glow" and self.num_hidden != 2:
+            raise ValueError(
+                f"`num_hidden` (={self.num_hidden}) is for nice and realnvp, since the couplings of glow always have 2 "
+                "hidden layers; leave it out."
+            )
+        if self.model == "nice" and self.num_couplings % 2:
             raise ValueError(
                 f"`num_couplings` (={self.num_couplings}) must be even, since a reversible block consists of two; pass "
                 f"{self.num_couplings + 1}."

@@ -1,4 +1,4 @@
-"""The job of `revnet train nice`: fit NICE to images."""
+"""The job of `revnet train nice`: fit a density to images."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from revnet.data import ImageDataset, load_dataset, make_loader
+from revnet.data import ImageDataset, make_loader
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.image_split import ImageSplit
 from revnet.data.transforms.dequantize import count_levels
 from revnet.memory import Plan
 from revnet.training.density.config import NiceConfig
+from revnet.training.density.images import load_images
 from revnet.training.density.model import DensityHeader, ImageDensity, load_density
 from revnet.training.density.result import DensityResult
 from revnet.training.density.task import DensityTask
@@ -34,7 +35,7 @@ _NUM_ADAPTED = 1000  # images that the initial scale is computed from
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DensityJob(AbstractJob[DensityResult]):
-    """Job of a run that fits NICE to images."""
+    """Job of a run that fits a density to images."""
 
     config: NiceConfig
     names: RunNames
@@ -55,7 +56,7 @@ class DensityJob(AbstractJob[DensityResult]):
         counts = describe_splits(self.training, self.validation, self.test)
         levels = f"{density.header.num_levels} levels"
         return [
-            ("model", f"nice, {config.num_couplings} couplings, {config.prior} prior, {num_parameters:,} parameters"),
+            ("model", f"{_describe_model(config)}, {config.prior} prior, {num_parameters:,} parameters"),
             ("data", f"{self.dataset.name}, images of {shape} in {levels}: {counts}"),
             ("epochs", self.describe_updates("images", len(self.training))),
         ]
@@ -89,6 +90,7 @@ class DensityJob(AbstractJob[DensityResult]):
         best = None if outcome.best_score is None else load_density(folder / run_dir.BEST_WEIGHTS)
         bits = partial(mean_bits_per_dim, images=self.test.images, device=outcome.device, seed=self.config.seed)
         return DensityResult(
+            model=self.config.model,
             data=self.dataset.name,
             num_test_images=len(self.test),
             test_bits_per_dim=bits(self.task.density),
@@ -109,25 +111,22 @@ def mean_bits_per_dim(density: ImageDensity, images: Tensor, device: torch.devic
 
 def new_job(config: NiceConfig) -> DensityJob:
     """Check the settings of a new run and load its data."""
-    dataset = load_dataset(config.data, on_corrupt=config.on_corrupt)
+    dataset = load_images(config.data, image_size=config.image_size, on_corrupt=config.on_corrupt)
     config = replace(config, data=absolute_data(config.data), weights=absolute_weights(config.weights))
     return _prepare(config, dataset)
 
 
 def job_of_run(config: NiceConfig) -> DensityJob:
     """Make the job of a run that was stopped, from the settings in its folder."""
-    return _prepare(config, load_dataset(config.data, on_corrupt=config.on_corrupt))
+    return _prepare(config, load_images(config.data, image_size=config.image_size, on_corrupt=config.on_corrupt))
 
 
 def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     config = config.resolve(dataset.name)
     find_device(config.device)
     whole, test = dataset.train, dataset.test
-    if not isinstance(whole, ImageSplit) or not isinstance(test, ImageSplit):
-        raise ValueError(
-            f"`data` (='{config.data}') has images in files, but NICE needs images of one size in "
-            "memory; pass digits, cifar10, cifar100, or parquet files with images of one size."
-        )
+    assert isinstance(whole, ImageSplit)
+    assert isinstance(test, ImageSplit)
     training, validation = whole, None
     if config.val_fraction > 0:
         dataset.check_holdout("val_fraction", config.val_fraction)
@@ -135,15 +134,12 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     check_batch_size(config.batch_size, training)
     check_division(config.batch_size, validation, num_parts=config.accumulate)
     header = DensityHeader(
+        model=config.model,
         data=config.data,
         image_shape=whole.image_shape,
         num_levels=count_levels(whole.images),
-        options={
-            "num_couplings": config.num_couplings,
-            "hidden_dim": config.hidden_dim,
-            "num_hidden": config.num_hidden,
-            "prior": config.prior,
-        },
+        options=config.model_options(),
+        is_resized=config.image_size is not None,
     )
     config, num_updates = config.limit_updates(len(training) // config.batch_size)
     update = Update(
@@ -155,7 +151,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     density = ImageDensity.create(header)
-    check_devices(config, density.model, "nice")
+    check_devices(config, density.model, config.model)
     start = None
     if config.weights is None:
         density.adapt_scale(training.images[:_NUM_ADAPTED], torch.Generator().manual_seed(config.seed))
@@ -167,7 +163,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     apply_policies(density.model, config, plan)
     return DensityJob(
         config=config,
-        names=RunNames(data=dataset.name, model="nice", loss="bits per dimension"),
+        names=RunNames(data=dataset.name, model=config.model, loss="bits per dimension"),
         task=DensityTask(density, config, num_updates),
         plan=plan,
         dataset=dataset,
@@ -177,6 +173,12 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
         update=update,
         start=start,
     )
+
+
+def _describe_model(config: NiceConfig) -> str:
+    if config.model == "nice":
+        return f"nice, {config.num_couplings} couplings"
+    return f"{config.model}, {config.num_scales} scales of {config.num_couplings} couplings"
 
 
 def _loss(output: tuple[Tensor, Tensor]) -> Tensor:

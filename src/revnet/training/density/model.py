@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from revnet.data import Dequantize
-from revnet.models import NICE
+from revnet.models import NICE, Glow, RealNVP
+from revnet.models._density import AbstractImageDensity
+from revnet.nn import initialize_act_norms
 from revnet.training.run.checkpoint import load_module
 from revnet.training.saved_module import AbstractHeader, SavedModule
+
+MODELS: dict[str, type[AbstractImageDensity]] = {"nice": NICE, "realnvp": RealNVP, "glow": Glow}
+"""The class of each model, by its name in the settings."""
 
 _DEVIATIONS = {"logistic": math.pi / math.sqrt(3), "gaussian": 1.0}
 
@@ -36,7 +41,10 @@ class DensityHeader(AbstractHeader):
     """Number of gray levels of the images."""
 
     options: Mapping[str, Any]
-    """Arguments of `NICE`."""
+    """Arguments of the model, except the shape of the images."""
+
+    is_resized: bool = False
+    """Whether the images were photographs of any size, which were resized and cropped."""
 
     def __post_init__(self) -> None:
         if min(self.image_shape) < 1:
@@ -52,9 +60,9 @@ class ImageDensity(SavedModule):
 
     header_type: ClassVar[type[AbstractHeader]] = DensityHeader
     header: DensityHeader
-    model: NICE
+    model: AbstractImageDensity
 
-    def __init__(self, model: NICE, header: DensityHeader) -> None:
+    def __init__(self, model: AbstractImageDensity, header: DensityHeader) -> None:
         super().__init__()
         self.model = model
         self.dequantize = Dequantize(header.num_levels)
@@ -63,7 +71,10 @@ class ImageDensity(SavedModule):
     @classmethod
     def create(cls, header: DensityHeader) -> Self:
         """Make a density with random weights."""
-        return cls(NICE(image_shape=header.image_shape, **header.options), header)
+        if header.model not in MODELS:
+            raise ValueError(f"`model` (={header.model!r}) is not one of {', '.join(MODELS)}; update revnet.")
+        make_model: Any = MODELS[header.model]
+        return cls(make_model(image_shape=header.image_shape, **header.options), header)
 
     @classmethod
     def build(cls, header: DensityHeader, tensors: Mapping[str, Tensor]) -> Self:
@@ -74,11 +85,15 @@ class ImageDensity(SavedModule):
     def adapt_scale(self, images: Tensor, generator: torch.Generator) -> None:
         """Scale the codes of `images`, uint8, to the standard deviation of the prior, before training.
 
-        Without this, training would need thousands of updates to learn the scale.
+        RealNVP and Glow set each normalization layer from what it receives. Without this, training would need thousands
+        of updates to learn the scale.
 
         References:
             Kingma and Dhariwal (2018), Glow, section 3.1: data-dependent initialization.
         """
+        if not isinstance(self.model, NICE):
+            initialize_act_norms(self.model, self.dequantize(images, generator))
+            return
         codes, _ = self.model(self.dequantize(images, generator))
         # A single image has no deviation; then the deviation of the noise must do.
         noise_deviation = 1 / (math.sqrt(12) * self.header.num_levels)
@@ -97,13 +112,13 @@ class ImageDensity(SavedModule):
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw images, (num_samples, C, H, W), uint8; see `NICE.sample`."""
+        """Draw images, (num_samples, C, H, W), uint8; see the method of the model."""
         return self.dequantize.inverse(self.model.sample(num_samples, temperature=temperature, generator=generator))
 
     def inpaint(
         self, images: Tensor, mask: Tensor, *, generator: torch.Generator | None = None, **options: Any
     ) -> Tensor:
-        """Fill in the missing pixels, where `mask` is false; see `NICE.inpaint`, which takes the `options`.
+        """Fill in the missing pixels, where `mask` is false; see the method of the model, which takes the `options`.
 
         Returns:
             The images, uint8, with the known pixels unchanged.

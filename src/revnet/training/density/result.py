@@ -10,6 +10,9 @@ from revnet.training.run.run_result import RunResult
 class DensityResult(RunResult):
     """Result of a run that fits a density to images."""
 
+    model: str
+    """Name of the model."""
+
     data: str
     """Name of the data set."""
 
@@ -34,7 +37,7 @@ class DensityResult(RunResult):
 
     def _score_entries(self) -> dict[str, Any]:
         return {
-            "model": "nice",
+            "model": self.model,
             "data": self.data,
             "test_images": self.num_test_images,
             "test_bits_per_dim": self.test_bits_per_dim,

@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from revnet.data import load_dataset
 from revnet.data.splits.image_split import ImageSplit
 from revnet.training.density.image_grid import save_grid
+from revnet.training.density.images import load_images
 from revnet.training.density.job import mean_bits_per_dim
 from revnet.training.density.model import ImageDensity, load_density
 from revnet.training.device import find_device
@@ -154,7 +154,8 @@ def known_pixels(missing: Missing, image_shape: tuple[int, int, int], *, seed: i
 
 def _test_images(density: ImageDensity, data: str | Path | None) -> tuple[str, Tensor]:
     header = density.header
-    dataset = load_dataset(header.data if data is None else data)
+    image_size = header.image_shape[1] if header.is_resized else None
+    dataset = load_images(str(header.data if data is None else data), image_size=image_size)
     if not isinstance(dataset.test, ImageSplit) or dataset.test.image_shape != header.image_shape:
         shape, expected = ("x".join(map(str, sizes)) for sizes in (dataset.test.image_shape, header.image_shape))
         raise ValueError(

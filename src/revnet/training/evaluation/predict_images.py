@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from revnet._atomic_file import atomic_path, write_csv
-from revnet._image_files import IMAGE_SUFFIXES, is_pattern, list_images
+from revnet._image_files import list_images
 from revnet._outside_text import csv_cell
-from revnet.data import load_image
 from revnet.errors import DataError
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.evaluation.evaluate import usual_batch_size
+from revnet.training.image_data import read_image
 from revnet.training.processes.choose import NumDevices, choose_world, device_of
 from revnet.training.processes.join import gather, joined
 from revnet.training.processes.launch import run_in_processes
@@ -26,8 +26,6 @@ from revnet.training.settings.devices import check_num_devices
 from revnet.training.settings.fields import check_setting
 
 _OnError = Callable[[DataError], object]
-
-_TEST_CROP = 0.875  # the share of a test image that `load_dataset` keeps when it resizes
 
 
 class Answer(NamedTuple):
@@ -221,16 +219,7 @@ def _predict_batch(classifier: Classifier, files: Sequence[Path], top: int, devi
 
 
 def _read(file: Path, header: ClassifierHeader) -> Tensor | DataError:
-    if is_pattern(file):
-        return DataError(f"'{file}' matches no files; check the pattern.")
-    if file.is_dir():
-        return DataError(f"'{file}' holds no images ({', '.join(IMAGE_SUFFIXES)}); pass a folder that does.")
     try:
-        return load_image(
-            file,
-            image_size=header.image_shape[1:],
-            in_channels=header.in_channels,
-            crop_fraction=_TEST_CROP if header.is_resized else 1.0,
-        )
+        return read_image(file, header.image_shape, is_resized=header.is_resized)
     except DataError as error:
         return error

@@ -1,0 +1,32 @@
+"""What the commands with a line per image have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from revnet._outside_text import encodable, printable
+from revnet.cli._errors import UsageError
+
+_WIDEST = 60
+"""Largest width of the column of file names."""
+
+
+def open_place(flag: str, place: str | None) -> Path | None:
+    """Return the file to write, once it is known that its folder exists."""
+    if place is None:
+        return None
+    path = Path(place).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(
+            f"`{flag}` (={place}) must be a file in a folder that exists; create the folder, or name a file."
+        )
+    return path
+
+
+def printable_path(path: Path) -> str:
+    """Return the name of a file on one line."""
+    return printable(encodable(str(path)))
+
+
+def name_width(files: Sequence[Path]) -> int:
+    """Return the width of the column of file names."""
+    return min(_WIDEST, max(len(printable_path(file)) for file in files))
