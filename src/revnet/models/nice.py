@@ -28,6 +28,7 @@ from revnet._checks import (
     describe,
     is_number,
 )
+from revnet.models._checks import explain_input_errors
 from revnet.models._prior import PRIORS, PriorName, draw
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.policies._has_policies import as_policy
@@ -124,10 +125,13 @@ class NICE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the code of each image, (B, D), and the log-determinant of the map, (B,)."""
         self._check_images("x", x)
+        z = explain_input_errors(self, self._encode, x, self.image_shape[0])
+        return z, self.log_scale.sum().expand(len(x))
+
+    def _encode(self, x: Tensor) -> Tensor:
         components = x.flatten(1)
         y1, y2 = self.couplings((components[:, 0::2], components[:, 1::2]))
-        z = torch.cat((y1, y2), 1) * self.log_scale.exp()
-        return z, self.log_scale.sum().expand(len(x))
+        return torch.cat((y1, y2), 1) * self.log_scale.exp()
 
     def inverse(self, z: Tensor) -> Tensor:
         """Compute the image of each code, (B, C, H, W)."""
