@@ -114,7 +114,7 @@ def _find_monai() -> Callable[..., Tensor] | None:
     if find_spec("monai") is None:
         return None
     try:
-        return import_module("monai.inferers").sliding_window_inference  # type: ignore[no-any-return]
+        return import_module("monai.inferers").sliding_window_inference
     except ImportError:  # It lacks a package, or does not fit this release of PyTorch.
         return None
 
@@ -181,12 +181,12 @@ def _run(
     y: Tensor | None = None
     for start in range(0, len(positions), sw_batch_size):
         batch = positions[start : start + sw_batch_size]
-        patches = torch.stack([inputs[index, :, *window] for index, window in batch]).to(sw_device)
+        patches = torch.stack([inputs[index][(slice(None), *window)] for index, window in batch]).to(sw_device)
         outputs = predictor(patches).mul_(weight).to(device)
         if y is None:
             y = inputs.new_zeros((len(inputs), outputs.shape[1], *inputs.shape[2:]), device=device)
         for (index, window), output in zip(batch, outputs, strict=True):
-            y[index, :, *window] += output
+            y[index][(slice(None), *window)] += output
     assert y is not None  # there is at least one patch
     y /= total
     return y[:, :, *[slice(first, first + size) for first, size in zip(before, sizes, strict=True)]]

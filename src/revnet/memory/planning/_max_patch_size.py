@@ -87,6 +87,8 @@ def largest_patch(step: TrainingStep, budget_bytes: int, dims: Sequence[int] | N
             with _with_side(step, first, dims, guess * multiple).predicted() as prediction:
                 peaks[guess] = prediction.memory().peak_bytes
         except PredictionError as error:
+            if not peaks and all(first.shape[dim] == guess * multiple for dim in dims):
+                raise  # the fault of the model, not of the sides
             if not peaks or guess > min(peaks):
                 raise _explain(error, guess * multiple, max(peaks, default=0) * multiple) from error
             low = guess  # too small for the model, while a larger side works
