@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from revnet.cli._errors import UsageError
@@ -45,7 +45,7 @@ class LargestFlags:
 
     def __post_init__(self) -> None:
         if self.multiple is not None:
-            check_integer("--multiple", self.multiple, at_least=1)
+            check_integer("--multiple", self.multiple, at_least=1, at_most=1_000_000)
             if self.largest not in ("image", "patch"):
                 raise UsageError("`--multiple` is for `--largest image` and `--largest patch`; leave it out.")
         if self.dims is not None and self.largest != "patch":
@@ -233,8 +233,8 @@ def _policies(model: "nn.Module", policies: tuple[str, ...]) -> Iterator[None]:
 
 def _to_plan(flags: StepFlags, largest_flags: LargestFlags, search: _Search, size: int, budget: str) -> list[str]:
     """Return the command that plans the policies of the largest size."""
-    largest = replace(flags, batch=size) if largest_flags.largest == "batch" else flags
-    words = ["revnet", "plan", flags.model, "--batch", str(largest.batch), "--budget", budget.strip()]
+    batch = size if largest_flags.largest == "batch" else flags.batch
+    words = ["revnet", "plan", flags.model, "--batch", str(batch), "--budget", budget.strip()]
     if largest_flags.largest == "image":
         words += ["--image", str(size)]
     elif flags.image is not None:

@@ -105,6 +105,14 @@ def test_nothing_fits():
     assert max_patch_size(UNet3d(**TINY), on_meta(1, 1, 8, 8, 8), budget=10_000) == 0
 
 
+def test_sides_beyond_64_bits_do_not_fit(sides_tried):
+    assert max_patch_size(Pointwise(), on_meta(1, 1, 8, 8), budget="1GiB", multiple=2**31 - 1) == 0
+    assert len(sides_tried) == 1
+    assert max_patch_size(UNet3d(**TINY), on_meta(1, 1, 8, 8, 8), budget="1GiB", multiple=10**6) == 0
+    x = on_meta(1, 1, 2**29, 2**29)  # twice as large overflows
+    assert 2**10 < max_patch_size(Pointwise(), x, budget="1GiB") < 2**15
+
+
 def test_sides_that_are_too_small_for_the_model_do_not_fit():
     class NeedsFive(nn.Conv2d):
         def forward(self, x):
@@ -124,6 +132,8 @@ def test_model_that_fails_on_larger_sides_says_where():
         max_patch_size(model, on_meta(1, 8, dtype=torch.int64), budget="1GiB", dims=(1,), multiple=4 * 2)
     model = UNet3d(**TINY)
     with pytest.raises(PredictionError, match=r"fails with sides of 9; `multiple` sets the steps.*multiples of 2"):
+        max_patch_size(model, on_meta(1, 1, 10, 10, 10), budget="1GiB", multiple=3)
+    with pytest.raises(PredictionError, match=r"^the forward pass of UNet3d failed, .*multiples of 2"):
         max_patch_size(model, on_meta(1, 1, 9, 9, 9), budget="1GiB", multiple=1)
 
 

@@ -84,8 +84,7 @@ def largest_patch(step: TrainingStep, budget_bytes: int, dims: Sequence[int] | N
     guess = max(first.shape[dims[0]] // multiple, 1)
     while high is None or high - low > 1:
         try:
-            with _with_side(step, first, dims, guess * multiple).predicted() as prediction:
-                peaks[guess] = prediction.memory().peak_bytes
+            peak = _peak_bytes(step, first, dims, guess * multiple)
         except PredictionError as error:
             if not peaks and all(first.shape[dim] == guess * multiple for dim in dims):
                 raise  # the fault of the model, not of the sides
@@ -93,7 +92,9 @@ def largest_patch(step: TrainingStep, budget_bytes: int, dims: Sequence[int] | N
                 raise _explain(error, guess * multiple, max(peaks, default=0) * multiple) from error
             low = guess  # too small for the model, while a larger side works
         else:
-            if peaks[guess] <= budget_bytes:
+            if peak is not None:
+                peaks[guess] = peak
+            if peak is not None and peak <= budget_bytes:
                 low = fitting = guess
             else:
                 high = guess
@@ -122,6 +123,21 @@ def _choose_dims(step: TrainingStep, dims: Any) -> tuple[Tensor, tuple[int, ...]
     return first, tuple(dims)
 
 
+def _peak_bytes(step: TrainingStep, first: Tensor, dims: Sequence[int], side: int) -> int | None:
+    """Return the peak at a side; None if the bytes of a tensor overflow 64 bits."""
+    try:
+        resized = _with_side(step, first, dims, side)
+    except (RuntimeError, TypeError):  # the number of elements overflows, or the side itself
+        return None
+    try:
+        with resized.predicted() as prediction:
+            return prediction.memory().peak_bytes
+    except PredictionError as error:
+        if "overflow" in str(error):
+            return None
+        raise
+
+
 def _with_side(step: TrainingStep, first: Tensor, dims: Sequence[int], side: int) -> TrainingStep:
     """Return the same step on inputs with other sides, as meta tensors."""
     sizes = [first.shape[dim] for dim in dims]
@@ -146,7 +162,9 @@ def _next_guess(peaks: Mapping[int, int], budget_bytes: int, low: int, high: int
     The peaks are a line over the number of positions, the side to the `power`.
     """
     most = low * 4 + 4 if high is None else high - 1
-    if len(peaks) == 1:
+    if not peaks:
+        guess = most // 2
+    elif len(peaks) == 1:
         ((side, peak),) = peaks.items()
         guess = side * 2 if peak <= budget_bytes else side // 2
     elif high is not None and len(peaks) > 5 and len(peaks) % 2:
