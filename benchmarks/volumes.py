@@ -28,7 +28,7 @@ from revnet._figure import check_matplotlib, clear_frame, new_figure, save, writ
 from revnet._hardware import hardware_name
 from revnet._palette import BLUE, PURPLE
 from revnet._provenance import describe_machine
-from revnet.memory import measure, predict
+from revnet.memory import max_patch_size, measure, predict
 from revnet.models import UNet3d
 from revnet.nn import AbstractPolicy
 
@@ -185,18 +185,8 @@ def largest(num_blocks: int, policy: AbstractPolicy, budget_bytes: int) -> int:
     """Return the side of the largest cube within the budget."""
     with torch.device("meta"):
         model = UNet3d(num_blocks=num_blocks, policy=policy)
-
-    def fits(side: int) -> bool:
-        x = torch.empty(1, 4, side, side, side, device="meta")
-        return predict(model, x, optimizer=optimizer).peak_bytes <= budget_bytes
-
-    low, high = 0, 1
-    while fits(16 * high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(16 * middle) else (low, middle)
-    return 16 * low
+        x = torch.empty(1, 4, 64, 64, 64)
+    return max_patch_size(model, x, budget=budget_bytes, optimizer=optimizer)
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------

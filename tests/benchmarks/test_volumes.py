@@ -9,7 +9,7 @@ import pytest
 def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys):
     volumes = import_module("volumes")
     monkeypatch.setattr(volumes, "DEPTHS", (2, 3))
-    monkeypatch.setattr(volumes, "BUDGETS_GIB", (0.5,))
+    monkeypatch.setattr(volumes, "BUDGETS_GIB", (1,))
     monkeypatch.setattr(volumes, "SMALL", {**volumes.SMALL, "widths": (4, 8)})
     tiny = ["--size", "16", "--small-size", "8", "--num-updates", "4"]
     volumes.main([*tiny, "--out-dir", str(tmp_path)])

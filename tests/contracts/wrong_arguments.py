@@ -260,6 +260,11 @@ FUNCTIONS = [
     Target("rotary_table", functional.rotary_table, lambda: {"length": 8, "head_dim": 4}),
     Target("rotate", functional.rotate, lambda: {"x": heads(), "table": functional.rotary_table(8, 4)}),
     Target(
+        "sliding_window_inference",
+        functional.sliding_window_inference,
+        lambda: {"model": nn.Identity(), "x": images(), "patch_size": 4},
+    ),
+    Target(
         "split",
         split,
         lambda: {"x": images(), "dim": 1},

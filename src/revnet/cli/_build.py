@@ -29,13 +29,17 @@ class BuiltStep:
     """A training step."""
 
     model: nn.Module
-    inputs: Tensor
+    inputs: tuple[Tensor, ...]
     device: torch.device
     """Device of the step. A step without data has its model and inputs on the meta device."""
     options: dict[str, Any]
     """Additional arguments of `plan`, `predict` and `measure`."""
     description: str
     """Description in one line."""
+    shapes: str
+    """Shapes of the inputs without the batch, as text."""
+    conditions: str
+    """Optimizer, precision and device, as text."""
 
 
 def build_step(flags: StepFlags) -> BuiltStep:
@@ -46,23 +50,25 @@ def build_step(flags: StepFlags) -> BuiltStep:
     """
     device = cpu_or_cuda(flags.device)
     model = build_model(flags.model, is_real=False)
-    shape = flags.input_shape
-    if shape is None:
+    shapes = flags.input_shapes
+    if shapes is None:
         size = flags.image or (224 if flags.is_own else published_image_size(flags.model))
-        shape = (3, size, size)
+        shapes = ((3, size, size),)
     try:
-        inputs = torch.empty(flags.batch, *shape, dtype=getattr(torch, flags.input_dtype), device="meta")
+        inputs = tuple(
+            torch.empty(flags.batch, *shape, dtype=getattr(torch, dtype), device="meta")
+            for shape, dtype in zip(shapes, flags.input_dtypes, strict=True)
+        )
     except (RuntimeError, TypeError) as error:  # an integer out of range
-        raise UsageError(f"{flags.batch:,} inputs of {_join(shape)} are more than PyTorch can count.") from error
+        raise UsageError(f"{flags.batch:,} inputs of {_join(shapes)} are more than PyTorch can count.") from error
     options = {
         "optimizer": _OPTIMIZERS[flags.optimizer],
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,
     }
-    description = (
-        f"{flags.model}: a training step on {flags.batch:,} input{'s' * (flags.batch > 1)} of {_join(shape)}, "
-        f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}"
-    )
-    return BuiltStep(model, inputs, device, options, description)
+    conditions = f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}"
+    plural = "s" * (flags.batch > 1)
+    description = f"{flags.model}: a training step on {flags.batch:,} input{plural} of {_join(shapes)}, {conditions}"
+    return BuiltStep(model, inputs, device, options, description, _join(shapes), conditions)
 
 
 def materialize(step: BuiltStep, flags: StepFlags, *, needed_bytes: int | None) -> BuiltStep:
@@ -82,16 +88,17 @@ def materialize(step: BuiltStep, flags: StepFlags, *, needed_bytes: int | None) 
             f"`--measure` needs {format_bytes(needed_bytes)} on {step.device}, where {format_bytes(free)} are free; "
             "leave it out, or pass a smaller `--batch`."
         )
-    shape, dtype = step.inputs.shape, step.inputs.dtype
-    if dtype.is_floating_point:
-        inputs = torch.randn(shape, dtype=dtype, device=step.device)
-    else:
-        inputs = torch.zeros(shape, dtype=dtype, device=step.device)  # valid indices for any embedding
+    inputs = tuple(
+        torch.randn(like.shape, dtype=like.dtype, device=step.device)
+        if like.is_floating_point()
+        else torch.zeros(like.shape, dtype=like.dtype, device=step.device)  # valid indices for any embedding
+        for like in step.inputs
+    )
     return replace(step, model=build_model(flags.model, is_real=True).to(step.device), inputs=inputs)
 
 
-def _join(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "one number"
+def _join(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join("x".join(map(str, shape)) or "one number" for shape in shapes)
 
 
 def cpu_or_cuda(name: str) -> torch.device:

@@ -88,10 +88,11 @@ def _from_checkpoint(flags: StepFlags, data: str | None) -> DoctorInputs:
 
 def _on_noise(flags: StepFlags) -> DoctorInputs:
     model = build_model(flags.model, is_real=True)
-    shape = flags.input_shape
-    if shape is None:
+    if flags.input_shapes is None:
         size = flags.image or (224 if flags.is_own else published_image_size(flags.model))
-        shape = (3, size, size)
+        shape: tuple[int, ...] = (3, size, size)
+    else:
+        (shape,) = flags.input_shapes
     if flags.input_dtype == "int64":
         return DoctorInputs(
             model, torch.zeros(flags.batch, *shape, dtype=torch.int64), None, "inputs that are all zero,"

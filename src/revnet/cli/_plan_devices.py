@@ -108,7 +108,7 @@ def plan_devices(flags: StepFlags, device_flags: DeviceFlags, budget: str | None
     is_pipeline = device_flags.strategy == "pipeline"
     memory = predict_distributed(
         step.model,
-        step.inputs,
+        *step.inputs,
         num_devices=device_flags.devices,
         strategy=device_flags.strategy,
         shard_unit=device_flags.shard_unit or "block",

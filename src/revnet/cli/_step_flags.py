@@ -13,6 +13,10 @@ from revnet.errors import MissingDependencyError
 from revnet.training.settings.checks import check_integer
 
 InputDtype = Literal["float32", "int64"]
+InputShapes = tuple[int, ...] | tuple[tuple[int, ...], ...]
+"""One shape, or a shape for each input."""
+InputDtypes = InputDtype | tuple[InputDtype, ...]
+"""One type for all inputs, or a type for each."""
 StepPrecision = Literal["32-true", "bf16-mixed"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]
 
@@ -34,8 +38,8 @@ class StepFlags:
     model: str
     batch: int
     image: int | None
-    input_shape: tuple[int, ...] | None
-    input_dtype: InputDtype
+    input_shape: InputShapes | None
+    input_dtype: InputDtypes
     optimizer: OptimizerName
     precision: StepPrecision
     device: str
@@ -47,20 +51,24 @@ class StepFlags:
             check_integer("--image", self.image, at_least=1, at_most=_MOST)
         if self.input_shape is not None and self.image is not None:
             raise UsageError("`--image` and `--input-shape` both set the shape of an input; leave one of the two out.")
-        if self.input_shape is not None and not all(size > 0 for size in self.input_shape):
-            raise UsageError(f"`--input-shape` (={list(self.input_shape)}) must hold positive sizes, such as [512].")
-        shape = self.input_shape if self.image is None else (3, self.image, self.image)
-        if shape is not None and self.batch * math.prod(shape) > _MOST_NUMBERS:
+        if not all(size > 0 for shape in self.input_shapes or () for size in shape):
+            raise UsageError(f"`--input-shape` (={_spell(self.input_shape)}) must hold positive sizes, such as [512].")
+        shapes = (self.input_shapes or ()) if self.image is None else ((3, self.image, self.image),)
+        if self.batch * sum(map(math.prod, shapes)) > _MOST_NUMBERS:
+            sizes = " and ".join("x".join(map(str, shape)) for shape in shapes)
             raise UsageError(
-                f"`--batch` (={self.batch}) inputs of {'x'.join(map(str, shape))} are more than a step can count; pass "
-                "smaller sizes."
+                f"`--batch` (={self.batch}) inputs of {sizes} are more than a step can count; pass smaller sizes."
             )
         if not self.is_own and (self.input_shape is not None or self.input_dtype != "float32"):
             flag = "--input-dtype" if self.input_shape is None else "--input-shape"
             raise UsageError(
                 f"`{flag}` is for models of your own; revnet's models take images, whose size is `--image`."
             )
-
+        if isinstance(self.input_dtype, tuple) and len(self.input_dtype) != len(self.input_shapes or [()]):
+            raise UsageError(
+                f"`--input-dtype` (={_spell(self.input_dtype)}) must be one type for all inputs, or one for each shape "
+                f"of `--input-shape` (={_spell(self.input_shape)})."
+            )
         if self.step_in_backward and self.optimizer == "none":
             raise UsageError("`--step-in-backward` needs an optimizer, but `--optimizer` (=none) counts none.")
 
@@ -68,6 +76,23 @@ class StepFlags:
     def is_own(self) -> bool:
         """Whether the model is the user's own, given as `package.module:attribute`."""
         return ":" in self.model
+
+    @property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...] | None:
+        """Shapes of the inputs without the batch, or None for images."""
+        shape = self.input_shape
+        if shape is None:
+            return None
+        if shape and isinstance(shape[0], tuple):
+            return shape  # a list of shapes
+        return (shape,)  # type: ignore[return-value] # one shape
+
+    @property
+    def input_dtypes(self) -> tuple[InputDtype, ...]:
+        """Types of the inputs."""
+        if isinstance(self.input_dtype, tuple):
+            return self.input_dtype
+        return (self.input_dtype,) * len(self.input_shapes or [()])
 
     @property
     def title(self) -> str:
@@ -78,6 +103,11 @@ class StepFlags:
         """Return the file of a picture."""
         model = re.sub(r"[^A-Za-z0-9.]+", "-", self.model).strip("-.")
         return folder / f"{'_'.join([kind, model, f'batch{self.batch}', *words])}.png"
+
+
+def _spell(values: object) -> str:
+    """Return the value of an option as it is written on the command line."""
+    return str(values).replace("(", "[").replace(",)", "]").replace(")", "]").replace("'", "")
 
 
 def open_folder(out_dir: str | None) -> Path:

@@ -56,7 +56,7 @@ def describe_type(kind: Any) -> str:
             rules += [f"`{choice}`" for choice in get_args(member)]
         else:
             rules.append(_DESCRIPTIONS[get_origin(member) or member])
-    return " or ".join(rules)
+    return " or ".join(dict.fromkeys(rules))
 
 
 def choices(kind: Any) -> tuple[str, ...]:

@@ -1,7 +1,15 @@
 """`revnet memory`."""
 
 from revnet.cli._errors import UsageError, describe_error, step_errors
-from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, StepPrecision, open_folder, optional_picture
+from revnet.cli._step_flags import (
+    InputDtypes,
+    InputShapes,
+    OptimizerName,
+    StepFlags,
+    StepPrecision,
+    open_folder,
+    optional_picture,
+)
 from revnet.training.settings.checks import check_integer
 from revnet.training.settings.choices import Policy
 
@@ -11,8 +19,8 @@ def memory(
     *,
     batch: int = 32,
     image: int | None = None,
-    input_shape: tuple[int, ...] | None = None,
-    input_dtype: InputDtype = "float32",
+    input_shape: InputShapes | None = None,
+    input_dtype: InputDtypes = "float32",
     optimizer: OptimizerName = "sgd",
     precision: StepPrecision = "32-true",
     policy: Policy | None = None,
@@ -38,8 +46,10 @@ def memory(
             nn.Module, or a callable without arguments that returns one.
         batch: Inputs per step.
         image: Height and width of the images; as published by default, or 224 for a model of your own.
-        input_shape: Shape of one input to a model of your own that does not take images, such as [512].
-        input_dtype: Type of the inputs to a model of your own; int64 for token ids.
+        input_shape: Shape of one input to a model of your own that does not take images, such as [512]; for a model of
+            several inputs, a list of their shapes, such as [[4,64,64,64],[10]].
+        input_dtype: Type of the inputs to a model of your own; int64 for token ids. A list, such as [float32,int64],
+            has one for each input.
         optimizer: Optimizer, whose state counts. sgd has momentum.
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
         policy: What to do with activations: reverse, checkpoint or store; unchanged by default.
@@ -77,7 +87,7 @@ def memory(
     step_memory: StepMemory | None = None
     try:
         step_memory = predict(
-            step.model, step.inputs, device=step.device, step_in_backward=step_in_backward, **step.options
+            step.model, *step.inputs, device=step.device, step_in_backward=step_in_backward, **step.options
         )
     except PredictionError as error:  # the model may need values, which a real step has
         if not measure:
@@ -93,7 +103,7 @@ def memory(
         if policy is not None:
             set_policy(step.model, policy)
         with step_errors():
-            step_memory = measure_step(step.model, step.inputs, step_in_backward=step_in_backward, **step.options)
+            step_memory = measure_step(step.model, *step.inputs, step_in_backward=step_in_backward, **step.options)
     assert step_memory is not None
     print(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
     with optional_picture():

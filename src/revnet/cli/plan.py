@@ -7,7 +7,16 @@ from typing import get_args
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._plan_devices import DeviceFlags, ShardUnit, Strategy, check_with_step, plan_devices
-from revnet.cli._step_flags import InputDtype, OptimizerName, StepFlags, StepPrecision, open_folder, optional_picture
+from revnet.cli._plan_largest import BUDGET_IS_REQUIRED, Largest, LargestFlags, plan_largest
+from revnet.cli._step_flags import (
+    InputDtypes,
+    InputShapes,
+    OptimizerName,
+    StepFlags,
+    StepPrecision,
+    open_folder,
+    optional_picture,
+)
 from revnet.training.settings.choices import Optimizer
 
 _IN_PYTHON = {
@@ -24,8 +33,8 @@ def plan(
     budget: str | None = None,
     batch: int = 32,
     image: int | None = None,
-    input_shape: tuple[int, ...] | None = None,
-    input_dtype: InputDtype = "float32",
+    input_shape: InputShapes | None = None,
+    input_dtype: InputDtypes = "float32",
     optimizer: OptimizerName = "sgd",
     precision: StepPrecision = "32-true",
     step_in_backward: bool = False,
@@ -35,6 +44,9 @@ def plan(
     shard_unit: ShardUnit | None = None,
     keep_gathered: bool = False,
     microbatches: int | None = None,
+    largest: Largest | None = None,
+    multiple: int | None = None,
+    dims: tuple[int, ...] | None = None,
     device: str = "auto",
     out_dir: str | None = None,
 ) -> None:
@@ -44,6 +56,9 @@ def plan(
     Bytes are counted from shapes, without running or allocating anything. The loss is the sum of the outputs, which
     takes about as much memory as any loss of logits.
 
+    With `--largest`, nothing is chosen either: prints the largest batch, image or patch that fits the budget if all
+    blocks are reversed, checkpointed or stored.
+
     With `--devices`, nothing is chosen: prints the memory of each device and the communication of a step on several
     devices, as processes on CPUs would need them. None of these devices has to exist.
 
@@ -51,6 +66,8 @@ def plan(
         revnet plan revnet104 --batch 256 --budget 16GiB
         revnet plan revnet104 --batch 1024 --devices 8 --strategy fsdp2 --budget 16GiB
         revnet plan resnet50 --batch 64 --budget 2GiB --measure
+        revnet plan revnet104 --largest batch --budget 16GiB
+        revnet plan networks.unet:make_model --largest patch --input-shape [1,64,64,64] --batch 1 --budget 16GiB
         revnet plan networks.text:make_model --input-shape [1024] --input-dtype int64 --budget 8GiB
 
     Args:
@@ -61,8 +78,10 @@ def plan(
             CUDA context and libraries.
         batch: Inputs per step, on all devices together.
         image: Height and width of the images; as published by default, or 224 for a model of your own.
-        input_shape: Shape of one input to a model of your own that does not take images, such as [512].
-        input_dtype: Type of the inputs to a model of your own; int64 for token ids.
+        input_shape: Shape of one input to a model of your own that does not take images, such as [512]; for a model of
+            several inputs, a list of their shapes, such as [[4,64,64,64],[10]].
+        input_dtype: Type of the inputs to a model of your own; int64 for token ids. A list, such as [float32,int64],
+            has one for each input.
         optimizer: Optimizer, whose state counts. sgd has momentum.
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
         step_in_backward: Let the plan move the optimizer's step into the backward pass, by
@@ -74,6 +93,11 @@ def plan(
         shard_unit: What fsdp2 gathers at a time: block (default), or function for half a block.
         keep_gathered: With fsdp2, keep gathered parameters between the passes, which saves communication.
         microbatches: With pipeline, parts into which the batch is divided; four times the number of devices by default.
+        largest: What to find the largest size of, under each policy: batch, image for the side of square images, or
+            patch for the sides of `--input-shape`.
+        multiple: Number of which the sides of the largest image or patch are multiples; the model's own by default.
+        dims: Dimensions that change for the largest patch, counted with the batch as 0; all after the channels by
+            default.
         device: Device of the step: auto, cpu, cuda, cuda:1.
         out_dir: Folder for the picture; the current folder by default.
     """
@@ -95,12 +119,17 @@ def plan(
         keep_gathered=keep_gathered,
         microbatches=microbatches,
     )
+    largest_flags = LargestFlags(largest=largest, multiple=multiple, dims=dims)
+    if largest_flags.is_given:
+        largest_flags.check_with_step(flags, measure=measure, has_devices=device_flags.is_given, out_dir=out_dir)
+        plan_largest(flags, largest_flags, budget)
+        return
     if device_flags.is_given:
         check_with_step(flags, device_flags, measure=measure, out_dir=out_dir)
         plan_devices(flags, device_flags, budget)
         return
     if budget is None:
-        raise UsageError("`--budget` is required: the memory that the step may use, such as --budget 16GiB.")
+        raise UsageError(BUDGET_IS_REQUIRED)
     folder = open_folder(out_dir)
 
     from revnet.cli._build import build_step, materialize
@@ -112,14 +141,14 @@ def plan(
     if sys.stderr.isatty():
         print("planning, which may take a few seconds ...", file=sys.stderr)
     if measure:
-        memory = predict(step.model, step.inputs, device=step.device, **step.options)
+        memory = predict(step.model, *step.inputs, device=step.device, **step.options)
         fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
         # The activations need not fit: the timing uses a smaller batch if it must.
         step = materialize(step, flags, needed_bytes=fixed)
     with step_errors() if measure else nullcontext():
         step_plan = make_plan(
             step.model,
-            step.inputs,
+            *step.inputs,
             budget=budget_bytes,
             device=step.device,
             timing=MeasuredTiming() if measure else RooflineTiming(),
@@ -131,18 +160,30 @@ def plan(
         picture = flags.picture(folder, "plan")
         step_plan.plot(picture, title=flags.title)
         print(f"picture    {picture}")
-    print(f"in Python  {_in_python(flags, budget, step_in_backward=step_plan.step_in_backward)}")
-    if step_plan.step_in_backward:
+    _print_uses(flags, budget, step_in_backward=step_plan.step_in_backward)
+
+
+def _print_uses(flags: StepFlags, budget: str, *, step_in_backward: bool) -> None:
+    """Print how to use a plan, in Python and in a training."""
+    print(f"in Python  {_in_python(flags, budget, step_in_backward=step_in_backward)}")
+    if step_in_backward:
         print("           revnet.optim.StepInBackward(optimizer)")
     # `revnet train` must have the model and the optimizer.
-    if not flags.is_own and optimizer in get_args(Optimizer):
-        print(f"to train   {_to_train(flags, budget, step_in_backward=step_plan.step_in_backward)}")
+    if not flags.is_own and flags.optimizer in get_args(Optimizer):
+        print(f"to train   {_to_train(flags, budget, step_in_backward=step_in_backward)}")
 
 
 def _in_python(flags: StepFlags, budget: str, *, step_in_backward: bool) -> str:
     autocast = "autocast=torch.bfloat16" if flags.precision == "bf16-mixed" else ""
     stepping = "step_in_backward=True" if step_in_backward else ""
-    arguments = ["model", "inputs", f'budget="{budget.strip()}"', _IN_PYTHON[flags.optimizer], autocast, stepping]
+    arguments = [
+        "model",
+        "*inputs" if len(flags.input_dtypes) > 1 else "inputs",
+        f'budget="{budget.strip()}"',
+        _IN_PYTHON[flags.optimizer],
+        autocast,
+        stepping,
+    ]
     return f"revnet.memory.plan({', '.join(filter(None, arguments))}).apply(model)"
 
 

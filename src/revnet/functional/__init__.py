@@ -1,4 +1,4 @@
-"""Functions on tensors: attention kernels, rotary embeddings, and running a module chunk by chunk.
+"""Functions on tensors: attention kernels, rotary embeddings, and running a module on parts of its input.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """
@@ -9,3 +9,4 @@ from revnet.functional._hierarchical_attention import hierarchical_attention as 
 from revnet.functional._lsh_attention import lsh_attention as lsh_attention
 from revnet.functional._rotary import rotary_table as rotary_table
 from revnet.functional._rotary import rotate as rotate
+from revnet.functional._sliding_window import sliding_window_inference as sliding_window_inference

@@ -6,6 +6,7 @@ Names that `revnet` itself does not export are provisional: they may change in a
 from revnet.memory.distributed._distributed_memory import DistributedMemory as DistributedMemory
 from revnet.memory.distributed._predict_distributed import predict_distributed as predict_distributed
 from revnet.memory.planning._max_batch_size import max_batch_size as max_batch_size
+from revnet.memory.planning._max_patch_size import max_patch_size as max_patch_size
 from revnet.memory.planning._plan import Plan as Plan
 from revnet.memory.planning._planner import plan as plan
 from revnet.memory.planning._timing import MeasuredTiming as MeasuredTiming

@@ -1,10 +1,10 @@
 """Checks of arguments that several models share."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revnet._checks import (
     MOST_CHANNELS,
@@ -92,6 +92,52 @@ def check_images(x: Any) -> None:
             f"`x` (of shape {tuple(x.shape)}) must be (B, C, H, W), a batch of images; for one image pass `x[None]`."
         )
     check_floating("x", x)
+
+
+def explain_input_errors(model: nn.Module, function: Callable[[Tensor], Any], x: Tensor, in_channels: int) -> Any:
+    """Return `function(x)`, the work of `model`. If it fails because of the dtype or shape of `x`, say so in one line.
+
+    The first layer checks both in any case, and a check up front would refuse what hooks and sharding convert. So this
+    looks at `x` only after an error.
+    """
+    if torch.compiler.is_compiling():  # a graph cannot break within `try`
+        return function(x)
+    try:
+        return function(x)
+    except (RuntimeError, ValueError) as error:
+        _raise_input_error(model, x, in_channels, error)
+
+
+def _raise_input_error(model: nn.Module, x: Tensor, in_channels: int, error: Exception) -> NoReturn:
+    """Raise an error that explains `error` by the input, or `error` itself."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), x.dtype)
+    # Autocast converts both to its own dtype, except for float64.
+    is_autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if x.dtype != dtype and (not is_autocast or torch.float64 in (x.dtype, dtype) or x.is_complex()):
+        conversion = ".real" if x.is_complex() else _CONVERSIONS.get(dtype, f".to({dtype})")
+        raise TypeError(
+            f"`x` has dtype {x.dtype}, but the weights of the model have {dtype}; pass `x{conversion}`"
+            + ("." if x.is_complex() else f", or convert the model with `model.to({x.dtype})`.")
+        ) from error
+    if x.shape[1] != in_channels:
+        hint = "; for channels in the last dimension pass `x.movedim(-1, 1)`" if x.shape[-1] == in_channels else ""
+        raise ValueError(
+            f"`x` (of shape {tuple(x.shape)}) has {x.shape[1]} channels, but must have {in_channels}, as the model "
+            f"was built with `in_channels={in_channels}`{hint or '; build it with another number'}."
+        ) from error
+    if 0 in x.shape[2:]:
+        raise ValueError(f"`x` (of shape {tuple(x.shape)}) must not be empty; pass larger sides.") from error
+    raise error
+
+
+_CONVERSIONS = {
+    torch.float32: ".float()",
+    torch.float64: ".double()",
+    torch.float16: ".half()",
+    torch.bfloat16: ".bfloat16()",
+}
 
 
 def check_tokens(tokens: Any, *, most: int) -> None:

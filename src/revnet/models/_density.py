@@ -16,6 +16,7 @@ from revnet._checks import (
     describe,
     is_number,
 )
+from revnet.models._checks import explain_input_errors
 from revnet.models._prior import PRIORS, PriorName, draw
 
 _MOST_STEPS = 1_000_000
@@ -39,9 +40,15 @@ class AbstractImageDensity(nn.Module, abc.ABC):
         self.num_components = math.prod(image_shape)
         self.prior = prior
 
-    @abc.abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the code of each image, (B, D), and the log-determinant of the map, (B,)."""
+        self._check_images("x", x)
+        code_and_log_det: tuple[Tensor, Tensor] = explain_input_errors(self, self._encode, x, self.image_shape[0])
+        return code_and_log_det
+
+    @abc.abstractmethod
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what `forward` returns, for images of the right shape."""
 
     @abc.abstractmethod
     def inverse(self, z: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from revnet._checks import check_bool, check_choice, describe, is_integer
-from revnet.models._checks import check_images, check_num_classes
+from revnet.models._checks import check_images, check_num_classes, explain_input_errors
 from revnet.nn import PolicySequential, ReversibleSequential
 
 
@@ -25,6 +25,10 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
 
     is_reversible: ClassVar[bool]
     """Whether the network takes a `policy` and therefore has a stored twin."""
+    in_channels: int
+    """Number of channels of the images."""
+    size_multiple: int = 1
+    """Number of which the sides of the images must be multiples."""
     num_classes: int
     """Size of the output, or 0 if the head is the identity."""
     num_features: int
@@ -61,6 +65,9 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the final features before pooling, (B, num_features, H', W')."""
         check_images(x)
+        return explain_input_errors(self, self._compute_features, x, self.in_channels)
+
+    def _compute_features(self, x: Tensor) -> Tensor:
         return self._finish(self._join(self.stages(self._enter(self.stem(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -122,6 +129,17 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         last = len(self.stages)
         num_stages = max(wanted) if stop_early else last
 
+        def compute(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return self._compute_intermediates(x, wanted, num_stages, norm, intermediates_only)
+
+        features, maps = explain_input_errors(self, compute, x, self.in_channels)
+        return maps if intermediates_only else (features, maps)
+
+    def _compute_intermediates(
+        self, x: Tensor, wanted: set[int], num_stages: int, norm: bool, intermediates_only: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the features and the maps `wanted`; `forward_intermediates` explains both."""
+        last = len(self.stages)
         if 0 in wanted and len(self.stem) > 3:  # The map is inside the stem, so the stem runs in two parts.
             y = self.stem[:3](x)
             maps, y = [y], self.stem[3:](y)
@@ -141,7 +159,9 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
             features = self._finish(maps[-1] if last in wanted else self._join(streams))
             if norm and last in wanted:
                 maps[-1] = features
-        return maps if intermediates_only else (features, maps)
+        else:
+            features = maps[-1]  # the caller does not want them
+        return features, maps
 
     def get_classifier(self) -> nn.Linear | nn.Identity:
         """Return the head, which computes logits from pooled features."""

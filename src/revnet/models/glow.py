@@ -108,9 +108,7 @@ class Glow(AbstractImageDensity):
             num_channels //= 2
         self.flow = MultiScaleSequential(*scales)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the code of each image, (B, D), and the log-determinant of the map, (B,)."""
-        self._check_images("x", x)
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         codes, log_det = self.flow.forward_with_log_det(x - 0.5)
         return torch.cat([code.flatten(1) for code in codes], 1), log_det
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_count, check_floating, check_tensor, describe
 from revnet._types import TensorPair
 from revnet.engine._split import split
-from revnet.models._checks import check_counts_of, check_images, check_num_classes
+from revnet.models._checks import check_counts_of, check_images, check_num_classes, explain_input_errors
 from revnet.models._image_classifier import AbstractImageClassifier, make_head
 from revnet.models._initialize import initialize
 from revnet.models._registry import register_model
@@ -197,6 +197,8 @@ class IRevNet(AbstractImageClassifier):
             hidden_widths = [max(1, width // 4) for width in widths[1:]]
         reductions = list(accumulate(strides, lambda a, b: a * b, initial=2))
         num_before = list(accumulate(num_blocks, initial=0))
+        self.in_channels = in_channels
+        self.size_multiple = reductions[-1]
         self.num_classes = num_classes
         self.num_features = 2 * widths[-1]
         self.feature_info = [
@@ -227,7 +229,9 @@ class IRevNet(AbstractImageClassifier):
         The final features are this map after batch norm and ReLU, which drops negative values.
         """
         check_images(x)
-        return self._join(self.stages(self._enter(self.stem(x))))
+        return explain_input_errors(
+            self, lambda x: self._join(self.stages(self._enter(self.stem(x)))), x, self.in_channels
+        )
 
     def inverse(self, y: Tensor) -> Tensor:
         """Compute the images from the last map, as `forward_invertible` returns it."""

@@ -101,13 +101,10 @@ class NICE(AbstractImageDensity):
         )
         self.log_scale = nn.Parameter(torch.zeros(self.num_components))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the code of each image, (B, D), and the log-determinant of the map, (B,)."""
-        self._check_images("x", x)
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         components = x.flatten(1)
         y1, y2 = self.couplings((components[:, 0::2], components[:, 1::2]))
-        z = torch.cat((y1, y2), 1) * self.log_scale.exp()
-        return z, self.log_scale.sum().expand(len(x))
+        return torch.cat((y1, y2), 1) * self.log_scale.exp(), self.log_scale.sum().expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         """Compute the image of each code, (B, C, H, W)."""

@@ -178,9 +178,7 @@ class RealNVP(AbstractImageDensity):
             num_channels *= 2
         self.flow = MultiScaleSequential(*scales)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the code of each image, (B, D), and the log-determinant of the map, (B,)."""
-        self._check_images("x", x)
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         p = self.alpha + (1 - 2 * self.alpha) * x
         y = torch.logit(p)
         codes, log_det = self.flow.forward_with_log_det(y)

@@ -253,6 +253,7 @@ class ResNet(AbstractImageClassifier):
         check_num_classes(num_classes)
         check_count("in_channels", in_channels, most=MOST_CHANNELS)
         channels = BLOCK_KINDS[block].channels(widths)
+        self.in_channels = in_channels
         self.num_classes = num_classes
         self.num_features = channels[-1]
         self.feature_info = STEM_KINDS[stem].feature_info(channels)

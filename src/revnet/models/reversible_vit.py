@@ -217,6 +217,8 @@ class ReversibleViT(AbstractImageClassifier):
             )
         check_heads(dim, num_heads)
         policy = Reverse() if policy is None else as_policy(policy)
+        self.in_channels = in_channels
+        self.size_multiple = patch_size
         self.num_classes = num_classes
         self.num_features = 2 * dim
         self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": "stem"}]

@@ -128,6 +128,7 @@ class RevNet(AbstractImageClassifier):
         check_count("in_channels", in_channels, most=MOST_CHANNELS)
         policy = Reverse() if policy is None else as_policy(policy)
         channels = BLOCK_KINDS[block].channels(widths)
+        self.in_channels = in_channels
         self.num_classes = num_classes
         self.num_features = channels[-1]
         self.feature_info = STEM_KINDS[stem].feature_info(channels)

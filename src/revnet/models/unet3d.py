@@ -20,8 +20,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_tensor, describe
-from revnet.models._checks import check_counts_of
+from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_floating, check_tensor, describe
+from revnet.models._checks import check_counts_of, explain_input_errors
 from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.policies._has_policies import as_policy
 
@@ -67,7 +67,8 @@ class UNet3d(nn.Module):
         Output: (B, num_classes, D, H, W).
 
     Raises:
-        TypeError: `widths` is not a sequence, or `policy` is not a policy. In the forward pass: `x` is not a tensor.
+        TypeError: `widths` is not a sequence, or `policy` is not a policy. In the forward pass: `x` is not a
+            floating-point tensor, or has another dtype than the weights.
         ValueError: A count is not positive, a width is odd, or no policy has this name. In the forward pass: the volume
             cannot be halved that often, or has another number of channels.
     """
@@ -108,10 +109,15 @@ class UNet3d(nn.Module):
         )
         self.head = nn.Conv3d(widths[0], num_classes, 1)
 
+    @property
+    def size_multiple(self) -> int:
+        """Number of which the sides of a volume must be multiples."""
+        return 2 ** len(self.downsamples)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of every voxel."""
         self._check_volume(x)
-        y = self.encoder[0](self.stem(x))
+        y = self.encoder[0](explain_input_errors(self, self.stem, x, self.in_channels))
         skips = []
         for downsample, blocks in zip(self.downsamples, self.encoder[1:], strict=True):
             skips.append(y)
@@ -129,7 +135,8 @@ class UNet3d(nn.Module):
                 f"`x` (of shape {shape}) must be (B, {self.in_channels}, D, H, W): a batch of volumes with "
                 f"{self.in_channels} channels; for one volume pass `x[None]`."
             )
-        factor = 2 ** len(self.downsamples)
+        check_floating("x", x)
+        factor = self.size_multiple
         if any(size % factor for size in x.shape[2:]):
             fitting = "x".join(str(-(-size // factor) * factor) for size in x.shape[2:])
             raise ValueError(
