@@ -1,7 +1,7 @@
 """Predict the memory of a training step from shapes alone."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from revnet._torch_internals import (
     active_fake_mode,
 )
 from revnet.errors import PredictionError
+from revnet.memory.repeats._short_step import ShortSteps
 from revnet.memory.step._backward_optimizer import BackwardOptimizer, check_step_in_backward
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
@@ -101,6 +102,7 @@ def predicting(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     step_in_backward: bool = False,
+    short: ShortSteps | None = None,
 ) -> Iterator["Prediction"]:
     """Replace the model's tensors by fake ones, for any number of steps; for the arguments see `predict`."""
     check_step(model, kwargs, loss, autocast)
@@ -118,7 +120,8 @@ def predicting(
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu" if target is None else target))
         stack.enter_context(quiet())
-        stack.enter_context(fake_tensors_in(model, faker))
+        blocks = _BlocksToFake(stack, faker, model, short)
+        stack.enter_context(fake_tensors_in(model, faker, without=blocks.left_out))
         args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
         yield Prediction(
             model,
@@ -128,7 +131,24 @@ def predicting(
             loss=loss,
             autocast=autocast,
             step_in_backward=step_in_backward,
+            short=short,
+            blocks=blocks,
         )
+
+
+class _BlocksToFake:
+    """The blocks whose tensors are replaced by fakes when they are needed."""
+
+    def __init__(self, stack: ExitStack, faker: TensorFaker, model: nn.Module, short: ShortSteps | None):
+        self._stack, self._faker = stack, faker
+        self.left_out = {} if short is None else dict.fromkeys(short.blocks)
+
+    def fake(self, blocks: Iterable[nn.Module]) -> None:
+        """Replace the tensors of the blocks until the prediction ends."""
+        for block in blocks:
+            if block in self.left_out:
+                del self.left_out[block]
+                self._stack.enter_context(fake_tensors_in(block, self._faker))
 
 
 class Prediction:
@@ -154,7 +174,10 @@ class Prediction:
         loss: Loss | None,
         autocast: torch.dtype | None,
         step_in_backward: bool,
+        short: ShortSteps | None,
+        blocks: "_BlocksToFake",
     ):
+        self._short, self._blocks = short, blocks
         self._model = model
         self._args = args
         self._kwargs = kwargs
@@ -167,7 +190,13 @@ class Prediction:
             self._in_backward = BackwardOptimizer(optimizer, list(model.parameters()))
 
     def run(self) -> StepResult:
-        """Run a step of the model under its current policies."""
+        """Return a step of the model under its current policies."""
+        if self._short is not None:
+            return self._short.result(self._blocks.fake, self._run_model)
+        return self._run_model()
+
+    def _run_model(self) -> StepResult:
+        """Run a step of the model as it is."""
         for tensor in [*self._model.parameters(), *tensors_in(self._args, self._kwargs)]:
             tensor.grad = None
         in_backward = self._in_backward

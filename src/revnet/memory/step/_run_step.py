@@ -36,6 +36,8 @@ class StepResult:
     constants: Constants
     has_gradient: list[bool]
     """Whether the step gave a gradient to each parameter of the model, in order."""
+    device_type: str
+    """Type of the device on which bytes count."""
 
 
 def _unguarded(what: str, recorder: Recorder) -> AbstractContextManager[None]:
@@ -77,7 +79,7 @@ def run_step(
     parameters, buffers = list(model.parameters()), list(model.buffers())
     inputs = tensors_in(args, kwargs)
     recorder = Recorder([*parameters, *buffers, *inputs, *state], device_type)
-    constants = Constants(*_bytes_by_group([parameters, buffers, inputs], device_type))
+    constants = Constants(*bytes_by_group([parameters, buffers, inputs], device_type))
     torch.clear_autocast_cache()  # casts cached by earlier code would not be counted
     is_real = device_type != "meta" and active_fake_mode() is None
     kernels = nullcontext() if is_real else CpuKernels()
@@ -97,7 +99,7 @@ def run_step(
         recorder.end()
     torch.clear_autocast_cache()
     has_gradient = [parameter.grad is not None or parameter in received for parameter in parameters]
-    return StepResult(recorder.log(), constants, has_gradient)
+    return StepResult(recorder.log(), constants, has_gradient, device_type)
 
 
 @contextmanager
@@ -205,7 +207,7 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _bytes_by_group(groups: Iterable[Iterable[Tensor]], device_type: str) -> list[int]:
+def bytes_by_group(groups: Iterable[Iterable[Tensor]], device_type: str) -> list[int]:
     """Return the bytes of each group of tensors; memory that tensors share counts once, for the first of them."""
     seen: set[tuple[Any, ...]] = set()
     totals = []
