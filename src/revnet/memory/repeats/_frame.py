@@ -46,8 +46,8 @@ class Label(NamedTuple):
 class Frame:
     """The positions of a chain, with its rows and its runs of one policy.
 
-    A target up to `REACH` away is described by its distance. Another one is described in up to eight ways, by its
-    distances to the ends of its row, and to the ends of the runs around the own position. Which
+    A target less than `REACH` away is described by its distance. Another one is described in up to nine ways,
+    also by its distances to the ends of its row, and to the ends of the runs around the own position. Which
     of these descriptions are right shows in several examples: only these are always the same.
 
     Args:
@@ -77,7 +77,8 @@ class Frame:
         for ends in self._ends_of_runs(own):
             columns.append(np.where(ends >= 0, _described(targets - ends, 1), UNKNOWN))
         result = np.stack(columns, axis=1)
-        result[near != UNKNOWN, 1:] = UNKNOWN
+        # At the edge of the window, whether a run or a row ends there does not show.
+        result[np.abs(targets - own) < REACH, 1:] = UNKNOWN
         if (result == UNKNOWN).all(1).any():
             raise NotRepeatedError
         return result

@@ -190,6 +190,6 @@ class Joined:
         index = np.where(is_known[:, 0], indices[:, 0], indices[:, 1])
         is_ambiguous = (is_known.all(1) & (indices[:, 0] != indices[:, 1])) | (index < 0) | (index > lengths)
         if is_ambiguous.any():
-            raise AmbiguousError(np.unique(own[inside][is_ambiguous]).tolist())
+            raise AmbiguousError(np.unique(np.append(own[inside][is_ambiguous], targets[is_ambiguous])).tolist())
         events[inside] = self.grid.starts[rows[:, 0], targets] + index
         return events

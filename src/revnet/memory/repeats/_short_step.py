@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from revnet.memory.repeats._block_chain import BlockChain, Row
+from revnet.memory.repeats._block_chain import BlockChain, Row, find_rows
 from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._frame import DESCRIPTION_COLUMNS, AmbiguousError, Frame, Label, NotRepeatedError
 from revnet.memory.repeats._pieces import MOMENT_COLUMNS, OUTSIDE, Grid, Joined, Piece, Places
@@ -17,6 +17,8 @@ from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 
 _PASSES = (True, False)
 """The forward pass visits the positions in ascending order, the backward pass in descending order."""
+_MOST_ROUNDS = 3
+"""Largest number of short chains that are run because of contradictions."""
 _EVENT_COLUMNS = 5
 # Columns of storages: the index of the event of birth, the size, two for the creator, and moments.
 _DEATH = slice(4, 4 + MOMENT_COLUMNS)
@@ -24,6 +26,12 @@ _GRADIENT = slice(_DEATH.stop, _DEATH.stop + MOMENT_COLUMNS)
 # Columns of calls: two for the module, the index of the event of its start, three for sequence numbers, and a moment.
 _STOP_POSITION = slice(6, 6 + DESCRIPTION_COLUMNS)
 _STOP = slice(_STOP_POSITION.stop, _STOP_POSITION.stop + MOMENT_COLUMNS)
+
+
+def find_short_steps(model: nn.Module) -> "ShortSteps | None":
+    """Return what predicts the steps of a model with many equal blocks; None for other models."""
+    rows = find_rows(model)
+    return ShortSteps(model, rows) if rows else None
 
 
 class ShortSteps:
@@ -55,11 +63,31 @@ class ShortSteps:
         self._gradients: tuple[bool, ...] = ()
         self._start_sequence = 0
         self._device_type = "cpu"
+        self.has_results = False
+        """Whether a result was returned."""
+        self.is_refused = False
+        """Whether equal blocks turned out to differ, so that all blocks must run."""
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks that may be left out."""
         return self._chain.droppable
+
+    def stand_ins(self, is_own: Callable[[nn.Module], bool] = lambda _: False) -> list[nn.Parameter]:
+        """Return for each parameter of the model the same one of the first block of its kind.
+
+        Args:
+            is_own: Whether a block keeps its own parameters.
+        """
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        outside = [parameter for parameter in self._model.parameters() if id(parameter) not in inside]
+        first = {}
+        by_block = []
+        for name, row in self._chain.rows.items():
+            for block, kind in zip(row.blocks, row.kinds, strict=True):
+                stand_in = block if is_own(block) else first.setdefault((name, kind), block)
+                by_block.append(list(stand_in.parameters()))
+        return [outside[number] if block < 0 else by_block[block][number] for block, number in self._parameters]
 
     def result(self, prepare: Callable[[Sequence[nn.Module]], None], run: Callable[[], StepResult]) -> StepResult:
         """Return the step of the whole model under its current policies.
@@ -83,17 +111,16 @@ class ShortSteps:
             self._show(labels, windows, prepare, run, num_examples=2)
         if is_first:  # A second length shows which figures depend on the length.
             self._show(labels, windows, prepare, run, num_examples=3, is_anew=True)
-        pieces = [library.known[window] for window in windows]
-        try:
-            log = self._log(Joined(pieces, Frame(labels), _PASSES))
-        except AmbiguousError as error:
-            self._show(labels, windows, prepare, run, num_examples=2, also=error.positions)
+        for _ in range(_MOST_ROUNDS):
             pieces = [library.known[window] for window in windows]
             try:
                 log = self._log(Joined(pieces, Frame(labels), _PASSES))
-            except AmbiguousError:
-                raise NotRepeatedError from None
-        return StepResult(log, self._all_constants(), self._has_gradient(pieces), self._device_type)
+            except AmbiguousError as error:
+                self._show(labels, windows, prepare, run, num_examples=2, also=error.positions)
+            else:
+                self.has_results = True
+                return StepResult(log, self._all_constants(), self._has_gradient(pieces), self._device_type)
+        raise NotRepeatedError
 
     def _show(
         self,

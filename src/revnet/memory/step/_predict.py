@@ -20,7 +20,9 @@ from revnet._torch_internals import (
     active_fake_mode,
 )
 from revnet.errors import PredictionError
-from revnet.memory.repeats._short_step import ShortSteps
+from revnet.memory.repeats._frame import NotRepeatedError
+from revnet.memory.repeats._short_optimizer import short_optimizer_cost
+from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
 from revnet.memory.step._backward_optimizer import BackwardOptimizer, check_step_in_backward
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
@@ -86,6 +88,7 @@ def predict(
         dtype=dtype,
         device=device,
         step_in_backward=step_in_backward,
+        short=find_short_steps(model),
     ) as prediction:
         return prediction.memory()
 
@@ -120,7 +123,7 @@ def predicting(
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu" if target is None else target))
         stack.enter_context(quiet())
-        blocks = _BlocksToFake(stack, faker, model, short)
+        blocks = _BlocksToFake(stack, faker, short)
         stack.enter_context(fake_tensors_in(model, faker, without=blocks.left_out))
         args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
         yield Prediction(
@@ -133,13 +136,14 @@ def predicting(
             step_in_backward=step_in_backward,
             short=short,
             blocks=blocks,
+            dtype=dtype,
         )
 
 
 class _BlocksToFake:
     """The blocks whose tensors are replaced by fakes when they are needed."""
 
-    def __init__(self, stack: ExitStack, faker: TensorFaker, model: nn.Module, short: ShortSteps | None):
+    def __init__(self, stack: ExitStack, faker: TensorFaker, short: ShortSteps | None):
         self._stack, self._faker = stack, faker
         self.left_out = {} if short is None else dict.fromkeys(short.blocks)
 
@@ -149,6 +153,10 @@ class _BlocksToFake:
             if block in self.left_out:
                 del self.left_out[block]
                 self._stack.enter_context(fake_tensors_in(block, self._faker))
+
+    def fake_all(self) -> None:
+        """Replace the tensors of all blocks until the prediction ends."""
+        self.fake(list(self.left_out))
 
 
 class Prediction:
@@ -162,6 +170,9 @@ class Prediction:
         loss: Function from the output to a scalar; None for the sum of all outputs.
         autocast: Data type of autocast; None keeps the current setting.
         step_in_backward: Whether the optimizer's step runs in the backward pass.
+        short: Predicts the step from models with fewer blocks, as long as that is exact; None to run all blocks.
+        blocks: The blocks that still have their own tensors.
+        dtype: Data type to which floating-point tensors are converted; None to keep their own.
     """
 
     def __init__(
@@ -175,28 +186,51 @@ class Prediction:
         autocast: torch.dtype | None,
         step_in_backward: bool,
         short: ShortSteps | None,
-        blocks: "_BlocksToFake",
+        blocks: _BlocksToFake,
+        dtype: torch.dtype | None,
     ):
-        self._short, self._blocks = short, blocks
         self._model = model
         self._args = args
         self._kwargs = kwargs
         self._optimizer = optimizer
         self._loss = loss
         self._autocast = autocast
+        self._dtype = dtype
+        self._short, self._blocks = short, blocks
         self._cost: OptimizerCost | None = None
+        self._step_in_backward = step_in_backward and optimizer is not None
         self._in_backward: BackwardOptimizer | None = None
-        if step_in_backward and optimizer is not None:
-            self._in_backward = BackwardOptimizer(optimizer, list(model.parameters()))
+        self._num_fake = -1
+        if short is None or short.is_refused:
+            self._run_all_blocks()
 
     def run(self) -> StepResult:
-        """Return a step of the model under its current policies."""
+        """Return a step of the model under its current policies.
+
+        Raises:
+            NotRepeatedError: Earlier results came from models with fewer blocks, and may be wrong.
+        """
         if self._short is not None:
-            return self._short.result(self._blocks.fake, self._run_model)
+            try:
+                return self._short.result(self._blocks.fake, self._run_model)
+            except (NotRepeatedError, PredictionError, TypeError, ValueError):
+                # The whole model runs, and reports an error that persists.
+                has_results = self._short.has_results
+                self._short.is_refused = True
+                self._run_all_blocks()
+                if has_results:
+                    raise NotRepeatedError from None
         return self._run_model()
+
+    def _run_all_blocks(self) -> None:
+        """Run all blocks from now on."""
+        self._short = None
+        self._blocks.fake_all()
+        self._prepare_optimizer()
 
     def _run_model(self) -> StepResult:
         """Run a step of the model as it is."""
+        self._prepare_optimizer()
         for tensor in [*self._model.parameters(), *tensors_in(self._args, self._kwargs)]:
             tensor.grad = None
         in_backward = self._in_backward
@@ -211,17 +245,46 @@ class Prediction:
             state=() if in_backward is None else in_backward.state,
         )
 
+    def _prepare_optimizer(self) -> None:
+        """Make the optimizer whose step runs in the backward pass, with the parameters that are fake now."""
+        num_left_out = len(self._blocks.left_out)
+        if not self._step_in_backward or num_left_out == self._num_fake:
+            return
+        assert self._optimizer is not None
+        self._num_fake = num_left_out
+        if self._short is None:
+            self._in_backward = BackwardOptimizer(self._optimizer, list(self._model.parameters()))
+            return
+        stand_ins = self._short.stand_ins(is_own=lambda block: block not in self._blocks.left_out)
+        # Each parameter is an object of its own, because an optimizer takes none twice.
+        seen: set[nn.Parameter] = set()
+        parameters = []
+        for stand_in in stand_ins:
+            parameters.append(nn.Parameter(stand_in.detach(), stand_in.requires_grad) if stand_in in seen else stand_in)
+            seen.add(stand_in)
+        self._in_backward = BackwardOptimizer(self._optimizer, parameters, stand_ins)
+        if not self._in_backward.is_uniform:
+            raise NotRepeatedError
+
     def memory(self) -> StepMemory:
         """Return the memory of a step of the model under its current policies."""
         result = self.run()
         if self._optimizer is not None and self._cost is None:  # it does not depend on policies
-            device_type = device_of(self._model, self._args, self._kwargs).type
-            if self._in_backward is None:
-                parameters = list(self._model.parameters())
-                self._cost = optimizer_cost(self._optimizer, parameters, result.has_gradient, device_type)
-            else:
-                self._cost = self._in_backward.cost(result.has_gradient, device_type)
-        return summarize(self._model, result, self._cost)
+            self._cost = self._optimizer_cost(self._optimizer, result)
+        return summarize(self._model, result, self._cost, dtype=self._dtype)
+
+    def _optimizer_cost(self, optimizer: OptimizerFactory, result: StepResult) -> OptimizerCost:
+        if self._in_backward is not None:
+            return self._in_backward.cost(result.has_gradient, result.device_type)
+        if self._short is None:
+            return optimizer_cost(
+                optimizer, list(self._model.parameters()), result.has_gradient, result.device_type
+            )
+        parameters = self._short.stand_ins()
+        try:
+            return short_optimizer_cost(optimizer, parameters, result.has_gradient, result.device_type)
+        except NotRepeatedError:
+            return optimizer_cost(optimizer, parameters, result.has_gradient, result.device_type)
 
 
 def _checked_device(name: str, value: torch.device | str) -> torch.device:
