@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,14 @@ class Row:
     blocks: list[nn.Module]
     kinds: list[int]
     """A number for each block, which is the same for equal blocks."""
+
+    @cached_property
+    def by_kind(self) -> dict[int, list[nn.Module]]:
+        """The blocks of each kind, in order."""
+        blocks: dict[int, list[nn.Module]] = {}
+        for block, kind in zip(self.blocks, self.kinds, strict=True):
+            blocks.setdefault(kind, []).append(block)
+        return blocks
 
 
 def find_rows(model: nn.Module) -> dict[str, Row]:
@@ -154,8 +163,7 @@ class BlockChain:
             if position is not None and position.holder in self.rows:
                 row = self.rows[position.holder]
                 kind = row.kinds[position.index]
-                same = [block for block, other in zip(row.blocks, row.kinds, strict=True) if other == kind]
-                blocks[index] = same[num_used[position.holder, kind]]
+                blocks[index] = row.by_kind[kind][num_used[position.holder, kind]]
                 num_used[position.holder, kind] += 1
         return blocks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from revnet._torch_internals import FakeTensorMode, active_fake_mode
+from revnet._torch_internals import FakeTensorMode, active_fake_mode, unset_fake_temporarily
 from revnet.memory.repeats._frame import AmbiguousError, Frame, Label, NotRepeatedError
 from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._pieces import MOMENT_COLUMNS, Grid, Joined, Piece, Places
@@ -42,13 +42,8 @@ def short_optimizer_cost(
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device(device_type))
         stack.enter_context(AnyValue())
-        data: dict[Hashable, Tensor] = {}
         kinds = [_kind_of(parameter) for parameter in parameters]
-        fakes = []
-        for parameter, kind in zip(parameters, kinds, strict=True):
-            if kind not in data:
-                data[kind] = fake_parameter(parameter, False).detach()
-            fakes.append(nn.Parameter(data[kind], parameter.requires_grad))
+        fakes = _meta_parameters(parameters, kinds)
         order, labels = _chain(make_optimizer(factory, fakes), fakes, kinds, has_gradient)
         library = Library()
         windows = library.windows(labels)
@@ -63,6 +58,21 @@ def short_optimizer_cost(
     pieces = [library.known[window] for window in windows]
     passes = pieces[0].lengths
     return _cost(Joined(pieces, Frame(labels), [True] * len(passes)))
+
+
+def _meta_parameters(parameters: Sequence[Tensor], kinds: Sequence[Hashable]) -> list[nn.Parameter]:
+    """Return parameters on the meta device. They take less time to make than fake ones."""
+    data: dict[Hashable, Tensor] = {}
+    with unset_fake_temporarily():
+        for parameter, kind in zip(parameters, kinds, strict=True):
+            if kind not in data:
+                data[kind] = torch.empty_strided(
+                    parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta"
+                )
+        return [
+            nn.Parameter(data[kind], parameter.requires_grad)
+            for parameter, kind in zip(parameters, kinds, strict=True)
+        ]
 
 
 def _kind_of(parameter: Tensor) -> Hashable:

@@ -12,6 +12,7 @@ from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._frame import DESCRIPTION_COLUMNS, AmbiguousError, Frame, Label, NotRepeatedError
 from revnet.memory.repeats._pieces import MOMENT_COLUMNS, OUTSIDE, Grid, Joined, Piece, Places
 from revnet.memory.repeats._windows import REACH, positions_to_show
+from revnet.memory.step._optimizer import OptimizerCost
 from revnet.memory.step._run_step import Constants, StepResult, bytes_by_group
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 
@@ -54,7 +55,11 @@ class ShortSteps:
         self._model, self._library = model, Library()
         self._chain = BlockChain(model, rows)
         self._index_of = {id(module): index for index, module in enumerate(model.modules())}
+        self.optimizer_cost: OptimizerCost | None = None
+        """Memory of the optimizer, once it is known."""
         self._names = tuple(name for name, _ in model.named_modules())
+        self._modules = list(model.modules())
+        self._owners: _FullOwners | None = None
         num_owners = Counter(id(module) for block in self._chain.droppable for module in set(block.modules()))
         self._shared = {module for module, count in num_owners.items() if count > 1}
         self._parameters = _parameter_places(model, self._chain.droppable)
@@ -81,12 +86,11 @@ class ShortSteps:
         """
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         outside = [parameter for parameter in self._model.parameters() if id(parameter) not in inside]
-        first = {}
-        by_block = []
-        for name, row in self._chain.rows.items():
-            for block, kind in zip(row.blocks, row.kinds, strict=True):
-                stand_in = block if is_own(block) else first.setdefault((name, kind), block)
-                by_block.append(list(stand_in.parameters()))
+        by_block = [
+            list((block if is_own(block) else row.by_kind[kind][0]).parameters())
+            for row in self._chain.rows.values()
+            for block, kind in zip(row.blocks, row.kinds, strict=True)
+        ]
         return [outside[number] if block < 0 else by_block[block][number] for block, number in self._parameters]
 
     def result(self, prepare: Callable[[Sequence[nn.Module]], None], run: Callable[[], StepResult]) -> StepResult:
@@ -218,7 +222,9 @@ class ShortSteps:
     def _log(self, joined: Joined) -> StepLog:
         numbers = np.array([piece.facts[0] for piece in joined.pieces], np.int64)
         sequence_starts = self._start_sequence + np.cumsum(numbers) - numbers
-        owners = _FullOwners(self._all_blocks(), self._index_of)
+        if self._owners is None:
+            self._owners = _FullOwners(self._all_blocks(), self._index_of)
+        owners = self._owners
         (events_f, at_f), (events_b, at_b) = joined.rows("events")
         events, at = np.concatenate((events_f, events_b)), np.concatenate((at_f, at_b))
         born, born_at, born_in = [], [], []
@@ -244,7 +250,6 @@ class ShortSteps:
 
     def _calls(self, joined: Joined, sequence_starts: Integers, owners: "_FullOwners") -> list[Call]:
         rows, own = joined.calls()
-        modules = list(self._model.modules())
         indices = owners.indices(rows[:, 0:2], own)
         starts = joined.grid.starts[0, own] + rows[:, 2]
         stops = joined.events(rows[:, _STOP], own)
@@ -258,7 +263,7 @@ class ShortSteps:
             stop_numbers.tolist(),
             strict=True,
         )
-        return [Call(self._names[index], modules[index], *numbers) for index, *numbers in columns]
+        return [Call(self._names[index], self._modules[index], *numbers) for index, *numbers in columns]
 
     def _all_blocks(self) -> dict[int, nn.Module]:
         chain = self._chain

@@ -280,11 +280,13 @@ class Prediction:
             return optimizer_cost(
                 optimizer, list(self._model.parameters()), result.has_gradient, result.device_type
             )
-        parameters = self._short.stand_ins()
-        try:
-            return short_optimizer_cost(optimizer, parameters, result.has_gradient, result.device_type)
-        except NotRepeatedError:
-            return optimizer_cost(optimizer, parameters, result.has_gradient, result.device_type)
+        if self._short.optimizer_cost is None:
+            arguments = optimizer, self._short.stand_ins(), result.has_gradient, result.device_type
+            try:
+                self._short.optimizer_cost = short_optimizer_cost(*arguments)
+            except (NotRepeatedError, ValueError):
+                self._short.optimizer_cost = optimizer_cost(*arguments)
+        return self._short.optimizer_cost
 
 
 def _checked_device(name: str, value: torch.device | str) -> torch.device:
