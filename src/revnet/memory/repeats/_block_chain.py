@@ -151,7 +151,9 @@ class BlockChain:
     def fixed(self) -> list[int]:
         """Positions that cannot be left out: all but blocks of rows."""
         return [
-            index for index, position in enumerate(self.positions) if position is None or position.holder not in self.rows
+            index
+            for index, position in enumerate(self.positions)
+            if position is None or position.holder not in self.rows
         ]
 
     def blocks_for(self, shown: Sequence[int]) -> dict[int, nn.Module]:

@@ -74,7 +74,8 @@ def _structure_of(block: nn.Module) -> tuple[Any, ...]:
             [
                 (key, _simplified(value))
                 for key, value in module.__dict__.items()
-                if key not in _OF_EVERY_MODULE and not (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+                if key not in _OF_EVERY_MODULE
+                and not (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
             ],
             [(key, _simplified(value)) for key, value in (*module._parameters.items(), *module._buffers.items())],
             _rate_of(module),
@@ -112,4 +113,8 @@ def _simplified(value: Any, depth: int = 0) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Return whether the attributes of an object are all that it consists of."""
-    return type(value).__reduce_ex__ is object.__reduce_ex__ and not isinstance(value, types.MethodType) and not callable(value)
+    return (
+        type(value).__reduce_ex__ is object.__reduce_ex__
+        and not isinstance(value, types.MethodType)
+        and not callable(value)
+    )

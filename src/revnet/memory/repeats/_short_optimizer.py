@@ -70,8 +70,7 @@ def _meta_parameters(parameters: Sequence[Tensor], kinds: Sequence[Hashable]) ->
                     parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta"
                 )
         return [
-            nn.Parameter(data[kind], parameter.requires_grad)
-            for parameter, kind in zip(parameters, kinds, strict=True)
+            nn.Parameter(data[kind], parameter.requires_grad) for parameter, kind in zip(parameters, kinds, strict=True)
         ]
 
 
@@ -104,9 +103,7 @@ class _Step:
         device_type: Type of the device on which bytes count.
     """
 
-    def __init__(
-        self, factory: OptimizerFactory, optimizer: Optimizer, parameters: Sequence[Tensor], device_type: str
-    ):
+    def __init__(self, factory: OptimizerFactory, optimizer: Optimizer, parameters: Sequence[Tensor], device_type: str):
         with explained(factory, "cannot take a step on gradients alone"):
             optimizer.step()
         if any(not isinstance(key, Tensor) or key.grad is None for key in optimizer.state):

@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from revnet.memory.repeats._block_chain import BlockChain, Row, find_rows
-from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._frame import DESCRIPTION_COLUMNS, AmbiguousError, Frame, Label, NotRepeatedError
+from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._pieces import MOMENT_COLUMNS, OUTSIDE, Grid, Joined, Piece, Places
 from revnet.memory.repeats._windows import REACH, positions_to_show
 from revnet.memory.step._optimizer import OptimizerCost
@@ -284,9 +283,7 @@ class ShortSteps:
 
     def _has_gradient(self, pieces: Sequence[Piece]) -> list[bool]:
         # Blocks are numbered in the order of rows, and pieces in the order in which the blocks run.
-        by_block = {
-            id(block): pieces[index].facts[1] for index, block in self._all_blocks().items()
-        }
+        by_block = {id(block): pieces[index].facts[1] for index, block in self._all_blocks().items()}
         droppable = self._chain.droppable
         return [
             self._gradients[number] if block < 0 else by_block[id(droppable[block])][number]
@@ -338,9 +335,7 @@ def _positions(log: StepLog, starts: Sequence[int], sequence: _Sequence) -> Inte
 class _Owners:
     """The modules of a short chain, as distances to the blocks that contain them."""
 
-    def __init__(
-        self, model: nn.Module, blocks: dict[int, nn.Module], shared: set[int], index_of: dict[int, int]
-    ):
+    def __init__(self, model: nn.Module, blocks: dict[int, nn.Module], shared: set[int], index_of: dict[int, int]):
         inside = {
             id(module): (place, number)
             for place, block in blocks.items()

@@ -277,9 +277,7 @@ class Prediction:
         if self._in_backward is not None:
             return self._in_backward.cost(result.has_gradient, result.device_type)
         if self._short is None:
-            return optimizer_cost(
-                optimizer, list(self._model.parameters()), result.has_gradient, result.device_type
-            )
+            return optimizer_cost(optimizer, list(self._model.parameters()), result.has_gradient, result.device_type)
         if self._short.optimizer_cost is None:
             arguments = optimizer, self._short.stand_ins(), result.has_gradient, result.device_type
             try:

@@ -78,9 +78,7 @@ def _held_bytes_at(log: StepLog, event: int) -> int:
     return int(log.sizes[alive].sum())
 
 
-def _modules(
-    model: nn.Module, log: StepLog, total: Integers, dtype: torch.dtype | None
-) -> tuple[ModuleMemory, ...]:
+def _modules(model: nn.Module, log: StepLog, total: Integers, dtype: torch.dtype | None) -> tuple[ModuleMemory, ...]:
     """Return the memory of each module with its children: sums of parameters and held bytes, maxima of peaks."""
     modules = dict(model.named_modules())
     parents = _parents(log.modules)
