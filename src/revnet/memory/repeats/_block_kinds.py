@@ -113,8 +113,9 @@ def _simplified(value: Any, depth: int = 0) -> Any:
 
 def _is_plain(value: Any) -> bool:
     """Return whether the attributes of an object are all that it consists of."""
-    return (
-        type(value).__reduce_ex__ is object.__reduce_ex__
-        and not isinstance(value, types.MethodType)
-        and not callable(value)
-    )
+    return "__reduce_ex__" not in _defined_in(type(value)) and not callable(value)
+
+
+def _defined_in(kind: type) -> set[str]:
+    """Return the names that a class and its bases define, without `object`."""
+    return {name for base in kind.__mro__ if base is not object for name in vars(base)}

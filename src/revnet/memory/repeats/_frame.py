@@ -1,6 +1,6 @@
 """Describe positions of a chain relative to other positions, so that the description fits longer chains too."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -74,8 +74,7 @@ class Frame:
             _described(targets - self._row_starts[rows], REACH, rows),
             _described(self._row_stops[rows] - 1 - targets, REACH, rows),
         ]
-        for ends in self._ends_of_runs(own):
-            columns.append(np.where(ends >= 0, _described(targets - ends, 1), UNKNOWN))
+        columns += [np.where(ends >= 0, _described(targets - ends, 1), UNKNOWN) for ends in self._ends_of_runs(own)]
         result = np.stack(columns, axis=1)
         # At the edge of the window, whether a run or a row ends there does not show.
         result[np.abs(targets - own) < REACH, 1:] = UNKNOWN
@@ -132,7 +131,7 @@ def _described(distances: Integers, most: int, rows: Integers | int = 0) -> Inte
     return np.where(np.abs(distances) <= most, ZERO + rows * (2 * REACH + 1) + distances, UNKNOWN)
 
 
-def _numbers(labels: Sequence[Label], key) -> list[int]:
+def _numbers(labels: Sequence[Label], key: Callable[[Label], Hashable]) -> list[int]:
     """Return for each position the number of the group of neighbors with the same key."""
     return [number for number, (_, group) in enumerate(groupby(labels, key)) for _ in group]
 

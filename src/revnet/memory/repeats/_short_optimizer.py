@@ -138,7 +138,7 @@ class _Step:
         """Add the pieces of the step."""
         log, positions = self.log, self.positions
         # A new pass begins where the optimizer returns to an earlier parameter.
-        passes = np.cumsum(np.diff(positions, prepend=0) < 0)
+        passes = np.cumsum(np.diff(positions, prepend=0) < 0, dtype=np.int64)
         ascending = [True] * int(passes[-1] + 1)
         library.share("passes", len(ascending))
         grid = Grid.of(passes, positions, self.num_positions, ascending)
@@ -192,5 +192,7 @@ def _cost(joined: Joined) -> OptimizerCost:
             deaths.append(joined.events(rows[:, 2:], own))
     except AmbiguousError:
         raise NotRepeatedError from None
-    alive: Integers = live_bytes(*map(np.concatenate, (births, deaths, sizes)), joined.grid.num_events)
+    alive: Integers = live_bytes(
+        np.concatenate(births), np.concatenate(deaths), np.concatenate(sizes), joined.grid.num_events
+    )
     return OptimizerCost(sum(piece.facts[0] for piece in joined.pieces), alive)

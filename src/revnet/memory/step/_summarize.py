@@ -116,8 +116,9 @@ def _parents(names: Sequence[str]) -> list[int]:
 
 
 def _num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    is_converted = dtype is not None and tensor.is_floating_point()
-    return tensor.numel() * (dtype.itemsize if is_converted else tensor.element_size())
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    return tensor.numel() * dtype.itemsize
 
 
 def _timeline(
