@@ -63,6 +63,8 @@ def plan(
     one beats in both memory and time, and the fastest that fits the budget is predicted once more as a whole. A larger
     budget never gives a slower plan, and no plan exceeds its budget.
 
+    Equal blocks count once: a model with 1,000 of them is planned in seconds, from a few blocks, with the same plan.
+
     The policies of the model are left unchanged; `plan(...).apply(model)` sets them.
 
     Args:

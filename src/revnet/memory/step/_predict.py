@@ -53,6 +53,10 @@ def predict(
     (attention, optimizers that update all parameters at once), the bytes match only if `device` names the GPU, on a
     machine that has one.
 
+    If a `ReversibleSequential` has 32 or more equal blocks, only some of them run, and the figures of the others follow
+    from them, to the byte. Where this cannot be relied on, all blocks run. The code of the model and the loss may run
+    several times.
+
     The model and the attributes of its modules are left unchanged. Variables outside the model that its code writes to
     change as in any run.
 
