@@ -156,6 +156,20 @@ class BlockChain:
             if position is None or position.holder not in self.rows
         ]
 
+    def all_blocks(self) -> dict[int, nn.Module]:
+        """Return the blocks of rows by their position."""
+        return {
+            index: self.rows[position.holder].blocks[position.index]
+            for index, position in enumerate(self.positions)
+            if position is not None and position.holder in self.rows
+        }
+
+    @property
+    def ends(self) -> list[int]:
+        """The last position of each row, which is shown so that no row is empty."""
+        last = {position.holder: index for index, position in enumerate(self.positions) if position is not None}
+        return [last[name] for name in self.rows]
+
     def blocks_for(self, shown: Sequence[int]) -> dict[int, nn.Module]:
         """Return for each shown position of a row a block of its kind: the first ones, in order."""
         num_used = Counter[Any]()

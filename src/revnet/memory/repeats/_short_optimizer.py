@@ -179,7 +179,7 @@ class _ParameterRecorder(Recorder):
             assert position is not None
             self.position = position
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.positions += [self.position] * (self.num_events - len(self.positions))
+        self.positions += [self.position] * (self._event - len(self.positions))
         return result
 
 

@@ -78,11 +78,6 @@ class Recorder(TorchDispatchMode):
         """Name of the innermost module that was called and has not returned; "" for the model itself."""
         return self._names[self._open[-1].module_index] if self._open else ""
 
-    @property
-    def num_events(self) -> int:
-        """Number of events until now."""
-        return self._event
-
     @contextmanager
     def following(self, model: nn.Module) -> Iterator[None]:
         """Record calls of modules in `model` and gradients of its parameters; remove all hooks on exit."""
