@@ -41,7 +41,8 @@ class Row:
 
 def find_rows(model: nn.Module) -> dict[str, Row]:
     """Return the sequences with many equal blocks, by name."""
-    if has_global_module_hook():
+    # The step refuses what is not a module.
+    if not isinstance(model, nn.Module) or has_global_module_hook():
         return {}
     rows: dict[str, Row] = {}
     inside: set[int] = set()
