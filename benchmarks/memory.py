@@ -4,13 +4,14 @@
     python benchmarks/memory.py --plans --model revnet110 --batch-size 128
     python benchmarks/memory.py --real --fraction 0.25
 
-Three tables, each with a flag that selects it:
+Four tables, each with a flag that selects it:
 
 - `--prediction`: the peak of a step of each model, predicted from shapes and counted while it runs.
 - `--plans`: predicted and measured memory and time of plans between the least memory and plain autograd. All variants
   are timed in turn in one process.
 - `--real`: a model planned for a fraction of its plain memory, the plain model and its pair, each in a separate
   process: the counted bytes and the growth of the process.
+- `--planning`: the processor time of plans by depth. With `--depths 1000`, models of 1,000 blocks.
 
 Writes a page, a CSV for each table and figures to benchmarks/results/. Runs on the CPU, on Linux.
 """
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _memory_page import Section, write_csv
+from _memory_planning import planning_section
 from _memory_plans import plans_section
 from _memory_prediction import prediction_section
 from _memory_real import PAIRS, real_section
@@ -33,7 +35,7 @@ from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
-TABLES = ("prediction", "plans", "real")
+TABLES = ("prediction", "plans", "real", "planning")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--fraction", type=float, default=0.25, help="fraction of the plain memory, for the third table"
     )
+    parser.add_argument("--depths", type=int, nargs="+", default=[100, 1000], help="for the fourth table")
     parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     names = [name for name in TABLES if getattr(given, name)]
@@ -88,6 +91,8 @@ def measured(name: str, given: argparse.Namespace, picture: Path) -> Section:
         return prediction_section(given.models.split(","), sizes_of(given))
     if name == "plans":
         return plans_section(given.model, given.batch_size, given.num_rounds, picture)
+    if name == "planning":
+        return planning_section(given.depths)
     return real_section(given.model, given.batch_size, given.fraction, picture)
 
 
@@ -107,8 +112,8 @@ def find_problem(given: argparse.Namespace, names: Sequence[str]) -> str | None:
         least = min(given.batch_size, given.num_rounds, *(sizes_of(given) or [1]))
     except ValueError:
         return f"--batch-sizes {given.batch_sizes!r} must be comma-separated numbers, such as 4,16"
-    if least < 1:
-        return "batch sizes and rounds must be at least 1"
+    if min(least, *given.depths) < 1:
+        return "batch sizes, rounds and depths must be at least 1"
     if not 0 < given.fraction <= 1:
         return f"--fraction {given.fraction} must be above 0 and at most 1"
     if not given.out_dir.is_dir():

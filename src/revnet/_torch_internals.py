@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException as UnsupportedFakeTensorException
 from torch._subclasses.fake_tensor import UnsupportedOperatorException as UnsupportedOperatorException
+from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 
 # The base class of dispatch modes, and the flattening of nested arguments that `torch.compile` can trace. Only
 # PyTorch's developer notes document them. Replacement: none. Nothing else sees each operator of a call, and

@@ -12,7 +12,7 @@ from revnet.training import TrainConfig, train
 def train_model(tmp_path):
     def train_model(model):
         folder = tmp_path / model
-        train(TrainConfig(model=model, epochs=1, max_updates=1, batch_size=8, val_fraction=0.1, out_dir=str(folder)))
+        train(TrainConfig(model=model, epochs=1, max_updates=3, batch_size=100, val_fraction=0.1, out_dir=str(folder)))
         return str(folder)
 
     return train_model

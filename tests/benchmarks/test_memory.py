@@ -66,6 +66,12 @@ def test_plans_stay_within_their_budgets(run, tmp_path, tiny, monkeypatch):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+def test_planning_reports_processor_seconds(run):
+    _, rows = run("--planning", "--depths", "2")
+    assert {row["num_blocks"] for row in rows} == {"2"}
+    assert all(float(row["processor_seconds"]) > 0 and float(row["time_ratio"]) >= 1 for row in rows)
+
+
 def test_real_processes(run, tiny, monkeypatch):
     real = import_module("_memory_real")
     monkeypatch.setattr(real, "in_new_process", lambda function, *args: function(*args))
@@ -120,7 +126,7 @@ def _checkpointed_name(name: str) -> str:
             "--real needs a reversible --model, not resnet110; choose from revnet38, ",
         ),
         (["--batch-sizes", "4;16"], "--batch-sizes '4;16' must be comma-separated numbers, such as 4,16"),
-        (["--num-rounds", "0"], "batch sizes and rounds must be at least 1"),
+        (["--num-rounds", "0"], "batch sizes, rounds and depths must be at least 1"),
         (["--fraction", "25"], "--fraction 25.0 must be above 0 and at most 1"),
         (["--out-dir", "no/such"], "--out-dir no/such is not a folder; create it first"),
         (["--real", *TINY, "--fraction", "0.01"], "below the least that this step needs"),

@@ -103,9 +103,10 @@ def test_score_prints_a_line_per_image_and_writes_a_table(revnet, runs, tmp_path
     (tmp_path / "broken.png").write_text("not an image")
     table = tmp_path / "scores.csv"
     code, output, errors = revnet("score", runs / "nice", files[1], tmp_path, "--csv", table, "--draws", 2)
-    assert code == 2
-    assert errors.count("\n") == 1
+    assert code == 1
     assert "broken.png' cannot be decoded" in errors
+    assert f"weights: {runs / 'nice' / 'last.safetensors'} (epoch " in errors
+    assert errors.count("\n") == 2
     lines = output.splitlines()
     assert [line.split()[0] for line in lines[:3]] == [str(files[1]), str(files[0]), str(files[1])]
     assert lines[3].startswith("mean of 3 images ")

@@ -50,7 +50,18 @@ def test_each_option_says_its_default(name, monkeypatch, capsys):
 
 
 SILENT = {
-    *("--config", "--print-config", "--resume", "--csv", "--jsonl", "--inpaint", "--top-k", "--top-p", "--tolerance"),
+    *(
+        "--config",
+        "--print-config",
+        "--resume",
+        "--csv",
+        "--jsonl",
+        "--largest",
+        "--inpaint",
+        "--top-k",
+        "--top-p",
+        "--tolerance",
+    ),
     *("--budget", "--data", "--devices", "--strategy", "--input-shape", "--memory-budget"),
 }
 """Options that change nothing unless they are given, or whose help says when they are required."""

@@ -24,6 +24,8 @@ _FLAGS_OF: Mapping[str, str] = {
 """Parameters of the library that have another name on the command line, by the name of the option."""
 
 _PARAMETER = re.compile(r"`([a-z]\w*)`")
+_CHOICES = re.compile(r"must be (?:`[^`]*`(?:, or | or |, )?)+")
+"""The words that an option takes, which may also be names of parameters."""
 
 
 def name_flags(message: str, options: Collection[Option], arguments: Collection[str] = ()) -> str:
@@ -35,9 +37,12 @@ def name_flags(message: str, options: Collection[Option], arguments: Collection[
         arguments: Arguments of the command. A message that repeats one of them in backticks does not name a parameter.
     """
     words = {option.name: f"`{option.word}`" for option in options}
+    choices = [match.span() for match in _CHOICES.finditer(message)]
 
     def replace(match: re.Match[str]) -> str:
         name = match[1]
+        if any(start < match.start() < end for start, end in choices):
+            return match[0]
         if name in arguments and not message.startswith(" (=", match.end()):
             return match[0]
         return words.get(name) or words.get(_FLAGS_OF.get(name, "")) or match[0]

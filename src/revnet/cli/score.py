@@ -17,7 +17,7 @@ def score(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Print the likelihood of image files under a density fitted by `revnet train nice`.
+    """Print the likelihood of image files under a density of `revnet train nice`.
 
     Prints the bits per dimension of each file, and their mean. Low numbers are likely images; images unlike the
     training images cost more. A file that cannot be read as an image prints an error; the other files are still scored,

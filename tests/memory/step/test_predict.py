@@ -1,5 +1,7 @@
 import copy
 import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -557,3 +559,49 @@ def test_predicts_the_optimizer_of_a_gpu():
     assert predicted.peak_phase == "optimizer"
     constants = predicted.parameter_bytes + predicted.buffer_bytes + predicted.input_bytes
     assert predicted.peak_bytes - constants == pytest.approx(growth, rel=0.05)
+
+
+class Answer(OrderedDict):
+    """A class that PyTorch's pytrees do not know."""
+
+
+@dataclass
+class Scores:
+    scores: torch.Tensor
+    note: str = "ours"
+
+
+class Opaque:
+    def __init__(self, scores):
+        self.scores = scores
+
+
+class Wrapping(nn.Linear):
+    def __init__(self, wrap):
+        super().__init__(2, 3)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+def wrapped(kind):
+    return {"dict": lambda y: Answer(scores=y), "dataclass": Scores, "nested": lambda y: [Scores(Answer(scores=y))]}[
+        kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["dict", "dataclass", "nested"])
+def test_finds_the_tensors_in_the_classes_of_the_user(kind):
+    x, model = torch.ones(4, 2), Wrapping(wrapped(kind))
+    assert predict(model, x).peak_bytes == measure(model, x).peak_bytes == predict(nn.Linear(2, 3), x).peak_bytes
+
+
+@pytest.mark.parametrize("count", [predict, measure])
+def test_asks_for_a_loss_where_it_finds_no_tensor(count):
+    model, x = Wrapping(Opaque), torch.ones(4, 2)
+    with pytest.raises(
+        ValueError, match=r"^`model` \(=Wrapping\) returned an object of the class Opaque.*pass `loss=`"
+    ):
+        count(model, x)
+    assert count(model, x, loss=lambda output: output.scores.sum()).peak_bytes > 0

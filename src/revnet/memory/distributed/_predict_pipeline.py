@@ -13,7 +13,6 @@ from revnet.distributed.pipeline._cut import even_counts
 from revnet.distributed.pipeline._link import Header
 from revnet.distributed.pipeline._stage_module import StageModule
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
-from revnet.memory.distributed._equal_blocks import kinds_of_blocks
 from revnet.memory.distributed._model_parts import ModelParts, refusal, take_apart
 from revnet.memory.distributed._predict_process import ProcessProgram, counting, predicting
 from revnet.memory.distributed._process_log import ProcessLog
@@ -21,6 +20,7 @@ from revnet.memory.distributed._process_step import ProcessStep, run_process_ste
 from revnet.memory.distributed._splice import NotPeriodicError, extrapolated
 from revnet.memory.distributed._stage_step import StageStep
 from revnet.memory.distributed._summary import device_memory
+from revnet.memory.repeats._block_kinds import kinds_of_blocks
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import AnyValue, make_optimizer
 from revnet.nn import AbstractReversibleBlock, ReversibleSequential
@@ -63,8 +63,9 @@ class _PipelinePrediction:
         self._microbatches = batch.split(len(batch) // num_microbatches)
         self._log: ProcessLog | None = None
         self._parts: ModelParts = take_apart(program.model, self._microbatches[0], self._pause)
-        self._kinds = kinds_of_blocks(program.model, self._parts.blocks)
-        self._headers: dict[int, Header] = {}
+        blocks = self._parts.blocks
+        self._kinds = list(zip(kinds_of_blocks(program.model, blocks), blocks.policies, strict=True))
+        self._headers: dict[object, Header] = {}
         self._steps: dict[tuple[object, ...], ProcessStep] = {}
         self._is_extrapolated = False
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from revnet.memory.planning._training_step import TrainingStep
+from revnet.memory.repeats._short_step import find_short_steps
 from revnet.memory.step._bytes import parse_bytes
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._run_step import Loss
@@ -70,7 +71,7 @@ def largest_batch(step: TrainingStep, budget_bytes: int, most: int | None = None
     peaks: dict[int, int] = {}
 
     def fits(count: int) -> bool:
-        with step.with_batch_size(count).predicted() as prediction:
+        with step.with_batch_size(count).predicted(find_short_steps(step.model)) as prediction:
             peaks[count] = prediction.memory().peak_bytes
         return peaks[count] <= budget_bytes
 

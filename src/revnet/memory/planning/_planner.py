@@ -25,6 +25,8 @@ from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timin
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._unit_seconds import measure_seconds
 from revnet.memory.planning._units import UnitInModel, assign, find_units
+from revnet.memory.repeats._frame import NotRepeatedError
+from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
 from revnet.memory.step._backward_optimizer import check_step_in_backward
 from revnet.memory.step._bytes import format_bytes, parse_bytes
 from revnet.memory.step._optimizer import OptimizerFactory, as_factory
@@ -60,6 +62,8 @@ def plan(
     unit under every policy are counted on fake tensors. An exact dynamic program then finds the mixtures that no other
     one beats in both memory and time, and the fastest that fits the budget is predicted once more as a whole. A larger
     budget never gives a slower plan, and no plan exceeds its budget.
+
+    Equal blocks count once: a model with 1,000 of them is planned in seconds, from a few blocks, with the same plan.
 
     The policies of the model are left unchanged; `plan(...).apply(model)` sets them.
 
@@ -121,13 +125,27 @@ def _faster_plan(step: TrainingStep, budget_bytes: int, policies: Sequence[Abstr
 
 
 def _plan_step(step: TrainingStep, budget_bytes: int, allowed: Sequence[AbstractPolicy], timing: Timing) -> Plan:
+    short = find_short_steps(step.model)
+    try:
+        return _plan_with(short, step, budget_bytes, allowed, timing)
+    except NotRepeatedError:  # The steps so far may be wrong. From now on, all blocks run.
+        return _plan_with(None, step, budget_bytes, allowed, timing)
+
+
+def _plan_with(
+    short: ShortSteps | None,
+    step: TrainingStep,
+    budget_bytes: int,
+    allowed: Sequence[AbstractPolicy],
+    timing: Timing,
+) -> Plan:
     with restoring_policies(step.model):
-        with step.predicted() as prediction:
+        with step.predicted(short) as prediction:
             units, (costs, excess_bytes) = _count_costs(step, prediction, allowed, timing)
         if isinstance(timing, MeasuredTiming):
             costs = replace(costs, seconds=measure_seconds(step, units, costs, timing))
         frontier = find_frontier(costs)
-        with step.predicted() as prediction:
+        with step.predicted(short) as prediction:
 
             def predict_with(point: FrontierPoint) -> StepMemory:
                 assign(step.model, units, _policies_at(point, units))
@@ -263,7 +281,7 @@ def _fits_stepping(step: TrainingStep, budget_bytes: int) -> bool:
     if step.optimizer is None or step.step_in_backward:
         return False
     try:
-        with replace(step, step_in_backward=True).predicted() as prediction:
+        with replace(step, step_in_backward=True).predicted(find_short_steps(step.model)) as prediction:
             return prediction.memory().peak_bytes <= budget_bytes
     except (NotImplementedError, ValueError):  # the optimizer cannot update one parameter at a time
         return False

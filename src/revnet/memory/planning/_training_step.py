@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from revnet.memory.repeats._short_step import ShortSteps
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._predict import Prediction, predicting
 from revnet.memory.step._run_step import Loss, device_of, tensors_in
@@ -43,8 +44,12 @@ class TrainingStep:
         """Device of the model."""
         return device_of(self.model, self.args, self.kwargs)
 
-    def predicted(self) -> AbstractContextManager[Prediction]:
-        """Replace all tensors by fake ones within the context."""
+    def predicted(self, short: ShortSteps | None = None) -> AbstractContextManager[Prediction]:
+        """Replace all tensors by fake ones within the context.
+
+        Args:
+            short: Predicts steps from models with fewer blocks; None to run all blocks.
+        """
         return predicting(
             self.model,
             self.args,
@@ -55,6 +60,7 @@ class TrainingStep:
             dtype=self.dtype,
             device=self.device,
             step_in_backward=self.step_in_backward,
+            short=short,
         )
 
     def with_batch_size(self, count: int) -> "TrainingStep":

@@ -1,5 +1,6 @@
 """An optimizer whose step runs within the recorded backward pass."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -31,15 +32,22 @@ class BackwardOptimizer:
     Args:
         factory: Makes the optimizer.
         parameters: Parameters of the model, real or fake.
+        stand_ins: For each parameter one that is treated like it, which may be itself. Only these get updates.
 
     Raises:
         TypeError: `factory` does not make an optimizer.
         ValueError: The optimizer cannot be created, or it cannot update one parameter at a time.
     """
 
-    def __init__(self, factory: OptimizerFactory, parameters: Sequence[nn.Parameter]):
+    def __init__(
+        self,
+        factory: OptimizerFactory,
+        parameters: Sequence[nn.Parameter],
+        stand_ins: Sequence[nn.Parameter] | None = None,
+    ):
         self._factory = factory
-        self._parameters = parameters
+        self._stand_ins = parameters if stand_ins is None else stand_ins
+        stand_in_of = dict(zip(parameters, self._stand_ins, strict=True))
         self._is_fake = active_fake_mode() is not None
         self._optimizer = make_optimizer(factory, list(parameters))
         check_optimizer(self._optimizer)
@@ -48,8 +56,12 @@ class BackwardOptimizer:
             for index, group in enumerate(self._optimizer.param_groups)
             for parameter in group["params"]
         }
+        self.is_uniform = all(
+            self._group_of.get(parameter) == self._group_of.get(other) for parameter, other in stand_in_of.items()
+        )
+        """Whether each parameter is in the group of its stand-in."""
         for parameter in self._group_of:
-            if parameter.requires_grad:
+            if parameter.requires_grad and stand_in_of[parameter] is parameter:
                 parameter.grad = torch.zeros_like(parameter)
                 self.update(parameter)
 
@@ -73,9 +85,18 @@ class BackwardOptimizer:
             has_gradient: Whether each parameter received a gradient. An optimizer creates state for these alone.
             device_type: Type of the device on which bytes count.
         """
-        trained = [parameter for parameter, has in zip(self._parameters, has_gradient, strict=True) if has]
-        state = tensors_in([self._optimizer.state.get(parameter) for parameter in trained])
-        state_bytes = storage_bytes(tensor for tensor in state if tensor.device.type == device_type)
+        trained = [parameter for parameter, has in zip(self._stand_ins, has_gradient, strict=True) if has]
+        states = {
+            parameter: [
+                tensor
+                for tensor in tensors_in(self._optimizer.state.get(parameter))
+                if tensor.device.type == device_type
+            ]
+            for parameter in trained
+        }
+        state_bytes = storage_bytes(tensor for state in states.values() for tensor in state)
+        for parameter, count in Counter(trained).items():
+            state_bytes += (count - 1) * storage_bytes(states[parameter])
         return OptimizerCost(state_bytes, np.zeros(0, np.int64))
 
 

@@ -1,6 +1,6 @@
 """Replace the tensors of a model by fake ones, which have shapes and no data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -69,27 +69,29 @@ class TensorFaker:
 
 
 @contextmanager
-def fake_tensors_in(model: nn.Module, faker: TensorFaker) -> Iterator[None]:
-    """Replace all parameters and buffers of `model` by fakes; tied ones stay tied.
+def fake_tensors_in(model: nn.Module, faker: TensorFaker, without: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Replace all parameters and buffers of `model` by fakes, except in the modules `without`; tied ones stay tied.
 
     On leaving, even by an exception, all attributes of every module are restored, so that fakes that a module stored
     in a cache, for instance, never meet real tensors.
     """
-    for name, module in model.named_modules():
+    left_out = {module for block in without for module in block.modules()}
+    modules = {name: module for name, module in model.named_modules() if module not in left_out}
+    for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise PredictionError(
                 f"`{name}` of {type(model).__name__} is TorchScript, which runs on real tensors only; use "
                 "`revnet.memory.measure`, which runs the model."
             )
-    restores = [_save_attributes(module) for module in model.modules()]
+    restores = [_save_attributes(module) for module in modules.values()]
     try:
-        for module in model.modules():
+        for module in modules.values():
             holders: list[dict[str, Any]] = [module._parameters, module._buffers]
             for holder in holders:
                 for name, tensor in holder.items():
                     if tensor is not None:
                         holder[name] = faker.fake(tensor)
-        for module in model.modules():
+        for module in modules.values():
             for name, value in module.__dict__.items():
                 if name not in _HOLDERS:
                     # For instance the flat weights of recurrent layers.

@@ -105,7 +105,7 @@ def optimizer_cost(
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device(device_type))
         stack.enter_context(AnyValue())
-        fakes = [_fake_parameter(*pair) for pair in zip(parameters, has_gradient, strict=True)]
+        fakes = [fake_parameter(*pair) for pair in zip(parameters, has_gradient, strict=True)]
         optimizer = make_optimizer(factory, fakes)
         with explained(factory, "cannot take a step on gradients alone"):
             optimizer.step()
@@ -125,7 +125,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
+def fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
+    """Return a fake of a parameter, with a gradient or without one."""
     device = "cpu" if parameter.is_meta else parameter.device
     data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device)
     fake = nn.Parameter(data, parameter.requires_grad)

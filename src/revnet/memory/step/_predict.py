@@ -1,7 +1,7 @@
 """Predict the memory of a training step from shapes alone."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,9 @@ from revnet._torch_internals import (
     active_fake_mode,
 )
 from revnet.errors import PredictionError
+from revnet.memory.repeats._frame import NotRepeatedError
+from revnet.memory.repeats._short_optimizer import short_optimizer_cost
+from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
 from revnet.memory.step._backward_optimizer import BackwardOptimizer, check_step_in_backward
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
@@ -49,6 +52,10 @@ def predict(
     such as oneDNN's LSTM. On a GPU, they do not include workspaces. Where PyTorch uses other kernels on a GPU
     (attention, optimizers that update all parameters at once), the bytes match only if `device` names the GPU, on a
     machine that has one.
+
+    If a `ReversibleSequential` has 32 or more equal blocks, only some of them run, and the figures of the others follow
+    from them, to the byte. Where this cannot be relied on, all blocks run. The code of the model and the loss may run
+    several times.
 
     The model and the attributes of its modules are left unchanged. Variables outside the model that its code writes to
     change as in any run.
@@ -85,6 +92,7 @@ def predict(
         dtype=dtype,
         device=device,
         step_in_backward=step_in_backward,
+        short=find_short_steps(model),
     ) as prediction:
         return prediction.memory()
 
@@ -101,6 +109,7 @@ def predicting(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     step_in_backward: bool = False,
+    short: ShortSteps | None = None,
 ) -> Iterator["Prediction"]:
     """Replace the model's tensors by fake ones, for any number of steps; for the arguments see `predict`."""
     check_step(model, kwargs, loss, autocast)
@@ -118,7 +127,8 @@ def predicting(
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu" if target is None else target))
         stack.enter_context(quiet())
-        stack.enter_context(fake_tensors_in(model, faker))
+        blocks = _BlocksToFake(stack, faker, short)
+        stack.enter_context(fake_tensors_in(model, faker, without=blocks.left_out))
         args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
         yield Prediction(
             model,
@@ -128,7 +138,29 @@ def predicting(
             loss=loss,
             autocast=autocast,
             step_in_backward=step_in_backward,
+            short=short,
+            blocks=blocks,
+            dtype=dtype,
         )
+
+
+class _BlocksToFake:
+    """The blocks whose tensors are replaced by fakes when they are needed."""
+
+    def __init__(self, stack: ExitStack, faker: TensorFaker, short: ShortSteps | None):
+        self._stack, self._faker = stack, faker
+        self.left_out = {} if short is None else dict.fromkeys(short.blocks)
+
+    def fake(self, blocks: Iterable[nn.Module]) -> None:
+        """Replace the tensors of the blocks until the prediction ends."""
+        for block in blocks:
+            if block in self.left_out:
+                del self.left_out[block]
+                self._stack.enter_context(fake_tensors_in(block, self._faker))
+
+    def fake_all(self) -> None:
+        """Replace the tensors of all blocks until the prediction ends."""
+        self.fake(list(self.left_out))
 
 
 class Prediction:
@@ -142,6 +174,9 @@ class Prediction:
         loss: Function from the output to a scalar; None for the sum of all outputs.
         autocast: Data type of autocast; None keeps the current setting.
         step_in_backward: Whether the optimizer's step runs in the backward pass.
+        short: Predicts the step from models with fewer blocks, as long as that is exact; None to run all blocks.
+        blocks: The blocks that still have their own tensors.
+        dtype: Data type to which floating-point tensors are converted; None to keep their own.
     """
 
     def __init__(
@@ -154,6 +189,9 @@ class Prediction:
         loss: Loss | None,
         autocast: torch.dtype | None,
         step_in_backward: bool,
+        short: ShortSteps | None,
+        blocks: _BlocksToFake,
+        dtype: torch.dtype | None,
     ):
         self._model = model
         self._args = args
@@ -161,13 +199,42 @@ class Prediction:
         self._optimizer = optimizer
         self._loss = loss
         self._autocast = autocast
+        self._dtype = dtype
+        self._short, self._blocks = short, blocks
         self._cost: OptimizerCost | None = None
+        self._step_in_backward = step_in_backward and optimizer is not None
         self._in_backward: BackwardOptimizer | None = None
-        if step_in_backward and optimizer is not None:
-            self._in_backward = BackwardOptimizer(optimizer, list(model.parameters()))
+        self._num_fake = -1
+        if short is None or short.is_refused:
+            self._run_all_blocks()
 
     def run(self) -> StepResult:
-        """Run a step of the model under its current policies."""
+        """Return a step of the model under its current policies.
+
+        Raises:
+            NotRepeatedError: Earlier results came from models with fewer blocks, and may be wrong.
+        """
+        if self._short is not None:
+            try:
+                return self._short.result(self._blocks.fake, self._run_model)
+            except (NotRepeatedError, PredictionError, TypeError, ValueError):
+                # The whole model runs, and reports an error that persists.
+                has_results = self._short.has_results
+                self._short.is_refused = True
+                self._run_all_blocks()
+                if has_results:
+                    raise NotRepeatedError from None
+        return self._run_model()
+
+    def _run_all_blocks(self) -> None:
+        """Run all blocks from now on."""
+        self._short = None
+        self._blocks.fake_all()
+        self._prepare_optimizer()
+
+    def _run_model(self) -> StepResult:
+        """Run a step of the model as it is."""
+        self._prepare_optimizer()
         for tensor in [*self._model.parameters(), *tensors_in(self._args, self._kwargs)]:
             tensor.grad = None
         in_backward = self._in_backward
@@ -182,17 +249,46 @@ class Prediction:
             state=() if in_backward is None else in_backward.state,
         )
 
+    def _prepare_optimizer(self) -> None:
+        """Make the optimizer whose step runs in the backward pass, with the parameters that are fake now."""
+        num_left_out = len(self._blocks.left_out)
+        if not self._step_in_backward or num_left_out == self._num_fake:
+            return
+        assert self._optimizer is not None
+        self._num_fake = num_left_out
+        if self._short is None:
+            self._in_backward = BackwardOptimizer(self._optimizer, list(self._model.parameters()))
+            return
+        stand_ins = self._short.stand_ins(is_own=lambda block: block not in self._blocks.left_out)
+        # Each parameter is an object of its own, because an optimizer takes none twice.
+        seen: set[nn.Parameter] = set()
+        parameters = []
+        for stand_in in stand_ins:
+            parameters.append(nn.Parameter(stand_in.detach(), stand_in.requires_grad) if stand_in in seen else stand_in)
+            seen.add(stand_in)
+        self._in_backward = BackwardOptimizer(self._optimizer, parameters, stand_ins)
+        if not self._in_backward.is_uniform:
+            raise NotRepeatedError
+
     def memory(self) -> StepMemory:
         """Return the memory of a step of the model under its current policies."""
         result = self.run()
         if self._optimizer is not None and self._cost is None:  # it does not depend on policies
-            device_type = device_of(self._model, self._args, self._kwargs).type
-            if self._in_backward is None:
-                parameters = list(self._model.parameters())
-                self._cost = optimizer_cost(self._optimizer, parameters, result.has_gradient, device_type)
-            else:
-                self._cost = self._in_backward.cost(result.has_gradient, device_type)
-        return summarize(self._model, result, self._cost)
+            self._cost = self._optimizer_cost(self._optimizer, result)
+        return summarize(self._model, result, self._cost, dtype=self._dtype)
+
+    def _optimizer_cost(self, optimizer: OptimizerFactory, result: StepResult) -> OptimizerCost:
+        if self._in_backward is not None:
+            return self._in_backward.cost(result.has_gradient, result.device_type)
+        if self._short is None:
+            return optimizer_cost(optimizer, list(self._model.parameters()), result.has_gradient, result.device_type)
+        if self._short.optimizer_cost is None:
+            arguments = optimizer, self._short.stand_ins(), result.has_gradient, result.device_type
+            try:
+                self._short.optimizer_cost = short_optimizer_cost(*arguments)
+            except (NotRepeatedError, ValueError):
+                self._short.optimizer_cost = optimizer_cost(*arguments)
+        return self._short.optimizer_cost
 
 
 def _checked_device(name: str, value: torch.device | str) -> torch.device:

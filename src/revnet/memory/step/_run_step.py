@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class StepResult:
     constants: Constants
     has_gradient: list[bool]
     """Whether the step gave a gradient to each parameter of the model, in order."""
+    device_type: str
+    """Type of the device on which bytes count."""
 
 
 def _unguarded(what: str, recorder: Recorder) -> AbstractContextManager[None]:
@@ -77,7 +79,7 @@ def run_step(
     parameters, buffers = list(model.parameters()), list(model.buffers())
     inputs = tensors_in(args, kwargs)
     recorder = Recorder([*parameters, *buffers, *inputs, *state], device_type)
-    constants = Constants(*_bytes_by_group([parameters, buffers, inputs], device_type))
+    constants = Constants(*bytes_by_group([parameters, buffers, inputs], device_type))
     torch.clear_autocast_cache()  # casts cached by earlier code would not be counted
     is_real = device_type != "meta" and active_fake_mode() is None
     kernels = nullcontext() if is_real else CpuKernels()
@@ -89,15 +91,16 @@ def run_step(
                 output = model(*args, **kwargs)
             with guard("the loss", recorder):
                 losses = losses_of(output, loss)
+            unknown = unknown_class_in(output)
             del output  # a training step does not keep it either
-        check_losses(model, losses, is_given=loss is not None)
+        check_losses(model, losses, is_given=loss is not None, unknown=unknown)
         recorder.end_forward()
         with _restoring_gradients(_other_leaves(losses, [*parameters, *inputs])), guard("the backward pass", recorder):
             torch.autograd.backward(losses)
         recorder.end()
     torch.clear_autocast_cache()
     has_gradient = [parameter.grad is not None or parameter in received for parameter in parameters]
-    return StepResult(recorder.log(), constants, has_gradient)
+    return StepResult(recorder.log(), constants, has_gradient, device_type)
 
 
 @contextmanager
@@ -125,11 +128,40 @@ def losses_of(output: Any, loss: Loss | None) -> list[Tensor]:
     """Return the scalars to differentiate: the loss, or the sum of each output that requires a gradient."""
     if loss is not None:
         return [loss(output)]
-    outputs = [leaf for leaf in tensors_in(output) if leaf.requires_grad]
+    outputs = [leaf for leaf in leaves_of_output(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return [(torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).sum() for leaf in outputs]
 
 
-def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool) -> None:
+def leaves_of_output(output: Any) -> list[Any]:
+    """Return what a model's output contains, in dataclasses and in subclasses of dict, list and tuple too."""
+    leaves = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Mapping):
+            leaves += leaves_of_output(list(leaf.values()))
+        elif isinstance(leaf, list | tuple):
+            leaves += leaves_of_output(list(leaf))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += leaves_of_output([getattr(leaf, field.name, None) for field in fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
+
+
+def unknown_class_in(output: Any) -> str | None:
+    """Return the name of a class in a model's output whose objects may hold tensors that were not found."""
+    known = (Tensor, str, bytes, bool, int, float, complex, type(None))
+    return next((type(leaf).__name__ for leaf in leaves_of_output(output) if not isinstance(leaf, known)), None)
+
+
+def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool, unknown: str | None = None) -> None:
+    """Raise unless the losses are scalars that can be differentiated.
+
+    Args:
+        model: The model.
+        losses: The loss, or the sum of each output.
+        is_given: Whether the user gave the loss.
+        unknown: Name of a class in the output that may hold tensors.
+    """
     for value in losses:
         if not isinstance(value, Tensor) or value.numel() != 1:
             returned = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -138,6 +170,11 @@ def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool) -> N
         raise ValueError(
             f"`loss` of `model` (={type(model).__name__}) returned a tensor that requires no gradient, so nothing can "
             "be trained; unfreeze a parameter, and do not detach the output."
+        )
+    if not losses and unknown is not None:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) returned an object of the class {unknown}, in which no tensors were "
+            "found; pass `loss=`, a function from the output to a scalar tensor."
         )
     if not losses:
         raise ValueError(
@@ -205,7 +242,7 @@ def tensors_in(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _bytes_by_group(groups: Iterable[Iterable[Tensor]], device_type: str) -> list[int]:
+def bytes_by_group(groups: Iterable[Iterable[Tensor]], device_type: str) -> list[int]:
     """Return the bytes of each group of tensors; memory that tensors share counts once, for the first of them."""
     seen: set[tuple[Any, ...]] = set()
     totals = []

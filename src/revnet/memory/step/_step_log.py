@@ -81,12 +81,12 @@ class StepLog:
     @cached_property
     def gradient_bytes(self) -> Integers:
         """(events,) Bytes alive in gradients of parameters."""
-        return self._alive(np.maximum(self.births, self.gradient_since), self.deaths)
+        return live_bytes(np.maximum(self.births, self.gradient_since), self.deaths, self.sizes, self.num_events)
 
     @cached_property
     def activation_bytes(self) -> Integers:
         """(events,) Bytes alive in everything else: activations, and gradients not yet in `grad`."""
-        return self._alive(self.births, np.minimum(self.deaths, self.gradient_since))
+        return live_bytes(self.births, np.minimum(self.deaths, self.gradient_since), self.sizes, self.num_events)
 
     @cached_property
     def live_bytes(self) -> Integers:
@@ -107,10 +107,11 @@ class StepLog:
         """Return the indices of the storages that are alive at an event."""
         return np.flatnonzero((self.births <= event) & (event < self.deaths))
 
-    def _alive(self, since: Integers, until: Integers) -> Integers:
-        """Return the bytes alive at each event, if each storage lives from event `since` to just before `until`."""
-        changes = np.zeros(self.num_events + 1, np.int64)
-        counts = since < until
-        np.add.at(changes, since[counts], self.sizes[counts])
-        np.subtract.at(changes, until[counts], self.sizes[counts])
-        return np.cumsum(changes[:-1])
+
+def live_bytes(since: Integers, until: Integers, sizes: Integers, num_events: int) -> Integers:
+    """Return the bytes alive at each event, if each storage lives from event `since` to just before `until`."""
+    changes = np.zeros(num_events + 1, np.int64)
+    counts = since < until
+    np.add.at(changes, since[counts], sizes[counts])
+    np.subtract.at(changes, until[counts], sizes[counts])
+    return np.cumsum(changes[:-1])

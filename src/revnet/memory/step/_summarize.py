@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from revnet.memory.step._memory_parts import Breakdown, CudaMemory, ModuleMemory, Phase, Timeline
@@ -13,9 +14,21 @@ from revnet.memory.step._step_memory import StepMemory
 
 
 def summarize(
-    model: nn.Module, result: StepResult, optimizer: OptimizerCost | None, cuda: CudaMemory | None = None
+    model: nn.Module,
+    result: StepResult,
+    optimizer: OptimizerCost | None,
+    cuda: CudaMemory | None = None,
+    dtype: torch.dtype | None = None,
 ) -> StepMemory:
-    """Return the figures of one step of `model`, followed by the step of its optimizer."""
+    """Return the figures of one step of `model`, followed by the step of its optimizer.
+
+    Args:
+        model: The model.
+        result: The step.
+        optimizer: Memory of the optimizer, if there is one.
+        cuda: Memory that the GPU reported.
+        dtype: Data type to which the floating-point parameters count as converted.
+    """
     log, constants = result.log, result.constants
     state_bytes = 0 if optimizer is None else optimizer.state_bytes
     constant_bytes = sum(constants) + state_bytes
@@ -46,7 +59,7 @@ def summarize(
         gradient_bytes=int(log.gradient_bytes[-1]),
         optimizer_bytes=state_bytes,
         input_bytes=constants.inputs,
-        modules=_modules(model, log, total[: log.num_events]),
+        modules=_modules(model, log, total[: log.num_events], dtype),
         timeline=_timeline(log, activations, gradients, owners, constant_bytes),
         cuda=cuda,
     )
@@ -65,7 +78,7 @@ def _held_bytes_at(log: StepLog, event: int) -> int:
     return int(log.sizes[alive].sum())
 
 
-def _modules(model: nn.Module, log: StepLog, total: Integers) -> tuple[ModuleMemory, ...]:
+def _modules(model: nn.Module, log: StepLog, total: Integers, dtype: torch.dtype | None) -> tuple[ModuleMemory, ...]:
     """Return the memory of each module with its children: sums of parameters and held bytes, maxima of peaks."""
     modules = dict(model.named_modules())
     parents = _parents(log.modules)
@@ -73,7 +86,7 @@ def _modules(model: nn.Module, log: StepLog, total: Integers) -> tuple[ModuleMem
     for index, module in enumerate(modules.values()):
         for parameter in module._parameters.values():
             if parameter is not None:
-                parameters[index][id(parameter)] = _num_bytes(parameter)
+                parameters[index][id(parameter)] = _num_bytes(parameter, dtype)
     held = np.zeros(len(modules), np.int64)
     is_owned = log.is_held & (log.creators != NO_MODULE)
     np.add.at(held, log.creators[is_owned], log.sizes[is_owned])
@@ -102,8 +115,10 @@ def _parents(names: Sequence[str]) -> list[int]:
     return [indices[name.rpartition(".")[0]] for name in names]
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    return tensor.numel() * dtype.itemsize
 
 
 def _timeline(

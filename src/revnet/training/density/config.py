@@ -38,7 +38,8 @@ class NiceConfig(AbstractRunConfig):
     photographs, of parquet files laid out as on the hub or of CIFAR's official archive. Labels are not used."""
 
     image_size: int | None = integer(None, at_least=1)
-    """Height and width of photographs in files, which are resized and cropped; null for images of one size."""
+    """Height and width of photographs in files, which are resized and cropped. By default, all images must have the
+    same size."""
 
     model: DensityModel = "nice"
     """Model: `nice` has perceptrons and suits small images; `realnvp` and `glow` have convolutions at several

@@ -1,0 +1,1 @@
+"""Predict deep models from a few of their equal blocks."""

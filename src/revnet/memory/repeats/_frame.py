@@ -1,0 +1,142 @@
+"""Describe positions of a chain relative to other positions, so that the description fits longer chains too."""
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from revnet.memory.repeats._windows import REACH
+from revnet.memory.step._step_log import Integers
+
+UNKNOWN = 2**60
+"""Stands for a description that does not apply. All descriptions are larger numbers, and all other numbers smaller."""
+ZERO = UNKNOWN + 2**30
+"""Description of distance 0."""
+_RUNS = (-1, 0, 1)
+"""Runs of one policy to whose first and last position a distance is given: the own one, and one before and after it."""
+DESCRIPTION_COLUMNS = 3 + 2 * len(_RUNS)
+
+
+class NotRepeatedError(Exception):
+    """Equal blocks with equal neighbors do not have equal logs, so the whole model must run."""
+
+
+class AmbiguousError(Exception):
+    """The descriptions of a position contradict each other, so more examples are needed.
+
+    Args:
+        positions: Positions with the descriptions, and those that they describe.
+    """
+
+    def __init__(self, positions: Sequence[int]):
+        super().__init__()
+        self.positions = positions
+
+
+class Label(NamedTuple):
+    """What is known of a position before it runs."""
+
+    row: Hashable
+    """Name of the sequence that contains the position."""
+    kind: Hashable
+    policy: Hashable
+
+
+class Frame:
+    """The positions of a chain, with its rows and its runs of one policy.
+
+    A target less than `REACH` away is described by its distance. Another one is described in up to nine ways,
+    also by its distances to the ends of its row, and to the ends of the runs around the own position. Which
+    of these descriptions are right shows in several examples: only these are always the same.
+
+    Args:
+        labels: Label of each position.
+    """
+
+    def __init__(self, labels: Sequence[Label]):
+        self._count = len(labels)
+        self._rows = np.array(_numbers(labels, lambda label: label.row), np.int64)
+        self._runs = np.array(_numbers(labels, lambda label: (label.row, label.policy)), np.int64)
+        self._row_starts, self._row_stops = _bounds(self._rows)
+        self._run_starts, self._run_stops = _bounds(self._runs)
+
+    def describe(self, targets: Integers, own: Integers) -> Integers:
+        """Return the descriptions of each target from its own position.
+
+        Raises:
+            NotRepeatedError: A target has no description.
+        """
+        rows = self._rows[targets]
+        near = _described(targets - own, REACH)
+        columns = [
+            near,
+            _described(targets - self._row_starts[rows], REACH, rows),
+            _described(self._row_stops[rows] - 1 - targets, REACH, rows),
+        ]
+        columns += [np.where(ends >= 0, _described(targets - ends, 1), UNKNOWN) for ends in self._ends_of_runs(own)]
+        result = np.stack(columns, axis=1)
+        # At the edge of the window, whether a run or a row ends there does not show.
+        result[np.abs(targets - own) < REACH, 1:] = UNKNOWN
+        if (result == UNKNOWN).all(1).any():
+            raise NotRepeatedError
+        return result
+
+    def _ends_of_runs(self, own: Integers) -> list[Integers]:
+        """Return the first and the last positions of the runs around each position; -1 for those that do not exist."""
+        ends = []
+        for number in _RUNS:
+            runs = self._runs[own] + number
+            exists = (runs >= 0) & (runs < len(self._run_starts))
+            runs = np.clip(runs, 0, len(self._run_starts) - 1)
+            ends += [np.where(exists, self._run_starts[runs], -1), np.where(exists, self._run_stops[runs] - 1, -1)]
+        return ends
+
+    def find(self, descriptions: Integers, own: Integers) -> Integers:
+        """Return the position that is described from each own position.
+
+        Raises:
+            AmbiguousError: Descriptions contradict each other.
+            NotRepeatedError: Nothing is left of a description.
+        """
+        values = descriptions - ZERO
+        is_known = descriptions != UNKNOWN
+        places, distances = np.divmod(values[:, 1:3] + REACH, 2 * REACH + 1)
+        distances -= REACH
+        rows = np.clip(places, 0, len(self._row_starts) - 1)
+        candidates = [
+            own + values[:, 0],
+            self._row_starts[rows[:, 0]] + distances[:, 0],
+            self._row_stops[rows[:, 1]] - 1 - distances[:, 1],
+        ]
+        candidates += [
+            np.where(ends >= 0, ends + values[:, column], -1)
+            for column, ends in enumerate(self._ends_of_runs(own), start=3)
+        ]
+        found = np.stack(candidates, axis=1)
+        is_known &= (found >= 0) & (found < self._count)
+        if not is_known.any(1).all():
+            raise NotRepeatedError
+        lowest = np.where(is_known, found, self._count).min(1, initial=self._count)
+        highest = np.where(is_known, found, -1).max(1, initial=-1)
+        is_ambiguous = lowest != highest
+        if is_ambiguous.any():
+            positions = np.concatenate((own[is_ambiguous], lowest[is_ambiguous], highest[is_ambiguous]))
+            raise AmbiguousError(np.unique(positions).tolist())
+        return lowest
+
+
+def _described(distances: Integers, most: int, rows: Integers | int = 0) -> Integers:
+    """Return descriptions of distances, within numbered rows; UNKNOWN for those that are larger than `most`."""
+    return np.where(np.abs(distances) <= most, ZERO + rows * (2 * REACH + 1) + distances, UNKNOWN)
+
+
+def _numbers(labels: Sequence[Label], key: Callable[[Label], Hashable]) -> list[int]:
+    """Return for each position the number of the group of neighbors with the same key."""
+    return [number for number, (_, group) in enumerate(groupby(labels, key)) for _ in group]
+
+
+def _bounds(numbers: Integers) -> tuple[Integers, Integers]:
+    """Return the first position of each group, and the first position after it."""
+    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
+    return starts, np.append(starts[1:], len(numbers))
