@@ -49,8 +49,9 @@ def clear_frame(axes: Any) -> None:
 
 
 def write_title(axes: Any, text: str, **options: Any) -> None:
-    """Write the title of a panel, aligned to the left, as plain text."""
-    axes.set_title(plain(text), loc="left", fontsize="medium", fontweight="bold", **options)
+    """Write the title of a panel, aligned to the left, as plain text; it may have several lines."""
+    lines = [plain(line) for line in text.split("\n")]
+    axes.set_title("\n".join(lines), loc="left", fontsize="medium", fontweight="bold", **options)
 
 
 def save(figure: Any, path: Path, **options: Any) -> None:

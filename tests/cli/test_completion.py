@@ -42,7 +42,7 @@ def test_bash_accepts_the_script(script):
         ("revnet train --weights-or-not", []),
         ("revnet train --mod", ["--model"]),
         ("revnet train --model revnet5", ["revnet56"]),
-        ("revnet train --config digits/quick/r", ["digits/quick/revnet38"]),
+        ("revnet train --config digits/quick/rev", ["digits/quick/revnet38"]),
         ("revnet train --policy s", ["store"]),
         ("revnet train nice --prior l", ["logistic"]),
         ("revnet train lm --attention h", ["hierarchical"]),

@@ -73,7 +73,7 @@ def test_rejects_weights_that_do_not_fit(tmp_path, header, settings, message, ou
 
 
 def test_rejects_missing_weights(tmp_path, out_dir):
-    with pytest.raises(CheckpointError, match=r"`.*no_such` is not a file"):
+    with pytest.raises(CheckpointError, match=r"`.*no_such` does not exist"):
         train(TrainConfig(weights=str(tmp_path / "no_such"), out_dir=out_dir), quiet=True)
 
 

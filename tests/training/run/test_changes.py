@@ -87,7 +87,7 @@ def test_rate_of_the_settings_holds_if_the_run_stops_before_the_next_checkpoint(
         ({"epochs": 1}, ValueError, r"`epochs` \(=1\) leaves 6 updates, and the run has made 12 already; pass more"),
         ({"epochs": 0}, ValueError, r"`epochs` \(=0\) must be 1 or more"),
         ({"max_updates": 5}, ValueError, r"`max_updates` \(=5\) leaves 5 updates, and the run has made 12 already"),
-        ({"model": "revnet38"}, TypeError, r"`model` is not a setting of the run; `revnet train nice --help` lists"),
+        ({"crop_area": "0.5"}, TypeError, r"`crop_area` is not a setting of the run; `revnet train nice --help` lists"),
         ({"save_every": "soon"}, ValueError, r"`save_every` \(='soon'\) must be a number of updates, such as 500, or"),
         ({"data": "cifar10"}, Exception, r"cifar10"),
     ],
