@@ -25,7 +25,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
     return {name: folder / name for name in names}
 
 
@@ -45,7 +45,7 @@ def image_files(folder: str | Path) -> Iterator[str]:
 def loose_images(folder: Path) -> list[str]:
     """Return the names of the images directly inside `folder`, sorted."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir())
+        return sorted(entry.name for entry in entries if is_image_name(entry.name) and not _is_folder(entry))
 
 
 def is_image_folder(path: Path) -> bool:
@@ -102,15 +102,22 @@ def part_among_classes(names: dict[str, Path]) -> str | None:
     return next((name for name in names if name.lower() in _PARTS), None)
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which fails when it is read
+        return False
+
+
 def _image_files(folder: str, parents: tuple[str, ...]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             # Checks by name come first, since `is_dir` may have to read from the disk.
             if entry.name.startswith("."):
                 continue
-            if is_image_name(entry.name) and not entry.is_dir():
+            if is_image_name(entry.name) and not _is_folder(entry):
                 yield entry.path
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 inside = os.path.realpath(entry.path) if entry.is_symlink() else f"{parents[-1]}{os.sep}{entry.name}"
                 if inside not in parents:
                     yield from _image_files(entry.path, (*parents, inside))

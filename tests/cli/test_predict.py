@@ -145,6 +145,12 @@ def test_unreadable_images_do_not_stop_the_others(revnet, folder):
         (["run", "0_0.png", "--top", "0"], "`--top` (=0) must be 1 or more"),
         (["run", "0_0.png", "--top", "many"], "`--top` (=many) must be an integer"),
         (["run", "0_0.png", "--device", "abacus"], "`--device` (='abacus') is not a device"),
+        (["run", "0_1.png", "--csv", "0_0.png"], "`--csv` (=0_0.png) is the name of an image or of weights, which the"),
+        (
+            ["run", "0_1.png", "--jsonl", "run/last.safetensors"],
+            "(=run/last.safetensors) is the name of an image or",
+        ),
+        (["run", "0_0.png", "--csv", "a", "--jsonl", "a"], "`--csv` and `--jsonl` (=a) name the same file"),
         (["run", "0_0.png", "--csv", "no/such/folder.csv"], "`--csv` (=no/such/folder.csv) must be a file in a folder"),
         (["run", "0_0.png", "--jsonl", "."], "`--jsonl` (=.) must be a file in a folder that exists"),
         (["run", "0_0.png", "--csv", "."], "`--csv` (=.) must be a file in a folder that exists"),

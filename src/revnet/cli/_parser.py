@@ -159,6 +159,7 @@ class _ReadValue(argparse.Action):
         self.kind = kind
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        values = _one_text(values)
         try:
             value = read_text(values, self.kind)
         except TypeError as error:
@@ -174,8 +175,13 @@ class _ReadConfig(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         kinds = {option.name: option.kind for option in parser.known if not option.is_required}
-        for name, value in read_config(values, kinds, parser.hint).items():
+        for name, value in read_config(_one_text(values), kinds, parser.hint).items():
             setattr(namespace, name, value)
+
+
+def _one_text(values: Any) -> str:
+    """Return the text of an option, from which argparse removes `--`: `--epochs=--` leaves an empty list."""
+    return values if isinstance(values, str) else "--"
 
 
 def _with_dashes(arguments: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable
-from revnet.cli._errors import describe_error
+from revnet.cli._errors import UsageError, describe_error
 from revnet.cli._image_lines import name_width, open_place, printable_path
 
 
@@ -43,6 +43,8 @@ def predict(
             or SLURM has started, or one device.
     """
     table, lines = open_place("--csv", csv), open_place("--jsonl", jsonl)
+    if table is not None and table == lines:
+        raise UsageError(f"`--csv` and `--jsonl` (={jsonl}) name the same file; pass another name for one of them.")
     files = list_images(images)
 
     from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions

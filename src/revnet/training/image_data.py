@@ -7,6 +7,7 @@ from torch import Tensor
 
 from revnet._image_files import IMAGE_SUFFIXES, is_pattern
 from revnet.data import ImageDataset, list_datasets, load_image
+from revnet.data.decoding.decode import most_pixels
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.errors import DataError
 from revnet.training.import_path import is_import_path
@@ -87,6 +88,11 @@ def read_image(file: Path, image_shape: tuple[int, int, int], *, is_resized: boo
         raise DataError(f"'{file}' matches no files; check the pattern.")
     if file.is_dir():
         raise DataError(f"'{file}' holds no images ({', '.join(IMAGE_SUFFIXES)}); pass a folder that does.")
-    channels, *size = image_shape
+    channels, height, width = image_shape
+    if height * width > most_pixels():
+        raise DataError(
+            f"'{file}' would be resized to {height:,} x {width:,} pixels, as the weights say, which is more than "
+            f"{most_pixels():,}; if you trust the weights, set REVNET_MAX_PIXELS to a larger number."
+        )
     crop_fraction = _TEST_CROP if is_resized else 1.0
-    return load_image(file, image_size=(size[0], size[1]), in_channels=channels, crop_fraction=crop_fraction)
+    return load_image(file, image_size=(height, width), in_channels=channels, crop_fraction=crop_fraction)

@@ -205,8 +205,8 @@ def test_stop(damaged: Callable[..., FileSplit], tmp_path: Path, num_workers: in
     with pytest.raises(DataError) as caught:
         order(loader)
     assert str(caught.value) == (
-        f"'{tmp_path / '2.png'}' cannot be decoded: it is empty; restore it, or pass `on_corrupt='skip'` to leave such "
-        "images out."
+        f"'{tmp_path / '2.png'}' cannot be decoded: it is empty; restore it, or set `on_corrupt` to 'skip' to leave "
+        "such images out."
     )
     assert caught.value.__cause__ is None
 

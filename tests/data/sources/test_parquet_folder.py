@@ -335,7 +335,7 @@ def test_file_without_rows(folder: Path, write_parquet: Writer) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, " cannot be decoded: it is empty; restore it, or pass `on_corrupt='skip'`"),
+        (None, " cannot be decoded: it is empty; restore it, or set `on_corrupt` to 'skip'"),
         ({"bytes": None, "path": "/etc/hostname"}, ", which has a path instead of an image, cannot be decoded: it is"),
         ({"bytes": b"", "path": None}, " cannot be decoded: it is empty"),
         ({"bytes": b"not an image", "path": None}, " cannot be decoded: it is not an image"),

@@ -62,7 +62,7 @@ def test_undecodable_images_are_reported_with_their_batch(files: list[Path]) -> 
     assert batch.labels.tolist() == [0, 2, 3]
     assert batch.images[:, 0, 0, 0].tolist() == [0, 100, 150]
     assert batch.corrupt == ((f"'{files[1]}'", "it is empty"), (f"'{files[4]}'", "it is not an image"))
-    message = rf"^'{files[1]}' cannot be decoded: it is empty; restore it, or pass `on_corrupt='skip'` to leave such"
+    message = rf"^'{files[1]}' cannot be decoded: it is empty; restore it, or set `on_corrupt` to 'skip' to leave such"
     with pytest.raises(DataError, match=message):
         make_split(files)[1]
 

@@ -192,7 +192,7 @@ def test_stop(num_workers: int, tmp_path: Path, write_parquet: Writer) -> None:
     with pytest.raises(DataError) as caught:
         order(loader)
     assert str(caught.value) == (
-        f"row 1 of '{file}' cannot be decoded: it is empty; restore it, or pass `on_corrupt='skip'` to leave such "
+        f"row 1 of '{file}' cannot be decoded: it is empty; restore it, or set `on_corrupt` to 'skip' to leave such "
         "images out."
     )
 

@@ -8,6 +8,7 @@ from revnet.data import load_image
 from revnet.errors import CheckpointError, DataError
 from revnet.training import load_classifier, predict_images
 from revnet.training.evaluation.predict_images import Answer, ImagePrediction, predict_each, save_predictions
+from revnet.training.image_data import read_image
 from tests.training.samples import make_header, save_checkpoint, write_images
 
 NAMES = tuple(f"class{number}" for number in range(7))
@@ -121,3 +122,21 @@ def test_writes_answers_as_csv(tmp_path):
 def test_rejects_invalid_arguments_before_reading(folder, arguments, error, message):
     with pytest.raises(error, match=message):
         predict_each(**({"checkpoint": folder, "paths": []} | arguments))
+
+
+def test_weights_cannot_demand_images_of_any_size(images, monkeypatch):
+    with pytest.raises(DataError, match="resized to 20,000 x 20,000 pixels, as the weights say, which is more than 10"):
+        read_image(images[0], (3, 20_000, 20_000), is_resized=True)
+    for limit in ("0", "4e8", "-5", "9" * 12):
+        monkeypatch.setenv("REVNET_MAX_PIXELS", limit)
+        with pytest.raises(ValueError, match=rf"REVNET_MAX_PIXELS \(={limit}\) must be a number of pixels"):
+            read_image(images[0], (3, 8, 8), is_resized=True)
+
+
+def test_a_link_to_itself_does_not_stop_the_other_images(folder, tmp_path):
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "images" / "loop.png").symlink_to("loop.png")
+    errors = []
+    assert len(predict_images(folder, [tmp_path / "images"], on_error=errors.append)) == 2
+    assert len(errors) == 1
+    assert "loop.png' cannot be decoded" in str(errors[0])

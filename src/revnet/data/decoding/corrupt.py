@@ -33,7 +33,7 @@ def check_image_size(image_size: int) -> None:
 def corrupt_error(name: str, reason: str) -> DataError:
     """Return the error that "stop" raises for the image `name`."""
     return DataError(
-        f"{name} cannot be decoded: {reason}; restore it, or pass `on_corrupt='skip'` to leave such images out."
+        f"{name} cannot be decoded: {reason}; restore it, or set `on_corrupt` to 'skip' to leave such images out."
     )
 
 

@@ -29,6 +29,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
 _MOST_PIXELS = 100_000_000
 _LIMIT_VARIABLE = "REVNET_MAX_PIXELS"
+_LONGEST_LIMIT = 11
+"""Digits of the largest limit."""
 """Environment variable with another limit, which worker processes inherit."""
 _MOST_BYTES = 2**30
 _ORIENTATION = 0x0112
@@ -159,7 +161,7 @@ def _open(encoded: bytes) -> "Image":
 
     if not encoded:
         raise UndecodableError("it is empty")
-    limit = _most_pixels()
+    limit = most_pixels()
     if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limit  # Pillow refuses twice as many before a JPEG can be decoded at a smaller size
     try:
@@ -179,14 +181,25 @@ def _has_other_format(encoded: bytes) -> bool:
 
 def _check_size(image: "Image") -> None:
     """Raise if the image, as it will be decoded, has too many pixels."""
-    limit = _most_pixels()
+    limit = most_pixels()
     if image.width * image.height > limit:
         raise UndecodableError(f"{_too_large(limit)}: {image.width:,} x {image.height:,}")
 
 
-def _most_pixels() -> int:
+def most_pixels() -> int:
+    """Return the largest number of pixels of an image, which the environment variable `REVNET_MAX_PIXELS` sets.
+
+    Raises:
+        ValueError: The variable is not a positive integer.
+    """
     text = os.environ.get(_LIMIT_VARIABLE, "")
-    return int(text) if text.isdecimal() and len(text) < 12 else _MOST_PIXELS
+    if not text:
+        return _MOST_PIXELS
+    if not text.isdecimal() or len(text) > _LONGEST_LIMIT or int(text) == 0:
+        raise ValueError(
+            f"the environment variable {_LIMIT_VARIABLE} (={text}) must be a number of pixels, such as 400000000."
+        )
+    return int(text)
 
 
 def _too_large(limit: int) -> str:
