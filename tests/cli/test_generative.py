@@ -115,6 +115,13 @@ def test_score_prints_a_line_per_image_and_writes_a_table(revnet, runs, tmp_path
     assert [row.split(",")[0] for row in rows[1:]] == [line.split()[0] for line in lines[:3]]
 
 
+def test_generate_needs_no_prompt_for_a_text_of_one_line(revnet, tmp_path):
+    (tmp_path / "line.txt").write_text("the clock is slow and the clock is blue " * 20)
+    assert revnet("train", "lm", "--data", tmp_path / "line.txt", *LM, "--out-dir", tmp_path / "run")[0] == 0
+    code, output, _ = revnet("generate", tmp_path / "run", "--num", 5)
+    assert (code, len(output), output[0]) == (0, 1 + 5 + 1, " ")
+
+
 def test_generate_continues_the_prompt(revnet, runs):
     texts = []
     for seed in (0, 0, 1):

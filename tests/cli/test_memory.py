@@ -96,7 +96,7 @@ def own_models(tmp_path, monkeypatch):
 def test_measures_a_model_that_needs_values(revnet, assert_refused, own_models):
     arguments = ["memory", f"{own_models}:Branching", "--input-shape", "[4]"]
     assert_refused(arguments, "cannot be predicted, because it asks for the value of a tensor")
-    assert_refused(arguments, "Pass `--measure`, with a small `--batch`, to run a real step.")
+    assert_refused(arguments, "; pass `--measure`, with a small `--batch`, to run a real step.")
     code, output, errors = revnet(*arguments, "--measure")
     assert (code, errors) == (0, "")
     assert "32 inputs of 4, SGD with momentum, 32-true, cpu, measured\n\npeak " in output

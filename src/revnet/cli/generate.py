@@ -2,11 +2,13 @@
 
 import sys
 
+from revnet._outside_text import printable
+
 
 def generate(
     checkpoint: str,
     *,
-    prompt: str = "\n",
+    prompt: str | None = None,
     num: int = 200,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -25,7 +27,8 @@ def generate(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose last
             weights are used; best.safetensors in it holds the best weights on validation.
-        prompt: Beginning of the text, in characters of the training text; a newline by default.
+        prompt: Beginning of the text, in characters of the training text. By default, it is a newline, or
+            the first character of the vocabulary if the training text has no newline.
         num: Number of characters to generate.
         temperature: Divides the logits. Lower values give more predictable text; 0 always takes the most likely
             character.
@@ -52,8 +55,11 @@ def generate(
 
     torch_device = find_device(device)
     model = load_language_model(checkpoint).to(torch_device)
+    if prompt is None:
+        prompt = "\n" if "\n" in model.vocabulary.characters else model.vocabulary.characters[0]
     generator = torch.Generator(torch_device).manual_seed(seed)
     torch.manual_seed(seed)  # LSH attention draws its hashes from the global generator
     text = model.generate(prompt, num, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the text may go to a file
-    print(prompt + text)
+    # The characters are from a file that others may have written.
+    print("".join(letter if letter in "\n\t" else printable(letter) for letter in prompt + text))

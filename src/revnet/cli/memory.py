@@ -91,8 +91,8 @@ def memory(
         )
     except PredictionError as error:  # the model may need values, which a real step has
         if not measure:
-            hint = "Pass `--measure`, with a small `--batch`, to run a real step."
-            raise UsageError(f"{describe_error(error)} {hint}") from error
+            hint = "pass `--measure`, with a small `--batch`, to run a real step."
+            raise UsageError(f"{describe_error(error).rstrip('.')}; {hint}") from error
     how = "predicted"
     if measure:
         predicted_bytes = None if step_memory is None else step_memory.peak_bytes
