@@ -100,7 +100,7 @@ def check(lines, files, tmp_path, monkeypatch, capsys):
             continue
         errors = capsys.readouterr().err.splitlines()
         statuses.append(status)
-        is_line = all(error.startswith("revnet") for error in errors)
+        is_line = all(error.startswith(("revnet", "weights: ")) for error in errors)
         num_errors = sum(": error: " in error for error in errors)
         reads_images = words[0] in ("predict", "score")
         most = len(words) if reads_images else 1  # a line for each image, and the exit status 1
