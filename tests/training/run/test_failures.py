@@ -105,6 +105,12 @@ def test_killed_worker(tmp_path):
     ) or message.startswith("a process that loads data was killed by ")
 
 
+def test_explains_a_worker_that_is_killed_while_a_checkpoint_is_written(tmp_path):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 173312 vs 173208")
+    error.__context__ = RuntimeError("DataLoader worker (pid 15212) is killed by signal: Killed.")
+    assert str(explain(error, tmp_path)).startswith("a process that loads data was killed by Killed, which is often")
+
+
 def test_explains_lack_of_memory(tmp_path):
     explained = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n 2 GiB"), tmp_path)
     assert isinstance(explained, ProcessError)

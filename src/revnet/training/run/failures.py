@@ -2,6 +2,7 @@
 
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
         return ProcessError(f"the GPU is out of memory; {resume}, with `--memory-budget` to need less.")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return ProcessError(f"the machine is out of memory; free some, and {resume}.")
-    if worker := _WORKER.search(text):
+    # The signal of a killed process may come while a checkpoint is written, and then the writer fails too.
+    if worker := next(filter(None, map(_WORKER.search, _texts(error))), None):
         reason = f" by {worker[2]}" if worker[2] else ""
         return ProcessError(
             f"a process that loads data was killed{reason}, which is often due to a lack of memory; {resume}, with "
@@ -37,6 +39,14 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
     if isinstance(error, OSError):
         return _explain_os_error(error, folder, resume)
     return None
+
+
+def _texts(error: BaseException) -> Iterator[str]:
+    """Yield the message of an error, and the messages of the errors during whose handling it was raised."""
+    current: BaseException | None = error
+    while current is not None:
+        yield str(current)
+        current = current.__cause__ or current.__context__
 
 
 def _explain_os_error(error: OSError, folder: Path, resume: str) -> RevnetError | None:
