@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from revnet.nn import BatchNorm2dBiased, BatchNorm2dUnbiased
-from revnet.nn._batch_norm import average_batches
+from revnet.nn._batch_norm import AbstractAveragingBatchNorm2d, average_batches
 
 
 class SyncBatchNorm2d(nn.SyncBatchNorm):
@@ -18,12 +17,12 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
             if it is a `BatchNorm2dBiased`.
     """
 
-    def __init__(self, norm: BatchNorm2dBiased | BatchNorm2dUnbiased) -> None:
+    def __init__(self, norm: AbstractAveragingBatchNorm2d) -> None:
         device = None if norm.running_mean is None else norm.running_mean.device
         super().__init__(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device=device
         )
-        self._is_biased = isinstance(norm, BatchNorm2dBiased)
+        self._is_biased = norm.is_biased
         self.weight, self.bias = norm.weight, norm.bias
         for name, buffer in norm.named_buffers():
             setattr(self, name, buffer)
@@ -71,6 +70,6 @@ def synchronize_batch_norms(model: nn.Module) -> int:
 
 
 def _synchronized(norm: _BatchNorm) -> nn.Module:
-    if isinstance(norm, BatchNorm2dBiased | BatchNorm2dUnbiased):
+    if isinstance(norm, AbstractAveragingBatchNorm2d):
         return SyncBatchNorm2d(norm)
     return nn.SyncBatchNorm.convert_sync_batchnorm(norm)

@@ -15,7 +15,8 @@ CUDA graphs, `torch.compile(fullgraph=True)` and `torch.export` work in training
 """
 
 import sys
-from typing import Any
+from abc import ABC
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,44 @@ _MANY_BATCHES = 2**20
 
 
 @normalizes_as_batch_norm
-class BatchNorm2dBiased(nn.BatchNorm2d):
+class AbstractAveragingBatchNorm2d(nn.BatchNorm2d, ABC):
+    """The base of the batch norms in this module; the arguments are theirs."""
+
+    is_biased: ClassVar[bool]
+    """Whether the running variance averages the biased variance of the batches."""
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1):
+        check_count("num_features", num_features, most=MOST_CHANNELS)
+        if not is_number(eps) or eps < 0:
+            raise ValueError(f"`eps` (={describe(eps)}) must be a number, 0 or more; 1e-5 is usual.")
+        if momentum is not None:
+            check_share(momentum=momentum, below_one=False)
+        super().__init__(num_features, eps=eps, momentum=momentum)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x`. In training mode, also update the running statistics."""
+        if not isinstance(x, Tensor):
+            check_tensor("x", x)
+        mean, variance = self.running_mean, self.running_var
+        is_averaging = self.training and self.track_running_stats and self.momentum != 0
+        if not is_averaging or mean is None or variance is None:
+            return super().forward(x)
+        self._check_input_dim(x)
+        earlier_mean, earlier_variance = mean.clone(), variance.clone()
+        # With a momentum of 1, the kernel leaves the statistics of this batch in the buffers.
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        num_values = x.numel() / x.shape[1] if self.is_biased and x.numel() > 0 else None
+        average_batches(self, earlier_mean, earlier_variance, num_values)
+        return y
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _add_missing_count(self, state_dict, prefix, args[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class BatchNorm2dBiased(AbstractAveragingBatchNorm2d):
     """Batch norm whose running variance averages the *biased* variance of the batches, as in TensorFlow.
 
     The output equals the output of `torch.nn.BatchNorm2d`, in training mode bit for bit. The running statistics differ
@@ -74,9 +112,7 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
         (tensor([2.]), tensor([1.]))
     """
 
-    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1):
-        _check_options(num_features, eps, momentum)
-        super().__init__(num_features, eps=eps, momentum=momentum)
+    is_biased = True
 
     @property
     def affine(self) -> bool:
@@ -95,19 +131,8 @@ class BatchNorm2dBiased(nn.BatchNorm2d):
     def affine(self, affine: bool) -> None:
         self.__dict__["affine"] = affine
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x`. In training mode, also update the running statistics."""
-        if not isinstance(x, Tensor):
-            check_tensor("x", x)
-        return _normalize_and_average(self, x, is_biased=True)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _add_missing_count(self, state_dict, prefix, args[0])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-@normalizes_as_batch_norm
-class BatchNorm2dUnbiased(nn.BatchNorm2d):
+class BatchNorm2dUnbiased(AbstractAveragingBatchNorm2d):
     """`torch.nn.BatchNorm2d` whose running statistics fit the network after a few batches.
 
     The output equals the output of `torch.nn.BatchNorm2d`, in training mode bit for bit, and the state dict fits either
@@ -138,43 +163,7 @@ class BatchNorm2dUnbiased(nn.BatchNorm2d):
         (tensor([2.]), tensor([2.]))
     """
 
-    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float | None = 0.1):
-        _check_options(num_features, eps, momentum)
-        super().__init__(num_features, eps=eps, momentum=momentum)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x`. In training mode, also update the running statistics."""
-        if not isinstance(x, Tensor):
-            check_tensor("x", x)
-        return _normalize_and_average(self, x, is_biased=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _add_missing_count(self, state_dict, prefix, args[0])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _check_options(num_features: int, eps: float, momentum: float | None) -> None:
-    check_count("num_features", num_features, most=MOST_CHANNELS)
-    if not is_number(eps) or eps < 0:
-        raise ValueError(f"`eps` (={describe(eps)}) must be a number, 0 or more; 1e-5 is usual.")
-    if momentum is not None:
-        check_share(momentum=momentum, below_one=False)
-
-
-def _normalize_and_average(norm: nn.BatchNorm2d, x: Tensor, *, is_biased: bool) -> Tensor:
-    mean, variance = norm.running_mean, norm.running_var
-    is_averaging = norm.training and norm.track_running_stats and norm.momentum != 0
-    if not is_averaging or mean is None or variance is None:
-        return nn.BatchNorm2d.forward(norm, x)
-    norm._check_input_dim(x)
-    earlier_mean, earlier_variance = mean.clone(), variance.clone()
-    # With a momentum of 1, the kernel leaves the statistics of this batch in the buffers.
-    y = F.batch_norm(x, mean, variance, norm.weight, norm.bias, True, 1.0, norm.eps)
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    num_values = x.numel() / x.shape[1] if is_biased and x.numel() > 0 else None
-    average_batches(norm, earlier_mean, earlier_variance, num_values)
-    return y
+    is_biased = False
 
 
 def average_batches(
