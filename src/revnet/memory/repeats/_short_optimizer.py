@@ -1,7 +1,6 @@
 """Count the memory of an optimizer of many parameters from steps on some of them."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -9,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from revnet._torch_internals import FakeTensorMode, active_fake_mode, unset_fake_temporarily
+from revnet._torch_internals import unset_fake_temporarily
 from revnet.memory.repeats._frame import AmbiguousError, Frame, Label, NotRepeatedError
 from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._pieces import MOMENT_COLUMNS, Grid, Joined, Piece, Places
 from revnet.memory.repeats._windows import positions_to_show
 from revnet.memory.step._optimizer import (
-    AnyValue,
     OptimizerCost,
     OptimizerFactory,
     explained,
+    fake_optimizer,
     fake_parameter,
     make_optimizer,
     storage_bytes,
@@ -37,11 +36,7 @@ def short_optimizer_cost(
         NotRepeatedError: The optimizer does not treat one parameter after the other, or equal ones differ.
     """
     device_type = "cpu" if device_type == "meta" else device_type
-    with ExitStack() as stack:
-        stack.enter_context(active_fake_mode() or FakeTensorMode())
-        if torch.get_default_device().type == "meta":
-            stack.enter_context(torch.device(device_type))
-        stack.enter_context(AnyValue())
+    with fake_optimizer(device_type):
         kinds = [_kind_of(parameter) for parameter in parameters]
         fakes = _meta_parameters(parameters, kinds)
         order, labels = _chain(make_optimizer(factory, fakes), fakes, kinds, has_gradient)

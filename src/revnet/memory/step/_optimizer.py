@@ -100,11 +100,7 @@ def optimizer_cost(
         ValueError: The optimizer cannot be created, or it cannot take a step on gradients alone.
     """
     device_type = "cpu" if device_type == "meta" else device_type
-    with ExitStack() as stack:
-        stack.enter_context(active_fake_mode() or FakeTensorMode())
-        if torch.get_default_device().type == "meta":
-            stack.enter_context(torch.device(device_type))
-        stack.enter_context(AnyValue())
+    with fake_optimizer(device_type):
         fakes = [fake_parameter(*pair) for pair in zip(parameters, has_gradient, strict=True)]
         optimizer = make_optimizer(factory, fakes)
         with explained(factory, "cannot take a step on gradients alone"):
@@ -117,6 +113,17 @@ def optimizer_cost(
             optimizer.step()
             recorder.end()
     return OptimizerCost(storage_bytes(state), recorder.log().live_bytes)
+
+
+@contextmanager
+def fake_optimizer(device_type: str) -> Iterator[None]:
+    """Let an optimizer be made and take steps on fake tensors, of which new ones are on a device of this type."""
+    with ExitStack() as stack:
+        stack.enter_context(active_fake_mode() or FakeTensorMode())
+        if torch.get_default_device().type == "meta":
+            stack.enter_context(torch.device(device_type))
+        stack.enter_context(AnyValue())
+        yield
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
