@@ -119,9 +119,9 @@ def stop_after_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, stop: Callable
 
 def newest_checkpoint(folder: Path) -> Path:
     """Return the newest checkpoint of a run."""
-    checkpoint, _ = CheckpointFolder(folder / "checkpoints").newest()
+    checkpoint = CheckpointFolder(folder / "checkpoints").newest()
     assert checkpoint is not None
-    return checkpoint
+    return checkpoint.path
 
 
 RUN_FILES = [

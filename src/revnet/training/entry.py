@@ -25,7 +25,7 @@ from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.prepare_model import check_processes
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
-from revnet.training.run.checkpoint import check_whole_state, read_outline, trained_part
+from revnet.training.run.checkpoint import check_whole_state, trained_part
 from revnet.training.run.checkpoint_folder import CheckpointFolder
 from revnet.training.run.data_record import check_record, save_record
 from revnet.training.run.execute import execute
@@ -183,19 +183,18 @@ def _find_start(folder: Path, job: AbstractJob[Any], *, quiet: bool) -> Path | N
     record, path = job.record_data(), folder / run_dir.DATA
     check_record(record, path, str(job.config.data))
     checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
-    checkpoint, unreadable = checkpoints.newest()
-    for path_skipped in [] if quiet else unreadable:
-        print(f"skipped  {path_skipped}, which cannot be read")
-    if checkpoint is not None:
-        outline = read_outline(checkpoint)
-        check_whole_state(outline, checkpoint)
-        check_fit(job.task.saved_module, trained_part(outline).tensors, checkpoint)
-        check_length(outline, job.config, job.task.num_updates)
+    newest = checkpoints.newest()
+    if newest is not None:
+        for skipped in [] if quiet else newest.unreadable:
+            print(f"skipped  {skipped}, which cannot be read")
+        check_whole_state(newest.outline, newest.path)
+        check_fit(job.task.saved_module, trained_part(newest.outline).tensors, newest.path)
+        check_length(newest.outline, job.config, job.task.num_updates)
     elif not path.exists():  # the run was killed just before
         save_record(record, path)
     remove_leftovers(folder)
     checkpoints.remove_leftovers()
-    return checkpoint
+    return None if newest is None else newest.path
 
 
 def _find_family(folder: Path) -> _Family:

@@ -215,13 +215,9 @@ def _load(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
         raise CheckpointError(f"`{path}` is truncated or not a PyTorch checkpoint; {_WAY_OUT}.") from error
     if not _is_ours(checkpoint):
         raise CheckpointError(f"`{path}` was not written by `revnet train`; {_WAY_OUT}.")
-    _check_digest(checkpoint, path)
-    return cast("dict[str, Any]", checkpoint)
-
-
-def _check_digest(checkpoint: Mapping[str, Any], path: Path) -> None:
     if is_changed(checkpoint):
         raise CheckpointError(f"`{path}` is damaged: it holds other values than `revnet train` wrote; copy it again.")
+    return cast("dict[str, Any]", checkpoint)
 
 
 def check_whole_state(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from revnet._atomic_file import sync_folder
 from revnet.errors import CheckpointError
@@ -12,6 +14,18 @@ from revnet.training.run.checkpoint import read_outline
 
 _NAME = re.compile(r"update-(\d{8,})\.ckpt")
 _TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class NewestCheckpoint:
+    """The newest checkpoint of a run that can be read."""
+
+    path: Path
+    """The checkpoint."""
+    outline: Mapping[str, Any]
+    """Its content, with tensors that have shapes, and no values in memory."""
+    unreadable: Sequence[Path]
+    """Newer checkpoints, which cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +53,8 @@ class CheckpointFolder:
         named = [(match, path) for path in self.path.iterdir() if (match := _NAME.fullmatch(path.name))]
         return [path for match, path in sorted(named, key=lambda pair: int(pair[0][1]))]
 
-    def newest(self) -> tuple[Path | None, list[Path]]:
-        """Return the newest checkpoint that can be read, and the newer ones, which cannot be read.
-
-        Returns:
-            The checkpoint, None if there are none at all, and a list.
+    def newest(self) -> NewestCheckpoint | None:
+        """Return the newest checkpoint that can be read; None if there are none at all.
 
         Raises:
             CheckpointError: There are checkpoints, but none can be read.
@@ -51,17 +62,15 @@ class CheckpointFolder:
         unreadable: list[Path] = []
         for path in reversed(self.all()):
             try:
-                read_outline(path)
+                return NewestCheckpoint(path, read_outline(path), unreadable)
             except CheckpointError:
                 unreadable.append(path)
-                continue
-            return path, unreadable
         if unreadable:
             raise CheckpointError(
                 f"no checkpoint in `{self.path}` can be read, and the newest is {unreadable[0].name}; delete the "
                 "folder to start the run from the beginning, or restore a checkpoint."
             )
-        return None, []
+        return None
 
     def complete(self, update: int) -> None:
         """Give the shards at the temporary path their name."""
