@@ -29,9 +29,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 
 _MOST_PIXELS = 100_000_000
 _LIMIT_VARIABLE = "REVNET_MAX_PIXELS"
+"""Environment variable with another limit, which worker processes inherit."""
 _LONGEST_LIMIT = 11
 """Digits of the largest limit."""
-"""Environment variable with another limit, which worker processes inherit."""
 _MOST_BYTES = 2**30
 _ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)
