@@ -1,83 +1,152 @@
-"""Batch norm in a replay: the faster statistics equal the ones of PyTorch's kernel."""
+"""Batch norm in a replay: it uses the statistics of the first run, and repeats it bit for bit."""
 
 import pytest
 import torch
 from torch import nn
 
-from revnet import ReversibleBlock, ReversibleSequential
+from revnet import Checkpoint, ReversibleBlock, ReversibleSequential
 from revnet.engine import _batch_norm
-from revnet.engine._batch_norm import find_statistics
+from revnet.engine._batch_norm import Statistics, normalizing_with, replayed_norms_of
+from revnet.nn import BatchNorm2dBiased
 from tests.helpers import ConvResidual, assert_close, gradients, stored_twin
 
-SHAPE = (8, 4, 48, 48)  # Large enough for the faster statistics.
+SHAPE = (8, 4, 48, 48)
+FORMATS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "strided": lambda x: x.transpose(2, 3),
+}
 
 
-def make_input(dtype=torch.float64):
+def make_input(dtype):
+    """Channels have means of up to a hundred standard deviations."""
     scale, shift = 10 ** torch.linspace(-1, 3, 4, dtype=torch.float64), 10 * torch.randn(4, dtype=torch.float64)
     x = torch.randn(SHAPE, dtype=torch.float64) * scale.view(1, 4, 1, 1) + shift.view(1, 4, 1, 1)
     return x.to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_statistics_are_accurate(dtype, tolerance):
-    """The channels have means of up to a hundred standard deviations."""
-    x = make_input(dtype)
-    statistics = _batch_norm.find_statistics(x)
-    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    assert ((statistics.mean - mean).abs() <= tolerance * (mean.abs() + variance.sqrt())).all()
-    torch.testing.assert_close(statistics.variance.double(), variance, rtol=tolerance, atol=0)
-
-
-@pytest.mark.parametrize(
-    "x",
-    [
-        torch.randn(4, 4, 8, 8),
-        torch.randn(SHAPE).to(memory_format=torch.channels_last),
-        torch.randn(SHAPE, dtype=torch.bfloat16),
-        torch.randn(2**18, 4),
-        torch.randn(SHAPE, device="meta"),
-    ],
-    ids=["small", "channels last", "bfloat16", "no pixels", "meta"],
-)
-def test_leaves_other_inputs_to_pytorch(x):
-    assert _batch_norm.find_statistics(x) is None
+def replayed(norm, x):
+    """Return the output of the batch norm for given statistics."""
+    _, mean, inverse = torch.native_batch_norm(x.detach(), norm.weight, norm.bias, None, None, True, 0.1, norm.eps)
+    (replayed_norm,) = replayed_norms_of(norm).values()
+    return normalizing_with(replayed_norm, [Statistics(mean, inverse, 0)], [], set())(x)
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_output_and_gradients_equal_the_module(affine):
-    norm = nn.BatchNorm2d(4, affine=affine).double()
-    x = make_input().requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_output_and_gradients_equal_the_module(affine, dtype, memory_format):
+    norm = nn.BatchNorm2d(4, affine=affine, track_running_stats=False)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    if dtype == torch.float64:
+        norm.double()
+    x = FORMATS[memory_format](make_input(dtype)).requires_grad_()
     results = []
-    for run in (norm, lambda x: _batch_norm.normalize(norm, x, _batch_norm.find_statistics(x))):
+    for run in (norm, lambda x: replayed(norm, x)):
         y = run(x)
-        inputs = [x, *norm.parameters()]
-        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
-    assert_close(*results, tolerance=1e-8)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *norm.parameters()])])
+    for expected, result in zip(*results, strict=True):
+        assert torch.equal(result, expected)
 
 
-def make_sequence():
-    return ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(3)]).double()
+def make_sequence(norm=nn.BatchNorm2d, policy="reverse"):
+    blocks = [ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(3)]
+    for block in blocks:
+        block.g.norm1 = norm(4)
+    return ReversibleSequential(*blocks, policy=policy)
 
 
-def test_runs_on_rebuilt_streams_with_correct_results(monkeypatch):
-    sequence = make_sequence()
+def count_uses(monkeypatch):
+    uses = []
+    apply = _batch_norm._Normalize.apply
+    monkeypatch.setattr(_batch_norm._Normalize, "apply", lambda x, *rest: uses.append(x.shape) or apply(x, *rest))
+    return uses
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2dBiased])
+def test_each_norm_in_a_replay_uses_the_statistics(monkeypatch, norm):
+    uses = count_uses(monkeypatch)
+    sequence = make_sequence(norm).double()
     twin = stored_twin(sequence)
-    seen = []
-
-    def find(x):
-        seen.append(x.shape)
-        return find_statistics(x)
-
-    monkeypatch.setattr(_batch_norm, "find_statistics", find)
     x = torch.randn(8, 8, 48, 48, dtype=torch.float64, requires_grad=True)
     twin_x = x.detach().clone().requires_grad_()
     sequence(x).sin().sum().backward()
     twin(twin_x).sin().sum().backward()
-    assert len(seen) == 2 * (2 * 3 - 1)  # Not in the last function, whose input is not rebuilt.
+    assert len(uses) == 2 * 2 * 3
     assert_close(x.grad, twin_x.grad)
     assert_close(gradients(sequence), gradients(twin))
     for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
         assert torch.equal(buffer, expected)
+    assert all("forward" not in module.__dict__ for module in sequence.modules())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_checkpoints_equal_plain_autograd_bit_for_bit(monkeypatch, dtype):
+    uses = count_uses(monkeypatch)
+    sequence = make_sequence(policy=Checkpoint())
+    twin = stored_twin(sequence)
+    x = torch.randn(8, 8, 48, 48)
+    for module in (sequence, twin):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            loss = module(x).sin().sum()
+        loss.backward()
+    assert len(uses) == 2 * 2 * 3
+    for parameter, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+
+
+def test_small_streams_use_pytorch(monkeypatch):
+    uses = count_uses(monkeypatch)
+    make_sequence()(torch.randn(4, 8, 16, 16)).sum().backward()
+    assert not uses
+
+
+class Skips(nn.Module):
+    """A residual function whose two norms run in an order that alternates."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(self, x, number):
+        first, second = self.norms if number % 2 == 0 else reversed(self.norms)
+        x = first(x).sin()
+        return x if number == 2 else second(x)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (2, 1, 0)])
+def test_statistics_belong_to_one_call(numbers):
+    sequence = ReversibleSequential(*[ReversibleBlock(Skips(), Skips()) for _ in range(2)]).double()
+    twin = stored_twin(sequence)
+    for number in numbers:
+        x = torch.randn(8, 8, 48, 48, dtype=torch.float64)
+        for module in (sequence, twin):
+            module(x, number).sin().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+class Around(nn.Module):
+    """A residual function with a sequence inside, whose norm it also calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(2)])
+        self.norm = self.inner.blocks[0].f.norm1
+
+    def forward(self, x):
+        y = self.inner(torch.cat((x, x), 1))
+        return self.norm(y[:, :4].contiguous()) + y[:, 4:]
+
+
+def test_sequence_inside_a_residual_function():
+    sequence = ReversibleSequential(*[ReversibleBlock(Around(), ConvResidual(4)) for _ in range(2)]).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(8, 8, 48, 48, dtype=torch.float64)
+    for module in (sequence, twin):
+        module(x).sin().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
     assert all("forward" not in module.__dict__ for module in sequence.modules())
 
 
@@ -103,12 +172,3 @@ def test_double_backward_and_inner_differentiation():
         (grad,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
         results.append([grad, *torch.autograd.grad(grad.square().sum(), [x, *module.parameters()], allow_unused=True)])
     assert_close(*results, tolerance=1e-6)
-
-
-def test_does_not_run_under_autocast(monkeypatch):
-    """Low precision would amplify a difference in the last place."""
-    monkeypatch.setattr(_batch_norm, "find_statistics", lambda *_: pytest.fail("used"))
-    sequence = ReversibleSequential(*[ReversibleBlock(ConvResidual(4), ConvResidual(4)) for _ in range(2)])
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = sequence(torch.randn(8, 8, 48, 48)).sum()
-    loss.backward()

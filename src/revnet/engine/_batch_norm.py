@@ -1,27 +1,32 @@
-"""Batch norm in a replay: compute its statistics faster than PyTorch does.
+"""Batch norm in a replay: keep the statistics of the first run, so that the replay only normalizes.
 
-In training, batch norm spends its time on reductions, not on normalizing. For a contiguous CPU tensor, sums over rows
-take a fifth of the time of PyTorch's reductions, and round no more than a rebuilt stream does anyway.
+In training, batch norm spends most of its time on its statistics, and autograd saves them: two numbers for each
+channel. They are kept for the replay, which calls the kernel as in evaluation. On a CPU, the results are equal bit for
+bit: both times, the kernel computes `x * a + b` for each channel, and the replay passes `a` as the weight, with a
+variance of 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from revnet._torch_internals import in_functorch_transform
+from revnet._torch_internals import forward_mode_level, in_functorch_transform
+
+if TYPE_CHECKING:
+    from revnet.engine._record import Saved
 
 _BATCH_NORMS = {_BatchNorm.forward}
 # Both read their running statistics only in evaluation, so a replay in training needs no earlier values.
 _OTHER_NORMS = {SyncBatchNorm.forward, _InstanceNorm.forward}
 
-_WORTHWHILE = 2**16  # Elements below which PyTorch's kernel is faster than several calls.
-WORTHWHILE = _WORTHWHILE // 4  # Elements of a stream below which its function hardly has activations this large.
+WORTHWHILE = 2**14
+"""Elements of a stream below which the statistics cost less than the Python calls that keep them."""
 
 
 BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
@@ -40,29 +45,28 @@ def normalizes_as_batch_norm(norm: BatchNorm) -> BatchNorm:
 def is_torch_norm(module: nn.Module) -> bool:
     """Return whether the module is a normalization of PyTorch, which in training only writes to its statistics."""
     # Compares `forward`, because a subclass's own may read the statistics that it writes.
-    is_own = "forward" in module.__dict__  # Set by a user; it may do anything.
-    return isinstance(module, _NormBase) and not is_own and type(module).forward in _BATCH_NORMS | _OTHER_NORMS
+    is_known = type(module).forward in _BATCH_NORMS | _OTHER_NORMS
+    return isinstance(module, _NormBase) and is_known and not _has_own_forward(module)
 
 
-class Statistics(NamedTuple):
-    """The statistics that batch norm computes from its input in training, (C,) each."""
-
-    mean: Tensor
-    variance: Tensor
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether `forward` was set on the instance by a user; then it may do anything."""
+    forward = module.__dict__.get("forward")
+    # The engine sets it around a residual function, which may contain another reversible sequence.
+    return forward is not None and type(forward) not in OF_ENGINE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReplayedNorm:
     """A batch norm in training, and how a replay calls it without changing its statistics."""
 
+    norm: _BatchNorm
     attributes: dict[str, Any]
     """Attributes of the instance. With `track_running_stats` off, PyTorch's `forward` computes the same bits and leaves
     the statistics alone.
     """
     forward: Callable[[Tensor], Tensor] | None
     """Replacement for the module's own `forward`, if that method would still write to them; None for PyTorch's."""
-    faster: Callable[[Tensor], Tensor]
-    """Replacement for large rebuilt inputs."""
 
 
 def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
@@ -74,58 +78,135 @@ def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
     for module in function.modules():
         if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
             return {}  # A compiled graph guards on the modules that it was compiled for.
-        forward = type(module).forward
         # A `forward` set on the instance must run. In evaluation, statistics are read and not written.
-        if forward in _BATCH_NORMS and "forward" not in module.__dict__ and module.training:
+        if type(module).forward in _BATCH_NORMS and not _has_own_forward(module) and module.training:
             assert isinstance(module, _BatchNorm)
-            plain = None if forward is _BatchNorm.forward else partial(_BatchNorm.forward, module)
-            norms[id(module)] = ReplayedNorm(module.__dict__, plain, partial(_run_again, module))
+            plain = None if type(module).forward is _BatchNorm.forward else partial(_BatchNorm.forward, module)
+            norms[id(module)] = ReplayedNorm(module, module.__dict__, plain)
     return norms
 
 
-def _run_again(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Call a batch norm whose statistics are currently not tracked."""
-    if not (torch.compiler.is_compiling() or in_functorch_transform()):
-        statistics = find_statistics(x)
-        if statistics is not None:
-            return normalize(norm, x, statistics)
-    return _BatchNorm.forward(norm, x)
+class Statistics(NamedTuple):
+    """The statistics of one call of a batch norm in training, (C,) each."""
+
+    mean: Tensor
+    inverse_deviation: Tensor
+    num_slots: int
+    """Number of slots that the function had before the call."""
 
 
-def find_statistics(x: Tensor) -> Statistics | None:
-    """Return the statistics of a batch if they are computed faster here than by PyTorch's kernel; else None.
+def keeping_statistics(
+    function: Callable[..., Any], norms: Iterable[ReplayedNorm], saved: "Saved", kept: list[Statistics]
+) -> Callable[..., Any]:
+    """Return `function`, which in addition puts the statistics of its batch norms into `kept`.
 
-    Numerics:
-        Pairwise sums around the mean, in the precision of `x`: about 1e-7 of the variance in float32.
+    Args:
+        function: A residual function.
+        norms: Its batch norms.
+        saved: Has the tensors that autograd saves while the function runs.
+        kept: List that receives the statistics.
     """
-    is_slow_in_pytorch = x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous() and x.numel() >= _WORTHWHILE
-    if not is_slow_in_pytorch or x.dtype not in (torch.float32, torch.float64):
-        return None
-    B, C = x.shape[:2]
-    count = x.numel() // C
-    # Without a graph: the backward formula of batch norm already includes the gradient through the statistics.
-    x = x.detach().view(B, C, -1)
-    mean = x.sum(-1).sum(0) / count
-    variance = torch.linalg.vector_norm(x - mean.view(1, C, 1), dim=-1).square().sum(0) / count
-    return Statistics(mean, variance)
+
+    def run(*args: Any) -> Any:
+        before = [(norm.attributes, norm.attributes.get("forward")) for norm in norms]
+        try:
+            for norm in norms:
+                norm.attributes["forward"] = _Watched(norm.norm, saved, kept)
+            return function(*args)
+        finally:
+            for attributes, forward in before:
+                if forward is None:
+                    del attributes["forward"]
+                else:
+                    attributes["forward"] = forward
+
+    return run
 
 
-def normalize(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
-    """Return `norm(x)` in training, given the statistics of `x`; running statistics are not changed."""
-    return _Normalize.apply(x, norm.weight, norm.bias, *statistics, norm.eps)
+class _Watched:
+    """The forward of a batch norm in a first run, which keeps the statistics that autograd saves."""
+
+    __slots__ = ("_kept", "_norm", "_saved")
+
+    def __init__(self, norm: _BatchNorm, saved: "Saved", kept: list[Statistics]):
+        self._norm, self._saved, self._kept = norm, saved, kept
+
+    def __call__(self, x: Tensor) -> Tensor:
+        saved, forward = self._saved, type(self._norm).forward
+        if saved.tensors is None or not _is_normalized_linearly(x):
+            return forward(self._norm, x)
+        num_slots = len(saved.tensors)
+        y = forward(self._norm, x)
+        new = saved.tensors[num_slots:]
+        # Autograd saves the input, if it does not outlive the call, and then the statistics.
+        if len(new) in (2, 3) and all(tensor.shape == x.shape[1:2] and tensor.grad_fn is None for tensor in new[-2:]):
+            mean, inverse_deviation = new[-2:]
+            self._kept.append(Statistics(mean.detach(), inverse_deviation.detach(), num_slots))
+        return y
+
+
+def normalizing_with(
+    norm: ReplayedNorm, statistics: Iterable[Statistics], caught: list[Tensor], lasting: set[int]
+) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a batch norm for a replay that uses the statistics of the first run.
+
+    Args:
+        norm: The batch norm; its running statistics are currently not tracked.
+        statistics: Statistics of the function's batch norms.
+        caught: List of the tensors that autograd has saved so far.
+        lasting: Identities of the tensors that outlive the call, which have no slots.
+    """
+    return _Normalizing(norm.norm, {entry.num_slots: entry for entry in statistics}, caught, lasting)
+
+
+class _Normalizing:
+    """The forward of a batch norm in a replay."""
+
+    __slots__ = ("_by_number", "_caught", "_lasting", "_norm")
+
+    def __init__(self, norm: _BatchNorm, by_number: dict[int, Statistics], caught: list[Tensor], lasting: set[int]):
+        self._norm, self._by_number, self._caught, self._lasting = norm, by_number, caught, lasting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm, statistics = self._norm, self._by_number.get(num_slots(self._caught, self._lasting))
+        if statistics is None or torch.compiler.is_compiling() or not _is_normalized_linearly(x):
+            return _BatchNorm.forward(norm, x)
+        norm._check_input_dim(x)
+        return _Normalize.apply(x, norm.weight, norm.bias, statistics.mean, statistics.inverse_deviation, norm.eps)
+
+
+def num_slots(tensors: Iterable[Tensor], lasting: set[int]) -> int:
+    """Return how many of the tensors that autograd saved do not outlive the call."""
+    return sum([id(t) not in lasting and ((base := t._base) is None or id(base) not in lasting) for t in tensors])
+
+
+OF_ENGINE = (_Watched, _Normalizing)
+"""The forwards that the engine sets on batch norms."""
+
+
+def _is_normalized_linearly(x: Tensor) -> bool:
+    """Return whether the kernel for `x` computes `x * a + b`, with `a` and `b` for each channel."""
+    if x.device.type != "cpu" or in_functorch_transform() or forward_mode_level() >= 0:
+        return False
+    is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return is_last or x.is_contiguous() or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
 
 
 class _Normalize(torch.autograd.Function):
-    """Saves the tensors that PyTorch's batch norm saves, in the same order, so that it can replace it."""
+    """Batch norm in training with given statistics.
+
+    It saves the tensors that PyTorch's batch norm saves, in the same order, so that it can replace it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor, eps: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
+        ctx.save_for_backward(x, weight, mean, inverse)
         ctx.eps = eps
-        # As in evaluation, with these as running statistics; otherwise the kernel would compute them again.
-        return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        multiplier = inverse if weight is None else inverse * weight
+        # As in evaluation (False). With the variance 1 and an epsilon of 0, the kernel multiplies by the weight alone.
+        return torch.native_batch_norm(x, multiplier, bias, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:

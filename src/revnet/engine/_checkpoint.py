@@ -150,7 +150,7 @@ class _KeepingRun:
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
         if half_block.coupling.is_additive:
-            replay(call, chain.call, (half_block, leaves[0]), fill=True, rounded=None, needs_result=False)
+            replay(call, chain.call, (half_block, leaves[0]), fill=True, is_rounded=False, needs_result=False)
             return
         # Recomputed for the tensors that autograd saves; the sum is not read.
         log_dets: list[Tensor] | None = [] if self._has_log_dets else None
@@ -159,7 +159,7 @@ class _KeepingRun:
             lambda: chain.join(half_block, leaves[1], chain.call(half_block, leaves[0]), log_dets),
             (),
             fill=True,
-            rounded=None,
+            is_rounded=False,
             needs_result=False,
         )
 
@@ -218,7 +218,7 @@ class _KeptCall:
         """Recompute the activations."""
         check_finished(self.is_finished)
         self._call.surroundings.look_at_random_states(self._call.before)
-        replay(self._call, self._compute, (), fill=True, rounded=None, needs_result=False)
+        replay(self._call, self._compute, (), fill=True, is_rounded=False, needs_result=False)
 
     def _compute(self) -> Any:
         return self._module(*self._args, **self._kwargs)

@@ -184,14 +184,14 @@ class Rebuilder:
             for observer in self.observers:
                 observer.after_fill(self, index, streams)
 
-    def source_of(self, step: AbstractStep, streams: StreamSnapshot, index: int) -> tuple[Tensor, Tensor | None]:
-        """Return the stream that a step's function reads, as a leaf; and again if it carries rounding."""
+    def source_of(self, step: AbstractStep, streams: StreamSnapshot, index: int) -> tuple[Tensor, bool]:
+        """Return the stream that a step's function reads, as a leaf, and whether it carries rounding."""
         if self.correctors:
             correct(self, index, streams)
         # `data` has its own version counter; the stream's counter rises when it is overwritten later.
         source = streams.read(step.half_block.source).data.requires_grad_(step.source_requires_grad)
         # A corrector may have replaced the streams by exact ones.
-        return source, None if index + 1 == streams.origin or step.half_block.coupling.is_exact else source
+        return source, index + 1 != streams.origin and not step.half_block.coupling.is_exact
 
 
 class AdditiveStep(AbstractFunctionStep):
@@ -245,10 +245,13 @@ class AdditiveStep(AbstractFunctionStep):
         self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool, needs_result: bool
     ) -> Any:
         chain, half_block = run.chain, self.half_block
-        source, rounded = run.source_of(self, streams, index)
+        source, is_rounded = run.source_of(self, streams, index)
         function: Callable[..., Any] = half_block.function if chain.is_plain else chain.call
         args = (source,) if chain.is_plain else (half_block, source)
-        residual = replay(self, function, args, fill=fill, rounded=rounded, needs_result=needs_result)
+        is_check = run.is_checking
+        residual = replay(
+            self, function, args, fill=fill, is_rounded=is_rounded, needs_result=needs_result, is_check=is_check
+        )
         if chain.is_plain and source._version:
             raise wrote_to_input(half_block)
         return residual.detach() if residual is not None and torch.is_grad_enabled() else residual

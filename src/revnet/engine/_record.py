@@ -25,6 +25,7 @@ from revnet._torch_internals import (
     sequence_number_of,
 )
 from revnet.engine import _careful, _states
+from revnet.engine._batch_norm import WORTHWHILE, Statistics, keeping_statistics
 from revnet.engine._careful import FRESH_COUNT, meta_of
 from revnet.engine._digest import Tail
 from revnet.engine._plan import Plan, plan_for
@@ -124,7 +125,7 @@ class RecordedCall:
     __slots__ = (
         *("autocast", "before", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain"),
         *("lasting", "metas", "name", "others", "parameters", "plan", "random", "requires_grad", "results"),
-        *("saved", "states", "stop_after", "surroundings", "tail", "versions", "written"),
+        *("saved", "states", "statistics", "stop_after", "surroundings", "tail", "versions", "written"),
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
@@ -170,6 +171,8 @@ class RecordedCall:
         """Shape, dtype and device of each returned tensor; `metas` describes each saved tensor."""
         self.is_plain = True
         """Whether no saved tensor was written to, and none was read before the forward pass ended."""
+        self.statistics: list[Statistics] | None = None
+        """Statistics of the function's batch norms, for its replays."""
         self.stop_after = -1
         """Number of saved tensors after which a replay may stop; -1 if it must run to the end."""
         self.tail: Tail | None = None
@@ -213,6 +216,9 @@ class RecordedCall:
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
         if surroundings.is_forward_mode:
             pack = _careful.make_pack(self, saved)
+        if plan.norms and sources and sources[0].numel() >= WORTHWHILE:
+            self.statistics = []
+            function = keeping_statistics(function, plan.norms, saved, self.statistics)
         try:
             push_saved_tensors_hooks(pack, saved.unpack)
         except RuntimeError as error:

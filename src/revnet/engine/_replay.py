@@ -18,7 +18,7 @@ from revnet._torch_internals import (
     set_grad_enabled,
 )
 from revnet.engine import _careful
-from revnet.engine._batch_norm import WORTHWHILE
+from revnet.engine._batch_norm import OF_ENGINE, normalizing_with
 from revnet.engine._careful import meta_of
 from revnet.engine._record import RecordedCall
 from revnet.engine._restore import run_restored
@@ -32,7 +32,14 @@ Args = tuple[Any, ...]
 
 
 def replay(
-    call: RecordedCall, function: Function, args: Args, *, fill: bool, rounded: Tensor | None, needs_result: bool = True
+    call: RecordedCall,
+    function: Function,
+    args: Args,
+    *,
+    fill: bool,
+    is_rounded: bool,
+    needs_result: bool = True,
+    is_check: bool = False,
 ) -> Any:
     """Run a function again under the conditions of its first run. Return the result, or None if the run stopped early.
 
@@ -41,8 +48,9 @@ def replay(
         function: The callable.
         args: Its arguments; the inputs have the same values as in the first run.
         fill: Whether to fill the slots that still exist.
-        rounded: The input, if it carries the rounding of a reconstruction.
+        is_rounded: Whether the input carries the rounding of a reconstruction.
         needs_result: Whether to run to the end; otherwise the run may stop once the slots are filled (rule 7).
+        is_check: Whether to compute everything again, because the result is compared with another one.
 
     Raises:
         ReconstructionError: The function did not repeat its first run (rule 8).
@@ -61,8 +69,8 @@ def replay(
         or list(map(_requires_grad, call.parameters)) != call.requires_grad
         or any_autocast_is_on()  # It was off: `is_mixed` is checked above.
     ):
-        return run_restored(call, _run_again, function, args, fill, rounded, needs_result)
-    return _run_again(call, function, args, call.lasting, fill, rounded, needs_result)
+        return run_restored(call, _run_again, function, args, fill, is_rounded, needs_result, is_check)
+    return _run_again(call, function, args, call.lasting, fill, is_rounded, needs_result, is_check)
 
 
 def _run_again(
@@ -71,8 +79,9 @@ def _run_again(
     args: Args,
     lasting: set[int],
     fill: bool,
-    rounded: Tensor | None,
+    is_rounded: bool,
     needs_result: bool,
+    is_check: bool,
 ) -> Any:
     caught: list[Tensor] = []
     pack: Callable[[Tensor], Any] = caught.append  # In C; lasting tensors are removed afterwards.
@@ -84,19 +93,24 @@ def _run_again(
     elif stop_after > 0:
         pack = _make_stopping_pack(caught, lasting, stop_after)
     norms = call.plan.norms
-    flags: list[tuple[bool, Function | None]] = []
-    is_faster = bool(norms) and rounded is not None and rounded.numel() >= WORTHWHILE and not call.is_mixed
+    flags: list[tuple[bool, Any]] = []
+    statistics = None if is_check else call.statistics
     has_grad = torch.is_grad_enabled()
     push_saved_tensors_hooks(pack, _identity)  # Only a function that differentiates inside itself unpacks here.
     try:
         set_grad_enabled(True)  # A backward pass disables gradients, and nothing would be saved.
         for norm in norms:
             attributes = norm.attributes
-            forward = None if "forward" in attributes else norm.faster if is_faster else norm.forward
-            flags.append((attributes["track_running_stats"], forward))
+            flags.append((attributes["track_running_stats"], before := attributes.get("forward")))
             attributes["track_running_stats"] = False
-            if forward is not None:
-                attributes["forward"] = forward
+            if before is None or type(before) in OF_ENGINE:
+                forward = norm.forward
+                if statistics:
+                    forward = normalizing_with(norm, statistics, caught, lasting)
+                if forward is not None:
+                    attributes["forward"] = forward
+                elif before is not None:
+                    del attributes["forward"]
         if profiler_is_on():
             function = torch.profiler.record_function(f"revnet: replay {call.name}")(function)
         result = function(*args)
@@ -106,10 +120,12 @@ def _run_again(
         caught.clear()  # The traceback refers to the hook, which would keep every activation alive.
         raise
     finally:
-        for norm, (flag, forward) in zip(norms, flags):  # noqa: B905 - fewer flags after an exception
+        for norm, (flag, before) in zip(norms, flags):  # noqa: B905 - fewer flags after an exception
             norm.attributes["track_running_stats"] = flag
-            if forward is not None:
+            if before is None:
                 norm.attributes.pop("forward", None)
+            else:
+                norm.attributes["forward"] = before
         set_grad_enabled(has_grad)
         pop_saved_tensors_hooks()
     tensors = caught
@@ -123,7 +139,7 @@ def _run_again(
         if results != call.results:
             _careful.fail_results(call, results)
     if call.tail is not None:
-        call.tail.compare(call.name, tensors[-1], is_rounded=rounded is not None)
+        call.tail.compare(call.name, tensors[-1], is_rounded=is_rounded)
     if fill and (saved := call.saved()) is not None:
         saved.tensors, saved.versions = tensors[:], versions  # A copy, since `caught` is cleared.
         if call.constants is not None:

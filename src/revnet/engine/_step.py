@@ -127,13 +127,13 @@ class JoinedStep(AbstractStep):
         def compute() -> Tensor:
             return run.chain.join(half_block, x, run.chain.call(half_block, source), _new_log_dets(run))
 
-        y: Tensor = replay(self, compute, (), fill=False, rounded=None)
+        y: Tensor = replay(self, compute, (), fill=False, is_rounded=False, is_check=run.is_checking)
         # Its graph would keep all tensors that this replay saved.
         return y.detach()
 
     def _run_again(self, run: "Rebuilder", streams: StreamSnapshot, index: int, *, fill: bool) -> Tensor:
         half_block, coupling = self.half_block, self.half_block.coupling
-        source, rounded = run.source_of(self, streams, index)
+        source, is_rounded = run.source_of(self, streams, index)
         y_or_x = streams.read(half_block.target)
         # If it is already undone, this is the stream before the half-block.
         x = y_or_x if streams.position == index else None
@@ -150,7 +150,8 @@ class JoinedStep(AbstractStep):
 
         # The stream before the half-block is known only once the function has run to its end.
         needs_result = x is None or not fill
-        replay(self, compute, (), fill=fill, rounded=rounded, needs_result=needs_result)
+        is_check = run.is_checking
+        replay(self, compute, (), fill=fill, is_rounded=is_rounded, needs_result=needs_result, is_check=is_check)
         assert x is not None
         return x
 
