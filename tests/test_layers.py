@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "revnet"
 LEVELS = {
     "errors": 0,
     "_atomic_file": 0,
+    "_bytes": 0,
     "_checks": 0,
     "_input_files": 0,
     "_outside_text": 0,

@@ -171,6 +171,24 @@ def constant_while_tracing(function: Function) -> Function:
     return function
 
 
+def detached_alias(tensor: Tensor) -> Tensor:
+    """Return an alias of a tensor that shares its version counter, also below autograd.
+
+    Reason: in a dispatch mode, `detach` returns a tensor with a version counter of its own, which shows no writes.
+    `torch.utils.checkpoint` does the same. When it disappears: find out how that module does it.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def is_composite(operator: torch._ops.OpOverload) -> bool:
+    """Return whether PyTorch replaces an operator by others before it runs, so that no dispatch mode sees it.
+
+    Reason: only the dispatcher knows. When it disappears: call the operator under a mode that records operators.
+    """
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"))
+
+
 @contextmanager
 def fakes_for_a_trial(fake: Tensor) -> Iterator[None]:
     """Let operators mix `fake` with real tensors and read values, which the mode of `fake` makes up.

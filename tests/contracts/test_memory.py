@@ -17,6 +17,8 @@ from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 # One stream is 1 MiB (conv) or 0.5 MiB (transformer).
 CONV_STREAM = 8 * 32 * 32 * 32 * 4
 TRANSFORMER_STREAM = 2 * 256 * 256 * 4
+STATISTICS = 2 * 2 * 2 * 32 * 4
+"""Bytes of the statistics that a block of two functions with two batch norms each keeps: two numbers per channel."""
 
 
 def conv_stack(depth, policy=None):
@@ -33,23 +35,23 @@ def transformer_stack(depth):
 def test_conv_stack_needs_nine_streams_at_any_depth(depth):
     """The pair, the two gradients, three saved tensors, the residual, its gradient, and some scalars and vectors."""
     memory = measure(conv_stack(depth), torch.randn(8, 64, 32, 32))
-    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 520
-    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4  # The final pair, and the loss.
+    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 8 + depth * STATISTICS
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4 + depth * STATISTICS  # The final pair, and the loss.
 
 
 def test_memory_of_256_blocks_is_the_same():
     """Counted without computing, which gives the same bytes (see below)."""
     with FakeTensorMode():
         memory = measure(conv_stack(256), torch.randn(8, 64, 32, 32))
-    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 520
-    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4
+    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 8 + 256 * STATISTICS
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4 + 256 * STATISTICS
 
 
 @pytest.mark.parametrize("depth", [4, 16, 64])
 def test_pair_needs_the_memory_of_a_tensor(depth):
     memory = measure(conv_stack(depth), (torch.randn(8, 32, 32, 32), torch.randn(8, 32, 32, 32)))
-    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 528
-    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 8
+    assert memory.activation_bytes == 9 * CONV_STREAM + SAMPLE + 16 + depth * STATISTICS
+    assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 8 + depth * STATISTICS
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -65,7 +67,8 @@ def test_dense_gradient_of_the_output_needs_no_more_memory(requires_grad):
             return self.stack(x).mul(weights).sum()
 
     x, weights = torch.randn(2, 8, 64, 32, 32).unbind()
-    assert measure(Head(), x.requires_grad_(requires_grad), weights).activation_bytes <= 9 * CONV_STREAM + SAMPLE + 1024
+    memory = measure(Head(), x.requires_grad_(requires_grad), weights)
+    assert memory.activation_bytes <= 9 * CONV_STREAM + SAMPLE + 1024 + 4 * STATISTICS
 
 
 def test_transformer_stack_is_flat_in_depth():
@@ -99,7 +102,9 @@ def test_memory_of_the_stored_twin_grows_with_depth():
 def test_stored_last_block_adds_only_its_activations():
     depth = 8
     mixed = conv_stack(depth, [Reverse()] * (depth - 1) + [Store()])
-    assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= 12 * CONV_STREAM + SAMPLE + 1024
+    assert measure(mixed, torch.randn(8, 64, 32, 32)).activation_bytes <= (
+        12 * CONV_STREAM + SAMPLE + 1024 + (depth - 1) * STATISTICS
+    )
 
 
 def test_single_function_holds_only_its_input():
@@ -110,9 +115,9 @@ def test_single_function_holds_only_its_input():
         y1, y2 = reversible(Chain([HalfBlock(function, 0, 1)]).bind(), (x1, x2))
         loss = y1.sum()
         assert y2 is x2
-        assert counter.live_bytes == CONV_STREAM + 4  # y1 and the loss.
+        assert counter.live_bytes == CONV_STREAM + 4 + STATISTICS // 2  # y1, the loss and the statistics.
         del y1
-        assert counter.live_bytes == 4
+        assert counter.live_bytes == 4 + STATISTICS // 2
         loss.backward()
     gradients = [parameter.grad.clone() for parameter in function.parameters()]
     function.zero_grad()
@@ -255,7 +260,7 @@ def test_retained_graph_holds_only_the_final_pair():
     with LiveBytes(keep) as counter:
         loss = sum(y.sum() for y in sequence((x1, x2)))
         loss.backward(retain_graph=True)
-        assert counter.live_bytes <= 2 * CONV_STREAM + 1024
+        assert counter.live_bytes <= 2 * CONV_STREAM + 1024 + 4 * STATISTICS
 
 
 def test_graph_is_freed_without_the_garbage_collector():

@@ -24,11 +24,6 @@ from revnet.engine._streams import StreamSnapshot
 if TYPE_CHECKING:
     from revnet.engine._rebuild import Rebuilder
 
-SUSPICIOUS = 64.0
-"""Ratio of an error to the errors so far above which the function is run again as a check.
-
-If every function amplified errors by this factor, a float32 stream would be lost after four blocks.
-"""
 PARTS_INTERVAL = 16  # Runs between two comparisons of the parts of a stream, which cost much on small tensors.
 _FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex}
 
@@ -111,7 +106,7 @@ class AgreementWatch(Observer):
             if error:
                 of_source = self.errors[half_block.source] / (self.sizes[half_block.source] or math.inf)
                 before = max(self.worst, of_source, _FLOOR[x.dtype])
-                if not error <= scale * SUSPICIOUS * before or half_block.coupling.is_exact:
+                if not error <= scale * _suspicion.SUSPICIOUS * before or half_block.coupling.is_exact:
                     ratio = error / (scale * before) if scale else math.inf
                     _suspicion.look_closer(self, run, index, streams, digest, expected, ratio)
                 self.worst = max(self.worst, error / (scale or math.inf))
@@ -137,7 +132,7 @@ class AgreementWatch(Observer):
         tail, source = run.steps[index].tail, run.steps[index].half_block.source
         assert tail is not None
         ratio = tail.error / max(self.worst, self.relative_error(source), 4 * self.eps)
-        if not ratio <= SUSPICIOUS:
+        if not ratio <= _suspicion.SUSPICIOUS:
             _suspicion.look_closer(self, run, index, streams, tail.actual, tail.expected, ratio, is_tail=True)
 
     def relative_error(self, stream: int) -> float:

@@ -118,3 +118,12 @@ def same_bits(a: Any, b: Any) -> bool:
     # Compares bits: NaN equals itself, and -0.0 differs from 0.0.
     a, b = (np.ascontiguousarray(array).reshape(-1) for array in (a, b))
     return bool(np.array_equal(a.view(np.uint8), b.view(np.uint8)))
+
+
+def array_of(x: torch.Tensor) -> Any:
+    """Return a tensor's memory as an array. The array must not outlive the tensor.
+
+    `Tensor.numpy` is not used, because it marks the storage as not resizable, and FSDP must resize it.
+    """
+    read, shape, dtype, strides = layout_of(x.shape, x.stride(), x.dtype)
+    return np.ndarray(shape, dtype, read(x.data_ptr()), 0, strides)

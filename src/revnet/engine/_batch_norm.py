@@ -6,9 +6,11 @@ bit: both times, the kernel computes `x * a + b` for each channel, and the repla
 variance of 1.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from revnet._torch_internals import forward_mode_level, in_functorch_transform
+from revnet.engine._keeper import AbstractKeeper, Function, num_slots
 
 if TYPE_CHECKING:
     from revnet.engine._record import Saved
@@ -52,8 +55,8 @@ def is_torch_norm(module: nn.Module) -> bool:
 def _has_own_forward(module: nn.Module) -> bool:
     """Return whether `forward` was set on the instance by a user; then it may do anything."""
     forward = module.__dict__.get("forward")
-    # The engine sets it around a residual function, which may contain another reversible sequence.
-    return forward is not None and type(forward) not in OF_ENGINE
+    # The engine sets it while a residual function runs, perhaps in another thread.
+    return forward is not None and not isinstance(forward, _Watched | _Normalizing)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +70,12 @@ class ReplayedNorm:
     """
     forward: Callable[[Tensor], Tensor] | None
     """Replacement for the module's own `forward`, if that method would still write to them; None for PyTorch's."""
+
+
+def keeps_statistics(function: nn.Module, norms: Sequence[ReplayedNorm]) -> bool:
+    """Return whether the statistics of these batch norms of a function are kept."""
+    # Modules inside that keep or rebuild activations by themselves may call the same norms in a replay of their own.
+    return len(norms) > 0 and not any(hasattr(module, "policy_units") for module in function.modules())
 
 
 def replayed_norms_of(function: nn.Module) -> dict[int, ReplayedNorm]:
@@ -91,102 +100,97 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     inverse_deviation: Tensor
-    num_slots: int
-    """Number of slots that the function had before the call."""
 
 
-def keeping_statistics(
-    function: Callable[..., Any], norms: Iterable[ReplayedNorm], saved: "Saved", kept: list[Statistics]
-) -> Callable[..., Any]:
-    """Return `function`, which in addition puts the statistics of its batch norms into `kept`.
+class KeptStatistics(AbstractKeeper):
+    """Keeps the statistics of the batch norms of one call of a function.
 
     Args:
-        function: A residual function.
-        norms: Its batch norms.
-        saved: Has the tensors that autograd saves while the function runs.
-        kept: List that receives the statistics.
+        norms: The batch norms.
     """
 
-    def run(*args: Any) -> Any:
-        before = [(norm.attributes, norm.attributes.get("forward")) for norm in norms]
-        try:
-            for norm in norms:
-                norm.attributes["forward"] = _Watched(norm.norm, saved, kept)
-            return function(*args)
-        finally:
-            for attributes, forward in before:
-                if forward is None:
-                    del attributes["forward"]
-                else:
-                    attributes["forward"] = forward
+    __slots__ = ("_kept", "_norms")
 
-    return run
+    def __init__(self, norms: Sequence[ReplayedNorm]):
+        self._norms = norms
+        self._kept: dict[int, Statistics] = {}
+        """Statistics by the number of slots that the function had before it called the norm."""
+
+    def recording(self, function: Function, saved: "Saved") -> Function:
+        return self._with_forwards(function, lambda norm: _Watched(norm, saved, self._kept))
+
+    def replaying(self, function: Function, name: str, caught: list[Tensor], lasting: set[int]) -> Function:
+        return self._with_forwards(function, lambda norm: _Normalizing(norm, self._kept, caught, lasting))
+
+    def _with_forwards(self, function: Function, make: Callable[[_BatchNorm], Function]) -> Function:
+        def run(*args: Any) -> Any:
+            with _forwards_set(self._norms, make):
+                return function(*args)
+
+        return run
+
+
+@contextmanager
+def _forwards_set(norms: Sequence[ReplayedNorm], make: Callable[[_BatchNorm], Function]) -> Iterator[None]:
+    forwards = [(norm.attributes, norm.attributes.get("forward"), make(norm.norm)) for norm in norms]
+    try:
+        for attributes, _, forward in forwards:
+            attributes["forward"] = forward
+        yield
+    finally:
+        for attributes, before, forward in forwards:
+            if attributes.get("forward") is not forward:
+                continue  # Another thread has set its own, and removes it.
+            if before is None or isinstance(before, _Watched | _Normalizing):
+                del attributes["forward"]
+            else:
+                attributes["forward"] = before
 
 
 class _Watched:
     """The forward of a batch norm in a first run, which keeps the statistics that autograd saves."""
 
-    __slots__ = ("_kept", "_norm", "_saved")
+    __slots__ = ("_kept", "_norm", "_saved", "_thread")
 
-    def __init__(self, norm: _BatchNorm, saved: "Saved", kept: list[Statistics]):
-        self._norm, self._saved, self._kept = norm, saved, kept
+    def __init__(self, norm: _BatchNorm, saved: "Saved", kept: dict[int, Statistics]):
+        self._norm, self._saved, self._kept, self._thread = norm, saved, kept, get_ident()
 
     def __call__(self, x: Tensor) -> Tensor:
-        saved, forward = self._saved, type(self._norm).forward
-        if saved.tensors is None or not _is_normalized_linearly(x):
+        tensors, forward = self._saved.tensors, type(self._norm).forward
+        if tensors is None or get_ident() != self._thread or not _is_normalized_linearly(x):
             return forward(self._norm, x)
-        num_slots = len(saved.tensors)
+        before = len(tensors)
         y = forward(self._norm, x)
-        new = saved.tensors[num_slots:]
+        new = tensors[before:]
         # Autograd saves the input, if it does not outlive the call, and then the statistics.
         if len(new) in (2, 3) and all(tensor.shape == x.shape[1:2] and tensor.grad_fn is None for tensor in new[-2:]):
             mean, inverse_deviation = new[-2:]
-            self._kept.append(Statistics(mean.detach(), inverse_deviation.detach(), num_slots))
+            self._kept[before] = Statistics(mean.detach(), inverse_deviation.detach())
         return y
 
 
-def normalizing_with(
-    norm: ReplayedNorm, statistics: Iterable[Statistics], caught: list[Tensor], lasting: set[int]
-) -> Callable[[Tensor], Tensor]:
-    """Return the forward of a batch norm for a replay that uses the statistics of the first run.
-
-    Args:
-        norm: The batch norm; its running statistics are currently not tracked.
-        statistics: Statistics of the function's batch norms.
-        caught: List of the tensors that autograd has saved so far.
-        lasting: Identities of the tensors that outlive the call, which have no slots.
-    """
-    return _Normalizing(norm.norm, {entry.num_slots: entry for entry in statistics}, caught, lasting)
-
-
 class _Normalizing:
-    """The forward of a batch norm in a replay."""
+    """The forward of a batch norm in a replay, which uses the statistics of the first run."""
 
-    __slots__ = ("_by_number", "_caught", "_lasting", "_norm")
+    __slots__ = ("_caught", "_kept", "_lasting", "_norm", "_thread")
 
-    def __init__(self, norm: _BatchNorm, by_number: dict[int, Statistics], caught: list[Tensor], lasting: set[int]):
-        self._norm, self._by_number, self._caught, self._lasting = norm, by_number, caught, lasting
+    def __init__(self, norm: _BatchNorm, kept: dict[int, Statistics], caught: list[Tensor], lasting: set[int]):
+        self._norm, self._kept, self._caught, self._lasting = norm, kept, caught, lasting
+        self._thread = get_ident()
 
     def __call__(self, x: Tensor) -> Tensor:
-        norm, statistics = self._norm, self._by_number.get(num_slots(self._caught, self._lasting))
-        if statistics is None or torch.compiler.is_compiling() or not _is_normalized_linearly(x):
-            return _BatchNorm.forward(norm, x)
+        norm, is_own = self._norm, get_ident() == self._thread and not torch.compiler.is_compiling()
+        statistics = self._kept.get(num_slots(self._caught, self._lasting)) if is_own else None
+        if statistics is None or not _is_normalized_linearly(x):
+            # In another thread, this may be a first run.
+            return _BatchNorm.forward(norm, x) if is_own else type(norm).forward(norm, x)
         norm._check_input_dim(x)
         return _Normalize.apply(x, norm.weight, norm.bias, statistics.mean, statistics.inverse_deviation, norm.eps)
 
 
-def num_slots(tensors: Iterable[Tensor], lasting: set[int]) -> int:
-    """Return how many of the tensors that autograd saved do not outlive the call."""
-    return sum([id(t) not in lasting and ((base := t._base) is None or id(base) not in lasting) for t in tensors])
-
-
-OF_ENGINE = (_Watched, _Normalizing)
-"""The forwards that the engine sets on batch norms."""
-
-
 def _is_normalized_linearly(x: Tensor) -> bool:
     """Return whether the kernel for `x` computes `x * a + b`, with `a` and `b` for each channel."""
-    if x.device.type != "cpu" or in_functorch_transform() or forward_mode_level() >= 0:
+    if x.device.type not in ("cpu", "meta") or in_functorch_transform() or forward_mode_level() >= 0:
         return False
     is_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return is_last or x.is_contiguous() or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))

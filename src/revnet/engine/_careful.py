@@ -322,6 +322,15 @@ def modified_output(tensor: Tensor, version: int) -> ReconstructionError:
     )
 
 
+def modified_stream(reader: str, tensor: Tensor, version: int) -> ReconstructionError:
+    """Return the error for a stream that was kept because a function reads it, and was written to."""
+    return ReconstructionError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: the stream "
+        f"that `{reader}` read, of shape {tuple(tensor.shape)}, is at version {version_of(tensor)}; expected version "
+        f"{version} instead. Use the operation's out-of-place form."
+    )
+
+
 def overwritten_output(tensor: Tensor) -> ReconstructionError:
     """Return the error for a final stream that was overwritten without raising its version."""
     return ReconstructionError(

@@ -20,6 +20,7 @@ from revnet.engine._block_hooks import run_through_blocks
 from revnet.engine._tensors import tensors_in
 
 if TYPE_CHECKING:
+    from revnet.engine._moves import Holding, Moves
     from revnet.engine._plan import Plan
     from revnet.engine._rebuild import Rebuilder
     from revnet.engine._recording import ChainRecorder
@@ -61,13 +62,20 @@ class Chain:
         blocks: For each half-block, the block that must be called for it because it has hooks or a `forward` of its
             own; None for other half-blocks. Consecutive half-blocks of one block are run by a single call of the
             block.
+        moves: For each half-block, what a reversible run keeps for it; None or empty for nothing.
     """
 
-    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "num_runs", "plans", "tolerated")
+    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "moves", "num_runs", "plans", "tolerated")
 
-    def __init__(self, half_blocks: Sequence[HalfBlock], blocks: Sequence[nn.Module | None] | None = None):
+    def __init__(
+        self,
+        half_blocks: Sequence[HalfBlock],
+        blocks: Sequence[nn.Module | None] | None = None,
+        moves: "Sequence[Moves | None]" = (),
+    ):
         self.half_blocks = tuple(half_blocks)
         self.blocks = None if blocks is None or not any(block is not None for block in blocks) else tuple(blocks)
+        self.moves = tuple(moves) if any(move is not None for move in moves) else None
         self.is_exact = all(half_block.coupling.is_exact for half_block in half_blocks)
         """Whether all couplings are exact, so that reversal has no error."""
         self.has_exact = any(half_block.coupling.is_exact for half_block in half_blocks)
@@ -130,6 +138,8 @@ class BoundChain:
     """Whether `call` is known to be `half_block.function(source)`: there are no arguments and no `input_dtype`."""
     is_joined: bool = False
     """Whether the caller concatenates the final streams with `joined`, which then hands them to the run."""
+    holding: "Holding | None" = None
+    """Streams and outputs that the call holds in addition to the final streams."""
     # Weak: the graph owns the run (rule 1).
     run: "weakref.ref[Rebuilder] | None" = None
     """The run that holds the final streams for the backward pass, if there is one."""
@@ -143,7 +153,8 @@ class BoundChain:
 
     def part(self, start: int, stop: int) -> "BoundChain":
         """Return the call of some of the half-blocks, without the blocks that they belong to."""
-        chain = Chain(self.half_blocks[start:stop])
+        moves = self.chain.moves
+        chain = Chain(self.half_blocks[start:stop], None, () if moves is None else moves[start:stop])
         return BoundChain(
             chain,
             self.args,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams
-from revnet.engine._careful import check_finished
+from revnet.engine._careful import check_finished, modified_stream
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._device_digest import WAITING_INTERVAL
 from revnet.engine._drift import meter_is_quiet
@@ -27,7 +27,6 @@ from revnet.engine._surroundings import Surroundings
 from revnet.engine._tensors import tensors_in, version_of, versions_of
 from revnet.engine._tracing import refuse, runs_plainly
 from revnet.engine.compile import compiled
-from revnet.errors import ReconstructionError
 
 
 def checkpointed(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
@@ -141,11 +140,7 @@ class _KeepingRun:
         saved = call.saved()
         for tensor, version, requires_grad in () if saved is None or saved.kept is None else saved.kept:
             if version_of(tensor) != version:
-                raise ReconstructionError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"the stream that `{half_block.name}` read, of shape {tuple(tensor.shape)}, is at version "
-                    f"{version_of(tensor)}; expected version {version} instead. Use the operation's out-of-place form."
-                )
+                raise modified_stream(half_block.name, tensor, version)
             # `data` has its own version counter, which is 0; otherwise every saved input would look modified.
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain

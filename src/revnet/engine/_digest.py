@@ -5,14 +5,13 @@ Samples are read from memory without PyTorch operators, so that a measured step 
 
 import math
 from ctypes import string_at
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
-from revnet.engine._arrays import DTYPES, INTEGERS, digest_of_array, layout_of, reader_of
+from revnet.engine._arrays import DTYPES, INTEGERS, array_of, digest_of_array, reader_of
 from revnet.engine._careful import not_the_same
 from revnet.engine._device_digest import checksum_on_device, may_wait_for, sample_on_device
 
@@ -31,15 +30,6 @@ def can_digest(x: Tensor) -> bool:
 def has_memory(x: Tensor) -> bool:
     """Return whether a tensor's memory is allocated; FSDP frees the memory of a parameter after its function ran."""
     return x.untyped_storage().nbytes() >= x.nbytes and x.data_ptr() != 0
-
-
-def array_of(x: Tensor) -> Any:
-    """Return a tensor's memory as an array. The array must not outlive the tensor.
-
-    `Tensor.numpy` is not used, because it marks the storage as not resizable, and FSDP must resize it.
-    """
-    read, shape, dtype, strides = layout_of(x.shape, x.stride(), x.dtype)
-    return np.ndarray(shape, dtype, read(x.data_ptr()), 0, strides)
 
 
 def digest_of(x: Tensor) -> Digest:

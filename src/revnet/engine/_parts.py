@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from revnet.engine._arrays import LEAST, groups, places, step_of
+from revnet.engine._arrays import LEAST, array_of, groups, places, step_of
 from revnet.engine._device_digest import sample_on_device
-from revnet.engine._digest import array_of, digest_of
+from revnet.engine._digest import digest_of
 
 _TINY = 1e-300  # Replaces a norm of zero, to avoid a division by zero.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, replayed_norms_of
+from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, keeps_statistics, replayed_norms_of
 from revnet.engine._random import ONLY_CPU
 
 _device = attrgetter("device")
@@ -57,6 +57,8 @@ class Plan:
     """Places of all other buffers."""
     norms: list[ReplayedNorm]
     """Batch norms in training that can run without changing their statistics, which are not listed above."""
+    keeps_statistics: bool
+    """Whether the statistics of these norms are kept for replays."""
     num_calls: int
     """Number of calls so far."""
     data_writes: list[int]
@@ -115,12 +117,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
     buffer_dicts: list[Any] = [module._buffers for module in modules]
     child_dicts: list[Any] = [module._modules for module in modules]
     dicts = [*parameter_dicts, *buffer_dicts, *child_dicts]
-    if any(not isinstance(holder, dict) for holder in dicts):
-        raise NotImplementedError(
-            f"`{name}` contains a module of `torch.jit`, whose executor saves different tensors from run to run, so "
-            "its activations cannot be rebuilt; use the module that it was scripted from, or store its block's "
-            "activations with the policy `Store()`."
-        )
+    _refuse_jit(dicts, name)
     # Flags are read at each call, fastest from a dict, in C. But a module may define `training` as a property.
     has_flags = all("training" in module.__dict__ for module in modules)
     get_flag: Any = itemgetter("training") if has_flags else attrgetter("training")
@@ -161,6 +158,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
         fixed=fixed,
         states=states,
         norms=list(norms.values()),
+        keeps_statistics=keeps_statistics(function, list(norms.values())),
         num_calls=0,
         data_writes=[],
         known=([], set()),
@@ -208,6 +206,15 @@ def _kinds_of_buffers(modules: list[nn.Module], plain_norms: set[int]) -> tuple[
 
 def _places(holders: list[Any]) -> list[tuple[Any, str]]:
     return [(holder, name) for holder in holders for name, tensor in holder.items() if tensor is not None]
+
+
+def _refuse_jit(dicts: list[Any], name: str) -> None:
+    if any(not isinstance(holder, dict) for holder in dicts):
+        raise NotImplementedError(
+            f"`{name}` contains a module of `torch.jit`, whose executor saves different tensors from run to run, so "
+            "its activations cannot be rebuilt; use the module that it was scripted from, or store its block's "
+            "activations with the policy `Store()`."
+        )
 
 
 def _refuse_lazy(modules: list[nn.Module]) -> None:

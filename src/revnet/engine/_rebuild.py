@@ -19,6 +19,7 @@ from revnet.engine._block_hooks import run_through_blocks
 from revnet.engine._chain import BoundChain, HalfBlock, stored, wrote_to_input
 from revnet.engine._digest import can_digest
 from revnet.engine._drift import active_meter
+from revnet.engine._moves import prepare, put_back
 from revnet.engine._observer import Observer
 from revnet.engine._observers import correct, observers_of
 from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
@@ -122,7 +123,9 @@ class Rebuilder:
             surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks may switch autocast.
         kind: type[AbstractStep] = AdditiveStep if is_additive else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
-        plans[index] = step.plan
+        plans[index], step.held_before = step.plan, None
+        if chain.chain.moves is not None:
+            prepare(self, chain, step, index, streams)
         self.steps.append(step)
         y = step.first(self, chain, index, half_block, streams)
         if step.metas:
@@ -206,11 +209,11 @@ class AdditiveStep(AbstractFunctionStep):
         self.half_block = half_block
         source, stream = streams[half_block.source], streams[half_block.target]
         self.source_requires_grad = source.requires_grad
-        is_lowest, is_plain, version = run.lowest < 0, chain.is_plain, source._version
+        is_plain, version, is_watched = chain.is_plain, source._version, run.is_watched
+        may_stop = run.lowest < 0 or self.held_before is not None
         function: Callable[..., Any] = half_block.function if is_plain else chain.call
         args = (source,) if is_plain else (half_block, source)
-        keeps_tail = is_lowest and run.is_watched
-        residual = self.record(run, index, function, args, (source,), may_stop_early=is_lowest, keeps_tail=keeps_tail)
+        residual = self.record(run, index, function, args, (source,), may_stop_early=may_stop, keeps_tail=is_watched)
         if is_plain and source._version != version:
             raise wrote_to_input(half_block)
         # Does what the coupling does, without its checks, which cost more than the sum of small tensors.
@@ -222,6 +225,9 @@ class AdditiveStep(AbstractFunctionStep):
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
         """Run the function again, and subtract its result from the stream."""
         index, half_block = streams.position - 1, self.half_block
+        if self.held_before is not None:
+            put_back(run, self, streams, fill=fill)
+            return
         is_needed = index > run.lowest or run.undoes_all
         residual = self.run_again(run, streams, index, fill=fill, needs_result=is_needed)
         if not is_needed:
@@ -248,10 +254,7 @@ class AdditiveStep(AbstractFunctionStep):
         source, is_rounded = run.source_of(self, streams, index)
         function: Callable[..., Any] = half_block.function if chain.is_plain else chain.call
         args = (source,) if chain.is_plain else (half_block, source)
-        is_check = run.is_checking
-        residual = replay(
-            self, function, args, fill=fill, is_rounded=is_rounded, needs_result=needs_result, is_check=is_check
-        )
+        residual = replay(self, function, args, fill=fill, is_rounded=is_rounded, needs_result=needs_result)
         if chain.is_plain and source._version:
             raise wrote_to_input(half_block)
         return residual.detach() if residual is not None and torch.is_grad_enabled() else residual

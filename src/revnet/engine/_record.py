@@ -25,9 +25,10 @@ from revnet._torch_internals import (
     sequence_number_of,
 )
 from revnet.engine import _careful, _states
-from revnet.engine._batch_norm import WORTHWHILE, Statistics, keeping_statistics
+from revnet.engine._batch_norm import WORTHWHILE, KeptStatistics
 from revnet.engine._careful import FRESH_COUNT, meta_of
 from revnet.engine._digest import Tail
+from revnet.engine._keeper import AbstractKeeper
 from revnet.engine._plan import Plan, plan_for
 from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
 from revnet.engine._slot_filler import SlotFiller
@@ -124,8 +125,8 @@ class RecordedCall:
 
     __slots__ = (
         *("autocast", "before", "buffer_versions", "buffers", "constants", "held", "ids", "is_mixed", "is_plain"),
-        *("lasting", "metas", "name", "others", "parameters", "plan", "random", "requires_grad", "results"),
-        *("saved", "states", "statistics", "stop_after", "surroundings", "tail", "versions", "written"),
+        *("keepers", "lasting", "metas", "name", "others", "parameters", "plan", "random", "requires_grad"),
+        *("results", "saved", "states", "stop_after", "surroundings", "tail", "versions", "written"),
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
@@ -171,8 +172,8 @@ class RecordedCall:
         """Shape, dtype and device of each returned tensor; `metas` describes each saved tensor."""
         self.is_plain = True
         """Whether no saved tensor was written to, and none was read before the forward pass ended."""
-        self.statistics: list[Statistics] | None = None
-        """Statistics of the function's batch norms, for its replays."""
+        self.keepers: tuple[AbstractKeeper, ...] = ()
+        """Keep parts of the first run for its replay."""
         self.stop_after = -1
         """Number of saved tensors after which a replay may stop; -1 if it must run to the end."""
         self.tail: Tail | None = None
@@ -216,9 +217,10 @@ class RecordedCall:
         pack: Callable[[Tensor], int] = saved.pack_and_note if may_stop_early else saved.pack
         if surroundings.is_forward_mode:
             pack = _careful.make_pack(self, saved)
-        if plan.norms and sources and sources[0].numel() >= WORTHWHILE:
-            self.statistics = []
-            function = keeping_statistics(function, plan.norms, saved, self.statistics)
+        if plan.keeps_statistics and sources and sources[0].numel() >= WORTHWHILE:
+            self.keepers += (KeptStatistics(plan.norms),)
+        for keeper in self.keepers:
+            function = keeper.recording(function, saved)
         try:
             push_saved_tensors_hooks(pack, saved.unpack)
         except RuntimeError as error:
@@ -241,6 +243,8 @@ class RecordedCall:
         if tensors:
             self._keep_slots(saved, tensors, (result, *sources), start)
             if may_stop_early:
+                for keeper in self.keepers:
+                    keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
                 self.tail = Tail.of(tensors[-1]) if keeps_tail else None
             # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).

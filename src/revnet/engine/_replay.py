@@ -18,7 +18,6 @@ from revnet._torch_internals import (
     set_grad_enabled,
 )
 from revnet.engine import _careful
-from revnet.engine._batch_norm import OF_ENGINE, normalizing_with
 from revnet.engine._careful import meta_of
 from revnet.engine._record import RecordedCall
 from revnet.engine._restore import run_restored
@@ -32,14 +31,7 @@ Args = tuple[Any, ...]
 
 
 def replay(
-    call: RecordedCall,
-    function: Function,
-    args: Args,
-    *,
-    fill: bool,
-    is_rounded: bool,
-    needs_result: bool = True,
-    is_check: bool = False,
+    call: RecordedCall, function: Function, args: Args, *, fill: bool, is_rounded: bool, needs_result: bool = True
 ) -> Any:
     """Run a function again under the conditions of its first run. Return the result, or None if the run stopped early.
 
@@ -50,7 +42,6 @@ def replay(
         fill: Whether to fill the slots that still exist.
         is_rounded: Whether the input carries the rounding of a reconstruction.
         needs_result: Whether to run to the end; otherwise the run may stop once the slots are filled (rule 7).
-        is_check: Whether to compute everything again, because the result is compared with another one.
 
     Raises:
         ReconstructionError: The function did not repeat its first run (rule 8).
@@ -69,8 +60,8 @@ def replay(
         or list(map(_requires_grad, call.parameters)) != call.requires_grad
         or any_autocast_is_on()  # It was off: `is_mixed` is checked above.
     ):
-        return run_restored(call, _run_again, function, args, fill, is_rounded, needs_result, is_check)
-    return _run_again(call, function, args, call.lasting, fill, is_rounded, needs_result, is_check)
+        return run_restored(call, _run_again, function, args, fill, is_rounded, needs_result)
+    return _run_again(call, function, args, call.lasting, fill, is_rounded, needs_result)
 
 
 def _run_again(
@@ -81,7 +72,6 @@ def _run_again(
     fill: bool,
     is_rounded: bool,
     needs_result: bool,
-    is_check: bool,
 ) -> Any:
     caught: list[Tensor] = []
     pack: Callable[[Tensor], Any] = caught.append  # In C; lasting tensors are removed afterwards.
@@ -92,25 +82,21 @@ def _run_again(
         pack = _careful.make_replay_pack(call, caught, versions, lasting, stop_after, StopReplay)
     elif stop_after > 0:
         pack = _make_stopping_pack(caught, lasting, stop_after)
+    for keeper in call.keepers:
+        function = keeper.replaying(function, call.name, caught, lasting)
     norms = call.plan.norms
-    flags: list[tuple[bool, Any]] = []
-    statistics = None if is_check else call.statistics
+    flags: list[tuple[bool, Function | None]] = []
     has_grad = torch.is_grad_enabled()
     push_saved_tensors_hooks(pack, _identity)  # Only a function that differentiates inside itself unpacks here.
     try:
         set_grad_enabled(True)  # A backward pass disables gradients, and nothing would be saved.
         for norm in norms:
             attributes = norm.attributes
-            flags.append((attributes["track_running_stats"], before := attributes.get("forward")))
+            forward = None if "forward" in attributes else norm.forward
+            flags.append((attributes["track_running_stats"], forward))
             attributes["track_running_stats"] = False
-            if before is None or type(before) in OF_ENGINE:
-                forward = norm.forward
-                if statistics:
-                    forward = normalizing_with(norm, statistics, caught, lasting)
-                if forward is not None:
-                    attributes["forward"] = forward
-                elif before is not None:
-                    del attributes["forward"]
+            if forward is not None:
+                attributes["forward"] = forward
         if profiler_is_on():
             function = torch.profiler.record_function(f"revnet: replay {call.name}")(function)
         result = function(*args)
@@ -120,12 +106,10 @@ def _run_again(
         caught.clear()  # The traceback refers to the hook, which would keep every activation alive.
         raise
     finally:
-        for norm, (flag, before) in zip(norms, flags):  # noqa: B905 - fewer flags after an exception
+        for norm, (flag, forward) in zip(norms, flags):  # noqa: B905 - fewer flags after an exception
             norm.attributes["track_running_stats"] = flag
-            if before is None:
+            if forward is not None:
                 norm.attributes.pop("forward", None)
-            else:
-                norm.attributes["forward"] = before
         set_grad_enabled(has_grad)
         pop_saved_tensors_hooks()
     tensors = caught

@@ -154,7 +154,6 @@ def run_restored(
     fill: bool,
     is_rounded: bool,
     needs_result: bool,
-    is_check: bool,
 ) -> Any:
     """Run a function again with `run_again`, with all state restored.
 
@@ -163,14 +162,14 @@ def run_restored(
     """
     try:
         with restored(call) as lasting:
-            return run_again(call, function, args, lasting, fill, is_rounded, needs_result, is_check)
+            return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
     except OtherNumbersError:
         if needs_result or call.stop_after < 0:
             raise
     # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can show that.
     call.stop_after = -1
     with restored(call) as lasting:
-        return run_again(call, function, args, lasting, fill, is_rounded, needs_result, is_check)
+        return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
 
 
 def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor | None]]:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from revnet.engine._arrays import same_bits
-from revnet.engine._digest import array_of, can_digest, checksum
+from revnet.engine._arrays import array_of, same_bits
+from revnet.engine._digest import can_digest, checksum
 from revnet.engine._tensors import version_of, versions_of
 
 if TYPE_CHECKING:

@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 from revnet.engine._chain import BoundChain, HalfBlock
+from revnet.engine._moves import put_back
 from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
 from revnet.engine._streams import StreamSnapshot
 
 if TYPE_CHECKING:
+    from revnet.engine._moves import HeldStream
     from revnet.engine._rebuild import Rebuilder
 
 
 class AbstractStep(RecordedCall, abc.ABC):
     """A half-block that has run: the recorded call of its function, or of function and coupling, and how to undo it."""
 
-    __slots__ = ("half_block", "source_requires_grad", "stream_requires_grad")
+    __slots__ = ("half_block", "held_before", "source_requires_grad", "stream_requires_grad")
 
     half_block: HalfBlock
+    held_before: "HeldStream | None"
+    """The stream that it updates, before the update, if the run holds it."""
     source_requires_grad: bool
     stream_requires_grad: bool
 
@@ -97,14 +101,17 @@ class JoinedStep(AbstractStep):
             compute,
             (),
             (source, stream),
-            may_stop_early=run.lowest < 0,
-            keeps_tail=run.lowest < 0 and run.is_watched,
+            may_stop_early=run.lowest < 0 or self.held_before is not None,
+            keeps_tail=run.is_watched,
         )
         return y
 
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
         """Run the function again, invert the coupling, and run the coupling forward with gradients."""
         index = streams.position - 1
+        if self.held_before is not None:
+            put_back(run, self, streams, fill=fill)
+            return
         x = self._run_again(run, streams, index, fill=fill)
         if index > run.lowest or run.undoes_all:
             streams.put(self.half_block.target, x)
@@ -127,7 +134,7 @@ class JoinedStep(AbstractStep):
         def compute() -> Tensor:
             return run.chain.join(half_block, x, run.chain.call(half_block, source), _new_log_dets(run))
 
-        y: Tensor = replay(self, compute, (), fill=False, is_rounded=False, is_check=run.is_checking)
+        y: Tensor = replay(self, compute, (), fill=False, is_rounded=False)
         # Its graph would keep all tensors that this replay saved.
         return y.detach()
 
@@ -136,7 +143,7 @@ class JoinedStep(AbstractStep):
         source, is_rounded = run.source_of(self, streams, index)
         y_or_x = streams.read(half_block.target)
         # If it is already undone, this is the stream before the half-block.
-        x = y_or_x if streams.position == index else None
+        x = y_or_x if streams.position == index else None if self.held_before is None else self.held_before.read()
 
         def compute() -> Tensor:
             nonlocal x
@@ -150,8 +157,7 @@ class JoinedStep(AbstractStep):
 
         # The stream before the half-block is known only once the function has run to its end.
         needs_result = x is None or not fill
-        is_check = run.is_checking
-        replay(self, compute, (), fill=fill, is_rounded=is_rounded, needs_result=needs_result, is_check=is_check)
+        replay(self, compute, (), fill=fill, is_rounded=is_rounded, needs_result=needs_result)
         assert x is not None
         return x
 

@@ -69,7 +69,7 @@ class Downsample(nn.Module, HasSinglePolicy):
         y1 = self.shortcut1(x1).to(x1.dtype)
         y1, x2 = self._policy.run(Chain([HalfBlock(self.f, 0, 1, "downsample.f")]).bind(), (y1, x2))
         y2 = self.shortcut2(x2).to(x2.dtype)
-        y1, y2 = self._policy.run(Chain([HalfBlock(self.g, 1, 0, "downsample.g")]).bind(), (y1, y2))
+        y1, y2 = self._policy.run(Chain([HalfBlock(self.g, 1, 0, "downsample.g", role="g")]).bind(), (y1, y2))
         return y1, y2
 
 

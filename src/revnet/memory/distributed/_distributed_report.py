@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 
+from revnet._bytes import format_bytes
 from revnet._text_table import aligned
 from revnet.memory.distributed._device_memory import Communication, DeviceMemory
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._step_report import WHEN, breakdown_rows
 
 

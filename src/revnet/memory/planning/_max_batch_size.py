@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from revnet._bytes import parse_bytes
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.repeats._short_step import find_short_steps
-from revnet.memory.step._bytes import parse_bytes
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._run_step import Loss
 

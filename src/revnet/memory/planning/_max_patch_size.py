@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from revnet._bytes import parse_bytes
 from revnet._checks import check_count, describe, is_integer
 from revnet.errors import PredictionError
 from revnet.memory.planning._max_batch_size import _MOST_BYTES
 from revnet.memory.planning._training_step import TrainingStep
-from revnet.memory.step._bytes import parse_bytes
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._run_step import Loss
 

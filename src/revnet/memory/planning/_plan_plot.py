@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from revnet._bytes import format_bytes
 from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet._palette import BLUE, INK, PURPLE
 from revnet.memory.planning._label_placement import Label, place_labels
 from revnet.memory.planning._planned_unit import PlanPoint
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._timeline_plot import alignment_inside, largest_unit
 
 _MARKERS = "sD^vPX"

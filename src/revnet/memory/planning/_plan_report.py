@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
+from revnet._bytes import format_bytes
 from revnet._text_table import aligned
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._timing import Timing
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Breakdown
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from revnet._bytes import format_bytes, parse_bytes
 from revnet.errors import BudgetError
 from revnet.memory.planning._costs import CountedCosts, count_costs
 from revnet.memory.planning._max_batch_size import largest_batch
@@ -28,7 +29,6 @@ from revnet.memory.planning._units import UnitInModel, assign, find_units
 from revnet.memory.repeats._frame import NotRepeatedError
 from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
 from revnet.memory.step._backward_optimizer import check_step_in_backward
-from revnet.memory.step._bytes import format_bytes, parse_bytes
 from revnet.memory.step._optimizer import OptimizerFactory, as_factory
 from revnet.memory.step._predict import Prediction
 from revnet.memory.step._run_step import Loss

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from revnet._bytes import format_bytes
 from revnet._memory_readings import free_bytes
 from revnet.errors import BudgetError
 from revnet.memory.planning._search import ChainCosts
 from revnet.memory.planning._timing import MeasuredTiming
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._units import UnitInModel, assign
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._run_step import losses_of, tensors_in
 from revnet.nn._restore import restoring_state
 

@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
+from revnet._bytes import format_bytes
 from revnet._text_table import aligned
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Breakdown, CudaMemory, ModuleMemory, Phase, Timeline
 from revnet.memory.step._step_report import breakdown_rows, cuda_lines, module_lines, peak_line
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
+from revnet._bytes import format_bytes
 from revnet._text_table import aligned
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import CudaMemory, ModuleMemory, Phase
 
 _LABELS = {

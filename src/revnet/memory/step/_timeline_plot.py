@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from revnet._bytes import format_bytes
 from revnet._figure import clear_frame, new_figure, save, write_title
 from revnet._palette import BLUE, CYAN, INK, LIGHT_GRAY, PURPLE, YELLOW
-from revnet.memory.step._bytes import format_bytes
 from revnet.memory.step._memory_parts import Timeline
 from revnet.memory.step._step_memory import StepMemory
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from revnet._torch_internals import has_global_module_hook
 from revnet.engine import Chain, HalfBlock
+from revnet.engine._moves import Moves
 from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, schedule_of
 from revnet.nn.blocks._reversible_module import Origin, read_blocks
 from revnet.nn.blocks._run import Segment
 from revnet.nn.blocks._schedule import ModuleCache, Schedule
-from revnet.nn.policies._policy import AbstractPolicy
+from revnet.nn.policies._policy import AbstractPolicy, Reverse
 
 if TYPE_CHECKING:
     from revnet.nn.blocks._reversible_sequential import ReversibleSequential
@@ -123,15 +124,20 @@ def _segments_of(
     called: list[AbstractReversibleBlock | None],
 ) -> list[Segment]:
     # Plain loops: `torch.compile` traces this.
-    runs: list[tuple[AbstractPolicy, list[HalfBlock], list[nn.Module | None]]] = []
+    runs: list[tuple[AbstractPolicy, list[HalfBlock], list[nn.Module | None], list[Moves | None]]] = []
     for policy, block_half_blocks, block in zip(policies, half_blocks, called, strict=True):
         for half_block in block_half_blocks:
             _check_couplings(half_blocks[0][0], half_block)
-        if not runs or runs[-1][0] != policy:
-            runs.append((policy, [], []))
+        # What they keep differs within one chain; with two chains, both would hold their final streams.
+        are_reversed = len(runs) > 0 and type(policy) is Reverse and type(runs[-1][0]) is Reverse
+        if not runs or (runs[-1][0] != policy and not are_reversed):
+            runs.append((policy, [], [], []))
         runs[-1][1].extend(block_half_blocks)
         runs[-1][2].extend([block] * len(block_half_blocks))
-    return [(policy, Chain(run_half_blocks, blocks)) for policy, run_half_blocks, blocks in runs]
+        runs[-1][3].extend(
+            policy.moves_for(block_half_blocks) if type(policy) is Reverse else [None] * len(block_half_blocks)
+        )
+    return [(policy, Chain(run_half_blocks, blocks, moves)) for policy, run_half_blocks, blocks, moves in runs]
 
 
 def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:

@@ -48,9 +48,7 @@ class ReversibleModule(AbstractReversible):
             return run(x, args, kwargs)
         return run_forward(self._schedule(), x, args, kwargs, None, self._keeper)
 
-    def _run(
-        self, x: Tensor | Streams, args: tuple[Any, ...], kwargs: dict[str, Any], log_dets: list[Tensor] | None
-    ) -> Any:
+    def _run(self, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], log_dets: list[Tensor] | None) -> Any:
         return run_forward(self._schedule(), x, args, kwargs, log_dets, self._keeper)
 
     def _schedule(self) -> Schedule:

@@ -11,10 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from revnet._checks import describe
 from revnet._types import Streams
-from revnet.engine import BoundChain, checkpointed, offloaded, reversible, stored
+from revnet.engine import BoundChain, HalfBlock, checkpointed, offloaded, reversible, stored
 from revnet.engine._checkpoint import checkpointed_call
+from revnet.engine._moves import Moves
 from revnet.engine._offload import offloaded_call
+from revnet.nn.policies._keep_spec import Keep, check_keep, roles_in, rule_of
 
 
 class AbstractPolicy(abc.ABC):
@@ -57,9 +60,31 @@ class AbstractModulePolicy(AbstractPolicy):
 class Reverse(AbstractPolicy):
     """Rebuild the activations in the backward pass, so that memory does not grow with depth. This is the default.
 
-    Memory: the final streams of consecutive blocks, and the activations of one residual function at a time.
-    Time: one more forward pass of each residual function, in theory a third more per step.
-    Accuracy: the output is exact. Gradients carry the rounding of the rebuilt streams, which grows with depth.
+    Two arguments spend memory to save time. Neighboring blocks may differ in them: they still form one chain. The
+    functions of a block are named by their roles, "f" and "g" in a `ReversibleBlock`. `revnet.memory.plan` chooses both
+    for a budget.
+
+    Memory: the final streams of consecutive blocks, and the activations of one residual function at a time. For each
+    name in `hold`, one stream for each block. For `keep`, the outputs of the operators.
+    Time: one more forward pass of each residual function, in theory a third more per step. A stream that is held saves
+    the last operator of the function that updates it. The operators in `keep` are not run again.
+    Accuracy: the output is exact. Gradients carry the rounding of the rebuilt streams, which grows with depth. Streams
+    that are held are exact, and stop it from growing.
+
+    Args:
+        hold: Names of the residual functions whose input stream is held instead of rebuilt, such as "f" or
+            ("f", "g").
+        keep: Outputs inside the residual functions that are kept instead of computed again. Either names of operators:
+            "convolution", "linear" (matrix products) and "attention", with the name of a residual function before and
+            the number of a call after it if wanted, as in ("f.attention", "g.linear.0"). Or operators, such as
+            `torch.ops.aten.mm`. Or a number of bytes for each row of blocks, such as "64MiB", for these three kinds in
+            the order in which they run. Or a function as in
+            `torch.utils.checkpoint.create_selective_checkpoint_contexts`. Outputs of operators that draw random
+            numbers, outputs that are written to, and outputs inside compiled code are never kept.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: `keep` has an unknown name, or `hold` or `keep` names a function that a block does not have.
 
     Example:
         >>> from torch import nn
@@ -67,9 +92,60 @@ class Reverse(AbstractPolicy):
         >>> blocks = [ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2)]
         >>> ReversibleSequential(*blocks).policies
         (Reverse(), Reverse())
+        >>> ReversibleSequential(*blocks, policy=Reverse(hold="f", keep="g.linear")).policies[0]
+        Reverse(hold=('f',), keep=('g.linear',))
     """
 
+    hold: str | Sequence[str] = ()
+    keep: Keep = ()
+    # A method would be one more call in each step.
     run = staticmethod(reversible)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hold", _check_hold(self.hold))
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        if self.hold or self.keep != ():
+            object.__setattr__(self, "run", self._run_keeping)
+
+    def __repr__(self) -> str:
+        given = [f"{name}={value!r}" for name in ("hold", "keep") if (value := getattr(self, name)) != ()]
+        return f"Reverse({', '.join(given)})"
+
+    def _run_keeping(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
+        """Run a chain that another policy or a module has built, and keep what the arguments ask for."""
+        if chain.chain.moves is None:
+            chain.chain.moves = self._moves_for(chain.half_blocks)
+        return reversible(chain, streams)
+
+    def moves_for(self, half_blocks: Sequence[HalfBlock]) -> tuple[Moves | None, ...]:
+        """Return what is kept for each half-block of one block.
+
+        Raises:
+            ValueError: The policy names a residual function that the block does not have.
+        """
+        if not self.hold and self.keep == ():
+            return (None,) * len(half_blocks)
+        roles = {half_block.role for half_block in half_blocks}
+        for argument, named in (("hold", {*self.hold}), ("keep", roles_in(self.keep))):
+            if named - roles:
+                raise ValueError(
+                    f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but those of "
+                    f"`{half_blocks[0].name}` are {', '.join(map(repr, sorted(roles)))}."
+                )
+        return self._moves_for(half_blocks)
+
+    def _moves_for(self, half_blocks: Sequence[HalfBlock]) -> tuple[Moves | None, ...]:
+        roles = {half_block.role for half_block in half_blocks}
+        of_role = {role: Moves(role in self.hold, rule_of(self.keep, role)) for role in roles}
+        return tuple([None if (moves := of_role[half_block.role]) == Moves() else moves for half_block in half_blocks])
+
+
+def _check_hold(hold: Any) -> tuple[str, ...]:
+    names = hold.split(",") if isinstance(hold, str) else hold
+    is_sequence = isinstance(names, Sequence | set | frozenset)
+    if not is_sequence or not all(isinstance(name, str) and name.strip() for name in names):
+        raise TypeError(f"`hold` (={describe(hold)}) must hold names of residual functions, such as 'f' or ('f', 'g').")
+    return tuple(dict.fromkeys([name.strip() for name in names]))
 
 
 @dataclass(frozen=True)
