@@ -322,11 +322,20 @@ CASE = {case.name: case for case in CASES}
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 DEPTH = 4
+
+
+def keep_all(context, operator, *args, **kwargs):
+    """Keep every output, as a rule of `Reverse(keep=...)`."""
+    return True
+
+
 REVERSING_POLICIES = {
     "reverse": Reverse(),
     "mixed": [Reverse(), Store(), Reverse(), Reverse()],
     "checkpoint": Checkpoint(),
     "all-kinds": [Reverse(), Checkpoint(), Offload(), Store()],
+    "kept": Reverse(keep=keep_all),
+    "held": [Reverse(hold=True, keep=keep_all), Reverse(), Reverse(hold=True), Reverse(hold=True, keep="64MiB")],
 }
 all_policies = pytest.mark.parametrize("policy", REVERSING_POLICIES.values(), ids=REVERSING_POLICIES.keys())
 

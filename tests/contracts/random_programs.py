@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
 from tests.helpers import leaves
 
 
@@ -52,11 +52,34 @@ FUNCTIONS = [
 ]
 
 
-def draw_sequence(draw: random.Random) -> ReversibleSequential:
-    shared = [draw.choice(FUNCTIONS)() for _ in range(3)]
+class InPlace(nn.Module):
+    """Writes to the result of a matrix product of three dimensions, whose version counter is not its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x.expand(2, 4, 3) @ self.weight)
+        return torch.sin((y @ self.weight).mul_(2)).add_(x).sum(0)
+
+
+IN_PLACE_FUNCTIONS = [
+    InPlace,
+    lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Dropout(0.4, inplace=True)),
+    lambda: nn.Sequential(nn.Linear(3, 4), nn.ELU(inplace=True), nn.Linear(4, 3, bias=False), nn.Tanh()),
+]
+
+
+def draw_sequence(
+    draw: random.Random,
+    functions: Sequence[Callable[[], nn.Module]] = FUNCTIONS,
+    policies: Sequence[AbstractPolicy] = (Reverse(), Reverse(), Reverse(), Store()),
+) -> ReversibleSequential:
+    shared = [draw.choice(functions)() for _ in range(3)]
 
     def function() -> nn.Module:
-        return draw.choice(shared) if draw.random() < 0.3 else draw.choice(FUNCTIONS)()
+        return draw.choice(shared) if draw.random() < 0.3 else draw.choice(functions)()
 
     blocks = [
         (Wrapped if draw.random() < 0.15 else ReversibleBlock)(function(), function())
@@ -67,8 +90,7 @@ def draw_sequence(draw: random.Random) -> ReversibleSequential:
             block.register_forward_hook(lambda *_: None)
     if draw.random() < 0.2:
         blocks.append(blocks[0])
-    policies = [draw.choice([Reverse(), Reverse(), Reverse(), Store()]) for _ in blocks]
-    sequence = ReversibleSequential(*blocks, policy=policies).double()
+    sequence = ReversibleSequential(*blocks, policy=[draw.choice(policies) for _ in blocks]).double()
     for parameter in sequence.parameters():
         parameter.requires_grad_(draw.random() < 0.75)
     return sequence.train(draw.random() < 0.8)

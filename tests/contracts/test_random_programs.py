@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from revnet import Checkpoint, ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential
-from tests.contracts.random_programs import FUNCTIONS, draw_inputs, draw_sequence, run_program
-from tests.helpers import assert_close, stored_twin
+from revnet import Checkpoint, ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential, Store
+from tests.contracts.random_programs import FUNCTIONS, IN_PLACE_FUNCTIONS, draw_inputs, draw_sequence, run_program
+from tests.helpers import assert_close, keep_all, stored_twin
 
 
-def check_programs(seeds) -> None:
+def check_programs(seeds, *kinds) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         draw = random.Random(seed)
-        sequence = draw_sequence(draw)
+        sequence = draw_sequence(draw, *kinds)
         twin = stored_twin(sequence)
         inputs = draw_inputs(draw)
         observed = run_program(sequence, inputs, seed)
@@ -39,6 +39,41 @@ def test_random_program(seeds):
 )
 def test_two_thousand_random_programs(seeds):
     check_programs(seeds)
+
+
+class KeepSome:
+    """A rule of `Reverse(keep=...)` that keeps a random half of the outputs."""
+
+    def __init__(self, seed: int):
+        self.draw = random.Random(seed)
+
+    def __call__(self, context, operator, *args, **kwargs) -> bool:
+        return self.draw.random() < 0.5
+
+
+KEEPING_POLICIES = [
+    *[Reverse(hold=hold) for hold in ("f", "g", True)],
+    *[Reverse(hold=hold, keep=keep) for hold in ((), "f", "g", True) for keep in (keep_all, KeepSome(0), "linear")],
+    Reverse(keep="g.linear.0"),
+    Reverse(keep="1KiB"),
+    Reverse(),
+    Store(),
+]
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(start, start + 25) for start in range(0, 100, 25)], ids=lambda seeds: f"{seeds.start}-"
+)
+def test_random_program_that_holds_and_keeps(seeds):
+    check_programs(seeds, FUNCTIONS + 2 * IN_PLACE_FUNCTIONS, KEEPING_POLICIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seeds", [range(start, start + 100) for start in range(100, 1100, 100)], ids=lambda seeds: f"{seeds.start}-"
+)
+def test_thousand_random_programs_that_hold_and_keep(seeds):
+    check_programs(seeds, FUNCTIONS + 2 * IN_PLACE_FUNCTIONS, KEEPING_POLICIES)
 
 
 class ForeignNoise(nn.Module):

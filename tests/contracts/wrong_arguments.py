@@ -193,7 +193,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (rnn.ChannelPermutation, {"num_channels": 4}),
     (rnn.Checkpoint, {}),
     (rnn.Offload, {}),
-    (rnn.Reverse, {}),
+    (rnn.Reverse, {"hold": "f", "keep": "linear"}),
     (rnn.Store, {}),
     (rnn.PolicySequential, {"*modules": [linear()]}),
     (rnn.ReversibleSequential, {"*blocks": [block(), block()]}),

@@ -98,7 +98,9 @@ def put_back(run: "Rebuilder", step: "AbstractStep", streams: "StreamSnapshot", 
         strides = list(streams.strides)
         strides[target] = tensor.stride()
         streams.strides = strides
-    streams.put(target, tensor)
-    streams.position -= 1
     if streams is run.held:  # Nothing asks for it again, so the walk alone holds it, and may overwrite it.
         step.held_before = None
+    else:
+        tensor = tensor.detach()  # A second owner of the memory, so that the walk does not overwrite it.
+    streams.put(target, tensor)
+    streams.position -= 1

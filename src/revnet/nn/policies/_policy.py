@@ -7,7 +7,7 @@ then `Checkpoint`, then `Store`. `Offload` pays with transfers instead of recomp
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ class Reverse(AbstractPolicy):
 
     Args:
         hold: Names of the residual functions whose input stream is held instead of rebuilt, such as "f" or
-            ("f", "g").
+            ("f", "g"). True stands for all of them.
         keep: Outputs inside the residual functions that are kept instead of computed again. Either names of operators:
             "convolution", "linear" (matrix products) and "attention", with the name of a residual function before and
             the number of a call after it if wanted, as in ("f.attention", "g.linear.0"). Or operators, such as
@@ -96,7 +96,7 @@ class Reverse(AbstractPolicy):
         Reverse(hold=('f',), keep=('g.linear',))
     """
 
-    hold: str | Sequence[str] = ()
+    hold: bool | str | Sequence[str] = ()
     keep: Keep = ()
     # A method would be one more call in each step.
     run = staticmethod(reversible)
@@ -126,7 +126,7 @@ class Reverse(AbstractPolicy):
         if not self.hold and self.keep == ():
             return (None,) * len(half_blocks)
         roles = {half_block.role for half_block in half_blocks}
-        for argument, named in (("hold", {*self.hold}), ("keep", roles_in(self.keep))):
+        for argument, named in (("hold", self._held_roles() or set()), ("keep", roles_in(self.keep))):
             if named - roles:
                 raise ValueError(
                     f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but those of "
@@ -134,17 +134,26 @@ class Reverse(AbstractPolicy):
                 )
         return self._moves_for(half_blocks)
 
+    def _held_roles(self) -> set[str] | None:
+        """Return the roles of the functions whose input is held; None for all functions."""
+        return None if self.hold is True else {*self.hold}  # type: ignore[misc]
+
     def _moves_for(self, half_blocks: Sequence[HalfBlock]) -> tuple[Moves | None, ...]:
         roles = {half_block.role for half_block in half_blocks}
-        of_role = {role: Moves(role in self.hold, rule_of(self.keep, role)) for role in roles}
+        held = self._held_roles()
+        of_role = {role: Moves(held is None or role in held, rule_of(self.keep, role)) for role in roles}
         return tuple([None if (moves := of_role[half_block.role]) == Moves() else moves for half_block in half_blocks])
 
 
-def _check_hold(hold: Any) -> tuple[str, ...]:
+def _check_hold(hold: Any) -> Literal[True] | tuple[str, ...]:
+    if isinstance(hold, bool):
+        return True if hold else ()
     names = hold.split(",") if isinstance(hold, str) else hold
     is_sequence = isinstance(names, Sequence | set | frozenset)
     if not is_sequence or not all(isinstance(name, str) and name.strip() for name in names):
-        raise TypeError(f"`hold` (={describe(hold)}) must hold names of residual functions, such as 'f' or ('f', 'g').")
+        raise TypeError(
+            f"`hold` (={describe(hold)}) must be True or names of residual functions, such as 'f' or ('f', 'g')."
+        )
     return tuple(dict.fromkeys([name.strip() for name in names]))
 
 
