@@ -35,6 +35,8 @@ In this diagram `-->` is a reference and `~>` is a weak reference. Each forward 
                 steps: AdditiveStep | JoinedStep     each is a RecordedCall
                   |   --> parameters, buffers, arguments: the tensors themselves
                   |   --> versions, random states, copies of the buffers that the function changes
+                  |   --> held_before                the stream that it updates, if the run holds it
+                  |   --> keepers                    statistics and outputs of the first run, for the replay
                   +~> Saved
 
 A *slot* is the value that the pack hook returns. Numbers from 0 up refer to tensors that are rebuilt. Negative numbers
@@ -80,10 +82,11 @@ checks this. ::
 
 `record` runs chains whose output is not held (`_recording`), and `Recording.backward` takes the output back.
 
-Rare cases have files of their own: random numbers and tensors from outside the function (`_careful`), state in buffers
-(`_states`), restoring state (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
-additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
-stream, which one run in sixteen compares (`_parts`).
+Rare cases have files of their own: streams that are held and outputs that are kept, by the arguments of `Reverse`
+(`_moves`, `_keep`), statistics of batch norms on large inputs (`_batch_norm`), random numbers and tensors from outside
+the function (`_careful`), state in buffers (`_states`), restoring state (`_restore`), retained graphs and keyframes
+(`_retained`), couplings other than the additive ones (`_step`), additional observers (`_observers`), a suspicious
+result (`_suspicion`), and the parts of a stream, which one run in sixteen compares (`_parts`).
 
 NOTE [ Rules ]
 
@@ -134,8 +137,7 @@ NOTE [ Where to add things ]
 
  - A coupling that keeps bits in addition to the stream: its step keeps them (`AbstractStep`).
  - Streams that come back from outside, as in a pipeline: `_recording`. `RecordedRun.take_back` gives a run its streams.
- - Holding the stream that one function reads: add a keyframe before it.
- - Keeping the outputs of some operators: enter a mode around the call in `_replay`, and keep the outputs in `Saved`.
+ - Something else to keep from the first run of a function for its replay: a keeper (`_keeper`).
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 

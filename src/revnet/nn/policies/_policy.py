@@ -64,8 +64,9 @@ class Reverse(AbstractPolicy):
     functions of a block are named by their roles, "f" and "g" in a `ReversibleBlock`. `revnet.memory.plan` chooses both
     for a budget.
 
-    Memory: the final streams of consecutive blocks, and the activations of one residual function at a time. For each
-    name in `hold`, one stream for each block. For `keep`, the outputs of the operators.
+    Memory: the final streams of consecutive blocks, and the activations of one residual function at a time. On a CPU,
+    two numbers for each channel of a batch norm. For each name in `hold`, one stream for each block. For `keep`, the
+    outputs of the operators.
     Time: one more forward pass of each residual function, in theory a third more per step. A stream that is held saves
     the last operator of the function that updates it. The operators in `keep` are not run again.
     Accuracy: the output is exact. Gradients carry the rounding of the rebuilt streams, which grows with depth. Streams
@@ -81,6 +82,8 @@ class Reverse(AbstractPolicy):
             the order in which they run. Or a function as in
             `torch.utils.checkpoint.create_selective_checkpoint_contexts`. Outputs of operators that draw random
             numbers, outputs that are written to, and outputs inside compiled code are never kept.
+
+    In a model that `torch.compile` traces as a whole, both arguments have no effect.
 
     Raises:
         TypeError: An argument has the wrong type.
