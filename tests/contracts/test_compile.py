@@ -686,3 +686,38 @@ def test_stream_out_of_range_raises():
     set_coupling(sequence, FixedPoint())
     with pytest.raises(ReconstructionError, match=r"a stream reached .* at `blocks.0.f`, beyond the 1,024 up to which"):
         compile_whole(sequence)(torch.full((2, 4), 1e4))
+
+
+class CountedTanh(nn.Module):
+    """A residual function of its own class, so that no other test has compiled its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x))
+
+
+def test_compiled_functions_run_compiled_inside_a_compiled_model():
+    """The compiler first meets them in the probe, on fake tensors, and must not give up on their code there."""
+    num_runs = 0
+
+    def counting_backend(graph, inputs):
+        def run(*args):
+            nonlocal num_runs
+            num_runs += 1
+            return graph(*args)
+
+        return run
+
+    blocks = [ReversibleBlock(CountedTanh(), CountedTanh()) for _ in range(2)]
+    sequence = ReversibleSequential(*blocks).double()
+    twin = stored_twin(sequence)
+    for block in sequence.blocks:
+        block.compile(backend=counting_backend)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    loss_of(compile_whole(sequence)(x)).backward()
+    assert num_runs == 2 * 4  # Forward and replay of each function.
+    loss_of(twin(x)).backward()
+    assert_close(gradients(sequence), gradients(twin))

@@ -43,8 +43,11 @@ def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor],
             argument.
     """
     streams = list(inputs[:NUM_STREAMS])
-    # The shapes are needed each time the forward operator is traced, so the functions run each time.
-    findings = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]
+    # Functions that are compiled themselves run uncompiled here. Otherwise, the compiler would meet them under a dispatch
+    # mode and never compile their code again.
+    with torch.compiler.set_stance("force_eager"):
+        # The shapes are needed each time the forward operator is traced, so the functions run each time.
+        findings = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]
     # Only once: the traced code already treats the first findings as constants.
     if program.findings is None:
         changed = {position for finding in findings for position in finding.changed}
