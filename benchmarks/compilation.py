@@ -161,10 +161,10 @@ def make_input(case: Case, share: float) -> Tensor:
 def describe(rows: Sequence[Row], depth: int, num_rounds: int, backend: str) -> list[str]:
     """Return the lines of the page."""
     return [
-        f"A step of {depth} blocks of the workloads of `revnet bench`, with the backend {backend}: medians over {num_rounds}",
-        "rounds of the processor time relative to the uncompiled stored network in the same round. The changing shapes are",
-        "batches of 32, 24 and 16 images, or sequences of 256, 192 and 128 tokens, one after the other. The first steps include",
-        "compilation.",
+        f"A step of {depth} blocks of the workloads of `revnet bench`, with the backend {backend}: medians over",
+        f"{num_rounds} rounds of the processor time relative to the uncompiled stored network in the same round. The",
+        "changing shapes are batches of 32, 24 and 16 images, or sequences of 256, 192 and 128 tokens, one after the",
+        "other. The first steps include compilation.",
         "",
         *table(
             ["workload", "shapes", "variant", "step time", "first steps, s"],

@@ -99,8 +99,10 @@ from revnet.training import TrainConfig
         ({"ema_decay": 0.9, "precision": "bf16-true"}, ValueError, r"`ema_decay` \(=0.9\) does not go with the"),
         ({"ema_decay": 0.9, "memory_budget": "1GiB"}, ValueError, r"`ema_decay` \(=0.9\) keeps a second copy of the"),
         ({"accumulate": 2, "memory_budget": "1GiB"}, ValueError, r"`accumulate` \(=2\) keeps the gradients of earlier"),
-        ({"compile": True, "tolerance": 1e-3}, ValueError, r"`compile` \(=True\) does not go with `tolerance`"),
-        ({"compile": True, "drift_every": 3}, ValueError, r"`compile` \(=True\) does not go with `drift_every`"),
+        ({"compile": "model", "tolerance": 1e-3}, ValueError, r"`compile` \(='model'\) does not go with `tolerance`"),
+        ({"compile": "model", "drift_every": 3}, ValueError, r"`compile` \(='model'\) does not go with `drift_every`"),
+        ({"compile": "functions", "memory_budget": "1GiB"}, ValueError, r"`compile` \(='functions'\) does not go with"),
+        ({"compile": True}, ValueError, r"`compile` \(=True\) must be `off` or `functions` or `model`"),
         (
             {"step_in_backward": True, "accumulate": 2},
             ValueError,

@@ -43,8 +43,8 @@ def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor],
             argument.
     """
     streams = list(inputs[:NUM_STREAMS])
-    # Functions that are compiled themselves run uncompiled here. Otherwise, the compiler would meet them under a dispatch
-    # mode and never compile their code again.
+    # Functions that are compiled themselves run uncompiled here. The compiler would meet their code under a dispatch
+    # mode, skip it, and not try it again.
     with torch.compiler.set_stance("force_eager"):
         # The shapes are needed each time the forward operator is traced, so the functions run each time.
         findings = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]

@@ -76,10 +76,10 @@ class AbstractReversibleBlock(ReversibleModule):
         A sequence calls the functions of its blocks and not the blocks, so it would never call a compiled block.
         """
         for half_block in self.half_blocks():
-            _compile(half_block.function, *args, **kwargs)
+            compile_in_place(half_block.function, *args, **kwargs)
 
 
-def _compile(function: nn.Module, *args: Any, **kwargs: Any) -> None:
+def compile_in_place(function: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Compile a function in place, as `nn.Module.compile` does."""
     if type(function).forward.__module__.startswith("torch.nn."):
         # PyTorch compiles no code of its own, so `nn.Sequential(...).compile()` has no effect. It does compile a call

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from revnet.distributed import shard_blocks
 from revnet.distributed._shard_units import units_of
 from revnet.distributed._sync_batch_norm import synchronize_batch_norms
+from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
 from revnet.training.processes.world import World, check_division, current_world, entered
 from revnet.training.settings.run_config import AbstractRunConfig
@@ -53,13 +54,21 @@ def check_devices(config: AbstractRunConfig, model: nn.Module, name: str) -> Non
         raise ValueError(
             f"`strategy` (='fsdp2') divides reversible blocks among devices, and {name} has none; pass `ddp`."
         )
-    if config.strategy == "fsdp2" and config.compile and any(unit.has_log_det for unit in units_of(model)):
+    if config.strategy == "fsdp2" and config.compile == "model" and any(unit.has_log_det for unit in units_of(model)):
         raise ValueError(
-            f"`compile` (=True) does not go with the `strategy` fsdp2 for {name}, whose blocks have log-determinants "
-            "and are divided by function; pass ddp, or leave it out."
+            f"`compile` (='model') does not go with the `strategy` fsdp2 for {name}, whose blocks have "
+            "log-determinants and are divided by function; pass 'functions', or the strategy ddp."
         )
+    if config.compile == "functions" and not compilable_functions(model):
+        raise ValueError(f"`compile` (='functions') is for residual functions, and {name} has none; pass 'model'.")
     if config.sync_batch_norm and not any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"`sync_batch_norm` (=True) is for networks with batch norms; {name} has none. Leave it out.")
+
+
+def compilable_functions(model: nn.Module) -> list[nn.Module]:
+    """Return the residual functions of a network, once each."""
+    units = [unit for holder in policy_holders(model).values() for unit in holder.policy_units]
+    return list(dict.fromkeys([function for unit in units if unit.is_reversible for function in unit.functions]))
 
 
 def uses_fsdp2(config: AbstractRunConfig) -> bool:

@@ -1,6 +1,7 @@
 """How PyTorch executes a run: compiled, or with deterministic algorithms only."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 
 from revnet.distributed._shard_units import units_of
-from revnet.training.processes.prepare_model import uses_fsdp2
+from revnet.nn.blocks._abstract_block import compile_in_place
+from revnet.training.processes.prepare_model import compilable_functions, uses_fsdp2
 from revnet.training.run.precision import restore_parameters
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -22,18 +24,24 @@ def execution(config: AbstractRunConfig, model: nn.Module) -> Iterator[None]:
         # Without it, cuBLAS refuses to run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    compiled = _parts_to_compile(model, config) if config.compile else []
-    for part in compiled:
-        part.compile()
+    functions = [] if config.compile == "off" else compilable_functions(model)
+    graphs = _graphs_of(model, config) if config.compile == "model" else []
+    for function in functions:
+        compile_in_place(function)
+    for module in graphs:
+        module.compile()
     try:
-        yield
+        with warnings.catch_warnings():
+            # PyTorch's compiler looks at the gradient of each input of a residual function.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
+            yield
     finally:
         torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning)
-        for part in compiled:
-            part._compiled_call_impl = None
+        for module in (*functions, *graphs):
+            module._compiled_call_impl = None
         restore_parameters(model, config)
 
 
-def _parts_to_compile(model: nn.Module, config: AbstractRunConfig) -> list[nn.Module]:
+def _graphs_of(model: nn.Module, config: AbstractRunConfig) -> list[nn.Module]:
     """Return the whole network or, if it is to be divided among processes, its blocks."""
     return [unit.module for unit in units_of(model)] if uses_fsdp2(config) else [model]

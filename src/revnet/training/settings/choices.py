@@ -6,6 +6,7 @@ Preprocessing = Literal["standardize", "mean_image", "imagenet", "unit_range"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Strategy = Literal["auto", "ddp", "fsdp2"]
+Compile = Literal["off", "functions", "model"]
 Schedule = Literal["step", "cosine", "constant", "plateau", "restarts"]
 Optimizer = Literal[
     "sgd",

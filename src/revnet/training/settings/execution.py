@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from revnet.training.settings.choices import Compile
 from revnet.training.settings.fields import SettingsGroup
 
 
@@ -12,9 +13,10 @@ class ExecutionSettings(SettingsGroup):
 
     title: ClassVar[str] = "execution"
 
-    compile: bool = False
-    """Whether to compile the network with `torch.compile`, as a whole or, with the `strategy` fsdp2, by block. The
-    first updates take longer."""
+    compile: Compile = "off"
+    """What to compile with `torch.compile`: nothing (off), the residual functions (functions), or these and the whole
+    network around them in one graph (model; with the `strategy` fsdp2, one graph for each block). The first updates
+    take longer."""
 
     deterministic: bool = False
     """Whether to use deterministic algorithms only, so that a run on a GPU can be repeated bit for bit. PyTorch raises
