@@ -106,7 +106,8 @@ class KeepSelected(AbstractKeepRule):
         return None
 
     def selects(self, call: OperatorCall) -> bool:
-        context = SelectiveCheckpointContext(is_recompute=False, op_output=call.result)
+        context = SelectiveCheckpointContext(is_recompute=False)
+        context.op_output = call.result  # Older releases of PyTorch have no such argument.
         answer = self.function(context, call.operator, *call.args, **call.kwargs)
         return answer in (True, CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
 
