@@ -32,7 +32,7 @@ def test_printable(text, shown):
         ("@SUM(A1)", "'@SUM(A1)"),
         ("\t=1", r"\t=1"),
         ("\x1b[2J", r"\x1b[2J"),
-        ("caf\udce9.jpg", "caf\udce9.jpg"),
+        ("caf\udce9.jpg", r"caf\udce9.jpg"),
         ("a=b", "a=b"),
         ("", ""),
     ],

@@ -19,12 +19,12 @@ def printable(text: str) -> str:
 def csv_cell(text: str) -> str:
     """Return `text` for a cell of a CSV file: without control characters, and not a formula in a spreadsheet.
 
-    A text that begins like a formula gets a leading apostrophe. The bytes of a file name that are not UTF-8 remain.
+    A text that begins like a formula gets a leading apostrophe.
 
     References:
         OWASP, CSV Injection.
     """
-    safe = "".join(c if "\udc80" <= c <= "\udcff" else printable(c) for c in text)
+    safe = printable(text)
     return f"'{safe}" if safe.startswith(_FORMULA_STARTS) else safe
 
 

@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -43,6 +43,34 @@ def safe_streams() -> Iterator[StreamStatus]:
             sys.stderr.flush()
             return
         _discard(sys.stderr)
+
+
+@contextmanager
+def print_while_writing(has_files: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints lines, for a command that also writes files.
+
+    Once the lines cannot be written, for instance because the reader has closed the pipe, the function prints nothing,
+    so that `revnet score RUN photos --csv scores.csv | head -1` writes the whole file. The error is raised at the end.
+
+    Args:
+        has_files: Whether there are files to write. If not, the error is raised at once.
+    """
+    failure: OSError | None = None
+
+    def print_line(line: str) -> None:
+        nonlocal failure
+        if failure is not None:
+            return
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            if not has_files or error.errno not in _CANNOT_WRITE:
+                raise
+            failure = error
+
+    yield print_line
+    if failure is not None:
+        raise failure
 
 
 def _report(error: OSError, status: int) -> int:

@@ -10,6 +10,7 @@ from revnet.cli._step_flags import (
     open_folder,
     optional_picture,
 )
+from revnet.cli._streams import print_while_writing
 from revnet.training.settings.checks import check_integer
 from revnet.training.settings.choices import Policy
 
@@ -105,9 +106,9 @@ def memory(
         with step_errors():
             step_memory = measure_step(step.model, *step.inputs, step_in_backward=step_in_backward, **step.options)
     assert step_memory is not None
-    print(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
-    with optional_picture():
+    with print_while_writing() as print_line, optional_picture():
+        print_line(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
         words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
         picture = flags.picture(folder, "memory", *words)
         plot_timeline(step_memory, picture, title=", ".join([flags.title, *words]))
-        print(f"picture  {picture}")
+        print_line(f"picture  {picture}")
