@@ -97,7 +97,7 @@ def test_names_that_the_output_cannot_print(tmp_path, encoding):
         PYTHONIOENCODING=encoding,
     )
     assert "Traceback" not in done.stderr
-    assert done.stdout.endswith("status 2\n")
+    assert done.stdout.endswith("status 1\n")
     assert "\x1b" not in done.stdout + done.stderr
     assert r"\x1b[31mdog" in done.stdout
     assert ("猫" in done.stdout) == (encoding == "utf-8")

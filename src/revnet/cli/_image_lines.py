@@ -31,7 +31,8 @@ def open_place(flag: str, place: str | None) -> Path | None:
         open_early(path)
     except OSError as error:
         raise UsageError(
-            f"`{flag}` (={place}) cannot be written ({error.strerror}); start the process that reads it, or name a file."
+            f"`{flag}` (={place}) cannot be written ({error.strerror}); start the process that reads it, or pass "
+            "another file."
         ) from error
     return path
 

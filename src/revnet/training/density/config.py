@@ -125,8 +125,8 @@ class NiceConfig(AbstractRunConfig):
             )
         if self.model == "nice" and self.num_scales != NiceConfig.num_scales:
             raise ValueError(
-                f"`num_scales` (={self.num_scales}) is for realnvp and glow, since nice has no scales; leave it out, or "
-                "pass `model` realnvp or glow."
+                f"`num_scales` (={self.num_scales}) is for realnvp and glow, since nice has no scales; leave it out, "
+                "or pass `model` glow or realnvp."
             )
         if self.model == "nice" and self.num_couplings % 2:
             raise ValueError(
