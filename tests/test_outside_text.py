@@ -1,6 +1,6 @@
 import pytest
 
-from revnet._outside_text import csv_cell, encodable, printable
+from revnet._outside_text import csv_cell, encodable, printable, shorten
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,22 @@ def test_printable(text, shown):
 )
 def test_csv_cell(text, cell):
     assert csv_cell(text) == cell
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("0123456789", "0123456789"),
+        ("01234567890", "0123456..."),
+        ("9" * 10**6, "9999999..."),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("\x1b" * 4, r"\x1b\x1..."[:7] + "..."),
+        ("", ""),
+    ],
+)
+def test_shorten(text, shown):
+    assert shorten(text, 10) == shown
+    assert len(shorten(text)) <= 60
 
 
 def test_encodable():

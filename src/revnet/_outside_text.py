@@ -16,6 +16,12 @@ def printable(text: str) -> str:
     return "".join(_escape(character) if _is_unsafe(character) else character for character in text)
 
 
+def shorten(text: str, longest: int = 60) -> str:
+    """Return `text` as one printable line of at most `longest` characters; three dots stand for the rest."""
+    start = printable(text[: longest + 1])  # a text of megabytes is not worth the time
+    return start if len(start) <= longest else f"{start[: longest - 3]}..."
+
+
 def csv_cell(text: str) -> str:
     """Return `text` for a cell of a CSV file: without control characters, and not a formula in a spreadsheet.
 

@@ -3,12 +3,13 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from revnet.cli._streams import print_while_writing
+from revnet.cli._streams import print_while_writing, safe_streams
 from tests.training.samples import make_header, save_checkpoint, write_images
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shell and the devices of Linux")
@@ -81,6 +82,28 @@ def test_table_in_a_fifo_without_a_reader_is_refused(tmp_path, assert_refused):
         ["predict", tmp_path, "cat.jpg", "--csv", fifo],
         f"`--csv` (={fifo}) cannot be written (A FIFO that no process reads); start the process that reads it",
     )
+
+
+@pytest.mark.slow
+def test_locale_without_other_letters(tmp_path):
+    """The locale C prints the bytes of a file's name, and a question mark for other letters."""
+    folder = tmp_path / "Fotos für später"
+    folder.mkdir()
+    weights = save_checkpoint(folder / "weights.safetensors", make_header(class_names=("猫", "dog")))
+    write_images(folder, 1)
+    done = run(f'{REVNET} predict "{weights}" "{folder}"', LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"  (\?|dog) [\d.]+ %  (\?|dog) [\d.]+ %\n$", done.stdout)
+
+
+def test_letters_that_a_stream_cannot_encode(monkeypatch):
+    for errors, printed in (("strict", b"? ?"), ("surrogateescape", b"? \xff")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+        monkeypatch.setattr(sys, "stdout", stream)
+        with safe_streams():
+            print("猫 \udcff", end="")
+        assert stream.buffer.getvalue() == printed
+        assert stream.errors == errors
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Standard output and standard error that may be closed, full, or unable to print a letter."""
 
+import codecs
 import errno
 import os
 import signal
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any
 
+_BYTES_OR_REPLACE = "revnet.bytes-or-replace"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE)
 
 
@@ -109,13 +111,24 @@ def _open_missing() -> None:
 def _replacing_letters() -> Iterator[None]:
     changed = []
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
-            changed.append(stream)
+        # In the locale C, the names of files are printed by their bytes, which fails for other letters.
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="replace" if stream.errors == "strict" else _BYTES_OR_REPLACE)
     try:
         yield
     finally:
-        for stream in changed:
+        for stream, errors in changed:
             if not stream.closed:
                 with suppress(OSError):
-                    stream.reconfigure(errors="strict")
+                    stream.reconfigure(errors=errors)
+
+
+def _bytes_or_replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
+
+
+codecs.register_error(_BYTES_OR_REPLACE, _bytes_or_replace)

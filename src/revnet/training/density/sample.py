@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from revnet._outside_text import shorten
 from revnet.data.splits.image_split import ImageSplit
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.images import load_images
@@ -160,6 +161,6 @@ def _test_images(density: ImageDensity, data: str | Path | None) -> tuple[str, T
         shape, expected = ("x".join(map(str, sizes)) for sizes in (dataset.test.image_shape, header.image_shape))
         raise ValueError(
             f"`data` (='{dataset.name}') has images of {shape}, but the checkpoint was trained on {expected} "
-            f"({header.data}); pass data like its training data."
+            f"({shorten(header.data, 200)}); pass data like its training data."
         )
     return dataset.name, dataset.test.images

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revnet._outside_text import shorten
 from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.loading.loader import Loader
@@ -264,7 +265,7 @@ def _check_images(header: ClassifierHeader, dataset: ImageDataset) -> None:
     if shape != header.image_shape:
         raise ValueError(
             f"`data` (='{dataset.name}') has images of {_describe(shape)}, but the checkpoint was trained on "
-            f"{_describe(header.image_shape)} ({header.data}); pass data like its training data."
+            f"{_describe(header.image_shape)} ({shorten(header.data, 200)}); pass data like its training data."
         )
 
 
@@ -277,8 +278,8 @@ def _match_classes(header: ClassifierHeader, dataset: ImageDataset) -> Tensor:
     if unknown:
         raise ValueError(
             f"`data` (='{dataset.name}') has {_list(unknown)} among its {dataset.num_classes} classes, which the "
-            f"checkpoint does not know; its own {header.num_classes} ({header.data}) are {_list(header.class_names)}. "
-            "Pass data with these names."
+            f"checkpoint does not know; its own {header.num_classes} ({shorten(header.data, 200)}) are "
+            f"{_list(header.class_names)}. Pass data with these names."
         )
     if len(known) < header.num_classes or len(set(dataset.class_names)) < dataset.num_classes:
         raise ValueError(
@@ -290,7 +291,7 @@ def _match_classes(header: ClassifierHeader, dataset: ImageDataset) -> Tensor:
 
 
 def _list(names: Iterable[str]) -> str:
-    first, *others = [f"'{name}'" for name in names]
+    first, *others = [f"'{shorten(name)}'" for name in names]
     shown = ", ".join([first, *others[:2]])
     return shown if len(others) <= 2 else f"{shown} and {len(others) - 2} more"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from revnet._outside_text import printable
+from revnet._outside_text import shorten
 from revnet._units import format_loss, format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.run_result import format_lines
@@ -48,5 +48,4 @@ def _under(title: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]
 
 
 def _shorten(name: str) -> str:
-    name = printable(" ".join(name.split()))  # a folder's name may hold line breaks
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+    return shorten(" ".join(name.split()), _LONGEST_NAME)  # a folder's name may hold line breaks
