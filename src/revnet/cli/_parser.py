@@ -166,7 +166,7 @@ class _ReadValue(argparse.Action):
             hint = explain_device(self.dest, values)
             if hint is not None:
                 raise UsageError(hint) from error
-            raise UsageError(f"`{option_string}` (={values}) must be {describe_type(self.kind)}.") from error
+            raise UsageError(f"`{option_string}` (={values}) must be {describe_type(self.kind, self.dest)}.") from error
         setattr(namespace, self.dest, value)
 
 
