@@ -88,8 +88,25 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     A folder stands for the images in it and in the folders inside it, sorted. A pattern such as `photos/*.jpg`, if no
     file has that name, stands for what it matches, sorted; `**` matches any number of folders. Other paths stand for
     themselves, and so do folders without images and patterns without a match.
+
+    Raises:
+        ValueError: A path is empty.
     """
+    paths = list(paths)
+    if "" in paths:
+        raise ValueError("`paths` holds an empty path; leave it out, or pass '.' for the current folder.")
     return [file for path in paths for file in _files_of(Path(path))]
+
+
+def explain_link(path: str | Path) -> str | None:
+    """Return why a path leads nowhere if it is a link, as the end of a sentence; None if it is not such a link."""
+    path = os.path.expanduser(path)  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
+    if not os.path.islink(path) or os.path.exists(path):  # noqa: PTH110, PTH114 - `Path` fails for a loop
+        return None
+    target = os.readlink(path)  # noqa: PTH115
+    if os.path.lexists(os.path.join(os.path.dirname(path), target)):  # noqa: PTH118, PTH120
+        return f"is a link to '{target}', which leads back to itself or to nothing; correct the link"
+    return f"is a link to '{target}', which does not exist; correct the link"
 
 
 def is_pattern(path: Path) -> bool:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from revnet._atomic_file import atomic_path
+from revnet._image_files import explain_link
 from revnet._input_files import name_in_utf8
 from revnet.errors import CheckpointError
 from revnet.training.processes.world import current_world
@@ -267,6 +268,8 @@ def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
 
 
 def _existing(path: Path) -> Path:
+    if (fault := explain_link(path)) is not None:
+        raise CheckpointError(f"`{path}` {fault}.")
     if not path.is_file() and not is_sharded(path):
         fault = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"`{path}` {fault}; {_WAY_OUT}.")
