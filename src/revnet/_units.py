@@ -3,6 +3,17 @@
 import math
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, such as "1 image" or "1,000 images".
+
+    Args:
+        number: The number.
+        noun: The noun in the singular.
+        plural: The noun in the plural; by default, the singular with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration in milliseconds, seconds, minutes or hours."""
     if seconds < 0.001:

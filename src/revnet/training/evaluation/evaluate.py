@@ -20,6 +20,7 @@ from revnet.errors import DataError
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.evaluate_result import EvaluateResult
+from revnet.training.evaluation.new_folder import check_unseen, is_new_folder
 from revnet.training.processes.choose import NumDevices, choose_world, device_of
 from revnet.training.processes.join import add_up, joined
 from revnet.training.processes.launch import run_in_processes
@@ -56,7 +57,7 @@ def evaluate(
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
             weights are loaded.
         data: Data set, by name or folder; by default the data set of the training. Of a folder of classes without
-            `train`, all images are used, or if such a folder was trained on, the images that were not.
+            `train`, all images are used. If it is the folder that was trained on, the images are used that were not.
         batch_size: Images per batch, on each device; by default 500, or fewer if they are larger than 64x64.
         num_workers: Processes that decode images for each device, for data that are not in memory.
         on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
@@ -134,15 +135,18 @@ def load_test_data(header: ClassifierHeader, data: str | Path | None, on_corrupt
         on_corrupt: Response to an image file that cannot be decoded.
 
     Raises:
-        DataError: The data are missing, or are not the folder of classes that the weights were trained on.
+        DataError: The data are missing, or some of their images are ones that the weights were trained on.
     """
+    is_new = data is not None and is_new_folder(header, data)
     data = header.data if data is None else data
     dataset = load_dataset(
         data,
         image_size=header.image_shape[1] if header.is_resized else None,
         on_corrupt=on_corrupt,
-        seed=header.split_seed,
+        seed=None if is_new else header.split_seed,
     )
+    if is_new:
+        check_unseen(header, data)
     if dataset.division is not None and dataset.division.files != header.split_files:
         raise DataError(
             f"`data` (='{data}') does not hold the files that the weights were trained on, so that test images cannot "
