@@ -1,6 +1,6 @@
 import pytest
 
-from revnet._outside_text import csv_cell, encodable, printable, shorten
+from revnet._outside_text import csv_cell, encodable, file_stem, printable, shorten
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,25 @@ def test_csv_cell(text, cell):
 def test_shorten(text, shown):
     assert shorten(text, 10) == shown
     assert len(shorten(text)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("text", "stem"),
+    [
+        ("Meine schönen Fotos", "Meine-schönen-Fotos"),
+        ("Fu\u0308chse", "Füchse"),
+        ("猫_1.2", "猫-1.2"),
+        ("../a/b\0:c", "a-b-c"),
+        ("caf\udce9", "caf"),
+        ("\U0001f408", ""),
+    ],
+)
+def test_file_stem_keeps_letters(text, stem):
+    assert file_stem(text) == stem
+
+
+def test_file_stem_is_short():
+    assert len(file_stem("ü" * 500).encode()) == 120
 
 
 def test_encodable():

@@ -1,10 +1,13 @@
 """Text from outside, such as names of files and classes, made safe for terminals, tables and pictures."""
 
+import re
 import unicodedata
 
 _FORMULA_STARTS = ("=", "+", "-", "@")
 _ESCAPED = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Unicode categories that are escaped: control characters, halves of characters, and line breaks."""
+_LONGEST_STEM = 120
+"""Bytes of a part of a file name; a file system allows 255 for the whole."""
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that reverse the order in which a terminal shows the others."""
 
@@ -20,6 +23,15 @@ def shorten(text: str, longest: int = 60) -> str:
     """Return `text` as one printable line of at most `longest` characters; three dots stand for the rest."""
     start = printable(text[: longest + 1])  # a text of megabytes is not worth the time
     return start if len(start) <= longest else f"{start[: longest - 3]}..."
+
+
+def file_stem(text: str) -> str:
+    """Return `text` as a part of a file name: letters, digits and dots, with dashes for other characters.
+
+    It is empty if there are none.
+    """
+    words = re.sub(r"(?:[^\w.]|_)+", "-", unicodedata.normalize("NFC", text))
+    return words.encode()[:_LONGEST_STEM].decode(errors="ignore").strip("-.")
 
 
 def csv_cell(text: str) -> str:

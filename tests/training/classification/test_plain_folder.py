@@ -100,7 +100,7 @@ def test_all_images_of_a_new_folder_are_used(finished, tmp_path, caplog):
     with pytest.raises(DataError, match=r"shares 1 image with .* \(the first is '.*copy.png'\); remove it, or"):
         evaluate(run, data)
     Path(copied).unlink()
-    write_images(data / "another class", 1)
+    write_images(data / "another class", 1, seed=77)
     with pytest.raises(ValueError, match="has 'another class' among its 3 classes, which the checkpoint does not know"):
         evaluate(run, data)
     assert caplog.messages == []

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from revnet._image_files import class_folders, image_files, loose_images, part_among_classes
+from revnet._units import count
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.sources.image_folder import class_files, name_of_folder, split_of_classes
@@ -49,7 +50,7 @@ def load_plain_folder(
     try:
         folder = Path(path).expanduser()
         classes = _find_classes(folder)
-        files = {name: class_files(place) for name, place in classes.items()}
+        files = class_files(classes)
     except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
     train, test = dict(enumerate(files.values())), dict(enumerate(files.values()))
@@ -98,7 +99,7 @@ def _find_classes(folder: Path) -> dict[str, Path]:
         _log.warning(
             "'%s' holds %s outside the folders of its classes (the first is '%s'), which %s not used",
             folder,
-            f"{len(loose)} images" if len(loose) > 1 else "1 image",
+            count(len(loose), "image"),
             loose[0],
             "are" if len(loose) > 1 else "is",
         )
