@@ -3,7 +3,7 @@
 import math
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, such as "1 image" or "1,000 images".
 
     Args:
@@ -12,6 +12,12 @@ def count(number: int, noun: str, plural: str = "") -> str:
         plural: The noun in the plural; by default, the singular with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def counted_samples(number: int, samples: str) -> str:
+    """Return a number with a plural noun such as "images" or "windows of 16 characters", which loses its s after 1."""
+    noun, space, rest = samples.partition(" ")
+    return f"{number:,} {noun.removesuffix('s') if number == 1 else noun}{space}{rest}"
 
 
 def format_seconds(seconds: float) -> str:

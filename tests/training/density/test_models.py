@@ -78,7 +78,7 @@ def test_photographs_are_decoded_like_test_images(tmp_path):
         ({"data": "FOLDER"}, r"`data` \(='.*'\) holds photographs of any size, .*; pass `image_size`, such as 32"),
         (
             {"data": "FOLDER", "image_size": 15, "model": "glow", "val_fraction": 0},
-            r"`image_size` \(=15\) must be a multiple of 4, .* pass 12 or 16, or fewer `num_scales`",
+            r"`image_size` \(=15\) must be a multiple of 4, .* pass 12 or 16, or fewer `num_scales` than 2",
         ),
         ({"data": "FOLDER", "image_size": 100_000}, r"`image_size` \(=100000\) would make .* pass a smaller one"),
         ({"image_size": 32}, r"`image_size` \(=32\) is for images of varying size, but the images of 'digits'"),

@@ -42,7 +42,8 @@ def test_other_output_gets_a_heading_and_a_line_per_epoch(out_dir, capfd):
     ]
     assert "1,293 train, 144 validate, 360 test" in lines[2]
     assert re.fullmatch(
-        r"epoch 2/2  loss \d\.\d{4} nats/image  validation accuracy \d+\.\d\d %  [\d,]+ images/s  \d+\.\d m?s", lines[-1]
+        r"epoch 2/2  loss \d\.\d{4} nats/image  validation accuracy \d+\.\d\d %  [\d,]+ images/s  \d+\.\d m?s",
+        lines[-1],
     )
 
 

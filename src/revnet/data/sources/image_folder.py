@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from revnet._image_files import IMAGE_SUFFIXES, TESTS, TRAIN, class_folders, image_files
-from revnet._units import count
+from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import AbstractCrop, CenterCrop, RandomResizedCrop
 from revnet.data.splits.file_split import FileSplit
@@ -84,7 +84,7 @@ def class_files(folders: Mapping[_Class, Path]) -> dict[_Class, list[str]]:
     if others:
         _log.warning(
             "%s left out, because revnet does not read the format (the first is '%s'); convert to JPEG or PNG",
-            f"{count(len(others), 'image')} {'is' if len(others) == 1 else 'are'}",
+            f"{counted(len(others), 'image')} {'is' if len(others) == 1 else 'are'}",
             min(others),
         )
     return files

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from revnet._image_files import class_folders, image_files, loose_images, part_among_classes
-from revnet._units import count
+from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.sources.image_folder import class_files, name_of_folder, split_of_classes
@@ -99,7 +99,7 @@ def _find_classes(folder: Path) -> dict[str, Path]:
         _log.warning(
             "'%s' holds %s outside the folders of its classes (the first is '%s'), which %s not used",
             folder,
-            count(len(loose), "image"),
+            counted(len(loose), "image"),
             loose[0],
             "are" if len(loose) > 1 else "is",
         )

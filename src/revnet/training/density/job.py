@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from revnet._units import nearest_multiples
+from revnet._units import counted, nearest_multiples
 from revnet.data import ImageDataset, make_loader
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.image_split import ImageSplit
@@ -190,9 +190,9 @@ def _check_scales(config: NiceConfig, image_shape: tuple[int, int, int]) -> None
     if config.image_size is not None and config.num_scales <= MOST_SCALES:
         factor = 2**config.num_scales
         raise ValueError(
-            f"`image_size` (={config.image_size}) must be a multiple of {factor}, since each of the "
-            f"{config.num_scales} scales of {config.model} halves it; pass {nearest_multiples(height, factor)}, or "
-            "fewer `num_scales`."
+            f"`image_size` (={config.image_size}) must be a multiple of {factor}, since each scale of "
+            f"{config.model} halves it; pass {nearest_multiples(height, factor)}, or fewer `num_scales` than "
+            f"{config.num_scales}."
         )
     if most_scales == 0:
         raise ValueError(f"`model` (={config.model}) needs sides that are even, {reason}; pass nice, or other images.")
@@ -201,8 +201,9 @@ def _check_scales(config: NiceConfig, image_shape: tuple[int, int, int]) -> None
 
 def _describe_model(config: NiceConfig) -> str:
     if config.model == "nice":
-        return f"nice, {config.num_couplings} couplings"
-    return f"{config.model}, {config.num_scales} scales of {config.num_couplings} couplings"
+        return f"nice, {counted(config.num_couplings, 'coupling')}"
+    couplings = counted(config.num_couplings, "coupling")
+    return f"{config.model}, {counted(config.num_scales, 'scale')} of {couplings}"
 
 
 def _loss(output: tuple[Tensor, Tensor]) -> Tensor:

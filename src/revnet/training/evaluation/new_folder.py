@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from revnet._image_files import class_folders, image_files, is_plain_folder
-from revnet._units import count
+from revnet._units import counted
 from revnet.data.sources.plain_folder import fingerprint_folder
 from revnet.errors import DataError
 from revnet.training.classification.model import ClassifierHeader
@@ -51,7 +51,7 @@ def check_unseen(header: ClassifierHeader, data: str | Path) -> None:
     seen = sorted(file for files in both.values() for file in files if _digest(file) in digests)
     if seen:
         raise DataError(
-            f"`data` (='{data}') shares {count(len(seen), 'image')} with '{trained}', which the weights were trained "
+            f"`data` (='{data}') shares {counted(len(seen), 'image')} with '{trained}', which the weights were trained "
             f"on (the first is '{seen[0]}'); remove {'them' if len(seen) > 1 else 'it'}, or leave out `data` to "
             "evaluate on the test images of the training."
         )
