@@ -27,6 +27,6 @@ def hash_weights(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
 
 
 def is_damaged(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether the tensors or the metadata have changed since they were written; false if there is no hash."""
+    """Return whether the tensors or the metadata have changed since they were written; false if they have no hash."""
     stored = metadata.get(HASH_KEY)
     return stored is not None and stored != hash_weights(metadata, tensors)
