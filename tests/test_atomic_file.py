@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from revnet import _atomic_file
-from revnet._atomic_file import atomic_path, remove_leftovers, write_csv, write_text
+from revnet._atomic_file import atomic_path, open_early, remove_leftovers, write_csv, write_text
+from revnet._outside_text import csv_cell
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="modes, links and devices of POSIX")
 
@@ -177,6 +178,29 @@ def test_long_names_fit(tmp_path):
     assert path.read_text() == "content"
 
 
-def test_names_of_files_in_a_table_may_hold_any_bytes(tmp_path):
-    write_csv(tmp_path / "table.csv", [["file"], [os.fsdecode(b"caf\xe9.jpg")]])
-    assert (tmp_path / "table.csv").read_bytes() == b"file\r\ncaf\xe9.jpg\r\n"
+@POSIX
+def test_a_fifo_without_a_reader_is_refused(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for write in (open_early, lambda path: write_text(path, "lost")):
+        with pytest.raises(OSError, match="A FIFO that no process reads") as caught:
+            write(fifo)
+        assert caught.value.filename == str(fifo)
+
+
+@POSIX
+def test_reader_of_a_fifo_that_is_opened_early_gets_the_file(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(fifo.read_text()))
+    reader.start()
+    open_early(fifo)
+    write_text(fifo, "late")
+    reader.join(60)
+    assert received == ["late"]
+
+
+def test_names_that_are_not_utf8_are_escaped_in_a_table(tmp_path):
+    write_csv(tmp_path / "table.csv", [["file"], [csv_cell(os.fsdecode(b"caf\xe9.jpg"))]])
+    assert (tmp_path / "table.csv").read_bytes() == b"file\r\ncaf\\udce9.jpg\r\n"

@@ -12,6 +12,7 @@ LEVELS = {
     "_bytes": 0,
     "_checks": 0,
     "_input_files": 0,
+    "_model_output": 0,
     "_outside_text": 0,
     "_types": 0,
     "_torch_internals": 0,

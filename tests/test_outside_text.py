@@ -1,6 +1,6 @@
 import pytest
 
-from revnet._outside_text import csv_cell, encodable, printable
+from revnet._outside_text import csv_cell, encodable, file_stem, printable, shorten
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,48 @@ def test_printable(text, shown):
         ("@SUM(A1)", "'@SUM(A1)"),
         ("\t=1", r"\t=1"),
         ("\x1b[2J", r"\x1b[2J"),
-        ("caf\udce9.jpg", "caf\udce9.jpg"),
+        ("caf\udce9.jpg", r"caf\udce9.jpg"),
         ("a=b", "a=b"),
         ("", ""),
     ],
 )
 def test_csv_cell(text, cell):
     assert csv_cell(text) == cell
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("0123456789", "0123456789"),
+        ("01234567890", "0123456..."),
+        ("9" * 10**6, "9999999..."),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("\x1b" * 4, r"\x1b\x1..."[:7] + "..."),
+        ("", ""),
+    ],
+)
+def test_shorten(text, shown):
+    assert shorten(text, 10) == shown
+    assert len(shorten(text)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("text", "stem"),
+    [
+        ("Meine schönen Fotos", "Meine-schönen-Fotos"),
+        ("Fu\u0308chse", "Füchse"),
+        ("猫_1.2", "猫-1.2"),
+        ("../a/b\0:c", "a-b-c"),
+        ("caf\udce9", "caf"),
+        ("\U0001f408", ""),
+    ],
+)
+def test_file_stem_keeps_letters(text, stem):
+    assert file_stem(text) == stem
+
+
+def test_file_stem_is_short():
+    assert len(file_stem("ü" * 500).encode()) == 120
 
 
 def test_encodable():

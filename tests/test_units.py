@@ -1,6 +1,6 @@
 import pytest
 
-from revnet._units import format_loss, format_perplexity, format_rate, format_seconds
+from revnet._units import counted, counted_samples, format_loss, format_perplexity, format_rate, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,15 @@ def test_losses_that_are_not_finite():
 )
 def test_perplexities(nats, text):
     assert format_perplexity(nats) == text
+
+
+def test_nouns_agree_with_their_number():
+    assert [counted(number, "image") for number in (0, 1, 2, 1000)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,000 images",
+    ]
+    assert [counted(number, "class", "classes") for number in (1, 3)] == ["1 class", "3 classes"]
+    assert counted_samples(1, "windows of 16 characters") == "1 window of 16 characters"
+    assert counted_samples(1000, "images") == "1,000 images"

@@ -7,6 +7,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,11 @@ _LONGEST_STEM = 50
 """Characters of a file's name in the name of its temporary file, since the file system limits the whole."""
 _NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)
 _DEVICES = (Path("/dev"), Path("/proc"))
+_NO_READER = "A FIFO that no process reads"
+_READER_SECONDS = 1.0
+"""Time in which the reader of a FIFO must open it."""
+_open_fifos: dict[Path, int] = {}
+"""Descriptors of FIFOs that are to be written to, by path."""
 
 
 @contextmanager
@@ -56,17 +62,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file in UTF-8, whole or not at all; names of files may hold any bytes."""
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
+    """Write a CSV file in UTF-8, whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     """Write a CSV file with a head, whole or not at all; what a row lacks stays empty."""
     write_csv(path, [columns, *([row.get(name) for name in columns] for row in rows)])
+
+
+def open_early(path: Path) -> None:
+    """Open `path` now if it is a FIFO, before the work whose result will be written to it.
+
+    It stays open until a file is written to it, because its reader would see the end of the file otherwise.
+
+    Raises:
+        OSError: No process reads the FIFO.
+    """
+    if path.is_fifo() and path not in _open_fifos:
+        _open_fifos[path] = _open_with_reader(path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -146,4 +161,23 @@ def _open_for_writing(path: Path) -> int:
                 if os.path.samestat(os.fstat(stream.fileno()), path.stat()):
                     stream.flush()
                     return os.dup(stream.fileno())
-    return os.open(path, os.O_WRONLY)
+    descriptor = _open_fifos.pop(path, None)
+    return _open_with_reader(path) if descriptor is None else descriptor
+
+
+def _open_with_reader(path: Path) -> int:
+    """Open `path` for writing; unlike a plain `open`, do not wait for ever for the reader of a FIFO."""
+    deadline = time.monotonic() + _READER_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+        except OSError as error:
+            if error.errno != errno.ENXIO or not path.is_fifo():
+                raise
+            if time.monotonic() > deadline:
+                raise OSError(errno.ENXIO, _NO_READER, str(path)) from error
+            time.sleep(0.01)
+        else:
+            if hasattr(os, "O_NONBLOCK"):
+                os.set_blocking(descriptor, True)
+            return descriptor

@@ -11,6 +11,9 @@ from pathlib import Path
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """Suffixes of the files that are read as images, in lower case."""
 
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".jxl", ".jfif", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg")
+"""Suffixes of images in formats that are not read, in lower case."""
+
 TRAIN = "train"
 """Name of the folder of training images."""
 
@@ -34,12 +37,16 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def image_files(folder: str | Path) -> Iterator[str]:
+def image_files(folder: str | Path, others: list[str] | None = None) -> Iterator[str]:
     """Yield the image files in a folder and the folders inside it, in any order; names with a leading dot are hidden.
 
     A link to a folder that contains the link is not followed.
+
+    Args:
+        folder: The folder.
+        others: List to which the images in formats that are not read are added.
     """
-    return _image_files(os.fspath(folder), (os.path.realpath(folder),))
+    return _image_files(os.fspath(folder), (os.path.realpath(folder),), [] if others is None else others)
 
 
 def loose_images(folder: Path) -> list[str]:
@@ -88,8 +95,25 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
     A folder stands for the images in it and in the folders inside it, sorted. A pattern such as `photos/*.jpg`, if no
     file has that name, stands for what it matches, sorted; `**` matches any number of folders. Other paths stand for
     themselves, and so do folders without images and patterns without a match.
+
+    Raises:
+        ValueError: A path is empty.
     """
+    paths = list(paths)
+    if "" in paths:
+        raise ValueError("`paths` holds an empty path; leave it out, or pass '.' for the current folder.")
     return [file for path in paths for file in _files_of(Path(path))]
+
+
+def explain_link(path: str | Path) -> str | None:
+    """Return why a path leads nowhere if it is a link, as the end of a sentence; None if it is not such a link."""
+    path = os.path.expanduser(path)  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
+    if not os.path.islink(path) or os.path.exists(path):  # noqa: PTH110, PTH114 - `Path` fails for a loop
+        return None
+    target = os.readlink(path)  # noqa: PTH115
+    if os.path.lexists(os.path.join(os.path.dirname(path), target)):  # noqa: PTH118, PTH120
+        return f"is a link to '{target}', which leads back to itself or to nothing; correct the link"
+    return f"is a link to '{target}', which does not exist; correct the link"
 
 
 def is_pattern(path: Path) -> bool:
@@ -109,7 +133,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _image_files(folder: str, parents: tuple[str, ...]) -> Iterator[str]:
+def _image_files(folder: str, parents: tuple[str, ...], others: list[str]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             # Checks by name come first, since `is_dir` may have to read from the disk.
@@ -120,7 +144,9 @@ def _image_files(folder: str, parents: tuple[str, ...]) -> Iterator[str]:
             elif _is_folder(entry):
                 inside = os.path.realpath(entry.path) if entry.is_symlink() else f"{parents[-1]}{os.sep}{entry.name}"
                 if inside not in parents:
-                    yield from _image_files(entry.path, (*parents, inside))
+                    yield from _image_files(entry.path, (*parents, inside), others)
+            elif entry.name.lower().endswith(OTHER_SUFFIXES):
+                others.append(entry.path)
 
 
 def _files_of(path: Path) -> list[Path]:

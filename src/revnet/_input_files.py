@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,6 +46,24 @@ def check_regular(path: str | Path) -> None:
         OSError: It is not.
     """
     open_regular(path).close()
+
+
+@contextmanager
+def name_in_utf8(path: str | Path) -> Iterator[str]:
+    """Yield a name of a regular file for a library that takes names in UTF-8 only.
+
+    It is the path itself, except for a path that is not UTF-8.
+
+    Raises:
+        OSError: The file cannot be opened, is not a regular file, or consists of holes.
+    """
+    with open_regular(path) as file:
+        name = os.fspath(path)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            name = f"/dev/fd/{file.fileno()}"
+        yield name
 
 
 def read_bytes(path: str | Path, most_bytes: int) -> bytes:

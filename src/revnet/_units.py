@@ -3,6 +3,23 @@
 import math
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, such as "1 image" or "1,000 images".
+
+    Args:
+        number: The number.
+        noun: The noun in the singular.
+        plural: The noun in the plural; by default, the singular with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def counted_samples(number: int, samples: str) -> str:
+    """Return a number with a plural noun such as "images" or "windows of 16 characters", which loses its s after 1."""
+    noun, space, rest = samples.partition(" ")
+    return f"{number:,} {noun.removesuffix('s') if number == 1 else noun}{space}{rest}"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration in milliseconds, seconds, minutes or hours."""
     if seconds < 0.001:

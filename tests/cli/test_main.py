@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import revnet as package
+from revnet._image_files import list_images
 from revnet.cli.main import COMMANDS, main
 from revnet.errors import DataError
 from tests.cli.random_lines import FUNCTIONS
@@ -151,3 +152,19 @@ def test_closed_pipe_ends_quietly():
     with os.fdopen(writer, "w") as closed:
         process = subprocess.run([sys.executable, "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (process.returncode, process.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["predict", "run", ""], ["score", "", "a.png"], ["evaluate", "run", "--data", ""], ["train", "--out-dir", ""]],
+)
+def test_rejects_an_empty_path(revnet, line):
+    code, output, errors = revnet(*line)
+    assert (code, output) == (2, "")
+    assert errors.endswith(" (='') must not be empty; pass a path, such as . for the current folder.\n")
+    assert errors.count("\n") == 1
+
+
+def test_rejects_an_empty_path_in_python():
+    with pytest.raises(ValueError, match="`paths` holds an empty path; leave it out, or pass"):
+        list_images(["cat.png", ""])

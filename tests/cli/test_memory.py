@@ -82,6 +82,9 @@ class Branching(nn.Linear):
 class Broken(Branching):
     def forward(self, x):
         return super().forward(x).no_such_attribute
+
+def tokens():
+    return nn.Embedding(10, 4)
 """
 
 
@@ -100,6 +103,12 @@ def test_measures_a_model_that_needs_values(revnet, assert_refused, own_models):
     code, output, errors = revnet(*arguments, "--measure")
     assert (code, errors) == (0, "")
     assert "32 inputs of 4, SGD with momentum, 32-true, cpu, measured\n\npeak " in output
+
+
+@pytest.mark.parametrize("flags", [[], ["--measure"]])
+def test_wrong_dtype_names_the_option(assert_refused, own_models, flags):
+    message = "pass another `--input-dtype`: float32 or int64\n"
+    assert_refused(["memory", f"{own_models}:tokens", "--input-shape", "[5]", *flags], message)
 
 
 def test_failing_step_prints_one_line(assert_refused, own_models):

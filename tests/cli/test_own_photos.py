@@ -67,7 +67,7 @@ def test_predictions_equal_the_evaluation(run, photos, answers, revnet):
         "data           Meine schönen Fotos, 44 test images of 4 classes, a fifth of each class, chosen by seed 0"
         in (output.splitlines())
     )
-    evaluated = json.loads((run / "evaluation_Meine-sch-nen-Fotos.json").read_text())
+    evaluated = json.loads((run / "evaluation_Meine-schönen-Fotos.json").read_text())
     assert evaluated["accuracy"] == json.loads((run / "summary.json").read_text())["test_accuracy"]
     assert right_share(answers, load_dataset(photos).test) == evaluated["accuracy"]
 

@@ -108,7 +108,8 @@ def test_largest_image_of_a_model_without_units(revnet):
     output = revnet("plan", "own_volumes:plain", "--largest", "image", "--batch", "2", "--budget", "10MiB")[1]
     assert list(sizes_in(output)) == ["as built"]
     size, _ = sizes_in(output)["as built"]
-    assert output.endswith(f"--image {size.split('x')[0]}\n")
+    command = f"revnet memory own_volumes:plain --batch 2 --image {size.split('x')[0]}\n"
+    assert output.endswith(f"\n\nto see where the bytes are  {command}")
 
 
 def test_model_of_two_inputs(revnet):

@@ -1,10 +1,14 @@
 """Values of options, read from text and from YAML."""
 
+import re
+from importlib import import_module
 from typing import Literal
 
 import pytest
 
-from revnet.cli._values import check_value, describe_type, read_text
+from revnet.cli._commands import COMMANDS
+from revnet.cli._options import list_options
+from revnet.cli._values import check_value, describe_type, is_list, read_text
 
 Color = Literal["red", "32-true"]
 
@@ -62,4 +66,17 @@ def test_checks_yaml():
 def test_describes_types():
     assert describe_type(int | None) == "an integer or null"
     assert describe_type(Color | None) == "`red` or `32-true` or null"
-    assert describe_type(tuple[float, ...]) == "a list in brackets, such as [0.5,0.75]"
+    assert describe_type(tuple[float, ...], "decay_at") == "a list in brackets, such as [0.5,0.75]"
+    shapes = tuple[int, ...] | tuple[tuple[int, ...], ...] | None
+    assert describe_type(shapes, "input_shape") == "a list in brackets, such as [3,64,64], or null"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "train_nice", "train_lm"])
+def test_example_of_every_list_is_one(command):
+    """The example that a message gives for an option is a value of that option."""
+    function = getattr(import_module(f"revnet.cli.{command}"), command)
+    for option in list_options(function):
+        if is_list(option.kind):
+            example = re.search(r"such as (\[.*?\])(,|$)", describe_type(option.kind, option.name))
+            assert example is not None, f"{option.flag} has no example"
+            read_text(example[1], option.kind)

@@ -146,6 +146,15 @@ def test_a_flipped_bit_is_noticed(density_run, tmp_path, part):
         load_density(path)
 
 
+@pytest.mark.parametrize("text", ["", "nonsense", "blake2b-128", "blake2b-128:", "blake2b-256:" + "0" * 64])
+def test_a_malformed_hash_is_damage(density_run, tmp_path, text):
+    metadata, tensors = read_weights(density_run / "last.safetensors")
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(save(tensors, {**metadata, "hash": text}))
+    with pytest.raises(CheckpointError, match="is damaged: it has other bytes than `revnet train` wrote"):
+        load_density(path)
+
+
 def test_weights_without_a_hash_load(density_run, tmp_path):
     metadata, tensors = read_weights(density_run / "last.safetensors")
     path = tmp_path / "old.safetensors"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._memory_readings import free_bytes
+from revnet._units import counted
 from revnet.cli._errors import UsageError
 from revnet.cli._model import build_model
 from revnet.cli._step_flags import StepFlags
@@ -60,14 +61,16 @@ def build_step(flags: StepFlags) -> BuiltStep:
             for shape, dtype in zip(shapes, flags.input_dtypes, strict=True)
         )
     except (RuntimeError, TypeError) as error:  # an integer out of range
-        raise UsageError(f"{flags.batch:,} inputs of {_join(shapes)} are more than PyTorch can count.") from error
+        raise UsageError(
+            f"{counted(flags.batch, 'input')} of {_join(shapes)} are more than PyTorch can count."
+        ) from error
     options = {
         "optimizer": _OPTIMIZERS[flags.optimizer],
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,
     }
     conditions = f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}"
-    plural = "s" * (flags.batch > 1)
-    description = f"{flags.model}: a training step on {flags.batch:,} input{plural} of {_join(shapes)}, {conditions}"
+    samples = counted(flags.batch, "input")
+    description = f"{flags.model}: a training step on {samples} of {_join(shapes)}, {conditions}"
     return BuiltStep(model, inputs, device, options, description, _join(shapes), conditions)
 
 

@@ -32,7 +32,8 @@ def read_config(name: str, kinds: Mapping[str, Any], hint: Callable[[str], str])
             values[setting] = check_value(value, kinds[setting])
         except TypeError as error:
             flag = "--" + setting.replace("_", "-")
-            raise UsageError(f"`{flag}` (={value}) must be {describe_type(kinds[setting])}.") from error
+            rule = describe_type(kinds[setting], setting)
+            raise UsageError(f"`{flag}` (={value}) must be {rule}.") from error
     return values
 
 

@@ -51,7 +51,9 @@ def step_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RevnetError) or (isinstance(error, ValueError) and is_expected(error)):
             raise
-        raise UsageError(f"the step failed: {type(error).__name__}: {error}") from error
+        from revnet.memory.step._predict import dtype_hint
+
+        raise UsageError(f"the step failed: {type(error).__name__}: {error}{dtype_hint(error)}") from error
 
 
 def one_line(text: str) -> str:

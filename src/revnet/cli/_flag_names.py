@@ -23,6 +23,11 @@ _FLAGS_OF: Mapping[str, str] = {
 }
 """Parameters of the library that have another name on the command line, by the name of the option."""
 
+_WAYS_OUT: Mapping[str, tuple[str, str]] = {
+    "input_dtype": ("pass inputs of another dtype", "pass another `--input-dtype`: float32 or int64"),
+}
+"""Ways out in messages of the library that an option is for, and their words on the command line."""
+
 _PARAMETER = re.compile(r"`([a-z]\w*)`")
 _CHOICES = re.compile(r"must be (?:`[^`]*`(?:, or | or |, )?)+")
 """The words that an option takes, which may also be names of parameters."""
@@ -36,6 +41,9 @@ def name_flags(message: str, options: Collection[Option], arguments: Collection[
         options: Options of the command.
         arguments: Arguments of the command. A message that repeats one of them in backticks does not name a parameter.
     """
+    for option in options:
+        if option.name in _WAYS_OUT:
+            message = message.replace(*_WAYS_OUT[option.name])
     words = {option.name: f"`{option.word}`" for option in options}
     choices = [match.span() for match in _CHOICES.finditer(message)]
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from revnet._atomic_file import open_early
 from revnet._image_files import IMAGE_SUFFIXES
 from revnet._outside_text import encodable, printable
 from revnet.cli._errors import UsageError
@@ -26,6 +27,13 @@ def open_place(flag: str, place: str | None) -> Path | None:
         raise UsageError(
             f"`{flag}` (={place}) must be a file in a folder that exists; create the folder, or name a file."
         )
+    try:
+        open_early(path)
+    except OSError as error:
+        raise UsageError(
+            f"`{flag}` (={place}) cannot be written ({error.strerror}); start the process that reads it, or pass "
+            "another file."
+        ) from error
     return path
 
 

@@ -17,6 +17,8 @@ from revnet.cli._values import describe_type, is_list, is_switch, read_text
 from revnet.training.recipes import list_recipes
 from revnet.training.settings.devices import explain_device
 
+_PATHS = ("checkpoint", "csv", "data", "images", "jsonl", "out_dir", "resume", "weights")
+"""Options and arguments that are paths."""
 _LONGEST_CHOICES = 40
 """Number of characters of all choices up to which they stand for the value in the help."""
 
@@ -42,11 +44,20 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
     if unknown:
         raise UsageError(parser.explain_unknown(unknown))
     values = vars(given)
+    _check_not_empty(values, parser)
     _check_model(values, parser)
     if values.pop("print_config", False):
         print(parser.format_config(values), end="")
         raise SystemExit(0)
     return values
+
+
+def _check_not_empty(values: dict[str, Any], parser: "CommandParser") -> None:
+    """Raise if a path is empty, which would stand for the current folder."""
+    for option in parser.known:
+        value = values.get(option.name)
+        if option.name in _PATHS and (value == "" or (isinstance(value, list) and "" in value)):
+            raise UsageError(f"`{option.word}` (='') must not be empty; pass a path, such as . for the current folder.")
 
 
 def _check_model(values: dict[str, Any], parser: "CommandParser") -> None:
@@ -166,7 +177,7 @@ class _ReadValue(argparse.Action):
             hint = explain_device(self.dest, values)
             if hint is not None:
                 raise UsageError(hint) from error
-            raise UsageError(f"`{option_string}` (={values}) must be {describe_type(self.kind)}.") from error
+            raise UsageError(f"`{option_string}` (={values}) must be {describe_type(self.kind, self.dest)}.") from error
         setattr(namespace, self.dest, value)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from revnet._units import counted
 from revnet.cli._errors import UsageError
 from revnet.cli._step_flags import StepFlags
 from revnet.training.settings.checks import check_integer
@@ -119,7 +120,7 @@ def plan_devices(flags: StepFlags, device_flags: DeviceFlags, budget: str | None
     way = _WAYS[device_flags.strategy].format(
         unit=device_flags.shard_unit or "block", microbatches=device_flags.num_microbatches
     )
-    print(f"{step.description}\n{device_flags.strategy}, {device_flags.devices:,} devices, {way}\n\n{memory}")
+    print(f"{step.description}\n{device_flags.strategy}, {counted(device_flags.devices, 'device')}, {way}\n\n{memory}")
     if budget_bytes is None:
         return
     left = budget_bytes - memory.peak_bytes

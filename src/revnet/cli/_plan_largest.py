@@ -26,6 +26,10 @@ _SETTINGS = {
 """Policies to compare: names in the order in which they are set."""
 
 
+_AS_BUILT = "as built"
+"""Name of the row of a model that has no units with policies."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LargestFlags:
     """The options of `revnet plan --largest`, checked before PyTorch is loaded.
@@ -111,7 +115,11 @@ def plan_largest(flags: StepFlags, largest_flags: LargestFlags, budget: str | No
         )
     print(f"{flags.model}: {search.title}, predicted\n{search.conditions}\n")
     print("\n".join(aligned([["policies", f"largest {largest_flags.largest}", "peak"], *rows], 1)))
-    print(f"\nto plan  {shlex.join(_to_plan(flags, largest_flags, search, max(found), budget))}")
+    # Without units, a plan would only say that there is nothing to choose.
+    budget_words = ["--budget", budget.strip()] if search.has_units else []
+    words = _step_words(flags, largest_flags, search, max(found), budget_words)
+    start = "to plan  revnet plan" if search.has_units else "to see where the bytes are  revnet memory"
+    print(f"\n{start} {shlex.join(words)}")
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,11 @@ class _Search:
                     peak = predict(self.step.model, *inputs, **self._options).peak_bytes
             yield name, size, peak
 
+    @property
+    def has_units(self) -> bool:
+        """Whether policies can be chosen for parts of the model."""
+        return self._names() != [_AS_BUILT]
+
     def _names(self) -> list[str]:
         """Return the policies that the model has units for."""
         names = []
@@ -186,7 +199,7 @@ class _Search:
                     names.append(name)
             except ValueError:  # no unit accepts it
                 pass
-        return names or ["as built"]
+        return names or [_AS_BUILT]
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -231,10 +244,12 @@ def _policies(model: "nn.Module", policies: tuple[str, ...]) -> Iterator[None]:
         yield
 
 
-def _to_plan(flags: StepFlags, largest_flags: LargestFlags, search: _Search, size: int, budget: str) -> list[str]:
-    """Return the command that plans the policies of the largest size."""
+def _step_words(
+    flags: StepFlags, largest_flags: LargestFlags, search: _Search, size: int, budget: list[str]
+) -> list[str]:
+    """Return the arguments of a command that examines the step of the largest size."""
     batch = size if largest_flags.largest == "batch" else flags.batch
-    words = ["revnet", "plan", flags.model, "--batch", str(batch), "--budget", budget.strip()]
+    words = [flags.model, "--batch", str(batch), *budget]
     if largest_flags.largest == "image":
         words += ["--image", str(size)]
     elif flags.image is not None:

@@ -1,13 +1,13 @@
 """Options that `revnet memory`, `plan` and `doctor` share: which training step they examine."""
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from revnet._outside_text import file_stem
 from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.checks import check_integer
@@ -101,8 +101,7 @@ class StepFlags:
 
     def picture(self, folder: Path, kind: str, *words: str) -> Path:
         """Return the file of a picture."""
-        model = re.sub(r"[^A-Za-z0-9.]+", "-", self.model).strip("-.")
-        return folder / f"{'_'.join([kind, model, f'batch{self.batch}', *words])}.png"
+        return folder / f"{'_'.join([kind, file_stem(self.model), f'batch{self.batch}', *words])}.png"
 
 
 def _spell(values: object) -> str:

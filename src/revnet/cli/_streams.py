@@ -1,15 +1,17 @@
 """Standard output and standard error that may be closed, full, or unable to print a letter."""
 
+import codecs
 import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any
 
+_BYTES_OR_REPLACE = "revnet.bytes-or-replace"
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE)
 
 
@@ -43,6 +45,34 @@ def safe_streams() -> Iterator[StreamStatus]:
             sys.stderr.flush()
             return
         _discard(sys.stderr)
+
+
+@contextmanager
+def print_while_writing(has_files: bool = True) -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints lines, for a command that also writes files.
+
+    Once the lines cannot be written, for instance because the reader has closed the pipe, the function prints nothing,
+    so that `revnet score RUN photos --csv scores.csv | head -1` writes the whole file. The error is raised at the end.
+
+    Args:
+        has_files: Whether there are files to write. If not, the error is raised at once.
+    """
+    failure: OSError | None = None
+
+    def print_line(line: str) -> None:
+        nonlocal failure
+        if failure is not None:
+            return
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            if not has_files or error.errno not in _CANNOT_WRITE:
+                raise
+            failure = error
+
+    yield print_line
+    if failure is not None:
+        raise failure
 
 
 def _report(error: OSError, status: int) -> int:
@@ -81,13 +111,24 @@ def _open_missing() -> None:
 def _replacing_letters() -> Iterator[None]:
     changed = []
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
-            changed.append(stream)
+        # In the locale C, the names of files are printed by their bytes, which fails for other letters.
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            changed.append((stream, stream.errors))
+            stream.reconfigure(errors="replace" if stream.errors == "strict" else _BYTES_OR_REPLACE)
     try:
         yield
     finally:
-        for stream in changed:
+        for stream, errors in changed:
             if not stream.closed:
                 with suppress(OSError):
-                    stream.reconfigure(errors="strict")
+                    stream.reconfigure(errors=errors)
+
+
+def _bytes_or_replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
+
+
+codecs.register_error(_BYTES_OR_REPLACE, _bytes_or_replace)

@@ -12,8 +12,17 @@ _DESCRIPTIONS = {
     int: "an integer",
     NoneType: "null",
     str: "text",
-    tuple: "a list in brackets, such as [0.5,0.75]",
+    tuple: "a list in brackets",
 }
+_LIST_EXAMPLES = {
+    "class_weights": "[1,2.5]",
+    "crop_area": "[0.08,1]",
+    "decay_at": "[0.5,0.75]",
+    "dims": "[2,3,4]",
+    "input_dtype": "[float32,int64]",
+    "input_shape": "[3,64,64]",
+}
+"""Lists as they are written on the command line, by the name of the option."""
 
 
 def read_text(text: str, kind: Any) -> Any:
@@ -48,15 +57,20 @@ def check_value(value: Any, kind: Any) -> Any:
     raise TypeError(f"must be {describe_type(kind)}")
 
 
-def describe_type(kind: Any) -> str:
-    """Return a description in words of the values of the type `kind`."""
+def describe_type(kind: Any, name: str = "") -> str:
+    """Return a description in words of the values of the type `kind`, with an example that suits the option `name`."""
     rules = []
     for member in _members(kind):
         if get_origin(member) is Literal:
             rules += [f"`{choice}`" for choice in get_args(member)]
         else:
             rules.append(_DESCRIPTIONS[get_origin(member) or member])
-    return " or ".join(dict.fromkeys(rules))
+    rules = list(dict.fromkeys(rules))
+    if is_list(kind) and name in _LIST_EXAMPLES:
+        example = f"{_DESCRIPTIONS[tuple]}, such as {_LIST_EXAMPLES[name]}"
+        rules = [example if rule == _DESCRIPTIONS[tuple] else rule for rule in rules]
+        return ", or ".join(rules)
+    return " or ".join(rules)
 
 
 def choices(kind: Any) -> tuple[str, ...]:

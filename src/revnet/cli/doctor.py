@@ -2,6 +2,7 @@
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._step_flags import InputDtype, StepFlags, StepPrecision, open_folder, optional_picture
+from revnet.cli._streams import print_while_writing
 from revnet.training.settings.checks import check_number
 
 
@@ -81,9 +82,9 @@ def doctor(
         drift = measure_drift(
             doctor_inputs.model, doctor_inputs.inputs, loss=doctor_inputs.loss, gradients=gradients, autocast=autocast
         )
-    print(f"{doctor_inputs.description}\n\n{drift}\n")
-    with optional_picture():
+    with print_while_writing() as print_line, optional_picture():
+        print_line(f"{doctor_inputs.description}\n\n{drift}\n")
         words = ["exact"] * exact + ["tolerance"] * (tolerance is not None)
         picture = flags.picture(folder, "drift", *words)
         drift.plot(picture, title=", ".join([flags.title, *words]))
-        print(f"picture  {picture}")
+        print_line(f"picture  {picture}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from revnet.cli._streams import print_while_writing
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.choices import OnCorrupt
 
@@ -60,9 +61,10 @@ def evaluate(
     )
     if not is_printing():
         return
-    print(report_evaluation(result), flush=True)
-    files = result.save(out_dir)
-    for number, file in enumerate(files):
-        print(f"{'' if number else 'written':13}  {file}")
-    if all(file.suffix != ".png" for file in files):
-        print(f"{'no picture':13}  {MissingDependencyError.of('matplotlib', 'a figure')}")
+    with print_while_writing() as print_line:
+        print_line(report_evaluation(result))
+        files = result.save(out_dir)
+        for number, file in enumerate(files):
+            print_line(f"{'' if number else 'written':13}  {file}")
+        if all(file.suffix != ".png" for file in files):
+            print_line(f"{'no picture':13}  {MissingDependencyError.of('matplotlib', 'a figure')}")

@@ -10,6 +10,7 @@ from revnet.cli._step_flags import (
     open_folder,
     optional_picture,
 )
+from revnet.cli._streams import print_while_writing
 from revnet.training.settings.checks import check_integer
 from revnet.training.settings.choices import Policy
 
@@ -78,6 +79,7 @@ def memory(
     from revnet.errors import PredictionError
     from revnet.memory import StepMemory, format_bytes, predict
     from revnet.memory import measure as measure_step
+    from revnet.memory.step._predict import dtype_hint
     from revnet.memory.step._timeline_plot import plot_timeline
     from revnet.nn import set_policy
 
@@ -90,6 +92,8 @@ def memory(
             step.model, *step.inputs, device=step.device, step_in_backward=step_in_backward, **step.options
         )
     except PredictionError as error:  # the model may need values, which a real step has
+        if not measure and error.__cause__ is not None and dtype_hint(error.__cause__):
+            raise
         if not measure:
             hint = "pass `--measure`, with a small `--batch`, to run a real step."
             raise UsageError(f"{describe_error(error).rstrip('.')}; {hint}") from error
@@ -105,9 +109,9 @@ def memory(
         with step_errors():
             step_memory = measure_step(step.model, *step.inputs, step_in_backward=step_in_backward, **step.options)
     assert step_memory is not None
-    print(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
-    with optional_picture():
+    with print_while_writing() as print_line, optional_picture():
+        print_line(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
         words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
         picture = flags.picture(folder, "memory", *words)
         plot_timeline(step_memory, picture, title=", ".join([flags.title, *words]))
-        print(f"picture  {picture}")
+        print_line(f"picture  {picture}")

@@ -17,6 +17,7 @@ from revnet.cli._step_flags import (
     open_folder,
     optional_picture,
 )
+from revnet.cli._streams import print_while_writing
 from revnet.training.settings.choices import Optimizer
 
 _IN_PYTHON = {
@@ -155,11 +156,11 @@ def plan(
             step_in_backward="auto" if step_in_backward else False,
             **step.options,
         )
-    print(f"{step.description}\n\n{step_plan}\n")
-    with optional_picture():
+    with print_while_writing() as print_line, optional_picture():
+        print_line(f"{step.description}\n\n{step_plan}\n")
         picture = flags.picture(folder, "plan")
         step_plan.plot(picture, title=flags.title)
-        print(f"picture    {picture}")
+        print_line(f"picture    {picture}")
     _print_uses(flags, budget, step_in_backward=step_plan.step_in_backward)
 
 

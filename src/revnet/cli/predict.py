@@ -4,9 +4,13 @@ import sys
 from typing import Literal
 
 from revnet._image_files import list_images
-from revnet._outside_text import encodable, printable
+from revnet._outside_text import encodable, printable, shorten
 from revnet.cli._errors import UsageError, describe_error
 from revnet.cli._image_lines import name_width, open_place, printable_path
+from revnet.cli._streams import print_while_writing
+
+_LONGEST_NAME = 40
+"""Characters of a class name in a line; the files have the whole name."""
 
 
 def predict(
@@ -61,17 +65,21 @@ def predict(
 
     predictions = []
     width = name_width(files)
-    for prediction in predict_each(checkpoint, files, top=top, device=device, devices=devices, on_error=report):
-        if not is_main:
-            continue
-        predictions.append(prediction)
-        if len(predictions) == 1:  # on standard error, as the lines of the images may go to a file
-            print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
-        answers = [f"{printable(answer.class_name)} {100 * answer.probability:.2f} %" for answer in prediction.answers]
-        print(f"{printable_path(prediction.path):{width}}  {'  '.join(answers)}", flush=True)
-    if table is not None and is_main:
-        save_predictions(predictions, table)
-    if lines is not None and is_main:
-        save_json_lines(predictions, lines)
+    with print_while_writing(not (table is None and lines is None)) as print_line:
+        for prediction in predict_each(checkpoint, files, top=top, device=device, devices=devices, on_error=report):
+            if not is_main:
+                continue
+            predictions.append(prediction)
+            if len(predictions) == 1:  # on standard error, as the lines of the images may go to a file
+                print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
+            answers = [
+                f"{shorten(each.class_name, _LONGEST_NAME)} {100 * each.probability:.2f} %"
+                for each in prediction.answers
+            ]
+            print_line(f"{printable_path(prediction.path):{width}}  {'  '.join(answers)}")
+        if table is not None and is_main:
+            save_predictions(predictions, table)
+        if lines is not None and is_main:
+            save_json_lines(predictions, lines)
     if errors:
         raise SystemExit(1)

@@ -6,6 +6,7 @@ from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable
 from revnet.cli._errors import describe_error
 from revnet.cli._image_lines import name_width, open_place, printable_path
+from revnet.cli._streams import print_while_writing
 
 
 def score(
@@ -55,15 +56,16 @@ def score(
 
     scores: list[ImageScore] = []
     width = name_width(files)
-    for result in score_each(checkpoint, files, num_draws=draws, seed=seed, device=device, on_error=report):
-        if not scores:  # on standard error, as the lines of the images may go to a file
-            print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
-        scores.append(result)
-        print(f"{printable_path(result.path):{width}}  {result.bits_per_dim:.4f} bits/dim", flush=True)
-    if len(scores) > 1:
-        mean = sum(result.bits_per_dim for result in scores) / len(scores)
-        print(f"{f'mean of {len(scores):,} images':{width}}  {mean:.4f} bits/dim")
-    if table is not None:
-        save_scores(scores, table)
+    with print_while_writing(table is not None) as print_line:
+        for result in score_each(checkpoint, files, num_draws=draws, seed=seed, device=device, on_error=report):
+            if not scores:  # on standard error, as the lines of the images may go to a file
+                print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)
+            scores.append(result)
+            print_line(f"{printable_path(result.path):{width}}  {result.bits_per_dim:.4f} bits/dim")
+        if len(scores) > 1:
+            mean = sum(result.bits_per_dim for result in scores) / len(scores)
+            print_line(f"{f'mean of {len(scores):,} images':{width}}  {mean:.4f} bits/dim")
+        if table is not None:
+            save_scores(scores, table)
     if errors:
         raise SystemExit(1)

@@ -8,6 +8,7 @@ from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
 from revnet.cli._photos import PHOTO_RECIPE, photo_settings
 from revnet.cli._step_flags import open_folder, optional_picture
+from revnet.cli._streams import print_while_writing
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
 from revnet.training.processes.world import is_printing
 
@@ -108,10 +109,10 @@ def _find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
 
 def _report_rate(trial: Any, out_dir: str | None) -> None:
     picture = open_folder(out_dir) / "learning_rates.png"
-    print(trial.report())
-    with optional_picture():
+    with print_while_writing() as print_line, optional_picture():
+        print_line(trial.report())
         trial.plot(picture)
-        print(f"picture {picture}")
+        print_line(f"picture {picture}")
 
 
 def _report(result: Any) -> None:

@@ -16,6 +16,7 @@ from revnet._checks import (
     is_integer,
     is_number,
 )
+from revnet._units import counted
 
 
 def check_num_classes(num_classes: Any) -> None:
@@ -124,8 +125,8 @@ def _raise_input_error(model: nn.Module, x: Tensor, in_channels: int, error: Exc
     if x.shape[1] != in_channels:
         hint = "; for channels in the last dimension pass `x.movedim(-1, 1)`" if x.shape[-1] == in_channels else ""
         raise ValueError(
-            f"`x` (of shape {tuple(x.shape)}) has {x.shape[1]} channels, but must have {in_channels}, as the model "
-            f"was built with `in_channels={in_channels}`{hint or '; build it with another number'}."
+            f"`x` (of shape {tuple(x.shape)}) has {counted(x.shape[1], 'channel')}, but must have {in_channels}, as "
+            f"the model was built with `in_channels={in_channels}`{hint or '; build it with another number'}."
         ) from error
     if 0 in x.shape[2:]:
         raise ValueError(f"`x` (of shape {tuple(x.shape)}) must not be empty; pass larger sides.") from error

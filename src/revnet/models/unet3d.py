@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_floating, check_tensor, describe
+from revnet._units import counted
 from revnet.models._checks import check_counts_of, explain_input_errors
 from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.policies._has_policies import as_policy
@@ -133,7 +134,7 @@ class UNet3d(nn.Module):
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"`x` (of shape {shape}) must be (B, {self.in_channels}, D, H, W): a batch of volumes with "
-                f"{self.in_channels} channels; for one volume pass `x[None]`."
+                f"{counted(self.in_channels, 'channel')}; for one volume pass `x[None]`."
             )
         check_floating("x", x)
         factor = self.size_multiple

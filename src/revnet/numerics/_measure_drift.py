@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from revnet._checks import check_step_arguments
+from revnet._model_output import explain_no_gradient
 from revnet.engine import DriftMeter
 from revnet.errors import ReconstructionWarning
 from revnet.nn import Store, set_policy
@@ -78,7 +79,8 @@ def measure_drift(
     def step() -> Gradients:
         device = _device_of(model, inputs, kwargs).type
         context = nullcontext if autocast is None else partial(torch.autocast, device, autocast)
-        return parameter_gradients(model, _checked(loss) if loss else _weighted_sum, inputs, context, kwargs)
+        to_scalar = _checked(loss) if loss else partial(_weighted_sum, model)
+        return parameter_gradients(model, to_scalar, inputs, context, kwargs)
 
     meter = DriftMeter(is_quiet=True)
     with torch.inference_mode(False), restoring_state(model), _unwarned(), meter.on():
@@ -144,7 +146,7 @@ def _checked(loss: Loss) -> Loss:
     return checked
 
 
-def _weighted_sum(output: Any) -> Tensor:
+def _weighted_sum(model: nn.Module, output: Any) -> Tensor:
     """Return the sum of all outputs that require a gradient, with fixed random weights.
 
     The plain sum would not do: after a normalization, it is nearly constant.
@@ -158,7 +160,5 @@ def _weighted_sum(output: Any) -> Tensor:
             term = (real * weights).sum()
             total = term if total is None else total + term
     if total is None:
-        raise ValueError(
-            "the model has no output that requires a gradient, so nothing can be trained; unfreeze a parameter."
-        )
+        raise ValueError(explain_no_gradient(model, output))
     return total

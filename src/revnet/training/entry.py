@@ -8,6 +8,7 @@ from typing import Any, cast, overload
 from lightning.pytorch import Callback
 
 from revnet._atomic_file import remove_leftovers
+from revnet._image_files import explain_link
 from revnet.errors import CheckpointError
 from revnet.training.classification import job as classification
 from revnet.training.classification.config import TrainConfig
@@ -200,6 +201,8 @@ def _find_start(folder: Path, job: AbstractJob[Any], *, quiet: bool) -> Path | N
 def _find_family(folder: Path) -> _Family:
     path = folder / run_dir.CONFIG
     if not path.is_file():
+        if (fault := explain_link(folder)) is not None:
+            raise CheckpointError(f"`{folder}` {fault}.")
         fault = f"holds no {run_dir.CONFIG}" if folder.exists() else "does not exist"
         raise CheckpointError(f"`{folder}` {fault}; pass the folder of a run of `revnet train`.")
     task = read_task(path)

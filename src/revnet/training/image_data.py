@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from revnet._image_files import IMAGE_SUFFIXES, is_pattern
+from revnet._image_files import IMAGE_SUFFIXES, explain_link, is_pattern
+from revnet._units import counted
 from revnet.data import ImageDataset, list_datasets, load_image
 from revnet.data.decoding.decode import most_pixels
 from revnet.data.splits.abstract_split import AbstractSplit
@@ -30,7 +31,7 @@ def absolute_data(data: str) -> str:
 
 def absolute_path(path: str) -> str:
     """Return a path that is the same in any working directory."""
-    return str(Path(path).expanduser().resolve())
+    return os.path.realpath(Path(path).expanduser())  # unlike `resolve`, it does not fail for a loop of links
 
 
 def describe_splits(training: AbstractSplit, validation: AbstractSplit | None, test: AbstractSplit) -> str:
@@ -43,7 +44,7 @@ def check_batch_size(batch_size: int, training: AbstractSplit) -> None:
     """Raise unless the training images fill a batch."""
     if batch_size > len(training):
         raise ValueError(
-            f"`batch_size` (={batch_size}) must not exceed the {len(training)} training images; pass "
+            f"`batch_size` (={batch_size}) must not exceed the {counted(len(training), 'training image')}; pass "
             f"{len(training)} or less."
         )
 
@@ -70,7 +71,7 @@ def describe_division(dataset: ImageDataset) -> list[tuple[str, str]]:
     if dataset.division is None:
         return []
     how = f"chosen by seed {dataset.division.seed} and the names of the files"
-    return [("test set", f"{len(dataset.test):,} images, a fifth of each class, {how}")]
+    return [("test set", f"{counted(len(dataset.test), 'image')}, a fifth of each class, {how}")]
 
 
 def read_image(file: Path, image_shape: tuple[int, int, int], *, is_resized: bool) -> Tensor:
@@ -86,6 +87,8 @@ def read_image(file: Path, image_shape: tuple[int, int, int], *, is_resized: boo
     """
     if is_pattern(file):
         raise DataError(f"'{file}' matches no files; check the pattern.")
+    if (fault := explain_link(file)) is not None:
+        raise DataError(f"'{file}' {fault}.")
     if file.is_dir():
         raise DataError(f"'{file}' holds no images ({', '.join(IMAGE_SUFFIXES)}); pass a folder that does.")
     channels, height, width = image_shape

@@ -14,6 +14,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 from revnet._figure import clear_frame, new_figure, save
 from revnet._palette import BLUE, RED
+from revnet._units import counted
 from revnet.training.entry import new_job
 from revnet.training.processes.choose import choose_world
 from revnet.training.run.execution import execution
@@ -40,7 +41,7 @@ class RateTrial:
     def report(self) -> str:
         """Return the suggestion as text."""
         if self.suggestion is None:
-            return f"no suggestion: the loss rose too soon, after {len(self.losses)} updates"
+            return f"no suggestion: the loss rose too soon, after {counted(len(self.losses), 'update')}"
         return f"learning rate {self.suggestion:.2g}, where the loss fell fastest; pass `--lr {self.suggestion:.2g}`"
 
     def plot(self, path: Path) -> None:

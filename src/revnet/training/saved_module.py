@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import revnet
 from revnet._documents import parse_json_value
-from revnet._outside_text import encodable
+from revnet._outside_text import encodable, shorten
 from revnet.errors import CheckpointError
 from revnet.training.outline import build_outline
 
@@ -152,14 +152,17 @@ def check_metadata(metadata: Mapping[str, str], path: Path, kind: str) -> None:
         return
     if metadata.get("format", _FORMAT) != _FORMAT:
         raise CheckpointError(
-            f"`{path}` has format {metadata['format']} of revnet {metadata['revnet_version']}, this is revnet "
-            f"{revnet.__version__} with format {_FORMAT}; update revnet."
+            f"`{path}` has format {shorten(metadata['format'], 20)} of revnet "
+            f"{shorten(metadata['revnet_version'], 20)}, this is revnet {revnet.__version__} with format {_FORMAT}; "
+            "update revnet."
         )
     actual_kind = metadata.get("kind", _CLASSIFIER)
     if actual_kind == kind:
         return
     if actual_kind not in _KINDS:
-        raise CheckpointError(f"`{path}` has the kind `{actual_kind}`, which this revnet does not know; update revnet.")
+        raise CheckpointError(
+            f"`{path}` has the kind `{shorten(actual_kind)}`, which this revnet does not know; update revnet."
+        )
     actual = _KINDS[actual_kind]
     raise CheckpointError(f"`{path}` holds {actual.noun}, not {_KINDS[kind].noun}; use {actual.commands}.")
 
@@ -191,9 +194,9 @@ def first_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor
     in_file = {name: tuple(tensor.shape) for name, tensor in actual.items()}
     for name in sorted(in_model | in_file):
         if name not in in_file:
-            return f"{lacks} the tensor `{name}`"
+            return f"{lacks} the tensor `{shorten(name, 100)}`"
         if name not in in_model:
-            return f"the model has no tensor `{name}`"
+            return f"the model has no tensor `{shorten(name, 100)}`"
         if in_file[name] != in_model[name]:
             return f"`{name}` is {in_file[name]} in the file and {in_model[name]} in the model"
         types = actual[name].dtype, expected[name].dtype

@@ -1,5 +1,6 @@
 """Start a run from trained weights."""
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +30,7 @@ class StartWeights(NamedTuple):
 
 def absolute_weights(weights: str | None) -> str | None:
     """Return the absolute path of the weights of a run, which can be resumed in any working directory."""
-    return None if weights is None else str(Path(weights).expanduser().resolve())
+    return None if weights is None else os.path.realpath(Path(weights).expanduser())
 
 
 def read_start_weights(weights: str, header_type: type[_Header]) -> StartWeights:

@@ -15,7 +15,6 @@ def hash_weights(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
 
     It covers the entries of the metadata except the hash itself, and the name, the type, the shape and the bytes of
     each tensor, both sorted by name. It reveals damage, not intent: anyone who changes a file can change its hash.
-    A file with an unknown algorithm is not checked.
     """
     digest = blake2b(digest_size=16)
     for name in sorted(metadata.keys() - {HASH_KEY}):
@@ -28,6 +27,6 @@ def hash_weights(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
 
 
 def is_damaged(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether the tensors or the metadata have changed since they were written; false if that is not known."""
-    stored = metadata.get(HASH_KEY, "")
-    return stored.startswith(f"{_ALGORITHM}:") and stored != hash_weights(metadata, tensors)
+    """Return whether the tensors or the metadata have changed since they were written; false if they have no hash."""
+    stored = metadata.get(HASH_KEY)
+    return stored is not None and stored != hash_weights(metadata, tensors)

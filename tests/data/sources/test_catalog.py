@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from revnet.data import list_datasets, load_dataset
+from revnet.data.sources.text import load_text
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.data.splits.stream_split import StreamSplit
@@ -117,3 +118,14 @@ def test_loading_keeps_the_random_state(folder: Path) -> None:
     load_dataset(folder)
     load_dataset("digits")
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("target", "reason"), [("nowhere", "does not exist"), ("link", "leads back to itself")])
+def test_a_link_that_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(target)
+    for load in (load_dataset, load_text):
+        with pytest.raises(
+            DataError, match=rf"\(='link'\) is a link to '{target}', which {reason}.*; correct the link"
+        ):
+            load("link")

@@ -191,3 +191,18 @@ def test_a_part_of_a_data_set_is_not_a_class(pets: Path, part: str) -> None:
 def test_unreadable_paths() -> None:
     with pytest.raises(DataError, match=r"cannot be opened: .*; pass a folder that can be read"):
         load_plain_folder("~unknown_user/data")
+
+
+def test_images_in_other_formats_are_reported_once(pets: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folders = sorted(path for path in pets.iterdir() if path.is_dir())
+    (folders[0] / "IMG_2.HEIC").write_bytes(b"")
+    load_plain_folder(pets)
+    assert caplog.messages == [
+        f"1 image is left out, because revnet does not read the format (the first is '{folders[0] / 'IMG_2.HEIC'}'); "
+        "convert to JPEG or PNG"
+    ]
+    caplog.clear()
+    (folders[1] / "nested").mkdir()
+    (folders[1] / "nested" / "IMG_1.avif").write_bytes(b"")
+    load_plain_folder(pets)
+    assert [message.partition(",")[0] for message in caplog.messages] == ["2 images are left out"]

@@ -78,7 +78,7 @@ def test_imagenet() -> None:
 
 def test_imagenet_requires_rgb() -> None:
     gray = ImageSplit(random_images(2, channels=1), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"`kind` \(='imagenet'\) is for RGB images, .* 1 channels; pass 'unit_range'"):
+    with pytest.raises(ValueError, match=r"`kind` \(='imagenet'\) is for RGB images, .* 1 channel; pass 'unit_range'"):
         make_preprocess("imagenet", gray, gray)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from revnet import PredictionError
-from revnet.memory import max_patch_size, predict
+from revnet.memory import max_batch_size, max_patch_size, predict
 from revnet.memory.planning import _max_patch_size
 from revnet.models import IRevNet, ReversibleTransformer, UNet3d
 
@@ -166,3 +166,8 @@ def test_rejects_wrong_arguments(options, error, message):
         max_patch_size(Pointwise(), on_meta(1, 1, 8, 8), **{"budget": "1MB", **options})
     with pytest.raises(ValueError, match=r"`dims` \(=None\), .* pass `dims=\(1,\)` for sequences"):
         max_patch_size(Pointwise(), on_meta(1, 8), budget="1MB")
+
+
+def test_nothing_fits_as_in_the_search_for_a_batch():
+    arguments = UNet3d(**TINY), on_meta(1, 1, 8, 8, 8)
+    assert max_batch_size(*arguments, budget=1000) == max_patch_size(*arguments, budget=1000) == 0

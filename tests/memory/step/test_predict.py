@@ -422,11 +422,37 @@ def test_reports_errors_in_the_loss_and_in_the_arguments():
         predict(model, x.to_sparse())
 
 
+class Returning(nn.Linear):
+    """A model that returns what a function makes of its output."""
+
+    def __init__(self, change):
+        super().__init__(3, 3)
+        self.change = change
+
+    def forward(self, x):
+        return self.change(super().forward(x))
+
+
+def test_error_about_a_dtype_says_what_to_pass():
+    with pytest.raises(PredictionError, match=r"scalar type.*; pass inputs of another dtype$"):
+        predict(nn.Embedding(4, 3), torch.randn(2, 5))
+
+
 @pytest.mark.parametrize("call", [measure, predict])
 def test_rejects_wrong_arguments(call):
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"^`model` \(=Linear\) has no output that requires a gradient.*; unfreeze"):
         call(nn.Linear(3, 3).requires_grad_(False), x)
+    with pytest.raises(ValueError, match=r"^`model` \(=Returning\) has no output .*; do not detach the output"):
+        call(Returning(lambda y: y.detach()), x)
+    with pytest.raises(ValueError, match=r"^`model` \(=Returning\) returned None, which holds no tensor.*`loss=`"):
+        call(Returning(lambda y: None), x)
+    with pytest.raises(
+        ValueError, match=r"^`model` \(=Returning\) returned an object of the class str, which holds no"
+    ):
+        call(Returning(lambda y: "text"), x)
+    with pytest.raises(ValueError, match=r"^`model` \(=Returning\) returned tensors of torch.int64, which have no"):
+        call(Returning(lambda y: y.argmax(1)), x)
     with pytest.raises(ValueError, match=r"^`loss` of `model` \(=Linear\) returned a tensor that requires no gradient"):
         call(model, x, loss=lambda y: y.detach().sum())
     with pytest.raises(TypeError, match=r"^`loss` returned a tensor of shape \(2, 3\); it must return a scalar tensor"):

@@ -75,7 +75,7 @@ def test_an_added_image_is_refused(finished, data, tmp_path):
     write_images(data / CLASSES[0], 1, seed=99)
     with pytest.raises(CheckpointError, match=r"`data` .* is not what the run was trained on: the number of "):
         resume(run, data=str(data), epochs=2, quiet=True)
-    with pytest.raises(DataError, match=r"`data` .* does not hold the files that the weights were trained on, so that"):
+    with pytest.raises(DataError, match=r"`data` .* shares 30 images with '.*', which the weights were trained on"):
         evaluate(run, data)
 
 
@@ -85,8 +85,36 @@ def test_an_image_that_replaces_another_is_refused(finished, data, tmp_path):
     file.rename(file.with_name("another.png"))
     with pytest.raises(CheckpointError, match="is not what the run was trained on"):
         resume(run, data=str(data), epochs=2, quiet=True)
-    with pytest.raises(DataError, match="does not hold the files that the weights were trained on"):
+    with pytest.raises(DataError, match="shares 30 images with"):
         evaluate(run, data)
+
+
+def test_all_images_of_a_new_folder_are_used(finished, tmp_path, caplog):
+    run, data = finished[0].folder, write_classes(tmp_path / "new", {})
+    write_images(data / CLASSES[1], 1, seed=50)
+    write_images(data / CLASSES[2], 3, seed=51)
+    result = evaluate(run, data)
+    assert (result.num_images, result.split_seed) == (4, None)
+    assert [row.num_images for row in result.confusion.per_class()] == [1, 3]
+    copied = shutil.copy(next((finished[1] / CLASSES[0]).iterdir()), data / CLASSES[1] / "copy.png")
+    with pytest.raises(DataError, match=r"shares 1 image with .* \(the first is '.*copy.png'\); remove it, or"):
+        evaluate(run, data)
+    Path(copied).unlink()
+    write_images(data / "another class", 1, seed=77)
+    with pytest.raises(ValueError, match="has 'another class' among its 3 classes, which the checkpoint does not know"):
+        evaluate(run, data)
+    assert caplog.messages == []
+
+
+def test_a_changed_folder_of_the_training_is_refused(tmp_path, caplog):
+    data = write_classes(tmp_path / "pets", {"cat": 5, "dog": 5})
+    train(TrainConfig(data=str(data), val_fraction=0, out_dir=str(tmp_path / "run"), **SETTINGS), quiet=True)
+    write_images(data / "cat", 1, seed=99)
+    with pytest.raises(DataError, match=r"`data` .* does not hold the files that the weights were trained on, so that"):
+        evaluate(tmp_path / "run")
+    moved = data.rename(tmp_path / "moved")
+    assert evaluate(tmp_path / "run", moved).num_images == 11
+    assert "which the weights were trained on, cannot be read" in caplog.text
 
 
 def test_weights_of_other_data_are_tested_on_all_images(tmp_path):

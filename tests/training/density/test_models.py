@@ -78,15 +78,16 @@ def test_photographs_are_decoded_like_test_images(tmp_path):
         ({"data": "FOLDER"}, r"`data` \(='.*'\) holds photographs of any size, .*; pass `image_size`, such as 32"),
         (
             {"data": "FOLDER", "image_size": 15, "model": "glow", "val_fraction": 0},
-            r"must have sides that are multiples",
+            r"`image_size` \(=15\) must be a multiple of 4, .* pass 12 or 16, or fewer `num_scales` than 2",
         ),
         ({"data": "FOLDER", "image_size": 100_000}, r"`image_size` \(=100000\) would make .* pass a smaller one"),
         ({"image_size": 32}, r"`image_size` \(=32\) is for images of varying size, but the images of 'digits'"),
         ({"model": "glow", "num_hidden": 3}, r"`num_hidden` \(=3\) is for nice and realnvp"),
         (
             {"model": "glow", "num_scales": 4},
-            r"`image_shape` \(=\(1, 8, 8\)\) must have sides that are multiples of 16",
+            r"`num_scales` \(=4\) must be at most 3, since each scale of glow halves the sides",
         ),
+        ({"num_scales": 3}, r"`num_scales` \(=3\) is for realnvp and glow, since nice has no scales; leave it out"),
         ({"model": "flow"}, r"`model` \(='flow'\) must be `nice` or `realnvp` or `glow`"),
     ],
 )

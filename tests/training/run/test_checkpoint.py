@@ -1,4 +1,5 @@
 import errno
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from revnet.errors import CheckpointError
 from revnet.training import load_classifier
-from revnet.training.run.checkpoint import read_checkpoint, save_weights
+from revnet.training.run.checkpoint import read_checkpoint, read_outline, save_weights
 from revnet.training.run.checkpoint_io import AtomicCheckpointIO
 from tests.training.samples import newest_checkpoint
 
@@ -149,6 +150,21 @@ def test_rejects_weights_without_preprocessing(weights):
 def test_rejects_a_later_format(weights):
     save_file(load_file(weights), weights, metadata(weights) | {"format": "2", "revnet_version": "9.0"})
     assert_refused(weights, "has format 2 of revnet 9.0, this is revnet .*; update revnet")
+
+
+@pytest.mark.parametrize("name", ["format", "revnet_version", "kind"])
+def test_long_texts_in_a_header_are_shortened(weights, name):
+    save_file(load_file(weights), weights, metadata(weights) | {"format": "2", name: "9" * 2000})
+    with pytest.raises(CheckpointError, match=r"9\.\.\.|has format 2") as caught:
+        load_classifier(weights)
+    assert len(str(caught.value)) < 200 + len(str(weights))
+
+
+def test_reads_files_whose_path_is_not_utf8(folder):
+    folder = folder.rename(folder.parent / os.fsdecode(b"caf\xe9"))
+    for path in (folder, newest_checkpoint(folder)):
+        assert load_classifier(path).header.model == "revnet38"
+    assert "epoch" in read_outline(newest_checkpoint(folder))
 
 
 @pytest.mark.parametrize("is_async", [False, True])

@@ -42,7 +42,8 @@ def test_other_output_gets_a_heading_and_a_line_per_epoch(out_dir, capfd):
     ]
     assert "1,293 train, 144 validate, 360 test" in lines[2]
     assert re.fullmatch(
-        r"epoch 2/2  loss \d\.\d{4}  validation accuracy \d+\.\d\d %  [\d,]+ images/s  \d+\.\d m?s", lines[-1]
+        r"epoch 2/2  loss \d\.\d{4} nats/image  validation accuracy \d+\.\d\d %  [\d,]+ images/s  \d+\.\d m?s",
+        lines[-1],
     )
 
 
@@ -64,7 +65,7 @@ def test_other_output_gets_lines_within_a_long_epoch(out_dir, capfd, monkeypatch
     assert len(lines) == len(starts)
     assert all(line.startswith(f"epoch 1/1  {start}") for line, start in zip(lines, starts, strict=True))
     for line in lines[:3]:
-        assert re.fullmatch(r"epoch 1/1  batch \d/3  loss \d\.\d{4}  [\d,]+ images/s", line)
+        assert re.fullmatch(r"epoch 1/1  batch \d/3  loss \d\.\d{4} nats/image  [\d,]+ images/s", line)
 
 
 def test_short_epochs_get_no_other_lines(out_dir, capfd):

@@ -1,4 +1,6 @@
 import pytest
+import torch
+from safetensors.torch import save
 
 from revnet.errors import CheckpointError
 from revnet.training import load_classifier
@@ -23,6 +25,13 @@ def test_names_the_file_and_its_epoch(run):
     assert describe_weights(run / "best.safetensors") == f"{run / 'best.safetensors'} (epoch 2)"
     assert find_weights(run) == run / "last.safetensors"
     load_classifier(run)  # the epoch is not a part of the header
+
+
+def test_an_epoch_from_outside_is_short_and_printable(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    for epoch, shown in (("1" * 5000, "1" * 17 + "..."), ("\x1b[2J", r"\x1b[2J")):
+        path.write_bytes(save({"x": torch.zeros(1)}, {"epoch": epoch}))
+        assert describe_weights(path) == f"{path} (epoch {shown})"
 
 
 def test_names_the_file_alone_without_an_epoch(run, tmp_path):

@@ -39,7 +39,17 @@ _ANY_DRAW = Draw(0, 0, 0)
 
 
 class UndecodableError(Exception):
-    """An image cannot be decoded. The message contains only the reason; callers add the name of the image."""
+    """An image cannot be decoded. The message contains only the reason; callers add the name of the image.
+
+    Args:
+        reason: Why it cannot.
+        way_out: What to do about it, if that is not to pass another file.
+    """
+
+    def __init__(self, reason: str, way_out: str = ""):
+        super().__init__(f"{reason} ({way_out})" if way_out else reason)
+        self.reason = reason
+        self.way_out = way_out
 
 
 def require_pillow() -> None:
@@ -119,7 +129,10 @@ def load_image(
     require_pillow()
     try:
         pixels = decode(str(Path(path).expanduser()), crop, image_size, _ANY_DRAW, modes[in_channels])
-    except (UndecodableError, RuntimeError) as error:  # RuntimeError: `~` of an unknown user
+    except UndecodableError as error:
+        way_out = error.way_out or "pass the path of an image"
+        raise DataError(f"'{path}' cannot be decoded: {error.reason}; {way_out}.") from error
+    except RuntimeError as error:  # `~` of an unknown user
         raise DataError(f"'{path}' cannot be decoded: {error}; pass the path of an image.") from error
     return torch.from_numpy(pixels.reshape(*image_size, in_channels).transpose(2, 0, 1).copy())
 
@@ -169,9 +182,9 @@ def _open(encoded: bytes) -> "Image":
     except UnidentifiedImageError:
         if not _has_other_format(encoded):
             raise
-        raise UndecodableError(f"its format is not one of {', '.join(FORMATS)} (convert it)") from None
+        raise UndecodableError(f"its format is not one of {', '.join(FORMATS)}", "convert it") from None
     except Image.DecompressionBombError as error:
-        raise UndecodableError(_too_large(limit)) from error
+        raise UndecodableError(*_too_large(limit)) from error
 
 
 def _has_other_format(encoded: bytes) -> bool:
@@ -183,7 +196,8 @@ def _check_size(image: "Image") -> None:
     """Raise if the image, as it will be decoded, has too many pixels."""
     limit = most_pixels()
     if image.width * image.height > limit:
-        raise UndecodableError(f"{_too_large(limit)}: {image.width:,} x {image.height:,}")
+        reason, way_out = _too_large(limit)
+        raise UndecodableError(f"{reason}: {image.width:,} x {image.height:,}", way_out)
 
 
 def most_pixels() -> int:
@@ -202,8 +216,9 @@ def most_pixels() -> int:
     return int(text)
 
 
-def _too_large(limit: int) -> str:
-    return f"it has more than {limit:,} pixels (shrink it, or set {_LIMIT_VARIABLE} to a larger number)"
+def _too_large(limit: int) -> tuple[str, str]:
+    """Return the reason and the way out."""
+    return f"it has more than {limit:,} pixels", f"shrink it, or set {_LIMIT_VARIABLE} to a larger number"
 
 
 def _turn_upright(image: "Image", orientation: int) -> "Image":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from revnet._units import counted
 from revnet.data._random_keys import image_keys
 from revnet.data.decoding.corrupt import corrupt_error, log_skipped
 from revnet.data.loading._abstract_batches import AbstractBatches
@@ -248,8 +249,8 @@ def _check(split: AbstractSplit, batch_size: int, drop_last: bool, num_workers: 
         raise ValueError(f"`num_workers` (={num_workers}) must not be negative; pass 0 to decode in this process.")
     if drop_last and batch_size > len(split):
         raise ValueError(
-            f"`batch_size` (={batch_size}) must not exceed the {len(split)} images of the split with `drop_last`, "
-            "which would leave no batch; lower it, or keep the last batch."
+            f"`batch_size` (={batch_size}) must not exceed the {counted(len(split), 'image')} of the split with "
+            "`drop_last`, which would leave no batch; lower it, or keep the last batch."
         )
     if drop_last:
         share.check_batch_size(batch_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from revnet._input_files import check_regular
+from revnet._input_files import name_in_utf8
 from revnet.data._require import require
 from revnet.data.splits.rows import BUFFER_SIZE, AbstractRows, Order, Row, shuffled
 from revnet.errors import DataError
@@ -50,8 +50,7 @@ def read_parquet_file(path: Path) -> ParquetFile:
     datasets = require("datasets", package="Hugging Face `datasets`", purpose="reading parquet files")
     parquet = _arrow()
     try:
-        check_regular(path)
-        with parquet.ParquetFile(path) as table:
+        with name_in_utf8(path) as name, parquet.ParquetFile(name) as table:
             _check_size(table.metadata, path)
             schema = table.schema_arrow
             image_column, label_column = _find_columns(schema.names, path)
@@ -145,7 +144,7 @@ def _read_group(file: ParquetFile, group: int) -> Iterator[Row]:
     number = sum(file.group_sizes[:group])
     try:
         # With a buffer, a row group is not read at once: it may be the whole file.
-        with parquet.ParquetFile(file.path, buffer_size=2**20) as table:
+        with name_in_utf8(file.path) as name, parquet.ParquetFile(name, buffer_size=2**20) as table:
             columns = [file.image_column, file.label_column]
             for chunk in table.iter_batches(_CHUNK, row_groups=[group], columns=columns, use_threads=False):
                 # One image at a time, since the others of the chunk are in Arrow's memory already.

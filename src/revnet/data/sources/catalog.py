@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revnet._checks import check_count
-from revnet._image_files import is_image_folder, is_plain_folder
+from revnet._image_files import explain_link, is_image_folder, is_plain_folder
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt, check_image_size, check_on_corrupt
 from revnet.data.decoding.crop import RandomResizedCrop
 from revnet.data.sources.cifar import load_cifar10, load_cifar100
@@ -102,6 +102,8 @@ def load_dataset(
         if _is_unknown_name(name_or_path):
             raise _unknown(name_or_path)
     path = Path(name_or_path)
+    if (fault := explain_link(path)) is not None:
+        raise DataError(f"`path` (='{path}') {fault}.")
     if is_cifar_archive(path):
         _check_no_image_size(image_size, str(path))
         return load_cifar_archive(path)
@@ -138,7 +140,7 @@ def _is_unknown_name(text: str) -> bool:
     if text.startswith("~") or Path(text).name != text:
         return False
     # Unlike `os.path`, `Path` raises an error for a name that is too long, and treats an empty one as a folder.
-    return not os.path.exists(text)  # noqa: PTH110
+    return not os.path.lexists(text)
 
 
 def _unknown(name: str) -> ValueError:

@@ -1,17 +1,21 @@
 """A folder of image files, `train/<class>/*.jpg` and `val/<class>/*.jpg`: the usual layout of ImageNet on disk."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from revnet._image_files import IMAGE_SUFFIXES, TESTS, TRAIN, class_folders, image_files
+from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import AbstractCrop, CenterCrop, RandomResizedCrop
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_dataset import ImageDataset
 from revnet.errors import DataError
 
+_Class = TypeVar("_Class", int, str)
 _log = logging.getLogger("revnet.data")
 
 
@@ -69,13 +73,25 @@ def name_of_folder(folder: Path) -> str:
     return " ".join(name.split()) or name
 
 
-def class_files(folder: Path) -> list[str]:
-    """Return the images of the class in a folder, sorted.
+def class_files(folders: Mapping[_Class, Path]) -> dict[_Class, list[str]]:
+    """Return the images in the folder of each class, sorted; warn of images in formats that are not read.
 
     Raises:
-        DataError: There are none.
+        DataError: A class has none.
     """
-    files = sorted(image_files(folder))
+    others: list[str] = []
+    files = {name: _class_files(folder, others) for name, folder in folders.items()}
+    if others:
+        _log.warning(
+            "%s left out, because revnet does not read the format (the first is '%s'); convert to JPEG or PNG",
+            f"{counted(len(others), 'image')} {'is' if len(others) == 1 else 'are'}",
+            min(others),
+        )
+    return files
+
+
+def _class_files(folder: Path, others: list[str]) -> list[str]:
+    files = sorted(image_files(folder, others))
     if not files:
         raise DataError(f"'{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)}); add images, or remove the folder.")
     return files
@@ -116,7 +132,7 @@ def _make_split(
     crop: AbstractCrop,
     on_corrupt: OnCorrupt,
 ) -> FileSplit:
-    files = {label: class_files(folders[name]) for label, name in enumerate(class_names) if name in folders}
+    files = class_files({label: folders[name] for label, name in enumerate(class_names) if name in folders})
     return split_of_classes(files, image_size, crop, on_corrupt)
 
 

@@ -6,7 +6,8 @@ import unicodedata
 from hashlib import blake2b
 from pathlib import Path
 
-from revnet._image_files import class_folders, loose_images, part_among_classes
+from revnet._image_files import class_folders, image_files, loose_images, part_among_classes
+from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
 from revnet.data.sources.image_folder import class_files, name_of_folder, split_of_classes
@@ -49,15 +50,15 @@ def load_plain_folder(
     try:
         folder = Path(path).expanduser()
         classes = _find_classes(folder)
-        files = {name: class_files(place) for name, place in classes.items()}
+        files = class_files(classes)
     except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
     train, test = dict(enumerate(files.values())), dict(enumerate(files.values()))
     division = None
     if seed is not None:
-        keys = {file: _key(name, classes[name], file) for name, members in files.items() for file in members}
+        keys = _keys(classes, files)
         train, test = _divide(classes, files, keys, seed)
-        division = Division(seed, blake2b(b"\0".join(sorted(keys.values())), digest_size=16).hexdigest())
+        division = Division(seed, _fingerprint(keys))
     return ImageDataset(
         name=name or name_of_folder(folder),
         train=split_of_classes(train, image_size, RandomResizedCrop(crop_area), on_corrupt),
@@ -65,6 +66,19 @@ def load_plain_folder(
         class_names=tuple(files),
         division=division,
     )
+
+
+def fingerprint_folder(path: str | Path) -> str:
+    """Return the fingerprint of the names of all files in a folder of classes, as in its `Division`.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    try:
+        classes = class_folders(Path(path).expanduser())
+        return _fingerprint(_keys(classes, {name: sorted(image_files(place)) for name, place in classes.items()}))
+    except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
+        raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
 
 
 def _find_classes(folder: Path) -> dict[str, Path]:
@@ -85,7 +99,7 @@ def _find_classes(folder: Path) -> dict[str, Path]:
         _log.warning(
             "'%s' holds %s outside the folders of its classes (the first is '%s'), which %s not used",
             folder,
-            f"{len(loose)} images" if len(loose) > 1 else "1 image",
+            counted(len(loose), "image"),
             loose[0],
             "are" if len(loose) > 1 else "is",
         )
@@ -109,6 +123,14 @@ def _divide(
         train[label] = [file for file in members if file not in held_out]
         test[label] = [file for file in members if file in held_out]
     return train, test
+
+
+def _fingerprint(keys: dict[str, bytes]) -> str:
+    return blake2b(b"\0".join(sorted(keys.values())), digest_size=16).hexdigest()
+
+
+def _keys(classes: dict[str, Path], files: dict[str, list[str]]) -> dict[str, bytes]:
+    return {file: _key(name, classes[name], file) for name, members in files.items() for file in members}
 
 
 def _key(class_name: str, class_folder: Path, file: str) -> bytes:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revnet._image_files import explain_link
 from revnet._input_files import read_text
 from revnet.errors import DataError
 
@@ -94,6 +95,8 @@ def load_text(path: str | Path, *, val_fraction: float = 0.1) -> TextDataset:
         DataError: The file is missing, empty, larger than 4 GiB, or not a text.
     """
     path = Path(path).expanduser()
+    if (fault := explain_link(path)) is not None:
+        raise DataError(f"`data` (='{path}') {fault}.")
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise DataError(f"`data` (='{path}') {problem}; pass a text file.")

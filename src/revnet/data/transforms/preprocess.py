@@ -5,6 +5,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
+from revnet._units import counted
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.image_split import ImageSplit
 from revnet.errors import DataError
@@ -132,8 +133,8 @@ def _imagenet(train: AbstractSplit) -> Preprocess:
     num_channels = train.image_shape[0]
     if num_channels != 3:
         raise ValueError(
-            f"`kind` (='imagenet') is for RGB images, but `train` has images with {num_channels} channels; pass "
-            "'unit_range' or 'standardize'."
+            f"`kind` (='imagenet') is for RGB images, but `train` has images with {counted(num_channels, 'channel')}; "
+            "pass 'unit_range' or 'standardize'."
         )
     # In float64 first, so that each product is rounded once.
     mean, scale = (torch.tensor(x, dtype=torch.float64) * 255 for x in (_IMAGENET_MEAN, _IMAGENET_DEVIATION))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import FakeTensorMode
+from revnet._units import counted
 from revnet.distributed.pipeline._cut import even_counts
 from revnet.distributed.pipeline._link import Header
 from revnet.distributed.pipeline._stage_module import StageModule
@@ -73,7 +74,7 @@ class _PipelinePrediction:
         """Return the figures of all stages."""
         num_stages, num_blocks = self._program.num_processes, len(self._parts.blocks)
         if num_blocks < num_stages:
-            raise refusal(self._program.model, f"has {num_blocks} blocks, fewer than {num_stages} stages")
+            raise refusal(self._program.model, f"has {counted(num_blocks, 'block')}, fewer than {num_stages} stages")
         stages, first, model_bytes = [], 0, 0
         owners: dict[int, int] = {}
         last_blocks: list[int] = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._pytree import tree_map_only
 
+from revnet._model_output import explain_no_gradient
 from revnet._torch_internals import FakeTensorMode
 from revnet.errors import PredictionError
 from revnet.memory.distributed._equal_blocks import EqualBlocks, copy_to_meta
@@ -23,7 +24,7 @@ from revnet.memory.distributed._splice import extrapolated
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import AnyValue, OptimizerFactory, make_optimizer
-from revnet.memory.step._predict import describe_inputs, first_line, quiet, values_needed
+from revnet.memory.step._predict import describe_inputs, dtype_hint, first_line, quiet, values_needed
 from revnet.memory.step._run_step import Loss, check_losses, losses_of, tensors_in
 
 SHORT = 3
@@ -106,8 +107,11 @@ def passes_of(
         torch.clear_autocast_cache()
         with torch.enable_grad():
             with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-                losses = losses_of(model(*args, **kwargs), loss)
-            check_losses(model, losses, is_given=loss is not None)
+                output = model(*args, **kwargs)
+                losses = losses_of(output, loss)
+                fault = None if losses else explain_no_gradient(model, output)
+                del output  # a training step does not keep it either
+            check_losses(model, losses, is_given=loss is not None, fault=fault)
             end_forward()
             torch.autograd.backward(losses)
 
@@ -159,7 +163,8 @@ def _explained(program: ProcessProgram) -> Iterator[None]:
         cause = values_needed(error)
         if cause is None:
             given = describe_inputs(tensors_in(program.args, program.kwargs))
-            raise PredictionError(f"{where} failed, {given} per device: {first_line(error)}") from error
+            reason = f"{first_line(error)}{dtype_hint(error)}"
+            raise PredictionError(f"{where} failed, {given} per device: {reason}") from error
         raise PredictionError(
             f"{where} cannot be predicted, because {cause}; measure it with `revnet.memory.measure`, on one device."
         ) from error

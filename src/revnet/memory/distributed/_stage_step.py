@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from revnet._model_output import explain_no_gradient
 from revnet.distributed.pipeline._link import Header, Link
 from revnet.distributed.pipeline._microbatches import Losses
 from revnet.distributed.pipeline._one_forward_one_backward import one_forward_one_backward
@@ -62,7 +63,8 @@ class StageStep:
 
     def _loss(self, output: Any, _: None) -> Tensor:
         losses = losses_of(output, self.loss)
-        check_losses(self.stage, losses, is_given=self.loss is not None)
+        fault = None if losses else explain_no_gradient(self.stage, output)
+        check_losses(self.stage, losses, is_given=self.loss is not None, fault=fault)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 

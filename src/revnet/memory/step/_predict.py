@@ -1,6 +1,7 @@
 """Predict the memory of a training step from shapes alone."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -328,11 +329,25 @@ def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> I
         where = f"`{name}` of {type(model).__name__}" if name else type(model).__name__
         cause = values_needed(error)
         if cause is None:
-            raise PredictionError(f"{part} of {where} failed, {given}: {first_line(error)}") from error
+            raise PredictionError(
+                f"{part} of {where} failed, {given}: {first_line(error)}{dtype_hint(error)}"
+            ) from error
         raise PredictionError(
             f"{part} of {where} cannot be predicted, because {cause}; measure it with `revnet.memory.measure`, on a "
             "small batch."
         ) from error
+
+
+OTHER_DTYPE = "; pass inputs of another dtype"
+"""Way out of an error of PyTorch about the dtype of a tensor."""
+_ABOUT_DTYPES = re.compile(
+    r"scalar ?type|dtype|Input type|tensors used as indices|not implemented for '", re.IGNORECASE
+)
+
+
+def dtype_hint(error: BaseException) -> str:
+    """Return the way out of an error about the dtype of a tensor; empty for other errors."""
+    return OTHER_DTYPE if _ABOUT_DTYPES.search(str(error)) else ""
 
 
 _NEEDS_DATA = ("FakeTensor", "fake", "data pointer", "tensor subclasses")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from revnet._checks import check_step_arguments
+from revnet._model_output import explain_no_gradient, leaves_of_output
 from revnet._torch_internals import active_fake_mode
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._recorder import Recorder
@@ -91,9 +92,9 @@ def run_step(
                 output = model(*args, **kwargs)
             with guard("the loss", recorder):
                 losses = losses_of(output, loss)
-            unknown = unknown_class_in(output)
+            fault = None if losses else explain_no_gradient(model, output)
             del output  # a training step does not keep it either
-        check_losses(model, losses, is_given=loss is not None, unknown=unknown)
+        check_losses(model, losses, is_given=loss is not None, fault=fault)
         recorder.end_forward()
         with _restoring_gradients(_other_leaves(losses, [*parameters, *inputs])), guard("the backward pass", recorder):
             torch.autograd.backward(losses)
@@ -132,35 +133,14 @@ def losses_of(output: Any, loss: Loss | None) -> list[Tensor]:
     return [(torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf).sum() for leaf in outputs]
 
 
-def leaves_of_output(output: Any) -> list[Any]:
-    """Return what a model's output contains, in dataclasses and in subclasses of dict, list and tuple too."""
-    leaves = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Mapping):
-            leaves += leaves_of_output(list(leaf.values()))
-        elif isinstance(leaf, list | tuple):
-            leaves += leaves_of_output(list(leaf))
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += leaves_of_output([getattr(leaf, field.name, None) for field in fields(leaf)])
-        else:
-            leaves.append(leaf)
-    return leaves
-
-
-def unknown_class_in(output: Any) -> str | None:
-    """Return the name of a class in a model's output whose objects may hold tensors that were not found."""
-    known = (Tensor, str, bytes, bool, int, float, complex, type(None))
-    return next((type(leaf).__name__ for leaf in leaves_of_output(output) if not isinstance(leaf, known)), None)
-
-
-def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool, unknown: str | None = None) -> None:
+def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool, fault: str | None = None) -> None:
     """Raise unless the losses are scalars that can be differentiated.
 
     Args:
         model: The model.
         losses: The loss, or the sum of each output.
         is_given: Whether the user gave the loss.
-        unknown: Name of a class in the output that may hold tensors.
+        fault: Why the output has nothing to differentiate, if there are no losses.
     """
     for value in losses:
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -171,16 +151,8 @@ def check_losses(model: nn.Module, losses: list[Tensor], *, is_given: bool, unkn
             f"`loss` of `model` (={type(model).__name__}) returned a tensor that requires no gradient, so nothing can "
             "be trained; unfreeze a parameter, and do not detach the output."
         )
-    if not losses and unknown is not None:
-        raise ValueError(
-            f"`model` (={type(model).__name__}) returned an object of the class {unknown}, in which no tensors were "
-            "found; pass `loss=`, a function from the output to a scalar tensor."
-        )
-    if not losses:
-        raise ValueError(
-            f"`model` (={type(model).__name__}) has no output that requires a gradient, so nothing can be trained; "
-            "unfreeze a parameter."
-        )
+    if fault is not None:
+        raise ValueError(fault)
 
 
 def _other_leaves(losses: list[Tensor], known: list[Tensor]) -> list[Tensor]:

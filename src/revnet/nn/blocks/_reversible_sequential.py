@@ -6,6 +6,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from revnet._units import counted
 from revnet.engine._tolerance import ToleranceKeeper
 from revnet.engine._tracing import runs_plainly
 from revnet.nn.blocks._abstract_block import AbstractReversibleBlock
@@ -101,7 +102,7 @@ class ReversibleSequential(ReversibleModule, HasPolicies):
                 )
             if block.num_streams != blocks[0].num_streams:
                 raise ValueError(
-                    f"`blocks[{index}]` has {block.num_streams} streams, but `blocks[0]` has "
+                    f"`blocks[{index}]` has {counted(block.num_streams, 'stream')}, but `blocks[0]` has "
                     f"{blocks[0].num_streams}; put blocks with different numbers of streams into separate sequences."
                 )
         self.blocks = nn.ModuleList(blocks)

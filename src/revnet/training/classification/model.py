@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from revnet._outside_text import shorten
 from revnet.coupling import FixedPoint
 from revnet.data import Preprocess
 from revnet.errors import CheckpointError
@@ -117,8 +118,8 @@ class Classifier(SavedModule):
         """
         if ":" in header.model:
             raise ValueError(
-                f"its model {header.model} is your own code, which a file of weights must not run; build the model and "
-                "pass it to `load_classifier(path, model=...)`."
+                f"its model {shorten(header.model)} is your own code, which a file of weights must not run; "
+                "build the model and pass it to `load_classifier(path, model=...)`."
             )
         return cls.create(header, _preprocess_of(header, tensors))
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from revnet._outside_text import shorten
 from revnet.data import Preprocess
 from revnet.errors import CheckpointError
 from revnet.training.classification.model import Classifier, ClassifierHeader
@@ -46,8 +47,8 @@ def load_start(classifier: Classifier, start: StartWeights) -> str:
     header = classifier.header
     if old.model != header.model:
         raise CheckpointError(
-            f"`weights` (='{start.path}') are of the model {old.model}, not of `model` (='{header.model}'); pass "
-            f"`model` {old.model}, or other weights."
+            f"`weights` (='{start.path}') are of the model {shorten(old.model)}, not of `model` (='{header.model}'); "
+            f"pass `model` {shorten(old.model)}, or other weights."
         )
     new, reason = [], ""
     if old.class_names != header.class_names:

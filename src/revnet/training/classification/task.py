@@ -101,7 +101,7 @@ class ClassificationTask(AbstractTask):
 
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return loss, accuracy and speed as text."""
-        figures = f"loss {format_loss(metrics['train_loss'])}"
+        figures = f"loss {format_loss(metrics['train_loss'])} nats/image"
         if "val_accuracy" in metrics:
             figures += f"  validation accuracy {100 * metrics['val_accuracy']:.2f} %"
         return f"{figures}  {format_rate(self.config.batch_size / metrics['step_seconds'], 'images')}"

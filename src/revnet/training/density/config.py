@@ -123,6 +123,11 @@ class NiceConfig(AbstractRunConfig):
                 f"`num_hidden` (={self.num_hidden}) is for nice and realnvp, since the couplings of glow always have 2 "
                 "hidden layers; leave it out."
             )
+        if self.model == "nice" and self.num_scales != NiceConfig.num_scales:
+            raise ValueError(
+                f"`num_scales` (={self.num_scales}) is for realnvp and glow, since nice has no scales; leave it out, "
+                "or pass `model` glow or realnvp."
+            )
         if self.model == "nice" and self.num_couplings % 2:
             raise ValueError(
                 f"`num_couplings` (={self.num_couplings}) must be even, since a reversible block consists of two; pass "

@@ -1,5 +1,6 @@
 """The job of `revnet train nice`: fit a density to images."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from revnet._units import counted, nearest_multiples
 from revnet.data import ImageDataset, make_loader
 from revnet.data.loading.loader import Loader
 from revnet.data.splits.image_split import ImageSplit
 from revnet.data.transforms.dequantize import count_levels
 from revnet.memory import Plan
+from revnet.models.glow import MOST_SCALES
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.images import load_images
 from revnet.training.density.model import DensityHeader, ImageDensity, load_density
@@ -132,6 +135,7 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
         dataset.check_holdout("val_fraction", config.val_fraction)
         training, validation = whole.holdout(config.val_fraction, config.seed)
     check_batch_size(config.batch_size, training)
+    _check_scales(config, whole.image_shape)
     check_division(config.batch_size, validation, num_parts=config.accumulate)
     header = DensityHeader(
         model=config.model,
@@ -175,10 +179,31 @@ def _prepare(config: NiceConfig, dataset: ImageDataset) -> DensityJob:
     )
 
 
+def _check_scales(config: NiceConfig, image_shape: tuple[int, int, int]) -> None:
+    """Raise unless each scale of the model can halve the sides of the images."""
+    _, height, width = image_shape
+    common = math.gcd(height, width)
+    most_scales = (common & -common).bit_length() - 1
+    if config.model == "nice" or config.num_scales <= most_scales:
+        return
+    reason = f"since each scale of {config.model} halves the sides of the images, which have {height} x {width} pixels"
+    if config.image_size is not None and config.num_scales <= MOST_SCALES:
+        factor = 2**config.num_scales
+        raise ValueError(
+            f"`image_size` (={config.image_size}) must be a multiple of {factor}, since each scale of "
+            f"{config.model} halves it; pass {nearest_multiples(height, factor)}, or fewer `num_scales` than "
+            f"{config.num_scales}."
+        )
+    if most_scales == 0:
+        raise ValueError(f"`model` (={config.model}) needs sides that are even, {reason}; pass nice, or other images.")
+    raise ValueError(f"`num_scales` (={config.num_scales}) must be at most {most_scales}, {reason}.")
+
+
 def _describe_model(config: NiceConfig) -> str:
     if config.model == "nice":
-        return f"nice, {config.num_couplings} couplings"
-    return f"{config.model}, {config.num_scales} scales of {config.num_couplings} couplings"
+        return f"nice, {counted(config.num_couplings, 'coupling')}"
+    couplings = counted(config.num_couplings, "coupling")
+    return f"{config.model}, {counted(config.num_scales, 'scale')} of {couplings}"
 
 
 def _loss(output: tuple[Tensor, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from revnet._outside_text import shorten
 from revnet.data import Dequantize
 from revnet.models import NICE, Glow, RealNVP
 from revnet.models._density import AbstractImageDensity
@@ -72,7 +73,7 @@ class ImageDensity(SavedModule):
     def create(cls, header: DensityHeader) -> Self:
         """Make a density with random weights."""
         if header.model not in MODELS:
-            raise ValueError(f"`model` (={header.model!r}) is not one of {', '.join(MODELS)}; update revnet.")
+            raise ValueError(f"`model` (='{shorten(header.model)}') is not one of {', '.join(MODELS)}; update revnet.")
         make_model: Any = MODELS[header.model]
         return cls(make_model(image_shape=header.image_shape, **header.options), header)
 

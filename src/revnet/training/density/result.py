@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from revnet._units import counted
 from revnet.training.run.run_result import RunResult
 
 
@@ -29,7 +30,9 @@ class DensityResult(RunResult):
     """Bits per dimension of the validation images in the best epoch; None without validation."""
 
     def _scores(self) -> list[tuple[str, str]]:
-        lines = [("test bits/dim", f"{self.test_bits_per_dim:.4f} ({self.num_test_images:,} images), last weights")]
+        lines = [
+            ("test bits/dim", f"{self.test_bits_per_dim:.4f} ({counted(self.num_test_images, 'image')}), last weights")
+        ]
         if self.best_test_bits_per_dim is not None:
             best = f"{self.best_test_bits_per_dim:.4f}, best on validation (epoch {self.best_epoch})"
             lines.append(("", best))

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from revnet._outside_text import shorten
+from revnet._units import counted
 from revnet.data.splits.image_split import ImageSplit
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.images import load_images
@@ -54,7 +56,10 @@ class Samples:
         """Return the figures and the files as text."""
         lines = [
             ("weights", describe_weights(self.checkpoint)),
-            ("test bits/dim", f"{self.test_bits_per_dim:.4f} ({self.num_test_images:,} images of {self.data})"),
+            (
+                "test bits/dim",
+                f"{self.test_bits_per_dim:.4f} ({counted(self.num_test_images, 'image')} of {self.data})",
+            ),
         ]
         lines += [("" if number else "written", str(file)) for number, file in enumerate(self.files)]
         return format_lines(lines)
@@ -106,7 +111,7 @@ def sample(
     drawn = density.sample(num_samples, temperature=temperature, generator=generator).cpu()
     files = [folder / "samples.png"]
     subject = f"{name}, {weights.parent.name or weights.name}"
-    save_grid(drawn, files[0], title=f"{num_samples} samples at temperature {temperature:g} ({subject})")
+    save_grid(drawn, files[0], title=f"{counted(num_samples, 'sample')} at temperature {temperature:g} ({subject})")
     if missing is not None:
         files.append(folder / f"inpainting_{missing}.png")
         chosen = images[:: max(1, len(images) // _NUM_INPAINTED)][:_NUM_INPAINTED]
@@ -160,6 +165,6 @@ def _test_images(density: ImageDensity, data: str | Path | None) -> tuple[str, T
         shape, expected = ("x".join(map(str, sizes)) for sizes in (dataset.test.image_shape, header.image_shape))
         raise ValueError(
             f"`data` (='{dataset.name}') has images of {shape}, but the checkpoint was trained on {expected} "
-            f"({header.data}); pass data like its training data."
+            f"({shorten(header.data, 200)}); pass data like its training data."
         )
     return dataset.name, dataset.test.images

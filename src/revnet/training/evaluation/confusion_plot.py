@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revnet._figure import new_figure, plain, save
-from revnet._outside_text import printable
+from revnet._outside_text import shorten
 from revnet.training.evaluation.confusion import Confusion
 
 # Largest numbers of classes for which cells show numbers, and rows and columns show names.
@@ -118,5 +118,4 @@ def _write_numbers(axes: Any, counts: Tensor, darkness: Tensor) -> None:
 
 
 def _shorten(name: str) -> str:
-    name = printable(name)
-    return plain(name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "...")
+    return plain(shorten(name, _LONGEST_NAME))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revnet._outside_text import shorten
 from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, load_dataset, make_loader
 from revnet.data.loading.loader import Loader
@@ -19,6 +20,7 @@ from revnet.errors import DataError
 from revnet.training.classification.model import Classifier, ClassifierHeader, load_classifier
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.evaluate_result import EvaluateResult
+from revnet.training.evaluation.new_folder import check_unseen, is_new_folder
 from revnet.training.processes.choose import NumDevices, choose_world, device_of
 from revnet.training.processes.join import add_up, joined
 from revnet.training.processes.launch import run_in_processes
@@ -55,7 +57,7 @@ def evaluate(
         checkpoint: A `.safetensors` or `.ckpt` file that `revnet train` has written, or the folder of a run, whose last
             weights are loaded.
         data: Data set, by name or folder; by default the data set of the training. Of a folder of classes without
-            `train`, all images are used, or if such a folder was trained on, the images that were not.
+            `train`, all images are used. If it is the folder that was trained on, the images are used that were not.
         batch_size: Images per batch, on each device; by default 500, or fewer if they are larger than 64x64.
         num_workers: Processes that decode images for each device, for data that are not in memory.
         on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
@@ -133,15 +135,18 @@ def load_test_data(header: ClassifierHeader, data: str | Path | None, on_corrupt
         on_corrupt: Response to an image file that cannot be decoded.
 
     Raises:
-        DataError: The data are missing, or are not the folder of classes that the weights were trained on.
+        DataError: The data are missing, or some of their images are ones that the weights were trained on.
     """
+    is_new = data is not None and is_new_folder(header, data)
     data = header.data if data is None else data
     dataset = load_dataset(
         data,
         image_size=header.image_shape[1] if header.is_resized else None,
         on_corrupt=on_corrupt,
-        seed=header.split_seed,
+        seed=None if is_new else header.split_seed,
     )
+    if is_new:
+        check_unseen(header, data)
     if dataset.division is not None and dataset.division.files != header.split_files:
         raise DataError(
             f"`data` (='{data}') does not hold the files that the weights were trained on, so that test images cannot "
@@ -264,7 +269,7 @@ def _check_images(header: ClassifierHeader, dataset: ImageDataset) -> None:
     if shape != header.image_shape:
         raise ValueError(
             f"`data` (='{dataset.name}') has images of {_describe(shape)}, but the checkpoint was trained on "
-            f"{_describe(header.image_shape)} ({header.data}); pass data like its training data."
+            f"{_describe(header.image_shape)} ({shorten(header.data, 200)}); pass data like its training data."
         )
 
 
@@ -277,8 +282,8 @@ def _match_classes(header: ClassifierHeader, dataset: ImageDataset) -> Tensor:
     if unknown:
         raise ValueError(
             f"`data` (='{dataset.name}') has {_list(unknown)} among its {dataset.num_classes} classes, which the "
-            f"checkpoint does not know; its own {header.num_classes} ({header.data}) are {_list(header.class_names)}. "
-            "Pass data with these names."
+            f"checkpoint does not know; its own {header.num_classes} ({shorten(header.data, 200)}) are "
+            f"{_list(header.class_names)}. Pass data with these names."
         )
     if len(known) < header.num_classes or len(set(dataset.class_names)) < dataset.num_classes:
         raise ValueError(
@@ -290,7 +295,7 @@ def _match_classes(header: ClassifierHeader, dataset: ImageDataset) -> Tensor:
 
 
 def _list(names: Iterable[str]) -> str:
-    first, *others = [f"'{name}'" for name in names]
+    first, *others = [f"'{shorten(name)}'" for name in names]
     shown = ", ".join([first, *others[:2]])
     return shown if len(others) <= 2 else f"{shown} and {len(others) - 2} more"
 

@@ -130,7 +130,7 @@ class EvaluateResult:
         return try_to_draw(lambda: plot_confusion(self.confusion, picture, title), picture)
 
     def _stem(self) -> str:
-        stem = f"evaluation_{run_dir.file_stem(self.data)}"
+        stem = f"evaluation_{run_dir.data_stem(self.data)}"
         is_last = self.checkpoint is None or self.checkpoint.stem == Path(run_dir.LAST_WEIGHTS).stem
         return stem if is_last else f"{stem}_{Path(self.checkpoint or '').stem}"
 

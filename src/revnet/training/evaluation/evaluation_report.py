@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from revnet._outside_text import printable
-from revnet._units import format_loss, format_rate
+from revnet._outside_text import shorten
+from revnet._units import counted, format_loss, format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
 from revnet.training.run.run_result import format_lines
 from revnet.training.run.used_weights import describe_weights
@@ -16,12 +16,13 @@ def report_evaluation(result: EvaluateResult) -> str:
     """Return a report that fits a screen; the files of `result.save` hold the rest."""
     classes = result.confusion.per_class()
     choice = "" if result.split_seed is None else f", a fifth of each class, chosen by seed {result.split_seed}"
+    images = counted(result.num_images, "test image")
     heading = [
         (
             "model",
             result.model if result.checkpoint is None else f"{result.model}, {describe_weights(result.checkpoint)}",
         ),
-        ("data", f"{result.data}, {result.num_images:,} test images of {len(classes)} classes{choice}"),
+        ("data", f"{result.data}, {images} of {counted(len(classes), 'class', 'classes')}{choice}"),
         ("accuracy", result.report()),
         ("cross-entropy", f"{format_loss(result.cross_entropy)} nats/image"),
         ("speed", f"{format_rate(result.images_per_second, 'images')} on {result.device}, loading included"),
@@ -48,5 +49,4 @@ def _under(title: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]
 
 
 def _shorten(name: str) -> str:
-    name = printable(" ".join(name.split()))  # a folder's name may hold line breaks
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 3] + "..."
+    return shorten(" ".join(name.split()), _LONGEST_NAME)  # a folder's name may hold line breaks

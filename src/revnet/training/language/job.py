@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revnet._units import counted
 from revnet.data import ConsecutiveWindows, RandomWindows, load_text
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
@@ -49,7 +50,10 @@ class LanguageJob(AbstractJob[LanguageResult]):
         num_parameters = sum(parameter.numel() for parameter in self.task.language_model.model.parameters())
         counts = f"{len(dataset.train):,} train, {len(dataset.validation):,} validate"
         return [
-            ("model", f"lm, {config.depth} blocks, {config.attention} attention, {num_parameters:,} parameters"),
+            (
+                "model",
+                f"lm, {counted(config.depth, 'block')}, {config.attention} attention, {num_parameters:,} parameters",
+            ),
             ("data", f"{dataset.name}, {len(dataset.vocabulary)} different characters: {counts}"),
             ("epochs", self.describe_updates(f"windows of {config.length} characters")),
         ]

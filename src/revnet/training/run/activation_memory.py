@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revnet._units import counted
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Store, set_policy
@@ -88,7 +89,7 @@ def describe_plan(memory_plan: Plan) -> str:
     units = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     return (
         f"peak {format_bytes(memory_plan.peak_bytes)} of {format_bytes(memory_plan.budget_bytes)}, step time "
-        f"{memory_plan.time_ratio:.2f} of storing all; {len(memory_plan.units)} units: {units}"
+        f"{memory_plan.time_ratio:.2f} of storing all; {counted(len(memory_plan.units), 'unit')}: {units}"
     )
 
 

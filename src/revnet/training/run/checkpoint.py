@@ -26,7 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from revnet._atomic_file import atomic_path
-from revnet._input_files import check_regular
+from revnet._image_files import explain_link
+from revnet._input_files import name_in_utf8
 from revnet.errors import CheckpointError
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -172,8 +173,7 @@ def read_weights(path: Path) -> SavedWeights:
     if path.suffix == ".ckpt":
         return trained_part(read_checkpoint(path))
     try:
-        check_regular(path)
-        with safe_open(path, framework="pt") as file:
+        with name_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
@@ -255,7 +255,8 @@ def _read_file(path: Path, map_location: Any) -> Any:
 
 def _map_file(path: Path) -> Any:
     check_zip(path)
-    return torch.load(path, "cpu", weights_only=True, mmap=True)
+    with name_in_utf8(path) as name:
+        return torch.load(name, "cpu", weights_only=True, mmap=True)
 
 
 def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
@@ -267,6 +268,8 @@ def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
 
 
 def _existing(path: Path) -> Path:
+    if (fault := explain_link(path)) is not None:
+        raise CheckpointError(f"`{path}` {fault}.")
     if not path.is_file() and not is_sharded(path):
         fault = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"`{path}` {fault}; {_WAY_OUT}.")

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from revnet._units import counted, counted_samples
 from revnet.memory import Plan
 from revnet.training.run.activation_memory import Update
 from revnet.training.run.callbacks import Row
@@ -91,12 +92,11 @@ class AbstractJob(ABC, Generic[Result]):
             samples: Noun for the samples.
             num_samples: Number of training samples, to say how many an epoch leaves over; None does not say.
         """
-        plural = "s" if self.task.num_updates > 1 else ""
-        updates = f"{self.task.num_updates:,} update{plural}"
+        updates = counted(self.task.num_updates, "update")
         parts = f" in {self.config.accumulate} parts" if self.config.accumulate > 1 else ""
         left_over = 0 if num_samples is None else num_samples % self.config.batch_size
         rest = f"; each epoch leaves out {left_over:,} of {num_samples:,}, others each time" if left_over else ""
-        return f"{self.config.epochs}, {updates} of {self.config.batch_size} {samples}{parts}{rest}"
+        return f"{self.config.epochs}, {updates} of {counted_samples(self.config.batch_size, samples)}{parts}{rest}"
 
     @abstractmethod
     def finish(self, folder: Path, outcome: Outcome) -> Result:

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from revnet._atomic_file import atomic_path
 from revnet._text_table import aligned
-from revnet._units import format_seconds
+from revnet._units import counted, format_seconds
 from revnet.training.run.task import AbstractTask
 
 _NUM_ROWS = 10
@@ -77,7 +77,7 @@ class ProfileUpdates(Callback):
         with atomic_path(self._path) as temporary:
             recorded.export_chrome_trace(str(temporary))
         if not self._quiet:
-            print(f"{num_updates} updates in {self._path}; the operators that take the longest:")
+            print(f"{counted(num_updates, 'update')} in {self._path}; the operators that take the longest:")
             print(_top_operators(recorded, num_updates), flush=True)
 
 

@@ -1,11 +1,11 @@
 """The folder of a run, and the names of its files."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from revnet._outside_text import file_stem
 from revnet.training.settings.run_config import AbstractRunConfig
 
 CONFIG = "config.yaml"
@@ -63,9 +63,9 @@ def _write_errors(config: AbstractRunConfig) -> Iterator[None]:
         ) from error
 
 
-def file_stem(data_name: str) -> str:
+def data_stem(data_name: str) -> str:
     """Return the name of a data set as a part of file names."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", data_name).strip("-.") or "data"
+    return file_stem(data_name) or "data"
 
 
 def _given(out_dir: str) -> Path:
@@ -84,7 +84,7 @@ def _not_empty(out_dir: str) -> ValueError:
 
 
 def _next_free(data_name: str, model: str) -> Path:
-    stem = file_stem(data_name)
+    stem = data_stem(data_name)
     for number in count(1):
         folder = Path("runs") / f"{stem}_{model}_{number}"
         try:

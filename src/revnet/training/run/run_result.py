@@ -14,7 +14,7 @@ import torch
 import revnet
 from revnet._atomic_file import write_text
 from revnet._outside_text import printable
-from revnet._units import format_seconds
+from revnet._units import counted_samples, format_seconds
 from revnet.memory import format_bytes
 from revnet.training.run import run_dir
 from revnet.training.run.state_bytes import StateBytes
@@ -103,7 +103,8 @@ class RunResult(RunFigures, ABC):
 
     def report(self) -> str:
         """Return scores, costs and files as text of two columns."""
-        step_time = f"{format_seconds(self.step_seconds)}, median of updates of {self.batch_size} {self.samples}"
+        samples = counted_samples(self.batch_size, self.samples)
+        step_time = f"{format_seconds(self.step_seconds)}, median of updates of {samples}"
         lines = [
             *self._scores(),
             ("step time", step_time),
@@ -150,7 +151,7 @@ class RunResult(RunFigures, ABC):
             return []
         part = self.batch_size // self.num_processes
         where = "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
-        per_step = f"at the peak of a step of {part} {self.samples}{where}"
+        per_step = f"at the peak of a step of {counted_samples(part, self.samples)}{where}"
         if self.accumulate > 1:
             per_step += f", in {self.accumulate} parts"
         lines = [("activation memory", f"{format_bytes(self.peak_bytes)} {per_step}, {_PARTICIPLES[self.policy]}")]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from revnet._units import counted
 from revnet.errors import CheckpointError
 from revnet.training.run.agreement import Agreement
 from revnet.training.run.callbacks import check_loss
@@ -247,7 +248,8 @@ def check_length(checkpoint: Mapping[str, Any], config: AbstractRunConfig, num_u
     value = getattr(config, name)
     if num_done > num_updates:
         raise ValueError(
-            f"`{name}` (={value}) leaves {num_updates:,} updates, and the run has made {num_done:,} already; pass more."
+            f"`{name}` (={value}) leaves {counted(num_updates, 'update')}, and the run has made {num_done:,} already; "
+            "pass more."
         )
     if end.is_within_epoch and num_updates != end.num_updates:
         raise ValueError(

@@ -4,7 +4,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from revnet._input_files import name_in_utf8
+from revnet._outside_text import shorten
 from revnet.training.run.checkpoint import EPOCH_KEY, find_weights
+
+_LONGEST_EPOCH = 20
 
 
 def describe_weights(path: str | Path) -> str:
@@ -15,14 +19,14 @@ def describe_weights(path: str | Path) -> str:
     """
     file = find_weights(Path(path)) if Path(path).is_dir() else Path(path)
     epoch = _epoch(file)
-    return str(file) if epoch is None else f"{file} (epoch {epoch})"
+    return str(file) if epoch is None else f"{file} (epoch {shorten(epoch, _LONGEST_EPOCH)})"
 
 
 def _epoch(file: Path) -> str | None:
     if file.suffix == ".ckpt":  # its name says the update
         return None
     try:
-        with safe_open(file, framework="pt") as weights:
+        with name_in_utf8(file) as name, safe_open(name, framework="pt") as weights:
             return (weights.metadata() or {}).get(EPOCH_KEY)
     except (OSError, SafetensorError):  # whoever reads the weights reports that
         return None
