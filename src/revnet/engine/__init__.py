@@ -82,8 +82,8 @@ checks this. ::
 
 Rare cases have files of their own: random numbers and tensors from outside the function (`_careful`), state in buffers
 (`_states`), restoring state (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
-additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), and the parts of a
-stream, which one run in sixteen compares (`_parts`).
+additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), the parts of a stream,
+which one run in sixteen compares (`_parts`), and CUDA graphs, whose runs read nothing from the device (`_capture`).
 
 NOTE [ Rules ]
 
