@@ -84,6 +84,7 @@ Rare cases have files of their own: random numbers and tensors from outside the 
 (`_states`), restoring state (`_restore`), retained graphs and keyframes (`_retained`), couplings other than the
 additive ones (`_step`), additional observers (`_observers`), a suspicious result (`_suspicion`), the parts of a stream,
 which one run in sixteen compares (`_parts`), and CUDA graphs, whose runs read nothing from the device (`_capture`).
+Copies to host memory are in `_offload`, and in `_transfers` if they overlap with computation.
 
 NOTE [ Rules ]
 
