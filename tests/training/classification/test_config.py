@@ -101,6 +101,25 @@ from revnet.training import TrainConfig
         ({"accumulate": 2, "memory_budget": "1GiB"}, ValueError, r"`accumulate` \(=2\) keeps the gradients of earlier"),
         ({"compile": True, "tolerance": 1e-3}, ValueError, r"`compile` \(=True\) does not go with `tolerance`"),
         ({"compile": True, "drift_every": 3}, ValueError, r"`compile` \(=True\) does not go with `drift_every`"),
+        *[
+            (
+                {"cuda_graphs": True, name: value},
+                ValueError,
+                rf"`cuda_graphs` \(=True\) does not go with `{name}` \(={value}\), which",
+            )
+            for name, value in {
+                "device": "cpu",
+                "devices": 2,
+                "accumulate": 2,
+                "precision": "16-mixed",
+                "step_in_backward": True,
+                "compile": True,
+                "memory_budget": "1GiB",
+                "start_size": 4,
+                "tolerance": 0.001,
+                "drift_every": 3,
+            }.items()
+        ],
         (
             {"step_in_backward": True, "accumulate": 2},
             ValueError,

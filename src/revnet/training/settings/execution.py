@@ -16,6 +16,11 @@ class ExecutionSettings(SettingsGroup):
     """Whether to compile the network with `torch.compile`, as a whole or, with the `strategy` fsdp2, by block. The
     first updates take longer."""
 
+    cuda_graphs: bool = False
+    """Whether to capture the forward and backward pass in a CUDA graph, on one GPU, which makes updates of small
+    networks faster. Batches of another size, such as the last one of an epoch, run without it. Experimental: written,
+    not run on a GPU."""
+
     deterministic: bool = False
     """Whether to use deterministic algorithms only, so that a run on a GPU can be repeated bit for bit. PyTorch raises
     an error for an operation that has none."""
