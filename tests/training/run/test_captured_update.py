@@ -152,6 +152,25 @@ def test_random_numbers_of_the_host_raise(draw):
         update.run(torch.randn(2, 3))
 
 
+class Replacing(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return super().forward(x) * self.count
+
+
+def test_a_replaced_buffer_raises():
+    module = Replacing()
+    update = CapturedUpdate(lambda x: (module(x).sum(),), module, lambda passes: passes() or passes)
+    for _ in range(NUM_WARMUPS):
+        update.run(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="replaces a buffer by another tensor"):
+        update.run(torch.randn(2, 3))
+
+
 def test_a_network_that_cannot_be_captured_raises():
     module = nn.Linear(3, 3)
 

@@ -103,7 +103,7 @@ class CapturedUpdate:
 
         # Casts that autocast has cached would not be repeated in a replay.
         torch.clear_autocast_cache()
-        before = _host_states()
+        before, self._addresses = _host_states(), self._current_addresses()
         try:
             self._replay = self._capture(passes)
         except (NotImplementedError, RuntimeError) as error:
@@ -118,8 +118,12 @@ class CapturedUpdate:
                 "`cuda_graphs` (=True) does not go with a network that draws random numbers on the CPU, which a CUDA "
                 "graph would repeat in every update; draw them on the GPU, or leave it out."
             )
+        if self._addresses != self._current_addresses():
+            raise ValueError(
+                "`cuda_graphs` (=True) does not go with a network that replaces a buffer by another tensor, which a "
+                "CUDA graph would not do again; write to the buffer in place, or leave it out."
+            )
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
-        self._addresses = self._current_addresses()
 
     def _current_addresses(self) -> list[int]:
         tensors: Iterable[Tensor] = (*self._module.parameters(), *self._module.buffers())
