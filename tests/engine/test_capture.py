@@ -6,7 +6,7 @@ stands for theirs.
 
 import ctypes
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ from revnet.engine import (
     _surroundings,
 )
 from revnet.engine._random import get_random_state, set_random_state
-from tests.helpers import assert_close, assert_same_buffers, gradients, mlp, squares, stored_twin
+from tests.helpers import DEPTH, all_cases, assert_close, assert_same_buffers, gradients, mlp, squares, stored_twin
 
 GPU = torch.device("cuda", 0)
 HOST_READS = ("__bool__", "__float__", "__int__", "__index__", "__array__", "cpu", "item", "numpy", "tolist")
@@ -221,6 +221,23 @@ def test_reads_nothing_and_equals_the_twin(graph, generator, policy, kind):
     assert states[0] == states[1] == (4 * 6 if kind == "dropout" else 0)
     assert_same_buffers(sequence, twin)
     assert_close(gradients(sequence), gradients(twin), tolerance=1e-5 if kind == "exact" else 1e-10)
+
+
+@all_rebuilding
+@all_cases
+def test_no_kind_of_block_reads_the_device(graph, policy, case):
+    sequence = case.sequence(DEPTH, policy)
+    twin = stored_twin(sequence)
+    inputs = (case.input(), case.args(), case.kwargs())
+    for module in (sequence, twin):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            module.zero_grad()
+            with graph.capture() if seed else nullcontext():
+                x, args, kwargs = inputs
+                squares(module(x, *args, **kwargs)).backward()
+    assert_close(gradients(sequence), gradients(twin), tolerance=1e-8)
+    assert_same_buffers(sequence, twin)
 
 
 def test_eager_steps_are_watched_and_captured_ones_are_not(graph):
