@@ -36,7 +36,18 @@ from revnet.engine import (
     _surroundings,
 )
 from revnet.engine._random import get_random_state, set_random_state
-from tests.helpers import DEPTH, all_cases, assert_close, assert_same_buffers, gradients, mlp, squares, stored_twin
+from tests.helpers import (
+    DEPTH,
+    all_cases,
+    all_reversible_models,
+    assert_close,
+    assert_same_buffers,
+    gradients,
+    mlp,
+    model_input,
+    squares,
+    stored_twin,
+)
 
 GPU = torch.device("cuda", 0)
 HOST_READS = ("__bool__", "__float__", "__int__", "__index__", "__array__", "cpu", "item", "numpy", "tolist")
@@ -238,6 +249,19 @@ def test_no_kind_of_block_reads_the_device(graph, policy, case):
                 squares(module(x, *args, **kwargs)).backward()
     assert_close(gradients(sequence), gradients(twin), tolerance=1e-8)
     assert_same_buffers(sequence, twin)
+
+
+@all_reversible_models
+def test_no_model_reads_the_device(graph, make_model):
+    model = make_model().double()
+    x, grads = model_input(model), []
+    for captures in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with graph.capture() if captures else nullcontext():
+            squares(model(x)).backward()
+        grads.append({name: grad.clone() for name, grad in gradients(model).items()})
+    assert_close(*grads, tolerance=1e-8)
 
 
 def test_eager_steps_are_watched_and_captured_ones_are_not(graph):
