@@ -153,7 +153,7 @@ def graph(monkeypatch, generator):
     graph = Graph(generator)
     for module in (_observers, _range, _restore, _surroundings):
         monkeypatch.setattr(module, "HAS_ACCELERATOR", True)
-    monkeypatch.setattr(_capture, "_IS_BUILT_FOR_CUDA", True)
+    monkeypatch.setattr(_capture, "_is_initialized", lambda: True)
     monkeypatch.setattr(_capture, "_is_stream_capturing", lambda: graph.is_capturing)
     for module in (_rebuild, _observers, _digest, _states):
         monkeypatch.setattr(module, "can_digest", lambda x: False)
@@ -435,3 +435,19 @@ def test_nothing_is_captured_on_a_cpu():
     assert not _capture.is_capturing()
     assert not _capture.begins_in_capture()
     _capture.check_same_mode(False)
+
+
+def test_a_machine_without_a_driver_is_not_asked(monkeypatch):
+    """PyTorch for CUDA raises there if it is asked about the current stream."""
+    for module in (_observers, _range, _restore, _surroundings):
+        monkeypatch.setattr(module, "HAS_ACCELERATOR", True)
+
+    def fail():
+        raise RuntimeError("Found no NVIDIA driver on your system.")
+
+    monkeypatch.setattr(_capture, "_is_stream_capturing", fail)
+    function = nn.Sequential(mlp(4), nn.Dropout(0.5))
+    blocks = [ReversibleBlock(function, function, coupling=FixedPoint()) for _ in range(2)]
+    sequence = ReversibleSequential(*blocks, policy=Reverse())
+    step(sequence, torch.randn(2, 8))
+    sequence.inverse(torch.randn(2, 8))

@@ -372,7 +372,7 @@ def test_without_the_option_nothing_overlaps(stream, monkeypatch):
 @pytest.mark.parametrize("policy", [Offload(), Offload(overlap=True)], ids=str)
 def test_cannot_be_captured(policy, monkeypatch):
     monkeypatch.setattr(_offload, "HAS_ACCELERATOR", True)
-    monkeypatch.setattr(_capture, "_IS_BUILT_FOR_CUDA", True)
+    monkeypatch.setattr(_capture, "_is_initialized", lambda: True)
     monkeypatch.setattr(_capture, "_is_stream_capturing", lambda: True)
     sequence = CASE["mlp"].sequence(2, policy)
     with pytest.raises(NotImplementedError, match="cannot be kept on the host while a CUDA graph is captured"):

@@ -21,22 +21,22 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import HAS_ACCELERATOR
 from revnet.errors import ReconstructionError
 
 _READABLE_SINCE = (2, 10)
 """Release of PyTorch from which on random states can be read and set while a graph is captured."""
 _SEED_BYTES = 8
 """Bytes before the offset in the state of a CUDA generator."""
-_IS_BUILT_FOR_CUDA = HAS_ACCELERATOR and torch.backends.cuda.is_built()
 
-# Tests replace it.
+# Tests replace them.
+_is_initialized: Callable[[], bool] = torch.cuda.is_initialized
 _is_stream_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
 
 
 def is_capturing() -> bool:
     """Return whether the current CUDA stream is captured in a graph."""
-    return _IS_BUILT_FOR_CUDA and _is_stream_capturing()
+    # Asked first: PyTorch for CUDA may run on a machine without a driver, where the other question is an error.
+    return _is_initialized() and _is_stream_capturing()
 
 
 def begins_in_capture() -> bool:
