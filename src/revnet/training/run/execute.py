@@ -149,6 +149,7 @@ def _execute(
     )
     with execution(job.config, job.task.saved_module.model):
         fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
+    job.task.captured_update = None  # frees the memory of its graph
 
     share_statistics(job.task.saved_module)
     names = job.names
