@@ -4,8 +4,10 @@ The CPU stands for the GPU: its tensors must not be read, and a generator that c
 stands for theirs.
 """
 
+import copy
 import ctypes
 import math
+import random
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -36,6 +38,7 @@ from revnet.engine import (
     _surroundings,
 )
 from revnet.engine._random import get_random_state, set_random_state
+from tests.contracts.random_programs import Averaged, draw_inputs, draw_sequence, run_program
 from tests.helpers import (
     DEPTH,
     all_cases,
@@ -207,6 +210,14 @@ def step(module, x):
     squares(module(x)).backward()
 
 
+def warmed_up(sequence):
+    """Run an eager step, and return the sequence."""
+    x = torch.randn(5, 8).to(next(sequence.parameters()))
+    step(sequence, x)
+    sequence.zero_grad()
+    return sequence
+
+
 @all_rebuilding
 @pytest.mark.parametrize("kind", ["plain", "dropout", "norm", "states", "exact"])
 def test_reads_nothing_and_equals_the_twin(graph, generator, policy, kind):
@@ -282,7 +293,7 @@ def test_eager_steps_are_watched_and_captured_ones_are_not(graph):
 
 
 def test_a_drift_meter_has_no_records_of_a_captured_step(graph):
-    sequence, meter = sequence_of(lambda: mlp(4), Reverse()), DriftMeter()
+    sequence, meter = warmed_up(sequence_of(lambda: mlp(4), Reverse())), DriftMeter()
     with meter.on(), graph.capture():
         step(sequence, torch.randn(2, 8))
     assert meter.records == []
@@ -292,7 +303,7 @@ def test_a_drift_meter_has_no_records_of_a_captured_step(graph):
 def test_range_is_asserted_on_the_device(graph, policy, monkeypatch):
     assertions = []
     monkeypatch.setattr(_range, "assert_async", lambda condition, message: assertions.append((condition, message)))
-    sequence = sequence_of(lambda: mlp(4), policy, depth=2, coupling=FixedPoint()).float()
+    sequence = warmed_up(sequence_of(lambda: mlp(4), policy, depth=2, coupling=FixedPoint()).float())
     with graph.capture():
         step(sequence, torch.randn(2, 8))
     assert [bool(condition) for condition, _ in assertions] == [True] * 4
@@ -320,9 +331,9 @@ def test_inverse_asserts_the_range_on_the_device(graph):
 class Constant(nn.Module):
     """Multiplies by a tensor that is not a buffer, and computes that tensor again in each call."""
 
-    def __init__(self, *, changes):
+    def __init__(self):
         super().__init__()
-        self.inner, self.table, self.changes, self.old = mlp(4), torch.rand(5, 4), changes, []
+        self.inner, self.table, self.changes, self.old = mlp(4), torch.rand(5, 4), False, []
 
     def forward(self, x):
         y = self.inner(x) * self.table
@@ -335,7 +346,9 @@ class Constant(nn.Module):
 def test_constants_are_compared_on_the_device(graph, changes, monkeypatch):
     assertions = []
     monkeypatch.setattr(_careful, "assert_async", lambda condition, message: assertions.append((condition, message)))
-    sequence = sequence_of(lambda: Constant(changes=changes), Reverse(), depth=2)
+    sequence = warmed_up(sequence_of(Constant, Reverse(), depth=2))
+    for block in sequence.blocks:
+        block.f.changes = block.g.changes = changes
     with graph.capture():
         step(sequence, torch.randn(5, 8))
     assert assertions
@@ -353,7 +366,7 @@ def test_a_tolerance_cannot_be_captured(graph):
 @all_rebuilding
 def test_dropout_in_another_graph_raises(graph, generator, policy):
     """`make_graphed_callables` captures the backward pass in a graph of its own."""
-    sequence = sequence_of(lambda: with_dropout(generator), policy)
+    sequence = warmed_up(sequence_of(lambda: with_dropout(generator), policy))
     with graph.capture():
         loss = squares(sequence(torch.randn(2, 8)))
     with graph.capture(), pytest.raises(ReconstructionError, match="in another CUDA graph than the one that captures"):
@@ -366,7 +379,7 @@ def test_other_functions_may_be_rebuilt_in_another_graph(graph, generator, polic
     sequence = sequence_of(make, policy).double()
     twin = stored_twin(sequence)
     x = torch.randn(2, 8, dtype=torch.float64)
-    for module in (sequence, twin):
+    for module in map(warmed_up, (sequence, twin)):
         with graph.capture():
             generator.draw(1)  # outside of the functions
             loss = squares(module(x))
@@ -378,7 +391,7 @@ def test_other_functions_may_be_rebuilt_in_another_graph(graph, generator, polic
 @all_rebuilding
 @pytest.mark.parametrize("is_forward_captured", [True, False])
 def test_one_captured_pass_raises(graph, generator, policy, is_forward_captured):
-    sequence = sequence_of(lambda: mlp(4), policy)
+    sequence = warmed_up(sequence_of(lambda: mlp(4), policy))
     x = torch.randn(2, 8)
     match = "the {} pass of a reversible sequence is captured in a CUDA graph, but its {} pass is not"
     if is_forward_captured:
@@ -394,7 +407,7 @@ def test_one_captured_pass_raises(graph, generator, policy, is_forward_captured)
 
 @all_rebuilding
 def test_old_releases_raise(graph, policy, monkeypatch):
-    sequence = sequence_of(lambda: mlp(4), policy)
+    sequence = warmed_up(sequence_of(lambda: mlp(4), policy))
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with graph.capture(), pytest.raises(NotImplementedError, match=r"with PyTorch 2\.9\.1.*use PyTorch 2\.10 or later"):
         sequence(torch.randn(2, 8))
@@ -404,7 +417,7 @@ def test_old_releases_raise(graph, policy, monkeypatch):
         sequence(torch.randn(2, 8))
 
 
-@pytest.mark.parametrize("num_warmups", [0, 63, 64])
+@pytest.mark.parametrize("num_warmups", [1, 63, 64])
 def test_checksums_of_parameters_are_left_out(graph, num_warmups):
     """Every 64th call of a function reads its parameters."""
     sequence = sequence_of(lambda: mlp(4), Reverse(), depth=1)
@@ -451,3 +464,41 @@ def test_a_machine_without_a_driver_is_not_asked(monkeypatch):
     sequence = ReversibleSequential(*blocks, policy=Reverse())
     step(sequence, torch.randn(2, 8))
     sequence.inverse(torch.randn(2, 8))
+
+
+@all_rebuilding
+def test_a_first_call_cannot_be_captured(graph, policy):
+    """Values are compared in eager steps: a write through `.data`, for instance, raises no version."""
+    sequence = sequence_of(lambda: mlp(4), policy, depth=2)
+    x = torch.randn(2, 8)
+    match = "`blocks.0.f` is called for the first time while a CUDA graph is captured"
+    with graph.capture(), pytest.raises(ReconstructionError, match=match):
+        sequence(x)
+    with torch.no_grad():
+        sequence(x)  # compares nothing
+    with graph.capture(), pytest.raises(ReconstructionError, match=match):
+        sequence(x)
+    step(sequence.eval(), x)
+    with graph.capture(), pytest.raises(ReconstructionError, match=match):
+        sequence.train()(x)
+    step(sequence, x)
+    with graph.capture():
+        step(sequence, x)
+
+
+@pytest.mark.parametrize("seeds", [range(0, 40)], ids=["forty"])
+def test_random_programs(graph, seeds):
+    for seed in seeds:
+        torch.manual_seed(seed)
+        draw = random.Random(seed)
+        sequence = draw_sequence(draw)
+        if any(isinstance(module, Averaged) for module in sequence.modules()):
+            continue  # An eager step compares its values, and raises on a GPU.
+        twin, inputs = stored_twin(sequence), draw_inputs(draw)
+        for module in (sequence, twin):
+            run_program(module, copy.deepcopy(inputs), seed)
+        with graph.capture():
+            observed = run_program(sequence, inputs, seed)
+        expected = run_program(twin, copy.deepcopy(inputs), seed)
+        for value, expected_value in zip(observed, expected, strict=True):
+            assert_close(value, expected_value, tolerance=1e-7)

@@ -7,16 +7,18 @@ read before it arrived.
 
 import copy
 import gc
+import random
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from revnet import Offload, PolicySequential, ReversibleBlock, ReversibleSequential, Store
+from revnet import Offload, PolicySequential, ReversibleBlock, ReversibleSequential, Store, set_policy
 from revnet.engine import _capture, _offload, _transfers
 from revnet.engine._tensors import ALONE, use_count
 from revnet.engine._transfers import Transfers, bytes_of, span_of
+from tests.contracts.random_programs import draw_inputs, draw_sequence, run_program
 from tests.contracts.test_gpu import to_device
 from tests.helpers import CASE, DEPTH, all_cases, gradients, leaves, mlp, squares, stored_twin
 
@@ -327,6 +329,20 @@ def test_gradients_of_some_inputs(transfers):
     ]
     assert all(map(torch.equal, *results))
     assert transfers.bytes_in_flight == 0
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_random_programs(transfers, stream, seed):
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    sequence = draw_sequence(draw)
+    twin, inputs = stored_twin(sequence), draw_inputs(draw)
+    set_policy(sequence, Offload(overlap=True))
+    observed = run_program(sequence, copy.deepcopy(inputs), seed)
+    expected = run_program(twin, copy.deepcopy(inputs), seed)
+    for value, expected_value in zip(observed, expected, strict=True):
+        assert value is expected_value is None or torch.equal(value, expected_value)
+    assert "fetch" in stream.log
 
 
 def test_an_error_in_the_backward_pass_does_no_harm(transfers):

@@ -16,12 +16,17 @@ References:
 """
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from revnet.errors import ReconstructionError
+
+if TYPE_CHECKING:
+    from revnet.engine._chain import HalfBlock
+    from revnet.engine._plan import Plan
 
 _READABLE_SINCE = (2, 10)
 """Release of PyTorch from which on random states can be read and set while a graph is captured."""
@@ -53,6 +58,24 @@ def begins_in_capture() -> bool:
             "read random states during a capture; use PyTorch 2.10 or later, or the policy `Store()`."
         )
     return True
+
+
+def check_warmed_up(half_blocks: "Sequence[HalfBlock]", plans: "Sequence[Plan | None]") -> None:
+    """Raise unless the functions of a chain have run in their current mode before they are captured.
+
+    Some functions need values to be compared: ones that write to a tensor without raising its version, for instance. A
+    single half-block rebuilds nothing, and is not compared in eager steps either.
+
+    Raises:
+        ReconstructionError: A function has not run, or not in this mode.
+    """
+    for half_block, plan in zip(half_blocks, plans, strict=True):
+        is_new = plan is None or list(map(plan.get_flag, plan.flag_holders)) != plan.training
+        if is_new and len(plans) > 1:
+            raise ReconstructionError(
+                f"`{half_block.name}` is called for the first time while a CUDA graph is captured, where its results "
+                "cannot be compared with a second run; run a training step before the capture."
+            )
 
 
 def check_same_mode(was_capturing: bool) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams
+from revnet.engine._capture import check_warmed_up
 from revnet.engine._careful import check_finished
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._device_digest import WAITING_INTERVAL
@@ -71,7 +72,8 @@ class _KeepingRun:
         self._chain = chain.for_replays()
         self._surroundings = Surroundings.of(chain.tensors(), streams)
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
-        is_captured = self._surroundings.is_captured
+        if is_captured := self._surroundings.is_captured:
+            check_warmed_up(chain.half_blocks, chain.chain.plans)
         self._range = RangeWatch(is_captured=is_captured) if chain.chain.has_exact else None
         self._has_log_dets = chain.log_dets is not None
         chain.chain.num_runs += 1
@@ -205,7 +207,8 @@ class _KeptCall:
         """Call the module for the first time."""
         # Checked here: in the backward pass, the check of versions would blame the caller.
         versions = versions_of(self._tensors)
-        keeps_tail = self._is_on_cpu and not self._call.surroundings.is_captured
+        is_captured = self._call.surroundings.is_captured
+        keeps_tail = self._is_on_cpu and not is_captured
         result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=keeps_tail)
         if versions != versions_of(self._tensors):
             raise RuntimeError(

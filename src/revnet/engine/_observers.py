@@ -8,7 +8,7 @@ from torch import Tensor
 
 from revnet._torch_internals import HAS_ACCELERATOR
 from revnet.engine._agreement import AgreementWatch
-from revnet.engine._capture import is_capturing
+from revnet.engine._capture import check_warmed_up, is_capturing
 from revnet.engine._chain import BoundChain
 from revnet.engine._device_digest import WAITING_INTERVAL, may_wait_for
 from revnet.engine._digest import can_digest
@@ -28,6 +28,7 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
 
     Raises:
         NotImplementedError: A run with a `tolerance` is captured in a CUDA graph.
+        ReconstructionError: A function is captured that has not run before.
     """
     half_blocks, is_exact = chain.half_blocks, chain.chain.is_exact
     observers: list[Observer] = []
@@ -42,7 +43,7 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
             waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
             has_meter = active_meter() is not None  # It collects records of each function.
             if is_captured:
-                pass  # The eager steps that warm up a capture compare values; a captured one cannot read them.
+                check_warmed_up(half_blocks, chain.chain.plans)  # The eager steps before have compared values.
             elif not has_meter and (waits or can_digest(streams[0])):
                 observers.append(AgreementWatch())
             elif has_meter or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
