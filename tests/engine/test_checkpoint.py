@@ -186,6 +186,17 @@ def test_offloads_memory_that_is_filled_after_it_was_saved(monkeypatch):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("kind", ["expanded", "windows"])
+def test_offloads_tensors_whose_elements_share_memory(monkeypatch, kind):
+    monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
+    factor = torch.randn(3, 1).expand(3, 4) if kind == "expanded" else torch.randn(6).unfold(0, 4, 1)
+    module = nn.Identity()
+    module.forward = lambda x: x * factor
+    x = torch.randn(3, 4, requires_grad=True)
+    offloaded_call(module, (x,), {}).sum().backward()
+    assert torch.equal(x.grad, factor)
+
+
 def test_writes_to_offloaded_tensors_raise(monkeypatch):
     monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
 

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from revnet._torch_internals import HAS_ACCELERATOR, in_functorch_transform, next_sequence_number
+from revnet._torch_internals import (
+    HAS_ACCELERATOR,
+    has_internal_overlap,
+    in_functorch_transform,
+    next_sequence_number,
+)
 from revnet._types import Streams
 from revnet.engine._capture import is_capturing
 from revnet.engine._chain import BoundChain, stored
@@ -147,6 +152,10 @@ class _OnHost:
         """Copy the tensor to the host, once the operation that saved it has run."""
         source, self._source = self._source, None
         if source is not None and version_of(source) == self._version:
+            # Once for each element in memory: an expanded tensor cannot be written to.
+            shape = [1 if stride == 0 else size for size, stride in zip(source.shape, source.stride(), strict=True)]
+            source = source.as_strided(shape, source.stride()) if has_internal_overlap(source) else source
+            source = source.contiguous() if has_internal_overlap(source) else source
             # Pinned, so that copying back does not block the host.
             copy = torch.empty_strided(
                 source.shape, source.stride(), dtype=source.dtype, pin_memory=torch.cuda.is_available()
@@ -157,7 +166,8 @@ class _OnHost:
         self.begin()
         if self._copy is None:
             raise overwritten_before_copy(self._shape)
-        return self._copy.to(self._device, non_blocking=self._copy.is_pinned())
+        tensor = self._copy.to(self._device, non_blocking=self._copy.is_pinned())
+        return tensor if tensor.shape == self._shape else tensor.expand(self._shape)
 
 
 def _is_on_host(tensor: Tensor) -> bool:
