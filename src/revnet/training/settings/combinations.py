@@ -102,7 +102,7 @@ def _check_cuda_graphs(config: Any) -> None:
         "accumulate": (config.accumulate > 1, "adds up gradients", "pass 1"),
         "precision": (config.precision == "16-mixed", "scales the loss by a changing factor", "pass bf16-mixed"),
         "step_in_backward": (config.step_in_backward, "updates during the backward pass", "leave one out"),
-        "compile": (config.compile, "runs compiled code", "leave one out"),
+        "compile": (config.compile not in (False, "off"), "runs compiled code", "leave one out"),
         "memory_budget": (config.memory_budget is not None, "counts the memory without graphs", "leave one out"),
         "start_size": (start_size is not None, "changes the size of images", "leave one out"),
         "tolerance": (getattr(config, "tolerance", None) is not None, "measures errors", "leave one out"),
