@@ -43,7 +43,8 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
             waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
             has_meter = active_meter() is not None  # It collects records of each function.
             if is_captured:
-                check_warmed_up(half_blocks, chain.chain.plans)  # The eager steps before have compared values.
+                # The eager steps before have compared values.
+                check_warmed_up(half_blocks, chain.chain.plans)
             elif not has_meter and (waits or can_digest(streams[0])):
                 observers.append(AgreementWatch())
             elif has_meter or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:

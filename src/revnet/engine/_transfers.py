@@ -143,7 +143,8 @@ class Transfers:
             packed.storing = _Copy(tensor.detach(), packed)
             if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
                 self.begin(packed)
-                self._settle(packed.storing)  # FSDP frees the memory of a parameter, whoever holds it.
+                # FSDP frees the memory of a parameter, whoever holds it.
+                self._settle(packed.storing)
             return packed
 
     def begin(self, packed: PackedOnHost) -> None:
@@ -168,10 +169,12 @@ class Transfers:
             if packed.is_torn:
                 raise overwritten_before_copy(packed.shape)
             if packed.storing is not None:
-                tensor = packed.storing.tensor  # Still on the device.
+                # Still on the device.
+                tensor = packed.storing.tensor
             else:
                 fetched, packed.fetched = packed.fetched, None
-                if fetched is None or not self._stream.is_home:  # Another stream could not reuse its memory in order.
+                # Another stream could not reuse its memory in order.
+                if fetched is None or not self._stream.is_home:
                     fetched = self._fetch(packed)
                 self._settle(fetched)
                 tensor = fetched.tensor
@@ -239,7 +242,8 @@ class Transfers:
                 packed.storing = None
                 packed.is_torn = _was_written(first)
             elif packed is not None and packed.fetched is first and first is not copy:
-                packed.fetched = None  # Passed over; held any longer, such tensors would add up.
+                # Passed over; held any longer, such tensors would add up.
+                packed.fetched = None
             if first is copy:
                 return
 

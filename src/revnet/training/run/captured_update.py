@@ -87,12 +87,14 @@ class CapturedUpdate:
         return self._is_replayed
 
     def _begin(self, leaves: Sequence[Tensor], structure: Any) -> None:
-        self._replay, self._outputs, self._gradients = None, (), []  # Frees the memory of an earlier graph.
+        # Frees the memory of an earlier graph.
+        self._replay, self._outputs, self._gradients = None, (), []
         self._inputs = [leaf.clone() for leaf in leaves]
         batch = tree_unflatten(self._inputs, structure)
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         for parameter in parameters:
-            parameter.grad = None  # The graph then writes gradients to memory of its own, and adds to none.
+            # The graph then writes gradients to memory of its own, and adds to none.
+            parameter.grad = None
 
         def passes() -> None:
             outputs = self._compute(batch)

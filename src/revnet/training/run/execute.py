@@ -149,7 +149,8 @@ def _execute(
     )
     with execution(job.config, job.task.saved_module.model):
         fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
-    job.task.captured_update = None  # frees the memory of its graph
+    # Frees the memory of its graph.
+    job.task.captured_update = None
 
     share_statistics(job.task.saved_module)
     names = job.names
