@@ -1,4 +1,4 @@
-"""The fifth part of `gpu.py`: the largest predicted batch, and whether its step fits."""
+"""A part of `gpu.py`: the largest predicted batch, and whether its step fits."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The third part of `gpu.py`: allocated memory against the prediction."""
+"""A part of `gpu.py`: allocated memory against the prediction."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The fourth part of `gpu.py`: the published networks, their stored twins and their ordinary counterparts."""
+"""A part of `gpu.py`: the published networks, their stored twins and their ordinary counterparts."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The second part of `gpu.py`: the cost of a step on the host and the GPU, as ratios to plain autograd."""
+"""A part of `gpu.py`: the cost of a step on the host and the GPU, as ratios to plain autograd."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The first part of `gpu.py`: the tests that need a GPU."""
+"""A part of `gpu.py`: the tests that need a GPU."""
 
 import os
 import re

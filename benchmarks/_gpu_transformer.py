@@ -1,4 +1,4 @@
-"""The last part of `gpu.py`: a transformer on sequences of increasing length."""
+"""A part of `gpu.py`: a transformer on sequences of increasing length."""
 
 import statistics
 from collections.abc import Iterator, Sequence

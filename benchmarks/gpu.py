@@ -9,6 +9,9 @@ selects parts, in order of importance:
 
 - `tests`: the tests marked `gpu`;
 - `ratios`: host and step time against plain autograd, `torch.utils.checkpoint` and `save_on_cpu`, at three sizes;
+- `capture`: training steps in a CUDA graph next to eager ones: bits, time and memory;
+- `policies`: step time and memory by policy, `Offload(overlap=True)` among them;
+- `head`: the head and loss of a language model, with whole and chunked logits;
 - `memory`: allocated and reserved bytes against `revnet.memory.predict`;
 - `models`: RevNet-38, -110 and -164 on small images, RevNet-104 against ResNet-101 on large ones;
 - `batches`: the largest batches by `revnet.memory.max_batch_size`, each checked with one step;
@@ -36,17 +39,20 @@ from pathlib import Path
 
 import torch
 from _gpu_batches import BATCHES
+from _gpu_capture import CAPTURE
+from _gpu_head import HEAD
 from _gpu_machine import MACHINE
 from _gpu_memory import MEMORY
 from _gpu_models import MODELS
 from _gpu_part import Part, Setting
+from _gpu_policies import BY_POLICY
 from _gpu_ratios import RATIOS
 from _gpu_tests import ROOT, TESTS
 from _gpu_transformer import TRANSFORMER
 from _memory_page import Row, table
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {part.name: part for part in (TESTS, RATIOS, MEMORY, MODELS, BATCHES, TRANSFORMER)}
+PARTS = {part.name: part for part in (TESTS, RATIOS, CAPTURE, BY_POLICY, HEAD, MEMORY, MODELS, BATCHES, TRANSFORMER)}
 TOTAL_SECONDS = 460
 """Time for all parts. The most important parts come first, and the last ones get the remaining time."""
 ERROR = "error"

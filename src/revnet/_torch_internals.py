@@ -106,9 +106,14 @@ storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use
 _keeps_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
+# The number of the backward pass that runs on this thread, or -1 outside of one. Replacement: treat every moment as
+# outside, which only fetches nothing ahead, and never says that a graph is kept.
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+
 def backward_keeps_graph() -> bool:
     """Return whether a backward pass is running that keeps its graph, by `retain_graph` or `create_graph`."""
-    is_running = torch._C._current_graph_task_id() != -1
+    is_running = current_backward() != -1
     return is_running and _keeps_graph is not None and _keeps_graph()
 
 

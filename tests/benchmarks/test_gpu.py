@@ -78,9 +78,14 @@ def test_dry_run_writes_all_files(gpu, in_this_process, tmp_path, capsys):
     for row in tables["batches"]:
         assert int(row["batch"]) > 1
         assert int(row["allocated_bytes"]) <= int(row["budget_bytes"])
-    assert not any(
-        row["note"] for name in ("ratios", "memory", "models", "batches", "transformer") for row in tables[name]
-    )
+    assert len(tables["capture"]) == 2 * 6
+    assert {row["difference"] for row in tables["capture"]} == {"none"}  # a CPU has no graphs: both steps are eager
+    exact = ("Store()", "Checkpoint()", "Offload()", "Offload(overlap=True)")
+    assert {float(row["difference"]) for row in tables["policies"] if row["policy"] in exact} == {0.0}
+    assert all(float(row["difference"]) < 1e-5 for row in tables["policies"])
+    assert all(float(row["difference"]) < 1e-5 for row in tables["head"] if not row["note"])
+    timed = ("ratios", "capture", "policies", "memory", "models", "batches", "transformer")
+    assert not any(row["note"] for name in timed for row in tables[name])
 
 
 def test_a_failure_does_not_stop_other_parts(gpu, in_this_process, setting, part, tmp_path, capsys):
@@ -103,7 +108,9 @@ def test_no_part_starts_after_the_time_limit(gpu, in_this_process, setting, part
 
 def test_time_limits_are_below_eight_minutes(gpu):
     assert gpu.TOTAL_SECONDS + gpu.LEAST_SECONDS <= 8 * 60
-    assert list(gpu.PARTS) == ["tests", "ratios", "memory", "models", "batches", "transformer"]
+    assert list(gpu.PARTS) == [
+        *("tests", "ratios", "capture", "policies", "head", "memory", "models", "batches", "transformer")
+    ]
 
 
 def test_a_part_runs_in_a_separate_process(gpu, setting):

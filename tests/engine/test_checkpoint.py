@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import Checkpoint, Offload, ReconstructionError, ReversibleBlock, ReversibleSequential, Store
 from revnet.engine._checkpoint import checkpointed_call
-from revnet.engine._offload import offloaded_call
+from revnet.engine._offload import _OnHost, offloaded_call
 from revnet.memory.step._flops import FlopCounter
 from revnet.memory.step._live import LiveBytes
 from tests.helpers import all_cases, gradients, squares, stored_twin
@@ -159,12 +159,14 @@ def test_offloads_each_activation_once_and_no_parameters(monkeypatch):
     """A CPU tensor represents a device tensor, since only the copies matter."""
     copies = []
     monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
-    monkeypatch.setattr("revnet.engine._offload._OnHost.of", lambda tensor: copies.append(tensor) or _Copy(tensor))
+    begin = _OnHost.begin
+    monkeypatch.setattr(_OnHost, "begin", lambda self: copies.append(self._source) or begin(self))
     linear = nn.Linear(4, 4)
     module = nn.Sequential(linear, nn.ReLU(), nn.Linear(4, 4))
     twin = copy.deepcopy(module)
     x = torch.randn(3, 4)
     y = offloaded_call(module, (x,), {})
+    copies = [tensor for tensor in copies if tensor is not None]
     # x, and the output of ReLU, which two operations save; no weight.
     assert [tuple(tensor.shape) for tensor in copies] == [(3, 4), (3, 4)]
     squares(y).backward()
@@ -173,12 +175,39 @@ def test_offloads_each_activation_once_and_no_parameters(monkeypatch):
         assert torch.equal(parameter.grad, expected.grad)
 
 
-class _Copy:
-    def __init__(self, tensor):
-        self.tensor = tensor.clone()
+def test_offloads_memory_that_is_filled_after_it_was_saved(monkeypatch):
+    """RReLU saves its noise before it draws it."""
+    monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
+    x = torch.randn(3, 4, requires_grad=True)
+    gradients = []
+    for run in (lambda module: offloaded_call(module, (x,), {}), lambda module: module(x)):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(squares(run(nn.RReLU())), x)[0])
+    assert torch.equal(*gradients)
 
-    def unpack(self):
-        return self.tensor
+
+@pytest.mark.parametrize("kind", ["expanded", "windows"])
+def test_offloads_tensors_whose_elements_share_memory(monkeypatch, kind):
+    monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
+    factor = torch.randn(3, 1).expand(3, 4) if kind == "expanded" else torch.randn(6).unfold(0, 4, 1)
+    module = nn.Identity()
+    module.forward = lambda x: x * factor
+    x = torch.randn(3, 4, requires_grad=True)
+    offloaded_call(module, (x,), {}).sum().backward()
+    assert torch.equal(x.grad, factor)
+
+
+def test_writes_to_offloaded_tensors_raise(monkeypatch):
+    monkeypatch.setattr("revnet.engine._offload._is_on_host", lambda tensor: False)
+
+    class Overwriting(nn.Module):
+        def forward(self, x):
+            y = x.sigmoid()
+            return y + y.mul_(2)
+
+    y = offloaded_call(Overwriting(), (torch.randn(3, requires_grad=True),), {})
+    with pytest.raises(RuntimeError, match="was written to before it was copied to the host"):
+        y.sum().backward()
 
 
 def test_writes_to_kept_tensors_raise():

@@ -86,7 +86,9 @@ Rare cases have files of their own: streams that are held and outputs that are k
 (`_moves`, `_keep`), statistics of batch norms on large inputs (`_batch_norm`), random numbers and tensors from outside
 the function (`_careful`), state in buffers (`_states`), restoring state (`_restore`), retained graphs and keyframes
 (`_retained`), couplings other than the additive ones (`_step`), additional observers (`_observers`), a suspicious
-result (`_suspicion`), and the parts of a stream, which one run in sixteen compares (`_parts`).
+result (`_suspicion`), the parts of a stream, which one run in sixteen compares (`_parts`), and CUDA graphs, whose runs
+read nothing from the device (`_capture`). Copies to host memory are in `_offload`, and in `_transfers` if they overlap
+with computation.
 
 NOTE [ Rules ]
 

@@ -83,7 +83,7 @@ class AgreementWatch(Observer):
         """Raise if a final stream was overwritten without raising its version."""
         checksums, self._checksums = self._checksums, []  # They refer to the streams, which must be freed.
         for tensor, expected, version in checksums:  # Other versions raise on reading.
-            if expected is not None and tensor._version == version and checksum(tensor) != expected:
+            if expected is not None and tensor._version == version and checksum(tensor) not in (expected, None):
                 raise _careful.overwritten_output(tensor)
 
     def after_undo(self, run: "Rebuilder", index: int, half_block: HalfBlock, streams: StreamSnapshot) -> None:

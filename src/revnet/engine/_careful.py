@@ -14,6 +14,7 @@ from torch import Tensor
 
 from revnet._torch_internals import (
     HAS_ACCELERATOR,
+    assert_async,
     forward_mode_level,
     hooks_are_disabled,
     never_compile,
@@ -201,15 +202,22 @@ def check_constants(call: "RecordedCall", tensors: list[Any]) -> None:
         if number >= len(tensors):
             continue
         # A function may compute it again and replace the old one, which is then equal up to rounding.
-        if storage_key(tensors[number]) != storage_key(constant) and _differ(tensors[number], constant):
-            fail(call, "used a different tensor, which is not one of its parameters, buffers and arguments")
+        if storage_key(tensors[number]) != storage_key(constant):
+            is_different = _differ(tensors[number], constant)
+            if call.surroundings.is_captured:
+                assert_async(~is_different, f"`{call.name}` {_OTHER_TENSOR}")
+            elif is_different:
+                fail(call, _OTHER_TENSOR)
         tensors[number] = None
 
 
-def _differ(tensor: Tensor, other: Tensor) -> bool:
+_OTHER_TENSOR = "used a different tensor, which is not one of its parameters, buffers and arguments"
+
+
+def _differ(tensor: Tensor, other: Tensor) -> Tensor:
     """Return whether two tensors differ by more than a reconstruction does."""
     tensor, other = tensor.detach().double(), other.detach().double()
-    return bool((tensor - other).norm() > 1e-2 * other.norm())
+    return (tensor - other).norm() > 1e-2 * other.norm()
 
 
 def _fresh_counts() -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._types import Streams
+from revnet.engine._capture import check_warmed_up
 from revnet.engine._careful import check_finished, modified_stream
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._device_digest import WAITING_INTERVAL
@@ -70,12 +71,14 @@ class _KeepingRun:
         self._chain = chain.for_replays()
         self._surroundings = Surroundings.of(chain.tensors(), streams)
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
-        self._range = RangeWatch() if chain.chain.has_exact else None
+        if is_captured := self._surroundings.is_captured:
+            check_warmed_up(chain.half_blocks, chain.chain.plans)
+        self._range = RangeWatch(is_captured=is_captured) if chain.chain.has_exact else None
         self._has_log_dets = chain.log_dets is not None
         chain.chain.num_runs += 1
         # On a GPU, reading a value waits for all kernels launched before it.
         can_read = streams[0].device.type == "cpu" or chain.chain.num_runs % WAITING_INTERVAL == 1
-        self._keeps_tail = can_read and not meter_is_quiet()
+        self._keeps_tail = can_read and not is_captured and not meter_is_quiet()
         self._filled: int | None = None
         self.is_finished = True
         self.lock = threading.RLock()
@@ -199,7 +202,9 @@ class _KeptCall:
         """Call the module for the first time."""
         # Checked here: in the backward pass, the check of versions would blame the caller.
         versions = versions_of(self._tensors)
-        result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=self._is_on_cpu)
+        is_captured = self._call.surroundings.is_captured
+        keeps_tail = self._is_on_cpu and not is_captured
+        result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=keeps_tail)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
                 f"{type(self._module).__name__} modified an argument in place, so its activations cannot be "

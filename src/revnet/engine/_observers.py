@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import HAS_ACCELERATOR
 from revnet.engine._agreement import AgreementWatch
+from revnet.engine._capture import check_warmed_up, is_capturing
 from revnet.engine._chain import BoundChain
 from revnet.engine._device_digest import WAITING_INTERVAL, may_wait_for
 from revnet.engine._digest import can_digest
@@ -26,9 +28,11 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
 
     Raises:
         NotImplementedError: A run with a `tolerance` is captured in a CUDA graph.
+        ReconstructionError: A function is captured that has not run before.
     """
     half_blocks, is_exact = chain.half_blocks, chain.chain.is_exact
     observers: list[Observer] = []
+    is_captured = HAS_ACCELERATOR and is_capturing()
     if len(half_blocks) > 1:  # With a single half-block, nothing is rebuilt.
         keeper = None if is_exact else chain.tolerance
         if keeper is None:
@@ -38,12 +42,15 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
             # too.
             waits = may_wait_for(streams[0]) and chain.chain.num_runs % WAITING_INTERVAL == 1
             has_meter = active_meter() is not None  # It collects records of each function.
-            if not has_meter and (waits or can_digest(streams[0])):
+            if is_captured:
+                # The eager steps before have compared values.
+                check_warmed_up(half_blocks, chain.chain.plans)
+            elif not has_meter and (waits or can_digest(streams[0])):
                 observers.append(AgreementWatch())
             elif has_meter or not _is_on_host(streams[0]) or streams[0].dtype == torch.bfloat16:
                 observers.append(DriftWatch())
         else:
-            if streams[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_captured:
                 raise NotImplementedError(
                     "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph, because its "
                     "computation depends on measured errors; reverse exactly with `set_coupling(model, FixedPoint())`."
@@ -53,7 +60,7 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
             # In this order: drift must be measured after the tolerance has corrected the stream.
             observers += [tolerance, drift]
     if chain.chain.has_exact:
-        observers.append(RangeWatch())
+        observers.append(RangeWatch(is_captured=is_captured))
     return observers
 
 

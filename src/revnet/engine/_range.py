@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import assert_async
+from revnet._torch_internals import HAS_ACCELERATOR, assert_async
+from revnet.engine._capture import is_capturing
 from revnet.engine._chain import HalfBlock
 from revnet.engine._observer import Observer
 from revnet.engine._tensors import has_values, largest_element
@@ -22,9 +23,13 @@ class RangeWatch(Observer):
 
     On the CPU, it raises at once. On a GPU, it does not wait for the stream, and raises when the backward pass begins.
     In a CUDA graph, an assertion on the device fails.
+
+    Args:
+        is_captured: Whether the run is captured in a CUDA graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_captured: bool = False) -> None:
+        self._is_captured = is_captured
         self._magnitudes: list[tuple[HalfBlock, Tensor]] = []
 
     def on_forward(
@@ -38,16 +43,13 @@ class RangeWatch(Observer):
         if not half_block.coupling.is_exact:
             return
         magnitude = largest_element(y)
-        if y.device.type in ("cpu", "meta"):
+        if self._is_captured:
+            _assert_on_device(half_block, magnitude, y.dtype)
+        elif y.device.type in ("cpu", "meta"):
             if has_values(y):
                 # `tolist` gives a number; `float` would be one more operation than a prediction of the step has.
                 value: Any = magnitude.tolist()
                 check_range(half_block, value, y.dtype)
-        elif torch.cuda.is_current_stream_capturing():
-            limit = half_block.coupling.limit(y.dtype)
-            assert limit is not None
-            # NaN and inf pass, as in `check_range`: the model produced them.
-            assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
         else:
             self._magnitudes.append((half_block, magnitude))
 
@@ -68,8 +70,19 @@ class RangeWatch(Observer):
 
 def check_magnitude(half_block: HalfBlock, y: Tensor) -> None:
     """Raise if a stream that the half-block has just updated is out of range."""
-    if half_block.coupling.is_exact and has_values(y):
+    if not half_block.coupling.is_exact or not has_values(y):
+        return
+    if HAS_ACCELERATOR and is_capturing():
+        _assert_on_device(half_block, largest_element(y), y.dtype)
+    else:
         check_range(half_block, float(largest_element(y)), y.dtype)
+
+
+def _assert_on_device(half_block: HalfBlock, magnitude: Tensor, dtype: torch.dtype) -> None:
+    limit = half_block.coupling.limit(dtype)
+    if limit is not None:
+        # NaN and inf pass, as in `check_range`: the model produced them.
+        assert_async(~(magnitude >= limit) | magnitude.isinf(), f"a stream reached {limit}: see FixedPoint")
 
 
 def check_range(half_block: HalfBlock, magnitude: float, dtype: torch.dtype) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import HAS_ACCELERATOR
+from revnet.engine._capture import check_same_graph, is_capturing
 from revnet.engine._random import by_device, digest, get_random_state, set_random_state
 from revnet.errors import ReconstructionError
 
@@ -98,10 +100,12 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
         The identities of the tensors that outlive the call, including the copies that were put in.
 
     Raises:
-        ReconstructionError: The replay did not draw the same random numbers as the first run.
+        ReconstructionError: The replay did not draw the same random numbers as the first run, or cannot.
     """
     plan = call.plan
     lasting = set(call.lasting)
+    if call.random and HAS_ACCELERATOR and is_capturing():
+        check_same_graph(call.name, call.random, map(get_random_state, (device for device, _, _ in call.random)))
     with ExitStack() as stack:
         for context in _autocast_contexts(call):
             stack.enter_context(context)

@@ -29,7 +29,8 @@ def before(call: "RecordedCall") -> list[int | None] | None:
         call.written = {place: call.parameters[place].detach().clone() for place in plan.data_writes}
     if plan.fixed or plan.states:
         call.buffer_versions = {place: version_of(call.buffers[place]) for place in (*plan.fixed, *plan.states)}
-    return _checksums(call.parameters) if plan.num_calls % CHECKSUM_INTERVAL == 1 else None
+    can_read = not call.surroundings.is_captured
+    return _checksums(call.parameters) if can_read and plan.num_calls % CHECKSUM_INTERVAL == 1 else None
 
 
 def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
@@ -66,7 +67,7 @@ def _settle_states(call: "RecordedCall") -> None:
         holder, name = call.plan.buffer_places[place]
         # Kernels that update running statistics do not raise the version, so no vector is trusted to be constant. Large
         # buffers (masks, position tables) are compared, but only on the CPU, since devices would have to wait.
-        can_compare = can_digest(buffer) and can_digest(copy)
+        can_compare = can_digest(buffer) and can_digest(copy) and not call.surroundings.is_captured
         is_constant = (
             holder[name] is buffer
             and buffer.dim() > 1

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import forward_mode_level
+from revnet._torch_internals import HAS_ACCELERATOR, forward_mode_level
+from revnet.engine._capture import begins_in_capture, check_same_mode
 from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state, same_random_state
 from revnet.engine._restore import AutocastState, autocast_states, has_autocast
 from revnet.engine._tensors import versions_of
@@ -35,6 +36,8 @@ class Surroundings:
     """State of autocast; empty if it is off."""
     is_forward_mode: bool = False
     """Whether a level of forward-mode differentiation is active."""
+    is_captured: bool = False
+    """Whether the pass is captured in a CUDA graph, so that nothing may read the device."""
 
     @classmethod
     def of(cls, arguments: list[Tensor], streams: Sequence[Tensor]) -> "Surroundings":
@@ -56,6 +59,7 @@ class Surroundings:
         # The meta device has no random state.
         self.devices |= {device for device in devices if device.type != "meta"}
         self.others = [device for device in self.devices if device.type != "cpu"]
+        self.is_captured = HAS_ACCELERATOR and bool(self.others) and begins_in_capture()
         self.refresh()
 
     def refresh(self) -> None:
@@ -70,7 +74,12 @@ class Surroundings:
         """Record whether the random states have changed since before the first function.
 
         A function may draw numbers and restore the state itself, so that the state does not show that it drew.
+
+        Raises:
+            ReconstructionError: Only one of the two passes is captured in a CUDA graph.
         """
+        if HAS_ACCELERATOR and self.others:
+            check_same_mode(self.is_captured)
         self.has_moved = not (
             same_random_state(begin[0], cpu_random_state())
             and all(map(same_random_state, begin[2], self.other_states()))

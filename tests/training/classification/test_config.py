@@ -103,6 +103,25 @@ from revnet.training import TrainConfig
         ({"compile": "model", "drift_every": 3}, ValueError, r"`compile` \(='model'\) does not go with `drift_every`"),
         ({"compile": "functions", "memory_budget": "1GiB"}, ValueError, r"`compile` \(='functions'\) does not go with"),
         ({"compile": True}, ValueError, r"`compile` \(=True\) must be `off` or `functions` or `model`"),
+        *[
+            (
+                {"cuda_graphs": True, name: value},
+                ValueError,
+                rf"`cuda_graphs` \(=True\) does not go with `{name}` \(={value}\), which",
+            )
+            for name, value in {
+                "device": "cpu",
+                "devices": 2,
+                "accumulate": 2,
+                "precision": "16-mixed",
+                "step_in_backward": True,
+                "compile": "model",
+                "memory_budget": "1GiB",
+                "start_size": 4,
+                "tolerance": 0.001,
+                "drift_every": 3,
+            }.items()
+        ],
         (
             {"step_in_backward": True, "accumulate": 2},
             ValueError,

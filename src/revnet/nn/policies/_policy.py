@@ -6,12 +6,12 @@ then `Checkpoint`, then `Store`. `Offload` pays with transfers instead of recomp
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from revnet._checks import describe
+from revnet._checks import check_bool, describe
 from revnet._types import Streams
 from revnet.engine import BoundChain, HalfBlock, checkpointed, offloaded, reversible, stored
 from revnet.engine._checkpoint import checkpointed_call
@@ -201,6 +201,13 @@ class Offload(AbstractModulePolicy):
     Time: no recomputation, but two transfers of each activation, whose speed depends on the bus.
     Accuracy: the same as plain autograd, to the last bit.
 
+    Args:
+        overlap: Whether a GPU computes during the transfers, which then take up to 128 MiB of its memory. The backward
+            pass fetches activations before it needs them. Experimental: written, not run on a GPU.
+
+    Raises:
+        TypeError: `overlap` is not a bool.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -210,13 +217,21 @@ class Offload(AbstractModulePolicy):
         torch.Size([2, 3])
     """
 
+    overlap: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_bool(overlap=self.overlap)
+
+    def __repr__(self) -> str:
+        return "Offload(overlap=True)" if self.overlap else "Offload()"
+
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         """Run the half-blocks by ordinary autograd, and keep its saved tensors on the host."""
-        return offloaded(chain, streams)
+        return offloaded(chain, streams, overlaps=self.overlap)
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `module` by ordinary autograd, and keep its saved tensors on the host."""
-        return offloaded_call(module, args, kwargs)
+        return offloaded_call(module, args, kwargs, overlaps=self.overlap)
 
 
 @dataclass(frozen=True)

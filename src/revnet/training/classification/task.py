@@ -64,17 +64,20 @@ class ClassificationTask(AbstractTask):
             images = self._shrink(self.augment(images, keys))  # both are the identity in evaluation mode
             return self.mix(images, labels) if self.mix is not None and self.training else (images, labels)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one update."""
+    def compute(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the loss and the logits of a training batch."""
         images, targets = batch
         logits = self.classifier.model(images)
-        loss = self._loss(logits, targets)
+        return self._loss(logits, targets), logits
+
+    def log_update(self, batch: Batch, loss: Tensor, *outputs: Tensor) -> None:
+        """Log loss and accuracy of a training batch."""
+        (logits,), targets = outputs, batch[1]
         # Of two images that were mixed, the one with the larger share counts as the truth.
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         self.train_accuracy.update(logits.detach(), labels)
         self.log_mean("train_loss", loss, len(labels))
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy on held-out images."""

@@ -41,14 +41,16 @@ class DensityTask(AbstractTask):
         """The density."""
         return self.density
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one update."""
+    def compute(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the loss of a training batch."""
         images, _, keys = batch
         if self.flip is not None:
             images = self.flip(images, uniform(keys, self.flip.num_draws, Purpose.AUGMENT))
-        loss = self.density(images, keys=keys).mean()
-        self.log_mean("train_loss", loss, len(images))
-        return loss
+        return (self.density(images, keys=keys).mean(),)
+
+    def log_update(self, batch: Batch, loss: Tensor, *outputs: Tensor) -> None:
+        """Log the loss of a training batch."""
+        self.log_mean("train_loss", loss, len(batch[0]))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the loss on held-out images."""

@@ -36,11 +36,13 @@ class LanguageTask(AbstractTask):
         """The language model."""
         return self.language_model
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of one update."""
-        loss = self._loss(batch)
+    def compute(self, batch: Tensor) -> tuple[Tensor, ...]:
+        """Return the loss of a training batch."""
+        return (self._loss(batch),)
+
+    def log_update(self, batch: Tensor, loss: Tensor, *outputs: Tensor) -> None:
+        """Log the loss of a training batch."""
         self.log_mean("train_loss", loss, len(batch))
-        return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Log the loss on windows of the validation text."""

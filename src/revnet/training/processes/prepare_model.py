@@ -32,6 +32,13 @@ def check_processes(config: AbstractRunConfig, world: World) -> None:
                 "`step_in_backward` (=True) does not go with several processes under ddp, which average the gradients "
                 "after the backward pass; pass the `strategy` fsdp2, or leave it out."
             )
+        if config.cuda_graphs and world.num_processes > 1:
+            raise ValueError(
+                f"`cuda_graphs` (=True) is for a single process, and there are {world.num_processes}; leave it out, or "
+                "train on one GPU."
+            )
+    if config.cuda_graphs and (kind := find_device(config.device).type) != "cuda":
+        raise ValueError(f"`cuda_graphs` (=True) needs a CUDA GPU, and the device is {kind}; leave it out.")
     if config.sync_batch_norm and (kind := find_device(config.device).type) != "cuda":
         raise ValueError(
             "`sync_batch_norm` (=True) needs GPUs, since PyTorch synchronizes batch norms on GPUs only, and the "

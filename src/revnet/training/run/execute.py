@@ -25,6 +25,7 @@ from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import count_peak_bytes, describe_plan, policy_name
 from revnet.training.run.callbacks import EpochLog, LastUpdate, MainStatistics, RunFiles, StepTimer
+from revnet.training.run.captured_update import CapturedUpdate
 from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
 from revnet.training.run.execution import execution
 from revnet.training.run.failures import explain
@@ -137,6 +138,8 @@ def _execute(
     job.task.prepare_model = model_preparation(job.config)
     trainer = make_trainer(job.config, [*ours, *callbacks], folder)
     device = trainer.strategy.root_device
+    if job.config.cuda_graphs:
+        job.task.captured_update = CapturedUpdate(job.task.compute, job.task.saved_module.model)
     if job.plan is not None and is_main:
         write_text(folder / run_dir.PLAN, f"{job.plan.report()}\n")
     if not is_quiet:
@@ -146,6 +149,8 @@ def _execute(
     )
     with execution(job.config, job.task.saved_module.model):
         fit(trainer, job.task, *loaders, ckpt_path=checkpoint)
+    # Frees the memory of its graph.
+    job.task.captured_update = None
 
     share_statistics(job.task.saved_module)
     names = job.names

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from revnet.training.freezing import frozen_norms
+from revnet.training.run.captured_update import CapturedUpdate
 from revnet.training.run.checkpoint import HEADER_KEY
 from revnet.training.run.mean_over_samples import MeanOverSamples
 from revnet.training.run.optimization import configure_optimization
@@ -60,6 +61,8 @@ class AbstractTask(LightningModule, ABC):
     """Context in which the module has the weights to save: their average, if the run keeps one."""
     prepare_model: Callable[[nn.Module], object] | None = None
     """Function that changes the network in place for several devices, once the processes are connected."""
+    captured_update: CapturedUpdate | None = None
+    """Runs the passes of an update as a CUDA graph, if the settings ask for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +76,26 @@ class AbstractTask(LightningModule, ABC):
     @abstractmethod
     def report(self, metrics: Mapping[str, float]) -> str:
         """Return the figures of an epoch as one line of text."""
+
+    @abstractmethod
+    def compute(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return the loss of a training batch, and what else `log_update` needs."""
+
+    @abstractmethod
+    def log_update(self, batch: Any, loss: Tensor, *outputs: Tensor) -> None:
+        """Log the figures of a training batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one update."""
+        update = self.captured_update
+        loss, *outputs = self.compute(batch) if update is None else update.run(batch)
+        self.log_update(batch, loss, *outputs)
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass, unless it was part of a CUDA graph."""
+        if self.captured_update is None or not self.captured_update.put_gradients():
+            super().backward(loss, *args, **kwargs)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer, and the schedule that steps after every update.

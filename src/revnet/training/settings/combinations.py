@@ -17,6 +17,7 @@ def check_combinations(config: Any) -> None:
     _check_validation(config)
     _check_arithmetic(config)
     _check_compile(config)
+    _check_cuda_graphs(config)
     _check_step_in_backward(config)
     _check_sharding(config)
     if config.batch_size % config.accumulate:
@@ -89,6 +90,28 @@ def _check_compile(config: Any) -> None:
         value = getattr(config, name, None)
         if value is not None:
             raise ValueError(f"`compile` (={config.compile!r}) does not go with `{name}` (={value}), which {reason}.")
+
+
+def _check_cuda_graphs(config: Any) -> None:
+    if not config.cuda_graphs:
+        return
+    start_size = getattr(config, "start_size", None)
+    reasons = {
+        "device": (config.device not in ("auto", "cuda"), "has none", "pass cuda"),
+        "devices": (config.devices not in (None, 1, "auto"), "needs a process for each", "pass 1"),
+        "accumulate": (config.accumulate > 1, "adds up gradients", "pass 1"),
+        "precision": (config.precision == "16-mixed", "scales the loss by a changing factor", "pass bf16-mixed"),
+        "step_in_backward": (config.step_in_backward, "updates during the backward pass", "leave one out"),
+        "compile": (config.compile != "off", "runs compiled code", "leave one out"),
+        "memory_budget": (config.memory_budget is not None, "counts the memory without graphs", "leave one out"),
+        "start_size": (start_size is not None, "changes the size of images", "leave one out"),
+        "tolerance": (getattr(config, "tolerance", None) is not None, "measures errors", "leave one out"),
+        "drift_every": (getattr(config, "drift_every", None) is not None, "measures errors", "leave one out"),
+    }
+    for name, (is_excluded, reason, way_out) in reasons.items():
+        if is_excluded:
+            value = getattr(config, name)
+            raise ValueError(f"`cuda_graphs` (=True) does not go with `{name}` (={value}), which {reason}; {way_out}.")
 
 
 def _check_sharding(config: Any) -> None:

@@ -18,6 +18,11 @@ class ExecutionSettings(SettingsGroup):
     network around them in one graph (model; with the `strategy` fsdp2, one graph for each block). The first updates
     take longer."""
 
+    cuda_graphs: bool = False
+    """Whether to capture the forward and backward pass in a CUDA graph, on one GPU, which makes updates of small
+    networks faster. Batches of another size, such as the last one of an epoch, run without it. Experimental: written,
+    not run on a GPU."""
+
     deterministic: bool = False
     """Whether to use deterministic algorithms only, so that a run on a GPU can be repeated bit for bit. PyTorch raises
     an error for an operation that has none."""

@@ -31,6 +31,7 @@ _RESUMABLE = frozenset(
         "step_in_backward",
         # execution
         "compile",
+        "cuda_graphs",
         "deterministic",
         "profile",
         # files
