@@ -3,6 +3,7 @@
 N: number of rows, such as the tokens of a batch; D: features; V: number of classes, such as the vocabulary.
 """
 
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -48,8 +49,8 @@ def linear_cross_entropy(
         ignore_index: Target of rows that do not count.
         label_smoothing: Share of the target that is spread over all classes, as in `torch.nn.CrossEntropyLoss`.
         reduction: "mean" divides the sum by the number of rows that count. If no row counts, the mean is NaN.
-        chunk_size: Rows of a chunk. By default, the logits of a chunk are about as large as `weight` or `x`, whichever
-            is larger.
+        chunk_size: Rows of a chunk. By default, the logits of a chunk are about as large as `weight`, or as four times
+            `x`, whichever is larger.
 
     Shape:
         x: (..., D). weight: (V, D). targets: (...), integers. bias: (V,). Output: ().
@@ -106,12 +107,12 @@ def linear_cross_entropy(
 
 
 def default_chunk_size(num_rows: int, num_classes: int, num_features: int) -> int:
-    """Return the number of rows whose logits are about as large as the weight or the features, whichever is larger.
+    """Return a number of rows whose logits are as large as the weight or as four times the features.
 
-    Much smaller chunks would save little, since the gradient of the weight has this size. They would be slower, because
-    that gradient is read and written once for each chunk.
+    Much smaller chunks would save little: the gradient of the weight has this size, and a transformer has hidden layers
+    of four times its features. They would be slower, because each chunk reads and writes the gradient of the weight.
     """
-    most = max(num_features, -(-num_rows * num_features // num_classes))
+    most = max(num_features, -(-4 * num_rows * num_features // num_classes))
     num_chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // num_chunks))
 
@@ -171,25 +172,22 @@ def _chunked_total(
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
-        counts = targets != ignore_index
-        classes = targets.masked_fill(~counts, 0).long()
-        for start in range(0, len(x), size):
-            stop = start + size
-            part = x[start:stop].to(dtype)
-            loss, grad_logits = _loss_of_chunk(
-                F.linear(part, low_weight, low_bias).to(precise),
-                classes[start:stop, None],
-                counts[start:stop, None].to(precise),
-                label_smoothing,
-                needs_gradient=any(needs),
-            )
+        counts = (targets != ignore_index)[:, None]
+        classes = targets[:, None].masked_fill(~counts, 0).long()
+        grad_parts = repeat(None) if grad_x is None else grad_x.split(size)
+        parts = x.split(size), classes.split(size), counts.to(precise).split(size), grad_parts
+        for part, labels, weights, grad_part in zip(*parts, strict=False):
+            part = part.to(dtype)
+            logits = F.linear(part, low_weight, low_bias).to(precise)
+            loss, grad_logits = _loss_of_chunk(logits, labels, weights, label_smoothing, needs_gradient=any(needs))
+            del logits
             total += loss
-            if grad_logits is not None and grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
             if grad_logits is not None:
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
                 grad_logits = grad_logits.to(dtype)
-                if grad_x is not None:
-                    grad_x[start:stop] = grad_logits @ low_weight
+                if grad_part is not None:
+                    grad_part.copy_(grad_logits @ low_weight)
                 if grad_weight is not None and dtype == wide:
                     grad_weight.addmm_(grad_logits.T, part)
                 elif grad_weight is not None:
