@@ -257,4 +257,6 @@ def _to_plan(flags: StepFlags, largest_flags: LargestFlags, search: _Search, siz
         words += ["--precision", flags.precision]
     if flags.step_in_backward:
         words.append("--step-in-backward")
+    if flags.loss != "sum":
+        words += ["--loss", flags.loss]
     return [word.replace(" ", "") if word.startswith("[") else word for word in words]
