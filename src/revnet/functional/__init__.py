@@ -1,4 +1,4 @@
-"""Functions on tensors: attention kernels, rotary embeddings, and running a module on parts of its input.
+"""Functions on tensors: attention kernels, rotary embeddings, and modules and losses that run on parts of their input.
 
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """

@@ -258,6 +258,19 @@ def target_error(targets: Tensor, num_classes: int, ignore_index: int = -100) ->
 
 def check_rows(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raise unless these have the types and shapes of the arguments of `linear_cross_entropy`."""
+    check_features(x, weight, bias)
+    check_tensor("targets", targets)
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool:
+        raise TypeError(f"`targets` has dtype {targets.dtype}, but must hold integers, the class of each row of `x`.")
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(
+            f"`targets` has shape {tuple(targets.shape)}, but must have {tuple(x.shape[:-1])}, a class for each row of "
+            "`x`."
+        )
+
+
+def check_features(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raise unless `x` can be the input of a linear layer with these parameters."""
     given = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
     for name, tensor in given.items():
         check_tensor(name, tensor)
@@ -266,20 +279,12 @@ def check_rows(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) 
             raise TypeError(
                 f"`{name}` has dtype {tensor.dtype}, but `x` has {x.dtype}; convert one of them, or use autocast."
             )
-    check_tensor("targets", targets)
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype is torch.bool:
-        raise TypeError(f"`targets` has dtype {targets.dtype}, but must hold integers, the class of each row of `x`.")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"`weight` has shape {tuple(weight.shape)}, but must have (V, D), as in `nn.Linear`.")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"`x` has shape {tuple(x.shape)}, but must have (..., {weight.shape[1]}), as `weight` has "
             f"{weight.shape[1]} columns."
-        )
-    if targets.shape != x.shape[:-1]:
-        raise ValueError(
-            f"`targets` has shape {tuple(targets.shape)}, but must have {tuple(x.shape[:-1])}, a class for each row of "
-            "`x`."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"`bias` has shape {tuple(bias.shape)}, but must have {tuple(weight.shape[:1])}.")

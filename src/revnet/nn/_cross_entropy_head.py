@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from revnet._checks import MOST_CHANNELS, check_bool, check_count
 from revnet.functional import linear_cross_entropy
-from revnet.functional._linear_cross_entropy import check_rows, target_error
+from revnet.functional._linear_cross_entropy import check_features, check_rows, target_error
 
 
 class CrossEntropyHead(nn.Linear):
@@ -62,6 +62,7 @@ class CrossEntropyHead(nn.Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Compute the logits of `x`, or its loss."""
         if targets is None:
+            check_features(x, self.weight)
             return super().forward(x)
         if self.is_chunked:
             return linear_cross_entropy(x, self.weight, targets, bias=self.bias)
