@@ -3,7 +3,7 @@
 import shlex
 import sys
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._plan_devices import DeviceFlags, ShardUnit, Strategy, check_with_step, plan_devices
@@ -19,6 +19,9 @@ from revnet.cli._step_flags import (
     optional_picture,
 )
 from revnet.training.settings.choices import Optimizer
+
+if TYPE_CHECKING:
+    from revnet.cli._build import BuiltStep
 
 _IN_PYTHON = {
     "sgd": "optimizer=partial(torch.optim.SGD, momentum=0.9)",
@@ -138,8 +141,8 @@ def plan(
         raise UsageError(BUDGET_IS_REQUIRED)
     folder = open_folder(out_dir)
 
-    from revnet.cli._build import build_step, materialize
-    from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes, predict
+    from revnet.cli._build import build_step
+    from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes
     from revnet.memory import plan as make_plan
 
     budget_bytes = parse_bytes(budget, "--budget")
@@ -147,10 +150,7 @@ def plan(
     if sys.stderr.isatty():
         print("planning, which may take a few seconds ...", file=sys.stderr)
     if measure:
-        memory = predict(step.model, *step.inputs, device=step.device, **step.options)
-        fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
-        # The activations need not fit: the timing uses a smaller batch if it must.
-        step = materialize(step, flags, needed_bytes=fixed)
+        step = _with_data(step, flags)
     with step_errors() if measure else nullcontext():
         step_plan = make_plan(
             step.model,
@@ -168,6 +168,17 @@ def plan(
         step_plan.plot(picture, title=flags.title)
         print(f"picture    {picture}")
     _print_uses(flags, budget, step_in_backward=step_plan.step_in_backward)
+
+
+def _with_data(step: "BuiltStep", flags: StepFlags) -> "BuiltStep":
+    """Return the step with data, to time it."""
+    from revnet.cli._build import materialize
+    from revnet.memory import predict
+
+    memory = predict(step.model, *step.inputs, device=step.device, **step.options)
+    fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
+    # The activations need not fit: the timing uses a smaller batch if it must.
+    return materialize(step, flags, needed_bytes=fixed)
 
 
 def _print_uses(flags: StepFlags, budget: str, *, step_in_backward: bool) -> None:

@@ -11,6 +11,7 @@ from revnet import ReversibleBlock, ReversibleSequential
 from revnet.errors import BudgetError
 from revnet.memory import MeasuredTiming, max_batch_size, measure, plan, predict
 from revnet.models import ReversibleTransformer
+from revnet.nn import CrossEntropyHead
 from revnet.optim import StepInBackward
 
 VOCABULARY = 1000
@@ -44,25 +45,24 @@ def test_predicted_bytes_equal_counted_bytes(is_chunked, optimizer, autocast):
 
 
 def test_step_in_the_backward_pass_frees_the_gradient_of_the_head():
-    model, tokens = make_model(), make_tokens()
+    model, tokens = make_model(), make_tokens(batch=1)
     options = {"optimizer": torch.optim.AdamW, **step_options(tokens)}
-    ordinary = predict(model, tokens, **options)
     stepping = predict(model, tokens, step_in_backward=True, **options)
     assert stepping.peak_bytes == measure(model, tokens, step_in_backward=True, **options).peak_bytes
-    assert stepping.peak_bytes < ordinary.peak_bytes
+    assert stepping.peak_bytes < predict(model, tokens, **options).peak_bytes
 
 
 def test_chunks_hold_a_part_of_the_logits():
-    model, tokens = make_model(), make_tokens()
-    activations = {}
+    tokens = make_tokens()
+    x = torch.randn(*tokens.shape, 64, requires_grad=True)
+    activations = []
     for is_chunked in (False, True):
-        model.head.is_chunked = is_chunked
-        activations[is_chunked] = measure(model, tokens, **step_options(tokens)).activation_bytes
-    logits = tokens.numel() * VOCABULARY * 4
-    weight = model.head.weight.numel() * 4
-    assert activations[False] > 2 * logits
-    # The gradient of the weight and a chunk of logits, which is as large; the rest belongs to the blocks.
-    assert 2 * weight < activations[True] < 2 * weight + logits / 8
+        head = CrossEntropyHead(64, VOCABULARY, is_chunked=is_chunked)
+        activations.append(measure(head, x, **step_options(tokens)).activation_bytes)
+    logits, weight, features = (4 * size for size in (tokens.numel() * VOCABULARY, head.weight.numel(), x.numel()))
+    assert activations[0] > 2 * logits
+    # The gradient of the weight, a chunk of logits as large, the gradient of `x`, and numbers by row and by class.
+    assert 2 * weight + features <= activations[1] <= 2.1 * weight + 2 * features < logits
 
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="this release of PyTorch has no such loss")
@@ -105,7 +105,7 @@ def test_plan_chooses_chunks_if_the_budget_demands_it():
     model, tokens = make_model(), make_tokens()
     model.head.is_chunked = False
     whole, chunked = peaks(tokens)
-    assert chunked < whole / 3
+    assert chunked < whole / 2
     options = {"chunked_loss": "auto", "policies": ["store"], **step_options(tokens)}
     ample = plan(model, tokens, budget=whole, **options)
     assert ample.chunked_loss is False
@@ -125,10 +125,10 @@ def test_plan_chooses_chunks_if_the_budget_demands_it():
 
 
 def test_plan_chooses_the_loss_and_the_step_of_the_optimizer():
-    model, tokens = make_model(), make_tokens()
+    model, tokens = make_model(), make_tokens(batch=2)
     options = {"optimizer": torch.optim.AdamW, **step_options(tokens)}
-    least = predict(make_model(policy="store"), tokens, step_in_backward=True, **options).peak_bytes
-    choices = {"chunked_loss": "auto", "step_in_backward": "auto", "policies": ["store"]}
+    least = predict(model, tokens, step_in_backward=True, **options).peak_bytes
+    choices = {"chunked_loss": "auto", "step_in_backward": "auto", "policies": ["reverse"]}
     both = plan(model, tokens, budget=least, **choices, **options)
     assert (both.chunked_loss, both.step_in_backward) == (True, True)
     both.apply(model)
@@ -171,7 +171,7 @@ def test_largest_batch_follows_the_head():
     for is_chunked in (False, True):
         model.head.is_chunked = is_chunked
         sizes.append(max_batch_size(model, tokens, budget=whole, **step_options(tokens)))
-    assert sizes[1] > 3 * sizes[0] >= 3 * len(tokens)
+    assert sizes[1] > 2 * sizes[0] >= 2 * len(tokens)
 
 
 def test_rejects_models_without_a_head():
