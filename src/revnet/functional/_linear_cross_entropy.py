@@ -30,9 +30,9 @@ def linear_cross_entropy(
     """Compute the cross-entropy of `linear(x, weight, bias)` on some rows of `x` at a time.
 
     The logits of a language model have a number for each token of the batch and each token of the vocabulary, and the
-    ordinary loss needs several tensors of this size. Here they exist for one chunk of rows at a time. The forward pass also computes the gradients,
-    chunk by chunk, and the backward pass multiplies them by the gradient of the loss. This takes the same three matrix
-    products as the ordinary loss.
+    ordinary loss needs several tensors of this size. Here they exist for one chunk of rows at a time. The forward pass
+    also computes the gradients, chunk by chunk, and the backward pass multiplies them by the gradient of the loss. This
+    takes the same three matrix products as the ordinary loss.
 
     Memory: between the passes it holds the gradients of `x`, `weight` and `bias`, and `x`. The forward pass adds one
     chunk of logits.
