@@ -180,6 +180,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (rnn.BatchNorm2dBiased, {"num_features": 4}),
     (rnn.BatchNorm2dUnbiased, {"num_features": 4}),
     (rnn.ReversibleBlock, {"f": linear(), "g": linear()}),
+    (rnn.CrossEntropyHead, {"in_features": 4, "num_classes": 6}),
     (rnn.Conv2dSame, {"in_channels": 4, "out_channels": 2, "kernel_size": 3}),
     (rnn.CouplingLayer, {"f": linear()}),
     (rnn.HaarWavelet, {}),
@@ -256,6 +257,11 @@ FUNCTIONS = [
         functional.hierarchical_attention,
         lambda: {"q": heads(), "k": heads(), "v": heads(), "block_size": 2},
     ),
+    Target(
+        "linear_cross_entropy",
+        functional.linear_cross_entropy,
+        lambda: {"x": images(2, 4), "weight": images(6, 4), "targets": torch.zeros(2, dtype=torch.long)},
+    ),
     Target("lsh_attention", functional.lsh_attention, lambda: {"qk": heads(), "v": heads(), "bucket_size": 2}),
     Target("rotary_table", functional.rotary_table, lambda: {"length": 8, "head_dim": 4}),
     Target("rotate", functional.rotate, lambda: {"x": heads(), "table": functional.rotary_table(8, 4)}),
@@ -307,6 +313,7 @@ DENSITY: dict[str, Callable[[], Any]] = {
 INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (partial(rnn.BatchNorm2dBiased, 4), IMAGES),
     (partial(rnn.BatchNorm2dUnbiased, 4), IMAGES),
+    (partial(rnn.CrossEntropyHead, 4, 6), FEATURES),
     (partial(rnn.Conv2dSame, 4, 2, 3, 2), IMAGES),
     (rnn.HaarWavelet, IMAGES),
     (partial(rnn.InvertibleConv1x1, 4), IMAGES),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from revnet.cli._model import build_model
 from revnet.cli._step_flags import StepFlags
 from revnet.memory import format_bytes
 from revnet.models import published_image_size
+from revnet.nn._cross_entropy_head import cross_entropy_heads
 from revnet.training.device import find_device
 
 _OPTIMIZERS = {
@@ -68,7 +70,14 @@ def build_step(flags: StepFlags) -> BuiltStep:
         "optimizer": _OPTIMIZERS[flags.optimizer],
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,
     }
-    conditions = f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}"
+    words = ""
+    if flags.loss != "sum":
+        _check_loss(flags, model)
+        options["kwargs"] = {"targets": torch.empty(inputs[0].shape, dtype=torch.int64, device="meta")}
+        words = ", cross-entropy" if flags.loss == "cross-entropy" else ", chunked cross-entropy"
+        for head in cross_entropy_heads(model):
+            head.is_chunked = flags.loss == "chunked"
+    conditions = f"{_OPTIMIZER_NAMES[flags.optimizer]}, {flags.precision}, {device}{words}"
     samples = counted(flags.batch, "input")
     description = f"{flags.model}: a training step on {samples} of {_join(shapes)}, {conditions}"
     return BuiltStep(model, inputs, device, options, description, _join(shapes), conditions)
@@ -97,7 +106,21 @@ def materialize(step: BuiltStep, flags: StepFlags, *, needed_bytes: int | None) 
         else torch.zeros(like.shape, dtype=like.dtype, device=step.device)  # valid indices for any embedding
         for like in step.inputs
     )
-    return replace(step, model=build_model(flags.model, is_real=True).to(step.device), inputs=inputs)
+    model = build_model(flags.model, is_real=True).to(step.device)
+    options = dict(step.options)
+    if flags.loss != "sum":
+        options["kwargs"] = {"targets": torch.zeros(inputs[0].shape, dtype=torch.int64, device=step.device)}
+        for head in cross_entropy_heads(model):
+            head.is_chunked = flags.loss == "chunked"
+    return replace(step, model=model, inputs=inputs, options=options)
+
+
+def _check_loss(flags: StepFlags, model: nn.Module) -> None:
+    if not cross_entropy_heads(model) or "targets" not in signature(model.forward).parameters:
+        raise UsageError(
+            f"`--loss` (={flags.loss}) needs a model that takes `targets` and passes them to a "
+            f"revnet.nn.CrossEntropyHead; {flags.model} does not. Leave it out."
+        )
 
 
 def _join(shapes: tuple[tuple[int, ...], ...]) -> str:

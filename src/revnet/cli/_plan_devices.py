@@ -74,6 +74,8 @@ def check_with_step(flags: StepFlags, device_flags: DeviceFlags, *, measure: boo
     """Raise unless the step can run on several devices, and its batch can be divided."""
     if measure:
         raise UsageError("`--measure` times steps on one device; leave it out, or leave out `--devices`.")
+    if flags.loss != "sum":
+        raise UsageError(f"`--loss` (={flags.loss}) is for one device; leave it out with `--devices`.")
     if out_dir is not None:
         raise UsageError("`--out-dir` is for the picture of a plan on one device; leave it out with `--devices`.")
     if flags.device not in ("auto", "cpu"):

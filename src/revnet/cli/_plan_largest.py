@@ -69,6 +69,8 @@ class LargestFlags:
         }.items():
             if is_set:
                 raise UsageError(f"`{flag}` does not go with `--largest`, which only predicts memory; leave it out.")
+        if flags.loss != "sum" and self.largest != "batch":
+            raise UsageError(f"`--loss` (={flags.loss}) goes with `--largest batch` only; leave it out.")
         if self.largest == "image":
             for flag, value in {"--image": flags.image, "--input-shape": flags.input_shape}.items():
                 if value is not None:
@@ -182,7 +184,7 @@ class _Search:
                 peak = 0
                 if size:
                     inputs = self._resized(size)  # the next search begins where this one ended
-                    peak = predict(self.step.model, *inputs, **self._options).peak_bytes
+                    peak = predict(self.step.model, *inputs, **self._options(inputs)).peak_bytes
             yield name, size, peak
 
     @property
@@ -201,14 +203,18 @@ class _Search:
                 pass
         return names or [_AS_BUILT]
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {**self.step.options, "device": self.step.device, "step_in_backward": self.step_in_backward}
+    def _options(self, inputs: "tuple[Tensor, ...]") -> dict[str, Any]:
+        options = {**self.step.options, "device": self.step.device, "step_in_backward": self.step_in_backward}
+        if "kwargs" in options:  # targets, which have the shape of the tokens
+            options["kwargs"] = {
+                name: targets.new_empty(inputs[0].shape) for name, targets in options["kwargs"].items()
+            }
+        return options
 
     def _find(self, inputs: "tuple[Tensor, ...]") -> int:
         from revnet.memory import max_batch_size, max_patch_size
 
-        options: dict[str, Any] = {**self._options, "budget": self.budget_bytes}
+        options: dict[str, Any] = {**self._options(inputs), "budget": self.budget_bytes}
         if self.flags.largest == "batch":
             return max_batch_size(self.step.model, *inputs, **options)
         return max_patch_size(
@@ -266,4 +272,6 @@ def _step_words(
         words += ["--precision", flags.precision]
     if flags.step_in_backward:
         words.append("--step-in-backward")
+    if flags.loss != "sum":
+        words += ["--loss", flags.loss]
     return [word.replace(" ", "") if word.startswith("[") else word for word in words]

@@ -19,6 +19,7 @@ InputDtypes = InputDtype | tuple[InputDtype, ...]
 """One type for all inputs, or a type for each."""
 StepPrecision = Literal["32-true", "bf16-mixed"]
 OptimizerName = Literal["sgd", "adam", "adamw", "none"]
+StepLoss = Literal["sum", "cross-entropy", "chunked"]
 
 _MOST = 1_000_000
 """Largest batch and image size: above, the operations of a step overflow 64 bits."""
@@ -44,6 +45,7 @@ class StepFlags:
     precision: StepPrecision
     device: str
     step_in_backward: bool = False
+    loss: StepLoss = "sum"
 
     def __post_init__(self) -> None:
         check_integer("--batch", self.batch, at_least=1, at_most=_MOST)
@@ -68,6 +70,11 @@ class StepFlags:
             raise UsageError(
                 f"`--input-dtype` (={_spell(self.input_dtype)}) must be one type for all inputs, or one for each shape "
                 f"of `--input-shape` (={_spell(self.input_shape)})."
+            )
+        if self.loss != "sum" and self.input_dtypes[0] != "int64":
+            raise UsageError(
+                f"`--loss` (={self.loss}) is for models of your own that read tokens, such as "
+                "revnet.models:reformer_enwik8; pass --input-shape [1024] --input-dtype int64, or leave it out."
             )
         if self.step_in_backward and self.optimizer == "none":
             raise UsageError("`--step-in-backward` needs an optimizer, but `--optimizer` (=none) counts none.")

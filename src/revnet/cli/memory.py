@@ -6,6 +6,7 @@ from revnet.cli._step_flags import (
     InputShapes,
     OptimizerName,
     StepFlags,
+    StepLoss,
     StepPrecision,
     open_folder,
     optional_picture,
@@ -27,6 +28,7 @@ def memory(
     policy: Policy | None = None,
     depth: int = 2,
     step_in_backward: bool = False,
+    loss: StepLoss = "sum",
     measure: bool = False,
     device: str = "auto",
     out_dir: str | None = None,
@@ -34,8 +36,7 @@ def memory(
     """Show where the memory of a training step goes, for any model.
 
     Prints the peak, what it consists of and which modules cause it, and plots the live memory over the step. Bytes are
-    counted from shapes, without running or allocating anything, unless `--measure` is given. The loss is the sum of the
-    outputs, which takes about as much memory as any loss of logits.
+    counted from shapes, without running or allocating anything, unless `--measure` is given.
 
     Examples:
         revnet memory revnet104 --batch 256
@@ -57,6 +58,8 @@ def memory(
         depth: Levels of modules to list: 1 for the parts of the model, 2 for their parts too.
         step_in_backward: Let the optimizer update each parameter in the backward pass and free its gradient, as
             revnet.optim.StepInBackward does.
+        loss: Loss of the step: sum of the outputs; cross-entropy, for a model of your own that takes `targets`; or
+            chunked, the same on some rows of logits at a time.
         measure: Run a real step on random inputs, and count what is allocated and freed.
         device: Device of the step: auto, cpu, cuda, cuda:1.
         out_dir: Folder for the picture; the current folder by default.
@@ -71,6 +74,7 @@ def memory(
         precision=precision,
         device=device,
         step_in_backward=step_in_backward,
+        loss=loss,
     )
     check_integer("--depth", depth, at_least=0)
     folder = open_folder(out_dir)

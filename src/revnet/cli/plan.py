@@ -3,7 +3,7 @@
 import shlex
 import sys
 from contextlib import nullcontext
-from typing import get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from revnet.cli._errors import UsageError, step_errors
 from revnet.cli._plan_devices import DeviceFlags, ShardUnit, Strategy, check_with_step, plan_devices
@@ -13,6 +13,7 @@ from revnet.cli._step_flags import (
     InputShapes,
     OptimizerName,
     StepFlags,
+    StepLoss,
     StepPrecision,
     open_folder,
     optional_picture,
@@ -20,12 +21,17 @@ from revnet.cli._step_flags import (
 from revnet.cli._streams import print_while_writing
 from revnet.training.settings.choices import Optimizer
 
+if TYPE_CHECKING:
+    from revnet.cli._build import BuiltStep
+
 _IN_PYTHON = {
     "sgd": "optimizer=partial(torch.optim.SGD, momentum=0.9)",
     "adam": "optimizer=torch.optim.Adam",
     "adamw": "optimizer=torch.optim.AdamW",
     "none": "",
 }
+_CHUNKED: dict[StepLoss, Literal["auto", True] | None] = {"sum": None, "cross-entropy": "auto", "chunked": True}
+"""Argument `chunked_loss` of the plan."""
 
 
 def plan(
@@ -39,6 +45,7 @@ def plan(
     optimizer: OptimizerName = "sgd",
     precision: StepPrecision = "32-true",
     step_in_backward: bool = False,
+    loss: StepLoss = "sum",
     measure: bool = False,
     devices: int | None = None,
     strategy: Strategy | None = None,
@@ -54,8 +61,7 @@ def plan(
     """Fit a training step into a memory budget, at the least cost in time.
 
     Chooses a policy for each block. Prints the plan, its alternatives and how to use it, and plots time against memory.
-    Bytes are counted from shapes, without running or allocating anything. The loss is the sum of the outputs, which
-    takes about as much memory as any loss of logits.
+    Bytes are counted from shapes, without running or allocating anything.
 
     With `--largest`, nothing is chosen either: prints the largest batch, image or patch that fits the budget if all
     blocks are reversed, checkpointed or stored.
@@ -87,6 +93,8 @@ def plan(
         precision: Arithmetic: 32-true, or bf16-mixed for autocast to bfloat16.
         step_in_backward: Let the plan move the optimizer's step into the backward pass, by
             revnet.optim.StepInBackward, if that makes a faster plan fit.
+        loss: Loss of the step: sum of the outputs; cross-entropy, for a model of your own that takes `targets`, whose
+            plan may divide the logits into chunks; or chunked, which divides them in any case.
         measure: Time real steps on random inputs instead of estimating times from shapes.
         devices: Number of devices, up to 1,024, for a step on several. They divide the batch.
         strategy: How they share the work: ddp copies the model to each, fsdp2 shards its parameters, and pipeline gives
@@ -112,6 +120,7 @@ def plan(
         precision=precision,
         device=device,
         step_in_backward=step_in_backward,
+        loss=loss,
     )
     device_flags = DeviceFlags(
         devices=devices,
@@ -133,8 +142,8 @@ def plan(
         raise UsageError(BUDGET_IS_REQUIRED)
     folder = open_folder(out_dir)
 
-    from revnet.cli._build import build_step, materialize
-    from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes, predict
+    from revnet.cli._build import build_step
+    from revnet.memory import MeasuredTiming, RooflineTiming, parse_bytes
     from revnet.memory import plan as make_plan
 
     budget_bytes = parse_bytes(budget, "--budget")
@@ -142,10 +151,7 @@ def plan(
     if sys.stderr.isatty():
         print("planning, which may take a few seconds ...", file=sys.stderr)
     if measure:
-        memory = predict(step.model, *step.inputs, device=step.device, **step.options)
-        fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
-        # The activations need not fit: the timing uses a smaller batch if it must.
-        step = materialize(step, flags, needed_bytes=fixed)
+        step = _with_data(step, flags)
     with step_errors() if measure else nullcontext():
         step_plan = make_plan(
             step.model,
@@ -154,6 +160,7 @@ def plan(
             device=step.device,
             timing=MeasuredTiming() if measure else RooflineTiming(),
             step_in_backward="auto" if step_in_backward else False,
+            chunked_loss=_CHUNKED[loss],
             **step.options,
         )
     with print_while_writing() as print_line, optional_picture():
@@ -162,6 +169,17 @@ def plan(
         step_plan.plot(picture, title=flags.title)
         print_line(f"picture    {picture}")
     _print_uses(flags, budget, step_in_backward=step_plan.step_in_backward)
+
+
+def _with_data(step: "BuiltStep", flags: StepFlags) -> "BuiltStep":
+    """Return the step with data, to time it."""
+    from revnet.cli._build import materialize
+    from revnet.memory import predict
+
+    memory = predict(step.model, *step.inputs, device=step.device, **step.options)
+    fixed = memory.parameter_bytes + memory.gradient_bytes + memory.input_bytes
+    # The activations need not fit: the timing uses a smaller batch if it must.
+    return materialize(step, flags, needed_bytes=fixed)
 
 
 def _print_uses(flags: StepFlags, budget: str, *, step_in_backward: bool) -> None:
@@ -180,10 +198,12 @@ def _in_python(flags: StepFlags, budget: str, *, step_in_backward: bool) -> str:
     arguments = [
         "model",
         "*inputs" if len(flags.input_dtypes) > 1 else "inputs",
+        'kwargs={"targets": targets}' if flags.loss != "sum" else "",
         f'budget="{budget.strip()}"',
         _IN_PYTHON[flags.optimizer],
         autocast,
         stepping,
+        f"chunked_loss={_CHUNKED[flags.loss]!r}".replace("'", '"') if flags.loss != "sum" else "",
     ]
     return f"revnet.memory.plan({', '.join(filter(None, arguments))}).apply(model)"
 

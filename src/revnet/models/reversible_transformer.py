@@ -37,7 +37,7 @@ from revnet.functional import rotary_table
 from revnet.functional._chunked import chunked
 from revnet.models._checks import check_heads, check_ratio, check_tokens
 from revnet.models._sampling import check_sampling, draw_tokens, evaluating
-from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import AbstractPolicy, CrossEntropyHead, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 from revnet.nn.policies._has_policies import as_policy
 
@@ -103,8 +103,7 @@ class ReversibleTransformer(nn.Module):
         num_heads: Number of attention heads.
         max_length: Largest number of tokens in a sequence, and the number of tokens that `generate` looks back. No
             parameter depends on it. LSH attention has buckets for this number.
-        is_causal: Whether a token sees only itself and earlier tokens, as in a decoder. Otherwise each token sees all
-            tokens, as in an encoder.
+        is_causal: Whether a token sees only itself and earlier tokens, as in a decoder, or all, as in an encoder.
         attention: "full" has a cost that grows with the square of the length. "lsh", as in the Reformer, attends among
             tokens that random rotations put into one bucket. "hierarchical", as in H-Transformer-1D, sees far tokens in
             groups.
@@ -122,7 +121,8 @@ class ReversibleTransformer(nn.Module):
             stored twin.
 
     Shape:
-        tokens: (B, T), integers. mask: (B, T), bool, true where a token is real. Output: logits, (B, T, vocab_size).
+        tokens: (B, T), integers. mask: (B, T), bool, true where a token is real. targets: (B, T), integers, -100 where
+            nothing is to be predicted. Output: logits, (B, T, vocab_size), or with `targets` a loss, ().
 
     Numerics:
         Under autocast the streams stay in float32, so that they can be rebuilt, and the residual functions compute in
@@ -134,7 +134,7 @@ class ReversibleTransformer(nn.Module):
             pass: `tokens` or `mask` has another type.
         ValueError: No attention or policy has this name, a count is not positive, `dropout` is not from 0 to below 1,
             `dim` is not a multiple of `num_heads`, or a head has an odd number of features. In the forward pass:
-            `tokens` or `mask` has another shape.
+            `tokens`, `mask` or `targets` has another shape.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer.
@@ -211,14 +211,15 @@ class ReversibleTransformer(nn.Module):
             policy=policy,
         )
         self.norm = nn.LayerNorm(2 * dim)
-        self.head = nn.Linear(2 * dim, vocab_size)
+        self.head = CrossEntropyHead(2 * dim, vocab_size)
         self._head_dim = dim // num_heads
         rotary_table(1, self._head_dim)  # raises an error if the heads have an odd number of features
         _initialize(self)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Compute the logits of the next token at each position, or in an encoder, of the token itself."""
-        return self.head(self.forward_features(tokens, mask))
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, *, targets: Tensor | None = None) -> Tensor:
+        """Compute the logits of the next token (in an encoder, of the token itself), or with `targets` their loss."""
+        features = self.forward_features(tokens, mask)
+        return self.head(features) if targets is None else self.head(features, targets)
 
     def forward_features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the final features of each token, (B, T, 2 * dim): its embedding in context."""

@@ -9,6 +9,7 @@ Names that `revnet` itself does not export are provisional: they may change in a
 
 from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
 from revnet.nn._batch_norm import BatchNorm2dUnbiased as BatchNorm2dUnbiased
+from revnet.nn._cross_entropy_head import CrossEntropyHead as CrossEntropyHead
 from revnet.nn._tensorflow import Conv2dSame as Conv2dSame
 from revnet.nn._whole_model import set_coupling as set_coupling
 from revnet.nn._whole_model import set_policy as set_policy

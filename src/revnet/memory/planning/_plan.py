@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from revnet.memory.planning._chunked_loss import chunk_loss
 from revnet.memory.planning._plan_plot import plot_plan
 from revnet.memory.planning._plan_report import comparison_lines, total_lines, unit_lines
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
@@ -45,6 +46,8 @@ class Plan:
     timing: Timing
     step_in_backward: bool
     """Whether the optimizer's step must run in the backward pass: train with `revnet.optim.StepInBackward`."""
+    chunked_loss: bool | None
+    """Whether the loss works on some rows of logits at a time; None if the plan leaves the model's head as it is."""
 
     @property
     def peak_bytes(self) -> int:
@@ -52,12 +55,14 @@ class Plan:
         return self.memory.peak_bytes
 
     def apply(self, model: nn.Module) -> None:
-        """Set the policies of `model`: the planned model, or one of the same structure.
+        """Set the policies of `model`, and `chunked_loss`: the planned model, or one of the same structure.
 
         Raises:
             ValueError: The model does not have these units.
         """
         set_policies(model, {(unit.holder, unit.index): unit.policy for unit in self.units})
+        if self.chunked_loss is not None:
+            chunk_loss(model, self.chunked_loss)
 
     def plot(self, path: Path, *, title: str) -> None:
         """Draw time against memory for the best plans, this plan and the references.
@@ -75,7 +80,14 @@ class Plan:
     def report(self) -> str:
         """Return the plan as text: the total, the policy of each unit with its costs, and the references."""
         lines = [
-            *total_lines(self.budget_bytes, self.memory.at_peak, self.time_ratio, self.timing, self.step_in_backward),
+            *total_lines(
+                self.budget_bytes,
+                self.memory.at_peak,
+                self.time_ratio,
+                self.timing,
+                step_in_backward=self.step_in_backward,
+                chunked_loss=self.chunked_loss,
+            ),
             "",
             *unit_lines(self.units),
             "",

@@ -11,7 +11,13 @@ from revnet.memory.step._memory_parts import Breakdown
 
 
 def total_lines(
-    budget_bytes: int, at_peak: Breakdown, time_ratio: float, timing: Timing, step_in_backward: bool
+    budget_bytes: int,
+    at_peak: Breakdown,
+    time_ratio: float,
+    timing: Timing,
+    *,
+    step_in_backward: bool,
+    chunked_loss: bool | None,
 ) -> list[str]:
     """Return a table of budget, peak and time of the whole step."""
     activations = format_bytes(at_peak.held + at_peak.transient)
@@ -22,6 +28,8 @@ def total_lines(
     ]
     if step_in_backward:
         rows.append(("optimizer", "StepInBackward", "its step runs in the backward pass"))
+    if chunked_loss:
+        rows.append(("loss", "chunked", "its logits exist for some rows at a time"))
     return aligned(rows, num_left=3)
 
 

@@ -7,7 +7,7 @@
    steps, by falling speed, until one fits.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from revnet._bytes import format_bytes, parse_bytes
 from revnet.errors import BudgetError
+from revnet.memory.planning._chunked_loss import check_has_head, chunking_loss
 from revnet.memory.planning._costs import CountedCosts, count_costs
 from revnet.memory.planning._max_batch_size import largest_batch
 from revnet.memory.planning._plan import Plan
@@ -34,6 +35,7 @@ from revnet.memory.step._predict import Prediction
 from revnet.memory.step._run_step import Loss
 from revnet.memory.step._step_memory import StepMemory
 from revnet.nn import AbstractPolicy, Checkpoint, Reverse, Store
+from revnet.nn._cross_entropy_head import cross_entropy_heads
 from revnet.nn._restore import restoring_policies
 from revnet.nn.policies._has_policies import as_policy
 
@@ -54,6 +56,7 @@ def plan(
     policies: Sequence[AbstractPolicy | str] = POLICIES,
     timing: Timing | None = None,
     step_in_backward: bool | Literal["auto"] = False,
+    chunked_loss: bool | Literal["auto"] | None = None,
 ) -> Plan:
     """Choose a policy for each unit of `model`, so that a training step fits a budget in the least time.
 
@@ -86,12 +89,15 @@ def plan(
             "auto", the plan chooses it if that makes a faster plan fit; `Plan.step_in_backward` holds the choice. A
             step in the backward pass needs less memory if the gradients are large, and a little more if the stored
             activations are.
+        chunked_loss: Whether the loss works on some rows of logits at a time, for a model that passes its targets to a
+            `revnet.nn.CrossEntropyHead`. With "auto", the plan chooses it if that makes a faster plan fit;
+            `Plan.chunked_loss` holds the choice, which `Plan.apply` sets. None leaves the head as it is.
 
     Raises:
         BudgetError: No plan fits. The error says how much memory is missing, and which batch size would fit.
         PredictionError: The model fails on fake tensors.
-        ValueError: `budget` is not a number of bytes, the model has no units to plan, or `step_in_backward` has no
-            optimizer.
+        ValueError: `budget` is not a number of bytes, the model has no units to plan, `step_in_backward` has no
+            optimizer, or `chunked_loss` has no head.
         TypeError: An argument has the wrong type.
     """
     budget_bytes = parse_bytes(budget)
@@ -99,32 +105,37 @@ def plan(
     if not isinstance(timing, RooflineTiming | MeasuredTiming):
         raise TypeError(f"`timing` (={timing!r}) must be a `RooflineTiming()` or a `MeasuredTiming()`.")
     allowed = _check_policies(policies)
-    if not isinstance(step_in_backward, bool) and step_in_backward != "auto":
-        raise ValueError(f"`step_in_backward` (={step_in_backward!r}) must be True, False or 'auto'.")
+    _check_choices(step_in_backward=step_in_backward, chunked_loss=chunked_loss)
     check_step_in_backward(bool(step_in_backward), optimizer)
+    if chunked_loss is not None:
+        check_has_head(model)
     if isinstance(optimizer, Optimizer) and isinstance(model, nn.Module):
         # The search looks at batches of other sizes while fake parameters stand for the ones that it holds.
         optimizer = as_factory(optimizer, list(model.parameters()))
     step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device)
-    if step_in_backward == "auto":
-        return _faster_plan(step, budget_bytes, allowed, timing)
-    return _plan_step(replace(step, step_in_backward=step_in_backward), budget_bytes, allowed, timing)
-
-
-def _faster_plan(step: TrainingStep, budget_bytes: int, policies: Sequence[AbstractPolicy], timing: Timing) -> Plan:
-    """Return the plan with the step of the optimizer in the backward pass if it is faster than the ordinary one."""
-    plans, errors = [], []
-    for candidate in (step, replace(step, step_in_backward=True)):
-        try:
-            plans.append(_plan_step(candidate, budget_bytes, policies, timing))
-        except BudgetError as error:
-            errors.append(error)
-    if not plans:
+    results = [
+        _plan_step(replace(step, step_in_backward=stepping, chunked_loss=chunking), budget_bytes, allowed, timing)
+        for chunking in ((False, True) if chunked_loss == "auto" else (chunked_loss,))
+        for stepping in ((False, True) if step_in_backward == "auto" else (step_in_backward,))
+    ]
+    outcomes = [result for result in results if isinstance(result, _Outcome)]
+    if not outcomes:
+        errors = [result.error for result in results if isinstance(result, _Failure)]
         raise min(errors, key=lambda error: error.least_bytes)
-    return min(plans, key=lambda plan: plan.time_ratio)
+    fastest = min(outcomes, key=lambda outcome: outcome.chosen.seconds)
+    # All of them are compared with the first one, which is an ordinary step if the plan may choose.
+    return _make_plan(fastest, budget_bytes, timing, stored_seconds=results[0].stored_seconds)
 
 
-def _plan_step(step: TrainingStep, budget_bytes: int, allowed: Sequence[AbstractPolicy], timing: Timing) -> Plan:
+def _check_choices(**choices: bool | str | None) -> None:
+    for name, value in choices.items():
+        if not isinstance(value, bool) and value != "auto" and not (name == "chunked_loss" and value is None):
+            raise ValueError(f"`{name}` (={value!r}) must be True, False or 'auto'.")
+
+
+def _plan_step(
+    step: TrainingStep, budget_bytes: int, allowed: Sequence[AbstractPolicy], timing: Timing
+) -> "_Outcome | _Failure":
     short = find_short_steps(step.model)
     try:
         return _plan_with(short, step, budget_bytes, allowed, timing)
@@ -138,13 +149,14 @@ def _plan_with(
     budget_bytes: int,
     allowed: Sequence[AbstractPolicy],
     timing: Timing,
-) -> Plan:
-    with restoring_policies(step.model):
+) -> "_Outcome | _Failure":
+    with restoring_policies(step.model), chunking_loss(step.model, step.chunked_loss):
         with step.predicted(short) as prediction:
             units, (costs, excess_bytes) = _count_costs(step, prediction, allowed, timing)
         if isinstance(timing, MeasuredTiming):
             costs = replace(costs, seconds=measure_seconds(step, units, costs, timing))
         frontier = find_frontier(costs)
+        stored_seconds = costs.time([0, *[len(unit.choices) - 1 for unit in units]])
         with step.predicted(short) as prediction:
 
             def predict_with(point: FrontierPoint) -> StepMemory:
@@ -156,14 +168,14 @@ def _plan_with(
             candidates = [*frontier.points, *references.values()]
             point, memory = _fastest_within(budget_bytes, candidates, excess_bytes, predict_with)
             if point is None:
-                raise _budget_error(step, budget_bytes, memory)
+                return _Failure(stored_seconds, _budget_error(step, budget_bytes, memory))
             references = {name: _with_peak(other, predict_with(other)) for name, other in references.items()}
             least = _with_peak(frontier.points[0], predict_with(frontier.points[0]))
     point = _with_peak(point, memory)
     # A predicted peak replaces the sum for the same choices.
     by_choices = {other.choices: other for other in [*frontier.points, least, *references.values(), point]}
-    outcome = _Outcome(_undominated(by_choices.values()), references, point, memory, frontier.is_exact)
-    return _make_plan(step, units, costs, outcome, budget_bytes, timing)
+    points = _undominated(by_choices.values())
+    return _Outcome(stored_seconds, step, units, costs, points, references, point, memory, frontier.is_exact)
 
 
 def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractPolicy, ...]:
@@ -263,8 +275,10 @@ def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> B
     missing = least.peak_bytes - budget_bytes
     samples = "sample" if fitting == 1 else "samples"
     hint = f"a batch of {fitting} {samples} instead of {total} would fit" if fitting else "no batch would fit"
-    if _fits_stepping(step, budget_bytes):
-        hint += ", but the optimizer's step in the backward pass would make it fit (`step_in_backward`)"
+    for way_out, other in _ways_out(step):
+        if _fits(other, budget_bytes):
+            hint += f", but {way_out} would make it fit"
+            break
     fixed = least.parameter_bytes + least.optimizer_bytes + least.gradient_bytes
     return BudgetError(
         f"`budget` (={format_bytes(budget_bytes)}) is {format_bytes(missing)} below the least that this step needs, "
@@ -276,21 +290,41 @@ def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> B
     )
 
 
-def _fits_stepping(step: TrainingStep, budget_bytes: int) -> bool:
-    """Return whether a step that does not fit would do so with the optimizer's step in the backward pass."""
-    if step.optimizer is None or step.step_in_backward:
-        return False
+def _ways_out(step: TrainingStep) -> Iterator[tuple[str, TrainingStep]]:
+    """Return the other choices of a plan that may make a step fit, in words and as a step."""
+    if step.optimizer is not None and not step.step_in_backward:
+        words = "the optimizer's step in the backward pass (`step_in_backward`)"
+        yield words, replace(step, step_in_backward=True)
+    if any(not head.is_chunked for head in cross_entropy_heads(step.model)):
+        yield "a loss that works on some rows of logits at a time (`chunked_loss`)", replace(step, chunked_loss=True)
+
+
+def _fits(step: TrainingStep, budget_bytes: int) -> bool:
+    """Return whether a step fits under the policies that its model has."""
+    short = find_short_steps(step.model)
     try:
-        with replace(step, step_in_backward=True).predicted(find_short_steps(step.model)) as prediction:
+        with chunking_loss(step.model, step.chunked_loss), step.predicted(short) as prediction:
             return prediction.memory().peak_bytes <= budget_bytes
     except (NotImplementedError, ValueError):  # the optimizer cannot update one parameter at a time
         return False
 
 
 @dataclass(frozen=True, eq=False)
-class _Outcome:
-    """Result of the search."""
+class _Failure:
+    """Result of a search in which nothing fits."""
 
+    stored_seconds: float
+    error: BudgetError
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    """Result of a search."""
+
+    stored_seconds: float
+    step: TrainingStep
+    units: Sequence[UnitInModel]
+    costs: ChainCosts
     points: list[FrontierPoint]
     references: dict[str, FrontierPoint]
     chosen: FrontierPoint
@@ -298,18 +332,11 @@ class _Outcome:
     is_exact: bool
 
 
-def _make_plan(
-    step: TrainingStep,
-    units: Sequence[UnitInModel],
-    costs: ChainCosts,
-    outcome: _Outcome,
-    budget_bytes: int,
-    timing: Timing,
-) -> Plan:
-    stored_seconds = costs.time([0, *[len(unit.choices) - 1 for unit in units]])
+def _make_plan(outcome: _Outcome, budget_bytes: int, timing: Timing, *, stored_seconds: float) -> Plan:
+    costs = outcome.costs
     choices = outcome.chosen.choices
     planned = []
-    for index, unit in enumerate(units, start=1):  # 0 is the part before the first unit
+    for index, unit in enumerate(outcome.units, start=1):  # 0 is the part before the first unit
         choice = choices[index]
         next_choice = [*choices, 0][index + 1]
         seconds = costs.seconds[index]
@@ -338,5 +365,6 @@ def _make_plan(
         references={name: plan_point(point) for name, point in outcome.references.items()},
         is_exact=outcome.is_exact,
         timing=timing,
-        step_in_backward=step.step_in_backward,
+        step_in_backward=outcome.step.step_in_backward,
+        chunked_loss=outcome.step.chunked_loss,
     )

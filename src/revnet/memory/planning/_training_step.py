@@ -28,6 +28,8 @@ class TrainingStep:
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     step_in_backward: bool = False
+    chunked_loss: bool | None = None
+    """Whether the loss of the model is chunked, which a plan sets; None leaves it as it is."""
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revnet._torch_internals import current_node, next_sequence_number, sequence_number_of
+from revnet._torch_internals import current_node, next_sequence_number, python_operator, sequence_number_of
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 from revnet.memory.step._storage_reference import StorageReference
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
         self._device_type = device_type
         # Kept alive, so that no new storage can get the address of an ignored one.
         self._ignored = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in ignore}
-        self._operations: dict[Any, _Operation] = {}
+        self._operations = _Operations()
         self._references: dict[int, StorageReference] = {}
         self._births: list[int] = []
         self._deaths: dict[int, int] = {}
@@ -147,12 +147,13 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record its cost and the storages that it creates."""
         kwargs = kwargs or {}
+        operation = self._operations[func]
+        if operation.function is not None:
+            with _active(self):
+                return operation.function(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in _QUERIES:
             return result
-        operation = self._operations.get(func)
-        if operation is None:
-            operation = self._operations[func] = _Operation.of(func)
         sequence = self._current_sequence()
         outputs = _tensors_in(result)
         flops, moved_bytes = operation.costs(args, kwargs, result, outputs) if self.counts_costs else (0, 0)
@@ -234,6 +235,16 @@ class Recorder(TorchDispatchMode):
             self._gradient_since.setdefault(index, since)
 
 
+@contextmanager
+def _active(recorder: Recorder) -> Iterator[None]:
+    """Record what an operator runs; while a mode handles an operator, it is off."""
+    TorchDispatchMode.__enter__(recorder)
+    try:
+        yield
+    finally:
+        TorchDispatchMode.__exit__(recorder, None, None, None)
+
+
 @dataclass(frozen=True, eq=False)
 class _Operation:
     """Properties of an operation that do not depend on its arguments."""
@@ -243,6 +254,8 @@ class _Operation:
     moves: bool
     """Whether it reads or writes the elements of tensors."""
     count_flops: Callable[..., int] | None
+    function: Callable[..., Any] | None
+    """The function that an operator in Python runs, whose operations count instead of it."""
 
     @classmethod
     def of(cls, func: Any) -> "_Operation":
@@ -252,7 +265,7 @@ class _Operation:
             argument.alias_info is not None and not argument.alias_info.is_write for argument in schema.arguments
         )
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
-        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket))
+        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket), python_operator(func))
 
     def costs(self, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]) -> tuple[int, int]:
         """Return the floating-point operations of a call, and the bytes that it reads and writes."""
@@ -261,6 +274,13 @@ class _Operation:
             return flops, 0
         inputs = _tensors_in((*args, *kwargs.values()))
         return flops, sum(map(_num_bytes, outputs)) + sum(map(_num_bytes, inputs))
+
+
+class _Operations(dict[Any, _Operation]):
+    """The operations that ran, whose properties are determined when they first run."""
+
+    def __missing__(self, func: Any) -> _Operation:
+        return self.setdefault(func, _Operation.of(func))
 
 
 class _OpenCall:

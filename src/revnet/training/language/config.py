@@ -68,6 +68,10 @@ class LanguageConfig(AbstractRunConfig):
     block_size: int = integer(32, at_least=1)
     """Characters of a block, even; for `hierarchical` only."""
 
+    chunked_loss: bool | None = None
+    """Whether the loss computes its logits for some characters at a time, which saves memory. By default, it does if
+    the vocabulary has more characters than twice `dim`, unless the plan for a `memory_budget` is faster without."""
+
     epochs: int = integer(4, at_least=1)
     """Number of epochs, each of `updates_per_epoch`; the model is validated and saved at the end of each."""
 

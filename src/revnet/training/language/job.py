@@ -5,13 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revnet._units import counted
 from revnet.data import ConsecutiveWindows, RandomWindows, load_text
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
+from revnet.models import ReversibleTransformer
 from revnet.training.device import find_device
 from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
@@ -140,14 +141,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             "dropout": config.dropout,
         },
     )
-    update = Update(
-        make_model=lambda: prepare_network(LanguageModel.create(header).model, config),
-        make_batch=lambda: torch.zeros(
-            part_of_batch(config.batch_size, config.accumulate), config.length, dtype=torch.int64
-        ),
-        loss=_loss,
-        optimizer=partial(make_optimizer, config),
-    )
+    update = _make_update(config, header)
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     language_model = LanguageModel.create(header)
@@ -156,6 +150,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     if config.weights is not None:
         start = load_start(language_model, read_start_weights(config.weights, LanguageHeader))
     prepare_network(language_model.model, config)
+    _set_loss(language_model.model, config)
     apply_policies(language_model.model, config, plan)
     return LanguageJob(
         config=config,
@@ -175,6 +170,36 @@ def _attention_options(config: LanguageConfig) -> dict[str, int]:
         case "hierarchical":
             return {"block_size": config.block_size}
     return {}
+
+
+def _make_update(config: LanguageConfig, header: LanguageHeader) -> Update:
+    def make_model() -> nn.Module:
+        model = LanguageModel.create(header).model
+        _set_loss(model, config)
+        return prepare_network(model, config)
+
+    def make_tokens() -> Tensor:
+        return torch.zeros(part_of_batch(config.batch_size, config.accumulate), config.length, dtype=torch.int64)
+
+    is_chunked = config.chunked_loss
+    if is_chunked is None:
+        is_chunked = len(header.characters) > 2 * config.dim
+    if not is_chunked:
+        return Update(make_model, make_tokens, loss=_loss, optimizer=partial(make_optimizer, config))
+    return Update(
+        make_model,
+        make_tokens,
+        loss=None,
+        optimizer=partial(make_optimizer, config),
+        make_targets=make_tokens,
+        chunked_loss="auto" if config.chunked_loss is None else None,
+    )
+
+
+def _set_loss(model: ReversibleTransformer, config: LanguageConfig) -> None:
+    """Divide the logits of the loss into chunks as the settings ask; the head itself knows the default."""
+    if config.chunked_loss is not None:
+        model.head.is_chunked = config.chunked_loss
 
 
 def _loss(logits: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class LanguageModel(SavedModule):
 
     Shape:
         tokens: (B, T), integers, see `vocabulary`. Output: logits of the next token at each position, (B, T,
-            vocabulary).
+            vocabulary). With `targets`, (B, T), integers: the mean loss, ().
     """
 
     header_type: ClassVar[type[AbstractHeader]] = LanguageHeader
@@ -60,9 +60,9 @@ class LanguageModel(SavedModule):
         """Build the language model of `header`."""
         return cls.create(header)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Compute the logits."""
-        return self.model(tokens)
+    def forward(self, tokens: Tensor, *, targets: Tensor | None = None) -> Tensor:
+        """Compute the logits or, with the next token at each position as `targets`, the loss."""
+        return self.model(tokens) if targets is None else self.model(tokens, targets=targets)
 
     def generate(self, prompt: str, num_new: int, **options: Any) -> str:
         """Continue a text by `num_new` characters.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from revnet._units import format_loss, format_perplexity, format_rate
 from revnet.training.language.config import LanguageConfig
@@ -58,5 +57,4 @@ class LanguageTask(AbstractTask):
         return f"{losses}  {format_rate(characters, 'characters')}"
 
     def _loss(self, windows: Tensor) -> Tensor:
-        logits = self.language_model(windows[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        return self.language_model(windows[:, :-1], targets=windows[:, 1:])

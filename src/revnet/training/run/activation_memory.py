@@ -1,9 +1,9 @@
 """The activations of a run: one policy for all blocks, or a plan for a budget, and the memory that they take."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from revnet._units import counted
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
 from revnet.nn import Store, set_policy
+from revnet.nn._cross_entropy_head import cross_entropy_heads
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
 from revnet.training.processes.world import current_world
@@ -36,10 +37,20 @@ class Update:
     """Function that makes the model; called under the meta device."""
     make_batch: Callable[[], Tensor]
     """Function that makes a batch; called under the meta device."""
-    loss: Callable[[Any], Tensor]
-    """Function from the output of the model to a scalar."""
+    loss: Callable[[Any], Tensor] | None
+    """Function from the output of the model to a scalar; None if the model returns the loss."""
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     """Function that makes the optimizer of the model."""
+    make_targets: Callable[[], Tensor] | None = None
+    """Function that makes the targets of a model that returns the loss; called under the meta device."""
+    chunked_loss: bool | Literal["auto"] | None = None
+    """Argument of `plan`."""
+
+    def make_step(self) -> tuple[nn.Module, Tensor, Mapping[str, Tensor]]:
+        """Return the model, a batch, and the keyword arguments of the model, on the meta device."""
+        with torch.device("meta"):
+            model, batch = self.make_model(), self.make_batch()
+            return model, batch, {} if self.make_targets is None else {"targets": self.make_targets()}
 
 
 def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
@@ -55,8 +66,7 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
     if config.memory_budget is None and config.optimizer != "muon":
         return None
     device = find_device(config.device)
-    with torch.device("meta"):
-        model, batch = update.make_model(), update.make_batch()
+    model, batch, kwargs = update.make_step()
     optimizer = update.optimizer(model)  # Muon needs a matrix; the others fit every model
     if config.memory_budget is None:
         return None
@@ -65,8 +75,10 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
             model,
             batch,
             budget=config.memory_budget,
+            kwargs=kwargs,
             optimizer=optimizer,
             step_in_backward=config.step_in_backward,
+            chunked_loss=update.chunked_loss,
             loss=update.loss,
             autocast=autocast_dtype(config),
             device=device if device.type == "cuda" else "cpu",
@@ -90,6 +102,7 @@ def describe_plan(memory_plan: Plan) -> str:
     return (
         f"peak {format_bytes(memory_plan.peak_bytes)} of {format_bytes(memory_plan.budget_bytes)}, step time "
         f"{memory_plan.time_ratio:.2f} of storing all; {counted(len(memory_plan.units), 'unit')}: {units}"
+        + ("; chunked loss" if memory_plan.chunked_loss else "")
     )
 
 
@@ -100,13 +113,14 @@ def policy_name(config: AbstractRunConfig, memory_plan: Plan | None, *, is_store
 
 def count_peak_bytes(model: nn.Module, config: AbstractRunConfig, update: Update) -> PeakBytes:
     """Count the activations of an update of `model` from shapes alone."""
-    with torch.device("meta"):
-        twin, batch = update.make_model(), update.make_batch()
+    twin, batch, kwargs = update.make_step()
     for holder, original in zip(policy_holders(twin).values(), policy_holders(model).values(), strict=True):
         holder.set_policies(original.policies)
+    for head, original_head in zip(cross_entropy_heads(twin), cross_entropy_heads(model), strict=True):
+        head.is_chunked = original_head.is_chunked
 
     def count() -> int:
-        return predict(twin, batch, autocast=autocast_dtype(config)).activation_bytes
+        return predict(twin, batch, kwargs=kwargs, autocast=autocast_dtype(config)).activation_bytes
 
     peak_bytes = count()
     if all(policy == Store() for holder in policy_holders(twin).values() for policy in holder.policies):

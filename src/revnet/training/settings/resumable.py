@@ -25,9 +25,10 @@ _RESUMABLE = frozenset(
         "strategy",
         "num_threads",
         "num_workers",
-        # memory: policies differ in the last digits of the gradients only
+        # memory: these change the last digits of the gradients only
         "policy",
         "memory_budget",
+        "chunked_loss",
         "step_in_backward",
         # execution
         "compile",

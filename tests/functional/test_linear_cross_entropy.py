@@ -1,0 +1,217 @@
+"""The loss in chunks equals the loss of whole logits, in value, gradient and second derivative."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from revnet.functional import linear_cross_entropy
+from revnet.functional._linear_cross_entropy import default_chunk_size
+from tests.helpers import assert_close
+
+NUM_ROWS, NUM_FEATURES, NUM_CLASSES = 24, 8, 50
+
+
+def make_inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    targets = torch.randint(NUM_CLASSES, (NUM_ROWS,), generator=generator)
+    targets[::5] = -100
+    return (random(NUM_ROWS, NUM_FEATURES), random(NUM_CLASSES, NUM_FEATURES), random(NUM_CLASSES)), targets
+
+
+def whole(inputs, targets, **options):
+    x, weight, bias = inputs
+    logits = F.linear(x, weight, bias)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, **options)
+
+
+def chunked(inputs, targets, **options):
+    x, weight, bias = inputs
+    return linear_cross_entropy(x, weight, targets, bias=bias, **options)
+
+
+def error(gradients, exact):
+    return max(float((own.double() - right).norm() / right.norm()) for own, right in zip(gradients, exact, strict=True))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 7, NUM_ROWS, 1000])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"ignore_index": 3}]
+)
+def test_equals_whole_logits(chunk_size, options):
+    inputs, targets = make_inputs(torch.float64)
+    if "ignore_index" in options:
+        targets[targets == -100] = 3
+    losses = chunked(inputs, targets, chunk_size=chunk_size, **options), whole(inputs, targets, **options)
+    assert_close(losses[0], losses[1], tolerance=1e-13)
+    gradients = [torch.autograd.grad(loss, inputs) for loss in losses]
+    assert_close(gradients[0], gradients[1], tolerance=1e-13)
+    with torch.no_grad():
+        assert_close(chunked(inputs, targets, chunk_size=chunk_size, **options), losses[1], tolerance=1e-13)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+def test_frozen_inputs(frozen):
+    inputs, targets = make_inputs(torch.float64)
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    losses = chunked(inputs, targets, chunk_size=7), whole(inputs, targets)
+    assert losses[0].requires_grad == losses[1].requires_grad == (len(frozen) < 3)
+    if len(frozen) < 3:
+        trained = [tensor for tensor in inputs if tensor.requires_grad]
+        first, second = (torch.autograd.grad(loss, trained) for loss in losses)
+        assert_close(first, second, tolerance=1e-13)
+
+
+def test_without_bias_and_with_leading_dimensions():
+    (x, weight, _), targets = make_inputs(torch.float64)
+    x, targets = x.unflatten(0, (2, 3, 4)), targets.unflatten(0, (2, 3, 4)).int()
+    own = linear_cross_entropy(x, weight, targets, chunk_size=5)
+    right = F.cross_entropy(F.linear(x, weight).flatten(0, -2), targets.flatten().long())
+    first, second = (torch.autograd.grad(loss, (x, weight)) for loss in (own, right))
+    assert_close(first, second, tolerance=1e-13)
+    strided = linear_cross_entropy(x.detach().transpose(0, 1), weight, targets.transpose(0, 1))
+    assert_close(strided, right, tolerance=1e-13)
+
+
+def test_second_derivatives():
+    inputs, targets = make_inputs(torch.float64)
+    results = []
+    for function, options in ((chunked, {"chunk_size": 7}), (whole, {})):
+        loss = function(inputs, targets, label_smoothing=0.1, **options)
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        results.append((penalty, torch.autograd.grad(penalty, inputs)))
+    assert_close(results[0], results[1], tolerance=1e-13)
+
+
+def test_second_backward_pass():
+    inputs, targets = make_inputs(torch.float64)
+    loss = chunked(inputs, targets, chunk_size=7)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert_close(torch.autograd.grad(3 * loss, inputs), [3 * gradient for gradient in first], tolerance=1e-13)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+# PyTorch's rules for forward mode use a deprecated function.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_transforms_of_functions():
+    (x, weight, bias), targets = make_inputs(torch.float64)
+
+    def loss(x):
+        return linear_cross_entropy(x, weight, targets, bias=bias, chunk_size=7)
+
+    assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(x), x)[0], tolerance=1e-13)
+    tangent = torch.ones_like(x)
+    _, derivative = torch.func.jvp(loss, (x.detach(),), (tangent,))
+    assert_close(derivative, (torch.autograd.grad(loss(x), x)[0] * tangent).sum(), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_in_low_precision(dtype):
+    """The gradients are not much farther from float64 than the gradients of whole logits."""
+    inputs, targets = make_inputs()
+    exact = torch.autograd.grad(whole([tensor.double() for tensor in inputs], targets), inputs)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    loss = chunked(low, targets, chunk_size=7)
+    assert loss.dtype == torch.float32
+    gradients = torch.autograd.grad(loss, low)
+    assert {gradient.dtype for gradient in gradients} == {dtype}
+    assert error(gradients, exact) <= 4 * error(torch.autograd.grad(whole(low, targets), low), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    inputs, targets = make_inputs()
+    exact = torch.autograd.grad(whole([tensor.double() for tensor in inputs], targets), inputs)
+    with torch.autocast("cpu", dtype):
+        losses = chunked(inputs, targets, chunk_size=7), whole(inputs, targets)
+    assert losses[0].dtype == torch.float32
+    # The logits are the same in both, up to the order of sums in a matrix product.
+    assert (losses[0] - losses[1]).abs() <= torch.finfo(dtype).eps * losses[1]
+    own, right = (torch.autograd.grad(loss, inputs) for loss in losses)
+    assert {gradient.dtype for gradient in own} == {torch.float32}
+    assert error(own, exact) <= 4 * error(right, exact)
+
+
+def test_gradients_in_half_precision_do_not_vanish():
+    """The mean over many rows makes gradients that float16 cannot hold; loss scaling must not be needed for them."""
+    x = torch.ones(2**16, 1, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(512, 1, dtype=torch.float16, requires_grad=True)
+    targets = torch.arange(2**16) % 512
+    with torch.no_grad():
+        weight[:2] = 1
+    linear_cross_entropy(x, weight, targets).backward()
+    assert weight.grad.isfinite().all()
+    assert weight.grad[2:].abs().min() > 0
+
+
+def test_all_rows_ignored():
+    inputs, targets = make_inputs()
+    losses = [function(inputs, torch.full_like(targets, -100)) for function in (chunked, whole)]
+    assert all(loss.isnan() for loss in losses)
+    for loss in losses:
+        assert all(gradient.count_nonzero() == 0 for gradient in torch.autograd.grad(loss, inputs))
+
+
+def test_no_rows():
+    (x, weight, bias), targets = make_inputs()
+    loss = linear_cross_entropy(x[:0], weight, targets[:0], bias=bias)
+    assert loss.isnan()
+    assert linear_cross_entropy(x[:0], weight, targets[:0], bias=bias, reduction="sum") == 0
+
+
+# PyTorch's compiler makes an instance of every `autograd.Function`, for which it warns.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_in_one_graph():
+    inputs, targets = make_inputs(torch.float64)
+    compiled = torch.compile(chunked, fullgraph=True, backend="aot_eager")
+    for count in (NUM_ROWS, NUM_ROWS - 3):
+        own = [inputs[0].detach()[:count].requires_grad_(), *inputs[1:]]
+        losses = compiled(own, targets[:count], chunk_size=12), whole(own, targets[:count])
+        assert_close(*(torch.autograd.grad(loss, own) for loss in losses), tolerance=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_classes", "num_features", "size"),
+    [
+        (4096, 50_257, 256, 256),  # as large as the weight
+        (2**20, 50_257, 256, 20_972),  # four times the features
+        (4096, 65, 256, 4096),  # a small vocabulary: one chunk
+        (10, 50_257, 256, 10),
+        (0, 50_257, 256, 1),
+        (1025, 40_960, 256, 205),  # five chunks of equal size
+    ],
+)
+def test_default_size_of_a_chunk(num_rows, num_classes, num_features, size):
+    assert default_chunk_size(num_rows, num_classes, num_features) == size
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, r"`x` \(=\[1.0\]\) must be a tensor"),
+        ({"x": torch.ones(24, 8, dtype=torch.long)}, TypeError, "`x` has dtype torch.int64, but must be floating"),
+        ({"x": torch.ones(24, 8).double()}, TypeError, "`weight` has dtype torch.float32, but `x` has torch.float64"),
+        ({"x": torch.ones(24, 7)}, ValueError, r"`x` has shape \(24, 7\), but must have \(..., 8\)"),
+        ({"weight": torch.ones(8)}, ValueError, r"`weight` has shape \(8,\), but must have \(V, D\)"),
+        ({"bias": torch.ones(8)}, ValueError, r"`bias` has shape \(8,\), but must have \(50,\)"),
+        ({"targets": torch.ones(24)}, TypeError, "`targets` has dtype torch.float32, but must hold integers"),
+        ({"targets": torch.ones(23).long()}, ValueError, r"`targets` has shape \(23,\), but must have \(24,\)"),
+        ({"targets": torch.full((24,), 50)}, ValueError, "`targets` must be from 0 to 49, .* range from 50 to 50"),
+        ({"targets": torch.full((24,), -1)}, ValueError, "`targets` must be from 0 to 49, .* range from -1 to -1"),
+        ({"reduction": "none"}, ValueError, r"`reduction` \(='none'\) must be 'mean' or 'sum'"),
+        ({"label_smoothing": 1.5}, ValueError, r"`label_smoothing` \(=1.5\) must be a number from 0 to 1"),
+        ({"ignore_index": 0.5}, TypeError, r"`ignore_index` \(=0.5\) must be an integer"),
+        ({"chunk_size": 0}, ValueError, r"`chunk_size` \(=0\) must be a positive integer"),
+    ],
+)
+def test_rejects_wrong_arguments(changes, error, message):
+    (x, weight, bias), targets = make_inputs()
+    with pytest.raises(error, match=message) as caught:
+        linear_cross_entropy(**{"x": x, "weight": weight, "targets": targets, "bias": bias} | changes)
+    assert "\n" not in str(caught.value)
