@@ -39,15 +39,6 @@ def open_regular(path: str | Path) -> BinaryIO:
     return io.BufferedReader(io.FileIO(descriptor))
 
 
-def check_regular(path: str | Path) -> None:
-    """Raise unless `path` is a file that `open_regular` opens.
-
-    Raises:
-        OSError: It is not.
-    """
-    open_regular(path).close()
-
-
 @contextmanager
 def name_in_utf8(path: str | Path) -> Iterator[str]:
     """Yield a name of a regular file for a library that takes names in UTF-8 only.

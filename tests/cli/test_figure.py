@@ -92,7 +92,7 @@ def test_usage_errors_print_one_line(assert_refused, calls, arguments, message):
             ["--memory-budget", "1GiB"],
             "`--memory-budget` (='1GiB') must not be set, since one run rebuilds everything and",
         ),
-        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1293 training images"),
+        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1,293 training images"),
     ],
 )
 def test_rejected_settings_write_nothing(assert_refused, tmp_path, monkeypatch, arguments, message):

@@ -146,7 +146,7 @@ def test_resume_auto_starts_a_run_and_continues_it(revnet, assert_refused, tmp_p
         (["--precision", "16"], "`--precision` (=16) must be `32-true` or `bf16-mixed`"),
         (["--memory-budget", "16 apples"], "`--memory-budget` (='16 apples') must be a number of bytes with a unit"),
         (["--memory-budget", "1GiB", "--policy", "checkpoint"], "`--policy` (='checkpoint') does not go with a"),
-        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1293 training images"),
+        (["--batch-size", "5000"], "`--batch-size` (=5000) must not exceed the 1,293 training images"),
         (["--model", "revnet83"], "did you mean 'revnet38'?"),
         (["--data", "no/such/folder"], "does not exist"),
         (["--resume", "no/such/run"], "`no/such/run` does not exist"),

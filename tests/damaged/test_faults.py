@@ -26,7 +26,7 @@ def fail_with(fault):
     [
         "revnet.training.classification.model.load_module",
         "revnet.training.run.checkpoint.is_damaged",
-        "revnet.training.run.checkpoint.check_regular",
+        "revnet.training.run.checkpoint.name_in_utf8",
         "revnet.training.saved_module.first_difference",
         "revnet.training.saved_module.build_outline",
         "revnet.training.evaluation.predict_images.write_csv",

@@ -204,7 +204,7 @@ def test_rejects_a_folder_that_cannot_be_made(tmp_path):
         ({"model": "revnet83"}, ValueError, "did you mean 'revnet38'"),
         ({"data": "digit"}, ValueError, "did you mean 'digits'"),
         ({"data": "no/such/folder"}, DataError, "does not exist"),
-        ({"batch_size": 1294}, ValueError, r"`batch_size` \(=1294\) must not exceed the 1293 training images"),
+        ({"batch_size": 1294}, ValueError, r"`batch_size` \(=1294\) must not exceed the 1,293 training images"),
         pytest.param(
             {"device": "cuda"},
             ValueError,

@@ -151,7 +151,7 @@ def test_rejects_other_kinds_of_weights(fitted, finished):
     ("settings", "error", "message"),
     [
         ({"data": "digit"}, ValueError, "did you mean 'digits'"),
-        ({"batch_size": 1294}, ValueError, r"`batch_size` \(=1294\) must not exceed the 1293 training images"),
+        ({"batch_size": 1294}, ValueError, r"`batch_size` \(=1294\) must not exceed the 1,293 training images"),
         ({"memory_budget": "10KiB"}, BudgetError, r"`memory_budget` \(='10KiB'\) is "),
     ],
 )

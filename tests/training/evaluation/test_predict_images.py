@@ -139,4 +139,4 @@ def test_a_link_to_itself_does_not_stop_the_other_images(folder, tmp_path):
     errors = []
     assert len(predict_images(folder, [tmp_path / "images"], on_error=errors.append)) == 2
     assert len(errors) == 1
-    assert "loop.png' cannot be decoded" in str(errors[0])
+    assert "loop.png' is a link to 'loop.png'" in str(errors[0])
