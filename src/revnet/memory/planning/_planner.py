@@ -20,6 +20,7 @@ from revnet.errors import BudgetError
 from revnet.memory.planning._costs import CountedCosts, count_costs
 from revnet.memory.planning._max_batch_size import largest_batch
 from revnet.memory.planning._plan import Plan
+from revnet.memory.planning._plan_report import describe_policy
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._search import ChainCosts, FrontierPoint, find_frontier
 from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timing
@@ -51,7 +52,7 @@ def plan(
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    policies: Sequence[AbstractPolicy | str] = POLICIES,
+    policies: Sequence[AbstractPolicy | str] | None = None,
     timing: Timing | None = None,
     step_in_backward: bool | Literal["auto"] = False,
 ) -> Plan:
@@ -78,8 +79,9 @@ def plan(
         autocast: See `predict`.
         dtype: See `predict`.
         device: See `predict`.
-        policies: Policies to choose from, or their names, from the least memory to the most. A unit uses those that it
-            accepts. `Store()` is always added.
+        policies: Policies to choose from, or their names, from the least memory to the most. A unit uses the ones that
+            it accepts. `Store()` is always added. By default, `Reverse()`, `Checkpoint()` and `Store()`; the plan then
+            also chooses `hold` and `keep` of `Reverse` for each unit.
         timing: Source of the times: `RooflineTiming()` estimates them from shapes and is the default,
             `MeasuredTiming()` runs steps.
         step_in_backward: Whether the optimizer's step runs in the backward pass, by `revnet.optim.StepInBackward`. With
@@ -98,7 +100,7 @@ def plan(
     timing = RooflineTiming() if timing is None else timing
     if not isinstance(timing, RooflineTiming | MeasuredTiming):
         raise TypeError(f"`timing` (={timing!r}) must be a `RooflineTiming()` or a `MeasuredTiming()`.")
-    allowed = _check_policies(policies)
+    allowed = _Allowed(POLICIES, True) if policies is None else _Allowed(_check_policies(policies), False)
     if not isinstance(step_in_backward, bool) and step_in_backward != "auto":
         raise ValueError(f"`step_in_backward` (={step_in_backward!r}) must be True, False or 'auto'.")
     check_step_in_backward(bool(step_in_backward), optimizer)
@@ -111,7 +113,7 @@ def plan(
     return _plan_step(replace(step, step_in_backward=step_in_backward), budget_bytes, allowed, timing)
 
 
-def _faster_plan(step: TrainingStep, budget_bytes: int, policies: Sequence[AbstractPolicy], timing: Timing) -> Plan:
+def _faster_plan(step: TrainingStep, budget_bytes: int, policies: "_Allowed", timing: Timing) -> Plan:
     """Return the plan with the step of the optimizer in the backward pass if it is faster than the ordinary one."""
     plans, errors = [], []
     for candidate in (step, replace(step, step_in_backward=True)):
@@ -124,7 +126,7 @@ def _faster_plan(step: TrainingStep, budget_bytes: int, policies: Sequence[Abstr
     return min(plans, key=lambda plan: plan.time_ratio)
 
 
-def _plan_step(step: TrainingStep, budget_bytes: int, allowed: Sequence[AbstractPolicy], timing: Timing) -> Plan:
+def _plan_step(step: TrainingStep, budget_bytes: int, allowed: "_Allowed", timing: Timing) -> Plan:
     short = find_short_steps(step.model)
     try:
         return _plan_with(short, step, budget_bytes, allowed, timing)
@@ -136,14 +138,14 @@ def _plan_with(
     short: ShortSteps | None,
     step: TrainingStep,
     budget_bytes: int,
-    allowed: Sequence[AbstractPolicy],
+    allowed: "_Allowed",
     timing: Timing,
 ) -> Plan:
     with restoring_policies(step.model):
         with step.predicted(short) as prediction:
-            units, (costs, excess_bytes) = _count_costs(step, prediction, allowed, timing)
+            units, costs, excess_bytes, variants = _count_costs(step, prediction, allowed, timing)
         if isinstance(timing, MeasuredTiming):
-            costs = replace(costs, seconds=measure_seconds(step, units, costs, timing))
+            costs = replace(costs, seconds=measure_seconds(step, units, costs, variants, timing))
         frontier = find_frontier(costs)
         with step.predicted(short) as prediction:
 
@@ -166,6 +168,15 @@ def _plan_with(
     return _make_plan(step, units, costs, outcome, budget_bytes, timing)
 
 
+@dataclass(frozen=True)
+class _Allowed:
+    """Policies to choose from."""
+
+    policies: tuple[AbstractPolicy, ...]
+    with_variants: bool
+    """Whether the plan also chooses `hold` and `keep` of `Reverse`."""
+
+
 def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractPolicy, ...]:
     if isinstance(policies, str) or not isinstance(policies, Sequence):
         raise TypeError(f"`policies` (={policies!r}) must be a sequence of policies, such as `[Reverse(), Store()]`.")
@@ -177,9 +188,9 @@ def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractP
 
 
 def _count_costs(
-    step: TrainingStep, prediction: Prediction, policies: Sequence[AbstractPolicy], timing: Timing
-) -> tuple[list[UnitInModel], CountedCosts]:
-    units = find_units(step.model, policies, prediction.run().log)
+    step: TrainingStep, prediction: Prediction, allowed: "_Allowed", timing: Timing
+) -> CountedCosts:
+    units = find_units(step.model, allowed.policies, prediction.run().log)
     if not units:
         raise ValueError(
             f"`model` (={type(step.model).__name__}) has no units to plan; build it from `ReversibleSequential`, or "
@@ -190,15 +201,15 @@ def _count_costs(
     later = slice(memory.timeline.optimizer_start, None)
     in_optimizer = memory.timeline.activation_bytes[later] + memory.timeline.gradient_bytes[later]
     roofline = timing if isinstance(timing, RooflineTiming) else RooflineTiming()
-    costs = count_costs(
+    return count_costs(
         step.model,
         units,
         prediction.run,
         roofline.seconds,
         constant_bytes=constant_bytes,
         floor=constant_bytes + int(in_optimizer.max(initial=0)),
+        adds_variants=allowed.with_variants,
     )
-    return units, costs
 
 
 def _policies_at(point: FrontierPoint, units: Sequence[UnitInModel]) -> list[AbstractPolicy]:
@@ -208,12 +219,15 @@ def _policies_at(point: FrontierPoint, units: Sequence[UnitInModel]) -> list[Abs
 
 def _uniform_points(units: Sequence[UnitInModel], costs: ChainCosts) -> dict[str, FrontierPoint]:
     """Return one point for each policy, which all units have; a unit that does not accept it has its next policy."""
-    most = max(len(unit.choices) for unit in units)
-    longest = next(unit for unit in units if len(unit.choices) == most)
+    most = max(len(unit.kinds) for unit in units)
+    longest = next(unit for unit in units if len(unit.kinds) == most)
     points = {}
-    for choice, policy in enumerate(longest.choices):
-        choices = (0, *[max(0, choice - (most - len(unit.choices))) for unit in units])
-        name = "plain autograd" if policy == Store() else f"{type(policy).__name__.lower()} all"
+    for kind, policy in enumerate(longest.kinds):
+        of_units = [unit.kinds[max(0, kind - (most - len(unit.kinds)))] for unit in units]
+        choices = (0, *[unit.choices.index(policy) for unit, policy in zip(units, of_units, strict=True)])
+        is_plain = policy == type(policy)()
+        name = f"{type(policy).__name__.lower()} all" if is_plain else f"{describe_policy(policy)} all"
+        name = "plain autograd" if policy == Store() else name
         points[name] = FrontierPoint(costs.peak(choices), costs.time(choices), choices)
     return points
 
@@ -321,8 +335,8 @@ def _make_plan(
                 policy=unit.choices[choice],
                 held_bytes=int(costs.held[index][choice, next_choice]),
                 stored_bytes=int(costs.held[index][-1, -1]),
-                extra_time=float(seconds[choice] - seconds[-1]) / stored_seconds,
-                most_extra_time=float(seconds.max() - seconds[-1]) / stored_seconds,
+                extra_time=float(seconds[choice, next_choice] - seconds[-1, -1]) / stored_seconds,
+                most_extra_time=float(seconds.max() - seconds[-1, -1]) / stored_seconds,
             )
         )
 

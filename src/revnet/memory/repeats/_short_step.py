@@ -164,7 +164,8 @@ class ShortSteps:
         events = np.zeros((log.num_events, EVENT_COLUMNS), np.int64)
         events[:, 0], events[:, 1] = log.flops, log.moved_bytes
         events[:, 2] = log.sequence - sequence.starts[positions]
-        events[:, 3:] = owners.rows(log.owners, positions)
+        events[:, 3:5] = owners.rows(log.owners, positions)
+        events[:, 5] = log.keep_kinds
         storages = storage_rows(log, places, owners)
         calls = call_rows(log, places, sequence, owners)
         gradients = self._gradients_of(blocks, result.has_gradient)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnet._torch_internals import current_node, next_sequence_number, sequence_number_of
+from revnet.engine._keep import fresh_outputs
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 from revnet.memory.step._storage_reference import StorageReference
 from revnet.nn import AbstractReversibleBlock
+from revnet.nn.policies._keep_spec import kind_of
 
 _aten = torch.ops.aten
 # Returns its argument, a new tensor that no recorded operation created: `torch.tensor` ends with it.
@@ -64,6 +66,7 @@ class Recorder(TorchDispatchMode):
         self._sequence: list[int] = []
         self._flops: list[int] = []
         self._moved_bytes: list[int] = []
+        self._keep_kinds: list[int] = []
         self.counts_costs = True
 
         self._names: list[str] = []
@@ -133,6 +136,7 @@ class Recorder(TorchDispatchMode):
             owners=_owners(sequence - self._start_sequence, self._start_sequence, self._forward_end, self._calls),
             flops=np.array(self._flops, np.int64),
             moved_bytes=np.array(self._moved_bytes, np.int64),
+            keep_kinds=np.array(self._keep_kinds, np.int64),
             calls=calls,
             modules=tuple(self._names),
             forward_end=self._forward_end,
@@ -160,7 +164,7 @@ class Recorder(TorchDispatchMode):
             for tensor in outputs:
                 if tensor.layout is torch.strided and tensor.device.type == self._device_type:
                     self._watch(tensor.untyped_storage(), func)
-        self._end_event(sequence, flops, moved_bytes)
+        self._end_event(sequence, flops, moved_bytes, operation.keep_kind_of(func, args, kwargs, result))
         return result
 
     def _watch(self, storage: torch.UntypedStorage, func: Any) -> None:
@@ -180,10 +184,11 @@ class Recorder(TorchDispatchMode):
         self._deaths[reference.index] = self._event
         del self._references[reference.key]
 
-    def _end_event(self, sequence: int, flops: int, moved_bytes: int) -> None:
+    def _end_event(self, sequence: int, flops: int, moved_bytes: int, keep_kind: int = 0) -> None:
         self._sequence.append(sequence)
         self._flops.append(flops)
         self._moved_bytes.append(moved_bytes)
+        self._keep_kinds.append(keep_kind)
         self._event += 1
 
     def _current_sequence(self) -> int:
@@ -243,6 +248,8 @@ class _Operation:
     moves: bool
     """Whether it reads or writes the elements of tensors."""
     count_flops: Callable[..., int] | None
+    keep_kind: int
+    """1 plus the index in `KEEP_NAMES`; 0 for an operator that has no such name."""
 
     @classmethod
     def of(cls, func: Any) -> "_Operation":
@@ -252,7 +259,8 @@ class _Operation:
             argument.alias_info is not None and not argument.alias_info.is_write for argument in schema.arguments
         )
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
-        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket))
+        index = kind_of(func)
+        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket), 0 if index is None else index + 1)
 
     def costs(self, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]) -> tuple[int, int]:
         """Return the floating-point operations of a call, and the bytes that it reads and writes."""
@@ -261,6 +269,12 @@ class _Operation:
             return flops, 0
         inputs = _tensors_in((*args, *kwargs.values()))
         return flops, sum(map(_num_bytes, outputs)) + sum(map(_num_bytes, inputs))
+
+    def keep_kind_of(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Return the kind of a call, as in `StepLog.keep_kinds`."""
+        if not self.keep_kind or not torch.is_grad_enabled():
+            return 0
+        return self.keep_kind if fresh_outputs(func, args, kwargs, result) else -self.keep_kind
 
 
 class _OpenCall:
