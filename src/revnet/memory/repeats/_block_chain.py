@@ -13,7 +13,7 @@ from revnet._torch_internals import has_global_module_hook
 from revnet.memory.repeats._block_kinds import kinds_of_blocks
 from revnet.memory.repeats._frame import Label, NotRepeatedError
 from revnet.memory.step._step_log import Call, StepLog
-from revnet.nn import AbstractPolicy, HasPolicies, ReversibleSequential
+from revnet.nn import AbstractPolicy, HasPolicies, Reverse, ReversibleSequential
 from revnet.nn._whole_model import policy_holders
 
 FEWEST = 32
@@ -129,7 +129,10 @@ class BlockChain:
             assert position is not None
             row = self.rows.get(position.holder)
             kind = -position.index - 1 if row is None else row.kinds[position.index]
-            labels.append(Label(position.holder, kind, self._number(policies[position.holder][position.index])))
+            policy = policies[position.holder][position.index]
+            number = self._number(policy)
+            # Neighboring blocks with any `Reverse` form one chain.
+            labels.append(Label(position.holder, kind, number, -1 if type(policy) is Reverse else number))
         return labels
 
     def _others(self, policies: dict[str, tuple[AbstractPolicy, ...]]) -> Hashable:

@@ -15,7 +15,7 @@ ZERO = UNKNOWN + 2**30
 """Description of distance 0."""
 _RUNS = (-1, 0, 1)
 """Runs of one policy to whose first and last position a distance is given: the own one, and one before and after it."""
-DESCRIPTION_COLUMNS = 3 + 2 * len(_RUNS)
+DESCRIPTION_COLUMNS = 3 + 2 * 2 * len(_RUNS)
 
 
 class NotRepeatedError(Exception):
@@ -41,14 +41,17 @@ class Label(NamedTuple):
     """Name of the sequence that contains the position."""
     kind: Hashable
     policy: Hashable
+    family: Hashable = None
+    """The same for policies that run neighboring blocks as one chain."""
 
 
 class Frame:
     """The positions of a chain, with its rows and its runs of one policy.
 
-    A target less than `REACH` away is described by its distance. Another one is described in up to nine ways,
-    also by its distances to the ends of its row, and to the ends of the runs around the own position. Which
-    of these descriptions are right shows in several examples: only these are always the same.
+    A target less than `REACH` away is described by its distance. Another one is described in up to fifteen ways, also
+    by its distances to the ends of its row, and to the ends of the runs around the own position: runs of one policy, and
+    runs of policies that form one chain. Which of these descriptions are right shows in several examples: only these
+    are always the same.
 
     Args:
         labels: Label of each position.
@@ -57,9 +60,12 @@ class Frame:
     def __init__(self, labels: Sequence[Label]):
         self._count = len(labels)
         self._rows = np.array(_numbers(labels, lambda label: label.row), np.int64)
-        self._runs = np.array(_numbers(labels, lambda label: (label.row, label.policy)), np.int64)
         self._row_starts, self._row_stops = _bounds(self._rows)
-        self._run_starts, self._run_stops = _bounds(self._runs)
+        self._runs = [
+            np.array(_numbers(labels, key), np.int64)
+            for key in (lambda label: (label.row, label.policy), lambda label: (label.row, label.family))
+        ]
+        self._run_bounds = [_bounds(runs) for runs in self._runs]
 
     def describe(self, targets: Integers, own: Integers) -> Integers:
         """Return the descriptions of each target from its own position.
@@ -85,11 +91,12 @@ class Frame:
     def _ends_of_runs(self, own: Integers) -> list[Integers]:
         """Return the first and the last positions of the runs around each position; -1 for those that do not exist."""
         ends = []
-        for number in _RUNS:
-            runs = self._runs[own] + number
-            exists = (runs >= 0) & (runs < len(self._run_starts))
-            runs = np.clip(runs, 0, len(self._run_starts) - 1)
-            ends += [np.where(exists, self._run_starts[runs], -1), np.where(exists, self._run_stops[runs] - 1, -1)]
+        for all_runs, (starts, stops) in zip(self._runs, self._run_bounds, strict=True):
+            for number in _RUNS:
+                runs = all_runs[own] + number
+                exists = (runs >= 0) & (runs < len(starts))
+                runs = np.clip(runs, 0, len(starts) - 1)
+                ends += [np.where(exists, starts[runs], -1), np.where(exists, stops[runs] - 1, -1)]
         return ends
 
     def find(self, descriptions: Integers, own: Integers) -> Integers:
