@@ -23,6 +23,7 @@ from revnet.memory.planning._plan import Plan
 from revnet.memory.planning._plan_report import describe_policy
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._search import ChainCosts, FrontierPoint, find_frontier
+from revnet.memory.planning._tidy import tidied
 from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timing
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._unit_seconds import measure_seconds
@@ -147,6 +148,7 @@ def _plan_with(
         if isinstance(timing, MeasuredTiming):
             costs = replace(costs, seconds=measure_seconds(step, units, costs, variants, timing))
         frontier = find_frontier(costs)
+        best = tidied(costs, frontier.points)
         with step.predicted(short) as prediction:
 
             def predict_with(point: FrontierPoint) -> StepMemory:
@@ -155,15 +157,15 @@ def _plan_with(
 
             # One policy everywhere never beats the frontier, but its peak was observed, not added up.
             references = _uniform_points(units, costs)
-            candidates = [*frontier.points, *references.values()]
+            candidates = [*best, *references.values()]
             point, memory = _fastest_within(budget_bytes, candidates, excess_bytes, predict_with)
             if point is None:
                 raise _budget_error(step, budget_bytes, memory)
             references = {name: _with_peak(other, predict_with(other)) for name, other in references.items()}
-            least = _with_peak(frontier.points[0], predict_with(frontier.points[0]))
+            least = _with_peak(best[0], predict_with(best[0]))
     point = _with_peak(point, memory)
     # A predicted peak replaces the sum for the same choices.
-    by_choices = {other.choices: other for other in [*frontier.points, least, *references.values(), point]}
+    by_choices = {other.choices: other for other in [*best, least, *references.values(), point]}
     outcome = _Outcome(_undominated(by_choices.values()), references, point, memory, frontier.is_exact)
     return _make_plan(step, units, costs, outcome, budget_bytes, timing)
 
