@@ -129,8 +129,8 @@ class Reverse(AbstractPolicy):
         for argument, named in (("hold", {*self.hold}), ("keep", roles_in(self.keep))):
             if named - roles:
                 raise ValueError(
-                    f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but those of "
-                    f"`{half_blocks[0].name}` are {', '.join(map(repr, sorted(roles)))}."
+                    f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but the block "
+                    f"of `{half_blocks[0].name}` has {', '.join(map(repr, sorted(roles)))}."
                 )
         return self._moves_for(half_blocks)
 

@@ -27,6 +27,8 @@ _RESUMABLE = frozenset(
         "num_workers",
         # memory: policies differ in the last digits of the gradients only
         "policy",
+        "hold",
+        "keep",
         "memory_budget",
         "step_in_backward",
         # execution
