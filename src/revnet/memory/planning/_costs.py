@@ -1,7 +1,9 @@
 """Count the costs of each policy at each unit, by running the step on fake tensors under several mixtures of policies.
 
-Each probe is a step with one policy per unit. Together, the probes of the policies show every unit under each of its policies, followed by each policy of the next unit: the bytes
-that a unit holds depend on the next one, since both may hold the same stream.
+Each probe is a step with one policy per unit. Together, the probes of the policies show every unit under each of its
+policies, followed by each policy of the next unit: the bytes that a unit holds depend on the next one, since both may
+hold the same stream. The variants of `Reverse`, which differ only in what they hold and keep, need one probe each
+(`_variant_costs`).
 
 Times come from the probes with one policy everywhere. In a mixture, work that is done once for a row of reversed
 blocks, such as comparing a rebuilt stream with a sample, would be charged to every short row.

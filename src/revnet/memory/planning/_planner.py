@@ -189,9 +189,7 @@ def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractP
     return (*[policy for policy in chosen if policy != Store()], Store())
 
 
-def _count_costs(
-    step: TrainingStep, prediction: Prediction, allowed: "_Allowed", timing: Timing
-) -> CountedCosts:
+def _count_costs(step: TrainingStep, prediction: Prediction, allowed: "_Allowed", timing: Timing) -> CountedCosts:
     units = find_units(step.model, allowed.policies, prediction.run().log)
     if not units:
         raise ValueError(

@@ -68,18 +68,17 @@ class ChainCosts:
         object.__setattr__(self, "base", int(_bytes(self.base, "base")))
         object.__setattr__(self, "floor", int(_bytes(self.floor, "floor")))
         object.__setattr__(self, "fixed_seconds", float(_seconds(self.fixed_seconds, "fixed_seconds")))
-        self._spread_seconds()
         self._check_shapes()
+        self._spread_seconds()
         most = self.base + self.floor + sum(int(costs.max()) for costs in (*self.held, *self.transient))
         if most >= 2**_MOST_BITS:
             raise ValueError(f"all bytes (={most} together, at most) must be below 2**{_MOST_BITS}, to be exact.")
 
     def _spread_seconds(self) -> None:
         """Give each time that does not depend on the next unit for each choice of it."""
-        nexts = [*[costs.size for costs in self.transient[1:]], 1]
         spread = [
-            costs[:, None].repeat(count, axis=1) if costs.ndim == 1 else costs
-            for costs, count in zip(self.seconds, nexts, strict=False)
+            costs[:, None].repeat(held.shape[1], axis=1) if costs.ndim == 1 else costs
+            for costs, held in zip(self.seconds, self.held, strict=True)
         ]
         object.__setattr__(self, "seconds", spread)
 
@@ -92,7 +91,8 @@ class ChainCosts:
             ("held", self.held, pairwise(num_choices)),
             ("seconds", self.seconds, pairwise(num_choices)),
         ):
-            for index, (costs, shape) in enumerate(zip(arrays, shapes, strict=False)):
+            for index, (costs, pair) in enumerate(zip(arrays, shapes, strict=False)):
+                shape = pair[:1] if name == "seconds" and costs.ndim == 1 else pair
                 if costs.shape != shape:
                     raise ValueError(
                         f"`{name}[{index}]` (of shape {costs.shape}) must be of shape {shape}, by the choices in "

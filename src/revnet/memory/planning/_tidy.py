@@ -1,7 +1,7 @@
 """Give equal units equal choices in a row, where that costs next to nothing.
 
-The search knows no difference between equal units, so it may scatter their choices. A model with few runs of policies is
-easier to read, and takes less time to predict.
+The search knows no difference between equal units, so it may scatter their choices. A plan with few runs of policies
+is easier to read, and takes less time to predict.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from revnet.memory.planning._search import ChainCosts, FrontierPoint
 
 _MOST_TIME = 1e-4
-"""Largest part of the time that an order may add. Where rows meet, one of many units may save less."""
+"""Largest part of the time that an order may add: where two runs meet, a unit may save less."""
 _Ints = npt.NDArray[np.int64]
 
 
@@ -32,13 +32,15 @@ def tidied(costs: ChainCosts, points: Sequence[FrontierPoint]) -> list[FrontierP
     choices = np.array([point.choices for point in points], np.int64)
     peaks = np.array([point.peak_bytes for point in points])
     seconds = np.array([point.seconds for point in points])
-    # Units that hold more come last: they hold it for a shorter time, so the peak is lower.
+    # Units that hold more come last: they hold it for a shorter time, so the peak is lower. The reverse is tried second.
+    is_open = np.ones(len(points), bool)
     for sign in (1, -1):
         ordered = _ordered(costs, choices, sign)
         ordered_peaks, ordered_seconds = _figures(costs, ordered)
-        is_better = (ordered_peaks <= peaks) & (ordered_seconds <= seconds * (1 + _MOST_TIME))
-        choices[is_better] = ordered[is_better]
-        peaks, seconds = np.where(is_better, ordered_peaks, peaks), np.where(is_better, ordered_seconds, seconds)
+        is_good = is_open & (ordered_peaks <= peaks) & (ordered_seconds <= seconds * (1 + _MOST_TIME))
+        choices[is_good] = ordered[is_good]
+        peaks, seconds = np.where(is_good, ordered_peaks, peaks), np.where(is_good, ordered_seconds, seconds)
+        is_open &= ~is_good
     best: list[FrontierPoint] = []
     for index in np.lexsort((seconds, peaks)).tolist():
         if not best or seconds[index] < best[-1].seconds:
@@ -73,11 +75,11 @@ def _figures(costs: ChainCosts, choices: _Ints) -> tuple[_Ints, npt.NDArray[np.f
     following = np.append(choices[:, 1:], np.zeros((len(choices), 1), np.int64), axis=1)
     before = np.full(len(choices), costs.base)
     peaks = np.full(len(choices), max(costs.base, costs.floor))
-    seconds = np.empty(choices.shape)
+    seconds: npt.NDArray[np.float64] = np.empty(choices.shape)
     for index in range(costs.num_units):
         own, after = choices[:, index], following[:, index]
         peaks = np.maximum(peaks, before + costs.transient[index][own])
         before = before + costs.held[index][own, after]
         seconds[:, index] = costs.seconds[index][own, after]
-    sums = [math.fsum([costs.fixed_seconds, *row]) for row in seconds.tolist()]
+    sums = [math.fsum([costs.fixed_seconds, *row]) for row in list(seconds)]
     return peaks, np.array(sums)

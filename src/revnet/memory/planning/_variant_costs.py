@@ -6,7 +6,7 @@ time there. So no step is needed for each pair of variants. First, all units hol
 what each stream adds to its neighbors. Then each variant runs in all units; the rest is its own.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,10 +18,9 @@ from revnet.memory.planning._units import UnitInModel
 from revnet.memory.planning._variants import Hold, KeepMoves, Move, find_holds, find_variants, last_entry
 from revnet.memory.step._step_log import StepLog
 from revnet.nn import AbstractPolicy, Reverse
+from revnet.nn.policies._keep_spec import as_entries
 
 _Array = npt.NDArray[np.float64]
-Seconds = Callable[[Sequence[AbstractPolicy]], _Array]
-"""Function from the policies of all units to the seconds of each span."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +100,13 @@ def with_variants(
     Also return, for each unit, the entry of the last operator of each function.
     """
     keeps = KeepMoves(log, event_seconds)
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[tuple[tuple[Hold, ...], tuple[Move, ...]], list[int]] = {}
     for index, unit in enumerate(units):
         if is_reversed(unit) and unit.half_blocks:
             groups.setdefault((tuple(hold_bytes[index]), keeps.of(unit)), []).append(index)
     result = list(units)
     last_entries: list[dict[str, str]] = [{} for _ in units]
-    for (holds, keep_moves), members in groups.items():  # type: ignore[misc]
+    for (holds, keep_moves), members in groups.items():
         moves = []
         for hold in holds:
             seconds = float(np.median([hold_seconds[index][hold] for index in members]))
@@ -152,9 +151,7 @@ class VariantSlots:
         result: list[list[int]] = [[] for _ in self.units]
         for policies, mixture in zip(self.policies(), counts, strict=True):
             more = mixture.held - base.held
-            entering = [
-                int(_entering((policy,), own)[0]) for policy, own in zip(policies, hold_bytes, strict=True)
-            ]
+            entering = [int(_entering((policy,), own)[0]) for policy, own in zip(policies, hold_bytes, strict=True)]
             for index, unit in enumerate(self.units):
                 if len(result[index]) < unit.num_variants:
                     result[index].append(max(0, int(more[index + 1]) - [*entering, 0][index + 1]))
@@ -180,13 +177,13 @@ class VariantSlots:
 @lru_cache
 def _holding(choices: tuple[AbstractPolicy, ...], role: str) -> npt.NDArray[np.bool_]:
     """Return for each choice whether it holds the stream that a function reads."""
-    return np.array([type(policy) is Reverse and role in policy.hold for policy in choices])
+    return np.array([isinstance(policy, Reverse) and role in policy.hold for policy in choices])
 
 
 @lru_cache
 def _running(choices: tuple[AbstractPolicy, ...], entry: str) -> npt.NDArray[np.bool_]:
     """Return for each choice whether it runs an operator again."""
-    return np.array([type(policy) is Reverse and entry not in policy.keep for policy in choices])
+    return np.array([isinstance(policy, Reverse) and entry not in as_entries(policy.keep) for policy in choices])
 
 
 def _entering(choices: tuple[AbstractPolicy, ...], hold_bytes: "dict[Hold, int]") -> npt.NDArray[np.int64]:
@@ -303,5 +300,3 @@ class VariantTiming:
 def _kind_of_choice(unit: UnitInModel) -> npt.NDArray[np.int64]:
     """Return for each choice the index of its kind, which for a variant is the index of the first choice."""
     return np.maximum(np.arange(len(unit.choices)) - unit.num_variants, 0)
-
-

@@ -141,9 +141,8 @@ class BlockChain:
             policy = policies[position.holder][position.index]
             number = self._number(policy)
             # Neighboring blocks with any `Reverse` form one chain.
-            family, holds = number, ()
-            if type(policy) is Reverse:
-                family, holds = -1, () if row is None else row.numbers_of(policy.hold)
+            family = -1 if type(policy) is Reverse else number
+            holds = row.numbers_of(policy.hold) if row is not None and isinstance(policy, Reverse) else ()
             labels.append(Label(position.holder, kind, number, family, holds))
         return with_held_before(labels)
 

@@ -44,11 +44,11 @@ class Label(NamedTuple):
     kind: Hashable
     policy: Hashable
     family: Hashable = None
-    """The same for policies that run neighboring blocks as one chain."""
+    """Number that all policies share that run neighboring blocks as one chain."""
     holds: tuple[int, ...] = ()
     """Numbers of the streams that the policy holds, below `NUM_HOLDS`."""
     held_before: tuple[int, ...] = ()
-    """Numbers of the streams that an earlier position of the chain holds. A stream is walked back in place until then."""
+    """Numbers of the streams that an earlier position of the chain holds. A stream is walked back in place to there."""
 
 
 def with_held_before(labels: Sequence[Label]) -> list[Label]:
@@ -85,7 +85,8 @@ class Frame:
     A target less than `REACH` away is described by its distance. Another one is described in up to 19 ways, also by its
     distances to the ends of its row, to the ends of the runs around the own position (runs of one policy, and runs of
     policies that form one chain), and to the nearest earlier position that holds a stream, or the one after it; the
-    first one of the chain if none does. Which of these descriptions are right shows in several examples: only these are always the same.
+    first one of the chain if none does. Which of these descriptions are right shows in several examples: only these
+    are always the same.
 
     Args:
         labels: Label of each position.
@@ -96,8 +97,7 @@ class Frame:
         self._rows = np.array(_numbers(labels, lambda label: label.row), np.int64)
         self._row_starts, self._row_stops = _bounds(self._rows)
         self._runs = [
-            np.array(_numbers(labels, key), np.int64)
-            for key in (lambda label: (label.row, label.policy), _chain_of)
+            np.array(_numbers(labels, key), np.int64) for key in (lambda label: (label.row, label.policy), _chain_of)
         ]
         self._run_bounds = [_bounds(runs) for runs in self._runs]
         first = self._run_bounds[1][0][self._runs[1]]
@@ -158,8 +158,7 @@ class Frame:
             self._row_stops[rows[:, 1]] - 1 - distances[:, 1],
         ]
         candidates += [
-            np.where(ends >= 0, ends + values[:, column], -1)
-            for column, ends in enumerate(self._ends(own), start=3)
+            np.where(ends >= 0, ends + values[:, column], -1) for column, ends in enumerate(self._ends(own), start=3)
         ]
         found = np.stack(candidates, axis=1)
         is_known &= (found >= 0) & (found < self._count)

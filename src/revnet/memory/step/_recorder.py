@@ -124,7 +124,6 @@ class Recorder(TorchDispatchMode):
         """Return what was recorded; call `end_forward` and `end` first."""
         assert self._forward_end is not None
         births = np.array(self._births, np.int64)
-        calls = [call.finished(self._names) for call in self._calls]
         sequence = np.array(self._sequence, np.int64)
         return StepLog(
             births=births,
@@ -137,7 +136,7 @@ class Recorder(TorchDispatchMode):
             flops=np.array(self._flops, np.int64),
             moved_bytes=np.array(self._moved_bytes, np.int64),
             keep_kinds=np.array(self._keep_kinds, np.int64),
-            calls=calls,
+            calls=[call.finished(self._names) for call in self._calls],
             modules=tuple(self._names),
             forward_end=self._forward_end,
         )

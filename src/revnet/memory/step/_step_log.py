@@ -63,8 +63,8 @@ class StepLog:
     moved_bytes: Integers
     """(events,) Bytes of all tensors that the operation read or wrote; 0 for views."""
     keep_kinds: Integers
-    """(events,) 1 plus the index in `KEEP_NAMES` of an operator that `Reverse(keep=...)` can keep; negative if it counts
-    as such a call but cannot be kept, and 0 for all other operators."""
+    """(events,) 1 plus the index in `KEEP_NAMES` for an operator that `Reverse(keep=...)` can keep; negative for one
+    that counts as a call of this name but cannot be kept; 0 for all others."""
     calls: Sequence[Call]
     """Calls of modules in the forward pass, in the order in which they began; the first is the model itself.
 

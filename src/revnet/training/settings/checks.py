@@ -123,8 +123,8 @@ def check_moves(moves: Mapping[str, str | None], policy: str, memory_budget: str
     for name, value in moves.items():
         if value is not None and policy != "reverse":
             raise ValueError(
-                f"`{name}` (={value!r}) goes with the policy `reverse` only, not with `policy` (={policy!r}); leave one "
-                "of the two out."
+                f"`{name}` (={value!r}) goes with the policy `reverse` only, and `policy` is {policy!r}; leave one of "
+                "the two out."
             )
         if value is not None and memory_budget is not None:
             raise ValueError(
