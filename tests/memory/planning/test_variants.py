@@ -27,16 +27,18 @@ def conv(width=8):
     return nn.Sequential(*layers, nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False))
 
 
-def perceptron(width=16):
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+def perceptron(width):
+    up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+    return nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down)
 
 
-def conv_model(num_blocks):
-    return nn.Sequential(ReversibleSequential(*[ReversibleBlock(conv(), conv()) for _ in range(num_blocks)]))
+def conv_model(num_blocks, width=8):
+    blocks = [ReversibleBlock(conv(width), conv(width)) for _ in range(num_blocks)]
+    return nn.Sequential(ReversibleSequential(*blocks))
 
 
-def transformer(num_blocks):
-    blocks = [ReversibleBlock(Attention(16), perceptron(), split_dim=-1) for _ in range(num_blocks)]
+def transformer(num_blocks, width=16):
+    blocks = [ReversibleBlock(Attention(width), perceptron(width), split_dim=-1) for _ in range(num_blocks)]
     return nn.Sequential(ReversibleSequential(*blocks))
 
 
@@ -87,12 +89,20 @@ def test_costs_of_mixtures_of_variants(make_model, make_input):
             assign(model, units, [unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
             peak, seconds = figures()
             assert costs.peak([0, *choices]) == pytest.approx(peak, rel=0.1)
-            assert costs.time([0, *choices]) == pytest.approx(seconds, rel=0.01)
+            assert costs.time([0, *choices]) == pytest.approx(seconds, rel=0.02)
 
 
-@all_cases
-def test_plans_are_faster_than_without_variants(make_model, make_input):
-    model, x = make_model(6), make_input()
+@pytest.mark.parametrize(
+    ("make_model", "width", "shape"),
+    [
+        pytest.param(conv_model, 32, (16, 64, 32, 32), id="conv", marks=pytest.mark.slow),
+        pytest.param(transformer, 256, (4, 256, 512), id="transformer"),
+    ],
+)
+def test_plans_are_faster_than_without_variants(make_model, width, shape):
+    """Matrix products and convolutions must be large enough to cost more than the operations between them."""
+    with torch.device("meta"):
+        model, x = make_model(6, width), torch.empty(shape)
     whole, without = plan(model, x, budget="1GiB"), plan(model, x, budget="1GiB", policies=POLICIES)
     stored, least = whole.references["plain autograd"].peak_bytes, whole.points[0].peak_bytes
     times = [whole.points[0].time_ratio]
@@ -164,14 +174,14 @@ def test_variants_add_the_move_that_saves_most_per_byte():
         Move(10, 0.0, keep="g.linear.0"),
     ]
     assert find_variants(moves) == (
-        Reverse(keep="f.linear.0"),
-        Reverse(keep=("f.linear.0", "g.linear.1")),
-        Reverse(hold="f", keep="f.linear.0"),
+        Reverse(keep="f.linear"),
+        Reverse(keep=("f.linear", "g.linear.1")),
+        Reverse(hold="f", keep="f.linear"),
     )
 
 
 def test_the_number_of_variants_is_limited():
-    moves = [Move(10 + index, 1.0, keep=f"f.linear.{index}") for index in range(40)]
+    moves = [Move(10 + index, float(index < 40), keep=f"f.linear.{index}") for index in range(41)]
     variants = find_variants(moves)
     assert len(variants) == MOST_VARIANTS
     assert len(variants[-1].keep) == 40

@@ -19,9 +19,10 @@ _Ints = npt.NDArray[np.int64]
 
 
 def tidied(costs: ChainCosts, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
-    """Return the points with the choices of equal units in order, unless that needs more memory, or more than 0.01 % of the time.
+    """Return the points with the choices of equal units in order.
 
-    Points that another one then beats are left out.
+    A point stays as it is if its order would need more memory, or add more than 0.01 % to its time. Points that another
+    one then beats are left out.
 
     Args:
         costs: The costs.
@@ -32,7 +33,7 @@ def tidied(costs: ChainCosts, points: Sequence[FrontierPoint]) -> list[FrontierP
     choices = np.array([point.choices for point in points], np.int64)
     peaks = np.array([point.peak_bytes for point in points])
     seconds = np.array([point.seconds for point in points])
-    # Units that hold more come last: they hold it for a shorter time, so the peak is lower. The reverse is tried second.
+    # Units that hold more come last: they hold it for a shorter time, so the peak is lower. Then the reverse is tried.
     is_open = np.ones(len(points), bool)
     for sign in (1, -1):
         ordered = _ordered(costs, choices, sign)

@@ -183,7 +183,8 @@ def _holding(choices: tuple[AbstractPolicy, ...], role: str) -> npt.NDArray[np.b
 @lru_cache
 def _running(choices: tuple[AbstractPolicy, ...], entry: str) -> npt.NDArray[np.bool_]:
     """Return for each choice whether it runs an operator again."""
-    return np.array([isinstance(policy, Reverse) and entry not in as_entries(policy.keep) for policy in choices])
+    entries = {entry, entry.rpartition(".")[0]}
+    return np.array([isinstance(policy, Reverse) and entries.isdisjoint(as_entries(policy.keep)) for policy in choices])
 
 
 def _entering(choices: tuple[AbstractPolicy, ...], hold_bytes: "dict[Hold, int]") -> npt.NDArray[np.int64]:

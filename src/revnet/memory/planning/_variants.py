@@ -169,6 +169,17 @@ def _num_bytes(moves: Sequence[Move]) -> int:
 
 def _policy(moves: Sequence[Move], chosen: Sequence[Move]) -> Reverse:
     in_order = [move for move in moves if move in chosen]
-    return Reverse(
-        hold=tuple(move.hold for move in in_order if move.hold), keep=tuple(move.keep for move in in_order if move.keep)
-    )
+    hold = tuple([move.hold for move in in_order if move.hold])
+    all_calls = Counter(_without_number(move.keep) for move in moves)
+    kept_calls = Counter(_without_number(move.keep) for move in in_order)
+    keep = [
+        name if kept_calls[name := _without_number(move.keep)] == all_calls[name] else move.keep
+        for move in in_order
+        if move.keep
+    ]
+    return Reverse(hold=hold, keep=tuple(dict.fromkeys(keep)))
+
+
+def _without_number(entry: str) -> str:
+    """Return the entry that means all calls of its operator in the same function."""
+    return entry.rpartition(".")[0]
