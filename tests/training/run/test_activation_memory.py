@@ -105,16 +105,16 @@ def test_planning_does_not_change_random_numbers(tmp_path):
 
 
 def test_update_holds_and_keeps_what_the_settings_name(out_dir):
-    """The settings are saved, and change no parameter by more than rounding."""
-    settings = {"max_updates": 2, "batch_size": 50, "out_dir": out_dir}
+    """The settings are saved with the run."""
+    settings = {"max_updates": 2, "batch_size": 50}
     watch = WatchUpdates()
-    result = train(TrainConfig(**settings, hold="f,g", keep="g.convolution.0"), quiet=True, callbacks=[watch])
+    result = train(TrainConfig(**settings, hold="f,g", keep="g.convolution.0", out_dir=out_dir), quiet=True, callbacks=[watch])
     assert Reverse(hold=("f", "g"), keep="g.convolution.0") in watch.policies
     saved = (result.folder / "config.yaml").read_text()
     assert "hold: f,g" in saved
     assert "keep: g.convolution.0" in saved
-    assert result.peak_bytes > train(TrainConfig(**settings), quiet=True).peak_bytes
+    assert result.peak_bytes > train(TrainConfig(**settings, out_dir=f"{out_dir}-2"), quiet=True).peak_bytes
     with pytest.raises(
         ValueError, match=r"`keep` of Reverse\(keep=\('h.linear',\)\) names the residual function 'h', but"
     ):
-        train(TrainConfig(**settings, keep="h.linear"), quiet=True)
+        train(TrainConfig(**settings, keep="h.linear", out_dir=f"{out_dir}-3"), quiet=True)
