@@ -108,7 +108,9 @@ def test_update_holds_and_keeps_what_the_settings_name(out_dir):
     """The settings are saved with the run."""
     settings = {"max_updates": 2, "batch_size": 50}
     watch = WatchUpdates()
-    result = train(TrainConfig(**settings, hold="f,g", keep="g.convolution.0", out_dir=out_dir), quiet=True, callbacks=[watch])
+    result = train(
+        TrainConfig(**settings, hold="f,g", keep="g.convolution.0", out_dir=out_dir), quiet=True, callbacks=[watch]
+    )
     assert Reverse(hold=("f", "g"), keep="g.convolution.0") in watch.policies
     saved = (result.folder / "config.yaml").read_text()
     assert "hold: f,g" in saved

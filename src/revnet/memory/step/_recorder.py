@@ -123,13 +123,12 @@ class Recorder(TorchDispatchMode):
     def log(self) -> StepLog:
         """Return what was recorded; call `end_forward` and `end` first."""
         assert self._forward_end is not None
-        births = np.array(self._births, np.int64)
         sequence = np.array(self._sequence, np.int64)
         return StepLog(
-            births=births,
-            deaths=_spread(self._deaths, len(births), self._event),
+            births=np.array(self._births, np.int64),
+            deaths=_spread(self._deaths, len(self._births), self._event),
             sizes=np.array(self._sizes, np.int64),
-            gradient_since=_spread(self._gradient_since, len(births), self._event),
+            gradient_since=_spread(self._gradient_since, len(self._births), self._event),
             creators=np.array(self._creators, np.int64),
             sequence=sequence,
             owners=_owners(sequence - self._start_sequence, self._start_sequence, self._forward_end, self._calls),
