@@ -2,7 +2,9 @@
 
 1. A step runs on fake tensors under several mixtures of policies, which shows the memory and time of every unit under
    every policy (`_costs`). With `MeasuredTiming`, real steps give the times (`_unit_seconds`).
-2. A dynamic program finds the mixtures that no other one beats in both memory and time (`_search`).
+   `Reverse()` gets variants that hold streams and keep outputs of operators (`_variants`, `_variant_costs`).
+2. A dynamic program finds the mixtures that no other one beats in both memory and time (`_search`). Equal units then
+   get equal choices in a row (`_tidy`).
 3. Its peaks are sums over units and may be slightly too high. So the candidates near the budget are predicted as whole
    steps, by falling speed, until one fits.
 """
