@@ -281,7 +281,7 @@ class _Keeping(TorchDispatchMode):
         if outputs.is_candidate(func) and torch.is_grad_enabled():
             number = self._num_calls[func]
             self._num_calls[func] = number + 1
-            tensors = _fresh_outputs(func, args, kwargs, result)
+            tensors = fresh_outputs(func, args, kwargs, result)
             if tensors:
                 call = OperatorCall(func, args, kwargs, tensors, result, outputs._total[0], self._num_calls)
                 outputs.add(call, number, num_slots)
@@ -320,8 +320,8 @@ class _Skipping(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fresh_outputs(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Outputs:
-    """Return the outputs of an operator if they can be kept; otherwise an empty tuple."""
+def fresh_outputs(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Outputs:
+    """Return the outputs of an operator if `Reverse(keep=...)` can keep them; otherwise an empty tuple."""
     if not _returns_fresh_tensors(func):
         return ()
     if torch.Tag.nondeterministic_seeded in func.tags and _argument(func, "dropout_p", args, kwargs) != 0:

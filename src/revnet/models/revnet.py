@@ -60,16 +60,24 @@ class Downsample(nn.Module, HasSinglePolicy):
     @property
     def policy_units(self) -> list[PolicyUnit]:
         """The whole block, as one unit."""
-        return [PolicyUnit("", (self.f, self.g), is_reversible=True)]
+        return [PolicyUnit("", (self.f, self.g), is_reversible=True, half_blocks=(self._half_f, self._half_g))]
+
+    @property
+    def _half_f(self) -> HalfBlock:
+        return HalfBlock(self.f, 0, 1, "downsample.f")
+
+    @property
+    def _half_g(self) -> HalfBlock:
+        return HalfBlock(self.g, 1, 0, "downsample.g", role="g")
 
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""
         x1, x2 = x
         # Shortcuts keep the precision of the streams. Under autocast a projection returns a lower one.
         y1 = self.shortcut1(x1).to(x1.dtype)
-        y1, x2 = self._policy.run(Chain([HalfBlock(self.f, 0, 1, "downsample.f")]).bind(), (y1, x2))
+        y1, x2 = self._policy.run(Chain([self._half_f]).bind(), (y1, x2))
         y2 = self.shortcut2(x2).to(x2.dtype)
-        y1, y2 = self._policy.run(Chain([HalfBlock(self.g, 1, 0, "downsample.g", role="g")]).bind(), (y1, y2))
+        y1, y2 = self._policy.run(Chain([self._half_g]).bind(), (y1, y2))
         return y1, y2
 
 

@@ -35,13 +35,20 @@ def prediction():
         yield model, prediction
 
 
-def test_the_chain_predicts_the_peak_of_any_mixture(prediction):
+@pytest.mark.parametrize("adds_variants", [False, True])
+def test_the_chain_predicts_the_peak_of_any_mixture(prediction, adds_variants):
     model, prediction = prediction
     units = find_units(model, POLICIES, prediction.run().log)
     memory = prediction.memory()
     constant_bytes = memory.parameter_bytes + memory.buffer_bytes + memory.input_bytes
-    costs, excess = count_costs(
-        model, units, prediction.run, RooflineTiming().seconds, constant_bytes=constant_bytes, floor=0
+    units, costs, excess, _ = count_costs(
+        model,
+        units,
+        prediction.run,
+        RooflineTiming().seconds,
+        constant_bytes=constant_bytes,
+        floor=0,
+        adds_variants=adds_variants,
     )
     assert excess < 0.05 * memory.peak_bytes
     draw = random.Random(0)

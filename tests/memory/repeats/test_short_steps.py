@@ -110,6 +110,21 @@ def test_prediction_from_some_blocks_equals_prediction_of_all(steps, make, x, op
     assert not any(found.is_refused for found in steps)
 
 
+def test_blocks_that_hold_and_keep_are_predicted_from_some(steps):
+    """A held stream decides how far the walk overwrites a stream in place, however far away it is."""
+    f, g, keep = Reverse(hold="f"), Reverse(hold="g"), Reverse(hold=("f", "g"), keep="f.linear.0")
+    model = network(40)
+    for policies in (
+        [f] + [Reverse()] * 20 + [f] * 9 + [Checkpoint()] * 10,
+        [Reverse()] * 12 + [g] * 12 + [keep] * 10 + [Store()] * 6,
+        [f] * 14 + [Checkpoint()] * 5 + [keep] * 14 + [Reverse()] * 7,
+    ):
+        model[1].set_policies(policies)
+        assert_same(predict(model, X), predict_whole(model, X))
+    assert steps
+    assert not any(short.is_refused for short in steps)
+
+
 def freeze_half(model):
     for block in model[1].blocks[:20]:
         block.requires_grad_(False)

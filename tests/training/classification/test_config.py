@@ -35,6 +35,21 @@ from revnet.training import TrainConfig
         ),
         ({"memory_budget": "0GiB"}, ValueError, r"`memory_budget` \(='0GiB'\) must be positive"),
         ({"memory_budget": ""}, ValueError, r"`memory_budget` \(=''\) must not be empty"),
+        ({"hold": ""}, ValueError, r"`hold` \(=''\) must not be empty"),
+        ({"hold": "f,,g"}, TypeError, r"`hold` \(='f,,g'\) must hold names of residual functions, such as 'f'"),
+        ({"keep": 64}, TypeError, r"`keep` \(=64\) must be a string"),
+        ({"keep": "norm"}, ValueError, r"`keep` holds 'norm', but the names of operators are 'convolution', 'linear'"),
+        ({"keep": "6 apples"}, ValueError, r"`keep` \(='6 apples'\) must be a number of bytes with a unit"),
+        (
+            {"hold": "f", "policy": "checkpoint"},
+            ValueError,
+            r"`hold` \(='f'\) goes with the policy `reverse` only, and `policy` is 'checkpoint'; leave",
+        ),
+        (
+            {"keep": "convolution", "memory_budget": "1GiB"},
+            ValueError,
+            r"`keep` \(='convolution'\) does not go with a `memory_budget`, which chooses it for each block; leave one",
+        ),
         ({"memory_budget": 2**30}, TypeError, r"`memory_budget` \(=1073741824\) must be a string"),
         (
             {"memory_budget": "1GiB", "policy": "store"},

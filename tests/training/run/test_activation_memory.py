@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from revnet.errors import BudgetError
 from revnet.memory import parse_bytes
 from revnet.memory.step._live import LiveBytes
-from revnet.nn import Checkpoint, Store
+from revnet.nn import Checkpoint, Reverse, Store
 from revnet.nn._whole_model import policy_holders
 from revnet.training import TrainConfig, load_classifier, train
 
@@ -102,3 +102,21 @@ def test_planning_does_not_change_random_numbers(tmp_path):
         result = train(TrainConfig(max_updates=2, out_dir=str(tmp_path / name), **settings), quiet=True)
         states.append(load_classifier(result.folder).state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_update_holds_and_keeps_what_the_settings_name(out_dir):
+    """The settings are saved with the run."""
+    settings = {"max_updates": 2, "batch_size": 50}
+    watch = WatchUpdates()
+    result = train(
+        TrainConfig(**settings, hold="f,g", keep="g.convolution.0", out_dir=out_dir), quiet=True, callbacks=[watch]
+    )
+    assert Reverse(hold=("f", "g"), keep="g.convolution.0") in watch.policies
+    saved = (result.folder / "config.yaml").read_text()
+    assert "hold: f,g" in saved
+    assert "keep: g.convolution.0" in saved
+    assert result.peak_bytes > train(TrainConfig(**settings, out_dir=f"{out_dir}-2"), quiet=True).peak_bytes
+    with pytest.raises(
+        ValueError, match=r"`keep` of Reverse\(keep=\('h.linear',\)\) names the residual function 'h', but"
+    ):
+        train(TrainConfig(**settings, keep="h.linear", out_dir=f"{out_dir}-3"), quiet=True)

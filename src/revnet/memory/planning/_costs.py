@@ -1,8 +1,9 @@
 """Count the costs of each policy at each unit, by running the step on fake tensors under several mixtures of policies.
 
-Nothing here knows what a policy does, so a new policy needs no change. Each probe is a step with one policy per unit.
-Together, the probes show every unit under each of its policies, followed by each policy of the next unit: the bytes
-that a unit holds depend on the next one, since both may hold the same stream.
+Each probe is a step with one policy per unit. Together, the probes of the policies show every unit under each of its
+policies, followed by each policy of the next unit: the bytes that a unit holds depend on the next one, since both may
+hold the same stream. The variants of `Reverse`, which differ only in what they hold and keep, need one probe each
+(`_variant_costs`).
 
 Times come from the probes with one policy everywhere. In a mixture, work that is done once for a row of reversed
 blocks, such as comparing a rebuilt stream with a sample, would be charged to every short row.
@@ -18,8 +19,18 @@ from torch import nn
 
 from revnet.memory.planning._search import ChainCosts
 from revnet.memory.planning._units import UnitInModel, assign
+from revnet.memory.planning._variant_costs import (
+    HoldMixtures,
+    SpanCounts,
+    VariantSlots,
+    VariantTiming,
+    extend_bytes,
+    is_reversed,
+    with_variants,
+)
 from revnet.memory.step._run_step import StepResult
 from revnet.memory.step._step_log import Integers, StepLog
+from revnet.nn import AbstractPolicy
 
 Seconds = Callable[[Integers, Integers], npt.NDArray[np.float64]]
 """Function from floating-point operations and moved bytes to the seconds of each operation."""
@@ -28,12 +39,16 @@ Seconds = Callable[[Integers, Integers], npt.NDArray[np.float64]]
 class CountedCosts(NamedTuple):
     """Costs of a chain of units."""
 
+    units: list[UnitInModel]
+    """The units with all their choices."""
     chain: ChainCosts
     excess_bytes: int
     """Largest number of bytes by which the chain's peak exceeded the true peak of a probe.
 
     The chain only models direct neighbors; units farther away have a small effect too.
     """
+    variants: VariantTiming | None = None
+    """How to find the times of the variants of `Reverse`; None without variants."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +72,7 @@ def count_costs(
     *,
     constant_bytes: int,
     floor: int,
+    adds_variants: bool = False,
 ) -> CountedCosts:
     """Count the costs of a chain: the part before the first unit, as a unit with one choice, and all units.
 
@@ -67,31 +83,105 @@ def count_costs(
         seconds: Function that estimates the time of operations.
         constant_bytes: Bytes alive during the whole step.
         floor: Peak that no policy lowers, such as the peak of the optimizer's step.
+        adds_variants: Whether to add variants of `Reverse()` to the choices of the units.
     """
+    prober = _Prober(model, units, run, seconds, constant_bytes)
+    costs = _count_kinds(prober, units, constant_bytes, floor)
+    timing = None
+    if adds_variants and any(map(is_reversed, units)):
+        units, costs, timing = _add_variants(prober, units, costs, seconds)
+    return CountedCosts(list(units), costs, prober.excess_bytes(units, costs), timing)
+
+
+class _Prober:
+    """Runs the step under mixtures of policies, and remembers their peaks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[UnitInModel],
+        run: Callable[[], StepResult],
+        seconds: Seconds,
+        constant_bytes: int,
+    ):
+        self._model, self._units, self._run, self._seconds = model, units, run, seconds
+        self._constant_bytes = constant_bytes
+        self._counts: dict[tuple[AbstractPolicy, ...], SpanCounts] = {}
+        self._last: tuple[tuple[AbstractPolicy, ...], StepLog] | None = None
+
+    def count(self, policies: Sequence[AbstractPolicy]) -> SpanCounts:
+        """Return the costs of each span of a step in which the units have these policies."""
+        key = tuple(policies)
+        if key not in self._counts:
+            log = self.log(policies)
+            self._counts[key] = _count(log, find_unit_spans(log, self._units), len(self._units) + 1, self._seconds)
+        return self._counts[key]
+
+    def log(self, policies: Sequence[AbstractPolicy]) -> StepLog:
+        """Return the log of a step in which the units have these policies."""
+        key = tuple(policies)
+        if self._last is None or self._last[0] != key:
+            assign(self._model, self._units, policies)
+            self._last = key, self._run().log
+        return self._last[1]
+
+    def excess_bytes(self, units: Sequence[UnitInModel], costs: ChainCosts) -> int:
+        """Return by how many bytes the peak of the chain exceeds the true peak of a probe, at most."""
+        excess = 0
+        for policies, counts in self._counts.items():
+            peak = self._constant_bytes + int(counts.peaks.max())
+            if all(policy in unit.choices for unit, policy in zip(units, policies, strict=True)):
+                choices = [unit.choices.index(policy) for unit, policy in zip(units, policies, strict=True)]
+                excess = max(excess, costs.peak([0, *choices]) - max(peak, costs.floor))
+        return excess
+
+
+def _count_kinds(prober: _Prober, units: Sequence[UnitInModel], constant_bytes: int, floor: int) -> ChainCosts:
+    """Count the costs of the choices without variants, from probes that contain each pair of neighbors."""
     num_choices = [1, *[len(unit.choices) for unit in units]]
     nexts = [*num_choices[1:], 1]
     held = [np.zeros(shape, np.int64) for shape in zip(num_choices, nexts, strict=True)]
     transient = [np.zeros(count, np.int64) for count in num_choices]
     times = [np.zeros(count) for count in num_choices]
-    peaks = []
     uniform = _uniform_probes(num_choices[1:])
-    for choices in [*probes(num_choices[1:]), *uniform]:
-        assign(model, units, [unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
-        log = run().log
-        spans = find_unit_spans(log, units)
-        of_probe = _count(log, spans, len(num_choices), seconds)
-        peaks.append(([0, *choices], constant_bytes + max(of_probe.peaks)))
-        before = 0
+    # The first choices everywhere come last, since the log of this step is used again.
+    for choices in [*probes(num_choices[1:]), *reversed(uniform)]:
+        counts = prober.count([unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
+        of_probe = counts.transient
         for index, (choice, after) in enumerate(zip([0, *choices], [*choices, 0], strict=True)):
             # The maximum over all probes, since a policy may cost less next to some neighbors.
-            held[index][choice, after] = max(held[index][choice, after], of_probe.held[index])
-            transient[index][choice] = max(transient[index][choice], of_probe.peaks[index] - before)
+            held[index][choice, after] = max(held[index][choice, after], counts.held[index])
+            transient[index][choice] = max(transient[index][choice], of_probe[index])
             if choices in uniform:
-                times[index][choice] = of_probe.seconds[index]
-            before += of_probe.held[index]
-    costs = ChainCosts(held, transient, times, base=constant_bytes, floor=floor, fixed_seconds=0.0)
-    excess = max((costs.peak(choices) - max(peak, floor) for choices, peak in peaks), default=0)
-    return CountedCosts(costs, excess)
+                times[index][choice] = counts.seconds[index]
+    return ChainCosts(held, transient, times, base=constant_bytes, floor=floor, fixed_seconds=0.0)
+
+
+def _add_variants(
+    prober: _Prober, units: Sequence[UnitInModel], costs: ChainCosts, seconds: Seconds
+) -> tuple[list[UnitInModel], ChainCosts, VariantTiming]:
+    """Add variants of `Reverse()` to the choices, with their costs."""
+    first = _uniform_probes([len(unit.choices) for unit in units])[0]
+    base = [unit.choices[choice] for unit, choice in zip(units, first, strict=True)]
+    without, log = prober.count(base), prober.log(base)
+    event_seconds = seconds(log.flops, log.moved_bytes)
+    mixtures = HoldMixtures(units, base)
+    counts = [prober.count(policies) for policies in mixtures.policies()]
+    hold_bytes = mixtures.bytes(without, counts)
+    hold_seconds = mixtures.seconds(without.seconds, [count.seconds for count in counts])
+    extended, last_entries = with_variants(units, log, event_seconds, hold_bytes, hold_seconds)
+    slots = VariantSlots(extended, base)
+    counts_of_slots = [prober.count(policies) for policies in slots.policies()]
+    own_bytes = slots.own_bytes(without, counts_of_slots, hold_bytes)
+    held, transient = extend_bytes(costs, extended, own_bytes, hold_bytes, counts_of_slots)
+    timing = VariantTiming(base, mixtures, slots, last_entries)
+    times = timing.seconds(
+        [unit_seconds[:, 0] for unit_seconds in costs.seconds],
+        without.seconds,
+        [count.seconds for count in counts],
+        [count.seconds for count in counts_of_slots],
+    )
+    return extended, ChainCosts(held, transient, times, costs.base, costs.floor, costs.fixed_seconds), timing
 
 
 def probes(num_choices: Sequence[int]) -> list[list[int]]:
@@ -126,23 +216,14 @@ def find_unit_spans(log: StepLog, units: Sequence[UnitInModel]) -> UnitSpans:
     return UnitSpans(of_event, of_event[log.births])
 
 
-@dataclass(frozen=True, eq=False)
-class _Counts:
-    """Costs of each span in one probe."""
-
-    held: list[int]
-    peaks: list[int]
-    seconds: list[float]
-
-
-def _count(log: StepLog, spans: UnitSpans, num_spans: int, seconds: Seconds) -> _Counts:
+def _count(log: StepLog, spans: UnitSpans, num_spans: int, seconds: Seconds) -> SpanCounts:
     held = np.zeros(num_spans, np.int64)
     np.add.at(held, spans.of_storage[log.is_held], log.sizes[log.is_held])
     peaks = np.zeros(num_spans, np.int64)
     np.maximum.at(peaks, spans.of_event, log.live_bytes)
     times = np.zeros(num_spans)
     np.add.at(times, spans.of_event, seconds(log.flops, log.moved_bytes))
-    return _Counts(held.tolist(), peaks.tolist(), times.tolist())
+    return SpanCounts(held, peaks, times)
 
 
 def _all_pairs(num_choices: int) -> list[int]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from revnet._bytes import format_bytes
 from revnet._text_table import aligned
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._timing import Timing
 from revnet.memory.step._memory_parts import Breakdown
+from revnet.nn import AbstractPolicy, Reverse
 
 
 def total_lines(
@@ -42,7 +44,7 @@ def unit_lines(units: Iterable[PlannedUnit]) -> list[str]:
         table.append(
             (
                 _names(run),
-                str(first.policy),
+                describe_policy(first.policy),
                 format_bytes(first.held_bytes),
                 format_bytes(first.stored_bytes),
                 f"{100 * first.extra_time:.2f} %",
@@ -66,6 +68,22 @@ def comparison_lines(references: Mapping[str, PlanPoint], points: Sequence[PlanP
     rows = [("for comparison", "peak", "step time")]
     rows += [(name, format_bytes(point.peak_bytes), f"{point.time_ratio:.3f}") for name, point in compared.items()]
     return aligned(rows, num_left=1)
+
+
+def describe_policy(policy: AbstractPolicy) -> str:
+    """Return a policy as a short expression that makes it."""
+    if type(policy) is not Reverse:
+        return str(policy)
+    given = {"hold": policy.hold, "keep": policy.keep}
+    arguments = [f"{name}={_joined(value)}" for name, value in given.items() if value != ()]
+    return f"Reverse({', '.join(arguments)})"
+
+
+def _joined(entries: Any) -> str:
+    """Return names with commas between them, or the representation of something else."""
+    if isinstance(entries, tuple) and all(isinstance(entry, str) for entry in entries):
+        return f'"{",".join(entries)}"'
+    return repr(entries)
 
 
 def _kind(unit: PlannedUnit) -> tuple[object, ...]:

@@ -2,7 +2,9 @@
 
 1. A step runs on fake tensors under several mixtures of policies, which shows the memory and time of every unit under
    every policy (`_costs`). With `MeasuredTiming`, real steps give the times (`_unit_seconds`).
-2. A dynamic program finds the mixtures that no other one beats in both memory and time (`_search`).
+   `Reverse()` gets variants that hold streams and keep outputs of operators (`_variants`, `_variant_costs`).
+2. A dynamic program finds the mixtures that no other one beats in both memory and time (`_search`). Equal units then
+   get equal choices in a row (`_tidy`).
 3. Its peaks are sums over units and may be slightly too high. So the candidates near the budget are predicted as whole
    steps, by falling speed, until one fits.
 """
@@ -21,8 +23,10 @@ from revnet.memory.planning._chunked_loss import check_has_head, chunking_loss
 from revnet.memory.planning._costs import CountedCosts, count_costs
 from revnet.memory.planning._max_batch_size import largest_batch
 from revnet.memory.planning._plan import Plan
+from revnet.memory.planning._plan_report import describe_policy
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._search import ChainCosts, FrontierPoint, find_frontier
+from revnet.memory.planning._tidy import tidied
 from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timing
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._unit_seconds import measure_seconds
@@ -53,7 +57,7 @@ def plan(
     autocast: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    policies: Sequence[AbstractPolicy | str] = POLICIES,
+    policies: Sequence[AbstractPolicy | str] | None = None,
     timing: Timing | None = None,
     step_in_backward: bool | Literal["auto"] = False,
     chunked_loss: bool | Literal["auto"] | None = None,
@@ -81,8 +85,9 @@ def plan(
         autocast: See `predict`.
         dtype: See `predict`.
         device: See `predict`.
-        policies: Policies to choose from, or their names, from the least memory to the most. A unit uses those that it
-            accepts. `Store()` is always added.
+        policies: Policies to choose from, or their names, from the least memory to the most. A unit uses the ones that
+            it accepts. `Store()` is always added. By default, `Reverse()`, `Checkpoint()` and `Store()`; the plan then
+            also chooses `hold` and `keep` of `Reverse` for each unit.
         timing: Source of the times: `RooflineTiming()` estimates them from shapes and is the default,
             `MeasuredTiming()` runs steps.
         step_in_backward: Whether the optimizer's step runs in the backward pass, by `revnet.optim.StepInBackward`. With
@@ -104,7 +109,7 @@ def plan(
     timing = RooflineTiming() if timing is None else timing
     if not isinstance(timing, RooflineTiming | MeasuredTiming):
         raise TypeError(f"`timing` (={timing!r}) must be a `RooflineTiming()` or a `MeasuredTiming()`.")
-    allowed = _check_policies(policies)
+    allowed = _Allowed(POLICIES, True) if policies is None else _Allowed(_check_policies(policies), False)
     _check_choices(step_in_backward=step_in_backward, chunked_loss=chunked_loss)
     check_step_in_backward(bool(step_in_backward), optimizer)
     if chunked_loss is not None:
@@ -133,9 +138,7 @@ def _check_choices(**choices: bool | str | None) -> None:
             raise ValueError(f"`{name}` (={value!r}) must be True, False or 'auto'.")
 
 
-def _plan_step(
-    step: TrainingStep, budget_bytes: int, allowed: Sequence[AbstractPolicy], timing: Timing
-) -> "_Outcome | _Failure":
+def _plan_step(step: TrainingStep, budget_bytes: int, allowed: "_Allowed", timing: Timing) -> "_Outcome | _Failure":
     short = find_short_steps(step.model)
     try:
         return _plan_with(short, step, budget_bytes, allowed, timing)
@@ -147,16 +150,17 @@ def _plan_with(
     short: ShortSteps | None,
     step: TrainingStep,
     budget_bytes: int,
-    allowed: Sequence[AbstractPolicy],
+    allowed: "_Allowed",
     timing: Timing,
 ) -> "_Outcome | _Failure":
     with restoring_policies(step.model), chunking_loss(step.model, step.chunked_loss):
         with step.predicted(short) as prediction:
-            units, (costs, excess_bytes) = _count_costs(step, prediction, allowed, timing)
+            units, costs, excess_bytes, variants = _count_costs(step, prediction, allowed, timing)
         if isinstance(timing, MeasuredTiming):
-            costs = replace(costs, seconds=measure_seconds(step, units, costs, timing))
+            costs = replace(costs, seconds=measure_seconds(step, units, costs, variants, timing))
         frontier = find_frontier(costs)
         stored_seconds = costs.time([0, *[len(unit.choices) - 1 for unit in units]])
+        best = tidied(costs, frontier.points)
         with step.predicted(short) as prediction:
 
             def predict_with(point: FrontierPoint) -> StepMemory:
@@ -165,17 +169,26 @@ def _plan_with(
 
             # One policy everywhere never beats the frontier, but its peak was observed, not added up.
             references = _uniform_points(units, costs)
-            candidates = [*frontier.points, *references.values()]
+            candidates = [*best, *references.values()]
             point, memory = _fastest_within(budget_bytes, candidates, excess_bytes, predict_with)
             if point is None:
                 return _Failure(stored_seconds, _budget_error(step, budget_bytes, memory))
             references = {name: _with_peak(other, predict_with(other)) for name, other in references.items()}
-            least = _with_peak(frontier.points[0], predict_with(frontier.points[0]))
+            least = _with_peak(best[0], predict_with(best[0]))
     point = _with_peak(point, memory)
     # A predicted peak replaces the sum for the same choices.
-    by_choices = {other.choices: other for other in [*frontier.points, least, *references.values(), point]}
+    by_choices = {other.choices: other for other in [*best, least, *references.values(), point]}
     points = _undominated(by_choices.values())
     return _Outcome(stored_seconds, step, units, costs, points, references, point, memory, frontier.is_exact)
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """Policies to choose from."""
+
+    policies: tuple[AbstractPolicy, ...]
+    with_variants: bool
+    """Whether the plan also chooses `hold` and `keep` of `Reverse`."""
 
 
 def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractPolicy, ...]:
@@ -188,10 +201,8 @@ def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractP
     return (*[policy for policy in chosen if policy != Store()], Store())
 
 
-def _count_costs(
-    step: TrainingStep, prediction: Prediction, policies: Sequence[AbstractPolicy], timing: Timing
-) -> tuple[list[UnitInModel], CountedCosts]:
-    units = find_units(step.model, policies, prediction.run().log)
+def _count_costs(step: TrainingStep, prediction: Prediction, allowed: "_Allowed", timing: Timing) -> CountedCosts:
+    units = find_units(step.model, allowed.policies, prediction.run().log)
     if not units:
         raise ValueError(
             f"`model` (={type(step.model).__name__}) has no units to plan; build it from `ReversibleSequential`, or "
@@ -202,15 +213,15 @@ def _count_costs(
     later = slice(memory.timeline.optimizer_start, None)
     in_optimizer = memory.timeline.activation_bytes[later] + memory.timeline.gradient_bytes[later]
     roofline = timing if isinstance(timing, RooflineTiming) else RooflineTiming()
-    costs = count_costs(
+    return count_costs(
         step.model,
         units,
         prediction.run,
         roofline.seconds,
         constant_bytes=constant_bytes,
         floor=constant_bytes + int(in_optimizer.max(initial=0)),
+        adds_variants=allowed.with_variants,
     )
-    return units, costs
 
 
 def _policies_at(point: FrontierPoint, units: Sequence[UnitInModel]) -> list[AbstractPolicy]:
@@ -220,12 +231,15 @@ def _policies_at(point: FrontierPoint, units: Sequence[UnitInModel]) -> list[Abs
 
 def _uniform_points(units: Sequence[UnitInModel], costs: ChainCosts) -> dict[str, FrontierPoint]:
     """Return one point for each policy, which all units have; a unit that does not accept it has its next policy."""
-    most = max(len(unit.choices) for unit in units)
-    longest = next(unit for unit in units if len(unit.choices) == most)
+    most = max(len(unit.kinds) for unit in units)
+    longest = next(unit for unit in units if len(unit.kinds) == most)
     points = {}
-    for choice, policy in enumerate(longest.choices):
-        choices = (0, *[max(0, choice - (most - len(unit.choices))) for unit in units])
-        name = "plain autograd" if policy == Store() else f"{type(policy).__name__.lower()} all"
+    for kind, policy in enumerate(longest.kinds):
+        of_units = [unit.kinds[max(0, kind - (most - len(unit.kinds)))] for unit in units]
+        choices = (0, *[unit.choices.index(policy) for unit, policy in zip(units, of_units, strict=True)])
+        is_plain = policy == type(policy)()
+        name = f"{type(policy).__name__.lower()} all" if is_plain else f"{describe_policy(policy)} all"
+        name = "plain autograd" if policy == Store() else name
         points[name] = FrontierPoint(costs.peak(choices), costs.time(choices), choices)
     return points
 
@@ -348,8 +362,8 @@ def _make_plan(outcome: _Outcome, budget_bytes: int, timing: Timing, *, stored_s
                 policy=unit.choices[choice],
                 held_bytes=int(costs.held[index][choice, next_choice]),
                 stored_bytes=int(costs.held[index][-1, -1]),
-                extra_time=float(seconds[choice] - seconds[-1]) / stored_seconds,
-                most_extra_time=float(seconds.max() - seconds[-1]) / stored_seconds,
+                extra_time=float(seconds[choice, next_choice] - seconds[-1, -1]) / stored_seconds,
+                most_extra_time=float(seconds.max() - seconds[-1, -1]) / stored_seconds,
             )
         )
 

@@ -29,11 +29,12 @@ class ChainCosts:
     With `p` the choice of a unit and `q` the choice of the next unit,
 
         peak = max(floor, base + max over i of (sum over j < i of held[j][p, q] + transient[i][p]))
-        time = fixed_seconds + sum over i of seconds[i][p]
+        time = fixed_seconds + sum over i of seconds[i][p, q]
 
     Shape:
         held[i]: (P, Q), for P choices of unit i, and Q of unit i + 1; Q is 1 for the last unit.
-        transient[i], seconds[i]: (P,).
+        transient[i]: (P,).
+        seconds[i]: (P, Q), or (P,) if the time does not depend on the next unit.
 
     Raises:
         TypeError: Bytes are not integers.
@@ -45,7 +46,7 @@ class ChainCosts:
     transient: list[_Ints]
     """Peak bytes while a unit runs, with the bytes that it holds, without the bytes that earlier units hold."""
     seconds: list[npt.NDArray[np.float64]]
-    """Time of a unit, forward and backward together."""
+    """Time of a unit, forward and backward together. It has the shape (P, Q) once the costs are made."""
     base: int
     """Bytes that are always alive."""
     floor: int
@@ -68,9 +69,18 @@ class ChainCosts:
         object.__setattr__(self, "floor", int(_bytes(self.floor, "floor")))
         object.__setattr__(self, "fixed_seconds", float(_seconds(self.fixed_seconds, "fixed_seconds")))
         self._check_shapes()
+        self._spread_seconds()
         most = self.base + self.floor + sum(int(costs.max()) for costs in (*self.held, *self.transient))
         if most >= 2**_MOST_BITS:
             raise ValueError(f"all bytes (={most} together, at most) must be below 2**{_MOST_BITS}, to be exact.")
+
+    def _spread_seconds(self) -> None:
+        """Give each time that does not depend on the next unit for each choice of it."""
+        spread = [
+            costs[:, None].repeat(held.shape[1], axis=1) if costs.ndim == 1 else costs
+            for costs, held in zip(self.seconds, self.held, strict=True)
+        ]
+        object.__setattr__(self, "seconds", spread)
 
     def _check_shapes(self) -> None:
         for index, unit in enumerate(self.transient):
@@ -79,9 +89,10 @@ class ChainCosts:
         num_choices = [*map(len, self.transient), 1]
         for name, arrays, shapes in (
             ("held", self.held, pairwise(num_choices)),
-            ("seconds", self.seconds, zip(num_choices, strict=False)),
+            ("seconds", self.seconds, pairwise(num_choices)),
         ):
-            for index, (costs, shape) in enumerate(zip(arrays, shapes, strict=False)):
+            for index, (costs, pair) in enumerate(zip(arrays, shapes, strict=False)):
+                shape = pair[:1] if name == "seconds" and costs.ndim == 1 else pair
                 if costs.shape != shape:
                     raise ValueError(
                         f"`{name}[{index}]` (of shape {costs.shape}) must be of shape {shape}, by the choices in "
@@ -106,7 +117,13 @@ class ChainCosts:
         """Return the seconds of a step with these choices, one for each unit."""
         self._check(choices)
         return math.fsum(
-            [self.fixed_seconds, *(float(costs[choice]) for costs, choice in zip(self.seconds, choices, strict=True))]
+            [
+                self.fixed_seconds,
+                *(
+                    float(costs[choice, after])
+                    for costs, (choice, after) in zip(self.seconds, pairwise([*choices, 0]), strict=True)
+                ),
+            ]
         )
 
     def _check(self, choices: Sequence[int]) -> None:
@@ -188,7 +205,7 @@ def find_frontier(costs: ChainCosts, *, max_points: int = 1000) -> Frontier:
     num_first = int(states.choices[-1]) + 1
     floor = np.array([max(0, costs.floor - costs.base)])
     start, is_whole = _extend(
-        states, np.zeros((1, num_first), np.int64), floor, np.zeros(1, np.int64), max_points=max_points
+        states, np.zeros((1, num_first), np.int64), floor, np.zeros((1, num_first), np.int64), max_points=max_points
     )
     points = _points(costs, start, chain[::-1])
     return Frontier(points, is_exact=is_exact and is_whole)
@@ -200,12 +217,12 @@ def _extend(states: _States, held: _Ints, transient: _Ints, ticks: _Ints, *, max
     is_whole = True
     for choice in range(len(held)):
         peaks = np.maximum(held[choice].take(states.choices) + states.peaks, transient[choice])
-        best = _best(peaks, states.ticks)
+        times = states.ticks + ticks[choice].take(states.choices)
+        best = _best(peaks, times)
         if len(best) > max_points:
             is_whole = False
             best = best[_evenly_spaced(peaks.take(best), max_points)]
-        times = states.ticks.take(best) + ticks[choice]
-        kept.append(_States(peaks.take(best), times, np.full(len(best), choice), best))
+        kept.append(_States(peaks.take(best), times.take(best), np.full(len(best), choice), best))
     return _States(*(np.concatenate(parts) for parts in zip(*kept, strict=True))), is_whole
 
 
@@ -238,8 +255,10 @@ def _points(
     at: npt.NDArray[np.integer[Any]] = start.nexts
     for index, (unit_choices, nexts) in enumerate(chain):
         choices[:, index] = unit_choices[at]
-        seconds[:, index] = costs.seconds[index][choices[:, index]]
         at = nexts[at]
+    for index, own in enumerate(costs.seconds):
+        following = choices[:, index + 1] if index + 1 < costs.num_units else 0
+        seconds[:, index] = own[choices[:, index], following]
     points: list[FrontierPoint] = []
     for peak, row, terms in zip(start.peaks.tolist(), choices.tolist(), seconds.tolist(), strict=True):
         time = math.fsum([costs.fixed_seconds, *terms])

@@ -17,7 +17,9 @@ from revnet.memory.planning._search import ChainCosts
 from revnet.memory.planning._timing import MeasuredTiming
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._units import UnitInModel, assign
+from revnet.memory.planning._variant_costs import VariantTiming
 from revnet.memory.step._run_step import losses_of, tensors_in
+from revnet.nn import AbstractPolicy
 from revnet.nn._restore import restoring_state
 
 _LEAST_EXTRA = 1e-3
@@ -25,7 +27,11 @@ _LEAST_EXTRA = 1e-3
 
 
 def measure_seconds(
-    step: TrainingStep, units: Sequence[UnitInModel], costs: ChainCosts, timing: MeasuredTiming
+    step: TrainingStep,
+    units: Sequence[UnitInModel],
+    costs: ChainCosts,
+    variants: VariantTiming | None,
+    timing: MeasuredTiming,
 ) -> list[npt.NDArray[np.float64]]:
     """Measure the part before the first unit, and each unit under each of its policies.
 
@@ -33,19 +39,29 @@ def measure_seconds(
         step: The step, whose model is left with other policies.
         units: Units in the order in which they run.
         costs: Counted costs, which show which units are alike and whether the step fits the free memory.
+        variants: How to find the times of variants of `Reverse`; None without variants.
         timing: Number of rounds.
 
     Raises:
         BudgetError: Not one sample fits the free memory with all activations stored.
         ValueError: A tensor is on the meta device.
     """
-    times = _time_policies(_fitting_free_memory(step, units, costs), units, timing.num_rounds)
+    most = max(len(unit.kinds) for unit in units)
+    # A unit with fewer choices has its last ones, which take the most memory.
+    mixtures = [[unit.kinds[max(0, kind - most + len(unit.kinds))] for unit in units] for kind in range(most)]
+    if variants is not None:
+        mixtures += [variants.base, *variants.holds.policies(), *variants.slots.policies()]
+    times = _time_mixtures(_fitting_free_memory(step, units, costs), units, mixtures, timing.num_rounds)
     # Disturbances only ever add time, so the fastest round counts.
     fastest = times.min(axis=0)
     for members in _alike(costs).values():
         fastest[:, members] = np.median(fastest[:, members], axis=1)[:, None]
-    num_choices = [1, *[len(unit.choices) for unit in units]]
-    seconds = [fastest[len(fastest) - count :, index] for index, count in enumerate(num_choices)]
+    num_kinds = [1, *[len(unit.kinds) for unit in units]]
+    seconds = [fastest[most - count : most, index].copy() for index, count in enumerate(num_kinds)]
+    if variants is not None:
+        base, *rest = fastest[most:]
+        num_holds = len(variants.holds.mixtures)
+        seconds = variants.seconds(seconds, base, rest[:num_holds], rest[num_holds:])
     for own in seconds:
         # Nothing does less work than storing, the last choice. A policy that seems faster is noise, and a plan must not
         # give up storing for it.
@@ -85,19 +101,21 @@ def _alike(costs: ChainCosts) -> dict[Hashable, list[int]]:
     return groups
 
 
-def _time_policies(step: TrainingStep, units: Sequence[UnitInModel], num_rounds: int) -> npt.NDArray[np.float64]:
-    """Return the seconds by round, choice, and unit, where unit 0 is the part before the first unit."""
-    most_choices = max(len(unit.choices) for unit in units)
-    times = np.zeros((num_rounds, most_choices, len(units) + 1))
+def _time_mixtures(
+    step: TrainingStep,
+    units: Sequence[UnitInModel],
+    mixtures: Sequence[Sequence[AbstractPolicy]],
+    num_rounds: int,
+) -> npt.NDArray[np.float64]:
+    """Return the seconds by round, mixture, and unit, where unit 0 is the part before the first unit."""
+    times = np.zeros((num_rounds, len(mixtures), len(units) + 1))
     with restoring_state(step.model):
         for turn in range(-1, num_rounds):  # the first round warms up
-            for choice in range(most_choices):
-                # A unit with fewer choices has its last ones, which take the most memory.
-                policies = [unit.choices[max(0, choice - most_choices + len(unit.choices))] for unit in units]
+            for number, policies in enumerate(mixtures):
                 assign(step.model, units, policies)
                 seconds = _time_step(step, units)
                 if turn >= 0:
-                    times[turn, choice] = seconds
+                    times[turn, number] = seconds
     return times
 
 

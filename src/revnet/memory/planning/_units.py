@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from revnet.engine import HalfBlock
 from revnet.memory.step._step_log import StepLog
 from revnet.nn import AbstractPolicy
 from revnet.nn._whole_model import policy_holders
@@ -25,6 +26,25 @@ class UnitInModel:
     """Modules that run under the policy, in order."""
     choices: tuple[AbstractPolicy, ...]
     """Policies to choose from."""
+    half_blocks: tuple[HalfBlock, ...] = ()
+    """The half-blocks of a reversible unit."""
+    num_variants: int = 0
+    """Number of variants of the first choice, which follow it."""
+
+    @property
+    def kinds(self) -> tuple[AbstractPolicy, ...]:
+        """The choices without variants."""
+        return (*self.choices[:1], *self.choices[1 + self.num_variants :])
+
+    @property
+    def variants(self) -> tuple[AbstractPolicy, ...]:
+        """The variants of the first choice."""
+        return self.choices[1 : 1 + self.num_variants]
+
+    def with_variants(self, variants: Sequence[AbstractPolicy]) -> "UnitInModel":
+        """Return the unit with variants of its first choice."""
+        choices = (*self.kinds[:1], *variants, *self.kinds[1:])
+        return replace(self, choices=choices, num_variants=len(variants))
 
 
 def find_units(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLog) -> list[UnitInModel]:
@@ -45,6 +65,7 @@ def find_units(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLo
             index=index,
             functions=unit.functions,
             choices=tuple(policy for policy in policies if unit.accepts(policy)),
+            half_blocks=unit.half_blocks,
         )
         for holder_name, holder in policy_holders(model).items()
         for index, unit in enumerate(holder.policy_units)

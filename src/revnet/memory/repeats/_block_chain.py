@@ -11,9 +11,9 @@ from torch import nn
 
 from revnet._torch_internals import has_global_module_hook
 from revnet.memory.repeats._block_kinds import kinds_of_blocks
-from revnet.memory.repeats._frame import Label, NotRepeatedError
+from revnet.memory.repeats._frame import NUM_HOLDS, Label, NotRepeatedError, with_held_before
 from revnet.memory.step._step_log import Call, StepLog
-from revnet.nn import AbstractPolicy, HasPolicies, ReversibleSequential
+from revnet.nn import AbstractPolicy, HasPolicies, Reverse, ReversibleSequential
 from revnet.nn._whole_model import policy_holders
 
 FEWEST = 32
@@ -37,6 +37,17 @@ class Row:
         for block, kind in zip(self.blocks, self.kinds, strict=True):
             blocks.setdefault(kind, []).append(block)
         return blocks
+
+    @cached_property
+    def roles(self) -> list[str]:
+        """Names of the first functions of a block."""
+        return [half_block.role for half_block in self.blocks[0].half_blocks()][:NUM_HOLDS]  # type: ignore[operator]
+
+    def held_by(self, policy: AbstractPolicy) -> tuple[int, ...]:
+        """Return the numbers of the functions whose input streams a policy holds."""
+        if not isinstance(policy, Reverse):
+            return ()
+        return tuple([number for number, role in enumerate(self.roles) if policy.holds(role)])
 
 
 def find_rows(model: nn.Module) -> dict[str, Row]:
@@ -129,8 +140,13 @@ class BlockChain:
             assert position is not None
             row = self.rows.get(position.holder)
             kind = -position.index - 1 if row is None else row.kinds[position.index]
-            labels.append(Label(position.holder, kind, self._number(policies[position.holder][position.index])))
-        return labels
+            policy = policies[position.holder][position.index]
+            number = self._number(policy)
+            # Neighboring blocks with any `Reverse` form one chain.
+            family = -1 if type(policy) is Reverse else number
+            held = () if row is None else row.held_by(policy)
+            labels.append(Label(position.holder, kind, number, family, held))
+        return with_held_before(labels)
 
     def _others(self, policies: dict[str, tuple[AbstractPolicy, ...]]) -> Hashable:
         """Return the policies of the units that are not in the chain."""

@@ -11,7 +11,7 @@ from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 
 PASSES = (True, False)
 """The forward pass visits the positions in ascending order, the backward pass in descending order."""
-EVENT_COLUMNS = 5
+EVENT_COLUMNS = 6
 # Columns of storages: the index of the event of birth, the size, two for the creator, and moments.
 _DEATH = slice(4, 4 + MOMENT_COLUMNS)
 _GRADIENT = slice(_DEATH.stop, _DEATH.stop + MOMENT_COLUMNS)
@@ -155,9 +155,10 @@ def join_log(
         gradient_since=joined.events(storages[:, _GRADIENT], own),
         creators=owners.indices(storages[:, 2:4], own),
         sequence=events[:, 2] + sequence_starts[at],
-        owners=owners.indices(events[:, 3:], at),
+        owners=owners.indices(events[:, 3:5], at),
         flops=events[:, 0],
         moved_bytes=events[:, 1],
+        keep_kinds=events[:, 5],
         calls=_calls(joined, sequence_starts, owners, names, modules),
         modules=names,
         forward_end=int(joined.grid.lengths[0].sum()) - 1,

@@ -7,7 +7,14 @@ import numpy as np
 from torch import nn
 
 from revnet.memory.repeats._block_chain import BlockChain, Row, find_rows
-from revnet.memory.repeats._frame import AmbiguousError, Frame, Label, NotRepeatedError
+from revnet.memory.repeats._frame import (
+    AmbiguousError,
+    Frame,
+    Label,
+    NotRepeatedError,
+    needed_for_chains,
+    with_held_before,
+)
 from revnet.memory.repeats._library import Library
 from revnet.memory.repeats._pieces import Grid, Joined, Piece, Places
 from revnet.memory.repeats._short_log import (
@@ -116,6 +123,8 @@ class ShortSteps:
             self._show(labels, windows, prepare, run, num_examples=2)
         if is_first:  # A second length shows which figures depend on the length.
             self._show(labels, windows, prepare, run, num_examples=3, is_anew=True)
+        if any(window not in library.known for window in windows):
+            raise NotRepeatedError
         for _ in range(_MOST_ROUNDS):
             pieces = [library.known[window] for window in windows]
             try:
@@ -142,12 +151,13 @@ class ShortSteps:
         chain = self._chain
         known: Collection[int] = () if is_anew else self._library.known
         near = {min(max(0, index + step), len(labels) - 1) for index in also for step in range(-REACH, REACH + 1)}
-        shown = positions_to_show(windows, known, [*chain.fixed, *chain.ends, *near], num_examples=num_examples)
+        fixed = [*chain.fixed, *chain.ends, *near, *needed_for_chains(labels)]
+        shown = positions_to_show(windows, known, fixed, num_examples=num_examples)
         blocks = chain.blocks_for(shown)
         prepare(list(blocks.values()))
         with chain.showing(blocks):
             result = run()
-            self._add(shown, blocks, [labels[index] for index in shown], result)
+            self._add(shown, blocks, with_held_before([labels[index] for index in shown]), result)
 
     def _add(
         self, shown: Sequence[int], blocks: dict[int, nn.Module], labels: Sequence[Label], result: StepResult
@@ -164,7 +174,8 @@ class ShortSteps:
         events = np.zeros((log.num_events, EVENT_COLUMNS), np.int64)
         events[:, 0], events[:, 1] = log.flops, log.moved_bytes
         events[:, 2] = log.sequence - sequence.starts[positions]
-        events[:, 3:] = owners.rows(log.owners, positions)
+        events[:, 3:5] = owners.rows(log.owners, positions)
+        events[:, 5] = log.keep_kinds
         storages = storage_rows(log, places, owners)
         calls = call_rows(log, places, sequence, owners)
         gradients = self._gradients_of(blocks, result.has_gradient)

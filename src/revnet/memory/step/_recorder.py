@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnet._torch_internals import current_node, next_sequence_number, python_operator, sequence_number_of
+from revnet.engine._keep import fresh_outputs
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 from revnet.memory.step._storage_reference import StorageReference
 from revnet.nn import AbstractReversibleBlock
+from revnet.nn.policies._keep_spec import kind_of
 
 _aten = torch.ops.aten
 # Returns its argument, a new tensor that no recorded operation created: `torch.tensor` ends with it.
@@ -64,6 +66,7 @@ class Recorder(TorchDispatchMode):
         self._sequence: list[int] = []
         self._flops: list[int] = []
         self._moved_bytes: list[int] = []
+        self._keep_kinds: list[int] = []
         self.counts_costs = True
 
         self._names: list[str] = []
@@ -120,20 +123,19 @@ class Recorder(TorchDispatchMode):
     def log(self) -> StepLog:
         """Return what was recorded; call `end_forward` and `end` first."""
         assert self._forward_end is not None
-        births = np.array(self._births, np.int64)
-        calls = [call.finished(self._names) for call in self._calls]
         sequence = np.array(self._sequence, np.int64)
         return StepLog(
-            births=births,
-            deaths=_spread(self._deaths, len(births), self._event),
+            births=np.array(self._births, np.int64),
+            deaths=_spread(self._deaths, len(self._births), self._event),
             sizes=np.array(self._sizes, np.int64),
-            gradient_since=_spread(self._gradient_since, len(births), self._event),
+            gradient_since=_spread(self._gradient_since, len(self._births), self._event),
             creators=np.array(self._creators, np.int64),
             sequence=sequence,
             owners=_owners(sequence - self._start_sequence, self._start_sequence, self._forward_end, self._calls),
             flops=np.array(self._flops, np.int64),
             moved_bytes=np.array(self._moved_bytes, np.int64),
-            calls=calls,
+            keep_kinds=np.array(self._keep_kinds, np.int64),
+            calls=[call.finished(self._names) for call in self._calls],
             modules=tuple(self._names),
             forward_end=self._forward_end,
         )
@@ -161,7 +163,7 @@ class Recorder(TorchDispatchMode):
             for tensor in outputs:
                 if tensor.layout is torch.strided and tensor.device.type == self._device_type:
                     self._watch(tensor.untyped_storage(), func)
-        self._end_event(sequence, flops, moved_bytes)
+        self._end_event(sequence, flops, moved_bytes, operation.keep_kind_of(func, args, kwargs, result))
         return result
 
     def _watch(self, storage: torch.UntypedStorage, func: Any) -> None:
@@ -181,10 +183,11 @@ class Recorder(TorchDispatchMode):
         self._deaths[reference.index] = self._event
         del self._references[reference.key]
 
-    def _end_event(self, sequence: int, flops: int, moved_bytes: int) -> None:
+    def _end_event(self, sequence: int, flops: int, moved_bytes: int, keep_kind: int = 0) -> None:
         self._sequence.append(sequence)
         self._flops.append(flops)
         self._moved_bytes.append(moved_bytes)
+        self._keep_kinds.append(keep_kind)
         self._event += 1
 
     def _current_sequence(self) -> int:
@@ -256,6 +259,8 @@ class _Operation:
     count_flops: Callable[..., int] | None
     function: Callable[..., Any] | None
     """The function that an operator in Python runs, whose operations count instead of it."""
+    keep_kind: int
+    """1 plus the index in `KEEP_NAMES`; 0 for an operator that has no such name."""
 
     @classmethod
     def of(cls, func: Any) -> "_Operation":
@@ -265,7 +270,9 @@ class _Operation:
             argument.alias_info is not None and not argument.alias_info.is_write for argument in schema.arguments
         )
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
-        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket), python_operator(func))
+        index = kind_of(func)
+        kind = 0 if index is None else index + 1
+        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket), python_operator(func), kind)
 
     def costs(self, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]) -> tuple[int, int]:
         """Return the floating-point operations of a call, and the bytes that it reads and writes."""
@@ -274,6 +281,12 @@ class _Operation:
             return flops, 0
         inputs = _tensors_in((*args, *kwargs.values()))
         return flops, sum(map(_num_bytes, outputs)) + sum(map(_num_bytes, inputs))
+
+    def keep_kind_of(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Return the kind of a call, as in `StepLog.keep_kinds`."""
+        if not self.keep_kind or not torch.is_grad_enabled():
+            return 0
+        return self.keep_kind if fresh_outputs(func, args, kwargs, result) else -self.keep_kind
 
 
 class _Operations(dict[Any, _Operation]):

@@ -62,6 +62,9 @@ class StepLog:
     """(events,) Floating-point operations, two for each multiply-add, as `count_flops` counts them."""
     moved_bytes: Integers
     """(events,) Bytes of all tensors that the operation read or wrote; 0 for views."""
+    keep_kinds: Integers
+    """(events,) 1 plus the index in `KEEP_NAMES` for an operator that `Reverse(keep=...)` can keep; negative for one
+    that counts as a call of this name but cannot be kept; 0 for all others."""
     calls: Sequence[Call]
     """Calls of modules in the forward pass, in the order in which they began; the first is the model itself.
 

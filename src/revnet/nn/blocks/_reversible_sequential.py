@@ -147,12 +147,12 @@ class ReversibleSequential(ReversibleModule, HasPolicies):
     @property
     def policy_units(self) -> list[PolicyUnit]:
         """The blocks, in order."""
-        return [
-            PolicyUnit(
-                f"blocks.{index}", tuple(half_block.function for half_block in block.half_blocks()), is_reversible=True
-            )
-            for index, block in enumerate(self._reversible_blocks())
-        ]
+        units = []
+        for index, block in enumerate(self._reversible_blocks()):
+            half_blocks = tuple(block.half_blocks())
+            functions = tuple([half_block.function for half_block in half_blocks])
+            units.append(PolicyUnit(f"blocks.{index}", functions, is_reversible=True, half_blocks=half_blocks))
+        return units
 
     @property
     def policies(self) -> tuple[AbstractPolicy, ...]:

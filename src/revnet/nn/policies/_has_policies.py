@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from revnet._checks import describe
+from revnet.engine import HalfBlock
 from revnet.nn.policies._policy import AbstractModulePolicy, AbstractPolicy, Checkpoint, Offload, Reverse, Store
 
 _POLICY_OF = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
@@ -59,6 +60,9 @@ class PolicyUnit:
     """Modules that run under the policy, in order."""
     is_reversible: bool
     """Whether the unit consists of half-blocks, which any policy can run."""
+    half_blocks: tuple[HalfBlock, ...] = ()
+    """The half-blocks, one for each function. Without them, memory plans do not choose `hold` and `keep` of
+    `Reverse`."""
 
     def accepts(self, policy: AbstractPolicy) -> bool:
         """Return whether the unit can run under `policy`."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ _COMPOSITE: dict[str, str] = {
     **{f"aten::conv_transpose{dims}d": "convolution" for dims in (1, 2, 3)},
 }
 """Operators that PyTorch replaces by the ones of a name before they run."""
+KEEP_NAMES = tuple(_BY_NAME)
+"""Names of the kinds of operators."""
 _ENTRY = re.compile(r"(?:(?P<role>[^\W\d]\w*)\.)?(?P<name>[a-z_]+)(?:\.(?P<number>\d+))?")
 _WAY_OUT = "such as 'convolution', 'f.attention', 'g.linear.0', `torch.ops.aten.mm`, '64MiB' or a function"
 
@@ -97,6 +100,12 @@ def roles_in(keep: Keep) -> set[str]:
     return {role for role, _, _ in map(_parse, keep) if role is not None}
 
 
+@lru_cache(maxsize=4096)
+def kind_of(operator: OpOverload) -> int | None:
+    """Return the index in `KEEP_NAMES` of the name that means this operator; None if no name does."""
+    return next((index for index, name in enumerate(KEEP_NAMES) if operator in _operators_named(name)), None)
+
+
 def _parse(entry: Any) -> tuple[str | None, frozenset[OpOverload], int | None]:
     """Return the role, the operators and the number of the call that an entry names; None for all."""
     if isinstance(entry, OpOverload):
@@ -116,6 +125,7 @@ def _parse(entry: Any) -> tuple[str | None, frozenset[OpOverload], int | None]:
     return match["role"], _operators_named(match["name"]), None if match["number"] is None else int(match["number"])
 
 
+@lru_cache
 def _operators_named(name: str) -> frozenset[OpOverload]:
     packets = [getattr(_aten, packet) for packet in _BY_NAME[name] if hasattr(_aten, packet)]
     return frozenset([getattr(packet, overload) for packet in packets for overload in packet.overloads()])

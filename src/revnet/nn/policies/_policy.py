@@ -132,10 +132,15 @@ class Reverse(AbstractPolicy):
         for argument, named in (("hold", self._held_roles() or set()), ("keep", roles_in(self.keep))):
             if named - roles:
                 raise ValueError(
-                    f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but those of "
-                    f"`{half_blocks[0].name}` are {', '.join(map(repr, sorted(roles)))}."
+                    f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but the block "
+                    f"of `{half_blocks[0].name}` has {', '.join(map(repr, sorted(roles)))}."
                 )
         return self._moves_for(half_blocks)
+
+    def holds(self, role: str) -> bool:
+        """Return whether the input streams of the functions of a role are held."""
+        held = self._held_roles()
+        return held is None or role in held
 
     def _held_roles(self) -> set[str] | None:
         """Return the roles of the functions whose input is held; None for all functions."""
@@ -143,8 +148,7 @@ class Reverse(AbstractPolicy):
 
     def _moves_for(self, half_blocks: Sequence[HalfBlock]) -> tuple[Moves | None, ...]:
         roles = {half_block.role for half_block in half_blocks}
-        held = self._held_roles()
-        of_role = {role: Moves(held is None or role in held, rule_of(self.keep, role)) for role in roles}
+        of_role = {role: Moves(self.holds(role), rule_of(self.keep, role)) for role in roles}
         return tuple([None if (moves := of_role[half_block.role]) == Moves() else moves for half_block in half_blocks])
 
 

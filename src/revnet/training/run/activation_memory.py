@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from revnet._units import counted
 from revnet.errors import BudgetError
 from revnet.memory import Plan, format_bytes, plan, predict
-from revnet.nn import Store, set_policy
+from revnet.nn import AbstractPolicy, Reverse, Store, set_policy
 from revnet.nn._cross_entropy_head import cross_entropy_heads
 from revnet.nn._whole_model import policy_holders
 from revnet.training.device import find_device
@@ -88,22 +88,40 @@ def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:
 
 
 def apply_policies(model: nn.Module, config: AbstractRunConfig, memory_plan: Plan | None) -> None:
-    """Give `model` the policies of the plan, or the policy of the settings."""
+    """Give `model` the policies of the plan, or the policy of the settings.
+
+    Raises:
+        ValueError: `hold` or `keep` names a residual function that a block does not have.
+    """
     if memory_plan is not None:
         memory_plan.apply(model)
+    elif config.hold is not None or config.keep is not None:
+        policy = Reverse(hold=config.hold or (), keep=config.keep or ())
+        set_policy(model, policy)
+        for holder in policy_holders(model).values():
+            for unit in holder.policy_units:
+                if unit.half_blocks:
+                    policy.moves_for(unit.half_blocks)  # Refuses names of functions that the unit does not have.
     elif config.policy != "reverse":  # the default of every model that can reverse
         set_policy(model, config.policy)
 
 
 def describe_plan(memory_plan: Plan) -> str:
     """Return the plan as one line of text."""
-    counts = Counter(type(unit.policy).__name__.lower() for unit in memory_plan.units)
+    counts = Counter(
+        type(unit.policy).__name__.lower() + (" with hold or keep" if _has_moves(unit.policy) else "")
+        for unit in memory_plan.units
+    )
     units = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     return (
         f"peak {format_bytes(memory_plan.peak_bytes)} of {format_bytes(memory_plan.budget_bytes)}, step time "
         f"{memory_plan.time_ratio:.2f} of storing all; {counted(len(memory_plan.units), 'unit')}: {units}"
         + ("; chunked loss" if memory_plan.chunked_loss else "")
     )
+
+
+def _has_moves(policy: AbstractPolicy) -> bool:
+    return isinstance(policy, Reverse) and policy != Reverse()
 
 
 def policy_name(config: AbstractRunConfig, memory_plan: Plan | None, *, is_stored: bool) -> str:

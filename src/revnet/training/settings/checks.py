@@ -6,7 +6,7 @@ command line can refuse a flag at once.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
@@ -108,6 +108,29 @@ def check_memory_budget(budget: Any, policy: str) -> None:
             f"`policy` (={policy!r}) does not go with a `memory_budget`, which chooses a policy for each block; leave "
             "one of the two out."
         )
+
+
+def check_move(name: str, value: Any) -> None:
+    """Raise unless `value` is a value of the argument `name` of `Reverse`: `hold` or `keep`."""
+    from revnet.nn import Reverse  # loads PyTorch, which `revnet train --help` does without
+
+    check_name(name, value)
+    Reverse(**{name: value})
+
+
+def check_moves(moves: Mapping[str, str | None], policy: str, memory_budget: str | None) -> None:
+    """Raise if `hold` or `keep` is set, and the policy of the blocks is not `reverse`."""
+    for name, value in moves.items():
+        if value is not None and policy != "reverse":
+            raise ValueError(
+                f"`{name}` (={value!r}) goes with the policy `reverse` only, and `policy` is {policy!r}; leave one of "
+                "the two out."
+            )
+        if value is not None and memory_budget is not None:
+            raise ValueError(
+                f"`{name}` (={value!r}) does not go with a `memory_budget`, which chooses it for each block; leave one "
+                "of the two out."
+            )
 
 
 def check_loggers(name: str, value: Any) -> None:

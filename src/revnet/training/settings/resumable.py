@@ -27,6 +27,8 @@ _RESUMABLE = frozenset(
         "num_workers",
         # memory: these change the last digits of the gradients only
         "policy",
+        "hold",
+        "keep",
         "memory_budget",
         "chunked_loss",
         "step_in_backward",
