@@ -151,7 +151,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return all([mallopt(option, value) for option, value in MALLOC_OPTIONS.items()])
+    return all(mallopt(option, value) for option, value in MALLOC_OPTIONS.items())
 
 
 def measure_all(settings: Sequence[Setting], depth: int, time_depth: int, num_rounds: int) -> list[Row]:
@@ -172,12 +172,12 @@ def measure_all(settings: Sequence[Setting], depth: int, time_depth: int, num_ro
 def explanation(names: Sequence[str], depth: int, time_depth: int, num_rounds: int, *, has_faults: bool) -> list[str]:
     """Return the lines that say what was measured."""
     faults = [
-        "The C library returns freed memory to the system, as by default. So the stored twin, which allocates and frees",
-        "most, pays most for page faults; with `--no-page-faults`, no variant does, and the ratios are larger.",
+        "The C library returns freed memory to the system, as by default. So the stored twin, which allocates and",
+        "frees most, pays most for page faults; with `--no-page-faults`, no variant does, and the ratios are larger.",
     ]
     no_faults = [
-        "The C library keeps freed memory (`--no-page-faults`), so that no variant pays for page faults. By default, the",
-        "stored twin, which allocates and frees most, pays most for them, and the ratios are smaller.",
+        "The C library keeps freed memory (`--no-page-faults`), so that no variant pays for page faults. By default,",
+        "the stored twin, which allocates and frees most, pays most for them, and the ratios are smaller.",
     ]
     return [
         "Workloads: those of `revnet bench`, and bottlenecks.",
