@@ -79,8 +79,6 @@ def before_section(checkout: Path, num_rounds: int) -> list[str]:
             cells += [f"{ratio.median:.3f}", f"{ratio.first:.3f}-{ratio.third:.3f}"]
         rows.append([*cells, *[""] * (5 - len(cells))])
     return [
-        "## Before and after",
-        "",
         f"Processor time of a step at commit {_commit(checkout)} and here, in turns of two processes: {num_rounds}",
         "rounds in random order, medians. The first rows are tiny steps of `revnet bench --host`, 16 blocks. The last",
         "rows are whole training steps of the default of `revnet train`: revnet38 on digits, batch 100, SGD.",

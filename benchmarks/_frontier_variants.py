@@ -170,8 +170,8 @@ def _contexts(calls: Calls) -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _checkpoint(name: str, make: Callable[[Sequence[FunctionPair], int], nn.Module]) -> Method:
-    return Method(name, "`torch.utils.checkpoint(use_reentrant=False)`", make)
+def _checkpoint(region: str, make: Callable[[Sequence[FunctionPair], int], nn.Module]) -> Method:
+    return Method(f"checkpoint / {region}", f"`torch.utils.checkpoint(use_reentrant=False)`, region: {region}", make)
 
 
 def _in_blocks(name: str, *calls: tuple[str, int]) -> Method:
@@ -191,9 +191,9 @@ def _names_of(calls: Calls) -> str:
 
 
 _CHECKPOINTS = (
-    _checkpoint("checkpoint / block", lambda f, dim: Checkpointed(f, 1, dim, store_last=False)),
-    _checkpoint("checkpoint / 2 blocks", lambda f, dim: Checkpointed(f, 2, dim, store_last=False)),
-    _checkpoint("checkpoint / function", CheckpointedFunctions),
+    _checkpoint("block", lambda f, dim: Checkpointed(f, 1, dim, store_last=False)),
+    _checkpoint("2 blocks", lambda f, dim: Checkpointed(f, 2, dim, store_last=False)),
+    _checkpoint("function", CheckpointedFunctions),
 )
 # Numbers count the calls in the region: in a block, the second function goes on where the first one ends.
 _C = [("convolution", number) for number in range(6)]

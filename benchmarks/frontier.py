@@ -4,8 +4,8 @@
     python benchmarks/frontier.py --before FOLDER
 
 Writes frontier_<hardware>_<date>.md, a CSV and a picture to benchmarks/results/. All variants of a workload run
-interleaved in one process. `--before` names the checkout of an earlier commit; steps of it and of this one then run
-in turns, and the page compares them.
+interleaved in one process. `--before` names the checkout of an earlier commit; then steps of it and of this one run
+in turns instead, and the page frontier-before_<hardware>_<date>.md compares them.
 """
 
 import argparse
@@ -99,11 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--time-depth", type=int, default=4, help="blocks for the time, a multiple of 4")
     parser.add_argument("--num-rounds", type=int, default=9)
     parser.add_argument(
-        "--no-page-faults",
-        action="store_true",
-        help="let the allocator keep freed memory (glibc), which saves page faults",
+        "--page-faults", action="store_true", help="let the C library return freed memory to the system"
     )
-    parser.add_argument("--before", type=Path, help="checkout of an earlier commit to compare with")
+    parser.add_argument("--before", type=Path, help="only compare with this checkout of an earlier commit")
     parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     names = given.workloads.split(",")
@@ -115,16 +113,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
     if given.before is not None and not is_checkout(given.before):
         parser.error(f"--before {given.before} is not a checkout of revnet")
-    check_matplotlib()
-    if given.no_page_faults and not keep_freed_memory():
-        parser.error("--no-page-faults needs glibc")
-    stem = f"frontier{'-no-page-faults' * given.no_page_faults}_{hardware_name()}_{datetime.date.today()}"
-    settings = [Setting(name, precision) for name in names for precision in PRECISIONS]
+    command = shlex.join(["python", "benchmarks/frontier.py", *arguments])
     with one_thread():
+        if given.before is not None:
+            page = ["# Steps before and after", "", *describe_machine(command), ""]
+            page += before_section(given.before, 5 * given.num_rounds)
+            write_page(page, given.out_dir / f"frontier-before_{hardware_name()}_{datetime.date.today()}.md")
+            return
+        check_matplotlib()
+        has_faults = given.page_faults or not keep_freed_memory()
+        stem = f"frontier{'-page-faults' * given.page_faults}_{hardware_name()}_{datetime.date.today()}"
+        settings = [Setting(name, precision) for name in names for precision in PRECISIONS]
         rows = measure_all(settings, given.depth, given.time_depth, given.num_rounds)
         write_csv(rows, given.out_dir / f"{stem}.csv")
         plot_frontier(rows, given.out_dir / f"{stem}.png")
-        command = shlex.join(["python", "benchmarks/frontier.py", *arguments])
         page = [
             "# Step time against memory",
             "",
@@ -132,16 +134,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "",
             f"![{stem}.png]({stem}.png)",
             "",
-            *explanation(names, given.depth, given.time_depth, given.num_rounds, has_faults=not given.no_page_faults),
+            *explanation(names, given.depth, given.time_depth, given.num_rounds, has_faults=has_faults),
             *frontier_sections(rows),
             *depths_section(names[0], (given.time_depth, given.depth), given.num_rounds),
             *flops_section(names, given.time_depth),
+            *variants_section([method for name in names for method in (*OWN[name], *PYTORCH[name])]),
         ]
-        if given.before is not None:
-            page += before_section(given.before, 5 * given.num_rounds)
-        page += variants_section([method for name in names for method in (*OWN[name], *PYTORCH[name])])
-    text = "\n".join(page).rstrip() + "\n"
-    (given.out_dir / f"{stem}.md").write_text(text)
+        write_page(page, given.out_dir / f"{stem}.md")
+
+
+def write_page(lines: Sequence[str], path: Path) -> None:
+    """Write and print the page."""
+    text = "\n".join(lines).rstrip() + "\n"
+    path.write_text(text)
     print(text)
 
 
@@ -173,11 +178,11 @@ def explanation(names: Sequence[str], depth: int, time_depth: int, num_rounds: i
     """Return the lines that say what was measured."""
     faults = [
         "The C library returns freed memory to the system, as by default. So the stored twin, which allocates and",
-        "frees most, pays most for page faults; with `--no-page-faults`, no variant does, and the ratios are larger.",
+        "frees most, pays most for page faults.",
     ]
     no_faults = [
-        "The C library keeps freed memory (`--no-page-faults`), so that no variant pays for page faults. By default,",
-        "the stored twin, which allocates and frees most, pays most for them, and the ratios are smaller.",
+        "The C library keeps freed memory, so that no variant pays for page faults. By default, the stored twin, which",
+        "allocates and frees most, pays most for them, and the ratios are smaller (`--page-faults`).",
     ]
     return [
         "Workloads: those of `revnet bench`, and bottlenecks.",
@@ -199,7 +204,7 @@ def explanation(names: Sequence[str], depth: int, time_depth: int, num_rounds: i
 
 def variants_section(methods: Sequence[Method]) -> list[str]:
     """Return the lines that describe the variants."""
-    described = {method.name: method.description for method in methods}
+    described = dict.fromkeys((method.name, method.description) for method in methods)
     return [
         "## Variants",
         "",
@@ -207,7 +212,7 @@ def variants_section(methods: Sequence[Method]) -> list[str]:
         "outputs of the first linear layer, of attention and of the last linear layer in F; l1 and l2: of the linear",
         "layers in G.",
         "",
-        *[f"- {name}: {text}" for name, text in described.items()],
+        *[f"- {name}: {text}" for name, text in described],
         "",
     ]
 
@@ -340,7 +345,8 @@ def depths_section(workload: str, depths: Sequence[int], num_rounds: int) -> lis
     return [
         "## Depth",
         "",
-        f"The ratios hardly depend on the depth. For {workload} in float32:",
+        f"The ratios at two depths, for {workload} in float32. The functions are the same, so the difference is noise",
+        "and the first function, which stops early:",
         "",
         *table(("blocks", *[method.name for method in methods[1:]]), rows),
     ]
