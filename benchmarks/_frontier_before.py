@@ -53,15 +53,10 @@ def worker(checkout: Path) -> Iterator[Worker]:
     """Start a process with the library of a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src"), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER)], stdin=pipe, stdout=pipe, text=True, env=environment, cwd=checkout
-    )
-    try:
+    command = [sys.executable, str(WORKER)]
+    # The context closes both pipes, which ends the process, and waits for it.
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=checkout) as process:
         yield Worker(process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(timeout=60)
 
 
 def before_section(checkout: Path, num_rounds: int) -> list[str]:
