@@ -10,7 +10,7 @@ from revnet.engine._batch_norm import Statistics
 from revnet.nn import BatchNorm2dBiased
 from tests.helpers import ConvResidual, assert_close, gradients, stored_twin
 
-SHAPE = (8, 4, 48, 48)
+SHAPE = (8, 4, 96, 96)
 FORMATS = {
     "contiguous": lambda x: x.contiguous(),
     "channels last": lambda x: x.to(memory_format=torch.channels_last),
@@ -69,7 +69,7 @@ def test_each_norm_in_a_replay_uses_the_statistics(monkeypatch, norm):
     uses = count_uses(monkeypatch)
     sequence = make_sequence(norm).double()
     twin = stored_twin(sequence)
-    x = torch.randn(8, 8, 48, 48, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(8, 8, 96, 96, dtype=torch.float64, requires_grad=True)
     twin_x = x.detach().clone().requires_grad_()
     sequence(x).sin().sum().backward()
     twin(twin_x).sin().sum().backward()
@@ -86,7 +86,7 @@ def test_checkpoints_equal_plain_autograd_bit_for_bit(monkeypatch, dtype):
     uses = count_uses(monkeypatch)
     sequence = make_sequence(policy=Checkpoint())
     twin = stored_twin(sequence)
-    x = torch.randn(8, 8, 48, 48)
+    x = torch.randn(8, 8, 96, 96)
     for module in (sequence, twin):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
             loss = module(x).sin().sum()
@@ -120,7 +120,7 @@ def test_statistics_belong_to_one_call(numbers):
     sequence = ReversibleSequential(*[ReversibleBlock(Skips(), Skips()) for _ in range(2)]).double()
     twin = stored_twin(sequence)
     for number in numbers:
-        x = torch.randn(8, 8, 48, 48, dtype=torch.float64)
+        x = torch.randn(8, 8, 96, 96, dtype=torch.float64)
         for module in (sequence, twin):
             module(x, number).sin().sum().backward()
     assert_close(gradients(sequence), gradients(twin))
@@ -142,7 +142,7 @@ class Around(nn.Module):
 def test_sequence_inside_a_residual_function():
     sequence = ReversibleSequential(*[ReversibleBlock(Around(), ConvResidual(4)) for _ in range(2)]).double()
     twin = stored_twin(sequence)
-    x = torch.randn(8, 8, 48, 48, dtype=torch.float64)
+    x = torch.randn(8, 8, 96, 96, dtype=torch.float64)
     for module in (sequence, twin):
         module(x).sin().sum().backward()
     assert_close(gradients(sequence), gradients(twin))
@@ -165,7 +165,7 @@ def test_double_backward_and_inner_differentiation():
 
     sequence = ReversibleSequential(*[ReversibleBlock(Inside(), ConvResidual(4)) for _ in range(2)]).double()
     twin = stored_twin(sequence)
-    x = torch.randn(8, 8, 48, 48, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(8, 8, 96, 96, dtype=torch.float64, requires_grad=True)
     results = []
     for module in (sequence, twin):
         (grad,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)

@@ -93,7 +93,18 @@ HOST_METHODS: Sequence[Method] = (
     ),
     *map(_known, ("revlib", "memcnn", "checkpoint")),
     Method("revnet, Reverse()", "`ReversibleSequential(..., policy=Reverse())`, the default", _sequence(Reverse())),
-    Method("revnet, Checkpoint()", "the same with `Checkpoint()`", _sequence(Checkpoint())),
+    Method(
+        "revnet, hold",
+        '`Reverse(hold=("f", "g"))`, which holds the stream that each function reads',
+        _sequence(Reverse(hold=("f", "g"))),
+    ),
+    Method(
+        "revnet, keep",
+        '`Reverse(keep=("convolution", "linear", "attention"))`, which keeps two outputs of each function, or five of '
+        "each block of the transformer",
+        _sequence(Reverse(keep=("convolution", "linear", "attention"))),
+    ),
+    Method("revnet, Checkpoint()", "`ReversibleSequential` with `Checkpoint()`", _sequence(Checkpoint())),
     Method(
         "revnet, FixedPoint()",
         "`Reverse()` with `FixedPoint()` couplings, which rebuild every bit",

@@ -28,8 +28,8 @@ _BATCH_NORMS = {_BatchNorm.forward}
 # Both read their running statistics only in evaluation, so a replay in training needs no earlier values.
 _OTHER_NORMS = {SyncBatchNorm.forward, _InstanceNorm.forward}
 
-WORTHWHILE = 2**14
-"""Elements of a stream below which the statistics cost less than the Python calls that keep them."""
+WORTHWHILE = 2**18
+"""Elements of a stream below which the statistics cost about as much time as the Python calls that keep them."""
 
 
 BatchNorm = TypeVar("BatchNorm", bound=type[_BatchNorm])
