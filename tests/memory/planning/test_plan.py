@@ -312,7 +312,7 @@ def test_plans_with_the_step_in_the_backward_pass():
     model, x = wide_blocks(), torch.randn(4, 64)
     options = {"optimizer": SGD, "budget": "48KiB"}
     with pytest.raises(
-        BudgetError, match=r"but the optimizer's step in the backward pass would make it fit \(`step_in_"
+        BudgetError, match=r"but the optimizer's step in the backward pass \(`step_in_backward`\) would make"
     ):
         plan(model, x, **options)
     planned = plan(model, x, **options, step_in_backward="auto")

@@ -111,8 +111,7 @@ class Recorder(TorchDispatchMode):
 
     def end_forward(self) -> None:
         """Mark the end of the forward pass."""
-        self._forward_end = self._event
-        self._forward_end_sequence = _next_sequence()
+        self._forward_end, self._forward_end_sequence = self._event, _next_sequence()
         self._last_sequence = self._forward_end_sequence
         self._end_event(self._last_sequence, 0, 0)
 

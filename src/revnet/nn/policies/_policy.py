@@ -159,7 +159,8 @@ def _check_hold(hold: Any) -> Literal[True] | tuple[str, ...]:
     is_sequence = isinstance(names, Sequence | set | frozenset)
     if not is_sequence or not all(isinstance(name, str) and name.strip() for name in names):
         raise TypeError(
-            f"`hold` (={describe(hold)}) must be True or names of residual functions, such as 'f' or ('f', 'g')."
+            f"`hold` (={describe(hold)}) must hold names of residual functions, such as 'f' or ('f', 'g'); in Python, "
+            "True stands for all of them."
         )
     return tuple(dict.fromkeys([name.strip() for name in names]))
 
