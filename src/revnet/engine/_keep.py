@@ -252,18 +252,32 @@ class KeptOutputs(AbstractKeeper):
         return entry if entry is None or entry.is_unmodified() else None
 
 
-class _Keeping(TorchDispatchMode):
-    """The mode of a first run."""
+class _Mode(TorchDispatchMode):
+    """The base of both modes, which count the calls of operators."""
 
-    def __init__(self, outputs: KeptOutputs, tensors: list[Tensor]):
+    def __init__(self, outputs: KeptOutputs):
         super().__init__()
-        self._outputs, self._tensors = outputs, tensors
+        self._outputs = outputs
         self._num_calls: Counter[OpOverload] = Counter()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         # Otherwise, compiled functions would run without compilation.
         return True
+
+    def _number_of(self, operator: OpOverload) -> int:
+        """Return the number of this call of an operator."""
+        number = self._num_calls[operator]
+        self._num_calls[operator] = number + 1
+        return number
+
+
+class _Keeping(_Mode):
+    """The mode of a first run."""
+
+    def __init__(self, outputs: KeptOutputs, tensors: list[Tensor]):
+        super().__init__(outputs)
+        self._tensors = tensors
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -279,8 +293,7 @@ class _Keeping(TorchDispatchMode):
             elif func is _aten._unsafe_view.default:
                 outputs.watch(args[0], result)
         if outputs.is_candidate(func) and torch.is_grad_enabled():
-            number = self._num_calls[func]
-            self._num_calls[func] = number + 1
+            number = self._number_of(func)
             tensors = fresh_outputs(func, args, kwargs, result)
             if tensors:
                 call = OperatorCall(func, args, kwargs, tensors, result, outputs._total[0], self._num_calls)
@@ -288,26 +301,18 @@ class _Keeping(TorchDispatchMode):
         return result
 
 
-class _Skipping(TorchDispatchMode):
+class _Skipping(_Mode):
     """The mode of a replay."""
 
     def __init__(self, outputs: KeptOutputs, name: str, num_slots: Callable[[], int]):
-        super().__init__()
-        self._outputs, self._name, self._num_slots = outputs, name, num_slots
-        self._operators = outputs.operators()
-        self._num_calls: Counter[OpOverload] = Counter()
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
+        super().__init__(outputs)
+        self._name, self._num_slots, self._operators = name, num_slots, outputs.operators()
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in self._operators and torch.is_grad_enabled():
-            number = self._num_calls[func]
-            self._num_calls[func] = number + 1
-            entry = self._outputs.take(func, number)
+            entry = self._outputs.take(func, self._number_of(func))
             if entry is not None:
                 if entry.num_slots != self._num_slots():
                     raise ReconstructionError(
