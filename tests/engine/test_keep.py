@@ -344,7 +344,8 @@ def test_rejects_wrong_arguments(arguments, error, message):
 
 @pytest.mark.parametrize("policy", [Reverse(hold="h"), Reverse(keep="h.linear")], ids=name_of)
 def test_rejects_functions_that_a_block_does_not_have(policy):
-    with pytest.raises(ValueError, match=r"names the residual function 'h', but the block of `blocks.0.f` has 'f', 'g'"):
+    message = r"names the residual function 'h', but the block of `blocks.0.f` has 'f', 'g'"
+    with pytest.raises(ValueError, match=message):
         transformer(policy)(torch.randn(2, 5, 16, dtype=torch.float64))
 
 

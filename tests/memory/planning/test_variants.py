@@ -17,7 +17,15 @@ from revnet.memory.planning._planner import POLICIES
 from revnet.memory.planning._search import ChainCosts, FrontierPoint
 from revnet.memory.planning._tidy import tidied
 from revnet.memory.planning._units import assign, find_units
-from revnet.memory.planning._variants import MOST_VARIANTS, Hold, Move, find_holds, find_variants
+from revnet.memory.planning._variants import (
+    FEW_VARIANTS,
+    MANY_UNITS,
+    MOST_VARIANTS,
+    Hold,
+    Move,
+    find_holds,
+    find_variants,
+)
 from revnet.memory.step._predict import predicting
 from tests.helpers import Attention
 
@@ -182,9 +190,10 @@ def test_variants_add_the_move_that_saves_most_per_byte():
 
 def test_the_number_of_variants_is_limited():
     moves = [Move(10 + index, float(index < 40), keep=f"f.linear.{index}") for index in range(41)]
-    variants = find_variants(moves)
-    assert len(variants) == MOST_VARIANTS
-    assert len(variants[-1].keep) == 40
+    for num_units, most in ((1, MOST_VARIANTS), (MANY_UNITS, FEW_VARIANTS)):
+        variants = find_variants(moves, num_units)
+        assert len(variants) == most
+        assert len(variants[-1].keep) == 40
 
 
 def test_equal_units_get_their_choices_in_a_row():

@@ -115,7 +115,7 @@ def with_variants(
             # The updater is run again only up to the last tensor that autograd saved, which may be its end.
             is_useless = any(move.keep == last and move.seconds <= seconds * 1.001 for move in keep_moves)
             moves.append(Move(num_bytes, seconds, hold=hold.role, replaces=last if is_useless else ""))
-        variants = find_variants([*moves, *keep_moves])
+        variants = find_variants([*moves, *keep_moves], len(members))
         for index in members:
             result[index] = units[index].with_variants(variants)
             last_entries[index] = {hold.updater: last_entry(keep_moves, hold.updater) for hold in holds}

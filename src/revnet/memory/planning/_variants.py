@@ -18,8 +18,10 @@ from revnet.memory.step._step_log import Integers, StepLog
 from revnet.nn import Reverse
 from revnet.nn.policies._keep_spec import KEEP_NAMES
 
-MOST_VARIANTS = 10
-"""Largest number of variants of one unit."""
+MOST_VARIANTS, FEW_VARIANTS = 10, 4
+"""Largest number of variants of one unit, and of each of many equal ones."""
+MANY_UNITS = 100
+"""Number of equal units from which on mixtures of a few variants are as dense as more variants, and faster to find."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +127,21 @@ def last_entry(moves: Sequence[Move], role: str) -> str:
     return next((move.keep for move in reversed(moves) if move.keep.partition(".")[0] == role), "")
 
 
-def find_variants(moves: Sequence[Move]) -> tuple[Reverse, ...]:
+def find_variants(moves: Sequence[Move], num_units: int = 1) -> tuple[Reverse, ...]:
     """Return variants of `Reverse`, each with more memory and less time than the one before.
 
     Args:
         moves: The moves, in the order in which the policies list them.
+        num_units: Number of equal units.
     """
+    most = MOST_VARIANTS if num_units < MANY_UNITS else FEW_VARIANTS
     chosen: list[Move] = []
     variants: list[list[Move]] = []
     while best := _best_addition(chosen, moves):
         chosen = best
         variants.append(chosen)
-    if len(variants) > MOST_VARIANTS:
-        at = np.linspace(0, len(variants) - 1, MOST_VARIANTS).round().astype(int)
+    if len(variants) > most:
+        at = np.linspace(0, len(variants) - 1, most).round().astype(int)
         variants = [variants[index] for index in at]
     return tuple([_policy(moves, variant) for variant in variants])
 
