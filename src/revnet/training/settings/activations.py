@@ -21,12 +21,12 @@ class ActivationSettings(SettingsGroup):
 
     hold: str | None = checked(None, check_move)
     """With the policy `reverse`: names of the residual functions, separated by commas, whose input streams are held
-    instead of rebuilt, such as `f,g`. It saves time and costs memory."""
+    instead of rebuilt, such as `f,g`; none by default. It saves time and costs memory."""
 
     keep: str | None = checked(None, check_move)
     """With the policy `reverse`: operators inside the residual functions, separated by commas, whose outputs are kept
     instead of computed again, such as `convolution`, `f.attention` or `g.linear.0`; or a number of bytes for each row
-    of blocks, such as `64MiB`. It saves time and costs memory."""
+    of blocks, such as `64MiB`. By default, none are kept. It saves time and costs memory."""
 
     memory_budget: str | None = None
     """Largest amount of memory that an update may take, such as `16GiB` or `500MB`. A plan then chooses the policy of
