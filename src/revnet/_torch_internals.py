@@ -33,6 +33,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type as is_traceable_wrapper_subclass_type,
 )
@@ -184,6 +185,12 @@ def detached_alias(tensor: Tensor) -> Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
+
+
+# The innermost dispatch mode, or None, and a context that takes it off. Code in which nothing is kept for a replay runs
+# without our mode, which costs some microseconds for each operator. Replacement: run the code in the mode.
+current_dispatch_mode: Callable[[], TorchDispatchMode | None] = _get_current_dispatch_mode
+without_current_mode: Callable[[], AbstractContextManager[TorchDispatchMode]] = _pop_mode_temporarily
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnet import ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.engine import _keep
 from revnet.memory import measure, predict
+from revnet.nn import BatchNorm2dBiased
 from tests.helpers import ConvResidual, assert_close, gradients, keep_all, stored_twin
 
 aten = torch.ops.aten
@@ -355,3 +357,25 @@ def test_policies_compare_and_print_by_their_arguments():
     assert eval(repr(policy)) == policy
     assert repr(Reverse(hold=True, keep="64MiB")) == "Reverse(hold=True, keep='64MiB')"
     assert len({policy, Reverse(), Reverse(hold=())}) == 2
+
+
+def test_running_statistics_are_averaged_outside_of_the_mode(monkeypatch):
+    """Each operator that the mode sees costs some microseconds. The statistics are the same."""
+    seen = Counter()
+    dispatch = _keep._Keeping.__torch_dispatch__
+
+    def count(self, func, *rest):
+        seen[func] += 1
+        return dispatch(self, func, *rest)
+
+    monkeypatch.setattr(_keep._Keeping, "__torch_dispatch__", count)
+    f, g = [nn.Sequential(BatchNorm2dBiased(4), nn.Conv2d(4, 4, 3, padding=1)) for _ in range(2)]
+    sequence = ReversibleSequential(ReversibleBlock(f, g), policy=Reverse(keep="convolution")).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    for module in (sequence, twin):
+        module(x).sum().backward()
+    assert seen[aten.convolution.default] == 2
+    assert seen[aten.lerp_.Tensor] == 0
+    for buffer, expected in zip(sequence.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, expected)

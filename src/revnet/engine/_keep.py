@@ -20,7 +20,7 @@ References:
 import abc
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
-from revnet._torch_internals import TorchDispatchMode, detached_alias, tree_leaves
+from revnet._torch_internals import (
+    TorchDispatchMode,
+    current_dispatch_mode,
+    detached_alias,
+    tree_leaves,
+    without_current_mode,
+)
 from revnet.engine._keeper import AbstractKeeper, Function, num_slots
 from revnet.engine._tensors import PLAIN, storage_key, version_of
 from revnet.errors import ReconstructionError
@@ -270,6 +276,11 @@ class _Mode(TorchDispatchMode):
         number = self._num_calls[operator]
         self._num_calls[operator] = number + 1
         return number
+
+
+def not_keeping() -> AbstractContextManager[Any] | None:
+    """Return a context for code that computes nothing to keep, without our mode; None if it is not on."""
+    return without_current_mode() if isinstance(current_dispatch_mode(), _Mode) else None
 
 
 class _Keeping(_Mode):

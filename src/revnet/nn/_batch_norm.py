@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet._checks import MOST_CHANNELS, check_count, check_share, check_tensor, describe, is_number
 from revnet.engine import normalizes_as_batch_norm
+from revnet.engine._keep import not_keeping
 
 _CONVERTERS = {"convert_sync_batchnorm", "convert_syncbn_model"}
 """Functions of PyTorch, timm and apex that replace each batch norm by a synchronized one."""
@@ -64,7 +65,12 @@ class AbstractAveragingBatchNorm2d(nn.BatchNorm2d, ABC):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         num_values = x.numel() / x.shape[1] if self.is_biased and x.numel() > 0 else None
-        average_batches(self, earlier_mean, earlier_variance, num_values)
+        context = None if torch.compiler.is_compiling() else not_keeping()
+        if context is None:
+            average_batches(self, earlier_mean, earlier_variance, num_values)
+        else:
+            with context:
+                average_batches(self, earlier_mean, earlier_variance, num_values)
         return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
