@@ -688,6 +688,23 @@ def test_stream_out_of_range_raises():
         compile_whole(sequence)(torch.full((2, 4), 1e4))
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        REVERSING_POLICIES["kept"],
+        REVERSING_POLICIES["held"],
+        Reverse(hold="f"),
+        Reverse(keep=("f.linear", "g.linear.0")),
+        Reverse(hold="f,g", keep="64MiB"),
+        Reverse(keep=torch.ops.aten.mm),
+    ],
+    ids=["all", "mixed", "hold", "names", "bytes", "operator"],
+)
+def test_held_streams_and_kept_outputs_have_no_effect(policy):
+    case = CASE["mlp"]
+    assert_steps_as_twin(case.sequence(4, policy), case)
+
+
 class CountedTanh(nn.Module):
     """A residual function of its own class, so that no other test has compiled its code."""
 

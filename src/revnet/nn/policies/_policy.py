@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from revnet._checks import check_bool, describe
@@ -116,7 +117,7 @@ class Reverse(AbstractPolicy):
 
     def _run_keeping(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         """Run a chain that another policy or a module has built, and keep what the arguments ask for."""
-        if chain.chain.moves is None:
+        if chain.chain.moves is None and not torch.compiler.is_dynamo_compiling():
             chain.chain.moves = self._moves_for(chain.half_blocks)
         return reversible(chain, streams)
 
@@ -126,7 +127,8 @@ class Reverse(AbstractPolicy):
         Raises:
             ValueError: The policy names a residual function that the block does not have.
         """
-        if not self.hold and self.keep == ():
+        # A graph of the whole model keeps nothing, and the rules cannot be traced.
+        if (not self.hold and self.keep == ()) or torch.compiler.is_dynamo_compiling():
             return (None,) * len(half_blocks)
         roles = {half_block.role for half_block in half_blocks}
         for argument, named in (("hold", self._held_roles() or set()), ("keep", roles_in(self.keep))):
