@@ -185,7 +185,7 @@ def explanation(names: Sequence[str], depth: int, time_depth: int, num_rounds: i
         "allocates and frees most, pays most for them, and the ratios are smaller (`--page-faults`).",
     ]
     return [
-        "Workloads: those of `revnet bench`, and bottlenecks.",
+        "The workloads are the ones of `revnet bench`, and bottlenecks:",
         "",
         *[f"- {name}: {WORKLOADS[name].description}" for name in names],
         "",

@@ -13,7 +13,7 @@ Function = Callable[..., Any]
 
 
 class AbstractKeeper(abc.ABC):
-    """Keeps parts of one call of a function. Both methods wrap the function, and nothing else calls a keeper."""
+    """Keeps parts of one call of a function, which it wraps for its first run and for each replay."""
 
     @abc.abstractmethod
     def recording(self, function: Function, saved: "Saved") -> Function:

@@ -1,7 +1,8 @@
 """Two ways to pay for less recomputation with memory: hold the stream that a function reads, or keep outputs inside it.
 
-A stream that is held needs not be rebuilt. So the function that would be run again to subtract its result is run only
-up to the last tensor that autograd saved, or not at all. An output that is kept (`_keep`) is not computed again.
+A stream that is held does not have to be rebuilt, so the result of the function that updates it next is not subtracted.
+That function runs again only up to the last tensor that autograd saved, or not at all. An output that is kept
+(`_keep`) is not computed again.
 """
 
 from collections.abc import Sequence

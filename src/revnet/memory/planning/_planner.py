@@ -9,7 +9,7 @@
    steps, by falling speed, until one fits.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from revnet.memory.planning._max_batch_size import largest_batch
 from revnet.memory.planning._plan import Plan
 from revnet.memory.planning._plan_report import describe_policy
 from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
-from revnet.memory.planning._search import ChainCosts, FrontierPoint, find_frontier
+from revnet.memory.planning._search import ChainCosts, FrontierPoint, find_frontier, undominated
 from revnet.memory.planning._tidy import tidied
 from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timing
 from revnet.memory.planning._training_step import TrainingStep
@@ -178,7 +178,7 @@ def _plan_with(
     point = _with_peak(point, memory)
     # A predicted peak replaces the sum for the same choices.
     by_choices = {other.choices: other for other in [*best, least, *references.values(), point]}
-    points = _undominated(by_choices.values())
+    points = undominated(by_choices.values())
     return _Outcome(stored_seconds, step, units, costs, points, references, point, memory, frontier.is_exact)
 
 
@@ -271,15 +271,6 @@ def _fastest_within(
 
 def _with_peak(point: FrontierPoint, memory: StepMemory) -> FrontierPoint:
     return replace(point, peak_bytes=memory.peak_bytes)
-
-
-def _undominated(points: Iterable[FrontierPoint]) -> list[FrontierPoint]:
-    """Return the points that no other one beats in both memory and time, from the least memory to the least time."""
-    best: list[FrontierPoint] = []
-    for point in sorted(points, key=lambda point: (point.peak_bytes, point.seconds)):
-        if not best or point.seconds < best[-1].seconds:
-            best.append(point)
-    return best
 
 
 def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> BudgetError:

@@ -4,7 +4,7 @@ This is pure arithmetic, independent of models and tensors.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -292,3 +292,12 @@ def _seconds(value: npt.ArrayLike, name: str) -> npt.NDArray[np.float64]:
     if not ((array >= 0) & (array < _MOST_SECONDS)).all():
         raise ValueError(f"`{name}` (={array.tolist()}) must be seconds: finite, not negative, below {_MOST_SECONDS}.")
     return array
+
+
+def undominated(points: Iterable[FrontierPoint]) -> list[FrontierPoint]:
+    """Return the points that no other one beats in both memory and time, from the least memory to the least time."""
+    best: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda point: (point.peak_bytes, point.seconds)):
+        if not best or point.seconds < best[-1].seconds:
+            best.append(point)
+    return best

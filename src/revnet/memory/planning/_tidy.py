@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from revnet.memory.planning._search import ChainCosts, FrontierPoint
+from revnet.memory.planning._search import ChainCosts, FrontierPoint, undominated
 
 _MOST_TIME = 1e-4
 """Largest part of the time that an order may add: where two runs meet, a unit may save less."""
@@ -42,11 +42,7 @@ def tidied(costs: ChainCosts, points: Sequence[FrontierPoint]) -> list[FrontierP
         choices[is_good] = ordered[is_good]
         peaks, seconds = np.where(is_good, ordered_peaks, peaks), np.where(is_good, ordered_seconds, seconds)
         is_open &= ~is_good
-    best: list[FrontierPoint] = []
-    for index in np.lexsort((seconds, peaks)).tolist():
-        if not best or seconds[index] < best[-1].seconds:
-            best.append(FrontierPoint(int(peaks[index]), float(seconds[index]), tuple(choices[index].tolist())))
-    return best
+    return undominated(map(FrontierPoint, peaks.tolist(), seconds.tolist(), map(tuple, choices.tolist())))
 
 
 def _ordered(costs: ChainCosts, choices: _Ints, sign: int) -> _Ints:
