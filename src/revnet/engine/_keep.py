@@ -20,7 +20,7 @@ References:
 import abc
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -278,9 +278,9 @@ class _Mode(TorchDispatchMode):
         return number
 
 
-def not_keeping() -> AbstractContextManager[Any] | None:
-    """Return a context for code that computes nothing to keep, without our mode; None if it is not on."""
-    return without_current_mode() if isinstance(current_dispatch_mode(), _Mode) else None
+def not_keeping() -> AbstractContextManager[Any]:
+    """Return a context for code in which there is nothing to keep: operators run without our mode there."""
+    return without_current_mode() if isinstance(current_dispatch_mode(), _Mode) else nullcontext()
 
 
 class _Keeping(_Mode):

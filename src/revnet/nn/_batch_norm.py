@@ -16,6 +16,7 @@ CUDA graphs, `torch.compile(fullgraph=True)` and `torch.export` work in training
 
 import sys
 from abc import ABC
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -65,12 +66,8 @@ class AbstractAveragingBatchNorm2d(nn.BatchNorm2d, ABC):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         num_values = x.numel() / x.shape[1] if self.is_biased and x.numel() > 0 else None
-        context = None if torch.compiler.is_compiling() else not_keeping()
-        if context is None:
+        with nullcontext() if torch.compiler.is_compiling() else not_keeping():
             average_batches(self, earlier_mean, earlier_variance, num_values)
-        else:
-            with context:
-                average_batches(self, earlier_mean, earlier_variance, num_values)
         return y
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
