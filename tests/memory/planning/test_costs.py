@@ -5,7 +5,9 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
+from revnet import ReversibleBlock, ReversibleSequential
 from revnet.memory.planning._costs import count_costs, find_unit_spans, probes
 from revnet.memory.planning._planner import POLICIES
 from revnet.memory.planning._timing import RooflineTiming
@@ -62,6 +64,37 @@ def test_the_chain_predicts_the_peak_of_any_mixture(prediction, adds_variants):
         log = prediction.run().log
         seconds = RooflineTiming().seconds(log.flops, log.moved_bytes).sum()
         assert costs.time([0, *choices]) == pytest.approx(seconds)
+
+
+def test_equal_units_are_counted_once():
+    blocks = [ReversibleBlock(nn.Linear(4, 4), nn.Tanh(), split_dim=-1) for _ in range(20)]
+    model, x = nn.Sequential(nn.Linear(8, 8), ReversibleSequential(*blocks), nn.Linear(8, 2)), torch.randn(3, 8)
+    nothing = dict.fromkeys(("optimizer", "loss", "autocast", "dtype", "device"))
+    with predicting(model, (x,), {}, **nothing) as prediction:
+        units = find_units(model, POLICIES, prediction.run().log)
+        num_steps = []
+
+        def count(kinds):
+            steps = []
+            costs = count_costs(
+                model,
+                units,
+                lambda: steps.append(0) or prediction.run(),
+                RooflineTiming().seconds,
+                constant_bytes=0,
+                floor=0,
+                kinds=kinds,
+            ).chain
+            num_steps.append(len(steps))
+            return costs
+
+        of_equal, of_different = count(["block"] * len(units)), count(None)
+    assert num_steps == [4, 12]
+    for index in range(len(units) + 1):
+        assert (of_equal.held[index] == of_different.held[index]).all()
+        if 1 < index < len(units):  # less is known of the units at the ends
+            assert (of_equal.transient[index] >= of_different.transient[index]).all()
+        assert (of_equal.seconds[index] == of_different.seconds[index]).all()
 
 
 def test_spans_follow_the_order_of_the_passes(prediction):

@@ -1,5 +1,6 @@
 """Units that a plan decides on."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,3 +39,11 @@ def test_sets_policies_by_holder_and_index():
     model = nn.Sequential(ReversibleSequential(*[ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3)]))
     set_policies(model, {("0", 1): Checkpoint(), ("0", 2): Store()})
     assert model[0].policies == (Reverse(), Checkpoint(), Store())
+
+
+@pytest.mark.parametrize("unit", [("1", 0), ("0", 1)])
+def test_rejects_units_that_a_model_does_not_have(unit):
+    model = nn.Sequential(ReversibleSequential(ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2))))
+    with pytest.raises(ValueError, match=f"`model` .* has no unit {unit[1]} in `{unit[0]}`; a plan applies"):
+        set_policies(model, {("0", 0): Store(), unit: Store()})
+    assert model[0].policies == (Reverse(),)

@@ -2,15 +2,16 @@
 
 Each probe is a step with one policy per unit. Together, the probes of the policies show every unit under each of its
 policies, followed by each policy of the next unit: the bytes that a unit holds depend on the next one, since both may
-hold the same stream. The variants of `Reverse`, which differ only in what they hold and keep, need one probe each
-(`_variant_costs`).
+hold the same stream. Among equal units, one shows each pair for all of them. The variants of `Reverse`, which differ
+only in what they hold and keep, need one probe each (`_variant_costs`).
 
 Times come from the probes with one policy everywhere. In a mixture, work that is done once for a row of reversed
 blocks, such as comparing a rebuilt stream with a sample, would be charged to every short row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ from revnet.memory.step._run_step import StepResult
 from revnet.memory.step._step_log import Integers, StepLog
 from revnet.nn import AbstractPolicy
 
+_UNSEEN = -1
+"""Bytes of a pair of choices that no probe has shown."""
 Seconds = Callable[[Integers, Integers], npt.NDArray[np.float64]]
 """Function from floating-point operations and moved bytes to the seconds of each operation."""
 
@@ -72,6 +75,7 @@ def count_costs(
     *,
     constant_bytes: int,
     floor: int,
+    kinds: Sequence[Hashable] | None = None,
     adds_variants: bool = False,
 ) -> CountedCosts:
     """Count the costs of a chain: the part before the first unit, as a unit with one choice, and all units.
@@ -83,10 +87,11 @@ def count_costs(
         seconds: Function that estimates the time of operations.
         constant_bytes: Bytes alive during the whole step.
         floor: Peak that no policy lowers, such as the peak of the optimizer's step.
+        kinds: Equal values for equal units. By default, all units differ.
         adds_variants: Whether to add variants of `Reverse()` to the choices of the units.
     """
     prober = _Prober(model, units, run, seconds, constant_bytes)
-    costs = _count_kinds(prober, units, constant_bytes, floor)
+    costs = _count_policies(prober, units, kinds or range(len(units)), constant_bytes, floor)
     timing = None
     if adds_variants and any(map(is_reversed, units)):
         units, costs, timing = _add_variants(prober, units, costs, seconds)
@@ -136,25 +141,69 @@ class _Prober:
         return excess
 
 
-def _count_kinds(prober: _Prober, units: Sequence[UnitInModel], constant_bytes: int, floor: int) -> ChainCosts:
+def _count_policies(
+    prober: _Prober, units: Sequence[UnitInModel], kinds: Sequence[Hashable], constant_bytes: int, floor: int
+) -> ChainCosts:
     """Count the costs of the choices without variants, from probes that contain each pair of neighbors."""
     num_choices = [1, *[len(unit.choices) for unit in units]]
     nexts = [*num_choices[1:], 1]
-    held = [np.zeros(shape, np.int64) for shape in zip(num_choices, nexts, strict=True)]
+    held = [np.full(shape, _UNSEEN, np.int64) for shape in zip(num_choices, nexts, strict=True)]
     transient = [np.zeros(count, np.int64) for count in num_choices]
+    more: dict[Hashable, Integers] = {}
     times = [np.zeros(count) for count in num_choices]
     uniform = _uniform_probes(num_choices[1:])
-    # The first choices everywhere come last, since the log of this step is used again.
-    for choices in [*probes(num_choices[1:]), *reversed(uniform)]:
-        counts = prober.count([unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
+    pairs = list(pairwise([None, *kinds, None]))
+    mixtures = list(_needed(probes(num_choices[1:]), uniform, pairs))
+    all_counts = {
+        tuple(choices): prober.count([unit.choices[choice] for unit, choice in zip(units, choices, strict=True)])
+        for choices in [*mixtures, *reversed(uniform)]
+    }
+    for choices in [*uniform, *mixtures]:
+        counts = all_counts[tuple(choices)]
         of_probe = counts.transient
-        for index, (choice, after) in enumerate(zip([0, *choices], [*choices, 0], strict=True)):
+        for index, (pair, (choice, after)) in enumerate(zip(pairs, pairwise([0, *choices, 0]), strict=True)):
             # The maximum over all probes, since a policy may cost less next to some neighbors.
             held[index][choice, after] = max(held[index][choice, after], counts.held[index])
-            transient[index][choice] = max(transient[index][choice], of_probe[index])
             if choices in uniform:
+                transient[index][choice] = of_probe[index]
                 times[index][choice] = counts.seconds[index]
+            else:
+                at_pair = more.setdefault(pair, np.zeros(num_choices[index], np.int64))
+                at_pair[choice] = max(at_pair[choice], of_probe[index] - transient[index][choice])
+    _copy_unseen(held, pairs)
+    transient = [own + more.get(pair, 0) for pair, own in zip(pairs, transient, strict=True)]
     return ChainCosts(held, transient, times, base=constant_bytes, floor=floor, fixed_seconds=0.0)
+
+
+def _needed(
+    mixtures: Sequence[list[int]], uniform: Sequence[list[int]], pairs: Sequence[Hashable]
+) -> Iterator[list[int]]:
+    """Return the mixtures that show a pair of choices at a pair of kinds for the first time."""
+
+    def shown(choices: list[int]) -> set[Hashable]:
+        return set(zip(pairs, pairwise([0, *choices, 0]), strict=True))
+
+    seen = set[Hashable]().union(*map(shown, uniform))
+    for choices in mixtures:
+        new = shown(choices)
+        if not new <= seen:
+            seen |= new
+            yield choices
+
+
+def _copy_unseen(held: Sequence[Integers], pairs: Sequence[Hashable]) -> None:
+    """Give units the bytes of equal units for pairs of choices that no probe showed.
+
+    Equal units with equal neighbors hold the same bytes, except at an end of the chain. There, the difference is taken
+    from pairs of equal choices, which all units have shown.
+    """
+    known: dict[Hashable, Integers] = {}
+    for pair, own in zip(pairs, held, strict=True):
+        known[pair] = np.maximum(known[pair], own) if pair in known else own.copy()
+    for pair, own in zip(pairs, held, strict=True):
+        for choice, after in zip(*np.nonzero(own == _UNSEEN), strict=True):
+            alike = min(choice, own.shape[1] - 1)
+            own[choice, after] = max(0, known[pair][choice, after] + own[choice, alike] - known[pair][choice, alike])
 
 
 def _add_variants(

@@ -9,7 +9,7 @@
    steps, by falling speed, until one fits.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._unit_seconds import measure_seconds
 from revnet.memory.planning._units import UnitInModel, assign, find_units
 from revnet.memory.repeats._frame import NotRepeatedError
-from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
+from revnet.memory.repeats._short_step import ShortSteps, block_kinds, find_short_steps
 from revnet.memory.step._backward_optimizer import check_step_in_backward
 from revnet.memory.step._optimizer import OptimizerFactory, as_factory
 from revnet.memory.step._predict import Prediction
@@ -155,7 +155,7 @@ def _plan_with(
 ) -> "_Outcome | _Failure":
     with restoring_policies(step.model), chunking_loss(step.model, step.chunked_loss):
         with step.predicted(short) as prediction:
-            units, costs, excess_bytes, variants = _count_costs(step, prediction, allowed, timing)
+            units, costs, excess_bytes, variants = _count_costs(step, prediction, allowed, timing, block_kinds(short))
         if isinstance(timing, MeasuredTiming):
             costs = replace(costs, seconds=measure_seconds(step, units, costs, variants, timing))
         frontier = find_frontier(costs)
@@ -201,7 +201,13 @@ def _check_policies(policies: Sequence[AbstractPolicy | str]) -> tuple[AbstractP
     return (*[policy for policy in chosen if policy != Store()], Store())
 
 
-def _count_costs(step: TrainingStep, prediction: Prediction, allowed: "_Allowed", timing: Timing) -> CountedCosts:
+def _count_costs(
+    step: TrainingStep,
+    prediction: Prediction,
+    allowed: "_Allowed",
+    timing: Timing,
+    kinds: Mapping[tuple[str, int], Hashable],
+) -> CountedCosts:
     units = find_units(step.model, allowed.policies, prediction.run().log)
     if not units:
         raise ValueError(
@@ -220,6 +226,7 @@ def _count_costs(step: TrainingStep, prediction: Prediction, allowed: "_Allowed"
         roofline.seconds,
         constant_bytes=constant_bytes,
         floor=constant_bytes + int(in_optimizer.max(initial=0)),
+        kinds=[kinds.get((unit.holder, unit.index), unit.name) for unit in units],
         adds_variants=allowed.with_variants,
     )
 

@@ -10,6 +10,7 @@ from revnet.engine import HalfBlock
 from revnet.memory.step._step_log import StepLog
 from revnet.nn import AbstractPolicy
 from revnet.nn._whole_model import policy_holders
+from revnet.nn.policies._has_policies import HasPolicies
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,8 @@ def find_units(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLo
 
     def contains_others(unit: UnitInModel) -> bool:
         own = {id(function) for function in unit.functions}
-        return any(id(module) in uses.keys() - own for function in unit.functions for module in function.modules())
+        inside = (id(module) for function in unit.functions for module in function.modules())
+        return any(number in uses and number not in own for number in inside)
 
     planned = [unit for unit in units if unit.choices and is_single(unit) and not contains_others(unit)]
     return sorted(planned, key=lambda unit: starts[id(unit.functions[0])])
@@ -91,7 +93,28 @@ def assign(model: nn.Module, units: Sequence[UnitInModel], policies: Sequence[Ab
 
 
 def set_policies(model: nn.Module, policies: Mapping[tuple[str, int], AbstractPolicy]) -> None:
-    """Set policies by the name of the holder and the index of the unit in it; other units keep their policies."""
-    for name, holder in policy_holders(model).items():
-        current = enumerate(holder.policies)
-        holder.set_policies([policies.get((name, index), policy) for index, policy in current])
+    """Set policies by the name of the holder and the index of the unit in it; other units keep their policies.
+
+    Raises:
+        ValueError: The model has no such unit.
+    """
+    by_holder: dict[str, dict[int, AbstractPolicy]] = {}
+    for (name, index), policy in policies.items():
+        by_holder.setdefault(name, {})[index] = policy
+    holders = {name: _holder(model, name, max(own)) for name, own in by_holder.items()}
+    for name, holder in holders.items():
+        holder.set_policies([by_holder[name].get(index, policy) for index, policy in enumerate(holder.policies)])
+
+
+def _holder(model: nn.Module, name: str, last: int) -> HasPolicies:
+    """Return the module of a name, which must have a unit of index `last`."""
+    try:
+        holder = model.get_submodule(name)
+    except AttributeError:
+        holder = None
+    if not isinstance(holder, HasPolicies) or len(holder.policies) <= last:
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has no unit {last} in `{name}`; a plan applies to the planned model "
+            "and to models of the same structure."
+        )
+    return holder

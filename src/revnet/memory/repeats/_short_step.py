@@ -244,6 +244,15 @@ class ShortSteps:
         ]
 
 
+def block_kinds(short: ShortSteps | None) -> dict[tuple[str, int], Hashable]:
+    """Return the kind of each block that may be left out, by the name of its sequence and its index in it."""
+    if short is None or short.is_refused:
+        return {}
+    return {
+        (name, index): (name, kind) for name, row in short._chain.rows.items() for index, kind in enumerate(row.kinds)
+    }
+
+
 def _parameter_places(model: nn.Module, blocks: Sequence[nn.Module]) -> list[tuple[int, int]]:
     """Return for each parameter the index of its block and its number in it; -1 for those outside of blocks."""
     inside = {

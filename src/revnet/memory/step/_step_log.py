@@ -14,7 +14,7 @@ NO_MODULE = -1
 """Placeholder for a module's index where no module ran, such as in the loss."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call of a module in the forward pass."""
 

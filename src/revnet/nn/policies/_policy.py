@@ -131,7 +131,8 @@ class Reverse(AbstractPolicy):
         if (not self.hold and self.keep == ()) or torch.compiler.is_dynamo_compiling():
             return (None,) * len(half_blocks)
         roles = {half_block.role for half_block in half_blocks}
-        for argument, named in (("hold", self._held_roles() or set()), ("keep", roles_in(self.keep))):
+        held = set[str]() if self.hold is True else {*self.hold}  # type: ignore[misc]
+        for argument, named in (("hold", held), ("keep", roles_in(self.keep))):
             if named - roles:
                 raise ValueError(
                     f"`{argument}` of {self} names the residual function {min(named - roles)!r}, but the block "
@@ -141,12 +142,7 @@ class Reverse(AbstractPolicy):
 
     def holds(self, role: str) -> bool:
         """Return whether the input streams of the functions of a role are held."""
-        held = self._held_roles()
-        return held is None or role in held
-
-    def _held_roles(self) -> set[str] | None:
-        """Return the roles of the functions whose input is held; None for all functions."""
-        return None if self.hold is True else {*self.hold}  # type: ignore[misc]
+        return self.hold is True or role in self.hold  # type: ignore[operator]
 
     def _moves_for(self, half_blocks: Sequence[HalfBlock]) -> tuple[Moves | None, ...]:
         roles = {half_block.role for half_block in half_blocks}
