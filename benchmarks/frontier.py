@@ -5,7 +5,8 @@
 
 Writes frontier_<hardware>_<date>.md, a CSV and a picture to benchmarks/results/. All variants of a workload run
 interleaved in one process. `--before` names the checkout of an earlier commit; then steps of it and of this one run
-in turns instead, and the page frontier-before_<hardware>_<date>.md compares them.
+in turns instead, and the page frontier-before_<hardware>_<date>.md compares them. `--plans` only writes the page
+frontier-plans_<hardware>_<date>.md.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 from _frontier_before import before_section, is_checkout
 from _frontier_flops import flops_section
 from _frontier_page import frontier_sections, plot_frontier
+from _frontier_plans import plans_section
 from _frontier_variants import OWN, PEERS, PYTORCH, STORED, WORKLOADS
 from _memory_page import Row, table, write_csv
 from torch import Tensor
@@ -98,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=16, help="blocks for the bytes")
     parser.add_argument("--time-depth", type=int, default=4, help="blocks for the time, a multiple of 4")
     parser.add_argument("--num-rounds", type=int, default=9)
+    parser.add_argument("--plan-depth", type=int, default=8, help="blocks for the plans, for bytes and time")
+    parser.add_argument("--plans", action="store_true", help="only measure plans")
     parser.add_argument(
         "--page-faults", action="store_true", help="let the C library return freed memory to the system"
     )
@@ -107,7 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = given.workloads.split(",")
     if unknown := set(names) - set(WORKLOADS):
         parser.error(f"--workloads has the unknown name {min(unknown)}; the names are {', '.join(WORKLOADS)}")
-    if min(given.depth, given.time_depth, given.num_rounds) < 1 or given.time_depth % 4 or given.depth % 4:
+    if (
+        min(given.depth, given.time_depth, given.plan_depth, given.num_rounds) < 1
+        or given.time_depth % 4
+        or given.depth % 4
+    ):
         parser.error("--depth and --time-depth must be multiples of 4, and --num-rounds at least 1")
     if not given.out_dir.is_dir():
         parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
@@ -120,10 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             page += before_section(given.before, 5 * given.num_rounds)
             write_page(page, given.out_dir / f"frontier-before_{hardware_name()}_{datetime.date.today()}.md")
             return
+        settings = [Setting(name, precision) for name in names for precision in PRECISIONS]
+        if given.plans:
+            keep_freed_memory()
+            page = ["# Time and memory of plans", "", *describe_machine(command), ""]
+            page += plans_section(settings, given.plan_depth, given.num_rounds, time_in_turns)
+            write_page(page, given.out_dir / f"frontier-plans_{hardware_name()}_{datetime.date.today()}.md")
+            return
         check_matplotlib()
         has_faults = given.page_faults or not keep_freed_memory()
         stem = f"frontier{'-page-faults' * given.page_faults}_{hardware_name()}_{datetime.date.today()}"
-        settings = [Setting(name, precision) for name in names for precision in PRECISIONS]
         rows = measure_all(settings, given.depth, given.time_depth, given.num_rounds)
         write_csv(rows, given.out_dir / f"{stem}.csv")
         plot_frontier(rows, given.out_dir / f"{stem}.png")
@@ -136,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "",
             *explanation(names, given.depth, given.time_depth, given.num_rounds, has_faults=has_faults),
             *frontier_sections(rows),
+            *plans_section(settings, given.plan_depth, given.num_rounds, time_in_turns),
             *depths_section(names[0], (given.time_depth, given.depth), given.num_rounds),
             *flops_section(names, given.time_depth),
             *variants_section([method for name in names for method in (*OWN[name], *PYTORCH[name])]),
@@ -273,7 +288,9 @@ def time_in_turns(setting: Setting, methods: Sequence[Method], depth: int, num_r
     families = {method.name: family for family, method in setting.variants()}
     outcomes, turns = [], []
     for method in methods:
-        runner, note = attempt(method, families[method.name], partial(warm_runner, method, setting, functions))
+        runner, note = attempt(
+            method, families.get(method.name, "revnet"), partial(warm_runner, method, setting, functions)
+        )
         outcomes.append(Outcome(note=note))
         if not note:
             turns.append((runner, outcomes[-1]))

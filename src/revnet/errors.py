@@ -166,7 +166,7 @@ class BudgetError(RevnetError, ValueError):
         message: The shortfall, and what would fit.
         missing_bytes: Bytes by which the budget is too small.
         least_bytes: Smallest peak of the step under any plan.
-        max_batch_size: Largest batch size that fits, or 0 if none does.
+        max_batch_size: Largest batch size that fits, or 0 if none does, or if smaller batches fail.
 
     Example:
         >>> import torch

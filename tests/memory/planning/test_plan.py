@@ -212,6 +212,17 @@ def test_a_budget_below_the_size_of_the_model():
     assert info.value.max_batch_size == 0
 
 
+def test_a_budget_that_is_too_small_for_a_loss_of_one_batch_size():
+    targets = torch.zeros(4, dtype=torch.long)
+
+    def loss(y):
+        return nn.functional.cross_entropy(y, targets)
+
+    with pytest.raises(BudgetError, match="optimizer state; smaller batches fail, so none was found that fits") as info:
+        plan(small_revnet(), torch.randn(4, 3, 8, 8), budget="10KB", optimizer=SGD, loss=loss)
+    assert info.value.max_batch_size == 0
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()

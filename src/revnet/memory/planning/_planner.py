@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from revnet._bytes import format_bytes, parse_bytes
-from revnet.errors import BudgetError
+from revnet.errors import BudgetError, PredictionError
 from revnet.memory.planning._chunked_loss import check_has_head, chunking_loss
 from revnet.memory.planning._costs import CountedCosts, count_costs
 from revnet.memory.planning._max_batch_size import largest_batch
@@ -283,10 +283,12 @@ def _with_peak(point: FrontierPoint, memory: StepMemory) -> FrontierPoint:
 def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> BudgetError:
     """Return an error that says how much is missing and what would fit; the model has the policies of `least`."""
     total = step.num_samples
-    fitting = largest_batch(step, budget_bytes, most=total - 1)
+    fitting = _fitting_batch(step, budget_bytes, total - 1)
     missing = least.peak_bytes - budget_bytes
     samples = "sample" if fitting == 1 else "samples"
     hint = f"a batch of {fitting} {samples} instead of {total} would fit" if fitting else "no batch would fit"
+    if fitting is None:
+        hint = "smaller batches fail, so none was found that fits"
     for way_out, other in _ways_out(step):
         if _fits(other, budget_bytes):
             hint += f", but {way_out} would make it fit"
@@ -298,8 +300,16 @@ def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> B
         f"optimizer state; {hint}.",
         missing_bytes=missing,
         least_bytes=least.peak_bytes,
-        max_batch_size=fitting,
+        max_batch_size=fitting or 0,
     )
+
+
+def _fitting_batch(step: TrainingStep, budget_bytes: int, most: int) -> int | None:
+    """Return the largest batch that fits; None if the model or the loss works only for the batch size of the step."""
+    try:
+        return largest_batch(step, budget_bytes, most)
+    except (PredictionError, TypeError, ValueError):
+        return None
 
 
 def _ways_out(step: TrainingStep) -> Iterator[tuple[str, TrainingStep]]:
