@@ -42,10 +42,10 @@ def plans_section(settings: Sequence[Setting], depth: int, num_rounds: int, time
         "## Plans",
         "",
         f"The plans of `revnet.memory.plan` for {depth} blocks and a share of the bytes of the stored twin.",
-        "*Planned* is the time that the plan predicts, as a ratio to the stored twin: with `MeasuredTiming`, which times",
-        "steps, or with the default `RooflineTiming`, which estimates them from shapes. *Measured* is the median ratio",
-        f"of processor time over {num_rounds} rounds, with all plans and the twin interleaved. The counted bytes of each",
-        "step equal the planned ones; the script stops if they do not.",
+        "*Planned* is the time that the plan predicts, as a ratio to the stored twin: with `MeasuredTiming`, which",
+        "times steps, or with the default `RooflineTiming`, which estimates them from shapes. *Measured* is the median",
+        f"ratio of processor time over {num_rounds} rounds, with all plans and the twin interleaved. The counted bytes",
+        "of each step equal the planned ones; the script stops if they do not.",
         "",
     ]
     errors: dict[str, list[float]] = {timing: [] for timing in TIMINGS}
