@@ -147,6 +147,17 @@ class Frame:
             AmbiguousError: Descriptions contradict each other.
             NotRepeatedError: Nothing is left of a description.
         """
+        distances = descriptions[:, 0] - ZERO
+        result = own + distances
+        is_far = np.abs(distances) >= REACH
+        if is_far.any():
+            result[is_far] = self._find_far(descriptions[is_far], own[is_far])
+        if ((result < 0) | (result >= self._count)).any():
+            raise NotRepeatedError
+        return result
+
+    def _find_far(self, descriptions: Integers, own: Integers) -> Integers:
+        """Return the positions that are not described by their distance alone."""
         values = descriptions - ZERO
         is_known = descriptions != UNKNOWN
         places, distances = np.divmod(values[:, 1:3] + REACH, 2 * REACH + 1)

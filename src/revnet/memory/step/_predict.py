@@ -30,7 +30,7 @@ from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_fa
 from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._run_step import Loss, StepResult, check_step, device_of, run_step, tensors_in
 from revnet.memory.step._step_memory import StepMemory
-from revnet.memory.step._summarize import summarize
+from revnet.memory.step._summarize import ModuleTable, summarize
 
 
 def predict(
@@ -203,6 +203,7 @@ class Prediction:
         self._dtype = dtype
         self._short, self._blocks = short, blocks
         self._cost: OptimizerCost | None = None
+        self._modules: ModuleTable | None = None
         self._step_in_backward = step_in_backward and optimizer is not None
         self._in_backward: BackwardOptimizer | None = None
         self._num_fake = -1
@@ -276,7 +277,9 @@ class Prediction:
         result = self.run()
         if self._optimizer is not None and self._cost is None:  # it does not depend on policies
             self._cost = self._optimizer_cost(self._optimizer, result)
-        return summarize(self._model, result, self._cost, dtype=self._dtype)
+        if self._modules is None:
+            self._modules = ModuleTable(self._model, self._dtype)
+        return summarize(self._model, result, self._cost, modules=self._modules)
 
     def _optimizer_cost(self, optimizer: OptimizerFactory, result: StepResult) -> OptimizerCost:
         if self._in_backward is not None:

@@ -1,7 +1,5 @@
 """Compute the figures of a step from its log."""
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ def summarize(
     result: StepResult,
     optimizer: OptimizerCost | None,
     cuda: CudaMemory | None = None,
-    dtype: torch.dtype | None = None,
+    modules: "ModuleTable | None" = None,
 ) -> StepMemory:
     """Return the figures of one step of `model`, followed by the step of its optimizer.
 
@@ -27,7 +25,7 @@ def summarize(
         result: The step.
         optimizer: Memory of the optimizer, if there is one.
         cuda: Memory that the GPU reported.
-        dtype: Data type to which the floating-point parameters count as converted.
+        modules: The modules of the model, if they are known.
     """
     log, constants = result.log, result.constants
     state_bytes = 0 if optimizer is None else optimizer.state_bytes
@@ -59,7 +57,7 @@ def summarize(
         gradient_bytes=int(log.gradient_bytes[-1]),
         optimizer_bytes=state_bytes,
         input_bytes=constants.inputs,
-        modules=_modules(model, log, total[: log.num_events], dtype),
+        modules=(modules or ModuleTable(model)).memory(log, total[: log.num_events]),
         timeline=_timeline(log, activations, gradients, owners, constant_bytes),
         cuda=cuda,
     )
@@ -78,41 +76,47 @@ def _held_bytes_at(log: StepLog, event: int) -> int:
     return int(log.sizes[alive].sum())
 
 
-def _modules(model: nn.Module, log: StepLog, total: Integers, dtype: torch.dtype | None) -> tuple[ModuleMemory, ...]:
-    """Return the memory of each module with its children: sums of parameters and held bytes, maxima of peaks."""
-    modules = dict(model.named_modules())
-    parents = _parents(log.modules)
-    parameters: list[dict[int, int]] = [{} for _ in modules]
-    for index, module in enumerate(modules.values()):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameters[index][id(parameter)] = _num_bytes(parameter, dtype)
-    held = np.zeros(len(modules), np.int64)
-    is_owned = log.is_held & (log.creators != NO_MODULE)
-    np.add.at(held, log.creators[is_owned], log.sizes[is_owned])
-    peaks = np.zeros(len(modules), np.int64)
-    is_owned = log.owners != NO_MODULE
-    np.maximum.at(peaks, log.owners[is_owned], total[is_owned])
-    for index in range(len(modules) - 1, 0, -1):  # children follow their parents
-        parent = parents[index]
-        parameters[parent] |= parameters[index]
-        held[parent] += held[index]
-        peaks[parent] = max(peaks[parent], peaks[index])
-    return tuple(
-        ModuleMemory(
-            name=name,
-            kind=type(module).__name__,
-            parameter_bytes=sum(parameters[index].values()),
-            held_bytes=int(held[index]),
-            peak_bytes=int(peaks[index]),
-        )
-        for index, (name, module) in enumerate(modules.items())
-    )
+class ModuleTable:
+    """The modules of a model, with the bytes of their parameters.
 
+    Args:
+        model: The model.
+        dtype: Data type to which the floating-point parameters count as converted.
+    """
 
-def _parents(names: Sequence[str]) -> list[int]:
-    indices: Mapping[str, int] = {name: index for index, name in enumerate(names)}
-    return [indices[name.rpartition(".")[0]] for name in names]
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
+        modules = dict(model.named_modules())
+        self._names, self._kinds = list(modules), [type(module).__name__ for module in modules.values()]
+        indices = {name: index for index, name in enumerate(modules)}
+        self._parents = np.array([indices[name.rpartition(".")[0]] for name in modules], np.int64)
+        depths = np.array([name.count(".") + 1 if name else 0 for name in modules])
+        self._levels = [np.flatnonzero(depths == depth) for depth in range(depths.max(), 0, -1)]
+        parameters: list[dict[int, int]] = [{} for _ in modules]
+        for index, module in enumerate(modules.values()):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameters[index][id(parameter)] = _num_bytes(parameter, dtype)
+        for index in range(len(modules) - 1, 0, -1):  # children follow their parents
+            parameters[self._parents[index]] |= parameters[index]
+        self._parameter_bytes = [sum(own.values()) for own in parameters]
+
+    def memory(self, log: StepLog, total: Integers) -> tuple[ModuleMemory, ...]:
+        """Return the memory of each module with its children: sums of parameters and held bytes, maxima of peaks.
+
+        Args:
+            log: Log of a step of the model.
+            total: (events,) Bytes alive at each event.
+        """
+        held, peaks = np.zeros((2, len(self._names)), np.int64)
+        is_owned = log.is_held & (log.creators != NO_MODULE)
+        np.add.at(held, log.creators[is_owned], log.sizes[is_owned])
+        is_owned = log.owners != NO_MODULE
+        np.maximum.at(peaks, log.owners[is_owned], total[is_owned])
+        for level in self._levels:
+            np.add.at(held, self._parents[level], held[level])
+            np.maximum.at(peaks, self._parents[level], peaks[level])
+        columns = zip(self._names, self._kinds, self._parameter_bytes, held.tolist(), peaks.tolist(), strict=True)
+        return tuple([ModuleMemory(*row) for row in columns])
 
 
 def _num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
