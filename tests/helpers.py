@@ -26,7 +26,7 @@ from revnet import (
     Store,
     create_model,
 )
-from revnet.coupling import Affine
+from revnet.coupling import Affine, Scaled
 from revnet.errors import ReconstructionError
 from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
 from revnet.nn import (
@@ -34,6 +34,7 @@ from revnet.nn import (
     BatchNorm2dBiased,
     CouplingLayer,
     FlowStep,
+    LeapfrogBlock,
     MomentumBlock,
     MultiStreamBlock,
 )
@@ -302,6 +303,21 @@ CASES = [
         (4, 8),
         density=True,
     ),
+    Case("scaled", lambda: ReversibleBlock(mlp(3), mlp(3), coupling=Scaled.consistent(-0.8)), (4, 6), density=True),
+    Case(
+        "midpoint-conv",
+        lambda: ReversibleBlock(
+            nn.Sequential(ConvResidual(3), nn.Dropout(0.3)), ConvResidual(3), coupling=Scaled.midpoint()
+        ),
+        (2, 6, 5, 5),
+    ),
+    Case(
+        "three-scaled-streams",
+        lambda: MultiStreamBlock(mlp(2), mlp(2), mlp(2), coupling=Scaled.dual(0.1, 0.9)),
+        (4, 6),
+        density=True,
+    ),
+    Case("leapfrog", lambda: LeapfrogBlock(mlp(3), step_size=0.5), (4, 6)),
     Case("momentum", lambda: MomentumBlock(mlp(3), gamma=0.8), (4, 6), density=True),
     Case(
         "complex",

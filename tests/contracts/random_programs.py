@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
+from revnet.coupling import Momentum, Scaled
 from tests.helpers import leaves
 
 
@@ -64,6 +65,9 @@ class InPlace(nn.Module):
         return torch.sin((y @ self.weight).mul_(2)).add_(x).sum(0)
 
 
+# The inverse of each magnifies errors little enough for the bounds of the tests.
+COUPLINGS = [Scaled.midpoint(), Scaled.leapfrog(0.5), Scaled.consistent(-0.8), Scaled(0.9, 0.5, -0.2), Momentum(0.9)]
+
 IN_PLACE_FUNCTIONS = [
     InPlace,
     lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Dropout(0.4, inplace=True)),
@@ -91,6 +95,8 @@ def draw_sequence(
     if draw.random() < 0.2:
         blocks.append(blocks[0])
     sequence = ReversibleSequential(*blocks, policy=[draw.choice(policies) for _ in blocks]).double()
+    if draw.random() < 0.3:
+        set_coupling(sequence, draw.choice(COUPLINGS))
     for parameter in sequence.parameters():
         parameter.requires_grad_(draw.random() < 0.75)
     return sequence.train(draw.random() < 0.8)

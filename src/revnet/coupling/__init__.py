@@ -12,3 +12,4 @@ from revnet.coupling._additive import Additive as Additive
 from revnet.coupling._affine import Affine as Affine
 from revnet.coupling._fixed_point import FixedPoint as FixedPoint
 from revnet.coupling._momentum import Momentum as Momentum
+from revnet.coupling._scaled import Scaled as Scaled

@@ -42,11 +42,16 @@ class AbstractCoupling(abc.ABC):
     is_additive: ClassVar[bool]
     """Whether the coupling is additive: the output's gradient is passed unchanged to both inputs, and the
     log-determinant is zero. It has no default, because a wrong value gives wrong gradients without an error."""
+    is_linear: ClassVar[bool] = False
+    """Whether `forward` multiplies its tensors only by constants and draws no random numbers, so that autograd saves
+    none of them. The reversible run then needs no gradient of the coupling. Every additive coupling is linear."""
     is_exact: ClassVar[bool] = False
     """Whether the inverse is exact to the last bit while streams stay below `limit`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if vars(cls).get("is_additive") is True:
+            cls.is_linear = True
         forward = next(position for position, base in enumerate(cls.__mro__) if "forward" in vars(base))
         if cls.__mro__[forward] is AbstractCoupling:
             return  # Still abstract.
@@ -56,6 +61,21 @@ class AbstractCoupling(abc.ABC):
                 f"{cls.__name__} defines `forward`, so it must define `is_additive` too: True if gradients pass "
                 "unchanged to both inputs, as they do for a sum, else False."
             )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `mix` changes the output of the residual function."""
+        return False
+
+    def mix(self, source: Tensor, residual: Tensor, name: str = "f") -> Tensor:
+        """Return the residual that is combined with the stream, from the output of the residual function.
+
+        Args:
+            source: The stream that the function read. Not modified.
+            residual: The output of the function.
+            name: The name of the residual function, for error messages.
+        """
+        return residual
 
     @abc.abstractmethod
     def prepare(self, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ References:
     Sander et al. (2021), Momentum Residual Neural Networks, equation 3.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from revnet._checks import describe, is_number
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_residual
+from revnet.coupling._scaled import log_det_of_factor
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Momentum(AbstractCoupling):
     """
 
     is_additive: ClassVar[bool] = False
+    is_linear: ClassVar[bool] = True
 
     gamma: float = 0.9
 
@@ -75,9 +76,7 @@ class Momentum(AbstractCoupling):
 
         A complex element counts twice, because it holds two real numbers.
         """
-        per_element = math.log(self.gamma) * (2 if x.is_complex() else 1)
-        total = per_element * (x.numel() // max(1, x.shape[0]))
-        return torch.full((x.shape[0],), total, dtype=x.real.dtype, device=x.device)
+        return log_det_of_factor(x, self.gamma)
 
     def limit(self, dtype: torch.dtype) -> None:
         """Return None: reversal rounds at every magnitude."""

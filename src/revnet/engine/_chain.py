@@ -65,7 +65,7 @@ class Chain:
         moves: For each half-block, what a reversible run keeps for it; None or empty for nothing.
     """
 
-    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "moves", "num_runs", "plans", "tolerated")
+    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "mixes", "moves", "num_runs", "plans", "tolerated")
 
     def __init__(
         self,
@@ -80,6 +80,8 @@ class Chain:
         """Whether all couplings are exact, so that reversal has no error."""
         self.has_exact = any(half_block.coupling.is_exact for half_block in half_blocks)
         """Whether any coupling is exact."""
+        self.mixes = any(half_block.coupling.mixes for half_block in half_blocks)
+        """Whether any coupling changes the output of its function; see `AbstractCoupling.mix`."""
         self.plans: list[Plan | None] = [None] * len(self.half_blocks)
         """Structure of each function in the mode of its last call."""
         self.num_runs = 0
@@ -102,7 +104,7 @@ class Chain:
         """
         for_all = dict(kwargs or {})
         own = {role: dict(of_role) for role, of_role in (own_kwargs or {}).items()}
-        return BoundChain(self, args, for_all, own, is_plain=len(args) + len(for_all) + len(own) == 0)
+        return BoundChain(self, args, for_all, own, is_plain=not (args or for_all or own or self.mixes))
 
     def groups(self) -> Iterator[tuple[nn.Module | None, range]]:
         """Yield the blocks that must be called, with the indices of their half-blocks; None for no block."""
@@ -135,7 +137,7 @@ class BoundChain:
     tolerance: "ToleranceKeeper | None" = None
     """Keeper of the bound on the error of rebuilt streams, if the caller wants a bound."""
     is_plain: bool = False
-    """Whether `call` is known to be `half_block.function(source)`: there are no arguments and no `input_dtype`."""
+    """Whether `call` is known to be `half_block.function(source)`: no arguments, `input_dtype` or `mix`."""
     is_joined: bool = False
     """Whether the caller concatenates the final streams with `joined`, which then hands them to the run."""
     holding: "Holding | None" = None
@@ -183,17 +185,16 @@ class BoundChain:
 
     def call(self, half_block: HalfBlock, source: Tensor) -> Tensor:
         """Call a residual function, and raise if it overwrites its input, which could not be rebuilt."""
+        stream = source
         if self.input_dtype is not None:
             source = source.to(self.input_dtype)
         args, kwargs = self.arguments_of(half_block)
-        if torch.compiler.is_dynamo_compiling() or source.is_inference():  # These have no versions.
-            residual: Tensor = half_block.function(source, *args, **kwargs)
-            return residual
-        version = source._version
-        residual = half_block.function(source, *args, **kwargs)
-        if source._version != version:
+        has_version = not (torch.compiler.is_dynamo_compiling() or source.is_inference())
+        version = source._version if has_version else 0
+        residual: Tensor = half_block.function(source, *args, **kwargs)
+        if has_version and source._version != version:
             raise wrote_to_input(half_block)
-        return residual
+        return half_block.coupling.mix(stream, residual, half_block.name) if self.chain.mixes else residual
 
     def join(self, half_block: HalfBlock, x: Tensor, residual: Tensor, log_dets: list[Tensor] | None = None) -> Tensor:
         """Return the stream combined with a residual, and add its log-determinant to `log_dets`."""

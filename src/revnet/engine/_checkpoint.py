@@ -87,7 +87,7 @@ class _KeepingRun:
         """Run the next half-block on `streams`, and keep none of its activations."""
         half_block, plans = chain.half_blocks[index], chain.chain.plans
         source, stream = streams[half_block.source], streams[half_block.target]
-        if chain.chain.blocks is not None or not half_block.coupling.is_additive:
+        if chain.chain.blocks is not None or not half_block.coupling.is_linear:
             # Hooks and couplings may draw random numbers, and hooks may switch autocast.
             self._surroundings.refresh()
         call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)
@@ -95,7 +95,7 @@ class _KeepingRun:
         self._calls.append((half_block, call))
         # This call cannot be replayed until its inputs are kept, below.
         self.is_finished = False
-        if half_block.coupling.is_additive:
+        if half_block.coupling.is_linear:
             residual = call.record(
                 self,
                 index,
@@ -105,7 +105,7 @@ class _KeepingRun:
                 may_stop_early=True,  # A replay does not need the result (rule 7).
                 keeps_tail=self._keeps_tail,
             )
-            y = chain.join(half_block, stream, residual)
+            y = chain.join(half_block, stream, residual, chain.log_dets)
             kept: tuple[Tensor, ...] = (source,)
         else:
             # Includes the coupling, which saves the stream for its gradient.
@@ -147,7 +147,7 @@ class _KeepingRun:
             # `data` has its own version counter, which is 0; otherwise every saved input would look modified.
             leaves.append(tensor.data.requires_grad_(requires_grad))
         chain = self._chain
-        if half_block.coupling.is_additive:
+        if half_block.coupling.is_linear:
             replay(call, chain.call, (half_block, leaves[0]), fill=True, is_rounded=False, needs_result=False)
             return
         # Recomputed for the tensors that autograd saves; the sum is not read.

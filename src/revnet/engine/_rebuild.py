@@ -118,10 +118,10 @@ class Rebuilder:
 
     def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
         half_block, plans, surroundings = chain.chain.half_blocks[index], chain.chain.plans, self.surroundings
-        is_additive = half_block.coupling.is_additive
-        if chain.chain.blocks is not None or not is_additive:
+        is_linear = half_block.coupling.is_linear
+        if chain.chain.blocks is not None or not is_linear:
             surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks may switch autocast.
-        kind: type[AbstractStep] = AdditiveStep if is_additive else JoinedStep
+        kind: type[AbstractStep] = LinearStep if is_linear else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
         plans[index], step.held_before = step.plan, None
         if chain.chain.moves is not None:
@@ -140,7 +140,7 @@ class Rebuilder:
         """Hold the final streams, or other tensors with the same values: the parts of the joined output, `whole`."""
         held: list[Tensor | None] = [stream.detach() for stream in streams]  # A node would lead back here (rule 1).
         last = self.steps[-1].half_block
-        if self.lowest == len(self.steps) - 1 and last.coupling.is_additive:
+        if self.lowest == len(self.steps) - 1 and last.coupling.is_linear:
             # Only the last function runs again, and it needs only the stream that it reads.
             held = [stream if number == last.source else None for number, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
@@ -197,7 +197,7 @@ class Rebuilder:
         return source, index + 1 != streams.origin and not step.half_block.coupling.is_exact
 
 
-class AdditiveStep(AbstractFunctionStep):
+class LinearStep(AbstractFunctionStep):
     """A half-block whose coupling saves nothing for its gradient."""
 
     __slots__ = ()
@@ -220,7 +220,7 @@ class AdditiveStep(AbstractFunctionStep):
         is_usual = type(half_block.coupling) is Additive and type(residual) is Tensor
         if is_usual and residual.dtype == stream.dtype and residual.shape == stream.shape:
             return stream + residual
-        return half_block.coupling.forward(stream, residual, half_block.name)
+        return chain.join(half_block, stream, residual, chain.log_dets)
 
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
         """Run the function again, and subtract its result from the stream."""

@@ -69,8 +69,9 @@ def set_policy(model: nn.Module, policy: AbstractPolicy | str) -> None:
 def set_coupling(model: nn.Module, coupling: AbstractCoupling) -> None:
     """Set the coupling of all reversible blocks of `model`. The next forward pass uses it.
 
-    This changes every `ReversibleBlock`, `CouplingLayer` and `MultiStreamBlock`. A `MomentumBlock` keeps its coupling.
-    Parts of a model that are stored and not reversed, such as the first block of a RevNet stage, are always exact.
+    This changes every `ReversibleBlock`, `CouplingLayer` and `MultiStreamBlock`. A `MomentumBlock` and a
+    `LeapfrogBlock` keep their coupling. Parts of a model that are stored and not reversed, such as the first block of a
+    RevNet stage, are always exact.
 
     Args:
         model: A model that contains reversible blocks.

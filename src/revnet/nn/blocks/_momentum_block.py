@@ -3,12 +3,10 @@
 from torch import nn
 
 from revnet.coupling import Momentum
-from revnet.engine import HalfBlock
-from revnet.nn.blocks._abstract_block import AbstractReversibleBlock, check_functions, reads
-from revnet.nn.blocks._split_dim import choose_split_dim
+from revnet.nn.blocks._velocity_block import AbstractVelocityBlock
 
 
-class MomentumBlock(AbstractReversibleBlock):
+class MomentumBlock(AbstractVelocityBlock):
     """Add a velocity to a residual block, which makes any residual function reversible at its full width.
 
     The streams are `(x, v)`. The block computes `v <- gamma v + (1 - gamma) f(x)` and `x <- x + v`. Its inverse is
@@ -50,23 +48,11 @@ class MomentumBlock(AbstractReversibleBlock):
     """
 
     def __init__(self, f: nn.Module, *, gamma: float = 0.9, split_dim: int | None = None):
-        super().__init__()
-        check_functions(f=f)
-        self.f = f
-        self.step = nn.Identity()
-        self.coupling = Momentum(gamma)
-        self.split_dim, self.has_default_split_dim = choose_split_dim(split_dim)
-
-    @reads("coupling", children=("f", "step"))
-    def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
-        """Return the updates of the velocity and of the activation. `prefix`, such as "blocks.3.", names the block."""
-        return [
-            HalfBlock(self.f, 1, 0, prefix + "f", self.coupling),
-            HalfBlock(self.step, 0, 1, prefix + "step", role="step", takes_arguments=False),
-        ]
+        super().__init__(f, Momentum(gamma), split_dim)
+        self.gamma = gamma
 
     def extra_repr(self) -> str:
         """Return the options, for `repr`."""
-        options = [f"gamma={self.coupling.gamma:g}"]
+        options = [f"gamma={self.gamma:g}"]
         options += [] if self.has_default_split_dim else [f"split_dim={self.split_dim}"]
         return ", ".join(options)

@@ -124,7 +124,8 @@ def run_forward(
     call, last = None, len(segments) - 1
     for index, (policy, chain) in enumerate(segments):
         for_join = is_joined and index == last
-        call = BoundChain(chain, args, kwargs, own_kwargs, input_dtype, log_dets, tolerance, is_plain, for_join)
+        is_direct = is_plain and not chain.mixes
+        call = BoundChain(chain, args, kwargs, own_kwargs, input_dtype, log_dets, tolerance, is_direct, for_join)
         streams = policy.run(call, streams)
     if input_dtype is not None:
         streams = tuple([stream.to(input_dtype) for stream in streams])

@@ -105,7 +105,10 @@ def run_recorded(
     own_kwargs = take_own(kwargs, segments) if kwargs else {}
     is_plain = input_dtype is None and len(args) + len(kwargs) + len(own_kwargs) == 0
     bound = [
-        (policy.run, BoundChain(chain, args, kwargs, own_kwargs, input_dtype, None, tolerance, is_plain))
+        (
+            policy.run,
+            BoundChain(chain, args, kwargs, own_kwargs, input_dtype, None, tolerance, is_plain and not chain.mixes),
+        )
         for policy, chain in segments
     ]
     streams, recording = record(bound, streams, needs_input=needs_input)
