@@ -47,7 +47,8 @@ class Scaled(AbstractCoupling):
         >>> from torch import nn
         >>> from revnet import ReversibleBlock
         >>> from revnet.coupling import Scaled
-        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2), coupling=Scaled.consistent(0.5))
+        >>> coupling = Scaled.consistent(0.5)
+        >>> block = ReversibleBlock(nn.Linear(2, 2), nn.Linear(2, 2), coupling=coupling)
         >>> x = torch.rand(3, 4)
         >>> torch.allclose(block.inverse(block(x)), x, atol=1e-5)
         True
@@ -61,10 +62,7 @@ class Scaled(AbstractCoupling):
     c: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("a", "b", "c"):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"`{name}` (={describe(value)}) must be a finite number; 1 is usual for `a` and `b`.")
+        _check_finite(a=self.a, b=self.b, c=self.c)
         if self.a == 0:
             raise ValueError(
                 "`a` (=0) must not be 0, because the stream that is updated would be lost; use a small value such as "
@@ -78,6 +76,7 @@ class Scaled(AbstractCoupling):
         References:
             Chang et al. (2018), Reversible Architectures for Arbitrarily Deep Residual Neural Networks.
         """
+        _check_finite(step_size=step_size)
         return cls(1.0, step_size, 0.0)
 
     @classmethod
@@ -87,6 +86,7 @@ class Scaled(AbstractCoupling):
         References:
             Chang et al. (2018), Reversible Architectures for Arbitrarily Deep Residual Neural Networks.
         """
+        _check_finite(step_size=step_size)
         return cls(1.0, 2 * step_size, 0.0)
 
     @classmethod
@@ -108,6 +108,7 @@ class Scaled(AbstractCoupling):
         References:
             Chang et al. (2018), Reversible Architectures for Arbitrarily Deep Residual Neural Networks.
         """
+        _check_finite(step_size=step_size)
         return cls(-1.0, step_size**2, 2.0)
 
     @classmethod
@@ -119,6 +120,7 @@ class Scaled(AbstractCoupling):
         References:
             Sander et al. (2021), Momentum Residual Neural Networks.
         """
+        _check_finite(gamma=gamma)
         return cls(-gamma, 1 - gamma, 1 + gamma)
 
     @classmethod
@@ -131,6 +133,7 @@ class Scaled(AbstractCoupling):
         References:
             McCallum et al. (2025), Reversible Deep Equilibrium Models.
         """
+        _check_finite(beta=beta)
         return cls(1 - beta, beta, 0.0)
 
     @classmethod
@@ -143,6 +146,7 @@ class Scaled(AbstractCoupling):
         References:
             Zhao et al. (2024), Dr2Net: Dynamic Reversible Dual-Residual Networks for Memory-Efficient Finetuning.
         """
+        _check_finite(alpha=alpha, beta=beta)
         return cls(beta, 1.0, alpha)
 
     @classmethod
@@ -152,6 +156,7 @@ class Scaled(AbstractCoupling):
         `a` near 0 is the residual network, `a = 1` the midpoint rule, and a negative `a` a momentum network. Errors
         grow by `1 / |a|` per function if `|a|` is below 1.
         """
+        _check_finite(a=a)
         return cls(a, 1 + a, 1 - a)
 
     @property
@@ -201,6 +206,12 @@ class Scaled(AbstractCoupling):
 
     def limit(self, dtype: torch.dtype) -> None:
         """Return None: reversal rounds at every magnitude."""
+
+
+def _check_finite(**values: float) -> None:
+    for name, value in values.items():
+        if not is_number(value) or not math.isfinite(value):
+            raise ValueError(f"`{name}` (={describe(value)}) must be a finite number, such as 0.5.")
 
 
 def log_det_of_factor(x: Tensor, factor: float) -> Tensor:
