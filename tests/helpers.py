@@ -26,7 +26,7 @@ from revnet import (
     Store,
     create_model,
 )
-from revnet.coupling import Affine, Scaled
+from revnet.coupling import Affine, ExactScaled, Scaled
 from revnet.errors import ReconstructionError
 from revnet.models import IRevNet, ReversibleTransformer, ReversibleViT, RevNet
 from revnet.nn import (
@@ -316,6 +316,11 @@ CASES = [
         lambda: MultiStreamBlock(mlp(2), mlp(2), mlp(2), coupling=Scaled.dual(0.1, 0.9)),
         (4, 6),
         density=True,
+    ),
+    Case(
+        "fixed-point-midpoint",
+        lambda: ReversibleBlock(mlp(3), mlp(3), coupling=ExactScaled(Scaled.midpoint(), 40, is_wide=True)),
+        (4, 6),
     ),
     Case("leapfrog", lambda: LeapfrogBlock(mlp(3), step_size=0.5), (4, 6)),
     Case("momentum", lambda: MomentumBlock(mlp(3), gamma=0.8), (4, 6), density=True),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
-from revnet.coupling import Momentum, Scaled
+from revnet.coupling import ExactScaled, Momentum, Scaled
 from tests.helpers import leaves
 
 
@@ -66,7 +66,15 @@ class InPlace(nn.Module):
 
 
 # The inverse of each magnifies errors little enough for the bounds of the tests.
-COUPLINGS = [Scaled.midpoint(), Scaled.leapfrog(0.5), Scaled.consistent(-0.8), Scaled(0.9, 0.5, -0.2), Momentum(0.9)]
+COUPLINGS = [
+    Scaled.midpoint(),
+    Scaled.leapfrog(0.5),
+    Scaled.consistent(-0.8),
+    Scaled(0.9, 0.5, -0.2),
+    Momentum(0.9),
+    ExactScaled(Scaled.consistent(0.5), 40, is_wide=True),
+    ExactScaled(Scaled.dual(0.9, -0.25), 40, is_wide=True),
+]
 
 IN_PLACE_FUNCTIONS = [
     InPlace,

@@ -77,6 +77,24 @@ class AbstractCoupling(abc.ABC):
         """
         return residual
 
+    @property
+    def remembers(self) -> bool:
+        """Whether `inverse` needs something of the stream that only the forward pass has.
+
+        Reversible runs then call `forward_keeping` and `inverse_kept`, and hold what is kept.
+        """
+        return False
+
+    def forward_keeping(self, x: Tensor, residual: Tensor, name: str = "f") -> tuple[Tensor, Tensor | None]:
+        """Return what `forward` returns, and what `inverse_kept` needs; None for nothing."""
+        return self.forward(x, residual, name), None
+
+    def inverse_kept(
+        self, y: Tensor, residual: Tensor, kept: Tensor | None, name: str = "f", *, in_place: bool = False
+    ) -> Tensor:
+        """Compute the stream as `inverse` does, from what `forward_keeping` kept."""
+        return self.inverse(y, residual, name, in_place=in_place)
+
     @abc.abstractmethod
     def prepare(self, x: Tensor) -> Tensor:
         """Prepare a stream for its first residual.

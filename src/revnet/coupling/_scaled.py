@@ -27,7 +27,7 @@ class Scaled(AbstractCoupling):
     The coefficients do not change while a pass is running: to change them during training, set a new coupling with
     `revnet.set_coupling`. Passes that are in flight keep the old one.
 
-    Accuracy: the inverse divides by `a`, so it magnifies errors. See `growth`.
+    Accuracy: the inverse divides by `a`, so it magnifies errors. See `growth`, and `ExactScaled` for an exact inverse.
     Memory: like `Additive()`.
 
     Args:

@@ -22,7 +22,7 @@ from revnet.engine._tensors import tensors_in
 if TYPE_CHECKING:
     from revnet.engine._moves import Holding, Moves
     from revnet.engine._plan import Plan
-    from revnet.engine._rebuild import Rebuilder
+    from revnet.engine._rebuild import LinearStep, Rebuilder
     from revnet.engine._recording import ChainRecorder
     from revnet.engine._tolerance import ToleranceKeeper
 
@@ -196,10 +196,28 @@ class BoundChain:
             raise wrote_to_input(half_block)
         return half_block.coupling.mix(stream, residual, half_block.name) if self.chain.mixes else residual
 
-    def join(self, half_block: HalfBlock, x: Tensor, residual: Tensor, log_dets: list[Tensor] | None = None) -> Tensor:
-        """Return the stream combined with a residual, and add its log-determinant to `log_dets`."""
+    def join(
+        self,
+        half_block: HalfBlock,
+        x: Tensor,
+        residual: Tensor,
+        log_dets: list[Tensor] | None = None,
+        step: "LinearStep | None" = None,
+    ) -> Tensor:
+        """Return the stream combined with a residual, and add its log-determinant to `log_dets`.
+
+        Args:
+            half_block: The half-block.
+            x: The stream.
+            residual: The result of the function.
+            log_dets: List that receives the log-determinant, if the caller wants it.
+            step: Step that will be undone, and receives what the inverse needs of the stream.
+        """
         coupling = half_block.coupling
-        y = coupling.forward(x, residual, half_block.name)
+        if step is not None and coupling.remembers:
+            y, step.kept_of_stream = coupling.forward_keeping(x, residual, half_block.name)
+        else:
+            y = coupling.forward(x, residual, half_block.name)
         if log_dets is not None and not coupling.is_additive:
             log_det = coupling.log_det(x, residual)
             if log_det is not None:

@@ -118,10 +118,9 @@ class Rebuilder:
 
     def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
         half_block, plans, surroundings = chain.chain.half_blocks[index], chain.chain.plans, self.surroundings
-        is_linear = half_block.coupling.is_linear
-        if chain.chain.blocks is not None or not is_linear:
+        if chain.chain.blocks is not None or not half_block.coupling.is_linear:
             surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks may switch autocast.
-        kind: type[AbstractStep] = LinearStep if is_linear else JoinedStep
+        kind: type[AbstractStep] = LinearStep if half_block.coupling.is_linear else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
         plans[index], step.held_before = step.plan, None
         if chain.chain.moves is not None:
@@ -220,7 +219,8 @@ class LinearStep(AbstractFunctionStep):
         is_usual = type(half_block.coupling) is Additive and type(residual) is Tensor
         if is_usual and residual.dtype == stream.dtype and residual.shape == stream.shape:
             return stream + residual
-        return chain.join(half_block, stream, residual, chain.log_dets)
+        keeper = None if may_stop and not run.undoes_all else self
+        return chain.join(half_block, stream, residual, chain.log_dets, keeper)
 
     def undo(self, run: "Rebuilder", streams: StreamSnapshot, *, fill: bool) -> None:
         """Run the function again, and subtract its result from the stream."""
@@ -240,7 +240,7 @@ class LinearStep(AbstractFunctionStep):
             if type(half_block.coupling) is Additive and residual.dtype == y.dtype and type(y) is Tensor:
                 x = y.sub_(residual) if in_place else y - residual
             else:
-                x = half_block.coupling.inverse(y, residual, half_block.name, in_place=in_place)
+                x = self.part(y, residual, in_place=in_place)
         except BaseException:
             streams.put(half_block.target, y)  # So that another backward pass can try again.
             raise

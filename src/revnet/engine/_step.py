@@ -55,7 +55,17 @@ class AbstractStep(RecordedCall, abc.ABC):
 class AbstractFunctionStep(AbstractStep):
     """A half-block whose slots belong only to the function."""
 
-    __slots__ = ()
+    __slots__ = ("kept_of_stream",)
+
+    kept_of_stream: Tensor | None
+    """What the inverse of the coupling needs of the stream before the update, if the coupling remembers it."""
+
+    def part(self, y: Tensor, residual: Tensor, *, in_place: bool) -> Tensor:
+        """Return the stream that the coupling combined with a residual."""
+        coupling, name = self.half_block.coupling, self.half_block.name
+        if coupling.remembers:
+            return coupling.inverse_kept(y, residual, self.kept_of_stream, name, in_place=in_place)
+        return coupling.inverse(y, residual, name, in_place=in_place)
 
     @abc.abstractmethod
     def run_again(

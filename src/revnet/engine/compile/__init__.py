@@ -109,6 +109,12 @@ def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
             f"{len(streams)} streams cannot be compiled as a whole; compile the residual functions instead: "
             "`for function in block.functions: function.compile()`."
         )
+    for half_block in chain.half_blocks:
+        if half_block.coupling.remembers:
+            refuse(
+                f"{half_block.coupling} keeps bits of its streams, and cannot be compiled as a whole; compile the "
+                "residual functions instead: `block.f.compile(); block.g.compile()`."
+            )
     if chain.tolerance is not None:
         refuse(
             "a ReversibleSequential with a `tolerance` cannot be compiled as a whole; reverse exactly with "

@@ -1,0 +1,145 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
+from revnet.coupling import ExactScaled, Scaled
+from revnet.memory import measure, predict
+from tests.helpers import mlp, squares
+
+FACTORS = [0.5, -0.5, 0.7, -0.7, 0.9, 0.25, -0.25, 0.1, 1 / 64, 1.0, -1.0, 1.1]
+
+
+def stack(coupling, depth, *, dim=4, scale=1.0, dropout=0.0):
+    def function():
+        layers = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Dropout(dropout), nn.Linear(dim, dim))
+        with torch.no_grad():
+            layers[-1].weight.mul_(scale)
+        return layers
+
+    return ReversibleSequential(*[ReversibleBlock(function(), function(), coupling=coupling) for _ in range(depth)])
+
+
+def outcome(sequence, x, policy, autocast=False):
+    set_policy(sequence, policy)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = sequence(x)
+    return [y, *torch.autograd.grad(squares(y), [x, *sequence.parameters()])]
+
+
+def assert_same_bits(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("a", FACTORS)
+@pytest.mark.parametrize("is_wide", [False, True], ids=["float32", "float64"])
+def test_every_integer_is_restored(a, is_wide):
+    coupling = ExactScaled(Scaled(a), 4, is_wide=is_wide)
+    steps = torch.arange(-5000, 5001, dtype=torch.float64 if is_wide else torch.float32)
+    x, residual = steps / 16, torch.randn(len(steps)) * 10
+    y, kept = coupling.forward_keeping(x, residual)
+    assert torch.equal(coupling.inverse_kept(y, residual, kept), x)
+    assert torch.equal(coupling.forward(x, residual), y)
+    assert (y - (coupling.a * x + residual)).abs().max() <= 1 / 16 + 1e-5  # half a step for each of two roundings
+    assert coupling.inverse_kept(y, residual, kept, in_place=True) is y
+    assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("a", [0.5, -0.5, 0.7, 0.9, 0.25, 0.1])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_gradients_have_the_same_bits(a, autocast):
+    sequence = stack(ExactScaled(Scaled(a, 1.0, 1 - a)), 12, scale=0.1, dropout=0.1)
+    x = torch.randn(5, 8, requires_grad=True)
+    expected = outcome(sequence, x, Store(), autocast)
+    for policy in (Reverse(), Reverse(hold="g"), Checkpoint()):
+        assert_same_bits(outcome(sequence, x, policy, autocast), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("a", [0.5, -0.5, 0.7, -0.7, 0.9, -0.9, 0.25, -0.25, 0.1, -0.1])
+def test_gradients_have_the_same_bits_at_1000_functions(a):
+    sequence = stack(ExactScaled(Scaled(a, 1.0, 1 - a if a > 0 else 0.0)), 500, scale=0.01, dropout=0.1)
+    x = torch.randn(5, 8, requires_grad=True)
+    assert_same_bits(outcome(sequence, x, Reverse()), outcome(sequence, x, Store()))
+
+
+@pytest.mark.parametrize(("a", "num_bits"), [(1.0, 0), (0.5, 1), (0.7, 1), (0.25, 2), (0.1, 4), (1 / 64, 8)])
+def test_bytes_of_the_kept_bits(a, num_bits):
+    coupling = ExactScaled(Scaled(a, 0.1, 0.0))
+    assert coupling.num_bits == num_bits
+    x = torch.randn(64, 8, requires_grad=True)
+
+    def held_bytes(depth):
+        sequence = stack(coupling, depth)
+        set_policy(sequence, Reverse())
+        counted = measure(sequence, x)
+        assert counted.peak_bytes == predict(sequence, x).peak_bytes
+        return counted.held_bytes
+
+    num_elements = 64 * 4
+    assert held_bytes(8) - held_bytes(4) == 8 * num_elements * num_bits // 8
+
+
+def test_a_retained_graph_and_two_passes():
+    sequence = stack(ExactScaled(Scaled.consistent(0.5)), 3, scale=0.1)
+    twin = copy.deepcopy(sequence)
+    set_policy(twin, Store())
+    x, z = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    results = []
+    for module in (sequence, twin):
+        first, second = squares(module(x)), squares(module(z))
+        inputs = [x, *module.parameters()]
+        again = [torch.autograd.grad(first, inputs, retain_graph=True) for _ in range(2)]
+        (gradient,) = torch.autograd.grad(second, z, create_graph=True)
+        results.append([*again[0], *again[1], gradient, *torch.autograd.grad(squares(gradient), [z])])
+    assert_same_bits(*results)
+
+
+def test_stays_exact_where_the_inverse_would_explode():
+    """In floating point, 24 divisions by 0.1 leave nothing of the stream."""
+    sequence = stack(ExactScaled(Scaled(0.1, 1.0, 0.9)), 12, scale=0.1)
+    x = torch.randn(5, 8, requires_grad=True)
+    assert_same_bits(outcome(sequence, x, Reverse()), outcome(sequence, x, Store()))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_visible(value):
+    coupling = ExactScaled(Scaled(0.5))
+    x, bad = torch.ones(3), torch.tensor([0.0, value, 0.0])
+    for y in (coupling.forward(x, bad), coupling.forward(bad, x)):
+        assert y.isfinite().tolist() == [True, False, True]
+
+
+def test_the_inverse_needs_the_kept_bits():
+    block = ReversibleBlock(mlp(3), mlp(3), coupling=ExactScaled(Scaled(0.5)))
+    with pytest.raises(ValueError, match=r"the inverse of `g` needs the bits that .* keeps in the forward pass"):
+        block.inverse(torch.zeros(4, 6))
+    block = ReversibleBlock(mlp(3), mlp(3), coupling=ExactScaled(Scaled.midpoint()))
+    x = torch.tensor([[1.0, 0.5, 0.25, 2.0, 0.0, -1.0]])
+    assert torch.equal(block.inverse(block(x)), x)
+
+
+# PyTorch raises this warning itself when it traces any custom `autograd.Function`.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_is_refused_in_one_line():
+    sequence = torch.compile(stack(ExactScaled(Scaled(0.5)), 2), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="keeps bits of its streams, and cannot be compiled as a whole"):
+        sequence(torch.randn(5, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize("a", [1 / 1024, 4.0, -8.0])
+def test_rejects_a_factor_that_is_out_of_range(a):
+    with pytest.raises(ValueError, match=r"`a` of `scaled` .* must have a magnitude from 1/256 to below 4"):
+        ExactScaled(Scaled(a))
+
+
+def test_rejects_what_is_not_scaled():
+    with pytest.raises(TypeError, match=r"`scaled` \(=0.5\) must be a `Scaled`"):
+        ExactScaled(0.5)
+    with pytest.raises(ValueError, match="`fraction_bits`"):
+        ExactScaled(Scaled(0.5), 30)
