@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
-from revnet.coupling import ExactScaled, Momentum, Scaled
+from revnet.coupling import AbstractCoupling, ExactScaled, Momentum, Scaled
 from tests.helpers import leaves
 
 
@@ -87,6 +87,7 @@ def draw_sequence(
     draw: random.Random,
     functions: Sequence[Callable[[], nn.Module]] = FUNCTIONS,
     policies: Sequence[AbstractPolicy] = (Reverse(), Reverse(), Reverse(), Store()),
+    couplings: Sequence[AbstractCoupling] = COUPLINGS,
 ) -> ReversibleSequential:
     shared = [draw.choice(functions)() for _ in range(3)]
 
@@ -104,7 +105,7 @@ def draw_sequence(
         blocks.append(blocks[0])
     sequence = ReversibleSequential(*blocks, policy=[draw.choice(policies) for _ in blocks]).double()
     if draw.random() < 0.3:
-        set_coupling(sequence, draw.choice(COUPLINGS))
+        set_coupling(sequence, draw.choice(couplings))
     for parameter in sequence.parameters():
         parameter.requires_grad_(draw.random() < 0.75)
     return sequence.train(draw.random() < 0.8)

@@ -112,8 +112,8 @@ def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
     for half_block in chain.half_blocks:
         if half_block.coupling.remembers:
             refuse(
-                f"{half_block.coupling} keeps bits of its streams, and cannot be compiled as a whole; compile the "
-                "residual functions instead: `block.f.compile(); block.g.compile()`."
+                "a coupling that keeps bits of its streams, such as `ExactScaled` with a factor `a` below 1, cannot be "
+                "compiled as a whole; compile the residual functions instead: `block.f.compile(); block.g.compile()`."
             )
     if chain.tolerance is not None:
         refuse(
