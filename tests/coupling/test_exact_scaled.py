@@ -128,9 +128,7 @@ def test_the_inverse_needs_the_kept_bits():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_is_refused_in_one_line():
     sequence = torch.compile(stack(ExactScaled(Scaled(0.5)), 2), backend="aot_eager", fullgraph=True)
-    with pytest.raises(
-        Exception, match=r"a coupling that keeps bits of its streams, such as .* cannot be compiled as a whole"
-    ):
+    with pytest.raises(Exception, match="a coupling that keeps bits of its streams"):
         sequence(torch.randn(5, 8, requires_grad=True))
 
 
