@@ -13,13 +13,14 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from revnet import Additive, FixedPoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.coupling import Affine
-from revnet.nn import AbstractReversibleBlock, CouplingLayer, FlowStep, MomentumBlock, MultiStreamBlock
+from revnet.nn import AbstractReversibleBlock, CouplingLayer, FlowStep, LeapfrogBlock, MomentumBlock, MultiStreamBlock
 from revnet.nn.blocks._abstract_block import READS
 from tests.helpers import mlp
 
 BLOCKS = {
     "block": lambda: ReversibleBlock(mlp(4), mlp(4), split_dim=-1),
     "layer": lambda: CouplingLayer(mlp(4), split_dim=-1),
+    "leapfrog": lambda: LeapfrogBlock(mlp(4), split_dim=-1),
     "momentum": lambda: MomentumBlock(mlp(4), split_dim=-1),
     "streams": lambda: MultiStreamBlock(mlp(4), mlp(4), split_dim=-1),
     "flow": lambda: FlowStep(mlp(4), num_channels=8, coupling=Additive()),
