@@ -368,6 +368,7 @@ LEFT_OUT = {
     "PolicyUnit": "a record",
     "StageModule": "a result of `cut_into_stages`",
     "Traffic": "a record",
+    "HasGradientCheckpointing": "abstract; the methods are tested with the models",
     "HasPolicies": "abstract",
     "HasSinglePolicy": "abstract",
 }

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from revnet._checks import check_bool, check_choice, describe, is_integer
 from revnet.models._checks import check_images, check_num_classes, explain_input_errors
-from revnet.nn import PolicySequential, ReversibleSequential
+from revnet.nn import HasGradientCheckpointing, PolicySequential, ReversibleSequential
 
 
-class AbstractImageClassifier(nn.Module, abc.ABC):
+class AbstractImageClassifier(HasGradientCheckpointing, abc.ABC):
     """A network from images to logits: stem, stages, final norm, pooling and head.
 
     The methods have the names and meanings of timm's methods. A subclass sets the fields below. It defines how the

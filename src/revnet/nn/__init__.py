@@ -30,6 +30,7 @@ from revnet.nn.invertible._invertible_sequential import InvertibleSequential as 
 from revnet.nn.invertible._multi_scale import MultiScaleSequential as MultiScaleSequential
 from revnet.nn.invertible._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn.invertible._space_to_depth import SpaceToDepth as SpaceToDepth
+from revnet.nn.policies._has_gradient_checkpointing import HasGradientCheckpointing as HasGradientCheckpointing
 from revnet.nn.policies._has_policies import HasPolicies as HasPolicies
 from revnet.nn.policies._has_policies import HasSinglePolicy as HasSinglePolicy
 from revnet.nn.policies._has_policies import PolicyUnit as PolicyUnit
