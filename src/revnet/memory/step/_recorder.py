@@ -90,6 +90,8 @@ class Recorder(TorchDispatchMode):
                 # `calling` records the model itself. A hook changes the way a block runs, and scripts take no hooks.
                 if index == 0 or isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule):
                     continue
+                if getattr(module, "runs_only_with_hooks", False):
+                    continue
                 enter = module.register_forward_pre_hook(self._entering(index), prepend=True)
                 stack.callback(enter.remove)
                 leave = module.register_forward_hook(self._leave)
