@@ -8,7 +8,6 @@ Names that `revnet` itself does not export are provisional: they may change in a
 """
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,7 +28,9 @@ try:
 except ModuleNotFoundError as _error:
     if _error.name != "timm":
         raise
-    raise MissingDependencyError("`revnet.timm` needs timm, which is not installed; run `pip install timm`.") from _error
+    raise MissingDependencyError(
+        "`revnet.timm` needs timm, which is not installed; run `pip install timm`."
+    ) from _error
 
 __all__ = ["register_models", "timm_name"]
 
@@ -128,8 +129,8 @@ def _feature_cfg(own_name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     chosen = _FEATURE_CLASSES.get(feature_cls, feature_cls) if isinstance(feature_cls, str) else feature_cls
     if not (isinstance(chosen, type) and issubclass(chosen, tuple(_FEATURE_CLASSES.values()))):
         raise ValueError(
-            f"`feature_cls` (={describe(feature_cls)}) must be 'getter' or 'hook', since a reversible stage returns two "
-            "streams, which other wrappers cannot join."
+            f"`feature_cls` (={describe(feature_cls)}) must be 'getter' or 'hook', since a reversible stage returns "
+            "two streams, which other wrappers cannot join."
         )
     out_indices = kwargs.pop("out_indices", None)
     if out_indices is None:
@@ -184,11 +185,10 @@ def _side(img_size: Any) -> int:
     sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size,)
     if not sides or len(set(sides)) != 1 or not is_integer(sides[0]):
         raise ValueError(
-            f"`img_size` (={describe(img_size)}) must be the side of square images, for which the position embedding is "
-            "learned; pass one number. Images of other sides are accepted later."
+            f"`img_size` (={describe(img_size)}) must be the side of square images, for which the position embedding "
+            "is learned; pass one number. Images of other sides are accepted later."
         )
     return sides[0]
 
 
-assert sys.modules[__name__].__dict__ is globals()
 register_models()

@@ -97,7 +97,9 @@ class AbstractBackbone(HasGradientCheckpointing, abc.ABC):
         """Remove the stages after the first `num_stages`, and return how many were removed."""
         num_removed = len(self.stages) - num_stages
         if num_removed:
-            self.stages = self.stages[:num_stages]
+            stages = self.stages[:num_stages]
+            assert isinstance(stages, nn.Sequential | ReversibleSequential)
+            self.stages = stages
             self.feature_info = self.feature_info[: num_stages + 1]
             if "maps" in self._modules:
                 self.maps = self.maps[:num_stages]

@@ -105,10 +105,12 @@ class AbstractImageClassifier(AbstractBackbone):
         check_num_classes(num_classes)
         global_pool = self.global_pool if global_pool is None else global_pool
         check_global_pool(global_pool, num_classes)
-        old = self.head.weight if isinstance(self.head, nn.Linear) else next(self.parameters())
         head = make_head(self.num_features, num_classes)
-        self._initialize(head)
-        self.head = head.to(old.device, old.dtype).train(self.training)
+        if isinstance(head, nn.Linear):
+            old = self.head.weight if isinstance(self.head, nn.Linear) else next(self.parameters())
+            self._initialize(head)
+            head.to(old.device, old.dtype)
+        self.head = head.train(self.training)
         self.num_classes = num_classes
         self.global_pool = global_pool
 
