@@ -16,6 +16,7 @@ from revnet.nn._whole_model import set_policy as set_policy
 from revnet.nn._whole_model import set_tolerance as set_tolerance
 from revnet.nn.blocks._abstract_block import AbstractReversibleBlock as AbstractReversibleBlock
 from revnet.nn.blocks._coupling_layer import CouplingLayer as CouplingLayer
+from revnet.nn.blocks._grouped_block import GroupedBlock as GroupedBlock
 from revnet.nn.blocks._momentum_block import MomentumBlock as MomentumBlock
 from revnet.nn.blocks._multi_stream_block import MultiStreamBlock as MultiStreamBlock
 from revnet.nn.blocks._reversible_block import ReversibleBlock as ReversibleBlock
