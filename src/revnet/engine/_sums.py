@@ -14,9 +14,18 @@ def read_source(streams: Sequence[Tensor], source: Any) -> Tensor:
 
 
 def add_up(streams: Sequence[Tensor]) -> Tensor:
-    """Return the sum of streams. Two sums of the same streams have the same bits."""
+    """Return the sum of streams. Two sums of the same streams have the same bits.
+
+    Raises:
+        ValueError: The streams have different shapes.
+    """
     total = streams[0]
     for stream in streams[1:]:
+        if stream.shape != total.shape:
+            raise ValueError(
+                f"the streams of a sum have the shapes {tuple(total.shape)} and {tuple(stream.shape)}; pass streams of "
+                "one shape to a `GroupedBlock`, or use a `MultiStreamBlock`."
+            )
         total = total + stream
     return total
 
