@@ -34,6 +34,7 @@ from revnet.nn import (
     BatchNorm2dBiased,
     CouplingLayer,
     FlowStep,
+    GroupedBlock,
     LeapfrogBlock,
     MomentumBlock,
     MultiStreamBlock,
@@ -297,6 +298,13 @@ CASES = [
         (4, 6),
     ),
     Case("three-streams", lambda: MultiStreamBlock(mlp(2), mlp(2), mlp(2)), (4, 6)),
+    Case("three-groups", lambda: GroupedBlock(mlp(2), mlp(2), mlp(2)), (4, 6)),
+    Case(
+        "four-affine-groups",
+        lambda: GroupedBlock(*[scaling_mlp(2) for _ in range(4)], split_dim=-1, coupling=Affine()),
+        (4, 8),
+        density=True,
+    ),
     Case(
         "four-affine-streams",
         lambda: MultiStreamBlock(*[scaling_mlp(2) for _ in range(4)], split_dim=-1, coupling=Affine()),

@@ -38,6 +38,7 @@ LEVELS = {
     "memory": 5,
     "training": 6,
     "bench": 6,
+    "timm": 6,
     "paper": 7,
     "cli": 8,
     "__main__": 9,

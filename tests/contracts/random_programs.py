@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
 from revnet.coupling import AbstractCoupling, ExactScaled, Momentum, Scaled
+from revnet.nn import GroupedBlock
 from tests.helpers import leaves
 
 
@@ -37,6 +38,13 @@ class Averaged(nn.Module):
 
 class Wrapped(ReversibleBlock):
     """A block that overrides `forward`."""
+
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, *args, **kwargs)
+
+
+class WrappedGroups(GroupedBlock):
+    """A block of several streams that overrides `forward`."""
 
     def forward(self, x, *args, **kwargs):
         return super().forward(x, *args, **kwargs)
@@ -72,8 +80,8 @@ COUPLINGS = [
     Scaled.consistent(-0.8),
     Scaled(0.9, 0.5, -0.2),
     Momentum(0.9),
-    ExactScaled(Scaled.consistent(0.5), 40, is_wide=True),
-    ExactScaled(Scaled.dual(0.9, -0.25), 40, is_wide=True),
+    ExactScaled(Scaled.consistent(0.5), 24, is_wide=True),
+    ExactScaled(Scaled.dual(0.9, -0.25), 24, is_wide=True),
 ]
 
 IN_PLACE_FUNCTIONS = [
@@ -88,14 +96,17 @@ def draw_sequence(
     functions: Sequence[Callable[[], nn.Module]] = FUNCTIONS,
     policies: Sequence[AbstractPolicy] = (Reverse(), Reverse(), Reverse(), Store()),
     couplings: Sequence[AbstractCoupling] = COUPLINGS,
+    num_streams: int = 2,
 ) -> ReversibleSequential:
+    """Return a sequence of `ReversibleBlock`, or with more than two streams of `GroupedBlock`."""
     shared = [draw.choice(functions)() for _ in range(3)]
 
     def function() -> nn.Module:
         return draw.choice(shared) if draw.random() < 0.3 else draw.choice(functions)()
 
+    wrapped, plain = (Wrapped, ReversibleBlock) if num_streams == 2 else (WrappedGroups, GroupedBlock)
     blocks = [
-        (Wrapped if draw.random() < 0.15 else ReversibleBlock)(function(), function())
+        (wrapped if draw.random() < 0.15 else plain)(*[function() for _ in range(num_streams)])
         for _ in range(draw.randint(1, 7))
     ]
     for block in blocks:
@@ -111,13 +122,13 @@ def draw_sequence(
     return sequence.train(draw.random() < 0.8)
 
 
-def draw_inputs(draw: random.Random) -> list[tuple[Tensor, Tensor] | Tensor]:
-    """Return inputs of one to three calls, as pairs or tensors, some of which require gradients."""
+def draw_inputs(draw: random.Random, num_streams: int = 2) -> list[tuple[Tensor, ...] | Tensor]:
+    """Return inputs of one to three calls, as tuples or tensors, some of which require gradients."""
     as_pair = draw.random() < 0.5
     inputs = []
     for _ in range(draw.choice([1, 1, 2, 3])):
         scales = torch.tensor([10.0 ** draw.randint(-4, 2) if draw.random() < 0.1 else 1.0 for _ in range(3)])
-        halves = [torch.randn(4, 3, dtype=torch.float64) * scales for _ in range(2)]
+        halves = [torch.randn(4, 3, dtype=torch.float64) * scales for _ in range(num_streams)]
         if as_pair:
             inputs.append(tuple(half.requires_grad_(draw.random() < 0.6) for half in halves))
         else:

@@ -12,13 +12,14 @@ from tests.contracts.random_programs import FUNCTIONS, IN_PLACE_FUNCTIONS, draw_
 from tests.helpers import assert_close, keep_all, stored_twin
 
 
-def check_programs(seeds, *kinds) -> None:
+def check_programs(seeds, *kinds, num_streams=lambda draw: 2) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         draw = random.Random(seed)
-        sequence = draw_sequence(draw, *kinds)
+        count = num_streams(draw)
+        sequence = draw_sequence(draw, *kinds, num_streams=count)
         twin = stored_twin(sequence)
-        inputs = draw_inputs(draw)
+        inputs = draw_inputs(draw, count)
         observed = run_program(sequence, inputs, seed)
         expected = run_program(twin, copy.deepcopy(inputs), seed)
         assert len(observed) == len(expected), seed
@@ -74,6 +75,26 @@ def test_random_program_that_holds_and_keeps(seeds):
 )
 def test_thousand_random_programs_that_hold_and_keep(seeds):
     check_programs(seeds, FUNCTIONS + 2 * IN_PLACE_FUNCTIONS, KEEPING_POLICIES)
+
+
+SUMMING_POLICIES = [Reverse(), Reverse(), Checkpoint(), Store(), Reverse(hold=True, keep="linear"), Reverse(hold=True)]
+
+
+def three_to_five(draw):
+    return draw.randint(3, 5)
+
+
+@pytest.mark.parametrize("seeds", [range(25), range(25, 50)], ids=lambda seeds: f"{seeds.start}-")
+def test_random_program_whose_functions_read_sums(seeds):
+    check_programs(seeds, FUNCTIONS + IN_PLACE_FUNCTIONS, SUMMING_POLICIES, num_streams=three_to_five)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seeds", [range(start, start + 100) for start in range(50, 1050, 100)], ids=lambda seeds: f"{seeds.start}-"
+)
+def test_thousand_random_programs_whose_functions_read_sums(seeds):
+    check_programs(seeds, FUNCTIONS + IN_PLACE_FUNCTIONS, SUMMING_POLICIES, num_streams=three_to_five)
 
 
 class ForeignNoise(nn.Module):

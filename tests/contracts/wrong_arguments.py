@@ -194,6 +194,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (rnn.LeapfrogBlock, {"f": linear()}),
     (rnn.MomentumBlock, {"f": linear()}),
     (rnn.MultiStreamBlock, {"*functions": [linear(), linear(), linear()]}),
+    (rnn.GroupedBlock, {"*functions": [linear(), linear(), linear()]}),
     (rnn.ChannelPermutation, {"num_channels": 4}),
     (rnn.Checkpoint, {}),
     (rnn.Offload, {}),
@@ -337,6 +338,7 @@ INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (lambda: rnn.LeapfrogBlock(linear()), FEATURES),
     (lambda: rnn.MomentumBlock(linear()), FEATURES),
     (lambda: rnn.MultiStreamBlock(linear(), linear()), FEATURES),
+    (lambda: rnn.GroupedBlock(linear(), linear()), FEATURES),
     (sequence, {**FEATURES, "policy": revnet.Store}),
     (partial(attention.FullAttention, 8, 2), TOKENS),
     (partial(attention.HierarchicalAttention, 8, 2, block_size=2), TOKENS),
@@ -372,6 +374,7 @@ LEFT_OUT = {
     "PolicyUnit": "a record",
     "StageModule": "a result of `cut_into_stages`",
     "Traffic": "a record",
+    "HasGradientCheckpointing": "abstract; the methods are tested with the models",
     "HasPolicies": "abstract",
     "HasSinglePolicy": "abstract",
 }

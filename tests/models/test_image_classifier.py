@@ -102,7 +102,7 @@ def test_reset_classifier_rejects_wrong_counts(num_classes):
 def test_feature_info_describes_the_maps(make):
     model = make()
     stem = "stem.2" if len(model.stem) > 3 else "stem"  # before the pooling
-    stages = "stages.blocks" if isinstance(model, ReversibleViT) else "stages"
+    stages = "maps" if model.is_reversible else "stages"
     assert [info["module"] for info in model.feature_info] == [stem, f"{stages}.0", f"{stages}.1"]
     x = make_input()
     _, maps = model.forward_intermediates(x)
@@ -132,8 +132,10 @@ def test_maps_equal_the_outputs_of_modules(make):
     x = make_input()
     features, maps = model.forward_intermediates(x)
     for map_, y in zip(maps, seen, strict=True):
-        if isinstance(y, tuple):  # the streams, with channels last in a transformer
-            y = torch.cat(y, -1).permute(0, 3, 1, 2) if isinstance(model, ReversibleViT) else torch.cat(y, 1)
+        assert torch.equal(map_, y)
+    seen.clear()
+    assert torch.equal(model.forward_features(x), features)
+    for map_, y in zip(maps, seen, strict=True):
         assert torch.equal(map_, y)
     assert torch.equal(features, model.forward_features(x))
     assert torch.equal(features, model._finish(maps[-1]))

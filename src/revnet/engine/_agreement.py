@@ -96,16 +96,15 @@ class AgreementWatch(Observer):
             else:
                 digest = digest_of(x)
             if index >= self.position:  # A new walk, from true streams.
-                count = len(streams.strides)
-                self.worst, self.sizes, self.errors = 0.0, [0.0] * count, [0.0] * count
+                self.worst, self.sizes, self.errors = 0.0, [0.0] * (count := len(streams.strides)), [0.0] * count
             self.position = index
             # The sum was rounded at the size of the larger of the two: the stream before or after.
             scale = max(size := math.hypot(*expected), self.sizes[target])
             self.sizes[target] = size
             self.errors[target] = error = 0.0 if digest == expected else math.dist(digest, expected)
             if error:
-                of_source = self.errors[half_block.source] / (self.sizes[half_block.source] or math.inf)
-                before = max(self.worst, of_source, _FLOOR[x.dtype])
+                of_read = 0.0 if type(s := half_block.source) is tuple else self.errors[s] / (self.sizes[s] or math.inf)
+                before = max(self.worst, of_read, _FLOOR[x.dtype])
                 if not error <= scale * _suspicion.SUSPICIOUS * before or half_block.coupling.is_exact:
                     ratio = error / (scale * before) if scale else math.inf
                     _suspicion.look_closer(self, run, index, streams, digest, expected, ratio)
@@ -135,9 +134,9 @@ class AgreementWatch(Observer):
         if not ratio <= _suspicion.SUSPICIOUS:
             _suspicion.look_closer(self, run, index, streams, tail.actual, tail.expected, ratio, is_tail=True)
 
-    def relative_error(self, stream: int) -> float:
-        """Return the current relative error of a stream; 0 if it has not been undone yet."""
-        return self.errors[stream] / (self.sizes[stream] or math.inf) if self.sizes else 0.0
+    def relative_error(self, source: Any) -> float:
+        """Return the current relative error of a stream; 0 if it has not been undone yet, and for a sum of streams."""
+        return self.errors[source] / (self.sizes[source] or math.inf) if self.sizes and type(source) is int else 0.0
 
     def after_backward(self, run: "Rebuilder") -> None:
         """Start a new walk in the next backward pass of a retained graph."""

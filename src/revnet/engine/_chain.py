@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._block_hooks import run_through_blocks
+from revnet.engine._sums import SummingList, read_source
 from revnet.engine._tensors import tensors_in
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ class HalfBlock(NamedTuple):
     """One residual function, the stream that it reads, and the stream that it updates.
 
     A reversible block consists of two half-blocks. `y1 = x1 + f(x2)` reads stream 1 and updates stream 0. Then
-    `y2 = x2 + g(y1)` reads stream 0 and updates stream 1.
+    `y2 = x2 + g(y1)` reads stream 0 and updates stream 1. A function may also read the sum of several streams.
     """
 
     function: nn.Module
     target: int
     """Index of the stream that it updates."""
-    source: int
-    """Index of the stream that it reads."""
+    source: Any
+    """Index of the stream that it reads, or a tuple of indices of the streams whose sum it reads."""
     name: str = "f"
     """Place of the function in the model, for error messages: "blocks.3.f"."""
     coupling: AbstractCoupling = _ADDITIVE
@@ -52,6 +53,11 @@ class HalfBlock(NamedTuple):
     """Name of the function in its block, "f" or "g"; `f_kwargs` and `g_kwargs` use it."""
     takes_arguments: bool = True
     """Whether the function receives the caller's additional arguments."""
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Indices of the streams that it reads."""
+        return self.source if isinstance(self.source, tuple) else (self.source,)
 
 
 class Chain:
@@ -65,7 +71,10 @@ class Chain:
         moves: For each half-block, what a reversible run keeps for it; None or empty for nothing.
     """
 
-    __slots__ = ("blocks", "half_blocks", "has_exact", "is_exact", "mixes", "moves", "num_runs", "plans", "tolerated")
+    __slots__ = (
+        *("blocks", "half_blocks", "has_exact", "is_exact", "list_streams", "mixes", "moves", "num_runs", "plans"),
+        "tolerated",
+    )
 
     def __init__(
         self,
@@ -82,6 +91,9 @@ class Chain:
         """Whether any coupling is exact."""
         self.mixes = any(half_block.coupling.mixes for half_block in half_blocks)
         """Whether any coupling changes the output of its function; see `AbstractCoupling.mix`."""
+        has_sums = any(type(half_block.source) is tuple for half_block in half_blocks)
+        self.list_streams: type[list[Tensor]] = SummingList if has_sums else list
+        """Type of the list of streams in a reversible run."""
         self.plans: list[Plan | None] = [None] * len(self.half_blocks)
         """Structure of each function in the mode of its last call."""
         self.num_runs = 0
@@ -253,7 +265,7 @@ def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
 
     def advance(index: int, streams: list[Tensor]) -> None:
         half_block = chain.half_blocks[index]
-        residual = chain.call(half_block, streams[half_block.source])
+        residual = chain.call(half_block, read_source(streams, half_block.source))
         streams[half_block.target] = chain.join(half_block, streams[half_block.target], residual, chain.log_dets)
 
     return run_half_blocks(chain, list(streams), advance)

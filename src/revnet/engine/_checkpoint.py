@@ -24,6 +24,7 @@ from revnet.engine._drift import meter_is_quiet
 from revnet.engine._range import RangeWatch
 from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
+from revnet.engine._sums import read_source
 from revnet.engine._surroundings import Surroundings
 from revnet.engine._tensors import tensors_in, version_of, versions_of
 from revnet.engine._tracing import refuse, runs_plainly
@@ -86,7 +87,7 @@ class _KeepingRun:
     def advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
         """Run the next half-block on `streams`, and keep none of its activations."""
         half_block, plans = chain.half_blocks[index], chain.chain.plans
-        source, stream = streams[half_block.source], streams[half_block.target]
+        source, stream = read_source(streams, half_block.source), streams[half_block.target]
         if chain.chain.blocks is not None or not half_block.coupling.is_linear:
             # Hooks and couplings may draw random numbers, and hooks may switch autocast.
             self._surroundings.refresh()

@@ -9,6 +9,7 @@ from revnet.engine._chain import BoundChain
 from revnet.engine._range import check_magnitude
 from revnet.engine._record import RecordedCall
 from revnet.engine._restore import set_aside
+from revnet.engine._sums import read_source
 from revnet.engine._surroundings import Surroundings
 
 
@@ -25,7 +26,7 @@ def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         # Never recorded: it lists the buffers and devices that `set_aside` protects.
         call = RecordedCall(half_block.name, None, half_block.function, surroundings)
         with set_aside(call):
-            residual = chain.call(half_block, running[half_block.source])
+            residual = chain.call(half_block, read_source(running, half_block.source))
         y = running[half_block.target]
         check_magnitude(half_block, y)
         running[half_block.target] = half_block.coupling.inverse(y, residual, half_block.name)

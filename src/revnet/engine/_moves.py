@@ -76,9 +76,11 @@ def prepare(run: "Rebuilder", chain: "BoundChain", step: "AbstractStep", index: 
     if holding is None:
         holding = chain.holding = Holding()
     if moves is not None and moves.holds_source:
-        source = streams[half_block.source]
-        # `detach` drops the node, which may lead back to the run (rule 1), and shares the version, which shows writes.
-        holding.waiting[half_block.source] = HeldStream(source.detach(), version_of(source), half_block.name)
+        for number in half_block.sources:
+            # `detach` drops the node, which may lead back to the run (rule 1), and shares the version, which shows
+            # writes.
+            stream = streams[number]
+            holding.waiting[number] = HeldStream(stream.detach(), version_of(stream), half_block.name)
     # The stream is undone only down to the lowest half-block.
     before = holding.waiting.pop(half_block.target, None)
     step.held_before = before if run.lowest >= 0 or run.undoes_all else None

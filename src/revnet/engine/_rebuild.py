@@ -101,7 +101,7 @@ class Rebuilder:
 
     def run(self, chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         """Run the chain, and keep only the final streams."""
-        running = list(streams)
+        running = chain.chain.list_streams(streams)
         del streams  # From here on, a stream may be freed as soon as it is used.
         if chain.chain.blocks is None:
             for index in range(len(chain.chain.half_blocks)):
@@ -141,7 +141,7 @@ class Rebuilder:
         last = self.steps[-1].half_block
         if self.lowest == len(self.steps) - 1 and last.coupling.is_linear:
             # Only the last function runs again, and it needs only the stream that it reads.
-            held = [stream if number == last.source else None for number, stream in enumerate(held)]
+            held = [stream if number in last.sources else None for number, stream in enumerate(held)]
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
         for observer in self.observers:

@@ -1,7 +1,7 @@
 """Streams: split a tensor into streams, join them, and hold them at one position of a chain."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import _careful
 from revnet.engine._split import MOST_STREAMS, prepare
+from revnet.engine._sums import add_up
 from revnet.engine._tracing import runs_plainly
 
 if TYPE_CHECKING:
@@ -79,16 +80,16 @@ class StreamSnapshot:
         """The streams in their current layout; None for a stream that is not needed."""
         self.versions = [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
-    def read(self, index: int) -> Tensor:
-        """Return one stream, in the layout that it had in the forward pass."""
-        tensor = self.held[index]
-        assert tensor is not None
+    def read(self, index: Any) -> Tensor:
+        """Return one stream, or the sum of a tuple of them, in the layout that it had in the forward pass."""
+        if type(index) is tuple:
+            return add_up([self.read(number) for number in index])
+        tensor: Any = self.held[index]
         if tensor._version != self.versions[index]:
             raise _careful.modified_output(tensor, self.versions[index])
         if tensor.stride() != self.strides[index]:
             self._lay_out()
-            tensor = self.held[index]
-            assert tensor is not None
+            return self.held[index]
         return tensor
 
     def _lay_out(self) -> None:

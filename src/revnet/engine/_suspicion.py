@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from revnet.engine._careful import not_the_same
+from revnet.engine._chain import HalfBlock
 from revnet.engine._digest import NOISE, Digest, digest_of
 from revnet.engine._retained import fork
 from revnet.engine._streams import StreamSnapshot
@@ -64,11 +65,11 @@ def look_closer(
         tolerated[index] = 4 * ratio
 
 
-def _perturbation(watch: "AgreementWatch", stream: int) -> tuple[float, float]:
-    """Return by how much a stream may be off: relative to each element, and in absolute terms."""
+def _perturbation(watch: "AgreementWatch", half_block: HalfBlock) -> tuple[float, float]:
+    """Return by how much a stream that it reads may be off: relative to each element, and in absolute terms."""
     numel = len(next(iter(watch.before.values()), [0.0]))
-    error = watch.errors[stream] if watch.errors else 0.0
-    relative = max(watch.worst, watch.relative_error(stream), 16 * watch.eps)
+    error = max([watch.errors[stream] for stream in half_block.sources]) if watch.errors else 0.0
+    relative = max(watch.worst, 16 * watch.eps, *map(watch.relative_error, half_block.sources))
     return relative, 2 * error / math.sqrt(max(1, numel))
 
 
@@ -103,7 +104,7 @@ def check_same(
     """
     step, eps = run.steps[index], watch.eps
     half_block = step.half_block
-    change = _perturbation(watch, half_block.source)
+    change = _perturbation(watch, half_block)
     # The input is changed on purpose; an observer would correct it.
     run.is_checking = True
     # What the first run kept would hide the change.
@@ -125,15 +126,15 @@ def check_same(
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
 
 
-def _perturbed(streams: StreamSnapshot, number: int, change: Change) -> StreamSnapshot:
-    """Return a copy of the streams in which each element of one stream is changed, up or down."""
+def _perturbed(streams: StreamSnapshot, half_block: HalfBlock, change: Change) -> StreamSnapshot:
+    """Return a copy of the streams in which each element that `half_block` reads is changed, up or down."""
     # A fork, because the walk goes on from these streams.
     copy = fork(streams)
-    if change is not None:
-        relative, absolute = change
+    # A generator of its own: the global one would advance, and change the training run.
+    generator = torch.Generator().manual_seed(0)
+    for number in () if change is None else half_block.sources:
+        relative, absolute = change  # type: ignore[misc]
         source = copy.read(number)
-        # A generator of its own: the global one would advance, and change the training run.
-        generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, source.shape, generator=generator).mul_(2).sub_(1)
         copy.put(number, source + signs.to(source) * (source.abs() * relative + absolute))
     return copy
@@ -142,14 +143,14 @@ def _perturbed(streams: StreamSnapshot, number: int, change: Change) -> StreamSn
 def _stream_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
     """Return a digest of the stream that half-block `index` computes from the streams before it."""
     step = run.steps[index]
-    return digest_of(step.redo(run, _perturbed(streams, step.half_block.source, change)))
+    return digest_of(step.redo(run, _perturbed(streams, step.half_block, change)))
 
 
 def _tail_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
     """Return a digest of the last tensor that half-block `index` saves."""
     step = run.steps[index]
     assert step.tail is not None
-    step.rerun(run, _perturbed(streams, step.half_block.source, change), index)
+    step.rerun(run, _perturbed(streams, step.half_block, change), index)
     return step.tail.actual
 
 

@@ -5,7 +5,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from revnet._checks import (
     MOST_CHANNELS,
@@ -18,12 +18,13 @@ from revnet._checks import (
 )
 from revnet.models._checks import explain_input_errors
 from revnet.models._prior import PRIORS, PriorName, draw
+from revnet.nn import HasGradientCheckpointing
 
 _MOST_STEPS = 1_000_000
 _MOST_SAMPLES = 1_000_000
 
 
-class AbstractImageDensity(nn.Module, abc.ABC):
+class AbstractImageDensity(HasGradientCheckpointing, abc.ABC):
     """A density of images that can also be sampled: a bijection from images to codes, and a prior of the codes.
 
     Args:

@@ -1,23 +1,31 @@
-"""The interface of image classifiers: head and feature maps, with timm's names."""
+"""The interface of image classifiers: a backbone, pooling and a head, with timm's names."""
 
 import abc
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet._checks import check_bool, check_choice, describe, is_integer
-from revnet.models._checks import check_images, check_num_classes, explain_input_errors
-from revnet.nn import PolicySequential, ReversibleSequential
+from revnet._checks import check_bool, check_choice
+from revnet.models._backbone import AbstractBackbone, select_maps
+from revnet.models._checks import check_images, check_num_classes
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.mean((-2, -1)),
+    "max": lambda x: x.amax((-2, -1)),
+    "": lambda x: x,
+}
+"""Poolings by timm's names. The empty name means no pooling, for a network without a head."""
 
 
-class AbstractImageClassifier(nn.Module, abc.ABC):
+class AbstractImageClassifier(AbstractBackbone):
     """A network from images to logits: stem, stages, final norm, pooling and head.
 
-    The methods have the names and meanings of timm's methods. A subclass sets the fields below. It defines how the
-    stages read the stem's map, how their output becomes a map, how the last map becomes the final features, and how the
-    weights are initialized. B C H W: batch, channels, height, width.
+    The methods have the names and meanings of timm's methods. A subclass sets the fields below and the fields of
+    `AbstractBackbone`. It defines how the stages read the stem's map, how their output becomes a map, how the last map
+    becomes the final features, and how the weights are initialized. B C H W: batch, channels, height, width.
 
     References:
         Wightman (2019), PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
@@ -25,50 +33,29 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
 
     is_reversible: ClassVar[bool]
     """Whether the network takes a `policy` and therefore has a stored twin."""
-    in_channels: int
-    """Number of channels of the images."""
-    size_multiple: int = 1
-    """Number of which the sides of the images must be multiples."""
     num_classes: int
     """Size of the output, or 0 if the head is the identity."""
     num_features: int
     """Number of channels of the final features, the input of the head."""
-    feature_info: list[dict[str, Any]]
-    """Descriptions of the maps that `forward_intermediates` returns, in order.
-
-    `num_chs` is the number of channels, `reduction` the ratio of the image's side to the map's side, and `module` the
-    name of the module whose output the map is.
-    """
-    stem: PolicySequential
-    """At most three modules, whose output is the first feature map, and optional pooling."""
-    stages: nn.Sequential | ReversibleSequential
-    """Modules that run in order. The output of each one is a feature map."""
-    norm: nn.Module
     head: nn.Linear | nn.Identity
+    global_pool: str = "avg"
+    """Pooling before the head: "avg", "max", or "" for none."""
+    drop_rate: float = 0.0
+    """Share of pooled features that are dropped in training, before the head."""
 
-    @abc.abstractmethod
-    def _enter(self, x: Tensor) -> Any:
-        """Return the input of the first stage, given the output of the stem."""
+    @property
+    def in_chans(self) -> int:
+        """Number of channels of the images, under timm's name."""
+        return self.in_channels
 
-    @abc.abstractmethod
-    def _join(self, y: Any) -> Tensor:
-        """Return the feature map, given the output of a stage."""
-
-    @abc.abstractmethod
-    def _finish(self, x: Tensor) -> Tensor:
-        """Return the final features, given the map of the last stage."""
+    @property
+    def head_hidden_size(self) -> int:
+        """Number of features that the head reads."""
+        return self.num_features
 
     @abc.abstractmethod
     def _initialize(self, module: nn.Module) -> None:
         """Initialize the weights of the network or of a new head."""
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Compute the final features before pooling, (B, num_features, H', W')."""
-        check_images(x)
-        return explain_input_errors(self, self._compute_features, x, self.in_channels)
-
-    def _compute_features(self, x: Tensor) -> Tensor:
-        return self._finish(self._join(self.stages(self._enter(self.stem(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool final features and compute the logits.
@@ -84,106 +71,105 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
                 f"`x` (of shape {tuple(x.shape)}) must be (B, {self.num_features}, H, W), as `forward_features` "
                 "returns it."
             )
-        pooled = x.mean((-2, -1))
+        pooled = POOLS[self.global_pool](x)
+        if self.drop_rate:
+            pooled = F.dropout(pooled, self.drop_rate, self.training)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits, (B, num_classes), or without a head the pooled features, (B, num_features)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Compute the final features and intermediate feature maps.
-
-        The loss may depend on a map. In a reversible network a map is a new tensor that joins the two streams and lives
-        as long as the caller keeps it. The stages continue from the streams and store the same tensors as usual.
+    def get_classifier(self, name_only: bool = False) -> nn.Linear | nn.Identity | str:
+        """Return the head, which computes logits from pooled features.
 
         Args:
-            x: Images, (B, in_channels, H, W).
-            indices: Maps of `feature_info` to return: a number for the last maps, a sequence for chosen maps, where
-                negative numbers count from the end, or None for all maps. The order is the order of the network.
-            norm: Whether to apply the final norm, and in a convolutional network ReLU, to the map of the last stage.
-            stop_early: Whether to skip the stages after the last map that is returned.
-            output_fmt: Layout of the maps, "NCHW".
-            intermediates_only: Whether to return only the maps.
-
-        Returns:
-            The final features and the list of maps. If `stop_early` skipped stages, the last map replaces the final
-            features.
-
-        Raises:
-            TypeError: `x` is not a floating-point tensor, or a flag is not a bool.
-            ValueError: A map or the layout does not exist.
+            name_only: Whether to return its name instead.
         """
-        check_images(x)
-        check_bool(norm=norm, stop_early=stop_early, intermediates_only=intermediates_only)
-        check_choice("output_fmt", output_fmt, ("NCHW",))
-        wanted = _select(indices, len(self.feature_info))
-        last = len(self.stages)
-        num_stages = max(wanted) if stop_early else last
+        check_bool(name_only=name_only)
+        return "head" if name_only else self.head
 
-        def compute(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-            return self._compute_intermediates(x, wanted, num_stages, norm, intermediates_only)
-
-        features, maps = explain_input_errors(self, compute, x, self.in_channels)
-        return maps if intermediates_only else (features, maps)
-
-    def _compute_intermediates(
-        self, x: Tensor, wanted: set[int], num_stages: int, norm: bool, intermediates_only: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the features and the maps `wanted`; `forward_intermediates` explains both."""
-        last = len(self.stages)
-        if 0 in wanted and len(self.stem) > 3:  # The map is inside the stem, so the stem runs in two parts.
-            y = self.stem[:3](x)
-            maps, y = [y], self.stem[3:](y)
-        else:
-            y = self.stem(x)
-            maps = [y] if 0 in wanted else []
-        streams = self._enter(y)
-        # Reversible stages between two maps run as one sequence, so that only the maps are stored.
-        for start, stop in pairwise(sorted({0, *wanted, num_stages})):
-            streams = self.stages[start:stop](streams)
-            if stop in wanted:
-                maps.append(self._join(streams))
-
-        if num_stages < last:
-            features = maps[-1]
-        elif not intermediates_only or (norm and last in wanted):
-            features = self._finish(maps[-1] if last in wanted else self._join(streams))
-            if norm and last in wanted:
-                maps[-1] = features
-        else:
-            features = maps[-1]  # the caller does not want them
-        return features, maps
-
-    def get_classifier(self) -> nn.Linear | nn.Identity:
-        """Return the head, which computes logits from pooled features."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head with a newly initialized one, on the device and with the dtype of the old head.
 
         Create the optimizer afterwards, because an existing optimizer still holds the old head.
 
         Args:
             num_classes: Size of the output, or 0 for the identity.
+            global_pool: Pooling from now on: "avg", "max", or "" for none, which needs `num_classes=0`. None keeps the
+                pooling.
 
         Raises:
-            ValueError: `num_classes` is not a positive integer, or 0.
+            ValueError: `num_classes` is not a positive integer, or 0, or no such pooling exists.
         """
         check_num_classes(num_classes)
-        old = self.head.weight if isinstance(self.head, nn.Linear) else next(self.parameters())
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_global_pool(global_pool, num_classes)
         head = make_head(self.num_features, num_classes)
-        self._initialize(head)
-        self.head = head.to(old.device, old.dtype).train(self.training)
+        if isinstance(head, nn.Linear):
+            old = self.head.weight if isinstance(self.head, nn.Linear) else next(self.parameters())
+            self._initialize(head)
+            head.to(old.device, old.dtype)
+        self.head = head.train(self.training)
         self.num_classes = num_classes
+        self.global_pool = global_pool
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last map that is wanted, so that they take neither time nor memory.
+
+        Args:
+            indices: Maps of `feature_info` that are wanted, as in `forward_intermediates`.
+            prune_norm: Whether to remove the final norm, too. It goes in any case if stages go.
+            prune_head: Whether to remove the head and the pooling, too. They go in any case if stages go.
+
+        Returns:
+            The maps that are wanted, counted from 0.
+
+        Raises:
+            TypeError: A flag is not a bool.
+            ValueError: A map does not exist.
+        """
+        check_bool(prune_norm=prune_norm, prune_head=prune_head)
+        wanted = select_maps(indices, len(self.feature_info))
+        num_removed = self._keep_stages(max(wanted))
+        if num_removed or prune_norm:
+            self.norm = nn.Identity()
+        if num_removed or prune_head:
+            self.reset_classifier(0, "")
+        if num_removed:
+            self.num_features = self.feature_info[-1]["num_chs"] if len(self.stages) else self._num_entering()
+        return sorted(wanted)
+
+    def _num_entering(self) -> int:
+        """Return the number of channels of all streams before the first stage."""
+        x = torch.empty(1, self.feature_info[0]["num_chs"], 1, 1, device="meta")
+        return self._join(self._enter(x)).shape[1]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return regular expressions that group parameters by depth, for timm's layer decay.
+
+        Args:
+            coarse: Whether a group is a stage instead of a block.
+        """
+        check_bool(coarse=coarse)
+        return {"stem": r"^stem\.", "blocks": [*(() if coarse else _BLOCKS), *_STAGES, (r"^norm\.", _AS_BEFORE)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay leaves out, in addition to biases and norms."""
+        return set()
+
+
+_AS_BEFORE = (99999,)
+"""What timm appends to the key of a group to merge the group into the one before it."""
+_BLOCKS = (
+    (r"^stages\.(\d+)\.downsample\.", (-1,)),  # before block 0 of the stage
+    (r"^stages\.(\d+)\.\w+\.blocks\.(\d+)\.", None),
+    (r"^stages\.(\d+)\.(\d+)\.", None),
+)
+"""Patterns of blocks in stages, with the suffix of their key."""
+_STAGES = ((r"^stages\.blocks\.(\d+)\.", None), (r"^stages\.(\d+)\.", None))
 
 
 def make_head(num_features: int, num_classes: int) -> nn.Linear | nn.Identity:
@@ -191,21 +177,11 @@ def make_head(num_features: int, num_classes: int) -> nn.Linear | nn.Identity:
     return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
 
 
-def _select(indices: int | Sequence[int] | None, num_maps: int) -> set[int]:
-    """Return the set of maps that `indices` selects, counted from 0."""
-    if indices is None:
-        return set(range(num_maps))
-    if is_integer(indices):
-        if not 1 <= indices <= num_maps:
-            raise ValueError(
-                f"`indices` (={describe(indices)}) must be from 1 to {num_maps}, the number of feature maps; for "
-                "a single map pass a list."
-            )
-        return set(range(num_maps - indices, num_maps))
-    chosen = list(indices) if isinstance(indices, Sequence) else []
-    if not chosen or not all(is_integer(index) and -num_maps <= index < num_maps for index in chosen):
+def check_global_pool(global_pool: str, num_classes: int) -> None:
+    """Raise unless `global_pool` is the name of a pooling that fits a head with `num_classes`."""
+    check_choice("global_pool", global_pool, tuple(POOLS))
+    if not global_pool and num_classes:
         raise ValueError(
-            f"`indices` (={describe(indices)}) must name one or more of the {num_maps} feature maps, from 0 to "
-            f"{num_maps - 1}; `feature_info` lists them."
+            f"`global_pool` (='') needs `num_classes=0` (not {num_classes}), since the head reads pooled features; "
+            "pass 'avg'."
         )
-    return {index % num_maps for index in chosen}

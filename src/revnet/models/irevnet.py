@@ -202,7 +202,7 @@ class IRevNet(AbstractImageClassifier):
         self.num_classes = num_classes
         self.num_features = 2 * widths[-1]
         self.feature_info = [
-            {"num_chs": 2 * width, "reduction": reduction, "module": f"stages.{index - 1}" if index else "stem"}
+            {"num_chs": 2 * width, "reduction": reduction, "module": f"maps.{index - 1}" if index else "stem"}
             for index, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
         ]
         self.stem = PolicySequential(Stem(reductions[-1]))
@@ -219,6 +219,7 @@ class IRevNet(AbstractImageClassifier):
                 for stage in range(len(num_blocks))
             ]
         )
+        self._add_maps()
         self.norm = BatchNorm2dUnbiased(self.num_features)
         self.head = make_head(self.num_features, num_classes)
         self._initialize(self)

@@ -37,7 +37,14 @@ from revnet.functional import rotary_table
 from revnet.functional._chunked import chunked
 from revnet.models._checks import check_heads, check_ratio, check_tokens
 from revnet.models._sampling import check_sampling, draw_tokens, evaluating
-from revnet.nn import AbstractPolicy, CrossEntropyHead, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import (
+    AbstractPolicy,
+    CrossEntropyHead,
+    HasGradientCheckpointing,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+)
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 from revnet.nn.policies._has_policies import as_policy
 
@@ -92,7 +99,7 @@ class FeedForward(nn.Module):
         return f"num_chunks={self.num_chunks}" if self.num_chunks > 1 else ""
 
 
-class ReversibleTransformer(nn.Module):
+class ReversibleTransformer(HasGradientCheckpointing):
     """A reversible transformer: a language model, or with `is_causal=False` an encoder.
 
     Args:

@@ -223,7 +223,7 @@ class ReversibleViT(AbstractImageClassifier):
         self.num_features = 2 * dim
         self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": "stem"}]
         for index in range(depth):
-            self.feature_info.append({"num_chs": 2 * dim, "reduction": patch_size, "module": f"stages.blocks.{index}"})
+            self.feature_info.append({"num_chs": 2 * dim, "reduction": patch_size, "module": f"maps.{index}"})
 
         self.stem = PolicySequential(
             PatchEmbedding(in_channels, dim, patch_size),
@@ -242,6 +242,7 @@ class ReversibleViT(AbstractImageClassifier):
             ],
             policy=policy,
         )
+        self._add_maps()
         self.norm = nn.LayerNorm(2 * dim, eps=_EPS)
         self.head = make_head(2 * dim, num_classes)
         self._initialize(self)
@@ -255,6 +256,10 @@ class ReversibleViT(AbstractImageClassifier):
 
     def _finish(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the name of the position embedding, which weight decay leaves out."""
+        return {"stem.1.weight"}
 
     def _initialize(self, module: nn.Module) -> None:
         """Initialize with a normal of deviation 0.02, truncated at 2 (PyTorch's default), and zero biases."""

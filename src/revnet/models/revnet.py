@@ -154,6 +154,7 @@ class RevNet(AbstractImageClassifier):
                 for stage, count in enumerate(num_blocks)
             ]
         )
+        self._add_maps()
         self.norm = batch_norm(channels[-1])
         self.head = make_head(channels[-1], num_classes)
         self._initialize(self)

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_floating, check_tensor, describe
 from revnet._units import counted
 from revnet.models._checks import check_counts_of, explain_input_errors
-from revnet.nn import AbstractPolicy, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential
+from revnet.nn import (
+    AbstractPolicy,
+    HasGradientCheckpointing,
+    PolicySequential,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+)
 from revnet.nn.policies._has_policies import as_policy
 
 
@@ -45,7 +52,7 @@ class Residual(nn.Module):
         return self.conv(F.leaky_relu(self.norm(x), inplace=True))
 
 
-class UNet3d(nn.Module):
+class UNet3d(HasGradientCheckpointing):
     """A U-Net for segmenting volumes, with reversible blocks.
 
     The defaults are the published network, which maps four MRI sequences to three overlapping regions of a tumor.

@@ -16,6 +16,7 @@ from revnet.nn._whole_model import set_policy as set_policy
 from revnet.nn._whole_model import set_tolerance as set_tolerance
 from revnet.nn.blocks._abstract_block import AbstractReversibleBlock as AbstractReversibleBlock
 from revnet.nn.blocks._coupling_layer import CouplingLayer as CouplingLayer
+from revnet.nn.blocks._grouped_block import GroupedBlock as GroupedBlock
 from revnet.nn.blocks._leapfrog_block import LeapfrogBlock as LeapfrogBlock
 from revnet.nn.blocks._momentum_block import MomentumBlock as MomentumBlock
 from revnet.nn.blocks._multi_stream_block import MultiStreamBlock as MultiStreamBlock
@@ -31,6 +32,7 @@ from revnet.nn.invertible._invertible_sequential import InvertibleSequential as 
 from revnet.nn.invertible._multi_scale import MultiScaleSequential as MultiScaleSequential
 from revnet.nn.invertible._permutation import ChannelPermutation as ChannelPermutation
 from revnet.nn.invertible._space_to_depth import SpaceToDepth as SpaceToDepth
+from revnet.nn.policies._has_gradient_checkpointing import HasGradientCheckpointing as HasGradientCheckpointing
 from revnet.nn.policies._has_policies import HasPolicies as HasPolicies
 from revnet.nn.policies._has_policies import HasSinglePolicy as HasSinglePolicy
 from revnet.nn.policies._has_policies import PolicyUnit as PolicyUnit

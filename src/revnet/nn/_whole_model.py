@@ -6,6 +6,7 @@ from revnet._checks import check_module
 from revnet.coupling import AbstractCoupling
 from revnet.nn.blocks._abstract_block import check_coupling
 from revnet.nn.blocks._coupling_layer import CouplingLayer
+from revnet.nn.blocks._grouped_block import GroupedBlock
 from revnet.nn.blocks._multi_stream_block import MultiStreamBlock
 from revnet.nn.blocks._reversible_block import ReversibleBlock
 from revnet.nn.blocks._reversible_sequential import ReversibleSequential
@@ -13,7 +14,7 @@ from revnet.nn.blocks._tolerance import checked_tolerance
 from revnet.nn.policies._has_policies import HasPolicies, as_policy
 from revnet.nn.policies._policy import AbstractPolicy
 
-_HAS_COUPLING = (ReversibleBlock, CouplingLayer, MultiStreamBlock)
+_HAS_COUPLING = (ReversibleBlock, CouplingLayer, MultiStreamBlock, GroupedBlock)
 
 
 def policy_holders(model: nn.Module) -> dict[str, HasPolicies]:
@@ -69,9 +70,9 @@ def set_policy(model: nn.Module, policy: AbstractPolicy | str) -> None:
 def set_coupling(model: nn.Module, coupling: AbstractCoupling) -> None:
     """Set the coupling of all reversible blocks of `model`. The next forward pass uses it.
 
-    This changes every `ReversibleBlock`, `CouplingLayer` and `MultiStreamBlock`. A `MomentumBlock` and a
-    `LeapfrogBlock` keep their coupling. Parts of a model that are stored and not reversed, such as the first block of a
-    RevNet stage, are always exact.
+    This changes every `ReversibleBlock`, `CouplingLayer`, `MultiStreamBlock` and `GroupedBlock`. A `MomentumBlock` and
+    a `LeapfrogBlock` keep their coupling. Parts of a model that are stored and not reversed, such as the first block of
+    a RevNet stage, are always exact.
 
     Args:
         model: A model that contains reversible blocks.

@@ -13,7 +13,15 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from revnet import Additive, FixedPoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.coupling import Affine
-from revnet.nn import AbstractReversibleBlock, CouplingLayer, FlowStep, LeapfrogBlock, MomentumBlock, MultiStreamBlock
+from revnet.nn import (
+    AbstractReversibleBlock,
+    CouplingLayer,
+    FlowStep,
+    GroupedBlock,
+    LeapfrogBlock,
+    MomentumBlock,
+    MultiStreamBlock,
+)
 from revnet.nn.blocks._abstract_block import READS
 from tests.helpers import mlp
 
@@ -23,6 +31,7 @@ BLOCKS = {
     "leapfrog": lambda: LeapfrogBlock(mlp(4), split_dim=-1),
     "momentum": lambda: MomentumBlock(mlp(4), split_dim=-1),
     "streams": lambda: MultiStreamBlock(mlp(4), mlp(4), split_dim=-1),
+    "groups": lambda: GroupedBlock(mlp(4), mlp(4), split_dim=-1),
     "flow": lambda: FlowStep(mlp(4), num_channels=8, coupling=Additive()),
 }
 all_blocks = pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
@@ -142,7 +151,7 @@ def test_replaced_function_is_used(make):
     sequence = make_sequence(make)
     step(sequence)
     block = sequence.blocks[1]
-    if isinstance(block, MultiStreamBlock):
+    if isinstance(block, (MultiStreamBlock, GroupedBlock)):
         block.functions[1] = mlp(4)
     else:
         block.f = mlp(4)

@@ -56,9 +56,12 @@ class Move:
 def find_holds(half_blocks: Sequence[HalfBlock]) -> tuple[Hold, ...]:
     """Return the streams that a unit may hold, one for each of its functions.
 
-    If functions have the same name, one name would hold several streams, so there are none.
+    If functions have the same name, or one reads several streams, one name would hold several streams, so there are
+    none.
     """
     if len({half_block.role for half_block in half_blocks}) < len(half_blocks):
+        return ()
+    if any(len(half_block.sources) > 1 for half_block in half_blocks):
         return ()
     holds = []
     for index, half_block in enumerate(half_blocks):

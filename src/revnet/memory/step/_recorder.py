@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
             for index, (name, module) in enumerate(model.named_modules()):
                 self._names.append(name)
                 # `calling` records the model itself. A hook changes the way a block runs, and scripts take no hooks.
-                if index == 0 or isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule):
+                if index == 0 or _stays_without_hooks(module):
                     continue
                 enter = module.register_forward_pre_hook(self._entering(index), prepend=True)
                 stack.callback(enter.remove)
@@ -355,3 +355,8 @@ def _owners(sequence: Integers, start_sequence: int, forward_end: int, calls: Se
         by_sequence[call.start_sequence - start_sequence : call.stop_sequence - start_sequence] = call.module_index
     owners[forward_end:] = by_sequence[sequence[forward_end:]]
     return owners
+
+
+def _stays_without_hooks(module: nn.Module) -> bool:
+    is_changed = isinstance(module, AbstractReversibleBlock) or getattr(module, "runs_only_with_hooks", False)
+    return is_changed or isinstance(module, torch.jit.ScriptModule)

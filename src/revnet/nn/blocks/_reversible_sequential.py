@@ -14,13 +14,14 @@ from revnet.nn.blocks._chains import Chains
 from revnet.nn.blocks._reversible_module import ReversibleModule
 from revnet.nn.blocks._schedule import Schedule
 from revnet.nn.blocks._tolerance import checked_tolerance, refuse_to_compile
+from revnet.nn.policies._has_gradient_checkpointing import HasGradientCheckpointing
 from revnet.nn.policies._has_policies import HasPolicies, PolicyUnit, broadcast_policy
 from revnet.nn.policies._policy import AbstractPolicy, Reverse
 
 _REVERSE = Reverse()
 
 
-class ReversibleSequential(ReversibleModule, HasPolicies):
+class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointing):
     """Run reversible blocks in order and keep only the final activation.
 
     The backward pass rebuilds the input of each block from its output, so four blocks and four hundred blocks need the

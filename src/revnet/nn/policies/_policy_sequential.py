@@ -6,13 +6,14 @@ from typing import Any
 from torch import nn
 
 from revnet._checks import check_module
+from revnet.nn.policies._has_gradient_checkpointing import HasGradientCheckpointing
 from revnet.nn.policies._has_policies import HasSinglePolicy, PolicyUnit
 from revnet.nn.policies._policy import AbstractModulePolicy, Store
 
 _STORE = Store()
 
 
-class PolicySequential(nn.Sequential, HasSinglePolicy):
+class PolicySequential(nn.Sequential, HasSinglePolicy, HasGradientCheckpointing):
     """An `nn.Sequential` that runs as one unit under a policy, such as a stem, a head, or a stage of ordinary blocks.
 
     Under `Checkpoint()` the unit keeps only its input and computes all its activations again at once. Batch-norm
