@@ -10,7 +10,7 @@ import pytest
 REPORT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.nn.test_a" name="test_passes" />
 <testcase classname="tests.nn.test_a" name="test_skips"><skipped message="needs a GPU" /></testcase>
-<testcase classname="tests.nn.test_a" name="test_fails"><failure message="AssertionError:&#10;assert 1 == 2" /></testcase>
+<testcase classname="tests.nn.test_a" name="test_fails"><failure message="Error:&#10;1 == 2" /></testcase>
 <testcase classname="tests.nn.test_a" name="test_breaks"><error message="no module" /></testcase>
 </testsuite></testsuites>"""
 
@@ -32,7 +32,7 @@ def test_reads_a_report(releases, tmp_path):
         1,
         2,
         1,
-        "tests.nn.test_a::test_fails: AssertionError: assert 1 == 2\ntests.nn.test_a::test_breaks: no module",
+        "tests.nn.test_a::test_fails: Error: 1 == 2\ntests.nn.test_a::test_breaks: no module",
     )
 
 
@@ -47,18 +47,14 @@ def test_later_results_replace_earlier_ones_in_a_fixed_order(releases):
         results = releases.merged(results, new)
     assert [(r.room, r.passed) for r in results] == [("contracts", 1), ("nn", 1_234), ("cli", 1)]
     lines = releases.render(results, "scripts/releases 2.9 2.11")
-    assert (
-        lines[-6:-1]
-        == [
-            "| room | 2.9.1, Python 3.11.7 | 2.11.0, Python 3.11.7 |",
-            "| --- | ---: | ---: |",
-            "| contracts |  | 1 / 0 / 0 |",
-            "| nn |  | 1,234 / 0 / 0 |",
-            "| cli | 1 / 0 / 0 |  |",
-        ]
-        or lines[-7:-2]
-    )
-    assert "| all | 1 / 0 / 0 | 1,235 / 0 / 0 |" in lines
+    assert [line for line in lines if line.startswith("|")] == [
+        "| room | 2.9.1, Python 3.11.7 | 2.11.0, Python 3.11.7 |",
+        "| --- | ---: | ---: |",
+        "| contracts |  | 1 / 0 / 0 |",
+        "| nn |  | 1,234 / 0 / 0 |",
+        "| cli | 1 / 0 / 0 |  |",
+        "| all | 1 / 0 / 0 | 1,235 / 0 / 0 |",
+    ]
 
 
 def test_failures_are_listed(releases):
