@@ -5,12 +5,16 @@ Each part says which releases need it. When the oldest supported release rises, 
 
 import ctypes
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from revnet.errors import MissingDependencyError
 
@@ -99,13 +103,10 @@ def constant_of_object(function: Of) -> Of:
     return of  # type: ignore[return-value]
 
 
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
-
-
-# Before 2.13, `torch.compile` takes PyTorch's own function for the constant True.
+# Whether `torch.export` runs. Until 2.12, `torch.compile` takes PyTorch's own function for the constant True. As a
+# `partial`, the other form does not make a Python call.
 is_exporting: Callable[[], bool] = (
-    torch.compiler.is_exporting if RELEASE >= (2, 13) else constant_while_tracing(_is_exporting)
+    torch.compiler.is_exporting if RELEASE >= (2, 13) else partial(getattr, torch.compiler, "_is_exporting_flag")
 )
 
 
@@ -141,3 +142,45 @@ def has_autocast(device_type: str) -> bool:
     Until 2.11, `torch.compile` cannot trace the function of PyTorch.
     """
     return torch.amp.is_autocast_available(device_type)
+
+
+# FSDP -----------------------------------------------------------------------------------------------------------------
+
+
+def convert_in_replays(modules: Iterable[nn.Module]) -> None:
+    """Let FSDP convert the inputs and outputs of modules to its precision in a recomputation, as in the forward pass.
+
+    Until 2.12, it does not, so that a function would run on a float32 stream with bfloat16 parameters.
+    """
+    if RELEASE >= (2, 13) or "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule) and not any(
+            getattr(hook, "func", None) is _convert_inputs for hook in module._forward_pre_hooks.values()
+        ):
+            state = module._get_fsdp_state()
+            module.register_forward_pre_hook(partial(_convert_inputs, state), with_kwargs=True)
+            module.register_forward_hook(partial(_convert_output, state))
+
+
+def _convert_inputs(state: Any, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    policy = state._mp_policy
+    wants = policy.cast_forward_inputs and policy.param_dtype is not None and _is_recomputing(state)
+    return (_converted(args, policy.param_dtype), _converted(kwargs, policy.param_dtype)) if wants else None
+
+
+def _convert_output(state: Any, _: nn.Module, args: Any, output: Any) -> Any:
+    dtype = state._mp_policy.output_dtype
+    return output if dtype is None or not _is_recomputing(state) else _converted(output, dtype)
+
+
+def _is_recomputing(state: Any) -> bool:
+    return bool(state._training_state.name == "PRE_BACKWARD")
+
+
+def _converted(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map(
+        lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value, values
+    )

@@ -166,7 +166,7 @@ def _grid_steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 
 
 # Each function has two forms, because `torch.compile` cannot trace one that defines `jvp`. Until PyTorch 2.11, it also
-# loses the gradients of one that writes in place, even to a tensor of its own.
+# loses the gradient of a result that was written in place.
 
 
 class _TracedToGrid(torch.autograd.Function):

@@ -136,7 +136,8 @@ class _ChunkedTotal(torch.autograd.Function):
         ctx.autocast = _autocast_dtype(x.device.type)
         # The inputs are for second derivatives. The layer before needs `x` anyway.
         ctx.save_for_backward(x, weight, bias, targets, *gradients)
-        return total
+        # Until PyTorch 2.11, `torch.compile` loses the gradient of a result that was written in place.
+        return total.clone() if torch.compiler.is_compiling() else total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
