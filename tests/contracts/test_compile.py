@@ -123,7 +123,7 @@ def test_autocast_around_the_graph():
     assert_steps_as_twin(sequence, case, autocast=True, tolerance=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_inductor():
     case = CASE["conv-dropout"]
     sequence = case.sequence(2)
