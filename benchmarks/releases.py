@@ -103,7 +103,9 @@ def environment(release: str, given: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"revnet-torch-{release}-") as folder:
         python = Path(folder) / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements(release)], check=True)
+        installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements(release)])
+        if installed.returncode:
+            raise SystemExit(f"scripts/releases: error: PyTorch {release} was not installed; see the lines above.")
         yield python
 
 

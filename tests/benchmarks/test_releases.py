@@ -73,13 +73,22 @@ def test_requirements_of_a_release(releases):
 
 def test_a_new_environment_is_removed(releases, monkeypatch):
     commands = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    outcomes = iter([0, 0, 0, 1])
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, next(outcomes))
+
+    monkeypatch.setattr(subprocess, "run", run)
     with releases.environment("2.11", None) as python:
         folder = python.parents[1]
         assert folder.exists()
     assert not folder.exists()
     assert commands[0][1:3] == ["-m", "venv"]
     assert "torch==2.11.*" in commands[1]
+    with pytest.raises(SystemExit, match=r"PyTorch 2\.99 was not installed"), releases.environment("2.99", None):
+        pass
+    assert not Path(commands[2][3]).exists()
 
 
 @pytest.mark.parametrize(
