@@ -8,7 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from operator import methodcaller
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any
+
+# First, because it raises if PyTorch is too old for the imports below.
+import revnet._torch_release  # noqa: F401
+
+# isort: split
 
 import torch
 from torch import Tensor
@@ -160,21 +165,6 @@ def call_after_backward(callback: Callable[[], None]) -> bool:
     except RuntimeError:  # Outside of a backward pass: the caller looks at `grad_fn._saved_*`.
         return False
     return True
-
-
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def constant_while_tracing(function: Function) -> Function:
-    """Let `torch.compile` run a function while it traces the caller, and treat the result as a constant.
-
-    Arguments such as modules and couplings are guarded by identity, so another object causes a recompilation.
-
-    Reason: `torch.compiler.assume_constant_result` does the same, but loads the whole compiler when this module is
-    imported. When the attribute disappears: call the public function, and measure `import revnet`.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def detached_alias(tensor: Tensor) -> Tensor:

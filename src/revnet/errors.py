@@ -6,7 +6,7 @@ Bad arguments raise a plain `ValueError`, `TypeError` or `NotImplementedError` i
   x ReconstructionError       the backward pass cannot rebuild what the forward pass saw
   x DataError                 a data file or folder is missing, corrupt or has another layout
   x CheckpointError           a checkpoint is missing, truncated or belongs to another model
-  x MissingDependencyError    an optional package is not installed
+  x MissingDependencyError    a package is not installed, or PyTorch is too old
   x PredictionError           a model cannot run on shapes without data
   x BudgetError               a training step does not fit into a memory budget
   x ProcessError              a process of a run on several devices was killed
@@ -110,7 +110,7 @@ class CheckpointError(RevnetError, ValueError):
 
 
 class MissingDependencyError(RevnetError, ImportError):
-    """An optional package is not installed. The message contains the command that installs it.
+    """A package is not installed, or PyTorch is too old. The message contains the command that installs it.
 
     Example:
         >>> from revnet import MissingDependencyError

@@ -50,7 +50,7 @@ def test_tolerance_does_not_prevent_exports(strict):
 
 
 @all_policies
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_traced_by_torch_jit(policy):
     sequence = sequence_of(policy).eval()
     traced = torch.jit.trace(sequence, torch.randn(3, 6, 5, 5))

@@ -20,7 +20,7 @@ from tests.helpers import assert_close, stored_twin
 pytestmark = [
     # PyTorch triggers its own warning when it traces a custom `autograd.Function`.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
 ]
 
 HOOKS_MESSAGE = "has hooks or a `forward` of its own, which a compiled reversible sequence does not call"

@@ -729,6 +729,8 @@ def test_torch_func_error_names_the_alternatives():
         torch.func.grad(lambda x: sequence(x).sum())(torch.randn(2, 16))
 
 
+# PyTorch 2.11 warns when a profiler ends.
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle")
 def test_replays_are_named_in_a_profile():
     sequence = mlp_stack(2)
     x = torch.randn(2, 16)

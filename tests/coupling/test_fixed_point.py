@@ -68,7 +68,7 @@ def test_gradients_pass_through_unchanged():
     assert torch.equal(residual.grad, weights.float())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # From PyTorch itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # From PyTorch itself.
 def test_works_under_transforms():
     coupling = FixedPoint(30, is_wide=True)
     x, residual = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)

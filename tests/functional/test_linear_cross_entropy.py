@@ -98,7 +98,7 @@ def test_second_backward_pass():
 
 
 # PyTorch's rules for forward mode use a deprecated function.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_transforms_of_functions():
     (x, weight, bias), targets = make_inputs(torch.float64)
 

@@ -165,14 +165,15 @@ def _grid_steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return (x.to(dtype) * scale).round_()
 
 
-# Each function has two forms, because `torch.compile` cannot trace one that defines `jvp`.
+# Each function has two forms, because `torch.compile` cannot trace one that defines `jvp`. Until PyTorch 2.11, it also
+# loses the gradient of a result that was written in place.
 
 
 class _TracedToGrid(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: float) -> Tensor:
         # Adding 0.0 turns -0 into 0. Addition and subtraction on the grid could not restore the sign of a zero.
-        return _grid_steps(x, x.dtype, scale).mul_(1 / scale).add_(0.0)
+        return (x * scale).round() * (1 / scale) + 0.0
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -187,6 +188,10 @@ class _ToGrid(_TracedToGrid):
     generate_vmap_rule = True
 
     @staticmethod
+    def forward(x: Tensor, scale: float) -> Tensor:
+        return _grid_steps(x, x.dtype, scale).mul_(1 / scale).add_(0.0)
+
+    @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return tangents[0].view_as(tangents[0])
 
@@ -195,7 +200,7 @@ class _TracedAddOnGrid(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, residual: Tensor, scale: float) -> Tensor:
         # Multiplying by a power of two is exact, so this rounds at most once.
-        return torch.add(x, _grid_steps(residual, x.dtype, scale), alpha=1 / scale)
+        return torch.add(x, (residual.to(x.dtype) * scale).round(), alpha=1 / scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -208,6 +213,10 @@ class _TracedAddOnGrid(torch.autograd.Function):
 
 class _AddOnGrid(_TracedAddOnGrid):
     generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, residual: Tensor, scale: float) -> Tensor:
+        return torch.add(x, _grid_steps(residual, x.dtype, scale), alpha=1 / scale)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

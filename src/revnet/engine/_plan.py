@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from revnet._torch_release import convert_in_replays, warn_if_untested
 from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, keeps_statistics, replayed_norms_of
 from revnet.engine._random import ONLY_CPU
 
@@ -112,7 +113,9 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
         NotImplementedError: The function contains a module of `torch.jit`, or a module that FSDP1 manages.
         ValueError: A parameter has no shape yet.
     """
+    warn_if_untested()
     modules = list(function.modules())
+    convert_in_replays(modules)
     parameter_dicts: list[Any] = [module._parameters for module in modules]
     buffer_dicts: list[Any] = [module._buffers for module in modules]
     child_dicts: list[Any] = [module._modules for module in modules]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import forward_mode_level
+from revnet._torch_release import is_exporting
 from revnet._types import Streams
 from revnet.coupling import Additive
 from revnet.engine import _careful
@@ -43,7 +44,7 @@ def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7 and Algorithm 1.
     """
-    is_traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    is_traced = is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
     if is_traced or not torch.is_grad_enabled():  # See `runs_plainly`.
         return stored(chain, streams)
     if torch.compiler.is_dynamo_compiling():

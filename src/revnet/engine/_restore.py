@@ -8,7 +8,6 @@ for the time of the replay, and then sets it to its current value again.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,12 +46,6 @@ def autocast_states(device_types: Iterable[str]) -> tuple[AutocastState, ...]:
             for device_type in device_types
         ]
     )
-
-
-@lru_cache(maxsize=16)
-def has_autocast(device_type: str) -> bool:
-    """Return whether PyTorch supports autocast on this type of device."""
-    return torch.amp.is_autocast_available(device_type)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

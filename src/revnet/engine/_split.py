@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import describe, describe_kind
+from revnet._torch_release import has_autocast
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling, Additive
 
@@ -41,7 +42,7 @@ def is_low_precision(x: Tensor) -> bool:
         return False
     # PyTorch has no autocast on the meta device, and raises when asked about it.
     device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 @overload

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from revnet._torch_internals import HAS_ACCELERATOR, forward_mode_level
+from revnet._torch_release import has_autocast
 from revnet.engine._capture import begins_in_capture, check_same_mode
 from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state, same_random_state
-from revnet.engine._restore import AutocastState, autocast_states, has_autocast
+from revnet.engine._restore import AutocastState, autocast_states
 from revnet.engine._tensors import versions_of
+
+_has_autocast = lru_cache(maxsize=16)(has_autocast)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +59,7 @@ class Surroundings:
         """Include additional devices."""
         types = {*self.autocast_types, *[device.type for device in devices]}
         # PyTorch raises when asked about autocast on a type of device without it.
-        self.autocast_types = tuple(sorted(filter(has_autocast, types)))
+        self.autocast_types = tuple(sorted(filter(_has_autocast, types)))
         # The meta device has no random state.
         self.devices |= {device for device in devices if device.type != "meta"}
         self.others = [device for device in self.devices if device.type != "cpu"]

@@ -7,7 +7,7 @@ break the graph there and continue. An exception in a function that runs for its
 import torch
 from torch import nn
 
-from revnet._torch_internals import constant_while_tracing
+from revnet._torch_release import constant_of_object, constant_while_tracing, is_exporting
 
 
 class CannotCompileError(NotImplementedError):
@@ -20,7 +20,7 @@ def refuse(message: str) -> None:
     raise CannotCompileError(message)
 
 
-@constant_while_tracing
+@constant_of_object
 def refuse_sharded(module: nn.Module) -> None:
     """End the trace with an error if FSDP manages a parameter of `module`; the graph would not see its whole form."""
     if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
@@ -36,4 +36,4 @@ def runs_plainly() -> bool:
     This is the case under `torch.export` and `torch.jit.trace`, and for exporters based on them, such as ONNX. The
     exported program must consist of PyTorch's own operators, and it has no backward pass to save memory for.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from revnet._checks import check_count, check_module, check_tensor, describe, is_integer
+from revnet._torch_release import has_autocast
 
 
 def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> Tensor:
@@ -86,6 +87,6 @@ class _Chunked(torch.autograd.Function):
 
 def _autocast_now(device_type: str) -> AbstractContextManager[Any]:
     """Return a context that restores the current autocast state."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from revnet._checks import check_choice, check_count, check_floating, check_share, check_tensor, describe, is_integer
 from revnet._torch_internals import backward_keeps_graph, forward_mode_level, in_functorch_transform
+from revnet._torch_release import has_autocast
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -135,7 +136,8 @@ class _ChunkedTotal(torch.autograd.Function):
         ctx.autocast = _autocast_dtype(x.device.type)
         # The inputs are for second derivatives. The layer before needs `x` anyway.
         ctx.save_for_backward(x, weight, bias, targets, *gradients)
-        return total
+        # Until PyTorch 2.11, `torch.compile` loses the gradient of a result that was written in place.
+        return total.clone() if torch.compiler.is_compiling() else total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -242,7 +244,7 @@ def _total_of_logits(
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     """Return the data type of autocast, or None if it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

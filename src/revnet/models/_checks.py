@@ -16,6 +16,7 @@ from revnet._checks import (
     is_integer,
     is_number,
 )
+from revnet._torch_release import has_autocast
 from revnet._units import counted
 
 
@@ -115,7 +116,7 @@ def _raise_input_error(model: nn.Module, x: Tensor, in_channels: int, error: Exc
         raise error
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), x.dtype)
     # Autocast converts both to its own dtype, except for float64.
-    is_autocast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    is_autocast = has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
     if x.dtype != dtype and (not is_autocast or torch.float64 in (x.dtype, dtype) or x.is_complex()):
         conversion = ".real" if x.is_complex() else _CONVERSIONS.get(dtype, f".to({dtype})")
         raise TypeError(

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revnet._checks import MOST_CHANNELS, check_choice, check_count
+from revnet._torch_release import has_autocast
 from revnet._types import TensorPair
+from revnet.coupling import Additive
 from revnet.engine import Chain, HalfBlock
 from revnet.engine._split import split
 from revnet.models._checks import check_num_classes, check_stages
@@ -26,6 +28,9 @@ from revnet.models._registry import register_model
 from revnet.models.resnet import BLOCK_KINDS, STEM_KINDS, BlockKind, BlockName, StemName, batch_norm
 from revnet.nn import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.policies._has_policies import HasSinglePolicy, PolicyUnit, as_policy
+
+# A global name, because until 2.11 `torch.compile` cannot build the default of a half-block by itself.
+_ADDITIVE = Additive()
 
 
 class Downsample(nn.Module, HasSinglePolicy):
@@ -64,11 +69,11 @@ class Downsample(nn.Module, HasSinglePolicy):
 
     @property
     def _half_f(self) -> HalfBlock:
-        return HalfBlock(self.f, 0, 1, "downsample.f")
+        return HalfBlock(self.f, 0, 1, "downsample.f", _ADDITIVE)
 
     @property
     def _half_g(self) -> HalfBlock:
-        return HalfBlock(self.g, 1, 0, "downsample.g", role="g")
+        return HalfBlock(self.g, 1, 0, "downsample.g", _ADDITIVE, "g")
 
     def forward(self, x: TensorPair) -> TensorPair:
         """Compute the pair `(y1, y2)`."""
@@ -175,7 +180,7 @@ class RevNet(AbstractImageClassifier):
 
 def _is_autocast(device_type: str) -> bool:
     # PyTorch has no autocast for the meta device, and raises an error if asked whether it is enabled.
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _stage(

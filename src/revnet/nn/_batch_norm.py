@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet._checks import MOST_CHANNELS, check_count, check_share, check_tensor, describe, is_number
+from revnet._torch_release import is_exporting
 from revnet.engine import normalizes_as_batch_norm
 from revnet.engine._keep import not_keeping
 
@@ -184,7 +185,7 @@ def average_batches(
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         # Autograd has saved the buffers, though it will not read them, and would refuse a newer version. `data` has a
         # version of its own. Exported graphs have no versions, and `data` would not be the buffer there.
         mean, variance = mean.data, variance.data

@@ -19,6 +19,7 @@ from revnet._torch_internals import (
     fakes_for_a_trial,
     tree_leaves,
 )
+from revnet._torch_release import without_compiled_functions
 from revnet._types import TensorPair
 from revnet.engine._tensors import storage_key
 from revnet.engine._tracing import CannotCompileError
@@ -45,7 +46,7 @@ def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor],
     streams = list(inputs[:NUM_STREAMS])
     # Functions that are compiled themselves run uncompiled here. The compiler would meet their code under a dispatch
     # mode, skip it, and not try it again.
-    with torch.compiler.set_stance("force_eager"):
+    with without_compiled_functions():
         # The shapes are needed each time the forward operator is traced, so the functions run each time.
         findings = [_probe_step(program, step, streams, inputs, buffers, wanted) for step in program.steps]
     # Only once: the traced code already treats the first findings as constants.

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnet._torch_internals import constant_while_tracing, tree_flatten, tree_unflatten
+from revnet._torch_internals import tree_flatten, tree_unflatten
+from revnet._torch_release import constant_of_object, constant_while_tracing, warn_if_untested
 from revnet.coupling import AbstractCoupling
 from revnet.engine._batch_norm import is_torch_norm
 from revnet.engine._chain import BoundChain, Chain, HalfBlock
@@ -306,7 +307,7 @@ _numbered: "weakref.WeakValueDictionary[int, nn.Module | AbstractCoupling]" = we
 _number_by_instance: "weakref.WeakKeyDictionary[nn.Module | AbstractCoupling, int]" = weakref.WeakKeyDictionary()
 
 
-@constant_while_tracing
+@constant_of_object
 def number_of(instance: nn.Module | AbstractCoupling) -> int:
     """Return the number of a function or a coupling in traced code. The trace is valid for this object only."""
     number = _number_by_instance.setdefault(instance, next(_numbers))
@@ -326,6 +327,7 @@ def program_of(
         rest: Additional positional arguments of `Program`.
         more: Keyword arguments of `Program`.
     """
+    warn_if_untested()
     modules: list[Any] = [_numbered[number] for number in functions]
     _check(modules)
     program_steps = [Step(*step[:4], _numbered[step[4]], *step[5:]) for step in steps]  # type: ignore[arg-type]

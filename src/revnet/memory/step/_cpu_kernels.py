@@ -13,13 +13,14 @@ _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _ate
 class CpuKernels(TorchDispatchMode):
     """Correct the results of operations on fake CPU tensors, and on meta tensors, which represent them.
 
-    Enter it after the fake mode. PyTorch 2.13 needs four corrections; on a release that needs fewer, the others change
-    nothing, and `tests/memory/step/test_cpu_kernels.py` fails to say which to delete once older releases are dropped.
+    Enter it after the fake mode. On a release that needs fewer corrections, the others change nothing, and
+    `tests/memory/step/test_cpu_kernels.py` fails to say which to delete once older releases are dropped.
 
     * The statistics of a norm are float32 if its input has a lower precision and any parameter is float32.
     * Batch norm computes no gradient of its input if none is requested.
     * The gradient of group norm has the data type of the input.
     * The gradient of layer norm is contiguous.
+    * Attention in float64 returns the logarithms of its sums in float64. Only PyTorch 2.11 needs this correction.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,6 +33,10 @@ class CpuKernels(TorchDispatchMode):
             wants_input = args[9][0]
             if _is_cpu(args[0]) and not wants_input:
                 return None, *result[1:]
+        elif func is _aten._scaled_dot_product_flash_attention_for_cpu.default:
+            y, log_sums = result
+            if y.dtype is torch.float64 and log_sums.dtype is not torch.float64:
+                return y, torch.empty_like(log_sums, dtype=torch.float64)
         elif func is _aten.native_layer_norm_backward.default:
             grad_input = result[0]
             if grad_input is not None and _is_cpu(grad_input) and not grad_input.is_contiguous():

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from revnet._checks import describe
-from revnet.coupling import AbstractCoupling
+from revnet._torch_release import allow_default_coupling
+from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import Chain, HalfBlock
 from revnet.nn.blocks._reversible_module import Reads, ReversibleModule
 from revnet.nn.blocks._run import Segment
@@ -64,11 +65,11 @@ class AbstractReversibleBlock(ReversibleModule):
         """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
 
     def _build_schedule(self) -> Schedule:
-        half_blocks = self.half_blocks()
         if torch.compiler.is_dynamo_compiling():  # A trace cannot compare with what eager code cached.
-            return schedule_of([(_REVERSE, Chain(half_blocks))], self)
+            allow_default_coupling(Additive)
+            return schedule_of([(_REVERSE, Chain(self.half_blocks()))], self)
         cache = self.__dict__.setdefault("_single_chain", _SingleChain())
-        return schedule_of([(_REVERSE, cache.chain_of(half_blocks))], self)
+        return schedule_of([(_REVERSE, cache.chain_of(self.half_blocks()))], self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the residual functions with the arguments of `torch.compile`. The block itself is not compiled.

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from revnet._torch_internals import has_global_module_hook
+from revnet._torch_release import allow_default_coupling
+from revnet.coupling import Additive
 from revnet.engine import Chain, HalfBlock
 from revnet.engine._moves import Moves
 from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, schedule_of
@@ -53,6 +55,8 @@ class Chains(ModuleCache):
             blocks: Its blocks.
             kind: The class `ReversibleSequential`. `sequence` may be a subclass that overrides `policies`.
         """
+        if torch.compiler.is_dynamo_compiling():
+            allow_default_coupling(Additive)
         names = [f"blocks.{sequence.first_block + index}." for index in range(len(blocks))]
         half_blocks = [block.half_blocks(name) for name, block in zip(names, blocks, strict=True)]
         called = [block if must_be_called(block) else None for block in blocks]

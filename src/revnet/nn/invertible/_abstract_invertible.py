@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._checks import check_tensor
+from revnet._torch_release import has_autocast
 
 
 class AbstractInvertible(nn.Module, abc.ABC):
@@ -56,8 +57,7 @@ def zero_log_det(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast, for computations that low precision would make hard to undo."""
     # Autocast is not available on the meta device.
-    is_available = torch.amp.is_autocast_available(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if is_available else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if has_autocast(x.device.type) else nullcontext()
 
 
 def check_images(x: Tensor, name: str = "x") -> None:
