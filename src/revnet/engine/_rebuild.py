@@ -44,8 +44,7 @@ def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     References:
         Gomez et al. (2017), The Reversible Residual Network, equations 6 and 7 and Algorithm 1.
     """
-    is_traced = is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if is_traced or not torch.is_grad_enabled():  # See `runs_plainly`.
+    if is_exporting() or torch.jit.is_tracing() or not torch.is_grad_enabled():  # type: ignore[attr-defined]
         return stored(chain, streams)
     if torch.compiler.is_dynamo_compiling():
         return compiled(chain, streams) or stored(chain, streams)
