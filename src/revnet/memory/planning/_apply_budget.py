@@ -19,11 +19,14 @@ from revnet.nn import AbstractPolicy, add_policies, remove_policies
 from revnet.nn._repeated_blocks import Blocks
 from revnet.nn.policies._added_policy import AddedPolicy
 
-_OWN_SWITCHES = {
-    "grad_checkpointing": "model.set_grad_checkpointing(False)",
-    "gradient_checkpointing": "model.gradient_checkpointing_disable()",
+_OWN_SWITCHES = ("grad_checkpointing", "gradient_checkpointing")
+"""Attributes by which modules of timm and of transformers recompute activations."""
+_WAYS_OUT = {
+    "set_grad_checkpointing": "set_grad_checkpointing(False)",
+    "activation_checkpointing_disable": "activation_checkpointing_disable()",
+    "gradient_checkpointing_disable": "gradient_checkpointing_disable()",
 }
-"""Attributes by which modules of timm and of transformers recompute activations, and the calls that turn them off."""
+"""Calls that turn them off, by the method of the model."""
 
 
 def apply_budget(
@@ -109,16 +112,17 @@ def apply_budget(
 
 def _check_own_switches(model: nn.Module, blocks: Iterable[str]) -> None:
     """Raise if a block, or a module around it, recomputes activations by a switch of its own."""
+    way_out = next((f" by `model.{call}`" for method, call in _WAYS_OUT.items() if hasattr(model, method)), "")
     for block in blocks:
         parts = block.split(".")
         for end in range(len(parts) + 1):
             module = model.get_submodule(".".join(parts[:end]))
-            for switch, way_out in _OWN_SWITCHES.items():
+            for switch in _OWN_SWITCHES:
                 if getattr(module, switch, False) is True:
                     raise ValueError(
                         f"`model` (={type(model).__name__}) recomputes the activations of `{block}` itself, since "
-                        f"`{switch}` of its {type(module).__name__} is on; turn it off by `{way_out}`, and let the "
-                        "plan choose."
+                        f"`{switch}` of its {type(module).__name__} is on; turn it off{way_out}, and let the plan "
+                        "choose."
                     )
 
 
