@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("all numbers must be at least 1")
     if not given.out_dir.is_dir():
         parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
+    for name in ("timm", "transformers"):
+        if find_spec(name) is None:
+            parser.error(f"{name} is not installed; run `pip install {name}`")
     rows: list[Row] = []
     lines: list[str] = []
     for case in cases(given, lines):
@@ -279,12 +284,9 @@ def time_in_turns(ways: Sequence[Way], case: Case, num_rounds: int) -> list[list
 
 def write(folder: Path, command: str, rows: Sequence[Row], left_out: Sequence[str], given: argparse.Namespace) -> None:
     """Write the page and the CSV."""
-    import timm
-    import transformers
-
     stem = f"any-model_{hardware_name()}_{datetime.date.today()}"
     write_csv(rows, folder / f"{stem}.csv")
-    versions = {"timm": timm.__version__, "transformers": transformers.__version__}
+    versions = {name: version(name) for name in ("timm", "transformers")}
     titles = ["model", "way", "policies of the blocks", "budget, MiB", "predicted peak, MiB", "measured peak, MiB"]
     titles += ["equal to the byte", "gradients bit for bit", "step time / unchanged"]
     body = [

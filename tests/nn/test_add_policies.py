@@ -8,7 +8,9 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from revnet import Checkpoint, Offload, PolicySequential, ReversibleBlock, ReversibleSequential, Store, set_policy
 from revnet.errors import ReconstructionError
@@ -367,3 +369,18 @@ def test_compiles_under_store_and_says_so_otherwise():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"a Residual whose activations .* give it the policy `Store\(\)`"):
         torch.compile(model, backend="eager")(X)
+
+
+def test_gradients_are_reduced_by_data_parallel():
+    model = Network()
+    expected = step(model, X)
+    add_policies(model)
+    set_policy(model, "checkpoint")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(1)
+        y = DistributedDataParallel(model)(X)
+        y.square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert_equal([y, *[parameter.grad for parameter in model.parameters()], *model.buffers()], expected)
