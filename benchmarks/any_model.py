@@ -29,14 +29,14 @@ from _memory_page import Row, mib, table, write_csv
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from revnet import apply_budget
+from revnet import PredictionError, apply_budget
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
 from revnet.memory import StepMemory, measure, predict
 
 RESULTS = Path(__file__).parent / "results"
 OPTIMIZER = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-SHARES = (0.0, 0.25, 0.5, 0.75)
+SHARES = (0.0, 0.33, 0.67)
 """Budgets between the least memory of any plan (0) and the peak of the unchanged model (1)."""
 MOST_PARAMETERS = 30_000_000
 """Size above which a model that was drawn is left out."""
@@ -122,8 +122,7 @@ def cases(given: argparse.Namespace, lines: list[str]) -> Iterator[Case]:
 
 def cannot_train(case: Case) -> str:
     """Return why a model that was drawn is left out; empty if it is not."""
-    count = sum(parameter.numel() for parameter in case.model.parameters())
-    if count > MOST_PARAMETERS:
+    if (count := num_parameters(case.model)) > MOST_PARAMETERS:
         return f"it has {count / 1e6:.0f} million parameters"
     if not hasattr(case.model, case.switch):
         return f"it has no `{case.switch}`"
@@ -134,7 +133,16 @@ def cannot_train(case: Case) -> str:
         gradients(own, case)
     except Exception as error:
         return f"it cannot be trained so ({type(error).__name__})"
+    try:
+        apply_budget(copy.deepcopy(case.model), *case.inputs, budget=2**62, **case.step)
+    except (PredictionError, ValueError) as error:
+        return f"it cannot be planned: {error}"
     return ""
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def image_names() -> list[str]:
@@ -150,8 +158,8 @@ def image_case(name: str, given: argparse.Namespace) -> Case:
 
     torch.manual_seed(0)
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
-    with torch.device("meta" if count > MOST_PARAMETERS else "cpu"):
+        is_large = num_parameters(timm.create_model(name)) > MOST_PARAMETERS
+    with torch.device("meta" if is_large else "cpu"):
         model = timm.create_model(name, pretrained=False, num_classes=100).train()
     images = torch.randn(given.batch, 3, given.image, given.image)
     return Case(f"timm {name}", model, "set_grad_checkpointing", inputs=(images,))
@@ -171,7 +179,11 @@ def language_case(name: str, given: argparse.Namespace) -> Case:
     torch.manual_seed(0)
     default = AutoConfig.for_model(name)
     config = AutoConfig.for_model(name, **{key: size for key, size in SMALL.items() if hasattr(default, key)})
-    model = AutoModelForCausalLM.from_config(config).train()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if num_parameters(model) <= MOST_PARAMETERS:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).train()
     tokens = torch.randint(1, 1000, (given.batch, given.length))
     # With padding, the model needs its attention mask whether or not it can look at the values.
     mask = torch.ones_like(tokens)

@@ -292,6 +292,19 @@ def test_rejects_wrong_types():
             add_policies(Network(), blocks)
 
 
+def test_rejects_a_class_with_a_metaclass():
+    class Meta(type):
+        """A metaclass."""
+
+    class Special(Residual, metaclass=Meta):
+        """A block that cannot be combined with another class."""
+
+    model = nn.Sequential(Residual(), Residual(), Special())
+    with pytest.raises(TypeError, match=r"`2` \(=Special\) cannot be given a policy, because its class cannot be"):
+        add_policies(model, Residual)
+    assert [type(block) for block in model] == [Residual, Residual, Special]
+
+
 def test_rejects_reversing_a_block():
     model = Network()
     add_policies(model)

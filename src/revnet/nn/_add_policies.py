@@ -34,7 +34,7 @@ def add_policies(model: nn.Module, blocks: Blocks = None) -> dict[str, nn.Module
         The blocks by name, in the order of the model.
 
     Raises:
-        TypeError: An argument has the wrong type.
+        TypeError: An argument has the wrong type, or the class of a block has a metaclass of its own.
         ValueError: `blocks` names no module, modules inside each other, or one that cannot have a policy.
 
     Example:
@@ -70,8 +70,12 @@ def add_policies(model: nn.Module, blocks: Blocks = None) -> dict[str, nn.Module
     for name, block in chosen.items():
         _check_block(name, block, outer.get(block))
     remove_policies(model)
-    for name, block in chosen.items():
-        add_policy(block, name)
+    try:
+        for name, block in chosen.items():
+            add_policy(block, name)
+    except TypeError:
+        remove_policies(model)
+        raise
     return chosen
 
 
@@ -94,14 +98,14 @@ def remove_policies(model: nn.Module) -> None:
         True
     """
     check_module("model", model)
-    for name, module in model.named_modules():
-        if not isinstance(module, AddedPolicy):
-            continue
+    added = {name: module for name, module in model.named_modules() if isinstance(module, AddedPolicy)}
+    for name, module in added.items():
         if "_class_before" not in vars(type(module)):
             raise ValueError(
                 f"`{name}` of `model` had its class replaced again after it was given a policy, as `fully_shard` does, "
                 "so the policy cannot be taken away; set `Store()` with `set_policy`, which has no effect on a step."
             )
+    for module in added.values():
         remove_policy(module)
 
 

@@ -82,6 +82,18 @@ def apply_budget(
         ValueError: An argument is invalid, no block runs exactly once in a step, or the model recomputes activations by
             a switch of its own.
         TypeError: An argument has the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from revnet import apply_budget
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+        >>> model = nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        >>> plan = apply_budget(model, torch.ones(4, 64, 8), budget="700KiB", blocks="layers.*")
+        >>> plan.peak_bytes <= plan.budget_bytes
+        True
+        >>> [unit.policy for unit in plan.units]
+        [Checkpoint(), Checkpoint(), Checkpoint(), Store()]
     """
     check_module("model", model)
     kind = type(model).__name__
