@@ -22,6 +22,7 @@ from revnet.errors import ProcessError as ProcessError
 from revnet.errors import ReconstructionError as ReconstructionError
 from revnet.errors import ReconstructionWarning as ReconstructionWarning
 from revnet.errors import RevnetError as RevnetError
+from revnet.memory import apply_budget as apply_budget
 from revnet.models import create_model as create_model
 from revnet.models import list_models as list_models
 from revnet.nn import AbstractPolicy as AbstractPolicy

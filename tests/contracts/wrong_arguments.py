@@ -250,6 +250,8 @@ FUNCTIONS = [
     Target(
         "initialize_act_norms", rnn.initialize_act_norms, lambda: {"model": rnn.ActNorm(4)}, silent=frozenset({"args"})
     ),
+    Target("add_policies", rnn.add_policies, lambda: {"model": nn.Sequential(linear()), "blocks": "0"}),
+    Target("remove_policies", rnn.remove_policies, lambda: {"model": sequence()}),
     Target("set_coupling", rnn.set_coupling, lambda: {"model": sequence(), "coupling": coupling.FixedPoint()}),
     Target("set_policy", rnn.set_policy, lambda: {"model": sequence(), "policy": "store"}),
     Target("set_tolerance", rnn.set_tolerance, lambda: {"model": sequence(), "tolerance": 1e-3}),

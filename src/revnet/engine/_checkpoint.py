@@ -195,7 +195,7 @@ class _KeptCall:
         # wait.
         self._is_on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
         surroundings = Surroundings.of(self._tensors, ())
-        self._call = RecordedCall(type(module).__name__, None, module, surroundings)
+        self._call = RecordedCall(module._get_name(), None, module, surroundings)
         self.is_finished = False
         self.lock = threading.RLock()
 
@@ -208,7 +208,7 @@ class _KeptCall:
         result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=keeps_tail)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
-                f"{type(self._module).__name__} modified an argument in place, so its activations cannot be "
+                f"{self._module._get_name()} modified an argument in place, so its activations cannot be "
                 "recomputed; use the out-of-place form of its first operation (`inplace=False`), or the policy "
                 "`Store()`."
             )

@@ -7,6 +7,7 @@ from revnet._bytes import format_bytes as format_bytes
 from revnet._bytes import parse_bytes as parse_bytes
 from revnet.memory.distributed._distributed_memory import DistributedMemory as DistributedMemory
 from revnet.memory.distributed._predict_distributed import predict_distributed as predict_distributed
+from revnet.memory.planning._apply_budget import apply_budget as apply_budget
 from revnet.memory.planning._max_batch_size import max_batch_size as max_batch_size
 from revnet.memory.planning._max_patch_size import max_patch_size as max_patch_size
 from revnet.memory.planning._plan import Plan as Plan

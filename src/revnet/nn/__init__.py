@@ -7,6 +7,8 @@
 Names that `revnet` itself does not export are provisional: they may change in any release.
 """
 
+from revnet.nn._add_policies import add_policies as add_policies
+from revnet.nn._add_policies import remove_policies as remove_policies
 from revnet.nn._batch_norm import BatchNorm2dBiased as BatchNorm2dBiased
 from revnet.nn._batch_norm import BatchNorm2dUnbiased as BatchNorm2dUnbiased
 from revnet.nn._cross_entropy_head import CrossEntropyHead as CrossEntropyHead

@@ -13,6 +13,7 @@ from revnet.memory.planning._planned_unit import PlannedUnit, PlanPoint
 from revnet.memory.planning._timing import Timing
 from revnet.memory.planning._units import set_policies
 from revnet.memory.step._step_memory import StepMemory
+from revnet.nn._whole_model import policy_holders
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Plan:
     """Time of the step, relative to a step that stores all activations."""
     units: tuple[PlannedUnit, ...] = field(repr=False)
     """Units in the order in which they run."""
+    unplanned: tuple[str, ...] = field(repr=False)
+    """Names of the other units, which keep their policies: they do not run exactly once, or contain other units."""
     points: tuple[PlanPoint, ...] = field(repr=False)
     """Best plans from the least memory to the least time: each faster one needs more memory.
 
@@ -60,6 +63,13 @@ class Plan:
         Raises:
             ValueError: The model does not have these units.
         """
+        holders = policy_holders(model)
+        for unit in self.units:
+            if unit.holder not in holders or unit.index >= len(holders[unit.holder].policies):
+                raise ValueError(
+                    f"`model` (={type(model).__name__}) has no unit `{unit.name}`, for which the plan has a policy; "
+                    "pass a model of the same structure, after `revnet.nn.add_policies` if that made the units."
+                )
         set_policies(model, {(unit.holder, unit.index): unit.policy for unit in self.units})
         if self.chunked_loss is not None:
             chunk_loss(model, self.chunked_loss)
@@ -89,7 +99,7 @@ class Plan:
                 chunked_loss=self.chunked_loss,
             ),
             "",
-            *unit_lines(self.units),
+            *unit_lines(self.units, self.unplanned),
             "",
             *comparison_lines(self.references, self.points, self.budget_bytes),
         ]

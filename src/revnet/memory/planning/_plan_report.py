@@ -1,7 +1,6 @@
 """Format the parts of a plan as lines of text."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from revnet._bytes import format_bytes
@@ -35,11 +34,10 @@ def total_lines(
     return aligned(rows, num_left=3)
 
 
-def unit_lines(units: Iterable[PlannedUnit]) -> list[str]:
-    """Return a table of the units, in which a run of equal units has one row."""
+def unit_lines(units: Iterable[PlannedUnit], unplanned: Sequence[str] = ()) -> list[str]:
+    """Return a table of the units, in which a run of equal units has one row, and the names of other units."""
     table = [("units", "policy", "holds", "stored, would hold", "adds to the step", "storing saves, per MiB")]
-    for _, group in groupby(units, _kind):
-        run = list(group)
+    for run in _runs(units):
         first = run[0]
         table.append(
             (
@@ -51,8 +49,11 @@ def unit_lines(units: Iterable[PlannedUnit]) -> list[str]:
                 _saving(first),
             )
         )
+    others = f"{len(unplanned)} units, such as {unplanned[0]}," if len(unplanned) > 1 else "".join(unplanned)
+    verbs = "keep their policies, since they do" if len(unplanned) > 1 else "keeps its policy, since it does"
     return [
         *aligned(table, num_left=2),
+        *([f"{others} {verbs} not run exactly once in a step"] if unplanned else []),
         "",
         "All figures are per unit. A unit holds its bytes until the backward pass reaches it, and the plan stores",
         "activations first where that saves the most time per MiB. No faster mix of these policies is known to fit.",
@@ -86,8 +87,27 @@ def _joined(entries: Any) -> str:
     return repr(entries)
 
 
-def _kind(unit: PlannedUnit) -> tuple[object, ...]:
-    return (unit.holder, unit.policy, unit.held_bytes, unit.stored_bytes, round(unit.extra_time, 5))
+def _runs(units: Iterable[PlannedUnit]) -> list[list[PlannedUnit]]:
+    """Divide the units into runs of equal ones, whose numbers follow each other if they have their own policies."""
+    runs: list[list[PlannedUnit]] = []
+    for unit in units:
+        last = runs[-1][-1] if runs else None
+        if last is not None and _figures(last) == _figures(unit) and _is_next(last, unit):
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    return runs
+
+
+def _figures(unit: PlannedUnit) -> tuple[object, ...]:
+    return (unit.policy, unit.held_bytes, unit.stored_bytes, round(unit.extra_time, 5))
+
+
+def _is_next(unit: PlannedUnit, other: PlannedUnit) -> bool:
+    """Return whether the other unit has the same holder, or a name with the next number."""
+    (prefix, _, number), (other_prefix, _, other_number) = [each.name.rpartition(".") for each in (unit, other)]
+    is_numbered = number.isdecimal() and other_number.isdecimal() and prefix == other_prefix
+    return unit.holder == other.holder or (is_numbered and int(other_number) == int(number) + 1)
 
 
 def _names(run: Sequence[PlannedUnit]) -> str:

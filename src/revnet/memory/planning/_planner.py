@@ -30,7 +30,7 @@ from revnet.memory.planning._tidy import tidied
 from revnet.memory.planning._timing import MeasuredTiming, RooflineTiming, Timing
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.planning._unit_seconds import measure_seconds
-from revnet.memory.planning._units import UnitInModel, assign, find_units
+from revnet.memory.planning._units import UnitInModel, assign, find_units, find_unplanned, other_units
 from revnet.memory.repeats._frame import NotRepeatedError
 from revnet.memory.repeats._short_step import ShortSteps, block_kinds, find_short_steps
 from revnet.memory.step._backward_optimizer import check_step_in_backward
@@ -208,12 +208,10 @@ def _count_costs(
     timing: Timing,
     kinds: Mapping[tuple[str, int], Hashable],
 ) -> CountedCosts:
-    units = find_units(step.model, allowed.policies, prediction.run().log)
+    log = prediction.run().log
+    units = find_units(step.model, allowed.policies, log)
     if not units:
-        raise ValueError(
-            f"`model` (={type(step.model).__name__}) has no units to plan; build it from `ReversibleSequential`, or "
-            "wrap parts that are not reversible in `PolicySequential`."
-        )
+        raise ValueError(_no_units(step.model, find_unplanned(step.model, allowed.policies, log)))
     memory = prediction.memory()
     constant_bytes = memory.parameter_bytes + memory.buffer_bytes + memory.input_bytes + memory.optimizer_bytes
     later = slice(memory.timeline.optimizer_start, None)
@@ -228,6 +226,21 @@ def _count_costs(
         floor=constant_bytes + int(in_optimizer.max(initial=0)),
         kinds=[kinds.get((unit.holder, unit.index), unit.name) for unit in units],
         adds_variants=allowed.with_variants,
+    )
+
+
+def _no_units(model: nn.Module, unplanned: Mapping[str, str]) -> str:
+    """Return the message for a model of which no unit can be planned."""
+    name, reason = next(iter(unplanned.items()), ("", ""))
+    if not name:
+        return (
+            f"`model` (={type(model).__name__}) has no units to plan; build it from `ReversibleSequential`, wrap parts "
+            "that are not reversible in `PolicySequential`, or name its blocks in `revnet.apply_budget`."
+        )
+    others = f", and {len(unplanned) - 1} others cannot be planned either" if len(unplanned) > 1 else ""
+    return (
+        f"`model` (={type(model).__name__}) has no units to plan: `{name}` {reason}{others}; a unit must run exactly "
+        "once in a step, and contain no other unit."
     )
 
 
@@ -383,6 +396,7 @@ def _make_plan(outcome: _Outcome, budget_bytes: int, timing: Timing, *, stored_s
         memory=outcome.memory,
         time_ratio=outcome.chosen.seconds / stored_seconds,
         units=tuple(planned),
+        unplanned=other_units(outcome.step.model, outcome.units),
         points=tuple(map(plan_point, outcome.points)),
         references={name: plan_point(point) for name, point in outcome.references.items()},
         is_exact=outcome.is_exact,

@@ -51,15 +51,37 @@ class UnitInModel:
 def find_units(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLog) -> list[UnitInModel]:
     """Return the units that a plan can decide on, in the order of the forward pass.
 
-    All other units keep their policies: units that did not run, units that ran more than once or share a function, so
-    that one policy acts at several points of the chain, and units that contain other units.
+    All other units keep their policies; `find_unplanned` says why.
 
     Args:
         model: The model.
         policies: Policies to choose from; a unit uses those that it accepts.
         log: Log of one step of the model.
     """
-    units = [
+    starts = {id(call.module): call.start_event for call in log.calls}
+    units = _all_units(model, policies)
+    planned = [unit for unit, obstacle in zip(units, _obstacles(units, log), strict=True) if not obstacle]
+    return sorted(planned, key=lambda unit: starts[id(unit.functions[0])])
+
+
+def find_unplanned(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLog) -> dict[str, str]:
+    """Return the units that a plan cannot decide on, with a phrase that says why, by name.
+
+    These are units that did not run, units that ran more than once or share a function, so that one policy acts at
+    several points of the chain, and units that contain other units.
+    """
+    units = _all_units(model, policies)
+    return {unit.name: reason for unit, reason in zip(units, _obstacles(units, log), strict=True) if reason}
+
+
+def other_units(model: nn.Module, units: Sequence[UnitInModel]) -> tuple[str, ...]:
+    """Return the names of the units of a model that are not among `units`."""
+    names = {unit.name for unit in units}
+    return tuple(unit.name for unit in _all_units(model, ()) if unit.name not in names)
+
+
+def _all_units(model: nn.Module, policies: Sequence[AbstractPolicy]) -> list[UnitInModel]:
+    return [
         UnitInModel(
             name=".".join(filter(None, (holder_name, unit.name))),
             holder=holder_name,
@@ -71,20 +93,30 @@ def find_units(model: nn.Module, policies: Sequence[AbstractPolicy], log: StepLo
         for holder_name, holder in policy_holders(model).items()
         for index, unit in enumerate(holder.policy_units)
     ]
+
+
+def _obstacles(units: Sequence[UnitInModel], log: StepLog) -> list[str]:
+    """Return for each unit why a plan cannot decide on it; empty if it can."""
     uses = Counter(id(function) for unit in units for function in unit.functions)
     num_calls = Counter(id(call.module) for call in log.calls)
-    starts = {id(call.module): call.start_event for call in log.calls}
 
-    def is_single(unit: UnitInModel) -> bool:
-        return all(num_calls[id(function)] == uses[id(function)] == 1 for function in unit.functions)
-
-    def contains_others(unit: UnitInModel) -> bool:
+    def obstacle_of(unit: UnitInModel) -> str:
+        counts = [num_calls[id(function)] for function in unit.functions]
         own = {id(function) for function in unit.functions}
+        if not unit.choices:
+            return "accepts none of the policies"
+        if not all(counts):
+            return "did not run"
+        if any(count > 1 for count in counts):
+            return f"ran {max(counts)} times"
+        if any(uses[id(function)] > 1 for function in unit.functions):
+            return "shares a function with another unit"
         inside = (id(module) for function in unit.functions for module in function.modules())
-        return any(number in uses and number not in own for number in inside)
+        if any(number in uses and number not in own for number in inside):
+            return "contains other units"
+        return ""
 
-    planned = [unit for unit in units if unit.choices and is_single(unit) and not contains_others(unit)]
-    return sorted(planned, key=lambda unit: starts[id(unit.functions[0])])
+    return list(map(obstacle_of, units))
 
 
 def assign(model: nn.Module, units: Sequence[UnitInModel], policies: Sequence[AbstractPolicy]) -> None:

@@ -1,0 +1,150 @@
+"""Give a policy to a module of any class, in place.
+
+The class of the module is replaced by a subclass whose `forward` runs the original one under the policy. Nothing else
+changes: the module has the same children, parameters, hooks and attributes under the same names, and it is still an
+instance of its class. `torch.distributed.fsdp.fully_shard` and `torch.nn.utils.parametrize` use the same technique.
+"""
+
+import copyreg
+import functools
+from collections.abc import Sequence
+from types import new_class
+from typing import Any
+
+import torch
+from torch import nn
+
+from revnet.engine._tracing import refuse, runs_plainly
+from revnet.nn.policies._has_policies import HasPolicies, PolicyUnit, broadcast_policy
+from revnet.nn.policies._policy import AbstractModulePolicy, AbstractPolicy, Store
+
+_STORE = Store()
+RESERVED = ("policies", "policy_units", "set_policies")
+"""Attributes that a module with an added policy has, so that its own class must not have them."""
+
+
+class AddedPolicy(HasPolicies):
+    """Base of the classes of modules that were given a policy; it is mixed with the module's own class."""
+
+    # Class attributes, because the class of a module may be replaced without calling its constructor, as copies do.
+    _added_policy: AbstractModulePolicy = _STORE
+    _added_name: str = ""
+    _class_before: type[nn.Module]
+
+    @property
+    def policy_units(self) -> list[PolicyUnit]:
+        """The module, as one unit."""
+        return [PolicyUnit("", (self,), is_reversible=False)]  # type: ignore[arg-type]
+
+    @property
+    def policies(self) -> tuple[AbstractPolicy, ...]:
+        """The policy, in a tuple of one."""
+        return (self._added_policy,)
+
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
+        """Set the policy. The next forward pass uses it."""
+        (policy,) = broadcast_policy(policy, self.policy_units)
+        assert isinstance(policy, AbstractModulePolicy)
+        vars(self)["_added_policy"] = policy
+
+
+def add_policy(module: nn.Module, name: str) -> None:
+    """Give `module` a policy, which is `Store()` at first. `name` is its name in error messages.
+
+    Raises:
+        TypeError: The class of the module cannot be combined with another one.
+    """
+    kind = type(module)
+    try:
+        module.__class__ = class_with_policy(kind)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` (={kind.__name__}) cannot be given a policy, because its class cannot be combined with another "
+            f"one ({error}); wrap the block in a `PolicySequential` instead."
+        ) from error
+    vars(module)["_added_name"] = name
+
+
+def remove_policy(module: AddedPolicy) -> None:
+    """Take the policy of a module away."""
+    module.__class__ = module._class_before  # type: ignore[assignment]
+    for name in ("_added_policy", "_added_name"):
+        vars(module).pop(name, None)
+
+
+def new_with_policy(kind: type[nn.Module]) -> nn.Module:
+    """Return a module of class `kind` with a policy, without calling its constructor."""
+    with_policy = class_with_policy(kind)
+    return with_policy.__new__(with_policy)
+
+
+def class_with_policy(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `kind` whose instances have a policy; the same one in each call."""
+    for subclass in kind.__subclasses__():
+        if subclass.__dict__.get("_class_before") is kind:
+            return subclass
+
+    # Built here, since `torch.compile` does not trace its parts.
+    refusal = (
+        f"a {kind.__name__} whose activations are recomputed or offloaded cannot be compiled as a part of the whole "
+        "model; give it the policy `Store()` before compiling, or compile the modules inside it, each by its method "
+        "`compile`."
+    )
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        policy = self._added_policy
+        if policy == _STORE or not torch.is_grad_enabled() or runs_plainly():
+            return kind.forward(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            refuse(refusal)
+        return policy.call(_Body(self, kind), args, kwargs)
+
+    body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": forward, "extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_class_before": kind}
+    # Python allows the assignment of the class only if the module's own class is the first base. The name stays, since
+    # other tools look up blocks by the names of their classes.
+    return new_class(kind.__name__, (kind, AddedPolicy), exec_body=lambda namespace: namespace.update(body))
+
+
+def _extra_repr(self: Any) -> str:
+    """Return what the module itself shows, and the policy if it differs from the default."""
+    own: str = self._class_before.extra_repr(self)
+    return own if self._added_policy == _STORE else ", ".join(filter(None, [own, f"policy={self._added_policy}"]))
+
+
+def _reduce(self: Any, protocol: Any) -> str | tuple[Any, ...]:
+    """Return how to copy or pickle the module, whose class cannot be found by its name."""
+    kind = self._class_before
+    parts: str | tuple[Any, ...] = kind.__reduce_ex__(self, max(protocol, 2))
+    if isinstance(parts, str) or parts[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        return parts  # The class has its own way, and its copies no policy.
+    return (new_with_policy, (kind,), *parts[2:])
+
+
+class _Body(nn.Module):
+    """A block without its hooks, which run once, outside of the policy."""
+
+    def __init__(self, block: Any, kind: type[nn.Module]):
+        super().__init__()
+        self.block = block
+        self._kind = kind
+
+    def _get_name(self) -> str:
+        """Return the name of the block for error messages."""
+        return self.block._added_name or self._kind.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block.
+
+        Raises:
+            ValueError: A second run would change an argument again.
+        """
+        for value in (*args, *kwargs.values()):
+            if any(base.__name__.endswith("Cache") for base in type(value).__mro__):
+                raise ValueError(
+                    f"`{self._get_name()}` is given a {type(value).__name__}, which a second run of the block would "
+                    "change again; call the model without it, as `use_cache=False` does in transformers, or set the "
+                    "policy `Store()`."
+                )
+        return self._kind.forward(self.block, *args, **kwargs)
