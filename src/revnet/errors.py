@@ -31,6 +31,9 @@ _EXTRAS = {
     "mlflow": "mlflow",
     "kornia": "augment",
     "shtab": "completion",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
 }
 
 
