@@ -124,6 +124,15 @@ class MissingDependencyError(RevnetError, ImportError):
     """
 
     @classmethod
+    def of_torchvision(cls) -> Self:
+        """Return the error for a torchvision that was built for another PyTorch, which ends the import of Lightning."""
+        return cls(
+            "torchvision was built for another PyTorch, such as one with CUDA next to one for the CPU; install both "
+            "from one place, for instance by `pip install torch torchvision --index-url "
+            "https://download.pytorch.org/whl/cpu`, or run `pip uninstall torchvision`, which revnet does not need."
+        )
+
+    @classmethod
     def of(cls, package: str, purpose: str) -> Self:
         """Return an error that says what `purpose` needs and which command installs it."""
         return cls(f"{purpose} needs {package}, which is not installed; run `{install_command(package)}`.")
