@@ -94,7 +94,7 @@ def own_inputs(name):
         model = REVERSIBLE_MODELS[name]()
         return model, model_input(model).float() if "transformer" not in name else model_input(model)
     if name == "unet3d":
-        return UNet3d(in_channels=1, num_classes=2, widths=(4, 8), num_blocks=(1, 1)), torch.randn(2, 1, 8, 8, 8)
+        return UNet3d(in_channels=1, num_classes=2, widths=(4, 8)), torch.randn(2, 1, 8, 8, 8)
     size = 224 if name in ("revvit_base", "revvit_small") else 32
     return create_model(name), torch.randn(2, 3, size, size)
 
