@@ -57,6 +57,9 @@ next_sequence_number = torch._C._autograd._get_sequence_nr
 # reading a value raises.
 in_functorch_transform = torch._C._are_functorch_transforms_active
 
+# Whether `torch.jit.trace` is running. Replacement: `torch.jit.is_tracing`, which makes a Python call.
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
+
 # Not None while `torch.func.grad` and similar transforms forbid saved-tensor hooks. Replacement: match their error.
 hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
 

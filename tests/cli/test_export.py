@@ -1,4 +1,8 @@
 import importlib.util
+import io
+import subprocess
+import sys
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -66,3 +70,12 @@ def test_refuses_a_model_of_the_users_own(assert_refused, folder):
     classifier.header = replace(classifier.header, model="package.module:network")
     save_weights(classifier, folder / "own.safetensors")
     assert_refused(("export", "own.safetensors"), "its model package.module:network is your own code")
+
+
+def test_lines_do_not_mix_with_a_file_on_standard_output(folder):
+    command = [sys.executable, "-m", "revnet", "export", "run", "--format", "pt2", "--out", "/dev/stdout"]
+    result = subprocess.run(command, check=True, capture_output=True)
+    assert zipfile.is_zipfile(io.BytesIO(result.stdout))
+    assert result.stdout.startswith(b"PK")
+    assert b"equals PyTorch" not in result.stdout
+    assert b"equals PyTorch" in result.stderr

@@ -1,5 +1,6 @@
 """`revnet export`."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +38,9 @@ def export(checkpoint: str, *, format: Literal["onnx", "pt2"] = "onnx", out: str
     path = weights.with_suffix(_SUFFIXES[format]) if out is None else Path(out).expanduser()
     _check_place(path, out)
     report = write_inference(read_inference(weights), path, format)
-    print(f"weights: {describe_weights(checkpoint)}")
-    print(report)
+    lines = sys.stderr if path.is_relative_to("/dev") else sys.stdout  # the file itself may go to /dev/stdout
+    print(f"weights: {describe_weights(checkpoint)}", file=lines)
+    print(report, file=lines)
 
 
 def _check_place(path: Path, out: str | None) -> None:
