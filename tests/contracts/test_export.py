@@ -70,6 +70,17 @@ def test_traced_by_torch_jit(policy):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", [name for name in REVERSIBLE_MODELS if "transformer" in name])
+def test_transformers_are_traced_with_their_hashes(name):
+    model = REVERSIBLE_MODELS[name]().double().eval()
+    tokens = torch.randint(10, (2, 50))
+    traced = torch.jit.trace(model, tokens)
+    for batch in (2, 3):
+        tokens = torch.randint(10, (batch, 50))
+        assert_close(traced(tokens), model(tokens))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_rounds_to_the_grid():
     sequence = CASE["conv"].sequence(2).float().eval()
     set_coupling(sequence, FixedPoint(fraction_bits=2))

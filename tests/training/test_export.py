@@ -23,7 +23,9 @@ import sys, torch
 sys.modules["revnet"] = None
 for name in sys.argv[1:]:
     x, y = torch.load(f"{name}.pt")
-    assert torch.equal(torch.export.load(f"{name}.pt2").module()(x), y), name
+    module = torch.export.load(f"{name}.pt2").module()
+    for _ in range(2):
+        assert torch.equal(module(x), y), name
 """
 
 
@@ -51,6 +53,8 @@ MODULES = {
     "realnvp": lambda: density("realnvp", num_scales=1, hidden_dim=4),
     "glow": lambda: density("glow", num_scales=1, num_steps=1, hidden_dim=4),
 }
+ON_GRID = {"lsh attention": lambda: language_model(attention="lsh", bucket_size=2, num_hashes=1, depth=1)}
+"""Modules whose streams are rounded, which ONNX files cannot hold."""
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +63,21 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     files = {"classifier": save_checkpoint(folder / "classifier.safetensors", make_header(image_shape=(3, 8, 8)))}
-    for name, make in MODULES.items():
+    for name, make in (MODULES | ON_GRID).items():
         files[name] = folder / f"{name}.safetensors"
         save_weights(make(), files[name])
     return files
 
 
-def test_every_family_runs_without_revnet(weights, tmp_path):
+QUICK = ["classifier", "language model", "nice"]
+OTHERS = [name for name in (*MODULES, *ON_GRID) if name not in QUICK]
+
+
+@pytest.mark.parametrize("chosen", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
+def test_every_family_runs_without_revnet(chosen, weights, tmp_path):
     names = []
-    for name, file in weights.items():
-        inference = read_inference(file)
+    for name in chosen:
+        inference = read_inference(weights[name])
         report = write_inference(inference, tmp_path / f"{name}.pt2", "pt2")
         assert report.difference == 0
         assert str(report).endswith("torch.export.load equals PyTorch up to 0.0e+00 at batch sizes 1 and 7")
