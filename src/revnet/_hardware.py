@@ -12,7 +12,7 @@ _CPU = torch.device("cpu")
 
 def hardware_name(device: torch.device = _CPU) -> str:
     """Return a name of the hardware for file names, such as "cpu2" (two cores) or "nvidia-h200"."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return f"cpu{os.cpu_count()}"
     return re.sub(r"[^a-z0-9]+", "-", accelerator_name(device).lower()).strip("-")
 

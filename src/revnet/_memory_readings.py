@@ -43,4 +43,4 @@ def _accelerator_function(device: torch.device, name: str) -> Callable[..., Any]
 
     A Mac's GPU has the memory of the host, so `torch.mps` has none.
     """
-    return None if device.type == "cpu" else getattr(torch.get_device_module(device), name, None)
+    return None if device.type in ("cpu", "meta") else getattr(torch.get_device_module(device), name, None)

@@ -47,7 +47,7 @@ def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mappin
         device: Device of the measurements.
         peers: Names and versions of other packages that were measured.
     """
-    accelerator = "no GPU" if device.type == "cpu" else accelerator_name(device)
+    accelerator = "no GPU" if device.type in ("cpu", "meta") else accelerator_name(device)
     others = "".join(f", {name} {version}" for name, version in (peers or {}).items())
     return [
         f"- Hardware: {os.cpu_count()} cores of {processor_name()}, threads used: {torch.get_num_threads()}, "
