@@ -37,11 +37,22 @@ def attach(
             if purpose is None or dependency in ("None", "revnet"):
                 raise
             raise MissingDependencyError.of(dependency, purpose) from error
+        except RuntimeError as error:
+            if not is_foreign_torchvision(error):
+                raise
+            raise MissingDependencyError.of_torchvision() from error
 
     def names() -> list[str]:
         return sorted({*homes, *submodules, *defined})
 
     return load, names, sorted(homes, key=str.casefold)
+
+
+def is_foreign_torchvision(error: BaseException) -> bool:
+    """Return whether an import failed because torchvision was built for another PyTorch."""
+    text = str(error)
+    # PyPI's torchvision is built with CUDA. Its operators cannot load next to a PyTorch for the CPU.
+    return isinstance(error, RuntimeError) and text.startswith("operator torchvision::") and "does not exist" in text
 
 
 def read_stub(package: str, stub: str) -> tuple[set[str], dict[str, str], set[str]]:

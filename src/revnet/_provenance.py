@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import revnet
-from revnet._hardware import processor_name
+from revnet._hardware import accelerator_name, processor_name
 
 _CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def describe_machine(command: str, *, device: torch.device = _CPU, peers: Mappin
         device: Device of the measurements.
         peers: Names and versions of other packages that were measured.
     """
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    accelerator = "no GPU" if device.type in ("cpu", "meta") else accelerator_name(device)
     others = "".join(f", {name} {version}" for name, version in (peers or {}).items())
     return [
         f"- Hardware: {os.cpu_count()} cores of {processor_name()}, threads used: {torch.get_num_threads()}, "

@@ -38,7 +38,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode, _pop_mode_temporarily
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass_type as is_traceable_wrapper_subclass_type,
 )
@@ -61,6 +61,9 @@ next_sequence_number = torch._C._autograd._get_sequence_nr
 # Whether a transform of `torch.func` is active, so that tensors have no values. Replacement: catch the error that
 # reading a value raises.
 in_functorch_transform = torch._C._are_functorch_transforms_active
+
+# Whether `torch.jit.trace` is running. Replacement: `torch.jit.is_tracing`, which makes a Python call.
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
 # Not None while `torch.func.grad` and similar transforms forbid saved-tensor hooks. Replacement: match their error.
 hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
@@ -181,6 +184,21 @@ def detached_alias(tensor: Tensor) -> Tensor:
 # without our mode, which costs some microseconds for each operator. Replacement: run the code in the mode.
 current_dispatch_mode: Callable[[], TorchDispatchMode | None] = _get_current_dispatch_mode
 without_current_mode: Callable[[], AbstractContextManager[TorchDispatchMode]] = _pop_mode_temporarily
+
+
+@contextmanager
+def outside_of_traces() -> Iterator[None]:
+    """Compute tensors as usual while `torch.export` or `torch.jit.trace` is running; they are constants of the program.
+
+    Reason: no public context leaves a trace. When it disappears: compute the tensors before the trace.
+    """
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:

@@ -31,6 +31,9 @@ _EXTRAS = {
     "mlflow": "mlflow",
     "kornia": "augment",
     "shtab": "completion",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
 }
 
 
@@ -119,6 +122,15 @@ class MissingDependencyError(RevnetError, ImportError):
         ... except MissingDependencyError as error:
         ...     print(error)  # names the extra to install
     """
+
+    @classmethod
+    def of_torchvision(cls) -> Self:
+        """Return the error for a torchvision that was built for another PyTorch, which ends the import of Lightning."""
+        return cls(
+            "torchvision was built for another PyTorch, such as one with CUDA next to one for the CPU; install both "
+            "from one place, for instance by `pip install torch torchvision --index-url "
+            "https://download.pytorch.org/whl/cpu`, or run `pip uninstall torchvision`, which revnet does not need."
+        )
 
     @classmethod
     def of(cls, package: str, purpose: str) -> Self:

@@ -7,8 +7,19 @@ import pytest
 import torch
 from torch.export import Dim, export, save
 
-from revnet import Checkpoint, Offload, Reverse, ReversibleSequential, Store
-from tests.helpers import CASE, assert_close
+from revnet import (
+    Checkpoint,
+    FixedPoint,
+    Offload,
+    Reverse,
+    ReversibleSequential,
+    Store,
+    create_model,
+    list_models,
+    set_coupling,
+)
+from revnet.models import UNet3d
+from tests.helpers import CASE, REVERSIBLE_MODELS, assert_close, model_input
 
 POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
 all_policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
@@ -58,6 +69,27 @@ def test_traced_by_torch_jit(policy):
     assert_close(traced(x), sequence(x), tolerance=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", [name for name in REVERSIBLE_MODELS if "transformer" in name])
+def test_transformers_are_traced_with_their_hashes(name):
+    model = REVERSIBLE_MODELS[name]().double().eval()
+    tokens = torch.randint(10, (2, 50))
+    traced = torch.jit.trace(model, tokens)
+    for batch in (2, 3):
+        tokens = torch.randint(10, (batch, 50))
+        assert_close(traced(tokens), model(tokens))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_rounds_to_the_grid():
+    sequence = CASE["conv"].sequence(2).float().eval()
+    set_coupling(sequence, FixedPoint(fraction_bits=2))
+    traced = torch.jit.trace(sequence, torch.randn(3, 6, 5, 5))
+    x = torch.randn(5, 6, 5, 5)
+    assert torch.equal(traced(x), sequence(x))
+    assert torch.equal(traced(x), (4 * traced(x)).round() / 4)
+
+
 @all_policies
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_written_as_onnx(policy, tmp_path):
@@ -66,3 +98,63 @@ def test_written_as_onnx(policy, tmp_path):
     torch.onnx.export(
         sequence_of(policy).eval(), (x,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=DYNAMIC_BATCH
     )
+
+
+@pytest.mark.parametrize("name", ["flow-step", "affine-conv", "momentum"])
+def test_densities_have_a_dynamic_batch(name):
+    """The log-determinants have the shape of the batch."""
+
+    class LogDet(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sequence = CASE[name].sequence(2)
+
+        def forward(self, x):
+            return self.sequence.forward_with_log_det(x)
+
+    module, x = LogDet().eval(), CASE[name].input(requires_grad=False)
+    program = export(module, (x,), dynamic_shapes=DYNAMIC_BATCH)
+    for batch in (1, 7):
+        x = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
+        assert_close(program.module()(x), module(x))
+
+
+def own_inputs(name):
+    """Return small models of all kinds with an input, and the registered ones with images of the smallest size."""
+    if name in REVERSIBLE_MODELS:
+        model = REVERSIBLE_MODELS[name]()
+        return model, model_input(model)
+    if name == "unet3d":
+        return UNet3d(in_channels=1, num_classes=2, widths=(4, 8)), torch.randn(2, 1, 8, 8, 8, dtype=torch.float64)
+    size = 224 if name in ("revvit_base", "revvit_small") else 32
+    return create_model(name), torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*REVERSIBLE_MODELS, "unet3d", *sorted(set(list_models()) - set(REVERSIBLE_MODELS))])
+def test_every_model(name):
+    model, x = own_inputs(name)
+    # In float64, in which an attention that hashes, or a grid, is unlikely to round to another side.
+    program = export(model.double().eval(), (x,), dynamic_shapes=DYNAMIC_BATCH)
+    assert not [node for node in program.graph.nodes if "revnet" in str(node.target)]
+    for batch in (1, 3):
+        x = x[:1].repeat(batch, *[1] * (x.dim() - 1))
+        assert_close(program.module()(x), model(x), tolerance=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Warnings of Inductor.
+def test_compiled_ahead_of_time(tmp_path):
+    model = create_model("revnet38").eval()
+    program = export(model, (torch.randn(3, 3, 32, 32),), dynamic_shapes=DYNAMIC_BATCH)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    x = torch.randn(7, 3, 32, 32)
+    assert_close(torch._inductor.aoti_load_package(package)(x), model(x), tolerance=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_graph_of_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        writer.add_graph(sequence_of(Reverse()).eval(), torch.randn(3, 6, 5, 5))
+    assert next(tmp_path.iterdir()).stat().st_size > 1000

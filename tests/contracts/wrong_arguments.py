@@ -256,6 +256,7 @@ FUNCTIONS = [
     Target("set_policy", rnn.set_policy, lambda: {"model": sequence(), "policy": "store"}),
     Target("set_tolerance", rnn.set_tolerance, lambda: {"model": sequence(), "tolerance": 1e-3}),
     Target("shard_blocks", distributed.shard_blocks, shard_arguments),
+    Target("synchronize_batch_norms", distributed.synchronize_batch_norms, lambda: {"model": sequence()}),
     Target("chunked", functional.chunked, lambda: {"module": linear(), "x": images(1, 4, 2), "num_chunks": 2}),
     Target("full_attention", functional.full_attention, lambda: {"q": heads(), "k": heads(), "v": heads()}),
     Target(

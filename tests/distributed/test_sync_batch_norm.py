@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from revnet.distributed._sync_batch_norm import SyncBatchNorm2d, synchronize_batch_norms
+from revnet.distributed import synchronize_batch_norms
+from revnet.distributed._sync_batch_norm import SyncBatchNorm2d
 from revnet.models import create_model
 from revnet.nn import BatchNorm2dBiased, BatchNorm2dUnbiased
 
@@ -40,3 +41,17 @@ def test_running_statistics_are_averaged_as_before(norm_type, momentum, monkeypa
     assert torch.equal(model[0].running_mean, norm.running_mean)
     model.eval(), norm.eval()
     assert torch.allclose(model(x), norm(x), rtol=1e-5)
+
+
+def test_rejects_a_single_batch_norm():
+    with pytest.raises(
+        ValueError, match=r"`model` \(=BatchNorm2dBiased\) is a batch norm.*pass the model that contains"
+    ):
+        synchronize_batch_norms(BatchNorm2dBiased(2))
+
+
+def test_the_converter_of_pytorch_names_the_way_out():
+    with pytest.raises(
+        NotImplementedError, match=r"call `revnet.distributed.synchronize_batch_norms\(model\)` instead"
+    ):
+        nn.SyncBatchNorm.convert_sync_batchnorm(create_model("resnet32"))

@@ -9,6 +9,7 @@ COMMANDS = {
     "sample": "sample images from a density (`train nice`), or fill in missing halves",
     "score": "compute the likelihood of image files under a density",
     "generate": "continue a text with a language model (`train lm`)",
+    "export": "write the model of a run to a file for programs without revnet: ONNX or pt2",
     "reproduce": "train the networks in a table of results, and compare them with the paper",
     "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",
     "memory": "show where the memory of a training step goes, for any model",

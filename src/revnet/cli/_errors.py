@@ -4,7 +4,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from revnet.errors import RevnetError, install_command
+from revnet._lazy import is_foreign_torchvision
+from revnet.errors import MissingDependencyError, RevnetError, install_command
 
 _LONGEST = 2000
 """Characters of the longest line."""
@@ -62,13 +63,15 @@ def one_line(text: str) -> str:
 
 
 def _machine_failure(error: BaseException) -> str | None:
-    """Return what the machine lacks, in one line; None if `error` has another cause."""
+    """Return what the machine or an installed package lacks, in one line; None if `error` has another cause."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" and _package(type(error).__module__) == "torch":
         return "the GPU is out of memory; use smaller batches, or `--device cpu`."
     is_allocation = isinstance(error, RuntimeError) and "can't allocate memory" in text
     if isinstance(error, MemoryError) or is_allocation:
         return "the machine is out of memory; free some, or use smaller batches."
+    if is_foreign_torchvision(error):
+        return str(MissingDependencyError.of_torchvision())
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return "a process that loads data was killed, often due to a lack of memory; pass `--num-workers 0`."
     return None

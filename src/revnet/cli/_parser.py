@@ -17,7 +17,7 @@ from revnet.cli._values import describe_type, is_list, is_switch, read_text
 from revnet.training.recipes import list_recipes
 from revnet.training.settings.devices import explain_device
 
-_PATHS = ("checkpoint", "csv", "data", "images", "jsonl", "out_dir", "resume", "weights")
+_PATHS = ("checkpoint", "csv", "data", "images", "jsonl", "out", "out_dir", "resume", "weights")
 """Options and arguments that are paths."""
 _LONGEST_CHOICES = 40
 """Number of characters of all choices up to which they stand for the value in the help."""

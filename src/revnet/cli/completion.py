@@ -14,7 +14,7 @@ from revnet.training.recipes import list_recipes
 Shell = Literal["bash", "zsh", "tcsh"]
 
 _FOLDERS = {"out_dir", "resume"}
-_FILES = {"checkpoint", "model", "config", "csv", "data", "images", "weights"}
+_FILES = {"checkpoint", "model", "config", "csv", "data", "images", "out", "weights"}
 
 
 def completion(shell: Shell) -> None:

@@ -38,7 +38,7 @@ def evaluate(
         batch_size: Images per batch, on each device; 500 by default, fewer for images larger than 64x64.
         num_workers: Processes that decode images for each device, if the data are not held in memory.
         on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
-        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
+        device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
         devices: Number of devices that divide the images; auto takes all GPUs. By default, the processes that torchrun
             or SLURM has started, or one device.
     """

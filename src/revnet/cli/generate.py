@@ -35,7 +35,7 @@ def generate(
         top_k: Sample only from this number of most likely characters.
         top_p: Sample only from the most likely characters whose probabilities sum to this.
         seed: Seed of the sampling.
-        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
+        device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
     """
     from revnet.training.settings.checks import check_integer, check_number
 

@@ -42,7 +42,7 @@ def predict(
         top: Number of classes to print.
         csv: CSV file for the predictions, with columns for file, rank, class and probability.
         jsonl: File for the predictions with a JSON object in each line, with the file and its classes.
-        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
+        device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
         devices: Number of devices that divide the files; auto takes all GPUs. By default, the processes that torchrun
             or SLURM has started, or one device.
     """

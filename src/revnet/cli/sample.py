@@ -41,7 +41,7 @@ def sample(
         data: Data set of the test images, by name or path; by default, the data set of the run.
         seed: Seed of the samples and of the noise.
         out_dir: Folder for the pictures; the folder of the checkpoint by default.
-        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
+        device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
     """
     from revnet.training.settings.checks import check_integer, check_number
 

@@ -36,7 +36,7 @@ def score(
         csv: CSV file for the scores, with columns for file, bits per dimension and log-probability in nats.
         draws: Number of draws of the noise to average over; more draws give scores that vary less with the seed.
         seed: Seed of the noise.
-        device: Device to run on: auto, cpu, cuda, cuda:1, mps.
+        device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
     """
     from revnet.training.settings.checks import check_integer
 

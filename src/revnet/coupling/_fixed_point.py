@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import check_bool, describe, is_integer
-from revnet._torch_internals import in_functorch_transform
+from revnet._torch_internals import in_functorch_transform, is_jit_tracing
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_real, check_residual
 
@@ -142,7 +142,8 @@ def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
         y: Tensor = _TracedAddOnGrid.apply(x, residual, scale)
         return y
     is_small = type(x) is type(residual) is Tensor and x.numel() <= _SMALL
-    if is_small and not x.is_meta and not in_functorch_transform():
+    # `torch.jit.trace` does not see what is written through `data`.
+    if is_small and not x.is_meta and not in_functorch_transform() and not is_jit_tracing():
         # The node of a plain sum has the same gradients, and costs a tenth of a Python function's. Its values are then
         # replaced by those on the grid, through `data`, which autograd does not see.
         y = x + residual

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from revnet._checks import check_module
 from revnet.nn._batch_norm import AbstractAveragingBatchNorm2d, average_batches
 
 
@@ -53,19 +54,45 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
 
 
 def synchronize_batch_norms(model: nn.Module) -> int:
-    """Replace the batch norms of `model` by synchronized ones, in place, and return their number.
+    """Replace the batch norms in `model` by synchronized ones, in place, and return their number.
 
-    Parameters and buffers stay the same tensors, with the same names. The norms of revnet average their running
-    statistics as before.
+    A synchronized batch norm normalizes by the statistics of all processes. Unlike
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, this keeps the running statistics of `BatchNorm2dBiased` and
+    `BatchNorm2dUnbiased` as they define them. Parameters and buffers stay the same tensors, with the same names, so an
+    optimizer that exists already stays valid.
     Experimental: this has not been tested on several GPUs.
+
+    Args:
+        model: A model that contains batch norms. It is changed in place.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `model` is a batch norm itself, which cannot be replaced in place.
+
+    Example:
+        >>> from revnet import create_model
+        >>> from revnet.distributed import synchronize_batch_norms
+        >>> model = create_model("resnet32")
+        >>> synchronize_batch_norms(model)
+        31
     """
+    check_module("model", model)
+    if isinstance(model, _BatchNorm) and not isinstance(model, nn.SyncBatchNorm):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) is a batch norm, which cannot be replaced in place; pass the model "
+            "that contains it."
+        )
+    return _replace_norms(model)
+
+
+def _replace_norms(model: nn.Module) -> int:
     count = 0
     for name, child in model.named_children():
         if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
             setattr(model, name, _synchronized(child))
             count += 1
         else:
-            count += synchronize_batch_norms(child)
+            count += _replace_norms(child)
     return count
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from revnet._types import Streams
 from revnet.engine._tensors import storage_key
@@ -68,6 +68,7 @@ def _run_block(
     def run(x: Any, args_within: tuple[Any, ...], kwargs_within: dict[str, Any]) -> Streams:
         nonlocal has_run
         # Checked before anything runs: the streams that a hook has replaced cannot be rebuilt.
+        _check_not_cast(block, name, streams, x)
         _check_same("input", name, (tuple(streams), chain.args, kwargs), (x, args_within, kwargs_within))
         has_run = True
         # Hooks pass on other tensors with the same memory; gradients reach a backward hook only through the nodes of
@@ -102,6 +103,20 @@ def call_within(block: nn.Module) -> Callable[..., Streams] | None:
     # Only once: a block that calls this `forward` twice must not advance the chain twice.
     block_calls.within = None
     return within[1]
+
+
+def _check_not_cast(block: nn.Module, name: str, streams: list[Tensor], x: Any) -> None:
+    """Raise if FSDP2 has cast the streams, which its mixed precision does to all inputs of a module."""
+    if not hasattr(block, "set_requires_gradient_sync"):
+        return
+    casts = [stream for stream in tree_leaves(x) if isinstance(stream, Tensor) and stream.dtype != streams[0].dtype]
+    if casts:
+        raise RuntimeError(
+            f"`fully_shard` with mixed precision replaced its input: it cast the streams of the block of `{name}` from "
+            f"{streams[0].dtype} to {casts[0].dtype}, in which they cannot be rebuilt; call "
+            "`revnet.distributed.shard_blocks(model, mp_policy=...)`, which keeps streams in float32, or shard the `f` "
+            "and `g` of the block instead."
+        )
 
 
 def _check_same(what: str, name: str, expected: Any, actual: Any) -> None:

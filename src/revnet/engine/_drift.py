@@ -427,7 +427,10 @@ _WAY_OUT = (
     "Bound the error with `tolerance=1e-3` in the ReversibleSequential, reverse exactly with `FixedPoint()` couplings, "
     "or find the blocks that amplify it with `revnet doctor`."
 )
-_FLOAT32 = "Keep the streams in float32 and let autocast compute in low precision. "
+_FLOAT32 = (
+    "Keep the streams in float32 and let autocast compute in low precision; with FSDP2, "
+    "`revnet.distributed.shard_blocks` does so. "
+)
 
 
 def _can_sample(source: Tensor) -> bool:

@@ -158,7 +158,7 @@ class _OnHost:
             source = source.contiguous() if has_internal_overlap(source) else source
             # Pinned, so that copying back does not block the host.
             copy = torch.empty_strided(
-                source.shape, source.stride(), dtype=source.dtype, pin_memory=torch.cuda.is_available()
+                source.shape, source.stride(), dtype=source.dtype, pin_memory=_can_pin(source.device)
             )
             self._copy = copy.copy_(source)
 
@@ -168,6 +168,11 @@ class _OnHost:
             raise overwritten_before_copy(self._shape)
         tensor = self._copy.to(self._device, non_blocking=self._copy.is_pinned())
         return tensor if tensor.shape == self._shape else tensor.expand(self._shape)
+
+
+def _can_pin(device: torch.device) -> bool:
+    """Return whether copies between the host and `device` are faster from pinned memory."""
+    return device.type in ("cuda", "xpu") and torch.accelerator.is_available()
 
 
 def _is_on_host(tensor: Tensor) -> bool:

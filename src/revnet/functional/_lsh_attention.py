@@ -33,6 +33,7 @@ from revnet._checks import (
     check_per_head,
     check_same_heads,
 )
+from revnet._torch_internals import is_jit_tracing, outside_of_traces
 from revnet.functional._block_attention import block_attention
 
 _MOST_BITS = 6
@@ -132,9 +133,13 @@ def _hash(
     for part in range(num_parts):
         bits = num_bits // num_parts + (part < num_bits % num_parts)
         # Half of the 2^bits directions are the negatives of the other half: argmax([xR; -xR]).
-        rotations = torch.randn(
-            num_rounds, 1, H, D, 2**bits // 2, generator=generator, device=generator.device if generator else x.device
-        )
+        shape = (num_rounds, 1, H, D, 2**bits // 2)
+        if generator is not None and (torch.compiler.is_exporting() or is_jit_tracing()):
+            # An exported program would draw others in its second call, or would not use the generator at all.
+            with outside_of_traces():
+                rotations = torch.randn(shape, generator=generator, device=generator.device)
+        else:
+            rotations = torch.randn(shape, generator=generator, device=generator.device if generator else x.device)
         rotated = x @ rotations.to(x)  # (num_rounds, B, H, T, 2^bits / 2)
         buckets = buckets * 2**bits + torch.cat((rotated, -rotated), dim=-1).argmax(-1)
     if mask is not None:

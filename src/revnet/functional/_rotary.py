@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import MOST_CHANNELS, check_count, check_per_head, check_tensor, describe
+from revnet._torch_internals import is_jit_tracing
 
 _LONGEST_WAVE = 10_000.0
 """Base of the frequencies, as in RoFormer."""
@@ -35,7 +36,8 @@ def rotary_table(
         TypeError: `device` is not a device, or `dtype` is not floating-point.
         ValueError: `length` or `head_dim` is not a positive integer, or `head_dim` is odd.
     """
-    if not torch.compiler.is_compiling():  # A compiled graph may serve any length, so a check must not specialize it.
+    # A compiled graph may serve any length, so a check must not specialize it; a traced length is a tensor.
+    if not torch.compiler.is_compiling() and not is_jit_tracing():
         check_count("length", length, most=_MOST_POSITIONS)
     check_count("head_dim", head_dim, most=MOST_CHANNELS)
     if head_dim % 2:

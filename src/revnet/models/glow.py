@@ -146,4 +146,4 @@ def code_shapes(image_shape: tuple[int, int, int], num_scales: int) -> list[tupl
 def split_codes(z: Tensor, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
     """Return the code of each scale from the code of the whole image, (B, D)."""
     sizes = [channels * height * width for channels, height, width in shapes]
-    return [code.view(len(z), *shape) for code, shape in zip(z.split(sizes, 1), shapes, strict=True)]
+    return [code.view(z.shape[0], *shape) for code, shape in zip(z.split(sizes, 1), shapes, strict=True)]

@@ -104,7 +104,7 @@ class NICE(AbstractImageDensity):
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         components = x.flatten(1)
         y1, y2 = self.couplings((components[:, 0::2], components[:, 1::2]))
-        return torch.cat((y1, y2), 1) * self.log_scale.exp(), self.log_scale.sum().expand(len(x))
+        return torch.cat((y1, y2), 1) * self.log_scale.exp(), self.log_scale.sum().expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Compute the image of each code, (B, C, H, W)."""

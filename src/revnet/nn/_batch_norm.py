@@ -91,7 +91,7 @@ class BatchNorm2dBiased(AbstractAveragingBatchNorm2d):
     The state dict fits either class.
 
     `torch.nn.SyncBatchNorm` averages the unbiased variance too, so `convert_sync_batchnorm` raises an error for this
-    class. Replace the norms by `torch.nn.BatchNorm2d` first if you want to synchronize them.
+    class. `revnet.distributed.synchronize_batch_norms` synchronizes it, and keeps the biased variance.
 
     Args:
         num_features: Channels of the input.
@@ -125,8 +125,8 @@ class BatchNorm2dBiased(AbstractAveragingBatchNorm2d):
         # of our methods, so reading this attribute is the only chance to raise.
         if sys._getframe(1).f_code.co_name in _CONVERTERS:
             raise NotImplementedError(
-                "a BatchNorm2dBiased cannot become an `nn.SyncBatchNorm`, which averages the unbiased variance; leave "
-                "it unsynchronized, or replace it by an `nn.BatchNorm2d`, which takes its state dict, and convert that."
+                "a BatchNorm2dBiased cannot become an `nn.SyncBatchNorm`, which averages the unbiased variance; call "
+                "`revnet.distributed.synchronize_batch_norms(model)` instead, which keeps the biased variance."
             )
         affine: bool = self.__dict__["affine"]
         return affine
@@ -194,6 +194,7 @@ def average_batches(
     if count is None:
         share_of_earlier = 1 - (momentum or 0.0)
     elif momentum is None:
+        count = count.to(torch.promote_types(mean.dtype, torch.float32))
         share_of_earlier = (1 - count.reciprocal()).to(mean.dtype)
     else:
         # From some count on, the weight is the momentum. The limit also turns the count into a floating-point number

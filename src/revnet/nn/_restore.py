@@ -1,7 +1,7 @@
 """Contexts that run a model and leave it unchanged."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -31,9 +31,9 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not has_internal_overlap(buffer)]
     sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
     tolerances = [(sequence, sequence.tolerance_state()) for sequence in sequences]
-    devices = {tensor.device for tensor in [*parameters, *model.buffers()] if tensor.device.type == "cuda"}
+    devices = {tensor.device for tensor in [*parameters, *model.buffers()]}
     try:
-        with torch.random.fork_rng(devices=devices), suspended(parameters):
+        with _restoring_random_states(devices), suspended(parameters):
             for parameter in parameters:
                 parameter.grad = None
             yield
@@ -59,6 +59,24 @@ def restoring_policies(model: nn.Module) -> Iterator[None]:
     finally:
         for holder, policies in before:
             holder.set_policies(policies)
+
+
+def _restoring_random_states(devices: set[torch.device]) -> AbstractContextManager[None]:
+    """Return a context that restores the random states of the CPU and of the accelerators among `devices`."""
+    others = [device for device in devices if device.type not in ("cpu", "meta")]
+    if any(device.type == "mps" for device in others):  # It has one state, and PyTorch asks for no device.
+        return _restoring_mps()
+    return torch.random.fork_rng(devices=others, device_type=others[0].type if others else "cuda")
+
+
+@contextmanager
+def _restoring_mps() -> Iterator[None]:
+    state = torch.mps.get_rng_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.mps.set_rng_state(state)
 
 
 def _plain_modules(model: nn.Module) -> list[nn.Module]:

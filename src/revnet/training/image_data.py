@@ -13,7 +13,7 @@ from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.errors import DataError
 from revnet.training.import_path import is_import_path
 
-_TEST_CROP = 0.875
+TEST_CROP = 0.875
 """Share of a test image that `load_dataset` keeps when it resizes."""
 
 
@@ -97,5 +97,5 @@ def read_image(file: Path, image_shape: tuple[int, int, int], *, is_resized: boo
             f"'{file}' would be resized to {height:,} x {width:,} pixels, as the weights say, which is more than "
             f"{most_pixels():,}; if you trust the weights, set REVNET_MAX_PIXELS to a larger number."
         )
-    crop_fraction = _TEST_CROP if is_resized else 1.0
+    crop_fraction = TEST_CROP if is_resized else 1.0
     return load_image(file, image_size=(height, width), in_channels=channels, crop_fraction=crop_fraction)

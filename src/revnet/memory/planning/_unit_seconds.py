@@ -192,6 +192,8 @@ class _Clock:
             event.record(torch.cuda.current_stream(self._device))
             self._marks[name] = event
         else:
+            if self._device.type != "cpu":
+                torch.accelerator.synchronize(self._device)
             self._marks[name] = time.perf_counter()
 
     def seconds(self) -> dict[Any, float]:

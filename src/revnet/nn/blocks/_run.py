@@ -50,7 +50,7 @@ def take_own(kwargs: dict[str, Any], segments: Sequence[Segment]) -> dict[str, d
 def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:
     """Return the log-determinant of a chain with output `y`, of shape (B,). It is zero if no half-block has one."""
     y1 = y if isinstance(y, Tensor) else y[0]
-    return sum(log_dets, start=torch.zeros(len(y1), dtype=y1.real.dtype, device=y1.device))
+    return sum(log_dets, start=torch.zeros(y1.shape[0], dtype=y1.real.dtype, device=y1.device))
 
 
 def check_samples(x1: Tensor, split_dim: int) -> None:

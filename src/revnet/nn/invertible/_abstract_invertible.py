@@ -51,7 +51,7 @@ class AbstractInvertible(nn.Module, abc.ABC):
 def zero_log_det(x: Tensor) -> Tensor:
     """Return the log-determinant of a map that preserves volumes."""
     dtype = x.real.dtype if x.is_floating_point() or x.is_complex() else torch.get_default_dtype()
-    return torch.zeros(len(x), dtype=dtype, device=x.device)
+    return torch.zeros(x.shape[0], dtype=dtype, device=x.device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

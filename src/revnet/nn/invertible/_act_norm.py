@@ -65,7 +65,7 @@ class ActNorm(AbstractInvertible):
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output, and the sum of `log_scale` over all positions."""
         y = self(x)
-        return y, (x.shape[2:].numel() * self.log_scale.sum()).to(y.dtype).expand(len(x))
+        return y, (x.shape[2:].numel() * self.log_scale.sum()).to(y.dtype).expand(x.shape[0])
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:

@@ -36,7 +36,7 @@ class ChannelScale(AbstractCoupling):
 
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the sum of `log_scale` over all positions, for each sample."""
-        return (x.shape[2:].numel() * residual[0].sum()).to(x.dtype).expand(len(x))
+        return (x.shape[2:].numel() * residual[0].sum()).to(x.dtype).expand(x.shape[0])
 
     def limit(self, dtype: torch.dtype) -> None:
         """Return None: reversal rounds at every magnitude."""
@@ -66,7 +66,7 @@ class ChannelMatrix(AbstractCoupling):
         dtype = torch.promote_types(y.dtype, torch.float32)  # the solver does not support smaller types
         with without_autocast(y):
             packed = residual.to(dtype)
-            x = y.to(dtype).reshape(len(y), y.shape[1], y.shape[2:].numel())
+            x = y.to(dtype).reshape(y.shape[0], y.shape[1], y.shape[2:].numel())
             x = torch.linalg.solve_triangular(packed, x, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(packed, x, upper=True).to(y.dtype).view(y.shape)
         return y.copy_(x) if in_place else x
@@ -74,7 +74,7 @@ class ChannelMatrix(AbstractCoupling):
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the sum of the logarithms of the diagonal of U over all positions, for each sample."""
         log_scale = residual.diagonal().abs().log().sum()
-        return (x.shape[2:].numel() * log_scale).to(x.dtype).expand(len(x))
+        return (x.shape[2:].numel() * log_scale).to(x.dtype).expand(x.shape[0])
 
     def limit(self, dtype: torch.dtype) -> None:
         """Return None: reversal rounds at every magnitude."""
@@ -86,8 +86,8 @@ def mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
     Shape:
         matrix: (N, C). x: (B, C, ...). Output: (B, N, ...).
     """
-    flat = x.reshape(len(x), x.shape[1], x.shape[2:].numel())
-    return (matrix @ flat).view(len(x), len(matrix), *x.shape[2:])
+    flat = x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel())
+    return (matrix @ flat).view(x.shape[0], len(matrix), *x.shape[2:])
 
 
 def _per_channel(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

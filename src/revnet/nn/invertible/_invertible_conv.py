@@ -67,7 +67,7 @@ class InvertibleConv1x1(AbstractInvertible):
         dtype = torch.promote_types(x.dtype, self.lower.dtype)
         with without_autocast(x):
             lower, upper = self._factors(dtype)
-            flat = x.to(dtype).reshape(len(x), self.num_channels, x.shape[2:].numel())
+            flat = x.to(dtype).reshape(x.shape[0], self.num_channels, x.shape[2:].numel())
             return ((lower @ upper)[self.permutation] @ flat).view(x.shape)
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class InvertibleConv1x1(AbstractInvertible):
         dtype = torch.promote_types(y.dtype, torch.float32)  # for smaller types there is no solver
         with without_autocast(y):
             lower, upper = self._factors(dtype)
-            mixed = y.to(dtype).reshape(len(y), self.num_channels, y.shape[2:].numel())
+            mixed = y.to(dtype).reshape(y.shape[0], self.num_channels, y.shape[2:].numel())
             mixed = mixed[:, self.permutation.argsort()]
             mixed = torch.linalg.solve_triangular(lower, mixed, upper=False, unitriangular=True)
             return torch.linalg.solve_triangular(upper, mixed, upper=True).to(y.dtype).view(y.shape)
@@ -85,7 +85,7 @@ class InvertibleConv1x1(AbstractInvertible):
     def forward_with_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output, and the sum of `log_scale` over all positions."""
         y = self(x)
-        return y, (x.shape[2:].numel() * self.log_scale.sum()).to(y.dtype).expand(len(x))
+        return y, (x.shape[2:].numel() * self.log_scale.sum()).to(y.dtype).expand(x.shape[0])
 
     def extra_repr(self) -> str:
         """Return the number of channels, for `repr`."""

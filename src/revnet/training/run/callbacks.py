@@ -112,8 +112,8 @@ class StepTimer(Callback):
     ) -> None:
         """Close the last interval of the epoch."""
         if batch_idx + 1 == trainer.num_training_batches or trainer.should_stop:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)
+            if pl_module.device.type != "cpu":
+                torch.accelerator.synchronize(pl_module.device)
             self._starts.append(time.perf_counter())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -46,8 +46,9 @@ class ProfileUpdates(Callback):
             num_left = pl_module.num_updates - trainer.global_step
             self._first = trainer.global_step + max(0, min(self._num_skipped, num_left - self._num_recorded))
         if self._profile is None and trainer.global_step == self._first:
-            on_cuda = [ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
-            self._profile = profile(activities=[ProfilerActivity.CPU, *on_cuda])
+            activities = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}
+            on_device = [activities[kind] for kind in activities if kind == pl_module.device.type]
+            self._profile = profile(activities=[ProfilerActivity.CPU, *on_device])
             self._profile.start()
 
     def on_train_batch_end(

@@ -23,9 +23,8 @@ def seed_batch(trainer: Trainer, seed: int) -> None:
     value = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")
     device = trainer.strategy.root_device
     torch.default_generator.manual_seed(value)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(value)  # of the current device; `torch.manual_seed` seeds the devices of others too
-    elif device.type == "mps":
-        torch.mps.manual_seed(value)
+    if device.type != "cpu":
+        # The current device only; `torch.manual_seed` also seeds the devices of others.
+        torch.get_device_module(device).manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
