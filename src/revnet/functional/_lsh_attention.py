@@ -34,6 +34,7 @@ from revnet._checks import (
     check_same_heads,
 )
 from revnet._torch_internals import is_jit_tracing, outside_of_traces
+from revnet._torch_release import is_exporting
 from revnet.functional._block_attention import block_attention
 
 _MOST_BITS = 6
@@ -134,7 +135,7 @@ def _hash(
         bits = num_bits // num_parts + (part < num_bits % num_parts)
         # Half of the 2^bits directions are the negatives of the other half: argmax([xR; -xR]).
         shape = (num_rounds, 1, H, D, 2**bits // 2)
-        if generator is not None and (torch.compiler.is_exporting() or is_jit_tracing()):
+        if generator is not None and (is_exporting() or is_jit_tracing()):
             # An exported program would draw others in its second call, or would not use the generator at all.
             with outside_of_traces():
                 rotations = torch.randn(shape, generator=generator, device=generator.device)
