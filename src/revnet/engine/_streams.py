@@ -90,7 +90,7 @@ class StreamSnapshot:
             raise _careful.modified_output(tensor, self.versions[index])
         if tensor.stride() != self.strides[index]:
             self._lay_out()
-            return self.held[index]  # type: ignore[return-value]
+            return self.held[index]
         return tensor
 
     def _lay_out(self) -> None:
