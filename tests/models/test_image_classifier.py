@@ -1,6 +1,7 @@
 """The timm interface of every family of networks."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -139,6 +140,59 @@ def test_maps_equal_the_outputs_of_modules(make):
         assert torch.equal(map_, y)
     assert torch.equal(features, model.forward_features(x))
     assert torch.equal(features, model._finish(maps[-1]))
+
+
+@pytest.mark.parametrize("network", [RevNet, IRevNet, ReversibleViT])
+def test_hooks_of_maps(network):
+    options = {RevNet: OPTIONS, IRevNet: {"num_blocks": (1, 2), "strides": (1, 2)}}.get(
+        network, {**VIT_OPTIONS, "depth": 2}
+    )
+    model = network(**options)
+    x, seen = make_input(), []
+    expected = model.eval()(x)
+    with torch.no_grad():
+        maps = model.forward_intermediates(x, intermediates_only=True)
+    forward = model.maps[0].register_forward_hook(lambda module, inputs, y: seen.append(y))
+    backward = model.maps[1].register_full_backward_hook(lambda module, grads, of_output: seen.append(of_output[0]))
+    assert torch.equal(model(x), expected), "the hook changes nothing"
+    assert torch.equal(seen.pop(), maps[1])
+    squares(model.forward_intermediates(x, [2], intermediates_only=True)[0]).backward()
+    assert [tensor.shape for tensor in seen] == [maps[1].shape, maps[2].shape]
+    forward.remove()
+    backward.remove()
+    model(x)
+    assert len(seen) == 2
+    model.maps[0].register_forward_hook(lambda module, inputs, y: y + 1)
+    with pytest.raises(RuntimeError, match="a hook of a `FeatureMap` replaced the map"):
+        model(x)
+
+
+@all_networks
+def test_pooling_before_the_head(make):
+    model = make(num_classes=5).eval()
+    x = make_input()
+    features = model.forward_features(x)
+    model.reset_classifier(3, "max")
+    assert torch.equal(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    assert model.get_classifier(name_only=True) == "head"
+    with pytest.raises(ValueError, match=r"`global_pool` \(=''\) needs `num_classes=0` \(not 3\)"):
+        model.reset_classifier(3)
+    with pytest.raises(ValueError, match=r"`global_pool` \(='mean'\)"):
+        model.reset_classifier(3, "mean")
+
+
+@all_networks
+def test_every_parameter_belongs_to_a_group(make):
+    """Parameters of the head match no pattern, and timm gives them the highest rate."""
+    model = make()
+    for coarse in (False, True):
+        matcher = model.group_matcher(coarse)
+        patterns = [matcher["stem"], *(pattern for pattern, _ in matcher["blocks"])]
+        left = [name for name, _ in model.named_parameters() if not any(re.match(p, name) for p in patterns)]
+        assert left == ["head.weight", "head.bias"]
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
 
 
 @all_networks

@@ -38,7 +38,7 @@ class FeatureMap(nn.Identity):
                 "a hook of a `FeatureMap` replaced the map, which the stages after it would not see; return None from "
                 "the hook, and read the map only."
             )
-        return [x] if is_wanted else []
+        return [y] if is_wanted else []
 
 
 class AbstractBackbone(HasGradientCheckpointing, abc.ABC):

@@ -115,7 +115,7 @@ class AbstractImageClassifier(AbstractBackbone):
         self.global_pool = global_pool
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages after the last map that is wanted, so that they take neither time nor memory.
 
