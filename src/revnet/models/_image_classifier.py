@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from revnet._checks import check_bool, check_choice, describe, is_integer
 from revnet.models._checks import check_images, check_num_classes, explain_input_errors
+from revnet.models.pretrained.mixin import HubMixin
 from revnet.nn import PolicySequential, ReversibleSequential
 
 
-class AbstractImageClassifier(nn.Module, abc.ABC):
+class AbstractImageClassifier(nn.Module, HubMixin, abc.ABC):
     """A network from images to logits: stem, stages, final norm, pooling and head.
 
     The methods have the names and meanings of timm's methods. A subclass sets the fields below. It defines how the
@@ -23,6 +24,7 @@ class AbstractImageClassifier(nn.Module, abc.ABC):
         Wightman (2019), PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
     """
 
+    _card_task = "image"
     is_reversible: ClassVar[bool]
     """Whether the network takes a `policy` and therefore has a stored twin."""
     in_channels: int

@@ -37,6 +37,7 @@ from revnet.functional import rotary_table
 from revnet.functional._chunked import chunked
 from revnet.models._checks import check_heads, check_ratio, check_tokens
 from revnet.models._sampling import check_sampling, draw_tokens, evaluating
+from revnet.models.pretrained.mixin import HubMixin
 from revnet.nn import AbstractPolicy, CrossEntropyHead, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
 from revnet.nn.policies._has_policies import as_policy
@@ -92,7 +93,7 @@ class FeedForward(nn.Module):
         return f"num_chunks={self.num_chunks}" if self.num_chunks > 1 else ""
 
 
-class ReversibleTransformer(nn.Module):
+class ReversibleTransformer(nn.Module, HubMixin):
     """A reversible transformer: a language model, or with `is_causal=False` an encoder.
 
     Args:
@@ -141,6 +142,7 @@ class ReversibleTransformer(nn.Module):
     """
 
     is_reversible = True
+    _card_task = "text"
 
     def __init__(
         self,

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from revnet.errors import CheckpointError
+from revnet.models.pretrained.tensor_file import first_difference
 from revnet.training.run.checkpoint import find_weights, read_weights
-from revnet.training.saved_module import AbstractHeader, first_difference
+from revnet.training.saved_module import AbstractHeader
 
 _Header = TypeVar("_Header", bound=AbstractHeader)
 _PREFIX = "model."
