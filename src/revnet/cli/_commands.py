@@ -9,6 +9,7 @@ COMMANDS = {
     "sample": "sample images from a density (`train nice`), or fill in missing halves",
     "score": "compute the likelihood of image files under a density",
     "generate": "continue a text with a language model (`train lm`)",
+    "push": "send a run to the Hugging Face hub, with a model card",
     "reproduce": "train the networks in a table of results, and compare them with the paper",
     "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",
     "memory": "show where the memory of a training step goes, for any model",

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast, get_args, get_origin
 
-import torch
 from torch import Tensor, nn
 
 import revnet
@@ -21,7 +20,14 @@ from revnet.errors import CheckpointError
 from revnet.models.pretrained.hub_files import Download
 from revnet.models.pretrained.mixin import HubMixin
 from revnet.models.pretrained.outline import build_outline
-from revnet.models.pretrained.reading import NETWORK_PREFIX, RUN_KEY, Pretrained, header_of, read_pretrained, run_entries
+from revnet.models.pretrained.reading import (
+    NETWORK_PREFIX,
+    RUN_KEY,
+    Pretrained,
+    header_of,
+    read_pretrained,
+    run_entries,
+)
 from revnet.models.pretrained.structure import apply_structure
 from revnet.models.pretrained.tensor_file import first_difference
 
@@ -138,7 +144,6 @@ class SavedModule(nn.Module, ABC):
         module = cls.build(header, tensors)
         module.load_state_dict(tensors)
         return module
-
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:

@@ -73,8 +73,8 @@ def class_of(pretrained: Pretrained, classes: Mapping[str, type[_Network]], want
     if name not in classes:
         raise CheckpointError(
             f"{where} holds a {shorten(name)}, which this revnet does not know (it was written by revnet "
-            f"{shorten(str(pretrained.config['revnet_version']), 20)}, this is {revnet.__version__}); update revnet, or "
-            "import the module that defines the class."
+            f"{shorten(str(pretrained.config['revnet_version']), 20)}, this is {revnet.__version__}); update revnet, "
+            "or import the module that defines the class."
         )
     if not issubclass(classes[name], wanted):
         raise CheckpointError(

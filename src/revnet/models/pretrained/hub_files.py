@@ -1,6 +1,7 @@
 """Files of the Hugging Face hub, by the names that users write, and one line for each way in which that fails."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import revnet
+from revnet._checks import describe
+from revnet._documents import parse_json
+from revnet._input_files import read_text
 from revnet._outside_text import shorten
 from revnet.errors import CheckpointError, MissingDependencyError
 
@@ -17,7 +21,15 @@ HUB_PREFIX = "hub:"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 PREPROCESS = "preprocess.safetensors"
+PREPROCESS_KEY = "preprocess_file"
+"""Key in `config.json` that says that there is a file of the preprocessing."""
+MOST_CONFIG_BYTES = 2**24
+"""Limit of the size of `config.json`."""
 RUN_WEIGHTS = "last.safetensors"
+_SNAPSHOTS, _CACHED = "snapshots", "models--"
+"""Name of the folder of all downloaded commits, and the start of the name of the folder above."""
+_TIMEOUT_SECONDS = 10
+_REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _HOW_TO_LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 
@@ -42,6 +54,23 @@ def is_hub_name(name: object) -> bool:
     return os.fspath(name).startswith(HUB_PREFIX) if isinstance(name, str | os.PathLike) else False
 
 
+def check_repository(argument: str, name: object) -> None:
+    """Raise unless `name` can be the name of a repository on the hub.
+
+    Raises:
+        ValueError: It cannot be.
+    """
+    if not isinstance(name, str) or not _REPOSITORY.fullmatch(name.removeprefix(HUB_PREFIX)):
+        raise ValueError(
+            f"`{argument}` (={describe(name)}) must be a name on the Hugging Face hub, such as owner/name."
+        )
+
+
+def results_folder(weights: Path) -> Path:
+    """Return the folder for results about weights: theirs or, for downloaded ones, the current folder."""
+    return Path() if weights.parent.parent.name == _SNAPSHOTS else weights.parent
+
+
 def download(name: str, options: Download | None = None) -> Path:
     """Return a local folder with the files of a model on the hub.
 
@@ -56,31 +85,98 @@ def download(name: str, options: Download | None = None) -> Path:
     options = options or Download()
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if revision and options.revision not in (None, revision):
-        raise ValueError(
-            f"`revision` (={options.revision!r}) differs from the one in '{name}'; pass one of the two."
-        )
+        raise ValueError(f"`revision` (={options.revision!r}) differs from the one in '{name}'; pass one of the two.")
     options = replace(options, revision=revision or options.revision)
-    hub = require_hub(f"the model `{name}`")
-    with _one_line_errors(hub, repository, options):
-        config = _download_or_none(hub, repository, CONFIG, options)
-        first = config or _download_or_none(hub, repository, RUN_WEIGHTS, options)
-        if first is None:
-            raise CheckpointError(
-                f"'{repository}' on the Hugging Face hub has no {CONFIG}, so it is not a model of revnet; pass one "
-                "that `revnet push` or `push_to_hub` has written."
-            )
-        folder = Path(first).parent
-        if config is None:
-            return folder
+    require_hub(f"the model `{name}`")
+    with _one_line_errors(repository, options):
+        if not _is_reachable(repository, options):
+            options = replace(options, local_files_only=True)
+    with _one_line_errors(repository, options):
+        first = _first_file(repository, options)
+        if first.name != CONFIG:
+            return first.parent
         # The other files come from the same commit, also if a push comes in between.
         if not options.local_files_only:
-            options = replace(options, revision=folder.name)
-        if _download_or_none(hub, repository, WEIGHTS, options) is None:
+            options = replace(options, revision=first.parent.name)
+        if _fetch(repository, WEIGHTS, options) is None:
             raise CheckpointError(
                 f"'{repository}' on the Hugging Face hub has no {WEIGHTS}; revnet reads no other format of weights."
             )
-        _download_or_none(hub, repository, PREPROCESS, options)
-        return folder
+        if names_preprocess(first):
+            _fetch(repository, PREPROCESS, options)
+        return first.parent
+
+
+def _is_reachable(repository: str, options: Download) -> bool:
+    """Return whether the hub answers; if not, the cache is used, as `huggingface_hub` does after half a minute.
+
+    Raises:
+        Exception: The hub answers that the repository or the revision does not exist.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    if options.local_files_only or constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi(token=options.token).model_info(repository, revision=options.revision, timeout=_TIMEOUT_SECONDS)
+    except Exception as error:
+        response = getattr(error, "response", None)
+        is_broken = response is not None and response.status_code >= 500
+        is_answer = isinstance(error, errors.HfHubHTTPError | errors.HFValidationError) and not is_broken
+        if options.force_download or is_answer or not (is_broken or _is_network_error(error)):
+            raise
+        return False
+    return True
+
+
+def _first_file(repository: str, options: Download) -> Path:
+    """Return the path of `config.json` or, in a repository with the files of a run, of its last weights."""
+    from huggingface_hub import errors
+
+    try:
+        config = _fetch(repository, CONFIG, options)
+    except errors.LocalEntryNotFoundError:
+        if not options.local_files_only:
+            raise
+        config = None
+    first = config or _fetch(repository, RUN_WEIGHTS, options)
+    if first is None:
+        raise CheckpointError(
+            f"'{repository}' on the Hugging Face hub has no {CONFIG}, so it is not a model of revnet; pass one that "
+            "`revnet push` or `push_to_hub` has written."
+        )
+    return first
+
+
+def _fetch(repository: str, file: str, options: Download) -> Path | None:
+    """Return the path of a downloaded file; None if the repository does not have it."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        path = hf_hub_download(
+            repository,
+            file,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            force_download=options.force_download,
+            local_files_only=options.local_files_only,
+            token=options.token,
+            library_name="revnet",
+            library_version=revnet.__version__,
+        )
+    except errors.LocalEntryNotFoundError:  # a subclass of the next one
+        raise
+    except errors.EntryNotFoundError:
+        return None
+    return Path(str(path))
+
+
+def names_preprocess(config: Path) -> bool:
+    """Return whether a `config.json` says that there is a file of the preprocessing."""
+    try:
+        return PREPROCESS_KEY in parse_json(read_text(config, MOST_CONFIG_BYTES))
+    except (OSError, ValueError):  # reported by the function that reads it
+        return False
 
 
 def upload(
@@ -107,11 +203,13 @@ def upload(
     Raises:
         CheckpointError: The hub cannot be reached, or refuses the files; the message says why.
         MissingDependencyError: huggingface_hub is not installed.
+        ValueError: `repository` cannot be a name on the hub.
     """
+    check_repository("repo_id", repository)
     hub = require_hub(f"pushing to `{repository}`")
     repository = repository.removeprefix(HUB_PREFIX)
     api = hub.HfApi(token=token, library_name="revnet", library_version=revnet.__version__)
-    with _one_line_errors(hub, repository, Download(token=token, revision=branch), verb="pushed"):
+    with _one_line_errors(repository, Download(token=token, revision=branch), verb="pushed"):
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if branch is not None and not options.get("create_pr"):
             api.create_branch(repository, branch=branch, exist_ok=True)
@@ -135,44 +233,21 @@ def require_hub(purpose: str) -> ModuleType:
     return huggingface_hub
 
 
-def describe_download(name: str | Path, folder: Path) -> str:
-    """Return the name on the hub, and the commit that was downloaded, as text."""
-    commit = folder.name
-    return f"{name} (commit {commit[:12]})" if folder.parent.name == "snapshots" else str(name)
-
-
-def _download_or_none(hub: ModuleType, repository: str, file: str, options: Download) -> str | None:
-    """Return the path of a downloaded file; None if the repository does not have it."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        path: str = hub.hf_hub_download(
-            repository,
-            file,
-            revision=options.revision,
-            cache_dir=options.cache_dir,
-            force_download=options.force_download,
-            local_files_only=options.local_files_only,
-            token=options.token,
-            library_name="revnet",
-            library_version=revnet.__version__,
-        )
-    except LocalEntryNotFoundError:
-        # Offline, a file that is missing in the repository looks like a file that is missing in the cache.
-        if file in (PREPROCESS, RUN_WEIGHTS) and options.local_files_only:
-            return None
-        raise
-    except EntryNotFoundError:
+def describe_download(weights: Path) -> str | None:
+    """Return the name on the hub, and the commit, of weights in the cache of downloads; None for other weights."""
+    folder = weights.parent
+    owner = folder.parent.parent.name
+    if folder.parent.name != _SNAPSHOTS or not owner.startswith(_CACHED):
         return None
-    return path
+    return f"{HUB_PREFIX}{owner.removeprefix(_CACHED).replace('--', '/')} (commit {folder.name[:12]})"
 
 
 @contextmanager
-def _one_line_errors(hub: ModuleType, repository: str, options: Download, verb: str = "loaded") -> Iterator[None]:
-    from huggingface_hub import errors
+def _one_line_errors(repository: str, options: Download, verb: str = "loaded") -> Iterator[None]:
+    from huggingface_hub import constants, errors
 
     start = f"'{shorten(repository, 100)}' cannot be {verb}"
-    address = hub.constants.ENDPOINT
+    address = constants.ENDPOINT
     try:
         yield
     except CheckpointError:
@@ -193,19 +268,17 @@ def _one_line_errors(hub: ModuleType, repository: str, options: Download, verb: 
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{start}: it has no revision {options.revision!r} on the Hugging Face hub; pass a branch, a tag or a commit."
+            f"{start}: it has no revision {options.revision!r} on the Hugging Face hub; pass a branch, a tag or a "
+            "commit."
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise CheckpointError(
             f"{start}: HF_HUB_OFFLINE is set; unset it, or pass a folder that `save_pretrained` has written."
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        if options.local_files_only or hub.constants.is_offline_mode():
-            fault = "it is not in the cache, and downloads are switched off (`local_files_only`, or HF_HUB_OFFLINE)"
-        else:
-            fault = f"{address} cannot be reached, and it is not in the cache"
         raise CheckpointError(
-            f"{start}: {fault}; check the network and the name, or pass the path of a copy on disk."
+            f"{start}: it is not in the cache, and {address} cannot be reached, or HF_HUB_OFFLINE or "
+            "`local_files_only` forbids it; check the name and the network, or pass the path of a copy on disk."
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
@@ -214,12 +287,18 @@ def _one_line_errors(hub: ModuleType, repository: str, options: Download, verb: 
     except OSError:  # no room on the disk, for instance, which has a line of its own
         raise
     except Exception as error:  # errors of the HTTP library, which differ between releases
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")):
+        if not _is_network_error(error):
             raise
         raise CheckpointError(
             f"{start}: {address} cannot be reached ({_first_line(error)}); check the network, or pass the path of a "
             "copy on disk."
         ) from error
+
+
+def _is_network_error(error: Exception) -> bool:
+    """Return whether `error` is from the HTTP library, which differs between releases of `huggingface_hub`."""
+    modules = ("httpx", "httpcore", "requests", "urllib3")
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(modules)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """The three methods of `huggingface_hub.PyTorchModelHubMixin` for the networks of this library.
 
-The mixin itself would make huggingface_hub a dependency of `import revnet`, and it looks for files, compares tensors and
-reports errors in ways that are too lenient for files from strangers. The methods here have its names and arguments, and
-write the files that it reads: `config.json` with the arguments of the constructor, `model.safetensors` with the tensors
-by their names in the network, and `README.md`.
+The mixin itself would make huggingface_hub a dependency of `import revnet`. It also builds a model before it looks at
+the tensors, falls back to pickled files, and does not restore policies and couplings. The methods here have its names
+and arguments, and write the files that it reads: `config.json` with the arguments of the constructor,
+`model.safetensors` with the tensors by their names in the network, and `README.md`.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from revnet._atomic_file import write_text
 from revnet._checks import check_bool, describe
 from revnet.models.pretrained.building import build_network, class_of, describe_network
 from revnet.models.pretrained.card import CARD, describe_class, format_card, how_to_load
-from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, WEIGHTS, Download, upload
+from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, PREPROCESS_KEY, WEIGHTS, Download, upload
 from revnet.models.pretrained.reading import LABELS_KEY, RUN_KEY, Pretrained, read_pretrained
 from revnet.models.pretrained.structure import unwrapped
 from revnet.models.pretrained.tensor_file import write_tensors
@@ -151,8 +151,6 @@ class HubMixin:
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         if self._pretrained_tensors:
             write_tensors(folder / PREPROCESS, self._pretrained_tensors, {"format": "pt"})
-        else:
-            (folder / PREPROCESS).unlink(missing_ok=True)
         write_text(folder / CONFIG, json.dumps(entries, indent=2, sort_keys=True) + "\n")
         if card is not None or not (folder / CARD).exists():
             write_text(folder / CARD, card or _default_card(self, repo_id or folder.name))
@@ -239,7 +237,7 @@ def describe_model(network: HubMixin) -> dict[str, Any]:
     """
     network_type = next(cls for cls in type(network).__mro__ if not cls.__name__.startswith(_WRAPPERS))
     args, kwargs = getattr(network, "_arguments", ((), {}))
-    signature = inspect.signature(network_type.__init__)
+    signature = inspect.signature(cast("Any", network_type).__init__)
     given = signature.bind(network, *args, **kwargs)
     given.apply_defaults()
     arguments = {}
@@ -268,7 +266,11 @@ def config_of(network: HubMixin, extra: Mapping[str, Any] | None = None) -> dict
     entries |= extra or {}
     labels = entries.get(LABELS_KEY)
     if labels is not None and num_classes is not None and len(labels) != num_classes:
-        raise ValueError(f"`{LABELS_KEY}` (of length {len(labels)}) must have one name for each of {num_classes} classes.")
+        raise ValueError(
+            f"`{LABELS_KEY}` (of length {len(labels)}) must have one name for each of {num_classes} classes."
+        )
+    if network._pretrained_tensors:
+        entries[PREPROCESS_KEY] = PREPROCESS
     entries |= describe_model(network)
     try:
         json.dumps(entries)

@@ -13,7 +13,17 @@ from revnet._documents import parse_json
 from revnet._input_files import read_text
 from revnet._outside_text import shorten
 from revnet.errors import CheckpointError
-from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, RUN_WEIGHTS, WEIGHTS, Download, download, is_hub_name
+from revnet.models.pretrained.hub_files import (
+    CONFIG,
+    MOST_CONFIG_BYTES,
+    PREPROCESS,
+    PREPROCESS_KEY,
+    RUN_WEIGHTS,
+    WEIGHTS,
+    Download,
+    download,
+    is_hub_name,
+)
 from revnet.models.pretrained.tensor_file import read_tensors
 from revnet.models.pretrained.weights_hash import HASH_KEY
 
@@ -30,7 +40,6 @@ _CLASSES_KEY = "class_names"
 NETWORK_PREFIX = "model."
 """Start of the names of the network's tensors in the weights of a run."""
 _NOT_IN_RUN = (NETWORK_KEY, HASH_KEY)
-_MOST_CONFIG_BYTES = 2**24
 _WAY_OUT = "pass the folder of a run, or a folder that `save_pretrained` has written"
 
 
@@ -130,7 +139,7 @@ def _read_folder(folder: Path) -> Pretrained:
     config = _read_config(folder / CONFIG)
     _check_format(config, folder / CONFIG)
     _, tensors = _read(folder / WEIGHTS)
-    others = _read(folder / PREPROCESS)[1] if (folder / PREPROCESS).exists() else {}
+    others = _read(folder / PREPROCESS)[1] if PREPROCESS_KEY in config else {}
     return Pretrained(folder / WEIGHTS, config, tensors, others)
 
 
@@ -143,7 +152,9 @@ def _read_run_file(path: Path) -> Pretrained:
     metadata, tensors = _read(path)
     if NETWORK_KEY not in metadata:
         own = ":" in metadata.get("model", "")
-        reason = "its network is your own code" if own else f"neither `revnet train` nor a {CONFIG} describes its network"
+        reason = (
+            "its network is your own code" if own else f"neither `revnet train` nor a {CONFIG} describes its network"
+        )
         way_out = "build the network, and load it with `load_classifier(path, model=...)`" if own else _WAY_OUT
         raise CheckpointError(f"`{path}` cannot be rebuilt: {reason}; {way_out}.")
     try:
@@ -154,7 +165,11 @@ def _read_run_file(path: Path) -> Pretrained:
     return Pretrained(
         path,
         network | run_entries(metadata),
-        {name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(NETWORK_PREFIX)},
+        {
+            name.removeprefix(NETWORK_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(NETWORK_PREFIX)
+        },
         {name: tensor for name, tensor in tensors.items() if not name.startswith(NETWORK_PREFIX)},
     )
 
@@ -168,11 +183,13 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return parse_json(read_text(path, _MOST_CONFIG_BYTES))
+        return parse_json(read_text(path, MOST_CONFIG_BYTES))
     except OSError as error:
         raise CheckpointError(f"`{path}` cannot be read: {error.strerror or error}; {_WAY_OUT}.") from error
     except ValueError as error:  # UnicodeDecodeError, too
-        raise CheckpointError(f"`{path}` is not a JSON object ({shorten(str(error), 200)}); restore the file.") from error
+        raise CheckpointError(
+            f"`{path}` is not a JSON object ({shorten(str(error), 200)}); restore the file."
+        ) from error
 
 
 def _check_format(config: Mapping[str, Any], path: Path) -> None:

@@ -71,7 +71,9 @@ def describe_structure(model: nn.Module) -> dict[str, Any]:
     modules = {unwrapped(name): module for name, module in model.named_modules()}
     tolerances = {name: each.tolerance for name, each in modules.items() if isinstance(each, ReversibleSequential)}
     choices = {
-        "policies": {name: each[0] if each and each.count(each[0]) == len(each) else each for name, each in policies.items()},
+        "policies": {
+            name: each[0] if each and each.count(each[0]) == len(each) else each for name, each in policies.items()
+        },
         "couplings": {
             name: _describe_coupling(name, each.coupling)
             for name, each in modules.items()

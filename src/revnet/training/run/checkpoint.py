@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from revnet._image_files import explain_link
+from revnet._input_files import name_in_utf8
 from revnet.errors import CheckpointError
 from revnet.models.pretrained.hub_files import download, is_hub_name
 from revnet.models.pretrained.mixin import HubMixin, describe_model
