@@ -12,10 +12,10 @@ def push(
     message: str | None = None,
     dry_run: str | None = None,
 ) -> None:
-    """Send a run to the Hugging Face hub: weights, labels, preprocessing and a model card.
+    """Send a run to the Hugging Face hub, with a model card.
 
-    The card is written from the files of the run. Other commands then take `hub:OWNER/NAME` as their checkpoint. Log in
-    first with `hf auth login`, or set HF_TOKEN.
+    Weights, labels and preprocessing are sent in one commit. The card is written from the files of the run. Other
+    commands then take hub:owner/name as their checkpoint. Log in first with `hf auth login`, or set HF_TOKEN.
 
     Examples:
         revnet push runs/digits_revnet38_1 owner/name --private
@@ -28,8 +28,8 @@ def push(
         repo_id: Name on the hub, as owner/name; it is made if it does not exist.
         private: Whether a new repository is private; by default, its owner's setting.
         branch: Branch to send it to; by default, the main branch.
-        message: Message of the commit.
-        dry_run: Folder for the files, which are not sent then.
+        message: Message of the commit; by default, it says that revnet pushed it.
+        dry_run: Folder for the files, which are then not sent; by default, they are sent.
     """
     from revnet import training
 

@@ -18,7 +18,7 @@ from revnet._documents import parse_json_value
 from revnet._outside_text import encodable, shorten
 from revnet.errors import CheckpointError
 from revnet.models.pretrained.hub_files import Download
-from revnet.models.pretrained.mixin import HubMixin
+from revnet.models.pretrained.mixin import HubMixin, remember
 from revnet.models.pretrained.outline import build_outline
 from revnet.models.pretrained.reading import (
     NETWORK_PREFIX,
@@ -159,9 +159,9 @@ class SavedModule(nn.Module, ABC):
                 `local_files_only`.
 
         Raises:
-            CheckpointError: There is no such module, it is of another kind, its files are damaged, or the hub cannot be
-                reached.
-            TypeError: There is no such option.
+            CheckpointError: The module does not exist, it is of another kind, its files are damaged, or the hub cannot
+                be reached.
+            TypeError: An option is unknown, or has the wrong type.
         """
         pretrained = read_pretrained(pretrained_model_name_or_path, Download(**options))
         module = cls.from_tensors(cls._header_of(pretrained), _tensors_of(pretrained), pretrained.path).eval()
@@ -170,7 +170,7 @@ class SavedModule(nn.Module, ABC):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"`{pretrained.path}` cannot be rebuilt: {error}") from error
         if isinstance(module.model, HubMixin):
-            module.model.remember(pretrained)
+            remember(module.model, pretrained)
         return module
 
     def save_pretrained(self, save_directory: str | Path, *, card: str | None = None, **options: Any) -> str | None:

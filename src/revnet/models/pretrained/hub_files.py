@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import revnet
-from revnet._checks import describe
+from revnet._checks import check_bool, describe
 from revnet._documents import parse_json
 from revnet._input_files import read_text
 from revnet._outside_text import shorten
@@ -47,6 +47,11 @@ class Download:
     """Whether to read the cache only."""
     token: str | bool | None = None
     """Token of the hub; None for the one of `hf auth login`."""
+
+    def __post_init__(self) -> None:
+        check_bool(force_download=self.force_download, local_files_only=self.local_files_only)
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
+            raise TypeError(f"`revision` (={describe(self.revision)}) must be a branch, a tag or a commit, or None.")
 
 
 def is_hub_name(name: object) -> bool:

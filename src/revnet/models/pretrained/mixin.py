@@ -57,12 +57,6 @@ class HubMixin:
         if not cls.__name__.startswith(_WRAPPERS):
             _CLASSES.setdefault(cls.__name__, cls)
 
-    def remember(self, pretrained: Pretrained) -> None:
-        """Keep what was read next to the network, for `save_pretrained`."""
-        described = describe_model(self)
-        self.pretrained_config = {key: value for key, value in pretrained.config.items() if key not in described}
-        self._pretrained_tensors = pretrained.others
-
     @classmethod
     def from_pretrained(
         cls,
@@ -96,12 +90,12 @@ class HubMixin:
                 `num_classes` replaces the head of a classifier by a new one.
 
         Raises:
-            CheckpointError: There is no such network, it is of another class, its files are damaged, or the hub cannot
-                be reached.
+            CheckpointError: The network does not exist, it is of another class, its files are damaged, or the hub
+                cannot be reached.
             MissingDependencyError: safetensors is not installed, or huggingface_hub for a name on the hub.
             TypeError: The network has no argument of that name.
         """
-        check_bool(force_download=force_download, local_files_only=local_files_only, strict=strict)
+        check_bool(strict=strict)
         options = Download(
             revision=revision,
             cache_dir=cache_dir,
@@ -215,7 +209,7 @@ def from_pretrained(pretrained_model_name_or_path: str | Path, **options: Any) -
             `policy=Store()`.
 
     Raises:
-        CheckpointError: There is no such network, its files are damaged, or the hub cannot be reached.
+        CheckpointError: The network does not exist, its files are damaged, or the hub cannot be reached.
         MissingDependencyError: safetensors is not installed, or huggingface_hub for a name on the hub.
 
     Example:
@@ -247,6 +241,13 @@ def describe_model(network: HubMixin) -> dict[str, Any]:
         else:
             arguments[name] = value
     return describe_network(cast("nn.Module", network), network_type.__name__, arguments)
+
+
+def remember(network: HubMixin, pretrained: Pretrained) -> None:
+    """Keep in `network` what was read next to it, for `save_pretrained`."""
+    described = describe_model(network)
+    network.pretrained_config = {key: value for key, value in pretrained.config.items() if key not in described}
+    network._pretrained_tensors = pretrained.others
 
 
 def config_of(network: HubMixin, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def _build(
     if hasattr(network_type, "reset_classifier") and arguments.get("num_classes", saved) != saved:
         num_classes = arguments.pop("num_classes")
     network = build_network(network_type, pretrained, arguments, strict=strict)
-    network.remember(pretrained)
+    remember(network, pretrained)
     if num_classes is not None:
         network.pretrained_config = _without_labels(network.pretrained_config)
         network.reset_classifier(num_classes)

@@ -1,6 +1,7 @@
 """Read a trained network: from a folder with `config.json`, from a run, from one file, or from the hub."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import revnet
+from revnet._checks import describe
 from revnet._documents import parse_json
 from revnet._input_files import read_text
 from revnet._outside_text import shorten
@@ -65,7 +67,7 @@ def read_pretrained(name: str | Path, options: Download | None = None) -> Pretra
         options: How to download from the hub.
 
     Raises:
-        CheckpointError: There is no such network, or its files are damaged or have another format.
+        CheckpointError: The network does not exist, or its files are damaged or have another format.
     """
     path = locate(name, options)
     return _read_folder(path.parent) if is_pretrained_file(path) else _read_run_file(path)
@@ -80,8 +82,11 @@ def locate(name: str | Path, options: Download | None = None) -> Path:
     """Return the file of weights of a trained network; download it if it is on the hub.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: It does not exist.
+        TypeError: `name` is neither a text nor a path.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"`pretrained_model_name_or_path` (={describe(name)}) must be a path or owner/name.")
     path = Path(name).expanduser()
     if is_hub_name(name) or not (path.exists() or path.is_symlink()):
         if not is_hub_name(name) and _is_path(str(name)):
@@ -96,7 +101,7 @@ def locate(name: str | Path, options: Download | None = None) -> Path:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """Return the file of weights in a folder that `save_pretrained` or a run has written; None if there is none."""
+    """Return the file of weights in a folder that `save_pretrained` or a run has written, or None."""
     if (folder / CONFIG).exists() and (folder / WEIGHTS).exists():
         return folder / WEIGHTS
     return folder / RUN_WEIGHTS if (folder / RUN_WEIGHTS).exists() else None
