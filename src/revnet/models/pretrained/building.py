@@ -118,7 +118,7 @@ def build_network(
     if not strict:
         expected = {name: tensor for name, tensor in expected.items() if name in tensors}
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
-    difference = first_difference(expected, tensors, lacks="it lacks")
+    difference = first_difference(_in_types_of(tensors, expected), tensors, lacks="it lacks")
     if difference is not None:
         raise CheckpointError(
             f"`{path}` does not fit its {network_type.__name__}: {difference}; pass the weights of that model, or "
@@ -128,6 +128,17 @@ def build_network(
     network.load_state_dict(tensors, strict=strict)
     _take_dtypes(network, tensors)
     return network.eval()
+
+
+def _in_types_of(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in `expected`, whose floating-point numbers take the types of `tensors`, as the network's do."""
+
+    def converted(name: str, tensor: Tensor) -> Tensor:
+        other = tensors.get(name)
+        both = other is not None and other.is_floating_point() and tensor.is_floating_point()
+        return tensor.to(other.dtype) if both and other is not None else tensor
+
+    return {name: converted(name, tensor) for name, tensor in expected.items()}
 
 
 def _explained(make: Callable[[], _Network], pretrained: Pretrained) -> _Network:

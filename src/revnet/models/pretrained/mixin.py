@@ -20,7 +20,15 @@ from revnet._atomic_file import write_text
 from revnet._checks import check_bool, describe
 from revnet.models.pretrained.building import build_network, class_of, describe_network
 from revnet.models.pretrained.card import CARD, describe_class, format_card, how_to_load
-from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, PREPROCESS_KEY, WEIGHTS, Download, upload
+from revnet.models.pretrained.hub_files import (
+    CONFIG,
+    PREPROCESS,
+    PREPROCESS_KEY,
+    WEIGHTS,
+    Download,
+    check_repository,
+    upload,
+)
 from revnet.models.pretrained.reading import LABELS_KEY, RUN_KEY, Pretrained, read_pretrained
 from revnet.models.pretrained.structure import unwrapped
 from revnet.models.pretrained.tensor_file import write_tensors
@@ -184,7 +192,10 @@ class HubMixin:
         Raises:
             CheckpointError: The hub cannot be reached, or refuses the files.
             MissingDependencyError: huggingface_hub is not installed.
+            ValueError: `repo_id` cannot be a name on the hub, or the network cannot be described as in
+                `save_pretrained`.
         """
+        check_repository("repo_id", repo_id)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, config=config, repo_id=repo_id, card=card)
             return upload(
