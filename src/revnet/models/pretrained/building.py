@@ -131,7 +131,7 @@ def build_network(
 
 
 def _in_types_of(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in `expected`, whose floating-point numbers take the types of `tensors`, as the network's do."""
+    """Return the tensors in `expected`, in the floating-point types of `tensors`."""
 
     def converted(name: str, tensor: Tensor) -> Tensor:
         other = tensors.get(name)
