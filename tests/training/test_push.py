@@ -186,6 +186,14 @@ def test_pushes_a_folder_with_the_card_that_was_edited(runs, tmp_path, monkeypat
         assert "weights: hub:owner/digits@first" in (copied.folder / "config.yaml").read_text()
 
 
+def test_the_files_of_a_run_may_lie_on_the_hub(runs, tmp_path, monkeypatch):
+    with serve(monkeypatch, tmp_path / "cache") as hub:
+        hub.add("owner/run", runs / "nice")
+        assert_same_state(NICE.from_pretrained("owner/run"), load_density(runs / "nice").model)
+        assert_same_state(load_density("hub:owner/run"), load_density(runs / "nice"))
+        assert_same_state(NICE.from_pretrained("owner/run", local_files_only=True), load_density(runs / "nice").model)
+
+
 def test_rejects_what_cannot_be_pushed(runs, tmp_path):
     with pytest.raises(ValueError, match=r"`repo_id` \(='a b'\) must be a name on the Hugging Face hub"):
         push(runs / "nice", "a b")

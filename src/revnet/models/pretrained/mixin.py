@@ -81,7 +81,8 @@ class HubMixin:
     ) -> Self:
         """Load a trained network, in evaluation mode.
 
-        Policies, couplings and batch norms are the ones that the network had.
+        Policies, couplings and batch norms are the ones that the network had. The numbers have the types that they have
+        in the file; call `float()` for a network that was trained in bfloat16.
 
         Args:
             pretrained_model_name_or_path: The folder of a run of `revnet train`, whose last weights are loaded; one of
