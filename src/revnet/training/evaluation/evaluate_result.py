@@ -133,7 +133,8 @@ class EvaluateResult:
 
     def _stem(self) -> str:
         stem = f"evaluation_{run_dir.data_stem(self.data)}"
-        is_last = self.checkpoint is None or self.checkpoint.name in (run_dir.LAST_WEIGHTS, WEIGHTS)
+        last = [Path(name).stem for name in (run_dir.LAST_WEIGHTS, WEIGHTS)]
+        is_last = self.checkpoint is None or self.checkpoint.stem in last
         return stem if is_last else f"{stem}_{Path(self.checkpoint or '').stem}"
 
     def _figures(self) -> dict[str, Any]:
