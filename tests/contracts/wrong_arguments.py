@@ -364,6 +364,8 @@ LEFT_OUT_METHODS = {
     "half_blocks": "its argument is shown in messages only",
     "restore_tolerance": "it takes what `tolerance_state` returned",
     "extra_repr": "no arguments",
+    "save_pretrained": "it writes files; tests/models/test_pretrained.py",
+    "push_to_hub": "it sends files; tests/models/test_hub.py",
 }
 
 LEFT_OUT = {
@@ -375,6 +377,7 @@ LEFT_OUT = {
         [name for name in [*dir(rnn), *dir(coupling), *dir(models)] if name.startswith("Abstract")], "abstract"
     ),
     "PolicyUnit": "a record",
+    "from_pretrained": "it would ask the hub for wrong names; tests/models/test_pretrained.py",
     "StageModule": "a result of `cut_into_stages`",
     "Traffic": "a record",
     "HasGradientCheckpointing": "abstract; the methods are tested with the models",

@@ -10,6 +10,7 @@ COMMANDS = {
     "score": "compute the likelihood of image files under a density",
     "generate": "continue a text with a language model (`train lm`)",
     "export": "write the model of a run to a file for programs without revnet: ONNX or pt2",
+    "push": "send a run to the Hugging Face hub, with a model card",
     "reproduce": "train the networks in a table of results, and compare them with the paper",
     "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",
     "memory": "show where the memory of a training step goes, for any model",

@@ -37,6 +37,7 @@ def predict(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
+            Or hub:owner/name, a model on the Hugging Face hub.
         images: Image files of any size and format; folders, for all images in them and in the folders inside them; or
             quoted patterns.
         top: Number of classes to print.

@@ -11,6 +11,7 @@ from revnet.models._registry import register_model as register_model
 from revnet.models.glow import Glow as Glow
 from revnet.models.irevnet import IRevNet as IRevNet
 from revnet.models.nice import NICE as NICE
+from revnet.models.pretrained.mixin import from_pretrained as from_pretrained
 from revnet.models.realnvp import RealNVP as RealNVP
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.reversible_transformer import ReversibleTransformer as ReversibleTransformer
@@ -26,6 +27,7 @@ from revnet.models.unet3d import UNet3d as UNet3d
 __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "AbstractImageClassifier",
     "create_model",
+    "from_pretrained",
     "Glow",
     "h_transformer_base",
     "h_transformer_large",

@@ -18,19 +18,22 @@ from revnet._checks import (
 )
 from revnet.models._checks import explain_input_errors
 from revnet.models._prior import PRIORS, PriorName, draw
+from revnet.models.pretrained.mixin import HubMixin
 from revnet.nn import HasGradientCheckpointing
 
 _MOST_STEPS = 1_000_000
 _MOST_SAMPLES = 1_000_000
 
 
-class AbstractImageDensity(HasGradientCheckpointing, abc.ABC):
+class AbstractImageDensity(HasGradientCheckpointing, HubMixin, abc.ABC):
     """A density of images that can also be sampled: a bijection from images to codes, and a prior of the codes.
 
     Args:
         image_shape: Shape of the images, (C, H, W).
         prior: Distribution of the components of a code: "logistic" or "gaussian".
     """
+
+    _card_task = "density"
 
     def __init__(self, image_shape: tuple[int, int, int], prior: PriorName):
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from revnet._checks import check_bool, check_choice
 from revnet.models._backbone import AbstractBackbone, select_maps
 from revnet.models._checks import check_images, check_num_classes
+from revnet.models.pretrained.mixin import HubMixin
 
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean((-2, -1)),
@@ -20,7 +21,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 """Poolings by timm's names. The empty name means no pooling, for a network without a head."""
 
 
-class AbstractImageClassifier(AbstractBackbone):
+class AbstractImageClassifier(AbstractBackbone, HubMixin):
     """A network from images to logits: stem, stages, final norm, pooling and head.
 
     The methods have the names and meanings of timm's methods. A subclass sets the fields below and the fields of
@@ -31,6 +32,7 @@ class AbstractImageClassifier(AbstractBackbone):
         Wightman (2019), PyTorch Image Models, https://github.com/huggingface/pytorch-image-models.
     """
 
+    _card_task = "image"
     is_reversible: ClassVar[bool]
     """Whether the network takes a `policy` and therefore has a stored twin."""
     num_classes: int

@@ -37,6 +37,7 @@ from revnet.functional import rotary_table
 from revnet.functional._chunked import chunked
 from revnet.models._checks import check_heads, check_ratio, check_tokens
 from revnet.models._sampling import check_sampling, draw_tokens, evaluating
+from revnet.models.pretrained.mixin import HubMixin
 from revnet.nn import (
     AbstractPolicy,
     CrossEntropyHead,
@@ -99,7 +100,7 @@ class FeedForward(nn.Module):
         return f"num_chunks={self.num_chunks}" if self.num_chunks > 1 else ""
 
 
-class ReversibleTransformer(HasGradientCheckpointing):
+class ReversibleTransformer(HasGradientCheckpointing, HubMixin):
     """A reversible transformer: a language model, or with `is_causal=False` an encoder.
 
     Args:
@@ -148,6 +149,7 @@ class ReversibleTransformer(HasGradientCheckpointing):
     """
 
     is_reversible = True
+    _card_task = "text"
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from revnet._checks import MOST_CHANNELS, MOST_LAYERS, check_counts, check_floating, check_tensor, describe
 from revnet._units import counted
 from revnet.models._checks import check_counts_of, explain_input_errors
+from revnet.models.pretrained.mixin import HubMixin
 from revnet.nn import (
     AbstractPolicy,
     HasGradientCheckpointing,
@@ -52,7 +53,7 @@ class Residual(nn.Module):
         return self.conv(F.leaky_relu(self.norm(x), inplace=True))
 
 
-class UNet3d(HasGradientCheckpointing):
+class UNet3d(HasGradientCheckpointing, HubMixin):
     """A U-Net for segmenting volumes, with reversible blocks.
 
     The defaults are the published network, which maps four MRI sequences to three overlapping regions of a tumor.
@@ -80,6 +81,8 @@ class UNet3d(HasGradientCheckpointing):
         ValueError: A count is not positive, a width is odd, or no policy has this name. In the forward pass: the volume
             cannot be halved that often, or has another number of channels.
     """
+
+    _card_task = "volume"
 
     def __init__(
         self,

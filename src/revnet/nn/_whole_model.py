@@ -14,7 +14,7 @@ from revnet.nn.blocks._tolerance import checked_tolerance
 from revnet.nn.policies._has_policies import HasPolicies, as_policy
 from revnet.nn.policies._policy import AbstractPolicy
 
-_HAS_COUPLING = (ReversibleBlock, CouplingLayer, MultiStreamBlock, GroupedBlock)
+HAS_COUPLING = (ReversibleBlock, CouplingLayer, MultiStreamBlock, GroupedBlock)
 
 
 def policy_holders(model: nn.Module) -> dict[str, HasPolicies]:
@@ -93,7 +93,7 @@ def set_coupling(model: nn.Module, coupling: AbstractCoupling) -> None:
     """
     check_module("model", model)
     check_coupling(coupling)
-    blocks = [module for module in model.modules() if isinstance(module, _HAS_COUPLING)]
+    blocks = [module for module in model.modules() if isinstance(module, HAS_COUPLING)]
     if not blocks:
         raise ValueError(
             f"`model` (={type(model).__name__}) has no reversible block that could take the coupling {coupling}; build "

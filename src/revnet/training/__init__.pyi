@@ -20,6 +20,7 @@ from revnet.training.language.config import LanguageConfig as LanguageConfig
 from revnet.training.language.model import LanguageModel as LanguageModel
 from revnet.training.language.model import load_language_model as load_language_model
 from revnet.training.language.result import LanguageResult as LanguageResult
+from revnet.training.push_run import push as push
 from revnet.training.rate_trial import RateTrial as RateTrial
 from revnet.training.rate_trial import find_lr as find_lr
 from revnet.training.run.execute import TrainingInterrupted as TrainingInterrupted

@@ -11,21 +11,31 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast, get_args, get_origin
 
-import torch
 from torch import Tensor, nn
 
 import revnet
 from revnet._documents import parse_json_value
 from revnet._outside_text import encodable, shorten
 from revnet.errors import CheckpointError
-from revnet.training.outline import build_outline
+from revnet.models.pretrained.hub_files import Download
+from revnet.models.pretrained.mixin import HubMixin, remember
+from revnet.models.pretrained.outline import build_outline
+from revnet.models.pretrained.reading import (
+    NETWORK_PREFIX,
+    RUN_KEY,
+    Pretrained,
+    header_of,
+    read_pretrained,
+    run_entries,
+)
+from revnet.models.pretrained.structure import apply_structure
+from revnet.models.pretrained.tensor_file import first_difference
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _FORMAT = "1"
 _CLASSIFIER = "classifier"
-_FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _MOST = 2**31
 """Limit of the integers in a header."""
 
@@ -135,6 +145,94 @@ class SavedModule(nn.Module, ABC):
         module.load_state_dict(tensors)
         return module
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Load the module of a run, with everything around its network, in evaluation mode.
+
+        Policies, couplings and batch norms are the ones of the run.
+
+        Args:
+            pretrained_model_name_or_path: The folder of a run, whose last weights are loaded; one of its `.safetensors`
+                files; a folder that `save_pretrained` or `revnet push` has written; or a name on the Hugging Face hub,
+                such as `owner/name` or `hub:owner/name@revision`.
+            options: How to download from the hub: `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`.
+
+        Raises:
+            CheckpointError: The module does not exist, it is of another kind, its files are damaged, or the hub cannot
+                be reached.
+            TypeError: An option is unknown, or has the wrong type.
+        """
+        pretrained = read_pretrained(pretrained_model_name_or_path, Download(**options))
+        module = cls.from_tensors(cls._header_of(pretrained), _tensors_of(pretrained), pretrained.path).eval()
+        try:
+            apply_structure(module.model, pretrained.config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"`{pretrained.path}` cannot be rebuilt: {error}") from error
+        if isinstance(module.model, HubMixin):
+            remember(module.model, pretrained)
+        return module
+
+    def save_pretrained(self, save_directory: str | Path, *, card: str | None = None, **options: Any) -> str | None:
+        """Write the module to a folder that `from_pretrained` reads, of this class and of the class of the network.
+
+        Args:
+            save_directory: The folder, which is made if it does not exist.
+            card: Text of the model card; None for a short one.
+            options: Arguments of the network's `save_pretrained`.
+
+        Raises:
+            ValueError: The network is your own code, which a file cannot hold.
+        """
+        return self._network_with_run().save_pretrained(save_directory, card=card, **options)
+
+    def push_to_hub(self, repo_id: str, *, card: str | None = None, **options: Any) -> str:
+        """Send the files of `save_pretrained` to the Hugging Face hub, in one commit, and return its address.
+
+        Args:
+            repo_id: Name on the hub, `owner/name`; it is made if it does not exist.
+            card: Text of the model card; None for a short one.
+            options: Arguments of the network's `push_to_hub`, such as `private` and `branch`.
+
+        Raises:
+            CheckpointError: The hub cannot be reached, or refuses the files.
+            ValueError: The network is your own code, which a file cannot hold.
+        """
+        return self._network_with_run().push_to_hub(repo_id, card=card, **options)
+
+    def _network_with_run(self) -> HubMixin:
+        """Return the network, which now knows the header and the other tensors of this module."""
+        if not isinstance(self.model, HubMixin):
+            raise ValueError(
+                f"`{self.header.model}` is your own code, which a file of weights cannot hold; share the code and the "
+                "file of weights, and load it with `load_classifier(path, model=...)`."
+            )
+        before = self.model.pretrained_config
+        entries = run_entries(self.header.to_metadata())
+        entries[RUN_KEY] = {**before.get(RUN_KEY, {}), **entries[RUN_KEY]}  # the epoch stays
+        self.model.pretrained_config = {**before, **entries}
+        state = self.state_dict()
+        self.model._pretrained_tensors = {
+            name: tensor for name, tensor in state.items() if not name.startswith(NETWORK_PREFIX)
+        }
+        return self.model
+
+    @classmethod
+    def _header_of(cls, pretrained: Pretrained) -> AbstractHeader:
+        metadata = header_of(pretrained)
+        if metadata is None:
+            raise CheckpointError(
+                f"`{pretrained.path}` is a network without the labels and the preprocessing of a run; load it with "
+                "`revnet.models.from_pretrained`."
+            )
+        return cls.header_type.from_metadata(metadata, pretrained.path)
+
+
+def _tensors_of(pretrained: Pretrained) -> dict[str, Tensor]:
+    """Return the tensors of a module of a run, by their names in it."""
+    network = {f"{NETWORK_PREFIX}{name}": tensor for name, tensor in pretrained.tensors.items()}
+    return network | pretrained.others
+
 
 def attribute_of_kind(metadata: Mapping[str, str]) -> str:
     """Return the attribute of a task that holds the module which `metadata` describes."""
@@ -178,31 +276,6 @@ def check_fit(module: SavedModule, tensors: Mapping[str, Tensor], path: Path) ->
         raise CheckpointError(
             f"`{path}` does not fit the model {module.header.model}: {difference}; pass a checkpoint of that model."
         )
-
-
-def first_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], *, lacks: str) -> str | None:
-    """Describe the first tensor of a file that differs from the model's in name, shape or type; None if none does.
-
-    Numbers in 16 bits fit a model in 32 bits: a run in bfloat16 saves them.
-
-    Args:
-        expected: Tensors of the model.
-        actual: Tensors of the file.
-        lacks: Subject and verb for a tensor that the file does not have, such as "it lacks".
-    """
-    in_model = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    in_file = {name: tuple(tensor.shape) for name, tensor in actual.items()}
-    for name in sorted(in_model | in_file):
-        if name not in in_file:
-            return f"{lacks} the tensor `{shorten(name, 100)}`"
-        if name not in in_model:
-            return f"the model has no tensor `{shorten(name, 100)}`"
-        if in_file[name] != in_model[name]:
-            return f"`{name}` is {in_file[name]} in the file and {in_model[name]} in the model"
-        types = actual[name].dtype, expected[name].dtype
-        if types[0] != types[1] and not _FLOATS.issuperset(types):
-            return f"`{name}` is {types[0]} in the file and {types[1]} in the model"
-    return None
 
 
 def _from_json(text: str) -> Any:

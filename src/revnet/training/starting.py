@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from revnet.errors import CheckpointError
+from revnet.models.pretrained.hub_files import is_hub_name
+from revnet.models.pretrained.reading import NETWORK_PREFIX
+from revnet.models.pretrained.tensor_file import first_difference
 from revnet.training.run.checkpoint import find_weights, read_weights
-from revnet.training.saved_module import AbstractHeader, first_difference
+from revnet.training.saved_module import AbstractHeader
 
 _Header = TypeVar("_Header", bound=AbstractHeader)
-_PREFIX = "model."
 
 
 class StartWeights(NamedTuple):
@@ -29,8 +31,11 @@ class StartWeights(NamedTuple):
 
 
 def absolute_weights(weights: str | None) -> str | None:
-    """Return the absolute path of the weights of a run, which can be resumed in any working directory."""
-    return None if weights is None else os.path.realpath(Path(weights).expanduser())
+    """Return the absolute path of the weights of a run, which can be resumed in any working directory.
+
+    A name on the hub stays a name.
+    """
+    return weights if weights is None or is_hub_name(weights) else os.path.realpath(Path(weights).expanduser())
 
 
 def read_start_weights(weights: str, header_type: type[_Header]) -> StartWeights:
@@ -42,8 +47,10 @@ def read_start_weights(weights: str, header_type: type[_Header]) -> StartWeights
     path = find_weights(Path(weights))
     metadata, tensors = read_weights(path)
     header = header_type.from_metadata(metadata, path)
-    network = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
+    network = {
+        name.removeprefix(NETWORK_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(NETWORK_PREFIX)
+    }
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(NETWORK_PREFIX)}
     return StartWeights(path, header, network, others)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from revnet._outside_text import shorten
 from revnet._units import counted
 from revnet.data.splits.image_split import ImageSplit
+from revnet.models.pretrained.hub_files import results_folder
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.images import load_images
 from revnet.training.density.job import mean_bits_per_dim
@@ -90,7 +91,8 @@ def sample(
         step_size: Size of the first step, see `NICE.inpaint`.
         data: Data set of the test images, by name or path; by default the data set of the training.
         seed: Seed of the samples and the noise.
-        out_dir: Folder for the pictures; by default the folder of the checkpoint.
+        out_dir: Folder for the pictures; by default the folder of the checkpoint, or the current folder for a
+            checkpoint from the hub.
         device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
 
     Raises:
@@ -103,7 +105,7 @@ def sample(
     torch_device = find_device(device)
     weights = find_weights(Path(checkpoint))
     density = load_density(weights)
-    folder = weights.parent if out_dir is None else Path(out_dir).expanduser()
+    folder = results_folder(weights) if out_dir is None else Path(out_dir).expanduser()
     name, images = _test_images(density, data)
     folder.mkdir(parents=True, exist_ok=True)
     density.to(torch_device)

@@ -9,6 +9,7 @@ from typing import Any
 from revnet._atomic_file import write_text
 from revnet._figure import check_matplotlib, try_to_draw
 from revnet.errors import MissingDependencyError
+from revnet.models.pretrained.hub_files import WEIGHTS, results_folder
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
 from revnet.training.run import run_dir
@@ -95,7 +96,8 @@ class EvaluateResult:
         run, such as `evaluation_digits_best`. Files of an earlier evaluation are replaced.
 
         Args:
-            out_dir: Folder for the files; by default the folder of the weights.
+            out_dir: Folder for the files; by default the folder of the weights, or the current folder for weights from
+                the hub.
 
         Returns:
             Paths of the files. The plot is missing if it cannot be drawn, or if matplotlib is not installed.
@@ -105,7 +107,7 @@ class EvaluateResult:
         """
         if out_dir is None and self.checkpoint is None:
             raise ValueError("`out_dir` (=None) must be given, since the weights were not read from a file.")
-        folder = Path(out_dir).expanduser() if out_dir is not None else Path(self.checkpoint or "").parent
+        folder = Path(out_dir).expanduser() if out_dir is not None else results_folder(Path(self.checkpoint or ""))
         figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,8 @@ class EvaluateResult:
 
     def _stem(self) -> str:
         stem = f"evaluation_{run_dir.data_stem(self.data)}"
-        is_last = self.checkpoint is None or self.checkpoint.stem == Path(run_dir.LAST_WEIGHTS).stem
+        last = [Path(name).stem for name in (run_dir.LAST_WEIGHTS, WEIGHTS)]
+        is_last = self.checkpoint is None or self.checkpoint.stem in last
         return stem if is_last else f"{stem}_{Path(self.checkpoint or '').stem}"
 
     def _figures(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ checkpoint is Lightning's: the same tensors, the state of optimizer, schedule, l
 is a file or, if several processes shard the model, a folder of shards.
 """
 
+import json
 import pickle
 import struct
 import warnings
@@ -14,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,17 +24,26 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from revnet._atomic_file import atomic_path
 from revnet._image_files import explain_link
 from revnet._input_files import name_in_utf8
 from revnet.errors import CheckpointError
+from revnet.models.pretrained.hub_files import download, is_hub_name
+from revnet.models.pretrained.mixin import HubMixin, describe_model
+from revnet.models.pretrained.reading import (
+    NETWORK_KEY,
+    NETWORK_PREFIX,
+    header_of,
+    is_pretrained_file,
+    read_pretrained,
+    weights_in,
+)
+from revnet.models.pretrained.tensor_file import read_tensors, write_tensors
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.file_integrity import check_zip
 from revnet.training.run.shards import is_sharded, outline_shards, read_shards
 from revnet.training.run.state_digest import DIGEST_KEY, is_changed
 from revnet.training.saved_module import SavedModule, attribute_of_kind
-from revnet.training.weights_hash import HASH_KEY, hash_weights, is_damaged
 
 HEADER_KEY = "revnet"
 """Key of the header in a checkpoint."""
@@ -93,9 +101,17 @@ def save_weights(module: SavedModule, path: Path, *, epoch: int | None = None) -
     if not current_world().is_main:
         return
     metadata = module.header.to_metadata() | ({} if epoch is None else {EPOCH_KEY: str(epoch)})
-    with atomic_path(path) as temporary:
-        # `save_file` would make a file that only its owner may read.
-        temporary.write_bytes(save(tensors, metadata=metadata | {HASH_KEY: hash_weights(metadata, tensors)}))
+    write_tensors(path, tensors, metadata | _describe_network(module.model))
+
+
+def _describe_network(network: nn.Module) -> dict[str, str]:
+    """Return the description that `from_pretrained` reads, if `network` is one of this library."""
+    if not isinstance(network, HubMixin):
+        return {}
+    try:
+        return {NETWORK_KEY: json.dumps(describe_model(network))}
+    except ValueError:  # a callback has set a coupling of its own
+        return {}
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
@@ -146,17 +162,21 @@ def load_module(module_type: type[_Module], path: str | Path) -> _Module:
 def find_weights(path: Path) -> Path:
     """Return the file of weights: `path` itself or, in the folder of a run, the last weights.
 
+    A name such as `hub:owner/name` is downloaded from the Hugging Face hub.
+
     This is the rule of `evaluate`, `predict`, `sample`, `generate` and of runs that start from trained weights, and the
     first score in the report of a run belongs to the last weights, too. To use the best on validation, pass the path of
     `best.safetensors`.
 
     Raises:
-        CheckpointError: The file does not exist.
+        CheckpointError: The file does not exist, or the hub cannot be reached.
     """
+    if is_hub_name(path):
+        path = download(str(path))
     if not path.is_dir() or is_sharded(path):
         return _existing(path)
-    weights = path / run_dir.LAST_WEIGHTS
-    if weights.is_file():
+    weights = weights_in(path)
+    if weights is not None:
         return weights
     checkpoints = sorted((path / run_dir.CHECKPOINTS).glob("*.ckpt"), key=lambda file: (len(file.name), file.name))
     if checkpoints:  # of a run that was stopped in its first epoch
@@ -172,15 +192,22 @@ def read_weights(path: Path) -> SavedWeights:
     """
     if path.suffix == ".ckpt":
         return trained_part(read_checkpoint(path))
-    try:
-        with name_in_utf8(path) as name, safe_open(name, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise CheckpointError(f"`{path}` is truncated or not a safetensors file; {_WAY_OUT}.") from error
-    if is_damaged(metadata, tensors):
-        raise CheckpointError(f"`{path}` is damaged: it has other bytes than `revnet train` wrote; copy it again.")
-    return SavedWeights(metadata, tensors)
+    if is_pretrained_file(path):
+        return _read_pretrained_run(path)
+    return SavedWeights(*read_tensors(path, way_out=_WAY_OUT))
+
+
+def _read_pretrained_run(path: Path) -> SavedWeights:
+    """Read what `save_pretrained` has written, with the names that the tensors had in the run."""
+    pretrained = read_pretrained(path)
+    header = header_of(pretrained)
+    if header is None:
+        raise CheckpointError(
+            f"`{path}` is a network without the labels and the preprocessing of a run; load it with "
+            "`revnet.models.from_pretrained`, or push a run with `revnet push`."
+        )
+    network = {f"{NETWORK_PREFIX}{name}": tensor for name, tensor in pretrained.tensors.items()}
+    return SavedWeights(header, network | pretrained.others)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

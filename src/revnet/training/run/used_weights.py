@@ -6,6 +6,7 @@ from safetensors import SafetensorError, safe_open
 
 from revnet._input_files import name_in_utf8
 from revnet._outside_text import shorten
+from revnet.models.pretrained.hub_files import describe_download, is_hub_name
 from revnet.training.run.checkpoint import EPOCH_KEY, find_weights
 
 _LONGEST_EPOCH = 20
@@ -15,9 +16,12 @@ def describe_weights(path: str | Path) -> str:
     """Return the file of weights and its epoch as text.
 
     Args:
-        path: File of weights, or the folder of a run, whose last weights are used.
+        path: File of weights, the folder of a run, whose last weights are used, or a name on the hub.
     """
-    file = find_weights(Path(path)) if Path(path).is_dir() else Path(path)
+    file = find_weights(Path(path)) if is_hub_name(path) or Path(path).is_dir() else Path(path)
+    downloaded = describe_download(file)
+    if downloaded is not None:
+        return downloaded
     epoch = _epoch(file)
     return str(file) if epoch is None else f"{file} (epoch {shorten(epoch, _LONGEST_EPOCH)})"
 

@@ -13,9 +13,9 @@ class StartSettings(SettingsGroup):
     title: ClassVar[str] = "start"
 
     weights: str | None = None
-    """Weights to start from: the folder of a run, whose last weights are loaded, or a `.safetensors` or `.ckpt` file.
-    Parts that belong to other classes or characters start from random weights; a line says which. By default, the run
-    starts from random weights."""
+    """Weights to start from: the folder of a run, whose last weights are loaded, a `.safetensors` or `.ckpt` file, or
+    `hub:owner/name`. Parts that belong to other classes or characters start from random weights; a line says which. By
+    default, the run starts from random weights."""
 
     freeze: str | None = None
     """Parameters that are not trained: patterns of their names, separated by commas, such as `stem,stages.0*`. A
