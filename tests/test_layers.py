@@ -38,7 +38,9 @@ LEVELS = {
     "memory": 5,
     "training": 6,
     "bench": 6,
+    "lightning": 7,
     "paper": 7,
+    "transformers": 7,
     "cli": 8,
     "__main__": 9,
 }
