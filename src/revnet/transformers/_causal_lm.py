@@ -1,5 +1,6 @@
 """The reversible language model as a `PreTrainedModel`."""
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,7 +12,6 @@ from transformers.modeling_outputs import CausalLMOutput
 from revnet._checks import check_count
 from revnet.functional import linear_cross_entropy
 from revnet.models import ReversibleTransformer
-from revnet.models.reversible_transformer import AttentionResidual, FeedForward
 from revnet.nn import CrossEntropyHead
 from revnet.transformers._activation_checkpointing import ActivationCheckpointing
 from revnet.transformers._causal_lm_config import ReversibleTransformerConfig, config_of
@@ -201,22 +201,18 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
         return False
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize a module as `ReversibleTransformer` does. transformers calls this for children first."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=_DEVIATION)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        """Initialize a module with parameters as `ReversibleTransformer` does."""
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        deviation = _DEVIATION / (2 * self.config.depth) ** 0.5
-        last: Any = None
-        if isinstance(module, AttentionResidual):
-            last = module.attention.project
-        elif isinstance(module, FeedForward):
-            last = module.layers[-1]
-        if last is not None:
-            nn.init.normal_(last.weight, std=deviation)
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            return
+        blocks: Any = self.transformer.blocks
+        ends = [layer for block in blocks for layer in (block.f.attention.project, block.g.layers[-1])]
+        is_end = any(module is layer for layer in ends)
+        nn.init.normal_(module.weight, std=_DEVIATION / math.sqrt(2 * len(blocks)) if is_end else _DEVIATION)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _chunked_loss(
