@@ -159,14 +159,14 @@ def test_a_resumed_run_has_the_same_plan(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fit(whole, MemoryBudget(BUDGET), saving, num_epochs=2, folder=tmp_path)
     resumed, callback = make(), MemoryBudget(BUDGET)
-    fit(resumed, callback, num_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt", folder=tmp_path)
+    fit(resumed, callback, num_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
     torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)  # The plan is in plain values.
     assert callback.plan is None  # It came from the checkpoint.
     assert callback.planned_peak_bytes > 0
     assert resumed.net.policies == whole.net.policies
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
     other, callback = make(), MemoryBudget("1MiB")
-    fit(other, callback, num_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt", folder=tmp_path)
+    fit(other, callback, num_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert other.net.policies == (Store(),) * DEPTH
     callback = MemoryBudget(BUDGET)
     callback.load_state_dict({"budget_bytes": 250 * 1024, "rows": [["gone", 0, "Store", {}]], "planned_peak_bytes": 1})
