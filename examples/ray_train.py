@@ -1,5 +1,4 @@
-# Ray Train on two workers, reversed and stored: the same losses, fewer bytes of activations.
-# Run: python examples/ray_train.py
+# Ray Train on two workers: the same losses, fewer bytes. Run: python examples/ray_train.py
 import ray.train.torch
 import torch
 
@@ -26,5 +25,6 @@ def train(settings):
 
 
 for policy in ("reverse", "store"):
-    options = {"train_loop_config": {"policy": policy}, "scaling_config": ray.train.ScalingConfig(2)}
-    print(*ray.train.torch.TorchTrainer(train, **options).fit().return_value)
+    workers = ray.train.ScalingConfig(num_workers=2)
+    trainer = ray.train.torch.TorchTrainer(train, train_loop_config={"policy": policy}, scaling_config=workers)
+    print(*trainer.fit().return_value)

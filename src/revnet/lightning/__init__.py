@@ -5,6 +5,8 @@ The names are provisional: they may change in any release.
 
 from revnet.errors import MissingDependencyError
 
+__all__ = ["MemoryBudget"]
+
 try:
     from revnet.lightning._memory_budget import MemoryBudget as MemoryBudget
 except ModuleNotFoundError as error:

@@ -8,6 +8,8 @@ The names are provisional: they may change in any release.
 
 from revnet.errors import MissingDependencyError
 
+__all__ = ["DriftCallback", "ReversibleTransformerConfig", "ReversibleTransformerForCausalLM"]
+
 try:
     from revnet.transformers._causal_lm import ReversibleTransformerForCausalLM as ReversibleTransformerForCausalLM
     from revnet.transformers._causal_lm_config import ReversibleTransformerConfig as ReversibleTransformerConfig
