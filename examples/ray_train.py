@@ -24,7 +24,7 @@ def train(settings):
     return f"{settings['policy']}: {memory.activation_bytes:,} bytes, losses", *losses
 
 
-for policy in ("reverse", "store"):
+for settings in ({"policy": "reverse"}, {"policy": "store"}):
     workers = ray.train.ScalingConfig(num_workers=2)
-    trainer = ray.train.torch.TorchTrainer(train, train_loop_config={"policy": policy}, scaling_config=workers)
+    trainer = ray.train.torch.TorchTrainer(train, train_loop_config=settings, scaling_config=workers)
     print(*trainer.fit().return_value)

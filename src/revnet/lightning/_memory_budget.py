@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import revnet.nn
 from revnet._bytes import format_bytes, parse_bytes
 from revnet.engine._drift import unmetered
-from revnet.errors import BudgetError, PredictionError
+from revnet.errors import BudgetError, PredictionError, RevnetError
 from revnet.lightning._planned_policies import Row, rows_of, set_rows
 from revnet.lightning._silent_step import SilentStep
 from revnet.memory import Plan, plan
@@ -106,9 +106,17 @@ class MemoryBudget(Callback):
                 optimizer.zero_grad()
         if self._is_set:
             return
+        error: Exception | None = None
         if trainer.is_global_zero:
-            self._make_plan(trainer, pl_module, batch, batch_idx)
-        self._rows, self.planned_peak_bytes = trainer.strategy.broadcast((self._rows, self.planned_peak_bytes))
+            try:
+                self._make_plan(trainer, pl_module, batch, batch_idx)
+            except (RevnetError, TypeError, ValueError) as caught:
+                error = caught
+        # An error is raised in all processes, which would otherwise wait for the first one.
+        chosen = trainer.strategy.broadcast((self._rows, self.planned_peak_bytes, error))
+        self._rows, self.planned_peak_bytes, other_error = chosen
+        if other_error is not None:
+            raise error or other_error
         assert self._rows is not None
         set_rows(pl_module, self._rows)
         self._is_set, self._planned_module = True, weakref.ref(pl_module)
@@ -155,7 +163,7 @@ class MemoryBudget(Callback):
             ) from error
         self._rows = rows_of(self.plan, _PREFIX)
         self.planned_peak_bytes = self.plan.peak_bytes + reserved
-        more = f", and {format_bytes(reserved)} for gradients of other batches" if reserved else ""
+        more = f", and {format_bytes(reserved)} for other gradients" if reserved else ""
         rank_zero_info(f"MemoryBudget: {describe_plan(self.plan)}{more}")
         for logger in trainer.loggers:
             logger.log_metrics({"planned_peak_bytes": self.planned_peak_bytes}, step=trainer.global_step)
