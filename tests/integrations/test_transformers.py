@@ -176,6 +176,9 @@ def test_generate_from_prompts_of_several_lengths():
     generated = model.generate(rows, attention_mask=mask, max_new_tokens=6, do_sample=False)
     for row, length in enumerate((12, 5)):
         assert torch.equal(generated[row, 14:], greedy(model, tokens[row : row + 1, :length], 6)[0, length:])
+    embeds = model.get_input_embeddings()(rows)
+    of_embeds = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(of_embeds, generated[:, 14:])
     assert model.generate(tokens, max_new_tokens=4, num_beams=3, do_sample=True).shape == (2, 16)
 
 
@@ -414,6 +417,8 @@ TOKENS = make_tokens()
         ({}, ValueError, "either `input_ids` or `inputs_embeds`"),
         ({"input_ids": TOKENS[0]}, ValueError, r"`input_ids` has shape \(12,\)"),
         ({"input_ids": TOKENS.repeat(1, 6)}, ValueError, "has 72 positions, more than"),
+        ({"input_ids": TOKENS, "labels": TOKENS + 50}, ValueError, "`labels` must be from 0 to 49, or -100"),
+        ({"input_ids": TOKENS, "labels": TOKENS, "logits_to_keep": 1}, ValueError, "`logits_to_keep` must be left out"),
         ({"input_ids": TOKENS, "labels": TOKENS[:, 1:]}, ValueError, r"`labels` has shape \(2, 11\)"),
         ({"input_ids": TOKENS, "attention_mask": TOKENS[:, 1:]}, ValueError, r"`attention_mask` has shape \(2, 11\)"),
         ({"input_ids": TOKENS, "attention_mask": TOKENS + 1}, ValueError, "other values than 0 and 1"),

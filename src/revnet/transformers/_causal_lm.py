@@ -154,10 +154,23 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(features[:, kept])
             if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_options)
+                loss = self._full_loss(logits, labels, loss_options)
         output = CausalLMOutput(loss=loss, logits=logits)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _full_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        """Return the loss of all logits."""
+        if logits.shape[:2] != labels.shape:
+            raise ValueError("`logits_to_keep` must be left out with `labels`, whose loss needs all logits.")
+        try:
+            loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+        except IndexError:  # raised on the CPU
+            raise ValueError(
+                f"`labels` must be from 0 to {logits.shape[-1] - 1}, or {_IGNORE} where nothing is to be predicted, "
+                f"but range up to {labels.max()}; build the model with a larger `vocab_size`."
+            ) from None
+        return loss
 
     def _features(
         self,
@@ -174,26 +187,33 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
         if given.dim() < 2:
             raise ValueError(f"`input_ids` has shape {tuple(given.shape)}, but must have (B, T).")
         B, T = given.shape[:2]
+        model = self.transformer
+        if model.max_length < T:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(
+                f"`{name}` has {T} positions, more than `max_position_embeddings` (={model.max_length}); pass fewer, "
+                "or build the model with a larger value."
+            )
         order = find_order(attention_mask, position_ids, (B, T))
         if order is not None:
             given = order.move(given)
-        model = self.transformer
-        if inputs_embeds is None:
-            x = model.embed(given)
-        elif model.max_length < T:
-            raise ValueError(
-                f"`inputs_embeds` has {T} positions, more than `max_position_embeddings` (={model.max_length})."
-            )
-        else:
-            x = model.dropout(given).repeat(1, 1, 2)
+        x = model.embed(given) if inputs_embeds is None else model.dropout(given).repeat(1, 1, 2)
         features = model.norm(model.blocks(x, mask=None, rotary=model.rotary(x)))
         return features if order is None else order.move_back(features)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the inputs of the next step of `generate`, which are all tokens."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if inputs_embeds is not None and input_ids.shape[1]:
+            # Without a cache, the embeddings of the prompt are needed in every step.
+            inputs_embeds = torch.cat((inputs_embeds, self.get_input_embeddings()(input_ids)), dim=1)
+        kwargs["is_first_iteration"] = inputs_embeds is not None or kwargs.get("is_first_iteration", False)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         return inputs
 
     @classmethod
