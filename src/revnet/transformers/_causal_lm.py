@@ -154,23 +154,10 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = head(features[:, kept])
             if labels is not None:
-                loss = self._full_loss(logits, labels, loss_options)
+                loss = _full_loss(self, logits, labels, loss_options)
         output = CausalLMOutput(loss=loss, logits=logits)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
-
-    def _full_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
-        """Return the loss of all logits."""
-        if logits.shape[:2] != labels.shape:
-            raise ValueError("`logits_to_keep` must be left out with `labels`, whose loss needs all logits.")
-        try:
-            loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
-        except IndexError:  # raised on the CPU
-            raise ValueError(
-                f"`labels` must be from 0 to {logits.shape[-1] - 1}, or {_IGNORE} where nothing is to be predicted, "
-                f"but range up to {labels.max()}; build the model with a larger `vocab_size`."
-            ) from None
-        return loss
 
     def _features(
         self,
@@ -233,6 +220,20 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
         nn.init.normal_(module.weight, std=_DEVIATION / math.sqrt(2 * len(blocks)) if is_end else _DEVIATION)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _full_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return the loss of all logits."""
+    if logits.shape[:2] != labels.shape:
+        raise ValueError("`logits_to_keep` must be left out with `labels`, whose loss needs all logits.")
+    try:
+        loss: Tensor = model.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **options)
+    except IndexError:  # raised on the CPU
+        raise ValueError(
+            f"`labels` must be from 0 to {logits.shape[-1] - 1}, or {_IGNORE} where nothing is to be predicted, "
+            f"but range up to {labels.max()}; build the model with a larger `vocab_size`."
+        ) from None
+    return loss
 
 
 def _chunked_loss(
