@@ -40,7 +40,9 @@ LEVELS = {
     "training": 6,
     "bench": 6,
     "timm": 6,
+    "lightning": 7,
     "paper": 7,
+    "transformers": 7,
     "cli": 8,
     "__main__": 9,
 }

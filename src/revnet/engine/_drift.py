@@ -82,6 +82,17 @@ active_meter: Callable[[], DriftMeter | None] = partial(getattr, _active, "meter
 """Function that returns the meter of this thread, or None. A partial, so that the lookup makes no Python call."""
 
 
+@contextmanager
+def unmetered() -> Iterator[None]:
+    """Hide the meter of this thread until the context exits, from steps that are only counted."""
+    before = getattr(_active, "meter", None)
+    _active.meter = None
+    try:
+        yield
+    finally:
+        _active.meter = before
+
+
 def meter_is_quiet() -> bool:
     """Return whether a quiet `DriftMeter` is on in this thread."""
     meter = active_meter()
