@@ -17,6 +17,10 @@ def test_commands_take_a_name_on_the_hub(hub, revnet, run_dir, tmp_path, monkeyp
     assert output.startswith("pushed  http://127.0.0.1:")
     assert hub.private == {"owner/digits": True}
 
+    code, output, errors = revnet("doctor", "hub:owner/digits", "--batch", "8")
+    assert (code, errors) == (0, "")
+    assert "hub:owner/digits" in output
+
     code, output, errors = revnet("evaluate", "hub:owner/digits")
     assert code == 0
     assert "revnet38, hub:owner/digits (commit " in output

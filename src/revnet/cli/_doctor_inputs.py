@@ -17,6 +17,7 @@ from revnet.cli._step_flags import StepFlags
 from revnet.data import ImageDataset, Preprocess, load_dataset, make_loader, make_preprocess
 from revnet.data.splits.image_split import ImageSplit
 from revnet.models import create_model, list_models, published_image_size
+from revnet.models.pretrained.hub_files import is_hub_name
 from revnet.training import load_classifier
 
 
@@ -33,7 +34,9 @@ class DoctorInputs:
 
 
 def is_checkpoint(name: str) -> bool:
-    """Return whether `name` is a file or a run rather than a model."""
+    """Return whether `name` is a file, a run or a name on the hub rather than a model."""
+    if is_hub_name(name):
+        return True
     if ":" in name or name in list_models():
         return False
     path = Path(name).expanduser()

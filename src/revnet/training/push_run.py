@@ -68,7 +68,7 @@ def push(
 
 def _load(weights: Path, name: str) -> tuple[SavedModule, str]:
     """Return the module of a file of weights, and its card."""
-    if weights.suffix != ".safetensors":
+    if weights.suffix == ".ckpt" or weights.is_dir():  # a folder holds a checkpoint in shards
         raise CheckpointError(
             f"`{weights}` is a checkpoint to resume from; finish an epoch of the run, or pass a .safetensors file."
         )

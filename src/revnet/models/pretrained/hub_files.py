@@ -259,8 +259,8 @@ def _one_line_errors(repository: str, options: Download, verb: str = "loaded") -
         raise
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"'{shorten(repository, 100)}' is neither a path that exists nor a name on the Hugging Face hub; pass the "
-            "folder of a run, a folder that `save_pretrained` has written, or owner/name."
+            f"'{shorten(repository or HUB_PREFIX, 100)}' is neither a path that exists nor a name on the "
+            "Hugging Face hub; pass the folder of a run, a folder that `save_pretrained` has written, or owner/name."
         ) from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
