@@ -270,7 +270,7 @@ def config_of(network: HubMixin, extra: Mapping[str, Any] | None = None) -> dict
         extra: More entries.
 
     Raises:
-        ValueError: An entry cannot be written as JSON, or there are not as many labels as classes.
+        ValueError: An entry cannot be written as JSON, or the numbers of labels and classes differ.
     """
     entries = dict(network.pretrained_config)
     num_classes, labels = getattr(network, "num_classes", None), entries.get(LABELS_KEY)
