@@ -72,8 +72,8 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks that a model repeats, by name, in the order of the model.
 
     A block has modules inside, and is in a `ModuleList` or `Sequential` with others of its class. Of the classes of
-    such blocks, the one with the most parameters is taken. If another one has nearly the same number in more and smaller
-    blocks, it is taken instead. The rest of the model is searched in the same way, such as the encoder of an
+    such blocks, the one with the most parameters is taken. If another one has nearly the same number in more and
+    smaller blocks, it is taken instead. The rest of the model is searched in the same way, such as the encoder of an
     encoder-decoder model. A `Sequential` is a block only if the model repeats no other class.
     """
     names = {module: name for name, module in model.named_modules()}

@@ -109,7 +109,7 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
             path: File to write, with the ending `.safetensors`.
 
         Raises:
-            ValueError: The config has no `characters`, or one for every token of the model; or the weights are tied.
+            ValueError: The config does not have a character for each token of the model, or the weights are tied.
         """
         write_weights(self.transformer, self.config, Path(path))
 
