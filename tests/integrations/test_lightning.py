@@ -205,6 +205,34 @@ def test_goes_with_the_drift_monitor():
     assert list(monitor.measured) == [0, 1, 2, 3]
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2 * WIDTH, 8 * WIDTH), nn.GELU(), nn.Linear(8 * WIDTH, 2 * WIDTH))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Ordinary(Module):
+    """A module without anything of revnet."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(*[Residual() for _ in range(4)])
+
+
+def test_plans_the_repeated_blocks_of_an_ordinary_module():
+    stored, module = make(Ordinary), make(Ordinary)
+    watch = Watch()
+    fit(stored, watch)
+    callback, planned = MemoryBudget(max(watch.peaks) * 9 // 10), Watch()
+    fit(module, callback, planned)
+    assert [unit.name for unit in callback.plan.units] == [f"module.net.{index}" for index in range(4)]
+    assert max(planned.peaks) == callback.planned_peak_bytes <= max(watch.peaks) * 9 // 10
+    assert all(map(torch.equal, module.state_dict().values(), stored.state_dict().values()))
+
+
 class Small(Module):
     def __init__(self):
         super().__init__()
@@ -236,7 +264,7 @@ class NoLoss(Module):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (Plain, ValueError, "found nothing to plan in Plain; name its repeated blocks"),
+        (Plain, ValueError, "has no `ModuleList` or `Sequential` with several blocks of one class"),
         (Manual, NotImplementedError, "Manual, which optimizes manually"),
         (ReadsTheLoss, PredictionError, "the forward pass of ReadsTheLoss .* value of a tensor .*take that out of"),
         (NoLoss, PredictionError, "`training_step` of NoLoss returned NoneType"),

@@ -11,14 +11,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-import revnet.nn
 from revnet._bytes import format_bytes, parse_bytes
 from revnet.engine._drift import unmetered
 from revnet.errors import BudgetError, PredictionError, RevnetError
 from revnet.lightning._planned_policies import Row, rows_of, set_rows
 from revnet.lightning._silent_step import SilentStep
 from revnet.memory import Plan, plan
-from revnet.nn import AbstractPolicy
+from revnet.nn import AbstractPolicy, add_policies
 from revnet.nn._whole_model import policy_holders
 from revnet.nn.policies._has_policies import as_policy
 from revnet.training.run.activation_memory import describe_plan
@@ -48,8 +47,8 @@ class MemoryBudget(Callback):
     Args:
         budget: Most bytes of tensors in a process: "16GiB", "500MB", or a number of bytes. On a GPU, leave room for
             memory outside tensors.
-        blocks: Blocks of a module without reversible parts that receive policies, as in `revnet.nn.add_policies`. None
-            plans the units that the module has.
+        blocks: Blocks that receive policies, as in `revnet.nn.add_policies`. None plans the units that the module has,
+            such as reversible blocks, or else the blocks that it repeats.
         policies: Policies to choose from, or their names, as in `revnet.memory.plan`.
 
     Raises:
@@ -122,17 +121,9 @@ class MemoryBudget(Callback):
         self._is_set, self._planned_module = True, weakref.ref(pl_module)
 
     def _prepare_units(self, pl_module: LightningModule) -> None:
-        """Give policies to the chosen blocks, and check that there are units to plan."""
-        if self._blocks is not None:
-            add_policies = getattr(revnet.nn, "add_policies", None)
-            if add_policies is None:
-                raise NotImplementedError("`blocks` needs `revnet.nn.add_policies`, which this release does not have.")
+        """Give policies to the chosen blocks or, in a module without units, to the blocks that it repeats."""
+        if self._blocks is not None or not policy_holders(pl_module):
             add_policies(pl_module, self._blocks)
-        if not policy_holders(pl_module):
-            raise ValueError(
-                f"`MemoryBudget` found nothing to plan in {type(pl_module).__name__}; name its repeated blocks in "
-                "`blocks`, build it from `ReversibleSequential`, or wrap parts of it in `PolicySequential`."
-            )
 
     def _make_plan(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = SilentStep(pl_module, batch_idx, trainer.precision_plugin.train_step_context)
