@@ -278,15 +278,18 @@ def run(model: nn.Module, case: Case) -> None:
 
 
 def time_in_turns(ways: Sequence[Way], case: Case, num_rounds: int) -> list[list[float]]:
-    """Return the step times of each way, one per round. Rounds start with different ways. The first warms up."""
+    """Return the processor time of a step of each way, one per round.
+
+    Rounds start with different ways. The first round warms up.
+    """
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(num_rounds + 1):
         start = turn % len(ways)
         for index in [*range(start, len(ways)), *range(start)]:
             gc.collect()  # so that a way does not pay for collecting another one's garbage
-            begin = time.perf_counter()
+            begin = time.process_time()
             run(ways[index].model, case)
-            seconds[index].append(time.perf_counter() - begin)
+            seconds[index].append(time.process_time() - begin)
             ways[index].model.zero_grad()
     return [times[1:] for times in seconds]
 
@@ -300,7 +303,7 @@ def write(folder: Path, command: str, rows: Sequence[Row], left_out: Sequence[st
     write_csv(rows, folder / f"{stem}.csv")
     versions = {name: version(name) for name in ("timm", "transformers")}
     titles = ["model", "way", "policies of the blocks", "budget, MiB", "predicted peak, MiB", "measured peak, MiB"]
-    titles += ["equal to the byte", "gradients bit for bit", "step time / unchanged"]
+    titles += ["equal to the byte", "gradients bit for bit", "processor time / unchanged"]
     body = [
         [
             row["model"],
@@ -324,10 +327,10 @@ def write(folder: Path, command: str, rows: Sequence[Row], left_out: Sequence[st
         f"{given.length} tokens, the first of them padded, with SGD and momentum. `revnet.apply_budget` found the "
         "blocks and chose their policies, without further arguments. A budget of 0 % is the least memory of any plan, "
         "and 100 % is the peak of the unchanged model. All fields of the predicted and the measured memory are "
-        f"compared. Times are medians of {given.rounds} rounds, in which the ways take turns.",
+        f"compared. Times are medians of {given.rounds} rounds, in which the ways take turns, in processor time, on "
+        "which other programs have little effect.",
         "",
         *table(titles, body),
-        "",
         f"The last two models were drawn with the seed {given.seed}. Drawn before them and left out:",
         "",
         *(left_out or ["- none"]),
