@@ -172,7 +172,8 @@ def test_double_backward_and_inner_differentiation():
         try:
             more = torch.autograd.grad(grad.square().sum(), [x, *module.parameters()], allow_unused=True)
         except RuntimeError as error:  # PyTorch 2.15 refuses a third derivative of a batch norm, in the twin too.
-            assert "batch_norm does not support 3rd+ order derivatives" in str(error)
+            if "batch_norm does not support 3rd+ order derivatives" not in str(error):
+                raise
             more = ()
         results.append([grad, *more])
     assert len(results[0]) == len(results[1])
