@@ -229,7 +229,8 @@ def test_plans_the_repeated_blocks_of_an_ordinary_module():
     callback, planned = MemoryBudget(max(watch.peaks) * 9 // 10), Watch()
     fit(module, callback, planned)
     assert [unit.name for unit in callback.plan.units] == [f"module.net.{index}" for index in range(4)]
-    assert max(planned.peaks) == callback.planned_peak_bytes <= max(watch.peaks) * 9 // 10
+    assert 0 <= max(planned.peaks) - callback.planned_peak_bytes <= COPIES_OF_THE_LOSS
+    assert callback.planned_peak_bytes <= max(watch.peaks) * 9 // 10
     assert all(map(torch.equal, module.state_dict().values(), stored.state_dict().values()))
 
 
