@@ -176,7 +176,7 @@ def _number(version: str) -> list[int]:
     return [int(part) for part in version.partition("+")[0].split(".") if part.isdigit()]
 
 
-def render(results: Sequence[Result], command: str) -> list[str]:
+def render(results: Sequence[Result]) -> list[str]:
     """Return the lines of the page."""
     columns = sorted({(r.torch, r.python) for r in results}, key=lambda key: [_number(version) for version in key])
     cells = {(r.room, r.torch, r.python): f"{r.passed:,} / {r.failed:,} / {r.skipped:,}" for r in results}
@@ -190,6 +190,8 @@ def render(results: Sequence[Result], command: str) -> list[str]:
                 f"{sum(numbers):,}" for numbers in zip(*[(r.passed, r.failed, r.skipped) for r in own], strict=True)
             )
         )
+    releases = dict.fromkeys(".".join(torch.partition("+")[0].split(".")[:2]) for torch, _ in columns)
+    command = " ".join(["scripts/releases", *releases, "--rooms", ",".join(rooms)])
     revisions = ", ".join(dict.fromkeys(r.revision for r in results))
     lines = [
         "# Releases of PyTorch",
@@ -197,7 +199,7 @@ def render(results: Sequence[Result], command: str) -> list[str]:
         f"- Hardware: {os.cpu_count()} cores of {processor_name()}, no GPU used",
         f"- Versions: revnet {revisions}; of PyTorch and Python in the table",
         f"- Date: {datetime.date.today()}",
-        f"- Command: `{command}`",
+        f"- Command: `{command}`; an empty cell was not run",
         "",
         "Tests of each room: passed / failed / skipped. Builds with `+cu` ran on the CPU.",
         "",
@@ -245,7 +247,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parse(arguments)
     stem = f"releases_{hardware_name()}_{datetime.date.today()}"
     page, csv_path = settings.out_dir / f"{stem}.md", settings.out_dir / f"{stem}.csv"
-    command = " ".join(["scripts/releases", *settings.releases])
     revision = _revision()
     num_failed = 0
     for release in settings.releases:
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     writer = csv.DictWriter(file, [f.name for f in fields(Result)])
                     writer.writeheader()
                     writer.writerows(map(asdict, results))
-                page.write_text("\n".join(render(results, command)))
+                page.write_text("\n".join(render(results)))
     print(page)
     return int(num_failed > 0)
 

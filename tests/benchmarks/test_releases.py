@@ -46,7 +46,7 @@ def test_later_results_replace_earlier_ones_in_a_fixed_order(releases):
     ):
         results = releases.merged(results, new)
     assert [(r.room, r.passed) for r in results] == [("contracts", 1), ("nn", 1_234), ("cli", 1)]
-    lines = releases.render(results, "scripts/releases 2.9 2.11")
+    lines = releases.render(results)
     assert [line for line in lines if line.startswith("|")] == [
         "| room | 2.9.1, Python 3.11.7 | 2.11.0, Python 3.11.7 |",
         "| --- | ---: | ---: |",
@@ -58,7 +58,7 @@ def test_later_results_replace_earlier_ones_in_a_fixed_order(releases):
 
 
 def test_failures_are_listed(releases):
-    lines = releases.render([result(releases, failed=1, failures="tests.nn::test_a: a `b`")], "")
+    lines = releases.render([result(releases, failed=1, failures="tests.nn::test_a: a `b`")])
     assert "- 2.11.0: `tests.nn::test_a: a 'b'`" in lines
 
 
