@@ -35,6 +35,12 @@ _ACCUMULATES = 2**64 - 1
 """Sequence number of every node that accumulates a gradient into `grad`."""
 
 
+def _takes_no_hooks(module: nn.Module) -> bool:
+    """Return whether a hook would change the way the module runs, or is not allowed, as in a script."""
+    is_special = isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule)
+    return is_special or getattr(module, "runs_only_with_hooks", False)
+
+
 class Recorder(TorchDispatchMode):
     """Record the storages and operations of whatever runs while this mode is active.
 
@@ -87,10 +93,8 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             for index, (name, module) in enumerate(model.named_modules()):
                 self._names.append(name)
-                # `calling` records the model itself. A hook changes the way a block runs, and scripts take no hooks.
-                if index == 0 or isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule):
-                    continue
-                if getattr(module, "runs_only_with_hooks", False):
+                # `calling` records the model itself.
+                if index == 0 or _takes_no_hooks(module):
                     continue
                 enter = module.register_forward_pre_hook(self._entering(index), prepend=True)
                 stack.callback(enter.remove)
