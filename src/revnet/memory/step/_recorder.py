@@ -35,6 +35,12 @@ _ACCUMULATES = 2**64 - 1
 """Sequence number of every node that accumulates a gradient into `grad`."""
 
 
+def _takes_no_hooks(module: nn.Module) -> bool:
+    """Return whether a hook would change the way the module runs, or is not allowed, as in a script."""
+    is_special = isinstance(module, AbstractReversibleBlock | torch.jit.ScriptModule)
+    return is_special or getattr(module, "runs_only_with_hooks", False)
+
+
 class Recorder(TorchDispatchMode):
     """Record the storages and operations of whatever runs while this mode is active.
 
@@ -87,8 +93,8 @@ class Recorder(TorchDispatchMode):
         with ExitStack() as stack:
             for index, (name, module) in enumerate(model.named_modules()):
                 self._names.append(name)
-                # `calling` records the model itself. A hook changes the way a block runs, and scripts take no hooks.
-                if index == 0 or _stays_without_hooks(module):
+                # `calling` records the model itself.
+                if index == 0 or _takes_no_hooks(module):
                     continue
                 enter = module.register_forward_pre_hook(self._entering(index), prepend=True)
                 stack.callback(enter.remove)
@@ -355,8 +361,3 @@ def _owners(sequence: Integers, start_sequence: int, forward_end: int, calls: Se
         by_sequence[call.start_sequence - start_sequence : call.stop_sequence - start_sequence] = call.module_index
     owners[forward_end:] = by_sequence[sequence[forward_end:]]
     return owners
-
-
-def _stays_without_hooks(module: nn.Module) -> bool:
-    is_changed = isinstance(module, AbstractReversibleBlock) or getattr(module, "runs_only_with_hooks", False)
-    return is_changed or isinstance(module, torch.jit.ScriptModule)
