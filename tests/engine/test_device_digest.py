@@ -95,4 +95,5 @@ def test_correct_functions_do_not_raise(as_on_a_gpu):
 
 def test_perturbs_a_stream_on_its_device():
     streams = StreamSnapshot(0, [torch.randn(3, device="meta")], [(1,)])
-    assert _suspicion._perturbed(streams, 0, (1e-3, 0.0)).read(0).is_meta
+    half_block = HalfBlock(torch.nn.Identity(), target=1, source=0)
+    assert _suspicion._perturbed(streams, half_block, (1e-3, 0.0)).read(0).is_meta

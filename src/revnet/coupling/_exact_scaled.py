@@ -139,6 +139,10 @@ class ExactScaled(AbstractCoupling):
                 f"the inverse of `{name}` needs the bits that {self} keeps in the forward pass; only the backward pass "
                 "has them. Use `Scaled` itself, which is not exact, or a factor `a` of 1 or more."
             )
+        if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
+            check_residual(y, residual, name)
+            x: Tensor = _Separate.apply(y, residual, self)
+            return x
         return self.inverse_kept(y, residual, None, name, in_place=in_place)
 
     def inverse_kept(
@@ -201,6 +205,24 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0] * ctx.factor, grads[0].to(ctx.dtype), None, None
+
+
+class _Separate(torch.autograd.Function):
+    """Undo `_Combine`, if it keeps nothing; gradients are as for `(y - residual) / a`."""
+
+    @staticmethod
+    def forward(y: Tensor, residual: Tensor, coupling: ExactScaled) -> Tensor:
+        return coupling.inverse_kept(y, residual, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, residual, coupling = inputs
+        ctx.dtype, ctx.factor = residual.dtype, coupling.a
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad = grads[0] / ctx.factor
+        return grad, -grad.to(ctx.dtype), None
 
 
 def _steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

@@ -33,7 +33,13 @@ def assert_predicted(model, *inputs, **options):
 @pytest.mark.parametrize("policy", [Reverse(), Store()], ids=["reverse", "store"])
 @all_cases
 def test_predicts_every_block(case, policy):
-    assert_predicted(case.sequence(2, policy), case.input(), *case.args(), kwargs=case.kwargs())
+    arguments = case.sequence(2, policy), case.input(), *case.args()
+    if "groups" in case.name and policy == Reverse():
+        # A real run reads numbers after it has freed a sum of streams and before it frees a stream. A prediction has no
+        # numbers, so both become one event.
+        assert predict(*arguments, kwargs=case.kwargs()) == measure(*arguments, kwargs=case.kwargs())
+    else:
+        assert_predicted(*arguments, kwargs=case.kwargs())
 
 
 @all_policies
