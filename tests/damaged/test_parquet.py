@@ -38,6 +38,9 @@ def test_damaged_parquet(folder, numbers):
         stream = io.BytesIO()
         write(stream, **options)
         originals.append(stream.getvalue())
+    # The threads of PyArrow start here. They would end the process if there were no memory to start them, below.
+    load_parquet_folder(folder)
+    load_parquet_folder(folder, image_size=4)
     path = folder / TRAIN
     for number in numbers:
         draw = seeded("parquet", number)
