@@ -15,9 +15,9 @@ from revnet.bench.cases import Case, FunctionPair
 from revnet.bench.methods import Method
 from revnet.memory import MeasuredTiming, Plan, RooflineTiming, measure, plan
 
-SHARES = {"a tenth": 0.1, "a fifth": 0.2, "a third": 1 / 3, "half": 0.5, "two thirds": 2 / 3}
+SHARES = {"a third": 1 / 3, "half": 0.5, "two thirds": 2 / 3}
 """Shares of the activations of the stored twin that plans may use."""
-TIMINGS = {"timed": MeasuredTiming(num_rounds=5), "roofline": RooflineTiming()}
+TIMINGS = {"timed": MeasuredTiming(num_rounds=3), "roofline": RooflineTiming()}
 
 
 class Setting(Protocol):
