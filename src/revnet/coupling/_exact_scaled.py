@@ -30,9 +30,8 @@ _MOST_PARTS = 2**10
 class ExactScaled(AbstractCoupling):
     """The scaled coupling in fixed-point arithmetic: `y = a x + c s + b f(s)`, reversed exactly to the last bit.
 
-    The factor `a` is rounded to a multiple of 1/256.
-    `a x` and `c s + b f(s)` are each rounded to a multiple of 2^-fraction_bits, and gradients pass through the rounding
-    unchanged.
+    The factor `a` is rounded to a multiple of 1/256. `a x` and `c s + b f(s)` are each rounded to a multiple of
+    2^-fraction_bits, and gradients pass through the rounding unchanged.
 
     Accuracy: like `FixedPoint()`, including the range of the streams. Nothing grows with depth, whatever `a` is.
     Memory: `num_bits` bits for each element of the updated stream and each function, from its forward to its backward

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from revnet._checks import check_bool, check_count
 from revnet.models import ReversibleTransformer
-from revnet.nn import Offload, Reverse, Store, set_policy
-from revnet.nn._whole_model import policy_holders
 
 _CHECKPOINT_OPTIONS = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 """Options of `torch.utils.checkpoint.checkpoint`, which have no meaning under `Reverse()`."""
@@ -20,8 +17,7 @@ class ActivationCheckpointing:
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether any block has another policy than `Store()`."""
-        holders = policy_holders(self.transformer).values()
-        return any(policy != Store() for holder in holders for policy in holder.policies)
+        return self.transformer.is_activation_checkpointing
 
     @property
     def is_gradient_checkpointing(self) -> bool:
@@ -56,15 +52,11 @@ class ActivationCheckpointing:
                 f"`activation_checkpointing_kwargs` has {min(unknown)!r}, which is not an option of checkpoints; they "
                 f"are {known}, and have no effect here."
             )
-        check_count("every_n_layers", every_n_layers)
-        check_bool(offload=offload)
-        chosen = Offload() if offload else Reverse()
-        blocks = self.transformer.blocks
-        blocks.set_policies([Store() if index % every_n_layers else chosen for index in range(len(blocks))])
+        self.transformer.activation_checkpointing_enable(every_n_layers=every_n_layers, offload=offload)
 
     def activation_checkpointing_disable(self) -> None:
         """Give all blocks the policy `Store()`: the stored twin."""
-        set_policy(self.transformer, Store())
+        self.transformer.activation_checkpointing_disable()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
