@@ -45,3 +45,19 @@ def test_couplings_define_is_additive():
         Momentum: False,
     }
     assert not hasattr(AbstractCoupling, "is_additive")
+
+
+def test_a_subclass_that_is_not_additive_is_not_linear():
+    class Gated(Additive):
+        is_additive = False
+
+        def forward(self, x, residual, name="f"):
+            return x * 2 + residual * x.detach()
+
+    class Halved(Additive):
+        is_additive = False
+        is_linear = True
+
+    assert Additive.is_linear
+    assert not Gated.is_linear
+    assert Halved.is_linear

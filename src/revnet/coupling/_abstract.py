@@ -50,8 +50,8 @@ class AbstractCoupling(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if vars(cls).get("is_additive") is True:
-            cls.is_linear = True
+        if "is_additive" in vars(cls) and "is_linear" not in vars(cls):
+            cls.is_linear = cls.is_additive  # A base class described another `forward`.
         forward = next(position for position, base in enumerate(cls.__mro__) if "forward" in vars(base))
         if cls.__mro__[forward] is AbstractCoupling:
             return  # Still abstract.
