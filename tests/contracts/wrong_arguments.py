@@ -175,6 +175,7 @@ IREVNET = {"num_blocks": (1, 1), "strides": (1, 2), "num_classes": 2}
 CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (coupling.Additive, {}),
     (coupling.Affine, {}),
+    (coupling.BDIA, {}),
     (coupling.ExactScaled, {"scaled": coupling.Scaled()}),
     (coupling.FixedPoint, {}),
     (coupling.Momentum, {}),
