@@ -49,11 +49,12 @@ class BDIA(AbstractCoupling):
         >>> from torch import nn
         >>> from revnet import FixedPoint, ReversibleBlock, ReversibleSequential
         >>> from revnet.coupling import BDIA
-        >>> couplings = [(FixedPoint(), BDIA()), BDIA()]
-        >>> blocks = [ReversibleBlock(nn.Linear(4, 4), nn.Linear(4, 4), coupling=rule) for rule in couplings]
-        >>> model, x = ReversibleSequential(*blocks).eval(), torch.rand(3, 4)
+        >>> f = [nn.Linear(4, 4) for _ in range(4)]
+        >>> first = ReversibleBlock(f[0], f[1], coupling=(FixedPoint(), BDIA()))
+        >>> second = ReversibleBlock(f[2], f[3], coupling=BDIA())
+        >>> model, x = ReversibleSequential(first, second).eval(), torch.rand(3, 4)
         >>> _, y = model((x, x))
-        >>> for function in (blocks[0].f, blocks[0].g, blocks[1].f, blocks[1].g):
+        >>> for function in f:
         ...     x = x + function(x)
         >>> torch.allclose(y, x, atol=1e-3)
         True
