@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from revnet._checks import describe, is_number
+from revnet._checks import check_bool, describe, is_number
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_real, check_residual
 from revnet.coupling._exact_factor import NUM_PARTS, ExactFactor
@@ -36,9 +36,10 @@ class BDIA(AbstractCoupling):
         size: The magnitude of `g`, from 1/256 to below 1. It is rounded to a multiple of 1/256.
         fraction_bits: See `FixedPoint`.
         is_wide: See `FixedPoint`.
+        is_whole: Whether the functions return their input plus the residual, as whole blocks of a residual network do.
 
     Raises:
-        TypeError: `is_wide` is not a bool.
+        TypeError: `is_wide` or `is_whole` is not a bool.
         ValueError: `size` or `fraction_bits` is out of range.
 
     References:
@@ -67,6 +68,7 @@ class BDIA(AbstractCoupling):
     size: float = 0.5
     fraction_bits: int = 14
     is_wide: bool = False
+    is_whole: bool = False
     _grid: FixedPoint = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class BDIA(AbstractCoupling):
                 f"`size` (={describe(self.size)}) must be a number from 1/256 to below 1; 0.5 is usual, and 0.25 stays "
                 "closer to the ordinary network."
             )
+        check_bool(is_whole=self.is_whole)
         object.__setattr__(self, "_grid", FixedPoint(self.fraction_bits, self.is_wide))
 
     @property
@@ -110,9 +113,9 @@ class BDIA(AbstractCoupling):
         return True
 
     def mix(self, source: Tensor, residual: Tensor, name: str = "f") -> Tensor:
-        """Return `s + f(s)`."""
+        """Return `s + f(s)`, which a whole block returns itself."""
         check_residual(source, residual, name)
-        return source + residual
+        return residual if self.is_whole else source + residual
 
     def prepare(self, x: Tensor) -> Tensor:
         """Return the stream in float32 or float64, rounded to the grid.
@@ -183,20 +186,21 @@ class _Drawn(BDIA):
     is_linear = True
 
     def __init__(self, coupling: BDIA, signs: Tensor):
-        super().__init__(coupling.size, coupling.fraction_bits, coupling.is_wide)
+        super().__init__(coupling.size, coupling.fraction_bits, coupling.is_wide, coupling.is_whole)
         self.__dict__["_factor"] = ExactFactor(round(coupling.size * NUM_PARTS), signs, coupling.fraction_bits)
 
     _factor: ExactFactor
     __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __repr__(self) -> str:
-        return f"BDIA(size={self.size}, fraction_bits={self.fraction_bits}, is_wide={self.is_wide})"
+        return repr(BDIA(self.size, self.fraction_bits, self.is_wide, self.is_whole))
 
     def mix(self, source: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return `(1 - g) s + (1 + g) f(s)`."""
         check_residual(source, residual, name)
         share = self._factor.value(source.dtype)
-        return source * (1 - share) + residual * (1 + share)
+        # A whole block returns `s + f(s)`, so `1 + g` times `s` is already in the residual.
+        return source * (-2 * share if self.is_whole else 1 - share) + residual * (1 + share)
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return the rounded `g x` plus the rounded residual."""
