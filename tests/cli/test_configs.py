@@ -27,6 +27,7 @@ MODELS = {
     "cifar10/paper": CIFAR,
     "cifar10/modern": CIFAR,
     "cifar10/quick": CIFAR[:2],
+    "cifar10/cpu": CIFAR[:2],
     "cifar100/paper": CIFAR,
     "cifar100/modern": CIFAR,
     "cifar100/quick": CIFAR[:2],

@@ -8,7 +8,8 @@ from revnet.training.recipes import find_recipe
 
 def test_names_of_the_tables():
     data = ("cifar10", "cifar100", "imagenet")
-    assert list(TABLES) == [f"{name}{suffix}" for name in data for suffix in ("", "-modern", "-quick")]
+    usual = [f"{name}{suffix}" for name in data for suffix in ("", "-modern", "-quick")]
+    assert list(TABLES) == [*usual, "cifar10-cpu"]
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))

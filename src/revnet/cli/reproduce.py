@@ -24,8 +24,8 @@ def reproduce(
     """Train the networks in a table of results, and compare them with the paper.
 
     The tables are cifar10, cifar100 and imagenet, trained by the paper's recipe. A suffix selects another recipe:
-    `-modern` for a modern recipe, `-quick` for a short one that runs on a CPU. To continue an interrupted table, run
-    the same command again.
+    `-modern` for a modern recipe, `-quick` for a short one that runs on a CPU, and `-cpu`, for cifar10, for one of a
+    few hours. To continue an interrupted table, run the same command again.
 
     Runs are independent. To spread a table over several machines, split it with `--models` and `--seeds`, copy the
     folders of the runs into one folder, and run the command again with `--report-only`.
