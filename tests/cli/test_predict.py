@@ -170,3 +170,14 @@ def test_help_shows_several_images(revnet):
     code, output, _ = revnet("predict", "--help")
     assert code == 0
     assert output.startswith("usage: revnet predict CHECKPOINT IMAGES... [options]\n")
+
+
+def test_weights_and_a_sample_of_the_package(revnet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output, errors = revnet("predict", "revnet38.digits", "sample", "--top", 1)
+    assert (code, errors) == (0, "weights: revnet38.digits, from the package\n")
+    path, answer, percent, _ = output.split()
+    assert path.endswith("sample.png")
+    assert (answer, float(percent) > 90) == ("7", True)
+    (tmp_path / "sample").mkdir()  # A path of one's own comes first.
+    assert revnet("predict", "revnet38.digits", "sample")[0] != 0

@@ -290,6 +290,7 @@ FUNCTIONS = [
     Target("cut_into_stages", distributed.cut_into_stages, lambda: {"blocks": sequence(), "num_stages": 2}),
     Target("create_model", on_meta(models.create_model), lambda: {"name": "resnet32"}, models.create_model),
     Target("list_models", models.list_models, dict),
+    Target("list_pretrained", models.list_pretrained, dict),
     Target("published_image_size", models.published_image_size, lambda: {"name": "resnet32"}),
     Target(
         "StepInBackward",

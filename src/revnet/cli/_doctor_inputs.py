@@ -18,6 +18,7 @@ from revnet.data import ImageDataset, Preprocess, load_dataset, make_loader, mak
 from revnet.data.splits.image_split import ImageSplit
 from revnet.models import create_model, list_models, published_image_size
 from revnet.models.pretrained.hub_files import is_hub_name
+from revnet.models.pretrained.shipped import find_pretrained
 from revnet.training import load_classifier
 
 
@@ -35,7 +36,7 @@ class DoctorInputs:
 
 def is_checkpoint(name: str) -> bool:
     """Return whether `name` is a file, a run or a name on the hub rather than a model."""
-    if is_hub_name(name):
+    if is_hub_name(name) or find_pretrained(name) is not None:
         return True
     if ":" in name or name in list_models():
         return False

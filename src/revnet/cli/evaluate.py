@@ -32,7 +32,7 @@ def evaluate(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
-            Or hub:owner/name, a model on the Hugging Face hub.
+            Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package.
         data: Data set, by name or path; by default, the data set of the run. Its test images are used, and
             classes are matched by name.
         out_dir: Folder for the results; the folder of the checkpoint by default.

@@ -27,7 +27,7 @@ def generate(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose last
             weights are used; best.safetensors in it holds the best weights on validation.
-            Or hub:owner/name, a model on the Hugging Face hub.
+            Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package.
         prompt: Beginning of the text, in characters of the training text. By default, it is a newline, or
             the first character of the vocabulary if the training text has no newline.
         num: Number of characters to generate.

@@ -1,6 +1,7 @@
 """`revnet predict`."""
 
 import sys
+from pathlib import Path
 from typing import Literal
 
 from revnet._image_files import list_images
@@ -29,6 +30,7 @@ def predict(
     still classified, and the exit status is 1.
 
     Examples:
+        revnet predict revnet38.digits sample
         revnet predict runs/cifar10_revnet38_1 cat.jpg dog.png
         revnet predict runs/cifar10_revnet38_1/best.safetensors photos/*.jpg --top 1
         revnet predict runs/cifar10_revnet38_1 photos --csv predictions.csv
@@ -37,9 +39,10 @@ def predict(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
-            Or hub:owner/name, a model on the Hugging Face hub.
+            Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package,
+            such as revnet38.digits.
         images: Image files of any size and format; folders, for all images in them and in the folders inside them; or
-            quoted patterns.
+            quoted patterns. With weights of the package, `sample` is the image that comes with them.
         top: Number of classes to print.
         csv: CSV file for the predictions, with columns for file, rank, class and probability.
         jsonl: File for the predictions with a JSON object in each line, with the file and its classes.
@@ -50,7 +53,7 @@ def predict(
     table, lines = open_place("--csv", csv), open_place("--jsonl", jsonl)
     if table is not None and table == lines:
         raise UsageError(f"`--csv` and `--jsonl` (={jsonl}) name the same file; pass another name for one of them.")
-    files = list_images(images)
+    files = list_images(images if images != ["sample"] or Path("sample").exists() else _sample_of(checkpoint))
 
     from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions
     from revnet.training.processes.world import is_printing
@@ -84,3 +87,11 @@ def predict(
             save_json_lines(predictions, lines)
     if errors:
         raise SystemExit(1)
+
+
+def _sample_of(checkpoint: str) -> list[str]:
+    """Return the image that comes with weights of the package."""
+    from revnet.models.pretrained.shipped import SAMPLE, find_pretrained
+
+    folder = find_pretrained(checkpoint)
+    return ["sample" if folder is None or not (folder / SAMPLE).exists() else str(folder / SAMPLE)]

@@ -32,7 +32,7 @@ def sample(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train nice`, or the folder of a run, whose last
             weights are used; best.safetensors in it holds the best weights on validation.
-            Or hub:owner/name, a model on the Hugging Face hub.
+            Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package.
         num: Number of images to sample.
         temperature: Factor that scales the latent codes. Below 1, samples are more likely and less varied.
         inpaint: Part of the test images to remove and fill in: top, bottom, left, right, or random for half of the

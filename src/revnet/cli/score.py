@@ -31,7 +31,7 @@ def score(
     Args:
         checkpoint: A .safetensors or .ckpt file written by `revnet train nice`, or the folder of a run, whose last
             weights are used; best.safetensors in it holds the best weights on validation.
-            Or hub:owner/name, a model on the Hugging Face hub.
+            Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package.
         images: Image files of any size, folders, and quoted patterns such as "photos/**/*.jpg". A folder stands for the
             images in it and in the folders inside it.
         csv: CSV file for the scores, with columns for file, bits per dimension and log-probability in nats.

@@ -12,6 +12,7 @@ from revnet.models.glow import Glow as Glow
 from revnet.models.irevnet import IRevNet as IRevNet
 from revnet.models.nice import NICE as NICE
 from revnet.models.pretrained.mixin import from_pretrained as from_pretrained
+from revnet.models.pretrained.shipped import list_pretrained as list_pretrained
 from revnet.models.realnvp import RealNVP as RealNVP
 from revnet.models.resnet import ResNet as ResNet
 from revnet.models.reversible_transformer import ReversibleTransformer as ReversibleTransformer
@@ -34,6 +35,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "h_transformer_small",
     "IRevNet",
     "list_models",
+    "list_pretrained",
     "NICE",
     "published_image_size",
     "RealNVP",

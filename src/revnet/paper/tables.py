@@ -84,5 +84,5 @@ TABLES = {
         Table(name=f"{data}-quick", recipe=f"{data}/quick", num_classes=num_classes, rows=rows[:2]),
     )
 } | {"cifar10-cpu": Table(name="cifar10-cpu", recipe="cifar10/cpu", num_classes=10, rows=_CIFAR10[:2])}
-"""All tables by name: the paper's recipe, a modern recipe of at most the same length, a short one for a CPU, and one for
-a few hours of a CPU."""
+"""All tables by name: the paper's recipe, a modern recipe of at most the same length, a short one for a CPU, and one
+for a few hours of a CPU."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from revnet.errors import CheckpointError
 from revnet.models.pretrained.hub_files import is_hub_name
 from revnet.models.pretrained.reading import NETWORK_PREFIX
+from revnet.models.pretrained.shipped import find_pretrained
 from revnet.models.pretrained.tensor_file import first_difference
 from revnet.training.run.checkpoint import find_weights, read_weights
 from revnet.training.saved_module import AbstractHeader
@@ -33,9 +34,11 @@ class StartWeights(NamedTuple):
 def absolute_weights(weights: str | None) -> str | None:
     """Return the absolute path of the weights of a run, which can be resumed in any working directory.
 
-    A name on the hub stays a name.
+    A name on the hub, or of weights in the package, stays a name.
     """
-    return weights if weights is None or is_hub_name(weights) else os.path.realpath(Path(weights).expanduser())
+    if weights is None or is_hub_name(weights) or find_pretrained(weights) is not None:
+        return weights
+    return os.path.realpath(Path(weights).expanduser())
 
 
 def read_start_weights(weights: str, header_type: type[_Header]) -> StartWeights:

@@ -26,7 +26,7 @@ PREPROCESS_KEY = "preprocess_file"
 MOST_CONFIG_BYTES = 2**24
 """Limit of the size of `config.json`."""
 RUN_WEIGHTS = "last.safetensors"
-_SNAPSHOTS, _CACHED = "snapshots", "models--"
+SNAPSHOTS, _CACHED = "snapshots", "models--"
 """Name of the folder of all downloaded commits, and the start of the name of the folder above."""
 _TIMEOUT_SECONDS = 10
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
@@ -69,11 +69,6 @@ def check_repository(argument: str, name: object) -> None:
         raise ValueError(
             f"`{argument}` (={describe(name)}) must be a name on the Hugging Face hub, such as owner/name."
         )
-
-
-def results_folder(weights: Path) -> Path:
-    """Return the folder for results about weights: theirs or, for downloaded ones, the current folder."""
-    return Path() if weights.parent.parent.name == _SNAPSHOTS else weights.parent
 
 
 def download(name: str, options: Download | None = None) -> Path:
@@ -242,7 +237,7 @@ def describe_download(weights: Path) -> str | None:
     """Return the name on the hub, and the commit, of weights in the cache of downloads; None for other weights."""
     folder = weights.parent
     owner = folder.parent.parent.name
-    if folder.parent.name != _SNAPSHOTS or not owner.startswith(_CACHED):
+    if folder.parent.name != SNAPSHOTS or not owner.startswith(_CACHED):
         return None
     return f"{HUB_PREFIX}{owner.removeprefix(_CACHED).replace('--', '/')} (commit {folder.name[:12]})"
 

@@ -26,6 +26,7 @@ from revnet.models.pretrained.hub_files import (
     download,
     is_hub_name,
 )
+from revnet.models.pretrained.shipped import find_pretrained
 from revnet.models.pretrained.tensor_file import read_tensors
 from revnet.models.pretrained.weights_hash import HASH_KEY
 
@@ -63,7 +64,7 @@ def read_pretrained(name: str | Path, options: Download | None = None) -> Pretra
     """Read a trained network.
 
     Args:
-        name: A folder, a file of weights, or a name on the hub.
+        name: A folder, a file of weights, one of `list_pretrained()`, or a name on the hub.
         options: How to download from the hub.
 
     Raises:
@@ -87,7 +88,7 @@ def locate(name: str | Path, options: Download | None = None) -> Path:
     """
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"`pretrained_model_name_or_path` (={describe(name)}) must be a path or owner/name.")
-    path = Path(name).expanduser()
+    path = find_pretrained(name) or Path(name).expanduser()
     if is_hub_name(name) or not (path.exists() or path.is_symlink()):
         if not is_hub_name(name) and _is_path(str(name)):
             raise CheckpointError(f"`{name}` does not exist; {_WAY_OUT}, or a name on the Hugging Face hub.")

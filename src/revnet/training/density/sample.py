@@ -10,7 +10,7 @@ from torch import Tensor
 from revnet._outside_text import shorten
 from revnet._units import counted
 from revnet.data.splits.image_split import ImageSplit
-from revnet.models.pretrained.hub_files import results_folder
+from revnet.models.pretrained.shipped import results_folder
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.images import load_images
 from revnet.training.density.job import mean_bits_per_dim

@@ -9,7 +9,8 @@ from typing import Any
 from revnet._atomic_file import write_text
 from revnet._figure import check_matplotlib, try_to_draw
 from revnet.errors import MissingDependencyError
-from revnet.models.pretrained.hub_files import WEIGHTS, results_folder
+from revnet.models.pretrained.hub_files import WEIGHTS
+from revnet.models.pretrained.shipped import results_folder
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
 from revnet.training.run import run_dir

@@ -37,6 +37,7 @@ from revnet.models.pretrained.reading import (
     read_pretrained,
     weights_in,
 )
+from revnet.models.pretrained.shipped import find_pretrained
 from revnet.models.pretrained.tensor_file import read_tensors, write_tensors
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -162,7 +163,8 @@ def load_module(module_type: type[_Module], path: str | Path) -> _Module:
 def find_weights(path: Path) -> Path:
     """Return the file of weights: `path` itself or, in the folder of a run, the last weights.
 
-    A name such as `hub:owner/name` is downloaded from the Hugging Face hub.
+    A name such as `hub:owner/name` is downloaded from the Hugging Face hub, and a name such as `revnet38.digits` stands
+    for weights that come with the package.
 
     This is the rule of `evaluate`, `predict`, `sample`, `generate` and of runs that start from trained weights, and the
     first score in the report of a run belongs to the last weights, too. To use the best on validation, pass the path of
@@ -173,6 +175,7 @@ def find_weights(path: Path) -> Path:
     """
     if is_hub_name(path):
         path = download(str(path))
+    path = find_pretrained(path) or path
     if not path.is_dir() or is_sharded(path):
         return _existing(path)
     weights = weights_in(path)
