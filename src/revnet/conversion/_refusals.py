@@ -8,11 +8,10 @@ from torch import nn
 
 from revnet._checks import describe
 from revnet.conversion._converted import is_converted
+from revnet.conversion._host_switches import checkpoints_itself
 from revnet.nn.blocks._abstract_reversible import AbstractReversible
 from revnet.nn.policies._has_policies import HasPolicies
 
-_SWITCHES = ("gradient_checkpointing", "grad_checkpointing", "is_gradient_checkpointing")
-"""Attributes by which transformers and timm say that a model checkpoints its blocks."""
 _STRIDES = ("stride", "dilation")
 
 
@@ -30,11 +29,6 @@ def check_host(model: nn.Module) -> None:
                 "time; turn it off with `model.gradient_checkpointing_disable()` or "
                 "`model.set_grad_checkpointing(False)`."
             )
-
-
-def checkpoints_itself(module: nn.Module) -> str | None:
-    """Return the name of the switch by which a module checkpoints blocks, or None if there is none that is on."""
-    return next((switch for switch in _SWITCHES if getattr(module, switch, False) is True), None)
 
 
 def check_row(blocks: Mapping[str, Any]) -> None:

@@ -17,10 +17,12 @@ class Row:
         names: Names of the blocks, in order.
         method: The method.
         functions_per_block: Number of residual functions of each block: 1 for whole blocks.
+        is_stored: Whether activations are stored, as ordinary autograd does.
     """
 
-    def __init__(self, names: tuple[str, ...], method: AbstractMethod, functions_per_block: int):
+    def __init__(self, names: tuple[str, ...], method: AbstractMethod, functions_per_block: int, is_stored: bool):
         self.names = names
+        self.is_stored = is_stored
         self.functions_per_block = functions_per_block
         self._chains: dict[int, Chain] = {}
         self.method = method

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from revnet._checks import describe_kind
 from revnet.conversion._branches import check_branches
+from revnet.conversion._host_switches import checkpoints_itself
 from revnet.conversion._row import Place
 from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of
 from revnet.coupling import AbstractCoupling
@@ -89,6 +90,11 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
     _check_arguments(place, args, kwargs)
     if not place.is_checked:
         check_branches(place, x, (args, kwargs))
+    if checkpoints_itself(place.block) and place.block.training:
+        raise ValueError(
+            f"`{place.name}` has its own checkpointing on, which would run it a second time; turn it off with "
+            "`model.gradient_checkpointing_disable()`."
+        )
     if state is None:
         assert coupling is not None
         state, streams = _begin(place, x, coupling)
@@ -124,7 +130,7 @@ def _before(place: Place) -> str:
 
 
 def _check_arguments(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or place.row.is_stored:
         return
     for value in (*args, *kwargs.values()):
         if any(base.__name__.endswith("Cache") for base in type(value).__mro__):
@@ -136,16 +142,17 @@ def _check_arguments(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _run_plain(place: Place, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the block at `a = 0`, and keep only its input for the backward pass."""
-    if not torch.is_grad_enabled() or runs_plainly():
-        y = place.whole(x, *args, **kwargs)
-    else:
-        _check_arguments(place, args, kwargs)
-        y = checkpointed_call(place.whole, (x, *args), kwargs)
+    _check_arguments(place, args, kwargs)
     _, b, c = place.row.method.factors
-    if c != b:
-        y = torch.add(x * (c - b), y, alpha=b)
-    elif b != 1:
-        y = y * b
+    is_original = b == c == 1
+    is_plain = not torch.is_grad_enabled() or runs_plainly() or place.row.is_stored
+    y = x
+    for function in (place.whole,) if is_original else place.functions:
+        residual = function(y, *args, **kwargs) if is_plain else checkpointed_call(function, (y, *args), kwargs)
+        if is_original:
+            y = residual
+        else:
+            y = torch.add(y * (c - b if place.row.is_whole else c), residual, alpha=b)
     return place.whole.wrap(y)
 
 
@@ -179,7 +186,7 @@ def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments:
     """Run the functions of the block on the streams, and return what the host gets."""
     row, run = place.row, state.run
     count, role = row.functions_per_block, str(place.index)
-    if torch.is_grad_enabled() and not runs_plainly():
+    if torch.is_grad_enabled() and not runs_plainly() and not row.is_stored:
         if run is None or not run.can_advance or run.position != place.index * count:
             # Of a pass that went on from the same tensor, or whose backward pass has begun.
             chain = _call_from(place, state)
