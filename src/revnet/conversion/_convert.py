@@ -13,8 +13,7 @@ from revnet.conversion._methods import AbstractMethod, Consistent
 from revnet.conversion._refusals import check_block, check_host, check_row, why_first_differs
 from revnet.conversion._report import ConversionReport
 from revnet.conversion._row import Place, Row
-from revnet.nn import AbstractPolicy, Reverse, Store
-from revnet.nn.policies._has_policies import as_policy
+from revnet.nn import Reverse
 
 
 def convert(
@@ -23,7 +22,6 @@ def convert(
     *,
     blocks: str | Sequence[str] | None = None,
     branches: Branches | None = None,
-    policy: AbstractPolicy | str = "reverse",
     back: bool = False,
 ) -> ConversionReport:
     """Make residual blocks reversible, in place, so that their activations are rebuilt in the backward pass.
@@ -33,7 +31,8 @@ def convert(
     hooks, `isinstance` and the code that calls the blocks stay as they are. The second stream rides on the tensor that
     a block returns. The first block of a list stays as it is if its parameters have other shapes than the second one's.
 
-    The streams are float32 under autocast. The functions of a block must compute the same when they run again.
+    `revnet.set_policy(model, "store")` gives the stored twin: the same converted network, whose activations are
+    stored. The streams are float32 under autocast. The functions of a block must compute the same when they run again.
 
     Args:
         model: A list of blocks, such as `model.blocks`; or a whole model, if `blocks` is given.
@@ -43,8 +42,6 @@ def convert(
             `[["norm1", "attn"], ["norm2", "mlp"]]`, which the block must apply one after the other. Each branch is
             then a residual function with float32 streams, which models in bfloat16 need. None makes each block one
             function.
-        policy: `Reverse()`, or `Store()` for the stored twin: the same converted network under ordinary autograd, to
-            compare with.
         back: Whether to restore the original classes instead, of all blocks in `model`.
 
     Returns:
@@ -75,9 +72,6 @@ def convert(
     method = Consistent() if method is None else method
     if not isinstance(method, AbstractMethod):
         raise TypeError(f"`method` (={describe(method)}) must be a method of conversion, such as `Consistent(0.25)`.")
-    policy = as_policy(policy)
-    if policy not in (Reverse(), Store()):
-        raise ValueError(f"`policy` (={policy}) must be `Reverse()` or `Store()`, which converted blocks have.")
     rows = _rows_of(model, blocks)
     if isinstance(model, nn.Module):
         check_host(model)
@@ -91,7 +85,7 @@ def convert(
         for name in names:
             check_block(name, row_blocks[name])
         per_block = 1 if branches is None else len(branches)
-        planned.append((Row(tuple(names), method, per_block, policy == Store()), [row_blocks[name] for name in names]))
+        planned.append((Row(tuple(names), method, per_block), [row_blocks[name] for name in names]))
     # Only now, so that an error leaves the model as it was.
     made = [_places(row, members, branches) for row, members in planned]
     for places in made:
@@ -136,7 +130,7 @@ def _places(row: Row, blocks: Sequence[nn.Module], branches: Branches | None) ->
     for index, block in enumerate(blocks):
         whole = WholeBlock(block, type(block), row.names[index])
         functions = (whole,) if branches is None else make_branches(block, row.names[index], branches)
-        places.append(Place(row, index, block, functions, whole, branches is None))
+        places.append(Place(row, index, block, functions, whole, Reverse(), branches is None))
     return places
 
 

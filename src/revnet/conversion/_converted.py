@@ -7,6 +7,7 @@ class. `torch.distributed.fsdp.fully_shard` and `torch.nn.utils.parametrize` use
 import copyreg
 import functools
 import inspect
+from collections.abc import Sequence
 from types import new_class
 from typing import Any
 
@@ -15,15 +16,40 @@ from torch import nn
 
 from revnet.conversion._row import Place
 from revnet.conversion._run_block import call_block, run_block
+from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
+from revnet.nn.policies._has_policies import broadcast_policy
 
 PLACE = "_conversion_place"
+_REASON = (
+    "a converted block cannot be part of a graph; compile without `fullgraph=True`, or compile the modules inside it"
+)
 
 
-class Converted:
+class Converted(HasPolicies):
     """Base of the classes of converted blocks; it is mixed with the block's own class."""
 
     _class_before: type[nn.Module]
     _conversion_place: Place
+
+    @property
+    def policy_units(self) -> list[PolicyUnit]:
+        """The block, as one unit."""
+        return [PolicyUnit("", (self,), is_reversible=True)]  # type: ignore[arg-type]
+
+    @property
+    def policies(self) -> tuple[AbstractPolicy, ...]:
+        """The policy, in a tuple of one."""
+        return (self._conversion_place.policy,)
+
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
+        """Set the policy. The next forward pass uses it."""
+        (chosen,) = broadcast_policy(policy, self.policy_units)
+        if isinstance(chosen, Reverse) and chosen != Reverse():
+            raise ValueError(
+                f"`policy` (={chosen}) must hold and keep nothing in a converted block; pass `Reverse()`, or "
+                "`Checkpoint()` for some of the blocks."
+            )
+        self._conversion_place.policy = chosen
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -82,7 +108,7 @@ def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
             return subclass
     stream_name = next(iter([*inspect.signature(kind.forward).parameters][1:]), "x")
     # Dynamo fails on tensors that carry attributes. A block runs eagerly between two compiled graphs.
-    run = torch.compiler.disable(run_block)
+    run = torch.compiler.disable(run_block, reason=_REASON)
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +119,7 @@ def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
         return call_block(self, kind, args, kwargs)
 
     body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": forward, "__call__": torch.compiler.disable(call)}
+    body |= {"forward": forward, "__call__": torch.compiler.disable(call, reason=_REASON)}
     body |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_class_before": kind}
     # Python allows the assignment of the class only if the block's own class is the first base. The name stays, since
     # other tools look up blocks by the names of their classes.

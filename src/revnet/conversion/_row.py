@@ -8,6 +8,7 @@ from torch import nn
 from revnet.conversion._methods import AbstractMethod, coupling_of
 from revnet.coupling import AbstractCoupling
 from revnet.engine import Chain, HalfBlock
+from revnet.nn import AbstractPolicy
 
 
 class Row:
@@ -17,12 +18,10 @@ class Row:
         names: Names of the blocks, in order.
         method: The method.
         functions_per_block: Number of residual functions of each block: 1 for whole blocks.
-        is_stored: Whether activations are stored, as ordinary autograd does.
     """
 
-    def __init__(self, names: tuple[str, ...], method: AbstractMethod, functions_per_block: int, is_stored: bool):
+    def __init__(self, names: tuple[str, ...], method: AbstractMethod, functions_per_block: int):
         self.names = names
-        self.is_stored = is_stored
         self.functions_per_block = functions_per_block
         self._chains: dict[int, Chain] = {}
         self.method = method
@@ -98,7 +97,9 @@ class Place:
     """The functions of the block: one `WholeBlock`, or the branches."""
     whole: Any
     """The computation of the original block, a `WholeBlock`."""
-    is_checked: bool = True
+    policy: AbstractPolicy
+    """Policy of the block."""
+    is_checked: bool
     """Whether the branches are known to compute what the block computes."""
 
     @property

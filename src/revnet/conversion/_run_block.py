@@ -7,19 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from revnet._checks import describe_kind
+from revnet._torch_release import is_exporting
 from revnet.conversion._branches import check_branches
 from revnet.conversion._host_switches import checkpoints_itself
 from revnet.conversion._row import Place
-from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of
+from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of, take_other
 from revnet.coupling import AbstractCoupling
-from revnet.engine import Chain
-from revnet.engine._checkpoint import checkpointed_call
+from revnet.engine import BoundChain, Chain
 from revnet.engine._open_run import Arguments, OpenChain, OpenRun
 from revnet.engine._split import is_low_precision
 from revnet.engine._tensors import version_of
 from revnet.engine._tracing import refuse, runs_plainly
-from revnet._torch_release import is_exporting
+from revnet.nn import AbstractModulePolicy, Checkpoint, Reverse, Store
 
+_STORE = Store()
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -130,7 +131,7 @@ def _before(place: Place) -> str:
 
 
 def _check_arguments(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not torch.is_grad_enabled() or place.row.is_stored:
+    if not torch.is_grad_enabled() or place.policy == Store():
         return
     for value in (*args, *kwargs.values()):
         if any(base.__name__.endswith("Cache") for base in type(value).__mro__):
@@ -145,10 +146,11 @@ def _run_plain(place: Place, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     _check_arguments(place, args, kwargs)
     _, b, c = place.row.method.factors
     is_original = b == c == 1
-    is_plain = not torch.is_grad_enabled() or runs_plainly() or place.row.is_stored
+    is_plain = not torch.is_grad_enabled() or runs_plainly()
+    policy = place.policy if isinstance(place.policy, AbstractModulePolicy) else Checkpoint()
     y = x
     for function in (place.whole,) if is_original else place.functions:
-        residual = function(y, *args, **kwargs) if is_plain else checkpointed_call(function, (y, *args), kwargs)
+        residual = function(y, *args, **kwargs) if is_plain else policy.call(function, (y, *args), kwargs)
         if is_original:
             y = residual
         else:
@@ -179,14 +181,16 @@ def _streams_of(place: Place, x: Tensor, state: StreamState) -> list[Tensor]:
     """Return the streams in their order: each half-block reads the one that was updated last."""
     primary = x if state.primary is None else state.primary
     is_first = place.index * place.row.functions_per_block % 2 == 1
-    return [primary, state.other] if is_first else [state.other, primary]
+    other = take_other(state)
+    return [primary, other] if is_first else [other, primary]
 
 
 def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments: Arguments) -> Any:
     """Run the functions of the block on the streams, and return what the host gets."""
     row, run = place.row, state.run
     count, role = row.functions_per_block, str(place.index)
-    if torch.is_grad_enabled() and not runs_plainly() and not row.is_stored:
+    is_plain = not torch.is_grad_enabled() or runs_plainly()
+    if not is_plain and place.policy == Reverse():
         if run is None or not run.can_advance or run.position != place.index * count:
             # Of a pass that went on from the same tensor, or whose backward pass has begun.
             chain = _call_from(place, state)
@@ -197,12 +201,10 @@ def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments:
         run.advance(run.chain, count, role, arguments, streams)
     else:
         run = None
-        call = _call_from(place, state)
-        call.arguments[role] = arguments
-        row.fill(call.chain, place.index, place)
-        for half_block in call.half_blocks[:count]:
-            residual = call.call(half_block, streams[half_block.source])
-            streams[half_block.target] = call.join(half_block, streams[half_block.target], residual)
+        chain = row.chain_from(place.index, state.coupling)
+        row.fill(chain, place.index, place)
+        call = BoundChain(Chain(chain.half_blocks[:count]), *arguments, {}, state.input_dtype)
+        streams = list((_STORE if is_plain else place.policy).run(call, streams))
     last = ((place.index + 1) * count - 1) % 2
     primary = streams[last]
     y = primary if state.input_dtype is None else primary.to(state.input_dtype)

@@ -6,7 +6,9 @@ whatever the host does in between. If the host hands the next block another tens
 raises.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from sys import getrefcount
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from revnet.engine._open_run import OpenRun
 from revnet.engine._tensors import storage_key, version_of
 
 _ATTRIBUTE = "_revnet_stream_state"
+_NUM_OWN_REFERENCES = 3
 
 
 @dataclass(slots=True, eq=False)
@@ -41,19 +44,32 @@ class StreamState:
     """Version of the returned tensor, which in-place operations raise."""
 
     def __reduce__(self) -> Any:
-        """Return how to pickle it: as None, so that a tensor can be saved with its attributes."""
-        return type(None), ()
+        """Return how to copy or pickle it: as an empty dictionary, so that features can be saved and loaded."""
+        return OrderedDict, ()
 
 
 def state_of(x: Tensor) -> StreamState | None:
     """Return the state that a tensor carries, or None."""
-    return getattr(x, _ATTRIBUTE, None)
+    state = getattr(x, _ATTRIBUTE, None)
+    return state if isinstance(state, StreamState) else None
 
 
 def attach(y: Tensor, state: StreamState) -> None:
     """Let a tensor carry a state."""
     state.version = version_of(y)
     setattr(y, _ATTRIBUTE, state)
+
+
+def take_other(state: StreamState) -> Tensor:
+    """Return the stream that is not returned, without a state of its own if no one can hand it to a block anymore.
+
+    It was returned by an earlier block. Its state refers to the stream before, and so on to the first one.
+    """
+    other = state.other
+    # Referred to by the state, the local variable and the argument of the call.
+    if getrefcount(other) <= _NUM_OWN_REFERENCES:
+        vars(other).pop(_ATTRIBUTE, None)
+    return other
 
 
 def is_alias(x: Tensor, other: Tensor) -> bool:
