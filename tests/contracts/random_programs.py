@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet import AbstractPolicy, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
-from revnet.coupling import AbstractCoupling, ExactScaled, Momentum, Scaled
+from revnet.coupling import BDIA, AbstractCoupling, ExactScaled, Momentum, Scaled
 from revnet.nn import GroupedBlock
 from tests.helpers import leaves
 
@@ -82,6 +82,8 @@ COUPLINGS = [
     Momentum(0.9),
     ExactScaled(Scaled.consistent(0.5), 24, is_wide=True),
     ExactScaled(Scaled.dual(0.9, -0.25), 24, is_wide=True),
+    BDIA(0.5, 24, is_wide=True),
+    BDIA(0.25, 24, is_wide=True),
 ]
 
 IN_PLACE_FUNCTIONS = [

@@ -4,8 +4,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from revnet import ReversibleBlock, ReversibleSequential, Store
+from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
 from revnet.coupling import Affine
 from tests.helpers import assert_close, gradients, scaling_mlp, squares
 
@@ -81,7 +82,7 @@ def test_gradients_under_autocast_equal_the_stored_twin():
         (torch.randn(1, 8), ValueError, r"must return the shape of the stream"),
         (torch.randn(3, 8).double(), TypeError, r"`blocks\.0\.g` returned torch.float64, .*torch.float32"),
         (None, TypeError, r"`blocks\.0\.g` returned NoneType, but must return one tensor"),
-        ((torch.randn(3, 4), torch.randn(3, 4)), TypeError, "returned tuple of 2"),
+        ((torch.randn(3, 4),) * 3, TypeError, "returned tuple of 3"),
     ],
 )
 def test_rejects_a_wrong_residual(residual, error, message):
@@ -114,3 +115,47 @@ def test_equal_couplings_compare_equal():
     assert Affine() == Affine("tanh", 2.0) == pickle.loads(pickle.dumps(Affine()))
     assert Affine() != Affine("sigmoid")
     assert copy.deepcopy(Affine("sigmoid")) == Affine("sigmoid")
+
+
+class LearnedFactor(nn.Module):
+    """A residual function with a learned factor for each channel."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.layer = nn.Linear(dim, dim)
+        self.log_factor = nn.Parameter(torch.randn(dim) / 4)
+
+    def forward(self, x):
+        return self.layer(x).tanh(), self.log_factor
+
+
+def test_a_learned_factor_for_each_channel():
+    blocks = [ReversibleBlock(LearnedFactor(3), LearnedFactor(3), coupling=Affine()) for _ in range(4)]
+    sequence = ReversibleSequential(*blocks).double()
+    twin = copy.deepcopy(sequence)
+    set_policy(twin, Store())
+    x = stream(5, 6).requires_grad_()
+    for policy in (Reverse(), Reverse(hold="f"), Checkpoint()):
+        set_policy(sequence, policy)
+        of_both = [torch.autograd.grad(squares(module(x)), [x, *module.parameters()]) for module in (sequence, twin)]
+        for one, other in zip(*of_both, strict=True):
+            assert one.abs().min() > 0
+            assert_close(one, other, tolerance=1e-13)
+    with torch.no_grad():
+        assert_close(sequence.inverse(sequence(x)), x, tolerance=1e-12)
+    _, log_det = sequence.forward_with_log_det(x)
+    jacobian = torch.autograd.functional.jacobian(lambda row: sequence(row[None])[0], x[0].detach())
+    assert_close(log_det[0], jacobian.slogdet()[1], tolerance=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5, 3), (5, 1, 3)])
+def test_rejects_a_factor_that_does_not_broadcast(shape):
+    with pytest.raises(ValueError, match=r"`f` returned a scale of shape .* which must broadcast"):
+        Affine().forward(stream(5, 3), (stream(5, 3), stream(*shape)))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_pair_is_refused_when_compiled():
+    sequence = ReversibleSequential(ReversibleBlock(LearnedFactor(3), LearnedFactor(3), coupling=Affine()))
+    with pytest.raises(Exception, match=r"`blocks.0.f` returned tuple of 2.*needs one tensor; compile the residual"):
+        torch.compile(sequence, backend="aot_eager")(torch.randn(4, 6, requires_grad=True))

@@ -10,7 +10,7 @@ from torch import nn
 
 import revnet
 from revnet import Checkpoint, CheckpointError, FixedPoint, Offload, Reverse, Store, create_model, set_coupling
-from revnet.coupling import ExactScaled, Scaled
+from revnet.coupling import BDIA, ExactScaled, Scaled
 from revnet.models import NICE, Glow, RealNVP, ResNet, ReversibleTransformer, RevNet, UNet3d, from_pretrained
 from revnet.models.pretrained.hub_files import Download
 from revnet.models.pretrained.mixin import HubMixin
@@ -345,7 +345,9 @@ def test_a_hashing_transformer_keeps_its_exact_coupling(tmp_path):
     assert from_pretrained(tmp_path).blocks[0].coupling == FixedPoint()
 
 
-@pytest.mark.parametrize("coupling", [Scaled.consistent(0.5), ExactScaled(Scaled.dual(0.5, 0.5), 12)], ids=str)
+@pytest.mark.parametrize(
+    "coupling", [Scaled.consistent(0.5), ExactScaled(Scaled.dual(0.5, 0.5), 12), BDIA(0.25)], ids=str
+)
 def test_a_coupling_with_arguments_is_restored(tmp_path, coupling):
     model = create_model("revnet38", num_classes=3)
     set_coupling(model, coupling)

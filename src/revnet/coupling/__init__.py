@@ -10,6 +10,7 @@ Names that `revnet` itself does not export are provisional: they may change in a
 from revnet.coupling._abstract import AbstractCoupling as AbstractCoupling
 from revnet.coupling._additive import Additive as Additive
 from revnet.coupling._affine import Affine as Affine
+from revnet.coupling._bdia import BDIA as BDIA
 from revnet.coupling._exact_scaled import ExactScaled as ExactScaled
 from revnet.coupling._fixed_point import FixedPoint as FixedPoint
 from revnet.coupling._momentum import Momentum as Momentum

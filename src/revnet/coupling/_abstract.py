@@ -78,6 +78,25 @@ class AbstractCoupling(abc.ABC):
         return residual
 
     @property
+    def grid(self) -> object:
+        """Numbers that the streams can hold, for comparison: all couplings of an exact sequence must agree on them."""
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Whether the coupling draws random numbers or depends on the mode. A call then uses what `drawn` returns."""
+        return False
+
+    def drawn(self, x: Tensor, *, training: bool) -> "AbstractCoupling":
+        """Return the coupling of a single call. Every run of this call, replays included, uses it.
+
+        Args:
+            x: The stream that will be updated. Only its shape and its device are read.
+            training: Whether the residual function is in training mode.
+        """
+        return self
+
+    @property
     def remembers(self) -> bool:
         """Whether `inverse` needs something of the stream that only the forward pass has.
 

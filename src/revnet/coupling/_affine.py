@@ -8,7 +8,7 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ class Affine(AbstractCoupling):
     which is more accurate and uses less memory.
 
     The residual function returns the shift and a raw scale, concatenated along one dimension. For a stream
-    (B, C, H, W), it returns (B, 2 C, H, W). The raw scale is bounded, so that a block is invertible for any
-    output of its residual function.
+    (B, C, H, W), it returns (B, 2 C, H, W). Or it returns a tuple of the shift and a raw scale that broadcasts to the
+    stream, such as a parameter of shape (C, 1, 1), so that the factor of each channel is learned. The raw scale is
+    bounded, so that a block is invertible for any output of its residual function.
 
     Accuracy: each block adds the rounding of a product and a sum. Dividing by small scales magnifies the errors of
     the blocks above it. Reversal is never exact.
@@ -94,7 +95,7 @@ class Affine(AbstractCoupling):
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the sum of `log_scale` for each sample."""
         _, raw = _halves(x, residual, "f")
-        return self._log_scale(raw, x.dtype).flatten(1).sum(1)
+        return self._log_scale(raw, x.dtype).expand_as(x).flatten(1).sum(1)
 
     def limit(self, dtype: torch.dtype) -> None:
         """Return None: reversal rounds at every magnitude."""
@@ -104,8 +105,18 @@ class Affine(AbstractCoupling):
         return F.logsigmoid(raw + 2) if self.bound == "sigmoid" else self.reach * torch.tanh(raw / self.reach)
 
 
-def _halves(x: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Split the residual into shift and raw scale, along the one dimension where it is twice as large as the stream."""
+def _halves(x: Tensor, residual: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return the shift and the raw scale, from a pair or from one tensor that has both along one dimension."""
+    if isinstance(residual, tuple) and len(residual) == 2 and all(isinstance(part, Tensor) for part in residual):
+        shift, raw = residual
+        check_residual(x, shift, name)
+        sizes = zip(raw.shape[::-1], x.shape[::-1], strict=False)  # Trailing dimensions are compared.
+        if raw.dim() > x.dim() or any(size not in (1, size_of_x) for size, size_of_x in sizes):
+            raise ValueError(
+                f"`{name}` returned a scale of shape {tuple(raw.shape)}, which must broadcast to the shape of the "
+                f"stream, {tuple(x.shape)}; for one factor per channel, return {(x.shape[1], *[1] * (x.dim() - 2))}."
+            )
+        return shift, raw
     if isinstance(residual, Tensor):
         doubled = [dim for dim in range(min(x.dim(), residual.dim())) if residual.shape[dim] == 2 * x.shape[dim] != 0]
         if len(doubled) != 1 or x.dim() != residual.dim():

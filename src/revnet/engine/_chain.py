@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from revnet.engine._plan import Plan
     from revnet.engine._rebuild import LinearStep, Rebuilder
     from revnet.engine._recording import ChainRecorder
+    from revnet.engine._surroundings import Surroundings
     from revnet.engine._tolerance import ToleranceKeeper
 
 _ADDITIVE = Additive()
@@ -73,7 +74,7 @@ class Chain:
 
     __slots__ = (
         *("blocks", "half_blocks", "has_exact", "is_exact", "list_streams", "mixes", "moves", "num_runs", "plans"),
-        "tolerated",
+        *("may_draw", "tolerated"),
     )
 
     def __init__(
@@ -91,6 +92,11 @@ class Chain:
         """Whether any coupling is exact."""
         self.mixes = any(half_block.coupling.mixes for half_block in half_blocks)
         """Whether any coupling changes the output of its function; see `AbstractCoupling.mix`."""
+        couplings = [half_block.coupling for half_block in half_blocks]
+        self.may_draw = self.blocks is not None or any(
+            coupling.draws or not coupling.is_linear for coupling in couplings
+        )
+        """Whether anything but the functions may draw random numbers: couplings, or hooks of blocks."""
         has_sums = any(type(half_block.source) is tuple for half_block in half_blocks)
         self.list_streams: type[list[Tensor]] = SummingList if has_sums else list
         """Type of the list of streams in a reversible run."""
@@ -117,6 +123,24 @@ class Chain:
         for_all = dict(kwargs or {})
         own = {role: dict(of_role) for role, of_role in (own_kwargs or {}).items()}
         return BoundChain(self, args, for_all, own, is_plain=not (args or for_all or own or self.mixes))
+
+    def prepare(
+        self, half_block: HalfBlock, streams: Sequence[Tensor], surroundings: "Surroundings | None" = None
+    ) -> HalfBlock:
+        """Return a half-block for a call that is about to run it, with the coupling that this call uses.
+
+        Args:
+            half_block: The half-block, of a chain that `may_draw`.
+            streams: The streams before it.
+            surroundings: State of a run, which is updated; None if nothing will run again.
+        """
+        coupling = half_block.coupling
+        if coupling.draws:
+            drawn = coupling.drawn(streams[half_block.target], training=half_block.function.training)
+            half_block = half_block._replace(coupling=drawn)
+        if surroundings is not None:
+            surroundings.refresh()  # Hooks and couplings may have drawn, and hooks may have switched autocast.
+        return half_block
 
     def groups(self) -> Iterator[tuple[nn.Module | None, range]]:
         """Yield the blocks that must be called, with the indices of their half-blocks; None for no block."""
@@ -265,6 +289,8 @@ def stored(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
 
     def advance(index: int, streams: list[Tensor]) -> None:
         half_block = chain.half_blocks[index]
+        if chain.chain.may_draw:
+            half_block = chain.chain.prepare(half_block, streams)
         residual = chain.call(half_block, read_source(streams, half_block.source))
         streams[half_block.target] = chain.join(half_block, streams[half_block.target], residual, chain.log_dets)
 

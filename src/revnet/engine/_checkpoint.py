@@ -88,9 +88,8 @@ class _KeepingRun:
         """Run the next half-block on `streams`, and keep none of its activations."""
         half_block, plans = chain.half_blocks[index], chain.chain.plans
         source, stream = read_source(streams, half_block.source), streams[half_block.target]
-        if chain.chain.blocks is not None or not half_block.coupling.is_linear:
-            # Hooks and couplings may draw random numbers, and hooks may switch autocast.
-            self._surroundings.refresh()
+        if chain.chain.may_draw:
+            half_block = chain.chain.prepare(half_block, streams, self._surroundings)
         call = RecordedCall(half_block.name, plans[index], half_block.function, self._surroundings)
         plans[index] = call.plan
         self._calls.append((half_block, call))

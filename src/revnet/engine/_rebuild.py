@@ -118,8 +118,8 @@ class Rebuilder:
 
     def _advance(self, chain: BoundChain, index: int, streams: list[Tensor]) -> None:
         half_block, plans, surroundings = chain.chain.half_blocks[index], chain.chain.plans, self.surroundings
-        if chain.chain.blocks is not None or not half_block.coupling.is_linear:
-            surroundings.refresh()  # Hooks and couplings may draw random numbers, and hooks may switch autocast.
+        if chain.chain.may_draw:
+            half_block = chain.chain.prepare(half_block, streams, surroundings)
         kind: type[AbstractStep] = LinearStep if half_block.coupling.is_linear else JoinedStep
         step = kind(half_block.name, plans[index], half_block.function, surroundings)
         plans[index], step.held_before = step.plan, None

@@ -5,8 +5,9 @@ break the graph there and continue. An exception in a function that runs for its
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from revnet._checks import describe_kind
 from revnet._torch_release import constant_of_object, constant_while_tracing, is_exporting
 
 
@@ -27,6 +28,15 @@ def refuse_sharded(module: nn.Module) -> None:
         raise CannotCompileError(
             "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; call "
             "`block.compile()` on each of its blocks before sharding instead."
+        )
+
+
+def refuse_other_results(name: str, residual: object) -> None:
+    """End the trace with an error if a residual function did not return one tensor."""
+    if not isinstance(residual, Tensor):
+        raise CannotCompileError(
+            f"`{name}` returned {describe_kind(residual)}, but a compiled reversible sequence needs one tensor; "
+            "compile the residual functions instead: `block.f.compile(); block.g.compile()`."
         )
 
 

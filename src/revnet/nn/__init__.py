@@ -24,6 +24,8 @@ from revnet.nn.blocks._momentum_block import MomentumBlock as MomentumBlock
 from revnet.nn.blocks._multi_stream_block import MultiStreamBlock as MultiStreamBlock
 from revnet.nn.blocks._reversible_block import ReversibleBlock as ReversibleBlock
 from revnet.nn.blocks._reversible_sequential import ReversibleSequential as ReversibleSequential
+from revnet.nn.blocks._stream_modules import DuplicateStreams as DuplicateStreams
+from revnet.nn.blocks._stream_modules import JoinStreams as JoinStreams
 from revnet.nn.invertible._abstract_invertible import AbstractInvertible as AbstractInvertible
 from revnet.nn.invertible._act_norm import ActNorm as ActNorm
 from revnet.nn.invertible._flow_step import FlowStep as FlowStep

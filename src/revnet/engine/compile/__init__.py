@@ -112,7 +112,7 @@ def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
     for half_block in chain.half_blocks:
         if half_block.coupling.remembers:
             refuse(
-                "a coupling that keeps bits of its streams, such as `ExactScaled` with a factor `a` below 1, cannot be "
+                "a coupling that keeps bits of its streams, `BDIA` or `ExactScaled` with a small factor, cannot be "
                 "compiled as a whole; compile the residual functions instead: `block.f.compile(); block.g.compile()`."
             )
     if chain.tolerance is not None:

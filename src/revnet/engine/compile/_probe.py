@@ -22,7 +22,7 @@ from revnet._torch_internals import (
 from revnet._torch_release import without_compiled_functions
 from revnet._types import TensorPair
 from revnet.engine._tensors import storage_key
-from revnet.engine._tracing import CannotCompileError
+from revnet.engine._tracing import CannotCompileError, refuse_other_results
 from revnet.engine.compile._program import NUM_STREAMS, Called, Findings, Program, Reach, Step
 from revnet.engine.compile._side_effects import Attributes, check_attributes, check_no_graph_left
 
@@ -87,6 +87,7 @@ def _probe_step(
         with autograd_in_operators(), torch.enable_grad(), fakes_for_a_trial(source), watch:
             # Whether or not its gradient is needed, because the reach must show what the residual depends on.
             called = program.call(step, source.requires_grad_(), leaves, copies)
+        refuse_other_results(step.name, called.residual)
         _check_only_the_first_call_writes(program, step, source, leaves, copies, before)
         streams[step.target] = step.coupling.forward(streams[step.target], called.residual.detach(), step.name)
     except depends_on_values():

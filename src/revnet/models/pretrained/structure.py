@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet._checks import describe
-from revnet.coupling import AbstractCoupling, Additive, Affine, ExactScaled, FixedPoint, Momentum, Scaled
+from revnet.coupling import BDIA, AbstractCoupling, Additive, Affine, ExactScaled, FixedPoint, Momentum, Scaled
 from revnet.nn import (
     AbstractPolicy,
     BatchNorm2dBiased,
@@ -22,6 +22,7 @@ from revnet.nn import (
     Checkpoint,
     Offload,
     Reverse,
+    ReversibleBlock,
     ReversibleSequential,
     Store,
 )
@@ -40,6 +41,7 @@ _COUPLINGS: dict[str, type[AbstractCoupling]] = {
     "momentum": Momentum,
     "scaled": Scaled,
     "exact_scaled": ExactScaled,
+    "bdia": BDIA,
 }
 _NORMS: dict[str, type[_BatchNorm]] = {
     "BatchNorm1d": nn.BatchNorm1d,
@@ -110,7 +112,7 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
         holder.set_policies([new or old for new, old in zip(policies, holder.policies, strict=True)])
     blocks = {name: each for name, each in model.named_modules() if isinstance(each, HAS_COUPLING)}
     for name, value in _expanded(structure, "couplings", blocks).items():
-        blocks[name].coupling = _read(value, _COUPLINGS, "couplings")
+        blocks[name].coupling = _read_couplings(blocks[name], value)
     rows = {name: each for name, each in model.named_modules() if isinstance(each, ReversibleSequential)}
     for name, value in _expanded(structure, "tolerances", rows).items():
         if isinstance(value, int | float | None):  # a module or a tensor would be registered
@@ -160,7 +162,9 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | str)
 
 
-def _describe_coupling(block: str, coupling: AbstractCoupling) -> Any:
+def _describe_coupling(block: str, coupling: AbstractCoupling | tuple[AbstractCoupling, ...]) -> Any:
+    if isinstance(coupling, tuple):
+        return [_describe_coupling(block, each) for each in coupling]
     name = _name_of(coupling, _COUPLINGS)
     if name is None:
         raise ValueError(
@@ -173,6 +177,14 @@ def _describe_coupling(block: str, coupling: AbstractCoupling) -> Any:
             value = getattr(coupling, field.name)
             arguments[field.name] = _describe_coupling(block, value) if isinstance(value, AbstractCoupling) else value
     return {"name": name, **arguments} if arguments else name
+
+
+def _read_couplings(block: nn.Module, value: Any) -> Any:
+    if not isinstance(value, list):
+        return _read(value, _COUPLINGS, "couplings")
+    if len(value) != 2 or not isinstance(block, ReversibleBlock):
+        raise ValueError(f"`couplings` (={describe(value)}) must be a coupling, or the two of a ReversibleBlock.")
+    return tuple(_read(each, _COUPLINGS, "couplings") for each in value)
 
 
 def _describe_norm(norm: _BatchNorm) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def check_functions(**functions: nn.Module) -> None:
             )
 
 
-def check_coupling(coupling: AbstractCoupling) -> None:
+def check_coupling(coupling: object) -> None:
     """Raise unless `coupling` is a coupling."""
     if not isinstance(coupling, AbstractCoupling):
         raise TypeError(

@@ -146,7 +146,7 @@ def _segments_of(
 
 def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
     """Raise if one sequence has exact and other couplings."""
-    if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling != first.coupling:
+    if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling.grid != first.coupling.grid:
         raise ValueError(
             f"`{other.name}` has the coupling {other.coupling}, but `{first.name}` has {first.coupling}; an exact "
             "coupling keeps the streams on its grid, so give all blocks of a sequence the same one with `set_coupling`."

@@ -27,15 +27,15 @@ class ReversibleBlock(AbstractReversibleBlock):
             the features of sequences. If you leave it out, it is 1, and a three-dimensional tensor is refused, because
             it may be (B, T, D) as well as (B, C, L).
         coupling: How the residuals are combined with the streams. `FixedPoint()` makes the reversal exact to the last
-            bit, and `Affine()` is for densities.
+            bit, and `Affine()` is for densities. A pair gives `f` and `g` couplings of their own.
 
     Shape:
         x: A tensor whose size along `split_dim` is even, such as (B, C, H, W) with an even C, or a pair of tensors.
         Output: the same.
 
     Raises:
-        TypeError: `f` or `g` is not a module, `split_dim` is not an integer, or `coupling` is not a coupling. In the
-            passes: the input is not a tensor or a pair.
+        TypeError: `f` or `g` is not a module, `split_dim` is not an integer, or `coupling` is neither a coupling nor a
+            pair of them. In the passes: the input is not a tensor or a pair.
         ValueError: In the passes: the input cannot be split along `split_dim`.
 
     References:
@@ -52,11 +52,17 @@ class ReversibleBlock(AbstractReversibleBlock):
     """
 
     def __init__(
-        self, f: nn.Module, g: nn.Module, *, split_dim: int | None = None, coupling: AbstractCoupling = _ADDITIVE
+        self,
+        f: nn.Module,
+        g: nn.Module,
+        *,
+        split_dim: int | None = None,
+        coupling: AbstractCoupling | tuple[AbstractCoupling, AbstractCoupling] = _ADDITIVE,
     ):
         super().__init__()
         check_functions(f=f, g=g)
-        check_coupling(coupling)
+        for one in coupling if isinstance(coupling, tuple) and len(coupling) == 2 else (coupling,):
+            check_coupling(one)
         self.f = f
         self.g = g
         self.coupling = coupling
@@ -65,10 +71,8 @@ class ReversibleBlock(AbstractReversibleBlock):
     @reads("coupling", children=("f", "g"))
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the two residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
-        return [
-            HalfBlock(self.f, 0, 1, prefix + "f", self.coupling, "f"),
-            HalfBlock(self.g, 1, 0, prefix + "g", self.coupling, "g"),
-        ]
+        of_f, of_g = self.coupling if isinstance(self.coupling, tuple) else (self.coupling, self.coupling)
+        return [HalfBlock(self.f, 0, 1, prefix + "f", of_f, "f"), HalfBlock(self.g, 1, 0, prefix + "g", of_g, "g")]
 
     def extra_repr(self) -> str:
         """Return the options that differ from the default, for `repr`."""
