@@ -8,7 +8,9 @@ Names that `revnet` itself does not export are provisional: they may change in a
 
 from revnet.conversion._convert import convert as convert
 from revnet.conversion._convert import set_method as set_method
+from revnet.conversion._methods import BDIA as BDIA
 from revnet.conversion._methods import AbstractMethod as AbstractMethod
+from revnet.conversion._methods import Adapter as Adapter
 from revnet.conversion._methods import Consistent as Consistent
 from revnet.conversion._methods import Dr2Net as Dr2Net
 from revnet.conversion._methods import Rewire as Rewire

@@ -96,7 +96,8 @@ def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Bran
             except AttributeError:
                 names = ", ".join(child for child, _ in block.named_children())
                 raise ValueError(
-                    f"`branches` names {step!r}, which `{name}` (={type(block).__name__}) does not have; it has {names}."
+                    f"`branches` names {step!r}, which `{name}` (={type(block).__name__}) does not have; it "
+                    f"has {names}."
                 ) from None
         made.append(Branch(block, name, steps))
     return tuple(made)
@@ -112,9 +113,10 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
         return
     place.is_checked = True
     args, kwargs = arguments
+    assert place.branches is not None
     devices = [x.device] if x.device.type != "cpu" else []
     # Copies, so that neither statistics nor random states change; in float32, where small residuals are visible.
-    whole, functions = copy.deepcopy((place.whole, place.functions))
+    whole, functions = copy.deepcopy((place.whole, place.branches))
     modules = [whole, *functions]
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()

@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from revnet._checks import check_bool, check_module, describe
-from revnet.conversion._bodies import WholeBlock
+from revnet.conversion._bodies import BlockResidual, WholeBlock
 from revnet.conversion._branches import Branches, make_branches
 from revnet.conversion._converted import exchange_class, is_converted, place_of, restore_class
 from revnet.conversion._methods import AbstractMethod, Consistent
-from revnet.conversion._refusals import check_block, check_host, check_row, why_first_differs
+from revnet.conversion._refusals import check_adapter, check_block, check_host, check_row, why_first_differs
 from revnet.conversion._report import ConversionReport
 from revnet.conversion._row import Place, Row
 from revnet.nn import Reverse
@@ -84,8 +84,8 @@ def convert(
             left[names.pop(0)] = reason
         for name in names:
             check_block(name, row_blocks[name])
-        per_block = 1 if branches is None else len(branches)
-        planned.append((Row(tuple(names), method, per_block), [row_blocks[name] for name in names]))
+        num_branches = None if branches is None else len(branches)
+        planned.append((Row(tuple(names), method, num_branches), [row_blocks[name] for name in names]))
     # Only now, so that an error leaves the model as it was.
     made = [_places(row, members, branches) for row, members in planned]
     for places in made:
@@ -129,8 +129,10 @@ def _places(row: Row, blocks: Sequence[nn.Module], branches: Branches | None) ->
     places = []
     for index, block in enumerate(blocks):
         whole = WholeBlock(block, type(block), row.names[index])
-        functions = (whole,) if branches is None else make_branches(block, row.names[index], branches)
-        places.append(Place(row, index, block, functions, whole, Reverse(), branches is None))
+        parts = None if branches is None else make_branches(block, row.names[index], branches)
+        if row.scheme is not None and (adapter := row.scheme.adapter) is not None:
+            check_adapter(row.names[index], block, adapter)
+        places.append(Place(row, index, block, whole, BlockResidual(whole), parts, Reverse(), branches is None))
     return places
 
 

@@ -85,6 +85,19 @@ def check_block(name: str, block: nn.Module) -> None:
         raise TypeError(f"`{name}` (={kind}) has no `forward`; name the list of blocks inside it.")
 
 
+def check_adapter(name: str, block: nn.Module, adapter: str) -> None:
+    """Raise if a block has no adapter.
+
+    Raises:
+        ValueError: It has no child of this name.
+    """
+    if adapter not in dict(block.named_modules()):
+        raise ValueError(
+            f"`{name}` (={type(block).__name__}) has no child `{adapter}`; add one to each block that is converted, as "
+            f"in `block.{adapter} = nn.Linear(d, d)`, before `Adapter`."
+        )
+
+
 def why_first_differs(blocks: Sequence[nn.Module]) -> str | None:
     """Return why the first block stays as it is, or None if it is like the second one."""
     if len(blocks) < 2:

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from revnet.conversion._methods import AbstractMethod, coupling_of
-from revnet.coupling import AbstractCoupling
+from revnet.conversion._bodies import BlockResidual, WholeBlock
+from revnet.conversion._methods import AbstractMethod
+from revnet.conversion._scheme import Scheme
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractPolicy
 
@@ -17,70 +18,66 @@ class Row:
     Args:
         names: Names of the blocks, in order.
         method: The method.
-        functions_per_block: Number of residual functions of each block: 1 for whole blocks.
+        num_branches: Number of branches of each block; None if blocks are whole.
     """
 
-    def __init__(self, names: tuple[str, ...], method: AbstractMethod, functions_per_block: int):
+    def __init__(self, names: tuple[str, ...], method: AbstractMethod, num_branches: int | None):
         self.names = names
-        self.functions_per_block = functions_per_block
+        self.num_branches = num_branches
         self._chains: dict[int, Chain] = {}
         self.method = method
 
     @property
     def is_whole(self) -> bool:
         """Whether each block is one function, which includes its skip connection."""
-        return self.functions_per_block == 1
+        return self.num_branches is None
 
     @property
     def method(self) -> AbstractMethod:
-        """The method. Passes that have begun keep the coupling of the one before."""
+        """The method. Passes that have begun keep the scheme of the one before."""
         return self._method
 
     @method.setter
     def method(self, method: AbstractMethod) -> None:
+        scheme = method.scheme(self.num_branches)
+        self.scheme, self.factors = (scheme, None) if isinstance(scheme, Scheme) else (None, scheme)
         self._method = method
-        self.coupling = coupling_of(method, is_whole=self.is_whole)
         self._chains = {}
-
-    def coupling_for(self, training: bool) -> AbstractCoupling | None:
-        """Return the coupling of the pass that begins now; None at `a = 0`."""
-        return self.coupling
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the chains, which hold what one process has learned."""
         return {**vars(self), "_chains": {}}
 
-    def chain_from(self, position: int, coupling: AbstractCoupling) -> Chain:
+    def chain_from(self, position: int, scheme: Scheme) -> Chain:
         """Return the chain of the blocks from `position` on, whose functions are filled in by `fill`."""
-        if coupling != self.coupling:  # A pass that began before the method was changed.
-            return self._build(position, coupling)
+        if scheme != self.scheme:  # A pass that began before the method was changed.
+            return self._build(position, scheme)
         if position not in self._chains:
-            self._chains[position] = self._build(position, coupling)
+            self._chains[position] = self._build(position, scheme)
         return self._chains[position]
 
-    def _build(self, position: int, coupling: AbstractCoupling) -> Chain:
-        per_block = self.functions_per_block
-        half_blocks = [
-            self._half_block(nn.Identity(), number, coupling)
-            for number in range(position * per_block, len(self.names) * per_block)
-        ]
-        return Chain(half_blocks)
+    def _build(self, position: int, scheme: Scheme) -> Chain:
+        numbers = range(position * scheme.num_functions, len(self.names) * scheme.num_functions)
+        return Chain([self._half_block(nn.Identity(), number, scheme) for number in numbers])
 
-    def _half_block(self, function: nn.Module, number: int, coupling: AbstractCoupling) -> HalfBlock:
-        """Return half-block `number` of the row. Each reads the stream that was updated last."""
-        index, of_block = divmod(number, self.functions_per_block)
-        name = self.names[index] + ("" if self.is_whole else f".{'fgh'[of_block]}")
-        return HalfBlock(function, number % 2, 1 - number % 2, name, coupling, str(index))
+    def _half_block(self, function: nn.Module, number: int, scheme: Scheme) -> HalfBlock:
+        index, of_block = divmod(number, scheme.num_functions)
+        name = self.names[index] + (f".{'fgh'[of_block]}" if scheme.num_functions > 1 else "")
+        target, is_adapter = scheme.target_of(number), scheme.adapter is not None and of_block == 1
+        coupling = scheme.coupling_of(number)
+        return HalfBlock(function, target, 1 - target, name, coupling, str(index), takes_arguments=not is_adapter)
 
-    def fill(self, chain: Chain, start: int, place: "Place") -> None:
+    def fill(self, chain: Chain, start: int, place: "Place", scheme: Scheme) -> None:
         """Put the functions of a block into a chain that begins at block `start`."""
-        first = (place.index - start) * self.functions_per_block
-        for offset, function in enumerate(place.functions):
+        first = (place.index - start) * scheme.num_functions
+        training = place.block.training
+        for offset, function in enumerate(place.functions_of(scheme)):
+            if function.training is not training:
+                function.training = training
             if chain.half_blocks[first + offset].function is not function:
-                number = place.index * self.functions_per_block + offset
-                coupling = chain.half_blocks[first + offset].coupling
+                number = place.index * scheme.num_functions + offset
                 half_blocks = list(chain.half_blocks)
-                half_blocks[first + offset] = self._half_block(function, number, coupling)
+                half_blocks[first + offset] = self._half_block(function, number, scheme)
                 chain.half_blocks = tuple(half_blocks)
                 chain.plans[first + offset] = None
 
@@ -93,10 +90,12 @@ class Place:
     index: int
     """Index of the block in the row."""
     block: nn.Module
-    functions: tuple[Any, ...]
-    """The functions of the block: one `WholeBlock`, or the branches."""
-    whole: Any
-    """The computation of the original block, a `WholeBlock`."""
+    whole: WholeBlock
+    """The computation of the original block."""
+    residual: BlockResidual
+    """What the original block adds to its input."""
+    branches: tuple[nn.Module, ...] | None
+    """The branches of the block; None if blocks are whole."""
     policy: AbstractPolicy
     """Policy of the block."""
     is_checked: bool
@@ -106,3 +105,11 @@ class Place:
     def name(self) -> str:
         """Name of the block."""
         return self.row.names[self.index]
+
+    def functions_of(self, scheme: Scheme) -> tuple[nn.Module, ...]:
+        """Return the functions that the block runs, the same objects in each call."""
+        if scheme.adapter is not None:
+            return self.whole, self.block.get_submodule(scheme.adapter)
+        if self.branches is not None:
+            return self.branches
+        return (self.residual if scheme.subtracts else self.whole,)

@@ -11,8 +11,8 @@ from revnet._torch_release import is_exporting
 from revnet.conversion._branches import check_branches
 from revnet.conversion._host_switches import checkpoints_itself
 from revnet.conversion._row import Place
+from revnet.conversion._scheme import Scheme
 from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of, take_other
-from revnet.coupling import AbstractCoupling
 from revnet.engine import BoundChain, Chain
 from revnet.engine._open_run import Arguments, OpenChain, OpenRun
 from revnet.engine._split import is_low_precision
@@ -84,9 +84,9 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
             f"the stream of `{place.name}` (={describe_kind(x)}) must be a floating-point tensor, the first argument "
             f"of the block; convert the model back with `revnet.convert(model, back=True)`."
         )
-    coupling = place.row.coupling_for(place.block.training)
-    state = _state_for(place, x, coupling)
-    if state is None and coupling is None:
+    scheme = place.row.scheme
+    state = _state_for(place, x, is_plain=scheme is None)
+    if state is None and scheme is None:
         return _run_plain(place, x, args, kwargs)
     _check_arguments(place, args, kwargs)
     if not place.is_checked:
@@ -97,14 +97,14 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
             "`model.gradient_checkpointing_disable()`."
         )
     if state is None:
-        assert coupling is not None
-        state, streams = _begin(place, x, coupling)
+        assert scheme is not None
+        state, streams = _begin(place, x, scheme)
     else:
         streams = _streams_of(place, x, state)
     return _advance(place, state, streams, (args, kwargs))
 
 
-def _state_for(place: Place, x: Tensor, coupling: AbstractCoupling | None) -> StreamState | None:
+def _state_for(place: Place, x: Tensor, *, is_plain: bool) -> StreamState | None:
     """Return the state that the block continues, or None if it begins a pass."""
     state = state_of(x)
     if state is None and isinstance(_calls.given, Tensor) and (given := state_of(_calls.given)) is not None:
@@ -117,7 +117,7 @@ def _state_for(place: Place, x: Tensor, coupling: AbstractCoupling | None) -> St
                 "be undone; use the out-of-place form of the operation after the last converted block."
             )
         return state
-    if place.index == 0 or coupling is None:
+    if place.index == 0 or is_plain:
         return None
     raise RuntimeError(
         f"`{place.name}` was given a tensor that `{_before(place)}` did not return, but the second stream comes with "
@@ -144,21 +144,19 @@ def _check_arguments(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _run_plain(place: Place, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the block at `a = 0`, and keep only its input for the backward pass."""
     _check_arguments(place, args, kwargs)
-    _, b, c = place.row.method.factors
+    assert place.row.factors is not None
+    _, b, c = place.row.factors
     is_original = b == c == 1
     is_plain = not torch.is_grad_enabled() or runs_plainly()
     policy = place.policy if isinstance(place.policy, AbstractModulePolicy) else Checkpoint()
     y = x
-    for function in (place.whole,) if is_original else place.functions:
+    for function in (place.whole,) if is_original or place.branches is None else place.branches:
         residual = function(y, *args, **kwargs) if is_plain else policy.call(function, (y, *args), kwargs)
-        if is_original:
-            y = residual
-        else:
-            y = torch.add(y * (c - b if place.row.is_whole else c), residual, alpha=b)
+        y = residual if is_original else torch.add(y * (c - b if place.row.is_whole else c), residual, alpha=b)
     return place.whole.wrap(y)
 
 
-def _begin(place: Place, x: Tensor, coupling: AbstractCoupling) -> tuple[StreamState, list[Tensor]]:
+def _begin(place: Place, x: Tensor, scheme: Scheme) -> tuple[StreamState, list[Tensor]]:
     """Return the state before the first block, and two streams that are equal."""
     dtype = x.dtype
     if is_low_precision(x):
@@ -171,54 +169,46 @@ def _begin(place: Place, x: Tensor, coupling: AbstractCoupling) -> tuple[StreamS
                 "train with float32 weights under `torch.autocast`, or pass `branches` to `revnet.convert`."
             )
         x = x.float()
-    prepared = coupling.prepare(x)
+    prepared = scheme.couplings[0].prepare(x)
     input_dtype = dtype if prepared.dtype != dtype else None
-    state = StreamState(place.row, place.index, coupling, prepared, None, input_dtype, None)
-    return state, [prepared, prepared.clone()]
+    state = StreamState(place.row, place.index, scheme, prepared, None, input_dtype, None)
+    return state, [prepared, prepared]
 
 
 def _streams_of(place: Place, x: Tensor, state: StreamState) -> list[Tensor]:
-    """Return the streams in their order: each half-block reads the one that was updated last."""
-    primary = x if state.primary is None else state.primary
-    is_first = place.index * place.row.functions_per_block % 2 == 1
-    other = take_other(state)
+    """Return the streams in their order."""
+    primary, other = x if state.primary is None else state.primary, take_other(state)
+    is_first = state.scheme.target_of(place.index * state.scheme.num_functions - 1) == 0
     return [primary, other] if is_first else [other, primary]
 
 
 def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments: Arguments) -> Any:
     """Run the functions of the block on the streams, and return what the host gets."""
-    row, run = place.row, state.run
-    count, role = row.functions_per_block, str(place.index)
+    row, run, scheme = place.row, state.run, state.scheme
+    count, role = scheme.num_functions, str(place.index)
     is_plain = not torch.is_grad_enabled() or runs_plainly()
     if not is_plain and place.policy == Reverse():
         if run is None or not run.can_advance or run.position != place.index * count:
-            # Of a pass that went on from the same tensor, or whose backward pass has begun.
-            chain = _call_from(place, state)
-            run = OpenRun(chain, streams)
+            # There is none, or its pass went on from the same tensor, or its backward pass has begun.
+            chain = row.chain_from(place.index, scheme)
+            run = OpenRun(OpenChain(chain, (), {}, {}, state.input_dtype), streams)
             run.offset = place.index * count
         assert isinstance(run.chain, OpenChain)
-        row.fill(run.chain.chain, run.offset // count, place)
+        row.fill(run.chain.chain, run.offset // count, place, scheme)
         run.advance(run.chain, count, role, arguments, streams)
     else:
         run = None
-        chain = row.chain_from(place.index, state.coupling)
-        row.fill(chain, place.index, place)
+        chain = row.chain_from(place.index, scheme)
+        row.fill(chain, place.index, place, scheme)
         call = BoundChain(Chain(chain.half_blocks[:count]), *arguments, {}, state.input_dtype)
         streams = list((_STORE if is_plain else place.policy).run(call, streams))
-    last = ((place.index + 1) * count - 1) % 2
-    primary = streams[last]
-    y = primary if state.input_dtype is None else primary.to(state.input_dtype)
+    last = scheme.target_of((place.index + 1) * count - 1)
+    primary, other = streams[last], streams[1 - last]
+    y = primary if scheme.adapter is None else (primary + other) / 2
+    if state.input_dtype is not None:
+        y = y.to(state.input_dtype)
     if place.index + 1 < len(row.names):
         held = None if y is primary else primary
-        after = StreamState(
-            row, place.index + 1, state.coupling, streams[1 - last], held, state.input_dtype, run
-        )
-        attach(y, after)
+        attach(y, StreamState(row, place.index + 1, scheme, other, held, state.input_dtype, run))
         _calls.returned = y
     return place.whole.wrap(y)
-
-
-def _call_from(place: Place, state: StreamState) -> OpenChain:
-    """Return one call of the chain that begins at the block."""
-    chain: Chain = place.row.chain_from(place.index, state.coupling)
-    return OpenChain(chain, (), {}, {}, state.input_dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet.coupling import AbstractCoupling
+from revnet.conversion._scheme import Scheme
 from revnet.engine._open_run import OpenRun
 from revnet.engine._tensors import storage_key, version_of
 
@@ -30,8 +30,8 @@ class StreamState:
     """The row of blocks."""
     position: int
     """Index of the next block in its row."""
-    coupling: AbstractCoupling
-    """Coupling of this pass, which does not change before its end."""
+    scheme: Scheme
+    """Scheme of this pass, which does not change before its end."""
     other: Tensor
     """The stream that is not returned."""
     primary: Tensor | None
