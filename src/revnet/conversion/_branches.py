@@ -122,17 +122,18 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
         x = x.float()
         args, kwargs = torch.utils._pytree.tree_map(_widened, (args, kwargs))
         modules = [module.float() for module in modules]
+    x = x.detach()
     outcomes = []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for run in (lambda: modules[0](x, *args, **kwargs), lambda: _composed(modules[1:], x, args, kwargs)):
             with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
                 outcomes.append(run())
     whole_y, composed = outcomes
-    error = (whole_y - composed).norm()
-    if not error <= _SLACK * (whole_y - x).norm():
+    error, size = float((whole_y - composed).norm()), float((whole_y - x).norm())
+    if not error <= _SLACK * size:
         raise ValueError(
             f"`branches` do not compute what `{place.name}` (={type(place.block).__name__}) computes: what they add to "
-            f"its input differs by {float(error / (whole_y - x).norm()):.1g} of its norm; name all modules of each "
+            f"its input differs by {error / (size or 1.0):.1g} of its norm; name all modules of each "
             "branch in their order, or leave `branches` out."
         )
 

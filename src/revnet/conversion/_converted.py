@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from types import new_class
 from typing import Any
 
-import torch
 from torch import nn
 
+from revnet._torch_internals import run_between_graphs
 from revnet.conversion._row import Place
 from revnet.conversion._run_block import call_block, run_block
 from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
@@ -107,19 +107,20 @@ def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
         if issubclass(subclass, Converted) and subclass.__dict__.get("_class_before") is kind:
             return subclass
     stream_name = next(iter([*inspect.signature(kind.forward).parameters][1:]), "x")
-    # Dynamo fails on tensors that carry attributes. A block runs eagerly between two compiled graphs.
-    run = torch.compiler.disable(run_block, reason=_REASON)
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return run(place_of(self), args, kwargs, stream_name)
+        return run_block(place_of(self), args, kwargs, stream_name)
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call_block(self, kind, args, kwargs)
 
+    # The compiler fails on tensors that carry attributes.
+    run_between_graphs(forward, _REASON)
+    run_between_graphs(call, _REASON)
     body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": forward, "__call__": torch.compiler.disable(call, reason=_REASON)}
+    body |= {"forward": forward, "__call__": call}
     body |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_class_before": kind}
     # Python allows the assignment of the class only if the block's own class is the first base. The name stays, since
     # other tools look up blocks by the names of their classes.

@@ -11,6 +11,9 @@ from revnet.conversion._scheme import Scheme
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractPolicy
 
+_UNKNOWN = nn.Identity()
+"""Function of a half-block whose block has not been called yet."""
+
 
 class Row:
     """Converted blocks whose host calls one after the other, with one method.
@@ -24,7 +27,7 @@ class Row:
     def __init__(self, names: tuple[str, ...], method: AbstractMethod, num_branches: int | None):
         self.names = names
         self.num_branches = num_branches
-        self._chains: dict[int, Chain] = {}
+        self._chains: dict[tuple[int, int], Chain] = {}
         self.method = method
 
     @property
@@ -48,17 +51,17 @@ class Row:
         """Return the attributes without the chains, which hold what one process has learned."""
         return {**vars(self), "_chains": {}}
 
-    def chain_from(self, position: int, scheme: Scheme) -> Chain:
-        """Return the chain of the blocks from `position` on, whose functions are filled in by `fill`."""
+    def chain_of(self, start: int, stop: int, scheme: Scheme) -> Chain:
+        """Return the chain of blocks `start` to `stop`, whose functions are filled in by `fill`."""
         if scheme != self.scheme:  # A pass that began before the method was changed.
-            return self._build(position, scheme)
-        if position not in self._chains:
-            self._chains[position] = self._build(position, scheme)
-        return self._chains[position]
+            return self._build(start, stop, scheme)
+        if (start, stop) not in self._chains:
+            self._chains[start, stop] = self._build(start, stop, scheme)
+        return self._chains[start, stop]
 
-    def _build(self, position: int, scheme: Scheme) -> Chain:
-        numbers = range(position * scheme.num_functions, len(self.names) * scheme.num_functions)
-        return Chain([self._half_block(nn.Identity(), number, scheme) for number in numbers])
+    def _build(self, start: int, stop: int, scheme: Scheme) -> Chain:
+        numbers = range(start * scheme.num_functions, stop * scheme.num_functions)
+        return Chain([self._half_block(_UNKNOWN, number, scheme) for number in numbers])
 
     def _half_block(self, function: nn.Module, number: int, scheme: Scheme) -> HalfBlock:
         index, of_block = divmod(number, scheme.num_functions)

@@ -13,7 +13,7 @@ from revnet.conversion._host_switches import checkpoints_itself
 from revnet.conversion._row import Place
 from revnet.conversion._scheme import Scheme
 from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of, take_other
-from revnet.engine import BoundChain, Chain
+from revnet.engine import BoundChain
 from revnet.engine._open_run import Arguments, OpenChain, OpenRun
 from revnet.engine._split import is_low_precision
 from revnet.engine._tensors import version_of
@@ -190,7 +190,7 @@ def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments:
     if not is_plain and place.policy == Reverse():
         if run is None or not run.can_advance or run.position != place.index * count:
             # There is none, or its pass went on from the same tensor, or its backward pass has begun.
-            chain = row.chain_from(place.index, scheme)
+            chain = row.chain_of(place.index, len(row.names), scheme)
             run = OpenRun(OpenChain(chain, (), {}, {}, state.input_dtype), streams)
             run.offset = place.index * count
         assert isinstance(run.chain, OpenChain)
@@ -198,9 +198,9 @@ def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments:
         run.advance(run.chain, count, role, arguments, streams)
     else:
         run = None
-        chain = row.chain_from(place.index, scheme)
+        chain = row.chain_of(place.index, place.index + 1, scheme)
         row.fill(chain, place.index, place, scheme)
-        call = BoundChain(Chain(chain.half_blocks[:count]), *arguments, {}, state.input_dtype)
+        call = BoundChain(chain, *arguments, {}, state.input_dtype)
         streams = list((_STORE if is_plain else place.policy).run(call, streams))
     last = scheme.target_of((place.index + 1) * count - 1)
     primary, other = streams[last], streams[1 - last]

@@ -30,7 +30,7 @@ class OpenChain(BoundChain):
 
     def arguments_of(self, half_block: HalfBlock) -> Arguments:
         """Return the additional arguments of one residual function."""
-        return self.arguments[half_block.role]
+        return self.arguments[half_block.role] if half_block.takes_arguments else ((), {})
 
 
 class OpenRun(Rebuilder):
