@@ -272,7 +272,7 @@ def test_refuses_blocks_that_are_not_residual(kind, error, match):
 
 def test_refuses_what_is_not_a_stream():
     host, _ = twins(Consistent())
-    for x, what in ((None, "None"), ((X, X), "tuple"), (torch.ones(2, 16, dtype=torch.long), "int64")):
+    for x in (None, (X, X), torch.ones(2, 16, dtype=torch.long)):
         with pytest.raises(TypeError, match=r"the stream of `blocks\.0` .* must be a floating-point tensor"):
             host.blocks[0](x)
     with pytest.raises(TypeError, match=r"dtype torch\.bfloat16, in which what a whole block adds to it is lost"):
@@ -284,24 +284,12 @@ class DynamicCache:
 
 
 def test_refuses_caches_only_with_gradients():
-    host, _ = twins(Consistent())
-
-    class Caching(Host):
-        def forward(self, x):
-            x = self.stem(x)
-            for block in self.blocks:
-                x = Block.forward(block, x) if type(block) is Block else block(x, None)
-            return x
-
-    with pytest.raises(ValueError, match=r"`blocks\.0` is given a DynamicCache"):
-        host.blocks[0](host.stem(X), DynamicCache())
-
     class Takes(Block):
         def forward(self, x, cache=None):
             return super().forward(x)
 
     model = Host(2, block=Takes)
-    revnet.convert(model.blocks, Dr2Net())
+    revnet.convert(model.blocks, Consistent())
     with torch.no_grad():
         model.blocks[0](model.stem(X), DynamicCache())
     with pytest.raises(ValueError, match="use_cache=False"):
@@ -325,8 +313,7 @@ def test_compiles_around_the_blocks():
     host, stored = twins(Consistent(0.5), num_blocks=2)
     torch._dynamo.reset()
     compiled = torch.compile(host, backend="eager")
-    run = lambda model: model(X).square().sum().backward()
-    expected = gradients(stored, run)
+    expected = gradients(stored, lambda model: model(X).square().sum().backward())
     gradients(host, lambda _: compiled(X).square().sum().backward())
     assert all_equal([parameter.grad for parameter in host.parameters()], expected)
     torch._dynamo.reset()
@@ -343,7 +330,6 @@ def test_branches_are_compared_with_the_block():
         host, _ = twins(Consistent(), branches=branches)
         with pytest.raises(ValueError, match=r"`branches` do not compute what `blocks\.0` \(=Block\) computes"):
             host(X)
-    state = torch.get_rng_state()
     host, _ = twins(Dr2Net(0.5, 0.5), dropout=0.5, branches=["norm1 mixer dropout", "norm2 mlp"])
     host(X)
 

@@ -15,3 +15,4 @@ from revnet.conversion._methods import Consistent as Consistent
 from revnet.conversion._methods import Dr2Net as Dr2Net
 from revnet.conversion._methods import Rewire as Rewire
 from revnet.conversion._report import ConversionReport as ConversionReport
+from revnet.conversion._schedule import ConversionSchedule as ConversionSchedule

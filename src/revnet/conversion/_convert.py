@@ -144,7 +144,7 @@ def _rows_of(model: Any, blocks: Any) -> list[dict[str, nn.Module]]:
                 f"`model` (={describe(model)}) must be a list of blocks, such as `model.blocks`; or name its lists, as "
                 "in `blocks='blocks'`."
             )
-        members = list(model.named_children()) if isinstance(model, nn.Module) else list(enumerate(model))
+        members = list(model._modules.items()) if isinstance(model, nn.Module) else list(enumerate(model))
         return [{str(name): block for name, block in members}]
     check_module("model", model)
     names = [blocks] if isinstance(blocks, str) else blocks
@@ -163,7 +163,7 @@ def _row_named(model: nn.Module, name: str) -> dict[str, nn.Module]:
         what = "does not exist" if found is None else f"is a {type(found).__name__}"
         hint = f"this model has {', '.join(lists[:4])}" if lists else "this model has none"
         raise ValueError(f"`blocks` names {name!r}, which {what}, and not a list of blocks; {hint}.")
-    return {f"{name}.{child}": block for child, block in found.named_children()}
+    return {f"{name}.{child}": block for child, block in found._modules.items()}
 
 
 def _convert_back(model: Any, method: Any, blocks: Any) -> ConversionReport:

@@ -28,7 +28,7 @@ _REASON = (
 class Converted(HasPolicies):
     """Base of the classes of converted blocks; it is mixed with the block's own class."""
 
-    _class_before: type[nn.Module]
+    _original_class: type[nn.Module]
     _conversion_place: Place
 
     @property
@@ -91,7 +91,7 @@ def exchange_class(block: nn.Module, place: Place) -> None:
 
 def restore_class(block: nn.Module) -> None:
     """Make a converted block an instance of its original class again."""
-    block.__class__ = type(block)._class_before  # type: ignore[attr-defined]
+    block.__class__ = type(block)._original_class  # type: ignore[attr-defined]
     vars(block).pop(PLACE, None)
 
 
@@ -104,7 +104,7 @@ def new_converted(kind: type[nn.Module]) -> nn.Module:
 def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `kind` whose instances are converted; the same one in each call."""
     for subclass in kind.__subclasses__():
-        if issubclass(subclass, Converted) and subclass.__dict__.get("_class_before") is kind:
+        if issubclass(subclass, Converted) and subclass.__dict__.get("_original_class") is kind:
             return subclass
     stream_name = next(iter([*inspect.signature(kind.forward).parameters][1:]), "x")
 
@@ -121,7 +121,7 @@ def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
     run_between_graphs(call, _REASON)
     body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"forward": forward, "__call__": call}
-    body |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_class_before": kind}
+    body |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_original_class": kind}
     # Python allows the assignment of the class only if the block's own class is the first base. The name stays, since
     # other tools look up blocks by the names of their classes.
     return new_class(kind.__name__, (kind, Converted), exec_body=lambda namespace: namespace.update(body))
@@ -129,13 +129,13 @@ def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _extra_repr(self: Any) -> str:
     """Return what the block itself shows, and the method."""
-    own: str = self._class_before.extra_repr(self)
+    own: str = self._original_class.extra_repr(self)
     return ", ".join(filter(None, [own, f"converted by {vars(self)[PLACE].row.method}"]))
 
 
 def _reduce(self: Any, protocol: Any) -> str | tuple[Any, ...]:
     """Return how to copy or pickle the block, whose class cannot be found by its name."""
-    kind = self._class_before
+    kind = self._original_class
     parts: str | tuple[Any, ...] = kind.__reduce_ex__(self, max(protocol, 2))
     if isinstance(parts, str) or parts[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
         raise TypeError(

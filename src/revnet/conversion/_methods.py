@@ -274,4 +274,4 @@ def _check(method: AbstractMethod, **coefficients: float) -> None:
 
 
 def _between(start: float, end: float, share: float) -> float:
-    return end if share == 1 else start + share * (end - start)
+    return float(end) if share == 1 else float(start + share * (end - start))

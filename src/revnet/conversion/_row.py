@@ -45,7 +45,10 @@ class Row:
         scheme = method.scheme(self.num_branches)
         self.scheme, self.factors = (scheme, None) if isinstance(scheme, Scheme) else (None, scheme)
         self._method = method
-        self._chains = {}
+        # A schedule changes the method before each update. What was learned about the functions remains.
+        self._chains = {
+            key: self._build(*key, self.scheme, chain) for key, chain in self._chains.items() if self.scheme
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes without the chains, which hold what one process has learned."""
@@ -59,9 +62,14 @@ class Row:
             self._chains[start, stop] = self._build(start, stop, scheme)
         return self._chains[start, stop]
 
-    def _build(self, start: int, stop: int, scheme: Scheme) -> Chain:
+    def _build(self, start: int, stop: int, scheme: Scheme, like: Chain | None = None) -> Chain:
         numbers = range(start * scheme.num_functions, stop * scheme.num_functions)
-        return Chain([self._half_block(_UNKNOWN, number, scheme) for number in numbers])
+        if like is None or len(like.half_blocks) != len(numbers):
+            return Chain([self._half_block(_UNKNOWN, number, scheme) for number in numbers])
+        functions = [half_block.function for half_block in like.half_blocks]
+        chain = Chain([self._half_block(*pair, scheme) for pair in zip(functions, numbers, strict=True)])
+        chain.plans, chain.num_runs, chain.tolerated = like.plans, like.num_runs, like.tolerated
+        return chain
 
     def _half_block(self, function: nn.Module, number: int, scheme: Scheme) -> HalfBlock:
         index, of_block = divmod(number, scheme.num_functions)
