@@ -32,6 +32,7 @@ LEVELS = {
     "optim": 1,
     "engine": 2,
     "nn": 3,
+    "conversion": 4,
     "distributed": 4,
     "models": 4,
     "numerics": 4,

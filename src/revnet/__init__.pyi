@@ -1,5 +1,6 @@
 # The names of the package, each of them once: type checkers and `revnet._lazy` read this file.
 from revnet import bench as bench
+from revnet import conversion as conversion
 from revnet import coupling as coupling
 from revnet import data as data
 from revnet import distributed as distributed
@@ -11,6 +12,7 @@ from revnet import numerics as numerics
 from revnet import optim as optim
 from revnet import paper as paper
 from revnet import training as training
+from revnet.conversion import convert as convert
 from revnet.coupling import Additive as Additive
 from revnet.coupling import FixedPoint as FixedPoint
 from revnet.errors import BudgetError as BudgetError

@@ -158,6 +158,23 @@ def never_compile(function: Callable[..., object]) -> None:
             eval_frame.set_code_exec_strategy(constant, skip)
 
 
+def run_between_graphs(function: Callable[..., object], reason: str) -> None:
+    """Let `torch.compile` end its graph before a call of `function`, and run the call eagerly.
+
+    `torch.compiler.disable` sets the same attributes.
+    Replacement: `torch.compiler.disable`, which imports the compiler, and this takes seconds.
+
+    Args:
+        function: The function, all code that it runs included.
+        reason: Text for the error of `fullgraph=True`.
+    """
+    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+    strategy = getattr(eval_frame, "_FrameExecStrategy", None)
+    if strategy is not None:
+        skip = strategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+        eval_frame.set_code_exec_strategy(function.__code__, skip)
+
+
 def call_after_backward(callback: Callable[[], None]) -> bool:
     """Call `callback` when the current backward pass ends. Return False outside of a backward pass.
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import revnet
-from revnet import coupling, distributed, functional, models, optim
+from revnet import conversion, coupling, distributed, functional, models, optim
 from revnet import nn as rnn
 from revnet.coupling._additive import additive, additive_inverse
 from revnet.engine._split import split
@@ -173,6 +173,12 @@ REALNVP = {"image_shape": (1, 4, 4), "num_scales": 1, "num_couplings": 1, "hidde
 IREVNET = {"num_blocks": (1, 1), "strides": (1, 2), "num_classes": 2}
 
 CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
+    (conversion.Adapter, {}),
+    (conversion.BDIA, {}),
+    (conversion.Consistent, {}),
+    (conversion.ConversionSchedule, {"start": conversion.Rewire(), "end": conversion.Rewire(), "num_updates": 2}),
+    (conversion.Dr2Net, {}),
+    (conversion.Rewire, {}),
     (coupling.Additive, {}),
     (coupling.Affine, {}),
     (coupling.BDIA, {}),
@@ -221,6 +227,13 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (distributed.Pipeline, {"blocks": sequence(), "num_microbatches": 1}),
 ]
 UNITS = sequence().policy_units
+
+
+def converted() -> nn.Module:
+    """Return a model whose blocks are converted."""
+    model = nn.Sequential(linear(), linear())
+    conversion.convert(model, conversion.Dr2Net())
+    return model
 
 
 def shard_arguments() -> dict[str, Any]:
@@ -287,6 +300,12 @@ FUNCTIONS = [
         also={"dim": "split_dim"},  # the name of the argument of a block
         silent=frozenset({"name"}),
     ),
+    Target(
+        "convert",
+        conversion.convert,
+        lambda: {"model": nn.Sequential(nn.Sequential(linear(), linear())), "blocks": "0"},
+    ),
+    Target("set_method", conversion.set_method, lambda: {"model": converted(), "method": conversion.Rewire()}),
     Target("cut_into_stages", distributed.cut_into_stages, lambda: {"blocks": sequence(), "num_stages": 2}),
     Target("create_model", on_meta(models.create_model), lambda: {"name": "resnet32"}, models.create_model),
     Target("list_models", models.list_models, dict),

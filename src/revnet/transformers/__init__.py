@@ -8,11 +8,12 @@ The names are provisional: they may change in any release.
 
 from revnet.errors import MissingDependencyError
 
-__all__ = ["DriftCallback", "ReversibleTransformerConfig", "ReversibleTransformerForCausalLM"]
+__all__ = ["ConversionCallback", "DriftCallback", "ReversibleTransformerConfig", "ReversibleTransformerForCausalLM"]
 
 try:
     from revnet.transformers._causal_lm import ReversibleTransformerForCausalLM as ReversibleTransformerForCausalLM
     from revnet.transformers._causal_lm_config import ReversibleTransformerConfig as ReversibleTransformerConfig
+    from revnet.transformers._conversion_callback import ConversionCallback as ConversionCallback
     from revnet.transformers._drift_callback import DriftCallback as DriftCallback
     from revnet.transformers._registration import register
 except ImportError as error:

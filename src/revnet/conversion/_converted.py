@@ -1,0 +1,145 @@
+"""Exchange the class of a block for one whose instances run reversibly within their host.
+
+Nothing else changes: the block keeps its children, parameters, hooks and attributes, and it is still an instance of its
+class. `torch.distributed.fsdp.fully_shard` and `torch.nn.utils.parametrize` use the same technique.
+"""
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Sequence
+from types import new_class
+from typing import Any
+
+from torch import nn
+
+from revnet._torch_internals import run_between_graphs
+from revnet.conversion._row import Place
+from revnet.conversion._run_block import call_block, run_block
+from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
+from revnet.nn.policies._has_policies import broadcast_policy
+
+PLACE = "_conversion_place"
+_REASON = (
+    "a converted block cannot be part of a graph; compile without `fullgraph=True`, or compile the modules inside it"
+)
+
+
+class Converted(HasPolicies):
+    """Base of the classes of converted blocks; it is mixed with the block's own class."""
+
+    _original_class: type[nn.Module]
+    _conversion_place: Place
+
+    @property
+    def policy_units(self) -> list[PolicyUnit]:
+        """The block, as one unit."""
+        return [PolicyUnit("", (self,), is_reversible=True)]  # type: ignore[arg-type]
+
+    @property
+    def policies(self) -> tuple[AbstractPolicy, ...]:
+        """The policy, in a tuple of one."""
+        return (self._conversion_place.policy,)
+
+    def set_policies(self, policy: AbstractPolicy | str | Sequence[AbstractPolicy | str]) -> None:
+        """Set the policy. The next forward pass uses it."""
+        (chosen,) = broadcast_policy(policy, self.policy_units)
+        if isinstance(chosen, Reverse) and chosen != Reverse():
+            raise ValueError(
+                f"`policy` (={chosen}) must hold and keep nothing in a converted block; pass `Reverse()`, or "
+                "`Checkpoint()` for some of the blocks."
+            )
+        self._conversion_place.policy = chosen
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Return whether a module is a converted block."""
+    return isinstance(module, Converted)
+
+
+def place_of(block: nn.Module) -> Place:
+    """Return the place of a converted block.
+
+    Raises:
+        RuntimeError: The block is a shallow copy of a converted one.
+    """
+    place: Place = vars(block)[PLACE]
+    if place.block is not block:
+        raise RuntimeError(
+            f"`{place.name}` is a shallow copy of a converted block, as `nn.DataParallel` makes them, which would run "
+            "the original; use `DistributedDataParallel`, or `copy.deepcopy`."
+        )
+    return place
+
+
+def exchange_class(block: nn.Module, place: Place) -> None:
+    """Make `block` a converted block.
+
+    Raises:
+        TypeError: The class of the block cannot be combined with another one.
+    """
+    kind = type(block)
+    try:
+        block.__class__ = converted_class(kind)
+    except TypeError as error:
+        raise TypeError(
+            f"`{place.name}` (={kind.__name__}) cannot be converted, because its class cannot be combined with another "
+            f"one ({error}); convert other blocks."
+        ) from error
+    vars(block)[PLACE] = place
+
+
+def restore_class(block: nn.Module) -> None:
+    """Make a converted block an instance of its original class again."""
+    block.__class__ = type(block)._original_class  # type: ignore[attr-defined]
+    vars(block).pop(PLACE, None)
+
+
+def new_converted(kind: type[nn.Module]) -> nn.Module:
+    """Return a converted block whose original class is `kind`, without calling its constructor."""
+    converted = converted_class(kind)
+    return converted.__new__(converted)
+
+
+def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `kind` whose instances are converted; the same one in each call."""
+    for subclass in kind.__subclasses__():
+        if issubclass(subclass, Converted) and subclass.__dict__.get("_original_class") is kind:
+            return subclass
+    stream_name = next(iter([*inspect.signature(kind.forward).parameters][1:]), "x")
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return run_block(place_of(self), args, kwargs, stream_name)
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call_block(self, kind, args, kwargs)
+
+    # The compiler fails on tensors that carry attributes.
+    run_between_graphs(forward, _REASON)
+    run_between_graphs(call, _REASON)
+    body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": forward, "__call__": call}
+    body |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_original_class": kind}
+    # Python allows the assignment of the class only if the block's own class is the first base. The name stays, since
+    # other tools look up blocks by the names of their classes.
+    return new_class(kind.__name__, (kind, Converted), exec_body=lambda namespace: namespace.update(body))
+
+
+def _extra_repr(self: Any) -> str:
+    """Return what the block itself shows, and the method."""
+    own: str = self._original_class.extra_repr(self)
+    return ", ".join(filter(None, [own, f"converted by {vars(self)[PLACE].row.method}"]))
+
+
+def _reduce(self: Any, protocol: Any) -> str | tuple[Any, ...]:
+    """Return how to copy or pickle the block, whose class cannot be found by its name."""
+    kind = self._original_class
+    parts: str | tuple[Any, ...] = kind.__reduce_ex__(self, max(protocol, 2))
+    if isinstance(parts, str) or parts[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"a converted {kind.__name__} cannot be copied or pickled, because its class has its own way to do so; "
+            "convert the model back with `revnet.convert(model, back=True)` before."
+        )
+    return (new_converted, (kind,), *parts[2:])

@@ -1,0 +1,11 @@
+"""The switches by which a host turns on checkpointing of its own."""
+
+from torch import nn
+
+_SWITCHES = ("gradient_checkpointing", "grad_checkpointing", "is_gradient_checkpointing")
+"""Attributes of modules in transformers and timm."""
+
+
+def checkpoints_itself(module: nn.Module) -> str | None:
+    """Return the name of the switch by which a module checkpoints blocks, or None if there is none that is on."""
+    return next((switch for switch in _SWITCHES if getattr(module, switch, False) is True), None)

@@ -1,0 +1,100 @@
+"""A run whose half-blocks are advanced one call at a time, by blocks that their host calls one after the other.
+
+`Rebuilder.run` runs a whole chain. An open run instead advances when the host calls the next block, and holds the final
+streams after each call, so that the host may stop at any block. Each block has its own arguments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from revnet.engine._agreement import AgreementWatch
+from revnet.engine._chain import BoundChain, HalfBlock
+from revnet.engine._digest import digest_of
+from revnet.engine._rebuild import Rebuilder
+from revnet.engine._streams import StreamSnapshot
+from revnet.engine._tensors import tensors_in, version_of
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one block, without the stream."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenChain(BoundChain):
+    """One call of a chain in which the half-blocks of each role have their own arguments."""
+
+    arguments: dict[str, Arguments] = field(default_factory=dict)
+    """Arguments by role."""
+
+    def arguments_of(self, half_block: HalfBlock) -> Arguments:
+        """Return the additional arguments of one residual function."""
+        return self.arguments[half_block.role] if half_block.takes_arguments else ((), {})
+
+
+class OpenRun(Rebuilder):
+    """A run that its caller advances, a few half-blocks at a time."""
+
+    offset = 0
+    """Number of half-blocks of the row before the chain of this run."""
+
+    @property
+    def position(self) -> int:
+        """Number of half-blocks of the row before the current streams."""
+        return self.offset + len(self.steps)
+
+    @property
+    def can_advance(self) -> bool:
+        """Whether no backward pass has asked for a tensor yet, so that the streams have not been walked back."""
+        return self._filled is None
+
+    def advance(self, chain: OpenChain, count: int, role: str, arguments: Arguments, streams: list[Tensor]) -> None:
+        """Run the next `count` half-blocks on `streams`, and hold the streams after them.
+
+        Args:
+            chain: The call that the run was made for.
+            count: Number of half-blocks.
+            role: The role of these half-blocks.
+            arguments: Their arguments.
+            streams: The streams, which are replaced in the list.
+        """
+        chain.arguments[role] = arguments
+        surroundings, start = self.surroundings, len(self.steps)
+        # The host has run between two blocks: it may have drawn numbers, or switched autocast.
+        surroundings.refresh()
+        if tensors := tensors_in(*arguments):
+            known = set(surroundings.argument_ids)
+            new = [tensor for tensor in tensors if id(tensor) not in known]
+            surroundings.arguments += new
+            surroundings.argument_ids += map(id, new)
+            surroundings.argument_versions += map(version_of, new)
+            surroundings.add_devices({tensor.device for tensor in new} - surroundings.devices)
+        self.is_finished = False
+        try:
+            for index in range(start, start + count):
+                self._advance(chain, index, streams)
+        finally:
+            self.is_finished = True
+        if self.lowest >= 0:
+            self._strides = [stream.stride() for stream in streams]
+            self.hold(streams)
+
+    def hold(self, streams: Sequence[Tensor], whole: Tensor | None = None) -> None:
+        """Hold the final streams, and compute their checksums only after the last half-block of the chain."""
+        if len(self.steps) == len(self.chain.half_blocks):
+            super().hold(streams, whole)
+            return
+        held: list[Tensor | None] = [stream.detach() for stream in streams]  # A node would lead back here (rule 1).
+        self.held = StreamSnapshot(len(self.steps), held, self._strides)
+
+    def rebuild(self, index: int) -> None:
+        """Fill the slots of half-block `index`, and walk the streams back to it."""
+        if self._filled is None and self.held is not None:
+            for observer in self.observers:
+                # The host stopped before the end of the chain, where the digests are taken.
+                if isinstance(observer, AgreementWatch) and len(observer.final) < len(self.held.held):
+                    for number, stream in enumerate(self.held.held):
+                        if stream is not None:
+                            observer.final[number] = digest_of(stream)
+        super().rebuild(index)

@@ -1,0 +1,356 @@
+"""A host may use converted blocks in any way that reversal can follow, and is refused in one line otherwise."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import revnet
+from revnet.conversion import BDIA, Consistent, Dr2Net, Rewire, set_method
+from revnet.conversion._stream_state import state_of
+from revnet.errors import ReconstructionError
+from tests.conversion.hosts import Block, Host, all_equal, gradients, twins
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
+
+
+def interleaved(model):
+    first, second = model.stem(X), model.stem(X * 2)
+    for block in model.blocks:
+        first, second = block(first), block(second)
+    model.head(first * second).sum().backward()
+
+
+def features(model):
+    x, total = model.stem(X), 0
+    for index, block in enumerate(model.blocks):
+        x = block(x)
+        total = total + x.square().mean() * (index + 1)
+    total.backward()
+
+
+def two_heads(model):
+    x = model.stem(X)
+    for block in model.blocks[:2]:
+        x = block(x)
+    first = second = x
+    for block in model.blocks[2:]:
+        first = block(first)
+    for block in model.blocks[2:]:
+        second = block(second)
+    model.head(first * second).sum().backward()
+
+
+def backward_in_between(model):
+    x = model.stem(X)
+    for block in model.blocks[:2]:
+        x = block(x)
+    x.square().sum().backward(retain_graph=True)
+    for block in model.blocks[2:]:
+        x = block(x)
+    model.head(x).square().sum().backward()
+
+
+def retained(model):
+    loss = model(X).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def double_backward(model):
+    grads = torch.autograd.grad(model(X).square().sum(), list(model.parameters()), create_graph=True)
+    sum(grad.square().sum() for grad in grads).backward()
+
+
+def partly_without_gradients(model):
+    x = model.stem(X)
+    for index, block in enumerate(model.blocks):
+        with torch.set_grad_enabled(index not in (0, 3)):
+            x = block(x)
+    model.head(x).square().sum().backward()
+
+
+def frozen_below(model):
+    model.stem.requires_grad_(False)
+    for block in model.blocks[:2]:
+        block.requires_grad_(False)
+    model(X).square().sum().backward()
+
+
+def frozen_in_between(model):
+    for block in model.blocks[1::2]:
+        block.requires_grad_(False)
+    model(X).square().sum().backward()
+
+
+def accumulated(model):
+    for factor in (1, 2, 3):
+        model(X * factor).square().sum().backward()
+
+
+def with_backward_hooks(model):
+    seen = []
+    hooks = [block.register_full_backward_hook(lambda *grads: seen.append(grads)) for block in model.blocks]
+    model(X).square().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(model.blocks)
+
+
+def with_forward_hooks(model):
+    seen = []
+    hooks = [block.register_forward_hook(lambda block, args, y: seen.append((args, y))) for block in model.blocks]
+    model(X).square().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(model.blocks)
+
+
+def with_keywords(model):
+    x = model.stem(X)
+    for index, block in enumerate(model.blocks):
+        x = block(x=x, scale=torch.tensor(index / 2, requires_grad=True))
+    x.square().sum().backward()
+
+
+def with_random_host(model):
+    x = model.stem(X)
+    for block in model.blocks:
+        torch.rand(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=block is model.blocks[2]):
+            x = block(x)
+    x.square().sum().backward()
+
+
+def checkpointed_blocks(model):
+    x = model.stem(X)
+    for block in model.blocks:
+        x = checkpoint(block, x, use_reentrant=False)
+    x.square().sum().backward()
+
+
+RUNS = [interleaved, features, two_heads, backward_in_between, retained, double_backward, partly_without_gradients]
+RUNS += [frozen_below, frozen_in_between, accumulated, with_backward_hooks, with_forward_hooks, with_keywords]
+RUNS += [with_random_host, checkpointed_blocks]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("method", [Consistent(0.5), BDIA(), Dr2Net()], ids=["consistent", "bdia", "original"])
+def test_gradients_equal_the_stored_twin(run, method):
+    host, stored = twins(method, dropout=0.0 if run is checkpointed_blocks else 0.3)
+    assert all_equal(gradients(host, run), gradients(stored, run))
+
+
+def test_streams_are_freed_with_the_tensors_that_carry_them():
+    host, _ = twins(Rewire())
+    x, references = host.stem(X), []
+    for block in host.blocks:
+        x = block(x)
+        references.append(weakref.ref(x))
+    del x
+    assert [reference() for reference in references] == [None] * len(references)
+
+
+def test_a_graph_that_is_dropped_frees_the_run():
+    host, _ = twins(Consistent())
+    gc.disable()
+    try:
+        x = host.blocks[0](host.stem(X))
+        run = weakref.ref(state_of(x).run)
+        y = host.blocks[1](x)
+        del x
+        assert run() is not None
+        del y
+        assert run() is None
+    finally:
+        gc.enable()
+
+
+def test_evaluation_keeps_nothing():
+    host, _ = twins(Consistent())
+    with torch.no_grad():
+        y = host(X)
+    with torch.inference_mode():
+        assert torch.equal(host(X), y)
+    assert torch.equal(host(X), y)
+
+
+def test_host_sees_ordinary_blocks():
+    host, _ = twins(Consistent())
+    assert len(host.blocks) == 5
+    assert isinstance(host.blocks[3], Block)
+    assert type(host.blocks[3]).__name__ == "Block"
+    assert host.blocks[3].mlp[0].in_features == 16
+    assert "converted by Consistent(a=0.25" in repr(host)
+    other = Host()
+    other.load_state_dict(host.state_dict())
+    host.load_state_dict(other.state_dict(), assign=True)
+
+
+def run_changed(model, change):
+    x = model.stem(X)
+    for block in model.blocks:
+        x = change(block(x))
+    return x
+
+
+def test_refuses_a_host_that_changes_the_stream():
+    host, _ = twins(Consistent())
+    with pytest.raises(RuntimeError, match=r"`blocks\.1` was given a tensor that `blocks\.0` did not return"):
+        run_changed(host, lambda x: x + 1)
+    with pytest.raises(RuntimeError, match=r"output of `blocks\.0` was modified in place before `blocks\.1` read it"):
+        run_changed(host, lambda x: x.add_(1))
+    hook = host.blocks[2].register_forward_hook(lambda block, args, y: y * 2)
+    with pytest.raises(RuntimeError, match=r"`blocks\.3` was given a tensor"):
+        host(X)
+    hook.remove()
+    del host.blocks[2]
+    with pytest.raises(RuntimeError, match=r"`blocks\.3` was given a tensor that `blocks\.2` did not return"):
+        host(X)
+
+
+def test_refuses_an_output_that_is_overwritten():
+    host, _ = twins(Consistent())
+    x = host.stem(X)
+    for block in host.blocks:
+        x = block(x)
+    x.add_(1)
+    with pytest.raises(ReconstructionError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+class Growing(Block):
+    def forward(self, x, scale=None):
+        return torch.cat([super().forward(x), x], -1)
+
+
+class Tuples(Block):
+    def forward(self, x, scale=None):
+        y = super().forward(x)
+        return (y, None) if scale is None else (y, scale)
+
+
+class Lists(Block):
+    def forward(self, x, scale=None):
+        return [super().forward(x)]
+
+
+class Overwriting(Block):
+    def forward(self, x, scale=None):
+        return super().forward(x.mul_(1))
+
+
+def test_unwraps_tuples_that_carry_only_the_stream():
+    for kind, around in ((Tuples, tuple), (Lists, list)):
+        torch.manual_seed(0)
+        host = Host(2, block=kind)
+        revnet.convert(host.blocks, Consistent(0.5))
+        y = host.blocks[0](host.stem(X))
+        assert type(y) is around
+        host.blocks[1](y[0])[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "match"),
+    [
+        (Growing, ValueError, r"`0` changes the shape of its stream from \(6, 16\) to \(6, 32\)"),
+        (Tuples, TypeError, r"`0` returned a tuple of 2 values and not a single tensor"),
+        (Overwriting, RuntimeError, r"`0` modified its input in place"),
+    ],
+)
+def test_refuses_blocks_that_are_not_residual(kind, error, match):
+    host = Host(3, block=kind)
+    revnet.convert(host.blocks, Consistent(0.5))
+    with pytest.raises(error, match=match) as caught:
+        host(X, torch.tensor(1.0))
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_what_is_not_a_stream():
+    host, _ = twins(Consistent())
+    for x in (None, (X, X), torch.ones(2, 16, dtype=torch.long)):
+        with pytest.raises(TypeError, match=r"the stream of `blocks\.0` .* must be a floating-point tensor"):
+            host.blocks[0](x)
+    with pytest.raises(TypeError, match=r"dtype torch\.bfloat16, in which what a whole block adds to it is lost"):
+        host.bfloat16()(X.bfloat16())
+
+
+class DynamicCache:
+    """An object with the name of a cache of transformers."""
+
+
+def test_refuses_caches_only_with_gradients():
+    class Takes(Block):
+        def forward(self, x, cache=None):
+            return super().forward(x)
+
+    model = Host(2, block=Takes)
+    revnet.convert(model.blocks, Consistent())
+    with torch.no_grad():
+        model.blocks[0](model.stem(X), DynamicCache())
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.blocks[0](model.stem(X), cache=DynamicCache())
+
+
+def test_refuses_checkpointing_that_is_turned_on_later():
+    host, _ = twins(Consistent())
+    host.blocks[1].gradient_checkpointing = True
+    with pytest.raises(ValueError, match=r"`blocks\.1` has its own checkpointing on"):
+        host(X)
+
+
+def test_refuses_shallow_copies():
+    host, _ = twins(Consistent())
+    with pytest.raises(RuntimeError, match=r"`blocks\.0` is a shallow copy of a converted block"):
+        copy.copy(host.blocks[0])(host.stem(X))
+
+
+def test_compiles_around_the_blocks():
+    host, stored = twins(Consistent(0.5), num_blocks=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(host, backend="eager")
+    expected = gradients(stored, lambda model: model(X).square().sum().backward())
+    gradients(host, lambda _: compiled(X).square().sum().backward())
+    assert all_equal([parameter.grad for parameter in host.parameters()], expected)
+    torch._dynamo.reset()
+
+
+def test_refuses_to_be_exported():
+    host, _ = twins(Consistent(0.5), num_blocks=2)
+    with pytest.raises(NotImplementedError, match=r"`blocks\.0` is a converted block"):
+        torch.export.export(host.eval(), (X,))
+
+
+def test_branches_are_compared_with_the_block():
+    for branches in (["mixer", "norm2 mlp"], ["norm2 mlp", "norm1 mixer"]):
+        host, _ = twins(Consistent(), branches=branches)
+        with pytest.raises(ValueError, match=r"`branches` do not compute what `blocks\.0` \(=Block\) computes"):
+            host(X)
+    host, _ = twins(Dr2Net(0.5, 0.5), dropout=0.5, branches=["norm1 mixer dropout", "norm2 mlp"])
+    host(X)
+
+
+def test_batch_norm_statistics_are_taken_again():
+    class Normalized(nn.Module):
+        def __init__(self, width, _):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(width, width), nn.BatchNorm1d(width)
+
+        def forward(self, x, scale=None):
+            return x + self.norm(self.linear(x))
+
+    torch.manual_seed(0)
+    host = Host(4, block=Normalized)
+    revnet.convert(host.blocks, Dr2Net())
+    batches = [torch.randn(32, 4) for _ in range(4)]
+    torch.optim.swa_utils.update_bn(batches, host)
+    before = [block.norm.running_var.clone() for block in host.blocks]
+    set_method(host, Consistent(0.5))
+    torch.optim.swa_utils.update_bn(batches, host)
+    for index, (block, old) in enumerate(zip(host.blocks, before, strict=True)):
+        assert torch.allclose(block.norm.running_var, old, rtol=1e-3) == (index == 0)
+        assert block.norm.num_batches_tracked == len(batches)
