@@ -191,11 +191,11 @@ def cifar(folder: Path, labels: range, num_train: int) -> Split:
 
 
 def digits(_: Path) -> Split:
-    """Return handwritten digits, enlarged to 32x32 pixels, 300 of them for training."""
+    """Return handwritten digits, enlarged to 32x32 pixels, 1,000 of them for training."""
     from revnet.data.sources.digits import load_digits
 
     data, parts = load_digits(), []
-    for split, most in ((data.train, 300), (data.test, len(data.test))):
+    for split, most in ((data.train, 1000), (data.test, len(data.test))):
         x = F.interpolate((split.images[:most].float() / 255 - 0.3) / 0.37, size=(IMAGE_SIZE, IMAGE_SIZE))
         parts += [x.expand(-1, 3, -1, -1).contiguous(), split.labels[:most]]
     return Split(*parts, 10)
@@ -249,8 +249,8 @@ NETS: Mapping[str, Net] = {
         lambda folder: cifar(folder, range(5), 25_000),
         digits,
         keeps_head=False,
-        num_epochs=(5, 30),
-        rates=(1e-3, 5e-4),
+        num_epochs=(5, 16),
+        rates=(1e-3, 1e-3),
     ),
     "gpt": Net(SmallGPT, shakespeare, python_manual, keeps_head=True, num_epochs=(3, 6), rates=(1e-3, 5e-4)),
 }

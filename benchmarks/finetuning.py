@@ -306,7 +306,7 @@ COLUMNS = ("method", "accuracy, %", "difference", "test loss", "gradient error",
 INTRODUCTION = [
     "Networks trained on one task and adapted to another, through the reversal, 2 seeds (mean and half of the range).",
     "ResNet-32: five classes of CIFAR-10, then the other five, 1,000 training images. ViT: five classes of CIFAR-10,",
-    "then 300 digits. *vit-scratch*: the same ViT from random weights on 5,000 images of ten classes.",
+    "then 1,000 digits. *vit-scratch*: the same ViT from random weights on 5,000 images of ten classes.",
     "GPT: tiny Shakespeare, then 120,000 characters of Python's manual; accuracy is the share of",
     "characters. *Difference*: to ordinary fine-tuning, in points. *Gradient error*: relative difference to the stored",
     "twin after training; 0 is equal bit for bit. *Time*: processor time of an update relative to ordinary.",
