@@ -70,7 +70,10 @@ def test_memory_equals_measured_model(trained):
     assert trained.peak_bytes == measured.activation_bytes
 
 
-@pytest.mark.parametrize("more", [{}, {"chunked_loss": True, "accumulate": 2}, {"memory_budget": "400KiB"}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"chunked_loss": True, "accumulate": 2}, pytest.param({"memory_budget": "400KiB"}, marks=pytest.mark.slow)],
+)
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, lines, more):
     config = LanguageConfig(data=lines, **SMALL | more)
     assert_same_run(*train_and_resume(config, tmp_path, monkeypatch, stop_after=1))
