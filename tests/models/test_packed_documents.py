@@ -4,11 +4,18 @@ import pytest
 import torch
 
 from revnet.coupling import Additive, FixedPoint
+from revnet.functional import _full_attention
 from revnet.memory import measure, predict
 from revnet.models import ReversibleTransformer
 
 LENGTHS = (5, 9, 1, 7)
 POLICIES = ("reverse", "store", "checkpoint")
+
+
+@pytest.fixture(params=[1024, 8], ids=["whole", "by rows"], autouse=True)
+def _rows(request, monkeypatch):
+    """The mask exists as a whole, or for eight queries at a time."""
+    monkeypatch.setattr(_full_attention, "_MOST_ROWS", request.param)
 
 
 def make(policy, coupling=None):
@@ -74,3 +81,30 @@ def test_memory_is_predicted(policy):
     arguments = {"kwargs": {"targets": targets, "mask": mask}}
     predicted, measured = (count(make(policy), tokens, **arguments).activation_bytes for count in (predict, measure))
     assert predicted == measured
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_in_rows_equals_the_whole(is_causal, monkeypatch):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, 37, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = torch.randint(0, 4, (2, 37)).sort(-1).values  # 0 is padding
+    results = []
+    for rows in (8, 1024):
+        monkeypatch.setattr(_full_attention, "_MOST_ROWS", rows)
+        y = _full_attention.full_attention(*inputs, is_causal=is_causal, mask=mask)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for by_rows, whole in zip(*results, strict=True):
+        torch.testing.assert_close(by_rows, whole, rtol=0, atol=1e-13)
+
+
+def test_rows_are_computed_again_under_the_same_autocast(monkeypatch):
+    _, tokens, targets, mask = make_documents()
+    found = []
+    for rows in (8, 1024):
+        monkeypatch.setattr(_full_attention, "_MOST_ROWS", rows)
+        model = make("store")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, mask, targets=targets)
+        found.append(gradients(model, loss))
+    for by_rows, whole in zip(*found, strict=True):
+        torch.testing.assert_close(by_rows, whole, rtol=0.05, atol=2e-3)  # bfloat16 has 8 bits

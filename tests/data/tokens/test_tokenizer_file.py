@@ -85,6 +85,7 @@ def change(*path, value):
         (change("added_tokens", 0, value=None), "its `added_tokens` are damaged"),
         (change("added_tokens", 0, "id", value=3), "its token '<|endoftext|>' has two numbers"),
         (change("added_tokens", 0, "lstrip", value=True), "takes spaces away"),
+        (change("added_tokens", 0, "content", value="\ud800"), "is not text that UTF-8 can write"),
         (change("pre_tokenizer", value=None), "its `pre_tokenizer` is not known"),
         (change("pre_tokenizer", value={"type": "Metaspace"}), "its `pre_tokenizer` is not `ByteLevel`"),
         (change("pre_tokenizer", "add_prefix_space", value=True), "adds a space to texts"),

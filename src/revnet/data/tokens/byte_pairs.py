@@ -168,11 +168,9 @@ class BytePairVocabulary(AbstractVocabulary):
         return b"".join(map(self.file.bytes_of, tokens.tolist())).decode("utf-8", "replace")
 
     def token_bytes(self) -> Tensor:
-        """Return the number of bytes of each token: (len(self),), int64; special tokens have none."""
-        specials = {token for token, is_special in self.file.added.items() if is_special}
-        sizes = [
-            0 if token in specials else len(self.file.bytes_of(number)) for number, token in enumerate(self.file.tokens)
-        ]
+        """Return the number of bytes of each token: (len(self),), int64; the end of a text has none."""
+        end = self.end_of_text
+        sizes = [0 if number == end else len(self.file.bytes_of(number)) for number in range(len(self))]
         return torch.tensor(sizes, dtype=torch.int64)
 
     def describe(self) -> str:

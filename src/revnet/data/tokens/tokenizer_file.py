@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from revnet._documents import parse_json
+from revnet._outside_text import encodable
 
 MOST_BYTES = 2**25
 """Largest file of a tokenizer."""
@@ -162,6 +163,8 @@ def _read_added(entries: Any) -> dict[str, tuple[int, bool]]:
         token, number = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
         if not isinstance(token, str) or not token or type(number) is not int or token in added:
             raise ValueError("its `added_tokens` are damaged")
+        if encodable(token) != token:
+            raise ValueError(f"its token {token[:50]!r} is not text that UTF-8 can write")
         if any(entry.get(name) for name in ("single_word", "lstrip", "rstrip")):
             raise ValueError(f"its token {token[:50]!r} takes spaces away, so that tokens do not return every text")
         added[token] = number, entry.get("special") is True

@@ -45,7 +45,7 @@ class LanguageConfig(AbstractRunConfig):
     """Number of tokens of `bpe`, by default 4,096; there are fewer if a short text has no more."""
 
     cross_documents: bool = False
-    """Whether tokens see earlier documents in the same window, which takes less memory and time; for several documents
+    """Whether tokens see earlier documents in the same window, for which attention needs no mask; for several documents
     only."""
 
     length: int = integer(128, at_least=1)
