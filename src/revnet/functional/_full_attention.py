@@ -87,7 +87,7 @@ class _AttentionByRows(torch.autograd.Function):
             parts = (own, seen, seen)
             with torch.enable_grad(), ctx.autocast:
                 inputs = [x[..., part, :].detach().requires_grad_() for x, part in zip((q, k, v), parts, strict=True)]
-                y = _attend(*inputs, mask[:, own], mask[:, seen], own.start, ctx.is_causal)
+                y = _attend(inputs[0], inputs[1], inputs[2], mask[:, own], mask[:, seen], own.start, ctx.is_causal)
             results = torch.autograd.grad(y, inputs, grads[0][..., own, :])
             for total, part, result in zip(sums, parts, results, strict=True):
                 total[..., part, :] += result

@@ -1,6 +1,7 @@
 """Training a language model on documents, from the settings to the files of a run."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from revnet.data import load_text
+from revnet.errors import CheckpointError
 from revnet.memory import measure
 from revnet.training import LanguageConfig, LanguageModel, load_language_model, resume, train
 from revnet.training.push_run import push
@@ -129,3 +131,10 @@ def test_rejects_crossing_in_one_text(tmp_path):
 def test_resumed_run_refuses_other_tokens(trained):
     with pytest.raises(ValueError, match=r"missing.json'\) cannot be read"):
         resume(trained.folder, epochs=3, tokenizer="missing.json")
+
+
+@pytest.mark.parametrize("changes", [{"documents": "separate", "characters": "ab"}, {"documents": "other"}])
+def test_damaged_headers_are_refused(trained, changes):
+    header = replace(load_language_model(trained.folder).header, **changes)
+    with pytest.raises(CheckpointError, match=r"cannot be rebuilt: (its vocabulary has no token|`documents` )"):
+        LanguageModel.from_tensors(header, {}, trained.folder)

@@ -60,9 +60,14 @@ class LanguageHeader(AbstractHeader):
         """
         if self.documents not in (None, SEPARATE, JOINED):
             raise ValueError(f"`documents` (={self.documents!r}) is unknown; update revnet")
+        vocabulary: AbstractVocabulary
         if self.tokenizer is None:
-            return Vocabulary(self.characters)
-        return BytePairVocabulary(parse_tokenizer(self.tokenizer))
+            vocabulary = Vocabulary(self.characters)
+        else:
+            vocabulary = BytePairVocabulary(parse_tokenizer(self.tokenizer))
+        if self.documents is not None and vocabulary.end_of_text is None:
+            raise ValueError("its vocabulary has no token between documents")
+        return vocabulary
 
 
 class LanguageModel(SavedModule):
