@@ -31,7 +31,14 @@ USABLE = 0.9
 """Share of the memory that a step may take; the driver, the libraries and fragments take the rest."""
 UNIT = 1024
 """Lengths are multiples of this number of tokens."""
-POLICIES = {"reversed": "reverse", "checkpointed": "checkpoint", "stored": "store"}
+METHODS = {
+    "reversed": ("reverse", False),
+    "reversed_stepping": ("reverse", True),
+    "checkpointed": ("checkpoint", False),
+    "stored": ("store", False),
+}
+"""Policy, and whether the optimizer steps in the backward pass."""
+WORDS = {"reversed_stepping": "reversed, step in backward"}
 STEP = "--input-dtype int64 --loss chunked --optimizer adamw --precision bf16-mixed"
 """Flags of a step for `revnet memory`."""
 
@@ -53,7 +60,7 @@ SIZES = {
 }
 
 
-def make_model(size: str, policy: str) -> ReversibleTransformer:
+def make_model(size: str, method: str) -> ReversibleTransformer:
     """Return a model whose context is not limited."""
     options = SIZES[size]
     model = ReversibleTransformer(
@@ -63,12 +70,12 @@ def make_model(size: str, policy: str) -> ReversibleTransformer:
         num_heads=options.num_heads,
         max_length=2**24,
     )
-    set_policy(model, POLICIES[policy])
+    set_policy(model, METHODS[method][0])
     return model
 
 
 # For the commands on the page, such as `revnet memory long_context:small_reversed`.
-globals().update({f"{size}_{policy}": partial(make_model, size, policy) for size in SIZES for policy in POLICIES})
+globals().update({f"{size}_{method}": partial(make_model, size, method) for size in SIZES for method in METHODS})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
     rows: list[Row] = []
     for size in given.sizes:
-        for policy in POLICIES:
-            rows += find_lengths(size, policy)
+        for method in METHODS:
+            rows += find_lengths(size, method)
             print(rows[-1], file=sys.stderr, flush=True)
     stem = f"long-context_{hardware_name()}_{datetime.date.today()}"
     page = [
@@ -99,16 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def find_lengths(size: str, policy: str) -> list[Row]:
+def find_lengths(size: str, method: str) -> list[Row]:
     """Return the longest context on each card, with its peak."""
     with torch.device("meta"):
-        model = make_model(size, policy)
+        model = make_model(size, method)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     peaks: dict[int, int] = {}
 
     def peak(units: int) -> int:
         if units not in peaks:
-            peaks[units] = predict_peak(model, UNIT * units)
+            peaks[units] = predict_peak(model, UNIT * units, step_in_backward=METHODS[method][1])
         return peaks[units]
 
     rows = []
@@ -118,21 +125,27 @@ def find_lengths(size: str, policy: str) -> list[Row]:
             {
                 "size": size,
                 "parameters": num_parameters,
-                "policy": policy,
+                "method": method,
                 "card_gib": card,
                 "longest": UNIT * units,
                 "peak_bytes": peak(units) if units else "",
-                "command": command(size, policy, UNIT * units) if units else "",
+                "command": command(size, method, UNIT * units) if units else "",
             }
         )
     return rows
 
 
-def predict_peak(model: nn.Module, length: int) -> int:
+def predict_peak(model: nn.Module, length: int, *, step_in_backward: bool) -> int:
     """Return the peak of a step on one window, in bytes."""
     tokens = torch.empty(1, length, dtype=torch.int64, device="meta")
     step = predict(
-        model, tokens, kwargs={"targets": tokens}, optimizer=torch.optim.AdamW, autocast=torch.bfloat16, device="cpu"
+        model,
+        tokens,
+        kwargs={"targets": tokens},
+        optimizer=torch.optim.AdamW,
+        autocast=torch.bfloat16,
+        step_in_backward=step_in_backward,
+        device="cpu",
     )
     return step.peak_bytes
 
@@ -160,9 +173,10 @@ def longest(peak: Callable[[int], int], budget: int) -> int:
     return low
 
 
-def command(size: str, policy: str, length: int) -> str:
+def command(size: str, method: str, length: int) -> str:
     """Return the command that predicts a step of a length."""
-    return f"revnet memory long_context:{size}_{policy} --batch 1 --input-shape [{length}] {STEP}"
+    flags = f"{STEP} --step-in-backward" if METHODS[method][1] else STEP
+    return f"revnet memory long_context:{size}_{method} --batch 1 --input-shape [{length}] {flags}"
 
 
 def describe(rows: Sequence[Row]) -> list[str]:
@@ -171,7 +185,7 @@ def describe(rows: Sequence[Row]) -> list[str]:
         "`ReversibleTransformer` with full attention and a vocabulary of 50,257 tokens. A training step on one window:",
         "AdamW in float32, autocast to bfloat16, the loss in chunks. A step may take nine tenths of the memory of the",
         "GPU. Lengths are the largest multiples of 1,024 tokens that fit; the next one does not. Peaks are predicted",
-        "for the kernels of the CPU, since no GPU was at hand. The commands, run in `benchmarks/`, print each peak.",
+        "for the kernels of the CPU; no GPU has run these steps. The commands, run in `benchmarks/`, print each peak.",
         "",
     ]
     for card in CARDS:
@@ -179,13 +193,13 @@ def describe(rows: Sequence[Row]) -> list[str]:
         cells = [
             [
                 f"{row['size']}, {row['parameters']:,} parameters",
-                row["policy"],
+                WORDS.get(row["method"], row["method"]),
                 f"{row['longest']:,}" if row["longest"] else "none fits",
                 format_bytes(row["peak_bytes"]) if row["longest"] else "",
             ]
             for row in own
         ]
-        lines += [f"## {card} GiB", "", *table(("model", "activations", "longest context", "peak"), cells), ""]
+        lines += [f"## {card} GiB", "", *table(("model", "activations", "longest context", "peak"), cells)]
         lines += ["```bash", *[str(row["command"]) for row in own if row["command"]], "```", ""]
     return lines
 

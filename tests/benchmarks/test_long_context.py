@@ -21,15 +21,17 @@ def test_finds_the_longest_context(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{page.read_text()}\n"
     with next(tmp_path.glob("*.csv")).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["policy"], row["card_gib"]) for row in rows[::2]] == [(name, "1") for name in script.POLICIES]
+    assert [(row["method"], row["card_gib"]) for row in rows[::2]] == [(name, "1") for name in script.METHODS]
     for row in rows:
         budget, length = int(row["card_gib"]) * 2**20, int(row["longest"])
-        model = script.make_model("small", row["policy"])
-        peaks = [script.predict_peak(model, size) for size in (length, length + 64)]
+        method = row["method"]
+        model, is_stepping = script.make_model("small", method), script.METHODS[method][1]
+        peaks = [script.predict_peak(model, size, step_in_backward=is_stepping) for size in (length, length + 64)]
         assert peaks[0] == int(row["peak_bytes"]) <= budget < peaks[1]
-        assert f"long_context:small_{row['policy']} --batch 1 --input-shape [{length}] " in row["command"]
+        assert ("--step-in-backward" in row["command"]) == is_stepping
+        assert f"long_context:small_{method} --batch 1 --input-shape [{length}] " in row["command"]
     lengths = [int(row["longest"]) for row in rows if row["card_gib"] == "20"]
-    assert lengths[0] > lengths[1] > lengths[2]
+    assert lengths[1] > lengths[0] > lengths[2] > lengths[3]
 
 
 def test_the_prediction_is_the_peak_of_a_real_step():
@@ -41,7 +43,7 @@ def test_the_prediction_is_the_peak_of_a_real_step():
         del script.SIZES["tiny"]
     tokens = torch.zeros(1, 96, dtype=torch.int64)
     options = {"kwargs": {"targets": tokens}, "optimizer": torch.optim.AdamW, "autocast": torch.bfloat16}
-    assert script.predict_peak(model, 96) == measure(model, tokens, **options).peak_bytes
+    assert script.predict_peak(model, 96, step_in_backward=False) == measure(model, tokens, **options).peak_bytes
 
 
 @pytest.mark.parametrize(("budget", "units"), [(0, 0), (99, 0), (100, 1), (119, 1), (120, 2), (299, 10), (5000, 246)])

@@ -173,6 +173,6 @@ def _check_counts(**counts: int) -> None:
 def _check_length(tokens: Tensor, length: int) -> None:
     if len(tokens) <= length:
         raise ValueError(
-            f"`length` (={length}) must be less than the {len(tokens)} tokens of each part of the text; pass a "
+            f"`length` (={length}) must be less than the {len(tokens)} characters of each part of the text; pass a "
             "smaller length, or a longer text."
         )
