@@ -31,7 +31,7 @@ def test_finds_the_longest_context(tmp_path, monkeypatch, capsys):
         assert ("--step-in-backward" in row["command"]) == is_stepping
         assert f"long_context:small_{method} --batch 1 --input-shape [{length}] " in row["command"]
     lengths = [int(row["longest"]) for row in rows if row["card_gib"] == "20"]
-    assert lengths[1] > lengths[0] > lengths[2] > lengths[3]
+    assert lengths[1] >= lengths[0] > lengths[2] > lengths[3]
 
 
 def test_the_prediction_is_the_peak_of_a_real_step():
