@@ -33,12 +33,11 @@ UNIT = 1024
 """Lengths are multiples of this number of tokens."""
 METHODS = {
     "reversed": ("reverse", False),
-    "reversed_stepping": ("reverse", True),
+    "reversed, step in backward": ("reverse", True),
     "checkpointed": ("checkpoint", False),
     "stored": ("store", False),
 }
 """Policy, and whether the optimizer steps in the backward pass."""
-WORDS = {"reversed_stepping": "reversed, step in backward"}
 STEP = "--input-dtype int64 --loss chunked --optimizer adamw --precision bf16-mixed"
 """Flags of a step for `revnet memory`."""
 
@@ -60,22 +59,20 @@ SIZES = {
 }
 
 
-def make_model(size: str, method: str) -> ReversibleTransformer:
+def make_model(size: str) -> ReversibleTransformer:
     """Return a model whose context is not limited."""
     options = SIZES[size]
-    model = ReversibleTransformer(
+    return ReversibleTransformer(
         vocab_size=options.vocab_size,
         dim=options.dim,
         depth=options.depth,
         num_heads=options.num_heads,
         max_length=2**24,
     )
-    set_policy(model, METHODS[method][0])
-    return model
 
 
-# For the commands on the page, such as `revnet memory long_context:small_reversed`.
-globals().update({f"{size}_{method}": partial(make_model, size, method) for size in SIZES for method in METHODS})
+# For the commands on the page, such as `revnet memory long_context:small`.
+small, medium, large = (partial(make_model, size) for size in SIZES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -109,13 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def find_lengths(size: str, method: str) -> list[Row]:
     """Return the longest context on each card, with its peak."""
     with torch.device("meta"):
-        model = make_model(size, method)
+        model = make_model(size)
+    policy, step_in_backward = METHODS[method]
+    set_policy(model, policy)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     peaks: dict[int, int] = {}
 
     def peak(units: int) -> int:
         if units not in peaks:
-            peaks[units] = predict_peak(model, UNIT * units, step_in_backward=METHODS[method][1])
+            peaks[units] = predict_peak(model, UNIT * units, step_in_backward=step_in_backward)
         return peaks[units]
 
     rows = []
@@ -175,8 +174,9 @@ def longest(peak: Callable[[int], int], budget: int) -> int:
 
 def command(size: str, method: str, length: int) -> str:
     """Return the command that predicts a step of a length."""
-    flags = f"{STEP} --step-in-backward" if METHODS[method][1] else STEP
-    return f"revnet memory long_context:{size}_{method} --batch 1 --input-shape [{length}] {flags}"
+    policy, step_in_backward = METHODS[method]
+    flags = f"{STEP} --step-in-backward" if step_in_backward else STEP
+    return f"revnet memory long_context:{size} --policy {policy} --batch 1 --input-shape [{length}] {flags}"
 
 
 def describe(rows: Sequence[Row]) -> list[str]:
@@ -193,7 +193,7 @@ def describe(rows: Sequence[Row]) -> list[str]:
         cells = [
             [
                 f"{row['size']}, {row['parameters']:,} parameters",
-                WORDS.get(row["method"], row["method"]),
+                row["method"],
                 f"{row['longest']:,}" if row["longest"] else "none fits",
                 format_bytes(row["peak_bytes"]) if row["longest"] else "",
             ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from revnet.memory import measure
+from revnet.nn import set_policy
 
 
 @pytest.mark.slow
@@ -24,12 +25,13 @@ def test_finds_the_longest_context(tmp_path, monkeypatch, capsys):
     assert [(row["method"], row["card_gib"]) for row in rows[::2]] == [(name, "1") for name in script.METHODS]
     for row in rows:
         budget, length = int(row["card_gib"]) * 2**20, int(row["longest"])
-        method = row["method"]
-        model, is_stepping = script.make_model("small", method), script.METHODS[method][1]
+        policy, is_stepping = script.METHODS[row["method"]]
+        model = script.make_model("small")
+        set_policy(model, policy)
         peaks = [script.predict_peak(model, size, step_in_backward=is_stepping) for size in (length, length + 64)]
         assert peaks[0] == int(row["peak_bytes"]) <= budget < peaks[1]
         assert ("--step-in-backward" in row["command"]) == is_stepping
-        assert f"long_context:small_{method} --batch 1 --input-shape [{length}] " in row["command"]
+        assert f"long_context:small --policy {policy} --batch 1 --input-shape [{length}] " in row["command"]
     lengths = [int(row["longest"]) for row in rows if row["card_gib"] == "20"]
     assert lengths[1] >= lengths[0] > lengths[2] > lengths[3]
 
@@ -38,7 +40,7 @@ def test_the_prediction_is_the_peak_of_a_real_step():
     script = import_module("long_context")
     script.SIZES["tiny"] = script.Size(16, 3, 2, vocab_size=64)
     try:
-        model = script.make_model("tiny", "reversed")
+        model = script.make_model("tiny")
     finally:
         del script.SIZES["tiny"]
     tokens = torch.zeros(1, 96, dtype=torch.int64)
