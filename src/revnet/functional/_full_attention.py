@@ -60,8 +60,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_mask: Tensor, k_mask: Tensor, sta
     if is_causal:
         seen = seen & torch.ones(shape, dtype=torch.bool, device=q.device).tril(start)
     # A token always sees itself, since the softmax over no keys is NaN.
-    itself = torch.zeros(shape, dtype=torch.bool, device=q.device)
-    itself.diagonal(start).fill_(True)
+    if start:
+        itself = torch.ones(shape, dtype=torch.bool, device=q.device).tril(start).triu(start)
+    else:
+        itself = torch.eye(*shape, dtype=torch.bool, device=q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | itself)
 
 
