@@ -44,7 +44,7 @@ def test_the_prediction_is_the_peak_of_a_real_step():
     finally:
         del script.SIZES["tiny"]
     tokens = torch.zeros(1, 96, dtype=torch.int64)
-    options = {"kwargs": {"targets": tokens}, "optimizer": torch.optim.AdamW, "autocast": torch.bfloat16}
+    options = {"kwargs": {"targets": tokens.clone()}, "optimizer": torch.optim.AdamW, "autocast": torch.bfloat16}
     assert script.predict_peak(model, 96, step_in_backward=False) == measure(model, tokens, **options).peak_bytes
 
 
