@@ -17,6 +17,8 @@ MOST_LAYERS = 100_000
 MOST_CHANNELS = 2**20
 """Largest width of a layer. The matrices of a wider layer do not fit into memory."""
 _MOST = 2**31 - 1
+_NUMBERS = (torch.int64, torch.int32)
+"""Types of a mask with the number of the document of each token."""
 _LONGEST = 60
 """Number of characters of a value in a message."""
 
@@ -122,13 +124,19 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"`{name}` has dtype {value.dtype}, but must be floating-point; pass `{name}.float()`.")
 
 
-def check_mask(mask: Any, shape: Sequence[int]) -> None:
-    """Raise unless `mask` is None, or a bool tensor of `shape`, (B, T)."""
+def check_mask(mask: Any, shape: Sequence[int], *, takes_documents: bool = False) -> None:
+    """Raise unless `mask` is None, or a bool tensor of `shape`, (B, T), or the number of each token's document."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or (takes_documents and mask.dtype in _NUMBERS)):
         shown = str(mask.dtype) if isinstance(mask, Tensor) else describe(mask)
-        raise TypeError(f"`mask` (={shown}) must be a bool tensor, true where a token is real; pass `mask.bool()`.")
+        kinds = "a bool tensor, true where a token is real" + (", or numbers of documents" if takes_documents else "")
+        way_out = (
+            "; numbers of documents are for full attention"
+            if isinstance(mask, Tensor) and mask.dtype in _NUMBERS
+            else ""
+        )
+        raise TypeError(f"`mask` (={shown}) must be {kinds}; pass `mask.bool()`{way_out}.")
     if mask.shape != tuple(shape):
         raise ValueError(
             f"`mask` has shape {tuple(mask.shape)}, but must have the shape of the tokens, {tuple(shape)}: (B, T)."

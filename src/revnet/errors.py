@@ -31,6 +31,7 @@ _EXTRAS = {
     "mlflow": "mlflow",
     "kornia": "augment",
     "shtab": "completion",
+    "tokenizers": "text",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

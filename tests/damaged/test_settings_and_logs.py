@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from revnet.cli.main import main
+from revnet.data import BytePairVocabulary
 from revnet.data.sources.text import load_text
+from revnet.data.tokens.tokenizer_file import parse_tokenizer
 from revnet.errors import CheckpointError
 from revnet.paper.report import write_report
 from revnet.paper.tables import TABLES
@@ -19,6 +21,7 @@ from revnet.training.run.loggers import make_loggers
 from revnet.training.run.update_log import _start_file
 from revnet.training.settings.run_config import read_task
 from tests.damaged.damage import assert_ends_well, damage_bytes, damage_tree, other_file, seeded
+from tests.data.tokens.samples import small_tokenizer
 
 CASES = [pytest.param(range(20), id="few"), pytest.param(range(400), marks=pytest.mark.slow, id="many")]
 RESUMED = [pytest.param(range(20), id="few"), pytest.param(range(300), marks=pytest.mark.slow, id="many")]
@@ -88,6 +91,37 @@ def test_damaged_texts(tmp_path, numbers):
         assert_ends_well(lambda: load_text(path), f"texts {number}")
     path.write_bytes(content)
     assert load_text(path).vocabulary.characters
+
+
+@pytest.mark.parametrize("numbers", CASES)
+def test_damaged_documents(tmp_path, numbers):
+    content = "".join(json.dumps({"text": f"Fox {number}, 猫.", "id": number}) + "\n" for number in range(20)).encode()
+    path = tmp_path / "text.jsonl"
+    for number in numbers:
+        draw = seeded("documents", number)
+        lines = content.decode().splitlines()
+        lines[draw.randrange(20)] = json.dumps(damage_tree(json.loads(lines[3]), draw))
+        damaged = damage_bytes(content, draw) if number % 10 else other_file(draw)
+        path.write_bytes("\n".join(lines).encode() if number % 2 else damaged)
+        assert_ends_well(lambda: load_text(path), f"documents {number}")
+    path.write_bytes(content)
+    assert load_text(path).num_documents == (18, 2)
+
+
+@pytest.mark.parametrize("numbers", CASES)
+def test_damaged_tokenizers(tmp_path, numbers):
+    content = small_tokenizer().to_json()
+    path = tmp_path / "tokenizer.json"
+    for number in numbers:
+        draw = seeded("tokenizers", number)
+        damaged = damage_bytes(content.encode(), draw) if number % 10 else other_file(draw)
+        path.write_bytes(json.dumps(damage_tree(json.loads(content), draw)).encode() if number % 2 else damaged)
+        tokens = assert_ends_well(lambda: BytePairVocabulary.read(path), f"tokenizers {number}")
+        if isinstance(tokens, BytePairVocabulary):  # what is accepted is whole
+            assert len({tokens.file.bytes_of(token) for token in range(len(tokens))}) >= 256
+            assert parse_tokenizer(tokens.file.to_json()) == tokens.file
+    path.write_text(content)
+    assert BytePairVocabulary.read(path).file == small_tokenizer()
 
 
 @pytest.mark.parametrize("numbers", CASES)

@@ -339,7 +339,7 @@ def test_rejects_wrong_policies(policy):
             torch.zeros(2, 5, dtype=torch.long),
             torch.ones(2, 5),
             TypeError,
-            r"`mask` \(=torch.float32\) must be a bool tensor, true where a token is real; pass `mask.bool\(\)`",
+            r"`mask` \(=torch.float32\) must be a bool tensor, true .*, or numbers of documents; pass `mask.bool\(\)`",
         ),
     ],
 )

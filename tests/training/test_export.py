@@ -36,9 +36,11 @@ def perturbed(module):
     return module
 
 
-def language_model(**options):
+def language_model(documents=None, **options):
     options = {"dim": 8, "depth": 2, "num_heads": 2, "max_length": 16} | options
-    return perturbed(LanguageModel.create(LanguageHeader(data="book.txt", characters="abcdef", options=options)))
+    characters = "abcdef" if documents is None else "\0abcde"
+    header = LanguageHeader(data="book.txt", characters=characters, documents=documents, options=options)
+    return perturbed(LanguageModel.create(header))
 
 
 def density(model, **options):
@@ -48,6 +50,7 @@ def density(model, **options):
 
 MODULES = {
     "language model": language_model,
+    "documents": lambda: language_model(documents="separate"),
     "hierarchical attention": lambda: language_model(attention="hierarchical", block_size=4),
     "nice": lambda: density("nice", hidden_dim=4, num_hidden=1, num_couplings=2),
     "realnvp": lambda: density("realnvp", num_scales=1, hidden_dim=4),

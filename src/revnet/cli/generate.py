@@ -28,9 +28,10 @@ def generate(
         checkpoint: A .safetensors or .ckpt file written by `revnet train lm`, or the folder of a run, whose last
             weights are used; best.safetensors in it holds the best weights on validation.
             Or hub:owner/name, a model on the Hugging Face hub; or the name of weights that come with the package.
-        prompt: Beginning of the text, in characters of the training text. By default, it is a newline, or
-            the first character of the vocabulary if the training text has no newline.
-        num: Number of characters to generate.
+        prompt: Beginning of the text, in characters of the training text if these are the tokens. By default, a model
+            of documents begins a new one. Others begin with a newline, or the first character of the vocabulary if the
+            training text has no newline.
+        num: Number of tokens to generate. A document may end before.
         temperature: Divides the logits. Lower values give more predictable text; 0 always takes the most likely
             character.
         top_k: Sample only from this number of most likely characters.
@@ -57,7 +58,7 @@ def generate(
     torch_device = find_device(device)
     model = load_language_model(checkpoint).to(torch_device)
     if prompt is None:
-        prompt = "\n" if "\n" in model.vocabulary.characters else model.vocabulary.characters[0]
+        prompt = model.usual_prompt
     generator = torch.Generator(torch_device).manual_seed(seed)
     torch.manual_seed(seed)  # LSH attention draws its hashes from the global generator
     text = model.generate(prompt, num, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)

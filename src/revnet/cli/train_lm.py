@@ -10,13 +10,14 @@ from revnet.training import LanguageConfig
 
 @takes_settings(LanguageConfig)
 def train_lm(*, resume: str | None = None, find_lr: bool = False, **settings: Any) -> None:
-    """Train a reversible transformer as a character-level language model.
+    """Train a reversible transformer as a language model.
 
     Writes weights, log and learning curve to a new folder. `revnet generate` then continues texts with it.
 
     Examples:
         revnet train lm --data book.txt
         revnet train lm --config text/quick/lm --data book.txt --epochs 40
+        revnet train lm --data articles.jsonl --tokenizer bpe --vocab-size 8000
         revnet train lm --data book.txt --attention hierarchical --length 2048 --batch-size 2
         revnet train lm --resume runs/book_lm_1
 

@@ -59,7 +59,7 @@ class _Chunked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *parameters)
         ctx.module, ctx.names, ctx.num_chunks, ctx.dim = module, names, num_chunks, dim
-        ctx.autocast = _autocast_now(x.device.type)
+        ctx.autocast = autocast_now(x.device.type)
         return torch.cat([module(chunk) for chunk in x.chunk(num_chunks, dim)], dim)
 
     @staticmethod
@@ -85,7 +85,7 @@ class _Chunked(torch.autograd.Function):
         return None, None, None, None, grad_x, *[sums.get(index + 1) for index in range(len(parameters))]
 
 
-def _autocast_now(device_type: str) -> AbstractContextManager[Any]:
+def autocast_now(device_type: str) -> AbstractContextManager[Any]:
     """Return a context that restores the current autocast state."""
     if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()

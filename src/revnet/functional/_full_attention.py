@@ -1,16 +1,26 @@
 """Attention of every token to every other."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from revnet._checks import check_bool, check_mask, check_per_head
+from revnet.functional._chunked import autocast_now
+
+_MOST_ROWS = 1024
+"""Largest number of queries whose mask exists at a time, if it has numbers of documents."""
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Compute the attention of every token to every other token with PyTorch's kernels.
 
     The cost grows with the square of the length. The products of queries and keys are stored only if there is a `mask`.
+    If it has numbers of documents and more than 1,024 tokens, they exist for 1,024 queries at a time: the backward pass
+    computes them again, and can be differentiated once.
 
     Args:
         q: Queries.
@@ -18,9 +28,10 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
         v: Values.
         is_causal: Whether a token sees only itself and earlier tokens.
         mask: Which tokens are real. A token that is not real is seen only by itself, and its output is meaningless.
+            Integers are the numbers of documents, and 0 where a token is not real: a token sees only its own document.
 
     Shape:
-        q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
+        q, k, v: (B, H, T, D); mask: (B, T), bool or integers. Output: (B, H, T, D).
 
     Raises:
         TypeError: An argument is not of the type in the signature.
@@ -31,13 +42,62 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     """
     check_per_head(q=q, k=k, v=v)
     check_bool(is_causal=is_causal)
-    check_mask(mask, (q.shape[0], q.shape[-2]))
+    check_mask(mask, (q.shape[0], q.shape[-2]), takes_documents=True)
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    T = q.shape[-2]
-    seen = mask[:, None, None, :]  # (B, 1, 1, T)
+    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and q.shape[-2] > _MOST_ROWS:
+        by_rows: Tensor = _AttentionByRows.apply(q, k, v, mask, is_causal)
+        return by_rows
+    return _attend(q, k, v, mask, mask, 0, is_causal)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, q_mask: Tensor, k_mask: Tensor, start: int, is_causal: bool) -> Tensor:
+    """Return the attention of the queries, of which the first has the position `start` among the keys."""
+    shape = (q.shape[-2], k.shape[-2])
+    seen = k_mask[:, None, None, :].bool()  # (B, 1, 1, T)
+    if k_mask.dtype != torch.bool:
+        seen = seen & (q_mask[:, None, :, None] == k_mask[:, None, None, :])
     if is_causal:
-        seen = seen & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        seen = seen & torch.ones(shape, dtype=torch.bool, device=q.device).tril(start)
     # A token always sees itself, since the softmax over no keys is NaN.
-    seen = seen | torch.eye(T, dtype=torch.bool, device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    if start:
+        itself = torch.ones(shape, dtype=torch.bool, device=q.device).tril(start).triu(start)
+    else:
+        itself = torch.eye(*shape, dtype=torch.bool, device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | itself)
+
+
+class _AttentionByRows(torch.autograd.Function):
+    """Attention with a mask that exists for some queries at a time; the backward pass computes them again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, is_causal: bool) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.is_causal, ctx.autocast = is_causal, autocast_now(q.device.type)
+        parts = [
+            _attend(q[..., own, :], k[..., seen, :], v[..., seen, :], mask[:, own], mask[:, seen], own.start, is_causal)
+            for own, seen in _rows(q.shape[-2], is_causal)
+        ]
+        return torch.cat(parts, -2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, mask = ctx.saved_tensors
+        sums = [torch.zeros_like(tensor) for tensor in (q, k, v)]
+        for own, seen in _rows(q.shape[-2], ctx.is_causal):
+            parts = (own, seen, seen)
+            with torch.enable_grad(), ctx.autocast:
+                inputs = [x[..., part, :].detach().requires_grad_() for x, part in zip((q, k, v), parts, strict=True)]
+                y = _attend(inputs[0], inputs[1], inputs[2], mask[:, own], mask[:, seen], own.start, ctx.is_causal)
+            results = torch.autograd.grad(y, inputs, grads[0][..., own, :])
+            for total, part, result in zip(sums, parts, results, strict=True):
+                total[..., part, :] += result
+        return *sums, None, None
+
+
+def _rows(length: int, is_causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries of each part, and the keys that they may see."""
+    for start in range(0, length, _MOST_ROWS):
+        stop = min(start + _MOST_ROWS, length)
+        yield slice(start, stop), slice(0, stop if is_causal else length)

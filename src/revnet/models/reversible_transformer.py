@@ -129,8 +129,8 @@ class ReversibleTransformer(HasGradientCheckpointing, HubMixin):
             stored twin.
 
     Shape:
-        tokens: (B, T), integers. mask: (B, T), bool, true where a token is real. targets: (B, T), integers, -100 where
-            nothing is to be predicted. Output: logits, (B, T, vocab_size), or with `targets` a loss, ().
+        tokens: (B, T), integers. mask: (B, T), true where a token is real, or as in `FullAttention`.
+            targets: (B, T), -100 where nothing is to be predicted. Output: logits, (B, T, vocab_size), or a loss, ().
 
     Numerics:
         Under autocast the streams stay in float32, so that they can be rebuilt, and the residual functions compute in
@@ -233,7 +233,7 @@ class ReversibleTransformer(HasGradientCheckpointing, HubMixin):
     def forward_features(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute the final features of each token, (B, T, 2 * dim): its embedding in context."""
         x = self.embed(tokens)
-        check_mask(mask, tokens.shape)
+        check_mask(mask, tokens.shape, takes_documents=True)
         return self.norm(self.blocks(x, mask=mask, rotary=self.rotary(x)))
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from revnet._units import counted, format_loss, format_seconds
 from revnet.errors import CheckpointError
 from revnet.memory import format_bytes
 from revnet.models.pretrained.card import describe_class, format_card, how_to_load
+from revnet.training.language.model import LanguageModel
 from revnet.training.run import run_dir
 from revnet.training.saved_module import SavedModule
 
@@ -55,8 +56,10 @@ _SCORES = {
     "test_bits_per_dim": ("test bits/dim", "last", "loss"),
     "best_test_bits_per_dim": ("test bits/dim", "best", "loss"),
     "best_val_bits_per_dim": ("validation bits/dim", "best", "loss"),
-    "val_loss": ("validation loss, nats/character", "last", "loss"),
-    "best_val_loss": ("validation loss, nats/character", "best", "loss"),
+    "val_loss": ("validation loss, nats/TOKEN", "last", "loss"),
+    "val_bits_per_byte": ("validation bits/byte", "last", "loss"),
+    "best_val_loss": ("validation loss, nats/TOKEN", "best", "loss"),
+    "best_val_bits_per_byte": ("validation bits/byte", "best", "loss"),
 }
 """Names of the scores in the summary of a run, with the weights that they belong to."""
 
@@ -120,8 +123,9 @@ def _data(module: SavedModule, epoch: str | None) -> str:
         names = [shorten(label, _LONGEST_LABEL) for label in header.class_names]
         shown = ", ".join(names[:_MOST_LABELS]) + (", ..." if len(names) > _MOST_LABELS else "")
         sentences.append(f"{counted(len(names), 'Class', 'Classes')}: {shown}")
-    if hasattr(header, "characters"):
-        sentences.append(f"Vocabulary: {counted(len(header.characters), 'character')}")
+    if isinstance(module, LanguageModel):
+        vocabulary = module.vocabulary
+        sentences.append(f"Vocabulary: {counted(len(vocabulary), vocabulary.noun)}")
     return ". ".join(sentences) + "."
 
 
@@ -136,14 +140,16 @@ def _files(kind: str) -> str:
 
 
 def _results(summary: Mapping[str, Any], which: str | None) -> str:
+    token = "token" if "val_tokens" in summary else "character"
     rows = [
-        f"| {title} | {_format_score(summary[key], form)} |"
+        f"| {title.replace('TOKEN', token)} | {_format_score(summary[key], form)} |"
         for key, (title, of, form) in _SCORES.items()
         if of == which and _is_number(summary.get(key))
     ]
     if not rows:
         return ""
     counts = {"test_images": "test images", "val_characters": "characters of validation"}
+    counts["val_tokens"] = "tokens of validation"
     notes = [f"{summary[key]:,} {noun}" for key, noun in counts.items() if _is_number(summary.get(key))]
     note = f"\n\nMeasured at the end of the run, on {' and '.join(notes)}." if notes else ""
     kind = "last weights of the run" if which == "last" else "best weights in validation"

@@ -55,5 +55,5 @@ def test_rejects_other_files_with_one_line(tmp_path, content, message):
 def test_rejects_missing_files(tmp_path):
     with pytest.raises(DataError, match="does not exist; pass a text file"):
         load_text(tmp_path / "nothing.txt")
-    with pytest.raises(DataError, match="is a folder; pass a text file"):
+    with pytest.raises(DataError, match=r"is a folder without a .txt file with some content; pass a text file"):
         load_text(tmp_path)

@@ -88,14 +88,21 @@ def test_rejects_wrong_shapes_and_options(make):
         module(random_input()[0])
     with pytest.raises(ValueError, match=r"`mask` has shape \(30,\), but must have the shape of the tokens, \(2, 30\)"):
         module(random_input(), mask=torch.ones(30, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"`mask` \(=torch.int64\) must be a bool tensor"):
-        module(random_input(), mask=torch.ones(2, 30, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"`mask` \(=torch.uint8\) must be a bool tensor"):
+        module(random_input(), mask=torch.ones(2, 30, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"`rotary` has shape \(2, 29, 2\), but must have \(2, 30, 2\)"):
         module(random_input(), rotary=rotary_table(29, 4))
     with pytest.raises(ValueError, match=r"`dim` \(=9\) must be a multiple of `num_heads` \(=2\), which share it"):
         make(9, 2)
     with pytest.raises(ValueError, match=r"`num_heads` \(=0\) must be a positive integer"):
         make(8, 0)
+
+
+@pytest.mark.parametrize("name", ["lsh", "hierarchical"])
+def test_rejects_numbers_of_documents(name):
+    message = r"`mask` \(=torch.int64\) must be a bool tensor, .*; numbers of documents are for full attention"
+    with pytest.raises(TypeError, match=message):
+        MODULES[name](8, 2).double()(random_input(), mask=torch.ones(2, 30, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", ["lsh", "hierarchical"])

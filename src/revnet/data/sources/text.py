@@ -1,73 +1,21 @@
-"""Text for language models, with characters as tokens."""
+"""Text for language models, in tokens."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from revnet._image_files import explain_link
-from revnet._input_files import read_text
+from revnet._units import counted
+from revnet.data.sources.documents import Documents, read_documents
+from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
+from revnet.data.tokens.byte_pairs import BytePairVocabulary
+from revnet.data.tokens.vocabulary import Vocabulary
 from revnet.errors import DataError
 
-_MOST_BYTES = 2**32
-"""Largest text, since it is read whole; tokens take as much memory again."""
-
-
-class Vocabulary:
-    """The characters of a text; a token is the index of a character among them.
-
-    Args:
-        characters: All characters, sorted, without duplicates.
-    """
-
-    def __init__(self, characters: str) -> None:
-        if not characters or list(characters) != sorted(set(characters)):
-            raise ValueError(
-                f"`characters` (={characters!r}) must be sorted and without duplicates; use `Vocabulary.of(text)`."
-            )
-        self.characters = characters
-        self._token = {character: token for token, character in enumerate(characters)}
-
-    @classmethod
-    def of(cls, text: str) -> "Vocabulary":
-        """Return the vocabulary of a text."""
-        return cls("".join(sorted(set(text))))
-
-    def __len__(self) -> int:
-        return len(self.characters)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Vocabulary) and self.characters == other.characters
-
-    def __hash__(self) -> int:
-        return hash(self.characters)
-
-    def __repr__(self) -> str:
-        return f"Vocabulary({self.characters!r})"
-
-    def encode(self, text: str, name: str = "text") -> Tensor:
-        """Return the tokens of a text: (T,), int64.
-
-        Args:
-            text: The text.
-            name: Name of the argument, for errors.
-
-        Raises:
-            ValueError: The text has a character that is not in the vocabulary.
-        """
-        unknown = next((character for character in text if character not in self._token), None)
-        if unknown is not None:
-            raise ValueError(
-                f"`{name}` has the character {unknown!r}, which is not among the {len(self)} of the vocabulary: "
-                f"{self.characters!r}; leave it out."
-            )
-        return torch.tensor([self._token[character] for character in text], dtype=torch.int64)
-
-    def decode(self, tokens: Tensor) -> str:
-        """Return the text of `tokens`, (T,)."""
-        return "".join(self.characters[token] for token in tokens.tolist())
+CHARACTERS, BPE = "characters", "bpe"
+"""Tokenizers that are made from the text; every other name is the path of a file."""
+_USUAL_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,50 +24,83 @@ class TextDataset:
 
     name: str
     """Name of the text in logs and file names."""
-    vocabulary: Vocabulary
-    """Characters of both parts."""
+    vocabulary: AbstractVocabulary
+    """Tokens of both parts."""
     train: Tensor
     """Tokens for training: (N,), int32."""
     validation: Tensor
     """Tokens for validation: (M,), int32."""
+    num_documents: tuple[int, int] | None = None
+    """Number of documents for training and for validation, between which the tokens have the end of a text; None if
+    the source is one text."""
+
+    def describe(self) -> str:
+        """Return the source and its tokens as text."""
+        counts = f"{len(self.train):,} train, {len(self.validation):,} validate"
+        if self.num_documents is not None:
+            train, validation = self.num_documents
+            counts += f"; {counted(train, 'document')} train, {validation:,} validate"
+        return f"{self.name}, {self.vocabulary.describe()}: {counts}"
 
 
-def load_text(path: str | Path, *, val_fraction: float = 0.1) -> TextDataset:
-    """Read a text file in UTF-8.
+def load_text(
+    path: str | Path, *, val_fraction: float = 0.1, tokenizer: str | Path = CHARACTERS, vocab_size: int | None = None
+) -> TextDataset:
+    """Read a text, or many documents, and write it in tokens.
+
+    The source is a text file in UTF-8; a folder, in which each `.txt` file is a document; or a `.jsonl` file, in which
+    the field `text` of each line is one. Documents are joined with a token for the end of a text between them, before
+    the first and after the last: what follows this token is the beginning of a document.
 
     Args:
-        path: The file; `~` is the home directory.
-        val_fraction: Share of the characters, at the end, for validation.
+        path: The file or folder; `~` is the home directory.
+        val_fraction: Share of the characters, at the end, for validation. Documents stay whole, and each part has at
+            least one, if there are several.
+        tokenizer: "characters"; "bpe" for byte-level BPE, trained on the part for training; or the path of a
+            `tokenizer.json` of byte-level BPE, in the format of the `tokenizers` library.
+        vocab_size: Number of tokens to learn for "bpe", by default 4,096, or to expect in the file.
 
     Raises:
-        DataError: The file is missing, empty, larger than 4 GiB, or not a text.
+        DataError: The source or the tokenizer is missing, damaged, empty, larger than 4 GiB, or not a text.
+        MissingDependencyError: The `tokenizers` library is not installed.
+        ValueError: `vocab_size` is below 257, or the file has another number of tokens.
     """
-    path = Path(path).expanduser()
-    if (fault := explain_link(path)) is not None:
-        raise DataError(f"`data` (='{path}') {fault}.")
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
-        raise DataError(f"`data` (='{path}') {problem}; pass a text file.")
-    try:
-        text = read_text(path, _MOST_BYTES)
-    except OSError as error:
-        raise DataError(f"`data` (='{path}') cannot be read: {error.strerror}; pass a text file.") from error
-    except UnicodeDecodeError as error:
+    documents = read_documents(path)
+    train, validation = documents.divide(val_fraction)
+    vocabulary = _make_vocabulary(documents, train, str(tokenizer), vocab_size)
+    if documents.is_one:
+        train_tokens, validation_tokens = vocabulary.encode_all([*train, *validation])
+        return TextDataset(documents.name, vocabulary, train_tokens, validation_tokens)
+    if vocabulary.end_of_text is None:
         raise DataError(
-            f"`data` (='{path}') is not text in UTF-8, at byte {error.start:,}; pass a text file, or convert it."
-        ) from error
-    if "\0" in text:
-        raise DataError(f"`data` (='{path}') is not a text, since it contains zero bytes; pass a text file.")
-    if not text:
-        raise DataError(f"`data` (='{path}') is empty; pass a text file with some content.")
-    vocabulary = Vocabulary.of(text)
-    tokens = _encode_all(text, vocabulary)
-    num_train = round((1 - val_fraction) * len(tokens))
-    return TextDataset(path.stem, vocabulary, tokens[:num_train], tokens[num_train:])
+            f"`tokenizer` (='{tokenizer}') has no special token for the end of a text, such as <|endoftext|>, which "
+            "goes between documents; pass another tokenizer, or one text file."
+        )
+    return TextDataset(
+        documents.name,
+        vocabulary,
+        vocabulary.pack(train),
+        vocabulary.pack(validation),
+        num_documents=(len(train), len(validation)),
+    )
 
 
-def _encode_all(text: str, vocabulary: Vocabulary) -> Tensor:
-    # With arrays of code points, since a file may have millions of characters.
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    known = np.frombuffer(vocabulary.characters.encode("utf-32-le"), dtype=np.uint32)
-    return torch.from_numpy(np.searchsorted(known, points).astype(np.int32))
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Return the bits per byte of a mean loss in nats per token; they compare different tokens of the same text."""
+    return loss / (bytes_per_token * math.log(2)) if bytes_per_token else math.nan
+
+
+def _make_vocabulary(
+    documents: Documents, train: list[str], tokenizer: str, vocab_size: int | None
+) -> AbstractVocabulary:
+    if tokenizer == CHARACTERS:
+        return Vocabulary.of(documents.texts[0]) if documents.is_one else Vocabulary.of_documents(documents.texts)
+    if tokenizer == BPE:
+        return BytePairVocabulary.train(train, _USUAL_TOKENS if vocab_size is None else vocab_size)
+    vocabulary = BytePairVocabulary.read(tokenizer)
+    if vocab_size not in (None, len(vocabulary)):
+        raise ValueError(
+            f"`vocab_size` (={vocab_size}) is not the number of tokens in `tokenizer` (='{tokenizer}'), "
+            f"{len(vocabulary)}; leave it out, or pass another file."
+        )
+    return vocabulary

@@ -22,7 +22,7 @@ def check_sequence(x: Tensor, dim: int, num_heads: int, mask: Tensor | None, rot
         check_tensor("x", x)
     if x.dim() != 3 or x.shape[-1] != dim:
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but must have (B, T, {dim}).")
-    check_mask(mask, x.shape[:2])
+    check_mask(mask, x.shape[:2], takes_documents=True)
     if rotary is None:
         return
     check_tensor("rotary", rotary, hint="make it with `rotary_table`")

@@ -18,8 +18,9 @@ class FullAttention(nn.Module):
         is_causal: Whether a token sees only itself and earlier tokens.
 
     Shape:
-        x: (B, T, dim). mask: (B, T), bool, true where a token is real. rotary: (2, T, dim / num_heads / 2), from
-        `rotary_table`. Output: (B, T, dim).
+        x: (B, T, dim). mask: (B, T), bool, true where a token is real; or integers, the number of the document of each
+            token, which sees no other document, and 0 where a token is not real. rotary: (2, T, dim / num_heads / 2),
+            from `rotary_table`. Output: (B, T, dim).
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`. In the forward pass: the shapes do not fit.

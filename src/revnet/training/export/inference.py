@@ -16,7 +16,7 @@ from revnet.models._density import AbstractImageDensity
 from revnet.training.classification.model import NO_PREPROCESS, Classifier
 from revnet.training.density.model import ImageDensity
 from revnet.training.image_data import TEST_CROP
-from revnet.training.language.model import LanguageModel
+from revnet.training.language.model import LanguageHeader, LanguageModel
 from revnet.training.run.checkpoint import find_weights, read_weights
 from revnet.training.saved_module import SavedModule
 
@@ -143,15 +143,13 @@ def _of_language_model(language_model: LanguageModel) -> Inference:
     has_free_length = attention == "full" and model.max_length > 2
     length = min(model.max_length, 64) if has_free_length else model.max_length
     metadata = {
-        "input": "tokens, (batch, length), int64; a token is the index of a character in `labels`",
-        "output": "logits of the next token at each position, (batch, length, characters), float32",
-        "labels": json.dumps(list(header.characters)),
+        **_describe_tokens(header),
         "length": f"at most {model.max_length}" if has_free_length else str(length),
     }
 
     def draw_tokens(count: int, generator: torch.Generator) -> Tensor:
         size = length - count % 5 if has_free_length and length > 8 else length
-        return torch.randint(len(header.characters), (count, size), generator=generator)
+        return torch.randint(model.vocab_size, (count, size), generator=generator)
 
     return Inference(
         module=language_model,
@@ -162,6 +160,21 @@ def _of_language_model(language_model: LanguageModel) -> Inference:
         metadata=_describe_run(header.model, header.data) | metadata,
         on_grid=attention == "lsh",
     )
+
+
+def _describe_tokens(header: LanguageHeader) -> dict[str, str]:
+    output = "logits of the next token at each position, (batch, length, {}), float32"
+    if header.tokenizer is None:
+        return {
+            "input": "tokens, (batch, length), int64; a token is the index of a character in `labels`",
+            "output": output.format("characters"),
+            "labels": json.dumps(list(header.characters)),
+        }
+    return {
+        "input": "tokens, (batch, length), int64, of the tokenizer whose tokenizer.json is in `tokenizer`",
+        "output": output.format("tokens"),
+        "tokenizer": header.tokenizer,
+    }
 
 
 def _of_density(density: ImageDensity) -> Inference:

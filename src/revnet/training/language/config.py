@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from revnet.data.sources.text import CHARACTERS
+from revnet.data.tokens.byte_pairs import LEAST_TOKENS
 from revnet.training.settings.fields import integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -11,7 +13,7 @@ Attention = Literal["full", "lsh", "hierarchical"]
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig(AbstractRunConfig):
-    """Settings of a run that trains a reversible transformer to continue text, character by character.
+    """Settings of a run that trains a reversible transformer to continue text, token by token.
 
     The defaults are a small model, for a text of about a megabyte. `configs/` holds complete recipes.
 
@@ -32,16 +34,28 @@ class LanguageConfig(AbstractRunConfig):
     """Task of the run, which distinguishes a file of these settings from others."""
 
     data: str | None = None
-    """Text file in UTF-8; required. Its last tenth, see `val_fraction`, is held out for validation."""
+    """Text in UTF-8; required. A text file, a folder whose .txt files are documents, or a .jsonl file whose lines have
+    a document in the field `text`. The last tenth, see `val_fraction`, is held out for validation."""
+
+    tokenizer: str = "characters"
+    """Tokens of the text: `characters`; `bpe`, byte-level BPE trained on the training text; or the path of a
+    tokenizer.json of byte-level BPE. Compare different tokens by bits per byte."""
+
+    vocab_size: int | None = integer(None, at_least=LEAST_TOKENS)
+    """Number of tokens of `bpe`, by default 4,096; there are fewer if a short text has no more."""
+
+    cross_documents: bool = False
+    """Whether tokens see earlier documents in the same window, for which attention needs no mask; for several documents
+    only."""
 
     length: int = integer(128, at_least=1)
-    """Characters of a window: the longest context of the model."""
+    """Tokens of a window: the longest context of the model."""
 
     depth: int = integer(4, at_least=1)
     """Number of reversible blocks, each with an attention and a feed-forward network."""
 
     dim: int = integer(128, at_least=1)
-    """Features of a character in each of the two streams; a multiple of twice `num_heads`."""
+    """Features of a token in each of the two streams; a multiple of twice `num_heads`."""
 
     num_heads: int = integer(4, at_least=1)
     """Number of attention heads."""
@@ -56,27 +70,27 @@ class LanguageConfig(AbstractRunConfig):
     """Share of features dropped in training."""
 
     attention: Attention = "full"
-    """Kind of attention: `full`; `lsh`, among characters whose keys fall into the same bucket (Reformer); or
+    """Kind of attention: `full`; `lsh`, among tokens whose keys fall into the same bucket (Reformer); or
     `hierarchical`, exact nearby and coarser with distance (H-Transformer-1D). The last two are for long windows."""
 
     bucket_size: int = integer(32, at_least=1)
-    """Average number of characters in a bucket; for `lsh` only."""
+    """Average number of tokens in a bucket; for `lsh` only."""
 
     num_hashes: int = integer(4, at_least=1)
     """Rounds of hashing; for `lsh` only."""
 
     block_size: int = integer(32, at_least=1)
-    """Characters of a block, even; for `hierarchical` only."""
+    """Tokens of a block, even; for `hierarchical` only."""
 
     chunked_loss: bool | None = None
-    """Whether the loss computes its logits for some characters at a time, which saves memory. By default, it does if
-    the vocabulary has more characters than twice `dim`, unless the plan for a `memory_budget` is faster without."""
+    """Whether the loss computes its logits for some tokens at a time, which saves memory. By default, it does if there
+    are more different tokens than twice `dim`, unless the plan for a `memory_budget` is faster without."""
 
     epochs: int = integer(4, at_least=1)
     """Number of epochs, each of `updates_per_epoch`; the model is validated and saved at the end of each."""
 
     updates_per_epoch: int | None = integer(None, at_least=1)
-    """Updates of an epoch. By default, an epoch reads about as many characters as the training text has, in at most 500
+    """Updates of an epoch. By default, an epoch reads about as many tokens as the training text has, in at most 500
     updates."""
 
     max_updates: int | None = integer(None, at_least=1)
@@ -103,6 +117,11 @@ class LanguageConfig(AbstractRunConfig):
     """Seed of the initial weights, the windows and dropout."""
 
     def _check_together(self) -> None:
+        if self.vocab_size is not None and self.tokenizer == CHARACTERS:
+            raise ValueError(
+                f"`vocab_size` (={self.vocab_size}) does not go with `tokenizer` (='characters'), which the text "
+                "decides; leave it out, or pass the tokenizer `bpe`."
+            )
         if self.dim % (2 * self.num_heads):
             raise ValueError(
                 f"`dim` (={self.dim}) must be a multiple of twice `num_heads` (={self.num_heads}), since a head has an "

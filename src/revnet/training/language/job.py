@@ -1,5 +1,6 @@
-"""The job of `revnet train lm`: train a language model on a text file."""
+"""The job of `revnet train lm`: train a language model on a text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,20 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from revnet._units import counted
-from revnet.data import ConsecutiveWindows, RandomWindows, load_text
+from revnet.data import ConsecutiveWindows, RandomWindows, Vocabulary
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
 from revnet.models import ReversibleTransformer
 from revnet.training.device import find_device
 from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
-from revnet.training.language.model import LanguageHeader, LanguageModel
+from revnet.training.language.model import SEPARATE, LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult
 from revnet.training.language.start import load_start
 from revnet.training.language.task import LanguageTask
+from revnet.training.language.text_data import average_bytes, count_bytes, load_data, make_header
 from revnet.training.optimizers import make_optimizer
 from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division, part_of_batch
+from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update, apply_policies, make_plan
 from revnet.training.run.data_record import DataRecord, record_text
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
@@ -49,19 +52,24 @@ class LanguageJob(AbstractJob[LanguageResult]):
         """Return the lines printed before training: model, data, epochs."""
         config, dataset = self.config, self.dataset
         num_parameters = sum(parameter.numel() for parameter in self.task.language_model.model.parameters())
-        counts = f"{len(dataset.train):,} train, {len(dataset.validation):,} validate"
         return [
             (
                 "model",
                 f"lm, {counted(config.depth, 'block')}, {config.attention} attention, {num_parameters:,} parameters",
             ),
-            ("data", f"{dataset.name}, {len(dataset.vocabulary)} different characters: {counts}"),
-            ("epochs", self.describe_updates(f"windows of {config.length} characters")),
+            ("data", dataset.describe()),
+            ("epochs", self.describe_updates(f"windows of {config.length} {dataset.vocabulary.noun}s")),
         ]
 
     def record_data(self) -> DataRecord:
         """Return what the run remembers of its data."""
         return record_text(self.dataset)
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """The tokenizer, unless the tokens are characters."""
+        tokenizer = self.task.language_model.header.tokenizer
+        return {} if tokenizer is None else {run_dir.TOKENIZER: tokenizer}
 
     def make_loaders(
         self, device: torch.device, *, rank: int = 0, num_processes: int = 1, num_parts: int = 1
@@ -98,7 +106,9 @@ class LanguageJob(AbstractJob[LanguageResult]):
             attention=self.config.attention,
             val_loss=outcome.rows[-1]["val_loss"],
             best_val_loss=outcome.best_score,
-            num_val_characters=validation.num_windows * self.config.length,
+            num_val_tokens=validation.num_windows * self.config.length,
+            num_val_bytes=count_bytes(validation, self.dataset.vocabulary),
+            token="character" if isinstance(self.dataset.vocabulary, Vocabulary) else "token",
             **outcome.figures.as_arguments(),
         )
 
@@ -106,19 +116,19 @@ class LanguageJob(AbstractJob[LanguageResult]):
 def new_job(config: LanguageConfig) -> LanguageJob:
     """Check the settings of a new run and read its text."""
     if config.data is None:
-        raise ValueError("`data` is required: a text file, such as --data book.txt.")
+        raise ValueError("`data` is required: a text file or a folder of them, such as --data book.txt.")
     return job_of_run(replace(config, data=absolute_path(config.data), weights=absolute_weights(config.weights)))
 
 
 def job_of_run(config: LanguageConfig) -> LanguageJob:
     """Make the job of a run from the settings in its folder."""
-    assert config.data is not None
     find_device(config.device)
-    dataset = load_text(config.data, val_fraction=config.val_fraction)
+    dataset, config = load_data(config)
+    noun = dataset.vocabulary.noun
     shortest = min(len(dataset.train), len(dataset.validation))
     if shortest <= config.length:
         raise ValueError(
-            f"`data` (='{config.data}') has {len(dataset.train):,} characters for training and "
+            f"`data` (='{config.data}') has {len(dataset.train):,} {noun}s for training and "
             f"{len(dataset.validation):,} for validation, too few for windows of `length` (={config.length}) plus one; "
             "pass a longer text, or a smaller length."
         )
@@ -126,22 +136,8 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     usual = max(1, min(_LONGEST_EPOCH, len(dataset.train) // (config.batch_size * config.length)))
     updates_per_epoch = config.updates_per_epoch or usual
     config, num_updates = replace(config, updates_per_epoch=updates_per_epoch).limit_updates(updates_per_epoch)
-    header = LanguageHeader(
-        data=str(config.data),
-        characters=dataset.vocabulary.characters,
-        options={
-            "dim": config.dim,
-            "depth": config.depth,
-            "num_heads": config.num_heads,
-            "max_length": config.length,
-            "attention": config.attention,
-            **_attention_options(config),
-            "ff_mult": config.ff_mult,
-            "ff_chunks": config.ff_chunks,
-            "dropout": config.dropout,
-        },
-    )
-    update = _make_update(config, header)
+    header = make_header(config, dataset)
+    update = _make_update(config, header, len(dataset.vocabulary))
     plan = make_plan(config, update)
     torch.manual_seed(config.seed)
     language_model = LanguageModel.create(header)
@@ -152,10 +148,12 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     prepare_network(language_model.model, config)
     _set_loss(language_model.model, config)
     apply_policies(language_model.model, config, plan)
+    bytes_per_token = average_bytes(config, dataset)
+    task = LanguageTask(language_model, config, num_updates, val_bytes_per_token=bytes_per_token)
     return LanguageJob(
         config=config,
-        names=RunNames(data=dataset.name, model="lm", loss="nats per character"),
-        task=LanguageTask(language_model, config, num_updates),
+        names=RunNames(data=dataset.name, model="lm", loss=f"nats per {noun}"),
+        task=task,
         plan=plan,
         dataset=dataset,
         update=update,
@@ -163,16 +161,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
     )
 
 
-def _attention_options(config: LanguageConfig) -> dict[str, int]:
-    match config.attention:
-        case "lsh":
-            return {"bucket_size": config.bucket_size, "num_hashes": config.num_hashes}
-        case "hierarchical":
-            return {"block_size": config.block_size}
-    return {}
-
-
-def _make_update(config: LanguageConfig, header: LanguageHeader) -> Update:
+def _make_update(config: LanguageConfig, header: LanguageHeader, num_tokens: int) -> Update:
     def make_model() -> nn.Module:
         model = LanguageModel.create(header).model
         _set_loss(model, config)
@@ -183,15 +172,18 @@ def _make_update(config: LanguageConfig, header: LanguageHeader) -> Update:
 
     is_chunked = config.chunked_loss
     if is_chunked is None:
-        is_chunked = len(header.characters) > 2 * config.dim
+        is_chunked = num_tokens > 2 * config.dim
+    make_mask = make_tokens if header.documents == SEPARATE else None  # numbers of documents, in integers, too
     if not is_chunked:
-        return Update(make_model, make_tokens, loss=_loss, optimizer=partial(make_optimizer, config))
+        optimizer = partial(make_optimizer, config)
+        return Update(make_model, make_tokens, loss=_loss, optimizer=optimizer, make_mask=make_mask)
     return Update(
         make_model,
         make_tokens,
         loss=None,
         optimizer=partial(make_optimizer, config),
         make_targets=make_tokens,
+        make_mask=make_mask,
         chunked_loss="auto" if config.chunked_loss is None else None,
     )
 

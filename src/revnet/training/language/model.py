@@ -1,16 +1,23 @@
-"""A language model: a transformer with its vocabulary of characters."""
+"""A language model: a transformer with its vocabulary."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from revnet.data import Vocabulary
+from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
+from revnet.data.tokens.byte_pairs import BytePairVocabulary
+from revnet.data.tokens.tokenizer_file import parse_tokenizer
 from revnet.models import ReversibleTransformer
 from revnet.training.run.checkpoint import load_module
 from revnet.training.saved_module import AbstractHeader, SavedModule
+
+SEPARATE, JOINED = "separate", "joined"
+"""Values of `documents` in a header."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +33,45 @@ class LanguageHeader(AbstractHeader):
     """Text file that the model was trained on."""
 
     characters: str
-    """Characters of the vocabulary."""
+    """Characters of the vocabulary; none if it has other tokens."""
+
+    tokenizer: str | None = None
+    """Content of the tokenizer.json of a byte-level BPE vocabulary; None for characters."""
+
+    documents: str | None = None
+    """Whether the documents of the text are `separate` for attention, or `joined`; None if it is one text."""
 
     options: Mapping[str, Any]
     """Arguments of `ReversibleTransformer`."""
 
+    as_text: ClassVar[frozenset[str]] = AbstractHeader.as_text | {"tokenizer", "documents"}
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the header as the flat strings that safetensors stores, without what the model does not have."""
+        known = replace(self, tokenizer=self.tokenizer or "", documents=self.documents or "")
+        metadata = super(LanguageHeader, known).to_metadata()
+        return {name: text for name, text in metadata.items() if getattr(self, name, "") is not None}
+
+    def make_vocabulary(self) -> AbstractVocabulary:
+        """Return the vocabulary.
+
+        Raises:
+            ValueError: The tokens are damaged.
+        """
+        if self.documents not in (None, SEPARATE, JOINED):
+            raise ValueError(f"`documents` (={self.documents!r}) is unknown; update revnet")
+        vocabulary: AbstractVocabulary
+        if self.tokenizer is None:
+            vocabulary = Vocabulary(self.characters)
+        else:
+            vocabulary = BytePairVocabulary(parse_tokenizer(self.tokenizer))
+        if self.documents is not None and vocabulary.end_of_text is None:
+            raise ValueError("its vocabulary has no token between documents")
+        return vocabulary
+
 
 class LanguageModel(SavedModule):
-    """A transformer that predicts the next character.
+    """A transformer that predicts the next token.
 
     Shape:
         tokens: (B, T), integers, see `vocabulary`. Output: logits of the next token at each position, (B, T,
@@ -47,13 +85,13 @@ class LanguageModel(SavedModule):
     def __init__(self, model: ReversibleTransformer, header: LanguageHeader) -> None:
         super().__init__()
         self.model = model
-        self.vocabulary = Vocabulary(header.characters)
+        self.vocabulary = header.make_vocabulary()
         self.header = header
 
     @classmethod
     def create(cls, header: LanguageHeader) -> Self:
         """Make a model with random weights."""
-        return cls(ReversibleTransformer(vocab_size=len(header.characters), **header.options), header)
+        return cls(ReversibleTransformer(vocab_size=len(header.make_vocabulary()), **header.options), header)
 
     @classmethod
     def build(cls, header: LanguageHeader, tensors: Mapping[str, Tensor]) -> Self:
@@ -62,28 +100,54 @@ class LanguageModel(SavedModule):
 
     def forward(self, tokens: Tensor, *, targets: Tensor | None = None) -> Tensor:
         """Compute the logits or, with the next token at each position as `targets`, the loss."""
-        return self.model(tokens) if targets is None else self.model(tokens, targets=targets)
+        mask = self.number_documents(tokens)
+        return self.model(tokens, mask) if targets is None else self.model(tokens, mask, targets=targets)
+
+    def number_documents(self, tokens: Tensor) -> Tensor | None:
+        """Return the number of the document of each token, from 1 on; None if tokens see earlier documents, too.
+
+        A document begins with the end of the text before it.
+        """
+        if self.header.documents != SEPARATE:
+            return None
+        assert self.vocabulary.end_of_text is not None
+        return 1 + torch.eq(tokens, self.vocabulary.end_of_text).cumsum(-1)
 
     def generate(self, prompt: str, num_new: int, **options: Any) -> str:
-        """Continue a text by `num_new` characters.
+        """Continue a text by `num_new` tokens, or until the document ends.
 
         Args:
-            prompt: Start of the text.
-            num_new: Number of characters to add.
+            prompt: Start of the text. A model of documents begins a new one if it is empty.
+            num_new: Number of tokens to add.
             options: Options of `ReversibleTransformer.generate`.
 
         Returns:
             The continuation, without the prompt.
 
         Raises:
-            ValueError: The prompt is empty, or has a character that is not in the vocabulary.
+            ValueError: The prompt has a character that is not in the vocabulary, or is empty and the model has been
+                trained on one text.
         """
-        if not prompt:
-            raise ValueError("`prompt` (='') must not be empty; pass the start of the text, a newline for instance.")
+        end = self.vocabulary.end_of_text if self.header.documents is not None else None
         tokens = self.vocabulary.encode(prompt, "prompt")
+        if not prompt:
+            if end is None:
+                raise ValueError("`prompt` (='') must not be empty; pass the start of the text, such as a newline.")
+            tokens = torch.tensor([end])
         device = next(self.parameters()).device
-        text = self.model.generate(tokens[None].to(device), num_new, **options)
-        return self.vocabulary.decode(text[0, len(tokens) :])
+        text = self.model.generate(tokens[None].to(device), num_new, **options)[0, len(tokens) :]
+        if end is not None:
+            text = text[: int((text == end).cumsum(0).eq(0).sum())]
+        return self.vocabulary.decode(text)
+
+    @property
+    def usual_prompt(self) -> str:
+        """Prompt to begin with: the start of a document if there are several, otherwise a newline if there is one."""
+        if self.header.documents is not None:
+            return ""
+        if isinstance(self.vocabulary, Vocabulary) and "\n" not in self.vocabulary.characters:
+            return self.vocabulary.characters[0]
+        return "\n"
 
 
 def load_language_model(path: str | Path) -> LanguageModel:

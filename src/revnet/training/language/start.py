@@ -1,10 +1,12 @@
-"""Start a language model from trained weights, whose vocabulary may be another."""
+"""Start a language model from trained weights, whose characters may be others."""
 
 from collections.abc import Sequence
 
 import torch
 
+from revnet.errors import CheckpointError
 from revnet.training.language.model import LanguageHeader, LanguageModel
+from revnet.training.run.run_dir import TOKENIZER
 from revnet.training.starting import StartWeights, describe_start, load_start_weights
 
 _TABLES = ("embedding.weight", "head.weight", "head.bias")
@@ -18,10 +20,15 @@ def load_start(language_model: LanguageModel, start: StartWeights) -> str:
         What was loaded, in one line.
 
     Raises:
-        CheckpointError: The weights are of a model with other settings.
+        CheckpointError: The weights are of a model with other settings or another tokenizer.
     """
     old: LanguageHeader = start.header
     header = language_model.header
+    if old.tokenizer != header.tokenizer:
+        way_out = "`characters`" if old.tokenizer is None else f"the {TOKENIZER} of its run"
+        raise CheckpointError(
+            f"`weights` (='{start.path}') are of a model with another tokenizer; pass {way_out} as `tokenizer`."
+        )
     tensors = dict(start.network)
     shared = [character for character in header.characters if character in old.characters]
     new = [character for character in header.characters if character not in old.characters]

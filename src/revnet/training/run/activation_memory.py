@@ -43,6 +43,8 @@ class Update:
     """Function that makes the optimizer of the model."""
     make_targets: Callable[[], Tensor] | None = None
     """Function that makes the targets of a model that returns the loss; called under the meta device."""
+    make_mask: Callable[[], Tensor] | None = None
+    """Function that makes the mask of a model that takes one; called under the meta device."""
     chunked_loss: bool | Literal["auto"] | None = None
     """Argument of `plan`."""
 
@@ -50,7 +52,8 @@ class Update:
         """Return the model, a batch, and the keyword arguments of the model, on the meta device."""
         with torch.device("meta"):
             model, batch = self.make_model(), self.make_batch()
-            return model, batch, {} if self.make_targets is None else {"targets": self.make_targets()}
+            makers = {"targets": self.make_targets, "mask": self.make_mask}
+            return model, batch, {name: make() for name, make in makers.items() if make is not None}
 
 
 def make_plan(config: AbstractRunConfig, update: Update) -> Plan | None:

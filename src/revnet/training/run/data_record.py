@@ -12,11 +12,12 @@ import numpy as np
 from revnet._atomic_file import write_text
 from revnet._documents import read_json
 from revnet._outside_text import encodable
-from revnet.data import ImageDataset
+from revnet.data import ImageDataset, Vocabulary
 from revnet.data.sources.text import TextDataset
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.file_split import FileSplit
 from revnet.data.splits.image_split import ImageSplit
+from revnet.data.tokens.byte_pairs import BytePairVocabulary
 from revnet.errors import CheckpointError
 
 DataRecord = dict[str, Any]
@@ -24,6 +25,7 @@ DataRecord = dict[str, Any]
 
 _FINGERPRINT = "blake2b:"
 _CHARACTERS = "characters"
+_TOKENIZER = "tokenizer"
 
 
 def record_images(dataset: ImageDataset) -> DataRecord:
@@ -39,11 +41,16 @@ def record_images(dataset: ImageDataset) -> DataRecord:
 
 
 def record_text(dataset: TextDataset) -> DataRecord:
-    """Return the record of a text: its characters and a fingerprint."""
-    tokens = (dataset.train.numpy(), dataset.validation.numpy())
+    """Return the record of a text: its characters or its tokenizer, and a fingerprint."""
+    tokens, vocabulary = (dataset.train.numpy(), dataset.validation.numpy()), dataset.vocabulary
+    tokenizer: DataRecord = {}
+    if isinstance(vocabulary, Vocabulary):
+        tokenizer = {_CHARACTERS: vocabulary.characters}
+    elif isinstance(vocabulary, BytePairVocabulary):
+        tokenizer = {_TOKENIZER: _fingerprint(np.frombuffer(vocabulary.file.to_json().encode(), np.uint8))}
     return {
-        _CHARACTERS: dataset.vocabulary.characters,
-        "number of characters": sum(map(len, tokens)),
+        **tokenizer,
+        f"number of {vocabulary.noun}s": sum(map(len, tokens)),
         "text": _fingerprint(*tokens),
     }
 
@@ -109,6 +116,8 @@ def _fingerprint_files(files: list[str]) -> str:
 
 
 def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    if (_TOKENIZER in earlier) != (_TOKENIZER in now):
+        return "its tokens are of another kind"
     for fact in [*earlier, *(fact for fact in now if fact not in earlier)]:
         old, new = earlier.get(fact), now.get(fact)
         if old == new:
@@ -117,6 +126,6 @@ def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str
             character = next(c for c in sorted({*old, *new}) if (c in old) != (c in new))
             return f"the character {character!r} is {'new' if character in new else 'missing'}"
         if str(old).startswith(_FINGERPRINT) and str(new).startswith(_FINGERPRINT):
-            return f"the {fact} differ" if fact != "text" else "the text differs"
+            return f"the {fact} {'differs' if fact in ('text', _TOKENIZER) else 'differ'}"
         return f"the {fact} is {new}, and was {old}"
     return None

@@ -142,6 +142,8 @@ def _execute(
         job.task.captured_update = CapturedUpdate(job.task.compute, job.task.saved_module.model)
     if job.plan is not None and is_main:
         write_text(folder / run_dir.PLAN, f"{job.plan.report()}\n")
+    for name, text in job.texts.items() if is_main else ():
+        write_text(folder / name, text)
     if not is_quiet:
         print(_heading(job, folder, device), flush=True)
     loaders = job.make_loaders(

@@ -1,7 +1,7 @@
 """The interface between a run and the task that it trains."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -71,6 +71,11 @@ class AbstractJob(ABC, Generic[Result]):
     @abstractmethod
     def record_data(self) -> DataRecord:
         """Return what the run remembers of its data."""
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Texts of the files that this task adds to the folder of a run, by the names of the files."""
+        return {}
 
     @abstractmethod
     def make_loaders(

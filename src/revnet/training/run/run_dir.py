@@ -21,6 +21,7 @@ SUMMARY = "summary.json"
 PLAN = "plan.txt"
 DRIFT = "drift.csv"
 PROFILE = "profile.json"
+TOKENIZER = "tokenizer.json"
 
 
 def make_run_dir(config: AbstractRunConfig, data_name: str, model: str) -> Path:

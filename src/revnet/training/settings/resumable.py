@@ -13,6 +13,7 @@ _RESUMABLE = frozenset(
     {
         # where the data are
         "data",
+        "tokenizer",  # the same one, in another file
         "on_corrupt",
         # how long the run trains, and how fast
         "epochs",

@@ -1,0 +1,1 @@
+"""Tokens of texts: characters, or pairs of bytes that a tokenizer has learned to join."""
