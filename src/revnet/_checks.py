@@ -122,16 +122,16 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"`{name}` has dtype {value.dtype}, but must be floating-point; pass `{name}.float()`.")
 
 
-def check_mask(mask: Any, shape: Sequence[int]) -> None:
+def check_mask(mask: Any, shape: Sequence[int], *, name: str = "mask") -> None:
     """Raise unless `mask` is None, or a bool tensor of `shape`, (B, T)."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         shown = str(mask.dtype) if isinstance(mask, Tensor) else describe(mask)
-        raise TypeError(f"`mask` (={shown}) must be a bool tensor, true where a token is real; pass `mask.bool()`.")
+        raise TypeError(f"`{name}` (={shown}) must be a bool tensor, true where a token is real; pass `{name}.bool()`.")
     if mask.shape != tuple(shape):
         raise ValueError(
-            f"`mask` has shape {tuple(mask.shape)}, but must have the shape of the tokens, {tuple(shape)}: (B, T)."
+            f"`{name}` has shape {tuple(mask.shape)}, but must have the shape of the tokens, {tuple(shape)}: (B, T)."
         )
 
 

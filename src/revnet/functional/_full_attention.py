@@ -19,8 +19,10 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
         is_causal: Whether a token sees only itself and earlier tokens.
         mask: Which tokens are real. A token that is not real is seen only by itself, and its output is meaningless.
 
+    The queries may be the last T tokens of S, and several of their heads may share a head of the keys and values.
+
     Shape:
-        q, k, v: (B, H, T, D); mask: (B, T), bool. Output: (B, H, T, D).
+        q: (B, H, T, D); k, v: (B, G, S, D), where G divides H; mask: (B, S), bool. Output: (B, H, T, D).
 
     Raises:
         TypeError: An argument is not of the type in the signature.
@@ -31,13 +33,19 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     """
     check_per_head(q=q, k=k, v=v)
     check_bool(is_causal=is_causal)
-    check_mask(mask, (q.shape[0], q.shape[-2]))
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    T = q.shape[-2]
-    seen = mask[:, None, None, :]  # (B, 1, 1, T)
+    check_mask(mask, (q.shape[0], k.shape[-2]))
+    T, S = q.shape[-2], k.shape[-2]
+    options = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    if mask is None and (T == S or not is_causal):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options)
+    if mask is None and T == 1:  # The last token sees all.
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    seen = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, S)
     if is_causal:
-        seen = seen & torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    # A token always sees itself, since the softmax over no keys is NaN.
-    seen = seen | torch.eye(T, dtype=torch.bool, device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        seen = earlier if seen is None else seen & earlier
+    if mask is not None:
+        # A token always sees itself, since the softmax over no keys is NaN.
+        own = torch.eye(T, dtype=torch.bool, device=q.device)
+        seen = seen | (own if T == S else F.pad(own, (S - T, 0)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)

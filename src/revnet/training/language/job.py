@@ -16,7 +16,7 @@ from revnet.models import ReversibleTransformer
 from revnet.training.device import find_device
 from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
-from revnet.training.language.model import LanguageHeader, LanguageModel
+from revnet.training.language.model import DEFAULTS, LanguageHeader, LanguageModel, differing_options
 from revnet.training.language.result import LanguageResult
 from revnet.training.language.start import load_start
 from revnet.training.language.task import LanguageTask
@@ -44,16 +44,19 @@ class LanguageJob(AbstractJob[LanguageResult]):
     dataset: TextDataset
     update: Update
     start: str | None
+    drift_every: int | None
 
     def heading(self) -> list[tuple[str, str]]:
         """Return the lines printed before training: model, data, epochs."""
         config, dataset = self.config, self.dataset
+        form = "" if config.form == "coupled" else f" of {config.form} form"
         num_parameters = sum(parameter.numel() for parameter in self.task.language_model.model.parameters())
         counts = f"{len(dataset.train):,} train, {len(dataset.validation):,} validate"
         return [
             (
                 "model",
-                f"lm, {counted(config.depth, 'block')}, {config.attention} attention, {num_parameters:,} parameters",
+                f"lm{form}, {counted(config.depth, 'block')}, {config.attention} attention, "
+                f"{num_parameters:,} parameters",
             ),
             ("data", f"{dataset.name}, {len(dataset.vocabulary)} different characters: {counts}"),
             ("epochs", self.describe_updates(f"windows of {config.length} characters")),
@@ -139,6 +142,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
             "ff_mult": config.ff_mult,
             "ff_chunks": config.ff_chunks,
             "dropout": config.dropout,
+            **differing_options({name: getattr(config, name) for name in DEFAULTS if hasattr(config, name)}),
         },
     )
     update = _make_update(config, header)
@@ -160,6 +164,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         dataset=dataset,
         update=update,
         start=start,
+        drift_every=config.drift_every,
     )
 
 

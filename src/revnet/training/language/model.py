@@ -7,10 +7,31 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from revnet.coupling import FixedPoint
 from revnet.data import Vocabulary
 from revnet.models import ReversibleTransformer
 from revnet.training.run.checkpoint import load_module
 from revnet.training.saved_module import AbstractHeader, SavedModule
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "form": "coupled",
+    "step_size": None,
+    "exact": False,
+    "num_kv_heads": None,
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "mlp": "gelu",
+    "bias": True,
+    "tie_embeddings": False,
+    "rope_theta": 10_000.0,
+}
+"""Options of a header that are left out if they have these values."""
+
+
+def differing_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a header that differ from `DEFAULTS`."""
+    return {name: value for name, value in options.items() if value != DEFAULTS[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +50,7 @@ class LanguageHeader(AbstractHeader):
     """Characters of the vocabulary."""
 
     options: Mapping[str, Any]
-    """Arguments of `ReversibleTransformer`."""
+    """Arguments of `ReversibleTransformer`, and `exact` for the coupling `FixedPoint()`. `DEFAULTS` are left out."""
 
 
 class LanguageModel(SavedModule):
@@ -53,7 +74,9 @@ class LanguageModel(SavedModule):
     @classmethod
     def create(cls, header: LanguageHeader) -> Self:
         """Make a model with random weights."""
-        return cls(ReversibleTransformer(vocab_size=len(header.characters), **header.options), header)
+        options = dict(header.options)
+        coupling = FixedPoint() if options.pop("exact", False) else None
+        return cls(ReversibleTransformer(vocab_size=len(header.characters), coupling=coupling, **options), header)
 
     @classmethod
     def build(cls, header: LanguageHeader, tensors: Mapping[str, Tensor]) -> Self:
