@@ -1,5 +1,7 @@
 """Attention of every token to every other."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     check_bool(is_causal=is_causal)
     check_mask(mask, (q.shape[0], k.shape[-2]))
     T, S = q.shape[-2], k.shape[-2]
-    options = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    options: dict[str, Any] = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
     if mask is None and (T == S or not is_causal):
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, **options)
     if mask is None and T == 1:  # The last token sees all.
@@ -45,6 +47,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
         earlier = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         seen = earlier if seen is None else seen & earlier
     if mask is not None:
+        assert seen is not None
         # A token always sees itself, since the softmax over no keys is NaN.
         own = torch.eye(T, dtype=torch.bool, device=q.device)
         seen = seen | (own if T == S else F.pad(own, (S - T, 0)))

@@ -84,8 +84,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Args:
         x: Queries or keys, (B, H, T, head_dim).
-        table: Output of `rotary_table` for T positions, (2, T, head_dim / 2), or tables that differ between rows, (2, B,
-            1, T, head_dim / 2).
+        table: Output of `rotary_table` for T positions, (2, T, head_dim / 2), or a table for each row, (2, B, 1, T,
+            head_dim / 2).
 
     Returns:
         The rotated queries or keys, with the shape and dtype of `x`.

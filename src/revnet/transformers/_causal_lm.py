@@ -187,8 +187,8 @@ class ReversibleTransformerForCausalLM(
         if model.max_length < num_cached + T:
             name = "input_ids" if inputs_embeds is None else "inputs_embeds"
             raise ValueError(
-                f"`{name}` has {num_cached + T} positions, more than `max_position_embeddings` (={model.max_length}); pass fewer, "
-                "or build the model with a larger value."
+                f"`{name}` has {num_cached + T} positions, more than `max_position_embeddings` (={model.max_length}); "
+                "pass fewer, or build the model with a larger value."
             )
         embed = model.embed if inputs_embeds is None else model.enter
         if cache is not None:

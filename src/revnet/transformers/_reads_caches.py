@@ -76,7 +76,8 @@ class ReadsCaches:
             return DynamicCache() if is_new else None
         if not isinstance(cache, Cache) or getattr(cache, "is_compileable", False):
             raise TypeError(
-                f"`{CACHE}` (={describe(cache)}) must be a `DynamicCache` of transformers; other caches are not supported."
+                f"`{CACHE}` (={describe(cache)}) must be a `DynamicCache` of transformers; other caches are not "
+                "supported."
             )
         self.transformer.check_cacheable()
         if self.training:

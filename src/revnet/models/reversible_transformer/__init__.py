@@ -13,6 +13,7 @@ References:
 """
 
 from revnet.models.reversible_transformer._encoder_decoder import ReversibleEncoderDecoder as ReversibleEncoderDecoder
+from revnet.models.reversible_transformer._head import TiedHead as TiedHead
 from revnet.models.reversible_transformer._network import ReversibleTransformer as ReversibleTransformer
 from revnet.models.reversible_transformer._residuals import AttentionResidual as AttentionResidual
 from revnet.models.reversible_transformer._residuals import FeedForward as FeedForward
@@ -21,4 +22,3 @@ from revnet.models.reversible_transformer._sizes import h_transformer_base as h_
 from revnet.models.reversible_transformer._sizes import h_transformer_large as h_transformer_large
 from revnet.models.reversible_transformer._sizes import h_transformer_small as h_transformer_small
 from revnet.models.reversible_transformer._sizes import reformer_enwik8 as reformer_enwik8
-from revnet.models.reversible_transformer._tied_head import TiedHead as TiedHead

@@ -3,7 +3,6 @@
 B: batch; S: length of the source; T: length of the target; D: features of a token in one stream.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,18 +12,17 @@ from revnet._checks import MOST_LAYERS, check_bool, check_count, check_counts, c
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.functional import rotary_table
 from revnet.models._checks import check_tokens
-from revnet.models._sampling import evaluating
 from revnet.models.pretrained.mixin import HubMixin
 from revnet.models.reversible_transformer._forms import make_form
-from revnet.models.reversible_transformer._generation import make_sampling
+from revnet.models.reversible_transformer._head import make_head
 from revnet.models.reversible_transformer._layer_options import LayerOptions, initialize
-from revnet.models.reversible_transformer._network import look_up, make_head
+from revnet.models.reversible_transformer._reading import look_up
+from revnet.models.reversible_transformer._target_generation import GeneratesTargets
 from revnet.nn import AbstractPolicy, HasGradientCheckpointing
-from revnet.nn.attention import KeyValueCache
 from revnet.nn.attention.key_values import AbstractKeyValueCache, check_cache
 
 
-class ReversibleEncoderDecoder(HasGradientCheckpointing, HubMixin):
+class ReversibleEncoderDecoder(HasGradientCheckpointing, GeneratesTargets, HubMixin):
     """A reversible encoder, and a reversible decoder that attends to its output.
 
     The decoder's attention function is attention to earlier tokens of the target, and then to the output of the
@@ -176,7 +174,7 @@ class ReversibleEncoderDecoder(HasGradientCheckpointing, HubMixin):
         check_cache(cache)
         if cache is not None and self.training:
             raise ValueError(
-                "`cache` must be None in training mode, in which dropout changes from call to call; call `model.eval()`."
+                "`cache` must be None in training mode, in which dropout differs in each call; call `model.eval()`."
             )
         start = 0 if cache is None else cache.get_seq_length()
         check_tokens(tokens, most=self.max_length - start)
@@ -199,66 +197,6 @@ class ReversibleEncoderDecoder(HasGradientCheckpointing, HubMixin):
         y = self.decoder(x, f_kwargs=arguments)
         features: Tensor = self.norm(self._form.leave(y, len(self.decoder)))
         return features
-
-    @torch.no_grad()
-    def generate(
-        self,
-        source: Tensor,
-        num_new: int,
-        *,
-        start: int,
-        source_mask: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        stop_tokens: int | Sequence[int] = (),
-        use_cache: bool = True,
-    ) -> Tensor:
-        """Generate a target for each source, token by token, in evaluation mode.
-
-        Args:
-            source: The sources, (B, S).
-            num_new: Largest number of tokens to generate, at most `max_length`.
-            start: Token with which every target starts.
-            source_mask: Which tokens of the sources are real, (B, S).
-            temperature: As in `ReversibleTransformer.generate`.
-            top_k: As in `ReversibleTransformer.generate`.
-            top_p: As in `ReversibleTransformer.generate`.
-            generator: As in `ReversibleTransformer.generate`.
-            stop_tokens: As in `ReversibleTransformer.generate`.
-            use_cache: Whether to keep keys and values, so that each new token costs about the same.
-
-        Returns:
-            The targets, with the start token, (B, 1 + num_new), or shorter if all of them have ended.
-
-        Raises:
-            TypeError: An argument has another type.
-            ValueError: An argument is out of range.
-        """
-        sampling = make_sampling(
-            self.vocab_size,
-            num_new,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-            stop_tokens=stop_tokens,
-        )
-        check_bool(use_cache=use_cache)
-        check_count("num_new", num_new, least=0, most=self.max_length, hint="it is the `max_length` of the model")
-        check_count("start", start, least=0, most=self.vocab_size - 1, hint="pass a token of the vocabulary")
-        with evaluating(self):
-            context = self.encode(source, source_mask)
-            cache = KeyValueCache(max(1, num_new)) if use_cache else None
-
-            def next_logits(tokens: Tensor) -> Tensor:
-                new = tokens if cache is None else tokens[:, cache.get_seq_length() :]
-                logits: Tensor = self.head(self.decode(new, context, source_mask, cache=cache)[:, -1])
-                return logits
-
-            tokens = torch.full((len(source), 1), start, dtype=source.dtype, device=source.device)
-            return sampling.continue_tokens(tokens, num_new, next_logits)
 
     def _rotary(self, length: int, *, start: int = 0) -> Tensor:
         weight, options = self.embedding.weight, self.options

@@ -163,12 +163,12 @@ def make_form(form: Any, step_size: Any, coupling: AbstractCoupling | None, defa
     """
     check_choice("form", form, tuple(FORMS))
     if step_size is not None:
+        check_positive_number("step_size", step_size, hint="1/2 is usual for the midpoint form, 1 for leapfrog")
         if form in ("coupled", "stored"):
             raise ValueError(
                 f"`step_size` (={step_size!r}) must be None for the {form} form, whose layers have no step size; pass "
                 "`form='midpoint'` or `form='leapfrog'`."
             )
-        check_positive_number("step_size", step_size, hint="1/2 is usual for the midpoint form, 1 for leapfrog")
     return FORMS[form](step_size, coupling, default)
 
 

@@ -5,18 +5,17 @@ B T: batch and length of the prompts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from revnet._checks import check_generator, check_mask, describe, is_integer
+from revnet._checks import check_bool, check_generator, check_mask, describe, is_integer
 from revnet.models._checks import check_tokens
 from revnet.models._sampling import check_sampling, draw_tokens, evaluating
+from revnet.models.reversible_transformer._reading import ReadsTokens
+from revnet.nn import CrossEntropyHead
 from revnet.nn.attention import KeyValueCache
-
-if TYPE_CHECKING:
-    from revnet.models.reversible_transformer._network import ReversibleTransformer
 
 NextLogits = Callable[[Tensor], Tensor]
 """Function from the tokens so far, (B, S), to the logits of the next ones, (B, vocab_size)."""
@@ -74,8 +73,12 @@ def make_sampling(
     return Sampling(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, stop_tokens=stops)
 
 
-class GeneratesTokens:
+class GeneratesTokens(ReadsTokens):
     """The part of `ReversibleTransformer` that generates tokens."""
+
+    vocab_size: int
+    """Number of different tokens."""
+    head: CrossEntropyHead
 
     @torch.no_grad()
     def generate(
@@ -119,13 +122,12 @@ class GeneratesTokens:
             ValueError: The model is an encoder, an argument is out of range, or `mask` has padding on the right. Or
                 `use_cache` is True, and the attention has no cache or the sequences exceed `max_length`.
         """
-        model = cast("ReversibleTransformer", self)
-        seen = tokens[:, -model.max_length :] if isinstance(tokens, Tensor) and tokens.dim() == 2 else tokens
-        check_tokens(seen, most=model.max_length)
-        if not model.is_causal:
+        seen = tokens[:, -self.max_length :] if isinstance(tokens, Tensor) and tokens.dim() == 2 else tokens
+        check_tokens(seen, most=self.max_length)
+        if not self.is_causal:
             raise ValueError("an encoder cannot generate, since its tokens see later ones; pass `is_causal=True`.")
         sampling = make_sampling(
-            model.vocab_size,
+            self.vocab_size,
             num_new,
             temperature=temperature,
             top_k=top_k,
@@ -135,42 +137,23 @@ class GeneratesTokens:
         )
         mask = check_left_padding(mask, tokens)
         num_read = tokens.shape[1] + num_new - 1
-        with evaluating(model):
+        with evaluating(cast("nn.Module", self)):
             return sampling.continue_tokens(tokens, num_new, self._reader(mask, num_read, use_cache))
 
-    def check_cacheable(self) -> None:
-        """Raise unless the attention can keep keys and values.
-
-        Raises:
-            ValueError: The model is an encoder, or its attention is not full.
-        """
-        model = cast("ReversibleTransformer", self)
-        if model.options.attention != "full":
-            raise ValueError(
-                f"`attention` (={model.options.attention!r}) has no cache of keys and values; leave `use_cache` and "
-                "`cache` out, or build the model with `attention='full'`."
-            )
-        if not model.is_causal:
-            raise ValueError(
-                "an encoder has no cache, since new tokens would change the output of earlier ones; pass "
-                "`is_causal=True`."
-            )
-
     def _reader(self, mask: Tensor | None, num_read: int, use_cache: bool | None) -> NextLogits:
-        model = cast("ReversibleTransformer", self)
-        if use_cache not in (True, False, None):
-            raise TypeError(f"`use_cache` (={describe(use_cache)}) must be True, False or None.")
+        if use_cache is not None:
+            check_bool(use_cache=use_cache)
         if use_cache:
             self.check_cacheable()
-            if num_read > model.max_length:
+            if num_read > self.max_length:
                 raise ValueError(
                     f"`use_cache` (=True) must be None for {num_read:,} positions, more than `max_length` "
-                    f"(={model.max_length:,}), since a cache does not fit a window that moves; or generate fewer tokens."
+                    f"(={self.max_length:,}), since a cache does not fit a window that moves; or generate less."
                 )
-        window = _WindowReader(model, mask)
-        if use_cache is False or model.options.attention != "full" or num_read < 1:
+        window = _WindowReader(self, mask)
+        if use_cache is False or self.options.attention != "full" or num_read < 1:
             return window
-        return _CachedReader(model, mask, KeyValueCache(min(num_read, model.max_length)), window)
+        return _CachedReader(self, mask, KeyValueCache(min(num_read, self.max_length)), window)
 
 
 def check_left_padding(mask: Any, tokens: Tensor) -> Tensor | None:
@@ -194,7 +177,7 @@ def check_left_padding(mask: Any, tokens: Tensor) -> Tensor | None:
 class _WindowReader:
     """Compute the logits from the last `max_length` tokens of each row, all of them again."""
 
-    def __init__(self, model: "ReversibleTransformer", mask: Tensor | None) -> None:
+    def __init__(self, model: GeneratesTokens, mask: Tensor | None) -> None:
         self.model = model
         self.num_padding = None if mask is None else (~mask).sum(1)
 
@@ -209,15 +192,15 @@ class _WindowReader:
         window = tokens.gather(1, (total - lengths[:, None] + places).clamp(max=total - 1))
         features = model.forward_features(window)
         rows = torch.arange(len(tokens), device=tokens.device)
-        logits = model.head(features[rows, lengths - 1])
-        return logits
+        last: Tensor = model.head(features[rows, lengths - 1])
+        return last
 
 
 class _CachedReader:
     """Compute the logits from the new tokens and the cached keys and values of the earlier ones."""
 
     def __init__(
-        self, model: "ReversibleTransformer", mask: Tensor | None, cache: KeyValueCache, window: _WindowReader
+        self, model: GeneratesTokens, mask: Tensor | None, cache: KeyValueCache, window: _WindowReader
     ) -> None:
         self.model = model
         self.mask = mask

@@ -158,8 +158,8 @@ def initialize(model: nn.Module, num_layers: int) -> None:
 
 def ends_of_residuals(model: nn.Module) -> list[nn.Linear]:
     """Return the last layer of each residual function in `model`."""
-    ends = [module.last_layer for module in model.modules() if isinstance(module, FeedForward)]
-    for module in model.modules():
-        if isinstance(module, FullAttention | HierarchicalAttention | LSHAttention | CrossAttention):
-            ends.append(module.project)
-    return ends
+    attentions = FullAttention | HierarchicalAttention | LSHAttention | CrossAttention
+    return [
+        *[module.last_layer for module in model.modules() if isinstance(module, FeedForward)],
+        *[module.project for module in model.modules() if isinstance(module, attentions)],
+    ]

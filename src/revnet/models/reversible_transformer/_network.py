@@ -3,23 +3,17 @@
 B T: batch and length of the tokens; D: features of a token in one stream; P: tokens in a cache.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from revnet._checks import MOST_LAYERS, check_bool, check_count, check_counts, check_mask, check_tensor
-from revnet._types import Streams
+from revnet._checks import MOST_LAYERS, check_bool, check_count, check_counts
 from revnet.coupling import AbstractCoupling, Additive, FixedPoint
-from revnet.functional import rotary_table
-from revnet.models._checks import check_tokens
 from revnet.models.pretrained.mixin import HubMixin
 from revnet.models.reversible_transformer._forms import make_form
 from revnet.models.reversible_transformer._generation import GeneratesTokens
+from revnet.models.reversible_transformer._head import make_head
 from revnet.models.reversible_transformer._layer_options import LayerOptions, initialize
-from revnet.models.reversible_transformer._tied_head import TiedHead
-from revnet.nn import AbstractPolicy, CrossEntropyHead, HasGradientCheckpointing
-from revnet.nn.attention.key_values import AbstractKeyValueCache, check_cache
+from revnet.nn import AbstractPolicy, HasGradientCheckpointing
+from revnet.nn.attention.key_values import AbstractKeyValueCache
 
 
 class ReversibleTransformer(HasGradientCheckpointing, GeneratesTokens, HubMixin):
@@ -151,7 +145,7 @@ class ReversibleTransformer(HasGradientCheckpointing, GeneratesTokens, HubMixin)
         self.num_features = self._form.width_ratio * dim
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks: Any = self._form.make_blocks([options.make_functions(index) for index in range(depth)], policy)
+        self.blocks = self._form.make_blocks([options.make_functions(index) for index in range(depth)], policy)
         self.norm = options.make_norm(self.num_features)
         self.head = make_head(vocab_size, dim, self.num_features, bias=bias, is_tied=tie_embeddings)
         initialize(self, depth)
@@ -172,121 +166,3 @@ class ReversibleTransformer(HasGradientCheckpointing, GeneratesTokens, HubMixin)
         """
         features = self.forward_features(tokens, mask, cache=cache)
         return self.head(features) if targets is None else self.head(features, targets)
-
-    def forward_features(
-        self, tokens: Tensor, mask: Tensor | None = None, *, cache: AbstractKeyValueCache | None = None
-    ) -> Tensor:
-        """Compute the final features of each token, (B, T, num_features): its embedding in context."""
-        if cache is not None:
-            self._check_with_cache(tokens, cache)
-        x = self.embed(tokens)
-        check_mask(mask, tokens.shape if cache is None else (len(tokens), cache.get_seq_length() + tokens.shape[1]))
-        return self.run_blocks(x, mask=mask, cache=cache)
-
-    def run_blocks(
-        self,
-        x: Tensor | Streams,
-        *,
-        mask: Tensor | None = None,
-        rotary: Tensor | None = None,
-        cache: AbstractKeyValueCache | None = None,
-    ) -> Tensor:
-        """Compute the final features of each token from the output of `embed`.
-
-        Args:
-            x: Output of `embed` or `enter`.
-            mask: Which tokens are real, (B, T), or with a cache (B, P + T).
-            rotary: Rotary table; None for tokens at consecutive positions.
-            cache: Keys and values of earlier tokens.
-        """
-        if cache is None:
-            y = self.blocks(x, mask=mask, rotary=self.rotary(x) if rotary is None else rotary)
-        else:
-            rotary = self.rotary(x, start=cache.get_seq_length()) if rotary is None else rotary
-            y = self.blocks(x, mask=mask, rotary=rotary, cache=cache)
-        features: Tensor = self.norm(self._form.leave(y, len(self.blocks)))
-        return features
-
-    def embed(self, tokens: Tensor) -> Any:
-        """Compute the input of the blocks.
-
-        It holds the embedded tokens once for each stream, (B, T, 2 * dim), in the coupled form; a pair of streams in
-        the midpoint and the leapfrog form; and the embedded tokens, (B, T, dim), in the stored form.
-        """
-        check_tokens(tokens, most=self.max_length)
-        return self.enter(self._look_up(tokens))
-
-    def enter(self, x: Tensor) -> Any:
-        """Compute the input of the blocks from the embedded tokens, (B, T, dim)."""
-        return self._form.enter(self.dropout(x))
-
-    def rotary(self, x: Tensor | Streams, *, start: int = 0) -> Tensor:
-        """Return the rotary table for the attention on the output of `embed`. It is an argument of the blocks.
-
-        Args:
-            x: Output of `embed`.
-            start: Position of the first token.
-        """
-        stream = x if isinstance(x, Tensor) else x[0]
-        check_tensor("x", stream, hint="pass the output of `embed`")
-        if stream.dim() != 3:
-            raise ValueError(f"`x` has shape {tuple(stream.shape)}, but must have (B, T, {self.num_features}).")
-        dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
-        options = self.options
-        return rotary_table(
-            stream.shape[1],
-            options.head_dim,
-            start=start,
-            base=options.rope_theta,
-            device=stream.device,
-            dtype=dtype,
-        )
-
-    def _check_with_cache(self, tokens: Tensor, cache: AbstractKeyValueCache) -> None:
-        check_cache(cache)
-        self.check_cacheable()
-        if self.training:
-            raise ValueError(
-                "`cache` must be None in training mode, in which dropout changes from call to call; call `model.eval()`."
-            )
-        check_tokens(tokens, most=self.max_length)
-        length = cache.get_seq_length() + tokens.shape[1]
-        if length > self.max_length:
-            raise ValueError(
-                f"`tokens` make a sequence of {length} positions with the ones in the `cache`, more than `max_length` "
-                f"(={self.max_length}); build the model with a larger value, or pass shorter sequences."
-            )
-
-    def _look_up(self, tokens: Tensor) -> Tensor:
-        return look_up(self.embedding, tokens)
-
-
-def look_up(embedding: nn.Embedding, tokens: Tensor, name: str = "tokens") -> Tensor:
-    """Return the embedded tokens.
-
-    Raises:
-        ValueError: On the CPU, a token is not in the vocabulary.
-    """
-    try:
-        embedded: Tensor = embedding(tokens)
-    except IndexError:  # raised on the CPU
-        raise ValueError(
-            f"`{name}` must be from 0 to {embedding.num_embeddings - 1}, but range from {tokens.min()} to "
-            f"{tokens.max()}; build the model with a larger `vocab_size`."
-        ) from None
-    return embedded
-
-
-def make_head(vocab_size: int, dim: int, num_features: int, *, bias: bool, is_tied: bool) -> CrossEntropyHead:
-    """Return the head of a language model.
-
-    Args:
-        vocab_size: Number of different tokens.
-        dim: Features of a token in one stream.
-        num_features: Features of a token that the head gets.
-        bias: Whether there is a bias.
-        is_tied: Whether the weight has the shape of the embedding.
-    """
-    if is_tied and num_features != dim:
-        return TiedHead(dim, vocab_size, bias=bias)
-    return CrossEntropyHead(num_features, vocab_size, bias=bias)

@@ -61,7 +61,7 @@ def split_heads(x: Tensor, num_parts: int, num_heads: int) -> tuple[Tensor, ...]
 
 
 def split_queries(x: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the output of a joint projection into queries (B, num_heads, T, D), keys and values (B, num_kv_heads, T, D).
+    """Split a joint projection into queries (B, num_heads, T, D), and keys and values (B, num_kv_heads, T, D).
 
     The heads of the queries come first, then the heads of the keys, then the heads of the values.
     """

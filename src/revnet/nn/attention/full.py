@@ -82,7 +82,7 @@ class FullAttention(nn.Module):
         check_cache(cache)
         if not self.is_causal:
             raise ValueError(
-                "`cache` must be None if `is_causal` is False, since new tokens would change the output of earlier ones."
+                "`cache` must be None if `is_causal` is False, since new tokens change the output of earlier ones."
             )
         # The first attention of a model has added the new tokens already when the next one is called.
         num_new = x.shape[1] if isinstance(x, Tensor) and x.dim() == 3 else 0

@@ -43,7 +43,7 @@ class KeyValueCache(AbstractKeyValueCache):
         length: Largest number of tokens.
 
     Raises:
-        ValueError: `length` is not a positive integer. In `update`: there is no room for the tokens.
+        ValueError: `length` is not a positive integer. In `update`: the tokens do not fit.
 
     Example:
         >>> import torch
@@ -78,10 +78,15 @@ class KeyValueCache(AbstractKeyValueCache):
 
         Raises:
             TypeError: The keys or values are not tensors.
-            ValueError: There is no room for the tokens, or they are of another batch.
+            ValueError: The tokens do not fit, or they are of another batch.
         """
         check_per_head(key_states=key_states, value_states=value_states)
         check_count("layer_idx", layer_idx, least=0)
+        if value_states.shape[:3] != key_states.shape[:3]:
+            raise ValueError(
+                f"`value_states` has shape {tuple(value_states.shape)}, but must have the batch, heads and tokens of "
+                f"`key_states`, {tuple(key_states.shape[:3])}."
+            )
         start = self._num_tokens.get(layer_idx, 0)
         stop = start + key_states.shape[-2]
         if stop > self.length:

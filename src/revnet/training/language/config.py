@@ -159,6 +159,6 @@ class LanguageConfig(AbstractRunConfig):
         for name, value in reasons.items():
             if value:
                 raise ValueError(
-                    f"`{name}` (={value}) is for forms that are reversed, and `form` is `stored`; leave it out, or choose "
-                    "another form."
+                    f"`{name}` (={value}) is for forms that are reversed, and `form` is `stored`; leave it out, or "
+                    "choose another form."
                 )

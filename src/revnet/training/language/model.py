@@ -1,18 +1,19 @@
 """A language model: a transformer with its vocabulary of characters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from revnet.coupling import FixedPoint
 from revnet.data import Vocabulary
 from revnet.models import ReversibleTransformer
 from revnet.training.run.checkpoint import load_module
 from revnet.training.saved_module import AbstractHeader, SavedModule
-
 
 DEFAULTS: Mapping[str, Any] = {
     "form": "coupled",
@@ -87,26 +88,60 @@ class LanguageModel(SavedModule):
         """Compute the logits or, with the next token at each position as `targets`, the loss."""
         return self.model(tokens) if targets is None else self.model(tokens, targets=targets)
 
-    def generate(self, prompt: str, num_new: int, **options: Any) -> str:
-        """Continue a text by `num_new` characters.
+    @overload
+    def generate(self, prompt: str, num_new: int, *, stop: str | None = None, **options: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str], num_new: int, *, stop: str | None = None, **options: Any
+    ) -> list[str]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str], num_new: int, *, stop: str | None = None, **options: Any
+    ) -> str | list[str]:
+        """Continue a text, or several, by `num_new` characters.
 
         Args:
-            prompt: Start of the text.
+            prompt: Start of the text, or a list with the start of each text.
             num_new: Number of characters to add.
+            stop: Character at which a text ends; it is not part of the text.
             options: Options of `ReversibleTransformer.generate`.
 
         Returns:
-            The continuation, without the prompt.
+            The continuation, without the prompt; a list of them for a list.
 
         Raises:
-            ValueError: The prompt is empty, or has a character that is not in the vocabulary.
+            ValueError: A prompt is empty, or has a character that is not in the vocabulary, or `stop` is not one
+                character of it.
         """
-        if not prompt:
-            raise ValueError("`prompt` (='') must not be empty; pass the start of the text, a newline for instance.")
-        tokens = self.vocabulary.encode(prompt, "prompt")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not all(prompts) or not prompts:
+            raise ValueError(
+                f"`prompt` (={prompt!r}) must not be empty; pass the start of the text, a newline for instance."
+            )
+        rows = [self.vocabulary.encode(each, "prompt") for each in prompts]
+        stops = [] if stop is None else self.vocabulary.encode(stop, "stop").tolist()
+        if stop is not None and len(stops) != 1:
+            raise ValueError(f"`stop` (={stop!r}) must be one character of the vocabulary.")
         device = next(self.parameters()).device
-        text = self.model.generate(tokens[None].to(device), num_new, **options)
-        return self.vocabulary.decode(text[0, len(tokens) :])
+        tokens, mask = _pad_left(rows)
+        text = self.model.generate(tokens.to(device), num_new, mask=mask.to(device), stop_tokens=stops, **options)
+        new = [_until(row, stops) for row in text[:, tokens.shape[1] :]]
+        texts = [self.vocabulary.decode(row) for row in new]
+        return texts[0] if isinstance(prompt, str) else texts
+
+
+def _pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the rows, padded on the left to one length, and a mask that is true for their own tokens."""
+    length = max(map(len, rows))
+    tokens = torch.stack([F.pad(row, (length - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows])
+    return tokens, mask
+
+
+def _until(row: Tensor, stops: Sequence[int]) -> Tensor:
+    """Return the tokens before the first one in `stops`."""
+    places = torch.isin(row, torch.tensor(stops, dtype=row.dtype, device=row.device)).nonzero()
+    return row[: int(places[0])] if len(places) else row
 
 
 def load_language_model(path: str | Path) -> LanguageModel:
