@@ -153,9 +153,9 @@ def make_form(form: Any, step_size: Any, coupling: AbstractCoupling | None, defa
     Args:
         form: Name of the form.
         step_size: The step size h; None for 1/2 in the midpoint form and 1 in the leapfrog form.
-        coupling: `FixedPoint(...)` for exact arithmetic, `Additive()` or None for floating point. The coupled and
-            the midpoint form take any other coupling as it is.
-        default: Coupling of the coupled form if `coupling` is None.
+        coupling: `FixedPoint(...)` for exact arithmetic, `Additive()` for floating point. The coupled and the midpoint
+            form take any other coupling as it is.
+        default: Value of `coupling` if that is None, for the forms that have one.
 
     Raises:
         ValueError: No form has this name, `step_size` is not a positive number, or the form does not have a step
@@ -173,11 +173,11 @@ def make_form(form: Any, step_size: Any, coupling: AbstractCoupling | None, defa
 
 
 def _coupled(step_size: float | None, coupling: AbstractCoupling | None, default: AbstractCoupling) -> AbstractForm:
-    return Coupled(default if coupling is None else coupling)
+    return Coupled(coupling or default)
 
 
 def _midpoint(step_size: float | None, coupling: AbstractCoupling | None, default: AbstractCoupling) -> AbstractForm:
-    return Midpoint(_scaled(Scaled.midpoint(0.5 if step_size is None else step_size), coupling))
+    return Midpoint(_scaled(Scaled.midpoint(0.5 if step_size is None else step_size), coupling or default))
 
 
 def _leapfrog(step_size: float | None, coupling: AbstractCoupling | None, default: AbstractCoupling) -> AbstractForm:
@@ -186,7 +186,7 @@ def _leapfrog(step_size: float | None, coupling: AbstractCoupling | None, defaul
             f"`coupling` (={coupling}) must be `Additive()`, `FixedPoint()` or None for the leapfrog form, whose "
             "`step_size` gives the factors."
         )
-    return Leapfrog(_scaled(Scaled.euler(1.0 if step_size is None else step_size), coupling))
+    return Leapfrog(_scaled(Scaled.euler(1.0 if step_size is None else step_size), coupling or default))
 
 
 def _stored(step_size: float | None, coupling: AbstractCoupling | None, default: AbstractCoupling) -> AbstractForm:
@@ -206,10 +206,10 @@ FORMS: dict[str, Callable[[float | None, AbstractCoupling | None, AbstractCoupli
 """Values of `form` in `ReversibleTransformer`."""
 
 
-def _scaled(scaled: Scaled, coupling: AbstractCoupling | None) -> AbstractCoupling:
+def _scaled(scaled: Scaled, coupling: AbstractCoupling) -> AbstractCoupling:
     """Return the coupling with the factors of `scaled` in the arithmetic of `coupling`."""
     match coupling:
-        case None | Additive():
+        case Additive():
             return Additive() if scaled == Scaled() else scaled
         case FixedPoint():
             return coupling if scaled == Scaled() else ExactScaled(scaled, coupling.fraction_bits, coupling.is_wide)
@@ -224,4 +224,5 @@ class _Velocity(nn.Module):
     """The identity, which takes the arguments of a residual function."""
 
     def forward(self, velocity: Tensor, **kwargs: Any) -> Tensor:
-        return velocity
+        # A view: a compiled backward pass does not follow gradients through the stream itself.
+        return velocity.view_as(velocity)
