@@ -46,9 +46,8 @@ def test_cached_logits_equal_the_logits_of_the_whole_text(options):
     with torch.no_grad():
         expected = model(tokens)
         noise = largest_difference(model(tokens[:1]), expected[:1]) + 1e-15 * float(expected.abs().max())
-        cache, parts = KeyValueCache(40), []
-        for part in tokens.split([9, 1, 1, 20, 2, 7], dim=1):
-            parts.append(model(part, cache=cache))
+        cache = KeyValueCache(40)
+        parts = [model(part, cache=cache) for part in tokens.split([9, 1, 1, 20, 2, 7], dim=1)]
     # On the grid, a residual may round to a neighboring step.
     bound = 2**-11 * float(expected.abs().max()) if options.get("coupling") else 100 * noise
     assert largest_difference(torch.cat(parts, dim=1), expected) <= bound
@@ -203,10 +202,11 @@ def test_rejects_a_cache_where_there_is_none():
             make().train()(tokens, cache=KeyValueCache(10))
         with pytest.raises(TypeError, match=r"`cache` \(=\(\)\) must be a `KeyValueCache`, or None"):
             make()(tokens, cache=())
-        with pytest.raises(ValueError, match="`tokens` make a sequence of 70 positions .* more than `max_length`"):
-            model, cache = make(), KeyValueCache(100)
-            for _ in range(7):
-                model(tokens, cache=cache)
+        model, cache = make(), KeyValueCache(100)
+        for _ in range(6):
+            model(tokens, cache=cache)
+        with pytest.raises(ValueError, match=r"`tokens` make a sequence of 70 positions .* more than `max_length`"):
+            model(tokens, cache=cache)
         with pytest.raises(ValueError, match="`cache` must be None if `is_causal` is False"):
             FullAttention(8, 2)(torch.randn(1, 3, 8), cache=KeyValueCache(3))
     with pytest.raises(ValueError, match="`cache` must be None while gradients are enabled"):

@@ -37,9 +37,20 @@ class ReadsCaches:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the inputs of the next step of `generate`: the new tokens, or without a cache all tokens."""
+        """Return the inputs of the next step of `generate`: the new tokens, or without a cache all tokens.
+
+        Raises:
+            ValueError: A row ends with padding, so that new tokens would follow it.
+        """
         parent = cast("Any", super())
-        if kwargs.get(CACHE) is not None:
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+        is_first = cache is None or cache.get_seq_length() == 0
+        if is_first and isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
+            raise ValueError(
+                "`attention_mask` must be 1 at the end of each row, since `generate` continues the last token; pad the "
+                "prompts on the left, with `tokenizer.padding_side = 'left'`."
+            )
+        if cache is not None:
             own: dict[str, Any] = parent.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
             )
