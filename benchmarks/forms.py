@@ -279,8 +279,8 @@ def _results(sizes: Sizes, rows: list[Row]) -> Section:
         "stored. The coupled form has two streams of this width, and a head on both.",
         "",
         *table(columns, cells),
-        f"Greedy continuation of {PROMPT} characters, processor seconds for {lengths[0]}, {lengths[1]} and {lengths[2]}",
-        "new ones, with the cache and without. *Equal*: the tokens are the same.",
+        f"Greedy continuation of {PROMPT} characters: processor seconds of {lengths[0]}, {lengths[1]} and {lengths[2]}",
+        "new ones, with the cache and without it. *Equal*: the tokens are the same.",
         "",
         *table(("model", "equal", *[way.replace("_", ", ") for way in ways]), generated),
     ]
