@@ -94,7 +94,7 @@ class ReadsTokens:
             x: Output of `embed`.
             start: Position of the first token.
         """
-        stream = x[0] if isinstance(x, tuple) and x else x
+        stream: Any = x[0] if isinstance(x, tuple) and x else x
         check_tensor("x", stream, hint="pass the output of `embed`")
         if stream.dim() != 3:
             raise ValueError(f"`x` has shape {tuple(stream.shape)}, but must have (B, T, {self.num_features}).")
