@@ -84,7 +84,9 @@ def test_gradient_of_the_encoder_output():
     assert_close(contexts[0].grad, contexts[1].grad, tolerance=1e-11)
 
 
-@pytest.mark.parametrize("form", ["coupled", "midpoint", "leapfrog"])
+@pytest.mark.parametrize(
+    "form", ["coupled", *[pytest.param(form, marks=pytest.mark.slow) for form in ("midpoint", "leapfrog")]]
+)
 def test_memory_is_flat_in_both_depths_and_predicted(form):
     source, mask, tokens = batch()
     steps = []
@@ -135,6 +137,7 @@ def test_cached_targets_equal_uncached_targets(options):
     assert torch.equal(ended[0], cached[0, : cached[0].tolist().index(stop, 1) + 1])
 
 
+@pytest.mark.slow
 def test_learns_what_only_the_source_holds():
     """The target repeats the source, which is one token six times."""
     model = make(dim=32, num_heads=4)
@@ -158,6 +161,7 @@ def test_files_keep_the_model(tmp_path):
     assert torch.equal(from_pretrained(tmp_path)(source, tokens, mask), model(source, tokens, mask))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_in_one_graph():
     model = make()

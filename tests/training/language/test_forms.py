@@ -39,7 +39,13 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("settings", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=() if name == "midpoint-exact" else pytest.mark.slow)
+        for name, settings in FORMS.items()
+    ],
+)
 def test_a_run_keeps_its_form(tmp_path, text, settings):
     result = train(LanguageConfig(data=text, out_dir=str(tmp_path / "run"), **SMALL | settings), quiet=True)
     model = load_language_model(result.folder)
@@ -55,6 +61,7 @@ def test_a_run_keeps_its_form(tmp_path, text, settings):
     assert all((float(row["error"]) == 0) == settings.get("exact", False) for row in rows)
 
 
+@pytest.mark.slow
 def test_default_header_has_no_new_entries(tmp_path, text):
     result = train(LanguageConfig(data=text, out_dir=str(tmp_path / "run"), **SMALL), quiet=True)
     assert load_language_model(result.folder).header.options.keys() == {
@@ -62,6 +69,7 @@ def test_default_header_has_no_new_entries(tmp_path, text):
     }
 
 
+@pytest.mark.slow
 def test_a_run_counts_its_bytes(tmp_path, text):
     settings = SMALL | FORMS["midpoint"]
     result = train(LanguageConfig(data=text, out_dir=str(tmp_path / "run"), **settings), quiet=True)
@@ -70,17 +78,20 @@ def test_a_run_counts_its_bytes(tmp_path, text):
     assert result.peak_bytes == measure(model, tokens, kwargs={"targets": tokens}).activation_bytes
 
 
+@pytest.mark.slow
 def test_a_plan_of_an_ordinary_transformer(tmp_path, text):
     settings = SMALL | {"form": "stored", "memory_budget": "230KiB"}
     result = train(LanguageConfig(data=text, out_dir=str(tmp_path / "run"), **settings), quiet=True)
     assert (result.folder / "plan.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_another_form_resumes_bit_for_bit(tmp_path, monkeypatch, text):
     config = LanguageConfig(data=text, **SMALL | {"form": "leapfrog", "epochs": 2, "drift_every": 2})
     assert_same_run(*train_and_resume(config, tmp_path, monkeypatch, stop_after=1))
 
 
+@pytest.mark.slow
 def test_weights_of_an_untied_model_start_a_model_of_other_characters(tmp_path, text):
     first = train(LanguageConfig(data=text, out_dir=str(tmp_path / "1"), **SMALL | {"bias": False}), quiet=True).folder
     other = tmp_path / "other.txt"
