@@ -398,6 +398,19 @@ for _attention in ("full", "lsh", "hierarchical"):
         block_size=4,
         dropout=0.1,
     )
+for _form in ("midpoint", "leapfrog"):
+    REVERSIBLE_MODELS[f"transformer-{_form}"] = partial(
+        ReversibleTransformer,
+        vocab_size=10,
+        dim=8,
+        depth=3,
+        num_heads=2,
+        form=_form,
+        num_kv_heads=1,
+        norm="rms",
+        mlp="swiglu",
+        dropout=0.1,
+    )
 all_reversible_models = pytest.mark.parametrize("make_model", REVERSIBLE_MODELS.values(), ids=REVERSIBLE_MODELS.keys())
 
 

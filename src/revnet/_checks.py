@@ -124,7 +124,7 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"`{name}` has dtype {value.dtype}, but must be floating-point; pass `{name}.float()`.")
 
 
-def check_mask(mask: Any, shape: Sequence[int], *, takes_documents: bool = False) -> None:
+def check_mask(mask: Any, shape: Sequence[int], *, takes_documents: bool = False, name: str = "mask") -> None:
     """Raise unless `mask` is None, or a bool tensor of `shape`, (B, T), or the number of each token's document."""
     if mask is None:
         return
@@ -136,10 +136,10 @@ def check_mask(mask: Any, shape: Sequence[int], *, takes_documents: bool = False
             if isinstance(mask, Tensor) and mask.dtype in _NUMBERS
             else ""
         )
-        raise TypeError(f"`mask` (={shown}) must be {kinds}; pass `mask.bool()`{way_out}.")
+        raise TypeError(f"`{name}` (={shown}) must be {kinds}; pass `{name}.bool()`{way_out}.")
     if mask.shape != tuple(shape):
         raise ValueError(
-            f"`mask` has shape {tuple(mask.shape)}, but must have the shape of the tokens, {tuple(shape)}: (B, T)."
+            f"`{name}` has shape {tuple(mask.shape)}, but must have the shape of the tokens, {tuple(shape)}: (B, T)."
         )
 
 

@@ -166,6 +166,7 @@ def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
 RESNET = {"num_blocks": (1, 1), "widths": (4, 4, 8), "num_classes": 2}
 VIT = {"img_size": 8, "patch_size": 4, "dim": 8, "depth": 1, "num_heads": 2, "num_classes": 2}
 TRANSFORMER = {"vocab_size": 10, "dim": 8, "depth": 1, "num_heads": 2, "max_length": 16}
+ENCODER_DECODER = {"vocab_size": 10, "dim": 8, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 UNET = {"in_channels": 2, "widths": (4, 8)}
 NICE = {"image_shape": (1, 4, 4), "num_couplings": 2, "hidden_dim": 4, "num_hidden": 1}
 GLOW = {"image_shape": (1, 4, 4), "num_scales": 1, "num_steps": 1, "hidden_dim": 4}
@@ -212,8 +213,10 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (rnn.PolicySequential, {"*modules": [linear()]}),
     (rnn.ReversibleSequential, {"*blocks": [block(), block()]}),
     (rnn.SpaceToDepth, {}),
+    (attention.CrossAttention, {"dim": 8, "num_heads": 2}),
     (attention.FullAttention, {"dim": 8, "num_heads": 2}),
     (attention.HierarchicalAttention, {"dim": 8, "num_heads": 2, "block_size": 4}),
+    (attention.KeyValueCache, {"length": 4}),
     (attention.LSHAttention, {"dim": 8, "num_heads": 2, "bucket_size": 4}),
     (models.ResNet, RESNET),
     (models.RevNet, RESNET),
@@ -222,6 +225,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (models.Glow, GLOW),
     (models.RealNVP, REALNVP),
     (models.ReversibleViT, VIT),
+    (models.ReversibleEncoderDecoder, ENCODER_DECODER),
     (models.ReversibleTransformer, TRANSFORMER),
     (models.UNet3d, UNET),
     (distributed.Pipeline, {"blocks": sequence(), "num_microbatches": 1}),
@@ -368,6 +372,7 @@ INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (rnn.DuplicateStreams, FEATURES),
     (rnn.JoinStreams, {"streams": lambda: (images(2, 4), images(2, 4))}),
     (sequence, {**FEATURES, "policy": revnet.Store}),
+    (partial(attention.CrossAttention, 8, 2), {**TOKENS, "context": lambda: torch.randn(1, 5, 8)}),
     (partial(attention.FullAttention, 8, 2), TOKENS),
     (partial(attention.HierarchicalAttention, 8, 2, block_size=2), TOKENS),
     (partial(attention.LSHAttention, 8, 2, bucket_size=2), TOKENS),
@@ -383,6 +388,16 @@ INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (
         partial(models.ReversibleTransformer, **TRANSFORMER),
         {"tokens": lambda: torch.zeros(1, 4, dtype=torch.long), "num_new": lambda: 1, "x": lambda: images(1, 4, 16)},
+    ),
+    (
+        partial(models.ReversibleEncoderDecoder, **ENCODER_DECODER),
+        {
+            "source": lambda: torch.zeros(1, 4, dtype=torch.long),
+            "tokens": lambda: torch.zeros(1, 3, dtype=torch.long),
+            "context": lambda: images(1, 4, 16),
+            "num_new": lambda: 1,
+            "start": lambda: 0,
+        },
     ),
 ]
 LEFT_OUT_METHODS = {

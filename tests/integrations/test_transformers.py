@@ -425,7 +425,7 @@ TOKENS = make_tokens()
         ({"input_ids": TOKENS, "attention_mask": torch.ones(2, 1, 12, 12)}, NotImplementedError, "than padding"),
         ({"input_ids": TOKENS, "position_ids": torch.arange(12)[None] % 6}, NotImplementedError, "packed into one row"),
         ({"input_ids": TOKENS, "position_ids": torch.arange(12)}, ValueError, r"`position_ids` has shape \(12,\)"),
-        ({"input_ids": TOKENS, "past_key_values": ()}, NotImplementedError, "`past_key_values` is not supported"),
+        ({"input_ids": TOKENS, "past_key_values": ()}, TypeError, "must be a `DynamicCache` of transformers"),
         ({"input_ids": TOKENS, "output_hidden_states": True}, NotImplementedError, "`output_hidden_states`"),
         ({"input_ids": TOKENS, "token_type_ids": TOKENS}, TypeError, "`token_type_ids` is not an argument"),
     ],

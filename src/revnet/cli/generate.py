@@ -13,6 +13,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    stop: str | None = None,
+    use_cache: bool | None = None,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -36,6 +38,9 @@ def generate(
             character.
         top_k: Sample only from this number of most likely characters.
         top_p: Sample only from the most likely characters whose probabilities sum to this.
+        stop: Character at which to stop early.
+        use_cache: Whether to keep the keys and values of earlier characters instead of computing them again for each
+            new one. By default, they are kept if the attention is `full`. The text is the same.
         seed: Seed of the sampling.
         device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
     """
@@ -61,7 +66,16 @@ def generate(
         prompt = model.usual_prompt
     generator = torch.Generator(torch_device).manual_seed(seed)
     torch.manual_seed(seed)  # LSH attention draws its hashes from the global generator
-    text = model.generate(prompt, num, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    text = model.generate(
+        prompt,
+        num,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        use_cache=use_cache,
+        generator=generator,
+    )
     print(f"weights: {describe_weights(checkpoint)}", file=sys.stderr)  # the text may go to a file
     # The characters are from a file that others may have written.
     print("".join(letter if letter in "\n\t" else printable(letter) for letter in prompt + text))

@@ -30,8 +30,10 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
         mask: Which tokens are real. A token that is not real is seen only by itself, and its output is meaningless.
             Integers are the numbers of documents, and 0 where a token is not real: a token sees only its own document.
 
+    The queries may be the last T tokens of S, and several of their heads may share a head of the keys and values.
+
     Shape:
-        q, k, v: (B, H, T, D); mask: (B, T), bool or integers. Output: (B, H, T, D).
+        q: (B, H, T, D); k, v: (B, G, S, D), where G divides H; mask: (B, S), bool or integers. Output: (B, H, T, D).
 
     Raises:
         TypeError: An argument is not of the type in the signature.
@@ -42,19 +44,34 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     """
     check_per_head(q=q, k=k, v=v)
     check_bool(is_causal=is_causal)
-    check_mask(mask, (q.shape[0], q.shape[-2]), takes_documents=True)
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and q.shape[-2] > _MOST_ROWS:
+    check_mask(mask, (q.shape[0], k.shape[-2]), takes_documents=True)
+    T, S = q.shape[-2], k.shape[-2]
+    if mask is None and (T == S or T == 1 or not is_causal):  # A single token, the last one, sees all.
+        return _dot_product(q, k, v, is_causal=is_causal and T == S)
+    is_long = mask is not None and mask.dtype != torch.bool and T == S and T > _MOST_ROWS
+    if is_long and not torch.compiler.is_compiling():
         by_rows: Tensor = _AttentionByRows.apply(q, k, v, mask, is_causal)
         return by_rows
-    return _attend(q, k, v, mask, mask, 0, is_causal)
+    return _attend(q, k, v, None if mask is None else mask[:, S - T :], mask, S - T, is_causal)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, q_mask: Tensor, k_mask: Tensor, start: int, is_causal: bool) -> Tensor:
-    """Return the attention of the queries, of which the first has the position `start` among the keys."""
+def _dot_product(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    if q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, q_mask: Tensor | None, k_mask: Tensor | None, start: int, is_causal: bool
+) -> Tensor:
+    """Return the attention of the queries, of which the first has the position `start` among the keys.
+
+    Without masks, it is causal.
+    """
     shape = (q.shape[-2], k.shape[-2])
-    seen = k_mask[:, None, None, :].bool()  # (B, 1, 1, T)
+    if k_mask is None or q_mask is None:
+        return _dot_product(q, k, v, attn_mask=torch.ones(shape, dtype=torch.bool, device=q.device).tril(start))
+    seen = k_mask[:, None, None, :].bool()  # (B, 1, 1, S)
     if k_mask.dtype != torch.bool:
         seen = seen & (q_mask[:, None, :, None] == k_mask[:, None, None, :])
     if is_causal:
@@ -64,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, q_mask: Tensor, k_mask: Tensor, sta
         itself = torch.ones(shape, dtype=torch.bool, device=q.device).tril(start).triu(start)
     else:
         itself = torch.eye(*shape, dtype=torch.bool, device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | itself)
+    return _dot_product(q, k, v, attn_mask=seen | itself)
 
 
 class _AttentionByRows(torch.autograd.Function):

@@ -9,23 +9,29 @@ References:
 import torch
 from torch import Tensor
 
-from revnet._checks import MOST_CHANNELS, check_count, check_per_head, check_tensor, describe
+from revnet._checks import MOST_CHANNELS, check_count, check_per_head, check_positive_number, check_tensor, describe
 from revnet._torch_internals import is_jit_tracing
 
-_LONGEST_WAVE = 10_000.0
-"""Base of the frequencies, as in RoFormer."""
 _MOST_POSITIONS = 2**26
 """Largest number of positions. A larger table would take minutes."""
 
 
 def rotary_table(
-    length: int, head_dim: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    length: int,
+    head_dim: int,
+    *,
+    start: int = 0,
+    base: float = 10_000.0,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return the cosines and sines of the angles that `rotate` uses. One table serves all layers.
 
     Args:
         length: Number of positions, T.
         head_dim: Features of a head, which are rotated in pairs.
+        start: First position.
+        base: Base of the frequencies, `rope_theta` in LLaMA. The longest wave has about `2 pi base` positions.
         device: Device of the table.
         dtype: float32, or float64 for functions that compute in float64.
 
@@ -34,12 +40,15 @@ def rotary_table(
 
     Raises:
         TypeError: `device` is not a device, or `dtype` is not floating-point.
-        ValueError: `length` or `head_dim` is not a positive integer, or `head_dim` is odd.
+        ValueError: `length` or `head_dim` is not a positive integer, `head_dim` is odd, `start` is negative, or `base`
+            is not a positive number.
     """
     # A compiled graph may serve any length, so a check must not specialize it; a traced length is a tensor.
     if not torch.compiler.is_compiling() and not is_jit_tracing():
         check_count("length", length, most=_MOST_POSITIONS)
+        check_count("start", start, least=0, most=_MOST_POSITIONS)
     check_count("head_dim", head_dim, most=MOST_CHANNELS)
+    check_positive_number("base", base, hint="10,000 is usual")
     if head_dim % 2:
         raise ValueError(
             f"`head_dim` (={head_dim}) must be even, since rotary positions rotate pairs of features; change `dim` "
@@ -49,8 +58,24 @@ def rotary_table(
         raise TypeError(f"`device` (={describe(device)}) must be a `torch.device`, such as `x.device`, or None.")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"`dtype` (={describe(dtype)}) must be a floating-point dtype, such as `torch.float32`.")
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim
-    angles = torch.outer(torch.arange(length, device=device, dtype=dtype), _LONGEST_WAVE**-exponents)
+    positions = torch.arange(start, start + length, device=device, dtype=dtype)
+    return table_of(positions, head_dim, base)
+
+
+def table_of(positions: Tensor, head_dim: int, base: float) -> Tensor:
+    """Return the cosines and sines of the angles at some positions.
+
+    Args:
+        positions: Positions in the dtype of the table, (T,), or (B, 1, T) if they differ between rows.
+        head_dim: Features of a head.
+        base: Base of the frequencies.
+
+    Returns:
+        A tensor of shape (2, T, head_dim / 2) or (2, B, 1, T, head_dim / 2).
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=positions.dtype) / head_dim
+    frequencies = float(base) ** -exponents
+    angles = torch.outer(positions, frequencies) if positions.dim() == 1 else positions[..., None] * frequencies
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -59,7 +84,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Args:
         x: Queries or keys, (B, H, T, head_dim).
-        table: Output of `rotary_table` for T positions.
+        table: Output of `rotary_table` for T positions, (2, T, head_dim / 2), or a table for each row, (2, B, 1, T,
+            head_dim / 2).
 
     Returns:
         The rotated queries or keys, with the shape and dtype of `x`.
@@ -70,7 +96,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     check_per_head(x=x)
     check_tensor("table", table, hint="make it with `rotary_table`")
-    if table.shape != (2, x.shape[-2], x.shape[-1] // 2):
+    sizes = (x.shape[-2], x.shape[-1] // 2)
+    if table.shape != (2, *sizes) and table.shape != (2, x.shape[0], 1, *sizes):
         raise ValueError(
             f"`table` has shape {tuple(table.shape)}, but must have (2, {x.shape[-2]}, {x.shape[-1] // 2}); make it "
             f"with `rotary_table({x.shape[-2]}, {x.shape[-1]})`."

@@ -15,6 +15,7 @@ from revnet.models.pretrained.mixin import from_pretrained as from_pretrained
 from revnet.models.pretrained.shipped import list_pretrained as list_pretrained
 from revnet.models.realnvp import RealNVP as RealNVP
 from revnet.models.resnet import ResNet as ResNet
+from revnet.models.reversible_transformer import ReversibleEncoderDecoder as ReversibleEncoderDecoder
 from revnet.models.reversible_transformer import ReversibleTransformer as ReversibleTransformer
 from revnet.models.reversible_transformer import h_transformer_base as h_transformer_base
 from revnet.models.reversible_transformer import h_transformer_large as h_transformer_large
@@ -42,6 +43,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "reformer_enwik8",
     "register_model",
     "ResNet",
+    "ReversibleEncoderDecoder",
     "ReversibleTransformer",
     "ReversibleViT",
     "RevNet",

@@ -142,18 +142,18 @@ _CONVERSIONS = {
 }
 
 
-def check_tokens(tokens: Any, *, most: int) -> None:
+def check_tokens(tokens: Any, *, most: int, name: str = "tokens") -> None:
     """Raise an error unless `tokens` is a batch of sequences of at most `most` integers."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         shown = str(tokens.dtype) if isinstance(tokens, Tensor) else describe(tokens)
-        raise TypeError(f"`tokens` (={shown}) must be a tensor of integers; pass `tokens.long()`.")
+        raise TypeError(f"`{name}` (={shown}) must be a tensor of integers; pass `{name}.long()`.")
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(
-            f"`tokens` has shape {tuple(tokens.shape)}, but must have (B, T), T at least 1; pass `tokens[None]` for "
+            f"`{name}` has shape {tuple(tokens.shape)}, but must have (B, T), T at least 1; pass `{name}[None]` for "
             "one sequence."
         )
     if tokens.shape[1] > most:
         raise ValueError(
-            f"`tokens` has {tokens.shape[1]} positions, more than `max_length` (={most}); build the model with a "
+            f"`{name}` has {tokens.shape[1]} positions, more than `max_length` (={most}); build the model with a "
             "larger value, or pass shorter sequences."
         )

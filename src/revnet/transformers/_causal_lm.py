@@ -7,17 +7,19 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput, CausalLMOutputWithPast
 
 from revnet._checks import check_count
 from revnet.functional import linear_cross_entropy
 from revnet.models import ReversibleTransformer
+from revnet.models.reversible_transformer import TiedHead
+from revnet.models.reversible_transformer._layer_options import ends_of_residuals
 from revnet.nn import CrossEntropyHead
 from revnet.transformers._activation_checkpointing import ActivationCheckpointing
-from revnet.transformers._causal_lm_config import ReversibleTransformerConfig, config_of
+from revnet.transformers._causal_lm_config import ReversibleTransformerConfig, check_same_parts, config_of
 from revnet.transformers._padding import find_order
+from revnet.transformers._reads_caches import CACHE, ReadsCaches
 from revnet.transformers._run_folder import read_run, write_weights
-from revnet.transformers._tied_head import TiedHead
 from revnet.transformers._token_tables import TokenTables
 
 _DEVIATION = 0.02
@@ -26,7 +28,9 @@ _LOSS_OPTIONS = {"num_items_in_batch", "shift_labels", "ignore_index"}
 _IGNORE = -100
 
 
-class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, PreTrainedModel, GenerationMixin):
+class ReversibleTransformerForCausalLM(
+    ActivationCheckpointing, TokenTables, ReadsCaches, PreTrainedModel, GenerationMixin
+):
     """A reversible language model for `Trainer`, `generate` and the other tools of transformers.
 
     `AutoModelForCausalLM.from_config(config)` makes one. Its blocks have the policy `config.policy`, by default
@@ -36,8 +40,9 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
     The attribute `transformer` is the `ReversibleTransformer`. `from_transformer` wraps an existing one, and `from_run`
     loads one that `revnet train lm` has trained.
 
-    `generate` works without a cache of keys and values: it computes all tokens again for each new one, whatever
-    `use_cache` says. Sequences that are packed into one row are refused.
+    `generate` keeps keys and values in a `DynamicCache` of transformers, unless `use_cache` is False. LSH and
+    hierarchical attention have no cache: `generate` computes all tokens again for each new one. Sequences that are
+    packed into one row are refused.
 
     Args:
         config: The config.
@@ -63,8 +68,6 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
         super().__init__(config)
         check_count("max_position_embeddings", config.max_position_embeddings)
         self.transformer = config.make_transformer()
-        if config.tie_word_embeddings:
-            self.transformer.head = TiedHead(config.dim, config.vocab_size, is_chunked=config.chunked_loss)
         self.post_init()
 
     @classmethod
@@ -78,9 +81,9 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
         if not isinstance(model, ReversibleTransformer):
             raise TypeError(f"`model` (={type(model).__name__}) must be a `ReversibleTransformer`.")
         config = config_of(model)
-        config.tie_word_embeddings = isinstance(model.head, TiedHead)
         with torch.device("meta"):
             wrapped = cls(config)
+        check_same_parts(model, wrapped.transformer)
         wrapped.transformer = model
         wrapped.config.dtype = model.embedding.weight.dtype
         wrapped.train(model.training)
@@ -131,15 +134,17 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Compute the logits and, with labels, the loss.
 
-        `use_cache` has no effect. The number of labels in all batches of an update, `num_items_in_batch`, divides the
-        sum of the losses if it is given, as in the models of transformers.
+        With a cache, named `past_key_values` before transformers 5.24, the tokens follow the ones that it holds. With
+        `use_cache`, the output has a new cache; in training mode this has no effect. The number of labels in all
+        batches of an update, `num_items_in_batch`, divides the sum of the losses if it is given, as in the models of
+        transformers.
         """
-        _refuse(cache=cache, past_key_values=past_key_values)
+        cache = self._choose_cache(cache if past_key_values is None else past_key_values, use_cache)
         _refuse(output_attentions=output_attentions or None, output_hidden_states=output_hidden_states or None)
         unknown = loss_options.keys() - _LOSS_OPTIONS
         if unknown:
             raise TypeError(f"`{min(unknown)}` is not an argument of {type(self).__name__}; leave it out.")
-        features = self._features(input_ids, inputs_embeds, attention_mask, position_ids)
+        features = self._features(input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if labels is not None and labels.shape != features.shape[:2]:
             raise ValueError(f"`labels` has shape {tuple(labels.shape)}, but must have {tuple(features.shape[:2])}.")
         if labels is not None and attention_mask is not None and "shift_labels" not in loss_options:
@@ -156,6 +161,8 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
             if labels is not None:
                 loss = _full_loss(self, logits, labels, loss_options)
         output = CausalLMOutput(loss=loss, logits=logits)
+        if cache is not None:
+            output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -165,8 +172,9 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        cache: Any,
     ) -> Tensor:
-        """Compute the final features of each token, (B, T, 2 * dim)."""
+        """Compute the final features of each token, (B, T, num_features)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either `input_ids` or `inputs_embeds`.")
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -175,48 +183,32 @@ class ReversibleTransformerForCausalLM(ActivationCheckpointing, TokenTables, Pre
             raise ValueError(f"`input_ids` has shape {tuple(given.shape)}, but must have (B, T).")
         B, T = given.shape[:2]
         model = self.transformer
-        if model.max_length < T:
+        num_cached = 0 if cache is None else cache.get_seq_length()
+        if model.max_length < num_cached + T:
             name = "input_ids" if inputs_embeds is None else "inputs_embeds"
             raise ValueError(
-                f"`{name}` has {T} positions, more than `max_position_embeddings` (={model.max_length}); pass fewer, "
-                "or build the model with a larger value."
+                f"`{name}` has {num_cached + T} positions, more than `max_position_embeddings` (={model.max_length}); "
+                "pass fewer, or build the model with a larger value."
             )
+        embed = model.embed if inputs_embeds is None else model.enter
+        if cache is not None:
+            return self._read_with_cache(embed(given), (B, T), attention_mask, position_ids, cache)
         order = find_order(attention_mask, position_ids, (B, T))
         if order is not None:
             given = order.move(given)
-        x = model.embed(given) if inputs_embeds is None else model.dropout(given).repeat(1, 1, 2)
-        features = model.norm(model.blocks(x, mask=None, rotary=model.rotary(x)))
+        features = model.run_blocks(embed(given))
         return features if order is None else order.move_back(features)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Return the inputs of the next step of `generate`, which are all tokens."""
-        if inputs_embeds is not None and input_ids.shape[1]:
-            # Without a cache, the embeddings of the prompt are needed in every step.
-            inputs_embeds = torch.cat((inputs_embeds, self.get_input_embeddings()(input_ids)), dim=1)
-        kwargs["is_first_iteration"] = inputs_embeds is not None or kwargs.get("is_first_iteration", False)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        return inputs
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize a module with parameters as `ReversibleTransformer` does."""
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             nn.init.ones_(module.weight)
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if not isinstance(module, nn.Linear | nn.Embedding):
             return
-        blocks: Any = self.transformer.blocks
-        ends = [layer for block in blocks for layer in (block.f.attention.project, block.g.layers[-1])]
-        is_end = any(module is layer for layer in ends)
+        blocks = self.transformer.blocks
+        is_end = any(module is layer for layer in ends_of_residuals(blocks))
         nn.init.normal_(module.weight, std=_DEVIATION / math.sqrt(2 * len(blocks)) if is_end else _DEVIATION)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

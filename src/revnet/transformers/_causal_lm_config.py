@@ -2,22 +2,26 @@
 
 from typing import ClassVar
 
-from torch import nn
+import torch
 from transformers import PreTrainedConfig
 
 from revnet.coupling import Additive, FixedPoint
 from revnet.models import ReversibleTransformer
-from revnet.models.reversible_transformer import AttentionResidual, FeedForward
-from revnet.nn import ReversibleBlock
-from revnet.nn.attention import FullAttention, HierarchicalAttention, LSHAttention
+from revnet.models.reversible_transformer import TiedHead
 
+_OF_LAYERS = (
+    *("dim", "num_heads", "num_kv_heads", "attention", "bucket_size", "num_hashes", "block_size", "norm", "norm_eps"),
+    *("mlp", "ff_mult", "ff_chunks", "bias", "rope_theta", "dropout"),
+)
+"""Arguments of `ReversibleTransformer` for its layers, which entries of the config have the names of."""
 _COUPLINGS: dict[str, type[Additive] | type[FixedPoint]] = {"additive": Additive, "fixed_point": FixedPoint}
 
 
 class ReversibleTransformerConfig(PreTrainedConfig):
     """Config of a reversible language model: the arguments of `ReversibleTransformer`, and three of this class.
 
-    transformers' usual names `hidden_size`, `num_hidden_layers` and `num_attention_heads` also work.
+    transformers' usual names `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads` and
+    `rms_norm_eps` also work.
 
     Example:
         >>> import revnet.transformers
@@ -34,8 +38,10 @@ class ReversibleTransformerConfig(PreTrainedConfig):
         "hidden_size": "dim",
         "num_hidden_layers": "depth",
         "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "rms_norm_eps": "norm_eps",
     }
-    keys_to_ignore_at_inference: ClassVar[list[str]] = []
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 50_257
     """Number of different tokens."""
@@ -61,10 +67,27 @@ class ReversibleTransformerConfig(PreTrainedConfig):
     """Number of chunks of tokens on which the perceptrons run one after the other."""
     dropout: float = 0.0
     """Share of features dropped after the embedding and from each residual."""
+    form: str = "coupled"
+    """How the residuals are combined: "coupled", "midpoint", "leapfrog" or "stored"."""
+    step_size: float | None = None
+    """Step size of the midpoint or the leapfrog form; None for the default of `ReversibleTransformer`."""
+    num_kv_heads: int | None = None
+    """Number of heads of the keys and values; None for `num_heads`."""
+    norm: str = "layer"
+    """Kind of norm: "layer" or "rms"."""
+    norm_eps: float = 1e-5
+    """Value that the norms add to the variance."""
+    mlp: str = "gelu"
+    """Kind of perceptron: "gelu" or "swiglu"."""
+    bias: bool = True
+    """Whether perceptrons, layer norms and the head have biases."""
+    rope_theta: float = 10_000.0
+    """Base of the frequencies of the rotary positions."""
     coupling: str | None = None
     """Coupling of the blocks: "additive" or "fixed_point"; None for the default of `ReversibleTransformer`."""
     policy: str = "reverse"
-    """Policy of a new model: "reverse", "checkpoint", "offload" or "store"."""
+    """Policy of a new model: "reverse", "checkpoint", "offload" or "store". In the stored form, "reverse" stands for
+    "store"."""
     chunked_loss: bool = False
     """Whether the loss works on some rows of logits at a time in training. The output then has no logits."""
     tie_word_embeddings: bool = False
@@ -80,21 +103,17 @@ class ReversibleTransformerConfig(PreTrainedConfig):
         """
         if self.coupling is not None and self.coupling not in _COUPLINGS:
             raise ValueError(f"`coupling` (={self.coupling!r}) must be 'additive' or 'fixed_point', or None.")
+        is_default = self.form == "stored" and self.policy == "reverse"
         model = ReversibleTransformer(
             vocab_size=self.vocab_size,
-            dim=self.dim,
             depth=self.depth,
-            num_heads=self.num_heads,
             max_length=self.max_position_embeddings,
-            attention=self.attention,
-            bucket_size=self.bucket_size,
-            num_hashes=self.num_hashes,
-            block_size=self.block_size,
-            ff_mult=self.ff_mult,
-            ff_chunks=self.ff_chunks,
-            dropout=self.dropout,
+            form=self.form,
+            step_size=self.step_size,
+            tie_embeddings=self.tie_word_embeddings,
             coupling=None if self.coupling is None else _COUPLINGS[self.coupling](),
-            policy=self.policy,
+            policy=None if is_default else self.policy,
+            **{name: getattr(self, name) for name in _OF_LAYERS},
         )
         model.head.is_chunked = self.chunked_loss
         return model
@@ -108,42 +127,59 @@ def config_of(model: ReversibleTransformer) -> ReversibleTransformerConfig:
     """
     if not model.is_causal:
         raise ValueError("`model` is an encoder (`is_causal=False`), and a causal language model cannot be one.")
-    block = model.blocks[0]
-    assert isinstance(block, ReversibleBlock)
-    f, g = block.f, block.g
-    assert isinstance(f, AttentionResidual)
-    assert isinstance(g, FeedForward)
-    attention, hidden = f.attention, g.layers[-1]
-    assert isinstance(hidden, nn.Linear)
-    names = {repr(kind()): name for name, kind in _COUPLINGS.items()}
-    coupling = names.get(repr(block.coupling))
-    if coupling is None:
-        raise ValueError(f"`model` has the coupling {block.coupling}, but a config has `Additive()` or `FixedPoint()`.")
-    dim = model.embedding.embedding_dim
-    options: dict[str, object] = {}
-    match attention:
-        case FullAttention():
-            options = {"attention": "full"}
-        case LSHAttention():
-            options = {
-                "attention": "lsh",
-                "bucket_size": attention.bucket_size,
-                "num_hashes": attention.num_hashes,
-            }
-        case HierarchicalAttention():
-            options = {"attention": "hierarchical", "block_size": attention.block_size}
-        case _:
-            raise ValueError(f"`model` has the attention {type(attention).__name__}, which a config cannot describe.")
-    return ReversibleTransformerConfig(
+    options = model.options
+    config = ReversibleTransformerConfig(
         vocab_size=model.embedding.num_embeddings,
-        dim=dim,
         depth=len(model.blocks),
-        num_heads=attention.num_heads,
         max_position_embeddings=model.max_length,
-        ff_mult=hidden.in_features / dim,
-        ff_chunks=g.num_chunks,
-        dropout=model.dropout.p,
-        coupling=coupling,
+        form=model.form,
+        step_size=model.step_size,
         chunked_loss=model.head.is_chunked,
-        **options,
+        tie_word_embeddings=isinstance(model.head, TiedHead) or model.head.weight is model.embedding.weight,
+        **{name: getattr(options, name) for name in _OF_LAYERS},
     )
+    config.coupling = _coupling_of(model, config)
+    return config
+
+
+def _coupling_of(model: ReversibleTransformer, config: ReversibleTransformerConfig) -> str | None:
+    """Return the name of the coupling of `model`, all of whose blocks have the same.
+
+    Raises:
+        ValueError: A config cannot describe it.
+    """
+    if config.form == "stored":
+        return None
+    actual = [block.coupling for block in model.blocks]
+    for name in _COUPLINGS:
+        config.coupling = name
+        with torch.device("meta"):
+            expected = [block.coupling for block in config.make_transformer().blocks]
+        if repr(actual) == repr(expected):
+            return name
+    raise ValueError(
+        f"`model` has the coupling {actual[0]}, but a config has `Additive()` or `FixedPoint()`, or the same with the "
+        "step size of the form."
+    )
+
+
+def check_same_parts(model: ReversibleTransformer, described: ReversibleTransformer) -> None:
+    """Raise unless the modules of `model` have the classes and the sizes that its config describes.
+
+    Args:
+        model: The network.
+        described: The network that its config makes.
+
+    Raises:
+        ValueError: A module or a parameter differs.
+    """
+    expected = {name: type(module) for name, module in described.named_modules()}
+    for name, module in model.named_modules():
+        if type(module) is not expected.get(name):
+            raise ValueError(f"`model` has a {type(module).__name__} as `{name}`, which a config cannot describe.")
+    shapes = {name: tuple(parameter.shape) for name, parameter in described.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if shapes.get(name) != tuple(parameter.shape):
+            raise ValueError(
+                f"`model` has a parameter `{name}` of shape {tuple(parameter.shape)}, which a config cannot describe."
+            )

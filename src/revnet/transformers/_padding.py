@@ -25,6 +25,34 @@ class TokenOrder:
         return _take(x, self.order.argsort(dim=1))
 
 
+def find_positions(attention_mask: Tensor, position_ids: Tensor | None, num_new: int) -> tuple[Tensor, Tensor] | None:
+    """Return which tokens are real, and the positions of the new ones; None if all tokens are real.
+
+    Args:
+        attention_mask: (B, P + T), 1 where a token is real and 0 where it is padding, for P tokens in a cache and T new
+            ones.
+        position_ids: (B, T) or (1, T), as in `find_order`.
+        num_new: T.
+
+    Returns:
+        A mask, (B, P + T), and positions, (B, T).
+
+    Raises:
+        ValueError: The mask has other values.
+        NotImplementedError: The positions of a row do not count up by one.
+    """
+    mask = attention_mask != 0
+    shape = len(mask), num_new
+    new = mask[:, -num_new:]
+    facts = [mask.all(), ((attention_mask == 0) | (attention_mask == 1)).all()]
+    if position_ids is not None:
+        order = torch.argsort((~new).to(torch.uint8), dim=1, stable=True)
+        facts.append(_count_up(position_ids, new, order, shape))
+    are_all_real, *are_valid = torch.stack([fact.to(mask.device) for fact in facts]).tolist()
+    _check_facts(are_valid[0], are_valid[-1])
+    return None if are_all_real else (mask, (mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:])
+
+
 def find_order(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> TokenOrder | None:
     """Return how to move the padding behind the real tokens; None if it is there already.
 
@@ -39,7 +67,7 @@ def find_order(attention_mask: Tensor | None, position_ids: Tensor | None, shape
     """
     if attention_mask is None and position_ids is None:
         return None
-    mask = None if attention_mask is None else _check_mask(attention_mask, shape)
+    mask = None if attention_mask is None else check_padding_mask(attention_mask, shape)
     order = None if mask is None else torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     if torch.compiler.is_compiling():  # Values would break the graph.
         return None if order is None else TokenOrder(order)
@@ -50,17 +78,28 @@ def find_order(attention_mask: Tensor | None, position_ids: Tensor | None, shape
     if position_ids is not None:
         facts.append(_count_up(position_ids, mask, order, shape))
     is_at_end, *are_valid = torch.stack([fact.to(facts[-1].device) for fact in facts]).tolist()
-    if attention_mask is not None and not are_valid.pop(0):
+    is_mask_valid = attention_mask is None or are_valid.pop(0)
+    _check_facts(is_mask_valid, not are_valid or are_valid.pop())
+    return None if is_at_end or order is None else TokenOrder(order)
+
+
+def _check_facts(is_mask_valid: bool, do_count_up: bool) -> None:
+    if not is_mask_valid:
         raise ValueError("`attention_mask` has other values than 0 and 1, 1 where a token is real.")
-    if are_valid and not are_valid.pop():
+    if not do_count_up:
         raise NotImplementedError(
             "`position_ids` must count up by one over the real tokens of a row; sequences that are packed into one row "
             "would see each other, so pad them instead."
         )
-    return None if is_at_end or order is None else TokenOrder(order)
 
 
-def _check_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def check_padding_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return whether each token is real.
+
+    Raises:
+        ValueError: The mask has another shape.
+        NotImplementedError: The mask is not (B, T).
+    """
     if mask.dim() != 2:
         raise NotImplementedError(
             f"`attention_mask` has shape {tuple(mask.shape)}, but must have {shape}, (B, T); other masks than padding "

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from revnet.models import ReversibleTransformer
 from revnet.training import LanguageModel, load_language_model
-from revnet.training.language.model import LanguageHeader
+from revnet.training.language.model import DEFAULTS, LanguageHeader, differing_options
 from revnet.training.run.checkpoint import save_weights
 from revnet.transformers._causal_lm_config import ReversibleTransformerConfig
-from revnet.transformers._tied_head import TiedHead
 
 
 def read_run(path: str | Path) -> LanguageModel:
@@ -24,12 +23,7 @@ def write_weights(model: ReversibleTransformer, config: ReversibleTransformerCon
             f"`config.characters` (={given}) must have one character for each of the {config.vocab_size} tokens; save "
             "models of other tokens with `save_pretrained`."
         )
-    if isinstance(model.head, TiedHead):
-        raise ValueError(
-            "`config.tie_word_embeddings` (=True) has no counterpart in `revnet train lm`; save the model with "
-            "`save_pretrained`."
-        )
-    options = {
+    options: dict[str, object] = {
         "dim": config.dim,
         "depth": config.depth,
         "num_heads": config.num_heads,
@@ -42,5 +36,8 @@ def write_weights(model: ReversibleTransformer, config: ReversibleTransformerCon
         "ff_chunks": config.ff_chunks,
         "dropout": config.dropout,
     }
+    chosen = {name: getattr(config, name) for name in DEFAULTS if name not in ("tie_embeddings", "exact")}
+    chosen |= {"tie_embeddings": config.tie_word_embeddings, "exact": config.coupling == "fixed_point"}
+    options |= differing_options(chosen)
     header = LanguageHeader(data=config.name_or_path or "transformers", characters=characters, options=options)
     save_weights(LanguageModel(model, header), path)

@@ -9,6 +9,9 @@ from revnet.training.settings.fields import integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
 
 Attention = Literal["full", "lsh", "hierarchical"]
+Form = Literal["coupled", "midpoint", "leapfrog", "stored"]
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,36 @@ class LanguageConfig(AbstractRunConfig):
 
     num_heads: int = integer(4, at_least=1)
     """Number of attention heads."""
+
+    form: Form = "coupled"
+    """How the residuals of a block are combined with its streams: `coupled`, attention and feed-forward network update
+    one stream each; `midpoint` or `leapfrog`, the residual of the whole block is added to the outputs of the last two
+    blocks; or `stored`, an ordinary transformer, which cannot be reversed."""
+
+    step_size: float | None = number(None, "above 0", lambda x: x > 0, usual="0.5")
+    """Step size of the form `midpoint`, by default 0.5, or `leapfrog`, by default 1."""
+
+    exact: bool = False
+    """Whether to keep the streams on a fixed-point grid, so that the backward pass reconstructs them bit for bit."""
+
+    drift_every: int | None = integer(None, at_least=1)
+    """Number of updates from one measurement of drift to the next, where drift is the distance of reconstructed
+    activations from the true ones; by default, it is not measured."""
+
+    num_kv_heads: int | None = integer(None, at_least=1)
+    """Number of heads of the keys and values, a divisor of `num_heads`; by default, `num_heads`."""
+
+    norm: Norm = "layer"
+    """Kind of norm: `layer`, or `rms`."""
+
+    mlp: Mlp = "gelu"
+    """Kind of feed-forward network: `gelu`, or `swiglu`, whose hidden layer is gated."""
+
+    bias: bool = True
+    """Whether feed-forward networks, layer norms and the head have biases."""
+
+    tie_embeddings: bool = False
+    """Whether the weight of the head is the embedding."""
 
     ff_mult: float = number(4.0, "above 0", lambda x: x > 0, usual="4")
     """Width of the hidden layer of the feed-forward networks, as a multiple of `dim`."""
@@ -127,5 +160,24 @@ class LanguageConfig(AbstractRunConfig):
                 f"`dim` (={self.dim}) must be a multiple of twice `num_heads` (={self.num_heads}), since a head has an "
                 f"even number of features; pass {self.dim + -self.dim % (2 * self.num_heads)}."
             )
+        self._check_form()
+        if self.num_kv_heads is not None and (self.num_heads % self.num_kv_heads or self.attention == "lsh"):
+            rule = f"divide `num_heads` (={self.num_heads})" if self.attention != "lsh" else "be left out for `lsh`"
+            raise ValueError(f"`num_kv_heads` (={self.num_kv_heads}) must {rule}; by default, it is `num_heads`.")
         if self.block_size % 2:
             raise ValueError(f"`block_size` (={self.block_size}) must be even; pass {self.block_size + 1}.")
+
+    def _check_form(self) -> None:
+        if self.step_size is not None and self.form in ("coupled", "stored"):
+            raise ValueError(
+                f"`step_size` (={self.step_size:g}) is for the forms `midpoint` and `leapfrog`; leave it out."
+            )
+        if self.form != "stored":
+            return
+        reasons = {"exact": self.exact, "drift_every": self.drift_every, "hold": self.hold, "keep": self.keep}
+        for name, value in reasons.items():
+            if value:
+                raise ValueError(
+                    f"`{name}` (={value}) is for forms that are reversed, and `form` is `stored`; leave it out, or "
+                    "choose another form."
+                )

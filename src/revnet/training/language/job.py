@@ -47,15 +47,18 @@ class LanguageJob(AbstractJob[LanguageResult]):
     dataset: TextDataset
     update: Update
     start: str | None
+    drift_every: int | None
 
     def heading(self) -> list[tuple[str, str]]:
         """Return the lines printed before training: model, data, epochs."""
         config, dataset = self.config, self.dataset
+        form = "" if config.form == "coupled" else f" of {config.form} form"
         num_parameters = sum(parameter.numel() for parameter in self.task.language_model.model.parameters())
         return [
             (
                 "model",
-                f"lm, {counted(config.depth, 'block')}, {config.attention} attention, {num_parameters:,} parameters",
+                f"lm{form}, {counted(config.depth, 'block')}, {config.attention} attention, "
+                f"{num_parameters:,} parameters",
             ),
             ("data", dataset.describe()),
             ("epochs", self.describe_updates(f"windows of {config.length} {dataset.vocabulary.noun}s")),
@@ -158,6 +161,7 @@ def job_of_run(config: LanguageConfig) -> LanguageJob:
         dataset=dataset,
         update=update,
         start=start,
+        drift_every=config.drift_every,
     )
 
 

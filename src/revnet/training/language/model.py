@@ -1,13 +1,15 @@
 """A language model: a transformer with its vocabulary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from revnet.coupling import FixedPoint
 from revnet.data import Vocabulary
 from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
 from revnet.data.tokens.byte_pairs import BytePairVocabulary
@@ -18,6 +20,24 @@ from revnet.training.saved_module import AbstractHeader, SavedModule
 
 SEPARATE, JOINED = "separate", "joined"
 """Values of `documents` in a header."""
+DEFAULTS: Mapping[str, Any] = {
+    "form": "coupled",
+    "step_size": None,
+    "exact": False,
+    "num_kv_heads": None,
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "mlp": "gelu",
+    "bias": True,
+    "tie_embeddings": False,
+    "rope_theta": 10_000.0,
+}
+"""Options of a header that are left out if they have these values."""
+
+
+def differing_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a header that differ from `DEFAULTS`."""
+    return {name: value for name, value in options.items() if value != DEFAULTS[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +62,7 @@ class LanguageHeader(AbstractHeader):
     """Whether the documents of the text are `separate` for attention, or `joined`; None if it is one text."""
 
     options: Mapping[str, Any]
-    """Arguments of `ReversibleTransformer`."""
+    """Arguments of `ReversibleTransformer`, and `exact` for the coupling `FixedPoint()`. `DEFAULTS` are left out."""
 
     as_text: ClassVar[frozenset[str]] = AbstractHeader.as_text | {"tokenizer", "documents"}
 
@@ -91,7 +111,10 @@ class LanguageModel(SavedModule):
     @classmethod
     def create(cls, header: LanguageHeader) -> Self:
         """Make a model with random weights."""
-        return cls(ReversibleTransformer(vocab_size=len(header.make_vocabulary()), **header.options), header)
+        options = dict(header.options)
+        coupling = FixedPoint() if options.pop("exact", False) else None
+        vocab_size = len(header.make_vocabulary())
+        return cls(ReversibleTransformer(vocab_size=vocab_size, coupling=coupling, **options), header)
 
     @classmethod
     def build(cls, header: LanguageHeader, tensors: Mapping[str, Tensor]) -> Self:
@@ -113,32 +136,49 @@ class LanguageModel(SavedModule):
         assert self.vocabulary.end_of_text is not None
         return 1 + torch.eq(tokens, self.vocabulary.end_of_text).cumsum(-1)
 
-    def generate(self, prompt: str, num_new: int, **options: Any) -> str:
-        """Continue a text by `num_new` tokens, or until the document ends.
+    @overload
+    def generate(self, prompt: str, num_new: int, *, stop: str | None = None, **options: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str], num_new: int, *, stop: str | None = None, **options: Any
+    ) -> list[str]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str], num_new: int, *, stop: str | None = None, **options: Any
+    ) -> str | list[str]:
+        """Continue a text, or several, by `num_new` tokens, or until the document ends.
 
         Args:
-            prompt: Start of the text. A model of documents begins a new one if it is empty.
+            prompt: Start of the text, or a list with the start of each text. A model of documents begins a new one if
+                it is empty.
             num_new: Number of tokens to add.
+            stop: Token at which a text ends; it is not part of the text.
             options: Options of `ReversibleTransformer.generate`.
 
         Returns:
-            The continuation, without the prompt.
+            The continuation, without the prompt; a list of them for a list.
 
         Raises:
-            ValueError: The prompt has a character that is not in the vocabulary, or is empty and the model has been
-                trained on one text.
+            ValueError: A prompt has a character that is not in the vocabulary, or is empty and the model has been
+                trained on one text, or `stop` is not one token.
         """
         end = self.vocabulary.end_of_text if self.header.documents is not None else None
-        tokens = self.vocabulary.encode(prompt, "prompt")
-        if not prompt:
-            if end is None:
-                raise ValueError("`prompt` (='') must not be empty; pass the start of the text, such as a newline.")
-            tokens = torch.tensor([end])
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or (end is None and not all(prompts)):
+            raise ValueError(
+                f"`prompt` (={prompt!r}) must not be empty; pass the start of the text, such as a newline."
+            )
+        rows = [self.vocabulary.encode(each, "prompt") if each else torch.tensor([end]) for each in prompts]
+        stops = [] if stop is None else self.vocabulary.encode(stop, "stop").tolist()
+        if stop is not None and len(stops) != 1:
+            raise ValueError(f"`stop` (={stop!r}) must be one {self.vocabulary.noun} of the vocabulary.")
+        stops += [] if end is None else [end]
         device = next(self.parameters()).device
-        text = self.model.generate(tokens[None].to(device), num_new, **options)[0, len(tokens) :]
-        if end is not None:
-            text = text[: int((text == end).cumsum(0).eq(0).sum())]
-        return self.vocabulary.decode(text)
+        tokens, mask = _pad_left(rows)
+        text = self.model.generate(tokens.to(device), num_new, mask=mask.to(device), stop_tokens=stops, **options)
+        new = [_until(row, stops) for row in text[:, tokens.shape[1] :]]
+        texts = [self.vocabulary.decode(row) for row in new]
+        return texts[0] if isinstance(prompt, str) else texts
 
     @property
     def usual_prompt(self) -> str:
@@ -148,6 +188,20 @@ class LanguageModel(SavedModule):
         if isinstance(self.vocabulary, Vocabulary) and "\n" not in self.vocabulary.characters:
             return self.vocabulary.characters[0]
         return "\n"
+
+
+def _pad_left(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the rows, padded on the left to one length, and a mask that is true for their own tokens."""
+    length = max(map(len, rows))
+    tokens = torch.stack([F.pad(row, (length - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows])
+    return tokens, mask
+
+
+def _until(row: Tensor, stops: Sequence[int]) -> Tensor:
+    """Return the tokens before the first one in `stops`."""
+    places = torch.isin(row, torch.tensor(stops, dtype=row.dtype, device=row.device)).nonzero()
+    return row[: int(places[0])] if len(places) else row
 
 
 def load_language_model(path: str | Path) -> LanguageModel:

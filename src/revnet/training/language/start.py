@@ -36,7 +36,7 @@ def load_start(language_model: LanguageModel, start: StartWeights) -> str:
         rows, old_rows = _indices(shared, header.characters), _indices(shared, old.characters)
         state = language_model.model.state_dict()
         for name in _TABLES:
-            if tensors[name].shape[1:] == state[name].shape[1:]:
+            if name in tensors and name in state and tensors[name].shape[1:] == state[name].shape[1:]:
                 table = state[name].clone()
                 table[rows] = tensors[name][old_rows]
                 tensors[name] = table

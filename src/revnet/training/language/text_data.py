@@ -7,7 +7,7 @@ from revnet.data.sources.text import BPE, CHARACTERS, TextDataset
 from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
 from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
-from revnet.training.language.model import JOINED, SEPARATE, LanguageHeader
+from revnet.training.language.model import DEFAULTS, JOINED, SEPARATE, LanguageHeader, differing_options
 
 
 def load_data(config: LanguageConfig) -> tuple[TextDataset, LanguageConfig]:
@@ -55,6 +55,7 @@ def make_header(config: LanguageConfig, dataset: TextDataset) -> LanguageHeader:
             "ff_mult": config.ff_mult,
             "ff_chunks": config.ff_chunks,
             "dropout": config.dropout,
+            **differing_options({name: getattr(config, name) for name in DEFAULTS if hasattr(config, name)}),
         },
     )
 

@@ -1,4 +1,4 @@
-"""A head whose weight is the embedding."""
+"""The head of a language model, whose weight may be the embedding."""
 
 from torch import Tensor
 
@@ -28,3 +28,18 @@ class TiedHead(CrossEntropyHead):
         """Return the sum of the two streams."""
         x1, x2 = x.chunk(2, dim=-1)
         return x1 + x2
+
+
+def make_head(vocab_size: int, dim: int, num_features: int, *, bias: bool, is_tied: bool) -> CrossEntropyHead:
+    """Return the head of a language model.
+
+    Args:
+        vocab_size: Number of different tokens.
+        dim: Features of a token in one stream.
+        num_features: Features of a token that the head gets.
+        bias: Whether there is a bias.
+        is_tied: Whether the weight has the shape of the embedding.
+    """
+    if is_tied and num_features != dim:
+        return TiedHead(dim, vocab_size, bias=bias)
+    return CrossEntropyHead(num_features, vocab_size, bias=bias)
