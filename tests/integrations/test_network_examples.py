@@ -4,6 +4,7 @@ import re
 import runpy
 
 import pytest
+
 from tests.integrations.test_trainer_examples import ROOT
 
 # The last number of the line that shows what was learned, and what it must be compared with.
