@@ -40,6 +40,9 @@ METHODS: Mapping[str, AbstractMethod] = {
     "BDIA(0.25)": BDIA(0.25, 11),
 }
 
+FIGURES = ("converted", "left", "equals_original", "distance", "distance_evaluated", "equals_twin", "gradient_error")
+"""Columns of the CSV that only converted models have."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -130,8 +133,8 @@ def rows_of(case: Case) -> list[Row]:
     """Measure one model in all ways."""
     own = copy.deepcopy(case.model)
     case.checkpointing(own)
-    original, original_grads = step(case, case.model)
     evaluated = evaluate(case, case.model)
+    original, original_grads = step(case, copy.deepcopy(case.model))
     rows = [
         row(case, "original", case.model),
         row(case, "its own checkpointing", own),
@@ -141,16 +144,16 @@ def rows_of(case: Case) -> list[Row]:
         report = revnet.convert(model, method, blocks=case.blocks)
         stored = copy.deepcopy(model)
         revnet.set_policy(stored, "store")
+        # Before the step, which updates statistics of batch norms.
+        in_evaluation = evaluate(case, model)
         output, grads = step(case, model)
         twin, twin_grads = step(case, stored)
-        predicted = predict(model, *case.inputs, kwargs=dict(case.kwargs), loss=loss_of)
         figures = {
-            "predicted_bytes": predicted.activation_bytes,
             "converted": len(report.converted),
             "left": len(report.left),
             "equals_original": int(torch.equal(output, original) and distance(grads, original_grads) == 0),
             "distance": float((output - original).norm() / original.norm()),
-            "distance_evaluated": float((evaluate(case, model) - evaluated).norm() / evaluated.norm()),
+            "distance_evaluated": float((in_evaluation - evaluated).norm() / evaluated.norm()),
             "equals_twin": int(torch.equal(output, twin) and distance(grads, twin_grads) == 0),
             "gradient_error": distance(grads, twin_grads),
         }
@@ -162,20 +165,9 @@ def row(case: Case, way: str, model: nn.Module) -> Row:
     """Return the bytes of a step."""
     model.train()
     measured = measure(model, *case.inputs, kwargs=dict(case.kwargs), loss=loss_of)
-    empty = dict.fromkeys(
-        (
-            "predicted_bytes",
-            "converted",
-            "left",
-            "equals_original",
-            "distance",
-            "distance_evaluated",
-            "equals_twin",
-            "gradient_error",
-        ),
-        "",
-    )
-    return {"model": case.name, "way": way, "activation_bytes": measured.activation_bytes, **empty}
+    predicted = predict(model, *case.inputs, kwargs=dict(case.kwargs), loss=loss_of)
+    figures = {"activation_bytes": measured.activation_bytes, "predicted_bytes": predicted.activation_bytes}
+    return {"model": case.name, "way": way, **figures, **dict.fromkeys(FIGURES, "")}
 
 
 def loss_of(output: Any) -> Tensor:
@@ -243,11 +235,10 @@ def write(folder: Path, command: str, rows: Sequence[Row], given: argparse.Names
 
 def cells_of(row: Row) -> list[str]:
     """Return the cells of a row of the page."""
-    cells = [row["way"], mib(row["activation_bytes"])]
-    if row["converted"] == "":
-        return [*cells, "", "", "", ""]
     predicted = "equal" if row["predicted_bytes"] == row["activation_bytes"] else mib(row["predicted_bytes"])
-    cells.append(predicted)
+    cells = [row["way"], mib(row["activation_bytes"]), predicted]
+    if row["converted"] == "":
+        return [*cells, "", "", ""]
     original = "bit-equal" if row["equals_original"] else f"{row['distance']:.1g}"
     twin = "bit-equal" if row["equals_twin"] else f"{row['gradient_error']:.1g}"
     return [*cells, original, f"{row['distance_evaluated']:.1g}", twin]
