@@ -100,9 +100,9 @@ def test_the_code_of_a_page_runs(page):
     exec(compile(code_of(page), page.name, "exec"), {"__name__": "page"})
 
 
-def test_the_bytes_of_the_conversion_page_are_measured(capsys):
-    code = code_of(DOCS / "convert.md")
-    exec(compile(code, "convert.md", "exec"), {"__name__": "page"})
+def test_the_bytes_of_the_building_page_are_measured(capsys):
+    code = code_of(DOCS / "build-reversible.md")
+    exec(compile(code, "build-reversible.md", "exec"), {"__name__": "page"})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(activations\(.*\)\)  # (.*)", code)
 
 

@@ -66,7 +66,7 @@ def test_training_under_a_schedule_equals_the_stored_twin():
         (lambda: Consistent(5), r"from 1/256 to below 4"),
         (lambda: Rewire(99), r"`fraction_bits`"),
         (lambda: BDIA(1), r"`size` \(=1\)"),
-        (lambda: Adapter(a=0), r"`a` \(=0\) must not be 0"),
+        (lambda: Adapter(a=0), r"`a` \(=0\) must have a magnitude from 1/256"),
     ],
 )
 def test_methods_reject_wrong_coefficients(make, match):
@@ -145,7 +145,11 @@ def scripted():
         (checkpointing, {}, r"`model` \(=Host\) has `grad_checkpointing` on"),
         (nested, {}, r"`blocks\.0` \(=ModuleList\) has no `forward`"),
         (scripted, {}, r"`blocks\.0` \(=.*\) is scripted"),
-        (host, {"blocks": "layers"}, r"`blocks` names 'layers', which does not exist.*this model has blocks"),
+        (
+            host,
+            {"blocks": "layers"},
+            r"`blocks` names 'layers', which does not exist in `model`.*this model has blocks",
+        ),
         (host, {"blocks": "head"}, r"`blocks` names 'head', which is a Linear"),
         (host, {"blocks": None}, r"`model` \(=.*Host.*\) must be a list of blocks"),
         (host, {"blocks": []}, r"`blocks` \(=\[\]\) must be the name of a list"),

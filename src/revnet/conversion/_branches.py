@@ -50,7 +50,7 @@ class Branch(nn.Module):
 def _named(kind: type[nn.Module], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a block by name, without the stream."""
     bound = _signature(kind).bind(None, x, *args, **kwargs)
-    named = {}
+    named: dict[str, Any] = {}
     for number, (name, value) in enumerate(bound.arguments.items()):
         way = bound.signature.parameters[name].kind
         if way is inspect.Parameter.VAR_KEYWORD:
@@ -69,22 +69,30 @@ def _known(kind: type[nn.Module], given: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Branch, ...]:
-    """Return the branches of a block.
+def check_kind_of_branches(branches: Any) -> None:
+    """Raise unless `branches` is a sequence of two or three entries.
 
     Raises:
-        TypeError: `branches` is not a sequence of sequences of names.
-        ValueError: The block has no module of a name.
+        TypeError: It is not.
     """
     if isinstance(branches, str) or not isinstance(branches, Sequence) or not 2 <= len(branches) <= 3:
         raise TypeError(
             f"`branches` (={describe(branches)}) must be two or three lists of names, such as "
             "[['norm1', 'attn'], ['norm2', 'mlp']]."
         )
+
+
+def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Branch, ...]:
+    """Return the branches of a block.
+
+    Raises:
+        TypeError: An entry of `branches` does not hold names.
+        ValueError: The block has no module of a name.
+    """
     made = []
     for path in branches:
         steps = path.split() if isinstance(path, str) else path

@@ -7,7 +7,7 @@ from torch import nn
 
 from revnet._checks import check_bool, check_module, describe
 from revnet.conversion._bodies import BlockResidual, WholeBlock
-from revnet.conversion._branches import Branches, make_branches
+from revnet.conversion._branches import Branches, check_kind_of_branches, make_branches
 from revnet.conversion._converted import exchange_class, is_converted, place_of, restore_class
 from revnet.conversion._methods import AbstractMethod, Consistent
 from revnet.conversion._refusals import check_adapter, check_block, check_host, check_row, why_first_differs
@@ -59,7 +59,8 @@ def convert(
         >>> class Block(nn.Linear):
         ...     def forward(self, x):
         ...         return x + torch.tanh(super().forward(x))
-        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Sequential(*[Block(8, 8) for _ in range(4)]))
+        >>> blocks = nn.Sequential(*[Block(8, 8) for _ in range(4)])
+        >>> model = nn.Sequential(nn.Linear(3, 8), blocks)
         >>> x = torch.rand(2, 3)
         >>> y = model(x)
         >>> report = revnet.convert(model, Dr2Net(alpha=1, beta=0), blocks="1")
@@ -72,6 +73,8 @@ def convert(
     method = Consistent() if method is None else method
     if not isinstance(method, AbstractMethod):
         raise TypeError(f"`method` (={describe(method)}) must be a method of conversion, such as `Consistent(0.25)`.")
+    if branches is not None:
+        check_kind_of_branches(branches)
     rows = _rows_of(model, blocks)
     if isinstance(model, nn.Module):
         check_host(model)
@@ -162,7 +165,7 @@ def _row_named(model: nn.Module, name: str) -> dict[str, nn.Module]:
         lists = [key for key, module in modules.items() if key and isinstance(module, nn.Sequential | nn.ModuleList)]
         what = "does not exist" if found is None else f"is a {type(found).__name__}"
         hint = f"this model has {', '.join(lists[:4])}" if lists else "this model has none"
-        raise ValueError(f"`blocks` names {name!r}, which {what}, and not a list of blocks; {hint}.")
+        raise ValueError(f"`blocks` names {name!r}, which {what} in `model`, and not a list of blocks; {hint}.")
     return {f"{name}.{child}": block for child, block in found._modules.items()}
 
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-_SWITCHES = ("gradient_checkpointing", "grad_checkpointing", "is_gradient_checkpointing")
+_SWITCHES = ("gradient_checkpointing", "activation_checkpointing", "grad_checkpointing")
 """Attributes of modules in transformers and timm."""
 
 

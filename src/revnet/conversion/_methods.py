@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 from revnet import coupling as couplings
-from revnet._checks import describe, is_number
+from revnet._checks import check_bool, describe, is_number
 from revnet.conversion._scheme import Factors, Scheme, scaled_coupling, two_step
 from revnet.coupling import FixedPoint
 
@@ -227,7 +227,7 @@ class Adapter(AbstractMethod):
 
     Raises:
         TypeError: `name` is not a string.
-        ValueError: A factor is 0 or not a finite number, or an argument does not fit fixed-point arithmetic.
+        ValueError: A factor is out of range, or an argument does not fit fixed-point arithmetic.
 
     References:
         Liao, Tan and Monz (2023), Make Pre-trained Model Reversible: From Parameter to Memory Efficient Fine-Tuning.
@@ -243,9 +243,12 @@ class Adapter(AbstractMethod):
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"`name` (={describe(self.name)}) must be the name of a child of each block.")
         for name, value in {"a": self.a, "b": self.b}.items():
-            if value == 0:
-                raise ValueError(f"`{name}` (=0) must not be 0, because a stream would be lost; use 0.1.")
-        _check(self, a=self.a, b=self.b)
+            if not is_number(value) or not 2**-8 <= abs(value) < 4:
+                raise ValueError(
+                    f"`{name}` (={describe(value)}) must have a magnitude from 1/256 to below 4, so that its stream is "
+                    "not lost; 0.1 is usual."
+                )
+        _check(self)
 
     def scheme(self, num_branches: int | None) -> Scheme:
         """Return the scheme of a pass.
@@ -268,6 +271,7 @@ def _check(method: AbstractMethod, **coefficients: float) -> None:
     for name, value in coefficients.items():
         if not is_number(value) or not math.isfinite(value):
             raise ValueError(f"`{name}` (={describe(value)}) must be a finite number, such as 0.25.")
+    check_bool(is_wide=method.is_wide)
     if method.fraction_bits is not None:
         FixedPoint(method.fraction_bits, method.is_wide)
         method.scheme(None)

@@ -26,8 +26,8 @@ def check_host(model: nn.Module) -> None:
             owner = f"`{name}`" if name else "`model`"
             raise ValueError(
                 f"{owner} (={type(module).__name__}) has `{switch}` on, so it would run converted blocks a second "
-                "time; turn it off with `model.gradient_checkpointing_disable()` or "
-                "`model.set_grad_checkpointing(False)`."
+                "time; turn it off, as `gradient_checkpointing_disable` does in transformers and "
+                "`set_grad_checkpointing(False)` in timm."
             )
 
 

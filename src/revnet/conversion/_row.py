@@ -7,7 +7,7 @@ from torch import nn
 
 from revnet.conversion._bodies import BlockResidual, WholeBlock
 from revnet.conversion._methods import AbstractMethod
-from revnet.conversion._scheme import Scheme
+from revnet.conversion._scheme import Factors, Scheme
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractPolicy
 
@@ -43,7 +43,8 @@ class Row:
     @method.setter
     def method(self, method: AbstractMethod) -> None:
         scheme = method.scheme(self.num_branches)
-        self.scheme, self.factors = (scheme, None) if isinstance(scheme, Scheme) else (None, scheme)
+        self.scheme: Scheme | None = scheme if isinstance(scheme, Scheme) else None
+        self.factors: Factors | None = None if isinstance(scheme, Scheme) else scheme
         self._method = method
         # A schedule changes the method before each update. What was learned about the functions remains.
         self._chains = {

@@ -93,8 +93,8 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
         check_branches(place, x, (args, kwargs))
     if checkpoints_itself(place.block) and place.block.training:
         raise ValueError(
-            f"`{place.name}` has its own checkpointing on, which would run it a second time; turn it off with "
-            "`model.gradient_checkpointing_disable()`."
+            f"`{place.name}` has its own checkpointing on, which would run it a second time; turn it off, as "
+            "`gradient_checkpointing_disable` or `activation_checkpointing_disable` does in transformers."
         )
     if state is None:
         assert scheme is not None
