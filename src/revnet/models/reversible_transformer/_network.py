@@ -59,8 +59,8 @@ class ReversibleTransformer(HasGradientCheckpointing, GeneratesTokens, HubMixin)
 
     Shape:
         tokens: (B, T), integers. mask: (B, T), true where a token is real, or as in `FullAttention`. targets: (B, T),
-        integers, -100 where nothing is to be predicted. Output: logits, (B, T, vocab_size), or with `targets` a loss, (). With a `cache` of
-        P tokens: tokens (B, T) follow them, and mask is (B, P + T).
+        integers, -100 where nothing is to be predicted. Output: logits, (B, T, vocab_size), or with `targets` a loss,
+        (). With a `cache` of P tokens: tokens (B, T) follow them, and mask is (B, P + T).
 
     Numerics:
         Under autocast the streams stay in float32, so that they can be rebuilt, and the residual functions compute in
