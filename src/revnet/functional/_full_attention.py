@@ -46,8 +46,10 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     check_bool(is_causal=is_causal)
     check_mask(mask, (q.shape[0], k.shape[-2]), takes_documents=True)
     T, S = q.shape[-2], k.shape[-2]
-    if mask is None and (T == S or T == 1 or not is_causal):  # A single token, the last one, sees all.
-        return _dot_product(q, k, v, is_causal=is_causal and T == S)
+    if mask is None and (T == S or not is_causal):
+        return _dot_product(q, k, v, is_causal=is_causal)
+    if mask is None and T == 1:  # The last token sees all.
+        return _dot_product(q, k, v)
     is_long = mask is not None and mask.dtype != torch.bool and T == S and T > _MOST_ROWS
     if is_long and not torch.compiler.is_compiling():
         by_rows: Tensor = _AttentionByRows.apply(q, k, v, mask, is_causal)
