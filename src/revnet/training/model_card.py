@@ -119,7 +119,7 @@ def _data(module: SavedModule, epoch: str | None) -> str:
     if hasattr(header, "class_names"):
         names = [shorten(label, _LONGEST_LABEL) for label in header.class_names]
         shown = ", ".join(names[:_MOST_LABELS]) + (", ..." if len(names) > _MOST_LABELS else "")
-        sentences.append(f"{counted(len(names), 'Class', 'Classes')}: {shown}")
+        sentences.append(f"{counted(len(names), 'class', 'classes')}: {shown}")
     if hasattr(header, "characters"):
         sentences.append(f"Vocabulary: {counted(len(header.characters), 'character')}")
     return ". ".join(sentences) + "."
