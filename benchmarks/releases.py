@@ -98,14 +98,20 @@ def requirements(release: str) -> list[str]:
 
 
 @contextmanager
-def environment(release: str, given: Path | None) -> Iterator[Path]:
-    """Yield the interpreter of the given environment, or of a new one with a release, which is removed afterwards."""
+def environment(release: str, given: Path | None, interpreter: str = sys.executable) -> Iterator[Path]:
+    """Yield the interpreter of the given environment, or of a new one with a release, which is removed afterwards.
+
+    Args:
+        release: Release of PyTorch.
+        given: The environment, or None for a new one.
+        interpreter: The Python of a new one.
+    """
     if given is not None:
         yield given / "bin" / "python"
         return
     with tempfile.TemporaryDirectory(prefix=f"revnet-torch-{release}-") as folder:
         python = Path(folder) / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([interpreter, "-m", "venv", folder], check=True)
         # Tests also run the installed command `revnet`. `--no-deps` keeps the release of PyTorch.
         for lines in (requirements(release), ["--no-deps", "--editable", str(ROOT)]):
             installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *lines])
@@ -235,6 +241,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--env", action="append", default=[], metavar="RELEASE=FOLDER", help="use this environment, and keep it"
     )
+    parser.add_argument("--python", default=sys.executable, help="Python of new environments, such as python3.13")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that run tests")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="run every N-th test of a room")
     parser.add_argument("--out-dir", type=Path, default=RESULTS, help="folder of the page and its CSV")
@@ -264,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     revision = _revision()
     num_failed = 0
     for release in settings.releases:
-        with environment(release, settings.env.get(release)) as python:
+        with environment(release, settings.env.get(release), settings.python) as python:
             versions = versions_of(python)
             for room in settings.rooms:
                 outcome = run_room(python, room, settings.num_workers, settings.every)

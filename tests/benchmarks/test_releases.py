@@ -88,11 +88,11 @@ def test_a_new_environment_is_removed(releases, monkeypatch):
         return subprocess.CompletedProcess(command, next(outcomes))
 
     monkeypatch.setattr(subprocess, "run", run)
-    with releases.environment("2.11", None) as python:
+    with releases.environment("2.11", None, "python3.13") as python:
         folder = python.parents[1]
         assert folder.exists()
     assert not folder.exists()
-    assert commands[0][1:3] == ["-m", "venv"]
+    assert commands[0][:3] == ["python3.13", "-m", "venv"]
     assert "torch==2.11.*" in commands[1]
     assert "--no-deps" in commands[2]
     with pytest.raises(SystemExit, match=r"PyTorch 2\.99 was not installed"), releases.environment("2.99", None):
