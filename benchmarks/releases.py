@@ -8,7 +8,8 @@ are the folders in tests/; `other` stands for the files next to them. Without `-
 and the tests of training, the command line and the benchmarks do not.
 
 It writes a page and its CSV to benchmarks/results/. A second call on the same day adds to them: it replaces the rows
-of the rooms that it runs.
+of the rooms that it runs. `--every 10` runs every tenth test of a room, and the table says so; it does not replace the
+row of a whole room.
 """
 
 import argparse
@@ -67,6 +68,8 @@ class Result:
     skipped: int
     failures: str
     """The tests that failed, one in a line, with the first line of each error."""
+    every: int = 1
+    """1 for all tests of the room, and n for every n-th."""
 
 
 def list_rooms() -> list[str]:
@@ -95,17 +98,25 @@ def requirements(release: str) -> list[str]:
 
 
 @contextmanager
-def environment(release: str, given: Path | None) -> Iterator[Path]:
-    """Yield the interpreter of the given environment, or of a new one with a release, which is removed afterwards."""
+def environment(release: str, given: Path | None, interpreter: str = sys.executable) -> Iterator[Path]:
+    """Yield the interpreter of the given environment, or of a new one with a release, which is removed afterwards.
+
+    Args:
+        release: Release of PyTorch.
+        given: The environment, or None for a new one.
+        interpreter: The Python of a new one.
+    """
     if given is not None:
         yield given / "bin" / "python"
         return
     with tempfile.TemporaryDirectory(prefix=f"revnet-torch-{release}-") as folder:
         python = Path(folder) / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements(release)])
-        if installed.returncode:
-            raise SystemExit(f"scripts/releases: error: PyTorch {release} was not installed; see the lines above.")
+        subprocess.run([interpreter, "-m", "venv", folder], check=True)
+        # Tests also run the installed command `revnet`. `--no-deps` keeps the release of PyTorch.
+        for lines in (requirements(release), ["--no-deps", "--editable", str(ROOT)]):
+            installed = subprocess.run([python, "-m", "pip", "install", "--quiet", *lines])
+            if installed.returncode:
+                raise SystemExit(f"scripts/releases: error: PyTorch {release} was not installed; see the lines above.")
         yield python
 
 
@@ -120,8 +131,8 @@ def versions_of(python: Path) -> tuple[str, str]:
 # Tests ----------------------------------------------------------------------------------------------------------------
 
 
-def run_room(python: Path, room: str, num_workers: int) -> tuple[int, int, int, str]:
-    """Return the numbers of passed, failed and skipped tests of a room, and its failures.
+def run_room(python: Path, room: str, num_workers: int, every: int = 1) -> tuple[int, int, int, str]:
+    """Return the numbers of passed, failed and skipped tests of a room, or of a sample of them, and its failures.
 
     Raises:
         RuntimeError: pytest did not report.
@@ -130,7 +141,9 @@ def run_room(python: Path, room: str, num_workers: int) -> tuple[int, int, int, 
         report = Path(folder) / "report.xml"
         command = [str(python), "-m", "pytest", *files_of(room), "-q", "-n", str(num_workers)]
         command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-        paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+        if every > 1:
+            command += ["-p", "_every_nth_test", f"--every-nth={every}"]
+        paths = os.pathsep.join([str(ROOT / "src"), str(ROOT), str(ROOT / "benchmarks")])
         done = subprocess.run(
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
         )
@@ -161,12 +174,17 @@ def read_results(path: Path) -> list[Result]:
         return []
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [Result(**{f.name: f.type(row[f.name]) for f in fields(Result)}) for row in rows]
+    return [Result(**{f.name: f.type(row[f.name]) for f in fields(Result) if f.name in row}) for row in rows]
 
 
 def merged(results: Sequence[Result], new: Result) -> list[Result]:
-    """Return the results with a new one instead of an earlier one for the same room and the same versions."""
+    """Return the results with a new one instead of an earlier one for the same room and the same versions.
+
+    A sample does not replace all tests of a room.
+    """
     key = (new.torch, new.python, new.room)
+    if any((r.torch, r.python, r.room) == key and r.every < new.every for r in results):
+        return list(results)
     others = [result for result in results if (result.torch, result.python, result.room) != key]
     order = {room: index for index, room in enumerate([*LIBRARY, *list_rooms()][::-1])}
     return sorted([*others, new], key=lambda r: (-order.get(r.room, 0), _number(r.torch), _number(r.python)))
@@ -176,20 +194,18 @@ def _number(version: str) -> list[int]:
     return [int(part) for part in version.partition("+")[0].split(".") if part.isdigit()]
 
 
+def _counts(results: Sequence[Result]) -> str:
+    numbers = zip(*[(r.passed, r.failed, r.skipped) for r in results], strict=True)
+    return " / ".join(f"{sum(column):,}" for column in numbers)
+
+
 def render(results: Sequence[Result]) -> list[str]:
     """Return the lines of the page."""
     columns = sorted({(r.torch, r.python) for r in results}, key=lambda key: [_number(version) for version in key])
-    cells = {(r.room, r.torch, r.python): f"{r.passed:,} / {r.failed:,} / {r.skipped:,}" for r in results}
+    cells = {(r.room, r.torch, r.python): _counts([r]) + f" (1 of {r.every})" * (r.every > 1) for r in results}
     rooms = list(dict.fromkeys(r.room for r in results))
     rows = [[room, *[cells.get((room, *column), "") for column in columns]] for room in rooms]
-    totals = []
-    for column in columns:
-        own = [r for r in results if (r.torch, r.python) == column]
-        totals.append(
-            " / ".join(
-                f"{sum(numbers):,}" for numbers in zip(*[(r.passed, r.failed, r.skipped) for r in own], strict=True)
-            )
-        )
+    totals = [_counts([r for r in results if (r.torch, r.python) == column]) for column in columns]
     releases = dict.fromkeys(".".join(torch.partition("+")[0].split(".")[:2]) for torch, _ in columns)
     command = " ".join(["scripts/releases", *releases, "--rooms", ",".join(rooms)])
     revisions = ", ".join(dict.fromkeys(r.revision for r in results))
@@ -202,6 +218,7 @@ def render(results: Sequence[Result]) -> list[str]:
         f"- Command: `{command}`; an empty cell was not run",
         "",
         "Tests of each room: passed / failed / skipped. Builds with `+cu` ran on the CPU.",
+        *["(1 of 10) stands for every tenth test: `--every 10`."] * any(r.every > 1 for r in results),
         "",
         *table(["room", *[f"{torch}, Python {python}" for torch, python in columns]], [*rows, ["all", *totals]]),
     ]
@@ -224,9 +241,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--env", action="append", default=[], metavar="RELEASE=FOLDER", help="use this environment, and keep it"
     )
+    parser.add_argument("--python", default=sys.executable, help="Python of new environments, such as python3.13")
     parser.add_argument("--num-workers", type=int, default=2, help="processes that run tests")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="run every N-th test of a room")
     parser.add_argument("--out-dir", type=Path, default=RESULTS, help="folder of the page and its CSV")
     settings = parser.parse_args(arguments)
+    if settings.every < 1:
+        parser.error(f"`--every` (={settings.every}) must be at least 1.")
     known = list_rooms()
     settings.rooms = known if settings.rooms == "all" else settings.rooms.split(",")
     for room in settings.rooms:
@@ -250,10 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     revision = _revision()
     num_failed = 0
     for release in settings.releases:
-        with environment(release, settings.env.get(release)) as python:
+        with environment(release, settings.env.get(release), settings.python) as python:
             versions = versions_of(python)
             for room in settings.rooms:
-                result = Result(*versions, revision, room, *run_room(python, room, settings.num_workers))
+                outcome = run_room(python, room, settings.num_workers, settings.every)
+                result = Result(*versions, revision, room, *outcome, every=settings.every)
                 num_failed += result.failed
                 print(f"{release}  {room:12}  {result.passed} passed, {result.failed} failed, {result.skipped} skipped")
                 # After each room, so that a run that is stopped keeps what it has.

@@ -57,6 +57,14 @@ def test_later_results_replace_earlier_ones_in_a_fixed_order(releases):
     ]
 
 
+def test_a_sample_is_marked_and_replaces_no_whole_room(releases):
+    results = releases.merged([], result(releases, "nn", every=10))
+    assert "| nn | 1 / 0 / 0 (1 of 10) |" in releases.render(results)
+    results = releases.merged(results, result(releases, "nn", passed=9))
+    results = releases.merged(results, result(releases, "nn", every=10))
+    assert [(r.passed, r.every) for r in results] == [(9, 1)]
+
+
 def test_failures_are_listed(releases):
     lines = releases.render([result(releases, failed=1, failures="tests.nn::test_a: a `b`")])
     assert "- 2.11.0: `tests.nn::test_a: a 'b'`" in lines
@@ -73,27 +81,29 @@ def test_requirements_of_a_release(releases):
 
 def test_a_new_environment_is_removed(releases, monkeypatch):
     commands = []
-    outcomes = iter([0, 0, 0, 1])
+    outcomes = iter([0, 0, 0, 0, 1])
 
     def run(command, **_):
         commands.append(command)
         return subprocess.CompletedProcess(command, next(outcomes))
 
     monkeypatch.setattr(subprocess, "run", run)
-    with releases.environment("2.11", None) as python:
+    with releases.environment("2.11", None, "python3.13") as python:
         folder = python.parents[1]
         assert folder.exists()
     assert not folder.exists()
-    assert commands[0][1:3] == ["-m", "venv"]
+    assert commands[0][:3] == ["python3.13", "-m", "venv"]
     assert "torch==2.11.*" in commands[1]
+    assert "--no-deps" in commands[2]
     with pytest.raises(SystemExit, match=r"PyTorch 2\.99 was not installed"), releases.environment("2.99", None):
         pass
-    assert not Path(commands[2][3]).exists()
+    assert not Path(commands[3][3]).exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["2.11", "--every", "0"], "`--every` (=0) must be at least 1"),
         (["2.11", "--rooms", "n"], "names 'n', but the rooms are"),
         (["2.11", "--env", "2.13=/"], "names the release '2.13', which is not among the arguments"),
         (["2.11", "--env", "2.11=/missing"], "--env 2.11=/missing` is not a virtual environment"),
@@ -113,4 +123,9 @@ def test_runs_a_room_in_a_given_environment(releases, monkeypatch, tmp_path):
     (page,) = tmp_path.glob("releases_*.md")
     assert "| nn |" in page.read_text()
     (table,) = tmp_path.glob("*.csv")
-    assert [r.failed for r in releases.read_results(table)] == [0]
+    (whole,) = releases.read_results(table)
+    assert whole.failed == 0
+    table.unlink()
+    assert releases.main([*arguments, "--every", "3", "--out-dir", str(tmp_path)]) == 0
+    (sample,) = releases.read_results(table)
+    assert sample.passed == -(-whole.passed // 3)

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from revnet.training import load_classifier
+from revnet.training import load_classifier, push
 from revnet.training.run.checkpoint import save_weights
+from tests.models.hub_server import serve
 from tests.training.samples import make_header, save_checkpoint
 
 
@@ -30,6 +31,16 @@ def test_writes_next_to_the_weights(revnet, folder):
         "run/last.pt2: torch.export.load equals PyTorch up to 0.0e+00 at batch sizes 1 and 7",
     ]
     assert (folder / "run" / "last.pt2").stat().st_size > 0
+
+
+def test_writes_a_model_on_the_hub_to_the_current_folder(revnet, folder, monkeypatch):
+    push("run", "owner/name", dry_run="pushed")
+    with serve(monkeypatch, folder / "cache") as hub:
+        hub.add("owner/name", folder / "pushed")
+        code, output, _ = revnet("export", "hub:owner/name", "--format", "pt2")
+    assert code == 0
+    assert "\nmodel.pt2: torch.export.load equals PyTorch" in output
+    assert (folder / "model.pt2").exists()
 
 
 def test_names_the_missing_package(assert_refused, folder, monkeypatch):

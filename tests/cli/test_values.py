@@ -1,5 +1,6 @@
 """Values of options, read from text and from YAML."""
 
+import argparse
 import re
 from importlib import import_module
 from typing import Literal
@@ -80,3 +81,13 @@ def test_example_of_every_list_is_one(command):
             example = re.search(r"such as (\[.*?\])(,|$)", describe_type(option.kind, option.name))
             assert example is not None, f"{option.flag} has no example"
             read_text(example[1], option.kind)
+
+
+def test_missing_argument_on_newer_releases_of_python(revnet, monkeypatch):
+    def parse_known_args(*args):
+        raise argparse.ArgumentError(None, "the following arguments are required: checkpoint")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+    code, _, errors = revnet("export")
+    assert code == 2
+    assert errors == "revnet export: error: `CHECKPOINT` is missing; `revnet export --help` explains it.\n"

@@ -180,7 +180,7 @@ def test_a_resumed_run_has_the_same_plan(tmp_path):
     fit(other, callback, num_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert other.net.policies == (Store(),) * DEPTH
     callback = MemoryBudget(BUDGET)
-    callback.load_state_dict({"budget_bytes": 250 * 1024, "rows": [["gone", 0, "Store", {}]], "planned_peak_bytes": 1})
+    callback.load_state_dict({"budget_bytes": 250 * 1024, "rows": [["gone", 0, "store"]], "planned_peak_bytes": 1})
     with pytest.raises(
         CheckpointError, match="has a memory plan with the unit 0 of `gone`, which WithoutDropout lacks"
     ):

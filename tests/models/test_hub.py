@@ -66,7 +66,7 @@ def test_uses_the_cache_without_a_network(hub, monkeypatch):
         from_pretrained("owner/none")
     with pytest.raises(CheckpointError, match=r"cannot be loaded: http://127.0.0.1:9 cannot be reached \(.*refused\)"):
         from_pretrained("owner/tiny", force_download=True)
-    with pytest.raises(CheckpointError, match=r"cannot be pushed: http://127.0.0.1:9 cannot be reached"):
+    with pytest.raises(CheckpointError, match=r"cannot be pushed: .* cannot be reached .* or write the files to a"):
         model.push_to_hub("owner/tiny")
 
 

@@ -91,12 +91,13 @@ def test_writes_page_tables_and_figure(study, tmp_path):
         f"![{stem}.png]({stem}.png)",
         "before 2 of its 3 updates",
         "| head | 0 | 0 | 0 | 0 | 0 | 0 | ",
-        "equal, bit for bit, up to update 1;",
         "| training loss, mean of the last 1 | ",
         "| validation error after the last epoch | ",
         "| test error, last weights | ",
     ):
         assert part in text
+    # Which update first differs by rounding depends on the release of PyTorch.
+    assert re.search(r"equal, bit for bit(, up to update \d;|\.)", text)
     angles = read(tmp_path / f"{stem}.csv")
     assert [(row["update"], row["group"]) for row in angles] == [(u, group) for u in "02" for group in GROUPS]
     assert float(angles[0]["angle_degrees"]) == study.errors[0][0].angle_degrees

@@ -39,7 +39,10 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
     parser = CommandParser(function, prog)
     try:
         given, unknown = parser.parse_known_args(_with_dashes(arguments))
-    except argparse.ArgumentError as error:  # argparse reads text only, so this is the one mistake left
+    except argparse.ArgumentError as error:
+        if error.argument_name is None:  # Newer releases of Python raise, where older ones call `error`.
+            parser.error(error.message)
+        # argparse reads text only, so this is the one mistake left.
         raise UsageError(f"`{error.argument_name}` needs a value.") from error
     if unknown:
         raise UsageError(parser.explain_unknown(unknown))

@@ -27,15 +27,18 @@ def export(checkpoint: str, *, format: Literal["onnx", "pt2"] = "onnx", out: str
         checkpoint: A .safetensors or .ckpt file written by `revnet train`, or the folder of a run, whose last weights
             are used; best.safetensors in it holds the best weights on validation.
         format: onnx for onnxruntime and other programs, or pt2 for `torch.export.load`.
-        out: File to write; by default, the name of the weights with the suffix of the format, in the same folder.
+        out: File to write; by default, the name of the weights with the suffix of the format, in the same folder, or
+            in the current one for weights on the hub.
     """
+    from revnet.models.pretrained.hub_files import is_hub_name
     from revnet.training.export.inference import read_inference
     from revnet.training.export.write import write_inference
     from revnet.training.run.checkpoint import find_weights
     from revnet.training.run.used_weights import describe_weights
 
     weights = find_weights(Path(checkpoint).expanduser())
-    path = weights.with_suffix(_SUFFIXES[format]) if out is None else Path(out).expanduser()
+    local = Path(weights.name) if is_hub_name(checkpoint) else weights  # The cache of downloads is not for files.
+    path = local.with_suffix(_SUFFIXES[format]) if out is None else Path(out).expanduser()
     _check_place(path, out)
     report = write_inference(read_inference(weights), path, format)
     lines = sys.stderr if path.is_relative_to("/dev") else sys.stdout  # the file itself may go to /dev/stdout

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from revnet._bytes import format_bytes, parse_bytes
+from revnet._torch_internals import tree_leaves
 from revnet.engine._drift import unmetered
-from revnet.errors import BudgetError, PredictionError, RevnetError
+from revnet.errors import BudgetError, PredictionError
 from revnet.lightning._planned_policies import Row, rows_of, set_rows
 from revnet.lightning._silent_step import SilentStep
 from revnet.memory import Plan, plan
@@ -41,8 +42,8 @@ class MemoryBudget(Callback):
     module overrides `optimizer_zero_grad`. With gradient accumulation, and with DDP, which copies gradients into
     buckets, one more set of gradients is counted in full, so that the peak is an upper bound.
 
-    A checkpoint holds the plan, and a resumed run has the same policies, as long as the budget is the same. With
-    several processes, all have the plan of the first one, made for its batch.
+    A checkpoint holds the plan, and a resumed run has the same policies, as long as the budget is the same. Several
+    processes have one plan, for the smallest of their budgets and the largest of their first batches, counted in bytes.
 
     Args:
         budget: Most bytes of tensors in a process: "16GiB", "500MB", or a number of bytes. On a GPU, leave room for
@@ -69,29 +70,33 @@ class MemoryBudget(Callback):
         self._budget_bytes = parse_bytes(budget)
         self._blocks = blocks
         self._policies = None if policies is None else _checked(policies)
+        self._common_bytes = self._budget_bytes
         self._rows: list[Row] | None = None
+        self._rows_bytes: int | None = None
         self._is_set = False
         self._planned_module: weakref.ref[LightningModule] | None = None
         self.plan: Plan | None = None
-        """Plan that was made in this process, with a table of all units; None before the first batch."""
+        """Plan that was made in this process, with a table of all units; None before the first batch, and in the
+        processes that received the plan of another one."""
         self.planned_peak_bytes: int | None = None
         """Predicted peak of an update; None before the first batch."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the plan."""
-        return {"budget_bytes": self._budget_bytes, "rows": self._rows, "planned_peak_bytes": self.planned_peak_bytes}
+        return {"budget_bytes": self._common_bytes, "rows": self._rows, "planned_peak_bytes": self.planned_peak_bytes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the plan, unless it was made for another budget."""
-        if state_dict["budget_bytes"] == self._budget_bytes:
-            self._rows, self._planned_module = state_dict["rows"], None
-            self.planned_peak_bytes = state_dict["planned_peak_bytes"]
+        """Restore the plan. Training begins with it unless it was made for another budget."""
+        self._rows, self._rows_bytes, self._planned_module = state_dict["rows"], state_dict["budget_bytes"], None
+        self.planned_peak_bytes = state_dict["planned_peak_bytes"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what can be planned, and set the policies of a resumed run."""
         _check_trainer(trainer, pl_module)
         self._is_set = False
-        if self._planned_module is not None and self._planned_module() is not pl_module:
+        self._common_bytes = min(_gathered(trainer, self._budget_bytes))
+        is_other = self._planned_module is not None and self._planned_module() is not pl_module
+        if is_other or self._rows_bytes != self._common_bytes:
             self._rows = self.plan = self.planned_peak_bytes = None
         self._prepare_units(pl_module)
         if self._rows is not None:
@@ -105,27 +110,35 @@ class MemoryBudget(Callback):
                 optimizer.zero_grad()
         if self._is_set:
             return
-        error: Exception | None = None
-        if trainer.is_global_zero:
+        sizes = _gathered(trainer, _nbytes(batch))
+        planner = sizes.index(max(sizes))
+        message, error = "", None
+        if trainer.global_rank == planner:
             try:
-                self._make_plan(trainer, pl_module, batch, batch_idx)
-            except (RevnetError, TypeError, ValueError) as caught:
+                message = self._make_plan(trainer, pl_module, batch, batch_idx)
+            except Exception as caught:
                 error = caught
-        # An error is raised in all processes, which would otherwise wait for the first one.
-        chosen = trainer.strategy.broadcast((self._rows, self.planned_peak_bytes, error))
-        self._rows, self.planned_peak_bytes, other_error = chosen
-        if other_error is not None:
-            raise error or other_error
+        # An error is raised in all processes, which would otherwise wait for the one that plans.
+        chosen = (self._rows, self.planned_peak_bytes, message, _sent(error))
+        self._rows, self.planned_peak_bytes, message, sent_error = trainer.strategy.broadcast(chosen, src=planner)
+        if sent_error is not None:
+            raise error or sent_error
         assert self._rows is not None
+        assert self.planned_peak_bytes is not None
+        rank_zero_info(message)
+        for logger in trainer.loggers:
+            logger.log_metrics({"planned_peak_bytes": self.planned_peak_bytes}, step=trainer.global_step)
         set_rows(pl_module, self._rows)
         self._is_set, self._planned_module = True, weakref.ref(pl_module)
+        self._rows_bytes = self._common_bytes
 
     def _prepare_units(self, pl_module: LightningModule) -> None:
         """Give policies to the chosen blocks or, in a module without units, to the blocks that it repeats."""
         if self._blocks is not None or not policy_holders(pl_module):
             add_policies(pl_module, self._blocks)
 
-    def _make_plan(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _make_plan(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> str:
+        """Make the plan of this process, and return its description."""
         step = SilentStep(pl_module, batch_idx, trainer.precision_plugin.train_step_context)
         step.training = pl_module.training  # The modes of the modules inside stay as they are.
         reserved = _other_gradient_bytes(trainer, pl_module)
@@ -134,7 +147,7 @@ class MemoryBudget(Callback):
                 self.plan = plan(
                     step,
                     batch,
-                    budget=max(1, self._budget_bytes - reserved),
+                    budget=max(1, self._common_bytes - reserved),
                     optimizer=trainer.optimizers[0] if trainer.optimizers else None,
                     loss=_identity,
                     policies=self._policies,
@@ -155,9 +168,7 @@ class MemoryBudget(Callback):
         self._rows = rows_of(self.plan, _PREFIX)
         self.planned_peak_bytes = self.plan.peak_bytes + reserved
         more = f", and {format_bytes(reserved)} for other gradients" if reserved else ""
-        rank_zero_info(f"MemoryBudget: {describe_plan(self.plan)}{more}")
-        for logger in trainer.loggers:
-            logger.log_metrics({"planned_peak_bytes": self.planned_peak_bytes}, step=trainer.global_step)
+        return f"MemoryBudget: {describe_plan(self.plan)}{more}"
 
     def _budget_error(self, error: BudgetError, reserved: int) -> BudgetError:
         """Return the error in terms of the whole budget."""
@@ -165,9 +176,9 @@ class MemoryBudget(Callback):
         way_out = f"pass a batch size of {size} or less" if size else "no batch would fit; pass a smaller model"
         least = error.least_bytes + reserved
         return BudgetError(
-            f"`budget` (={format_bytes(self._budget_bytes)}) is {format_bytes(least - self._budget_bytes)} below the "
+            f"`budget` (={format_bytes(self._common_bytes)}) is {format_bytes(least - self._common_bytes)} below the "
             f"least that an update needs, {format_bytes(least)}; {way_out}, or a larger budget.",
-            missing_bytes=least - self._budget_bytes,
+            missing_bytes=least - self._common_bytes,
             least_bytes=least,
             max_batch_size=size,
         )
@@ -213,6 +224,26 @@ def _other_gradient_bytes(trainer: Trainer, pl_module: LightningModule) -> int:
     if isinstance(strategy, DDPStrategy) and strategy.world_size > 1:
         num_sets += not strategy._ddp_kwargs.get("gradient_as_bucket_view", False)
     return num_sets * gradient_bytes
+
+
+def _gathered(trainer: Trainer, value: int) -> list[int]:
+    """Return the value of each process."""
+    if trainer.world_size == 1:
+        return [value]
+    values = [value] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _sent(error: Exception | None) -> Exception | None:
+    """Return an error that pickle can send to another process."""
+    if error is None or type(error).__module__ in ("builtins", "revnet.errors"):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _nbytes(batch: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
 def _identity(loss: torch.Tensor) -> torch.Tensor:

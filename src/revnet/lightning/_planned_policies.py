@@ -7,18 +7,20 @@ from torch import nn
 
 from revnet.errors import CheckpointError
 from revnet.memory import Plan
-from revnet.nn import AbstractPolicy, Checkpoint, Offload, Reverse, Store
+from revnet.nn import AbstractPolicy
 from revnet.nn._whole_model import policy_holders
-
-_KINDS: dict[str, type[AbstractPolicy]] = {kind.__name__: kind for kind in (Reverse, Checkpoint, Offload, Store)}
+from revnet.nn.policies._plain_policy import describe_policy, read_policy
 
 Row = list[Any]
-"""Name of the module that holds a policy, index of its unit, kind of the policy, and arguments of the policy."""
+"""Name of the module that holds a policy, index of its unit, and the policy: as plain values if they can express it."""
 
 
 def rows_of(plan: Plan, prefix: str) -> list[Row]:
     """Return a row for each unit of the plan, without `prefix` before the names of modules."""
-    return [[unit.holder.removeprefix(prefix), unit.index, *_row_of(unit.policy)] for unit in plan.units]
+    return [
+        [unit.holder.removeprefix(prefix), unit.index, describe_policy(unit.policy) or unit.policy]
+        for unit in plan.units
+    ]
 
 
 def set_rows(model: nn.Module, rows: Sequence[Row]) -> None:
@@ -29,29 +31,12 @@ def set_rows(model: nn.Module, rows: Sequence[Row]) -> None:
     """
     holders = policy_holders(model)
     policies = {name: list(holder.policies) for name, holder in holders.items()}
-    for name, index, kind, arguments in rows:
+    for name, index, value in rows:
         if name not in policies or index >= len(policies[name]):
             raise CheckpointError(
                 f"the checkpoint has a memory plan with the unit {index} of `{name}`, which {type(model).__name__} "
                 "lacks; resume with the model that was trained, or leave out `ckpt_path`."
             )
-        policies[name][index] = kind if isinstance(kind, AbstractPolicy) else _KINDS[kind](**arguments)
+        policies[name][index] = value if isinstance(value, AbstractPolicy) else read_policy(value)
     for name, holder in holders.items():
         holder.set_policies(policies[name])
-
-
-def _row_of(policy: AbstractPolicy) -> tuple[Any, dict[str, Any]]:
-    name = type(policy).__name__
-    match policy:
-        case Checkpoint() | Store():
-            return name, {}
-        case Offload():
-            return name, {"overlap": policy.overlap}
-        case Reverse() if _is_plain(policy.keep):
-            keep = list(policy.keep) if isinstance(policy.keep, tuple) else policy.keep
-            return name, {"hold": True if policy.hold is True else list(policy.hold), "keep": keep}  # type: ignore[arg-type]
-    return policy, {}
-
-
-def _is_plain(keep: Any) -> bool:
-    return isinstance(keep, str | int) or (isinstance(keep, tuple) and all(isinstance(entry, str) for entry in keep))

@@ -122,7 +122,7 @@ def _data(module: SavedModule, epoch: str | None) -> str:
     if hasattr(header, "class_names"):
         names = [shorten(label, _LONGEST_LABEL) for label in header.class_names]
         shown = ", ".join(names[:_MOST_LABELS]) + (", ..." if len(names) > _MOST_LABELS else "")
-        sentences.append(f"{counted(len(names), 'Class', 'Classes')}: {shown}")
+        sentences.append(f"{counted(len(names), 'class', 'classes')}: {shown}")
     if isinstance(module, LanguageModel):
         vocabulary = module.vocabulary
         sentences.append(f"Vocabulary: {counted(len(vocabulary), vocabulary.noun)}")

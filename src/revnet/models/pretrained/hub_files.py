@@ -248,6 +248,9 @@ def _one_line_errors(repository: str, options: Download, verb: str = "loaded") -
 
     start = f"'{shorten(repository, 100)}' cannot be {verb}"
     address = constants.ENDPOINT
+    elsewhere = "pass a folder that `save_pretrained` has written"
+    if verb == "pushed":
+        elsewhere = "write the files to a folder with `save_pretrained` or `revnet push --dry-run`"
     try:
         yield
     except CheckpointError:
@@ -272,9 +275,7 @@ def _one_line_errors(repository: str, options: Download, verb: str = "loaded") -
             "commit."
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise CheckpointError(
-            f"{start}: HF_HUB_OFFLINE is set; unset it, or pass a folder that `save_pretrained` has written."
-        ) from error
+        raise CheckpointError(f"{start}: HF_HUB_OFFLINE is set; unset it, or {elsewhere}.") from error
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{start}: it is not in the cache, and {address} cannot be reached, or HF_HUB_OFFLINE or "
@@ -290,8 +291,7 @@ def _one_line_errors(repository: str, options: Download, verb: str = "loaded") -
         if not _is_network_error(error):
             raise
         raise CheckpointError(
-            f"{start}: {address} cannot be reached ({_first_line(error)}); check the network, or pass the path of a "
-            "copy on disk."
+            f"{start}: {address} cannot be reached ({_first_line(error)}); check the network, or {elsewhere}."
         ) from error
 
 

@@ -15,25 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from revnet._checks import describe
 from revnet.coupling import BDIA, AbstractCoupling, Additive, Affine, ExactScaled, FixedPoint, Momentum, Scaled
-from revnet.nn import (
-    AbstractPolicy,
-    BatchNorm2dBiased,
-    BatchNorm2dUnbiased,
-    Checkpoint,
-    Offload,
-    Reverse,
-    ReversibleBlock,
-    ReversibleSequential,
-    Store,
-)
+from revnet.nn import BatchNorm2dBiased, BatchNorm2dUnbiased, ReversibleBlock, ReversibleSequential
 from revnet.nn._whole_model import HAS_COUPLING, policy_holders
+from revnet.nn.policies._plain_policy import describe_policy, read_policy
 
-_POLICIES: dict[str, type[AbstractPolicy]] = {
-    "reverse": Reverse,
-    "checkpoint": Checkpoint,
-    "offload": Offload,
-    "store": Store,
-}
 _COUPLINGS: dict[str, type[AbstractCoupling]] = {
     "additive": Additive,
     "affine": Affine,
@@ -69,7 +54,7 @@ def describe_structure(model: nn.Module) -> dict[str, Any]:
         ValueError: A block has a coupling of your own, which changes the outputs.
     """
     policies = {
-        unwrapped(name): [_describe_policy(policy) for policy in holder.policies]
+        unwrapped(name): [describe_policy(policy) for policy in holder.policies]
         for name, holder in policy_holders(model).items()
     }
     modules = {unwrapped(name): module for name, module in model.named_modules()}
@@ -106,7 +91,7 @@ def apply_structure(model: nn.Module, structure: Mapping[str, Any]) -> None:
     for name, value in _expanded(structure, "policies", holders).items():
         holder = holders[name]
         entries = value if isinstance(value, list) else [value] * len(holder.policy_units)
-        policies = [_read_policy(entry) for entry in entries]
+        policies = [None if entry is None else read_policy(entry) for entry in entries]
         if len(policies) != len(holder.policies):
             raise ValueError(f"`policies` has {len(policies)} entries for `{name}`, not {len(holder.policies)}.")
         holder.set_policies([new or old for new, old in zip(policies, holder.policies, strict=True)])
@@ -141,31 +126,10 @@ def _expanded(structure: Mapping[str, Any], kind: str, modules: Mapping[str, Any
     return {name: values.get(name, values.get(_REST)) for name in modules if name in values or _REST in values}
 
 
-def _describe_policy(policy: AbstractPolicy) -> Any:
-    """Return a policy as a name or a mapping; None if only Python can express it."""
-    name = _name_of(policy, _POLICIES)
-    if name is None:
-        return None
-    arguments: dict[str, Any] = {}
-    if isinstance(policy, Reverse):
-        arguments = {argument: value for argument in ("hold", "keep") if (value := getattr(policy, argument)) != ()}
-    elif isinstance(policy, Offload) and policy.overlap:
-        arguments = {"overlap": True}
-    if not all(map(_is_plain, arguments.values())):
-        return None
-    return {"name": name, **arguments} if arguments else name
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(isinstance(item, str) for item in value)
-    return isinstance(value, bool | int | str)
-
-
 def _describe_coupling(block: str, coupling: AbstractCoupling | tuple[AbstractCoupling, ...]) -> Any:
     if isinstance(coupling, tuple):
         return [_describe_coupling(block, each) for each in coupling]
-    name = _name_of(coupling, _COUPLINGS)
+    name = next((name for name, kind in _COUPLINGS.items() if type(coupling) is kind), None)
     if name is None:
         raise ValueError(
             f"`{block}` has the coupling {describe(coupling)}, which a file cannot describe; save the state dict, or "
@@ -181,10 +145,10 @@ def _describe_coupling(block: str, coupling: AbstractCoupling | tuple[AbstractCo
 
 def _read_couplings(block: nn.Module, value: Any) -> Any:
     if not isinstance(value, list):
-        return _read(value, _COUPLINGS, "couplings")
+        return _read_coupling(value)
     if len(value) != 2 or not isinstance(block, ReversibleBlock):
         raise ValueError(f"`couplings` (={describe(value)}) must be a coupling, or the two of a ReversibleBlock.")
-    return tuple(_read(each, _COUPLINGS, "couplings") for each in value)
+    return tuple(map(_read_coupling, value))
 
 
 def _describe_norm(norm: _BatchNorm) -> dict[str, Any]:
@@ -209,29 +173,16 @@ def _apply_norm(model: nn.Module, name: str, norm: _BatchNorm, value: Any) -> No
     setattr(model.get_submodule(parent), child, make(norm.num_features, **arguments).train(norm.training))
 
 
-def _name_of(choice: object, kinds: Mapping[str, type]) -> str | None:
-    return next((name for name, kind in kinds.items() if type(choice) is kind), None)
-
-
-def _read_policy(value: Any) -> AbstractPolicy | None:
-    policy: AbstractPolicy | None = None if value is None else _read(value, _POLICIES, "policies")
-    return policy
-
-
-def _read(value: Any, kinds: Mapping[str, type], kind: str) -> Any:
-    """Return the policy or the coupling that a name or a mapping describes."""
+def _read_coupling(value: Any) -> AbstractCoupling:
     arguments = dict(value) if isinstance(value, Mapping) else {"name": value}
     name = arguments.pop("name", None)
     # A coupling may have another coupling as an argument.
-    inner = {key: _read(own, kinds, kind) for key, own in arguments.items() if isinstance(own, Mapping)}
+    inner = {key: _read_coupling(own) for key, own in arguments.items() if isinstance(own, Mapping)}
     arguments = {key: own for key, own in arguments.items() if key not in inner}
-    if not isinstance(name, str) or name not in kinds or not all(map(_is_number_or_plain, arguments.values())):
-        raise ValueError(f"`{kind}` (={describe(value)}) must name one of {', '.join(kinds)}.")
-    return kinds[name](**arguments, **inner)
-
-
-def _is_number_or_plain(value: Any) -> bool:
-    return isinstance(value, float) or _is_plain(value)
+    are_numbers = all(isinstance(own, bool | int | float | str) for own in arguments.values())
+    if not isinstance(name, str) or name not in _COUPLINGS or not are_numbers:
+        raise ValueError(f"`couplings` (={describe(value)}) must name one of {', '.join(_COUPLINGS)}.")
+    return _COUPLINGS[name](**arguments, **inner)
 
 
 def _is_channels_last(model: nn.Module) -> bool:

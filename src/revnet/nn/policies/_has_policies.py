@@ -11,7 +11,7 @@ from revnet._checks import describe
 from revnet.engine import HalfBlock
 from revnet.nn.policies._policy import AbstractModulePolicy, AbstractPolicy, Checkpoint, Offload, Reverse, Store
 
-_POLICY_OF = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
+POLICY_OF = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
 """The policy for each name."""
 
 
@@ -33,8 +33,8 @@ def as_policy(policy: AbstractPolicy | str, name: str = "policy") -> AbstractPol
     """
     if isinstance(policy, AbstractPolicy):
         return policy
-    if isinstance(policy, str) and policy in _POLICY_OF:
-        return _POLICY_OF[policy]
+    if isinstance(policy, str) and policy in POLICY_OF:
+        return POLICY_OF[policy]
     error = ValueError if isinstance(policy, str) else TypeError
     raise error(
         f"`{name}` (={describe(policy)}) must be a policy: `Reverse()`, `Checkpoint()`, `Offload()` or `Store()`, or "

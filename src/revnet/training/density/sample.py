@@ -93,7 +93,7 @@ def sample(
         seed: Seed of the samples and the noise.
         out_dir: Folder for the pictures; by default the folder of the checkpoint, or the current folder for a
             checkpoint from the hub.
-        device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`; `auto` takes a GPU if there is one, but never `xpu`.
 
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not hold a density.

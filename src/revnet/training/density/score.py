@@ -57,7 +57,7 @@ def score_images(
         paths: Image files, folders, and patterns such as `photos/**/*.jpg`, as `predict_images` takes them.
         num_draws: Number of draws of the noise to average over.
         seed: Seed of the noise.
-        device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`; `auto` takes a GPU if there is one, but never `xpu`.
         on_error: Function that is called with the error of a file that cannot be read; the file is then left out. By
             default the error is raised.
 

@@ -61,7 +61,7 @@ def evaluate(
         batch_size: Images per batch, on each device; by default 500, or fewer if they are larger than 64x64.
         num_workers: Processes that decode images for each device, for data that are not in memory.
         on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
-        device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`; `auto` takes a GPU if there is one, but never `xpu`.
         devices: Number of devices that divide the images; `auto` takes all GPUs. None takes the processes that torchrun
             or SLURM has started, all of which return the result, or one device.
         show_progress: Whether to draw a bar, if standard error is a terminal.

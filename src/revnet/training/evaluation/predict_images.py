@@ -75,7 +75,7 @@ def predict_images(
             patterns such as `photos/*.jpg`.
         top: Number of classes to return for each image; all if there are fewer.
         batch_size: Images per batch; by default 500, or fewer if they are larger than 64x64.
-        device: `cpu`, `cuda`, `cuda:1` or `mps`; `auto` takes a GPU if there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `xpu` or `mps`; `auto` takes a GPU if there is one, but never `xpu`.
         devices: Number of devices that divide the batches; `auto` takes all GPUs. None takes the processes that
             torchrun or SLURM has started, all of which return all predictions, or one device.
         on_error: Function that is called with the error of a file that cannot be read; the file is then left out. By
