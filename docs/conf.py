@@ -1,4 +1,4 @@
-"""Sphinx settings: Markdown pages, and an API reference from the docstrings."""
+"""Sphinx settings: Markdown pages, notebooks, and an API reference from the docstrings."""
 
 from importlib.metadata import version as installed_version
 
@@ -6,13 +6,15 @@ project = "revnet"
 release = version = installed_version("revnet")
 copyright = "the revnet authors"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = f"revnet {version}"
 html_static_path = ["_static"]
 html_css_files = ["revnet.css"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 myst_heading_anchors = 3
+# Pages show the output that is stored in the notebooks; `scripts/tutorials` runs them.
+nb_execution_mode = "off"
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

@@ -1,6 +1,7 @@
 """A few phrases and spellings are rare in everything that a person reads."""
 
 import ast
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -36,8 +37,16 @@ def files(*suffixes):
     return sorted(path for path in matches if path.suffix in suffixes and "_build" not in path.parts)
 
 
+def text_of(path):
+    """Return what a person reads: all of a file, or the cells of a notebook without their output."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    return "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+
+
 def test_files_are_found():
     assert len(files(".py", ".md")) > 200
+    assert len(files(".ipynb")) >= 5
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
@@ -45,8 +54,8 @@ def test_phrases_are_rare(phrase):
     pattern = re.compile(rf"\b(?:{phrase.replace(' ', chr(92) + 's+')})\b", re.IGNORECASE)
     matches = [
         f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}"
-        for path in files(".py", ".md")
-        for text in [path.read_text()]
+        for path in files(".py", ".md", ".ipynb")
+        for text in [text_of(path)]
         for match in pattern.finditer(text)
     ]
     assert len(matches) <= PHRASES[phrase], "\n".join(matches)
@@ -56,9 +65,9 @@ def test_spelling_is_american():
     others = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*"), *(ROOT / "configs").rglob("*.yaml")]
     matches = [
         f"{path.relative_to(ROOT)}: {match.group()}"
-        for path in [*files(".py", ".md"), *others, ROOT / "CHANGELOG.md"]
-        if path.is_file() and path.suffix in (".py", ".md", ".yaml") and path.name != Path(__file__).name
-        for match in re.finditer(BRITISH, path.read_text(), re.IGNORECASE)
+        for path in [*files(".py", ".md", ".ipynb"), *others, ROOT / "CHANGELOG.md"]
+        if path.is_file() and path.suffix in (".py", ".md", ".ipynb", ".yaml") and path.name != Path(__file__).name
+        for match in re.finditer(BRITISH, text_of(path), re.IGNORECASE)
     ]
     assert matches == []
 
