@@ -167,8 +167,10 @@ def loss_lines(results: Results, depths: Sequence[int]) -> list[str]:
         row = [net]
         for depth in depths:
             loss = last_loss(results[net, depth])
-            text = f"{loss:.3f}" if loss < 1000 else ("diverges" if not math.isfinite(loss) else f"{loss:.0e}")
-            row.append(f"{text}, stalls" if has_stalled(results[net, depth]) else text)
+            ending = ""
+            if has_stalled(results[net, depth]):
+                ending = ", stalls" if loss < 2 * GUESS else ", diverges"
+            row.append((f"{loss:.3f}" if loss < 1000 else f"{loss:.0e}") + ending)
         cells.append(row)
     return table(("", *[f"{depth} layers" for depth in depths]), cells)
 
@@ -306,7 +308,7 @@ def write_page(measured: dict[str, Results], given: argparse.Namespace, command:
             "",
             f"Training loss, the mean of the last {NUM_AVERAGED} of {given.updates} updates with {given.batch_size} "
             f"images. A guess has {GUESS:.3f};",
-            f"*stalls*: above {STALLED:.0%} of that. All trainings took {seconds / 60:.1f} minutes of one processor.",
+            f"*stalls*: above {STALLED:.0%} of that; *diverges*: above twice that. All trainings took {seconds / 60:.1f} minutes of one processor.",
             "",
             *loss_lines(results, given.depths),
             "",
@@ -316,8 +318,10 @@ def write_page(measured: dict[str, Results], given: argparse.Namespace, command:
             "",
         ]
         for (net, depth), result in results.items():
-            for update, loss in enumerate(result["losses"], 1):
-                rows.append({"data": name, "net": net, "num_layers": depth, "update": update, "loss": loss})
+            for start in range(0, len(result["losses"]), NUM_AVERAGED):
+                losses = result["losses"][start : start + NUM_AVERAGED]
+                row = {"data": name, "net": net, "num_layers": depth, "update": start + len(losses)}
+                rows.append(row | {"mean_loss": sum(losses) / len(losses)})
     memory = memory_rows(given.depths, given.batch_size)
     lines += [
         "## Memory",

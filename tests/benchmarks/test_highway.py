@@ -27,7 +27,7 @@ def test_writes_page_tables_and_picture(tmp_path, capsys, monkeypatch):
     (picture,) = tmp_path.glob("*.png")
     assert f"({picture.name})" in page.read_text()
     losses = read(tmp_path, [])
-    assert len(losses) == 5 * 2 * 12
+    assert len(losses) == 5 * 2 * 2
     norms = read(tmp_path, ["gradients"])
     assert len(norms) == 5 * (1 + 8)
     assert all(float(row["gradient_norm"]) > 0 for row in norms)
