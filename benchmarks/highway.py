@@ -300,6 +300,7 @@ def write_page(measured: dict[str, Results], given: argparse.Namespace, command:
     draw(measured, given.depths, given.out_dir / f"{stem}.png")
     lines = ["# Highway networks by depth", "", *describe_machine(command), "", *INTRODUCTION, ""]
     lines += [f"![Losses by depth and gradients by layer]({stem}.png)", ""]
+    lines += ["Losses are cut at twice the loss of a guess. Gradients that overflow are left out.", ""]
     rows: list[Row] = []
     for name, results in measured.items():
         seconds = sum(result["seconds_per_update"] for result in results.values()) * given.updates
@@ -308,7 +309,9 @@ def write_page(measured: dict[str, Results], given: argparse.Namespace, command:
             "",
             f"Training loss, the mean of the last {NUM_AVERAGED} of {given.updates} updates with {given.batch_size} "
             f"images. A guess has {GUESS:.3f};",
-            f"*stalls*: above {STALLED:.0%} of that; *diverges*: above twice that. All trainings took {seconds / 60:.1f} minutes of one processor.",
+            f"*stalls*: above {STALLED:.0%} of that; *diverges*: above twice that. All trainings took "
+            f"{seconds / 60:.1f} minutes of one",
+            "processor.",
             "",
             *loss_lines(results, given.depths),
             "",

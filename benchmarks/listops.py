@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _listops_task import VOCABULARY, Examples, load_examples, make_examples
+from _listops_task import VOCABULARY, Examples, load_examples
 from _memory_page import Row, mib, table, write_csv
 from _pieces import Pieces
 from torch import Tensor, nn
@@ -177,7 +177,8 @@ def page(
         f"of {DEPTH} blocks, width {DIM} and {NUM_HEADS} heads, with a linear layer",
         f"on the first token; blocks of {BLOCK_SIZE} tokens in hierarchical attention. {given.updates:,} updates of "
         f"{given.batch_size} sequences by AdamW,",
-        f"rate {given.rate:g}, seeds {', '.join(map(str, given.seeds))}; {minutes:.0f} minutes of one processor for all.",
+        f"rate {given.rate:g}, seeds {', '.join(map(str, given.seeds))}; {minutes:.0f} minutes of one processor "
+        "for all.",
         "",
         *table(("", "accuracy by seed", "mean", f"loss of the last {LOG_EVERY} updates", "seconds an update"), cells),
         "",
