@@ -1,9 +1,8 @@
 """Highway networks, and plain and residual networks of the same width to compare with.
 
 A highway layer mixes its input with a transform of it, by a gate that it computes from the input: y = T H + (1 - T) x.
-With a gate that is nearly closed at first, hundreds of layers train from the start, where plain layers, y = H, stall.
-A residual layer, y = x + H, has no gates. All layers of a network have the same width. B C H W: batch, channels,
-height, width.
+With gates that are nearly closed at first, a hundred layers train where plain layers, y = H, stall. A residual layer,
+y = x + H, has no gates. All layers of a network have the same width. B C H W: batch, channels, height, width.
 
 References:
     Srivastava, Greff, Schmidhuber (2015), Training Very Deep Networks.
