@@ -130,7 +130,7 @@ def train(model: Highway, images: Images, num_updates: int, batch_size: int) -> 
 
 
 def measure(images: Images, given: argparse.Namespace, pieces: Pieces) -> Results:
-    """Train all networks, or take those that are finished."""
+    """Train all networks, or take what is finished."""
     results = {}
     for depth in given.depths:
         for net in NETS:
