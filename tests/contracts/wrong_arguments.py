@@ -163,6 +163,7 @@ def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+HIGHWAY = {"num_layers": (1, 1), "width": 4, "gate_bias": -2, "num_classes": 2}
 RESNET = {"num_blocks": (1, 1), "widths": (4, 4, 8), "num_classes": 2}
 VIT = {"img_size": 8, "patch_size": 4, "dim": 8, "depth": 1, "num_heads": 2, "num_classes": 2}
 TRANSFORMER = {"vocab_size": 10, "dim": 8, "depth": 1, "num_heads": 2, "max_length": 16}
@@ -218,6 +219,7 @@ CONSTRUCTORS: list[tuple[Any, dict[str, Any]]] = [
     (attention.HierarchicalAttention, {"dim": 8, "num_heads": 2, "block_size": 4}),
     (attention.KeyValueCache, {"length": 4}),
     (attention.LSHAttention, {"dim": 8, "num_heads": 2, "bucket_size": 4}),
+    (models.Highway, HIGHWAY),
     (models.ResNet, RESNET),
     (models.RevNet, RESNET),
     (models.IRevNet, IREVNET),
@@ -376,6 +378,7 @@ INSTANCES: list[tuple[Callable[[], Any], dict[str, Callable[[], Any]]]] = [
     (partial(attention.FullAttention, 8, 2), TOKENS),
     (partial(attention.HierarchicalAttention, 8, 2, block_size=2), TOKENS),
     (partial(attention.LSHAttention, 8, 2, bucket_size=2), TOKENS),
+    (partial(models.Highway, **HIGHWAY), CLASSIFIER),
     (partial(models.ResNet, **RESNET), CLASSIFIER),
     (partial(models.RevNet, **RESNET), CLASSIFIER),
     (partial(models.IRevNet, **IREVNET), {**CLASSIFIER, "y": lambda: images(1, 48, 2, 2)}),

@@ -9,7 +9,7 @@ from torch import nn
 
 from revnet import Store
 from revnet.memory import measure
-from revnet.models import IRevNet, ResNet, ReversibleViT, RevNet
+from revnet.models import Highway, IRevNet, ResNet, ReversibleViT, RevNet
 from tests.helpers import assert_close, assert_same_buffers, gradients, squares
 
 OPTIONS = {"num_blocks": (1, 2), "widths": (4, 4, 8)}
@@ -21,10 +21,11 @@ all_networks = pytest.mark.parametrize(
         lambda **options: ResNet(**OPTIONS, block="bottleneck", stem="large", **options),
         lambda **options: RevNet(**OPTIONS, **options),
         lambda **options: RevNet(**OPTIONS, block="bottleneck", stem="large", **options),
+        lambda **options: Highway(num_layers=(1, 2), width=8, **options),
         lambda **options: IRevNet(num_blocks=(1, 2), strides=(1, 2), **options),
         lambda **options: ReversibleViT(**VIT_OPTIONS, depth=2, **options),
     ],
-    ids=["resnet", "resnet-large", "revnet", "revnet-large", "irevnet", "vit"],
+    ids=["resnet", "resnet-large", "revnet", "revnet-large", "highway", "irevnet", "vit"],
 )
 
 
@@ -40,6 +41,8 @@ def test_forward_is_features_then_head(make):
     assert features.shape[:2] == (2, model.num_features)
     if isinstance(model, ReversibleViT):
         assert_close(features.var(1, correction=0), torch.ones(2, 4, 4), tolerance=1e-2)  # after the last layer norm
+    elif isinstance(model, Highway):
+        assert features.min() >= 0, "a mean of outputs of ReLU"
     else:
         assert features.min() == 0, "after the last ReLU"
     assert torch.equal(model.forward_head(features), model(x))

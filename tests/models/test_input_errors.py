@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, set_policy
-from revnet.models import NICE, IRevNet, ResNet, ReversibleViT, RevNet, UNet3d
+from revnet.models import NICE, Highway, IRevNet, ResNet, ReversibleViT, RevNet, UNet3d
 
 RESNET = {"num_blocks": (1, 1), "widths": (4, 4, 8), "num_classes": 2}
 # Streams of 16 bits warn.
@@ -13,12 +13,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::revnet.ReconstructionWarning")
 MODELS = {
     "ResNet": lambda: ResNet(**RESNET),
     "RevNet": lambda: RevNet(**RESNET),
+    "Highway": lambda: Highway(num_layers=(1, 1), width=4, num_classes=2),
     "IRevNet": lambda: IRevNet(num_blocks=(1, 1), strides=(1, 2), num_classes=2),
     "ReversibleViT": lambda: ReversibleViT(img_size=8, patch_size=4, dim=8, depth=1, num_heads=2, num_classes=2),
     "NICE": lambda: NICE(image_shape=(3, 8, 8), num_couplings=2, hidden_dim=4, num_hidden=1),
     "UNet3d": lambda: UNet3d(in_channels=3, widths=(4, 8)),
 }
-CLASSIFIERS = ("ResNet", "RevNet", "IRevNet", "ReversibleViT")
+CLASSIFIERS = ("ResNet", "RevNet", "Highway", "IRevNet", "ReversibleViT")
 
 
 @pytest.fixture(params=MODELS)

@@ -5,7 +5,10 @@ from revnet import create_model, list_models
 from revnet.models import published_image_size
 from revnet.models._registry import _ENTRIES, register_model
 
-CIFAR = {"irevnet_cifar", "resnet32", "resnet110", "resnet164", "revnet38", "revnet110", "revnet164", "revvit_cifar"}
+CIFAR = {
+    *("highway20", "highway110", "irevnet_cifar", "plain20", "plain110", "resnet32", "resnet110", "resnet164"),
+    *("revnet38", "revnet110", "revnet164", "revvit_cifar"),
+}
 SIDES = {"irevnet_cifar": 4, "revvit_cifar": 8, "revvit_small": 14, "revvit_base": 14}
 """Number of final features of the networks that are not in the paper."""
 
@@ -17,8 +20,12 @@ def make_on_meta(name, **options):
 
 def test_names_are_listed_in_numeric_order():
     assert list_models() == [
+        "highway20",
+        "highway110",
         "irevnet301",
         "irevnet_cifar",
+        "plain20",
+        "plain110",
         "resnet32",
         "resnet50",
         "resnet101",
@@ -35,7 +42,7 @@ def test_names_are_listed_in_numeric_order():
     ]
 
 
-@pytest.mark.parametrize("name", ["irevnet_cifar", "resnet32", "revnet38", "revvit_cifar"])
+@pytest.mark.parametrize("name", ["highway20", "irevnet_cifar", "plain20", "resnet32", "revnet38", "revvit_cifar"])
 def test_a_model_trains_one_step(name):
     model = create_model(name, num_classes=7, in_channels=1)
     logits = model(torch.randn(2, 1, 8, 8))
@@ -65,7 +72,7 @@ def test_register_model(monkeypatch):
     assert create_model("revnet2") == "3 3"
     assert create_model("revnet2", num_classes=0, in_channels=1) == "0 1"
     assert published_image_size("revnet2") == 8
-    assert list_models().index("revnet2") == 7
+    assert list_models().index("revnet2") == 11
 
 
 @pytest.mark.parametrize("function", [create_model, published_image_size])

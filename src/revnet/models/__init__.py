@@ -9,6 +9,7 @@ from revnet.models._registry import list_models as list_models
 from revnet.models._registry import published_image_size as published_image_size
 from revnet.models._registry import register_model as register_model
 from revnet.models.glow import Glow as Glow
+from revnet.models.highway import Highway as Highway
 from revnet.models.irevnet import IRevNet as IRevNet
 from revnet.models.nice import NICE as NICE
 from revnet.models.pretrained.mixin import from_pretrained as from_pretrained
@@ -34,6 +35,7 @@ __all__ = [  # noqa: RUF022 - sorted as a reader would, case-insensitively
     "h_transformer_base",
     "h_transformer_large",
     "h_transformer_small",
+    "Highway",
     "IRevNet",
     "list_models",
     "list_pretrained",
