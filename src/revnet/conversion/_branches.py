@@ -47,7 +47,7 @@ class Branch(nn.Module):
         return x
 
 
-def _named(kind: type[nn.Module], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(kind: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a block by name, without the stream."""
     bound = _signature(kind).bind(None, x, *args, **kwargs)
     named: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def _named(kind: type[nn.Module], x: Tensor, args: tuple[Any, ...], kwargs: dict
     return named
 
 
-def _known(kind: type[nn.Module], given: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
     parameters = _signature(kind).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return given
