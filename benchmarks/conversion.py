@@ -216,8 +216,9 @@ def write(folder: Path, command: str, rows: Sequence[Row], given: argparse.Names
         f"Batches of {given.batch} images of {given.image}x{given.image} pixels, or of {given.batch} sequences of "
         f"{given.length} tokens; random weights, float32. The last two models were drawn at random from timm's list.",
         "",
-        "*MiB* are the activations of a training step, counted by `measure` and equal to the ones of `predict` unless "
-        "said. *From the original* is the relative distance of the outputs: in training mode, and in evaluation mode. "
+        "*MiB* are the activations of a training step, counted by `measure`. *Predicted* are the ones of "
+        "`predict`. *From the original* is the relative distance of the outputs: in training mode, and in evaluation "
+        "mode. "
         "*Gradients* are compared with the stored twin's, the same converted network under plain autograd. Exact "
         "methods have 11 bits of fraction.",
         "",

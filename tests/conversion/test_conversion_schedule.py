@@ -148,7 +148,7 @@ def scripted():
         (
             host,
             {"blocks": "layers"},
-            r"`blocks` names 'layers', which does not exist in `model`.*this model has blocks",
+            r"`blocks` names 'layers', which does not exist in `model`.*has blocks",
         ),
         (host, {"blocks": "head"}, r"`blocks` names 'head', which is a Linear"),
         (host, {"blocks": None}, r"`model` \(=.*Host.*\) must be a list of blocks"),

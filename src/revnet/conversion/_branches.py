@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -68,9 +68,12 @@ def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-@functools.lru_cache(maxsize=256)
-def _signature(kind: Any) -> inspect.Signature:
+def _signature_of(kind: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(kind.forward)
+
+
+# Type checkers do not accept a class of modules as a key.
+_signature: Callable[[Any], inspect.Signature] = functools.lru_cache(maxsize=256)(_signature_of)
 
 
 def check_kind_of_branches(branches: Any) -> None:
