@@ -189,9 +189,10 @@ def page(results: Mapping[str, Any], given: argparse.Namespace, command: str) ->
 
 
 DIFFERENCES = [
-    "What differs from the paper: the length and the number of updates. The second stream of a reversible block also",
-    "reaches the head. A token here sees the nearest earlier tokens of its bucket, wherever the boundaries of chunks",
-    "are. In the paper, the model that was trained with hashing fails with full attention.",
+    "What differs from the paper: the length and the number of updates; both streams of a reversible block reach the",
+    "head; and a token sees the nearest earlier tokens of its bucket, wherever the boundaries of chunks are. Full",
+    "attention is the same function here, with one bucket, so networks trained with hashing also work with it. In the",
+    "paper they do not.",
 ]
 
 
