@@ -63,23 +63,3 @@ class WholeBlock(nn.Module):
     def wrap(self, y: Tensor) -> Any:
         """Return `y` as the block returns it: alone, or in a tuple."""
         return y if self.kind_of_output is None else self.kind_of_output((y, *self.rest))
-
-
-class BlockResidual(nn.Module):
-    """What the original block adds to its input: `block(x) - x`.
-
-    Args:
-        whole: The computation of the block.
-    """
-
-    def __init__(self, whole: WholeBlock):
-        super().__init__()
-        self.whole = whole
-
-    def _get_name(self) -> str:
-        """Return the name of the block for error messages."""
-        return self.whole.name
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block, and subtract its input."""
-        return self.whole(x, *args, **kwargs) - x

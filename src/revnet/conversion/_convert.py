@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from revnet._checks import check_bool, check_module, describe
-from revnet.conversion._bodies import BlockResidual, WholeBlock
+from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._branches import Branches, check_kind_of_branches, make_branches
 from revnet.conversion._converted import exchange_class, is_converted, place_of, restore_class
 from revnet.conversion._methods import AbstractMethod, Consistent
@@ -135,7 +135,7 @@ def _places(row: Row, blocks: Sequence[nn.Module], branches: Branches | None) ->
         parts = None if branches is None else make_branches(block, row.names[index], branches)
         if row.scheme is not None and (adapter := row.scheme.adapter) is not None:
             check_adapter(row.names[index], block, adapter)
-        places.append(Place(row, index, block, whole, BlockResidual(whole), parts, Reverse(), branches is None))
+        places.append(Place(row, index, block, whole, parts, Reverse(), branches is None))
     return places
 
 

@@ -193,9 +193,12 @@ class BDIA(AbstractMethod):
 
     def scheme(self, num_branches: int | None) -> Scheme:
         """Return the scheme of a pass."""
-        coupling = self._coupling()
-        count = 1 if num_branches is None else num_branches
-        return Scheme((coupling,) * count, first=coupling.grid, subtracts=num_branches is None)
+        if num_branches is not None:
+            coupling = self._coupling()
+            return Scheme((coupling,) * num_branches, first=coupling.grid)
+        # Both streams begin as the same tensor, so `x - s` of the first block is 0.
+        first = scaled_coupling((1.0, 1.0, -1.0), self.fraction_bits, self.is_wide)
+        return Scheme((replace(self._coupling(), is_whole=True),), first=first)
 
     def between(self, other: AbstractMethod, share: float) -> "BDIA":
         """Return the method with `size` moved by `share` of the way to the one of another `BDIA`."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from revnet.conversion._bodies import BlockResidual, WholeBlock
+from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._methods import AbstractMethod
 from revnet.conversion._scheme import Factors, Scheme
 from revnet.engine import Chain, HalfBlock
@@ -104,8 +104,6 @@ class Place:
     block: nn.Module
     whole: WholeBlock
     """The computation of the original block."""
-    residual: BlockResidual
-    """What the original block adds to its input."""
     branches: tuple[nn.Module, ...] | None
     """The branches of the block; None if blocks are whole."""
     policy: AbstractPolicy
@@ -124,4 +122,4 @@ class Place:
             return self.whole, self.block.get_submodule(scheme.adapter)
         if self.branches is not None:
             return self.branches
-        return (self.residual if scheme.subtracts else self.whole,)
+        return (self.whole,)

@@ -21,8 +21,6 @@ class Scheme:
     """Couplings of the functions of a block."""
     first: AbstractCoupling | None = None
     """Coupling of the first function of the row, if it differs."""
-    subtracts: bool = False
-    """Whether the function is `block(x) - x`, because the coupling does not undo the skip connection of the block."""
     adapter: str | None = None
     """Name of the child that is the second function of each block; None in a two-step scheme."""
 
