@@ -213,7 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shortest", type=int, default=128, help="fewest tokens of a sequence")
     parser.add_argument("--longest", type=int, default=512, help="most tokens of a sequence")
-    parser.add_argument("--examples", type=int, default=6000, help="sequences to train on; a sixth of this number is tested")
+    parser.add_argument(
+        "--examples", type=int, default=6000, help="sequences to train on; a sixth of this number is tested"
+    )
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
