@@ -208,9 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, and write the page and its CSVs."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, default=64, help="tokens of a sequence, an even number")
-    parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence, an even number")
+    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trained", nargs="+", choices=TRAINED, help="only run these trainings, and write no page")

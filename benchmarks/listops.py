@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--examples", type=int, default=6000, help="sequences to train on; a sixth of this number is tested"
     )
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--long", type=int, default=LONG, help="tokens of the step for memory and time")
