@@ -69,7 +69,7 @@ class Duplicator(ReversibleTransformer):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Compute the input of the block: embedded tokens plus positions, once for each stream."""
-        return (self._look_up(tokens) + self.positions[: tokens.shape[1]]).repeat(1, 1, 2)
+        return self.enter(self.embedding(tokens) + self.positions[: tokens.shape[1]])
 
     def rotary(self, x: Tensor) -> None:
         """Return no rotary table."""
