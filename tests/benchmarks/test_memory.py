@@ -120,7 +120,7 @@ def _checkpointed_name(name: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "revnet39"], "unknown model 'revnet39'; choose from irevnet301, "),
+        (["--models", "revnet39"], "unknown model 'revnet39'; choose from highway20, "),
         (
             ["--real", "--model", "resnet110"],
             "--real needs a reversible --model, not resnet110; choose from revnet38, ",

@@ -82,8 +82,8 @@ COUPLINGS = [
     Momentum(0.9),
     ExactScaled(Scaled.consistent(0.5), 24, is_wide=True),
     ExactScaled(Scaled.dual(0.9, -0.25), 24, is_wide=True),
-    BDIA(0.5, 24, is_wide=True),
-    BDIA(0.25, 24, is_wide=True),
+    BDIA(0.5, 12, is_wide=True),  # Streams grow, in particular if functions read sums.
+    BDIA(0.25, 12, is_wide=True),
 ]
 
 IN_PLACE_FUNCTIONS = [

@@ -94,5 +94,5 @@ def test_rejects_wrong_counts(name, count):
 
 @pytest.mark.parametrize("name", list_models())
 def test_rejects_unknown_options(name):
-    with pytest.raises(TypeError, match="pretrained"):
-        make_on_meta(name, pretrained=True)
+    with pytest.raises(TypeError, match="drop_rate_of_heads"):
+        make_on_meta(name, drop_rate_of_heads=0.5)

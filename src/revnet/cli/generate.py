@@ -38,7 +38,7 @@ def generate(
             character.
         top_k: Sample only from this number of most likely characters.
         top_p: Sample only from the most likely characters whose probabilities sum to this.
-        stop: Character at which to stop early.
+        stop: Token at which to stop early. By default, only the end of a document stops.
         use_cache: Whether to keep the keys and values of earlier characters instead of computing them again for each
             new one. By default, they are kept if the attention is `full`. The text is the same.
         seed: Seed of the sampling.

@@ -1,5 +1,7 @@
 import pytest
 
+from revnet.data.sources.text import CHARACTERS
+from revnet.data.tokens.byte_pairs import LEAST_TOKENS
 from revnet.training import LanguageConfig
 
 
@@ -20,3 +22,13 @@ def test_rejects_invalid_settings(settings, error, message):
     with pytest.raises(error, match=message) as caught:
         LanguageConfig(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_names_and_numbers_of_tokens_are_the_ones_of_the_data():
+    """The settings repeat them, because importing the data would load PyTorch."""
+    assert LanguageConfig().tokenizer == CHARACTERS
+    assert LanguageConfig(tokenizer="bpe", vocab_size=LEAST_TOKENS).vocab_size == LEAST_TOKENS
+    with pytest.raises(ValueError, match="vocab_size"):
+        LanguageConfig(tokenizer="bpe", vocab_size=LEAST_TOKENS - 1)
+    with pytest.raises(ValueError, match="vocab_size"):
+        LanguageConfig(tokenizer=CHARACTERS, vocab_size=LEAST_TOKENS)

@@ -58,8 +58,8 @@ def trained_folder(name: str) -> Path:
     own = [full for full in names if full.startswith(f"{name}.")] or difflib.get_close_matches(str(name), names, n=1)
     hint = f"pass {' or '.join(map(repr, own))}, or one of" if own else "pass one of"
     raise ValueError(
-        f"`name` (={describe(name)}) has no trained weights in this package; {hint} {', '.join(names) or 'none'}; or "
-        f"put a folder of this name into the folder that {VARIABLE} names."
+        f"`pretrained` (=True) needs trained weights, but this package has none for `name` (={describe(name)}); {hint} "
+        f"{', '.join(names) or 'none'}; or put a folder of this name into the folder that {VARIABLE} names."
     )
 
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from revnet.data.sources.text import CHARACTERS
-from revnet.data.tokens.byte_pairs import LEAST_TOKENS
 from revnet.training.settings.fields import integer, number
 from revnet.training.settings.run_config import AbstractRunConfig
 
@@ -12,6 +10,10 @@ Attention = Literal["full", "lsh", "hierarchical"]
 Form = Literal["coupled", "midpoint", "leapfrog", "stored"]
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "swiglu"]
+
+# As in `revnet.data`, which would load PyTorch; `revnet train lm --help` does without.
+_CHARACTERS = "characters"
+_LEAST_TOKENS = 257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class LanguageConfig(AbstractRunConfig):
     """Tokens of the text: `characters`; `bpe`, byte-level BPE trained on the training text; or the path of a
     tokenizer.json of byte-level BPE. Compare different tokens by bits per byte."""
 
-    vocab_size: int | None = integer(None, at_least=LEAST_TOKENS)
+    vocab_size: int | None = integer(None, at_least=_LEAST_TOKENS)
     """Number of tokens of `bpe`, by default 4,096; there are fewer if a short text has no more."""
 
     cross_documents: bool = False
@@ -150,7 +152,7 @@ class LanguageConfig(AbstractRunConfig):
     """Seed of the initial weights, the windows and dropout."""
 
     def _check_together(self) -> None:
-        if self.vocab_size is not None and self.tokenizer == CHARACTERS:
+        if self.vocab_size is not None and self.tokenizer == _CHARACTERS:
             raise ValueError(
                 f"`vocab_size` (={self.vocab_size}) does not go with `tokenizer` (='characters'), which the text "
                 "decides; leave it out, or pass the tokenizer `bpe`."
