@@ -52,6 +52,7 @@ def run(tmp_path, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_writes_page_table_and_picture(run):
     page, rows = run("--workloads", "bottleneck")
     assert {row["precision"] for row in rows} == {"float32", "bf16 autocast"}
