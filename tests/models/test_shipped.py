@@ -60,9 +60,7 @@ def test_options_of_the_model():
 
 
 def test_a_name_that_has_no_weights():
-    with pytest.raises(
-        ValueError, match=r"`pretrained` \(=True\) .* none for `name` \(='resnet110'\)"
-    ):
+    with pytest.raises(ValueError, match=r"`pretrained` \(=True\) .* none for `name` \(='resnet110'\)"):
         create_model("resnet110", pretrained=True)
     with pytest.raises(ValueError, match=r"`name` \(='revnet38.digits'\) is the name of trained weights; pass `pretr"):
         create_model(DIGITS)
