@@ -13,6 +13,7 @@ COMMANDS = {
     "push": "send a run to the Hugging Face hub, with a model card",
     "reproduce": "train the networks in a table of results, and compare them with the paper",
     "figure": "reproduce a figure of the paper: gradient angles, or memory and compute against depth",
+    "convert": "try a conversion to a reversible network on a model of timm, torchvision or transformers",
     "memory": "show where the memory of a training step goes, for any model",
     "plan": "fit a training step into a memory budget: which blocks to reverse, checkpoint or store",
     "doctor": "measure the error of rebuilt activations and gradients, and suggest remedies",

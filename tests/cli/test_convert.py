@@ -1,0 +1,76 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, dim=8):
+        super().__init__()
+        layers = [layer for _ in range(3) for layer in (nn.Tanh(), nn.Conv2d(dim, dim, 3, padding=1))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class Network(nn.Module):
+    """A small network, which `revnet convert` imports from this file."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(*[Block() for _ in range(12)])
+
+    def forward(self, x):
+        return self.body(self.stem(x))
+
+
+OWN = "tests.cli.test_convert:Network"
+
+
+@pytest.mark.parametrize("method", ["consistent", "bdia", "dr2net", "rewire"])
+def test_reports_blocks_bytes_and_code(revnet, method):
+    code, output, errors = revnet("convert", OWN, "--blocks", "body", "--method", method, "--image", 8, "--batch", 2)
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0].startswith("converted 12 of 12 blocks by ")
+    shown = [line.split()[1] for line in lines if line.startswith("  ")]
+    original, *others = map(float, shown)
+    assert original > 1.5 * max(others)
+    error = float(next(line for line in lines if line.startswith("outputs")).split()[6].rstrip(","))
+    assert error < (1e-3 if method == "bdia" else 10)  # 7 sums, each rounded to 2^-15, of numbers of about 1.
+    # The printed code does what the command did.
+    space = {}
+    exec("\n".join(lines[lines.index("import revnet") :]), space)
+    assert [type(block).__name__ for block in space["model"].body] == ["Block"] * 12
+    assert sys.modules["tests.cli.test_convert"].Network is type(space["model"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet50", "--blocks", "layer1"], "`MODEL` (=resnet50) must be timm:NAME, torchvision:NAME, transformers"),
+        ([OWN], f"`--blocks` must name the lists of blocks of {OWN}, which has body (12), body.0.layers (6)"),
+        ([OWN, "--blocks", "stem"], "`--blocks` names 'stem', which is a Conv2d"),
+        ([OWN, "--blocks", "body", "--size", "1"], "`--size` (=1.0) must be a finite number from 1/256"),
+        ([OWN, "--blocks", "body", "--method", "bdia", "--fraction-bits", "0"], "`--fraction-bits` (=0) must be 1 or"),
+        ([OWN, "--blocks", "body", "--pretrained"], "`--pretrained` is for models of other libraries"),
+    ],
+)
+def test_bad_input(assert_refused, arguments, message):
+    assert_refused(["convert", *arguments], message)
+
+
+def test_a_model_of_another_library(revnet):
+    pytest.importorskip("timm")
+    code, output, _ = revnet("convert", "timm:resnet26", "--blocks", "layer1,layer2", "--image", 32, "--batch", 2)
+    assert code == 0
+    assert "left layer1.0 as it is" in output
+    code, _, errors = revnet("convert", "timm:resnet2", "--blocks", "layer1")
+    assert (code, errors) == (
+        2,
+        "revnet convert: error: `MODEL` (=timm:resnet2) cannot be built: Unknown model (resnet2)\n",
+    )
