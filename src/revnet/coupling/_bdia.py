@@ -8,14 +8,15 @@ from torch import Tensor
 
 from revnet._checks import check_bool, describe, is_number
 from revnet.coupling._abstract import AbstractCoupling
-from revnet.coupling._check import check_real, check_residual
+from revnet.coupling._check import check_residual
 from revnet.coupling._exact_factor import NUM_PARTS, ExactFactor
 from revnet.coupling._fixed_point import FixedPoint
+from revnet.coupling._on_grid import AbstractGridCoupling
 from revnet.coupling._scaled import log_det_of_factor
 
 
 @dataclass(frozen=True)
-class BDIA(AbstractCoupling):
+class BDIA(AbstractGridCoupling):
     """Bidirectional integration: `x[n+1] = g x[n-1] + (1 - g) x[n] + (1 + g) f(x[n])` with a random `g`, exactly.
 
     In training mode, each sample of each residual function draws its `g` from `size` and `-size`. In evaluation mode,
@@ -63,7 +64,6 @@ class BDIA(AbstractCoupling):
 
     is_additive: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
-    is_exact: ClassVar[bool] = True
 
     size: float = 0.5
     fraction_bits: int = 14
@@ -81,14 +81,13 @@ class BDIA(AbstractCoupling):
         object.__setattr__(self, "_grid", FixedPoint(self.fraction_bits, self.is_wide))
 
     @property
-    def grid(self) -> FixedPoint:
-        """Coupling that rounds the streams to the same numbers."""
-        return self._grid
-
-    @property
     def num_bits(self) -> int:
         """Bits that are kept for each element in training mode: 1, 2, 4 or 8."""
-        return ExactFactor(round(self.size * NUM_PARTS), 1, self.fraction_bits).num_bits
+        return self._factor_with(1).num_bits
+
+    def _factor_with(self, sign: int | Tensor) -> ExactFactor:
+        """Return `g` with the given sign, or with the sign of each sample."""
+        return ExactFactor(round(self.size * NUM_PARTS), sign, self.fraction_bits)
 
     @property
     def draws(self) -> bool:
@@ -116,15 +115,6 @@ class BDIA(AbstractCoupling):
         """Return `s + f(s)`, which a whole block returns itself."""
         check_residual(source, residual, name)
         return residual if self.is_whole else source + residual
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return the stream in float32 or float64, rounded to the grid.
-
-        Raises:
-            TypeError: The stream is complex.
-        """
-        check_real(x, self)
-        return self._grid.prepare(x)
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return the rounded residual, which `mix` has returned. Nothing of `x` remains."""
@@ -161,18 +151,6 @@ class BDIA(AbstractCoupling):
         """
         raise ValueError(f"{self} has no log-determinant in evaluation mode, because it cannot be inverted there.")
 
-    def limit(self, dtype: torch.dtype) -> float:
-        """Return 2^(significand bits - fraction_bits).
-
-        Raises:
-            TypeError: The dtype is neither float32 nor float64.
-        """
-        return self._grid.limit(dtype)
-
-    def out_of_range_hint(self, magnitude: float, dtype: torch.dtype) -> str:
-        """Return the setting with which a stream of this magnitude fits, if there is one."""
-        return self._grid.out_of_range_hint(magnitude, dtype)
-
 
 class _Drawn(BDIA):
     """The coupling of one call in training mode.
@@ -187,7 +165,7 @@ class _Drawn(BDIA):
 
     def __init__(self, coupling: BDIA, signs: Tensor):
         super().__init__(coupling.size, coupling.fraction_bits, coupling.is_wide, coupling.is_whole)
-        self.__dict__["_factor"] = ExactFactor(round(coupling.size * NUM_PARTS), signs, coupling.fraction_bits)
+        self.__dict__["_factor"] = self._factor_with(signs)
 
     _factor: ExactFactor
     __eq__, __hash__ = object.__eq__, object.__hash__

@@ -6,15 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from revnet.coupling._abstract import AbstractCoupling
-from revnet.coupling._check import check_real, check_residual
+from revnet.coupling._check import check_residual
 from revnet.coupling._exact_factor import MOST_PARTS, NUM_PARTS, ExactFactor
 from revnet.coupling._fixed_point import FixedPoint
+from revnet.coupling._on_grid import AbstractGridCoupling
 from revnet.coupling._scaled import Scaled, log_det_of_factor
 
 
 @dataclass(frozen=True)
-class ExactScaled(AbstractCoupling):
+class ExactScaled(AbstractGridCoupling):
     """The scaled coupling in fixed-point arithmetic: `y = a x + c s + b f(s)`, reversed exactly to the last bit.
 
     The factor `a` is rounded to a multiple of 1/256. `a x` and `c s + b f(s)` are each rounded to a multiple of
@@ -45,7 +45,6 @@ class ExactScaled(AbstractCoupling):
 
     is_additive: ClassVar[bool] = False
     is_linear: ClassVar[bool] = True
-    is_exact: ClassVar[bool] = True
 
     scaled: Scaled
     fraction_bits: int = 14
@@ -66,11 +65,6 @@ class ExactScaled(AbstractCoupling):
             )
         sign = 1 if self.scaled.a > 0 else -1
         object.__setattr__(self, "factor", ExactFactor(num_parts, sign, self.fraction_bits))
-
-    @property
-    def grid(self) -> FixedPoint:
-        """Coupling that rounds the streams to the same numbers."""
-        return self._grid
 
     @property
     def a(self) -> float:
@@ -95,15 +89,6 @@ class ExactScaled(AbstractCoupling):
     def mix(self, source: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return `c s + b f(s)`."""
         return self.scaled.mix(source, residual, name)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Return the stream in float32 or float64, rounded to the grid.
-
-        Raises:
-            TypeError: The stream is complex.
-        """
-        check_real(x, self)
-        return self._grid.prepare(x)
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return the rounded `a x` plus the rounded residual."""
@@ -141,15 +126,3 @@ class ExactScaled(AbstractCoupling):
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """Return the number of elements per sample times `log |a|`; None if that is zero."""
         return None if abs(self.a) == 1 else log_det_of_factor(x, self.a)
-
-    def limit(self, dtype: torch.dtype) -> float:
-        """Return 2^(significand bits - fraction_bits).
-
-        Raises:
-            TypeError: The dtype is neither float32 nor float64.
-        """
-        return self._grid.limit(dtype)
-
-    def out_of_range_hint(self, magnitude: float, dtype: torch.dtype) -> str:
-        """Return the setting with which a stream of this magnitude fits, if there is one."""
-        return self._grid.out_of_range_hint(magnitude, dtype)
