@@ -8,7 +8,7 @@ from torch import nn
 from revnet._checks import check_bool, check_module, describe
 from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._branches import Branches, check_kind_of_branches, make_branches
-from revnet.conversion._converted import exchange_class, is_converted, place_of, restore_class
+from revnet.conversion._converted import is_converted, make_converted, place_of, restore_class
 from revnet.conversion._methods import AbstractMethod, Consistent
 from revnet.conversion._refusals import check_adapter, check_block, check_host, check_row, why_first_differs
 from revnet.conversion._report import ConversionReport
@@ -93,7 +93,7 @@ def convert(
     made = [_places(row, members, branches) for row, members in planned]
     for places in made:
         for place in places:
-            exchange_class(place.block, place)
+            make_converted(place.block, place)
     return ConversionReport(method, tuple(name for row, _ in planned for name in row.names), left)
 
 

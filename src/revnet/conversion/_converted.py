@@ -1,14 +1,8 @@
-"""Exchange the class of a block for one whose instances run reversibly within their host.
+"""Exchange the class of a block for one whose instances run reversibly within their host."""
 
-Nothing else changes: the block keeps its children, parameters, hooks and attributes, and it is still an instance of its
-class. `torch.distributed.fsdp.fully_shard` and `torch.nn.utils.parametrize` use the same technique.
-"""
-
-import copyreg
 import functools
 import inspect
 from collections.abc import Sequence
-from types import new_class
 from typing import Any
 
 from torch import nn
@@ -17,6 +11,7 @@ from revnet._torch_internals import run_between_graphs
 from revnet.conversion._row import Place
 from revnet.conversion._run_block import call_block, run_block
 from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
+from revnet.nn._exchanged_class import derived_class, exchange_class, reduce_parts
 from revnet.nn.policies._has_policies import broadcast_policy
 
 PLACE = "_conversion_place"
@@ -72,20 +67,13 @@ def place_of(block: nn.Module) -> Place:
     return place
 
 
-def exchange_class(block: nn.Module, place: Place) -> None:
+def make_converted(block: nn.Module, place: Place) -> None:
     """Make `block` a converted block.
 
     Raises:
         TypeError: The class of the block cannot be combined with another one.
     """
-    kind = type(block)
-    try:
-        block.__class__ = converted_class(kind)
-    except TypeError as error:
-        raise TypeError(
-            f"`{place.name}` (={kind.__name__}) cannot be converted, because its class cannot be combined with another "
-            f"one ({error}); convert other blocks."
-        ) from error
+    exchange_class(block, converted_class, place.name, action="converted", way_out="convert other blocks")
     vars(block)[PLACE] = place
 
 
@@ -103,9 +91,10 @@ def new_converted(kind: type[nn.Module]) -> nn.Module:
 
 def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `kind` whose instances are converted; the same one in each call."""
-    for subclass in kind.__subclasses__():
-        if issubclass(subclass, Converted) and subclass.__dict__.get("_original_class") is kind:
-            return subclass
+    return derived_class(kind, Converted, "_original_class", _body_of)
+
+
+def _body_of(kind: type[nn.Module]) -> dict[str, Any]:
     stream_name = next(iter([*inspect.signature(kind.forward).parameters][1:]), "x")
 
     @functools.wraps(kind.forward)
@@ -119,12 +108,7 @@ def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
     # The compiler fails on tensors that carry attributes.
     run_between_graphs(forward, _REASON)
     run_between_graphs(call, _REASON)
-    body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": forward, "__call__": call}
-    body |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_original_class": kind}
-    # Python allows the assignment of the class only if the block's own class is the first base. The name stays, since
-    # other tools look up blocks by the names of their classes.
-    return new_class(kind.__name__, (kind, Converted), exec_body=lambda namespace: namespace.update(body))
+    return {"forward": forward, "__call__": call, "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
 
 
 def _extra_repr(self: Any) -> str:
@@ -133,13 +117,13 @@ def _extra_repr(self: Any) -> str:
     return ", ".join(filter(None, [own, f"converted by {vars(self)[PLACE].row.method}"]))
 
 
-def _reduce(self: Any, protocol: Any) -> str | tuple[Any, ...]:
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     """Return how to copy or pickle the block, whose class cannot be found by its name."""
     kind = self._original_class
-    parts: str | tuple[Any, ...] = kind.__reduce_ex__(self, max(protocol, 2))
-    if isinstance(parts, str) or parts[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+    _, rest = reduce_parts(self, kind, protocol)
+    if rest is None:
         raise TypeError(
             f"a converted {kind.__name__} cannot be copied or pickled, because its class has its own way to do so; "
             "convert the model back with `revnet.convert(model, back=True)` before."
         )
-    return (new_converted, (kind,), *parts[2:])
+    return (new_converted, (kind,), *rest)

@@ -19,6 +19,7 @@ from revnet.engine._split import is_low_precision
 from revnet.engine._tensors import version_of
 from revnet.engine._tracing import refuse, runs_plainly
 from revnet.nn import AbstractModulePolicy, Checkpoint, Reverse, Store
+from revnet.nn._exchanged_class import find_cache
 
 _STORE = Store()
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -133,12 +134,11 @@ def _before(place: Place) -> str:
 def _check_arguments(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not torch.is_grad_enabled() or place.policy == Store():
         return
-    for value in (*args, *kwargs.values()):
-        if any(base.__name__.endswith("Cache") for base in type(value).__mro__):
-            raise ValueError(
-                f"`{place.name}` is given a {type(value).__name__}, which a second run of the block would change "
-                "again; call the model without it, as `use_cache=False` does in transformers."
-            )
+    if (cache := find_cache(args, kwargs)) is not None:
+        raise ValueError(
+            f"`{place.name}` is given a {cache}, which a second run of the block would change again; call the model "
+            "without it, as `use_cache=False` does in transformers."
+        )
 
 
 def _run_plain(place: Place, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

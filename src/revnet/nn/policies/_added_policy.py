@@ -1,20 +1,17 @@
 """Give a policy to a module of any class, in place.
 
-The class of the module is replaced by a subclass whose `forward` runs the original one under the policy. Nothing else
-changes: the module has the same children, parameters, hooks and attributes under the same names, and it is still an
-instance of its class. `torch.distributed.fsdp.fully_shard` and `torch.nn.utils.parametrize` use the same technique.
+The class of the module is replaced by a subclass whose `forward` runs the original one under the policy.
 """
 
-import copyreg
 import functools
 from collections.abc import Sequence
-from types import new_class
 from typing import Any
 
 import torch
 from torch import nn
 
 from revnet.engine._tracing import refuse, runs_plainly
+from revnet.nn._exchanged_class import derived_class, exchange_class, find_cache, reduce_parts
 from revnet.nn.policies._has_policies import HasPolicies, PolicyUnit, broadcast_policy
 from revnet.nn.policies._policy import AbstractModulePolicy, AbstractPolicy, Store
 
@@ -54,14 +51,8 @@ def add_policy(module: nn.Module, name: str) -> None:
     Raises:
         TypeError: The class of the module cannot be combined with another one.
     """
-    kind = type(module)
-    try:
-        module.__class__ = class_with_policy(kind)
-    except TypeError as error:
-        raise TypeError(
-            f"`{name}` (={kind.__name__}) cannot be given a policy, because its class cannot be combined with another "
-            f"one ({error}); wrap the block in a `PolicySequential` instead."
-        ) from error
+    way_out = "wrap the block in a `PolicySequential` instead"
+    exchange_class(module, class_with_policy, name, action="given a policy", way_out=way_out)
     vars(module)["_added_name"] = name
 
 
@@ -80,10 +71,10 @@ def new_with_policy(kind: type[nn.Module]) -> nn.Module:
 
 def class_with_policy(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `kind` whose instances have a policy; the same one in each call."""
-    for subclass in kind.__subclasses__():
-        if subclass.__dict__.get("_class_before") is kind:
-            return subclass
+    return derived_class(kind, AddedPolicy, "_class_before", _body_of)
 
+
+def _body_of(kind: type[nn.Module]) -> dict[str, Any]:
     # Built here, since `torch.compile` does not trace its parts.
     refusal = (
         f"a {kind.__name__} whose activations are recomputed or offloaded cannot be compiled as a part of the whole "
@@ -100,11 +91,7 @@ def class_with_policy(kind: type[nn.Module]) -> type[nn.Module]:
             refuse(refusal)
         return policy.call(_Body(self, kind), args, kwargs)
 
-    body = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": forward, "extra_repr": _extra_repr, "__reduce_ex__": _reduce, "_class_before": kind}
-    # Python allows the assignment of the class only if the module's own class is the first base. The name stays, since
-    # other tools look up blocks by the names of their classes.
-    return new_class(kind.__name__, (kind, AddedPolicy), exec_body=lambda namespace: namespace.update(body))
+    return {"forward": forward, "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
 
 
 def _extra_repr(self: Any) -> str:
@@ -116,10 +103,9 @@ def _extra_repr(self: Any) -> str:
 def _reduce(self: Any, protocol: Any) -> str | tuple[Any, ...]:
     """Return how to copy or pickle the module, whose class cannot be found by its name."""
     kind = self._class_before
-    parts: str | tuple[Any, ...] = kind.__reduce_ex__(self, max(protocol, 2))
-    if isinstance(parts, str) or parts[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-        return parts  # The class has its own way, and its copies no policy.
-    return (new_with_policy, (kind,), *parts[2:])
+    parts, rest = reduce_parts(self, kind, protocol)
+    # If the class has its own way, its copies have no policy.
+    return parts if rest is None else (new_with_policy, (kind,), *rest)
 
 
 class _Body(nn.Module):
@@ -140,11 +126,9 @@ class _Body(nn.Module):
         Raises:
             ValueError: A second run would change an argument again.
         """
-        for value in (*args, *kwargs.values()):
-            if any(base.__name__.endswith("Cache") for base in type(value).__mro__):
-                raise ValueError(
-                    f"`{self._get_name()}` is given a {type(value).__name__}, which a second run of the block would "
-                    "change again; call the model without it, as `use_cache=False` does in transformers, or set the "
-                    "policy `Store()`."
-                )
+        if (cache := find_cache(args, kwargs)) is not None:
+            raise ValueError(
+                f"`{self._get_name()}` is given a {cache}, which a second run of the block would change again; call "
+                "the model without it, as `use_cache=False` does in transformers, or set the policy `Store()`."
+            )
         return self._kind.forward(self.block, *args, **kwargs)
