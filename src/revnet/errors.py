@@ -139,12 +139,21 @@ class MissingDependencyError(RevnetError, ImportError):
         return cls(f"{purpose} needs {package}, which is not installed; run `{install_command(package)}`.")
 
 
+_HOSTS = ("timm", "torchvision", "transformers")
+"""Libraries that no extra installs."""
+
+
 def install_command(package: str) -> str:
     """Return the command that installs the smallest extra with `package`, as revnet itself was installed.
 
     Args:
         package: Name of the distribution or of the module.
+
+    Returns:
+        The command. A library whose models revnet only works with is in no extra, and is installed by itself.
     """
+    if package in _HOSTS:
+        return f"pip install {package}"
     extra = _EXTRAS.get(package, "train")
     root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():

@@ -28,9 +28,7 @@ try:
 except ModuleNotFoundError as _error:
     if _error.name != "timm":
         raise
-    raise MissingDependencyError(
-        "`revnet.timm` needs timm, which is not installed; run `pip install timm`."
-    ) from _error
+    raise MissingDependencyError.of("timm", "`revnet.timm`") from _error
 
 __all__ = ["register_models", "timm_name"]
 

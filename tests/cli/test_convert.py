@@ -74,3 +74,9 @@ def test_a_model_of_another_library(revnet):
         2,
         "revnet convert: error: `MODEL` (=timm:resnet2) cannot be built: Unknown model (resnet2)\n",
     )
+
+
+def test_a_library_that_is_missing(revnet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    message = "the model `timm:resnet50` needs timm, which is not installed; run `pip install timm`."
+    assert revnet("convert", "timm:resnet50", "--blocks", "layer1") == (2, "", f"revnet convert: error: {message}\n")

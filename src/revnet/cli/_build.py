@@ -53,19 +53,7 @@ def build_step(flags: StepFlags) -> BuiltStep:
     """
     device = cpu_or_cuda(flags.device)
     model = build_model(flags.model, is_real=False)
-    shapes = flags.input_shapes
-    if shapes is None:
-        size = flags.image or (224 if flags.is_own else published_image_size(flags.model))
-        shapes = ((3, size, size),)
-    try:
-        inputs = tuple(
-            torch.empty(flags.batch, *shape, dtype=getattr(torch, dtype), device="meta")
-            for shape, dtype in zip(shapes, flags.input_dtypes, strict=True)
-        )
-    except (RuntimeError, TypeError) as error:  # an integer out of range
-        raise UsageError(
-            f"{counted(flags.batch, 'input')} of {_join(shapes)} are more than PyTorch can count."
-        ) from error
+    shapes, inputs = empty_inputs(flags)
     options = {
         "optimizer": _OPTIMIZERS[flags.optimizer],
         "autocast": torch.bfloat16 if flags.precision == "bf16-mixed" else None,
@@ -81,6 +69,34 @@ def build_step(flags: StepFlags) -> BuiltStep:
     samples = counted(flags.batch, "input")
     description = f"{flags.model}: a training step on {samples} of {_join(shapes)}, {conditions}"
     return BuiltStep(model, inputs, device, options, description, _join(shapes), conditions)
+
+
+def empty_inputs(flags: StepFlags) -> tuple[tuple[tuple[int, ...], ...], tuple[Tensor, ...]]:
+    """Return the shapes of the inputs of a step without the batch, and the inputs on the meta device."""
+    shapes = flags.input_shapes
+    if shapes is None:
+        size = flags.image or (224 if flags.is_own else published_image_size(flags.model))
+        shapes = ((3, size, size),)
+    try:
+        inputs = tuple(
+            torch.empty(flags.batch, *shape, dtype=getattr(torch, dtype), device="meta")
+            for shape, dtype in zip(shapes, flags.input_dtypes, strict=True)
+        )
+    except (RuntimeError, TypeError) as error:  # an integer out of range
+        raise UsageError(
+            f"{counted(flags.batch, 'input')} of {_join(shapes)} are more than PyTorch can count."
+        ) from error
+    return shapes, inputs
+
+
+def fill_inputs(inputs: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Return inputs with data on a device: random numbers, or zeros if they are integers."""
+    return tuple(
+        torch.randn(like.shape, dtype=like.dtype, device=device)
+        if like.is_floating_point()
+        else torch.zeros(like.shape, dtype=like.dtype, device=device)  # valid indices for any embedding
+        for like in inputs
+    )
 
 
 def materialize(step: BuiltStep, flags: StepFlags, *, needed_bytes: int | None) -> BuiltStep:
@@ -100,12 +116,7 @@ def materialize(step: BuiltStep, flags: StepFlags, *, needed_bytes: int | None) 
             f"`--measure` needs {format_bytes(needed_bytes)} on {step.device}, where {format_bytes(free)} are free; "
             "leave it out, or pass a smaller `--batch`."
         )
-    inputs = tuple(
-        torch.randn(like.shape, dtype=like.dtype, device=step.device)
-        if like.is_floating_point()
-        else torch.zeros(like.shape, dtype=like.dtype, device=step.device)  # valid indices for any embedding
-        for like in step.inputs
-    )
+    inputs = fill_inputs(step.inputs, step.device)
     model = build_model(flags.model, is_real=True).to(step.device)
     options = dict(step.options)
     if flags.loss != "sum":

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,15 @@ from torch import Tensor, nn
 
 import revnet
 from revnet._model_output import leaves_of_output
+from revnet.cli._build import empty_inputs, fill_inputs
 from revnet.cli._errors import UsageError, describe_error
 from revnet.cli._model import build_model
 from revnet.cli._step_flags import StepFlags
 from revnet.conversion import BDIA, AbstractMethod, Consistent, Dr2Net, Rewire
-from revnet.errors import MissingDependencyError
+from revnet.conversion._convert import block_lists
+from revnet.data._require import require
 from revnet.memory import format_bytes, predict
+from revnet.models._sampling import evaluating
 
 HOSTS = ("timm", "torchvision", "transformers")
 """Libraries whose models have names."""
@@ -41,7 +43,7 @@ def try_conversion(
     model, build = load_model(flags.model, pretrained=pretrained)
     if blocks is None:
         raise UsageError(f"`--blocks` must name the lists of blocks of {flags.model}, which has {_lists_of(model)}.")
-    inputs = _inputs_of(flags)
+    inputs = fill_inputs(empty_inputs(flags)[1], torch.device("cpu"))
     autocast = torch.bfloat16 if flags.precision == "bf16-mixed" else None
     chosen = _method(method, size, fraction_bits or None)
     before = predict(model, *inputs, autocast=autocast).activation_bytes
@@ -72,18 +74,14 @@ def load_model(name: str, *, pretrained: bool) -> tuple[nn.Module, list[str]]:
         UsageError: The model or its weights do not exist.
         MissingDependencyError: The library is not installed.
     """
-    library, _, own = name.partition(":")
+    library, _, rest = name.partition(":")
     if library not in HOSTS:
         if pretrained:
             raise UsageError("`--pretrained` is for models of other libraries; load the weights of your own yourself.")
-        module, _, attribute = name.partition(":")
-        return build_model(name, is_real=True), [f"from {module} import {attribute}", f"model = {attribute}()"]
+        return build_model(name, is_real=True), [f"from {library} import {rest}", f"model = {rest}()"]
+    host: Any = require(library, package=library, purpose=f"the model `{name}`")
     try:
-        host: Any = import_module(library)
-    except ImportError as error:
-        raise MissingDependencyError(f"the model `{name}` needs {library}: pip install {library}") from error
-    try:
-        model, lines = _build(host, library, own, pretrained)
+        model, lines = _build(host, library, rest, pretrained)
     except Exception as error:
         raise UsageError(f"`MODEL` (={name}) cannot be built: {describe_error(error)}") from error
     return model.train(), lines
@@ -115,31 +113,14 @@ def _build(host: Any, library: str, name: str, pretrained: bool) -> tuple[nn.Mod
 
 
 def _lists_of(model: nn.Module) -> str:
-    lists = [
-        f"{name} ({len(module)})"
-        for name, module in model.named_modules()
-        if name and isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1
-    ]
+    lists = [f"{name} ({len(blocks)})" for name, blocks in block_lists(model).items() if len(blocks) > 1]
     return ", ".join(lists[:8]) + (", ..." if len(lists) > 8 else "") if lists else "none"
-
-
-def _inputs_of(flags: StepFlags) -> tuple[Tensor, ...]:
-    size = flags.image or 224
-    shapes = flags.input_shapes or ((3, size, size),)
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(flags.batch, *shape, generator=generator)
-        if dtype == "float32"
-        else torch.zeros(flags.batch, *shape, dtype=torch.int64)
-        for shape, dtype in zip(shapes, flags.input_dtypes, strict=True)
-    )
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    training = model.training
-    leaves = leaves_of_output(model.eval()(*inputs))
-    model.train(training)
+    with evaluating(model):
+        leaves = leaves_of_output(model(*inputs))
     return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -54,8 +54,8 @@ def convert(
         raise UsageError(
             f"`MODEL` (={model}) must be timm:NAME, torchvision:NAME, transformers:NAME or package.module:attribute."
         )
-    if model.startswith("transformers:") and input_dtype == "float32" and input_shape is not None:
-        input_dtype = "int64" if len(input_shape) == 1 else input_dtype
+    if model.startswith("transformers:") and input_dtype == "float32" and len(input_shape or ()) == 1:
+        input_dtype = "int64"
     flags = StepFlags(
         model=model,
         batch=batch,

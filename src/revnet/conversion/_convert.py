@@ -158,11 +158,17 @@ def _rows_of(model: Any, blocks: Any) -> list[dict[str, nn.Module]]:
     return [_row_named(model, name) for name in names]
 
 
+def block_lists(model: nn.Module) -> dict[str, nn.Sequential | nn.ModuleList]:
+    """Return the lists in a model whose blocks `convert` could be given, by name."""
+    lists = (nn.Sequential, nn.ModuleList)
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, lists)}
+
+
 def _row_named(model: nn.Module, name: str) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     found = modules.get(name)
     if not isinstance(found, nn.Sequential | nn.ModuleList):
-        lists = [key for key, module in modules.items() if key and isinstance(module, nn.Sequential | nn.ModuleList)]
+        lists = list(block_lists(model))
         what = "does not exist" if found is None else f"is a {type(found).__name__}"
         hint = f"this model has {', '.join(lists[:4])}" if lists else "this model has none"
         raise ValueError(f"`blocks` names {name!r}, which {what} in `model`, and not a list of blocks; {hint}.")
