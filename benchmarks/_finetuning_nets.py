@@ -97,51 +97,50 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class SmallViT(nn.Module):
+class Trunk(nn.Module):
+    """The blocks of a transformer, with the norm and the head after them."""
+
+    def __init__(self, num_outputs: int, dim: int, depth: int, num_heads: int, *, is_causal: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(TransformerBlock(dim, num_heads, is_causal=is_causal) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_outputs)
+
+    @property
+    def lists(self) -> list[str]:
+        """Names of the lists of blocks."""
+        return ["blocks"]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return the normalized output of the blocks, (B, T, D)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class SmallViT(Trunk):
     """A vision transformer: 6 blocks of width 96 on patches of 4x4."""
 
     def __init__(self, num_outputs: int, dim: int = 96, depth: int = 6):
-        super().__init__()
+        super().__init__(num_outputs, dim, depth, 3, is_causal=False)
         self.embed = nn.Conv2d(3, dim, 4, 4)
         self.positions = nn.Parameter(torch.randn((IMAGE_SIZE // 4) ** 2, dim) * 0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(dim, 3, is_causal=False) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_outputs)
-
-    @property
-    def lists(self) -> list[str]:
-        """Names of the lists of blocks."""
-        return ["blocks"]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits of images."""
-        x = self.embed(x).flatten(2).mT + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).mean(1))
+        return self.head(self.features(self.embed(x).flatten(2).mT + self.positions).mean(1))
 
 
-class SmallGPT(nn.Module):
+class SmallGPT(Trunk):
     """A language model of characters: 6 blocks of width 128, context 128."""
 
     def __init__(self, num_outputs: int, dim: int = 128, depth: int = 6):
-        super().__init__()
+        super().__init__(num_outputs, dim, depth, 4, is_causal=True)
         self.embed, self.positions = nn.Embedding(num_outputs, dim), nn.Embedding(CONTEXT, dim)
-        self.blocks = nn.ModuleList(TransformerBlock(dim, 4, is_causal=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_outputs)
-
-    @property
-    def lists(self) -> list[str]:
-        """Names of the lists of blocks."""
-        return ["blocks"]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, V, T) of tokens (B, T)."""
-        x = self.embed(x) + self.positions.weight[: x.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)).mT
+        return self.head(self.features(self.embed(x) + self.positions.weight[: x.shape[1]])).mT
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,10 @@ class Pieces:
             settings: What the piece depends on. A stored piece of other settings is computed again.
             compute: Function that computes the piece, as a dictionary for JSON.
         """
-        path = self._path(name, "json")
-        settings = json.loads(json.dumps(settings))
-        if path is not None and path.exists():
-            stored = json.loads(path.read_text())
-            if stored["settings"] == settings:
-                return stored["piece"]
-        piece = compute()
+        stored = self.stored(name, settings)
+        if stored is not None:
+            return stored
+        path, piece = self._path(name, "json"), compute()
         if path is not None:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps({"settings": settings, "piece": piece}))
@@ -46,10 +43,22 @@ class Pieces:
         print(f"finished {name}", file=sys.stderr, flush=True)
         return json.loads(json.dumps(piece))
 
+    def stored(self, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the stored piece with this name, or None if there is none with these settings."""
+        path = self._path(name, "json")
+        if path is None or not path.exists():
+            return None
+        stored = json.loads(path.read_text())
+        return stored["piece"] if stored["settings"] == json.loads(json.dumps(settings)) else None
+
     def load(
         self, name: str, settings: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        """Restore an unfinished training and the random state, and return its notes: empty if there is none."""
+        """Restore the state of an unfinished training and of the random numbers.
+
+        Returns:
+            The notes that were saved with it; empty if nothing was saved.
+        """
         path = self._path(name, "pt")
         if path is None or not path.exists():
             return {}

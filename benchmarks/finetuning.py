@@ -10,19 +10,20 @@ folder of the runs and not run again. Writes a page and its CSV to benchmarks/re
 import argparse
 import copy
 import datetime
-import json
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from _finetuning_nets import NETS, Net, Split
 from _memory_page import Row, mib, table, write_csv
+from _pieces import Pieces
 from torch import Tensor, nn
 
 import revnet
@@ -254,39 +255,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only-train", action="store_true", help="train the networks on their first tasks, and stop")
     parser.add_argument("--only-run", action="store_true", help="run the pieces, and write no page")
     given = parser.parse_args(arguments)
-    given.runs.mkdir(parents=True, exist_ok=True)
+    pieces, results = Pieces(given.runs), {}
     for name in given.nets:
         model = pretrained(name, NETS[name], given.data, given.runs)
         if not given.only_train:
-            adapt(name, NETS[name], model, given.data, given.runs, given.seeds)
+            results[name] = adapt(name, NETS[name], model, given.data, pieces, given.seeds)
     if not (given.only_train or given.only_run):
-        write_page(given.nets, given.runs, shlex.join(["python", "benchmarks/finetuning.py", *arguments]))
+        write_page(results, given.runs, shlex.join(["python", "benchmarks/finetuning.py", *arguments]))
 
 
-def adapt(name: str, net: Net, model: nn.Module, data: Path, runs: Path, seeds: Sequence[int]) -> None:
-    """Run the pieces of one network that are missing."""
+def adapt(
+    name: str, net: Net, model: nn.Module, data: Path, pieces: Pieces, seeds: Sequence[int]
+) -> tuple[list[str], list[Row]]:
+    """Run the pieces of one network that are missing. Return the methods with equal updates, and a row of each run."""
     split = net.second(data)
-    path = runs / f"{name}-equal.json"
-    if not path.exists():
-        path.write_text(json.dumps(check_equal_updates(net, model, split)))
+    settings = {"num_epochs": net.num_epochs, "rates": net.rates, "num_samples": len(split.x)}
+    equal = pieces.get(f"{name}-equal", settings, lambda: {"methods": check_equal_updates(net, model, split)})
+    rows = []
     for seed in seeds:
         for method in net.methods or METHODS:
             stem = "".join(character if character.isalnum() else "_" for character in method)
-            path = runs / f"{name}-{stem}-{seed}.json"
-            if not path.exists():
-                path.write_text(json.dumps(run_once(name, net, model, split, method, seed)))
+            run = partial(run_once, name, net, model, split, method, seed)
+            rows.append(pieces.get(f"{name}-{stem}-{seed}", settings | {"method": str(METHODS[method])}, run))
+    return equal["methods"], rows
 
 
-def write_page(names: Sequence[str], runs: Path, command: str) -> None:
+def write_page(results: Mapping[str, tuple[list[str], list[Row]]], runs: Path, command: str) -> None:
     """Write the page and its CSV."""
     rows: list[Row] = []
     lines = ["# Fine-tuning after conversion", "", *describe_machine(command), "", *INTRODUCTION, ""]
-    for name in names:
-        own = [json.loads(path.read_text()) for path in sorted(runs.glob(f"{name}-*-*.json"))]
+    for name, (equal, own) in results.items():
         rows += own
         net = NETS[name]
         first = f"{100 * torch.load(runs / f'{name}.pt')['accuracy']:.1f} %" if net.first else "none"
-        equal = json.loads((runs / f"{name}-equal.json").read_text())
         lines += [
             f"## {name}",
             "",

@@ -15,7 +15,6 @@ its CSVs to benchmarks/results/.
 
 import argparse
 import datetime
-import json
 import math
 import shlex
 import statistics
@@ -23,16 +22,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _memory_page import Row, Section, mib, table, write_csv
+from _pieces import Pieces
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from revnet import FixedPoint
-from revnet._atomic_file import write_text
 from revnet._hardware import hardware_name
 from revnet._provenance import describe_machine
 from revnet.memory import measure
@@ -133,21 +133,15 @@ def make_model(variant: Variant, sizes: Sizes, vocab_size: int) -> ReversibleTra
     )
 
 
-def train(variant: Variant, sizes: Sizes, text: Text, folder: Path) -> dict[str, Any]:
+def train(variant: Variant, sizes: Sizes, text: Text, pieces: Pieces) -> dict[str, Any]:
     """Train a piece from its last state on, and return its figures."""
     model = make_model(variant, sizes, len(text.characters))
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.lr, betas=(0.9, 0.99), weight_decay=0.1)
-    state_file = folder / f"{variant.name}.pt"
-    first, figures = 0, {"rows": [], "seconds": []}
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state["sizes"] == asdict(sizes):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, figures = state["update"], state["figures"]
+    notes = pieces.load(variant.name, asdict(sizes), model, optimizer)
+    first, figures = notes.get("update", 0), notes.get("figures", {"rows": [], "seconds": []})
     for update in range(first, sizes.num_updates + 1):
         if update % SAVE_EVERY == 0 and update > first:
-            _save(state_file, sizes, update, model, optimizer, figures)
+            pieces.save(variant.name, asdict(sizes), model, optimizer, {"update": update, "figures": figures})
         if update % REPORT_EVERY == 0 or update == sizes.num_updates:
             figures["rows"].append(_row(variant, sizes, text, model, update))
             print(variant.name, figures["rows"][-1], file=sys.stderr, flush=True)
@@ -160,12 +154,6 @@ def train(variant: Variant, sizes: Sizes, text: Text, folder: Path) -> dict[str,
     figures |= {"peak_bytes": step.activation_bytes, "generation": _generate(model, text)}
     figures["num_parameters"] = sum(parameter.numel() for parameter in model.parameters())
     return figures
-
-
-def _save(path: Path, sizes: Sizes, update: int, model: Any, optimizer: Any, figures: dict[str, Any]) -> None:
-    state = {"sizes": asdict(sizes), "update": update, "model": model.state_dict(), "figures": figures}
-    torch.save(state | {"optimizer": optimizer.state_dict()}, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
 
 
 def _update(variant: Variant, sizes: Sizes, text: Text, model: Any, optimizer: Any, update: int) -> None:
@@ -328,18 +316,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = Sizes(given.depth, given.dim, given.length, given.batch_size, given.num_updates, given.lr, given.seed)
     if min(sizes.depth, sizes.dim, sizes.length, sizes.batch_size, sizes.num_updates) < 1:
         parser.error("sizes must be positive")
-    given.work_dir.mkdir(parents=True, exist_ok=True)
-    text = Text(given.data)
+    text, pieces, settings = Text(given.data), Pieces(given.work_dir), asdict(sizes)
     done = {}
     for variant in VARIANTS:
-        file = given.work_dir / f"{variant.name}.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        if known.get("sizes") != asdict(sizes):
-            if given.report or variant.name not in given.only:
-                continue
-            known = {"sizes": asdict(sizes), **train(variant, sizes, text, given.work_dir)}
-            write_text(file, json.dumps(known))
-        done[variant] = known
+        known = pieces.stored(variant.name, settings)
+        if known is None and not given.report and variant.name in given.only:
+            known = pieces.get(variant.name, settings, partial(train, variant, sizes, text, pieces))
+        if known is not None:
+            done[variant] = known
     if not done:
         parser.error("no piece is finished; leave out --report")
     stem = f"forms_{hardware_name()}_{datetime.date.today()}"

@@ -156,7 +156,7 @@ def last_loss(result: dict[str, Any]) -> float:
 
 
 def has_stalled(result: dict[str, Any]) -> bool:
-    """Return whether a training is no better than a guess, or has diverged."""
+    """Return whether the last loss of a training is close to the loss of a guess, or not a number."""
     return not last_loss(result) < STALLED * GUESS
 
 
