@@ -56,3 +56,9 @@ class ConversionSchedule:
         if not is_integer(update) or update < 0:
             raise ValueError(f"`update` (={describe(update)}) must be a number of updates, from 0 up.")
         return self.start.between(self.end, min(1.0, update / self.num_updates))
+
+
+def check_schedule(schedule: object) -> None:
+    """Raise unless `schedule` is a `ConversionSchedule`."""
+    if not isinstance(schedule, ConversionSchedule):
+        raise TypeError(f"`schedule` (={describe(schedule)}) must be a `ConversionSchedule`.")

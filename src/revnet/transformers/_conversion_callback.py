@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from revnet._checks import describe
 from revnet.conversion import ConversionSchedule, set_method
+from revnet.conversion._schedule import check_schedule
 
 
 class ConversionCallback(TrainerCallback):
@@ -22,8 +22,7 @@ class ConversionCallback(TrainerCallback):
     """
 
     def __init__(self, schedule: ConversionSchedule) -> None:
-        if not isinstance(schedule, ConversionSchedule):
-            raise TypeError(f"`schedule` (={describe(schedule)}) must be a `ConversionSchedule`.")
+        check_schedule(schedule)
         self.schedule = schedule
 
     def on_step_begin(
