@@ -18,7 +18,7 @@ from revnet.training import LanguageConfig, LanguageModel, load_language_model, 
 from revnet.training.export.inference import read_inference
 from revnet.training.push_run import push
 from tests.data.tokens.samples import small_tokenizer
-from tests.training.samples import RUN_FILES, assert_same_run, train_and_resume
+from tests.training.samples import RUN_FILES, SMALL_LANGUAGE_RUN, assert_same_run, train_and_resume
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
@@ -27,18 +27,7 @@ TEXT = (
     "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))[:60_000]
     + "Äß 猫 🎉\r\n\t \x1c x\n\n\n y" * 20
 )
-SMALL = {
-    "length": 16,
-    "depth": 2,
-    "dim": 16,
-    "num_heads": 2,
-    "batch_size": 8,
-    "epochs": 2,
-    "updates_per_epoch": 5,
-    "lr": 1e-2,
-    "num_threads": 1,
-    "val_windows": 100,
-}
+SMALL = {**SMALL_LANGUAGE_RUN, "val_windows": 100}
 BPE = {"tokenizer": "bpe", "vocab_size": 300}
 
 

@@ -124,6 +124,19 @@ def newest_checkpoint(folder: Path) -> Path:
     return checkpoint.path
 
 
+SMALL_LANGUAGE_RUN = {
+    "length": 16,
+    "depth": 2,
+    "dim": 16,
+    "num_heads": 2,
+    "batch_size": 8,
+    "epochs": 2,
+    "updates_per_epoch": 5,
+    "lr": 1e-2,
+    "num_threads": 1,
+}
+"""Settings of a language model that trains in a moment."""
+
 RUN_FILES = [
     "best.safetensors",
     "checkpoints",

@@ -13,19 +13,9 @@ from revnet.errors import CheckpointError
 from revnet.memory import measure
 from revnet.training import LanguageConfig, LanguageModel, load_language_model, resume, train
 from revnet.training.push_run import push
-from tests.training.samples import RUN_FILES, assert_same_run, train_and_resume
+from tests.training.samples import RUN_FILES, SMALL_LANGUAGE_RUN, assert_same_run, train_and_resume
 
-SMALL = {
-    "length": 16,
-    "depth": 2,
-    "dim": 16,
-    "num_heads": 2,
-    "batch_size": 8,
-    "epochs": 2,
-    "updates_per_epoch": 5,
-    "lr": 1e-2,
-    "num_threads": 1,
-}
+SMALL = SMALL_LANGUAGE_RUN
 VERSES = [f"Verse {number}: hickory, dickory, dock, ä. " * (1 + number % 3) for number in range(30)]
 
 

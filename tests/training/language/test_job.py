@@ -19,19 +19,9 @@ from revnet.training import (
     load_language_model,
     train,
 )
-from tests.training.samples import RUN_FILES, assert_same_run, read_log, train_and_resume
+from tests.training.samples import RUN_FILES, SMALL_LANGUAGE_RUN, assert_same_run, read_log, train_and_resume
 
-SMALL = {
-    "length": 16,
-    "depth": 2,
-    "dim": 16,
-    "num_heads": 2,
-    "batch_size": 8,
-    "epochs": 2,
-    "updates_per_epoch": 5,
-    "lr": 1e-2,
-    "num_threads": 1,
-}
+SMALL = SMALL_LANGUAGE_RUN
 RHYME = "Hickory, dickory, dock, the mouse ran up the clock.\n"
 
 
