@@ -107,6 +107,23 @@ def test_killed_worker(tmp_path):
     assert message.startswith((reason, "a process that loads data was killed by "))
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, ConnectionRefusedError, EOFError])
+def test_worker_killed_while_it_hands_over_a_batch(tmp_path, monkeypatch, error):
+    data = write_image_folder(tmp_path / "data", num_images=12)
+    config = TrainConfig(data=str(data), image_size=8, batch_size=4, num_workers=1, val_fraction=0, save_every=1)
+
+    def lose_connection(*_):
+        raise error
+
+    def break_connection():
+        for name in ("rebuild_storage_fd", "rebuild_storage_filename"):
+            monkeypatch.setattr(torch.multiprocessing.reductions, name, lose_connection)
+
+    message = fail(config, 2, break_connection, tmp_path / "run")
+    assert message.startswith("a process that loads data was killed, which is often due to a lack of memory; ")
+    assert explain(error(), tmp_path) is None
+
+
 def test_explains_a_worker_that_is_killed_while_a_checkpoint_is_written(tmp_path):
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 173312 vs 173208")
     error.__context__ = RuntimeError("DataLoader worker (pid 15212) is killed by signal: Killed.")

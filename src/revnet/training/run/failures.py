@@ -2,6 +2,7 @@
 
 import errno
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,9 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return ProcessError(f"the machine is out of memory; free some, and {resume}.")
     # The signal of a killed process may come while a checkpoint is written, and then the writer fails too.
-    if worker := next(filter(None, map(_WORKER.search, _texts(error))), None):
-        reason = f" by {worker[2]}" if worker[2] else ""
+    worker = next(filter(None, map(_WORKER.search, _texts(error))), None)
+    if worker or _lost_worker(error):
+        reason = f" by {worker[2]}" if worker and worker[2] else ""
         return ProcessError(
             f"a process that loads data was killed{reason}, which is often due to a lack of memory; {resume}, with "
             "fewer `--num-workers` to need less, and a container may need more `--shm-size`."
@@ -39,6 +41,14 @@ def explain(error: Exception, folder: Path) -> RevnetError | None:
     if isinstance(error, OSError):
         return _explain_os_error(error, folder, resume)
     return None
+
+
+def _lost_worker(error: Exception) -> bool:
+    """Whether a process that loads data ended while it handed over the memory of a batch."""
+    if not isinstance(error, EOFError | ConnectionError):
+        return False
+    files = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    return any(file.endswith("torch/utils/data/dataloader.py") for file in files)
 
 
 def _texts(error: BaseException) -> Iterator[str]:
