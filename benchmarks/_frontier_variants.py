@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.bench._torch_methods import Checkpointed
 from revnet.bench.cases import CASES, Case, FunctionPair
-from revnet.bench.methods import METHODS, Checkpointed, Method
+from revnet.bench.methods import METHODS, Method
 from revnet.models.resnet import BottleneckResidual
 from revnet.nn import AbstractPolicy
 

@@ -11,6 +11,7 @@ from revnet.bench._runner import gradient_error
 from revnet.bench.host import HostRunner, HostTimes
 from revnet.bench.host_cases import HOST_CASES, HOST_METHODS, LOOP
 from revnet.bench.methods import Method
+from tests.bench.methods import marked
 
 CPU = torch.device("cpu")
 
@@ -21,7 +22,7 @@ def fail(*_):
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch warns about old code in other libraries
 @pytest.mark.parametrize("case", HOST_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("method", HOST_METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", marked(HOST_METHODS))
 def test_gradients_equal_plain_autograd(method, case):
     if method.missing():
         pytest.skip(method.missing())
@@ -40,8 +41,8 @@ def test_gradients_equal_plain_autograd(method, case):
 @pytest.fixture
 def small(monkeypatch):
     """Run two rounds of two blocks, with one library that is missing and one method that fails."""
-    methods = [*HOST_METHODS, Method("absent", "", fail, "no-such-package-of-revnet")]
-    methods.append(Method("failing", "", fail))
+    methods = [method for method in HOST_METHODS if not method.is_compiled]
+    methods += [Method("absent", "", fail, "no-such-package-of-revnet"), Method("failing", "", fail)]
     for module in (host, host_report):
         monkeypatch.setattr(module, "HOST_METHODS", methods)
     monkeypatch.setattr(host_report, "measure_host", lambda num_rounds: host.measure_host(num_rounds, num_blocks=2))

@@ -6,6 +6,7 @@ import torch
 from revnet.bench import CASES, METHODS
 from revnet.bench._runner import Runner, gradient_error
 from revnet.bench.methods import PLAIN, Method
+from tests.bench.methods import marked
 
 CPU = torch.device("cpu")
 
@@ -17,7 +18,7 @@ def runnable(method):
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch warns about old code in other libraries
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", marked(METHODS))
 def test_gradients_equal_plain_autograd(method, case):
     functions = [(f.double(), g.double()) for f, g in case.functions(5, CPU)]
     expected = Runner(PLAIN, case, functions, CPU, torch.float64).gradients()
@@ -27,7 +28,7 @@ def test_gradients_equal_plain_autograd(method, case):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", marked(METHODS))
 def test_steps_are_independent(method, case):
     runner = Runner(runnable(method), case, case.functions(3, CPU), CPU)
     first = runner.gradients()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from revnet.bench._profiled_bytes import profile_step
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.bench.cases import Case, FunctionPair
 from revnet.bench.methods import Method
@@ -48,6 +49,7 @@ class Runner:
     ):
         split_dim = case.split_dim if method.split_dim is None else method.split_dim
         self.device = device
+        self.is_compiled = method.is_compiled
         self.module = method.make(functions, split_dim)
         self.parameters = [parameter for f, g in functions for h in (f, g) for parameter in h.parameters()]
         self._buffers = [buffer for f, g in functions for h in (f, g) for buffer in h.buffers()]
@@ -85,12 +87,14 @@ class Runner:
         return self._seconds(self.fresh_input(), backward=False)
 
     def memory(self) -> StepBytes:
-        """Return the memory of one step: counted on the CPU, read from the allocator on CUDA."""
+        """Return the memory of one step: counted on the CPU, read from the allocator on CUDA or in compiled code."""
         self.zero_grad()
         x = self.fresh_input()
         x.grad = torch.zeros_like(x)
         gc.collect()
-        return self._allocated(x) if self.device.type == "cuda" else self._counted(x)
+        if self.device.type == "cuda":
+            return self._allocated(x)
+        return self._profiled(x) if self.is_compiled else self._counted(x)
 
     def _seconds(self, x: Tensor, *, backward: bool) -> float:
         self.zero_grad()
@@ -121,6 +125,11 @@ class Runner:
             held_bytes = counter.live_bytes
             loss.backward()
         return StepBytes(peak_bytes=counter.peak_bytes, held_bytes=held_bytes)
+
+    def _profiled(self, x: Tensor) -> StepBytes:
+        self.loss(self.fresh_input()).backward()  # compiles
+        gc.collect()
+        return StepBytes(*profile_step(lambda: self.loss(x)))
 
     def _allocated(self, x: Tensor) -> StepBytes:
         self.loss(self.fresh_input()).backward()  # libraries allocate their workspaces in the first step

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import revnet
+from revnet.bench._torch_methods import Loop
 from revnet.bench.cases import Attention, Case, FunctionPair, feed_forward
-from revnet.bench.methods import METHODS, Group, Method
+from revnet.bench.methods import METHODS, Method
 from revnet.nn import AbstractPolicy, Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 
 
@@ -37,24 +37,6 @@ HOST_CASES: Sequence[Case] = (
         split_dim=2,
     ),
 )
-
-
-class Loop(nn.Module):
-    """Plain autograd: a loop over the blocks between `chunk` and `cat`.
-
-    Args:
-        functions: Residual functions of all blocks.
-        split_dim: Dimension along which the streams are concatenated.
-    """
-
-    def __init__(self, functions: Sequence[FunctionPair], split_dim: int):
-        super().__init__()
-        self.blocks = Group(functions)
-        self.split_dim = split_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks."""
-        return torch.cat(self.blocks(*x.chunk(2, self.split_dim)), self.split_dim)
 
 
 def _sequence(policy: AbstractPolicy, *, is_exact: bool = False) -> Callable[[Sequence[FunctionPair], int], nn.Module]:
@@ -91,7 +73,7 @@ HOST_METHODS: Sequence[Method] = (
         _revtorch_by_default,
         "revtorch",
     ),
-    *map(_known, ("revlib", "memcnn", "checkpoint")),
+    *map(_known, ("revlib", "memcnn", "checkpoint", "selective checkpoint", "save_on_cpu", "compile, budget")),
     Method("revnet, Reverse()", "`ReversibleSequential(..., policy=Reverse())`, the default", _sequence(Reverse())),
     Method(
         "revnet, hold",

@@ -27,8 +27,13 @@ _COLORS = {
     "checkpoint": STORED,
     "checkpoint sqrt": CHECKPOINT_SQRT,
     "checkpoint recursive": CHECKPOINT_RECURSIVE,
+    "selective checkpoint": "#bb7744",
+    "save_on_cpu": "#999999",
+    "compile, budget": "#bb4477",
     "revnet": REVERSIBLE,
     "revnet, last stored": REVERSIBLE_LIGHT,
+    "revnet, hold": "#3377cc",
+    "revnet, hold and keep": "#66a3d9",
 }
 _LIBRARY_COLORS = (PURPLE, GREEN, "#66aacc", "#884422", "#555599", "#999933")
 
