@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BATCH = 64
 IMAGE_SIZE = 32
 CONTEXT = 128
 
@@ -165,6 +166,8 @@ class Net:
     keeps_head: bool
     num_epochs: tuple[int, int]
     rates: tuple[float, float]
+    batch_size: int = BATCH
+    """Number of samples of an update of the second task."""
     methods: tuple[str, ...] = ()
     """Names of the methods; empty for all."""
 
@@ -248,8 +251,11 @@ NETS: Mapping[str, Net] = {
         lambda folder: cifar(folder, range(5), 25_000),
         digits,
         keeps_head=False,
-        num_epochs=(5, 16),
-        rates=(1e-3, 1e-3),
+        num_epochs=(5, 12),
+        rates=(1e-3, 5e-4),
+        batch_size=16,
     ),
-    "gpt": Net(SmallGPT, shakespeare, python_manual, keeps_head=True, num_epochs=(3, 6), rates=(1e-3, 5e-4)),
+    "gpt": Net(
+        SmallGPT, shakespeare, python_manual, keeps_head=True, num_epochs=(3, 6), rates=(1e-3, 5e-4), batch_size=16
+    ),
 }
