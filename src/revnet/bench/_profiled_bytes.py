@@ -22,7 +22,7 @@ def profile_step(forward: Callable[[], Tensor]) -> tuple[int, int]:
         the start. Memory inside kernels is included.
     """
     # One profile for both passes, since it knows only blocks that were allocated while it runs.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         loss = forward()
         torch.empty(_MARK, dtype=torch.uint8)
         loss.backward()

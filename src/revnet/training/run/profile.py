@@ -48,8 +48,10 @@ class ProfileUpdates(Callback):
         if self._profile is None and trainer.global_step == self._first:
             activities = {"cuda": ProfilerActivity.CUDA, "xpu": ProfilerActivity.XPU}
             on_device = [activities[kind] for kind in activities if kind == pl_module.device.type]
-            self._profile = profile(activities=[ProfilerActivity.CPU, *on_device])
-            self._profile.start()
+            # One cycle has all events, but PyTorch 2.11 warns that it clears them unless they accumulate.
+            recorder = profile(activities=[ProfilerActivity.CPU, *on_device], acc_events=True)
+            recorder.start()
+            self._profile = recorder
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
