@@ -135,6 +135,33 @@ def without_compiled_functions() -> Iterator[None]:
                 yield
 
 
+@contextmanager
+def unseen_sharding_trials() -> Iterator[None]:
+    """Hide from the active modes the operations with which DTensor finds the shape of a result.
+
+    Needed until 2.11, where an optimizer's step causes new trials, since its scalars are new, and the modes count what
+    no process allocates. In later releases, the trials end with the warm-up.
+    """
+    if RELEASE >= (2, 12):
+        yield
+        return
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    name = "_propagate_tensor_meta_non_cached"
+    try_shapes = getattr(ShardingPropagator, name)
+
+    def try_unseen(*args: Any) -> Any:
+        with _disable_current_modes():
+            return try_shapes(*args)
+
+    setattr(ShardingPropagator, name, try_unseen)
+    try:
+        yield
+    finally:
+        setattr(ShardingPropagator, name, try_shapes)
+
+
 @constant_while_tracing
 def has_autocast(device_type: str) -> bool:
     """Return whether PyTorch supports autocast on a type of device.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from revnet._model_output import explain_no_gradient
 from revnet._torch_internals import FakeTensorMode
+from revnet._torch_release import unseen_sharding_trials
 from revnet.errors import PredictionError
 from revnet.memory.distributed._equal_blocks import EqualBlocks, copy_to_meta
 from revnet.memory.distributed._fake_processes import fake_processes
@@ -121,7 +122,7 @@ def passes_of(
 @contextmanager
 def counting() -> Iterator[ProcessLog]:
     """Count the operations on fake tensors of the CPU."""
-    with CpuKernels(), ProcessLog() as log:
+    with unseen_sharding_trials(), CpuKernels(), ProcessLog() as log:
         yield log
 
 
