@@ -25,7 +25,7 @@ def test_summary_shows_accuracy_time_memory_and_paths(revnet, tmp_path):
     assert "(error " in summary[0]
     assert "of 360 wrong), last weights" in summary[0]
     assert "best on validation (epoch " in summary[1]
-    assert " ms, median of updates of 400 images" in summary[2]
+    assert re.fullmatch(r"step time +[\d.]+ (ms|s), median of updates of 400 images", summary[2])
     assert "MiB at the peak of a step of 400 images, reversible" in summary[3]
     assert "MiB for the stored twin, " in summary[4]
     for line in summary[5:]:
