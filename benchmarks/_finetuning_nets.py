@@ -251,11 +251,11 @@ NETS: Mapping[str, Net] = {
         lambda folder: cifar(folder, range(5), 25_000),
         digits,
         keeps_head=False,
-        num_epochs=(5, 12),
+        num_epochs=(5, 8),
         rates=(1e-3, 5e-4),
         batch_size=16,
     ),
     "gpt": Net(
-        SmallGPT, shakespeare, python_manual, keeps_head=True, num_epochs=(3, 6), rates=(1e-3, 5e-4), batch_size=16
+        SmallGPT, shakespeare, python_manual, keeps_head=True, num_epochs=(3, 4), rates=(1e-3, 5e-4), batch_size=16
     ),
 }
