@@ -337,7 +337,8 @@ def write_page(results: Mapping[str, Adaptation], runs: Path, command: str) -> N
             *table(COLUMNS, [cells_of(method, found) for method in net.methods or METHODS]),
             "",
         ]
-    stem = f"finetuning_{hardware_name()}_{datetime.date.today()}"
+    theme = "finetuning" if len(results) == len(NETS) else "-".join(("finetuning", *results))
+    stem = f"{theme}_{hardware_name()}_{datetime.date.today()}"
     write_csv(rows, RESULTS / f"{stem}.csv")
     (RESULTS / f"{stem}.md").write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(lines))

@@ -31,7 +31,7 @@ def finetuning(tmp_path, monkeypatch):
 
     def run(*more):
         script.main([*arguments, *more])
-        return [path.read_text() for path in tmp_path.glob("finetuning_*.md")]
+        return [path.read_text() for path in tmp_path.glob("finetuning-vit_*.md")]
 
     return script, run
 
