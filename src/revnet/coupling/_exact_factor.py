@@ -1,9 +1,8 @@
 """Products of integers with a factor, rounded, and the bits that undo the rounding.
 
 Streams are integers `k` in steps of 2^-fraction_bits. Only the product `a k` loses information: with `|a| = p / 256`,
-it is rounded to `q = floor((p k + 128) / 256)`. At most `ceil(1 / |a|)` integers have the same rounded product, and they
-are neighbors, so a number below `ceil(1 / |a|)`, the place of `k` among them, tells them apart. The forward pass keeps
-these numbers, packed into bytes.
+it is rounded to `floor((p k + 128) / 256)`. At most `ceil(1 / |a|)` integers have the same rounded product, and they
+are neighbors. The forward pass keeps the place of each `k` among these, counted from 0 and packed into bytes.
 
 Arithmetic is exact everywhere. Floating-point numbers serve as integers, because operations on them are many times
 faster than on 64-bit integers:
