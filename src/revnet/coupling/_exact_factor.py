@@ -106,7 +106,9 @@ class ExactFactor:
         dtype, scale = self._dtype_for(x), 2.0**self.fraction_bits
         if dtype == torch.int64:
             product = _steps(x, dtype, scale).mul_(self.num_parts).add_(NUM_PARTS // 2)
-            places = (product & (NUM_PARTS - 1)).div_(self.num_parts, rounding_mode="floor") if keeps else None
+            rest = product & (NUM_PARTS - 1) if keeps else None
+            # In float64, which divides faster. Half a part keeps a quotient off the boundary.
+            places = None if rest is None else rest.to(torch.float64).add_(0.5).div_(self.num_parts).floor_()
             return product.bitwise_right_shift_(_SHIFT), places
         product = _scaled(x, dtype, scale * self.num_parts / NUM_PARTS)
         if self.num_parts == NUM_PARTS:
