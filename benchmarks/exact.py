@@ -3,11 +3,13 @@
     python benchmarks/exact.py --exactness --depth 1024 --num-steps 200
     python benchmarks/exact.py --depths 10,100,1000,10000
     python benchmarks/exact.py --cost
+    python benchmarks/exact.py --conversion --batch-size 64
 
 Small networks learn scikit-learn's digits. `--exactness` trains a reversed network and its stored twin and compares
 every bit of the rebuilt inputs, the gradients and the final weights. `--depths` counts the memory of a step at
 increasing depth. `--cost` times steps of exact and floating-point reversal, interleaved in one process, and the drift
-check of every run. Each option writes a table and its CSV to benchmarks/results/.
+check of every run. `--conversion` times converted networks next to ordinary ones. Each option writes a table and its
+CSV to benchmarks/results/.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _exact_conversion import conversion_section
 from _memory_page import Row, Section, table, write_csv
 from torch import Tensor, nn
 
@@ -423,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exactness", action="store_true")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--conversion", action="store_true")
     parser.add_argument("--depths", help="numbers of blocks, such as 10,100,1000,10000")
     parser.add_argument("--depth", type=int, default=1024, help="for --exactness")
     parser.add_argument("--kinds", default="conv,transformer", help="for --exactness")
@@ -432,9 +436,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out-dir", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    if not (given.exactness or given.cost or given.depths):
-        parser.error("nothing to measure; pass --exactness, --depths or --cost")
-    options = ["--exactness"] * given.exactness + ["--cost"] * given.cost
+    if not (given.exactness or given.cost or given.conversion or given.depths):
+        parser.error("nothing to measure; pass --exactness, --depths or --cost, or --conversion")
+    options = ["--exactness"] * given.exactness + ["--cost"] * given.cost + ["--conversion"] * given.conversion
     options += [f"--depths {given.depths}"] if given.depths else []
     options += [f"--depth {given.depth} --kinds {given.kinds}"] if given.exactness else []
     options += [f"--precisions {given.precisions}"] if given.exactness and "," not in given.precisions else []
@@ -445,6 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (given.exactness, "exact", exactness_section),
         (given.depths, "exact-depths", depths_section),
         (given.cost, "exact-cost", cost_section),
+        (given.conversion, "exact-conversion", lambda given: conversion_section(given.num_steps, given.batch_size)),
     ):
         if is_selected:
             section = section_of(given)

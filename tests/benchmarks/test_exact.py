@@ -62,6 +62,23 @@ def test_cost(run, monkeypatch):
     assert "| tiny |" in page
 
 
+def test_conversion(run, monkeypatch):
+    part = import_module("_exact_conversion")
+    monkeypatch.setattr(part, "networks", lambda batch_size: [("tiny", *_tiny(batch_size))])
+    page, rows = run("--conversion", "--num-steps", "2", "--batch-size", "4")
+    assert [row["way"] for row in rows[:3]] == ["ordinary", "Rewire()", "Rewire(), stored"]
+    assert len(rows) == 1 + 2 * len(part.METHODS)
+    assert float(rows[0]["step"]) == 1
+    assert all(float(row["step"]) > 0 for row in rows)
+    assert "| tiny | BDIA(0.25), stored |" in page
+
+
+def _tiny(batch_size):
+    network = import_module("_finetuning_nets").SmallGPT(7, dim=8, depth=3)
+    tokens = torch.randint(0, 7, (batch_size, 6))
+    return network, tokens[:, :-1], tokens[:, 1:]
+
+
 def test_rejects_an_empty_selection(capsys):
     with pytest.raises(SystemExit, match="2"):
         import_module("exact").main([])

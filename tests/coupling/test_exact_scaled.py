@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
+from revnet import Checkpoint, FixedPoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
 from revnet.coupling import ExactScaled, Scaled
 from revnet.memory import measure, predict
 from tests.helpers import mlp, squares
@@ -48,6 +48,49 @@ def test_every_integer_is_restored(a, is_wide):
     assert (y - (coupling.a * x + residual)).abs().max() <= 1 / 16 + 1e-5  # half a step for each of two roundings
     assert coupling.inverse_kept(y, residual, kept, in_place=True) is y
     assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 16, 32, 64, 100, 128, 179, 255, 256, 300, 512, 1023])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("is_wide", "num_bits"), [(False, 24), (True, 53)], ids=["float32", "float64"])
+def test_products_equal_those_of_python_integers(num_parts, sign, is_wide, num_bits):
+    coupling = ExactScaled(Scaled(sign * num_parts / 256), 4, is_wide=is_wide)
+    ends = [2**num_bits - distance for distance in range(1, 300)]
+    integers = [*range(-300, 300), *ends, *[-end for end in ends]]
+    # Adding the same product with a residual keeps the result in range for every factor.
+    products = [sign * ((num_parts * k + 128) >> 8) for k in integers]
+    halves = [product // 2 for product in products]
+    dtype = torch.float64 if is_wide else torch.float32
+    x = torch.tensor(integers, dtype=torch.float64).to(dtype) / 16
+    residual = -torch.tensor(halves, dtype=torch.float64).to(dtype) / 16
+    halves = (-residual.double() * 16).long().tolist()  # Beyond the range, the dtype has rounded them.
+    y, kept = coupling.forward_keeping(x, residual)
+    expected = [product - half for product, half in zip(products, halves, strict=True)]
+    inside = torch.tensor([abs(step) < 2**num_bits for step in expected])
+    assert inside.sum() >= 600
+    assert torch.equal((y.double() * 16)[inside], torch.tensor(expected, dtype=torch.float64)[inside])
+    assert torch.equal(coupling.inverse_kept(y, residual, kept)[inside], x[inside])
+
+
+@pytest.mark.parametrize("a", [0.5, -0.5, 0.7, -0.7, -1.0])
+def test_a_zero_has_no_sign(a):
+    coupling = ExactScaled(Scaled(a))
+    x, residual = torch.zeros(3), torch.tensor([0.0, -0.0, -(2.0**-20)])
+    y, kept = coupling.forward_keeping(x, residual)
+    for zero in (y, coupling.inverse_kept(y, residual, kept)):
+        assert torch.equal(zero, x)
+        assert not zero.signbit().any()
+
+
+# PyTorch raises this warning itself when it traces any custom `autograd.Function`.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_factor_of_one_is_the_fixed_point_coupling():
+    sequence, twin = (stack(coupling, 3) for coupling in (ExactScaled(Scaled()), FixedPoint()))
+    twin.load_state_dict(sequence.state_dict())
+    x = torch.randn(5, 8, requires_grad=True)
+    assert_same_bits(outcome(sequence, x, Reverse()), outcome(twin, x, Reverse()))
+    compiled = torch.compile(copy.deepcopy(sequence), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), sequence(x))
 
 
 @pytest.mark.parametrize("a", [0.5, -0.5, 0.7, 0.9, 0.25, 0.1])

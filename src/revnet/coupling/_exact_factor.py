@@ -2,8 +2,14 @@
 
 Streams are integers `k` in steps of 2^-fraction_bits. Only the product `a k` loses information: with `|a| = p / 256`,
 it is rounded to `floor((p k + 128) / 256)`. At most `ceil(1 / |a|)` integers have the same rounded product, and they
-are neighbors, so the lowest `ceil(log2(ceil(1 / |a|)))` bits of `k` tell them apart. The forward pass keeps these bits,
-packed into bytes.
+are neighbors. The forward pass keeps the place of each `k` among these, counted from 0 and packed into bytes.
+
+Arithmetic is exact everywhere. Floating-point numbers serve as integers, because operations on them are many times
+faster than on 64-bit integers:
+
+- A factor of 1/2, 1/4, ... only changes the exponent of `k`, so numbers keep the dtype of the stream.
+- Any other product with an integer of a float32 stream fits the 53 bits of float64.
+- Any other product with an integer of a float64 stream needs 64-bit integers.
 
 References:
     Maclaurin et al. (2015), Gradient-based Hyperparameter Optimization through Reversible Learning, section 2.2.
@@ -43,6 +49,11 @@ class ExactFactor:
         needed = (num_alike - 1).bit_length()
         return next(bits for bits in (0, 1, 2, 4, 8) if bits >= needed)
 
+    @property
+    def is_shift(self) -> bool:
+        """Whether the magnitude is 1, 1/2, 1/4, ..., so that a product only changes the exponent."""
+        return NUM_PARTS % self.num_parts == 0
+
     def combine(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the rounded product with the stream plus the rounded residual."""
         y: Tensor
@@ -64,27 +75,68 @@ class ExactFactor:
     def separate_kept(self, y: Tensor, residual: Tensor, kept: Tensor | None, *, in_place: bool) -> Tensor:
         """Undo `combine_keeping`."""
         scale = 2.0**self.fraction_bits
-        rounded = _steps(y, y.dtype, scale).sub_(_steps(residual, y.dtype, scale))
-        self._apply_sign(rounded)
-        # The lowest integer with this rounded product.
-        lowest = rounded.mul_(NUM_PARTS).sub_(NUM_PARTS // 2 - self.num_parts + 1)
-        lowest = lowest.div_(self.num_parts, rounding_mode="floor")
+        if not self.is_shift:
+            x = self._lowest(_steps(y, self._dtype_for(y), scale).sub_(_steps(residual, self._dtype_for(y), scale)))
+            if kept is not None:
+                x += _unpack(kept, y.shape, self.num_bits).to(x.dtype)
+            x = _from_steps(x, y.dtype, scale)
+            return y.copy_(x) if in_place else x
+        steps = _steps(residual, y.dtype, scale)
+        x = y.sub_(steps, alpha=1 / scale) if in_place else torch.sub(y, steps, alpha=1 / scale)
+        self._apply_sign(x)
         if kept is not None:
-            bits = _unpack(kept, y.shape, self.num_bits)
-            lowest += (bits - lowest) & (2**self.num_bits - 1)
-        x = lowest.to(y.dtype).mul_(1 / scale)
-        return y.copy_(x) if in_place else x
+            num_alike = NUM_PARTS // self.num_parts
+            places = _unpack(kept, y.shape, self.num_bits).to(y.dtype).sub_(num_alike // 2)
+            x.mul_(num_alike).add_(places, alpha=1 / scale)
+        return x
 
     def value(self, dtype: torch.dtype) -> float | Tensor:
         """Return the factor: a number, or a tensor if the sign is one."""
         sign = self.sign.to(dtype) if isinstance(self.sign, Tensor) else self.sign
         return sign * (self.num_parts / NUM_PARTS)
 
+    def _dtype_for(self, x: Tensor) -> torch.dtype:
+        """Return a dtype in which products with the integers of a stream are exact."""
+        if self.is_shift:
+            return x.dtype
+        return torch.float64 if x.dtype == torch.float32 else torch.int64
+
+    def _round(self, x: Tensor, *, keeps: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the rounded product with a stream, in steps, and the place of each integer if `keeps` is true."""
+        dtype, scale = self._dtype_for(x), 2.0**self.fraction_bits
+        if dtype == torch.int64:
+            product = _steps(x, dtype, scale).mul_(self.num_parts).add_(NUM_PARTS // 2)
+            rest = product & (NUM_PARTS - 1) if keeps else None
+            # In float64, which divides faster. Half a part keeps a quotient off the boundary.
+            places = None if rest is None else rest.to(torch.float64).add_(0.5).div_(self.num_parts).floor_()
+            return product.bitwise_right_shift_(_SHIFT), places
+        product = _scaled(x, dtype, scale * self.num_parts / NUM_PARTS)
+        if self.num_parts == NUM_PARTS:
+            return product, None
+        if not keeps:
+            return product.add_(0.5).floor_(), None
+        rounded = (product + 0.5).floor_()
+        # From -1/2 to 1/2. Each place takes up `p / 256` of this, so half a part keeps a quotient off the boundary.
+        rest = product.sub_(rounded).mul_(NUM_PARTS / self.num_parts)
+        if self.is_shift:
+            return rounded, rest.add_(NUM_PARTS // 2 // self.num_parts)
+        return rounded, rest.add_((NUM_PARTS // 2 + 0.5) / self.num_parts).floor_()
+
+    def _lowest(self, rounded: Tensor) -> Tensor:
+        """Return the lowest integer with each rounded product, which is overwritten."""
+        self._apply_sign(rounded)
+        least = self.num_parts - NUM_PARTS // 2 - 1
+        if rounded.dtype == torch.int64:
+            return rounded.mul_(NUM_PARTS).add_(least).div_(self.num_parts, rounding_mode="floor")
+        # Half a part keeps the quotient off the boundary, where it could be rounded to the other side.
+        return rounded.mul_(NUM_PARTS / self.num_parts).add_((least + 0.5) / self.num_parts).floor_()
+
     def _apply_sign(self, steps: Tensor) -> None:
+        # Adding 0 turns -0 into 0; a stream that is rebuilt has no -0.
         if isinstance(self.sign, Tensor):
-            steps.mul_(self.sign)
+            steps.mul_(self.sign).add_(0)
         elif self.sign < 0:
-            steps.neg_()
+            steps.neg_().add_(0)
 
 
 class _Combine(torch.autograd.Function):
@@ -93,13 +145,13 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, residual: Tensor, factor: ExactFactor, keeps: bool) -> tuple[Tensor, Tensor | None]:
         scale = 2.0**factor.fraction_bits
-        steps = _steps(x, x.dtype, scale)
-        kept = _pack(steps, factor.num_bits) if keeps else None
-        steps.mul_(factor.num_parts).add_(NUM_PARTS // 2).bitwise_right_shift_(_SHIFT)
+        steps, places = factor._round(x, keeps=keeps)
         factor._apply_sign(steps)
-        steps += _steps(residual, x.dtype, scale)
-        # Integers know no NaN and no infinity, which plain arithmetic would pass on.
-        return torch.add(steps.to(x.dtype).mul_(1 / scale), x + residual, alpha=0), kept
+        y = _from_steps(steps.add_(_steps(residual, steps.dtype, scale)), x.dtype, scale)
+        if steps.dtype == torch.int64:
+            # Integers know no NaN and no infinity, which plain arithmetic would pass on.
+            y = torch.add(y, x + residual, alpha=0)
+        return y, None if places is None else _pack(places, factor.num_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -131,24 +183,37 @@ class _Separate(torch.autograd.Function):
         return gradient, -gradient.to(ctx.dtype), None
 
 
+def _scaled(x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+    """Return a new tensor, `x` times a factor."""
+    return x * factor if x.dtype == dtype else x.to(dtype).mul_(factor)
+
+
 def _steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """Return `x`, rounded to steps of the grid, as integers."""
-    return (x.to(dtype) * scale).round_().to(torch.int64)
+    """Return `x`, rounded to steps of the grid."""
+    if dtype == torch.int64:
+        return _scaled(x, torch.float64, scale).round_().to(dtype)
+    return _scaled(x, dtype, scale).round_()
 
 
-def _pack(steps: Tensor, num_bits: int) -> Tensor:
-    """Return the lowest bits of integers, packed into bytes."""
-    per_byte = 8 // num_bits
-    bits = (steps & (2**num_bits - 1)).to(torch.uint8).flatten()
-    padded = torch.nn.functional.pad(bits, (0, -len(bits) % per_byte)).view(-1, per_byte)
-    packed = padded[:, 0].clone()
-    for index in range(1, per_byte):
-        packed |= padded[:, index] << (index * num_bits)
-    return packed
+def _from_steps(steps: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Return the stream from its steps, which may be overwritten."""
+    steps = steps.to(dtype) if steps.dtype == torch.int64 else steps
+    return steps.mul_(1 / scale).to(dtype)
+
+
+def _pack(numbers: Tensor, num_bits: int) -> Tensor:
+    """Return numbers of `num_bits` bits, packed into bytes. The parts of one byte lie far apart in `numbers`."""
+    per_byte, flat = 8 // num_bits, numbers.reshape(-1)
+    if len(flat) % per_byte:
+        flat = torch.nn.functional.pad(flat, (0, -len(flat) % per_byte))
+    first, *others = flat.view(per_byte, -1)
+    for index, part in enumerate(others, 1):
+        first.add_(part, alpha=2 ** (index * num_bits))
+    return first.to(torch.uint8)
 
 
 def _unpack(packed: Tensor, shape: torch.Size, num_bits: int) -> Tensor:
-    """Return the integers whose bits `_pack` packed."""
-    shifts = torch.arange(0, 8, num_bits, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, None] >> shifts) & (2**num_bits - 1)
-    return bits.flatten()[: shape.numel()].view(shape).to(torch.int64)
+    """Return the numbers that `_pack` packed, as bytes."""
+    mask = 2**num_bits - 1
+    parts = [(packed >> shift) & mask for shift in range(0, 8, num_bits)]
+    return torch.cat(parts)[: shape.numel()].view(shape)

@@ -72,6 +72,11 @@ class ExactScaled(AbstractGridCoupling):
         return self.factor.sign * self.factor.num_parts / NUM_PARTS
 
     @property
+    def _is_sum(self) -> bool:
+        """Whether `a` is 1, so that `FixedPoint` computes the same."""
+        return self.factor.num_parts * self.factor.sign == NUM_PARTS
+
+    @property
     def num_bits(self) -> int:
         """Bits that are kept for each element: 0, 1, 2, 4 or 8."""
         return self.factor.num_bits
@@ -92,6 +97,8 @@ class ExactScaled(AbstractGridCoupling):
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return the rounded `a x` plus the rounded residual."""
+        if self._is_sum:
+            return self._grid.forward(x, residual, name)
         check_residual(x, residual, name)
         return self.factor.combine(x, residual)
 
@@ -111,6 +118,8 @@ class ExactScaled(AbstractGridCoupling):
                 f"the inverse of `{name}` needs the bits that {self} keeps in the forward pass; only the backward pass "
                 "has them. Use `Scaled` itself, which is not exact, or a factor `a` of 1 or more."
             )
+        if self._is_sum:
+            return self._grid.inverse(y, residual, name, in_place=in_place)
         if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
             check_residual(y, residual, name)
             return self.factor.separate(y, residual)
