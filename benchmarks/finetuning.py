@@ -347,8 +347,8 @@ def write_page(results: Mapping[str, Adaptation], runs: Path, command: str) -> N
 COLUMNS = ("method", "accuracy, %", "difference", "test loss", "gradient error", "activations, MiB", "time")
 INTRODUCTION = [
     "Networks trained on one task and adapted to another, through the reversal, 2 seeds (mean and half of the range).",
-    "ResNet-32: five classes of CIFAR-10, then the other five, 1,000 training images. ViT: five classes of CIFAR-10,",
-    "then 1,000 digits. *vit-scratch*: the same ViT from random weights on 5,000 images of ten classes.",
+    "ResNet-32 and ViT: five classes of CIFAR-10, then the other five, 1,000 training images and 5,000 for the test.",
+    "*vit-scratch*: the same ViT from random weights on 5,000 images of ten classes.",
     "GPT: tiny Shakespeare, then 120,000 characters of Python's manual; accuracy is the share of characters. The",
     "second tasks of ViT and GPT run in batches of 16, everything else in batches of 64. *Difference*: to ordinary",
     "fine-tuning, in points. *Gradient error*: relative difference to the stored twin after training; 0 is equal bit",
