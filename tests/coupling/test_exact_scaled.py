@@ -141,5 +141,8 @@ def test_rejects_a_factor_that_is_out_of_range(a):
 def test_rejects_what_is_not_scaled():
     with pytest.raises(TypeError, match=r"`scaled` \(=0.5\) must be a `Scaled`"):
         ExactScaled(0.5)
+    for value in (10**5000, torch.zeros(4, 8, 8)):
+        with pytest.raises(TypeError, match=r"^`scaled` \(=.*\) must be a `Scaled`, such as [^\n]*$"):
+            ExactScaled(value)
     with pytest.raises(ValueError, match="`fraction_bits`"):
         ExactScaled(Scaled(0.5), 30)
