@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revnet
+from revnet import PolicySequential
 from revnet.conversion import BDIA, Consistent, Dr2Net, Rewire, set_method
 from revnet.conversion._stream_state import state_of
 from revnet.errors import ReconstructionError
+from revnet.nn import HasGradientCheckpointing
 from tests.conversion.hosts import Block, Host, all_equal, gradients, twins
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
@@ -294,6 +296,21 @@ def test_refuses_caches_only_with_gradients():
         model.blocks[0](model.stem(X), DynamicCache())
     with pytest.raises(ValueError, match="use_cache=False"):
         model.blocks[0](model.stem(X), cache=DynamicCache())
+
+
+def test_policies_of_this_library_are_not_checkpointing_of_the_host():
+    class Switchable(Block, HasGradientCheckpointing):
+        pass
+
+    stages = PolicySequential(*[nn.Sequential(*[Switchable() for _ in range(2)]) for _ in range(2)])
+    for stage in "01":
+        revnet.convert(stages, Rewire(), blocks=stage)
+        assert stages.gradient_checkpointing
+    stages, inputs = stages.double(), torch.randn(2, 16, dtype=torch.float64)
+    expected = gradients(stages, lambda model: model(inputs).sum().backward())
+    revnet.set_policy(stages, "checkpoint")
+    actual = gradients(stages, lambda model: model(inputs).sum().backward())
+    assert all(map(torch.allclose, actual, expected))
 
 
 def test_refuses_checkpointing_that_is_turned_on_later():
