@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from revnet._torch_internals import run_between_graphs
+from revnet.conversion._remedies import remedies_for
 from revnet.conversion._row import Place
 from revnet.conversion._run_block import call_block, run_block
 from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
 from revnet.nn._exchanged_class import derived_class, exchange_class, reduce_parts
+from revnet.nn.blocks._blocks_in_runs import BlockInRun, RunsBlocks
 from revnet.nn.policies._has_policies import broadcast_policy
 
 PLACE = "_conversion_place"
@@ -20,7 +22,7 @@ _REASON = (
 )
 
 
-class Converted(HasPolicies):
+class Converted(HasPolicies, RunsBlocks):
     """Base of the classes of converted blocks; it is mixed with the block's own class."""
 
     _original_class: type[nn.Module]
@@ -45,6 +47,23 @@ class Converted(HasPolicies):
                 "`Checkpoint()` for some of the blocks."
             )
         self._conversion_place.policy = chosen
+
+    def blocks_in_run(self) -> list[BlockInRun]:
+        """Return the block itself, whose row is the list that it was converted with."""
+        place = self._conversion_place
+        row = place.row
+        return [
+            BlockInRun(
+                name="",
+                module=place.block,
+                policy=place.policy,
+                half_blocks=row.half_blocks_of(place),
+                row=row,
+                index=place.index,
+                original=place.whole,
+                remedies=remedies_for(row.method, row.num_branches),
+            )
+        ]
 
 
 def is_converted(module: nn.Module) -> bool:
