@@ -244,6 +244,13 @@ def test_advice_fits_the_blocks_that_drift():
     assert "undoing a function now divides errors by 0.1" in coefficients
     assert "set_policy(model, Checkpoint())" in policy
     assert "set_tolerance" not in drift.report()
+    body, model.body = model.body, waves()
+    advice = measure_drift(model, X).advice
+    assert advice[0].startswith(
+        "Converted blocks: reverse exactly, on a fixed-point grid: `revnet.conversion.set_method"
+    )
+    assert advice[2].startswith("Other blocks: bound the error: `revnet.nn.set_tolerance")
+    model.body = body
     set_method(model, Dr2Net(0.9, 0.1, 14))
     assert measure_drift(model, X).worst.name.startswith("body.")  # Now the others have the largest error.
     set_method(model, Rewire())
@@ -256,7 +263,7 @@ def test_advice_fits_the_blocks_that_drift():
 def test_a_method_without_a_grid_gets_no_advice_about_it():
     host, _ = twins(Dr2Net(1, 1e-3), num_blocks=8)  # On a grid, `beta` would be 0.
     first, second = measure_drift(host, X).advice
-    assert first.startswith("Or move the coefficients toward 1")
+    assert first.startswith("Move the coefficients toward 1")
     assert "Checkpoint()" in second
 
 

@@ -96,16 +96,23 @@ def advice_on(
         )
     blamed = _blamed(blocks)
     converted = [block for block in blamed if block.remedies is not None]
-    advice += dict.fromkeys(remedy for block in converted for remedy in block.remedies or ())
-    if len(converted) < len(blamed):
-        advice += _for_sequences(tolerance)
+    has_others = len(converted) < len(blamed)
+    remedies = dict.fromkeys(remedy for block in converted for remedy in block.remedies or ())
+    others = _for_sequences(tolerance) if has_others else []
+    advice += [f"Converted blocks: {_lowered(remedy)}" for remedy in remedies] if has_others else remedies
+    advice += [f"Other blocks: {_lowered(sentence)}" for sentence in others] if converted else others
     advice.append("Or recompute from kept streams: `revnet.nn.set_policy(model, Checkpoint())`.")
-    if len(converted) < len(blamed) and (mean_amplification(blocks) or 0) > _STRONG:
+    if has_others and (mean_amplification(blocks) or 0) > _STRONG:
         advice.append(
             "Or change the blocks so that undoing them amplifies less: normalize inside the residual functions, scale "
             "down their outputs, or train with `revnet.numerics.conditioning_penalty`."
         )
-    return tuple(advice)
+    first = advice[0].removeprefix("Or ")
+    return first[0].upper() + first[1:], *advice[1:]
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def _blamed(blocks: Sequence[BlockDrift]) -> list[BlockDrift]:
