@@ -8,6 +8,8 @@ _WRITTEN = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+)\s*", re.IGNORECASE | re.
 _UNITS = {"b": 1}
 for _power, _letter in enumerate("kmgtp", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
+_MOST = 2**63
+"""Number of bytes that no device can address."""
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -34,8 +36,15 @@ def parse_bytes(value: str | int, name: str = "budget") -> int:
 
     Raises:
         TypeError: `value` is neither a string nor an int.
-        ValueError: `value` is not a positive number of bytes, or it is a string without a unit.
+        ValueError: `value` is not a positive number of bytes, it is an int of 2^63 or more, or it is a string without a
+            unit.
     """
+    if isinstance(value, int) and abs(value) >= _MOST:
+        # Python does not print an integer of 5,000 digits.
+        raise ValueError(
+            f"`{name}` (an integer of {value.bit_length():,} bits) must be positive and below 2^63, such as '16GiB' or "
+            "'500MB'."
+        )
     rule = f"`{name}` (={value!r}) must be a number of bytes with a unit, such as '16GiB' or '500MB'"
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise TypeError(f"{rule}, or an int of bytes.")

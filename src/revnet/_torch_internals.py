@@ -158,6 +158,18 @@ def never_compile(function: Callable[..., object]) -> None:
             eval_frame.set_code_exec_strategy(constant, skip)
 
 
+def must_be_one_graph() -> bool:
+    """Return whether `torch.compile` may not end the graph that it traces, as with `fullgraph=True`.
+
+    Only functions that are constant while tracing may call it. Replacement: none; users would see the error of PyTorch,
+    in which the reason of `run_between_graphs` is one line of many.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    translator = InstructionTranslator.current_tx()
+    return any(getattr(translator, name, False) is True for name in ("one_graph", "error_on_graph_break"))
+
+
 def run_between_graphs(function: Callable[..., object], reason: str) -> None:
     """Let `torch.compile` end its graph before a call of `function`, and run the call eagerly.
 
@@ -169,6 +181,15 @@ def run_between_graphs(function: Callable[..., object], reason: str) -> None:
         reason: Text for the error of `fullgraph=True`.
     """
     vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)
+    run_as_it_is(function)
+
+
+def run_as_it_is(function: Callable[..., object]) -> None:
+    """Keep `torch.compile` from compiling a call of `function` that is not part of a graph, all that it runs included.
+
+    A graph may still contain the call. `torch.compiler.disable` sets the same strategy. Replacement: none; a part of
+    the function becomes a graph of its own.
+    """
     strategy = getattr(eval_frame, "_FrameExecStrategy", None)
     if strategy is not None:
         skip = strategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)

@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revnet
+from revnet import PolicySequential
 from revnet.conversion import BDIA, Consistent, Dr2Net, Rewire, set_method
 from revnet.conversion._stream_state import state_of
 from revnet.errors import ReconstructionError
+from revnet.nn import HasGradientCheckpointing
 from tests.conversion.hosts import Block, Host, all_equal, gradients, twins
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
@@ -296,6 +298,21 @@ def test_refuses_caches_only_with_gradients():
         model.blocks[0](model.stem(X), cache=DynamicCache())
 
 
+def test_policies_of_this_library_are_not_checkpointing_of_the_host():
+    class Switchable(Block, HasGradientCheckpointing):
+        pass
+
+    stages = PolicySequential(*[nn.Sequential(*[Switchable() for _ in range(2)]) for _ in range(2)])
+    for stage in "01":
+        revnet.convert(stages, Rewire(), blocks=stage)
+        assert stages.gradient_checkpointing
+    stages, inputs = stages.double(), torch.randn(2, 16, dtype=torch.float64)
+    expected = gradients(stages, lambda model: model(inputs).sum().backward())
+    revnet.set_policy(stages, "checkpoint")
+    actual = gradients(stages, lambda model: model(inputs).sum().backward())
+    assert all(map(torch.allclose, actual, expected))
+
+
 def test_refuses_checkpointing_that_is_turned_on_later():
     host, _ = twins(Consistent())
     host.blocks[1].gradient_checkpointing = True
@@ -319,10 +336,33 @@ def test_compiles_around_the_blocks():
     torch._dynamo.reset()
 
 
-def test_refuses_to_be_exported():
+@pytest.mark.parametrize("method", [BDIA(), Rewire(), Dr2Net(1, 0)], ids=str)
+@pytest.mark.parametrize("policy", ["reverse", "store"])
+# The compiler reads this attribute of each input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_refuses_to_be_part_of_one_graph(method, policy):
+    host, _ = twins(method, num_blocks=2)
+    revnet.set_policy(host, policy)
+    expected = gradients(host, lambda model: model(X).sum().backward())
+    torch._dynamo.reset()
+    compiled = torch.compile(host, backend="eager", fullgraph=True)
+    with pytest.raises(
+        Exception, match=r"`blocks\.0` is a converted block, .*; compile without `fullgraph=True`, .*\.\n"
+    ):
+        compiled(X)
+    # The modules inside the blocks can be compiled, and the model without its blocks.
+    for block in host.blocks:
+        block.mixer.forward = torch.compile(block.mixer.forward, backend="eager", fullgraph=True)
+    compiled = torch.compile(host, backend="eager")
+    assert all_equal(gradients(host, lambda _: compiled(X).sum().backward()), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_refuses_to_be_exported(strict):
     host, _ = twins(Consistent(0.5), num_blocks=2)
-    with pytest.raises(NotImplementedError, match=r"`blocks\.0` is a converted block"):
-        torch.export.export(host.eval(), (X,))
+    with pytest.raises(NotImplementedError, match=r"`blocks\.0` is a converted block, .* for the export\.$"):
+        torch.export.export(host.eval(), (X,), strict=strict)
 
 
 def test_branches_are_compared_with_the_block():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
-from revnet.coupling import BDIA, AbstractCoupling
+from revnet.coupling import BDIA, AbstractCoupling, ExactScaled, Scaled
 from revnet.errors import ReconstructionError
 from revnet.memory import measure, predict
 from tests.helpers import mlp, squares
@@ -203,13 +203,28 @@ def test_log_det():
 
 # PyTorch raises this warning itself when it traces any custom `autograd.Function`.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_model_is_refused_in_one_line():
-    sequence = torch.compile(stack(BDIA(), 2), backend="aot_eager", fullgraph=True)
-    x = torch.randn(5, 4, requires_grad=True)
-    with pytest.raises(Exception, match=r"a coupling that keeps bits of its streams, `BDIA`"):
-        sequence((x, x))
+# The compiler reads this attribute of each input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("coupling", [BDIA(), ExactScaled(Scaled.consistent(0.5))], ids=str)
+def test_a_compiled_model_is_refused_in_one_line_that_names_ways_which_work(coupling, fullgraph):
+    torch._dynamo.reset()
+    model, x = stack(coupling, 2), torch.randn(5, 4, requires_grad=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    message = (
+        r"^CannotCompileError: a coupling that keeps bits of its streams, `BDIA` or .* cannot be compiled as a whole; "
+        r"compile the .*: `block\.f\.compile\(\); block\.g\.compile\(\)`, or .* `set_policy\(model, 'store'\)`\.\n\n"
+    )
+    with pytest.raises(Exception, match=message):
+        compiled((x, x))
     with torch.no_grad():
-        assert sequence.eval()((x, x))[1].shape == (5, 4)
+        assert compiled.eval()((x, x))[1].shape == (5, 4)
+    expected = outcome(model.train(), x, Reverse())
+    assert_same_bits(outcome(compiled, x, Store()), expected)
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert_same_bits(outcome(model, x, Reverse()), expected)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("size", [0, 1.0, -0.5, math.nan, "half"])

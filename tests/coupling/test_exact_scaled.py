@@ -167,14 +167,6 @@ def test_the_inverse_needs_the_kept_bits():
     assert torch.equal(block.inverse(block(x)), x)
 
 
-# PyTorch raises this warning itself when it traces any custom `autograd.Function`.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_model_is_refused_in_one_line():
-    sequence = torch.compile(stack(ExactScaled(Scaled(0.5)), 2), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="a coupling that keeps bits of its streams"):
-        sequence(torch.randn(5, 8, requires_grad=True))
-
-
 @pytest.mark.parametrize("a", [1 / 1024, 4.0, -8.0])
 def test_rejects_a_factor_that_is_out_of_range(a):
     with pytest.raises(ValueError, match=r"`a` of `scaled` .* must have a magnitude from 1/256 to below 4"):
@@ -184,5 +176,8 @@ def test_rejects_a_factor_that_is_out_of_range(a):
 def test_rejects_what_is_not_scaled():
     with pytest.raises(TypeError, match=r"`scaled` \(=0.5\) must be a `Scaled`"):
         ExactScaled(0.5)
+    for value in (10**5000, torch.zeros(4, 8, 8)):
+        with pytest.raises(TypeError, match=r"^`scaled` \(=.*\) must be a `Scaled`, such as [^\n]*$"):
+            ExactScaled(value)
     with pytest.raises(ValueError, match="`fraction_bits`"):
         ExactScaled(Scaled(0.5), 30)

@@ -18,8 +18,10 @@ from revnet import (
     create_model,
     set_coupling,
 )
+from revnet.conversion import Dr2Net
 from revnet.engine import DriftMeter
 from revnet.engine._drift import MOST_SAMPLED, relative_error, sample
+from tests.conversion.hosts import twins
 from tests.helpers import ConvResidual, mlp, squares
 
 
@@ -55,6 +57,20 @@ def test_warns_once_of_wrong_gradients():
     step(sequence)  # Warnings are errors here.
     with pytest.warns(ReconstructionWarning):
         step(steep())  # Another model.
+
+
+def test_warning_about_converted_blocks_names_what_helps_them():
+    host, _ = twins(Dr2Net(0.9, 0.1), num_blocks=16)
+    message = (
+        r"that `blocks.0` reads was rebuilt with .*`fraction_bits` in the method, .*`revnet.conversion.set_method`"
+    )
+    with pytest.warns(ReconstructionWarning, match=message) as caught:
+        squares(host(torch.randn(6, 4))).backward()
+    assert len(caught) == 1
+    assert "tolerance" not in str(caught[0].message)
+    host, _ = twins(Dr2Net(0.95, 0.05), num_blocks=60)
+    with pytest.raises(ReconstructionError, match=r"`blocks.0` reads contains NaN or inf .*`fraction_bits`"):
+        squares(host(torch.randn(6, 4))).backward()
 
 
 @pytest.mark.parametrize(

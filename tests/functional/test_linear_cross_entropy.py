@@ -207,6 +207,7 @@ def test_default_size_of_a_chunk(num_rows, num_classes, num_features, size):
         ({"reduction": "none"}, ValueError, r"`reduction` \(='none'\) must be 'mean' or 'sum'"),
         ({"label_smoothing": 1.5}, ValueError, r"`label_smoothing` \(=1.5\) must be a number from 0 to 1"),
         ({"ignore_index": 0.5}, TypeError, r"`ignore_index` \(=0.5\) must be an integer"),
+        ({"ignore_index": 2**63}, ValueError, r"`ignore_index` \(=9223372036854775808\) must fit into 64 bits"),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` \(=0\) must be a positive integer"),
     ],
 )

@@ -104,10 +104,10 @@ def test_own_checkpointing_is_refused():
 @pytest.mark.slow
 def test_trainer_callback_follows_the_schedule(tmp_path):
     pytest.importorskip("accelerate")
-    from revnet.transformers import ConversionCallback
+    from revnet.transformers import ConversionCallback, DriftCallback
 
     model = _gpt2()
-    schedule = ConversionSchedule(Consistent(0), Consistent(0.5), num_updates=2)
+    schedule = ConversionSchedule(Consistent(0, None), Consistent(0.5, None), num_updates=2)
     revnet.convert(model, schedule.start, blocks="transformer.h")
     seen = []
 
@@ -119,11 +119,16 @@ def test_trainer_callback_follows_the_schedule(tmp_path):
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
     )
     data = [{"input_ids": row, "labels": row} for row in TOKENS.repeat(4, 1)]
+    drift = DriftCallback(1)
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=data, callbacks=[ConversionCallback(schedule), Watch()]
+        model, arguments, train_dataset=data, callbacks=[ConversionCallback(schedule), Watch(), drift]
     )
     trainer.train()
     assert seen == [0.0, 0.25, 0.5, 0.5]
+    assert list(drift.measured) == [1, 2, 3]  # Before, nothing is rebuilt.
+    for measured in drift.measured.values():
+        assert [block.name for block in measured.blocks] == [f"transformer.h.{index}" for index in range(4)]
+        assert all(0 < block.error < 1e-4 for block in measured.blocks)
     with pytest.raises(TypeError, match=r"`schedule` \(=1\) must be a `ConversionSchedule`"):
         ConversionCallback(1)
 

@@ -184,6 +184,11 @@ def test_checkerboard_coupling_reads_one_color(updates):
     [
         (lambda: Glow(image_shape=(1, 6, 8)), ValueError, r"`image_shape` \(=\(1, 6, 8\)\) must have sides .* of 8"),
         (lambda: RealNVP(image_shape=(1, 6, 8)), ValueError, r"`image_shape` .* use images of \(1, 8, 8\)"),
+        (
+            lambda: Glow(image_shape=(1, 4, 4), num_scales=3),
+            ValueError,
+            "of 8, since .* and `num_scales` is 3; use ima",
+        ),
         (lambda: RealNVP(image_shape=SHAPE, alpha=0.5), ValueError, r"`alpha` \(=0.5\) must be a number between"),
         (lambda: Glow(image_shape=SHAPE, num_scales=0), ValueError, r"`num_scales` \(=0\)"),
         (lambda: Glow(image_shape=SHAPE, policy=1), TypeError, r"`policy` \(=1\) must be a policy"),

@@ -262,6 +262,12 @@ def test_tolerance_bounds_the_drift(form):
             r"`coupling` \(=Scaled.*\) must be `Additive\(\)`, `FixedPoint\(\)` or None for the leapfrog form",
         ),
         ({"form": "midpoint", "coupling": "fixed"}, TypeError, r"`coupling` \(='fixed'\) must be a coupling"),
+        ({"form": "coupled", "coupling": []}, TypeError, r"`coupling` \(=\[\]\) must be a coupling"),
+        (
+            {"form": "leapfrog", "coupling": torch.zeros(2)},
+            TypeError,
+            r"`coupling` \(=a tensor .*\) must be a coupling",
+        ),
     ],
 )
 def test_rejects_wrong_options(options, error, message):

@@ -96,3 +96,11 @@ def test_a_long_title_covers_nothing(tmp_path, drawn):
     others = [*(text.get_window_extent() for text in errors.texts), figure.legends[0].get_window_extent()]
     assert title_box.x1 <= figure.bbox.x1
     assert not title_box.count_overlaps(others)
+
+
+def test_lists_of_blocks_have_their_names(tmp_path, drawn):
+    names = ["stages.0.reversible.blocks", "layer1", "host.blocks"]
+    blocks = [BlockDrift(f"{name}.{index}", Reverse(), False, 1e-6, None) for name in names for index in (0, 1)]
+    Drift(tuple(blocks), torch.float32).plot(tmp_path / "drift.png")
+    texts = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert [text for text in texts if text in ("stages.0", "layer1", "host")] == ["stages.0", "layer1", "host"]

@@ -225,6 +225,14 @@ def test_frozen_parts_are_not_rebuilt():
     assert [block.gradient is None for block in drift.blocks] == [True, True, False, False]
 
 
+def test_blocks_of_a_stage_are_found_under_their_numbers_in_the_whole_network():
+    stage, x = perceptrons(depth=4), torch.randn(4, 16)
+    errors = [block.error for block in measure_drift(stage, x).blocks]
+    stage.first_block = 5  # As in the second stage of a pipeline.
+    assert [block.error for block in measure_drift(stage, x).blocks] == errors
+    assert None not in errors
+
+
 def test_a_compiled_model_has_the_same_drift():
     model, x = perceptrons(), torch.randn(4, 16)
     assert measure_drift(torch.compile(model, backend="eager"), x) == measure_drift(model, x)

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+import revnet
 from revnet import FixedPoint, ReversibleBlock, ReversibleSequential, create_model, set_coupling
+from revnet.conversion import BDIA, Adapter, Dr2Net
 from revnet.numerics import find_nondeterministic
 from tests.helpers import ConvResidual, mlp
 
@@ -62,6 +64,41 @@ def test_runs_all_functions_of_a_network():
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
     assert find_nondeterministic(model, torch.randn(2, 3, 8, 8), num_runs=2) == ()
     assert len(calls) == 3 * len(set(calls)) == 3 * 18
+
+
+class Residual(nn.Module):
+    """An ordinary residual block."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.branch, self.last = nn.BatchNorm1d(2), mlp(2), nn.Linear(2, 2)
+        self.adapter = nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = x + self.branch(self.norm(x))
+        return x + self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("method", "branches"),
+    [
+        (Dr2Net(0.5, 0.5), None),
+        (Dr2Net(0.5, 0.5), ["norm branch", "last"]),
+        (Dr2Net(1, 0), None),
+        (BDIA(), ["norm branch", "last"]),
+        (Adapter(), None),
+    ],
+    ids=str,
+)
+def test_names_nondeterministic_converted_blocks(method, branches):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Sequential(*[Residual() for _ in range(4)]))
+    model[1][2].branch = Drifting(1e-3)
+    model[1][3].adapter = Drifting(1e-3)
+    revnet.convert(model, method, blocks="1", branches=branches)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    names = [found.name for found in find_nondeterministic(model, torch.randn(5, 3))]
+    assert names == ["1.2"] + ["1.3.adapter"] * isinstance(method, Adapter)
+    assert all(torch.equal(now, before) for now, before in zip(model.buffers(), buffers, strict=True))
 
 
 def test_rejects_wrong_arguments():

@@ -5,6 +5,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import revnet
+from revnet.conversion import Dr2Net
 from revnet.models import RevNet
 
 
@@ -22,6 +24,22 @@ class Perceptron(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.hidden(images.flatten(1)).relu())
+
+
+class _Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x).tanh()
+
+
+def converted() -> nn.Module:
+    """Return a network whose blocks `revnet.convert` has made reversible."""
+    blocks = nn.Sequential(*[_Residual() for _ in range(4)])
+    revnet.convert(blocks, Dr2Net(0.5, 0.5))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), blocks, nn.Linear(16, 10))
 
 
 NOT_A_MODEL = 3

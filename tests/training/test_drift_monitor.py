@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import revnet
 from revnet import ReversibleBlock, ReversibleSequential
+from revnet.conversion import Dr2Net
 from revnet.coupling import FixedPoint
 from revnet.nn import set_coupling
 from revnet.numerics import measure_drift
 from revnet.training import DriftMonitor, TrainConfig, load_classifier, resume, train
 from revnet.training.run.trainer import quiet
+from tests.conversion.hosts import Host
 from tests.helpers import mlp
 
 
@@ -108,6 +111,20 @@ def test_exact_runs_have_no_drift():
     set_coupling(module, FixedPoint())
     run(module, monitor)
     assert [drift.error for drift in monitor.measured.values()] == [0, 0, 0]
+
+
+def test_monitors_converted_blocks(tmp_path):
+    module = make_module()
+    module.net = Host(3)
+    module.net.stem = nn.Linear(8, 16)
+    revnet.convert(module.net.blocks, Dr2Net(0.5, 0.5))
+    monitor = DriftMonitor(4, path=tmp_path / "drift.csv", loss=lambda module, batch: module.loss(batch))
+    run(module, monitor)
+    assert list(monitor.measured) == [0, 4, 8]
+    with (tmp_path / "drift.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["block"] for row in rows] == [f"net.blocks.{index}" for index in range(3)] * 3
+    assert all(0 < float(row["error"]) < 1e-5 and float(row["gradient_error"]) < 1e-4 for row in rows)
 
 
 def test_rejects_a_module_without_reversible_blocks():

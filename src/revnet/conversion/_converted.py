@@ -5,22 +5,29 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from revnet._torch_internals import run_between_graphs
+from revnet._torch_internals import must_be_one_graph, run_as_it_is, run_between_graphs
+from revnet._torch_release import constant_of_object, is_exporting
+from revnet.conversion._remedies import remedies_for
 from revnet.conversion._row import Place
-from revnet.conversion._run_block import call_block, run_block
+from revnet.conversion._run_block import call_block, refuse_export, run_block
+from revnet.engine._tracing import CannotCompileError
 from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
 from revnet.nn._exchanged_class import derived_class, exchange_class, reduce_parts
+from revnet.nn.blocks._blocks_in_runs import BlockInRun, RunsBlocks
 from revnet.nn.policies._has_policies import broadcast_policy
 
 PLACE = "_conversion_place"
-_REASON = (
-    "a converted block cannot be part of a graph; compile without `fullgraph=True`, or compile the modules inside it"
+_WAYS_OUT = (
+    "compile without `fullgraph=True`, compile the modules inside the blocks, or convert the model back with "
+    "`revnet.convert(model, back=True)`"
 )
+_REASON = f"a converted block cannot be part of a graph; {_WAYS_OUT}"
 
 
-class Converted(HasPolicies):
+class Converted(HasPolicies, RunsBlocks):
     """Base of the classes of converted blocks; it is mixed with the block's own class."""
 
     _original_class: type[nn.Module]
@@ -45,6 +52,23 @@ class Converted(HasPolicies):
                 "`Checkpoint()` for some of the blocks."
             )
         self._conversion_place.policy = chosen
+
+    def blocks_in_run(self) -> list[BlockInRun]:
+        """Return the block itself, whose row is the list that it was converted with."""
+        place = self._conversion_place
+        row = place.row
+        return [
+            BlockInRun(
+                name="",
+                module=place.block,
+                policy=place.policy,
+                half_blocks=row.half_blocks_of(place),
+                row=row,
+                index=place.index,
+                original=place.whole,
+                remedies=remedies_for(row.method, row.num_branches),
+            )
+        ]
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -101,14 +125,32 @@ def _body_of(kind: type[nn.Module]) -> dict[str, Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return run_block(place_of(self), args, kwargs, stream_name)
 
+    def call_eagerly(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return call_block(self, kind, args, kwargs)
+
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return call_block(self, kind, args, kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            _refuse_one_graph(self)
+        return call_eagerly(self, args, kwargs)
 
     # The compiler fails on tensors that carry attributes.
     run_between_graphs(forward, _REASON)
-    run_between_graphs(call, _REASON)
+    run_between_graphs(call_eagerly, _REASON)
+    run_as_it_is(call)
     return {"forward": forward, "__call__": call, "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
+
+
+@constant_of_object
+def _refuse_one_graph(block: nn.Module) -> None:
+    """End the trace with an error if it cannot leave out the block."""
+    place = place_of(block)
+    if is_exporting():
+        refuse_export(place)
+    if must_be_one_graph():
+        raise CannotCompileError(
+            f"`{place.name}` is a converted block, which cannot be part of a graph of `torch.compile`; {_WAYS_OUT}."
+        )
 
 
 def _extra_repr(self: Any) -> str:

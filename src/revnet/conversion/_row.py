@@ -79,6 +79,15 @@ class Row:
         coupling = scheme.coupling_of(number)
         return HalfBlock(function, target, 1 - target, name, coupling, str(index), takes_arguments=not is_adapter)
 
+    def half_blocks_of(self, place: "Place") -> tuple[HalfBlock, ...]:
+        """Return the half-blocks of a block with the current method; none at `a = 0`."""
+        scheme = self.scheme
+        if scheme is None:
+            return ()
+        first = place.index * scheme.num_functions
+        functions = enumerate(place.functions_of(scheme), first)
+        return tuple([self._half_block(function, number, scheme) for number, function in functions])
+
     def fill(self, chain: Chain, start: int, place: "Place", scheme: Scheme) -> None:
         """Put the functions of a block into a chain that begins at block `start`."""
         first = (place.index - start) * scheme.num_functions

@@ -71,10 +71,7 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
         RuntimeError: The stream is not what the block before returned.
     """
     if is_exporting():
-        refuse(
-            f"`{place.name}` is a converted block, which carries a second stream outside of the exported program; "
-            "convert the model back with `revnet.convert(model, back=True)`, or keep it unconverted for the export."
-        )
+        refuse_export(place)
     if args:
         x, args = args[0], args[1:]
     else:
@@ -103,6 +100,14 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
     else:
         streams = _streams_of(place, x, state)
     return _advance(place, state, streams, (args, kwargs))
+
+
+def refuse_export(place: Place) -> None:
+    """Raise because a converted block is exported."""
+    refuse(
+        f"`{place.name}` is a converted block, which carries a second stream outside of the exported program; "
+        "convert the model back with `revnet.convert(model, back=True)`, or keep it unconverted for the export."
+    )
 
 
 def _state_for(place: Place, x: Tensor, *, is_plain: bool) -> StreamState | None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from revnet._checks import describe
 from revnet.coupling._check import check_residual
 from revnet.coupling._exact_factor import MOST_PARTS, NUM_PARTS, ExactFactor
 from revnet.coupling._fixed_point import FixedPoint
@@ -55,7 +56,9 @@ class ExactScaled(AbstractGridCoupling):
 
     def __post_init__(self) -> None:
         if not isinstance(self.scaled, Scaled):
-            raise TypeError(f"`scaled` (={self.scaled!r}) must be a `Scaled`, such as `Scaled.consistent(0.5)`.")
+            raise TypeError(
+                f"`scaled` (={describe(self.scaled)}) must be a `Scaled`, such as `Scaled.consistent(0.5)`."
+            )
         object.__setattr__(self, "_grid", FixedPoint(self.fraction_bits, self.is_wide))
         num_parts = round(abs(self.scaled.a) * NUM_PARTS)
         if not 1 <= num_parts < MOST_PARTS:

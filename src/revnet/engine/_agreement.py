@@ -2,7 +2,7 @@
 
 An output that was overwritten without raising its version (through `.data` or NumPy) has a different checksum, which is
 an error. A function that gives a different result the second time is off by far more than its input: an error, see
-`_suspicion`. Amplified rounding is drift: a warning, see `_drift`.
+`_suspicion`. Amplified rounding is drift: a warning, see `_drift_verdict`.
 """
 
 import math
@@ -17,7 +17,7 @@ from revnet.engine import _careful, _parts, _suspicion
 from revnet.engine._arrays import DTYPES, reader_of
 from revnet.engine._chain import HalfBlock
 from revnet.engine._digest import Digest, checksum, digest_of
-from revnet.engine._drift import PART, WARN_ABOVE, report_drift
+from revnet.engine._drift_verdict import PART, WARN_ABOVE, report_drift
 from revnet.engine._observer import Observer
 from revnet.engine._streams import StreamSnapshot
 

@@ -9,7 +9,7 @@ the streams.
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,8 @@ class BoundChain:
     """The run that holds the final streams for the backward pass, if there is one."""
     recorder: "ChainRecorder | None" = None
     """Runs the chain if its activations are rebuilt from streams that come from outside; see `record`."""
+    way_out: ClassVar[str | None] = None
+    """What a user can do about drift, if it is not what helps the blocks of a sequence."""
 
     def for_replays(self) -> "BoundChain":
         """Return the same call without references to the caller's graph, which a run must not keep alive."""

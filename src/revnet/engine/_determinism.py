@@ -33,7 +33,7 @@ def repeat_function(
     """
     surroundings = Surroundings.of(tensors_in(args, kwargs), ())
     # Never recorded: it lists the buffers and devices that `set_aside` protects.
-    call = RecordedCall(type(function).__name__, None, function, surroundings)
+    call = RecordedCall(function._get_name(), None, function, surroundings)
     first: tuple[list[Tensor], list[Tensor]] | None = None
     errors = [0.0, 0.0]
     for _ in range(num_runs):

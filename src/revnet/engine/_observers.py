@@ -12,7 +12,8 @@ from revnet.engine._capture import check_warmed_up, is_capturing
 from revnet.engine._chain import BoundChain
 from revnet.engine._device_digest import WAITING_INTERVAL, may_wait_for
 from revnet.engine._digest import can_digest
-from revnet.engine._drift import DriftWatch, active_meter, warn_of_low_precision
+from revnet.engine._drift import DriftWatch, active_meter, meter_is_quiet
+from revnet.engine._drift_verdict import warn_of_low_precision
 from revnet.engine._observer import Observer
 from revnet.engine._range import RangeWatch
 from revnet.engine._streams import StreamSnapshot
@@ -36,7 +37,8 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
     if len(half_blocks) > 1:  # With a single half-block, nothing is rebuilt.
         keeper = None if is_exact else chain.tolerance
         if keeper is None:
-            if not is_exact and streams[0].element_size() <= 2:
+            is_low = streams[0].element_size() <= 2 and has_values(streams[0])
+            if not is_exact and is_low and not meter_is_quiet():
                 warn_of_low_precision(half_blocks[0], streams[0])
             # The first run has number 1. A function that depends on something outside of PyTorch is wrong in that run,
             # too.

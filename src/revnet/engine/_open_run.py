@@ -6,7 +6,7 @@ streams after each call, so that the host may stop at any block. Each block has 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class OpenChain(BoundChain):
     """One call of a chain in which the half-blocks of each role have their own arguments."""
 
+    way_out: ClassVar[str | None] = (
+        "Reverse exactly with `fraction_bits` in the method, or use coefficients closer to 1 (both by "
+        "`revnet.conversion.set_method`), keep the inputs of blocks with `revnet.set_policy(model, 'checkpoint')`, or "
+        "find the blocks that amplify it with `revnet.numerics.measure_drift`."
+    )
     arguments: dict[str, Arguments] = field(default_factory=dict)
     """Arguments by role."""
 

@@ -84,6 +84,8 @@ def linear_cross_entropy(
     check_share(label_smoothing=label_smoothing, below_one=False)
     if not is_integer(ignore_index):
         raise TypeError(f"`ignore_index` (={describe(ignore_index)}) must be an integer, such as -100.")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"`ignore_index` (={describe(ignore_index)}) must fit into 64 bits, as targets do; use -100.")
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     rows, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)

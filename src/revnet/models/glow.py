@@ -127,7 +127,7 @@ def check_scales(image_shape: tuple[int, int, int], num_scales: int) -> None:
         fitting = (channels, -(-height // factor) * factor, -(-width // factor) * factor)
         raise ValueError(
             f"`image_shape` (={tuple(image_shape)}) must have sides that are multiples of {factor}, since each of the "
-            f"{num_scales} scales halves them; use images of {fitting}, or fewer scales."
+            f"scales halves them and `num_scales` is {num_scales}; use images of {fitting}, or fewer scales."
         )
 
 

@@ -5,6 +5,7 @@ from torch import nn
 from revnet._checks import check_module
 from revnet.coupling import AbstractCoupling
 from revnet.nn.blocks._abstract_block import check_coupling
+from revnet.nn.blocks._blocks_in_runs import blocks_in_runs
 from revnet.nn.blocks._coupling_layer import CouplingLayer
 from revnet.nn.blocks._grouped_block import GroupedBlock
 from revnet.nn.blocks._multi_stream_block import MultiStreamBlock
@@ -95,6 +96,7 @@ def set_coupling(model: nn.Module, coupling: AbstractCoupling) -> None:
     check_coupling(coupling)
     blocks = [module for module in model.modules() if isinstance(module, HAS_COUPLING)]
     if not blocks:
+        _refuse_if_converted(model, "whose couplings follow from their method")
         raise ValueError(
             f"`model` (={type(model).__name__}) has no reversible block that could take the coupling {coupling}; build "
             "it from `ReversibleSequential`."
@@ -128,9 +130,19 @@ def set_tolerance(model: nn.Module, tolerance: float | None) -> None:
     tolerance = checked_tolerance(tolerance)
     sequences = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
     if not sequences:
+        _refuse_if_converted(model, "which take no tolerance")
         raise ValueError(
             f"`model` (={type(model).__name__}) has no reversible sequence whose error could be bounded; build it from "
             "`ReversibleSequential`."
         )
     for sequence in sequences:
         sequence.tolerance = tolerance
+
+
+def _refuse_if_converted(model: nn.Module, reason: str) -> None:
+    """Raise if a model has converted blocks, which the setters of sequences do not change."""
+    if any(block.original is not None for block in blocks_in_runs(model)):
+        raise ValueError(
+            f"`model` (={type(model).__name__}) has converted blocks, {reason}; change their method with "
+            "`revnet.conversion.set_method`, where `fraction_bits` makes reversal exact."
+        )

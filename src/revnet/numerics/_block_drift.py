@@ -42,6 +42,9 @@ class BlockDrift:
     """
     gradient: GradientDrift | None = None
     """Drift of the gradient of its parameters; None if gradients were not compared, or if it has no trained ones."""
+    remedies: tuple[str, ...] | None = None
+    """Ways to reduce the drift of a block that `revnet.convert` made reversible, in sentences; None for other
+    blocks."""
 
 
 def worst_block(blocks: Iterable[BlockDrift]) -> BlockDrift | None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from revnet.engine import HalfBlock
 from revnet.engine._drift import DriftRecord
-from revnet.nn import AbstractPolicy, AbstractReversibleBlock, Reverse, ReversibleSequential
+from revnet.nn import ReversibleSequential
+from revnet.nn.blocks._blocks_in_runs import BlockInRun, blocks_in_runs
 from revnet.numerics._block_drift import BlockDrift
 from revnet.numerics._drift import Drift
 
@@ -29,39 +30,7 @@ def drift_of(model: nn.Module, records: Sequence[DriftRecord]) -> Drift:
     sequences = [(name, module) for name, module in model.named_modules() if isinstance(module, ReversibleSequential)]
     keyframes = [f"{name}.{keyframe}".lstrip(".") for name, sequence in sequences for keyframe in sequence.keyframes]
     tolerance = min((sequence.tolerance for _, sequence in sequences if sequence.tolerance is not None), default=None)
-    return replace(_drift_of(locate_blocks(model), records), keyframes=tuple(keyframes), tolerance=tolerance)
-
-
-@dataclass(frozen=True, eq=False)
-class LocatedBlock:
-    """Reversible block with its position in the model."""
-
-    name: str
-    module: AbstractReversibleBlock
-    policy: AbstractPolicy
-    chain: Sequence[HalfBlock]
-    """Half-blocks of the whole sequence."""
-    start: int
-    """Index of its first half-block in `chain`."""
-    is_in_sequence: bool
-
-
-def locate_blocks(model: nn.Module) -> list[LocatedBlock]:
-    """Return all reversible blocks, in the order of `named_modules`."""
-    located: list[LocatedBlock] = []
-    in_sequence: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, ReversibleSequential):
-            chain: list[HalfBlock] = []
-            for index, (block, policy) in enumerate(zip(module, module.policies, strict=True)):
-                assert isinstance(block, AbstractReversibleBlock)
-                prefix = f"blocks.{index}"
-                located.append(LocatedBlock(f"{name}.{prefix}".lstrip("."), block, policy, chain, len(chain), True))
-                chain += block.half_blocks(f"{prefix}.")
-                in_sequence.add(id(block))
-        elif isinstance(module, AbstractReversibleBlock) and id(module) not in in_sequence:
-            located.append(LocatedBlock(name, module, Reverse(), module.half_blocks(), 0, False))
-    return located
+    return replace(_drift_of(blocks_in_runs(model), records), keyframes=tuple(keyframes), tolerance=tolerance)
 
 
 _FARTHEST = 8
@@ -74,43 +43,75 @@ class _Reading:
 
     error: float
     distance: int
+    """Number of half-blocks between the function and the nearest stream that was kept."""
 
 
-def _drift_of(blocks: Sequence[LocatedBlock], records: Sequence[DriftRecord]) -> Drift:
+@dataclass(frozen=True, eq=False)
+class _RebuiltInput:
+    """Error of the input of a block, the rebuilt streams of it together."""
+
+    error: float
+    origin: int
+    """Number of half-blocks of the row before the kept streams from which the input was rebuilt."""
+
+
+def _drift_of(blocks: Sequence[BlockInRun], records: Sequence[DriftRecord]) -> Drift:
     """Compute the error of each block's input, and the amplification of each block."""
     readings = _readings(records)
-    given = []
+    rows: dict[int, list[HalfBlock]] = {}
+    starts = []
     for block in blocks:
-        streams = (
-            _reading_of(stream, block.chain, block.start, readings) for stream in range(block.module.num_streams)
-        )
-        given.append(_joined([reading for reading in streams if reading is not None]))
+        row = rows.setdefault(id(block.row), [])
+        starts.append(len(row))
+        row += block.half_blocks
+    given = [
+        _input_of(block, rows[id(block.row)], start, readings) for block, start in zip(blocks, starts, strict=True)
+    ]
     drifts = []
-    for index, (block, reading) in enumerate(zip(blocks, given, strict=True)):
-        is_last = index + 1 == len(blocks) or blocks[index + 1].chain is not block.chain
+    for index, (block, rebuilt) in enumerate(zip(blocks, given, strict=True)):
+        is_last = index + 1 == len(blocks) or blocks[index + 1].row is not block.row
         following = None if is_last else given[index + 1]
-        error, amplification = None if reading is None else reading.error, None
-        # Only an input that is farther from a kept stream than its successor was rebuilt from it. Otherwise a
-        # tolerance replaced it by the true stream.
-        if reading is not None and following is not None and reading.distance > following.distance:
-            amplification = reading.error / following.error if reading.error and following.error else None
-        is_exact = all(half_block.coupling.is_exact for half_block in block.module.half_blocks())
-        drifts.append(BlockDrift(block.name, block.policy, is_exact, error, amplification))
+        amplification = None
+        # Only an input that was rebuilt from the same kept streams as its successor was rebuilt from it. Otherwise a
+        # tolerance replaced it by the true streams.
+        if rebuilt is not None and following is not None and rebuilt.origin == following.origin:
+            amplification = rebuilt.error / following.error if rebuilt.error and following.error else None
+        drifts.append(
+            BlockDrift(
+                name=block.name,
+                policy=block.policy,
+                is_exact=all(half_block.coupling.is_exact for half_block in block.half_blocks),
+                error=None if rebuilt is None else rebuilt.error,
+                amplification=amplification,
+                remedies=block.remedies,
+            )
+        )
     return Drift(tuple(drifts), records[0].dtype if records else None)
 
 
-def _reading_of(
-    stream: int, chain: Sequence[HalfBlock], start: int, readings: Mapping[tuple[int, str], _Reading]
-) -> _Reading | None:
+def _input_of(
+    block: BlockInRun, row: Sequence[HalfBlock], start: int, readings: Mapping[tuple[int, str], _Reading]
+) -> _RebuiltInput | None:
+    """Return the error of the input of a block whose half-blocks begin at `start` in its row; None if it was kept."""
+    streams = [_stream_of(stream, row, start, readings) for stream in range(block.num_streams)]
+    rebuilt = [stream for stream in streams if stream is not None]
+    if not rebuilt:
+        return None
+    error = math.sqrt(sum(stream.error**2 for stream in rebuilt) / len(rebuilt))
+    return _RebuiltInput(error, min(stream.origin for stream in rebuilt))
+
+
+def _stream_of(
+    stream: int, row: Sequence[HalfBlock], start: int, readings: Mapping[tuple[int, str], _Reading]
+) -> _RebuiltInput | None:
     """Return the nearest reading of `stream` that sees the same value as half-block `start`, in either direction."""
-    after = takewhile(lambda half_block: half_block.target != stream, chain[start : start + _FARTHEST])
-    before = takewhile(
-        lambda half_block: half_block.target != stream, reversed(chain[max(0, start - _FARTHEST) : start])
-    )
-    for half_block in (*after, *before):
-        reading = readings.get((id(half_block.function), half_block.name))
-        if reading is not None:
-            return reading
+    after = range(start, min(start + _FARTHEST, len(row)))
+    before = range(start - 1, max(0, start - _FARTHEST) - 1, -1)
+    for indices in (after, before):
+        for index in takewhile(lambda index: row[index].target != stream, indices):
+            reading = readings.get((id(row[index].function), row[index].name))
+            if reading is not None:
+                return _RebuiltInput(reading.error, index + 1 + reading.distance)
     return None
 
 
@@ -122,11 +123,3 @@ def _readings(records: Iterable[DriftRecord]) -> dict[tuple[int, str], _Reading]
         if key not in readings or not error <= readings[key].error:
             readings[key] = _Reading(error, record.distance)
     return readings
-
-
-def _joined(readings: Sequence[_Reading]) -> _Reading | None:
-    """Combine the readings of all streams."""
-    if not readings:
-        return None
-    error = math.sqrt(sum(reading.error**2 for reading in readings) / len(readings))
-    return _Reading(error, min(reading.distance for reading in readings))

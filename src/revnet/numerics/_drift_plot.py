@@ -17,9 +17,9 @@ _FLOOR, _CEILING = 1e-8, 1e1
 _OUTLIER = 10.0
 """Largest amplification, relative to the mean, that is drawn on a linear axis."""
 _LONGEST_LINE = 75
-"""Largest number of characters in a line of the title, and in the names of all sequences."""
+"""Largest number of characters in a line of the title, and in the names of all lists of blocks."""
 _MOST_PARTS = 8
-"""Largest number of sequences to name."""
+"""Largest number of lists to name."""
 
 
 def plot_drift(blocks: Sequence[BlockDrift], keyframes: Sequence[str], path: Path, *, title: str) -> None:
@@ -168,8 +168,8 @@ def _plot_amplification(axes: Any, blocks: Sequence[BlockDrift]) -> None:
 
 
 def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> bool:
-    """Separate the sequences of the model by lines, and write their names above the axes; return whether any are."""
-    parts = [(part, len(list(members))) for part, members in groupby(blocks, lambda b: b.name.rpartition(".blocks")[0])]
+    """Separate the lists of blocks by lines, and write their names above the axes; return whether any are."""
+    parts = [(part, len(list(members))) for part, members in groupby(blocks, lambda b: b.name.rpartition(".")[0])]
     if len(parts) < 2:
         return False
     has_names = len(parts) <= _MOST_PARTS
@@ -192,6 +192,6 @@ def _mark_parts(axes: Any, blocks: Sequence[BlockDrift]) -> bool:
 
 
 def _part_name(part: str, most: int) -> str:
-    """Return the name of a sequence, cut to `most` characters from the left."""
-    name = part.removesuffix(".reversible")
+    """Return the name of a list of blocks or of its sequence, cut to `most` characters from the left."""
+    name = part.removesuffix(".blocks").removesuffix(".reversible")
     return name if len(name) <= most else f"...{name[3 - most :]}"

@@ -73,12 +73,6 @@ def _growth(blocks: Sequence[BlockDrift]) -> str:
     return f"; undoing a block multiplies errors by {mean:.2g} on average, and by {factor:.2g} at `{strongest.name}`"
 
 
-_BOUND_IT = (
-    "Bound the error: `revnet.nn.set_tolerance(model, 1e-3)` or `revnet train --tolerance` keeps streams where the "
-    "bound requires it."
-)
-
-
 def advice_on(
     blocks: Sequence[BlockDrift], gradient: GradientDrift | None, dtype: torch.dtype | None, tolerance: float | None
 ) -> tuple[str, ...]:
@@ -100,21 +94,49 @@ def advice_on(
             f"Keep the streams in float32; they are {str(dtype).removeprefix('torch.')} now. Give the model float32 "
             "inputs, and let `torch.autocast` run the residual functions in low precision."
         )
-    if tolerance is None:
-        advice.append(_BOUND_IT)
-    else:
-        advice.append(
-            f"Tighten the tolerance of {tolerance:g}, since this model turns errors of activations into larger errors "
-            "of gradients."
-        )
-    advice += [
-        "Or reverse exactly, on a fixed-point grid: `revnet.nn.set_coupling(model, FixedPoint())` or "
-        "`revnet train --exact`.",
-        "Or recompute from kept streams: `revnet.nn.set_policy(model, Checkpoint())`.",
-    ]
-    if (mean_amplification(blocks) or 0) > _STRONG:
+    blamed = _blamed(blocks)
+    converted = [block for block in blamed if block.remedies is not None]
+    has_others = len(converted) < len(blamed)
+    remedies = dict.fromkeys(remedy for block in converted for remedy in block.remedies or ())
+    others = _for_sequences(tolerance) if has_others else []
+    advice += [f"Converted blocks: {_lowered(remedy)}" for remedy in remedies] if has_others else remedies
+    advice += [f"Other blocks: {_lowered(sentence)}" for sentence in others] if converted else others
+    advice.append("Or recompute from kept streams: `revnet.nn.set_policy(model, Checkpoint())`.")
+    if has_others and (mean_amplification(blocks) or 0) > _STRONG:
         advice.append(
             "Or change the blocks so that undoing them amplifies less: normalize inside the residual functions, scale "
             "down their outputs, or train with `revnet.numerics.conditioning_penalty`."
         )
-    return tuple(advice)
+    first = advice[0].removeprefix("Or ")
+    return first[0].upper() + first[1:], *advice[1:]
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def _blamed(blocks: Sequence[BlockDrift]) -> list[BlockDrift]:
+    """Return the blocks whose inputs are off, or all that are rebuilt with an error, if only gradients are off."""
+    inexact = [(block, block.error) for block in blocks if block.error is not None and not block.is_exact]
+    # NaN is not below anything.
+    off = [block for block, error in inexact if not error < SOUND_BELOW]
+    return off or [block for block, _ in inexact]
+
+
+def _for_sequences(tolerance: float | None) -> list[str]:
+    """Return what helps the blocks of sequences."""
+    if tolerance is None:
+        bound = (
+            "Bound the error: `revnet.nn.set_tolerance(model, 1e-3)` or `revnet train --tolerance` keeps streams where "
+            "the bound requires it."
+        )
+    else:
+        bound = (
+            f"Tighten the tolerance of {tolerance:g}, since this model turns errors of activations into larger errors "
+            "of gradients."
+        )
+    return [
+        bound,
+        "Or reverse exactly, on a fixed-point grid: `revnet.nn.set_coupling(model, FixedPoint())` or "
+        "`revnet train --exact`.",
+    ]

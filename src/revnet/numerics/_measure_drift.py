@@ -17,9 +17,10 @@ from revnet.engine import DriftMeter
 from revnet.errors import ReconstructionWarning
 from revnet.nn import Store, set_policy
 from revnet.nn._restore import restoring_policies, restoring_state
+from revnet.nn.blocks._blocks_in_runs import BlockInRun, blocks_in_runs
 from revnet.numerics._block_drift import GradientDrift
 from revnet.numerics._drift import Drift
-from revnet.numerics._drift_from_records import LocatedBlock, drift_of, locate_blocks
+from revnet.numerics._drift_from_records import drift_of
 from revnet.numerics._gradients import Gradients, angle_and_error, parameter_gradients
 
 Loss = Callable[[Any], Tensor]
@@ -65,11 +66,12 @@ def measure_drift(
     """
     check_step_arguments(model, kwargs, loss, autocast)
     model = getattr(model, "_orig_mod", model)  # compiled code cannot be watched, and computes the same
-    blocks = locate_blocks(model)
+    blocks = blocks_in_runs(model)
     if not blocks:
         raise ValueError(
             f"`model` (={type(model).__name__}) has no reversible block, so nothing is rebuilt; build it from "
-            "`ReversibleSequential`, or pass a reversible model, such as `revnet38`."
+            "`ReversibleSequential`, make it reversible with `revnet.convert`, or pass a reversible model, such as "
+            "`revnet38`."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"`model` (={type(model).__name__}) has no parameter that requires a gradient; unfreeze one.")
@@ -108,9 +110,9 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
-def _check_can_be_stored(blocks: Sequence[LocatedBlock]) -> None:
+def _check_can_be_stored(blocks: Sequence[BlockInRun]) -> None:
     for block in blocks:
-        if not block.is_in_sequence:
+        if not block.has_policy:
             raise ValueError(
                 f"`gradients` (=True) needs the stored twin, but the block `{block.name or 'model'}` is outside a "
                 "ReversibleSequential, where it cannot be stored; put it into one."

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 from revnet.engine._determinism import repeat_function
-from revnet.nn import AbstractReversibleBlock
 from revnet.nn._restore import restoring_state
 from revnet.nn._whole_model import policy_holders
+from revnet.nn.blocks._blocks_in_runs import blocks_in_runs
 
 
 class NondeterministicFunction(NamedTuple):
     """Residual function that returned different bits when it ran again."""
 
     name: str
-    """Name in the model, such as "stages.0.reversible.blocks.3.f"."""
+    """Name in the model, such as "stages.0.reversible.blocks.3.f", or of a converted block "layer1.3"."""
     output_error: float
     """Relative error between the outputs of two runs, which makes reconstruction inexact; 0 if they were equal."""
     gradient_error: float
@@ -51,18 +51,18 @@ def find_nondeterministic(
     """
     if num_runs < 2:
         raise ValueError(f"`num_runs` (={num_runs}) must be 2 or more, since runs are compared with each other.")
-    functions = residual_functions(model)
+    functions = _functions_by_caller(model)
     if not functions:
         raise ValueError(
             f"`model` (={type(model).__name__}) has no reversible block whose functions could be run again; build it "
-            "from `ReversibleSequential`."
+            "from `ReversibleSequential`, or make it reversible with `revnet.convert`."
         )
     keywords = dict(kwargs or {})
     differing: dict[str, NondeterministicFunction] = {}
     is_running = False
 
-    def probe(name: str) -> Any:
-        def before(function: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def probe(name: str, function: nn.Module) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal is_running
             if is_running:  # one function calls another one, or itself
                 return
@@ -77,8 +77,8 @@ def find_nondeterministic(
         return before
 
     with ExitStack() as stack:
-        for name, function in functions.items():
-            handle = function.register_forward_pre_hook(probe(name), with_kwargs=True)
+        for name, (caller, function) in functions.items():
+            handle = caller.register_forward_pre_hook(probe(name, function), with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(restoring_state(model))
         with torch.enable_grad():
@@ -86,10 +86,21 @@ def find_nondeterministic(
     return tuple(differing.values())
 
 
-def residual_functions(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the residual functions of all reversible blocks and units of `model` by name, in order."""
-    blocks = [module for module in model.modules() if isinstance(module, AbstractReversibleBlock)]
-    ids = {id(half_block.function) for block in blocks for half_block in block.half_blocks()}
+def _functions_by_caller(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Return, by name and in order, the modules whose calls show inputs, and the functions to run on these inputs.
+
+    They are the residual functions of all reversible blocks and units, each as both. A converted block is called with
+    the input of its residual function, but it must not run by itself, so what it was originally runs.
+    """
+    callers: list[tuple[nn.Module, nn.Module]] = []
+    for block in blocks_in_runs(model):
+        callers += [(half_block.function, half_block.function) for half_block in block.half_blocks]
+        if block.original is not None:
+            callers.append((block.module, block.original))
     for holder in policy_holders(model).values():
-        ids |= {id(function) for unit in holder.policy_units if unit.is_reversible for function in unit.functions}
-    return {name: module for name, module in model.named_modules() if id(module) in ids}
+        callers += [
+            (function, function) for unit in holder.policy_units if unit.is_reversible for function in unit.functions
+        ]
+    # The first one counts: the unit of a converted block is the block itself.
+    functions = {id(caller): function for caller, function in reversed(callers)}
+    return {name: (module, functions[id(module)]) for name, module in model.named_modules() if id(module) in functions}

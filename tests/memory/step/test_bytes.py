@@ -58,6 +58,14 @@ def test_rejects_a_number_that_is_not_positive(value):
         parse_bytes(value, "limit")
 
 
+@pytest.mark.parametrize("value", [2**63, 10**30, 10**5000, -(10**5000)], ids=["2^63", "10^30", "10^5000", "-10^5000"])
+def test_rejects_more_bytes_than_a_device_can_address(value):
+    with pytest.raises(
+        ValueError, match=r"^`limit` \(an integer of [\d,]+ bits\) must be positive and below 2\^63, such"
+    ):
+        parse_bytes(value, "limit")
+
+
 @pytest.mark.parametrize("value", [True, 1e9, float("nan"), None])
 def test_rejects_other_types(value):
     with pytest.raises(TypeError, match=r"must be a number of bytes with a unit, .*, or an int of bytes\.$"):

@@ -59,3 +59,5 @@ def test_bad_input():
         DuplicateStreams()((torch.zeros(1), torch.zeros(1)))
     with pytest.raises(TypeError, match=r"`streams` must be a tuple of tensors, not .*put `DuplicateStreams"):
         JoinStreams()(torch.zeros(1))
+    with pytest.raises(TypeError, match="`streams` must be a tuple of tensors, not tuple of 0"):
+        JoinStreams("mean")(())

@@ -1,3 +1,5 @@
+import csv
+
 import pytest
 import torch
 
@@ -18,6 +20,19 @@ def test_trains_a_model_of_ones_own(out_dir):
     assert classifier(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 10)
 
 
+def test_records_the_drift_of_converted_blocks(out_dir):
+    config = TrainConfig(model=f"{OWN}:converted", max_updates=2, drift_every=1, out_dir=out_dir)
+    result = train(config, quiet=True)
+    with (result.folder / "drift.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [f"classifier.model.2.{index}" for index in range(4)]
+    assert [(row["update"], row["block"]) for row in rows] == [(update, name) for update in "01" for name in names]
+    assert all(0 < float(row["error"]) < 1e-5 for row in rows)
+    with (result.folder / "metrics.csv").open() as file:
+        (epoch,) = csv.DictReader(file)
+    assert float(epoch["drift"]) == pytest.approx(max(float(row["error"]) for row in rows))
+
+
 def test_does_not_run_code_that_a_file_of_weights_names(out_dir):
     result = train(TrainConfig(model=f"{OWN}:Perceptron", max_updates=1, out_dir=out_dir), quiet=True)
     with pytest.raises(CheckpointError, match=r"your own code, which a file of weights must not run; build the model"):
@@ -33,6 +48,13 @@ def test_does_not_run_code_that_a_file_of_weights_names(out_dir):
         ({"model": f"{OWN}:NOT_A_MODEL"}, ValueError, r"must be an nn.Module, or a function that returns one; got int"),
         ({"model": f"{OWN}:raises"}, UserCodeError, r"failed when it was called"),
         ({"model": f"{OWN}:Perceptron", "exact": True}, ValueError, r"`exact` \(=True\) is for reversible models"),
+        ({"model": f"{OWN}:Perceptron", "drift_every": 1}, ValueError, r"has no reversible block; leave it out"),
+        (
+            {"model": f"{OWN}:converted", "exact": True},
+            ValueError,
+            r"`exact` \(=True\) does not change converted blocks",
+        ),
+        ({"model": f"{OWN}:converted", "tolerance": 1e-3}, ValueError, r"set `fraction_bits` in the method of `revnet"),
         ({"data": f"{OWN}:raises"}, UserCodeError, r"failed when it was called"),
         ({"data": f"{OWN}:Perceptron"}, ValueError, r"must be a LightningDataModule, or a function that returns one"),
         ({"data": f"{OWN}:OnlyTraining"}, ValueError, r"must have a `test_dataloader` or a `val_dataloader`"),

@@ -113,7 +113,8 @@ def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
         if half_block.coupling.remembers:
             refuse(
                 "a coupling that keeps bits of its streams, `BDIA` or `ExactScaled` with a small factor, cannot be "
-                "compiled as a whole; compile the residual functions instead: `block.f.compile(); block.g.compile()`."
+                "compiled as a whole; compile the residual functions instead: `block.f.compile(); block.g.compile()`, "
+                "or store activations with `set_policy(model, 'store')`."
             )
     if chain.tolerance is not None:
         refuse(

@@ -28,6 +28,7 @@ from revnet.coupling import AbstractCoupling, Additive, ExactScaled, FixedPoint,
 from revnet.models.reversible_transformer._residuals import LayerResidual
 from revnet.models.reversible_transformer._stored_blocks import StoredBlocks
 from revnet.nn import AbstractPolicy, CouplingLayer, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.nn.blocks._abstract_block import check_coupling
 from revnet.nn.policies._has_policies import as_policy
 
 Functions = tuple[nn.Module, nn.Module]
@@ -158,6 +159,7 @@ def make_form(form: Any, step_size: Any, coupling: AbstractCoupling | None, defa
         default: Value of `coupling` if that is None, for the forms that have one.
 
     Raises:
+        TypeError: `coupling` is not a coupling.
         ValueError: No form has this name, `step_size` is not a positive number, or the form does not have a step
             size or coupling.
     """
@@ -169,6 +171,8 @@ def make_form(form: Any, step_size: Any, coupling: AbstractCoupling | None, defa
                 f"`step_size` (={step_size!r}) must be None for the {form} form, whose layers have no step size; pass "
                 "`form='midpoint'` or `form='leapfrog'`."
             )
+    if coupling is not None:
+        check_coupling(coupling)
     return FORMS[form](step_size, coupling, default)
 
 

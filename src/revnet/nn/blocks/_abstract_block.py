@@ -13,6 +13,7 @@ from revnet._checks import describe
 from revnet._torch_release import allow_default_coupling
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine import Chain, HalfBlock
+from revnet.nn.blocks._blocks_in_runs import BlockInRun
 from revnet.nn.blocks._reversible_module import Reads, ReversibleModule
 from revnet.nn.blocks._run import Segment
 from revnet.nn.blocks._schedule import ModuleCache, Schedule
@@ -63,6 +64,11 @@ class AbstractReversibleBlock(ReversibleModule):
     @abc.abstractmethod
     def half_blocks(self, prefix: str = "") -> list[HalfBlock]:
         """Return the residual functions in order. `prefix`, such as "blocks.3.", names the block in errors."""
+
+    def blocks_in_run(self) -> list[BlockInRun]:
+        """Return the block itself, which runs alone where it is called outside of a sequence."""
+        half_blocks = self.half_blocks()
+        return [BlockInRun("", self, _REVERSE, half_blocks, self, num_streams=self.num_streams, has_policy=False)]
 
     def _build_schedule(self) -> Schedule:
         if torch.compiler.is_dynamo_compiling():  # A trace cannot compare with what eager code cached.

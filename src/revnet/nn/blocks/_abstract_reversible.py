@@ -13,12 +13,13 @@ from revnet.engine import Chain, Recording
 from revnet.engine._split import prepare
 from revnet.engine._streams import begin
 from revnet.engine._tolerance import ToleranceKeeper
+from revnet.nn.blocks._blocks_in_runs import RunsBlocks
 from revnet.nn.blocks._run import run_inverse, run_recorded, sum_log_dets
 from revnet.nn.blocks._schedule import Schedule
 from revnet.nn.blocks._split_dim import unclear_split_dim
 
 
-class AbstractReversible(nn.Module, abc.ABC):
+class AbstractReversible(nn.Module, RunsBlocks):
     """A reversible block, or a sequence of them: a module whose input can be computed from its output."""
 
     _keeper: ToleranceKeeper | None = None

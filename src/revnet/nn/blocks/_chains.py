@@ -13,6 +13,7 @@ from revnet.coupling import Additive
 from revnet.engine import Chain, HalfBlock
 from revnet.engine._moves import Moves
 from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, schedule_of
+from revnet.nn.blocks._blocks_in_runs import BlockInRun
 from revnet.nn.blocks._reversible_module import Origin, read_blocks
 from revnet.nn.blocks._run import Segment
 from revnet.nn.blocks._schedule import ModuleCache, Schedule
@@ -57,8 +58,7 @@ class Chains(ModuleCache):
         """
         if torch.compiler.is_dynamo_compiling():
             allow_default_coupling(Additive)
-        names = [f"blocks.{sequence.first_block + index}." for index in range(len(blocks))]
-        half_blocks = [block.half_blocks(name) for name, block in zip(names, blocks, strict=True)]
+        half_blocks = [block.half_blocks(_prefix_of(sequence, index)) for index, block in enumerate(blocks)]
         called = [block if must_be_called(block) else None for block in blocks]
         key = (sequence.policies, half_blocks, called)
         first = blocks[0] if blocks else None
@@ -69,6 +69,27 @@ class Chains(ModuleCache):
         schedule = schedule_of(segments, first)
         self.known = Known(key, schedule, _origin_of(sequence, blocks, key, kind))
         return schedule
+
+
+def list_blocks(sequence: "ReversibleSequential", blocks: Sequence[AbstractReversibleBlock]) -> list[BlockInRun]:
+    """Return the blocks of a sequence, whose half-blocks have the names that they have in its chains."""
+    return [
+        BlockInRun(
+            name=f"blocks.{index}",
+            module=block,
+            policy=policy,
+            half_blocks=block.half_blocks(_prefix_of(sequence, index)),
+            row=sequence,
+            index=index,
+            num_streams=block.num_streams,
+        )
+        for index, (block, policy) in enumerate(zip(blocks, sequence.policies, strict=True))
+    ]
+
+
+def _prefix_of(sequence: "ReversibleSequential", index: int) -> str:
+    """Return the name of a block in errors, with a dot at its end."""
+    return f"blocks.{sequence.first_block + index}."
 
 
 def must_be_called(block: AbstractReversibleBlock) -> bool:

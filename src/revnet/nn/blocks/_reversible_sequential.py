@@ -10,7 +10,8 @@ from revnet._units import counted
 from revnet.engine._tolerance import ToleranceKeeper
 from revnet.engine._tracing import runs_plainly
 from revnet.nn.blocks._abstract_block import AbstractReversibleBlock
-from revnet.nn.blocks._chains import Chains
+from revnet.nn.blocks._blocks_in_runs import BlockInRun
+from revnet.nn.blocks._chains import Chains, list_blocks
 from revnet.nn.blocks._reversible_module import ReversibleModule
 from revnet.nn.blocks._schedule import Schedule
 from revnet.nn.blocks._tolerance import checked_tolerance, refuse_to_compile
@@ -172,6 +173,10 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
         """Set one policy for all blocks, or one policy for each block. The next forward pass uses it."""
         self._policies = broadcast_policy(policy, self.policy_units)
 
+    def blocks_in_run(self) -> list[BlockInRun]:
+        """Return the blocks, in order."""
+        return list_blocks(self, self._reversible_blocks())
+
     def __len__(self) -> int:
         return len(self.blocks)
 
@@ -193,10 +198,8 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
     def extra_repr(self) -> str:
         """Return the policies, the tolerance and the number of keyframes, for `repr`."""
         runs = [(policy, len(list(group))) for policy, group in groupby(self.policies)]
-        if len(runs) <= 1:
-            options = [f"policy={policy}" for policy, _ in runs]
-        else:
-            options = ["policy=" + " + ".join(f"[{policy}] * {count}" for policy, count in runs)]
+        shown = [str(policy) if len(runs) == 1 else f"[{policy}] * {count}" for policy, count in runs]
+        options = [f"policy={' + '.join(shown)}"] if runs else []
         if self.tolerance is not None:
             options.append(f"tolerance={self.tolerance:g}, {len(self.keyframes)} keyframes")
         return ", ".join(options)

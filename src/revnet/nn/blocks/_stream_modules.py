@@ -92,7 +92,8 @@ class JoinStreams(nn.Module):
 
     def forward(self, streams: Streams) -> Tensor:
         """Return one tensor."""
-        if not isinstance(streams, tuple | list) or not all(isinstance(stream, Tensor) for stream in streams):
+        is_usable = isinstance(streams, tuple | list) and len(streams) > 0
+        if not is_usable or not all(isinstance(stream, Tensor) for stream in streams):
             raise TypeError(
                 f"`streams` must be a tuple of tensors, not {describe_kind(streams)}; a sequence returns one if its "
                 "input is one: put `DuplicateStreams()` in front of it."

@@ -1,10 +1,12 @@
 """A model of the user's own, by its import path."""
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-from revnet.nn import AbstractReversibleBlock
+from revnet.nn.blocks._blocks_in_runs import blocks_in_runs
 from revnet.training.classification.config import TrainConfig
 from revnet.training.classification.model import ClassifierHeader
 from revnet.training.import_path import call_object, import_object, is_import_path
@@ -38,15 +40,25 @@ def check_policies(config: TrainConfig, model: nn.Module) -> None:
     """Raise unless the settings about reversible blocks suit the model.
 
     Raises:
-        ValueError: The model has no reversible block, and a setting needs one.
+        ValueError: The model has no reversible block, or no block of the kind that a setting changes.
     """
-    if any(isinstance(module, AbstractReversibleBlock) for module in model.modules()):
-        return
-    needs = {name: getattr(config, name) for name in ("exact", "tolerance", "drift_every")}
-    if config.policy == "store":
-        needs["policy"] = config.policy
-    for name, value in needs.items():
+    blocks = blocks_in_runs(model)
+    of_sequences = {name: getattr(config, name) for name in ("exact", "tolerance")}
+    of_all = {"drift_every": config.drift_every, "policy": config.policy if config.policy == "store" else None}
+    if not blocks:
+        _refuse(
+            of_sequences | of_all, f"is for reversible models; {config.model} has no reversible block; leave it out"
+        )
+    elif all(block.original is not None for block in blocks):
+        _refuse(
+            of_sequences,
+            f"does not change converted blocks, and {config.model} has no other reversible ones; leave it out, and set "
+            "`fraction_bits` in the method of `revnet.convert`, which makes reversal exact",
+        )
+
+
+def _refuse(settings: Mapping[str, Any], reason: str) -> None:
+    """Raise if one of the settings is given."""
+    for name, value in settings.items():
         if value:
-            raise ValueError(
-                f"`{name}` (={value!r}) is for reversible models; {config.model} has no reversible block; leave it out."
-            )
+            raise ValueError(f"`{name}` (={value!r}) {reason}.")
