@@ -11,6 +11,7 @@ import torch
 from _gpu_part import Setting
 
 from revnet.bench.host import frozen
+from revnet.bench.pitfalls import one_line
 
 NUM_STEPS = 3
 """Number of steps timed together, after one to warm up."""
@@ -125,7 +126,7 @@ def attempt(function: Callable[[], object], device: torch.device) -> str:
     except torch.OutOfMemoryError:
         note = "out of memory"
     except RuntimeError as error:
-        note = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+        note = one_line(error)
     if note:
         release(device)  # here the error and its traceback no longer hold tensors
     return note

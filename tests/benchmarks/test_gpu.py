@@ -50,6 +50,8 @@ def part(gpu):
     return make
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # as Inductor loads
 def test_dry_run_writes_all_files(gpu, in_this_process, tmp_path, capsys):
     folder = tmp_path / "results"
     folder.mkdir()
@@ -85,7 +87,7 @@ def test_dry_run_writes_all_files(gpu, in_this_process, tmp_path, capsys):
     assert all(float(row["difference"]) < 1e-5 for row in tables["policies"])
     assert all(float(row["difference"]) < 1e-5 for row in tables["head"] if not row["note"])
     timed = ("ratios", "capture", "policies", "memory", "models", "batches", "transformer")
-    assert not any(row["note"] for name in timed for row in tables[name])
+    assert {row["note"] for name in timed for row in tables[name]} == {""}
 
 
 def test_a_failure_does_not_stop_other_parts(gpu, in_this_process, setting, part, tmp_path, capsys):

@@ -305,8 +305,10 @@ class Pitfall:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the type of an error and the first line of its message."""
-    first, *_ = str(error).strip().splitlines() or [""]
+    """Return the type of an error and the first line of its message, with the next one if it ends with a colon."""
+    first, *others = str(error).strip().splitlines() or [""]
+    if first.endswith(":"):
+        first = " ".join([first, *others[:1]])
     return f"{type(error).__name__}: {first}"[:200]
 
 

@@ -285,7 +285,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 
 def test_the_largest_batch_for_a_huge_budget():
     model, x = small_revnet(), torch.empty(3, 3, 8, 8, device="meta")
-    batch = max_batch_size(model, x, budget=2**70)
+    batch = max_batch_size(model, x, budget=2**62)
     assert batch == max_batch_size(model, x, budget="8PiB") > 2**30
 
 

@@ -80,8 +80,7 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
     """
 
     _chains: Chains
-    first_block = 0
-    """Number of the first block in errors, for a sequence that is a part of another one."""
+    _first_block = 0
 
     def __init__(
         self,
@@ -111,6 +110,16 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
         self._chains = Chains()
         self.set_policies(policy)
         self.tolerance = tolerance
+
+    @property
+    def first_block(self) -> int:
+        """The number of the first block in errors and warnings, for a sequence that is a part of another one."""
+        return self._first_block
+
+    @first_block.setter
+    def first_block(self, number: int) -> None:
+        self._first_block = number
+        self._chains = Chains()  # The names of half-blocks have the number.
 
     @property
     def tolerance(self) -> float | None:
