@@ -214,19 +214,24 @@ class ReversibleSequential(ReversibleModule, HasPolicies, HasGradientCheckpointi
         return ", ".join(options)
 
     def _reversible_blocks(self) -> list[AbstractReversibleBlock]:
-        blocks = [block for block in self.blocks if isinstance(block, AbstractReversibleBlock)]
-        if len(blocks) != len(self.blocks):
-            for index, block in enumerate(self.blocks):
-                if not isinstance(block, AbstractReversibleBlock):
-                    raise TypeError(
-                        f"`blocks[{index}]` is now a {type(block).__name__}, which is not a reversible block, so it "
-                        "cannot run; wrap the block's functions `f` and `g` instead. `block.compile()` compiles "
-                        "them, and `torch.distributed.fsdp.fully_shard(block)` shards a block in place."
-                    )
-        return blocks
+        return _checked(self.blocks)
 
     def _build_schedule(self) -> Schedule:
         """Build one chain for each run of blocks with the same policy, so that the run stores one pair of streams."""
         if self._keeper is not None and not runs_plainly():
             refuse_to_compile()
         return self._chains.of(self, self._reversible_blocks(), ReversibleSequential)
+
+
+def _checked(blocks: nn.ModuleList) -> list[AbstractReversibleBlock]:
+    """Return the blocks, or raise if one of them was replaced by a module of another kind."""
+    checked = [block for block in blocks if isinstance(block, AbstractReversibleBlock)]
+    if len(checked) != len(blocks):
+        for index, block in enumerate(blocks):
+            if not isinstance(block, AbstractReversibleBlock):
+                raise TypeError(
+                    f"`blocks[{index}]` is now a {type(block).__name__}, which is not a reversible block, so it "
+                    "cannot run; wrap the block's functions `f` and `g` instead. `block.compile()` compiles "
+                    "them, and `torch.distributed.fsdp.fully_shard(block)` shards a block in place."
+                )
+    return checked
