@@ -223,6 +223,10 @@ def detached_alias(tensor: Tensor) -> Tensor:
 current_dispatch_mode: Callable[[], TorchDispatchMode | None] = _get_current_dispatch_mode
 without_current_mode: Callable[[], AbstractContextManager[TorchDispatchMode]] = _pop_mode_temporarily
 
+# Code inside runs without any dispatch mode, fake tensors included, several times faster than under
+# `unset_fake_temporarily`. Replacement: that and `without_current_mode`.
+without_dispatch: Callable[[], AbstractContextManager[None]] = torch._C._DisableTorchDispatch
+
 
 @contextmanager
 def outside_of_traces() -> Iterator[None]:

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from revnet._torch_internals import active_fake_mode
+from revnet.memory.step._shape_cache import ShapeCache
+
 _aten = torch.ops.aten
 _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
+
+_SHAPES = ShapeCache()
 
 
 class CpuKernels(TorchDispatchMode):
@@ -23,9 +28,19 @@ class CpuKernels(TorchDispatchMode):
     * Attention in float64 returns the logarithms of its sums in float64. Only PyTorch 2.11 needs this correction.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._mode = active_fake_mode()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and correct its result."""
-        result = func(*args, **(kwargs or {}))
+        """Run the operation and correct its result, or return what it is known to return."""
+        kwargs = kwargs or {}
+        if self._mode is None:
+            return self._run(func, args, kwargs)
+        return _SHAPES.run(self._mode, self._run, func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
         if func in _NORMS:
             if _is_cpu(args[0]) and _is_mixed(args):
                 return result[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in result[1:])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revnet._torch_internals import current_node, next_sequence_number, python_operator, sequence_number_of
+from revnet._torch_internals import FakeTensor, current_node, next_sequence_number, python_operator, sequence_number_of
 from revnet.engine._keep import fresh_outputs
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
@@ -23,7 +23,9 @@ _aten = torch.ops.aten
 _FRESH = {_aten.lift_fresh.default}
 # These move and allocate nothing, and their number differs between fake and real tensors: the engine reads the values
 # of real tensors through detached aliases, for instance. If they counted, `predict` would differ from `measure`.
-_QUERIES = {torch.ops.prim.device.default, _aten.detach.default, _aten.promote_types.default}
+_DEVICE = torch.ops.prim.device.default
+_META = torch.device("meta")
+_QUERIES = {_DEVICE, _aten.detach.default, _aten.promote_types.default}
 _ALLOCATIONS = {
     packet
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -153,6 +155,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record its cost and the storages that it creates."""
+        if func is _DEVICE and type(args[0]) is FakeTensor:  # About half of all calls; this is the answer of its mode.
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         kwargs = kwargs or {}
         operation = self._operations[func]
         if operation.function is not None:
@@ -205,8 +209,6 @@ class Recorder(TorchDispatchMode):
         if running is not None and self._start_sequence <= running < self._forward_end_sequence:
             self._last_sequence = running
         return self._last_sequence
-
-    # Hooks ------------------------------------------------------------------------------------------------------------
 
     def _entering(self, index: int) -> Callable[[nn.Module, Any], None]:
         def enter(module: nn.Module, _: Any) -> None:
