@@ -34,6 +34,7 @@ from revnet.training.density.images import load_images
 RESULTS = Path(__file__).parent / "results"
 DEPTHS = (4, 8, 16)
 SHAPE = (1, 8, 8)
+NUM_JACOBIANS = 8
 MODELS: dict[str, Callable[..., Any]] = {
     "nice": lambda depth, **options: NICE(num_couplings=depth, num_hidden=2, hidden_dim=256, **options),
     "realnvp": lambda depth, **options: RealNVP(num_couplings=depth, num_blocks=2, hidden_dim=32, **options),
@@ -77,7 +78,7 @@ def log_det_error(name: str) -> Row:
         if isinstance(module, FlowStep | nn.Sequential):
             for parameter in (module.f if isinstance(module, FlowStep) else module).parameters():
                 nn.init.normal_(parameter, std=0.05)
-    x = torch.rand(8, *SHAPE, dtype=torch.float64)
+    x = torch.rand(NUM_JACOBIANS, *SHAPE, dtype=torch.float64)
     if name != "nice":
         initialize_act_norms(model, x)
     _, log_det = model(x)

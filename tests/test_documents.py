@@ -95,12 +95,12 @@ def test_versions_agree_with_the_package():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own, in torch.compile
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "build-reversible.md"], ids=name_of)
 def test_the_code_of_a_page_runs(page):
     exec(compile(code_of(page), page.name, "exec"), {"__name__": "page"})
 
 
-def test_the_bytes_of_the_building_page_are_measured(capsys):
+def test_the_code_of_the_building_page_prints_its_bytes(capsys):
     code = code_of(DOCS / "build-reversible.md")
     exec(compile(code, "build-reversible.md", "exec"), {"__name__": "page"})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(activations\(.*\)\)  # (.*)", code)
