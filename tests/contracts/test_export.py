@@ -23,6 +23,10 @@ from tests.helpers import CASE, REVERSIBLE_MODELS, assert_close, model_input
 
 POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
 all_policies = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+# `torch.jit.trace` is deprecated: a DeprecationWarning, and a FutureWarning in newer releases.
+traces = pytest.mark.filterwarnings(
+    "ignore:.torch.jit", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 DYNAMIC_BATCH = ({0: Dim("batch", min=2)},)
 
 # This program cannot import revnet, like a server without it.
@@ -61,7 +65,7 @@ def test_tolerance_does_not_prevent_exports(strict):
 
 
 @all_policies
-@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@traces
 def test_traced_by_torch_jit(policy):
     sequence = sequence_of(policy).eval()
     traced = torch.jit.trace(sequence, torch.randn(3, 6, 5, 5))
@@ -69,7 +73,7 @@ def test_traced_by_torch_jit(policy):
     assert_close(traced(x), sequence(x), tolerance=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@traces
 @pytest.mark.parametrize("name", [name for name in REVERSIBLE_MODELS if "transformer" in name])
 def test_transformers_are_traced_with_their_hashes(name):
     model = REVERSIBLE_MODELS[name]().double().eval()
@@ -80,7 +84,7 @@ def test_transformers_are_traced_with_their_hashes(name):
         assert_close(traced(tokens), model(tokens))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@traces
 def test_a_trace_rounds_to_the_grid():
     sequence = CASE["conv"].sequence(2).float().eval()
     set_coupling(sequence, FixedPoint(fraction_bits=2))
@@ -152,7 +156,7 @@ def test_compiled_ahead_of_time(tmp_path):
     assert_close(torch._inductor.aoti_load_package(package)(x), model(x), tolerance=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@traces
 def test_graph_of_tensorboard(tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
     with tensorboard.SummaryWriter(tmp_path) as writer:

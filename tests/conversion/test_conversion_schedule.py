@@ -162,7 +162,7 @@ def scripted():
         (host, {"branches": ["mlp", "mlp"], "method": Adapter()}, r"`branches` must be None for `Adapter`"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_convert_refuses_in_one_line_and_changes_nothing(make, options, match):
     model = make()
     classes = [type(module) for module in model.modules()]
