@@ -11,10 +11,12 @@ from torch import nn
 from revnet import Checkpoint, Offload, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.memory import plan, predict
 from revnet.memory.planning import _planner
+from revnet.memory.repeats._block_chain import find_rows
 from revnet.memory.repeats._frame import UNKNOWN, ZERO, Frame, Label
 from revnet.memory.repeats._windows import WindowNumbers, positions_to_show
 from revnet.memory.step import _predict
 from revnet.memory.step._predict import Prediction
+from revnet.models import ReversibleEncoderDecoder, ReversibleTransformer, ReversibleViT, RevNet
 
 POLICIES = (Reverse(), Checkpoint(), Store(), Offload())
 SHARED = nn.GELU()
@@ -242,3 +244,23 @@ def test_descriptions_lead_to_the_same_position_in_a_longer_chain():
     common = np.where(descriptions == other, descriptions, UNKNOWN)
     assert frame(20).find(common, own).tolist() == [21]
     assert frame(20).find(np.where(np.arange(common.shape[1]) == 0, ZERO + 1, UNKNOWN)[None], own).tolist() == [2]
+
+
+DEEP = {
+    "transformer": lambda: ReversibleTransformer(vocab_size=9, dim=8, depth=40, num_heads=2),
+    "transformer, leapfrog": lambda: ReversibleTransformer(vocab_size=9, dim=8, depth=40, num_heads=2, form="leapfrog"),
+    "transformer, LSH": lambda: ReversibleTransformer(vocab_size=9, dim=8, depth=40, num_heads=2, attention="lsh"),
+    "decoder": lambda: ReversibleEncoderDecoder(vocab_size=9, dim=8, encoder_depth=33, decoder_depth=34, num_heads=2),
+    "ViT": lambda: ReversibleViT(img_size=8, patch_size=4, dim=8, depth=40, num_heads=2),
+    "RevNet": lambda: RevNet(num_blocks=[40, 40, 40], widths=[8, 8, 8, 8]),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_equal_blocks_of_library_models_are_known_as_equal(name):
+    with torch.device("meta"):
+        model = DEEP[name]()
+    rows = find_rows(model)
+    depths = [len(module) for module in model.modules() if isinstance(module, ReversibleSequential)]
+    assert sorted(len(row.blocks) for row in rows.values()) == sorted(depths)
+    assert all(len(set(row.kinds)) <= 2 for row in rows.values())

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from revnet.nn import ReversibleSequential
+from revnet.nn.attention import CrossAttention, FullAttention
 from revnet.nn.blocks._schedule import ModuleCache
 
 _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"training"}
+_ANY_VALUE = {"p": nn.modules.dropout._DropoutNd, "layer_index": (FullAttention, CrossAttention)}
+"""Attributes whose values do not matter, and their classes: the rate of dropout, and the place in a cache, which no
+training step uses."""
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, torch.Size)
 _DEEPEST = 4
 """Levels of attributes of attributes that are compared."""
@@ -23,7 +27,8 @@ def kinds_of_blocks(model: nn.Module, sequence: ReversibleSequential) -> list[in
     """Return a number for each block of a sequence in a model, which is the same for equal blocks.
 
     Blocks are equal if their modules have the same classes and attributes, and their tensors the same shapes. The rates
-    of dropout may differ. A block with hooks, or one that shares a tensor with another module, is not equal to any.
+    of dropout and the places in a cache may differ. A block with hooks, or one that shares a tensor with another
+    module, is not equal to any.
     """
     num_uses = Counter(key for module in model.modules() for tensor in own_tensors(module) for key in _keys_of(tensor))
     known: list[Any] = []
@@ -74,8 +79,7 @@ def _structure_of(block: nn.Module) -> tuple[Any, ...]:
             [
                 (key, _simplified(value))
                 for key, value in module.__dict__.items()
-                if key not in _OF_EVERY_MODULE
-                and not (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+                if key not in _OF_EVERY_MODULE and not isinstance(module, _ANY_VALUE.get(key, ()))
             ],
             [(key, _simplified(value)) for key, value in (*module._parameters.items(), *module._buffers.items())],
             _rate_of(module),
