@@ -16,7 +16,7 @@ from revnet.memory.step._step_log import Call, StepLog
 from revnet.nn import AbstractPolicy, HasPolicies, Reverse, ReversibleSequential
 from revnet.nn._whole_model import policy_holders
 
-FEWEST = 32
+FEWEST = 8
 """Smallest number of equal blocks for which leaving some out saves time."""
 _HEAD = "head"
 
