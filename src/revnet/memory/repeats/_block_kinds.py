@@ -15,7 +15,10 @@ from revnet.nn.attention import CrossAttention, FullAttention
 from revnet.nn.blocks._schedule import ModuleCache
 
 _OF_EVERY_MODULE = set(nn.Module().__dict__) - {"training"}
-_ANY_VALUE = {"p": nn.modules.dropout._DropoutNd, "layer_index": (FullAttention, CrossAttention)}
+_ANY_VALUE: dict[str, type | tuple[type, ...]] = {
+    "p": nn.modules.dropout._DropoutNd,
+    "layer_index": (FullAttention, CrossAttention),
+}
 """Attributes whose values do not matter, and their classes: the rate of dropout, and the place in a cache, which no
 training step uses."""
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, torch.Size)
