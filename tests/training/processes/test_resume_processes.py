@@ -33,7 +33,7 @@ RECIPE: dict[str, Any] = {
     "max_grad_norm": None,
     "max_grad_value": 0.1,
 }
-RUNS = ["classifier", "lm", "lm fsdp2", "recipe", "recipe fsdp2"]
+RUNS = ["classifier", "nice", "lm", "lm fsdp2", "recipe", "recipe fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def runs(tmp_path_factory):
     text = write_text(folder, 20)
     configs = {
         "classifier": TrainConfig(batch_size=400, max_updates=3, horizontal_flip=True),
+        "nice": NiceConfig(hidden_dim=16, num_couplings=2, num_hidden=1, epochs=2, batch_size=600),
         "lm": LanguageConfig(data=text, **LANGUAGE),
         "lm fsdp2": LanguageConfig(data=text, strategy="fsdp2", **LANGUAGE),
         "recipe": NiceConfig(

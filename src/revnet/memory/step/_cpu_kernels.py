@@ -33,7 +33,7 @@ class CpuKernels(TorchDispatchMode):
         self._mode = active_fake_mode()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and correct its result, or return what it is known to return."""
+        """Run the operation and correct its result, or return the cached result."""
         kwargs = kwargs or {}
         if self._mode is None:
             return self._run(func, args, kwargs)

@@ -21,10 +21,10 @@ from revnet.nn.policies._keep_spec import kind_of
 _aten = torch.ops.aten
 # Returns its argument, a new tensor that no recorded operation created: `torch.tensor` ends with it.
 _FRESH = {_aten.lift_fresh.default}
-# These move and allocate nothing, and their number differs between fake and real tensors: the engine reads the values
-# of real tensors through detached aliases, for instance. If they counted, `predict` would differ from `measure`.
 _DEVICE = torch.ops.prim.device.default
 _META = torch.device("meta")
+# These move and allocate nothing, and their number differs between fake and real tensors: the engine reads the values
+# of real tensors through detached aliases, for instance. If they counted, `predict` would differ from `measure`.
 _QUERIES = {_DEVICE, _aten.detach.default, _aten.promote_types.default}
 _ALLOCATIONS = {
     packet

@@ -59,7 +59,7 @@ class ShapeCache:
         result = call(func, args, kwargs)
         if len(self._recipes) >= _MOST_ENTRIES:
             self._recipes.clear()
-        # An operation that changed the shape of an argument is not repeated by returning something.
+        # The effect of an operation that changes the shape of an argument cannot be cached.
         is_kept = _key_of(mode, func, args, kwargs) == key
         self._recipes[key] = _recipe_of(args, kwargs, result) if is_kept else None
         return result
