@@ -1,12 +1,14 @@
 """Builds what the package index shows from the repository's address, which stands once, in `pyproject.toml`.
 
 The README's relative links work in a checkout. On the package index they need the repository's address and a version.
+A wheel also gets the recipes, which stand next to the sources; an editable install reads them there.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 RELATIVE_LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!https?://|#|mailto:)[^)\s]+)\)")
@@ -41,3 +43,12 @@ class ReadmeAndUrls(MetadataHookInterface):
             "Issues": f"{repository}/issues",
             "Changelog": f"{repository}/blob/v{version}/CHANGELOG.md",
         }
+
+
+class Recipes(BuildHookInterface[Any]):
+    """Puts the folder `configs` into the package."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the folder, unless the install is editable: a folder of this name would be a package without code."""
+        if version != "editable":
+            build_data["force_include"][str(Path(self.root, "configs"))] = "revnet/configs"

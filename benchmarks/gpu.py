@@ -51,6 +51,8 @@ from _gpu_tests import ROOT, TESTS
 from _gpu_transformer import TRANSFORMER
 from _memory_page import Row, table
 
+from revnet.bench.pitfalls import one_line
+
 RESULTS = Path(__file__).parent / "results"
 PARTS = {part.name: part for part in (TESTS, RATIOS, CAPTURE, BY_POLICY, HEAD, MEMORY, MODELS, BATCHES, TRANSFORMER)}
 TOTAL_SECONDS = 460
@@ -176,8 +178,7 @@ def run_here(part: Part, setting: Setting, path: Path) -> int:
                 print(json.dumps(row), file=file, flush=True)
         except Exception as error:
             traceback.print_exc()
-            first = next(iter(str(error).splitlines()), "")
-            print(json.dumps({ERROR: f"{type(error).__name__}: {first}"[:300]}), file=file, flush=True)
+            print(json.dumps({ERROR: one_line(error)}), file=file, flush=True)
             return 1
     return 0
 

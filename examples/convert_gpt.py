@@ -22,6 +22,8 @@ def main(arguments=None):
     model = transformers.AutoModelForCausalLM.from_pretrained(given.model)
     model.config.use_cache = False
     tokens = torch.tensor(tokenizer(given.text.read_text())["input_ids"])
+    if not given.length < min(len(tokens), model.config.n_positions + 1):
+        parser.error(f"--length must be below the {len(tokens)} tokens of the text, and within the model's positions")
 
     def batch():
         starts = torch.randint(len(tokens) - given.length, (4,))

@@ -3,6 +3,7 @@
 import csv
 from importlib import import_module
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,7 @@ class Network(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_predictions_and_gradients_are_exact(tmp_path, monkeypatch):
     script = import_module("any_model")
     case = script.Case("perceptron", Network(), "switch_on", inputs=(torch.randn(16, 8),))

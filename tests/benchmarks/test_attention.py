@@ -33,6 +33,7 @@ def test_growth_of_arithmetic(run):
     assert "| hierarchical, L |" in page
 
 
+@pytest.mark.slow
 def test_reversible_memory_is_flat_in_depth(run):
     _, rows = run("--models", "--model-lengths", "128", "--depths", "2,3")
     for attention in ("full", "lsh", "hierarchical"):

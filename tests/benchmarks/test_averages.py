@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 
+@pytest.mark.slow
 def test_writes_page_and_table(tmp_path, capsys):
     import_module("averages").main(["--epochs", "2", "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("*.md")

@@ -9,6 +9,7 @@ import pytest
 SHAPES = {"conv": (4, 32, 4, 4), "transformer": (2, 8, 256)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, in torch.compile.
 def test_writes_a_table(tmp_path, monkeypatch, capsys):
     compilation = import_module("compilation")

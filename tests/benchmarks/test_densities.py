@@ -3,9 +3,12 @@
 import csv
 from importlib import import_module
 
+import pytest
+
 from revnet.training import NiceConfig, train
 
 
+@pytest.mark.slow
 def test_writes_page_and_tables(tmp_path, capsys, monkeypatch):
     settings = {"hidden_dim": 8, "num_couplings": 2, "batch_size": 100, "max_updates": 1}
     run = train(NiceConfig(model="glow", out_dir=str(tmp_path / "run"), **settings), quiet=True).folder

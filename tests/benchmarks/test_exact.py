@@ -51,6 +51,7 @@ def test_depths(run):
     )
 
 
+@pytest.mark.slow
 def test_cost(run, monkeypatch):
     model = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4)) for _ in range(2)])
     monkeypatch.setattr(import_module("exact"), "_workloads", lambda: [("tiny", model, torch.randn(2, 8))])
@@ -62,6 +63,7 @@ def test_cost(run, monkeypatch):
     assert "| tiny |" in page
 
 
+@pytest.mark.slow
 def test_conversion(run, monkeypatch):
     part = import_module("_exact_conversion")
     monkeypatch.setattr(part, "networks", lambda batch_size: [("tiny", *_tiny(batch_size))])

@@ -36,6 +36,7 @@ def finetuning(tmp_path, monkeypatch):
     return script, run
 
 
+@pytest.mark.slow
 def test_exact_methods_train_as_the_stored_twin(finetuning, monkeypatch):
     script, run = finetuning
     assert run("--only-run") == []

@@ -50,6 +50,7 @@ def part(gpu):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # as Inductor loads
 def test_dry_run_writes_all_files(gpu, in_this_process, tmp_path, capsys):

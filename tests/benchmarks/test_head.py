@@ -14,6 +14,7 @@ def read(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_writes_tables(tmp_path, capsys):
     import_module("head").main([*SMALL, "--out-dir", str(tmp_path)])
     (page,) = tmp_path.glob("head_*.md")

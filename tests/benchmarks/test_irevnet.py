@@ -18,6 +18,7 @@ def train_model(tmp_path):
     return train_model
 
 
+@pytest.mark.slow
 def test_writes_page_table_and_figure(train_model, tmp_path, capsys):
     arguments = [
         train_model("irevnet_cifar"),

@@ -52,6 +52,7 @@ def test_predictions_equal_the_counts(run, tmp_path, tiny):
     assert next(tmp_path.glob("*.md")).name.startswith("memory-prediction_")
 
 
+@pytest.mark.slow
 def test_plans_stay_within_their_budgets(run, tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(import_module("_memory_plans"), "SHARES", (0.5,))
     _, rows = run("--plans", *TINY)
@@ -66,12 +67,14 @@ def test_plans_stay_within_their_budgets(run, tmp_path, tiny, monkeypatch):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_planning_reports_processor_seconds(run):
     _, rows = run("--planning", "--depths", "2")
     assert {row["num_blocks"] for row in rows} == {"2"}
     assert all(float(row["processor_seconds"]) > 0 and float(row["time_ratio"]) >= 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_real_processes(run, tiny, monkeypatch):
     real = import_module("_memory_real")
     monkeypatch.setattr(real, "in_new_process", lambda function, *args: function(*args))

@@ -115,6 +115,7 @@ def test_wrong_arguments(releases, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_a_room_in_a_given_environment(releases, monkeypatch, tmp_path):
     monkeypatch.setattr(releases, "files_of", lambda _: ["tests/test_units.py"])
     environment = str(Path(sys.executable).parents[1])

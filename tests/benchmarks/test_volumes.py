@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 
 
+@pytest.mark.slow
 def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys):
     volumes = import_module("volumes")
     monkeypatch.setattr(volumes, "DEPTHS", (2, 3))

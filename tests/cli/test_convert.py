@@ -49,6 +49,49 @@ def test_reports_blocks_bytes_and_code(revnet, method):
     assert sys.modules["tests.cli.test_convert"].Network is type(space["model"])
 
 
+class Huge(Network):
+    """Its streams leave the range of the grid."""
+
+    def forward(self, x):
+        return self.body(1e5 * self.stem(x))
+
+
+class Tokens(nn.Module):
+    """A network with 16 positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Embedding(16, 8)
+        self.body = nn.Sequential(*[Residual() for _ in range(3)])
+
+    def forward(self, tokens):
+        return self.body(self.positions(torch.arange(tokens.shape[1])) + tokens[..., None])
+
+
+class Residual(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+
+    def forward(self, x):
+        return x + torch.tanh(super().forward(x))
+
+
+def test_a_model_that_cannot_be_trained_on_the_grid(revnet):
+    code, _, errors = revnet("convert", f"{__name__}:Huge", "--blocks", "body", "--image", 8, "--batch", 2)
+    assert code == 2
+    assert errors.startswith("revnet convert: error: a stream reached ")
+    assert errors.count("\n") == 1
+
+
+def test_an_input_that_is_too_long(revnet):
+    arguments = ["convert", f"{__name__}:Tokens", "--blocks", "body", "--input-dtype", "int64", "--batch", 2]
+    assert revnet(*arguments, "--input-shape", "[16]")[0] == 0
+    code, _, errors = revnet(*arguments, "--input-shape", "[17]")
+    assert code == 2
+    assert errors.endswith("index out of range in self; pass a shorter `--input-shape`\n")
+    assert errors.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +100,7 @@ def test_reports_blocks_bytes_and_code(revnet, method):
         ([OWN, "--blocks", "stem"], "`--blocks` names 'stem', which is a Conv2d"),
         ([OWN, "--blocks", "body", "--size", "1"], "`--size` (=1.0) must be a finite number from 1/256"),
         ([OWN, "--blocks", "body", "--method", "bdia", "--fraction-bits", "0"], "`--fraction-bits` (=0) must be 1 or"),
+        ([OWN, "--blocks", "body,body"], "`--blocks` names `body.0` twice; leave one of the lists out"),
         ([OWN, "--blocks", "body", "--pretrained"], "`--pretrained` is for models of other libraries"),
     ],
 )

@@ -133,6 +133,24 @@ def scripted():
     return model
 
 
+def scripted_blocks():
+    model = host()
+    model.blocks = nn.ModuleList([torch.jit.trace(Block(), torch.ones(2, 16))])
+    return model
+
+
+def compiled_blocks():
+    model = host()
+    model.blocks = nn.ModuleList([torch.compile(block) for block in model.blocks])
+    return model
+
+
+def overlapping():
+    model = host()
+    model.more = nn.ModuleList(list(model.blocks)[2:])
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "options", "match"),
     [
@@ -145,6 +163,10 @@ def scripted():
         (checkpointing, {}, r"`model` \(=Host\) has `grad_checkpointing` on"),
         (nested, {}, r"`blocks\.0` \(=ModuleList\) has no `forward`"),
         (scripted, {}, r"`blocks\.0` \(=.*\) is scripted"),
+        (scripted_blocks, {}, r"`blocks\.0` \(=.*\) is scripted"),
+        (compiled_blocks, {}, r"`blocks\.0` \(=OptimizedModule\) is the result of `torch\.compile`"),
+        (host, {"blocks": ["blocks", "blocks"]}, r"`blocks` names `blocks\.0` twice; leave one of the lists out"),
+        (overlapping, {"blocks": ["blocks", "more"]}, r"one block twice, as `blocks\.2` and as `more\.0`"),
         (
             host,
             {"blocks": "layers"},
@@ -175,6 +197,15 @@ def test_convert_refuses_in_one_line_and_changes_nothing(make, options, match):
 def test_set_method_needs_converted_blocks():
     with pytest.raises(ValueError, match=r"`model` \(=Host\) has no converted blocks"):
         set_method(host(), Rewire())
+
+
+def test_set_method_needs_the_adapters_that_it_uses():
+    model = host()
+    revnet.convert(model, Rewire(), blocks="blocks")
+    with pytest.raises(ValueError, match=r"`blocks\.0` \(=.*\) has no child `adapter`"):
+        set_method(model, Adapter())
+    assert model.blocks[0].policies  # Still converted, by `Rewire()`.
+    model(torch.ones(2, 4)).sum().backward()
 
 
 def test_first_block_stays_if_it_differs():

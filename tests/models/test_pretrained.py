@@ -214,6 +214,22 @@ def test_names_a_path_that_does_not_exist(name):
         from_pretrained(name)
 
 
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"`pretrained_model_name_or_path` \(=''\) must be a path or owner/name"):
+        from_pretrained("")
+
+
+def test_does_not_save_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"`save_directory` \(='file'\) must be a folder, but is a file"):
+        tiny().save_pretrained("file")
+    assert path.read_text() == "mine"
+
+
 def test_rejects_a_folder_without_a_model(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"holds no model.safetensors with a config.json, and no last.safetensors"

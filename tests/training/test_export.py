@@ -1,10 +1,12 @@
 """Files for inference: the model of a run, written for programs without revnet."""
 
+import errno
 import json
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +131,28 @@ def test_compares_at_both_batch_sizes(weights):
     differences = [write._compare(inference, lambda x: inference.module(x) + len(x), batch) for batch in (1, 7)]
     assert differences[0] > write.TOLERANCE < differences[1]
     assert write._compare(inference, lambda x: inference.module(x[:1]), 7) == float("inf")
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_place_that_cannot_be_written_to_is_an_error_before_the_work(weights, monkeypatch, format):
+    if format == "onnx":
+        pytest.importorskip("onnx")
+    monkeypatch.setattr(write, f"_write_{format}", lambda inference, path: pytest.fail("It has begun."))
+    with pytest.raises(OSError, match="'/proc/m'"):
+        write_inference(read_inference(weights["nice"]), Path("/proc/m"), format)
+
+
+def test_a_full_disk_is_not_blamed_on_the_format(weights, monkeypatch, tmp_path):
+    def fail(inference, path):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("cannot write") from error
+
+    monkeypatch.setattr(write, "_write_pt2", fail)
+    with pytest.raises(OSError, match=r"No space left on device: .*m\.pt2"):
+        write_inference(read_inference(weights["nice"]), tmp_path / "m.pt2", "pt2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_pytorch_cannot_write_is_one_line(weights, tmp_path):

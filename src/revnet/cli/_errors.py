@@ -52,9 +52,9 @@ def step_errors() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RevnetError) or (isinstance(error, ValueError) and is_expected(error)):
             raise
-        from revnet.memory.step._predict import dtype_hint
+        from revnet.memory.step._predict import input_hint
 
-        raise UsageError(f"the step failed: {type(error).__name__}: {error}{dtype_hint(error)}") from error
+        raise UsageError(f"the step failed: {type(error).__name__}: {error}{input_hint(error)}") from error
 
 
 def one_line(text: str) -> str:

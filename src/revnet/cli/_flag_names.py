@@ -25,6 +25,7 @@ _FLAGS_OF: Mapping[str, str] = {
 
 _WAYS_OUT: Mapping[str, tuple[str, str]] = {
     "input_dtype": ("pass inputs of another dtype", "pass another `--input-dtype`: float32 or int64"),
+    "input_shape": ("pass shorter inputs, or smaller numbers", "pass a shorter `--input-shape`"),
 }
 """Ways out in messages of the library that an option is for, and their words on the command line."""
 

@@ -43,7 +43,9 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
         if error.argument_name is None:  # Newer releases of Python raise, where older ones call `error`.
             parser.error(error.message)
         # argparse reads text only, so this is the one mistake left.
-        raise UsageError(f"`{error.argument_name}` needs a value.") from error
+        raise UsageError(
+            f"`{error.argument_name}` needs a value; write one that begins with a dash as {error.argument_name}=VALUE."
+        ) from error
     if unknown:
         raise UsageError(parser.explain_unknown(unknown))
     values = vars(given)

@@ -63,6 +63,10 @@ def try_conversion(
         for one, other in zip(_outputs(model, inputs), expected, strict=True)
     )
     yield f"outputs in evaluation mode move by {error:.1e}, relative to the largest one\n"
+    if fraction_bits:
+        # The range of the streams is checked only in a pass that will be undone.
+        with torch.enable_grad(), torch.autocast("cpu", enabled=autocast is not None):
+            model(*inputs)
     yield from ("import revnet", f"from revnet.conversion import {type(chosen).__name__}", "", *build)
     yield f"revnet.convert(model, {chosen}, blocks={list(blocks)})"
 
@@ -96,8 +100,12 @@ def _build(host: Any, library: str, name: str, pretrained: bool) -> tuple[nn.Mod
         call = f"torchvision.models.get_model({name!r}, weights={weights!r})"
         return host.models.get_model(name, weights=weights), ["import torchvision", f"model = {call}"]
     place = os.path.expanduser(name)  # noqa: PTH111 - a name on the hub is not a path
+    if place.startswith((".", os.sep)) and not Path(place).is_dir():
+        raise UsageError(f"'{place}' is not a folder.")
     config = host.AutoConfig.from_pretrained(place, local_files_only=Path(place).is_dir())
-    config.use_cache = False
+    option = ", use_cache=False" if hasattr(config, "use_cache") else ""
+    if option:
+        config.use_cache = False
     kind = (config.architectures or ["AutoModel"])[0]
     model_type = getattr(host, kind)
     if not pretrained:
@@ -105,10 +113,10 @@ def _build(host: Any, library: str, name: str, pretrained: bool) -> tuple[nn.Mod
         build = f"model = {kind}(config)" if kind != "AutoModel" else "model = AutoModel.from_config(config)"
         return model, [
             f"from transformers import AutoConfig, {kind}",
-            f"config = AutoConfig.from_pretrained({name!r}, use_cache=False)",
+            f"config = AutoConfig.from_pretrained({name!r}{option})",
             build,
         ]
-    lines = [f"from transformers import {kind}", f"model = {kind}.from_pretrained({name!r}, use_cache=False)"]
+    lines = [f"from transformers import {kind}", f"model = {kind}.from_pretrained({name!r}{option})"]
     return model_type.from_pretrained(place, config=config), lines
 
 

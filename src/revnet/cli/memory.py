@@ -83,7 +83,7 @@ def memory(
     from revnet.errors import PredictionError
     from revnet.memory import StepMemory, format_bytes, predict
     from revnet.memory import measure as measure_step
-    from revnet.memory.step._predict import dtype_hint
+    from revnet.memory.step._predict import input_hint
     from revnet.memory.step._timeline_plot import plot_timeline
     from revnet.nn import set_policy
 
@@ -96,7 +96,7 @@ def memory(
             step.model, *step.inputs, device=step.device, step_in_backward=step_in_backward, **step.options
         )
     except PredictionError as error:  # the model may need values, which a real step has
-        if not measure and error.__cause__ is not None and dtype_hint(error.__cause__):
+        if not measure and error.__cause__ is not None and input_hint(error.__cause__):
             raise
         if not measure:
             hint = "pass `--measure`, with a small `--batch`, to run a real step."

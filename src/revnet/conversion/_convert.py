@@ -9,8 +9,8 @@ from revnet._checks import check_bool, check_module, describe
 from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._branches import Branches, check_kind_of_branches, make_branches
 from revnet.conversion._converted import is_converted, make_converted, place_of, restore_class
-from revnet.conversion._methods import AbstractMethod, Consistent
-from revnet.conversion._refusals import check_adapter, check_block, check_host, check_row, why_first_differs
+from revnet.conversion._methods import AbstractMethod, Adapter, Consistent
+from revnet.conversion._refusals import check_adapter, check_block, check_host, check_once, check_row, why_first_differs
 from revnet.conversion._report import ConversionReport
 from revnet.conversion._row import Place, Row
 from revnet.nn import Reverse
@@ -89,6 +89,7 @@ def convert(
             check_block(name, row_blocks[name])
         num_branches = None if branches is None else len(branches)
         planned.append((Row(tuple(names), method, num_branches), [row_blocks[name] for name in names]))
+    check_once(rows)
     # Only now, so that an error leaves the model as it was.
     made = [_places(row, members, branches) for row, members in planned]
     for places in made:
@@ -106,12 +107,16 @@ def set_method(model: nn.Module, method: AbstractMethod) -> None:
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The model has no converted blocks.
+        ValueError: The model has no converted blocks, or they do not fit the method.
     """
     check_module("model", model)
     if not isinstance(method, AbstractMethod):
         raise TypeError(f"`method` (={describe(method)}) must be a method of conversion, such as `Consistent(0.25)`.")
-    for row in rows_in(model):
+    rows = rows_in(model)
+    if isinstance(method, Adapter):
+        for block in filter(is_converted, model.modules()):
+            check_adapter(place_of(block).name, block, method.name)
+    for row in rows:
         if row.method != method:
             row.method = method
 
@@ -133,8 +138,8 @@ def _places(row: Row, blocks: Sequence[nn.Module], branches: Branches | None) ->
     for index, block in enumerate(blocks):
         whole = WholeBlock(block, type(block), row.names[index])
         parts = None if branches is None else make_branches(block, row.names[index], branches)
-        if row.scheme is not None and (adapter := row.scheme.adapter) is not None:
-            check_adapter(row.names[index], block, adapter)
+        if isinstance(row.method, Adapter):
+            check_adapter(row.names[index], block, row.method.name)
         places.append(Place(row, index, block, whole, parts, Reverse(), branches is None))
     return places
 

@@ -1,6 +1,7 @@
 """What cannot be converted, and why."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -74,15 +75,35 @@ def check_block(name: str, block: nn.Module) -> None:
             f"`{name}` (={kind}) has a policy, which would run it a second time; take it away with "
             "`revnet.nn.remove_policies` before."
         )
+    if isinstance(block, torch.jit.ScriptModule):
+        raise TypeError(f"`{name}` (={kind}) is scripted, so its class is fixed; convert the model before scripting.")
+    if kind == "OptimizedModule":
+        raise ValueError(
+            f"`{name}` (={kind}) is the result of `torch.compile`; convert the model first, and then compile the "
+            "modules inside its blocks."
+        )
     if "forward" in vars(block):
         raise ValueError(
             f"`{name}` (={kind}) has a `forward` that was set on the block itself, as accelerate's hooks do, and that "
             "hides the one of its class; remove it, or convert the model before it is dispatched."
         )
-    if isinstance(block, torch.jit.ScriptModule):
-        raise TypeError(f"`{name}` (={kind}) is scripted, so its class is fixed; convert the model before scripting.")
     if type(block).forward is nn.Module.forward:
         raise TypeError(f"`{name}` (={kind}) has no `forward`; name the list of blocks inside it.")
+
+
+def check_once(rows: Sequence[Mapping[str, nn.Module]]) -> None:
+    """Raise if two lists have a block in common.
+
+    Raises:
+        ValueError: They have.
+    """
+    owners: dict[int, str] = {}
+    for name, block in chain.from_iterable(row.items() for row in rows):
+        if id(block) in owners:
+            other = owners[id(block)]
+            places = f"`{name}` twice" if other == name else f"one block twice, as `{other}` and as `{name}`"
+            raise ValueError(f"`blocks` names {places}; leave one of the lists out.")
+        owners[id(block)] = name
 
 
 def check_adapter(name: str, block: nn.Module, adapter: str) -> None:

@@ -127,8 +127,9 @@ def _state_for(place: Place, x: Tensor, *, is_plain: bool) -> StreamState | None
         return None
     raise RuntimeError(
         f"`{place.name}` was given a tensor that `{_before(place)}` did not return, but the second stream comes with "
-        "that tensor: the model changes the tensor between the two blocks or skips a block; convert only blocks that "
-        "feed each other directly, or convert the model back with `revnet.convert(model, back=True)`."
+        "that tensor: the model changes the tensor between the two blocks, skips a block, or checkpoints its blocks; "
+        "convert only blocks that feed each other directly, or convert the model back with "
+        "`revnet.convert(model, back=True)`."
     )
 
 

@@ -118,10 +118,10 @@ class AgreementWatch(Observer):
         assert first is not None
         self._first, of_part, digest = None, 0.0, digest_of(source)
         # An error that is tiny relative to the other stream must not count as infinite where this stream is zero.
-        size = max(starmap(math.hypot, self.final.values())) * self.eps**0.5
-        error = math.dist(digest, first) / (max(size, math.hypot(*first)) or math.inf)
+        floor = max(starmap(math.hypot, self.final.values())) * self.eps**0.5
+        error = math.dist(digest, first) / (math.hypot(*first) or floor or math.inf)
         if self._parts is not None:
-            error, of_part = _parts.relative_errors(source, self._parts, size / max(1, len(first)) ** 0.5)
+            error, of_part = _parts.relative_errors(source, self._parts, floor / max(1, len(first)) ** 0.5)
         bound = 0.0 if half_block.coupling.is_exact else WARN_ABOVE.get(source.dtype, 0.0)
         if not (max(error, of_part / PART) <= bound and math.isfinite(sum(digest))):
             report_drift(self, run, half_block, source.dtype, digest, error, of_part)

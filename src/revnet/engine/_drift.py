@@ -205,15 +205,16 @@ def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -
     Args:
         rebuilt: A sample of a stream.
         true: The true values of the same elements.
-        floor: Lower bound on the root mean square of the true sample. Rounding that is negligible compared with the
-            other stream must not count as infinite where this stream is zero.
+        floor: Root mean square to use for a true sample that is zero. Rounding that is negligible compared with the
+            other stream must not count as infinite there.
     """
     # In float32 at least, because squares of float16 overflow or vanish.
     dtype = torch.promote_types(true.dtype, torch.float32)
     true = true.to(dtype)
     size = torch.linalg.vector_norm(true)
     if floor is not None:
-        size = torch.maximum(size, floor * true.numel() ** 0.5)
+        # A small stream is lost next to a large one, and so are the gradients that depend on it.
+        size = torch.where(size > 0, size, floor * true.numel() ** 0.5)
     # 0 / 0 would be NaN, which represents a stream that is not finite.
     return torch.linalg.vector_norm(rebuilt.to(dtype) - true) / size.clamp_min(torch.finfo(size.dtype).tiny)
 

@@ -46,10 +46,10 @@ def relative_errors(x: Tensor, true: Parts, floor: float) -> tuple[float, float]
     Args:
         x: The stream as it is now.
         true: The true elements.
-        floor: Lower bound on the size of an element in the whole sample.
+        floor: Size of an element to use for a sample that is zero.
     """
     differences, squares = np.square(parts_of(x).values - true.values), np.square(true.values)
-    size = max(math.sqrt(squares.sum()), floor * math.sqrt(len(squares)), _TINY)
+    size = math.sqrt(squares.sum()) or max(floor * math.sqrt(len(squares)), _TINY)
     worst = 0.0
     for part, count in true.groups:
         of_part = np.bincount(part, squares, count)

@@ -56,10 +56,14 @@ class StageModule(nn.Module):
         self.head = head
         self.index = index
         self.num_stages = num_stages
-        self.first_block = first_block
         self.num_above = num_above
         self.register_state_dict_post_hook(_to_whole)
         self.register_load_state_dict_pre_hook(_from_whole)
+
+    @property
+    def first_block(self) -> int:
+        """The place of the first block in the whole sequence."""
+        return self.blocks.first_block
 
     @property
     def is_first(self) -> bool:

@@ -25,7 +25,7 @@ from revnet.memory.distributed._splice import extrapolated
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import AnyValue, OptimizerFactory, make_optimizer
-from revnet.memory.step._predict import describe_inputs, dtype_hint, first_line, quiet, values_needed
+from revnet.memory.step._predict import describe_inputs, first_line, input_hint, quiet, values_needed
 from revnet.memory.step._run_step import Loss, check_losses, losses_of, tensors_in
 
 SHORT = 3
@@ -164,7 +164,7 @@ def _explained(program: ProcessProgram) -> Iterator[None]:
         cause = values_needed(error)
         if cause is None:
             given = describe_inputs(tensors_in(program.args, program.kwargs))
-            reason = f"{first_line(error)}{dtype_hint(error)}"
+            reason = f"{first_line(error)}{input_hint(error)}"
             raise PredictionError(f"{where} failed, {given} per device: {reason}") from error
         raise PredictionError(
             f"{where} cannot be predicted, because {cause}; measure it with `revnet.memory.measure`, on one device."

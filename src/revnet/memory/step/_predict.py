@@ -333,7 +333,7 @@ def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> I
         cause = values_needed(error)
         if cause is None:
             raise PredictionError(
-                f"{part} of {where} failed, {given}: {first_line(error)}{dtype_hint(error)}"
+                f"{part} of {where} failed, {given}: {first_line(error)}{input_hint(error)}"
             ) from error
         raise PredictionError(
             f"{part} of {where} cannot be predicted, because {cause}; measure it with `revnet.memory.measure`, on a "
@@ -341,16 +341,19 @@ def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> I
         ) from error
 
 
-OTHER_DTYPE = "; pass inputs of another dtype"
-"""Way out of an error of PyTorch about the dtype of a tensor."""
-_ABOUT_DTYPES = re.compile(
-    r"scalar ?type|dtype|Input type|tensors used as indices|not implemented for '", re.IGNORECASE
-)
+_OTHER_INPUTS = {
+    r"scalar ?type|dtype|Input type|tensors used as indices|not implemented for '": "; pass inputs of another dtype",
+    r"index out of range in self": "; pass shorter inputs, or smaller numbers",
+}
+"""Ways out of errors of PyTorch about the inputs, by a pattern of the message."""
 
 
-def dtype_hint(error: BaseException) -> str:
-    """Return the way out of an error about the dtype of a tensor; empty for other errors."""
-    return OTHER_DTYPE if _ABOUT_DTYPES.search(str(error)) else ""
+def input_hint(error: BaseException) -> str:
+    """Return the way out of an error of PyTorch about the inputs; empty for other errors."""
+    text = str(error)
+    if text.endswith("."):  # An error of this library, which ends with its own way out.
+        return ""
+    return next((hint for words, hint in _OTHER_INPUTS.items() if re.search(words, text, re.IGNORECASE)), "")
 
 
 _NEEDS_DATA = ("FakeTensor", "fake", "data pointer", "tensor subclasses")

@@ -144,11 +144,14 @@ class HubMixin:
         Raises:
             CheckpointError: A parameter has no values here, such as one on the meta device.
             MissingDependencyError: safetensors is not installed.
-            ValueError: An argument of the constructor, or a coupling, cannot be written as JSON.
+            ValueError: An argument of the constructor, or a coupling, cannot be written as JSON, or `save_directory` is
+                a file.
         """
         check_bool(push_to_hub=push_to_hub)
         entries = config_of(cast("Any", self), config)
         folder = Path(save_directory).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`save_directory` (={describe(save_directory)}) must be a folder, but is a file.")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {unwrapped(name): tensor for name, tensor in cast("Any", self).state_dict().items()}
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})

@@ -88,6 +88,8 @@ def locate(name: str | Path, options: Download | None = None) -> Path:
     """
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"`pretrained_model_name_or_path` (={describe(name)}) must be a path or owner/name.")
+    if not os.fspath(name):
+        raise CheckpointError("`pretrained_model_name_or_path` (='') must be a path or owner/name.")
     path = find_pretrained(name) or Path(name).expanduser()
     if is_hub_name(name) or not (path.exists() or path.is_symlink()):
         if not is_hub_name(name) and _is_path(str(name)):

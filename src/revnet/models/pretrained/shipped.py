@@ -42,6 +42,11 @@ def find_pretrained(name: str | os.PathLike[str]) -> Path | None:
     return next((folder / text for folder in _folders() if _is_net(folder / text)), None)
 
 
+def closest_name(name: str) -> str | None:
+    """Return the trained network whose name is much like `name`, or None."""
+    return next(iter(difflib.get_close_matches(name, list_pretrained(), n=1)), None)
+
+
 def trained_folder(name: str) -> Path:
     """Return the folder of the trained network of a model.
 

@@ -65,6 +65,7 @@ def write_inference(inference: Inference, path: Path, format: Format) -> ExportR
     Raises:
         MissingDependencyError: A package that writes or runs ONNX is missing.
         NotImplementedError: The function cannot be written in this format.
+        OSError: The file cannot be written.
         ValueError: The outputs of the file and the function differ by more than `TOLERANCE`.
     """
     write, open_file, runtime = {
@@ -74,13 +75,14 @@ def write_inference(inference: Inference, path: Path, format: Format) -> ExportR
     if format == "onnx":
         check_can_be_onnx(inference)
     with atomic_path(path) as temporary:
+        temporary.touch()  # A place that cannot be written to is an error before the work.
         with _quiet():
             try:
                 write(inference, temporary)
                 run = open_file(inference, temporary)
                 difference = max(_compare(inference, run, batch) for batch in BATCHES)
             except Exception as error:
-                raise _describe_failure(error, format) from error
+                raise _reason(error, format) from error
         if not difference <= TOLERANCE:  # also true for NaN
             raise ValueError(
                 f"`format` (={format}) would give a file whose outputs in {runtime} differ from PyTorch by "
@@ -183,10 +185,12 @@ def _draw(inference: Inference, batch: int) -> Tensor:
     return inference.draw_input(batch, torch.Generator().manual_seed(batch))
 
 
-def _describe_failure(error: Exception, format: Format) -> NotImplementedError:
-    """Return an error with the innermost reason why PyTorch could not write the file."""
+def _reason(error: Exception, format: Format) -> Exception:
+    """Return the innermost reason why PyTorch could not write the file, as an error in one line."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, OSError):  # The disk is full, for instance.
+        return error
     reason = shorten(" ".join(str(error).split()), 300) or type(error).__name__
     return NotImplementedError(
         f"`format` (={format}) cannot hold this model, says PyTorch: {reason}; pass another format."

@@ -37,7 +37,7 @@ from revnet.models.pretrained.reading import (
     read_pretrained,
     weights_in,
 )
-from revnet.models.pretrained.shipped import find_pretrained
+from revnet.models.pretrained.shipped import closest_name, find_pretrained
 from revnet.models.pretrained.tensor_file import read_tensors, write_tensors
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -77,7 +77,10 @@ _READ_ERRORS = (
     struct.error,
     zipfile.BadZipFile,
 )
-_WAY_OUT = "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written"
+_WAY_OUT = (
+    "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written, the name of a "
+    "network in `revnet.models.list_pretrained()`, or hub:owner/name"
+)
 _Module = TypeVar("_Module", bound=SavedModule)
 
 
@@ -301,6 +304,8 @@ def _existing(path: Path) -> Path:
     if (fault := explain_link(path)) is not None:
         raise CheckpointError(f"`{path}` {fault}.")
     if not path.is_file() and not is_sharded(path):
+        if not path.exists() and (close := closest_name(str(path))) is not None:
+            raise CheckpointError(f"`{path}` does not exist; did you mean '{close}'?")
         fault = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"`{path}` {fault}; {_WAY_OUT}.")
     return path
