@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from revnet import (
+    Additive,
     FixedPoint,
     ReconstructionError,
     ReconstructionWarning,
@@ -147,12 +148,26 @@ def test_a_small_stream_that_is_lost_next_to_a_large_one(tolerance):
         step(sequence, x)
 
 
+@pytest.mark.parametrize("coupling", [Additive(), FixedPoint()])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_ignores_nonfinite_values_of_the_forward_pass(value):
+def test_ignores_nonfinite_values_of_the_forward_pass(value, coupling):
     sequence = steep(4, 0.5)
+    set_coupling(sequence, coupling)
     x = torch.randn(4, 16)
     x[0, 0] = value
     step(sequence, x)
+    assert sequence[0].g.linear.weight.grad.isnan().any()
+
+
+@pytest.mark.parametrize("coupling", [Additive(), FixedPoint()])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_ignores_nonfinite_values_of_a_function(value, coupling):
+    """The streams before it cannot be rebuilt, and gradients are NaN, as they are without reversal."""
+    sequence = steep(4, 0.5)
+    set_coupling(sequence, coupling)
+    with torch.no_grad():
+        sequence[2].f.linear.bias[0] = value
+    step(sequence)
     assert sequence[0].g.linear.weight.grad.isnan().any()
 
 
