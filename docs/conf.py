@@ -11,7 +11,7 @@ html_theme = "furo"
 html_title = f"revnet {version}"
 html_static_path = ["_static"]
 html_css_files = ["revnet.css"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]  # the second one is made by a build
 myst_heading_anchors = 3
 # Pages show the output that is stored in the notebooks; `scripts/tutorials` runs them.
 nb_execution_mode = "off"
