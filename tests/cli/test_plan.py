@@ -75,8 +75,9 @@ def test_prints_and_plots_a_plan(revnet, tmp_path):
 
 
 def test_suggested_train_command_has_the_optimizer(revnet):
-    output = revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", "adamw")[1]
-    assert "--batch-size 4 --optimizer adamw --lr 0.001 --memory-budget 12MiB" in output
+    for optimizer in ("adamw", "adam"):
+        output = revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", optimizer)[1]
+        assert f"--batch-size 4 --optimizer {optimizer} --lr 0.001 --memory-budget 12MiB" in output
     assert "to train" not in revnet("plan", "revnet38", *SMALL, "--budget", "12MiB", "--optimizer", "none")[1]
 
 

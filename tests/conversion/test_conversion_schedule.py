@@ -133,9 +133,9 @@ def scripted():
     return model
 
 
-def scripted_blocks():
+def compiled_by_script():
     model = host()
-    model.blocks = nn.ModuleList([torch.jit.trace(Block(), torch.ones(2, 16))])
+    model.blocks = nn.ModuleList([torch.jit.script(nn.Linear(16, 16))])
     return model
 
 
@@ -163,7 +163,7 @@ def overlapping():
         (checkpointing, {}, r"`model` \(=Host\) has `grad_checkpointing` on"),
         (nested, {}, r"`blocks\.0` \(=ModuleList\) has no `forward`"),
         (scripted, {}, r"`blocks\.0` \(=.*\) is scripted"),
-        (scripted_blocks, {}, r"`blocks\.0` \(=.*\) is scripted"),
+        (compiled_by_script, {}, r"`blocks\.0` \(=.*\) is scripted"),
         (compiled_blocks, {}, r"`blocks\.0` \(=OptimizedModule\) is the result of `torch\.compile`"),
         (host, {"blocks": ["blocks", "blocks"]}, r"`blocks` names `blocks\.0` twice; leave one of the lists out"),
         (overlapping, {"blocks": ["blocks", "more"]}, r"one block twice, as `blocks\.2` and as `more\.0`"),

@@ -65,7 +65,7 @@ def try_conversion(
     yield f"outputs in evaluation mode move by {error:.1e}, relative to the largest one\n"
     if fraction_bits:
         # The range of the streams is checked only in a pass that will be undone.
-        with torch.enable_grad(), torch.autocast("cpu", enabled=autocast is not None):
+        with torch.autocast("cpu", enabled=autocast is not None):
             model(*inputs)
     yield from ("import revnet", f"from revnet.conversion import {type(chosen).__name__}", "", *build)
     yield f"revnet.convert(model, {chosen}, blocks={list(blocks)})"

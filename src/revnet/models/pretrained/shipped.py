@@ -42,9 +42,9 @@ def find_pretrained(name: str | os.PathLike[str]) -> Path | None:
     return next((folder / text for folder in _folders() if _is_net(folder / text)), None)
 
 
-def closest_name(name: str) -> str | None:
-    """Return the trained network whose name is much like `name`, or None."""
-    return next(iter(difflib.get_close_matches(name, list_pretrained(), n=1)), None)
+def closest_names(name: str) -> list[str]:
+    """Return the name of the trained network that is most like `name`; empty if none is much like it."""
+    return difflib.get_close_matches(name, list_pretrained(), n=1)
 
 
 def trained_folder(name: str) -> Path:
@@ -60,7 +60,7 @@ def trained_folder(name: str) -> Path:
     for full in (name, *[f"{name}.{data}" for data in _PUBLISHED]):
         if full in names and (folder := find_pretrained(full)) is not None:
             return folder
-    own = [full for full in names if full.startswith(f"{name}.")] or difflib.get_close_matches(str(name), names, n=1)
+    own = [full for full in names if full.startswith(f"{name}.")] or closest_names(str(name))
     hint = f"pass {' or '.join(map(repr, own))}, or one of" if own else "pass one of"
     raise ValueError(
         f"`pretrained` (=True) needs trained weights, but this package has none for `name` (={describe(name)}); {hint} "

@@ -37,7 +37,7 @@ from revnet.models.pretrained.reading import (
     read_pretrained,
     weights_in,
 )
-from revnet.models.pretrained.shipped import closest_name, find_pretrained
+from revnet.models.pretrained.shipped import closest_names, find_pretrained
 from revnet.models.pretrained.tensor_file import read_tensors, write_tensors
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
@@ -304,8 +304,8 @@ def _existing(path: Path) -> Path:
     if (fault := explain_link(path)) is not None:
         raise CheckpointError(f"`{path}` {fault}.")
     if not path.is_file() and not is_sharded(path):
-        if not path.exists() and (close := closest_name(str(path))) is not None:
-            raise CheckpointError(f"`{path}` does not exist; did you mean '{close}'?")
+        if not path.exists() and (close := closest_names(str(path))):
+            raise CheckpointError(f"`{path}` does not exist; did you mean '{close[0]}'?")
         fault = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"`{path}` {fault}; {_WAY_OUT}.")
     return path
