@@ -20,6 +20,9 @@ DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "api").glob("*.md")])
 MAX_COLUMNS = 88
+BUILDING = "build-reversible.md"
+LONG_PAGES = ("evaluate.md", "language-model-head.md", "out-of-memory.md", "volumes.md", "when-to-use.md")
+"""Pages that train or plan for many seconds."""
 MESSAGES_OF_PYTORCH = ("`torch.OutOfMemoryError: CUDA out of memory`", "unexpected keyword argument")
 
 
@@ -95,14 +98,20 @@ def test_versions_agree_with_the_package():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own, in torch.compile
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "build-reversible.md"], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in (BUILDING, *LONG_PAGES)], ids=name_of)
 def test_the_code_of_a_page_runs(page):
     exec(compile(code_of(page), page.name, "exec"), {"__name__": "page"})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", LONG_PAGES)
+def test_the_code_of_a_long_page_runs(page):
+    test_the_code_of_a_page_runs(DOCS / page)
+
+
 def test_the_code_of_the_building_page_prints_its_bytes(capsys):
-    code = code_of(DOCS / "build-reversible.md")
-    exec(compile(code, "build-reversible.md", "exec"), {"__name__": "page"})
+    code = code_of(DOCS / BUILDING)
+    exec(compile(code, BUILDING, "exec"), {"__name__": "page"})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(activations\(.*\)\)  # (.*)", code)
 
 

@@ -219,7 +219,7 @@ def test_a_budget_that_is_too_small_for_a_loss_of_one_batch_size():
         return nn.functional.cross_entropy(y, targets)
 
     with pytest.raises(BudgetError, match="optimizer state; smaller batches fail, so none was found that fits") as info:
-        plan(small_revnet(), torch.randn(4, 3, 8, 8), budget="10KB", optimizer=SGD, loss=loss)
+        plan(small_revnet(), torch.randn(4, 3, 8, 8), budget="50KiB", optimizer=SGD, loss=loss)
     assert info.value.max_batch_size == 0
 
 

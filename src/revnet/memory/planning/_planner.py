@@ -296,13 +296,15 @@ def _with_peak(point: FrontierPoint, memory: StepMemory) -> FrontierPoint:
 def _budget_error(step: TrainingStep, budget_bytes: int, least: StepMemory) -> BudgetError:
     """Return an error that says how much is missing and what would fit; the model has the policies of `least`."""
     total = step.num_samples
-    fitting = _fitting_batch(step, budget_bytes, total - 1)
+    # No choice and no batch size makes the model and the state of its optimizer smaller.
+    is_hopeless = budget_bytes < least.parameter_bytes + least.buffer_bytes + least.optimizer_bytes
+    fitting = 0 if is_hopeless else _fitting_batch(step, budget_bytes, total - 1)
     missing = least.peak_bytes - budget_bytes
     samples = "sample" if fitting == 1 else "samples"
     hint = f"a batch of {fitting} {samples} instead of {total} would fit" if fitting else "no batch would fit"
     if fitting is None:
         hint = "smaller batches fail, so none was found that fits"
-    for way_out, other in _ways_out(step):
+    for way_out, other in () if is_hopeless else _ways_out(step):
         if _fits(other, budget_bytes):
             hint += f", but {way_out} would make it fit"
             break
