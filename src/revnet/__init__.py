@@ -12,6 +12,6 @@ Names load PyTorch when they are first used, not when `revnet` is imported, so t
 
 from revnet._lazy import attach
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)
