@@ -2,7 +2,7 @@
 
     python benchmarks/front_page.py
 
-The numbers are the convolutional case of `results/engine_cpu2_2026-11-23.csv`. Pass another CSV of `revnet bench`, or
+The numbers are the convolutional case of `results/engine_cpu2_2026-11-30.csv`. Pass another CSV of `revnet bench`, or
 another path for the picture, to use these instead.
 """
 
@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "engine_cpu2_2026-11-23.csv"
+RESULT = HERE / "results" / "engine_cpu2_2026-11-30.csv"
 PICTURE = HERE.parent / "docs" / "images" / "memory_by_depth.png"
 
 CASE = "conv"
