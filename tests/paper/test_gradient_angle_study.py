@@ -68,6 +68,18 @@ def test_does_not_change_the_training(study, tmp_path):
     assert checkpoints[0]["callbacks"].keys() == checkpoints[1]["callbacks"].keys()  # so both can be resumed
 
 
+def test_exact_reversal_has_no_error_and_a_page_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exact = measure_gradient_angle(dataclasses.replace(CONFIG, exact=True), GradientAngle(5), quiet=True)
+    assert list(exact.errors) == [0, 2]
+    for errors in exact.errors.values():
+        assert all((error.angle_degrees, error.relative_error) == (0, 0) for error in errors)
+    assert exact.reversed.losses == exact.stored.losses
+    page = page_module.write_study(exact, tmp_path, "revnet figure gradient-angle --exact")
+    assert page.name.startswith("gradient-angle-exact_revnet38_digits_cpu")
+    assert page.with_suffix(".png").exists()
+
+
 def read(path):
     with path.open() as file:
         return list(csv.DictReader(file))

@@ -34,8 +34,9 @@ def run_gradient_angle(
 ) -> Path:
     """Reproduce the paper's figure in `gradient-angle_<model>_<data>_<hardware>_<date>` as Markdown, CSV and PNG.
 
-    This trains two networks with the same settings and seed: one reversed, in which the gradients are compared, and one
-    stored. The runs are saved in the folders that `revnet train` uses.
+    With `exact`, the name begins with `gradient-angle-exact`. This trains two networks with the same settings and seed:
+    one reversed, in which the gradients are compared, and one stored. The runs are saved in the folders that
+    `revnet train` uses.
 
     Args:
         config: Settings of both runs.
@@ -65,7 +66,8 @@ def run_gradient_angle(
 def write_study(study: AngleStudy, folder: Path, command: str) -> Path:
     """Write the page, the tables and the figure, and return the path of the page."""
     data = re.sub(r"[^A-Za-z0-9.]+", "-", study.reversed.result.test.data).strip("-.")
-    name = f"gradient-angle_{study.config.model}_{data}_{hardware_name(study.device)}_{datetime.date.today()}"
+    figure = "gradient-angle-exact" if study.config.exact else "gradient-angle"
+    name = f"{figure}_{study.config.model}_{data}_{hardware_name(study.device)}_{datetime.date.today()}"
     page = folder / f"{name}.md"
     write_text(page, "\n".join(_page(study, command, name)).rstrip() + "\n")
     write_csv(folder / f"{name}.csv", _error_rows(study))
