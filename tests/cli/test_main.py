@@ -146,7 +146,7 @@ def test_ctrl_c_prints_one_line(revnet, replaced):
 
 
 def test_closed_pipe_ends_quietly():
-    code = "import sys; from revnet.cli.main import main; sys.exit(main(['models']))"
+    code = "import sys; from revnet.cli.main import main; sys.exit(main(['recipes']))"
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as closed:
