@@ -2,7 +2,7 @@
 
     python benchmarks/duplication.py --runs runs/duplication
 
-A sequence 0w0w repeats a random word w of 127 symbols, and the model predicts the second w. Trainings are kept in the
+A sequence 0w0w repeats a random word w over 127 symbols, and the model predicts the second w. Trainings are kept in the
 folder of the runs, and go on where they stopped. Writes a page and its CSVs to benchmarks/results/.
 """
 
@@ -163,10 +163,10 @@ def page(results: Mapping[str, Any], given: argparse.Namespace, command: str) ->
         "",
         *describe_machine(command),
         "",
-        f"Sequences 0w0w of {given.length} tokens, where w is a random word of {NUM_SYMBOLS} symbols: the accuracy of "
-        "the symbols of the",
-        f"second w. One reversible block of width {DIM} with {NUM_HEADS} heads and perceptrons of width {DIM}, trained "
-        "through the",
+        f"Sequences 0w0w of {given.length} tokens, where w is a random word of {given.length // 2 - 1} symbols out of "
+        f"{NUM_SYMBOLS}: the accuracy of",
+        f"the symbols of the second w. One reversible block of width {DIM} with {NUM_HEADS} heads and perceptrons of "
+        f"width {DIM}, trained through the",
         f"reversal. {given.updates:,} updates of {given.batch_size} sequences by Adam with rate {given.rate:g}, seed "
         f"{given.seed}; {seconds / 60:.0f} minutes of one processor for all.",
         f"*LSH-n*: n rounds of hashing with {NUM_BUCKETS} buckets. *full*: all tokens in one bucket. Evaluation draws "

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from revnet.errors import CheckpointError
 from revnet.training import load_density, resume
 from revnet.training.run.checkpoint import read_checkpoint, read_outline
-from revnet.training.run.file_integrity import check_shards, read_shard_metadata
+from revnet.training.run.shard_list import check_shards, read_shard_metadata
 from revnet.training.run.state_digest import DIGEST_KEY, is_changed
 from tests.damaged.damage import assert_ends_well, damage_bytes, damage_tree, other_file, seeded
 from tests.training.samples import newest_checkpoint

@@ -6,6 +6,8 @@ References:
     Su et al. (2021), RoFormer: Enhanced Transformer with Rotary Position Embedding, section 3.2.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,19 +49,24 @@ def rotary_table(
     if not torch.compiler.is_compiling() and not is_jit_tracing():
         check_count("length", length, most=_MOST_POSITIONS)
         check_count("start", start, least=0, most=_MOST_POSITIONS)
-    check_count("head_dim", head_dim, most=MOST_CHANNELS)
+    check_head_dim(head_dim)
     check_positive_number("base", base, hint="10,000 is usual")
-    if head_dim % 2:
-        raise ValueError(
-            f"`head_dim` (={head_dim}) must be even, since rotary positions rotate pairs of features; change `dim` "
-            f"or `num_heads`, for instance to give a head {head_dim + 1} features."
-        )
     if device is not None and not isinstance(device, torch.device):
         raise TypeError(f"`device` (={describe(device)}) must be a `torch.device`, such as `x.device`, or None.")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"`dtype` (={describe(dtype)}) must be a floating-point dtype, such as `torch.float32`.")
     positions = torch.arange(start, start + length, device=device, dtype=dtype)
     return table_of(positions, head_dim, base)
+
+
+def check_head_dim(head_dim: Any) -> None:
+    """Raise unless `head_dim` is a number of features that can be rotated in pairs."""
+    check_count("head_dim", head_dim, most=MOST_CHANNELS)
+    if head_dim % 2:
+        raise ValueError(
+            f"`head_dim` (={head_dim}) must be even, since rotary positions rotate pairs of features; change `dim` "
+            f"or `num_heads`, for instance to give a head {head_dim + 1} features."
+        )
 
 
 def table_of(positions: Tensor, head_dim: int, base: float) -> Tensor:

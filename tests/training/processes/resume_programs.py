@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 from revnet.training import resume, train
-from revnet.training.run.checkpoint import whole_state
+from revnet.training.run.divided_state import whole_state
 from tests.training.samples import train_with_copies
 
 

@@ -14,7 +14,7 @@ from revnet._checks import (
     check_positive_number,
     check_share,
 )
-from revnet.functional import rotary_table
+from revnet.functional._rotary import check_head_dim
 from revnet.models._checks import check_heads, check_ratio
 from revnet.models.reversible_transformer._residuals import AttentionResidual, CrossAttentionResidual, FeedForward
 from revnet.nn.attention import CrossAttention, FullAttention, HierarchicalAttention, LSHAttention
@@ -70,7 +70,7 @@ class LayerOptions:
                 f"`num_kv_heads` (={self.num_kv_heads}) must be None for LSH attention, whose queries serve as keys; "
                 "pass `attention='full'` or 'hierarchical'."
             )
-        rotary_table(1, self.head_dim)  # raises an error if the heads have an odd number of features
+        check_head_dim(self.head_dim)
 
     @property
     def head_dim(self) -> int:

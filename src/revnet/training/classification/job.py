@@ -38,8 +38,9 @@ from revnet.training.processes.prepare_model import check_devices
 from revnet.training.processes.world import check_division
 from revnet.training.run import run_dir
 from revnet.training.run.activation_memory import Update
-from revnet.training.run.checkpoint import is_divided, load_whole_state, read_weights
+from revnet.training.run.checkpoint import read_weights
 from revnet.training.run.data_record import DataRecord, record_images
+from revnet.training.run.divided_state import is_divided, load_whole_state
 from revnet.training.run.job import AbstractJob, Outcome, RunNames
 from revnet.training.starting import absolute_weights, read_start_weights
 

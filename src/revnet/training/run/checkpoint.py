@@ -16,13 +16,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from revnet._image_files import explain_link
 from revnet._input_files import name_in_utf8
@@ -42,7 +35,6 @@ from revnet.models.pretrained.tensor_file import read_tensors, write_tensors
 from revnet.training.processes.world import current_world
 from revnet.training.run import run_dir
 from revnet.training.run.file_integrity import check_zip
-from revnet.training.run.shards import is_sharded, outline_shards, read_shards
 from revnet.training.run.state_digest import DIGEST_KEY, is_changed
 from revnet.training.saved_module import SavedModule, attribute_of_kind
 
@@ -101,6 +93,9 @@ def save_weights(module: SavedModule, path: Path, *, epoch: int | None = None) -
         path: File to write.
         epoch: Number of the epoch that the tensors are from, counted from 1; None if they are from no epoch.
     """
+    # Not at the top of this file, because this import takes as long as loading a small network.
+    from revnet.training.run.divided_state import whole_state
+
     tensors = {name: tensor.contiguous().cpu() for name, tensor in whole_state(module).items()}
     if not current_world().is_main:
         return
@@ -116,34 +111,6 @@ def _describe_network(network: nn.Module) -> dict[str, str]:
         return {NETWORK_KEY: json.dumps(describe_model(network))}
     except ValueError:  # a callback has set a coupling of its own
         return {}
-
-
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state of `module`; parameters that are divided among processes are whole in the main process only."""
-    if not is_divided(module):
-        return module.state_dict()
-    state: dict[str, Any] = get_model_state_dict(
-        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    return state
-
-
-def load_whole_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into `module`, whose parameters may be divided among processes."""
-    _reshard(module)
-    set_model_state_dict(module, dict(tensors), options=StateDictOptions(full_state_dict=True))
-
-
-def _reshard(module: nn.Module) -> None:
-    # After a forward pass without a backward pass, some parameters are still whole.
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
-def is_divided(module: nn.Module) -> bool:
-    """Return whether parameters of `module` are divided among processes."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def load_module(module_type: type[_Module], path: str | Path) -> _Module:
@@ -179,7 +146,7 @@ def find_weights(path: Path) -> Path:
     if is_hub_name(path):
         path = download(str(path))
     path = find_pretrained(path) or path
-    if not path.is_dir() or is_sharded(path):
+    if not path.is_dir() or run_dir.is_sharded(path):
         return _existing(path)
     weights = weights_in(path)
     if weights is not None:
@@ -223,7 +190,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         CheckpointError: The checkpoint is missing, truncated, or was not written by `revnet train`.
     """
     path = _existing(Path(path))
-    return _load(path, lambda: read_shards(path) if is_sharded(path) else _read_file(path, map_location))
+    return _load(path, lambda: _read_shards(path) if run_dir.is_sharded(path) else _read_file(path, map_location))
 
 
 def read_outline(path: Path) -> dict[str, Any]:
@@ -232,9 +199,20 @@ def read_outline(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The checkpoint is truncated, or not a checkpoint.
     """
-    if is_sharded(path):
-        return _load(path, lambda: outline_shards(path))
-    return _load(path, lambda: _map_file(path))
+    return _load(path, lambda: _outline_shards(path) if run_dir.is_sharded(path) else _map_file(path))
+
+
+# Imported when needed, as `divided_state` above.
+def _read_shards(path: Path) -> dict[str, Any]:
+    from revnet.training.run.shards import read_shards
+
+    return read_shards(path)
+
+
+def _outline_shards(path: Path) -> dict[str, Any]:
+    from revnet.training.run.shards import outline_shards
+
+    return outline_shards(path)
 
 
 def _load(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
@@ -259,7 +237,7 @@ def check_whole_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: The checkpoint has no digest.
     """
-    if DIGEST_KEY not in checkpoint and not is_sharded(path):
+    if DIGEST_KEY not in checkpoint and not run_dir.is_sharded(path):
         raise CheckpointError(
             f"`{path}` has no digest, so another program or version wrote it; its weights can be used, but no run can "
             "continue from it; restore the file, or pass it as `weights` of a new run."
@@ -303,7 +281,7 @@ def trained_part(checkpoint: Mapping[str, Any]) -> SavedWeights:
 def _existing(path: Path) -> Path:
     if (fault := explain_link(path)) is not None:
         raise CheckpointError(f"`{path}` {fault}.")
-    if not path.is_file() and not is_sharded(path):
+    if not path.is_file() and not run_dir.is_sharded(path):
         if not path.exists() and (close := closest_names(str(path))):
             raise CheckpointError(f"`{path}` does not exist; did you mean '{close[0]}'?")
         fault = "is not a file" if path.exists() else "does not exist"

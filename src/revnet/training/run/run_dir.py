@@ -22,6 +22,13 @@ PLAN = "plan.txt"
 DRIFT = "drift.csv"
 PROFILE = "profile.json"
 TOKENIZER = "tokenizer.json"
+SHARDS_EXTRA = "meta.pt"
+"""File of a checkpoint in shards in which Lightning keeps everything but tensors of the model and the optimizer."""
+
+
+def is_sharded(path: Path) -> bool:
+    """Return whether the folder at `path` is a checkpoint in shards."""
+    return (path / SHARDS_EXTRA).is_file()
 
 
 def make_run_dir(config: AbstractRunConfig, data_name: str, model: str) -> Path:

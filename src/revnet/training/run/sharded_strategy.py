@@ -7,8 +7,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.optim import Optimizer
 
-from revnet.training.run.checkpoint import load_whole_state, read_checkpoint
-from revnet.training.run.shards import is_sharded
+from revnet.training.run.checkpoint import read_checkpoint
+from revnet.training.run.divided_state import load_whole_state
+from revnet.training.run.run_dir import is_sharded
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from revnet.training.run.file_integrity import check_shards, check_zip, read_shard_metadata
+from revnet.training.run import run_dir
+from revnet.training.run.file_integrity import check_zip
+from revnet.training.run.shard_list import check_shards, read_shard_metadata
 
 _LIST = ".metadata"
 """File in which PyTorch lists the shards."""
-_EXTRA = "meta.pt"
-"""File in which Lightning keeps everything but tensors of the model and the optimizer."""
-
-
-def is_sharded(path: Path) -> bool:
-    """Return whether the folder at `path` is a checkpoint in shards."""
-    return (path / _EXTRA).is_file()
 
 
 def read_shards(path: Path) -> dict[str, Any]:
@@ -46,7 +41,7 @@ def outline_shards(path: Path) -> dict[str, Any]:
         zipfile.BadZipFile: A file is in another format.
     """
     metadata = _check(path)
-    checkpoint: dict[str, Any] = torch.load(path / _EXTRA, map_location="cpu", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(path / run_dir.SHARDS_EXTRA, map_location="cpu", weights_only=True)
     tensors = metadata.state_dict_metadata.items()
     checkpoint["state_dict"] = {
         name.removeprefix("state_dict."): torch.empty(tensor.size, device="meta")
@@ -58,7 +53,7 @@ def outline_shards(path: Path) -> dict[str, Any]:
 
 def _check(path: Path) -> Metadata:
     # PyTorch's reader would run what the list of shards asks for.
-    check_zip(path / _EXTRA)
+    check_zip(path / run_dir.SHARDS_EXTRA)
     metadata = read_shard_metadata(path / _LIST)
     check_shards(path, metadata)
     return metadata
