@@ -64,6 +64,21 @@ def test_matplotlib_does_not_warn_without_a_writable_home(tmp_path):
     assert list(tmp_path.glob("matplotlib-*")) or list(tmp_path.glob("memory_*.png"))
 
 
+def test_commands_with_trained_weights_start_quickly(tmp_path):
+    """Each of these packages takes as long to import as the rest of the command."""
+    code = (
+        "import sys, torch\n"
+        "heavy = {'lightning', 'torch._dynamo', 'torch.distributed.checkpoint', 'torch.distributed.tensor', 'sympy'}\n"
+        "heavy -= set(sys.modules)\n"
+        "from revnet.cli.main import main\n"
+        "assert main(['predict', 'revnet38.digits', 'sample']) == 0\n"
+        "assert main(['generate', 'lm.shakespeare', '--prompt', 'To', '--num', '2']) == 0\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "[]")
+
+
 def test_version(revnet):
     assert revnet("--version") == (0, f"{package.__version__}\n", "")
 
