@@ -19,10 +19,16 @@ def fail(*_):
     raise ArithmeticError("on demand\nlong story")
 
 
-@pytest.fixture
-def small(monkeypatch, case):
+@pytest.fixture(
+    params=[
+        pytest.param(("plain", "checkpoint", "revnet"), id="few"),
+        pytest.param([method.name for method in METHODS], id="all", marks=pytest.mark.slow),
+    ]
+)
+def small(monkeypatch, case, request):
     """Run the tiny case and two pitfalls, with one library that is missing and one method that fails."""
-    methods = [method for method in METHODS if method.name in ("plain", "checkpoint", "revnet")]
+    methods = [method for method in METHODS if method.package is None and not method.is_compiled]
+    methods = [method for method in methods if method.name in request.param]
     methods += [Method("absent", "", fail, "no-such-package-of-revnet"), Method("failing", "", fail)]
     for module in (run, report, plot):
         monkeypatch.setattr(module, "METHODS", methods)

@@ -654,7 +654,7 @@ def test_memory_is_flat_in_depth():
     deep = peak(6, Reverse())
     assert abs(deep - peak(2, Reverse())) < stream // 16
     assert deep < 18 * stream
-    assert peak(4, Store()) - peak(2, Store()) > 2 * 7 * stream
+    assert peak(6, Store()) - peak(2, Store()) > 4 * 7 * stream
 
 
 def test_programs_are_deleted_with_their_functions():

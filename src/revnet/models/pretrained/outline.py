@@ -15,7 +15,7 @@ _FREE_TENSORS = 500
 _ELEMENTS_PER_ELEMENT = 4
 _FREE_ELEMENTS = 2**24
 _DRAWS = (nn.init.normal_, Tensor.normal_)
-"""Functions that fill a tensor; without values, PyTorch runs them in Python, after an import of seconds."""
+"""Functions that draw the values of a tensor. An outline has no values, and PyTorch would import its compiler first."""
 
 
 def build_outline(build: Callable[[], _Module], tensors: Mapping[str, Tensor]) -> _Module:
@@ -33,7 +33,7 @@ def build_outline(build: Callable[[], _Module], tensors: Mapping[str, Tensor]) -
 
 
 class _Limit(TorchFunctionMode):
-    """Count the tensors that are created, and raise once they exceed the ones of the file."""
+    """Count the tensors that are created, raise once they exceed the ones of the file, and draw no values."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()

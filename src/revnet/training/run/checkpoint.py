@@ -190,7 +190,12 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         CheckpointError: The checkpoint is missing, truncated, or was not written by `revnet train`.
     """
     path = _existing(Path(path))
-    return _load(path, lambda: _read_shards(path) if run_dir.is_sharded(path) else _read_file(path, map_location))
+    if run_dir.is_sharded(path):
+        # Not at the top of this file, for the same reason as `divided_state`.
+        from revnet.training.run.shards import read_shards
+
+        return _load(path, lambda: read_shards(path))
+    return _load(path, lambda: _read_file(path, map_location))
 
 
 def read_outline(path: Path) -> dict[str, Any]:
@@ -199,20 +204,11 @@ def read_outline(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The checkpoint is truncated, or not a checkpoint.
     """
-    return _load(path, lambda: _outline_shards(path) if run_dir.is_sharded(path) else _map_file(path))
+    if run_dir.is_sharded(path):
+        from revnet.training.run.shards import outline_shards
 
-
-# Imported when needed, as `divided_state` above.
-def _read_shards(path: Path) -> dict[str, Any]:
-    from revnet.training.run.shards import read_shards
-
-    return read_shards(path)
-
-
-def _outline_shards(path: Path) -> dict[str, Any]:
-    from revnet.training.run.shards import outline_shards
-
-    return outline_shards(path)
+        return _load(path, lambda: outline_shards(path))
+    return _load(path, lambda: _map_file(path))
 
 
 def _load(path: Path, load: Callable[[], Any]) -> dict[str, Any]:
