@@ -1,9 +1,11 @@
 """Run a function, or the checks of a test module, in several processes.
 
-Starting processes takes longer than most checks, so all checks of a module run in the same ones.
+Starting processes takes longer than most checks, so all checks of a module run in the same ones. The processes are
+copies of one that has imported what most of them need.
 """
 
 import datetime
+import os
 import traceback
 from collections.abc import Callable
 from importlib import import_module
@@ -13,6 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
+
+IMPORTED = ["pytest", "revnet.distributed", "revnet.models", "torch._dynamo", "torch.distributed.fsdp"]
+
+multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
 
 
 def run_in_processes(function: Callable[..., Any], *args: Any, folder: Path, num_processes: int = 2) -> list[Any]:
@@ -24,7 +30,9 @@ def run_in_processes(function: Callable[..., Any], *args: Any, folder: Path, num
         folder: An empty folder for the processes.
         num_processes: Number of processes.
     """
-    multiprocessing.spawn(_run, args=(function, args, folder, num_processes), nprocs=num_processes)
+    environment = dict(os.environ)  # The copied process may be older than some of it.
+    arguments = (environment, function, args, folder, num_processes)
+    multiprocessing.start_processes(_run, arguments, nprocs=num_processes, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
 
 
@@ -67,7 +75,15 @@ def join_group(rank: int, num_processes: int, folder: Path) -> None:
     )
 
 
-def _run(rank: int, function: Callable[..., Any], args: tuple[Any, ...], folder: Path, num_processes: int) -> None:
+def _run(
+    rank: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    folder: Path,
+    num_processes: int,
+) -> None:
+    os.environ.update(environment)
     join_group(rank, num_processes, folder)
     try:
         torch.save(function(*args), folder / f"{rank}.pt")

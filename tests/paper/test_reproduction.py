@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from revnet.paper.report import write_report
 from revnet.paper.reproduction import reproduce
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainingInterrupted
@@ -32,7 +33,8 @@ def read_csv(folder):
 
 
 def test_every_seed_has_a_run_and_a_row(finished):
-    assert {path.name for path in finished.iterdir()} == {"revnet38_seed0", "revnet38_seed1", "table.csv", "table.md"}
+    files = {"table.csv", "table.md", "table.png"}
+    assert {path.name for path in finished.iterdir()} == {"revnet38_seed0", "revnet38_seed1"} | files
     rows = read_csv(finished)
     assert [(row["model"], row["seed"], row["num_updates"]) for row in rows] == [
         ("revnet38", "0", "3"),
@@ -51,6 +53,33 @@ def test_page_shows_runs_and_the_papers_errors(finished):
     line = next(line for line in page.splitlines() if line.startswith("| revnet38"))
     assert f"| {errors[0]:.2f}, {errors[1]:.2f} | {sum(errors) / 2:.2f} ± " in line
     assert "| 1.50 | 2.50 |" in line
+
+
+def test_picture_has_a_curve_and_a_test_error_for_each_run(finished, tmp_path, monkeypatch):
+    assert "![Training curves of digits-quick](table.png)" in (finished / "table.md").read_text()
+    figures = []
+    monkeypatch.setattr("revnet.paper.curves.save", lambda figure, path: figures.append(figure))
+    shutil.copytree(finished, tmp_path / "runs")
+    write_report(TABLE, tmp_path / "runs", "some command")
+    losses, errors = figures[0].axes
+    logs = [(finished / f"revnet38_seed{seed}" / "metrics.csv").read_text() for seed in (0, 1)]
+    rows = [row for log in logs for row in csv.DictReader(log.splitlines())]
+    assert [list(line.get_ydata()) for line in losses.lines] == [[float(row["train_loss"])] for row in rows]
+    percent = [float(row["test_error"]) for row in read_csv(finished)]
+    assert [line.get_ydata()[0] for line in errors.lines[1::2]] == pytest.approx(percent)
+    assert {line.get_color() for line in losses.lines} == {"#4477aa"}
+
+
+def test_draws_no_picture_from_a_damaged_log(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")
+    (tmp_path / "runs" / "table.png").unlink()
+    (tmp_path / "runs" / "revnet38_seed1" / "metrics.csv").write_text("epoch,train_loss\n1,x\n")
+    with pytest.warns(UserWarning, match=r"table\.png` was not drawn: `.*seed1/metrics\.csv` is missing or damaged"):
+        write_report(TABLE, tmp_path / "runs", "some command")
+    assert not (tmp_path / "runs" / "table.png").exists()
+    page = (tmp_path / "runs" / "table.md").read_text()
+    assert "| revnet38 | 464,890 | 0, 1 |" in page
+    assert "png" not in page
 
 
 def test_does_not_repeat_finished_runs(finished):
@@ -109,8 +138,6 @@ def test_compares_pairs_over_their_common_seeds(finished, tmp_path):
         num_classes=10,
         rows=(Row(model="resnet32", pair="revnet38"), Row(model="revnet38", pair="resnet32")),
     )
-    from revnet.paper.report import write_report
-
     write_report(table, tmp_path, "some command")
     assert "revnet38 minus resnet32: +0.00 points over 1 seed (+0.00)." in (tmp_path / "table.md").read_text()
 

@@ -81,4 +81,5 @@ def reproduce(
         command=command,
         **{name: value for name, value in given.items() if value is not None},
     )
-    print(f"\n{(folder / 'table.md').read_text()}\nwrote {folder / 'table.md'} and {folder / 'table.csv'}")
+    written = [str(path) for name in ("table.csv", "table.png") if (path := folder / name).is_file()]
+    print(f"\n{(folder / 'table.md').read_text()}\nwrote {', '.join([str(folder / 'table.md'), *written])}")

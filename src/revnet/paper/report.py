@@ -1,4 +1,4 @@
-"""Write the table of finished runs and the paper's numbers as Markdown and CSV."""
+"""Write the table of finished runs and the paper's numbers as Markdown and CSV, and plot the training curves."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ import torch
 
 from revnet._atomic_file import write_table, write_text
 from revnet._documents import read_json
+from revnet._figure import try_to_draw
 from revnet._provenance import Provenance
 from revnet.errors import CheckpointError
 from revnet.models import AbstractImageClassifier, create_model
+from revnet.paper.curves import plot_curves, read_curve
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig
 
@@ -62,12 +64,22 @@ class RunFigures:
 
 
 def write_report(table: Table, out_dir: Path, command: str) -> list[RunFigures]:
-    """Write `table.md` and `table.csv` of all finished runs in `out_dir`, and return their figures."""
+    """Write `table.md`, `table.csv` and `table.png` of all finished runs in `out_dir`, and return their figures."""
     figures = [run for row in table.rows for run in _read_runs(table, row, out_dir)]
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_text(out_dir / "table.md", "\n".join(format_report(table, figures, command)) + "\n")
+    lines = format_report(table, figures, command)
+    picture = out_dir / "table.png"
+    if figures and try_to_draw(lambda: _draw(table, figures, picture), picture):
+        lines += ["", f"![Training curves of {table.name}]({picture.name})"]
+    write_text(out_dir / "table.md", "\n".join(lines) + "\n")
     write_table(out_dir / "table.csv", list(RunFigures.__dataclass_fields__), map(asdict, figures))
     return figures
+
+
+def _draw(table: Table, figures: Sequence[RunFigures], path: Path) -> None:
+    curves = [read_curve(path.parent / f"{run.model}_seed{run.seed}") for run in figures]
+    runs = [(run.model, run.test_error, curve) for run, curve in zip(figures, curves, strict=True)]
+    plot_curves(runs, path, f"{table.name}, {figures[0].num_updates:,} updates of {figures[0].batch_size} images")
 
 
 def format_report(table: Table, figures: Sequence[RunFigures], command: str) -> list[str]:

@@ -44,7 +44,7 @@ def reproduce(
 
     Args:
         table: One of `TABLES`.
-        out_dir: Folder of the runs, `table.md` and `table.csv`.
+        out_dir: Folder of the runs, `table.md`, `table.csv` and `table.png`.
         models: Rows to run. None means all rows.
         seeds: Seeds. Each model is trained once per seed.
         report_only: Whether to train nothing and write the table of the existing runs of all seeds.
