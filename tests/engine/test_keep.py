@@ -13,7 +13,7 @@ from revnet import ReconstructionError, Reverse, ReversibleBlock, ReversibleSequ
 from revnet.engine import _keep
 from revnet.memory import measure, predict
 from revnet.nn import BatchNorm2dBiased
-from tests.helpers import ConvResidual, assert_close, gradients, keep_all, stored_twin
+from tests.helpers import ConvResidual, assert_close, gradients, keep_all, squares, stored_twin
 
 aten = torch.ops.aten
 NUM_BLOCKS = 3
@@ -357,6 +357,43 @@ def test_policies_compare_and_print_by_their_arguments():
     assert eval(repr(policy)) == policy
     assert repr(Reverse(hold=True, keep="64MiB")) == "Reverse(hold=True, keep='64MiB')"
     assert len({policy, Reverse(), Reverse(hold=())}) == 2
+
+
+def called_twice(module, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [module(x), module(x + 1)]
+    squares(torch.stack(outputs).float()).backward()
+
+
+def backward_inside(module, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        squares(module(x).float()).backward()
+
+
+def called_once(module, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    squares(y.float()).backward()
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["own-functions", "shared-functions"])
+@pytest.mark.parametrize("step", [called_twice, backward_inside, called_once])
+@pytest.mark.parametrize("keep", [keep_all, aten._to_copy], ids=["all", "casts"])
+def test_autocast_casts_weights_at_other_times(keep, step, is_shared):
+    """A weight is cast in one of the two runs and comes from the cache of autocast in the other."""
+
+    def residual():
+        return nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False))
+
+    functions = [(residual(), residual())] * NUM_BLOCKS if is_shared else [(residual(), residual()) for _ in range(3)]
+    blocks = [ReversibleBlock(f, g) for f, g in functions]
+    sequence = ReversibleSequential(*blocks, policy=Reverse(hold=True, keep=keep))
+    twin = stored_twin(sequence)
+    x = torch.randn(8, 16)
+    for module in (sequence, twin):
+        step(module, x)
+    for name, expected in gradients(twin).items():
+        assert torch.equal(gradients(sequence)[name], expected)
 
 
 def test_running_statistics_are_averaged_outside_of_the_mode(monkeypatch):

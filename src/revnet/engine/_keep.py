@@ -12,6 +12,8 @@ NOTE [ What is not kept ]
    calling an operator. Gradients are disabled there, which is how such code is recognized.
  - Outputs of operators that draw random numbers, which the replay must draw, too.
  - Outputs that share memory with an input, and outputs that are not plain tensors.
+ - Casts. Autocast may cast a weight in one of the two runs and have the cast in its cache in the other, so the number
+   of a cast does not say which tensor it is of.
 
 References:
     torch.utils.checkpoint.create_selective_checkpoint_contexts, which takes the same kind of rule.
@@ -358,8 +360,8 @@ def _returns_fresh_tensors(func: OpOverload) -> bool:
         not schema.is_mutable
         and len(schema.returns) > 0
         and all(output.alias_info is None for output in schema.returns)
-        # Declared as if it copied, so that its version counter is its own.
-        and func is not _aten._unsafe_view.default
+        # The first is declared as if it copied, so that its version counter is its own. For the second, see the note.
+        and func not in (_aten._unsafe_view.default, _aten._to_copy.default)
     )
 
 
