@@ -88,6 +88,19 @@ def test_keeps_the_numbers_of_low_precision(tmp_path):
     assert_same_network(from_pretrained(tmp_path), model)
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rounds_no_number(tmp_path, dtype, default):
+    network = tiny().to(dtype)
+    network.stem[0].weight.data.fill_(1 + 2 * torch.finfo(dtype).eps)
+    network.save_pretrained(tmp_path)
+    try:
+        torch.set_default_dtype(default)
+        assert_same_network(RevNet.from_pretrained(tmp_path), network)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_keeps_labels_and_entries_of_the_user(tmp_path):
     tiny().save_pretrained(tmp_path, config={"label_names": ["cat", "dog", "frog"], "mine": [1, {"a": None}]})
     loaded = from_pretrained(tmp_path)
@@ -131,6 +144,43 @@ def test_a_class_of_the_user_remembers_its_own_arguments(tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["factor"] == 3
     assert_same_network(from_pretrained(tmp_path), model)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class WithNorm(HubMixin, nn.Sequential):
+    def __init__(self, kind: str):
+        norm = {"own": Doubled, "volumes": nn.BatchNorm3d}[kind]
+        super().__init__(nn.BatchNorm2d(4), norm(4, eps=0.1))
+
+
+@pytest.mark.parametrize("kind", ["own", "volumes"])
+def test_keeps_norms_of_other_classes(tmp_path, kind):
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(WithNorm(kind)) if kind == "volumes" else WithNorm(kind)
+    network[1].momentum = 0.3
+    network.save_pretrained(tmp_path)
+    copied = WithNorm.from_pretrained(tmp_path)
+    assert [type(norm) for norm in copied] == [nn.BatchNorm2d, Doubled if kind == "own" else nn.BatchNorm3d]
+    assert (copied[1].eps, copied[1].momentum) == (0.1, 0.3)
+
+
+def define_again():
+    class Redefined(HubMixin, nn.Linear):
+        def __init__(self, width: int = 2):
+            super().__init__(width, width)
+
+    return Redefined
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_first(tmp_path):
+    first, second = define_again(), define_again()
+    second().save_pretrained(tmp_path)
+    assert type(second.from_pretrained(tmp_path)) is second
+    assert type(from_pretrained(tmp_path)) is second
+    assert type(first.from_pretrained(tmp_path)) is first
 
 
 class Standard(PyTorchModelHubMixin, RevNet):

@@ -186,11 +186,13 @@ def _find_start(folder: Path, job: AbstractJob[Any], *, quiet: bool) -> Path | N
     checkpoints = CheckpointFolder(folder / run_dir.CHECKPOINTS)
     newest = checkpoints.newest()
     if newest is not None:
-        for skipped in [] if quiet else newest.unreadable:
-            print(f"skipped  {skipped}, which cannot be read")
         check_whole_state(newest.outline, newest.path)
         check_fit(job.task.saved_module, trained_part(newest.outline).tensors, newest.path)
         check_length(newest.outline, job.config, job.task.num_updates)
+        for skipped in newest.unreadable:
+            aside = checkpoints.set_aside(skipped)  # It would be one of the newest, which are not deleted.
+            if not quiet:
+                print(f"skipped  {skipped}, which cannot be read\nrenamed  {aside}")
     elif not path.exists():  # the run was killed just before
         save_record(record, path)
     remove_leftovers(folder)

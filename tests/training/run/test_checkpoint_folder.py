@@ -26,3 +26,15 @@ def test_shards_take_the_place_of_a_file(tmp_path):
     folder.complete(60)
     assert [file.read_bytes() for file in folder.file(60).iterdir()] == [b"whole"]
     assert [path.name for path in tmp_path.iterdir()] == [folder.file(60).name]
+
+
+def test_a_checkpoint_that_was_set_aside_does_not_count(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for update in (24, 27, 36):
+        folder.file(update).write_bytes(b"")
+    folder.file(36).with_name("update-00000036.ckpt.damaged").write_bytes(b"from before")
+    aside = folder.set_aside(folder.file(36))
+    assert aside.read_bytes() == b""
+    folder.prune(1)
+    assert folder.all() == [folder.file(27)]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.file(27).name, aside.name}

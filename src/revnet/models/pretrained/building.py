@@ -70,6 +70,8 @@ def class_of(pretrained: Pretrained, classes: Mapping[str, type[_Network]], want
             f"{where} is not a model of revnet{shown}: its config.json was written by another library; pass a model "
             "that `save_pretrained` or `revnet push` has written."
         )
+    if wanted.__name__ == name and not inspect.isabstract(wanted):
+        return wanted  # Another class of this name may be registered.
     if name not in classes:
         raise CheckpointError(
             f"{where} holds a {shorten(name)}, which this revnet does not know (it was written by revnet "
@@ -125,8 +127,8 @@ def build_network(
             "arguments that fit the weights."
         )
     network = _explained(make, pretrained)
+    _take_dtypes(network, tensors)  # First, so that no value is rounded on its way.
     network.load_state_dict(tensors, strict=strict)
-    _take_dtypes(network, tensors)
     return network.eval()
 
 

@@ -63,7 +63,10 @@ class HubMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not cls.__name__.startswith(_WRAPPERS):
-            _CLASSES.setdefault(cls.__name__, cls)
+            known = _CLASSES.setdefault(cls.__name__, cls)
+            # A cell of a notebook that runs again defines its classes again.
+            if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
+                _CLASSES[cls.__name__] = cls
 
     @classmethod
     def from_pretrained(

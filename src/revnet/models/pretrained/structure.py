@@ -152,18 +152,19 @@ def _read_couplings(block: nn.Module, value: Any) -> Any:
 
 
 def _describe_norm(norm: _BatchNorm) -> dict[str, Any]:
+    name = next((name for name, kind in _NORMS.items() if type(norm) is kind), None)
     # A synchronized norm of revnet has the rule of the norm that it replaced.
     biased = getattr(norm, "_is_biased", None)
-    name = next((name for name, kind in _NORMS.items() if type(norm) is kind), "BatchNorm2d")
     if biased is not None:
         name = "BatchNorm2dBiased" if biased else "BatchNorm2dUnbiased"
-    return {"name": name, "eps": norm.eps, "momentum": norm.momentum}
+    numbers = {"eps": norm.eps, "momentum": norm.momentum}
+    return numbers if name is None else {"name": name, **numbers}  # The constructor makes a norm of another class.
 
 
 def _apply_norm(model: nn.Module, name: str, norm: _BatchNorm, value: Any) -> None:
-    if not isinstance(value, Mapping) or value.get("name") not in _NORMS:
+    if not isinstance(value, Mapping) or value.get("name", next(iter(_NORMS))) not in _NORMS:
         raise ValueError(f"`batch_norms` (={describe(value)}) must name one of {', '.join(_NORMS)}.")
-    make: Callable[..., _BatchNorm] = _NORMS[value["name"]]
+    make: Callable[..., _BatchNorm] = _NORMS[value["name"]] if "name" in value else type(norm)
     arguments = {argument: value.get(argument, getattr(norm, argument)) for argument in ("eps", "momentum")}
     checked = BatchNorm2dBiased(1, **arguments)  # checks the numbers
     if type(norm) is make:

@@ -72,6 +72,12 @@ class CheckpointFolder:
             )
         return None
 
+    def set_aside(self, path: Path) -> Path:
+        """Rename a checkpoint that cannot be read, so that it counts as a checkpoint no longer, and return its path."""
+        aside = path.with_name(f"{path.name}.damaged")
+        delete_checkpoint(aside)
+        return path.rename(aside)
+
     def complete(self, update: int) -> None:
         """Give the shards at the temporary path their name."""
         temporary, final = self.temporary(update), self.file(update)
