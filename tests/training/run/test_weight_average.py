@@ -111,3 +111,14 @@ def test_checkpoint_within_a_validation_keeps_both_weights():
     target._restore()
     assert torch.equal(restored.weight, trained)
     assert torch.equal(target._average.module.weight, torch.full((2, 2), 3.0))
+
+
+class FailsAtTheEnd(Callback):
+    def on_fit_end(self, trainer, module):
+        raise RuntimeError("the disk of the results is full")
+
+
+def test_an_error_after_training_is_not_replaced(out_dir):
+    config = TrainConfig(model=TINY, batch_size=800, epochs=1, ema_decay=0.9, out_dir=out_dir)
+    with pytest.raises(RuntimeError, match=r"^the disk of the results is full$"):
+        train(config, quiet=True, callbacks=[FailsAtTheEnd()])

@@ -13,6 +13,7 @@ from torch import Tensor
 from revnet._atomic_file import atomic_path
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.checkpoint_folder import delete_checkpoint
+from revnet.training.run.plain_state import without_foreign_states
 from revnet.training.run.state_digest import DIGEST_KEY, digest_state
 
 
@@ -31,12 +32,14 @@ class AtomicCheckpointIO(CheckpointIO):
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._error: OSError | None = None
+        self._warned: set[str] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write `checkpoint`; if the process is killed while writing, the previous file remains."""
         self.wait()
         if self._error is not None:
             return
+        checkpoint = without_foreign_states(checkpoint, self._warned)
         if not self._is_async:
             self._write(checkpoint, Path(path))
             return

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.divided_state import load_whole_state
+from revnet.training.run.plain_state import without_foreign_states
 from revnet.training.run.run_dir import is_sharded
 
 
@@ -18,6 +19,14 @@ class ShardedStrategy(ModelParallelStrategy):
     Lightning numbers the states of an optimizer in the order of the parameters in the model. PyTorch numbers them in
     the order of the parameters in the groups of the optimizer, and so does a file.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._warned: set[str] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write the shards of this process, and what has no shards."""
+        super().save_checkpoint(without_foreign_states(checkpoint, self._warned), filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load weights and optimizer states, and return the rest of the checkpoint."""

@@ -63,6 +63,7 @@ def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
     groups = optimizer["param_groups"]
     numbers = {name: number for number, name in enumerate(name for group in groups for name in group["params"])}
     return {
-        "state": {numbers[name]: state for name, state in optimizer["state"].items()},
+        # PyTorch writes no entry for an optimizer without state.
+        "state": {numbers[name]: state for name, state in optimizer.get("state", {}).items()},
         "param_groups": [group | {"params": [numbers[name] for name in group["params"]]} for group in groups],
     }

@@ -26,6 +26,8 @@ def digest_state(checkpoint: Mapping[str, Any]) -> str:
             digest.update(b"[")
             for item in value:
                 add(item)
+        elif isinstance(value, set | frozenset):
+            add(sorted(map(repr, value)))  # Their order depends on the process.
         elif isinstance(value, Tensor):
             digest.update(f"{value.dtype} {list(value.shape)}".encode())
             if value.numel() <= _LARGEST_HASHED:

@@ -113,7 +113,7 @@ class WeightAverage(Callback):
             self._restore()
 
     def _restore(self) -> None:
-        if self._is_swapped:
+        if self._is_swapped and self._average is not None:  # Training has not ended.
             self._swap()
 
     @torch.no_grad()
