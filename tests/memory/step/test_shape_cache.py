@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from revnet._torch_internals import FakeTensor, FakeTensorMode
+from revnet.memory import measure, predict
 from revnet.memory.step import _cpu_kernels, _shape_cache
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._shape_cache import ShapeCache
@@ -131,6 +133,12 @@ def test_a_full_cache_starts_again(monkeypatch, ran):
             shapes = [tuple(y.shape) for y in (x + 1, x.t(), x.sum(), x.view(6))]
             assert shapes == [(2, 3), (3, 2), (), (6,)]
     assert ran.count("aten.sum.default") == 3
+
+
+def test_results_without_a_storage_run_each_time():
+    model, tokens = nn.Embedding(50, 16, sparse=True), torch.tensor([[1, 2, 4, 5], [4, 3, 2, 9]])
+    measured = measure(model, tokens).peak_bytes
+    assert [predict(model, tokens).peak_bytes for _ in range(2)] == [measured, measured]
 
 
 def test_errors_are_not_remembered():

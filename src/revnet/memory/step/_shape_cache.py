@@ -142,6 +142,8 @@ def _remake(args: tuple[Any, ...], sources: dict[int, int], result: Any) -> _Rec
         return lambda mode, args: kind([recipe(mode, args) for recipe in recipes])
     if type(result) is not FakeTensor or result.dtype not in _DTYPES or result.constant is not None:
         raise _NotPlainError
+    if result.layout is not torch.strided:  # It has no storage.
+        raise _NotPlainError
     shape, stride, dtype, device = tuple(result.shape), result.stride(), result.dtype, result.fake_device
     offset, storage = int(result.storage_offset()), result.untyped_storage()
     source = sources.get(storage._cdata)
