@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from revnet.paper.curves import plot_curves
 from revnet.paper.report import write_report
 from revnet.paper.reproduction import reproduce
 from revnet.paper.tables import Row, Table
@@ -70,16 +71,34 @@ def test_picture_has_a_curve_and_a_test_error_for_each_run(finished, tmp_path, m
     assert {line.get_color() for line in losses.lines} == {"#4477aa"}
 
 
-def test_draws_no_picture_from_a_damaged_log(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "runs")
-    (tmp_path / "runs" / "table.png").unlink()
-    (tmp_path / "runs" / "revnet38_seed1" / "metrics.csv").write_text("epoch,train_loss\n1,x\n")
+@pytest.mark.parametrize("log", ["epoch,train_loss\n1,x\n", "epoch,train_loss,train_accuracy\n", ""])
+def test_draws_no_picture_from_a_damaged_log(finished, tmp_path, log):
+    folder = shutil.copytree(finished, tmp_path / "runs")
+    (folder / "revnet38_seed1" / "metrics.csv").write_text(log)
     with pytest.warns(UserWarning, match=r"table\.png` was not drawn: `.*seed1/metrics\.csv` is missing or damaged"):
-        write_report(TABLE, tmp_path / "runs", "some command")
-    assert not (tmp_path / "runs" / "table.png").exists()
-    page = (tmp_path / "runs" / "table.md").read_text()
+        write_report(TABLE, folder, "some command")
+    assert not (folder / "table.png").exists(), "it would show other runs"
+    page = (folder / "table.md").read_text()
     assert "| revnet38 | 464,890 | 0, 1 |" in page
     assert "png" not in page
+
+
+def test_a_run_with_damaged_settings_is_left_out(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "runs")
+    path = folder / "revnet38_seed0" / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: abc"))
+    with pytest.warns(UserWarning, match=r"seed0` is left out of the table: .*must be an integer"):
+        figures = write_report(TABLE, folder, "some command")
+    assert [run.seed for run in figures] == [1]
+
+
+@pytest.mark.parametrize(("lowest", "scale"), [(0.0, "linear"), (0.5, "log")])
+def test_shows_an_error_of_zero(tmp_path, monkeypatch, lowest, scale):
+    figures = []
+    monkeypatch.setattr("revnet.paper.curves.save", lambda figure, path: figures.append(figure))
+    curve = {"epoch": [1.0, 2.0], "train_loss": [1.0, 0.5], "train_accuracy": [0.5, 0.9]}
+    plot_curves([("revnet38", lowest, curve)], tmp_path / "table.png", "a title")
+    assert figures[0].axes[1].get_yscale() == scale
 
 
 def test_does_not_repeat_finished_runs(finished):

@@ -30,6 +30,8 @@ def read_curve(folder: Path) -> Curve:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no epoch")
         return {name: [float(row[name]) for row in rows] for name in _COLUMNS}
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise CheckpointError(
@@ -67,7 +69,8 @@ def plot_curves(runs: Sequence[tuple[str, float, Curve]], path: Path, title: str
         axes.xaxis.get_major_locator().set_params(integer=True)
         clear_frame(axes)
     losses.set_ylabel("cross-entropy")
-    if any(accuracy < 1 for *_, curve in runs for accuracy in curve["train_accuracy"]):
+    lowest = min(min(test_error, *(1 - value for value in curve["train_accuracy"])) for _, test_error, curve in runs)
+    if lowest > 0:  # A logarithmic axis cannot show zero.
         errors.set_yscale("log")
         errors.yaxis.set_major_formatter("{x:g}")
         errors.yaxis.set_minor_formatter("{x:g}")

@@ -1,7 +1,7 @@
 """Write the table of finished runs and the paper's numbers as Markdown and CSV, and plot the training curves."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -65,21 +65,24 @@ class RunFigures:
 
 def write_report(table: Table, out_dir: Path, command: str) -> list[RunFigures]:
     """Write `table.md`, `table.csv` and `table.png` of all finished runs in `out_dir`, and return their figures."""
-    figures = [run for row in table.rows for run in _read_runs(table, row, out_dir)]
+    runs = {folder: run for row in table.rows for folder, run in _read_runs(table, row, out_dir).items()}
+    figures = list(runs.values())
     out_dir.mkdir(parents=True, exist_ok=True)
     lines = format_report(table, figures, command)
     picture = out_dir / "table.png"
-    if figures and try_to_draw(lambda: _draw(table, figures, picture), picture):
+    if runs and try_to_draw(lambda: _draw(table, runs, picture), picture):
         lines += ["", f"![Training curves of {table.name}]({picture.name})"]
+    else:
+        picture.unlink(missing_ok=True)  # It would show other runs.
     write_text(out_dir / "table.md", "\n".join(lines) + "\n")
     write_table(out_dir / "table.csv", list(RunFigures.__dataclass_fields__), map(asdict, figures))
     return figures
 
 
-def _draw(table: Table, figures: Sequence[RunFigures], path: Path) -> None:
-    curves = [read_curve(path.parent / f"{run.model}_seed{run.seed}") for run in figures]
-    runs = [(run.model, run.test_error, curve) for run, curve in zip(figures, curves, strict=True)]
-    plot_curves(runs, path, f"{table.name}, {figures[0].num_updates:,} updates of {figures[0].batch_size} images")
+def _draw(table: Table, runs: Mapping[Path, RunFigures], path: Path) -> None:
+    curves = [(run.model, run.test_error, read_curve(folder)) for folder, run in runs.items()]
+    first = next(iter(runs.values()))
+    plot_curves(curves, path, f"{table.name}, {first.num_updates:,} updates of {first.batch_size} images")
 
 
 def format_report(table: Table, figures: Sequence[RunFigures], command: str) -> list[str]:
@@ -152,15 +155,16 @@ def _comparisons(table: Table, figures: Sequence[RunFigures]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _read_runs(table: Table, row: Row, out_dir: Path) -> list[RunFigures]:
+def _read_runs(table: Table, row: Row, out_dir: Path) -> dict[Path, RunFigures]:
+    """Return the figures of the finished runs of a row, by folder, in the order of the seeds."""
     folders = {folder: folder.name.partition("_seed")[2] for folder in out_dir.glob(f"{row.model}_seed*")}
     finished = [folder for folder, seed in folders.items() if seed.isdecimal() and (folder / "summary.json").is_file()]
-    runs = []
+    runs = {}
     for folder in sorted(finished, key=lambda folder: int(folders[folder])):
         try:
-            runs.append(_read_run(table, row, folder))
-        except (OSError, ValueError) as error:
-            warnings.warn(f"left out of the table: {error}", stacklevel=2)
+            runs[folder] = _read_run(table, row, folder)
+        except (OSError, TypeError, ValueError) as error:
+            warnings.warn(f"`{folder}` is left out of the table: {error}", stacklevel=2)
     return runs
 
 

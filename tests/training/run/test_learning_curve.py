@@ -28,3 +28,13 @@ def test_draws_every_kind_of_run(tmp_path, rows):
     picture = matplotlib.image.imread(tmp_path / "curve.png")
     assert picture.std() > 0.05  # something is drawn
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_draws_a_validation_that_is_rarer_than_epochs(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("revnet.training.run.learning_curve.save", lambda figure, path: figures.append(figure))
+    validated = {"val_loss": 3.0, "val_accuracy": 0.25}
+    rows = [ROW | {"epoch": epoch} | (validated if epoch % 2 == 0 else {}) for epoch in range(1, 5)]
+    plot_learning_curve(rows, tmp_path / "curve.png", "a model on some data")
+    lines = [{line.get_label(): line for line in axes.lines}["validation"] for axes in figures[0].axes]
+    assert [line.get_xydata().tolist() for line in lines] == [[[2, 3.0], [4, 3.0]], [[2, 25.0], [4, 25.0]]]

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def class_of(pretrained: Pretrained, classes: Mapping[str, type[_Network]], want
             "that `save_pretrained` or `revnet push` has written."
         )
     if wanted.__name__ == name and not inspect.isabstract(wanted):
-        return wanted  # Another class of this name may be registered.
+        return cast("type[_Network]", wanted)  # Another class of this name may be registered.
     if name not in classes:
         raise CheckpointError(
             f"{where} holds a {shorten(name)}, which this revnet does not know (it was written by revnet "

@@ -17,9 +17,11 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_nam
     epochs = [row["epoch"] for row in rows]
     for axes, quantity, scale in zip(panels, ("loss", "accuracy"), (1, 100), strict=False):
         for part, name, color in (("train", "training", BLUE), ("val", "validation", RED)):
-            if f"{part}_{quantity}" in rows[0]:
-                values = [scale * row[f"{part}_{quantity}"] for row in rows]
-                axes.plot(epochs, values, color=color, label=name, marker="o" if len(rows) < 10 else None)
+            known = [row for row in rows if f"{part}_{quantity}" in row]  # Validation may be rarer than epochs.
+            if known:
+                values = [scale * row[f"{part}_{quantity}"] for row in known]
+                marker = "o" if len(known) < 10 else None
+                axes.plot([row["epoch"] for row in known], values, color=color, label=name, marker=marker)
         falls = [before["epoch"] + 0.5 for before, after in pairwise(rows) if after["lr"] < before["lr"]]
         is_stepwise = has_accuracy and len(falls) <= len(rows) / 2  # otherwise it falls in every epoch
         for epoch in falls if is_stepwise else []:
