@@ -36,7 +36,7 @@ def test_summary_shows_accuracy_time_memory_and_paths(revnet, tmp_path):
 
 def test_flags_take_dashes_or_underscores_and_override_the_file(revnet, tmp_path):
     (tmp_path / "settings.yaml").write_text("epochs: 7\nbatch_size: 1000\nlr: 1e-3\ndecay_at: [0.25]\n")
-    arguments = ["--config", tmp_path / "settings.yaml", "--epochs=1", "--weight_decay", "1e-4", "--val-fraction=0.2"]
+    arguments = ["--epochs=1", "--config", tmp_path / "settings.yaml", "--weight_decay", "1e-4", "--val-fraction=0.2"]
     code, _, _ = revnet("train", *arguments, "--out_dir", tmp_path / "run")
     assert code == 0
     config = TrainConfig.load(tmp_path / "run" / "config.yaml")

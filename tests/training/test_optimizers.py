@@ -101,6 +101,20 @@ def test_muon_takes_the_matrices_of_hidden_layers():
     assert all(group["weight_decay"] == 0.1 for group in of_muon)
 
 
+def test_the_last_linear_layer_is_the_head_of_other_models():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)))
+    optimizer = make_optimizer(LanguageConfig(optimizer="muon"), model)
+    (group,) = [group for group in optimizer.param_groups if group["use_muon"]]
+    assert [id(parameter) for parameter in group["params"]] == [id(model[0].weight), id(model[2][0].weight)]
+
+
+def test_transposed_convolutions_decay():
+    model = nn.Sequential(*[make(2, 2, 3) for make in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)])
+    decayed, others = parameter_groups(model, 0.1)
+    assert [parameter.dim() for parameter in decayed["params"]] == [3, 4, 5]
+    assert [parameter.dim() for parameter in others["params"]] == [1, 1, 1]
+
+
 def test_muon_and_adamw_are_pytorchs_own():
     model, twin = Network(), Network()
     twin.load_state_dict(model.state_dict())

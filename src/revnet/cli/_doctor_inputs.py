@@ -79,7 +79,7 @@ def _from_checkpoint(flags: StepFlags, data: str | None) -> DoctorInputs:
     if data is None:
         return DoctorInputs(classifier.model, torch.randn(flags.batch, *header.image_shape), None, "random inputs")
     size = header.image_shape[1] if header.is_resized else None
-    dataset = load_dataset(data, image_size=size, seed=header.split_seed)
+    dataset = load_dataset(data, image_size=size, seed=header.split_seed, on_corrupt="skip")
     if (dataset.in_channels, *dataset.image_size) != header.image_shape:
         raise UsageError(
             f"`--data` (={data}) has images of {dataset.in_channels}x{_join(dataset.image_size)}, but `{flags.model}` "
@@ -109,7 +109,7 @@ def _on_images(flags: StepFlags, data: str) -> DoctorInputs:
         raise UsageError("`--data` sets the shape and type of an input; leave out `--input-shape` and `--input-dtype`.")
     if not flags.is_own:
         build_model(flags.model, is_real=False)  # rejects an unknown name before the data are read
-    dataset = load_dataset(data, image_size=flags.image)
+    dataset = load_dataset(data, image_size=flags.image, on_corrupt="skip")
     images, labels = _batch(dataset, flags.batch)
     images = _preprocess(dataset)(images)
     loss = _cross_entropy(labels)

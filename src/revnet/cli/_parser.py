@@ -27,8 +27,8 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
     """Read `arguments` as the parameters of `function`.
 
     `--some-name` and `--some_name` are the same option, and a later one overrides an earlier one. A function that
-    takes settings (`takes_settings`) can also read them from YAML, by `--config FILE` or by the name of a recipe;
-    `--help` and `--print-config` print and exit.
+    takes settings (`takes_settings`) can also read them from YAML, by `--config FILE` or by the name of a recipe, and
+    options override the file, wherever they stand. `--help` and `--print-config` print and exit.
 
     Returns:
         The values that were given. The others keep the defaults of the function.
@@ -48,7 +48,8 @@ def parse(function: Callable[..., Any], prog: str, arguments: Sequence[str]) -> 
         ) from error
     if unknown:
         raise UsageError(parser.explain_unknown(unknown))
-    values = vars(given)
+    options = vars(given)
+    values = options.pop("config", {}) | options
     _check_not_empty(values, parser)
     _check_model(values, parser)
     if values.pop("print_config", False):
@@ -187,12 +188,12 @@ class _ReadValue(argparse.Action):
 
 
 class _ReadConfig(argparse.Action):
-    """Reads a file of settings, which later options override."""
+    """Reads a file of settings, which options override; a later file overrides an earlier one."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         kinds = {option.name: option.kind for option in parser.known if not option.is_required}
-        for name, value in read_config(_one_text(values), kinds, parser.hint).items():
-            setattr(namespace, name, value)
+        settings = read_config(_one_text(values), kinds, parser.hint)
+        namespace.config = getattr(namespace, "config", {}) | settings
 
 
 def _one_text(values: Any) -> str:

@@ -1,6 +1,7 @@
 """Values of options: read from the command line or YAML, and checked against the type of a parameter."""
 
 import math
+import re
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -25,6 +26,9 @@ _LIST_EXAMPLES = {
 """Lists as they are written on the command line, by the name of the option."""
 
 
+_WHOLE = re.compile(r"[+-]?\d[\d_]*")
+
+
 def read_text(text: str, kind: Any) -> Any:
     """Convert `text` from the command line to a value of the type `kind`.
 
@@ -40,7 +44,22 @@ def read_text(text: str, kind: Any) -> Any:
         value = parse_yaml(text)
     except ValueError:
         value = text
+    if type(value) in (int, float) or (int in members and _WHOLE.fullmatch(text)):
+        value = _read_decimal(text)
     return check_value(value, kind)
+
+
+def _read_decimal(text: str) -> int | float:
+    """Read a number as Python does. YAML would read 010 as 8, and 1:30 as 90.
+
+    Raises:
+        TypeError: It is not a decimal number.
+    """
+    text = text.strip()
+    try:
+        return int(text) if _WHOLE.fullmatch(text) else float(text)
+    except ValueError as error:
+        raise TypeError from error
 
 
 def check_value(value: Any, kind: Any) -> Any:

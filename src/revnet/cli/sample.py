@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from revnet.training.settings.choices import OnCorrupt
+
 Missing = Literal["top", "bottom", "left", "right", "random"]
 
 
@@ -14,6 +16,7 @@ def sample(
     steps: int = 500,
     step_size: float = 0.001,
     data: str | None = None,
+    on_corrupt: OnCorrupt = "stop",
     seed: int = 0,
     out_dir: str | None = None,
     device: str = "auto",
@@ -40,6 +43,7 @@ def sample(
         steps: Number of steps of the gradient ascent.
         step_size: Size of the first step; lower it if the filled parts come out black and white.
         data: Data set of the test images, by name or path; by default, the data set of the run.
+        on_corrupt: How to treat an image that cannot be decoded: stop, or skip it with a warning.
         seed: Seed of the samples and of the noise.
         out_dir: Folder for the pictures; the folder of the checkpoint by default.
         device: Device to run on: auto, cpu, cuda, cuda:1, xpu, mps.
@@ -62,6 +66,7 @@ def sample(
         num_steps=steps,
         step_size=step_size,
         data=data,
+        on_corrupt=on_corrupt,
         seed=seed,
         out_dir=out_dir,
         device=device,

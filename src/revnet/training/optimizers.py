@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from revnet.training.muon import MuonWithAdamW
@@ -25,7 +25,10 @@ _CLASSES: dict[str, type[Optimizer]] = {
     "asgd": torch.optim.ASGD,
     "rprop": torch.optim.Rprop,
 }
-_DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DECAYED = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 def make_optimizer(config: AbstractRunConfig, model: nn.Module) -> Optimizer:
@@ -89,13 +92,15 @@ def _options(config: AbstractRunConfig) -> dict[str, Any]:
 
 
 def _hidden_matrices(model: nn.Module) -> set[int]:
-    """Return the ids of the trained weights of all linear layers but the head."""
+    """Return the ids of the trained weights of all linear layers but the head, or the last one without a `head`."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     head = getattr(model, "head", None)
-    excluded = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    if not isinstance(head, nn.Module):
+        head = nn.ModuleList(linear[-1:])
+    excluded = {id(parameter) for parameter in head.parameters()}
     # An embedding that shares its weight with a linear layer stays with AdamW.
     excluded |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    return {id(weight) for weight in weights if weight.requires_grad} - excluded
+    return {id(module.weight) for module in linear if module.weight.requires_grad} - excluded
 
 
 def _split_for_muon(group: dict[str, Any], matrices: set[int]) -> list[dict[str, Any]]:

@@ -107,6 +107,15 @@ def test_units_that_run_more_than_once_are_listed():
         apply_budget(model, torch.randn(2, 3, 8, 8), budget="1GiB", blocks="first.*")
 
 
+@pytest.mark.parametrize("budget", ["1GiB", "200KiB"])
+def test_a_unit_that_runs_nothing_costs_nothing(budget):
+    model, x = Network(), torch.randn(2, 3, 16, 16)
+    model.second[0] = nn.Identity()
+    chosen = apply_budget(model, x, budget=budget, blocks=[*model.first, *model.second])
+    assert len(chosen.units) == 4
+    assert measure(model, x).peak_bytes == chosen.peak_bytes
+
+
 def test_model_is_unchanged_after_an_error():
     model, x = Network(), torch.randn(2, 3, 8, 8)
     with pytest.raises(BudgetError):

@@ -39,9 +39,29 @@ def attention_in_float64():
     return aten._scaled_dot_product_flash_attention_for_cpu.default(x, x, x)
 
 
+def loss(name, *arguments, target=(4, 3)):
+    def run():
+        return [getattr(aten, name).default(torch.rand(4, 3), torch.rand(target), *arguments)]
+
+    run.__name__ = name
+    return run
+
+
+def folded():
+    return [aten.col2im.default(torch.ones(1, 18, 16), [4, 4], [3, 3], [1, 1], [1, 1], [1, 1])]
+
+
+def embedding_bag():
+    tokens, offsets = torch.zeros(20, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    return aten._embedding_bag.default(torch.ones(10, 8), tokens, offsets, False, 1)
+
+
 def described(results):
     return [
-        (result.dtype, result.shape, result.stride()) if isinstance(result, Tensor) else result for result in results
+        (result.dtype, result.shape, result.stride(), result.untyped_storage().nbytes())
+        if isinstance(result, Tensor)
+        else result
+        for result in results
     ]
 
 
@@ -57,7 +77,15 @@ FIXED = {attention_in_float64: (2, 12)}
         layer_norm_of_a_permuted_input,
         mixed_group_norm,
         attention_in_float64,
+        loss("mse_loss", 1),
+        loss("mse_loss", 2, target=(2, 1, 3)),
+        loss("smooth_l1_loss", 1, 1.0),
+        loss("soft_margin_loss", 1),
+        loss("binary_cross_entropy", None, 1),
+        folded,
+        embedding_bag,
     ],
+    ids=lambda run: run.__name__,
 )
 def test_corrects_the_shape_function(run):
     real = described(run())

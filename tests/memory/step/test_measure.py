@@ -113,6 +113,7 @@ def test_an_optimizer_by_hand():
         (torch.optim.SGD, 0),
         (partial(torch.optim.SGD, lr=0.1, momentum=0.9), 1),
         (torch.optim.Adafactor, None),
+        (partial(torch.optim.AdamW, lr=torch.tensor(1e-3)), None),
         (torch.optim.ASGD, None),
         (torch.optim.Muon, 1),
     ],

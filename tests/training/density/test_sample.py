@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from revnet.data import load_dataset
+from revnet.errors import DataError
 from revnet.training import NiceConfig, sample, train
 from revnet.training.density.image_grid import make_grid, save_grid
 from revnet.training.density.sample import known_pixels
+from tests.training.samples import write_images
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +110,16 @@ def test_grid_has_room_for_its_texts(tmp_path):
     labels = is_dark[title_height:, : is_dark[-100].argmax()]  # to the left of the first image of the last row
     assert labels[: len(labels) // 2].any()
     assert labels[len(labels) // 2 :].any()
+
+
+def test_a_damaged_image_can_be_skipped(tmp_path, caplog):
+    for part in ("train", "val"):
+        write_images(tmp_path / "images" / part / "digit", 12)
+    settings = {"num_couplings": 2, "hidden_dim": 8, "num_hidden": 1, "batch_size": 8, "epochs": 1, "image_size": 4}
+    run = train(NiceConfig(**settings, data=str(tmp_path / "images"), out_dir=str(tmp_path / "run")), quiet=True)
+    damaged = next((tmp_path / "images" / "val").rglob("*.png"))
+    damaged.write_bytes(b"")
+    with pytest.raises(DataError, match=r"set `on_corrupt` to 'skip'"):
+        sample(run.folder, num_samples=1)
+    assert sample(run.folder, num_samples=1, on_corrupt="skip").num_test_images == 11
+    assert damaged.name in caplog.text

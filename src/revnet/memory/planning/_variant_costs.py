@@ -33,8 +33,9 @@ class SpanCounts:
 
     @property
     def transient(self) -> npt.NDArray[np.int64]:
-        """The peaks without the bytes that earlier spans hold."""
-        return self.peaks - (np.cumsum(self.held) - self.held)
+        """The peaks without the bytes that earlier spans hold; zero for a span in which nothing runs."""
+        transient: npt.NDArray[np.int64] = np.maximum(self.peaks - (np.cumsum(self.held) - self.held), 0)
+        return transient
 
 
 def is_reversed(unit: UnitInModel) -> bool:

@@ -10,6 +10,11 @@ from revnet._torch_internals import active_fake_mode
 from revnet.memory.step._shape_cache import ShapeCache
 
 _aten = torch.ops.aten
+_LOSSES = {
+    *(_aten.mse_loss.default, _aten.smooth_l1_loss.default, _aten.binary_cross_entropy.default),
+    _aten.soft_margin_loss.default,
+}
+_BAGS = {_aten._embedding_bag.default, _aten._embedding_bag_forward_only.default}
 _NORMS = {_aten.native_batch_norm.default, _aten.native_layer_norm.default, _aten.native_group_norm.default}
 
 _SHAPES = ShapeCache()
@@ -25,6 +30,8 @@ class CpuKernels(TorchDispatchMode):
     * Batch norm computes no gradient of its input if none is requested.
     * The gradient of group norm has the data type of the input.
     * The gradient of layer norm is contiguous.
+    * The mean or the sum of some losses, and the result of `fold`, are in memory that was larger before.
+    * The bags of an embedding have one more place in memory.
     * Attention in float64 returns the logarithms of its sums in float64. Only PyTorch 2.11 needs this correction.
     """
 
@@ -44,6 +51,14 @@ class CpuKernels(TorchDispatchMode):
         if func in _NORMS:
             if _is_cpu(args[0]) and _is_mixed(args):
                 return result[0], *(torch.empty_like(statistic, dtype=torch.float32) for statistic in result[1:])
+        elif func in _LOSSES:
+            if result.dim() == 0:
+                return _in_memory_of(result, torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+        elif func is _aten.col2im.default:
+            return _in_memory_of(result, args[0].numel())
+        elif func in _BAGS:
+            y, bags, *rest = result
+            return y, _in_memory_of(bags, bags.numel() + 1) if bags.numel() else bags, *rest
         elif func is _aten.native_batch_norm_backward.default:
             wants_input = args[9][0]
             if _is_cpu(args[0]) and not wants_input:
@@ -61,6 +76,13 @@ class CpuKernels(TorchDispatchMode):
             if _is_cpu(x) and result[0] is not None and result[0].dtype != x.dtype:
                 return torch.empty_like(result[0], dtype=x.dtype), *result[1:]
         return result
+
+
+def _in_memory_of(result: Tensor, numel: int) -> Tensor:
+    """Return the result in the memory of `numel` elements, if it needs less."""
+    if result.numel() >= numel:
+        return result
+    return result.new_empty(numel).as_strided(result.shape, result.stride())
 
 
 def _is_cpu(tensor: Tensor) -> bool:

@@ -119,7 +119,8 @@ def optimizer_cost(
 def fake_optimizer(device_type: str) -> Iterator[None]:
     """Let an optimizer be made and take steps on fake tensors, of which new ones are on a device of this type."""
     with ExitStack() as stack:
-        stack.enter_context(active_fake_mode() or FakeTensorMode())
+        # A rate may be a real tensor.
+        stack.enter_context(active_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True))
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device(device_type))
         stack.enter_context(AnyValue())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from revnet._outside_text import shorten
 from revnet._units import counted
+from revnet.data.decoding.corrupt import OnCorrupt
 from revnet.data.splits.image_split import ImageSplit
 from revnet.models.pretrained.shipped import results_folder
 from revnet.training.density.image_grid import save_grid
@@ -75,6 +76,7 @@ def sample(
     num_steps: int = 500,
     step_size: float = _STEP_SIZE,
     data: str | Path | None = None,
+    on_corrupt: OnCorrupt = "stop",
     seed: int = 0,
     out_dir: str | Path | None = None,
     device: str = "auto",
@@ -90,6 +92,7 @@ def sample(
         num_steps: Number of steps that fill it in.
         step_size: Size of the first step, see `NICE.inpaint`.
         data: Data set of the test images, by name or path; by default the data set of the training.
+        on_corrupt: Response to an image file that cannot be decoded: `stop`, or `skip` it and print its name.
         seed: Seed of the samples and the noise.
         out_dir: Folder for the pictures; by default the folder of the checkpoint, or the current folder for a
             checkpoint from the hub.
@@ -106,7 +109,7 @@ def sample(
     weights = find_weights(Path(checkpoint))
     density = load_density(weights)
     folder = results_folder(weights) if out_dir is None else Path(out_dir).expanduser()
-    name, images = _test_images(density, data)
+    name, images = _test_images(density, data, on_corrupt)
     folder.mkdir(parents=True, exist_ok=True)
     density.to(torch_device)
     generator = torch.Generator(torch_device).manual_seed(seed)
@@ -159,10 +162,11 @@ def known_pixels(missing: Missing, image_shape: tuple[int, int, int], *, seed: i
     return known
 
 
-def _test_images(density: ImageDensity, data: str | Path | None) -> tuple[str, Tensor]:
+def _test_images(density: ImageDensity, data: str | Path | None, on_corrupt: OnCorrupt) -> tuple[str, Tensor]:
     header = density.header
     image_size = header.image_shape[1] if header.is_resized else None
-    dataset = load_images(str(header.data if data is None else data), image_size=image_size)
+    name = str(header.data if data is None else data)
+    dataset = load_images(name, image_size=image_size, on_corrupt=on_corrupt)
     if not isinstance(dataset.test, ImageSplit) or dataset.test.image_shape != header.image_shape:
         shape, expected = ("x".join(map(str, sizes)) for sizes in (dataset.test.image_shape, header.image_shape))
         raise ValueError(
