@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from revnet import ReconstructionError, Reverse, ReversibleBlock, ReversibleSequ
 from revnet.engine import _keep
 from revnet.memory import measure, predict
 from revnet.nn import BatchNorm2dBiased
-from tests.helpers import ConvResidual, assert_close, gradients, keep_all, squares, stored_twin
+from tests.helpers import ConvResidual, assert_close, gradients, keep_all, right_or_raises, squares, stored_twin
 
 aten = torch.ops.aten
 NUM_BLOCKS = 3
@@ -357,6 +358,38 @@ def test_policies_compare_and_print_by_their_arguments():
     assert eval(repr(policy)) == policy
     assert repr(Reverse(hold=True, keep="64MiB")) == "Reverse(hold=True, keep='64MiB')"
     assert len({policy, Reverse(), Reverse(hold=())}) == 2
+
+
+class Remembers(nn.Module):
+    """Attention over frozen projections, with a table that is projected once and then remembered."""
+
+    def __init__(self, is_trained: bool):
+        super().__init__()
+        self.query, self.key, self.value, self.relative = [nn.Linear(8, 8, bias=False) for _ in range(4)]
+        self.requires_grad_(False)
+        self.relative.requires_grad_(is_trained)
+        self.gate = nn.Parameter(torch.randn(8))
+        self.table, self.cache = nn.Buffer(torch.randn(5, 8)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = torch.sigmoid(self.relative(self.table))
+        q, k, v = [torch.sigmoid(layer(x)) for layer in (self.query, self.key, self.value)]
+        return (q @ (k + self.cache).mT).softmax(-1) @ v * self.gate
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("keep", ["linear", aten.sigmoid, "64MiB", keep_all], ids=["linear", "sigmoid", "bytes", "all"])
+def test_a_function_that_fills_a_cache_is_right_or_raises(keep, is_trained):
+    blocks = [ReversibleBlock(Remembers(is_trained), Remembers(is_trained), split_dim=-1) for _ in range(NUM_BLOCKS)]
+    sequence = ReversibleSequential(*blocks, policy=Reverse(hold=True, keep=keep))
+    twin = stored_twin(sequence)
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    squares(twin(x)).backward()
+    with right_or_raises("did something else when it ran again") if is_trained else nullcontext():
+        squares(sequence(x)).backward()
+        for name, expected in gradients(twin).items():
+            assert expected is None or torch.equal(gradients(sequence)[name], expected)
 
 
 def called_twice(module, x):

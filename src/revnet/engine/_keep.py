@@ -1,7 +1,8 @@
 """Keep outputs of operators inside a residual function, so that its replay does not run these operators again.
 
 While the function runs for the first time, a dispatch mode keeps the outputs that a rule selects. In the replay,
-another mode returns them. An output is identified by its operator and the number of the call of this operator. It is
+another mode returns them. An output is identified by its operator, the number of the call of this operator, and the
+number of autograd nodes before it, because a function that fills a cache calls more operators in its first run. It is
 used once and then freed; if the graph is retained, the next replay computes everything again.
 
 NOTE [ What is not kept ]
@@ -12,6 +13,7 @@ NOTE [ What is not kept ]
    calling an operator. Gradients are disabled there, which is how such code is recognized.
  - Outputs of operators that draw random numbers, which the replay must draw, too.
  - Outputs that share memory with an input, and outputs that are not plain tensors.
+ - Outputs that do not require gradients, such as tables, which functions often compute once and remember.
  - Casts. Autocast may cast a weight in one of the two runs and have the cast in its cache in the other, so the number
    of a cast does not say which tensor it is of.
 
@@ -36,6 +38,7 @@ from revnet._torch_internals import (
     TorchDispatchMode,
     current_dispatch_mode,
     detached_alias,
+    next_sequence_number,
     tree_leaves,
     without_current_mode,
 )
@@ -157,6 +160,8 @@ class _Entry:
     """Class of the result if it is a tuple or a list; None for a single tensor."""
     num_slots: int
     """Number of tensors that autograd had saved before the call, without those that outlive the function."""
+    num_nodes: int
+    """Number of nodes of the graph before the call, without casts."""
     watched: list[tuple[Tensor, int]]
     """Tensors that share memory with the outputs, and their versions."""
     num_bytes: int
@@ -228,7 +233,7 @@ class KeptOutputs(AbstractKeeper):
         """Return whether the rule may select outputs of this operator."""
         return self._candidates is None or operator in self._candidates
 
-    def add(self, call: OperatorCall, number: int, num_slots: int) -> None:
+    def add(self, call: OperatorCall, number: int, num_slots: int, num_nodes: int) -> None:
         """Keep the outputs of call `number` of an operator if the rule selects them."""
         if not self._rule.selects(call):
             return
@@ -238,7 +243,7 @@ class KeptOutputs(AbstractKeeper):
         values = _aliases([call.result] if is_single else call.result)
         watched = [(value, version_of(value)) for value in values if isinstance(value, Tensor)]
         kind = None if is_single else type(call.result)
-        self._entries[call.operator, number] = _Entry(values, kind, num_slots, watched, num_bytes)
+        self._entries[call.operator, number] = _Entry(values, kind, num_slots, num_nodes, watched, num_bytes)
 
     def watch(self, base: Tensor, alias: Tensor) -> None:
         """Watch the versions of a tensor that shares memory with `base`, but has a version counter of its own."""
@@ -267,6 +272,7 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self._outputs = outputs
         self._num_calls: Counter[OpOverload] = Counter()
+        self._start = next_sequence_number()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -278,6 +284,15 @@ class _Mode(TorchDispatchMode):
         number = self._num_calls[operator]
         self._num_calls[operator] = number + 1
         return number
+
+    def _count_cast(self, operator: OpOverload, args: tuple[Any, ...]) -> None:
+        """Leave the node of a cast out of the number of nodes, since autocast may have the cast in its cache."""
+        if operator is _aten._to_copy.default and args[0].requires_grad:
+            self._start += 1
+
+    def _num_nodes(self) -> int:
+        """Return the number of nodes of the graph since the function began, without casts."""
+        return next_sequence_number() - self._start
 
 
 def not_keeping() -> AbstractContextManager[Any]:
@@ -297,20 +312,21 @@ class _Keeping(_Mode):
     ) -> Any:
         kwargs = kwargs or {}
         outputs = self._outputs
-        num_slots = len(self._tensors)
+        num_slots, num_nodes = len(self._tensors), self._num_nodes()
         result = func(*args, **kwargs)
+        self._count_cast(func, args)
         if len(outputs):
             places = _written_places(func)
             if places:
                 outputs.drop_shared_with(_leaves_at(places, args, kwargs))
             elif func is _aten._unsafe_view.default:
                 outputs.watch(args[0], result)
-        if outputs.is_candidate(func) and torch.is_grad_enabled():
+        if outputs.is_candidate(func) and torch.is_grad_enabled() and any_requires_grad(args, kwargs):
             number = self._number_of(func)
             tensors = fresh_outputs(func, args, kwargs, result)
             if tensors:
                 call = OperatorCall(func, args, kwargs, tensors, result, outputs._total[0], self._num_calls)
-                outputs.add(call, number, num_slots)
+                outputs.add(call, number, num_slots, num_nodes)
         return result
 
 
@@ -324,7 +340,7 @@ class _Skipping(_Mode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in self._operators and torch.is_grad_enabled():
+        if func in self._operators and torch.is_grad_enabled() and any_requires_grad(args, kwargs or {}):
             entry = self._outputs.take(func, self._number_of(func))
             if entry is not None:
                 if entry.num_slots != self._num_slots():
@@ -334,8 +350,21 @@ class _Skipping(_Mode):
                         "function whose activations are recomputed must do the same both times (no counters, caches "
                         "or conditions that change); otherwise store its activations with the policy `Store()`."
                     )
-                return entry.again()
+                if entry.num_nodes == self._num_nodes():
+                    return entry.again()
+        self._count_cast(func, args)
         return func(*args, **(kwargs or {}))
+
+
+def any_requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a tensor among the arguments of an operator requires a gradient."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) and item.requires_grad for item in value):
+            return True
+    return False
 
 
 def fresh_outputs(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Outputs:

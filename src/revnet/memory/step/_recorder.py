@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revnet._torch_internals import FakeTensor, current_node, next_sequence_number, python_operator, sequence_number_of
-from revnet.engine._keep import fresh_outputs
+from revnet.engine._keep import any_requires_grad, fresh_outputs
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
 from revnet.memory.step._storage_reference import StorageReference
@@ -291,7 +291,7 @@ class _Operation:
 
     def keep_kind_of(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Return the kind of a call, as in `StepLog.keep_kinds`."""
-        if not self.keep_kind or not torch.is_grad_enabled():
+        if not self.keep_kind or not torch.is_grad_enabled() or not any_requires_grad(args, kwargs):
             return 0
         return self.keep_kind if fresh_outputs(func, args, kwargs, result) else -self.keep_kind
 
