@@ -26,6 +26,7 @@ from revnet import (
     Store,
     set_policy,
 )
+from revnet.engine import _states
 from revnet.memory.step._live import LiveBytes
 from revnet.nn import MomentumBlock
 from tests.helpers import ConvResidual, gradients, mlp, stored_twin
@@ -557,6 +558,35 @@ def test_buffer_written_without_a_version_is_updated_once(policy, how):
         assert torch.equal(buffer, expected)
 
 
+class Counter(nn.Module):
+    """Counts its calls in a matrix, written through `.data`, and adds a table of positions."""
+
+    def __init__(self, width, dtype):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.register_buffer("counts", torch.zeros(2, 3, dtype=dtype))
+        self.register_buffer("table", torch.randn(16, width))
+
+    def forward(self, x):
+        self.counts.data.add_(1)
+        return torch.tanh(self.linear(x) + self.table)
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "accelerator"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_buffer_of_any_type_is_written_once(policy, dtype, on_host, monkeypatch):
+    if not on_host:  # The same comparison, with tensors of the CPU.
+        monkeypatch.setattr(_states, "is_on_host", lambda x: False)
+        monkeypatch.setattr(_states, "is_on_accelerator", lambda x: True)
+    blocks = [ReversibleBlock(Counter(8, dtype), mlp(8), split_dim=-1) for _ in range(2)]
+    sequence = ReversibleSequential(*blocks, policy=policy)
+    x = torch.randn(16, 16)
+    for _ in range(3):
+        backward(sequence, x)
+    assert [block.f.counts.unique().tolist() for block in sequence] == [[3], [3]]
+
+
 @pytest.mark.parametrize("how", ["data", "numpy"])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_parameter_written_without_a_version_is_right_or_raises(policy, how):
@@ -738,3 +768,29 @@ def test_replays_are_named_in_a_profile():
         backward(sequence, x)
     names = [event.name for event in profile.events() if event.name.startswith("revnet: ")]
     assert names == [f"revnet: replay blocks.{index}.{role}" for index in (1, 0) for role in "gf"]
+
+
+class Recurrent(nn.Module):
+    """A layer whose kernel saves a workspace, of which parts have no defined value."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize("policy", [Checkpoint(), Reverse(), Reverse(hold=True)], ids=str)
+def test_a_workspace_is_not_compared(policy):
+    blocks = [ReversibleBlock(Recurrent(6), Recurrent(6), split_dim=-1) for _ in range(2)]
+    sequence = ReversibleSequential(*blocks, policy=policy)
+    twin = stored_twin(sequence)
+    x = torch.randn(3, 5, 12)
+    for _ in range(3):
+        loss = sequence(x).square().sum()
+        rest = [torch.full((size,), 3e38) for size in range(7000, 7400, 3)]  # is in the memory of the next workspaces
+        del rest
+        loss.backward()
+        twin(x).square().sum().backward()
+    torch.testing.assert_close(gradients(sequence), gradients(twin), rtol=1e-4, atol=1e-5)

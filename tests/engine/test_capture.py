@@ -158,8 +158,10 @@ def graph(monkeypatch, generator):
         monkeypatch.setattr(module, "HAS_ACCELERATOR", True)
     monkeypatch.setattr(_capture, "_is_initialized", lambda: True)
     monkeypatch.setattr(_capture, "_is_stream_capturing", lambda: graph.is_capturing)
-    for module in (_rebuild, _observers, _digest, _states):
+    for module in (_rebuild, _observers, _digest):
         monkeypatch.setattr(module, "can_digest", lambda x: False)
+    monkeypatch.setattr(_states, "is_on_host", lambda x: False)
+    monkeypatch.setattr(_states, "is_on_accelerator", lambda x: True)
     monkeypatch.setattr(_observers, "_is_on_host", lambda x: False)
     monkeypatch.setattr(_states, "checksum", lambda x: None if not graph.is_capturing else pytest.fail("read"))
     monkeypatch.setattr(_rebuild, "forward_mode_level", lambda: 0)  # no shortcut for tensors on the CPU

@@ -392,6 +392,18 @@ def test_a_function_that_fills_a_cache_is_right_or_raises(keep, is_trained):
             assert expected is None or torch.equal(gradients(sequence)[name], expected)
 
 
+@pytest.mark.parametrize("keep", ["convolution", "linear"])
+def test_dropout_of_everything(keep):
+    functions = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(1.0), nn.Linear(4, 4)) for _ in range(2 * NUM_BLOCKS)]
+    blocks = [ReversibleBlock(f, g, split_dim=-1) for f, g in zip(functions[::2], functions[1::2], strict=True)]
+    sequence = ReversibleSequential(*blocks, policy=Reverse(keep=keep))
+    loss = squares(sequence(torch.randn(3, 8, requires_grad=True)))
+    loss.backward(retain_graph=True)
+    first = gradients(sequence)
+    assert all(torch.isfinite(gradient).all() for gradient in first.values())
+    loss.backward()
+
+
 def called_twice(module, x):
     with torch.autocast("cpu", torch.bfloat16):
         outputs = [module(x), module(x + 1)]

@@ -426,3 +426,26 @@ def test_on_a_gpu_large_tensors_arrive_before_they_are_used():
     assert all(map(torch.equal, gradients(modules[0]).values(), gradients(modules[1]).values()))
     # Sixteen times three tensors of 32 MiB are stored.
     assert peaks[0] < peaks[1] - 2**30
+
+
+class Power(nn.Module):
+    """Saves a tensor, and the same memory with a lazy conjugate."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.complex128)
+
+    def forward(self, x):
+        z = self.linear(x)
+        return 0.1 * z * z.conj() + z * z.conj().imag
+
+
+def test_lazy_conjugates_are_other_tensors(monkeypatch):
+    monkeypatch.setattr(_offload, "_is_on_host", lambda tensor: False)
+    sequence = ReversibleSequential(ReversibleBlock(Power(), Power(), split_dim=-1), policy=Offload())
+    twin = stored_twin(sequence)
+    x = torch.randn(3, 8, dtype=torch.complex128)
+    for module in (sequence, twin):
+        torch.view_as_real(module(x)).square().sum().backward()
+    for name, expected in gradients(twin).items():
+        assert torch.equal(gradients(sequence)[name], expected)

@@ -216,3 +216,19 @@ def test_rejects_wrong_arguments(changes, error, message):
     with pytest.raises(error, match=message) as caught:
         linear_cross_entropy(**{"x": x, "weight": weight, "targets": targets, "bias": bias} | changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_ignored_rows_may_hold_anything(value):
+    x, weight = torch.randn(4, 6), torch.randn(9, 6)
+    targets = torch.tensor([0, -100, 2, 3])
+    kept = targets != -100
+    x[~kept] = value
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets)
+    rest = x.detach()[kept].requires_grad_()
+    expected = F.cross_entropy(rest @ weight.T, targets[kept])
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(gradient[kept], *torch.autograd.grad(expected, rest))
+    assert gradient[~kept].eq(0).all()

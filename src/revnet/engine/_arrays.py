@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from revnet._torch_internals import in_functorch_transform
+
 SIZE = 32
 """Number of elements of a digest."""
 
@@ -111,6 +113,12 @@ def judged_dims(shape: tuple[int, ...], num_sampled: int, least: int) -> list[in
     # For an image or a volume, only samples and channels: no function normalizes a row of pixels.
     dims = range(len(shape) if len(shape) <= 3 else 2)
     return [dim for dim in dims if shape[dim] > 1 and num_sampled >= least * shape[dim]]
+
+
+def is_on_host(x: torch.Tensor) -> bool:
+    """Return whether NumPy can read the tensor's bits."""
+    is_strided = type(x) is torch.Tensor and x.device.type == "cpu" and x.layout is torch.strided
+    return is_strided and not in_functorch_transform()
 
 
 def same_bits(a: Any, b: Any) -> bool:

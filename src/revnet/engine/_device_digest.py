@@ -19,9 +19,14 @@ WAITING_INTERVAL = 64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def is_on_accelerator(x: Tensor) -> bool:
+    """Return whether the values of a tensor are in the memory of an accelerator."""
+    return type(x) is Tensor and x.device.type not in ("cpu", "meta") and x.layout is torch.strided
+
+
 def may_wait_for(x: Tensor) -> bool:
     """Return whether the values of a tensor on an accelerator can be read now."""
-    if type(x) is not Tensor or x.device.type in ("cpu", "meta") or x.layout is not torch.strided:
+    if not is_on_accelerator(x):
         return False
     # While a CUDA graph is captured, waiting is an error.
     is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -207,11 +207,10 @@ class KeptOutputs(AbstractKeeper):
         return run
 
     def replaying(self, function: Function, name: str, caught: list[Tensor], lasting: set[int]) -> Function:
-        if not self._entries:
-            return function
-
         def run(*args: Any) -> Any:
             try:
+                # Also if nothing was kept: tensors that PyTorch makes inside an operator, such as the zeros of a
+                # dropout with p=1, have other versions under a mode.
                 with _Skipping(self, name, partial(num_slots, caught, lasting)):
                     return function(*args)
             finally:

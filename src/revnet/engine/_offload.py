@@ -100,7 +100,8 @@ def keeping_on_host(
             return _KeptInPlace(tensor if tensor.grad_fn is None else tensor.detach(), version_of(tensor))
         storage = tensor.untyped_storage()
         # Includes the version: a tensor that was written to between two operations has other values for the second one.
-        key = (storage._cdata, version_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        layout = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        key = (storage._cdata, version_of(tensor), *layout, tensor.is_conj(), tensor.is_neg())
         known = copies.get(key)
         if known is not None and known[0]() is not None:  # Otherwise, another storage has its address.
             return known[1]

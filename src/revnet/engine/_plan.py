@@ -56,6 +56,8 @@ class Plan:
     """Places of the buffers that it reads and does not write, as batch norm does in evaluation."""
     states: list[int]
     """Places of all other buffers."""
+    constants: set[int]
+    """Places of those on an accelerator that had the same values before and after the last call that compared them."""
     norms: list[ReplayedNorm]
     """Batch norms in training that can run without changing their statistics, which are not listed above."""
     keeps_statistics: bool
@@ -160,6 +162,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, list[Any], set[int]]
         statistics=statistics,
         fixed=fixed,
         states=states,
+        constants=set(),
         norms=list(norms.values()),
         keeps_statistics=keeps_statistics(function, list(norms.values())),
         num_calls=0,

@@ -177,7 +177,7 @@ class RecordedCall:
         self.stop_after = -1
         """Number of saved tensors after which a replay may stop; -1 if it must run to the end."""
         self.tail: Tail | None = None
-        """Sample of the last saved tensor, if the result is not compared because a replay may stop before it."""
+        """Sample of a saved tensor, if the result is not compared because a replay may stop before it."""
 
     def record(
         self,
@@ -246,7 +246,7 @@ class RecordedCall:
                 for keeper in self.keepers:
                     keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
-                self.tail = Tail.of(tensors[-1]) if keeps_tail else None
+                self.tail = Tail.of(tensors) if keeps_tail else None
             # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
         return result

@@ -123,7 +123,7 @@ def _run_again(
         if results != call.results:
             _careful.fail_results(call, results)
     if call.tail is not None:
-        call.tail.compare(call.name, tensors[-1], is_rounded=is_rounded)
+        call.tail.compare(call.name, tensors, is_rounded=is_rounded)
     if fill and (saved := call.saved()) is not None:
         saved.tensors, saved.versions = tensors[:], versions  # A copy, since `caught` is cleared.
         if call.constants is not None:

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from revnet.engine._arrays import array_of, same_bits
-from revnet.engine._digest import can_digest, checksum
+from revnet._torch_internals import in_functorch_transform
+from revnet.engine._arrays import array_of, is_on_host, same_bits
+from revnet.engine._device_digest import is_on_accelerator
+from revnet.engine._digest import checksum
 from revnet.engine._tensors import version_of, versions_of
 
 if TYPE_CHECKING:
@@ -66,17 +69,31 @@ def _settle_states(call: "RecordedCall") -> None:
         buffer = call.buffers[place]
         holder, name = call.plan.buffer_places[place]
         # Kernels that update running statistics do not raise the version, so no vector is trusted to be constant. Large
-        # buffers (masks, position tables) are compared, but only on the CPU, since devices would have to wait.
-        can_compare = can_digest(buffer) and can_digest(copy) and not call.surroundings.is_captured
+        # buffers (masks, position tables) are compared.
         is_constant = (
             holder[name] is buffer
             and buffer.dim() > 1
             and version_of(buffer) == call.buffer_versions[place]
-            and not (can_compare and not same_bits(array_of(buffer), array_of(copy)))
+            and _has_same_bits(call, place, buffer, copy)
         )
         del (call.states if is_constant else call.buffer_versions)[place]
     call.buffer_versions = call.buffer_versions or None
     call.states = call.states or None
+
+
+def _has_same_bits(call: "RecordedCall", place: int, buffer: Tensor, copy: Tensor) -> bool:
+    """Return whether a buffer has the values of its copy, or whether that cannot be known."""
+    plan, is_captured = call.plan, call.surroundings.is_captured
+    if is_on_host(buffer) and is_on_host(copy) and not is_captured:
+        return same_bits(array_of(buffer), array_of(copy))
+    if not is_on_accelerator(buffer) or in_functorch_transform():
+        return True  # A fake tensor, for instance, has no bits.
+    # Comparing waits for the device, so it happens once in a while, and the answer holds until the next time.
+    if plan.num_calls % CHECKSUM_INTERVAL == 1 and not is_captured:
+        plan.constants.discard(place)
+        if torch.equal(buffer, copy):
+            plan.constants.add(place)
+    return place in plan.constants
 
 
 def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:

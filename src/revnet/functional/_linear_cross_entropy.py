@@ -209,10 +209,12 @@ def _loss_of_chunk(
     if label_smoothing:
         at_target = at_target.lerp(logits.mean(1, keepdim=True), label_smoothing)
     total = logits.exp_().sum(1, keepdim=True)
-    loss = ((total.log() - at_target) * counts).sum()
+    # Rows that do not count may hold anything, such as infinity in the padding.
+    loss = ((total.log() - at_target) * counts).masked_fill_(counts == 0, 0).sum()
     if not needs_gradient:
         return loss, None
     logits *= counts / total
+    logits.masked_fill_(counts == 0, 0)
     if label_smoothing:
         logits -= counts * (label_smoothing / logits.shape[1])
     logits.scatter_add_(1, classes, counts * (label_smoothing - 1))
