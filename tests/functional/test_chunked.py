@@ -73,3 +73,24 @@ def test_stores_one_chunk_at_a_time():
     peaks = [measure(Whole(num_chunks), x).activation_bytes for num_chunks in (1, 8)]
     assert peaks[0] >= 3 * hidden  # and the gradient
     assert peaks[1] <= 3 * hidden / 8 + 6 * 4 * 1024 * 4  # plus gradients of both weights, their sums and new sums
+
+
+class WithSpare(nn.Module):
+    """Has a parameter that it does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = nn.Linear(4, 4), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return torch.tanh(self.used(x))
+
+
+def test_an_unused_parameter_gets_no_gradient():
+    module, x = WithSpare().double(), torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
+    chunked(module, x, 3).sum().backward()
+    assert module.spare.grad is None
+    chunked_gradients = x.grad.clone(), module.used.weight.grad.clone()
+    x.grad = module.used.weight.grad = None
+    module(x).sum().backward()
+    assert_close((x.grad, module.used.weight.grad), chunked_gradients, tolerance=1e-12)

@@ -75,11 +75,13 @@ class _Chunked(torch.autograd.Function):
                 if not is_twice:
                     inputs = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
                 y = functional_call(ctx.module, dict(zip(ctx.names, inputs[1:], strict=True)), (inputs[0],))
-            results = torch.autograd.grad(y, [inputs[index] for index in wanted], grad, create_graph=is_twice)
+            results = torch.autograd.grad(
+                y, [inputs[index] for index in wanted], grad, create_graph=is_twice, allow_unused=True
+            )
             for index, result in zip(wanted, results, strict=True):
                 if index == 0:
-                    grad_chunks.append(result)
-                else:
+                    grad_chunks.append(torch.zeros_like(chunk) if result is None else result)
+                elif result is not None:
                     sums[index] = sums[index] + result if index in sums else result
         grad_x = torch.cat(grad_chunks, ctx.dim) if grad_chunks else None
         return None, None, None, None, grad_x, *[sums.get(index + 1) for index in range(len(parameters))]
