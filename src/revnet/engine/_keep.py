@@ -1,9 +1,16 @@
 """Keep outputs of operators inside a residual function, so that its replay does not run these operators again.
 
 While the function runs for the first time, a dispatch mode keeps the outputs that a rule selects. In the replay,
-another mode returns them. An output is identified by its operator, the number of the call of this operator, and the
-number of autograd nodes before it, because a function that fills a cache calls more operators in its first run. It is
-used once and then freed; if the graph is retained, the next replay computes everything again.
+another mode returns them. An output is identified by its operator, the number of the call of this operator, and what
+ran before it, because a function that fills a cache calls more operators in its first run. It is used once and then
+freed; if the graph is retained, the next replay computes everything again.
+
+NOTE [ What ran before ]
+
+Either the number of autograd nodes or the number of differentiable operators that return new tensors must be the same.
+Hooks of modules add nodes and views in one of the runs, and a batch norm whose statistics are kept calls no operator in
+the replay.
+Neither number includes casts: autocast may cast a weight in one run, and have the cast in its cache in the other.
 
 NOTE [ What is not kept ]
 
@@ -14,8 +21,7 @@ NOTE [ What is not kept ]
  - Outputs of operators that draw random numbers, which the replay must draw, too.
  - Outputs that share memory with an input, and outputs that are not plain tensors.
  - Outputs that do not require gradients, such as tables, which functions often compute once and remember.
- - Casts. Autocast may cast a weight in one of the two runs and have the cast in its cache in the other, so the number
-   of a cast does not say which tensor it is of.
+ - Casts, whose number does not say which tensor they are of.
 
 References:
     torch.utils.checkpoint.create_selective_checkpoint_contexts, which takes the same kind of rule.
@@ -27,6 +33,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,8 +167,8 @@ class _Entry:
     """Class of the result if it is a tuple or a list; None for a single tensor."""
     num_slots: int
     """Number of tensors that autograd had saved before the call, without those that outlive the function."""
-    num_nodes: int
-    """Number of nodes of the graph before the call, without casts."""
+    position: tuple[int, int]
+    """Numbers of nodes and of operators before the call; see the note."""
     watched: list[tuple[Tensor, int]]
     """Tensors that share memory with the outputs, and their versions."""
     num_bytes: int
@@ -232,7 +239,7 @@ class KeptOutputs(AbstractKeeper):
         """Return whether the rule may select outputs of this operator."""
         return self._candidates is None or operator in self._candidates
 
-    def add(self, call: OperatorCall, number: int, num_slots: int, num_nodes: int) -> None:
+    def add(self, call: OperatorCall, number: int, num_slots: int, position: tuple[int, int]) -> None:
         """Keep the outputs of call `number` of an operator if the rule selects them."""
         if not self._rule.selects(call):
             return
@@ -242,7 +249,7 @@ class KeptOutputs(AbstractKeeper):
         values = _aliases([call.result] if is_single else call.result)
         watched = [(value, version_of(value)) for value in values if isinstance(value, Tensor)]
         kind = None if is_single else type(call.result)
-        self._entries[call.operator, number] = _Entry(values, kind, num_slots, num_nodes, watched, num_bytes)
+        self._entries[call.operator, number] = _Entry(values, kind, num_slots, position, watched, num_bytes)
 
     def watch(self, base: Tensor, alias: Tensor) -> None:
         """Watch the versions of a tensor that shares memory with `base`, but has a version counter of its own."""
@@ -272,6 +279,7 @@ class _Mode(TorchDispatchMode):
         self._outputs = outputs
         self._num_calls: Counter[OpOverload] = Counter()
         self._start = next_sequence_number()
+        self._num_operators = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -284,14 +292,16 @@ class _Mode(TorchDispatchMode):
         self._num_calls[operator] = number + 1
         return number
 
-    def _count_cast(self, operator: OpOverload, args: tuple[Any, ...]) -> None:
-        """Leave the node of a cast out of the number of nodes, since autocast may have the cast in its cache."""
-        if operator is _aten._to_copy.default and args[0].requires_grad:
-            self._start += 1
+    def _position(self) -> tuple[int, int]:
+        """Return the numbers of nodes and of operators since the function began."""
+        return next_sequence_number() - self._start, self._num_operators
 
-    def _num_nodes(self) -> int:
-        """Return the number of nodes of the graph since the function began, without casts."""
-        return next_sequence_number() - self._start
+    def _advance(self, operator: OpOverload) -> None:
+        """Count an operator that has a node."""
+        if operator is _aten._to_copy.default:
+            self._start += 1  # A cast makes one node.
+        elif _returns_fresh_tensors(operator):
+            self._num_operators += 1
 
 
 def not_keeping() -> AbstractContextManager[Any]:
@@ -311,21 +321,22 @@ class _Keeping(_Mode):
     ) -> Any:
         kwargs = kwargs or {}
         outputs = self._outputs
-        num_slots, num_nodes = len(self._tensors), self._num_nodes()
+        num_slots, position = len(self._tensors), self._position()
         result = func(*args, **kwargs)
-        self._count_cast(func, args)
         if len(outputs):
             places = _written_places(func)
             if places:
                 outputs.drop_shared_with(_leaves_at(places, args, kwargs))
             elif func is _aten._unsafe_view.default:
                 outputs.watch(args[0], result)
-        if outputs.is_candidate(func) and torch.is_grad_enabled() and any_requires_grad(args, kwargs):
-            number = self._number_of(func)
-            tensors = fresh_outputs(func, args, kwargs, result)
-            if tensors:
-                call = OperatorCall(func, args, kwargs, tensors, result, outputs._total[0], self._num_calls)
-                outputs.add(call, number, num_slots, num_nodes)
+        if torch.is_grad_enabled() and any_requires_grad(args, kwargs):
+            self._advance(func)
+            if outputs.is_candidate(func):
+                number = self._number_of(func)
+                tensors = fresh_outputs(func, args, kwargs, result)
+                if tensors:
+                    call = OperatorCall(func, args, kwargs, tensors, result, outputs._total[0], self._num_calls)
+                    outputs.add(call, number, num_slots, position)
         return result
 
 
@@ -339,20 +350,27 @@ class _Skipping(_Mode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in self._operators and torch.is_grad_enabled() and any_requires_grad(args, kwargs or {}):
-            entry = self._outputs.take(func, self._number_of(func))
-            if entry is not None:
-                if entry.num_slots != self._num_slots():
-                    raise ReconstructionError(
-                        f"`{self._name}` did something else when it ran again: it called `{func}` after autograd had "
-                        f"saved {self._num_slots()} tensors, and in the forward pass after {entry.num_slots}. A "
-                        "function whose activations are recomputed must do the same both times (no counters, caches "
-                        "or conditions that change); otherwise store its activations with the policy `Store()`."
-                    )
-                if entry.num_nodes == self._num_nodes():
-                    return entry.again()
-        self._count_cast(func, args)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and any_requires_grad(args, kwargs):
+            position = self._position()
+            self._advance(func)
+            if func in self._operators:
+                entry = self._outputs.take(func, self._number_of(func))
+                if entry is not None:
+                    self._check_slots(func, entry)
+                    if any(map(eq, entry.position, position)):
+                        return entry.again()
+        return func(*args, **kwargs)
+
+    def _check_slots(self, func: OpOverload, entry: _Entry) -> None:
+        """Raise if autograd had saved another number of tensors before the call in the first run."""
+        if entry.num_slots != self._num_slots():
+            raise ReconstructionError(
+                f"`{self._name}` did something else when it ran again: it called `{func}` after autograd had "
+                f"saved {self._num_slots()} tensors, and in the forward pass after {entry.num_slots}. A "
+                "function whose activations are recomputed must do the same both times (no counters, caches "
+                "or conditions that change); otherwise store its activations with the policy `Store()`."
+            )
 
 
 def any_requires_grad(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
