@@ -165,8 +165,8 @@ def known_pixels(missing: Missing, image_shape: tuple[int, int, int], *, seed: i
 def _test_images(density: ImageDensity, data: str | Path | None, on_corrupt: OnCorrupt) -> tuple[str, Tensor]:
     header = density.header
     image_size = header.image_shape[1] if header.is_resized else None
-    name = str(header.data if data is None else data)
-    dataset = load_images(name, image_size=image_size, on_corrupt=on_corrupt)
+    source = header.data if data is None else str(data)
+    dataset = load_images(source, image_size=image_size, on_corrupt=on_corrupt)
     if not isinstance(dataset.test, ImageSplit) or dataset.test.image_shape != header.image_shape:
         shape, expected = ("x".join(map(str, sizes)) for sizes in (dataset.test.image_shape, header.image_shape))
         raise ValueError(
