@@ -23,7 +23,7 @@ LINES = {
     "train --preprocess imagenet": "--preprocess",
     "train --out-dir /proc/x": "--out-dir",
     "train --memory-budget 3": "--memory-budget",
-    "train --memory-budget 3KiB": "--memory-budget",
+    "train --model tests.training.own_code:tiny_revnet --memory-budget 3KiB": "--memory-budget",
     "train --decay-at [1,2]": "--decay-at",
     "train --crop-area [1,0]": "--crop-area",
     "train --freeze xyz": "--freeze",

@@ -11,13 +11,13 @@ from torch.nn.utils import prune
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
-import revnet
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
 from revnet.coupling import Additive
 from revnet.engine._chain import Chain, HalfBlock
 from revnet.engine.compile import compiled
 from revnet.engine.compile._program import PROGRAMS
 from revnet.errors import ReconstructionError
+from revnet.models import RevNet
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
 
 # PyTorch raises this warning itself when it traces any custom `autograd.Function`.
@@ -78,7 +78,7 @@ def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast
 
 @all_traceable_cases
 def test_one_graph_trains_like_the_twin(case):
-    assert_steps_as_twin(case.sequence(3), case)
+    assert_steps_as_twin(case.sequence(2), case)
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -92,7 +92,7 @@ def test_more_than_two_streams_raise(fullgraph):
 @pytest.mark.parametrize(
     "policy", [REVERSING_POLICIES["mixed"], Checkpoint(), Store()], ids=["mixed", "checkpoint", "stored"]
 )
-@pytest.mark.parametrize("name", ["conv-dropout", "attention-context-mask"])
+@pytest.mark.parametrize("name", ["conv-dropout", pytest.param("attention-context-mask", marks=pytest.mark.slow)])
 def test_policies_mix_in_one_graph(name, policy):
     assert_steps_as_twin(CASE[name].sequence(DEPTH, policy), CASE[name])
 
@@ -196,10 +196,10 @@ def test_single_block():
     assert_close(list(gradients(block).values()), list(gradients(twin).values()))
 
 
-@pytest.mark.parametrize("name", [name for name in revnet.list_models() if name == "revnet38"])
-def test_whole_model(name):
-    model = revnet.create_model(name).double()
-    twin = revnet.create_model(name, policy=Store()).double()
+def test_whole_model():
+    sizes = {"num_blocks": (2, 1), "widths": (8, 8, 16)}
+    model = RevNet(**sizes).double()
+    twin = RevNet(**sizes, policy=Store()).double()
     twin.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     compile_whole(model)(x).square().sum().backward()
@@ -651,10 +651,10 @@ def test_memory_is_flat_in_depth():
         return peak_bytes(compile_whole(sequence), torch.randn(4, 16, 32, 32)) - gradient_bytes
 
     stream = 4 * 8 * 32 * 32 * 4
-    deep = peak(6, Reverse())
+    deep = peak(4, Reverse())
     assert abs(deep - peak(2, Reverse())) < stream // 16
     assert deep < 18 * stream
-    assert peak(6, Store()) - peak(2, Store()) > 4 * 7 * stream
+    assert peak(4, Store()) - peak(2, Store()) > 2 * 7 * stream
 
 
 def test_programs_are_deleted_with_their_functions():

@@ -39,6 +39,7 @@ def test_conv_stack_needs_nine_streams_at_any_depth(depth):
     assert memory.held_bytes == 2 * CONV_STREAM + SAMPLE + 4 + depth * STATISTICS  # The final pair, and the loss.
 
 
+@pytest.mark.slow
 def test_memory_of_256_blocks_is_the_same():
     """Counted without computing, which gives the same bytes (see below)."""
     with FakeTensorMode():

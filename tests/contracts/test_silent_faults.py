@@ -281,7 +281,9 @@ def scale_weights(module, factor):
                 parameter.mul_(factor)
 
 
-@pytest.mark.parametrize("kind", ["deep", "mixed", "scaled", "trained", "deterministic"])
+@pytest.mark.parametrize(
+    "kind", ["deep", "mixed", "scaled", pytest.param("trained", marks=pytest.mark.slow), "deterministic"]
+)
 def test_correct_functions_do_not_raise(kind):
     """Amplified rounding is not an error, and not even a warning if the gradients are good."""
     torch.manual_seed(0)

@@ -205,7 +205,7 @@ def test_log_det():
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 # The compiler reads this attribute of each input.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("coupling", [BDIA(), ExactScaled(Scaled.consistent(0.5))], ids=str)
 def test_a_compiled_model_is_refused_in_one_line_that_names_ways_which_work(coupling, fullgraph):
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ NEEDS = {
     "ray_train": ("ray",),
 }
 """Modules that each script needs in addition to revnet."""
-SLOW = ("torchrun_fsdp2", "ray_train")
+SLOW = ("torchrun_ddp", "torchrun_fsdp2", "ray_train")
 SCRIPTS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NEEDS]
 
 

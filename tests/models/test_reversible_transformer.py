@@ -41,6 +41,14 @@ OPTIONS = {
     "hierarchical-encoder": {"attention": "hierarchical", "block_size": 2, "is_causal": False},
 }
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+compiled_options = pytest.mark.parametrize(
+    "options",
+    [
+        # The others have all that these have, and more.
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if name in ("full", "lsh", "hierarchical") else [])
+        for name, options in OPTIONS.items()
+    ],
+)
 causal_options = pytest.mark.parametrize(
     "options",
     [options for options in OPTIONS.values() if options.get("is_causal", True)],
@@ -168,7 +176,7 @@ def test_backward_hashes_equal_the_forward_pass(is_causal):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@all_options
+@compiled_options
 def test_compiles_in_one_graph(options):
     """The backend uses PyTorch's kernels, so the output is equal bit for bit."""
     model, tokens = make(**options, depth=2), random_tokens(2, 20)

@@ -73,7 +73,9 @@ def test_evaluates_last_and_best_weights(finished):
     [
         pytest.param({}, id=""),
         pytest.param(
-            {"schedule": "cosine", "warmup": 0.3, "nesterov": True, "cutout": 3, "start_size": 4}, id="modern"
+            {"schedule": "cosine", "warmup": 0.3, "nesterov": True, "cutout": 3, "start_size": 4},
+            id="modern",
+            marks=pytest.mark.slow,
         ),
         # Plans three times.
         pytest.param(

@@ -107,7 +107,7 @@ def covering_runs(kind: type, base: Settings, named: dict[str, Settings]) -> lis
     return runs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["classifier", pytest.param("density", marks=pytest.mark.slow), "language"])
 def test_all_pairs_of_settings_train(family, tmp_path):
     kind, base, named = FAMILIES[family]
     if family == "language":

@@ -14,6 +14,7 @@ from tests.data.samples import random_images
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"no copy of CIFAR-10 in {CIFAR10}")
 def test_real_files() -> None:
     cifar10 = load_dataset(CIFAR10)

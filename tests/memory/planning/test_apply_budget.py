@@ -54,7 +54,7 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 OPTIMIZER = torch.optim.AdamW
 
 
-@pytest.mark.parametrize("has_reversible", [False, True])
+@pytest.mark.parametrize("has_reversible", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_predicted_peak_is_exact_at_each_budget(has_reversible):
     # One sample, since an error also says which smaller batch fits.
     model, x = Network(has_reversible=has_reversible), torch.randn(1, 3, 32, 32)

@@ -45,7 +45,9 @@ def sides_tried(monkeypatch):
     return tried
 
 
-@pytest.mark.parametrize(("budget", "start"), [(200_000, 2), (20_000_000, 2), (3_000_000, 32)])
+@pytest.mark.parametrize(
+    ("budget", "start"), [pytest.param(200_000, 2, marks=pytest.mark.slow), (20_000_000, 2), (3_000_000, 32)]
+)
 def test_volume_is_the_largest_that_fits(budget, start, sides_tried):
     model = UNet3d(**TINY)
     side = max_patch_size(model, on_meta(1, 1, start, start, start), budget=budget, optimizer=torch.optim.Adam)

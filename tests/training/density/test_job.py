@@ -75,7 +75,13 @@ def test_weights_and_checkpoint_hold_the_same_weights(fitted):
     assert load_density(fitted.folder).header.num_levels == 17
 
 
-@pytest.mark.parametrize("more", [{}, {"memory_budget": "1MiB", "prior": "gaussian"}], ids=["", "planned"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id=""),
+        pytest.param({"memory_budget": "1MiB", "prior": "gaussian"}, id="planned", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     settings = SMALL | {"epochs": 4, "horizontal_flip": True} | more  # noise and flips are random
     straight, resumed = train_and_resume(NiceConfig(**settings), tmp_path, monkeypatch, stop_after=2)

@@ -18,7 +18,7 @@ TYPES = {"glow": Glow, "realnvp": RealNVP}
 all_models = pytest.mark.parametrize("model", TYPES)
 
 
-@all_models
+@pytest.mark.parametrize("model", ["glow", pytest.param("realnvp", marks=pytest.mark.slow)])
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, model):
     config = NiceConfig(model=model, epochs=2, horizontal_flip=True, **SMALL)
     straight, resumed = train_and_resume(config, tmp_path, monkeypatch, stop_after=1)

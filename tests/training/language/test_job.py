@@ -73,12 +73,11 @@ def test_memory_equals_measured_model_and_stored_twin(trained):
 @pytest.mark.parametrize(
     "more",
     [
-        {"dropout": 0.1},
-        {"memory_budget": "400KiB"},
-        {"attention": "lsh", "bucket_size": 4},
-        {"attention": "hierarchical", "block_size": 4},
+        pytest.param({"dropout": 0.1}, id="dropout"),
+        pytest.param({"memory_budget": "400KiB"}, id="planned", marks=pytest.mark.slow),
+        pytest.param({"attention": "lsh", "bucket_size": 4}, id="lsh"),
+        pytest.param({"attention": "hierarchical", "block_size": 4}, id="hierarchical"),
     ],
-    ids=["dropout", "planned", "lsh", "hierarchical"],
 )
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, text, more):
     settings = SMALL | {"data": text, "epochs": 3} | more  # dropout and hashes are random

@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 
 from revnet.errors import BudgetError
 from revnet.memory import parse_bytes
 from revnet.memory.step._live import LiveBytes
 from revnet.nn import Checkpoint, Reverse, Store
 from revnet.nn._whole_model import policy_holders
-from revnet.training import TrainConfig, load_classifier, train
+from revnet.training import TrainConfig, train
 
 
 class WatchUpdates(Callback):
@@ -35,13 +36,12 @@ class WatchUpdates(Callback):
 @pytest.mark.parametrize(
     ("budget", "more", "overestimate"),
     [
-        ("9MiB", {"nesterov": True, "label_smoothing": 0.1}, 0),
+        pytest.param("9MiB", {"nesterov": True, "label_smoothing": 0.1}, 0, id="revnet"),
         # Under Lightning, autocast casts weights at each use; PyTorch's default caches the cast weights, at most all.
-        ("9MiB", {"precision": "bf16-mixed"}, 464_890 * 2),
-        ("20MB", {"model": "resnet32"}, 0),
-        ("13MiB", {"optimizer": "adamw", "lr": 1e-3}, 0),
+        pytest.param("9MiB", {"precision": "bf16-mixed"}, 464_890 * 2, id="autocast", marks=pytest.mark.slow),
+        pytest.param("20MB", {"model": "resnet32"}, 0, id="resnet"),
+        pytest.param("13MiB", {"optimizer": "adamw", "lr": 1e-3}, 0, id="adamw", marks=pytest.mark.slow),
     ],
-    ids=["revnet", "autocast", "resnet", "adamw"],
 )
 def test_update_needs_the_planned_memory(out_dir, budget, more, overestimate):
     watch = WatchUpdates()
@@ -95,12 +95,12 @@ def test_applies_one_policy_to_all_blocks(out_dir, model, policy, how):
 def test_planning_does_not_change_random_numbers(tmp_path):
     states = []
     # Within a budget of 1 GiB, the plan stores all.
-    for name, settings in (
-        ("stored", {"policy": "store"}),
-        ("planned", {"memory_budget": "1GiB"}),
-    ):  # the plan stores all
-        result = train(TrainConfig(max_updates=2, out_dir=str(tmp_path / name), **settings), quiet=True)
-        states.append(load_classifier(result.folder).state_dict())
+    for name, settings in (("stored", {"policy": "store"}), ("planned", {"memory_budget": "1GiB"})):
+        config = TrainConfig(
+            model="tests.training.own_code:tiny_revnet", max_updates=2, out_dir=str(tmp_path / name), **settings
+        )
+        result = train(config, quiet=True)
+        states.append(load_file(result.folder / "last.safetensors"))
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 

@@ -19,9 +19,9 @@ from tests.training.run.test_stop import SendSignal
 from tests.training.samples import assert_same_run, train_with_copies, write_image_folder, write_text
 
 CLASSIFIER: dict[str, Any] = {
-    "batch_size": 400,
+    "batch_size": 700,
     "epochs": 2,
-    "max_updates": 5,
+    "max_updates": 3,
     "crop_padding": 1,
     "horizontal_flip": True,
 }
