@@ -7,6 +7,7 @@ from torch import nn
 
 from revnet import Checkpoint, FixedPoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
 from revnet.coupling import ExactScaled, Scaled
+from revnet.errors import ReconstructionError
 from revnet.memory import measure, predict
 from tests.helpers import mlp, squares
 
@@ -156,6 +157,24 @@ def test_what_is_not_finite_stays_visible(value):
     x, bad = torch.ones(3), torch.tensor([0.0, value, 0.0])
     for y in (coupling.forward(x, bad), coupling.forward(bad, x)):
         assert y.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("value", [1e12, -1e15, 1e19, 1e300, math.inf])
+def test_products_beyond_the_integers_are_ordinary(value):
+    """Outside of its range, nothing wraps, so that the error of a backward pass says how large a stream was."""
+    coupling = ExactScaled(Scaled(0.7))
+    x = torch.tensor([value, 1.0], dtype=torch.float64)
+    y = coupling.forward(x, torch.zeros_like(x))
+    assert torch.allclose(y, x * coupling.a, rtol=1e-12, atol=2.0**-14)
+
+
+def test_a_stream_beyond_the_integers_is_reported_as_it_is():
+    sequence = stack(ExactScaled(Scaled(0.7)), 1).double()
+    x = torch.full((2, 8), 1e15, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(
+        ReconstructionError, match=r"a stream reached 6\.\d+e\+14 at `blocks\.0\.f`, .*set `fraction_bits=3`"
+    ):
+        sequence(x).sum().backward()
 
 
 def test_the_inverse_needs_the_kept_bits():

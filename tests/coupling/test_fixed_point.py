@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from revnet import FixedPoint, ReconstructionError, ReversibleBlock, ReversibleSequential, Store, set_coupling
+from revnet.coupling import BDIA, ExactScaled, Scaled
 from revnet.engine import Chain, HalfBlock, inverse
 
 
@@ -109,6 +110,20 @@ def test_rejects_other_streams():
         TypeError, match=r"needs a stream of float32 or float64, which `prepare` makes, but this is torch.bf"
     ):
         FixedPoint().limit(torch.bfloat16)
+
+
+@pytest.mark.parametrize("coupling", [FixedPoint(), ExactScaled(Scaled(0.5)), BDIA()], ids=repr)
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.filterwarnings("ignore:the streams that begin")
+def test_rejects_streams_of_two_dtypes_if_it_changes_them(coupling, dtypes):
+    """The output has the dtype of the input, which must be one."""
+    block = ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3), coupling=coupling)
+    first, second = (getattr(torch, dtype) for dtype in dtypes)
+    x = (torch.ones(2, 3, dtype=first), torch.ones(2, 3, dtype=second))
+    with pytest.raises(
+        TypeError, match=rf"`x2` has dtype {second}, but `x1` has {first}, .* convert the streams to one"
+    ):
+        block(x)
 
 
 def test_equal_couplings_compare_equal():

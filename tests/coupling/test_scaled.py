@@ -98,6 +98,7 @@ def test_errors_grow_by_the_law(a):
         (Scaled.equilibrium(0.75), 2.0),
         (Scaled.dual(0.3, 0.7), 1 / 0.7),
         (Scaled(0.25, 1, 0), 2.0),
+        (Scaled(1, 1, 1e9), 1e9),  # The small root is less than the rounding of the large one.
     ],
     ids=str,
 )

@@ -101,3 +101,13 @@ def test_sequence_rejects_a_mix_of_exact_and_other_couplings():
     sequence[1].coupling = FixedPoint()
     with pytest.raises(ValueError, match=r"`blocks.1.f` has the coupling FixedPoint\(.*, but `blocks.0.f` has Addi"):
         sequence(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "couplings", [(Additive(), FixedPoint()), (FixedPoint(), Additive()), (FixedPoint(14), FixedPoint(10))]
+)
+def test_block_rejects_couplings_of_two_grids(couplings):
+    block = ReversibleBlock(mlp(2), mlp(2), coupling=couplings)
+    for run in (block, block.inverse):
+        with pytest.raises(ValueError, match=r"`g` has the coupling .*, but `f` has .* give all functions of a block"):
+            run(torch.randn(2, 4))

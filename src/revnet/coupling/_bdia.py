@@ -198,5 +198,5 @@ class _Drawn(BDIA):
         return self._factor.separate_kept(y, residual, kept, in_place=in_place)
 
     def log_det(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return the number of elements per sample times the logarithm of `size`."""
-        return log_det_of_factor(x, self.size)
+        """Return the number of elements per sample times the logarithm of `size`, rounded as in the forward pass."""
+        return log_det_of_factor(x, self._factor.num_parts / NUM_PARTS)

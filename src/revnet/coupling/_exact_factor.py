@@ -26,6 +26,8 @@ NUM_PARTS = 2**_SHIFT
 """A factor is a multiple of `1 / NUM_PARTS`."""
 MOST_PARTS = 4 * NUM_PARTS
 """Parts of a factor below which the product with an integer of 53 bits fits 64 bits."""
+_MOST_STEPS = 2**53
+"""Magnitude up to which a stream of float64 holds every integer."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,9 @@ class _Combine(torch.autograd.Function):
         factor._apply_sign(steps)
         y = _from_steps(steps.add_(_steps(residual, steps.dtype, scale)), x.dtype, scale)
         if steps.dtype == torch.int64:
-            # Integers know no NaN and no infinity, which plain arithmetic would pass on.
-            y = torch.add(y, x + residual, alpha=0)
+            # Integers know no NaN and no infinity, and wrap at 64 bits; plain arithmetic shows what left the range.
+            fits = (x.abs() <= _MOST_STEPS / scale) & (residual.abs() <= _MOST_STEPS / scale)
+            y = torch.where(fits, y, x * factor.value(x.dtype) + residual)
         return y, None if places is None else _pack(places, factor.num_bits)
 
     @staticmethod

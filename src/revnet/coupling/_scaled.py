@@ -166,7 +166,8 @@ class Scaled(AbstractCoupling):
         This is the inverse of the smallest root of `z^2 - c z - a`. The residual functions add to it.
         """
         root = cmath.sqrt(self.c**2 + 4 * self.a)
-        return 2 / min(abs(self.c + root), abs(self.c - root))
+        # The product of the roots is -a; the difference of two large numbers could be 0 where the small root is not.
+        return max(abs(self.c + root), abs(self.c - root)) / (2 * abs(self.a))
 
     @property
     def mixes(self) -> bool:

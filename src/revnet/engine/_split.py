@@ -33,7 +33,16 @@ def prepare(
     if type(coupling) is Additive:
         return streams, None
     prepared = tuple([coupling.prepare(stream) for stream in streams])
-    return prepared, streams[0].dtype if prepared[0].dtype != streams[0].dtype else None
+    if all(stream.dtype == new.dtype for stream, new in zip(streams, prepared, strict=True)):
+        return prepared, None
+    dtype = streams[0].dtype
+    for index, stream in enumerate(streams):
+        if stream.dtype != dtype:
+            raise TypeError(
+                f"`{name}{index + 1}` has dtype {stream.dtype}, but `{name}1` has {dtype}, and {coupling} computes in "
+                f"{prepared[0].dtype} and returns the dtype of the input; convert the streams to one dtype."
+            )
+    return prepared, dtype
 
 
 def is_low_precision(x: Tensor) -> bool:

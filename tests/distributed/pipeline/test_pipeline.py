@@ -24,10 +24,11 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
 from revnet import Checkpoint, FixedPoint, Offload, ReconstructionWarning, Reverse, ReversibleSequential, Store
 from revnet.distributed import Pipeline, ReversibleStage, StageModule, cut_into_stages
-from revnet.distributed.pipeline._link import Header
+from revnet.distributed.pipeline._link import Header, Link
 from revnet.distributed.pipeline._microbatches import divide, sample_of
 from revnet.memory.step._live import LiveBytes
 from revnet.models import ReversibleTransformer
+from revnet.nn import DuplicateStreams, JoinStreams
 from tests.distributed.pipeline.reference import (
     Parts,
     conv_batch,
@@ -648,6 +649,31 @@ def test_output_may_be_nested():
     assert output["mean"][1].shape == (4, 6)
     loss = pipeline.step(x, {"a": (x, 1)}, lambda y, target: F.mse_loss(y["mean"][1], target["a"][0]))
     assert loss > 0
+
+
+def test_unused_functions_of_the_last_block_get_no_gradient():
+    """A gradient of zeros would let the optimizer change their weights, by weight decay and momentum."""
+    sequence = CASE["mlp"].sequence(2)
+    pipeline = Pipeline(sequence, num_microbatches=2, stem=DuplicateStreams(), head=JoinStreams("first"))
+    x = torch.randn(4, 3).double()
+    pipeline.step(x, None, lambda y, _: squares(y))
+    unused = {name for name, parameter in sequence.named_parameters() if parameter.grad is None}
+    assert unused == {name for name, _ in sequence.named_parameters() if name.startswith("blocks.1.g.")}
+
+
+def test_microbatches_of_two_shapes_or_dtypes_are_not_sent():
+    """The next stage would receive them as the first one, and fill the rest with what lay in memory."""
+    link = Link(None, 0, 2)
+    link.outgoing = Header.of([torch.ones(2, 5, 4)] * 2, None, is_joined=True, needs_output=True, num_microbatches=2)
+    for streams, what in (
+        (
+            [torch.ones(2, 3, 4)] * 2,
+            r"stream 1 of a microbatch is torch.float32 of shape \(2, 3, 4\), but torch.float32 of",
+        ),
+        ([torch.ones(2, 5, 4), torch.ones(2, 5, 4).double()], r"stream 2 of a microbatch is torch.float64 of shape"),
+    ):
+        with pytest.raises(ValueError, match=what + r".*\(2, 5, 4\) in the first .*`num_microbatches=1`"):
+            link.send_ops(to_next=streams)
 
 
 def test_first_stage_needs_a_batch():

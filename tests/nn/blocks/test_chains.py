@@ -219,7 +219,7 @@ def test_replaced_coupling_is_used():
         check_next_steps(sequence)
         assert chains(sequence)[0].is_exact == (coupling == FixedPoint())
     sequence.blocks[1].coupling = FixedPoint()
-    with pytest.raises(ValueError, match="so give all blocks of a sequence the same one"):
+    with pytest.raises(ValueError, match="so give all functions of a block or sequence the same one"):
         step(sequence)
 
 

@@ -40,6 +40,10 @@ def flow(depth=3, policy="reverse"):
     return InvertibleSequential(SpaceToDepth(), *steps(depth), policy=policy)
 
 
+def small_step():
+    return FlowStep(nn.Conv2d(2, 4, 1), num_channels=4)
+
+
 def images(num_images=8, side=8, dtype=torch.float64):
     return 3 * torch.randn(num_images, 1, side, side, dtype=dtype) + 1
 
@@ -217,6 +221,24 @@ def test_a_step_has_one_schedule():
         (lambda: initialize_act_norms(ActNorm(2), x=torch.full((1, 2), torch.nan)), ValueError, "all of them finite"),
         (lambda: initialize_act_norms(flow(), torch.zeros(0, 1, 4, 4)), ValueError, r"`x` .* must have values"),
         (lambda: initialize_act_norms(nn.Linear(2, 2)), ValueError, r"`model` \(=Linear\) has no `ActNorm`"),
+        # Parameters of one channel would broadcast, and the log-determinant would be wrong.
+        (
+            lambda: FlowStep(nn.Linear(2, 4), num_channels=2, mixes=False)(torch.ones(2, 4)),
+            ValueError,
+            r"`norm1` is built for 2 channels, 1 in each stream, but a stream is of shape \(2, 2\); pass `num_",
+        ),
+        (
+            lambda: InvertibleSequential(small_step(), small_step())(torch.ones(2, 2, 3, 3)),
+            ValueError,
+            r"`blocks.0.norm1` is built for 4 channels, 2 in each stream, but a stream is of shape \(2, 1, 3, 3\)",
+        ),
+        (
+            lambda: FlowStep(nn.Conv2d(2, 4, 1), num_channels=2).inverse(torch.ones(2, 4, 3, 3)),
+            ValueError,
+            "`FlowStep` is built for 2 channels, 1 in each",
+        ),
+        (lambda: small_step().initialize(torch.ones(5, 2, 3, 3)), ValueError, r"`x1` .* must be \(B, 2, \.\.\.\)"),
+        (lambda: small_step()(torch.ones(2, 4, 3, 3) * 1j), TypeError, "`norm1` got .*complex64, but a `FlowStep`"),
     ],
 )
 def test_rejects_wrong_arguments(call, error, message):

@@ -86,6 +86,20 @@ class Header:
         """Return an empty tensor in the layout of one stream."""
         return torch.empty_strided(self.shapes[index], self.strides[index], dtype=self.dtypes[index], device=device)
 
+    def check(self, streams: Sequence[Tensor]) -> None:
+        """Raise unless these streams of another microbatch fit the description, by which they are received.
+
+        Raises:
+            ValueError: They have other shapes or dtypes.
+        """
+        for index, (stream, shape, dtype) in enumerate(zip(streams, self.shapes, self.dtypes, strict=True)):
+            if stream.shape != shape or stream.dtype != dtype:
+                raise ValueError(
+                    f"stream {index + 1} of a microbatch is {stream.dtype} of shape {tuple(stream.shape)}, but "
+                    f"{dtype} of shape {shape} in the first microbatch of the step, as which the next stage receives "
+                    "it; pad in the stem to one size for the whole batch, or pass `num_microbatches=1`."
+                )
+
     def laid_out(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the tensors in the layout of the streams, in which they are sent."""
         count = len(self.strides)
@@ -192,10 +206,15 @@ class Link:
         return received
 
     def send_ops(self, *, to_next: Sequence[Tensor] = (), to_previous: Sequence[Tensor] = ()) -> list[dist.P2POp]:
-        """Return the operations that send tensors, and count their bytes."""
+        """Return the operations that send tensors, and count their bytes.
+
+        Raises:
+            ValueError: The output differs in shape or dtype from the output for the first microbatch of the step.
+        """
         ops = []
         if to_next and not self.is_last:
             assert self.outgoing is not None
+            self.outgoing.check(to_next)
             ops += self._ops(dist.isend, self.outgoing.laid_out(to_next), self.index + 1)
             self.traffic.forward_bytes += sum(tensor.nbytes for tensor in to_next)
             self.traffic.num_tensors += len(to_next)
@@ -239,7 +258,9 @@ class Link:
         """Overwrite `value` with the value in the last stage."""
         if self.num_stages == 1:
             return
-        with self._explained("receiving from", self.num_stages - 1):
+        last = self.num_stages - 1
+        action, peers = ("sending to", range(last)) if self.is_last else ("receiving from", [last])
+        with self._explained(action, *peers):
             dist.broadcast(value, self._rank(self.num_stages - 1), self.group)
 
     def add_up(self, value: Tensor) -> None:

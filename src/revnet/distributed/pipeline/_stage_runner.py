@@ -116,12 +116,7 @@ class StageRunner:
             loss.backward()
         of_pass = self._passes[number]
         streams, of_pass.output = of_pass.output, []
-        grads = of_pass.entry.take_grads(len(streams))
-        filled = [
-            torch.zeros_like(stream) if grad is None else grad for stream, grad in zip(streams, grads, strict=True)
-        ]
-        grads.clear()
-        return self._backward(number, streams, filled, 0)
+        return self._backward(number, streams, of_pass.entry.take_grads(len(streams)), 0)
 
     def backward(self, number: int, received: list[Tensor]) -> list[Tensor]:
         """Run the backward pass of the blocks and of the stem.
@@ -137,19 +132,20 @@ class StageRunner:
         count = len(received)
         if self._passes[number].recording.needs_output:
             count //= 2
-        grads, streams = received[-count:], received[:-count]
+        grads: list[Tensor | None] = [*received[-count:]]
+        streams = received[:-count]
         received.clear()
         return self._backward(number, streams, grads, self.stage.num_above)
 
-    def _backward(self, number: int, streams: list[Tensor], grads: list[Tensor], distance: int) -> list[Tensor]:
+    def _backward(self, number: int, streams: list[Tensor], grads: list[Tensor | None], distance: int) -> list[Tensor]:
         of_pass = self._passes.pop(number)
+        device = next((grad.device for grad in grads if grad is not None), self.stage.device)
         if not of_pass.recording.needs_output:
             streams.clear()
-        with _without_autocast(grads[0].device):
+        with _without_autocast(device):
             inputs, input_grads = of_pass.recording.backward(streams, grads, distance=distance)
         if of_pass.incoming is None:
             return []
-        device = next(grad.device for grad in input_grads if grad is not None)
         filled = [
             of_pass.incoming.new_stream(index, device).zero_() if grad is None else grad
             for index, grad in enumerate(input_grads)

@@ -73,7 +73,7 @@ class AbstractReversibleBlock(ReversibleModule):
     def _build_schedule(self) -> Schedule:
         if torch.compiler.is_dynamo_compiling():  # A trace cannot compare with what eager code cached.
             allow_default_coupling(Additive)
-            return schedule_of([(_REVERSE, Chain(self.half_blocks()))], self)
+            return schedule_of([(_REVERSE, _chain_of(self.half_blocks()))], self)
         cache = self.__dict__.setdefault("_single_chain", _SingleChain())
         return schedule_of([(_REVERSE, cache.chain_of(self.half_blocks()))], self)
 
@@ -110,8 +110,24 @@ class _SingleChain(ModuleCache):
         """Return a chain of these half-blocks, the cached one if they are the same as in the last call."""
         known = self._known
         if known is None or known[0] != half_blocks:
-            self._known = known = (half_blocks, Chain(half_blocks))
+            self._known = known = (half_blocks, _chain_of(half_blocks))
         return known[1]
+
+
+def _chain_of(half_blocks: list[HalfBlock]) -> Chain:
+    for half_block in half_blocks:
+        check_couplings(half_blocks[0], half_block)
+    return Chain(half_blocks)
+
+
+def check_couplings(first: HalfBlock, other: HalfBlock) -> None:
+    """Raise if one chain has exact couplings of another grid, or exact and other couplings."""
+    if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling.grid != first.coupling.grid:
+        raise ValueError(
+            f"`{other.name}` has the coupling {other.coupling}, but `{first.name}` has {first.coupling}; an exact "
+            "coupling keeps the streams on its grid, so give all functions of a block or sequence the same one with "
+            "`set_coupling`."
+        )
 
 
 def schedule_of(segments: Sequence[Segment], first: AbstractReversibleBlock | None) -> Schedule:

@@ -12,7 +12,7 @@ from revnet._torch_release import allow_default_coupling
 from revnet.coupling import Additive
 from revnet.engine import Chain, HalfBlock
 from revnet.engine._moves import Moves
-from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, schedule_of
+from revnet.nn.blocks._abstract_block import READS, AbstractReversibleBlock, check_couplings, schedule_of
 from revnet.nn.blocks._blocks_in_runs import BlockInRun
 from revnet.nn.blocks._reversible_module import Origin, read_blocks
 from revnet.nn.blocks._run import Segment
@@ -152,7 +152,7 @@ def _segments_of(
     runs: list[tuple[AbstractPolicy, list[HalfBlock], list[nn.Module | None], list[Moves | None]]] = []
     for policy, block_half_blocks, block in zip(policies, half_blocks, called, strict=True):
         for half_block in block_half_blocks:
-            _check_couplings(half_blocks[0][0], half_block)
+            check_couplings(half_blocks[0][0], half_block)
         # What they keep differs within one chain; with two chains, both would hold their final streams.
         are_reversed = len(runs) > 0 and type(policy) is Reverse and type(runs[-1][0]) is Reverse
         if not runs or (runs[-1][0] != policy and not are_reversed):
@@ -163,12 +163,3 @@ def _segments_of(
             policy.moves_for(block_half_blocks) if type(policy) is Reverse else [None] * len(block_half_blocks)
         )
     return [(policy, Chain(run_half_blocks, blocks, moves)) for policy, run_half_blocks, blocks, moves in runs]
-
-
-def _check_couplings(first: HalfBlock, other: HalfBlock) -> None:
-    """Raise if one sequence has exact and other couplings."""
-    if (other.coupling.is_exact or first.coupling.is_exact) and other.coupling.grid != first.coupling.grid:
-        raise ValueError(
-            f"`{other.name}` has the coupling {other.coupling}, but `{first.name}` has {first.coupling}; an exact "
-            "coupling keeps the streams on its grid, so give all blocks of a sequence the same one with `set_coupling`."
-        )

@@ -54,7 +54,12 @@ def sum_log_dets(log_dets: Sequence[Tensor], y: Tensor | Streams) -> Tensor:
 
 
 def check_samples(x1: Tensor, split_dim: int) -> None:
-    """Raise if the streams are split along the batch."""
+    """Raise if the streams have no batch, or are split along it."""
+    if x1.dim() == 0:
+        raise ValueError(
+            "`x1` (of shape ()) must have a batch dimension, since each sample has its own log-determinant; pass a "
+            "batch of one."
+        )
     if split_dim % x1.dim() == 0:
         raise ValueError(
             f"`split_dim` (={split_dim}) must not be the batch dimension, since each sample has its own "

@@ -25,12 +25,12 @@ class ChannelScale(AbstractCoupling):
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return `exp(log_scale) x + bias`."""
-        log_scale, bias = _per_channel(residual, x)
+        log_scale, bias = _per_channel(residual, x, name)
         return torch.addcmul(bias, x, log_scale.exp())
 
     def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
         """Return `exp(-log_scale) (y - bias)`."""
-        log_scale, bias = _per_channel(residual, y)
+        log_scale, bias = _per_channel(residual, y, name)
         scale = (-log_scale).exp()
         return y.sub_(bias).mul_(scale) if in_place else (y - bias) * scale
 
@@ -57,12 +57,14 @@ class ChannelMatrix(AbstractCoupling):
 
     def forward(self, x: Tensor, residual: Tensor, name: str = "f") -> Tensor:
         """Return `L U x`."""
+        check_stream(x, residual.shape[1], f"`{name}`")
         with without_autocast(x):
             packed = residual.to(x.dtype)
             return mix_channels(_unit_lower(packed) @ packed.triu(), x)
 
     def inverse(self, y: Tensor, residual: Tensor, name: str = "f", *, in_place: bool = False) -> Tensor:
         """Solve for `x`, one triangular factor after the other."""
+        check_stream(y, residual.shape[1], f"`{name}`")
         dtype = torch.promote_types(y.dtype, torch.float32)  # the solver does not support smaller types
         with without_autocast(y):
             packed = residual.to(dtype)
@@ -80,6 +82,17 @@ class ChannelMatrix(AbstractCoupling):
         """Return None: reversal rounds at every magnitude."""
 
 
+def check_stream(x: Tensor, num_channels: int, what: str) -> None:
+    """Raise unless `x` is a real stream with the channels that `what` is built for. Parameters could broadcast."""
+    if x.dim() < 2 or x.shape[1] != num_channels:
+        raise ValueError(
+            f"{what} is built for {2 * num_channels} channels, {num_channels} in each stream, but a stream is of shape "
+            f"{tuple(x.shape)}; pass `num_channels` of the input when you build the `FlowStep`."
+        )
+    if x.is_complex():
+        raise TypeError(f"{what} got a stream of dtype {x.dtype}, but a `FlowStep` needs real ones.")
+
+
 def mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
     """Multiply the channels at every position by a matrix.
 
@@ -90,7 +103,8 @@ def mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
     return (matrix @ flat).view(x.shape[0], len(matrix), *x.shape[2:])
 
 
-def _per_channel(residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _per_channel(residual: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    check_stream(x, residual.shape[1], f"`{name}`")
     log_scale, bias = residual.to(x.dtype).view(2, -1, *[1] * (x.dim() - 2)).unbind()
     return log_scale, bias
 

@@ -13,7 +13,8 @@ from revnet.engine._split import split
 from revnet.nn.blocks._abstract_block import AbstractReversibleBlock, check_coupling, check_functions, reads
 from revnet.nn.invertible._abstract_invertible import without_autocast
 from revnet.nn.invertible._act_norm import normalizing_values
-from revnet.nn.invertible._channel_couplings import ChannelMatrix, ChannelScale, mix_channels
+from revnet.nn.invertible._channel_couplings import ChannelMatrix, ChannelScale, check_stream, mix_channels
+from revnet.nn.invertible._permutation import check_channels
 
 _AFFINE = Affine()
 _MOST_CHANNELS = 2**15
@@ -55,6 +56,7 @@ class _ChannelMix(nn.Module):
         self.weight = nn.Parameter(matrix)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_stream(x, self.weight.shape[1], "a `FlowStep`")
         with without_autocast(x):
             return mix_channels(self.weight.to(x.dtype), x)
 
@@ -167,10 +169,16 @@ class FlowStep(AbstractReversibleBlock):
         """Set the normalization from the input of the step, a tensor or its streams, unless it is already set.
 
         `initialize_act_norms` does so for a whole model.
+
+        Raises:
+            ValueError: The input has another number of channels than the step.
         """
         if self.is_initialized:
             return
-        for norm, stream in zip((self.norm1, self.norm2), split(x, self.split_dim), strict=True):
+        streams = split(x, self.split_dim)
+        for index, stream in enumerate(streams):
+            check_channels(stream, self.num_channels // 2, f"x{index + 1}")
+        for norm, stream in zip((self.norm1, self.norm2), streams, strict=True):
             log_scale, bias = normalizing_values(stream)
             norm.log_scale.copy_(log_scale)
             norm.bias.copy_(bias)
