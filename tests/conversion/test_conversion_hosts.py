@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import revnet
 from revnet import PolicySequential
-from revnet.conversion import BDIA, Consistent, Dr2Net, Rewire, set_method
+from revnet.conversion import BDIA, Adapter, Consistent, Dr2Net, Rewire, set_method
 from revnet.conversion._stream_state import state_of
 from revnet.errors import ReconstructionError
 from revnet.nn import HasGradientCheckpointing
@@ -363,6 +363,117 @@ def test_refuses_to_be_exported(strict):
     host, _ = twins(Consistent(0.5), num_blocks=2)
     with pytest.raises(NotImplementedError, match=r"`blocks\.0` is a converted block, .* for the export\.$"):
         torch.export.export(host.eval(), (X,), strict=strict)
+
+
+BRANCHES = ["norm1 mixer", "norm2 mlp"]
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter of low rank, which has no effect at first."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Linear(16, 2, bias=False), nn.Linear(2, 16, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+@pytest.mark.parametrize("branches", [None, BRANCHES])
+def test_modules_may_be_replaced_after_the_conversion(branches, has_run):
+    """As PEFT does."""
+    model, stored = twins(Consistent(0.5), branches=branches)
+    for host in (model, stored):
+        if has_run:
+            host(X)
+        torch.manual_seed(3)
+        for block in host.blocks:
+            block.mixer = Adapted(block.mixer.requires_grad_(False))
+    results = [gradients(host, lambda host: host(X).square().sum().backward()) for host in (model, stored)]
+    assert all_equal(*results)
+    assert all(block.mixer.up.weight.grad.any() for block in model.blocks)
+    before = model(X)
+    nn.init.ones_(model.blocks[1].mixer.up.weight)
+    assert not torch.equal(model(X), before)
+    del model.blocks[0].mlp
+    if branches:
+        with pytest.raises(ValueError, match=r"`branches` names 'mlp', which `blocks\.0` \(=Block\) does not have"):
+            model(X)
+
+
+class CountingCache(DynamicCache):
+    """A cache that counts the tokens which it was given."""
+
+    def __init__(self):
+        self.length = 0
+
+
+def test_branches_are_compared_without_side_effects():
+    """On caches, hooks and tensors with a graph, as the old `weight_norm` leaves them in a module."""
+
+    class Mixer(nn.Linear):
+        def forward(self, x, cache):
+            cache.length += len(x)
+            return super().forward(x)
+
+    class Caching(Block):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.mixer = Mixer(16, 16)
+            self.register = torch.ones(2, requires_grad=True) * 2
+
+        def forward(self, x, cache):
+            x = x + self.mixer(self.norm1(x), cache)
+            return x + self.mlp(self.norm2(x))
+
+    calls, cache = [], CountingCache()
+    host = Host(2, block=Caching)
+    host.blocks[0].mixer.register_forward_hook(lambda *_: calls.append("after"))
+    host.blocks[0].mixer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    revnet.convert(host.blocks, Consistent(0.5), branches=BRANCHES)
+    with torch.no_grad():
+        host.blocks[0](host.stem(X), cache)
+    assert (cache.length, calls) == (len(X), ["before", "after"])
+
+
+@pytest.mark.parametrize("method", [Consistent(0.5), Dr2Net(0.5, 0), Dr2Net(1, 0)], ids=str)
+def test_branches_return_what_the_block_returns(method):
+    for kind, around in ((Tuples, tuple), (Lists, list)):
+        host = Host(1, block=kind)
+        expected = host.blocks[0](host.stem(X))
+        revnet.convert(host.blocks, method, branches=BRANCHES)
+        y = host.blocks[0](host.stem(X))
+        assert (type(y), len(y), y[0].shape) == (around, len(expected), expected[0].shape)
+
+
+@pytest.mark.parametrize("kind", ["Adapter", "bfloat16"])
+def test_refuses_gradients_that_pass_by_the_output_of_a_block(kind):
+    if kind == "Adapter":
+        host = Host(3)
+        for block in host.blocks:
+            block.adapter = nn.Linear(16, 16)
+        revnet.convert(host.blocks, Adapter(a=0.5))
+        x, why = X, "`Adapter` shows the host the mean of two streams"
+    else:
+        host, _ = twins(Consistent(0.5), 3, torch.bfloat16, branches=BRANCHES)
+        x, why = X.bfloat16(), r"streams are wider than torch\.bfloat16"
+    for how, what in (
+        (lambda y: y.retain_grad(), "retains its"),
+        (lambda y: y.register_hook(print), "has a backward hook"),
+    ):
+        y = host.blocks[0](host.stem(x))
+        how(y)
+        with pytest.raises(ValueError, match=rf"the output of `.*0` {what}.*{why}"):
+            host.blocks[1](y)
+    host.blocks[2].register_full_backward_hook(lambda *_: None)  # The host reads this output.
+    host(x).sum().backward()
+    host.blocks[0].register_full_backward_hook(lambda *_: None)
+    with torch.no_grad():
+        host(x)
+    with pytest.raises(ValueError, match=rf"0` has a backward hook, which would not run, .*{why}"):
+        host(x)
 
 
 def test_branches_are_compared_with_the_block():

@@ -40,6 +40,31 @@ def test_schedule_rejects_wrong_arguments():
         ConversionSchedule(Rewire(), Rewire(), 1).method_at(-1)
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "match"),
+    [
+        (
+            Dr2Net(1, 0),
+            Dr2Net(0.5, 0.5, 14),
+            r"only in coefficients, which a schedule moves, and not in `fraction_bits`",
+        ),
+        (Rewire(), Rewire(14), "and not in `fraction_bits`"),
+        (Consistent(0), Consistent(0.5, is_wide=True), "and not in `is_wide`"),
+        (Adapter("one"), Adapter("two"), "and not in `name`"),
+        (
+            Adapter(a=-1.0),
+            Adapter(a=1.0),
+            "`a` of `start` .* must have one sign, since the stream of an `Adapter` is lost",
+        ),
+    ],
+    ids=str,
+)
+def test_schedule_rejects_methods_between_which_it_cannot_move(start, end, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        ConversionSchedule(start, end, 10)
+    assert "\n" not in str(caught.value)
+
+
 def test_training_under_a_schedule_equals_the_stored_twin():
     schedule = ConversionSchedule(Consistent(0), Consistent(0.5), num_updates=4)
     weights = []
@@ -206,6 +231,36 @@ def test_set_method_needs_the_adapters_that_it_uses():
         set_method(model, Adapter())
     assert model.blocks[0].policies  # Still converted, by `Rewire()`.
     model(torch.ones(2, 4)).sum().backward()
+
+
+def test_an_error_changes_no_row():
+    class Fixed(Block):
+        def __init_subclass__(cls):
+            raise TypeError("no subclasses")
+
+    model = host()
+    model.blocks[2].__class__ = Fixed
+    with pytest.raises(TypeError, match=r"`blocks\.2` \(=Fixed\) cannot be converted"):
+        revnet.convert(model, Rewire(), blocks="blocks")
+    assert [type(block) for block in model.blocks[:2]] == [Block, Block]
+
+    model = nn.ModuleList([host(), host()])
+    for part, branches in zip(model, (None, [["norm1", "mixer"], ["norm2", "mlp"]]), strict=True):
+        revnet.convert(part, Rewire(), blocks="blocks", branches=branches)
+        for block in part.blocks:
+            block.adapter = nn.Identity()
+    with pytest.raises(ValueError, match="`branches` must be None for `Adapter`"):
+        set_method(model, Adapter())
+    assert all("converted by Rewire" in repr(block) for part in model for block in part.blocks)
+
+
+def test_method_of_a_list_of_blocks():
+    blocks = list(host().blocks)
+    revnet.convert(blocks, Rewire())
+    set_method(blocks, Consistent(0.5))
+    assert "converted by Consistent(a=0.5" in repr(blocks[1])
+    with pytest.raises(ValueError, match=r"`model` \(=.*list.*\) has no converted blocks"):
+        set_method([nn.Identity()], Rewire())
 
 
 def test_first_block_stays_if_it_differs():

@@ -177,6 +177,25 @@ def test_a_stream_beyond_the_integers_is_reported_as_it_is():
         sequence(x).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # PyTorch's own, at the first use of `jvp`
+@pytest.mark.parametrize("factor", [0.5, -0.7, 1.25])
+def test_forward_derivatives_and_vmap(factor):
+    coupling = ExactScaled(Scaled(factor, 0.5, 0.25))
+    x, residual, v, w = torch.randn(4, 3, 5).unbind()
+
+    def run(x, residual):
+        return coupling.forward(x, residual)
+
+    _, tangent = torch.func.jvp(run, (x, residual), (v, w))
+    assert torch.allclose(tangent, coupling.a * v + w)
+    for dims in ((0, 0), (0, None), (None, 0)):
+        given = [tensor if dim == 0 else tensor[0] for tensor, dim in zip((x, residual), dims, strict=True)]
+        assert torch.equal(torch.vmap(run, dims)(*given), run(*torch.broadcast_tensors(*given)))
+    if coupling.num_bits == 0:
+        _, tangent = torch.func.jvp(coupling.inverse, (x, residual), (v, w))
+        assert torch.allclose(tangent, (v - w) / coupling.a)
+
+
 def test_the_inverse_needs_the_kept_bits():
     block = ReversibleBlock(mlp(3), mlp(3), coupling=ExactScaled(Scaled(0.5)))
     with pytest.raises(ValueError, match=r"the inverse of `g` needs the bits that .* keeps in the forward pass"):

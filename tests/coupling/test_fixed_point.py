@@ -82,6 +82,8 @@ def test_works_under_transforms():
     y, tangent = torch.func.jvp(joined, (x, residual), (torch.ones_like(x), 2 * torch.ones_like(x)))
     assert torch.equal(y, expected)
     assert torch.equal(tangent, 3 * torch.ones_like(x))
+    _, tangent = torch.func.jvp(coupling.inverse, (y, residual), (torch.ones_like(x), 2 * torch.ones_like(x)))
+    assert torch.equal(tangent, -torch.ones_like(x))
     grad = torch.func.grad(lambda x: joined(x, residual).square().sum())(x)
     assert torch.equal(grad, 2 * expected)
 

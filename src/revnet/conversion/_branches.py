@@ -3,16 +3,20 @@
 import copy
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from revnet._checks import describe
+from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._row import Place
 from revnet.engine._open_run import Arguments
 from revnet.engine._tensors import has_values
+from revnet.nn._exchanged_class import is_cache
 
 Branches: TypeAlias = Sequence[Sequence[str] | str]
 _SLACK = 1e-2
@@ -32,11 +36,32 @@ class Branch(nn.Module):
         super().__init__()
         self.name = name
         self._kind = type(block)
+        self._paths = [tuple(step.split(".")) for step in path]
         self.steps = nn.ModuleList([block.get_submodule(step) for step in path])
 
     def _get_name(self) -> str:
         """Return the name of the block for error messages."""
         return self.name
+
+    def is_current(self, block: nn.Module) -> bool:
+        """Return whether the modules are still the ones that `block` has by these names."""
+        for path, step in zip(self._paths, self.steps, strict=True):
+            module: nn.Module | None = block
+            for name in path:
+                module = None if module is None else module._modules.get(name)
+            if module is not step:
+                return False
+        return True
+
+    def renewed(self, block: nn.Module) -> "Branch":
+        """Return the branch with the modules that `block` has now.
+
+        Raises:
+            ValueError: The block has no module of a name.
+        """
+        (branch,) = make_branches(block, self.name, [[".".join(path) for path in self._paths]])
+        branch._kind = self._kind
+        return branch
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the modules. Each gets the arguments of the block whose names it knows."""
@@ -122,12 +147,11 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
     """
     if not has_values(x):
         return
-    place.is_checked = True
     args, kwargs = arguments
     assert place.branches is not None
     devices = [x.device] if x.device.type != "cpu" else []
     # Copies, so that neither statistics nor random states change; in float32, where small residuals are visible.
-    whole, functions = copy.deepcopy((place.whole, place.branches))
+    whole, functions = _copied(place)
     modules = [whole, *functions]
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
@@ -136,9 +160,10 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
     x = x.detach()
     outcomes = []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for run in (lambda: modules[0](x, *args, **kwargs), lambda: _composed(modules[1:], x, args, kwargs)):
+        for run in (partial(modules[0], x), partial(_composed, modules[1:], x)):
             with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-                outcomes.append(run())
+                own_args, own_kwargs = _with_own_caches(args, kwargs)
+                outcomes.append(run(*own_args, **own_kwargs))
     whole_y, composed = outcomes
     error, size = float((whole_y - composed).norm()), float((whole_y - x).norm())
     if not error <= _SLACK * size:
@@ -147,9 +172,32 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
             f"its input differs by {error / (size or 1.0):.1g} of its norm; name all modules of each "
             "branch in their order, or leave `branches` out."
         )
+    place.whole.kind_of_output, place.whole.rest = whole.kind_of_output, whole.rest
+    place.is_checked = True
 
 
-def _composed(functions: Sequence[Any], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _copied(place: Place) -> tuple[WholeBlock, tuple[nn.Module, ...]]:
+    """Return copies of the block and of its branches, without hooks: those of a user run once in a pass."""
+    assert place.branches is not None
+    # A tensor with a graph cannot be copied. The old `weight_norm` leaves one in its module.
+    tensors = [value for module in place.whole.modules() for value in vars(module).values()]
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach() for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_leaf
+    }
+    whole, branches = copy.deepcopy((place.whole, place.branches), memo)
+    for module in whole.modules():
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return whole, branches
+
+
+def _with_own_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments, with a copy of a cache, which each run changes."""
+    return tuple([copy.deepcopy(value) if is_cache(value) else value for value in args]), {
+        name: copy.deepcopy(value) if is_cache(value) else value for name, value in kwargs.items()
+    }
+
+
+def _composed(functions: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     for function in functions:
         x = x + function(x, *args, **kwargs)
     return x

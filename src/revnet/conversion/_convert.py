@@ -1,11 +1,12 @@
 """Make the residual blocks of any model reversible, in place, and take it back."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
-from revnet._checks import check_bool, check_module, describe
+from revnet._checks import check_bool, check_module, describe, describe_kind
 from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._branches import Branches, check_kind_of_branches, make_branches
 from revnet.conversion._converted import is_converted, make_converted, place_of, restore_class
@@ -92,13 +93,19 @@ def convert(
     check_once(rows)
     # Only now, so that an error leaves the model as it was.
     made = [_places(row, members, branches) for row, members in planned]
-    for places in made:
-        for place in places:
+    done: list[nn.Module] = []
+    try:
+        for place in chain.from_iterable(made):
             make_converted(place.block, place)
+            done.append(place.block)
+    except TypeError:
+        for block in done:
+            restore_class(block)
+        raise
     return ConversionReport(method, tuple(name for row, _ in planned for name in row.names), left)
 
 
-def set_method(model: nn.Module, method: AbstractMethod) -> None:
+def set_method(model: nn.Module | Sequence[nn.Module], method: AbstractMethod) -> None:
     """Change the method of all converted blocks in a model. Passes that have begun keep the one before.
 
     Args:
@@ -109,28 +116,28 @@ def set_method(model: nn.Module, method: AbstractMethod) -> None:
         TypeError: An argument has the wrong type.
         ValueError: The model has no converted blocks, or they do not fit the method.
     """
-    check_module("model", model)
     if not isinstance(method, AbstractMethod):
         raise TypeError(f"`method` (={describe(method)}) must be a method of conversion, such as `Consistent(0.25)`.")
-    rows = rows_in(model)
+    blocks = _converted_in(model)
+    if not blocks:
+        raise ValueError(f"`model` (={describe_kind(model)}) has no converted blocks; call `revnet.convert` first.")
+    rows = list({id(row): row for row in [place_of(block).row for block in blocks]}.values())
     if isinstance(method, Adapter):
-        for block in filter(is_converted, model.modules()):
+        for block in blocks:
             check_adapter(place_of(block).name, block, method.name)
+    for row in rows:
+        method.scheme(row.num_branches)  # All of them first, so that an error changes none.
     for row in rows:
         if row.method != method:
             row.method = method
 
 
-def rows_in(model: nn.Module) -> list[Row]:
-    """Return the rows of converted blocks in a model.
-
-    Raises:
-        ValueError: There are none.
-    """
-    rows = {id(row): row for block in model.modules() if is_converted(block) for row in [place_of(block).row]}
-    if not rows:
-        raise ValueError(f"`model` (={type(model).__name__}) has no converted blocks; call `revnet.convert` first.")
-    return list(rows.values())
+def _converted_in(model: Any) -> list[nn.Module]:
+    """Return the converted blocks in a model or in a list of modules."""
+    parts = model if isinstance(model, list | tuple) else [model]
+    for part in parts:
+        check_module("model", part)
+    return [block for part in parts for block in part.modules() if is_converted(block)]
 
 
 def _places(row: Row, blocks: Sequence[nn.Module], branches: Branches | None) -> list[Place]:
@@ -183,12 +190,9 @@ def _row_named(model: nn.Module, name: str) -> dict[str, nn.Module]:
 def _convert_back(model: Any, method: Any, blocks: Any) -> ConversionReport:
     if method is not None or blocks is not None:
         raise ValueError("`back` (=True) restores all blocks of `model`, so `method` and `blocks` must be left out.")
-    parts = list(enumerate(model)) if isinstance(model, list | tuple) else [("", model)]
-    for _, part in parts:
-        check_module("model", part)
-    converted = [block for _, part in parts for block in part.modules() if is_converted(block)]
+    converted = _converted_in(model)
     if not converted:
-        raise ValueError(f"`model` (={type(model).__name__}) has no converted blocks, so `back` must be False.")
+        raise ValueError(f"`model` (={describe_kind(model)}) has no converted blocks, so `back` must be False.")
     names = tuple(place_of(block).name for block in converted)
     for block in converted:
         restore_class(block)

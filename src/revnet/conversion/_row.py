@@ -1,7 +1,7 @@
 """Rows of converted blocks, and the place of a block in its row."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -10,6 +10,9 @@ from revnet.conversion._methods import AbstractMethod
 from revnet.conversion._scheme import Factors, Scheme
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractPolicy
+
+if TYPE_CHECKING:
+    from revnet.conversion._branches import Branch
 
 _UNKNOWN = nn.Identity()
 """Function of a half-block whose block has not been called yet."""
@@ -84,6 +87,7 @@ class Row:
         scheme = self.scheme
         if scheme is None:
             return ()
+        place.renew_branches()
         first = place.index * scheme.num_functions
         functions = enumerate(place.functions_of(scheme), first)
         return tuple([self._half_block(function, number, scheme) for number, function in functions])
@@ -113,7 +117,7 @@ class Place:
     block: nn.Module
     whole: WholeBlock
     """The computation of the original block."""
-    branches: tuple[nn.Module, ...] | None
+    branches: "tuple[Branch, ...] | None"
     """The branches of the block; None if blocks are whole."""
     policy: AbstractPolicy
     """Policy of the block."""
@@ -124,6 +128,14 @@ class Place:
     def name(self) -> str:
         """Name of the block."""
         return self.row.names[self.index]
+
+    def renew_branches(self) -> None:
+        """Take the modules that the block has now, which may have been replaced, as by an adapter around a module."""
+        if self.branches is not None and not all(branch.is_current(self.block) for branch in self.branches):
+            self.branches = tuple(
+                [branch if branch.is_current(self.block) else branch.renewed(self.block) for branch in self.branches]
+            )
+            self.is_checked = False
 
     def functions_of(self, scheme: Scheme) -> tuple[nn.Module, ...]:
         """Return the functions that the block runs, the same objects in each call."""

@@ -82,6 +82,7 @@ def run_block(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any], strea
             f"the stream of `{place.name}` (={describe_kind(x)}) must be a floating-point tensor, the first argument "
             f"of the block; convert the model back with `revnet.convert(model, back=True)`."
         )
+    place.renew_branches()
     scheme = place.row.scheme
     state = _state_for(place, x, is_plain=scheme is None)
     if state is None and scheme is None:
@@ -153,6 +154,8 @@ def _run_plain(place: Place, x: Tensor, args: tuple[Any, ...], kwargs: dict[str,
     assert place.row.factors is not None
     _, b, c = place.row.factors
     is_original = b == c == 1
+    if not is_original and not place.is_checked:
+        check_branches(place, x, (args, kwargs))
     is_plain = not torch.is_grad_enabled() or runs_plainly()
     policy = place.policy if isinstance(place.policy, AbstractModulePolicy) else Checkpoint()
     y = x
@@ -182,10 +185,28 @@ def _begin(place: Place, x: Tensor, scheme: Scheme) -> tuple[StreamState, list[T
 
 
 def _streams_of(place: Place, x: Tensor, state: StreamState) -> list[Tensor]:
-    """Return the streams in their order."""
+    """Return the streams in their order.
+
+    Raises:
+        ValueError: The gradient of the tensor that the block before returned is asked for, but passes it by.
+    """
+    if state.primary is not None and (x._backward_hooks or x.retains_grad):
+        what = "retains its gradient" if x.retains_grad else "has a backward hook"
+        raise ValueError(
+            f"the output of `{_before(place)}` {what}, but the gradient passes it by, because the stream that "
+            f"`{place.name}` reads is not this tensor: {_why_apart(state)}; look at the input of the first converted "
+            "block or at the output of the last one."
+        )
     primary, other = x if state.primary is None else state.primary, take_other(state)
     is_first = state.scheme.target_of(place.index * state.scheme.num_functions - 1) == 0
     return [primary, other] if is_first else [other, primary]
+
+
+def _why_apart(state: StreamState) -> str:
+    """Return why the tensor that a block returns is not its stream."""
+    if state.scheme.adapter is not None:
+        return "`Adapter` shows the host the mean of two streams"
+    return f"streams are wider than {state.input_dtype}"
 
 
 def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments: Arguments) -> Any:
@@ -215,6 +236,12 @@ def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments:
         y = y.to(state.input_dtype)
     if place.index + 1 < len(row.names):
         held = None if y is primary else primary
+        if held is not None and not is_plain and (place.block._backward_hooks or place.block._backward_pre_hooks):
+            raise ValueError(
+                f"`{place.name}` has a backward hook, which would not run, because the stream that the next block "
+                f"reads is not the tensor that this one returns: {_why_apart(state)}; put the hook on a module inside "
+                "the block."
+            )
         attach(y, StreamState(row, place.index + 1, scheme, other, held, state.input_dtype, run))
         _calls.returned = y
     return place.whole.wrap(y)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import describe_kind
+from revnet._torch_internals import forward_mode_level
 
 
 def check_real(x: Tensor, coupling: object) -> None:
@@ -30,3 +31,10 @@ def check_residual(x: Tensor, residual: Tensor, name: str) -> None:
             f"`{name}` returned {residual.dtype}, but the stream to which it is added is {x.dtype}, which would change "
             f"and could not be rebuilt; cast the stream up with `x.to({residual.dtype})`, or the residual down."
         )
+
+
+def is_differentiated(y: Tensor, residual: Tensor) -> bool:
+    """Return whether derivatives of an inverse may be needed, in reverse or in forward mode."""
+    if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
+        return True
+    return not torch.compiler.is_dynamo_compiling() and forward_mode_level() >= 0

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import in_functorch_transform
+
 _SHIFT = 8
 NUM_PARTS = 2**_SHIFT
 """A factor is a multiple of `1 / NUM_PARTS`."""
@@ -59,19 +61,19 @@ class ExactFactor:
     def combine(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the rounded product with the stream plus the rounded residual."""
         y: Tensor
-        y, _ = _Combine.apply(x, residual, self, False)
+        y, _ = _form(_Combine, _TracedCombine).apply(x, residual, self, False)
         return y
 
     def combine_keeping(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what `combine` returns, and the lowest bits of the stream, packed into bytes; None for no bits."""
         y: Tensor
         kept: Tensor | None
-        y, kept = _Combine.apply(x, residual, self, self.num_bits > 0)
+        y, kept = _form(_Combine, _TracedCombine).apply(x, residual, self, self.num_bits > 0)
         return y, kept
 
     def separate(self, y: Tensor, residual: Tensor) -> Tensor:
         """Undo `combine` if no bits are kept, so that the result can be differentiated."""
-        x: Tensor = _Separate.apply(y, residual, self)
+        x: Tensor = _form(_Separate, _TracedSeparate).apply(y, residual, self)
         return x
 
     def separate_kept(self, y: Tensor, residual: Tensor, kept: Tensor | None, *, in_place: bool) -> Tensor:
@@ -141,7 +143,14 @@ class ExactFactor:
             steps.neg_().add_(0)
 
 
-class _Combine(torch.autograd.Function):
+# Each function has two forms, because `torch.compile` cannot trace one that defines `jvp`.
+
+
+def _form(usual: Any, traced: Any) -> Any:
+    return traced if torch.compiler.is_dynamo_compiling() else usual
+
+
+class _TracedCombine(torch.autograd.Function):
     """Round and add; gradients are as for `a x + residual`."""
 
     @staticmethod
@@ -149,7 +158,10 @@ class _Combine(torch.autograd.Function):
         scale = 2.0**factor.fraction_bits
         steps, places = factor._round(x, keeps=keeps)
         factor._apply_sign(steps)
-        y = _from_steps(steps.add_(_steps(residual, steps.dtype, scale)), x.dtype, scale)
+        added = _steps(residual, steps.dtype, scale)
+        # `vmap` may have batched the residual alone, which then does not fit into the memory of the stream.
+        total = steps + added if in_functorch_transform() else steps.add_(added)
+        y = _from_steps(total, x.dtype, scale)
         if steps.dtype == torch.int64:
             # Integers know no NaN and no infinity, and wrap at 64 bits; plain arithmetic shows what left the range.
             fits = (x.abs() <= _MOST_STEPS / scale) & (residual.abs() <= _MOST_STEPS / scale)
@@ -168,7 +180,16 @@ class _Combine(torch.autograd.Function):
         return grads[0] * ctx.factor.value(grads[0].dtype), grads[0].to(ctx.dtype), None, None
 
 
-class _Separate(torch.autograd.Function):
+class _Combine(_TracedCombine):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        of_x, of_residual = tangents[:2]
+        return of_x * ctx.factor.value(of_x.dtype) + of_residual.to(of_x.dtype), None
+
+
+class _TracedSeparate(torch.autograd.Function):
     """Undo `_Combine`, if it keeps nothing; gradients are as for `(y - residual) / a`."""
 
     @staticmethod
@@ -184,6 +205,15 @@ class _Separate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         gradient = grads[0] / ctx.factor.value(grads[0].dtype)
         return gradient, -gradient.to(ctx.dtype), None
+
+
+class _Separate(_TracedSeparate):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        of_y, of_residual = tangents[:2]
+        return (of_y - of_residual.to(of_y.dtype)) / ctx.factor.value(of_y.dtype)
 
 
 def _scaled(x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from revnet._checks import describe
-from revnet.coupling._check import check_residual
+from revnet.coupling._check import check_residual, is_differentiated
 from revnet.coupling._exact_factor import MOST_PARTS, NUM_PARTS, ExactFactor
 from revnet.coupling._fixed_point import FixedPoint
 from revnet.coupling._on_grid import AbstractGridCoupling
@@ -123,7 +123,7 @@ class ExactScaled(AbstractGridCoupling):
             )
         if self._is_sum:
             return self._grid.inverse(y, residual, name, in_place=in_place)
-        if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
+        if is_differentiated(y, residual):
             check_residual(y, residual, name)
             return self.factor.separate(y, residual)
         return self.inverse_kept(y, residual, None, name, in_place=in_place)

@@ -21,7 +21,7 @@ from torch import Tensor
 from revnet._checks import check_bool, describe, is_integer
 from revnet._torch_internals import in_functorch_transform, is_jit_tracing
 from revnet.coupling._abstract import AbstractCoupling
-from revnet.coupling._check import check_real, check_residual
+from revnet.coupling._check import check_real, check_residual, is_differentiated
 
 _SIGNIFICAND_BITS = {torch.float32: 24, torch.float64: 53}
 
@@ -154,7 +154,7 @@ def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
 
 def _subtract_on_grid(y: Tensor, residual: Tensor, fraction_bits: int, *, in_place: bool) -> Tensor:
     """Undo `_add_on_grid`, exactly to the last bit."""
-    if torch.is_grad_enabled() and (y.requires_grad or residual.requires_grad):
+    if is_differentiated(y, residual):
         return _add_on_grid(y, -residual, fraction_bits)  # The inverse is being differentiated. Rounding is symmetric.
     scale = 2.0**fraction_bits
     steps = _grid_steps(residual, y.dtype, scale)

@@ -74,7 +74,9 @@ def reduce_parts(module: Any, kind: Kind, protocol: Any) -> tuple[str | Parts, P
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Return the class of a cache among the arguments of a block, which a second run of the block would change."""
-    for value in (*args, *kwargs.values()):
-        if any(base.__name__.endswith("Cache") for base in type(value).__mro__):
-            return type(value).__name__
-    return None
+    return next((type(value).__name__ for value in (*args, *kwargs.values()) if is_cache(value)), None)
+
+
+def is_cache(value: object) -> bool:
+    """Return whether an argument is a cache, as transformers passes it to the blocks."""
+    return any(base.__name__.endswith("Cache") for base in type(value).__mro__)
