@@ -37,6 +37,35 @@ def error(gradients, exact):
     return max(float((own.double() - right).norm() / right.norm()) for own, right in zip(gradients, exact, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_targets_of_small_integer_types(dtype):
+    """In uint8, -100 is 156."""
+    num_classes = 100 if dtype is torch.int8 else 200
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(num_classes, 4)
+    targets = torch.tensor([0, 1, 56, 98, 99, 99 if dtype is torch.int8 else 156], dtype=dtype)
+    actual = linear_cross_entropy(x, weight, targets)
+    expected = F.cross_entropy(x @ weight.T, targets.long())
+    assert_close(actual, expected, tolerance=1e-6)
+    assert_close(*[torch.autograd.grad(loss, x)[0] for loss in (actual, expected)], tolerance=1e-6)
+
+
+def test_autocast_leaves_double_precision_alone():
+    inputs, targets = make_inputs(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [loss(inputs, targets) for loss in (chunked, whole)]
+        second = [torch.autograd.grad(loss, inputs, create_graph=True) for loss in losses]
+    assert_close(*losses)
+    assert_close(*second)
+    x, weight, bias = inputs
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"`weight` has dtype torch\.float32, but"),
+    ):
+        linear_cross_entropy(x, weight.float(), targets, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"`bias` has dtype torch\.float64, but"):
+        linear_cross_entropy(x.float(), weight.float(), targets, bias=bias)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, NUM_ROWS, 1000])
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.1}, {"label_smoothing": 1.0}, {"ignore_index": 3}]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import revnet
-from revnet import Checkpoint, CheckpointError, FixedPoint, Offload, Reverse, Store, create_model, set_coupling
+from revnet import Checkpoint, CheckpointError, FixedPoint, Offload, Reverse, Store, convert, create_model, set_coupling
 from revnet.coupling import BDIA, ExactScaled, Scaled
 from revnet.models import NICE, Glow, RealNVP, ResNet, ReversibleTransformer, RevNet, UNet3d, from_pretrained
 from revnet.models.pretrained.hub_files import Download
@@ -80,6 +80,41 @@ def test_restores_what_was_changed_after_construction(tmp_path):
     assert loaded.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_keeps_pooling_and_dropout_of_the_head(tmp_path):
+    model = tiny()
+    model.drop_rate = 0.5
+    model.reset_classifier(5, "max")
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert (loaded.num_classes, loaded.global_pool, loaded.drop_rate) == (5, "max", 0.5)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(loaded(x), model.eval()(x))
+
+    model.reset_classifier(0, "")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(x), model(x))
+    assert from_pretrained(tmp_path, num_classes=3)(x).shape == (2, 3)
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (({"global_pool": "sum"}, "`global_pool`"), ({"drop_rate": "1"}, "`drop_rate`")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=rf"cannot be rebuilt: {message}"):
+            from_pretrained(tmp_path)
+
+
+def test_refuses_what_a_file_would_forget(tmp_path):
+    model = tiny()
+    model.prune_intermediate_layers([0])
+    with pytest.raises(ValueError, match="this RevNet has lost stages by `prune_intermediate_layers`"):
+        model.save_pretrained(tmp_path)
+    model = ReversibleTransformer(vocab_size=11, dim=8, depth=2, num_heads=2, max_length=8, form="stored")
+    convert(model, blocks="blocks.blocks")
+    with pytest.raises(ValueError, match=r"`blocks\.blocks\.0` is a converted block, which a file cannot describe"):
+        model.save_pretrained(tmp_path)
+    convert(model, back=True)
+    model.save_pretrained(tmp_path)
 
 
 def test_keeps_the_numbers_of_low_precision(tmp_path):

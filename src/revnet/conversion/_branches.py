@@ -1,10 +1,8 @@
 """The residual branches of a block, by the names of their modules."""
 
 import copy
-import functools
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from revnet._checks import describe
-from revnet.conversion._bodies import WholeBlock
+from revnet.conversion._bodies import Branch, WholeBlock
 from revnet.conversion._row import Place
 from revnet.engine._open_run import Arguments
 from revnet.engine._tensors import has_values
@@ -21,84 +19,6 @@ from revnet.nn._exchanged_class import is_cache
 Branches: TypeAlias = Sequence[Sequence[str] | str]
 _SLACK = 1e-2
 """Largest difference of the branches from the block, relative to what the block adds to its input."""
-
-
-class Branch(nn.Module):
-    """Modules of a block that run one after the other, as a residual function.
-
-    Args:
-        block: The block.
-        name: Name of the block.
-        path: Names of the modules.
-    """
-
-    def __init__(self, block: nn.Module, name: str, path: Sequence[str]):
-        super().__init__()
-        self.name = name
-        self._kind = type(block)
-        self._paths = [tuple(step.split(".")) for step in path]
-        self.steps = nn.ModuleList([block.get_submodule(step) for step in path])
-
-    def _get_name(self) -> str:
-        """Return the name of the block for error messages."""
-        return self.name
-
-    def is_current(self, block: nn.Module) -> bool:
-        """Return whether the modules are still the ones that `block` has by these names."""
-        for path, step in zip(self._paths, self.steps, strict=True):
-            module: nn.Module | None = block
-            for name in path:
-                module = None if module is None else module._modules.get(name)
-            if module is not step:
-                return False
-        return True
-
-    def renewed(self, block: nn.Module) -> "Branch":
-        """Return the branch with the modules that `block` has now.
-
-        Raises:
-            ValueError: The block has no module of a name.
-        """
-        (branch,) = make_branches(block, self.name, [[".".join(path) for path in self._paths]])
-        branch._kind = self._kind
-        return branch
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the modules. Each gets the arguments of the block whose names it knows."""
-        given = _named(self._kind, x, args, kwargs) if args or kwargs else {}
-        for step in self.steps:
-            output = step(x, **_known(type(step), given)) if given else step(x)
-            x = output[0] if isinstance(output, tuple | list) else output
-        return x
-
-
-def _named(kind: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a block by name, without the stream."""
-    bound = _signature(kind).bind(None, x, *args, **kwargs)
-    named: dict[str, Any] = {}
-    for number, (name, value) in enumerate(bound.arguments.items()):
-        way = bound.signature.parameters[name].kind
-        if way is inspect.Parameter.VAR_KEYWORD:
-            named |= value
-        elif number > 1 and way is not inspect.Parameter.VAR_POSITIONAL:
-            named[name] = value
-    return named
-
-
-def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    parameters = _signature(kind).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return given
-    names = list(parameters)[2:]
-    return {name: value for name, value in given.items() if name in names}
-
-
-def _signature_of(kind: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
-
-
-# Type checkers do not accept a class of modules as a key.
-_signature: Callable[[Any], inspect.Signature] = functools.lru_cache(maxsize=256)(_signature_of)
 
 
 def check_kind_of_branches(branches: Any) -> None:
@@ -126,16 +46,7 @@ def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Bran
         steps = path.split() if isinstance(path, str) else path
         if not isinstance(steps, Sequence) or not steps or not all(isinstance(step, str) for step in steps):
             raise TypeError(f"`branches` holds {describe(path)}, which must be names of modules of a block.")
-        for step in steps:
-            try:
-                block.get_submodule(step)
-            except AttributeError:
-                names = ", ".join(child for child, _ in block.named_children())
-                raise ValueError(
-                    f"`branches` names {step!r}, which `{name}` (={type(block).__name__}) does not have; it "
-                    f"has {names}."
-                ) from None
-        made.append(Branch(block, name, steps))
+        made.append(Branch(block, type(block), name, steps))
     return tuple(made)
 
 

@@ -15,7 +15,7 @@ from revnet.conversion._row import Place
 from revnet.conversion._run_block import call_block, refuse_export, run_block
 from revnet.engine._tracing import CannotCompileError
 from revnet.nn import AbstractPolicy, HasPolicies, PolicyUnit, Reverse
-from revnet.nn._exchanged_class import derived_class, exchange_class, reduce_parts
+from revnet.nn._exchanged_class import ORIGINAL_CLASS, derived_class, exchange_class, reduce_parts
 from revnet.nn.blocks._blocks_in_runs import BlockInRun, RunsBlocks
 from revnet.nn.policies._has_policies import broadcast_policy
 
@@ -115,7 +115,7 @@ def new_converted(kind: type[nn.Module]) -> nn.Module:
 
 def converted_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `kind` whose instances are converted; the same one in each call."""
-    return derived_class(kind, Converted, "_original_class", _body_of)
+    return derived_class(kind, Converted, ORIGINAL_CLASS, _body_of)
 
 
 def _body_of(kind: type[nn.Module]) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """Rows of converted blocks, and the place of a block in its row."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from revnet.conversion._bodies import WholeBlock
+from revnet.conversion._bodies import Branch, WholeBlock
 from revnet.conversion._methods import AbstractMethod
 from revnet.conversion._scheme import Factors, Scheme
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractPolicy
-
-if TYPE_CHECKING:
-    from revnet.conversion._branches import Branch
 
 _UNKNOWN = nn.Identity()
 """Function of a half-block whose block has not been called yet."""
@@ -117,7 +114,7 @@ class Place:
     block: nn.Module
     whole: WholeBlock
     """The computation of the original block."""
-    branches: "tuple[Branch, ...] | None"
+    branches: tuple[Branch, ...] | None
     """The branches of the block; None if blocks are whole."""
     policy: AbstractPolicy
     """Policy of the block."""

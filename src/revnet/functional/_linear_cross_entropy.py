@@ -88,7 +88,8 @@ def linear_cross_entropy(
         raise ValueError(f"`ignore_index` (={describe(ignore_index)}) must fit into 64 bits, as targets do; use -100.")
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    rows, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    # In a small integer type, `ignore_index` would be another class: -100 is 156 in uint8.
+    rows, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1).long()
     options = ignore_index, float(label_smoothing)
     if not torch.compiler.is_compiling() and (in_functorch_transform() or forward_mode_level() >= 0):
         total = _total_of_logits(rows, weight, bias, targets, *options)
@@ -135,7 +136,7 @@ class _ChunkedTotal(torch.autograd.Function):
         options = ignore_index, label_smoothing
         total, *gradients = _chunked_total(x, weight, bias, targets, *options, size, ctx.needs_input_grad[:3])
         ctx.options = options
-        ctx.autocast = _autocast_dtype(x.device.type)
+        ctx.autocast = _autocast_dtype(x)
         # The inputs are for second derivatives. The layer before needs `x` anyway.
         ctx.save_for_backward(x, weight, bias, targets, *gradients)
         # Until PyTorch 2.11, `torch.compile` loses the gradient of a result that was written in place.
@@ -166,7 +167,7 @@ def _chunked_total(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the sum of the losses and its gradients by `x`, `weight` and `bias`, where they are needed."""
-    dtype = _autocast_dtype(x.device.type) or x.dtype
+    dtype = _autocast_dtype(x) or x.dtype
     precise = torch.promote_types(x.dtype, torch.float32)
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -177,7 +178,7 @@ def _chunked_total(
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
         counts = (targets != ignore_index)[:, None]
-        classes = targets[:, None].masked_fill(~counts, 0).long()
+        classes = targets[:, None].masked_fill(~counts, 0)
         grad_parts = repeat(None) if grad_x is None else grad_x.split(size)
         parts = x.split(size), classes.split(size), counts.to(precise).split(size), grad_parts
         for part, labels, weights, grad_part in zip(*parts, strict=False):
@@ -246,9 +247,10 @@ def _total_of_logits(
     )
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Return the data type of autocast, or None if it is off."""
-    if has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the data type to which autocast converts `x`, or None if it is off or leaves `x` alone."""
+    device_type = x.device.type
+    if x.dtype is not torch.float64 and has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -281,7 +283,7 @@ def check_features(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Non
     for name, tensor in given.items():
         check_tensor(name, tensor)
         check_floating(name, tensor)
-        if tensor.dtype != x.dtype and _autocast_dtype(x.device.type) is None:
+        if tensor.dtype != x.dtype and (_autocast_dtype(x) is None or tensor.dtype is torch.float64):
             raise TypeError(
                 f"`{name}` has dtype {tensor.dtype}, but `x` has {x.dtype}; convert one of them, or use autocast."
             )

@@ -1,14 +1,14 @@
 """The interface of image classifiers: a backbone, pooling and a head, with timm's names."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revnet._checks import check_bool, check_choice
+from revnet._checks import check_bool, check_choice, check_share
 from revnet.models._backbone import AbstractBackbone, select_maps
 from revnet.models._checks import check_images, check_num_classes
 from revnet.models.pretrained.mixin import HubMixin
@@ -44,6 +44,24 @@ class AbstractImageClassifier(AbstractBackbone, HubMixin):
     """Pooling before the head: "avg", "max", or "" for none."""
     drop_rate: float = 0.0
     """Share of pooled features that are dropped in training, before the head."""
+
+    _is_pruned: bool = False
+    """Whether `prune_intermediate_layers` has removed stages or the norm."""
+
+    def _changes(self) -> dict[str, Any]:
+        if self._is_pruned:
+            raise ValueError(
+                f"this {type(self).__name__} has lost stages by `prune_intermediate_layers`, which a file cannot "
+                "describe; save the state dict, or the whole network before it is pruned."
+            )
+        usual = {"global_pool": "avg", "drop_rate": 0.0}
+        return {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+
+    def _apply_changes(self, config: Mapping[str, Any]) -> None:
+        global_pool, drop_rate = (config.get(name, getattr(self, name)) for name in ("global_pool", "drop_rate"))
+        check_global_pool(global_pool, self.num_classes)
+        check_share(drop_rate=drop_rate)
+        self.global_pool, self.drop_rate = global_pool, float(drop_rate)
 
     @property
     def in_chans(self) -> int:
@@ -138,6 +156,7 @@ class AbstractImageClassifier(AbstractBackbone, HubMixin):
         num_removed = self._keep_stages(max(wanted))
         if num_removed or prune_norm:
             self.norm = nn.Identity()
+            self._is_pruned = True
         if num_removed or prune_head:
             self.reset_classifier(0, "")
         if num_removed:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 Kind = type[nn.Module]
+ORIGINAL_CLASS = "_original_class"
+"""Attribute of the class of a converted block that holds the class before."""
 Parts = tuple[Any, ...]
 
 
@@ -80,3 +82,8 @@ def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 def is_cache(value: object) -> bool:
     """Return whether an argument is a cache, as transformers passes it to the blocks."""
     return any(base.__name__.endswith("Cache") for base in type(value).__mro__)
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Return whether `revnet.convert` has replaced the class of a module."""
+    return ORIGINAL_CLASS in vars(type(module))

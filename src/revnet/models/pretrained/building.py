@@ -112,6 +112,7 @@ def build_network(
         network = network_type(**{**checked, **arguments})
         given = {_KINDS_OF[name] for name in _KINDS_OF if arguments.get(name) is not None}
         apply_structure(network, {key: value for key, value in pretrained.config.items() if key not in given})
+        cast("Any", network)._apply_changes(pretrained.config)
         return network
 
     outline = _explained(lambda: build_outline(make, tensors), pretrained)

@@ -68,6 +68,21 @@ class HubMixin:
             if (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
                 _CLASSES[cls.__name__] = cls
 
+    def _changes(self) -> dict[str, Any]:
+        """Return attributes that were changed after construction, as entries of `config.json`.
+
+        Raises:
+            ValueError: A change cannot be written.
+        """
+        return {}
+
+    def _apply_changes(self, config: Mapping[str, Any]) -> None:
+        """Take the attributes that `_changes` has returned from `config.json`, which may come from a stranger.
+
+        Raises:
+            TypeError, ValueError: They do not fit.
+        """
+
     @classmethod
     def from_pretrained(
         cls,
@@ -258,7 +273,7 @@ def describe_model(network: HubMixin) -> dict[str, Any]:
             arguments.update(value)
         else:
             arguments[name] = value
-    return describe_network(cast("nn.Module", network), network_type.__name__, arguments)
+    return describe_network(cast("nn.Module", network), network_type.__name__, arguments) | network._changes()
 
 
 def remember(network: HubMixin, pretrained: Pretrained) -> None:
@@ -310,7 +325,9 @@ def _build(
     remember(network, pretrained)
     if num_classes is not None:
         network.pretrained_config = _without_labels(network.pretrained_config)
-        network.reset_classifier(num_classes)
+        # A network that was saved without a head may have no pooling, which a head needs.
+        pooling = {"global_pool": "avg"} if num_classes and getattr(network, "global_pool", None) == "" else {}
+        network.reset_classifier(num_classes, **pooling)
         network.eval()
     return network.to(device)
 

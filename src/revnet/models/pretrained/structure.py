@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from revnet._checks import describe
 from revnet.coupling import BDIA, AbstractCoupling, Additive, Affine, ExactScaled, FixedPoint, Momentum, Scaled
 from revnet.nn import BatchNorm2dBiased, BatchNorm2dUnbiased, ReversibleBlock, ReversibleSequential
+from revnet.nn._exchanged_class import is_converted
 from revnet.nn._whole_model import HAS_COUPLING, policy_holders
 from revnet.nn.policies._plain_policy import describe_policy, read_policy
 
@@ -51,8 +52,14 @@ def describe_structure(model: nn.Module) -> dict[str, Any]:
     A policy that only Python can express, such as a class of your own, is left out: it changes memory, not outputs.
 
     Raises:
-        ValueError: A block has a coupling of your own, which changes the outputs.
+        ValueError: A block has a coupling of your own, or is converted, which changes the outputs.
     """
+    converted = next((name for name, module in model.named_modules() if is_converted(module)), None)
+    if converted is not None:
+        raise ValueError(
+            f"`{converted}` is a converted block, which a file cannot describe; save the state dict and convert the "
+            "model that loads it, or convert this one back with `revnet.convert(model, back=True)`."
+        )
     policies = {
         unwrapped(name): [describe_policy(policy) for policy in holder.policies]
         for name, holder in policy_holders(model).items()
