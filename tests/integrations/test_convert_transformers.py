@@ -101,6 +101,33 @@ def test_own_checkpointing_is_refused():
         revnet.convert(model, Rewire(), blocks="transformer.h")
 
 
+def _method(model):
+    return model.transformer.h[0]._conversion_place.row.method
+
+
+def test_callback_sets_the_method_of_the_weights():
+    """Of the update from which a run resumes, of the last one, or of the best one, if that is loaded."""
+    pytest.importorskip("accelerate")
+    from revnet.transformers import ConversionCallback
+
+    model = _gpt2()
+    schedule = ConversionSchedule(Consistent(0), Consistent(0.5), num_updates=10)
+    revnet.convert(model, schedule.start, blocks="transformer.h")
+    callback, control = ConversionCallback(schedule), transformers.TrainerControl()
+    state = transformers.TrainerState(global_step=4)
+    callback.on_train_begin(transformers.TrainingArguments(use_cpu=True), state, control, model=model)
+    assert _method(model).a == 0.2
+    state.global_step = 10
+    callback.on_train_end(transformers.TrainingArguments(use_cpu=True), state, control, model=model)
+    assert _method(model).a == 0.5
+    state.best_global_step = 6
+    arguments = transformers.TrainingArguments(
+        use_cpu=True, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_steps=2
+    )
+    callback.on_train_end(arguments, state, control, model=model)
+    assert _method(model).a == 0.3
+
+
 @pytest.mark.slow
 def test_trainer_callback_follows_the_schedule(tmp_path):
     pytest.importorskip("accelerate")
@@ -109,11 +136,14 @@ def test_trainer_callback_follows_the_schedule(tmp_path):
     model = _gpt2()
     schedule = ConversionSchedule(Consistent(0, None), Consistent(0.5, None), num_updates=2)
     revnet.convert(model, schedule.start, blocks="transformer.h")
-    seen = []
+    seen, after = [], []
 
     class Watch(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append(_method(kwargs["model"]).a)
+
         def on_step_end(self, args, state, control, **kwargs):
-            seen.append(kwargs["model"].transformer.h[0]._conversion_place.row.method.a)
+            after.append(_method(kwargs["model"]).a)
 
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
@@ -125,6 +155,7 @@ def test_trainer_callback_follows_the_schedule(tmp_path):
     )
     trainer.train()
     assert seen == [0.0, 0.25, 0.5, 0.5]
+    assert after == [0.25, 0.5, 0.5, 0.5]
     assert list(drift.measured) == [1, 2, 3]  # Before, nothing is rebuilt.
     for measured in drift.measured.values():
         assert [block.name for block in measured.blocks] == [f"transformer.h.{index}" for index in range(4)]
@@ -163,3 +194,55 @@ def test_lightning_callback_follows_the_schedule(tmp_path):
     assert module.seen == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5]
     with pytest.raises(TypeError, match=r"`schedule` \(=1\) must be a `ConversionSchedule`"):
         ConversionCallback(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning", "ignore:.*does not have many workers")
+def test_lightning_callback_sets_the_method_of_the_weights(tmp_path):
+    """In validation, after training, and for weights from a checkpoint."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from revnet.lightning import ConversionCallback
+    from tests.conversion.hosts import Host
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.host, self.seen = Host(3), []
+            revnet.convert(self.host.blocks, Consistent(0))
+
+        def method(self):
+            return self.host.blocks[0]._conversion_place.row.method.a
+
+        def training_step(self, batch, _):
+            return self.host(batch).square().mean()
+
+        def validation_step(self, batch, _):
+            self.seen.append(self.method())
+
+        test_step = predict_step = validation_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def make_trainer(**options):
+        schedule = ConversionSchedule(Consistent(0), Consistent(0.5), num_updates=4)
+        saving = lightning.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+        return lightning.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path, callbacks=[ConversionCallback(schedule), saving], **options,
+        )  # fmt: skip
+
+    batches = torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=2)
+    one = torch.utils.data.DataLoader(torch.randn(2, 4), batch_size=2)
+    module, trainer = Module(), make_trainer(max_epochs=1, val_check_interval=1)
+    trainer.fit(module, batches, one)
+    # Of the sanity check, and after each update.
+    assert module.seen == [0, 0.125, 0.25, 0.375, 0.5]
+    assert module.method() == 0.5
+    trainer.test(module, one, ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+    assert module.seen[-1] == 0.25
+
+    module, trainer = Module(), make_trainer()
+    trainer.validate(module, one, verbose=False)
+    assert module.seen == [0], "without a checkpoint, the callback does not know the weights"
+    trainer.predict(module, one, ckpt_path=tmp_path / "step=4.ckpt")
+    assert module.seen == [0, 0.5]

@@ -188,6 +188,8 @@ def test_refuses_what_a_cache_cannot_do():
         model(tokens, position_ids=torch.arange(12)[None] % 6, use_cache=True)
     with torch.no_grad():
         cache = model(tokens, use_cache=True)[CACHE]
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="must go on where the tokens in"):
+        model(tokens[:, :2], position_ids=torch.tensor([[20, 21]]), **{CACHE: cache})
     with torch.no_grad(), pytest.raises(ValueError, match=r"`attention_mask` has shape \(3, 5\)"):
         model(tokens[:, :5], attention_mask=torch.ones(3, 5), **{CACHE: cache})
 

@@ -31,7 +31,7 @@ def find_positions(attention_mask: Tensor, position_ids: Tensor | None, num_new:
     Args:
         attention_mask: (B, P + T), 1 where a token is real and 0 where it is padding, for P tokens in a cache and T new
             ones.
-        position_ids: (B, T) or (1, T), as in `find_order`.
+        position_ids: (B, T) or (1, T), as in `find_order`. After tokens in a cache, they must go on where these end.
         num_new: T.
 
     Returns:
@@ -39,18 +39,27 @@ def find_positions(attention_mask: Tensor, position_ids: Tensor | None, num_new:
 
     Raises:
         ValueError: The mask has other values.
-        NotImplementedError: The positions of a row do not count up by one.
+        NotImplementedError: The positions of a row do not count up by one, or do not follow the ones in the cache.
     """
     mask = attention_mask != 0
     shape = len(mask), num_new
     new = mask[:, -num_new:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:]
     facts = [mask.all(), ((attention_mask == 0) | (attention_mask == 1)).all()]
     if position_ids is not None:
         order = torch.argsort((~new).to(torch.uint8), dim=1, stable=True)
         facts.append(_count_up(position_ids, new, order, shape))
-    are_all_real, *are_valid = torch.stack([fact.to(mask.device) for fact in facts]).tolist()
-    _check_facts(are_valid[0], are_valid[-1])
-    return None if are_all_real else (mask, (mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:])
+        follow = (position_ids == positions) | ~new
+        facts.append(follow.all() if mask.shape[1] > num_new else torch.ones_like(facts[0]))
+    are_all_real, is_valid, *are_valid = torch.stack([fact.to(mask.device) for fact in facts]).tolist()
+    do_count_up, do_follow = are_valid or (True, True)
+    _check_facts(is_valid, do_count_up)
+    if not do_follow:
+        raise NotImplementedError(
+            "`position_ids` must go on where the tokens in `past_key_values` end, counted over the real tokens of "
+            "`attention_mask`; leave `position_ids` out."
+        )
+    return None if are_all_real else (mask, positions)
 
 
 def find_order(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> TokenOrder | None:
