@@ -127,6 +127,12 @@ def reversible():
     return model
 
 
+def with_policies_of_the_class():
+    model = host()
+    model.blocks = revnet.create_model("resnet32").stages[0]
+    return model
+
+
 def shared():
     model = host()
     model.blocks[2] = model.blocks[1]
@@ -179,7 +185,12 @@ def overlapping():
 @pytest.mark.parametrize(
     ("make", "options", "match"),
     [
-        (with_policies, {}, r"`blocks\.0` \(=Block\) has a policy"),
+        (with_policies, {}, r"`blocks\.0` \(=Block\) has a policy, .* `revnet.nn.remove_policies`"),
+        (
+            with_policies_of_the_class,
+            {},
+            r"`blocks\.\d` \(=.*\) has a policy, .* set its policy with `revnet.set_policy`",
+        ),
         (with_own_forward, {}, r"`blocks\.1` \(=Block\) has a `forward` that was set on the block itself"),
         (converted, {}, r"`blocks\.0` \(=Block\) is converted already"),
         (reversible, {}, r"`blocks\.1` \(=ReversibleBlock\) is reversible already"),

@@ -108,6 +108,14 @@ def test_one_bucket_equals_full_attention(T, is_causal):
     assert_close(actual, scores.softmax(-1) @ v, tolerance=1e-10)
 
 
+def test_no_tokens():
+    qk, v = (tensor[:, :, :0].requires_grad_() for tensor in random_inputs(4))
+    y = lsh_attention(qk, v)
+    assert y.shape == v.shape
+    gradients = torch.autograd.grad(y.sum(), (qk, v))
+    assert [gradient.shape for gradient in gradients] == [qk.shape, v.shape]
+
+
 def test_more_rounds_miss_less():
     """The weight that full attention gives to missed keys decreases."""
     qk, _ = random_inputs(256, B=1, H=1, D=8)

@@ -264,7 +264,7 @@ def drawn(**options):
 def test_top_k_and_top_p():
     assert drawn() == {0, 1, 2, 3}
     assert drawn(temperature=0) == {1}
-    assert drawn(temperature=0.01) == {1}
+    assert drawn(temperature=0.01) == drawn(temperature=1e-300) == {1}
     assert drawn(top_k=2) == {1, 2}
     assert drawn(top_k=9) == {0, 1, 2, 3}
     # The probabilities are 0.61, 0.22, 0.08 and 0.03 by rank: the second is needed for 0.7, the third for 0.9.
@@ -272,6 +272,13 @@ def test_top_k_and_top_p():
     assert drawn(top_p=0.7) == {1, 2}
     assert drawn(top_p=0.9) == {0, 1, 2}
     assert drawn(top_p=1.0) == {0, 1, 2, 3}
+
+
+def test_logits_that_are_not_finite_draw_nothing():
+    model = make(vocab_size=4)
+    model.head = Fixed([0.0, float("nan"), 1.0, -1.0])
+    with pytest.raises(ValueError, match="logits that are NaN or infinite, so no token can be drawn; its weights have"):
+        model.generate(torch.zeros(2, 1, dtype=torch.long), 1)
 
 
 @causal_options

@@ -11,6 +11,7 @@ from revnet._checks import describe
 from revnet.conversion._converted import is_converted
 from revnet.conversion._host_switches import checkpoints_itself
 from revnet.nn.blocks._abstract_reversible import AbstractReversible
+from revnet.nn.policies._added_policy import AddedPolicy
 from revnet.nn.policies._has_policies import HasPolicies
 
 _STRIDES = ("stride", "dilation")
@@ -71,10 +72,10 @@ def check_block(name: str, block: nn.Module) -> None:
     if isinstance(block, AbstractReversible):
         raise ValueError(f"`{name}` (={kind}) is reversible already; convert ordinary residual blocks.")
     if isinstance(block, HasPolicies):
-        raise ValueError(
-            f"`{name}` (={kind}) has a policy, which would run it a second time; take it away with "
-            "`revnet.nn.remove_policies` before."
-        )
+        way_out = "take it away with `revnet.nn.remove_policies` before"
+        if not isinstance(block, AddedPolicy):
+            way_out = "set its policy with `revnet.set_policy` instead of converting it, or convert other blocks"
+        raise ValueError(f"`{name}` (={kind}) has a policy, which would run it a second time; {way_out}.")
     if isinstance(block, torch.jit.ScriptModule):
         raise TypeError(f"`{name}` (={kind}) is scripted, so its class is fixed; convert the model before scripting.")
     if kind == "OptimizedModule":

@@ -11,7 +11,8 @@ def check_real(x: Tensor, coupling: object) -> None:
     """Raise if the stream `x` is complex, for a coupling that needs real ones."""
     if x.is_complex():
         raise TypeError(
-            f"`x` has dtype {x.dtype}, but {coupling} needs real streams; use `Additive()` for complex ones."
+            f"`x` has dtype {x.dtype}, but {coupling} needs real streams; use `Additive()` for complex ones, or "
+            "`fraction_bits=None` in a method of conversion."
         )
 
 

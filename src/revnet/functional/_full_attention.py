@@ -37,7 +37,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
 
     Raises:
         TypeError: An argument is not of the type in the signature.
-        ValueError: A tensor has another number of dimensions, or `mask` has another shape.
+        ValueError: The shapes do not fit each other, or there are more queries than keys with `is_causal` or a `mask`.
 
     References:
         Vaswani et al. (2017), Attention Is All You Need, section 3.2.1.
@@ -45,6 +45,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     check_per_head(q=q, k=k, v=v)
     check_bool(is_causal=is_causal)
     check_mask(mask, (q.shape[0], k.shape[-2]), takes_documents=True)
+    _check_shapes(q.shape, k.shape, v.shape, needs_positions=is_causal or mask is not None)
     T, S = q.shape[-2], k.shape[-2]
     if mask is None and (T == S or not is_causal):
         return _dot_product(q, k, v, is_causal=is_causal)
@@ -55,6 +56,20 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
         by_rows: Tensor = _AttentionByRows.apply(q, k, v, mask, is_causal)
         return by_rows
     return _attend(q, k, v, None if mask is None else mask[:, S - T :], mask, S - T, is_causal)
+
+
+def _check_shapes(q: torch.Size, k: torch.Size, v: torch.Size, *, needs_positions: bool) -> None:
+    if v[:3] != k[:3]:
+        raise ValueError(f"`v` has shape {tuple(v)}, but must have the batch, heads and tokens of `k`, {tuple(k[:3])}.")
+    if (q[0], q[3]) != (k[0], k[3]):
+        raise ValueError(f"`k` has shape {tuple(k)}, but must have the batch and features of `q`, {tuple(q)}.")
+    if q[1] % max(1, k[1]):
+        raise ValueError(f"`k` has {k[1]} heads, which must divide the {q[1]} heads of `q`.")
+    if needs_positions and q[2] > k[2]:
+        raise ValueError(
+            f"`q` has {q[2]} tokens, but `k` has only {k[2]}, of which the queries are the last ones; pass the keys of "
+            "all of them."
+        )
 
 
 def _dot_product(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

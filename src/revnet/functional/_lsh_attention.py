@@ -98,6 +98,8 @@ def lsh_attention(
     check_mask(mask, (qk.shape[0], qk.shape[-2]))
     check_generator(generator)
     T = qk.shape[-2]
+    if T == 0:  # There are no buckets.
+        return v + qk.sum().to(v.dtype)
     num_bits = max(0, round(math.log2((T if max_length is None else max_length) / bucket_size)))
     rounds = [
         _sort(buckets, min(2 * bucket_size, T), is_causal)

@@ -11,6 +11,10 @@ from revnet._checks import check_count, describe, is_number
 
 _MOST_NEW = 1_000_000
 """Largest number of tokens that one call generates."""
+_SMALL = 1e-6
+"""Temperature below which a quotient could be infinite, so that the largest logit is moved to 0 first."""
+_LEAST = torch.finfo(torch.float32).tiny
+"""Least temperature, which float32 can hold."""
 
 
 def check_sampling(num_new: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -30,6 +34,8 @@ def draw_tokens(
     """Draw a token for each row of the logits, (B, vocab_size), and return them, (B, 1)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    if temperature < _SMALL:
+        logits, temperature = logits - logits.amax(-1, keepdim=True), max(temperature, _LEAST)
     values, order = (logits / temperature).sort(-1, descending=True)
     if top_k is not None:
         values[:, top_k:] = -math.inf
@@ -38,7 +44,15 @@ def draw_tokens(
         # The token that reaches the sum is kept, so the most likely token is always kept.
         sum_before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(sum_before >= top_p, 0)
-    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
+    try:
+        return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
+    except RuntimeError:
+        if bool(probabilities.isfinite().all()):
+            raise
+        raise ValueError(
+            "the model computed logits that are NaN or infinite, so no token can be drawn; its weights have diverged, "
+            "or its precision is too low."
+        ) from None
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -38,3 +39,25 @@ def test_full_attention_equals_multihead_attention():
         other.out_proj.weight.copy_(module.project.weight)
     assert_close(module(x), other(x, x, x, need_weights=False)[0], tolerance=1e-12)
     assert repr(module).startswith("FullAttention(\n  num_heads=2, is_causal=False")
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "options", "message"),
+    [
+        ((2, 4, 5, 8), (2, 4, 5, 8), (2, 4, 3, 8), {}, r"`v` has shape \(2, 4, 3, 8\), but must have the batch, heads"),
+        (
+            (2, 4, 5, 8),
+            (2, 4, 5, 6),
+            (2, 4, 5, 8),
+            {},
+            r"`k` has shape \(2, 4, 5, 6\), but must have the batch and fea",
+        ),
+        ((2, 4, 5, 8), (3, 4, 5, 8), (3, 4, 5, 8), {}, r"`k` has shape \(3, 4, 5, 8\), but must have the batch"),
+        ((2, 4, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), {}, "`k` has 3 heads, which must divide the 4 heads of `q`"),
+        ((2, 4, 5, 8), (2, 4, 3, 8), (2, 4, 3, 8), {"is_causal": True}, "`q` has 5 tokens, but `k` has only 3"),
+        ((2, 4, 5, 8), (2, 4, 3, 8), (2, 4, 3, 8), {"mask": torch.ones(2, 3).bool()}, "`q` has 5 tokens, but"),
+    ],
+)
+def test_rejects_shapes_that_do_not_fit(q, k, v, options, message):
+    with pytest.raises(ValueError, match=message):
+        full_attention(torch.ones(q), torch.ones(k), torch.ones(v), **options)
