@@ -18,7 +18,7 @@ from revnet import (
     list_models,
     set_coupling,
 )
-from revnet.models import UNet3d
+from revnet.models import ReversibleEncoderDecoder, ReversibleTransformer, UNet3d
 from tests.helpers import CASE, REVERSIBLE_MODELS, assert_close, model_input
 
 POLICIES = {"reverse": Reverse(), "checkpoint": Checkpoint(), "offload": Offload(), "store": Store()}
@@ -121,6 +121,41 @@ def test_densities_have_a_dynamic_batch(name):
     for batch in (1, 7):
         x = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
         assert_close(program.module()(x), module(x))
+
+
+@traces
+@pytest.mark.parametrize("strict", [False, True, None], ids=["export", "strict", "trace"])
+def test_language_model_that_computes_in_chunks_has_a_dynamic_length(strict):
+    model = ReversibleTransformer(vocab_size=9, dim=8, depth=2, num_heads=2, max_length=32, ff_chunks=3).eval()
+    tokens = torch.randint(9, (2, 10))
+    shapes = ({0: Dim("batch", min=2), 1: Dim("length", min=2, max=32)},)
+    if strict is None:
+        program = torch.jit.trace(model, tokens)
+    else:
+        program = export(model, (tokens,), dynamic_shapes=shapes, strict=strict).module()
+    for shape in ((2, 10), (3, 17), (5, 4)):
+        tokens = torch.randint(9, shape)
+        assert_close(program(tokens), model(tokens), tolerance=1e-5)  # in float32
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_encoder_and_decoder_have_a_dynamic_batch(strict):
+    model = ReversibleEncoderDecoder(
+        vocab_size=9, dim=8, encoder_depth=1, decoder_depth=1, num_heads=2, max_length=16
+    ).eval()
+    tokens = torch.randint(9, (2, 5)), torch.randint(9, (2, 4))
+    batch = Dim("batch", min=2)
+    program = export(model, tokens, dynamic_shapes=({0: batch}, {0: batch}), strict=strict).module()
+    tokens = torch.randint(9, (7, 5)), torch.randint(9, (7, 4))
+    assert_close(program(*tokens), model(*tokens), tolerance=1e-5)
+
+
+def test_volumes_have_dynamic_sides():
+    model = UNet3d(in_channels=1, num_classes=2, widths=(4, 8)).eval()
+    sides = {axis: 2 * Dim(f"half{axis}", min=2) for axis in (2, 3, 4)}
+    program = export(model, (torch.randn(1, 1, 8, 12, 16),), dynamic_shapes=(sides,), strict=True).module()
+    x = torch.randn(1, 1, 16, 8, 12)
+    assert_close(program(x), model(x), tolerance=1e-4)
 
 
 def own_inputs(name):

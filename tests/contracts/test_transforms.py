@@ -5,7 +5,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
-from revnet import ReversibleBlock, ReversibleSequential
+from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
 from tests.helpers import (
     CASE,
     all_cases,
@@ -60,6 +60,50 @@ def test_reverse_mode_of_torch_func_raises(transform):
         transform(sequence, x)
     loss = squares(sequence(x))  # The error has no lasting effect.
     loss.backward()
+
+
+def test_saved_tensor_hooks_that_the_user_disables_raise_with_the_reason():
+    sequence, x = CASE["mlp"].sequence(2), CASE["mlp"].input()
+    with (
+        torch.autograd.graph.disable_saved_tensors_hooks("not in this part"),
+        pytest.raises(RuntimeError, match=r"are disabled \(not in this part\); call it outside of `torch.autograd.gra"),
+    ):
+        sequence(x)
+    squares(sequence(x)).backward()
+
+
+class Energy(nn.Module):
+    """A residual that is the gradient of an energy."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(3, 3), how
+
+    def forward(self, x):
+        def energy(x):
+            return self.linear(x).tanh().square().sum()
+
+        if self.how == "func":
+            return torch.func.grad(energy)(x)
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.requires_grad_()
+            return torch.autograd.grad(energy(x), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), Reverse(hold=True)], ids=str)
+def test_torch_func_inside_a_function_raises_and_torch_autograd_does_not(policy):
+    blocks = [ReversibleBlock(Energy("func"), Energy("func")) for _ in range(2)]
+    sequence, x = ReversibleSequential(*blocks, policy=policy), torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match=r"a residual function .* uses `torch.func.grad`, .* use `torch.autograd"):
+        sequence(x)
+    gradients = []
+    for how, chosen in (("autograd", policy), ("func", Store())):
+        set_policy(sequence, chosen)
+        for function in (function for block in blocks for function in (block.f, block.g)):
+            function.how = how
+        gradients.append(torch.autograd.grad(squares(sequence(x)), list(sequence.parameters())))
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["conv", "mlp", "split-batch", "tied", "transposed"])

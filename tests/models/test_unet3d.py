@@ -226,3 +226,14 @@ def test_one_level_accepts_any_size():
 def test_rejects_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_model_takes_volumes_of_several_sizes():
+    torch._dynamo.reset()
+    model = UNet3d(in_channels=1, num_classes=2, widths=(4, 8)).double().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for shape in ((2, 1, 8, 8, 8), (1, 1, 12, 8, 8), (2, 1, 8, 8, 8)):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_close(compiled(x), model(x))
+    torch._dynamo.reset()

@@ -166,9 +166,20 @@ def test_minimizing_the_penalty_lowers_the_amplification():
             TypeError,
             r"`sequence` \(=ReversibleBlock\) must be a Reversible",
         ),
-        (lambda m, x: conditioning_penalty(m, x, forward_weight=-1), ValueError, r"`forward_weight` \(=-1\) must be 0"),
-        (lambda m, x: conditioning_penalty(m, x, inverse_weight=-1), ValueError, r"`inverse_weight` \(=-1\) must be 0"),
-        (lambda m, x: conditioning_penalty(m, x, step=0), ValueError, r"`step` \(=0\) must be above 0"),
+        (
+            lambda m, x: conditioning_penalty(m, x, forward_weight=-1),
+            ValueError,
+            r"`forward_weight` \(=-1\) must be",
+        ),
+        (
+            lambda m, x: conditioning_penalty(m, x, inverse_weight=-1),
+            ValueError,
+            r"`inverse_weight` \(=-1\) must be",
+        ),
+        (lambda m, x: conditioning_penalty(m, x, inverse_weight="x"), ValueError, r"`inverse_weight` \(='x'\) must be"),
+        (lambda m, x: conditioning_penalty(m, x, step=0), ValueError, r"`step` \(=0\) must be a positive number"),
+        (lambda m, x: conditioning_penalty(m, x, step="a"), ValueError, r"`step` \(='a'\) must be a positive number"),
+        (lambda m, x: conditioning_penalty(m, x, num_blocks=1.5), ValueError, r"`num_blocks` \(=1.5\) must be a pos"),
         (
             lambda m, x: conditioning_penalty(
                 ReversibleSequential(ReversibleBlock(nn.Sequential(mlp(3), nn.Dropout(0.1)), mlp(3))), x

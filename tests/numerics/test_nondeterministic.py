@@ -104,5 +104,12 @@ def test_names_nondeterministic_converted_blocks(method, branches):
 def test_rejects_wrong_arguments():
     with pytest.raises(ValueError, match=r"`model` \(=Linear\) has no reversible block"):
         find_nondeterministic(nn.Linear(2, 2), torch.randn(1, 2))
-    with pytest.raises(ValueError, match=r"`num_runs` \(=1\) must be 2 or more"):
+    with pytest.raises(ValueError, match=r"`num_runs` \(=1\) must be an integer of at least 2"):
         find_nondeterministic(create_model("revnet38"), torch.randn(1, 3, 8, 8), num_runs=1)
+    for num_runs in ("3", None, 2.5):
+        with pytest.raises(ValueError, match=r"`num_runs` \(=.*\) must be an integer of at least 2"):
+            find_nondeterministic(create_model("revnet38"), torch.randn(1, 3, 8, 8), num_runs=num_runs)
+    with pytest.raises(TypeError, match=r"`kwargs` \(=int\) must be a dict"):
+        find_nondeterministic(create_model("revnet38"), torch.randn(1, 3, 8, 8), kwargs=3)
+    with pytest.raises(TypeError, match=r"`model` \(=type\) must be a module"):
+        find_nondeterministic(nn.Linear, torch.randn(1, 2))

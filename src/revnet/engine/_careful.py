@@ -40,14 +40,38 @@ meta_of = attrgetter("shape", "dtype", "device") if HAS_ACCELERATOR else attrget
 
 
 def no_hooks(error: RuntimeError) -> RuntimeError:
-    """Return the error for a transform of `torch.func`, which forbids saved-tensor hooks."""
-    if hooks_are_disabled() is None:
+    """Return the error for a transform of `torch.func`, or for a user, who forbids saved-tensor hooks."""
+    reason = hooks_are_disabled()
+    if reason is None:
         return error
+    if "torch.func" not in reason:
+        return RuntimeError(
+            f"saved-tensor hooks, which rebuild the activations of a reversible sequence, are disabled ({reason}); "
+            "call it outside of `torch.autograd.graph.disable_saved_tensors_hooks`, or store its activations with "
+            "`set_policy(model, Store())`."
+        )
     return RuntimeError(
         "a reversible sequence cannot be differentiated by `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, since "
         "they forbid the saved-tensor hooks that rebuild its activations; store the activations with "
         "`set_policy(model, Store())`, or use `torch.autograd.grad`."
     )
+
+
+def failed(error: BaseException, tensors: list[Tensor]) -> None:
+    """Free what a call has saved, and explain an error that comes from the hooks of the library.
+
+    The traceback refers to the hook, which would keep every activation alive.
+
+    Raises:
+        RuntimeError: A residual function uses a transform of `torch.func`.
+    """
+    tensors.clear()
+    if isinstance(error, RuntimeError) and "yet support saved tensor hooks" in str(error):
+        raise RuntimeError(
+            "a residual function of a reversible sequence uses `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, "
+            "which forbid the saved-tensor hooks that rebuild activations; use `torch.autograd.grad` with "
+            "`create_graph=True` in the function, or store the activations with `set_policy(model, Store())`."
+        ) from error
 
 
 def take(saved: "Saved", number: int) -> Tensor:

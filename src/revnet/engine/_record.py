@@ -227,8 +227,8 @@ class RecordedCall:
             raise _careful.no_hooks(error) from error
         try:
             result = function(*args)
-        except BaseException:
-            tensors.clear()  # The traceback refers to the hook, which would keep every activation alive.
+        except BaseException as error:
+            _careful.failed(error, tensors)
             raise
         finally:
             pop_saved_tensors_hooks()

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from revnet._checks import check_count, check_module, check_tensor, describe, is_integer
-from revnet._torch_release import has_autocast
+from revnet._torch_internals import is_jit_tracing
+from revnet._torch_release import has_autocast, is_exporting
 
 
 def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> Tensor:
     """Compute `module(x)` in chunks along `dim`, so that its activations exist for one chunk at a time.
 
     The backward pass computes each chunk again from the stored `x`, which costs one more forward pass of the module.
-    Under `torch.compile` the chunks use ordinary autograd.
+    Under `torch.compile` the chunks use ordinary autograd. Exported and traced programs have no chunks.
 
     Args:
         module: A module that treats the positions along `dim` independently, draws no random numbers and keeps no
@@ -42,7 +43,7 @@ def chunked(module: nn.Module, x: Tensor, num_chunks: int, *, dim: int = 1) -> T
         raise TypeError(f"`dim` (={describe(dim)}) must be an integer, the dimension along which `x` is split.")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"`dim` (={describe(dim)}) must be a dimension of `x`, which has shape {tuple(x.shape)}.")
-    if num_chunks == 1:
+    if num_chunks == 1 or is_exporting() or is_jit_tracing():  # A program in a file has no fixed number of positions.
         result: Tensor = module(x)
     elif torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
         parameters = dict(module.named_parameters())

@@ -94,7 +94,7 @@ def linear_cross_entropy(
     if not torch.compiler.is_compiling() and (in_functorch_transform() or forward_mode_level() >= 0):
         total = _total_of_logits(rows, weight, bias, targets, *options)
     else:
-        size = default_chunk_size(len(rows), *weight.shape) if chunk_size is None else chunk_size
+        size = default_chunk_size(rows.shape[0], *weight.shape) if chunk_size is None else chunk_size
         try:
             if torch.is_grad_enabled():
                 total = _ChunkedTotal.apply(rows, weight, bias, targets, *options, size)

@@ -92,7 +92,7 @@ class DropPath(nn.Module):
         """Return the residual with random samples set to zero."""
         if not self.training or self.rate == 0:
             return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
         return x * (kept / (1 - self.rate))
 
     def extra_repr(self) -> str:

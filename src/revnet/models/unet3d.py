@@ -140,20 +140,24 @@ class UNet3d(HasGradientCheckpointing, HubMixin):
 
     def _check_volume(self, x: Tensor) -> None:
         check_tensor("x", x)
-        shape = "x".join(map(str, x.shape))
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(
-                f"`x` (of shape {shape}) must be (B, {self.in_channels}, D, H, W): a batch of volumes with "
+                f"`x` (of shape {_sides(x.shape)}) must be (B, {self.in_channels}, D, H, W): a batch of volumes with "
                 f"{counted(self.in_channels, 'channel')}; for one volume pass `x[None]`."
             )
         check_floating("x", x)
         factor = self.size_multiple
         if any(size % factor for size in x.shape[2:]):
-            fitting = "x".join(str(-(-size // factor) * factor) for size in x.shape[2:])
+            fitting = _sides([-(-size // factor) * factor for size in x.shape[2:]])
             raise ValueError(
-                f"`x` (of shape {shape}) must have sides that are multiples of {factor}, since they are halved "
-                f"{len(self.downsamples)} times; pad the volume to {fitting} with `torch.nn.functional.pad`."
+                f"`x` (of shape {_sides(x.shape)}) must have sides that are multiples of {factor}, since they are "
+                f"halved {len(self.downsamples)} times; pad the volume to {fitting} with `torch.nn.functional.pad`."
             )
+
+
+def _sides(sizes: Sequence[int]) -> str:
+    # Only for errors: `torch.compile` cannot follow `str` of a size that varies.
+    return "x".join(map(str, sizes))
 
 
 def _blocks(width: int, num_groups: int, num_blocks: int, policy: AbstractPolicy) -> ReversibleSequential:

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from revnet._checks import check_module
 from revnet._torch_internals import has_internal_overlap
+from revnet.engine._tensors import has_values
 from revnet.nn._whole_model import policy_holders
 from revnet.nn.blocks._reversible_sequential import ReversibleSequential
 from revnet.optim._step_in_backward import suspended
@@ -47,7 +48,16 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
             sequence.restore_tolerance(state)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                # A write would break a graph that waits for its backward pass and has saved the buffer.
+                if not _same_bits(buffer, value):
+                    buffer.copy_(value)
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    if not has_values(x) or x.layout is not torch.strided or x.is_quantized:
+        return False
+    first, second = (tensor.resolve_conj().resolve_neg().contiguous().view(-1) for tensor in (x, y))
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 @contextmanager

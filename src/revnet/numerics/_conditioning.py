@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_count, check_positive_number, describe, is_number
 from revnet._types import Streams
 from revnet.engine import Chain, HalfBlock
 from revnet.nn import AbstractReversibleBlock, Reverse, ReversibleSequential
@@ -89,12 +90,11 @@ def _check(
             f"`sequence` (={type(sequence).__name__}) must be a ReversibleSequential, such as a part of the model."
         )
     for name, weight in (("forward_weight", forward_weight), ("inverse_weight", inverse_weight)):
-        if not weight >= 0:
-            raise ValueError(f"`{name}` (={weight}) must be 0 or more; 1e-4 of the loss is usual.")
-    if num_blocks is not None and not num_blocks >= 1:
-        raise ValueError(f"`num_blocks` (={num_blocks}) must be 1 or more, or None for all.")
-    if not step > 0:
-        raise ValueError(f"`step` (={step}) must be above 0; 0.1 is usual.")
+        if not is_number(weight) or weight < 0:
+            raise ValueError(f"`{name}` (={describe(weight)}) must be a number from 0 up; 1e-4 of the loss is usual.")
+    if num_blocks is not None:
+        check_count("num_blocks", num_blocks)
+    check_positive_number("step", step, hint="0.1 is usual")
     for name, module in sequence.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(

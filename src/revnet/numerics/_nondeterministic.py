@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from revnet._checks import check_count, check_step_arguments
 from revnet.engine._determinism import repeat_function
 from revnet.nn._restore import restoring_state
 from revnet.nn._whole_model import policy_holders
@@ -47,10 +48,11 @@ def find_nondeterministic(
         The functions whose results differed, in the order in which they ran. The tuple is empty if all were equal.
 
     Raises:
-        ValueError: `model` has no reversible block, or `num_runs` is below 2.
+        TypeError: `model` is not a module, or `kwargs` not a dict.
+        ValueError: `model` has no reversible block, or `num_runs` is not an integer of at least 2.
     """
-    if num_runs < 2:
-        raise ValueError(f"`num_runs` (={num_runs}) must be 2 or more, since runs are compared with each other.")
+    check_step_arguments(model, kwargs, None, None)
+    check_count("num_runs", num_runs, least=2)
     functions = _functions_by_caller(model)
     if not functions:
         raise ValueError(

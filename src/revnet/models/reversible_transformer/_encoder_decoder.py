@@ -179,10 +179,10 @@ class ReversibleEncoderDecoder(HasGradientCheckpointing, GeneratesTargets, HubMi
         start = 0 if cache is None else cache.get_seq_length()
         check_tokens(tokens, most=self.max_length - start)
         check_tensor("context", context, hint="pass the output of `encode`")
-        if context.dim() != 3 or context.shape[::2] != (len(tokens), self.num_features):
+        if context.dim() != 3 or context.shape[::2] != (tokens.shape[0], self.num_features):
             raise ValueError(
-                f"`context` has shape {tuple(context.shape)}, but must have ({len(tokens)}, S, {self.num_features}), "
-                "the output of `encode` for the same number of rows."
+                f"`context` has shape {tuple(context.shape)}, but must have "
+                f"({tokens.shape[0]}, S, {self.num_features}), the output of `encode` for the same number of rows."
             )
         check_mask(source_mask, context.shape[:2], name="source_mask")
         x = self._form.enter(self.dropout(look_up(self.embedding, tokens)))

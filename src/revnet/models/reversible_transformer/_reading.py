@@ -43,7 +43,7 @@ class ReadsTokens:
         if cache is not None:
             self._check_with_cache(tokens, cache)
         x = self.embed(tokens)
-        shape = tokens.shape if cache is None else (len(tokens), cache.get_seq_length() + tokens.shape[1])
+        shape = tokens.shape if cache is None else (tokens.shape[0], cache.get_seq_length() + tokens.shape[1])
         check_mask(mask, shape, takes_documents=True)
         return self.run_blocks(x, mask=mask, cache=cache)
 
