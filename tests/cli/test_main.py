@@ -72,6 +72,8 @@ def test_commands_with_trained_weights_start_quickly(tmp_path):
         "heavy -= set(sys.modules)\n"
         "from revnet.cli.main import main\n"
         "assert main(['predict', 'revnet38.digits', 'sample']) == 0\n"
+        "assert main(['sample', 'nice.digits', '--num', '2']) == 0\n"
+        "assert main(['evaluate', 'revnet38.digits']) == 0\n"
         "assert main(['generate', 'lm.shakespeare', '--prompt', 'To', '--num', '2']) == 0\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )

@@ -142,7 +142,7 @@ def test_a_flipped_bit_is_noticed(density_run, tmp_path, part):
     content[at] ^= 1
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="is damaged: it has other bytes than revnet wrote"):
+    with pytest.raises(CheckpointError, match="is damaged: its content has changed since revnet wrote it"):
         load_density(path)
 
 
@@ -151,7 +151,7 @@ def test_a_malformed_hash_is_damage(density_run, tmp_path, text):
     metadata, tensors = read_weights(density_run / "last.safetensors")
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(save(tensors, {**metadata, "hash": text}))
-    with pytest.raises(CheckpointError, match="is damaged: it has other bytes than revnet wrote"):
+    with pytest.raises(CheckpointError, match="is damaged: its content has changed since revnet wrote it"):
         load_density(path)
 
 

@@ -11,6 +11,7 @@ from revnet import create_model
 from revnet.data.sources.digits import load_digits
 from revnet.errors import CheckpointError
 from revnet.models import from_pretrained, list_pretrained
+from revnet.models.pretrained import shipped
 from revnet.models.pretrained.shipped import find_pretrained, results_folder
 from revnet.training import load_classifier
 
@@ -66,6 +67,25 @@ def test_a_name_that_has_no_weights():
         create_model(DIGITS)
     with pytest.raises(TypeError, match=r"`pretrained` \(='yes'\)"):
         create_model(DIGITS, pretrained="yes")
+
+
+@pytest.mark.parametrize("name", ["owner/name", "hub:owner/name"])
+def test_names_on_the_hub_lead_to_from_pretrained(name):
+    with pytest.raises(ValueError, match=r"a network of this package .* call `revnet.models.from_pr"):
+        create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("damage", ["tensors", "header"])
+def test_damaged_files_of_the_package_lead_to_an_installation(tmp_path, monkeypatch, damage):
+    folder = shutil.copytree(find_pretrained(DIGITS), tmp_path / DIGITS)
+    monkeypatch.setattr(shipped, "_PACKAGED", tmp_path)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1 if damage == "tensors" else 20] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"(damaged: its content has changed|truncated).*; it belongs to the package"
+    ):
+        create_model(DIGITS, pretrained=True)
 
 
 def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):

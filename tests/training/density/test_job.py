@@ -13,8 +13,8 @@ from revnet.memory.step._live import LiveBytes
 from revnet.models import NICE
 from revnet.nn import Store
 from revnet.training import NiceConfig, evaluate, load_classifier, load_density, train
-from revnet.training.density.job import mean_bits_per_dim, new_job
-from revnet.training.density.model import ImageDensity
+from revnet.training.density.job import new_job
+from revnet.training.density.model import ImageDensity, mean_bits_per_dim
 from tests.training.samples import (
     RUN_FILES,
     assert_same_run,

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from revnet._checks import describe
-from revnet.models.pretrained.hub_files import CONFIG, SNAPSHOTS, WEIGHTS
+from revnet.models.pretrained.hub_files import CONFIG, SNAPSHOTS, WEIGHTS, is_hub_name
 
 VARIABLE = "REVNET_WEIGHTS"
 """Environment variable with a folder of additional networks, which come before the networks in the package."""
@@ -42,6 +42,11 @@ def find_pretrained(name: str | os.PathLike[str]) -> Path | None:
     return next((folder / text for folder in _folders() if _is_net(folder / text)), None)
 
 
+def packaged_name(file: Path) -> str | None:
+    """Return the name of the trained network that comes with the package and that a file of weights belongs to."""
+    return file.parent.name if file.parent.parent == _PACKAGED else None
+
+
 def closest_names(name: str) -> list[str]:
     """Return the name of the trained network that is most like `name`; empty if none is much like it."""
     return difflib.get_close_matches(name, list_pretrained(), n=1)
@@ -60,6 +65,11 @@ def trained_folder(name: str) -> Path:
     for full in (name, *[f"{name}.{data}" for data in _PUBLISHED]):
         if full in names and (folder := find_pretrained(full)) is not None:
             return folder
+    if isinstance(name, str) and (is_hub_name(name) or "/" in name):
+        raise ValueError(
+            f"`name` (={describe(name)}) must be the name of a network of this package if `pretrained` is True; for a "
+            "folder, or a network on the Hugging Face hub, call `revnet.models.from_pretrained` with its name."
+        )
     own = [full for full in names if full.startswith(f"{name}.")] or closest_names(str(name))
     hint = f"pass {' or '.join(map(repr, own))}, or one of" if own else "pass one of"
     raise ValueError(

@@ -10,10 +10,12 @@ from revnet._atomic_file import atomic_path
 from revnet._input_files import name_in_utf8
 from revnet._outside_text import shorten
 from revnet.errors import CheckpointError, MissingDependencyError
+from revnet.models.pretrained.shipped import packaged_name
 from revnet.models.pretrained.weights_hash import HASH_KEY, hash_weights, is_damaged
 
 _FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PURPOSE = "a file of weights"
+_REINSTALL = "it belongs to the package, so reinstall revnet, as with `pip install --force-reinstall --no-deps`"
 
 
 def read_tensors(path: Path, *, way_out: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -37,9 +39,11 @@ def read_tensors(path: Path, *, way_out: str) -> tuple[dict[str, str], dict[str,
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
+        way_out = _REINSTALL if packaged_name(path) else way_out
         raise CheckpointError(f"`{path}` is truncated or not a safetensors file; {way_out}.") from error
     if is_damaged(metadata, tensors):
-        raise CheckpointError(f"`{path}` is damaged: it has other bytes than revnet wrote; copy it again.")
+        way_out = _REINSTALL if packaged_name(path) else "copy it again"
+        raise CheckpointError(f"`{path}` is damaged: its content has changed since revnet wrote it; {way_out}.")
     return metadata, tensors
 
 

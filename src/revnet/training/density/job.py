@@ -17,7 +17,13 @@ from revnet.memory import Plan
 from revnet.models.glow import MOST_SCALES
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.images import load_images
-from revnet.training.density.model import DensityHeader, ImageDensity, load_density
+from revnet.training.density.model import (
+    EVALUATION_BATCH_SIZE,
+    DensityHeader,
+    ImageDensity,
+    load_density,
+    mean_bits_per_dim,
+)
 from revnet.training.density.result import DensityResult
 from revnet.training.density.task import DensityTask
 from revnet.training.device import find_device
@@ -32,7 +38,6 @@ from revnet.training.run.job import AbstractJob, Outcome, RunNames
 from revnet.training.run.network import prepare_network
 from revnet.training.starting import absolute_weights, describe_start, load_start_weights, read_start_weights
 
-_EVALUATION_BATCH_SIZE = 500
 _NUM_ADAPTED = 1000  # images that the initial scale is computed from
 
 
@@ -86,7 +91,7 @@ class DensityJob(AbstractJob[DensityResult]):
         )
         if self.validation is None:
             return training, None
-        return training, loader(self.validation, batch_size=num_processes * _EVALUATION_BATCH_SIZE, shuffle=False)
+        return training, loader(self.validation, batch_size=num_processes * EVALUATION_BATCH_SIZE, shuffle=False)
 
     def finish(self, folder: Path, outcome: Outcome) -> DensityResult:
         """Evaluate the last weights, and the best if there was a validation, on the test set."""
@@ -101,15 +106,6 @@ class DensityJob(AbstractJob[DensityResult]):
             best_val_bits_per_dim=outcome.best_score,
             **outcome.figures.as_arguments(),
         )
-
-
-@torch.no_grad()
-def mean_bits_per_dim(density: ImageDensity, images: Tensor, device: torch.device, seed: int = 0) -> float:
-    """Compute the mean bits per dimension of images, uint8, with the noise of one seed; move `density` to `device`."""
-    density.to(device).eval()
-    noise = torch.Generator().manual_seed(seed)
-    batches = images.split(_EVALUATION_BATCH_SIZE)
-    return sum(float(density(batch.to(device), noise).double().sum()) for batch in batches) / len(images)
 
 
 def new_job(config: NiceConfig) -> DensityJob:

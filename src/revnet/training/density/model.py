@@ -20,6 +20,8 @@ from revnet.training.saved_module import AbstractHeader, SavedModule
 MODELS: dict[str, type[AbstractImageDensity]] = {"nice": NICE, "realnvp": RealNVP, "glow": Glow}
 """The class of each model, by its name in the settings."""
 
+EVALUATION_BATCH_SIZE = 500
+
 _DEVIATIONS = {"logistic": math.pi / math.sqrt(3), "gaussian": 1.0}
 
 
@@ -139,3 +141,12 @@ def load_density(path: str | Path) -> ImageDensity:
         CheckpointError: The file does not exist, is truncated, holds another kind of model, or its tensors do not fit.
     """
     return load_module(ImageDensity, path)
+
+
+@torch.no_grad()
+def mean_bits_per_dim(density: ImageDensity, images: Tensor, device: torch.device, seed: int = 0) -> float:
+    """Compute the mean bits per dimension of images, uint8, with the noise of one seed; move `density` to `device`."""
+    density.to(device).eval()
+    noise = torch.Generator().manual_seed(seed)
+    batches = images.split(EVALUATION_BATCH_SIZE)
+    return sum(float(density(batch.to(device), noise).double().sum()) for batch in batches) / len(images)

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from revnet._outside_text import shorten
+from revnet._text_table import format_lines
 from revnet._units import counted
 from revnet.data.decoding.corrupt import OnCorrupt
 from revnet.data.splits.image_split import ImageSplit
 from revnet.models.pretrained.shipped import results_folder
 from revnet.training.density.image_grid import save_grid
 from revnet.training.density.images import load_images
-from revnet.training.density.job import mean_bits_per_dim
-from revnet.training.density.model import ImageDensity, load_density
+from revnet.training.density.model import ImageDensity, load_density, mean_bits_per_dim
 from revnet.training.device import find_device
 from revnet.training.run.checkpoint import find_weights
-from revnet.training.run.run_result import format_lines
 from revnet.training.run.used_weights import describe_weights
 from revnet.training.settings.checks import check_choice
 

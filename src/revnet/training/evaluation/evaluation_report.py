@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from revnet._outside_text import shorten
+from revnet._text_table import format_lines
 from revnet._units import counted, format_loss, format_rate
 from revnet.training.evaluation.evaluate_result import EvaluateResult
-from revnet.training.run.run_result import format_lines
 from revnet.training.run.used_weights import describe_weights
 
 _NUM_SHOWN = 5  # number of classes, and of mistakes

@@ -70,7 +70,7 @@ _READ_ERRORS = (
     zipfile.BadZipFile,
 )
 _WAY_OUT = (
-    "pass a `.safetensors` or `.ckpt` file, or the folder of a run, that `revnet train` has written, the name of a "
+    "pass a `.safetensors` or `.ckpt` file, or the folder of a run of `revnet train`, the name of a "
     "network in `revnet.models.list_pretrained()`, or hub:owner/name"
 )
 _Module = TypeVar("_Module", bound=SavedModule)

@@ -15,6 +15,7 @@ from revnet._atomic_file import write_text
 from revnet._figure import try_to_draw
 from revnet._memory_readings import process_peak_bytes
 from revnet._provenance import describe_machine
+from revnet._text_table import format_lines
 from revnet.errors import PredictionError
 from revnet.training.drift_monitor import DriftMonitor
 from revnet.training.freezing import describe_frozen
@@ -36,7 +37,7 @@ from revnet.training.run.process_state import ProcessState
 from revnet.training.run.progress import make_progress
 from revnet.training.run.rates import CurrentRates
 from revnet.training.run.recipe_callbacks import recipe_callbacks
-from revnet.training.run.run_result import RunFigures, RunResult, format_lines
+from revnet.training.run.run_result import RunFigures, RunResult
 from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.run.state_bytes import StateCounter
 from revnet.training.run.stop_signals import SavedAndStopped, StopSignals

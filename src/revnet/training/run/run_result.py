@@ -3,7 +3,6 @@
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 import revnet
 from revnet._atomic_file import write_text
-from revnet._outside_text import printable
+from revnet._text_table import format_lines
 from revnet._units import counted_samples, format_seconds
 from revnet.memory import format_bytes
 from revnet.training.run import run_dir
@@ -167,10 +166,3 @@ class RunResult(RunFigures, ABC):
             planned = f"{format_bytes(self.planned_peak_bytes)} with model, gradients and optimizer"
             lines.append(("", f"{planned}, of a budget of {format_bytes(self.memory_budget_bytes)}"))
         return lines
-
-
-def format_lines(lines: Sequence[tuple[str, str]]) -> str:
-    """Format names and values in two columns."""
-    lines = [(printable(name), printable(value)) for name, value in lines]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)

@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from revnet._input_files import name_in_utf8
 from revnet._outside_text import shorten
 from revnet.models.pretrained.hub_files import describe_download, is_hub_name
-from revnet.models.pretrained.shipped import find_pretrained
+from revnet.models.pretrained.shipped import find_pretrained, packaged_name
 from revnet.training.run.checkpoint import EPOCH_KEY, find_weights
 
 _LONGEST_EPOCH = 20
@@ -20,8 +20,10 @@ def describe_weights(path: str | Path) -> str:
         path: File of weights, the folder of a run, whose last weights are used, a name on the hub, or
             one of `list_pretrained()`.
     """
-    if (packaged := find_pretrained(path)) is not None:
-        return f"{packaged.name}, from the package"
+    packaged = find_pretrained(path)
+    name = packaged_name(Path(path)) if packaged is None else packaged.name
+    if name is not None:
+        return f"{name}, from the package"
     file = find_weights(Path(path)) if is_hub_name(path) or Path(path).is_dir() else Path(path)
     downloaded = describe_download(file)
     if downloaded is not None:
