@@ -68,20 +68,15 @@ def test_evaluates_last_and_best_weights(finished):
     assert evaluate(finished.folder / "best.safetensors") == finished.best_test
 
 
+@pytest.mark.slow  # tests/training/run resumes smaller runs.
 @pytest.mark.parametrize(
     "more",
     [
-        pytest.param({}, id=""),
-        pytest.param(
-            {"schedule": "cosine", "warmup": 0.3, "nesterov": True, "cutout": 3, "start_size": 4},
-            id="modern",
-            marks=pytest.mark.slow,
-        ),
-        # Plans three times.
-        pytest.param(
-            {"memory_budget": "20MiB", "optimizer": "adamw", "lr": 1e-3}, id="planned-adamw", marks=pytest.mark.slow
-        ),
+        {},
+        {"schedule": "cosine", "warmup": 0.3, "nesterov": True, "cutout": 3, "start_size": 4},
+        {"memory_budget": "20MiB", "optimizer": "adamw", "lr": 1e-3},
     ],
+    ids=["", "modern", "planned-adamw"],
 )
 def test_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     # crops and flips draw from the random state; schedule, momentum and batch norm have their own state
