@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_policy
+from revnet._torch_release import RELEASE
 from revnet.coupling import BDIA, AbstractCoupling, ExactScaled, Scaled
 from revnet.errors import ReconstructionError
 from revnet.memory import measure, predict
@@ -209,6 +210,8 @@ def test_log_det(size, rounded):
 @pytest.mark.parametrize("fullgraph", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("coupling", [BDIA(), ExactScaled(Scaled.consistent(0.5))], ids=str)
 def test_a_compiled_model_is_refused_in_one_line_that_names_ways_which_work(coupling, fullgraph):
+    if isinstance(coupling, BDIA) and RELEASE < (2, 12):
+        pytest.skip("PyTorch 2.11 raises another error, and cannot compile the stored twin either")
     torch._dynamo.reset()
     model, x = stack(coupling, 2), torch.randn(5, 4, requires_grad=True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)

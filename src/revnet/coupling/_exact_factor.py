@@ -166,7 +166,7 @@ class _TracedCombine(torch.autograd.Function):
             # Integers know no NaN and no infinity, and wrap at 64 bits; plain arithmetic shows what left the range.
             fits = (x.abs() <= _MOST_STEPS / scale) & (residual.abs() <= _MOST_STEPS / scale)
             y = torch.where(fits, y, x * factor.value(x.dtype) + residual)
-        return y, None if places is None else _pack(places, factor.num_bits)
+        return _returnable(y), None if places is None else _pack(places, factor.num_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -194,7 +194,7 @@ class _TracedSeparate(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, residual: Tensor, factor: ExactFactor) -> Tensor:
-        return factor.separate_kept(y, residual, None, in_place=False)
+        return _returnable(factor.separate_kept(y, residual, None, in_place=False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -214,6 +214,11 @@ class _Separate(_TracedSeparate):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         of_y, of_residual = tangents[:2]
         return (of_y - of_residual.to(of_y.dtype)) / ctx.factor.value(of_y.dtype)
+
+
+def _returnable(y: Tensor) -> Tensor:
+    """Return `y`, or a copy: until PyTorch 2.11, `torch.compile` loses the gradient of a result written in place."""
+    return y.clone() if torch.compiler.is_compiling() else y
 
 
 def _scaled(x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
