@@ -23,7 +23,7 @@ test-slow: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
-# Python compiles a module when it is imported first; compiling all of them in advance takes most of the installation.
+# Without `--no-compile`, pip would compile every installed module, although most of them are never imported.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 

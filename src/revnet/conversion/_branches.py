@@ -73,7 +73,7 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         for run in (partial(modules[0], x), partial(_composed, modules[1:], x)):
             with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-                own_args, own_kwargs = _with_own_caches(args, kwargs)
+                own_args, own_kwargs = torch.utils._pytree.tree_map(_own_cache, (args, kwargs), is_leaf=is_cache)
                 outcomes.append(run(*own_args, **own_kwargs))
     whole_y, composed = outcomes
     error, size = float((whole_y - composed).norm()), float((whole_y - x).norm())
@@ -88,7 +88,7 @@ def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
 
 
 def _copied(place: Place) -> tuple[WholeBlock, tuple[nn.Module, ...]]:
-    """Return copies of the block and of its branches, without hooks: those of a user run once in a pass."""
+    """Return copies of the block and its branches without hooks, which must run only once per pass."""
     assert place.branches is not None
     # A tensor with a graph cannot be copied. The old `weight_norm` leaves one in its module.
     tensors = [value for module in place.whole.modules() for value in vars(module).values()]
@@ -101,11 +101,9 @@ def _copied(place: Place) -> tuple[WholeBlock, tuple[nn.Module, ...]]:
     return whole, branches
 
 
-def _with_own_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments, with a copy of a cache, which each run changes."""
-    return tuple([copy.deepcopy(value) if is_cache(value) else value for value in args]), {
-        name: copy.deepcopy(value) if is_cache(value) else value for name, value in kwargs.items()
-    }
+def _own_cache(value: Any) -> Any:
+    """Return a copy of a cache, which each run changes, and other values as they are."""
+    return copy.deepcopy(value) if is_cache(value) else value
 
 
 def _composed(functions: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

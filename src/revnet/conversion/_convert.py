@@ -9,12 +9,13 @@ from torch import nn
 from revnet._checks import check_bool, check_module, describe, describe_kind
 from revnet.conversion._bodies import WholeBlock
 from revnet.conversion._branches import Branches, check_kind_of_branches, make_branches
-from revnet.conversion._converted import is_converted, make_converted, place_of, restore_class
+from revnet.conversion._converted import make_converted, place_of, restore_class
 from revnet.conversion._methods import AbstractMethod, Adapter, Consistent
 from revnet.conversion._refusals import check_adapter, check_block, check_host, check_once, check_row, why_first_differs
 from revnet.conversion._report import ConversionReport
 from revnet.conversion._row import Place, Row
 from revnet.nn import Reverse
+from revnet.nn._exchanged_class import is_converted
 
 
 def convert(

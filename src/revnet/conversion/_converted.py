@@ -71,11 +71,6 @@ class Converted(HasPolicies, RunsBlocks):
         ]
 
 
-def is_converted(module: nn.Module) -> bool:
-    """Return whether a module is a converted block."""
-    return isinstance(module, Converted)
-
-
 def place_of(block: nn.Module) -> Place:
     """Return the place of a converted block.
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from revnet._checks import describe
-from revnet.conversion._converted import is_converted
 from revnet.conversion._host_switches import checkpoints_itself
+from revnet.nn._exchanged_class import is_converted
 from revnet.nn.blocks._abstract_reversible import AbstractReversible
 from revnet.nn.policies._added_policy import AddedPolicy
 from revnet.nn.policies._has_policies import HasPolicies

@@ -38,21 +38,11 @@ class ConversionCallback(Callback):
         """Remember the updates for a checkpoint."""
         self._num_updates = trainer.global_step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the method of the trained weights."""
-        self._set(trainer, pl_module)
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the method of the weights."""
         self._set(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the method of the weights."""
-        self._set(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the method of the weights."""
-        self._set(trainer, pl_module)
+    on_train_end = on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of updates, for a checkpoint."""

@@ -86,4 +86,4 @@ def is_cache(value: object) -> bool:
 
 def is_converted(module: nn.Module) -> bool:
     """Return whether `revnet.convert` has replaced the class of a module."""
-    return ORIGINAL_CLASS in vars(type(module))
+    return hasattr(type(module), ORIGINAL_CLASS)  # Inherited, if `fully_shard` has replaced the class once more.

@@ -44,22 +44,25 @@ def find_positions(attention_mask: Tensor, position_ids: Tensor | None, num_new:
     mask = attention_mask != 0
     shape = len(mask), num_new
     new = mask[:, -num_new:]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:]
     facts = [mask.all(), ((attention_mask == 0) | (attention_mask == 1)).all()]
     if position_ids is not None:
         order = torch.argsort((~new).to(torch.uint8), dim=1, stable=True)
         facts.append(_count_up(position_ids, new, order, shape))
-        follow = (position_ids == positions) | ~new
-        facts.append(follow.all() if mask.shape[1] > num_new else torch.ones_like(facts[0]))
+        if mask.shape[1] > num_new:
+            facts.append(((position_ids == _positions(mask, num_new)) | ~new).all())
     are_all_real, is_valid, *are_valid = torch.stack([fact.to(mask.device) for fact in facts]).tolist()
-    do_count_up, do_follow = are_valid or (True, True)
-    _check_facts(is_valid, do_count_up)
-    if not do_follow:
+    _check_facts(is_valid, all(are_valid[:1]))
+    if not all(are_valid[1:]):
         raise NotImplementedError(
             "`position_ids` must go on where the tokens in `past_key_values` end, counted over the real tokens of "
             "`attention_mask`; leave `position_ids` out."
         )
-    return None if are_all_real else (mask, positions)
+    return None if are_all_real else (mask, _positions(mask, num_new))
+
+
+def _positions(mask: Tensor, num_new: int) -> Tensor:
+    """Return the positions of the last `num_new` tokens, counted over the real tokens of each row."""
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, -num_new:]
 
 
 def find_order(attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int]) -> TokenOrder | None:

@@ -165,7 +165,7 @@ def _describe_norm(norm: _BatchNorm) -> dict[str, Any]:
     if biased is not None:
         name = "BatchNorm2dBiased" if biased else "BatchNorm2dUnbiased"
     numbers = {"eps": norm.eps, "momentum": norm.momentum}
-    return numbers if name is None else {"name": name, **numbers}  # The constructor creates other norms.
+    return numbers if name is None else {"name": name, **numbers}  # The constructor restores other classes.
 
 
 def _apply_norm(model: nn.Module, name: str, norm: _BatchNorm, value: Any) -> None:

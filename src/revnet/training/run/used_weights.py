@@ -20,8 +20,8 @@ def describe_weights(path: str | Path) -> str:
         path: File of weights, the folder of a run, whose last weights are used, a name on the hub, or
             one of `list_pretrained()`.
     """
-    packaged = find_pretrained(path)
-    name = packaged_name(Path(path)) if packaged is None else packaged.name
+    folder = find_pretrained(path)
+    name = folder.name if folder is not None else packaged_name(Path(path))
     if name is not None:
         return f"{name}, from the package"
     file = find_weights(Path(path)) if is_hub_name(path) or Path(path).is_dir() else Path(path)
