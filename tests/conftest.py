@@ -13,7 +13,7 @@ CACHE = f"torchinductor-revnet-{getpass.getuser()}-{torch.backends.cpu.get_cpu_c
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / CACHE))
 
 # Without a device, PyTorch keeps each seed with a stack trace, in case the device comes: 8 % of the time of the tests.
-for module in (torch.cuda, torch.xpu):
+for module in (torch.cuda, torch.xpu, torch.mtia):
     if not module.is_available():
         module.manual_seed_all = lambda seed: None
 

@@ -1,7 +1,6 @@
 """Run a function, or the checks of a test module, in several processes.
 
-Starting processes takes longer than most checks, so all checks of a module run in the same ones. The processes are
-copies of one that has imported what most of them need.
+Starting processes takes longer than most checks, so all checks of a module run in the same ones.
 """
 
 import datetime
@@ -14,11 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing import start_processes
 
-IMPORTED = ["pytest", "revnet.distributed", "revnet.models", "torch._dynamo", "torch.distributed.fsdp"]
-
-multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
+import tests.copies  # noqa: F401 - which says what the copied process imports
 
 
 def run_in_processes(function: Callable[..., Any], *args: Any, folder: Path, num_processes: int = 2) -> list[Any]:
@@ -32,7 +29,7 @@ def run_in_processes(function: Callable[..., Any], *args: Any, folder: Path, num
     """
     environment = dict(os.environ)  # The copied process may be older than some of it.
     arguments = (environment, function, args, folder, num_processes)
-    multiprocessing.start_processes(_run, arguments, nprocs=num_processes, start_method="forkserver")
+    start_processes(_run, arguments, nprocs=num_processes, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
 
 

@@ -12,6 +12,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(TrainConfig(epochs=2, out_dir=str(folder)), quiet=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes as long as the rest of a short run; the runs of fixtures, as above, draw."""
+    monkeypatch.setattr(
+        "revnet.training.run.execute.plot_learning_curve", lambda rows, path, title, **options: path.touch()
+    )
+
+
 @pytest.fixture
 def out_dir(tmp_path: Path) -> str:
     return str(tmp_path / "run")

@@ -1,6 +1,5 @@
 """Runs in processes that are killed at random moments, and what must be true afterwards."""
 
-import multiprocessing
 import os
 import random
 import sys
@@ -17,15 +16,12 @@ from revnet.errors import ProcessError
 from revnet.training import resume, train
 from revnet.training.run.checkpoint import read_checkpoint
 from revnet.training.run.checkpoint_folder import CheckpointFolder, update_of
+from tests.copies import copied_processes, launcher_environment
 
 _TIMEOUT = 300.0
 _LAST_SECONDS = 60.0
 """Time that the other processes have to end by themselves once one of them has been killed."""
 _PROGRESS = "progress"
-
-# A server that has imported everything starts a process in milliseconds.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.training.kills"])
 
 
 class WriteProgress(Callback):
@@ -50,15 +46,7 @@ def started_path(progress: Path, rank: int) -> Path:
 def work(config: Any, folder: Path, rank: int, num_processes: int, port: int) -> None:
     """Start the run in `folder`, or continue it."""
     if num_processes > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_processes),
-            "LOCAL_WORLD_SIZE": str(num_processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "kills",
-        }
+        os.environ |= launcher_environment(rank, num_processes, port)
     progress = WriteProgress(folder.with_name(f"{folder.name}.{_PROGRESS}"))
     try:
         if (folder / "config.yaml").is_file():
@@ -129,7 +117,7 @@ class Driver:
             path.unlink(missing_ok=True)
         port = self.random.randrange(20_000, 60_000)
         processes = [
-            _processes.Process(target=work, args=(self.config, folder, rank, self.num_processes, port))
+            copied_processes.Process(target=work, args=(self.config, folder, rank, self.num_processes, port))
             for rank in range(self.num_processes)
         ]
         for process in processes:

@@ -29,6 +29,7 @@ from revnet.training.run.checkpoint_folder import CheckpointFolder
 from revnet.training.run.save_checkpoints import SaveCheckpoints
 from revnet.training.settings.run_config import AbstractRunConfig
 from tests.data.samples import encode, random_images
+from tests.training.own_code import tiny_revnet
 
 
 def make_header(class_names=("cat", "dog", "frog"), image_shape=(3, 8, 8), **options) -> ClassifierHeader:
@@ -124,6 +125,9 @@ def newest_checkpoint(folder: Path) -> Path:
     return checkpoint.path
 
 
+TINY = "tests.training.own_code:tiny_revnet"
+"""A classifier for tests of what does not depend on the model."""
+
 SMALL_LANGUAGE_RUN = {
     "length": 16,
     "depth": 2,
@@ -186,10 +190,15 @@ def train_with_copies(
     return result, copies
 
 
+def _load_classifier(path: Path) -> nn.Module:
+    is_tiny = read_weights(path).metadata["model"] == TINY
+    return load_classifier(path, model=tiny_revnet(10, 1) if is_tiny else None)
+
+
 def load_weights(path: Path) -> nn.Module:
     """Rebuild a module of any kind."""
     kind = read_weights(path).metadata.get("kind")
-    loaders: dict[str | None, Any] = {None: load_classifier, "nice": load_density, "lm": load_language_model}
+    loaders: dict[str | None, Any] = {None: _load_classifier, "nice": load_density, "lm": load_language_model}
     return loaders[kind](path)
 
 

@@ -13,7 +13,7 @@ from revnet.memory import measure
 from revnet.models import create_model
 from revnet.nn import Store
 from revnet.training import TrainConfig, evaluate, load_classifier, resume, train
-from tests.training.samples import RUN_FILES, assert_same_run, newest_checkpoint, read_log, train_and_resume
+from tests.training.samples import RUN_FILES, TINY, assert_same_run, newest_checkpoint, read_log, train_and_resume
 
 
 def test_run_writes_its_files(finished):
@@ -122,7 +122,7 @@ def test_stored_model_reports_one_memory_figure(out_dir):
 
 @pytest.mark.parametrize("max_updates", [1, 2, 3, 4])
 def test_run_ends_after_max_updates(out_dir, max_updates):
-    result = train(TrainConfig(batch_size=400, max_updates=max_updates, out_dir=out_dir), quiet=True)
+    result = train(TrainConfig(model=TINY, batch_size=400, max_updates=max_updates, out_dir=out_dir), quiet=True)
     rows = read_log(result.folder)
     assert result.num_updates == max_updates
     assert [int(row["updates"]) for row in rows] == {1: [1], 2: [2], 3: [3], 4: [3, 4]}[max_updates]
@@ -160,7 +160,7 @@ def test_run_calls_additional_callbacks(out_dir):
             self.batches += 1
 
     count = Count()
-    train(TrainConfig(epochs=1, batch_size=400, out_dir=out_dir), quiet=True, callbacks=[count])
+    train(TrainConfig(model=TINY, epochs=1, batch_size=400, out_dir=out_dir), quiet=True, callbacks=[count])
     assert count.batches == 3
 
 
@@ -172,7 +172,7 @@ def test_trains_with_autocast(out_dir):
 
 def test_restores_the_number_of_threads(out_dir):
     torch.set_num_threads(2)
-    train(TrainConfig(epochs=1, batch_size=1000, num_threads=1, out_dir=out_dir), quiet=True)
+    train(TrainConfig(model=TINY, epochs=1, batch_size=1000, num_threads=1, out_dir=out_dir), quiet=True)
     assert torch.get_num_threads() == 2
 
 

@@ -2,8 +2,7 @@ import pytest
 
 from revnet.cli.main import main
 from revnet.training import TrainConfig, find_lr
-
-TINY = "tests.training.own_code:tiny_revnet"
+from tests.training.samples import TINY
 
 
 def test_suggests_a_rate_where_the_loss_falls(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig, train
-from tests.training.samples import write_text
+from tests.training.samples import TINY, write_text
 
 Settings = dict[str, Any]
 
@@ -34,7 +34,7 @@ MUON = {"muon": {"optimizer": "muon", "lr": 1e-3}}
 FAMILIES: dict[str, tuple[type, Settings, dict[str, Settings]]] = {
     "classifier": (
         TrainConfig,
-        {"batch_size": 16, "model": "tests.training.own_code:tiny_revnet"},
+        {"batch_size": 16, "model": TINY},
         {
             **SHARED,
             "freeze": {"freeze": "stem,stages.0*"},

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
 from revnet import Checkpoint, FixedPoint, Offload, ReconstructionWarning, Reverse, ReversibleSequential, Store
@@ -29,6 +29,7 @@ from revnet.distributed.pipeline._microbatches import divide, sample_of
 from revnet.memory.step._live import LiveBytes
 from revnet.models import ReversibleTransformer
 from revnet.nn import DuplicateStreams, JoinStreams
+from tests.copies import copied_processes
 from tests.distributed.pipeline.reference import (
     Parts,
     conv_batch,
@@ -547,9 +548,8 @@ def message_after_a_kill() -> str:
 
 def run_group(num_processes: int, folder: Path) -> list[dict[str, str]]:
     """Return the outcome of each check in each process."""
-    context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=run_checks, args=(rank, num_processes, folder)) for rank in range(num_processes)
+        copied_processes.Process(target=run_checks, args=(rank, num_processes, folder)) for rank in range(num_processes)
     ]
     for process in processes:
         process.start()

@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from revnet.errors import DataError
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig, evaluate, predict_images
-from revnet.training.processes.launch import run_in_processes
-from revnet.training.processes.world import World
+from tests.copies import launch_copies
 from tests.training.processes import training_programs as programs
 from tests.training.samples import RUN_FILES, read_log, write_images, write_text
 
@@ -62,9 +61,7 @@ def compare(configs: Mapping[str, programs.Config], runs: list[tuple[str, str]],
     settings = {
         run: replace(configs[run[0]], strategy=run[1], out_dir=str(folder / f"{run[0]} {run[1]}")) for run in runs
     }
-    two, evaluated = run_in_processes(
-        programs.train_and_evaluate, {"configs": settings, "files": write_files(folder)}, World(num_processes=2)
-    )
+    two, evaluated = launch_copies(programs.train_and_evaluate, {"configs": settings, "files": write_files(folder)})
     names = dict.fromkeys(name for name, _ in runs)
     one = programs.train_all({name: replace(configs[name], out_dir=str(folder / name)) for name in names})
     return Comparison(configs, one, two, evaluated)

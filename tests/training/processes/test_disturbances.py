@@ -6,9 +6,8 @@ import re
 import pytest
 
 from revnet.training import LanguageConfig
-from revnet.training.processes.launch import run_in_processes
-from revnet.training.processes.world import World
 from revnet.training.run.checkpoint import read_checkpoint
+from tests.copies import launch_copies
 from tests.training.processes.resume_programs import Disturb, disturb_all
 from tests.training.samples import write_text
 
@@ -43,7 +42,7 @@ def folder(tmp_path_factory):
             out_dir=str(run),
         )
         configs[name] = (config, Disturb(how, rank, run))
-    run_in_processes(disturb_all, {"configs": configs, "folder": folder}, World(num_processes=2))
+    launch_copies(disturb_all, {"configs": configs, "folder": folder})
     return folder
 
 

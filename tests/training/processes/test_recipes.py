@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from revnet.training import LanguageConfig, TrainConfig, entry, train
-from revnet.training.processes.launch import run_in_processes
 from revnet.training.processes.prepare_model import check_processes
 from revnet.training.processes.world import World
+from tests.copies import launch_copies
 from tests.training.processes import training_programs as programs
 from tests.training.processes.test_devices import ROUNDING
 from tests.training.samples import write_text
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
         for name, config in configs.items()
     }
     one = {name: replace(config, out_dir=str(folder / name)) for name, config in configs.items()}
-    return programs.train_all(one), run_in_processes(programs.train_all, {"configs": two}, World(num_processes=2))
+    return programs.train_all(one), launch_copies(programs.train_all, {"configs": two})
 
 
 def sum_parts(losses: list[float], num_parts: int) -> list[float]:

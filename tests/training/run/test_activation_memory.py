@@ -11,6 +11,7 @@ from revnet.memory.step._live import LiveBytes
 from revnet.nn import Checkpoint, Reverse, Store
 from revnet.nn._whole_model import policy_holders
 from revnet.training import TrainConfig, train
+from tests.training.samples import TINY
 
 
 class WatchUpdates(Callback):
@@ -54,22 +55,22 @@ def test_update_needs_the_planned_memory(out_dir, budget, more, overestimate):
 
 
 def test_run_reports_its_plan(out_dir, capsys):
-    result = train(TrainConfig(max_updates=1, memory_budget="14MiB", out_dir=out_dir))
-    assert "memory  peak 13.7 MiB of 14.0 MiB, step time 1." in capsys.readouterr().out
+    result = train(TrainConfig(model=TINY, max_updates=1, memory_budget="1.2MiB", out_dir=out_dir))
+    assert "memory  peak 1.1 MiB of 1.2 MiB, step time 1." in capsys.readouterr().out
     plan = (result.folder / "plan.txt").read_text()
-    assert plan.startswith("budget     14.0 MiB\npeak       13.7 MiB  of which activations ")
+    assert plan.startswith("budget     1.2 MiB\npeak       1.1 MiB  of which activations ")
     summary = (result.folder / "summary.json").read_text()
-    assert f'"policy": "plan",\n  "memory_budget_bytes": {14 * 2**20},\n  "planned_peak_bytes": ' in summary
+    assert f'"policy": "plan",\n  "memory_budget_bytes": {parse_bytes("1.2MiB")},\n  "planned_peak_bytes": ' in summary
     assert "images, planned\n" in result.report()
-    assert "13.7 MiB with model, gradients and optimizer, of a budget of 14.0 MiB\n" in result.report()
+    assert "1.1 MiB with model, gradients and optimizer, of a budget of 1.2 MiB\n" in result.report()
 
 
 def test_rejects_a_budget_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        BudgetError, match=r"`memory_budget` \(='6MiB'\) is .* below the least .* pass a `batch_size` of \d+ or less"
+        BudgetError, match=r"`memory_budget` \(='100KiB'\) is .* below the least .* pass a `batch_size` of \d+ or less"
     ):
-        train(TrainConfig(memory_budget="6MiB"), quiet=True)
+        train(TrainConfig(model=TINY, memory_budget="100KiB"), quiet=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -84,7 +85,7 @@ def test_rejects_a_budget_that_is_too_small(tmp_path, monkeypatch):
 )
 def test_applies_one_policy_to_all_blocks(out_dir, model, policy, how):
     watch = WatchUpdates()
-    config = TrainConfig(model=model, policy=policy, max_updates=1, out_dir=out_dir)
+    config = TrainConfig(model=model, policy=policy, max_updates=1, batch_size=20, out_dir=out_dir)
     result = train(config, quiet=True, callbacks=[watch])
     assert set(watch.policies) == {Checkpoint() if how == "checkpointed" else Store()}
     assert f"images, {how}\n" in result.report()
@@ -96,9 +97,7 @@ def test_planning_does_not_change_random_numbers(tmp_path):
     states = []
     # Within a budget of 1 GiB, the plan stores all.
     for name, settings in (("stored", {"policy": "store"}), ("planned", {"memory_budget": "1GiB"})):
-        config = TrainConfig(
-            model="tests.training.own_code:tiny_revnet", max_updates=2, out_dir=str(tmp_path / name), **settings
-        )
+        config = TrainConfig(model=TINY, max_updates=2, out_dir=str(tmp_path / name), **settings)
         result = train(config, quiet=True)
         states.append(load_file(result.folder / "last.safetensors"))
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

@@ -15,9 +15,9 @@ from revnet.training.processes import prepare_model
 from revnet.training.processes.world import World
 from revnet.training.run import execute
 from revnet.training.run.captured_update import NUM_WARMUPS, CapturedUpdate
-from tests.training.samples import write_text
+from tests.training.samples import TINY, write_text
 
-TINY = {"model": "tests.training.own_code:tiny_revnet", "epochs": 2, "batch_size": 200, "seed": 1}
+TINY_RUN = {"model": TINY, "epochs": 2, "batch_size": 200, "seed": 1}
 
 
 class FakeGraphs:
@@ -89,7 +89,7 @@ def assert_same_weights(kind, settings, tmp_path):
 )
 def test_classifier_equals_the_eager_run(graphs, tmp_path, options):
     """The last batch of each epoch is smaller, and runs without the graph."""
-    assert_same_weights(TrainConfig, TINY | options, tmp_path)
+    assert_same_weights(TrainConfig, TINY_RUN | options, tmp_path)
     num_updates = 2 * math.ceil(0.9 * 1437 / 200)  # of which one per epoch is smaller
     assert graphs.num_captures == 1
     assert graphs.num_replays == num_updates - 2 - NUM_WARMUPS
@@ -118,7 +118,7 @@ class MoveWeights(Callback):
 
 
 def test_captures_again_if_parameters_have_moved(graphs, tmp_path):
-    settings = TINY | {"batch_size": 100, "epochs": 1}
+    settings = TINY_RUN | {"batch_size": 100, "epochs": 1}
     results = []
     for captures in (True, False):
         config = TrainConfig(**settings, cuda_graphs=captures, out_dir=str(tmp_path / str(captures)))
@@ -193,7 +193,7 @@ def test_batches_without_tensors_run_as_usual():
 
 
 def test_needs_a_gpu(tmp_path):
-    config = TrainConfig(**TINY, cuda_graphs=True, device="auto", out_dir=str(tmp_path / "run"))
+    config = TrainConfig(**TINY_RUN, cuda_graphs=True, device="auto", out_dir=str(tmp_path / "run"))
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=r"`cuda_graphs` \(=True\) needs a CUDA GPU, and the device is cpu; leave it"):
@@ -203,7 +203,7 @@ def test_needs_a_gpu(tmp_path):
 
 def test_needs_a_single_process(monkeypatch):
     monkeypatch.setattr(prepare_model, "find_device", lambda name: torch.device("cuda"))
-    config = TrainConfig(**TINY, cuda_graphs=True)
+    config = TrainConfig(**TINY_RUN, cuda_graphs=True)
     with pytest.raises(ValueError, match="is for a single process, and there are 2"):
         prepare_model.check_processes(config, World(num_processes=2))
 
@@ -211,7 +211,7 @@ def test_needs_a_single_process(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_on_a_gpu_equals_the_eager_run(tmp_path, precision):
-    settings = TINY | {"device": "cuda", "precision": precision, "deterministic": True, "batch_size": 100}
+    settings = TINY_RUN | {"device": "cuda", "precision": precision, "deterministic": True, "batch_size": 100}
     assert_same_weights(TrainConfig, settings, tmp_path)
 
 

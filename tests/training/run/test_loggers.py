@@ -10,11 +10,11 @@ import pytest
 from revnet.errors import MissingDependencyError
 from revnet.training import TrainConfig, resume, train
 from revnet.training.run.loggers import describe_loggers, logger_errors
-from tests.training.samples import read_log, stop_after_epoch
+from tests.training.samples import TINY, read_log, stop_after_epoch
 
 
 def make_config(folder: Path, **options) -> TrainConfig:
-    options = {"model": "revnet38", "max_updates": 18, "log_every": 5, "drift_every": 5} | options
+    options = {"model": TINY, "max_updates": 18, "log_every": 5, "drift_every": 5} | options
     return TrainConfig(device="cpu", out_dir=str(folder), **options)
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from revnet.training import TrainConfig, train
 from revnet.training.run.progress import EpochLines, RunBar, make_progress
+from tests.training.samples import TINY
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_bar_is_for_terminals_only(monkeypatch, is_terminal, variables, expected
 
 
 def test_other_output_gets_a_heading_and_a_line_per_epoch(out_dir, capfd):
-    train(TrainConfig(epochs=2, batch_size=400, out_dir=out_dir))
+    train(TrainConfig(model=TINY, epochs=2, batch_size=400, out_dir=out_dir))
     output, errors = capfd.readouterr()
     assert errors == ""
     lines = output.splitlines()
@@ -49,7 +50,7 @@ def test_other_output_gets_a_heading_and_a_line_per_epoch(out_dir, capfd):
 
 def test_terminal_keeps_a_line_per_epoch_above_one_bar(out_dir, capfd, monkeypatch):
     monkeypatch.setattr("revnet.training.run.execute.make_progress", RunBar)
-    train(TrainConfig(epochs=2, batch_size=400, out_dir=out_dir))
+    train(TrainConfig(model=TINY, epochs=2, batch_size=400, out_dir=out_dir))
     output, errors = capfd.readouterr()
     assert errors == ""
     assert len(re.findall(r"epoch 1/2  loss .* images/s  ", output)) == 1
@@ -59,7 +60,7 @@ def test_terminal_keeps_a_line_per_epoch_above_one_bar(out_dir, capfd, monkeypat
 
 def test_other_output_gets_lines_within_a_long_epoch(out_dir, capfd, monkeypatch):
     monkeypatch.setattr("revnet.training.run.execute.make_progress", lambda: EpochLines(interval_seconds=0))
-    train(TrainConfig(epochs=1, batch_size=400, out_dir=out_dir))
+    train(TrainConfig(model=TINY, epochs=1, batch_size=400, out_dir=out_dir))
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("epoch 1/1")]
     starts = ["batch 1/3", "batch 2/3", "batch 3/3", "validation batch 1/1", "loss "]
     assert len(lines) == len(starts)
@@ -69,10 +70,10 @@ def test_other_output_gets_lines_within_a_long_epoch(out_dir, capfd, monkeypatch
 
 
 def test_short_epochs_get_no_other_lines(out_dir, capfd):
-    train(TrainConfig(epochs=1, batch_size=400, out_dir=out_dir))
+    train(TrainConfig(model=TINY, epochs=1, batch_size=400, out_dir=out_dir))
     assert capfd.readouterr().out.count("\nepoch 1/1") == 1
 
 
 def test_quiet_prints_nothing(out_dir, capfd):
-    train(TrainConfig(epochs=1, batch_size=1000, out_dir=out_dir), quiet=True)
+    train(TrainConfig(model=TINY, epochs=1, batch_size=1000, out_dir=out_dir), quiet=True)
     assert capfd.readouterr() == ("", "")

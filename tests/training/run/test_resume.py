@@ -16,9 +16,10 @@ from revnet.training import (
     train,
 )
 from tests.training.run.test_stop import SendSignal
-from tests.training.samples import assert_same_run, train_with_copies, write_image_folder, write_text
+from tests.training.samples import TINY, assert_same_run, train_with_copies, write_image_folder, write_text
 
 CLASSIFIER: dict[str, Any] = {
+    "model": TINY,
     "batch_size": 700,
     "epochs": 2,
     "max_updates": 3,

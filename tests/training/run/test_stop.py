@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from revnet.training import NiceConfig, TrainConfig, TrainingInterrupted, resume, train
 from revnet.training.run import stop_signals
-from tests.training.samples import assert_same_run
+from tests.training.samples import TINY, assert_same_run
 
 # With one thread also in `straight`, which is trained outside of a test.
 NICE = NiceConfig(batch_size=200, epochs=3, num_couplings=2, hidden_dim=16, num_hidden=1, num_threads=1)
@@ -67,7 +67,7 @@ def test_run_stopped_anywhere_resumes_bit_for_bit(straight, tmp_path, hook, nth,
 
 
 def test_classifier_stopped_in_a_validation_repeats_it(tmp_path):
-    config = TrainConfig(batch_size=400, epochs=2, max_updates=5)
+    config = TrainConfig(model=TINY, batch_size=400, epochs=2, max_updates=5)
     straight = train(replace(config, out_dir=str(tmp_path / "straight")), quiet=True)
     folder = tmp_path / "stopped"
     with pytest.raises(TrainingInterrupted, match=r"continues after update 3\."):

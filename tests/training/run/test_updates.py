@@ -5,9 +5,7 @@ import torch
 from lightning.pytorch import Callback
 
 from revnet.training import LanguageConfig, TrainConfig, load_language_model, train
-from tests.training.samples import read_log, write_text
-
-TINY = "tests.training.own_code:tiny_revnet"
+from tests.training.samples import TINY, read_log, write_text
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ from safetensors.torch import load_file
 
 from revnet.data import load_dataset
 from revnet.training import LanguageConfig, TrainConfig, load_classifier, load_language_model, train
-from tests.training.samples import assert_same_run, train_and_resume, write_text
-
-TINY = "tests.training.own_code:tiny_revnet"
+from tests.training.samples import TINY, assert_same_run, train_and_resume, write_text
 
 
 @pytest.fixture
