@@ -51,7 +51,7 @@ LINES = {
     "memory revnet38 --device xx": "--device",
     "memory revnet38 --batch 0": "--batch",
     "plan revnet38 --budget 3": "--budget",
-    "plan revnet38 --budget 3KiB": "--budget",
+    "plan tests.training.own_code:converted --input-shape [1,8,8] --budget 3KiB": "--budget",
     "plan revnet38 --devices 7 --strategy pipeline --batch 28": "MODEL",
     "doctor revnet38 --data nosuch": "--data",
     "doctor revnet38 --data no/such": "--data",

@@ -113,7 +113,7 @@ def check(lines, files, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("default")
 def test_some_random_command_lines(files, stubs, tmp_path, monkeypatch, capsys):
-    check(make_lines(seed=1, count=60), files, tmp_path, monkeypatch, capsys)
+    check(make_lines(seed=1, count=30), files, tmp_path, monkeypatch, capsys)
 
 
 def test_a_planted_fault_is_reported(files, stubs, tmp_path, monkeypatch, capsys):

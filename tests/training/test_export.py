@@ -74,7 +74,7 @@ def weights(tmp_path_factory):
     return files
 
 
-QUICK = ["classifier", "language model", "nice"]
+QUICK = ["language model", "nice"]
 OTHERS = [name for name in (*MODULES, *ON_GRID) if name not in QUICK]
 
 
