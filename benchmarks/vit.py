@@ -8,9 +8,7 @@ and their bytes counted. Writes a page, a CSV for each table and a figure to ben
 """
 
 import argparse
-import csv
 import datetime
-import json
 import shlex
 import statistics
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _memory_page import Row, Section, mib, table, write_csv
+from _training_page import check_run, training_section
 from torch import Tensor
 
 from revnet import Reverse, Store
@@ -53,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--batch-size {given.batch_size} must be at least 1")
     if not given.out_dir.is_dir():
         parser.error(f"--out-dir {given.out_dir} is not a folder; create it first")
-    if given.run is not None and not (given.run / "summary.json").is_file():
-        parser.error(f"{given.run} is not the folder of a finished run; it has no summary.json")
+    if given.run is not None:
+        check_run(parser, given.run)
     check_matplotlib()
     stem = f"revvit_{hardware_name()}_{datetime.date.today()}"
     page = [
@@ -192,27 +191,6 @@ def round_trip_error(model: ReversibleViT, images: Tensor) -> float:
     hook.remove()
     second.remove()
     return ((back - inputs[0]).abs().max() / inputs[0].abs().max()).item()
-
-
-def training_section(folder: Path) -> Section:
-    """Return the results of a run."""
-    summary = json.loads((folder / "summary.json").read_text())
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows: list[Row] = list(csv.DictReader(file))
-    cells = [
-        [row["epoch"], f"{float(row['train_loss']):.3f}", f"{100 * float(row['train_accuracy']):.1f} %"] for row in rows
-    ]
-    lines = [
-        f"## Training {summary['model']} on {summary['data']}",
-        "",
-        f"{summary['num_updates']:,} updates of {summary['batch_size']} images in {summary['train_seconds'] / 60:.1f}",
-        f"minutes: {100 * summary['test_accuracy']:.2f} % of {summary['test_images']:,} test images are correct",
-        f"(chance: 10 %). An update needs {mib(summary['peak_bytes'])} MiB of activations, and an update of the stored",
-        f"twin {mib(summary['stored_peak_bytes'])} MiB. Training accuracy is on the epoch's augmented images.",
-        "",
-        *table(("epoch", "training loss", "training accuracy"), cells),
-    ]
-    return Section(lines, rows)
 
 
 if __name__ == "__main__":

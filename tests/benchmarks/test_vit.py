@@ -1,21 +1,9 @@
 """`benchmarks/vit.py` with small settings: its tables are written, and its numbers are consistent."""
 
 import csv
-import json
 from importlib import import_module
 
 import pytest
-
-
-@pytest.fixture
-def finished_run(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    summary = {"model": "revvit_cifar", "data": "cifar10", "num_updates": 1500, "batch_size": 100, "test_images": 10000}
-    summary |= {"train_seconds": 90.0, "test_accuracy": 0.5, "peak_bytes": 2**20, "stored_peak_bytes": 3 * 2**20}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "metrics.csv").write_text("epoch,train_loss,train_accuracy\n1,2.0,0.25\n2,1.5,0.45\n")
-    return folder
 
 
 def test_writes_tables_and_figure(tmp_path, monkeypatch, capsys, finished_run):

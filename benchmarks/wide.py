@@ -1,0 +1,88 @@
+"""A wide RevNet of the class of ResNet-18: a run on CIFAR-10, and the memory of its update by policy.
+
+    revnet train --config cifar10/cpu/revnet38 --model benchmarks._wide_net:wide_revnet --out-dir runs/wide
+    python benchmarks/wide.py runs/wide
+
+Memory is predicted from shapes, for the images, the batch and the precision of the run. Writes a page and
+a CSV for each table to benchmarks/results/.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from _memory_page import Row, Section, mib, table, write_csv
+from _training_page import check_run, training_section
+from _wide_net import wide_revnet
+
+from revnet import AbstractPolicy, Checkpoint, Reverse, Store
+from revnet._hardware import hardware_name
+from revnet._provenance import describe_machine
+from revnet.memory import count_flops, predict
+
+RESULTS = Path(__file__).parent / "results"
+POLICIES: dict[str, AbstractPolicy] = {"reversed": Reverse(), "checkpointed": Checkpoint(), "stored": Store()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count, read the run, and write the results."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run of `revnet train` with this network")
+    parser.add_argument("--out-dir", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    check_run(parser, given.run)
+    summary = json.loads((given.run / "summary.json").read_text())
+    sections = {"training": training_section(given.run), "memory": memory_section(summary["batch_size"])}
+    with torch.device("meta"):
+        model = wide_revnet(10, 3)
+        flops = count_flops(model, torch.empty(1, 3, 32, 32))
+    stem = f"wide-cifar10_{hardware_name()}_{datetime.date.today()}"
+    page = [
+        "# A wide RevNet on CIFAR-10",
+        "",
+        *describe_machine(shlex.join(["python", "benchmarks/wide.py", *arguments])),
+        *[line.replace("- ", "- Run: ", 1) for line in summary["machine"]],
+        f"- Network: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
+        f"{flops / 1e6:,.0f} MFLOPs for a forward pass of one image; `benchmarks/_wide_net.py`",
+        "",
+    ]
+    given.out_dir.mkdir(parents=True, exist_ok=True)
+    for name, section in sections.items():
+        page += section.lines
+        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
+    text = "\n".join(page).rstrip() + "\n"
+    (given.out_dir / f"{stem}.md").write_text(text)
+    print(text)
+
+
+def memory_section(batch_size: int) -> Section:
+    """Predict the bytes of an update by policy."""
+    rows: list[Row] = []
+    for name, policy in POLICIES.items():
+        with torch.device("meta"):
+            model, images = wide_revnet(10, 3, policy), torch.empty(batch_size, 3, 32, 32)
+        row: Row = {"policy": name}
+        for precision, dtype in (("float32", None), ("bf16", torch.bfloat16)):
+            row[f"{precision}_bytes"] = predict(model, images, autocast=dtype).activation_bytes
+        rows.append(row)
+    lines = [
+        f"## Memory of an update of {batch_size} images",
+        "",
+        "The peak of the activations, without parameters and gradients, in float32 and under autocast.",
+        "",
+        *table(
+            ("blocks", "float32, MiB", "bf16-mixed, MiB"),
+            [[row["policy"], mib(row["float32_bytes"]), mib(row["bf16_bytes"])] for row in rows],
+        ),
+    ]
+    return Section(lines, rows)
+
+
+if __name__ == "__main__":
+    main()
