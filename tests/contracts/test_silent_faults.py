@@ -248,6 +248,88 @@ def test_different_numbers_in_the_second_run_raise(policy, index, source):
         loss.backward()
 
 
+def draw(shape):
+    """Draw numbers that PyTorch cannot repeat."""
+    return torch.from_numpy(np.random.default_rng(random.randrange(2**32)).random(shape, np.float32))
+
+
+NOISES = {
+    "mask": lambda m, x: m.outer(m.inner(x)) * (draw(x.shape) > 0.5),
+    "index": lambda m, x: m.outer(m.inner(x))[:, draw(x.shape[1:]).argsort()],
+    "branch": lambda m, x: m.inner(x).tanh() * draw(x.shape) + m.outer(x),
+    "state": lambda m, x: (m.inner(x) * m.next_number()).softmax(-1) + m.outer(x).tanh(),
+}
+
+
+class NoisyPart(nn.Module):
+    """Has a mask, an index or a branch that PyTorch cannot repeat, and that the last saved number does not show."""
+
+    def __init__(self, width, noise):
+        super().__init__()
+        self.inner, self.outer = mlp(width), nn.Linear(width, width)
+        self.noise, self.count = noise, 0
+        random.seed(0)
+
+    def next_number(self):
+        self.count += 1
+        return self.count
+
+    def forward(self, x):
+        return NOISES[self.noise](self, x)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_part_with_different_numbers_raises(policy, index, noise, dtype):
+    sequence = mlp_stack(4, policy=policy)
+    block, role = sequence.blocks[index // 2], "fg"[index % 2]
+    setattr(block, role, NoisyPart(8, noise))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss = sequence(torch.randn(16, 16)).square().mean()
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{role}` returned different numbers"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("source", ["numpy", "generator"])
+@pytest.mark.parametrize("index", [0, 3, 7])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_different_numbers_raise_under_autocast(policy, index, source):
+    sequence = mlp_stack(4, policy=policy)
+    block, role = sequence.blocks[index // 2], "fg"[index % 2]
+    setattr(block, role, Noisy(8, source, size=1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sequence(torch.randn(16, 16)).square().mean()
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.{index // 2}\.{role}` returned different numbers"):
+        loss.backward()
+
+
+class Sorting(nn.Module):
+    """Sorts its rows, so that rounding may move all of them; it repeats itself."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner, self.outer = mlp(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        order = self.inner(x).sum(-1).argsort()
+        return self.outer(x[order].tanh())[order.argsort()]
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_sorted_parts_do_not_raise(policy, dtype):
+    sequence = ReversibleSequential(
+        *[ReversibleBlock(Sorting(8), Sorting(8), split_dim=-1) for _ in range(4)], policy=policy
+    )
+    # Rows that are equal but for rounding.
+    x = torch.randn(1, 16) + 1e-6 * torch.randn(64, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss = sequence(x).square().mean()
+    loss.backward()
+
+
 @pytest.mark.parametrize("index", [0, 3, 7])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_attribute_changed_before_backward_raises(policy, index):

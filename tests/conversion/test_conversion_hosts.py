@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import revnet
-from revnet import PolicySequential
+from revnet import Checkpoint, PolicySequential, Reverse, Store, set_policy
 from revnet.conversion import BDIA, Adapter, Consistent, Dr2Net, Rewire, set_method
 from revnet.conversion._stream_state import state_of
 from revnet.errors import ReconstructionError
@@ -213,6 +213,21 @@ def test_refuses_a_host_that_changes_the_stream():
     del host.blocks[2]
     with pytest.raises(RuntimeError, match=r"`blocks\.3` was given a tensor that `blocks\.2` did not return"):
         host(X)
+
+
+@pytest.mark.parametrize("method", [Consistent(), Dr2Net(1, 0.5)], ids=str)
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), Store()], ids=str)
+def test_refuses_a_write_to_the_second_stream(method, has_grad, policy):
+    """It is the output of the block before the last one."""
+    host, _ = twins(method)
+    set_policy(host, policy)
+    with torch.set_grad_enabled(has_grad):
+        earlier = host.blocks[0](host.stem(X))
+        later = host.blocks[1](earlier)
+        earlier.relu_()
+        with pytest.raises(RuntimeError, match=r"modified in place before `blocks\.2` read it as its second stream"):
+            host.blocks[2](later)
 
 
 def test_refuses_an_output_that_is_overwritten():

@@ -201,6 +201,15 @@ def test_converts_back_and_again(x):
     assert torch.equal(host(x), y)
 
 
+def test_refuses_to_restore_a_class_that_was_replaced_again():
+    host, _ = twins(Rewire())
+    kind = type(host.blocks[1])
+    host.blocks[1].__class__ = type("Replaced", (kind,), {})
+    with pytest.raises(ValueError, match=r"`blocks\.1` of `model` had its class replaced again after it was converted"):
+        revnet.convert(host, back=True)
+    assert all(isinstance(block, kind) for block in host.blocks)
+
+
 def test_copies_and_pickles(x):
     host, _ = twins(Consistent())
     file = io.BytesIO()

@@ -1,13 +1,17 @@
 """`MemoryBudget` plans any LightningModule: the peak is right, and nothing else of the run changes."""
 
 import importlib
+import random
 import sys
+from collections import deque
 
 import lightning.pytorch as lightning
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -79,6 +83,21 @@ class Logging(Module):
         self.log_dict({"accuracy": self.accuracy(logits, batch[1])})
         self.num_calls = getattr(self, "num_calls", 0) + 1
         return {"loss": loss}
+
+
+class Mixing(WithoutDropout):
+    """A module that mixes images by numbers of Python and NumPy, and collects losses in containers of containers."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = {"train": [], "recent": deque(maxlen=3)}
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0] * random.random() + batch[0].flip(0) * np.random.beta(1, 1)
+        loss = super().training_step([x, batch[1]], batch_idx)
+        for losses in self.losses.values():
+            losses.append(loss.detach())
+        return loss
 
 
 def fit(module, *callbacks, num_epochs=1, ckpt_path=None, folder=None, **options):
@@ -197,6 +216,19 @@ def test_policies_to_choose_from_and_another_module():
     fit(other, callback)
     assert callback.plan is not first
     assert other.net.policies == module.net.policies
+
+
+def test_numbers_of_the_host_and_collected_losses_stay():
+    modules = planned, by_hand = make(Mixing), make(Mixing)
+    for module, callbacks in ((planned, [MemoryBudget(BUDGET)]), (by_hand, [])):
+        random.seed(0)
+        np.random.seed(0)
+        by_hand.net.set_policies(planned.net.policies)
+        fit(module, *callbacks)
+    assert all(torch.equal(p, q) for p, q in zip(planned.parameters(), by_hand.parameters(), strict=True))
+    for module in modules:
+        assert [len(losses) for losses in module.losses.values()] == [4, 3]
+        assert not any(isinstance(x, FakeTensor) for losses in module.losses.values() for x in losses)
 
 
 def test_goes_with_the_drift_monitor():

@@ -82,6 +82,12 @@ def test_restores_what_was_changed_after_construction(tmp_path):
     assert torch.equal(loaded(x), model.eval()(x))
 
 
+def test_card_of_the_current_folder_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny().save_pretrained(".")
+    assert f"# {tmp_path.name}\n" in (tmp_path / "README.md").read_text()
+
+
 def test_keeps_pooling_and_dropout_of_the_head(tmp_path):
     model = tiny()
     model.drop_rate = 0.5

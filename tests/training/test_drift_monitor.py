@@ -12,6 +12,7 @@ import revnet
 from revnet import ReversibleBlock, ReversibleSequential
 from revnet.conversion import Dr2Net
 from revnet.coupling import FixedPoint
+from revnet.engine._drift import active_meter
 from revnet.nn import set_coupling
 from revnet.numerics import measure_drift
 from revnet.training import DriftMonitor, TrainConfig, load_classifier, resume, train
@@ -104,6 +105,21 @@ def test_measures_the_first_batch_of_an_update():
     monitor = DriftMonitor(1)
     run(make_module(), monitor, num_epochs=1, accumulate=3)
     assert list(monitor.measured) == [0, 1]
+
+
+class SkipsTheRest(OwnModule):
+    """A module that skips the rest of an epoch in its second batch, as Lightning allows."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 1 else None
+
+
+def test_measures_again_after_the_rest_of_an_epoch_was_skipped():
+    monitor = DriftMonitor(1)
+    torch.manual_seed(0)
+    run(SkipsTheRest(), monitor, num_epochs=3)
+    assert active_meter() is None
+    assert list(monitor.measured) == [0, 1, 2]
 
 
 def test_exact_runs_have_no_drift():

@@ -15,7 +15,7 @@ from revnet.conversion._refusals import check_adapter, check_block, check_host, 
 from revnet.conversion._report import ConversionReport
 from revnet.conversion._row import Place, Row
 from revnet.nn import Reverse
-from revnet.nn._exchanged_class import is_converted
+from revnet.nn._exchanged_class import ORIGINAL_CLASS, is_converted
 
 
 def convert(
@@ -195,6 +195,13 @@ def _convert_back(model: Any, method: Any, blocks: Any) -> ConversionReport:
     if not converted:
         raise ValueError(f"`model` (={describe_kind(model)}) has no converted blocks, so `back` must be False.")
     names = tuple(place_of(block).name for block in converted)
+    for name, block in zip(names, converted, strict=True):
+        if ORIGINAL_CLASS not in vars(type(block)):
+            raise ValueError(
+                f"`{name}` of `model` had its class replaced again after it was converted, as `fully_shard` and "
+                "parametrizations do, so it cannot be converted back; undo that first, or set `Store()` with "
+                "`set_policy`."
+            )
     for block in converted:
         restore_class(block)
     return ConversionReport(None, names)

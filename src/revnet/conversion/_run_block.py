@@ -123,6 +123,11 @@ def _state_for(place: Place, x: Tensor, *, is_plain: bool) -> StreamState | None
                 f"the output of `{_before(place)}` was modified in place before `{place.name}` read it, which cannot "
                 "be undone; use the out-of-place form of the operation after the last converted block."
             )
+        if state.other_version != version_of(state.other):
+            raise RuntimeError(
+                f"the output of a converted block was modified in place before `{place.name}` read it as its "
+                "second stream; use the out-of-place form of the operation."
+            )
         return state
     if place.index == 0 or is_plain:
         return None

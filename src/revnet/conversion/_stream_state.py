@@ -42,6 +42,8 @@ class StreamState:
     """The run, if gradients are enabled."""
     version: int = 0
     """Version of the returned tensor, which in-place operations raise."""
+    other_version: int = 0
+    """Version of the other stream, which an earlier block returned."""
 
     def __reduce__(self) -> Any:
         """Return how to copy or pickle it: as an empty dictionary, so that features can be saved and loaded."""
@@ -56,7 +58,7 @@ def state_of(x: Tensor) -> StreamState | None:
 
 def attach(y: Tensor, state: StreamState) -> None:
     """Let a tensor carry a state."""
-    state.version = version_of(y)
+    state.version, state.other_version = version_of(y), version_of(state.other)
     setattr(y, _ATTRIBUTE, state)
 
 

@@ -127,12 +127,14 @@ class AgreementWatch(Observer):
             report_drift(self, run, half_block, source.dtype, digest, error, of_part)
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
-        """Compare the last tensor that the lowest function saved, since its result is not compared."""
+        """Compare tensors that the lowest function saved, since its result is not compared."""
         tail, source = run.steps[index].tail, run.steps[index].half_block.source
         assert tail is not None
         ratio = tail.error / max(self.worst, self.relative_error(source), 4 * self.eps)
         if not ratio <= _suspicion.SUSPICIOUS:
             _suspicion.look_closer(self, run, index, streams, tail.actual, tail.expected, ratio, is_tail=True)
+        if tail.suspects:
+            _suspicion.check_repeats(run, index, streams)
 
     def relative_error(self, source: Any) -> float:
         """Return the current relative error of a stream; 0 if it has not been undone yet, and for a sum of streams."""

@@ -25,12 +25,17 @@ def is_on_accelerator(x: Tensor) -> bool:
 
 
 def may_wait_for(x: Tensor) -> bool:
-    """Return whether the values of a tensor on an accelerator can be read now."""
+    """Return whether the values of a tensor on an accelerator can be read now, and have a dtype that NumPy has too."""
+    return x.dtype in DTYPES and may_sample(x)
+
+
+def may_sample(x: Tensor) -> bool:
+    """Return whether some values of a tensor on an accelerator can be read now."""
     if not is_on_accelerator(x):
         return False
     # While a CUDA graph is captured, waiting is an error.
     is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return x.dtype in DTYPES and not (in_functorch_transform() or is_capturing)
+    return not (in_functorch_transform() or is_capturing)
 
 
 def sample_on_device(x: Tensor, most: int = SIZE) -> list[float]:

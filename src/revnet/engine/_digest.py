@@ -6,6 +6,7 @@ Samples are read from memory without PyTorch operators, so that a measured step 
 import math
 from collections.abc import Sequence
 from ctypes import string_at
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,10 @@ from torch import Tensor, nn
 from revnet._torch_internals import in_functorch_transform
 from revnet.engine._arrays import DTYPES, INTEGERS, array_of, digest_of_array, reader_of
 from revnet.engine._careful import not_the_same
-from revnet.engine._device_digest import checksum_on_device, may_wait_for, sample_on_device
+from revnet.engine._device_digest import checksum_on_device, may_sample, may_wait_for, sample_on_device
+from revnet.engine._saved_samples import CHECKSUM_INTERVAL, different, noise_of, sample_all
 
 Digest = list[float]
-
-NOISE = 1024.0
-"""Units in the last place by which two runs of one function on one input may differ."""
 
 
 def can_digest(x: Tensor) -> bool:
@@ -60,35 +59,34 @@ def checksum(x: Tensor) -> int | None:
 
 
 class Tail:
-    """Sample of the last tensor that a function saved, taken again in each replay."""
+    """Sample of the last tensor that a function saved, taken again in each replay; in some runs, of all of them."""
 
-    __slots__ = ("actual", "error", "expected", "index")
+    __slots__ = ("actual", "error", "expected", "index", "others", "suspects")
 
-    def __init__(self, expected: Digest, index: int):
-        self.expected, self.index = expected, index
+    def __init__(self, expected: Digest, index: int, others: dict[int, Any]):
+        self.expected, self.index, self.others = expected, index, others
+        self.suspects: dict[int, Any] = {}  # Those that the last replay computed differently, from a rebuilt input.
         self.actual: Digest = []  # Sample of the last replay.
         self.error = 0.0  # Relative error of that sample.
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "Tail | None":
+    def of(cls, tensors: Sequence[Tensor], num_calls: int) -> "Tail | None":
         """Return the sample of a first run, or None if the values cannot be read."""
         index = len(tensors) - 1
         while index >= 0 and not (tensors[index].is_floating_point() or tensors[index].is_complex()):
             index -= 1  # Integers may be a workspace, such as oneDNN's for an LSTM, with parts that have no value.
-        can_read = index >= 0 and (can_digest(tensors[index]) or may_wait_for(tensors[index]))
-        return cls(digest_of(tensors[index]), index) if can_read and has_memory(tensors[index]) else None
+        can_read = index >= 0 and (can_digest(tensors[index]) or may_sample(tensors[index]))
+        expected = digest_of(tensors[index]) if can_read and has_memory(tensors[index]) else []
+        others = sample_all(tensors) if num_calls % CHECKSUM_INTERVAL == 1 else {}
+        return cls(expected, index, others) if expected or others else None
 
     def compare(self, name: str, tensors: Sequence[Tensor], *, is_rounded: bool) -> None:
         """Compute the error of the same tensor in a replay; raise if there is one and the replay's input had none."""
         self.error, tensor = 0.0, tensors[self.index]
-        self.actual = digest_of(tensor) if has_memory(tensor) else self.expected
-        if self.actual == self.expected:
-            return
-        size, dtype = math.hypot(*self.expected), tensor.dtype
-        if not math.isfinite(size + sum(self.actual)):
-            return  # The model produced NaN or inf, here or in a later function, which is undone first.
-        distance = math.dist(self.expected, self.actual)
-        self.error = distance / size if size else math.inf
-        # Two runs on one input may differ in the last places, for example because memory is aligned differently.
-        if not is_rounded and not distance <= NOISE * torch.finfo(dtype).eps * size:
+        self.actual = digest_of(tensor) if self.expected and has_memory(tensor) else self.expected
+        # Otherwise the model produced NaN or inf, here or in a later function, which is undone first.
+        if self.actual != self.expected and math.isfinite((size := math.hypot(*self.expected)) + sum(self.actual)):
+            self.error = math.dist(self.expected, self.actual) / size if size else math.inf
+        self.suspects = different(self.others, tensors, is_rounded=is_rounded) if self.others else {}
+        if not is_rounded and (self.suspects or (self.error and self.error > noise_of(torch.finfo(tensor.dtype).eps))):
             raise not_the_same(name, "on the same input as in the forward pass")

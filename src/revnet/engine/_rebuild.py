@@ -182,7 +182,7 @@ class Rebuilder:
                 break  # The lowest half-block is not undone.
             for observer in self.observers:
                 observer.after_undo(self, position - 1, step.half_block, streams)
-        if (tail := steps[index].tail) is not None and tail.error:
+        if (tail := steps[index].tail) is not None and (tail.error or tail.suspects):
             for observer in self.observers:
                 observer.after_fill(self, index, streams)
 

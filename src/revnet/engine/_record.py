@@ -31,8 +31,8 @@ from revnet.engine._digest import Tail
 from revnet.engine._keeper import AbstractKeeper
 from revnet.engine._plan import Plan, plan_for
 from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
+from revnet.engine._saved_samples import CHECKSUM_INTERVAL
 from revnet.engine._slot_filler import SlotFiller
-from revnet.engine._states import CHECKSUM_INTERVAL
 from revnet.engine._surroundings import Surroundings
 from revnet.engine._tensors import storage_key
 
@@ -246,7 +246,7 @@ class RecordedCall:
                 for keeper in self.keepers:
                     keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
-                self.tail = Tail.of(tensors) if keeps_tail else None
+                self.tail = Tail.of(tensors, 0 if surroundings.is_captured else plan.num_calls) if keeps_tail else None
             # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
         return result

@@ -10,13 +10,11 @@ from revnet._torch_internals import in_functorch_transform
 from revnet.engine._arrays import array_of, is_on_host, same_bits
 from revnet.engine._device_digest import is_on_accelerator
 from revnet.engine._digest import checksum
+from revnet.engine._saved_samples import CHECKSUM_INTERVAL
 from revnet.engine._tensors import version_of, versions_of
 
 if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
-
-CHECKSUM_INTERVAL = 64
-"""Number of calls of a plan from one checksum of the parameters to the next; it shows writes that raise no version."""
 
 
 def before(call: "RecordedCall") -> list[int | None] | None:

@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import sub
 from typing import TYPE_CHECKING
@@ -11,8 +12,9 @@ import torch
 
 from revnet.engine._careful import not_the_same
 from revnet.engine._chain import HalfBlock
-from revnet.engine._digest import NOISE, Digest, digest_of
+from revnet.engine._digest import Digest, digest_of
 from revnet.engine._retained import fork
+from revnet.engine._saved_samples import differs, noise_of
 from revnet.engine._streams import StreamSnapshot
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ def look_closer(
     # The model produced NaN or inf, or they are reported as drift.
     if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
         measure = partial(_tail_again if is_tail else _stream_again, run, index, streams)
-        check_same(run, index, streams, measure, actual, expected, watch)
+        eps = max(watch.eps, _tail_eps(run, index)) if is_tail else watch.eps
+        check_same(run, index, streams, measure, actual, expected, watch, eps)
         # With a margin, so that the next steps do not repeat the same check.
         tolerated[index] = 4 * ratio
 
@@ -81,6 +84,7 @@ def check_same(
     actual: Digest,
     expected: Digest,
     watch: "AgreementWatch",
+    eps: float,
 ) -> None:
     """Raise if half-block `index` returned a different result the second time, and rounding is not the reason.
 
@@ -98,23 +102,17 @@ def check_same(
         actual: The digest of the second result.
         expected: The digest of the first result.
         watch: Has the errors of the streams.
+        eps: The precision of the digests.
 
     Raises:
         ReconstructionError: The function returned a different result.
     """
-    step, eps = run.steps[index], watch.eps
-    half_block = step.half_block
+    half_block = run.steps[index].half_block
     change = _perturbation(watch, half_block)
-    # The input is changed on purpose; an observer would correct it.
-    run.is_checking = True
-    # What the first run kept would hide the change.
-    keepers, step.keepers = step.keepers, ()
-    try:
+    with _checking(run, index):
         again, once_more, perturbed = measure(None), measure(None), measure(change)
-    finally:
-        run.is_checking, step.keepers = False, keepers
     size = math.hypot(*again) or 1.0
-    noise = NOISE * eps
+    noise = noise_of(eps)
     if streams.read(half_block.source).device.type != "cpu":  # Kernels may add in any order.
         noise = max(noise, _DEVICE_NOISE[run.surroundings.is_mixed])
     if math.dist(again, once_more) > noise * size:
@@ -124,6 +122,47 @@ def check_same(
     floor = max(response, eps * size / len(expected) ** 0.5)
     if half_block.coupling.is_exact or _median_distance(actual, expected) > EXCESS * floor:
         raise not_the_same(half_block.name, "which rounding of its input does not explain")
+
+
+def check_repeats(run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
+    """Raise if the tensors that half-block `index` saved, and that are suspects, are different ones in each run.
+
+    Their values are not compared with those of an input that is off by rounding: if one element more comes before the
+    others in a sorted tensor, all the others have other places.
+    """
+    step = run.steps[index]
+    assert step.tail is not None
+    tail, expected = step.tail, step.tail.others
+    tail.others = dict.fromkeys(tail.suspects)
+    runs = []
+    try:
+        with _checking(run, index):
+            for _ in range(2):
+                step.rerun(run, fork(streams), index)
+                runs.append(tail.suspects)
+    finally:
+        tail.others, tail.suspects = expected, {}
+    if any(differs(runs[1][number], sample, step.metas[number][1]) for number, sample in runs[0].items()):
+        raise not_the_same(step.half_block.name, "and different ones each time")
+
+
+@contextmanager
+def _checking(run: "Rebuilder", index: int) -> Iterator[None]:
+    step = run.steps[index]
+    # The input may be changed on purpose; an observer would correct it.
+    run.is_checking = True
+    # What the first run kept would hide the change.
+    keepers, step.keepers = step.keepers, ()
+    try:
+        yield
+    finally:
+        run.is_checking, step.keepers = False, keepers
+
+
+def _tail_eps(run: "Rebuilder", index: int) -> float:
+    step = run.steps[index]
+    assert step.tail is not None
+    return torch.finfo(step.metas[step.tail.index][1]).eps
 
 
 def _perturbed(streams: StreamSnapshot, half_block: HalfBlock, change: Change) -> StreamSnapshot:

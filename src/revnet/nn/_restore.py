@@ -1,8 +1,10 @@
 """Contexts that run a model and leave it unchanged."""
 
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def restoring_state(model: nn.Module) -> Iterator[None]:
     tolerances = [(sequence, sequence.tolerance_state()) for sequence in sequences]
     devices = {tensor.device for tensor in [*parameters, *model.buffers()]}
     try:
-        with _restoring_random_states(devices), suspended(parameters):
+        with restoring_host_random_states(), _restoring_random_states(devices), suspended(parameters):
             for parameter in parameters:
                 parameter.grad = None
             yield
@@ -71,8 +73,19 @@ def restoring_policies(model: nn.Module) -> Iterator[None]:
             holder.set_policies(policies)
 
 
+@contextmanager
+def restoring_host_random_states() -> Iterator[None]:
+    """Restore the random states of Python and of NumPy on exit."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def _restoring_random_states(devices: set[torch.device]) -> AbstractContextManager[None]:
-    """Return a context that restores the random states of the CPU and of the accelerators among `devices`."""
+    """Return a context that restores PyTorch's random states, of the CPU and of the accelerators among `devices`."""
     others = [device for device in devices if device.type not in ("cpu", "meta")]
     if any(device.type == "mps" for device in others):  # It has one state, and PyTorch asks for no device.
         return _restoring_mps()

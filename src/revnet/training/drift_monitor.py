@@ -53,7 +53,9 @@ class DriftMonitor(Callback):
         self._loss = loss
         self._meter: DriftMeter | None = None
         self._measuring = ExitStack()
+        self._update = 0
         self._last_update: int | None = None
+        """Number of updates before the measurement that is due, and before the last one."""
         self._rows: list[Row] = []
         self.measured: dict[int, Drift] = {}
         """Drift by the number of previous updates, as measured in this process."""
@@ -81,11 +83,11 @@ class DriftMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start a measurement if one is due."""
-        self._measuring.close()
+        self._stop()
         update = trainer.global_step
         if update % self._every or update == self._last_update:  # an update may have several batches
             return
-        self._last_update = update
+        self._update = update
         if self._loss is not None:
             self._record(update, self._compare_gradients(trainer, pl_module, batch), trainer, pl_module)
             return
@@ -96,18 +98,22 @@ class DriftMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the measurement."""
-        self._measuring.close()
-        meter, self._meter = self._meter, None
+        meter = self._meter
+        self._stop()
         if meter is not None and meter.records:
-            assert self._last_update is not None
-            self._record(self._last_update, drift_of(pl_module, meter.records), trainer, pl_module)
+            self._record(self._update, drift_of(pl_module, meter.records), trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop measuring."""
+        self._stop()
+
+    def _stop(self) -> None:
         self._measuring.close()
+        self._meter = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Rewrite the file."""
+        self._stop()  # The module's `on_train_batch_start` may have skipped the rest of the epoch.
         if self._path is None or not trainer.is_global_zero:
             return
         write_table(self._path, _COLUMNS, self._rows)
@@ -118,7 +124,7 @@ class DriftMonitor(Callback):
         return measure_drift(step, batch, loss=_identity, gradients=True)
 
     def _record(self, update: int, drift: Drift, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.measured[update] = drift
+        self.measured[update], self._last_update = drift, update
         for block in drift.blocks:
             gradient = block.gradient
             self._rows.append(

@@ -145,6 +145,13 @@ def test_transparent_color_in_a_palette() -> None:
     assert mean(save(image, transparency=image.getpixel((0, 0)))) == [255, 255, 255]
 
 
+@pytest.mark.parametrize("image", [Image.new("1", (4, 4), 0), Image.fromarray(np.full((4, 4), 300, np.uint16))])
+def test_transparent_color_without_a_palette(image: Image.Image) -> None:
+    value = image.getpixel((0, 0))
+    assert mean(save(image, transparency=value)) == [255, 255, 255]
+    assert mean(save(image, transparency=255 - value)) == mean(save(image))
+
+
 def test_cmyk() -> None:
     image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))  # cyan
     for format in ("JPEG", "TIFF"):

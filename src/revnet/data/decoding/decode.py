@@ -248,8 +248,12 @@ def _to_gray_or_rgb(image: "Image") -> "Image":
     if image.mode == "F":
         raise UndecodableError("its pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):  # 16 bits, which older versions of Pillow return as 32
-        return Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "1":
+        pixels = np.asarray(image)
+        gray = (np.clip(pixels, 0, 65535) >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            gray[pixels == image.info["transparency"]] = 255
+        return Image.fromarray(gray)
+    if image.mode == "1" and "transparency" not in image.info:
         return image.convert("L")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -1,5 +1,6 @@
 """Replace the tensors of a model by fake ones, which have shapes and no data."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_
@@ -106,20 +107,32 @@ _HOLDERS = {"_parameters", "_buffers", "_modules"}
 
 
 def _save_attributes(module: nn.Module) -> Callable[[], None]:
-    """Save the attributes of a module, and the contents of lists, dicts and sets; return a function to restore them."""
+    """Save the attributes of a module, and what they contain; return a function to restore them."""
     attributes = dict(module.__dict__)
-    contents = {name: value.copy() for name, value in attributes.items() if isinstance(value, list | dict | set)}
+    saved: dict[int, tuple[Any, Any]] = {}
+    _save_contents(attributes, saved)
+    del saved[id(attributes)]
 
     def restore() -> None:
         for name in module.__dict__.keys() - attributes.keys():
             del module.__dict__[name]
         module.__dict__.update(attributes)
-        for name, content in contents.items():
-            value = attributes[name]
-            if isinstance(value, list):
-                value[:] = content
+        for container, content in saved.values():
+            container.clear()
+            if isinstance(container, list | deque):
+                container.extend(content)
             else:
-                value.clear()
-                value.update(content)
+                container.update(content)
 
     return restore
+
+
+def _save_contents(value: Any, saved: dict[int, tuple[Any, Any]]) -> None:
+    """Add copies of a list, deque, dict or set, and of those inside it, to `saved`."""
+    if isinstance(value, list | deque | dict | set) and id(value) not in saved:
+        saved[id(value)] = value, value.copy()
+    elif not isinstance(value, tuple):
+        return
+    for content in list(value.values() if isinstance(value, dict) else value):
+        if isinstance(content, list | deque | dict | set | tuple):
+            _save_contents(content, saved)

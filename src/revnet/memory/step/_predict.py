@@ -31,6 +31,7 @@ from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._run_step import Loss, StepResult, check_step, device_of, run_step, tensors_in
 from revnet.memory.step._step_memory import StepMemory
 from revnet.memory.step._summarize import ModuleTable, summarize
+from revnet.nn._restore import restoring_host_random_states
 
 
 def predict(
@@ -240,16 +241,17 @@ class Prediction:
         for tensor in [*self._model.parameters(), *tensors_in(self._args, self._kwargs)]:
             tensor.grad = None
         in_backward = self._in_backward
-        return run_step(
-            self._model,
-            self._args,
-            self._kwargs,
-            loss=self._loss,
-            autocast=self._autocast,
-            guard=partial(_explained, self._model, describe_inputs(tensors_in(self._args, self._kwargs))),
-            on_gradient=None if in_backward is None else in_backward.update,
-            state=() if in_backward is None else in_backward.state,
-        )
+        with restoring_host_random_states():
+            return run_step(
+                self._model,
+                self._args,
+                self._kwargs,
+                loss=self._loss,
+                autocast=self._autocast,
+                guard=partial(_explained, self._model, describe_inputs(tensors_in(self._args, self._kwargs))),
+                on_gradient=None if in_backward is None else in_backward.update,
+                state=() if in_backward is None else in_backward.state,
+            )
 
     def _prepare_optimizer(self) -> None:
         """Make the optimizer whose step runs in the backward pass, with the parameters that are fake now."""

@@ -177,10 +177,10 @@ class HubMixin:
             write_tensors(folder / PREPROCESS, self._pretrained_tensors, {"format": "pt"})
         write_text(folder / CONFIG, json.dumps(entries, indent=2, sort_keys=True) + "\n")
         if card is not None or not (folder / CARD).exists():
-            write_text(folder / CARD, card or _default_card(self, repo_id or folder.name))
+            write_text(folder / CARD, card or _default_card(self, repo_id or folder.resolve().name))
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or folder.name, config=config, card=card, **push_to_hub_kwargs)
+        return self.push_to_hub(repo_id or folder.resolve().name, config=config, card=card, **push_to_hub_kwargs)
 
     def push_to_hub(
         self,

@@ -1,0 +1,99 @@
+"""Samples of all tensors that a function saves, in its first run and in every 64th run after it, on the CPU.
+
+The last tensor, which is compared in every run, does not show that a mask or a parallel branch has other numbers. A
+function that reads random numbers from outside of PyTorch, or keeps state in attributes, is wrong in every run.
+On a GPU only the last tensor is compared: some kernels save memory of which they fill only a part.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revnet.engine._arrays import DTYPES, array_of, digest_of_array, is_on_host, places
+
+CHECKSUM_INTERVAL = 64
+"""Number of calls of a function from one in which more is compared to the next: all parameters and saved tensors."""
+NOISE = 1024.0
+"""Units in the last place by which two runs of one function on one input may differ."""
+_MOST_NOISE = 0.1
+"""Largest such difference, relative to the tensor: a unit in the last place of 16 bits is large."""
+_LOW_EPS = 1e-5
+"""A unit in the last place that is larger belongs to a 16-bit number."""
+_SUSPICIOUS = 1e-2
+"""Relative error of a tensor, computed from a rebuilt input, above which the function is run again as a check."""
+_INTEGERS = {torch.bool, torch.int16, torch.int32, torch.int64}
+"""Dtypes of masks and indices. Bytes may be the workspace of a kernel, such as oneDNN's for an LSTM."""
+_NUM_INTEGERS = 256
+_MOST_CHANGED = 0.01
+"""Share of the sampled integers that may differ: the largest of two equal numbers may have another place."""
+
+Sample = Any
+"""A list of floats, or an array of integers."""
+
+
+def noise_of(eps: float) -> float:
+    """Return the relative difference that two runs of one function on one input may have in this precision."""
+    return min(NOISE * eps, _MOST_NOISE)
+
+
+def sample_all(tensors: Sequence[Tensor]) -> dict[int, Sample]:
+    """Return samples of the tensors that have fixed values and can be read, by their index."""
+    samples = {index: _sample_of(tensor) for index, tensor in enumerate(tensors)}
+    return {index: sample for index, sample in samples.items() if sample is not None}
+
+
+def different(
+    samples: Mapping[int, Sample | None], tensors: Sequence[Tensor], *, is_rounded: bool
+) -> dict[int, Sample]:
+    """Return new samples of the tensors that differ from `samples` by more than rounding.
+
+    Args:
+        samples: Samples by the index of the tensor; None differs from every other.
+        tensors: The tensors of a replay.
+        is_rounded: Whether the input of the replay was rebuilt.
+    """
+    changed = {}
+    for index, expected in samples.items():
+        actual = _sample_of(tensors[index])
+        if actual is not None and differs(actual, expected, tensors[index].dtype, _SUSPICIOUS if is_rounded else 0.0):
+            changed[index] = actual
+    return changed
+
+
+def differs(actual: Sample, expected: Sample | None, dtype: torch.dtype, least: float = 0.0) -> bool:
+    """Return whether samples differ by more than runs on one input, and if they are not integers, more than `least`."""
+    if expected is None or dtype in _INTEGERS:
+        return expected is None or bool((actual != expected).mean() > _MOST_CHANGED)
+    eps = torch.finfo(dtype).eps
+    # In low precision, rounding in another place moves some elements by a unit in the last place.
+    limit = NOISE * eps if eps < _LOW_EPS else 4 * eps
+    return actual != expected and _error(actual, expected) > max(limit, least)
+
+
+def _sample_of(tensor: Tensor) -> Sample | None:
+    """Return a sample of a tensor's elements, or None if they cannot be read or have no fixed values."""
+    # FSDP frees the memory of a parameter after its function ran.
+    if not is_on_host(tensor) or not tensor.numel() or tensor.untyped_storage().nbytes() < tensor.nbytes:
+        return None
+    if tensor.dtype in _INTEGERS:
+        return array_of(tensor)[places(tensor.shape, _NUM_INTEGERS)]
+    if tensor.dim() < 2:
+        return None  # Batch norm saves running statistics that it does not use, such as the copies of instance norm.
+    if tensor.dtype is torch.bfloat16:
+        # Its bits are the upper half of a float32's.
+        return digest_of_array((array_of(tensor).astype(np.int32) << 16).view(np.float32))
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return digest_of_array(array_of(tensor)) if is_number and tensor.dtype in DTYPES else None
+
+
+def _error(actual: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the distance of two samples relative to the expected one."""
+    size = math.hypot(*expected)
+    if not math.isfinite(size + sum(actual)):
+        return 0.0  # The model produced NaN or inf, here or in a later function, which is undone first.
+    distance = math.dist(expected, actual)
+    return distance / size if size else math.inf
