@@ -305,6 +305,17 @@ def test_different_numbers_raise_under_autocast(policy, index, source):
         loss.backward()
 
 
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_memory_that_an_operator_does_not_fill_does_not_raise(policy):
+    """In evaluation mode, RReLU saves memory for noise that it does not draw."""
+    function = nn.Sequential(nn.Linear(8, 8), nn.RReLU(), nn.Linear(8, 8))
+    sequence = ReversibleSequential(ReversibleBlock(function, mlp(8), split_dim=-1), policy=policy).eval()
+    loss = sequence(torch.randn(16, 16)).square().mean()
+    scraps = [torch.full((16, 8), float(number)) for number in range(100)]
+    scraps.clear()  # The replay gets memory with these numbers.
+    loss.backward()
+
+
 class Sorting(nn.Module):
     """Sorts its rows, so that rounding may move all of them; it repeats itself."""
 

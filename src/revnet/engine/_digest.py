@@ -70,14 +70,14 @@ class Tail:
         self.error = 0.0  # Relative error of that sample.
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], num_calls: int) -> "Tail | None":
+    def of(cls, call: Any, tensors: Sequence[Tensor], nodes: Sequence[int], result: Any) -> "Tail | None":
         """Return the sample of a first run, or None if the values cannot be read."""
         index = len(tensors) - 1
         while index >= 0 and not (tensors[index].is_floating_point() or tensors[index].is_complex()):
             index -= 1  # Integers may be a workspace, such as oneDNN's for an LSTM, with parts that have no value.
         can_read = index >= 0 and (can_digest(tensors[index]) or may_sample(tensors[index]))
         expected = digest_of(tensors[index]) if can_read and has_memory(tensors[index]) else []
-        others = sample_all(tensors) if num_calls % CHECKSUM_INTERVAL == 1 else {}
+        others = {} if call.plan.num_calls % CHECKSUM_INTERVAL != 1 else sample_all(call, tensors, nodes, result)
         return cls(expected, index, others) if expected or others else None
 
     def compare(self, name: str, tensors: Sequence[Tensor], *, is_rounded: bool) -> None:

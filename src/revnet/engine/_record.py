@@ -246,7 +246,7 @@ class RecordedCall:
                 for keeper in self.keepers:
                     keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
-                self.tail = Tail.of(tensors, 0 if surroundings.is_captured else plan.num_calls) if keeps_tail else None
+                self.tail = Tail.of(self, tensors, saved.nodes, result) if keeps_tail else None
             # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
         return result

@@ -7,13 +7,17 @@ On a GPU only the last tensor is compared: some kernels save memory of which the
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import sequence_number_of, tree_leaves
 from revnet.engine._arrays import DTYPES, array_of, digest_of_array, is_on_host, places
+
+if TYPE_CHECKING:
+    from revnet.engine._record import RecordedCall
 
 CHECKSUM_INTERVAL = 64
 """Number of calls of a function from one in which more is compared to the next: all parameters and saved tensors."""
@@ -40,10 +44,39 @@ def noise_of(eps: float) -> float:
     return min(NOISE * eps, _MOST_NOISE)
 
 
-def sample_all(tensors: Sequence[Tensor]) -> dict[int, Sample]:
-    """Return samples of the tensors that have fixed values and can be read, by their index."""
-    samples = {index: _sample_of(tensor) for index, tensor in enumerate(tensors)}
+def sample_all(call: "RecordedCall", tensors: Sequence[Tensor], nodes: Sequence[int], result: Any) -> dict[int, Sample]:
+    """Return samples of the tensors that have fixed values and can be read, by their index.
+
+    Args:
+        call: The first run of the function.
+        tensors: What it saved.
+        nodes: The sequence number of the first node after the one that saved each tensor.
+        result: What it returned.
+    """
+    if call.surroundings.is_captured:
+        return {}
+    left_out = _after_nodes_without_values(result, min(nodes, default=0))
+    samples = {
+        index: _sample_of(tensor)
+        for index, (tensor, node) in enumerate(zip(tensors, nodes, strict=True))
+        if node not in left_out
+    }
     return {index: sample for index, sample in samples.items() if sample is not None}
+
+
+def _after_nodes_without_values(result: Any, first: int) -> set[int]:
+    """Return the numbers, from `first` on, of the nodes after those that save memory which they do not fill."""
+    found, seen = set(), set()
+    nodes = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or (number := sequence_number_of(node) + 1) < first:
+            continue
+        seen.add(node)
+        if "Rrelu" in node.name():  # It saves the noise that it draws, and in evaluation mode it draws none.
+            found.add(number)
+        nodes += [before for before, _ in node.next_functions]
+    return found
 
 
 def different(
