@@ -29,6 +29,12 @@ UNTRACEABLE = {"recurrent"}
 UNTRACEABLE |= {"three-streams", "three-scaled-streams", "four-affine-streams", "three-groups", "four-affine-groups"}
 TRACEABLE = [case for case in CASES if case.name not in UNTRACEABLE]
 all_traceable_cases = pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
+# A graph takes about a second to compile, so that every other case is compiled only in the slow tests.
+traceable_cases = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (index % 2)) for index, case in enumerate(TRACEABLE)],
+    ids=lambda case: case.name,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +82,7 @@ def assert_steps_as_twin(sequence, case, *, compiled=None, num_steps=2, autocast
         assert_close(buffer, expected, tolerance=tolerance)
 
 
-@all_traceable_cases
+@traceable_cases
 def test_one_graph_trains_like_the_twin(case):
     assert_steps_as_twin(case.sequence(2), case)
 
@@ -90,7 +96,13 @@ def test_more_than_two_streams_raise(fullgraph):
 
 
 @pytest.mark.parametrize(
-    "policy", [REVERSING_POLICIES["mixed"], Checkpoint(), Store()], ids=["mixed", "checkpoint", "stored"]
+    "policy",
+    [
+        REVERSING_POLICIES["mixed"],
+        pytest.param(Checkpoint(), marks=pytest.mark.slow),
+        pytest.param(Store(), marks=pytest.mark.slow),
+    ],
+    ids=["mixed", "checkpoint", "stored"],
 )
 @pytest.mark.parametrize("name", ["conv-dropout", pytest.param("attention-context-mask", marks=pytest.mark.slow)])
 def test_policies_mix_in_one_graph(name, policy):
@@ -209,7 +221,7 @@ def test_whole_model():
         assert_close(buffer, expected)
 
 
-@pytest.mark.parametrize("input_requires_grad", [True, False])
+@pytest.mark.parametrize("input_requires_grad", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_frozen_parameters_and_input(input_requires_grad):
     case = CASE["conv"]
     sequence = case.sequence(3)
@@ -695,11 +707,11 @@ def test_stream_out_of_range_raises():
     "policy",
     [
         REVERSING_POLICIES["kept"],
-        REVERSING_POLICIES["held"],
-        Reverse(hold="f"),
+        pytest.param(REVERSING_POLICIES["held"], marks=pytest.mark.slow),
+        pytest.param(Reverse(hold="f"), marks=pytest.mark.slow),
         Reverse(keep=("f.linear", "g.linear.0")),
-        Reverse(hold="f,g", keep="64MiB"),
-        Reverse(keep=torch.ops.aten.mm),
+        pytest.param(Reverse(hold="f,g", keep="64MiB"), marks=pytest.mark.slow),
+        pytest.param(Reverse(keep=torch.ops.aten.mm), marks=pytest.mark.slow),
     ],
     ids=["all", "mixed", "hold", "names", "bytes", "operator"],
 )

@@ -124,7 +124,14 @@ def test_densities_have_a_dynamic_batch(name):
 
 
 @traces
-@pytest.mark.parametrize("strict", [False, True, None], ids=["export", "strict", "trace"])
+@pytest.mark.parametrize(
+    "strict",
+    [
+        pytest.param(False, id="export"),
+        pytest.param(True, id="strict", marks=pytest.mark.slow),
+        pytest.param(None, id="trace"),
+    ],
+)
 def test_language_model_that_computes_in_chunks_has_a_dynamic_length(strict):
     model = ReversibleTransformer(vocab_size=9, dim=8, depth=2, num_heads=2, max_length=32, ff_chunks=3).eval()
     tokens = torch.randint(9, (2, 10))
@@ -138,7 +145,7 @@ def test_language_model_that_computes_in_chunks_has_a_dynamic_length(strict):
         assert_close(program(tokens), model(tokens), tolerance=1e-5)  # in float32
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_encoder_and_decoder_have_a_dynamic_batch(strict):
     model = ReversibleEncoderDecoder(
         vocab_size=9, dim=8, encoder_depth=1, decoder_depth=1, num_heads=2, max_length=16
@@ -150,6 +157,7 @@ def test_encoder_and_decoder_have_a_dynamic_batch(strict):
     assert_close(program(*tokens), model(*tokens), tolerance=1e-5)
 
 
+@pytest.mark.slow  # `tests/models/test_unet3d.py` compiles a U-Net for several sizes.
 def test_volumes_have_dynamic_sides():
     model = UNet3d(in_channels=1, num_classes=2, widths=(4, 8)).eval()
     sides = {axis: 2 * Dim(f"half{axis}", min=2) for axis in (2, 3, 4)}

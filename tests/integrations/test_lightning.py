@@ -151,7 +151,13 @@ COPIES_OF_THE_LOSS = 3 * 8
 """Bytes that Lightning itself allocates at the peak: copies of the loss."""
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}], ids=["float32", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="float32", marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16-mixed"}, id="bf16-mixed"),
+    ],
+)
 def test_predicted_peak_is_the_peak_of_an_update(options):
     callback, watch = MemoryBudget(BUDGET), Watch()
     fit(make(), callback, watch, **options)
@@ -168,7 +174,7 @@ def test_peak_is_a_bound_with_accumulation():
     assert callback.planned_peak_bytes - gradient_bytes < max(watch.peaks) <= callback.planned_peak_bytes
 
 
-@pytest.mark.parametrize("kind", [Module, Logging])
+@pytest.mark.parametrize("kind", [pytest.param(Module, marks=pytest.mark.slow), Logging])
 def test_weights_are_the_ones_of_the_same_policies(kind):
     planned, callback = make(kind), MemoryBudget(BUDGET)
     fit(planned, callback, gradient_clip_val=0.1)

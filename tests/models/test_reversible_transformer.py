@@ -41,11 +41,12 @@ OPTIONS = {
     "hierarchical-encoder": {"attention": "hierarchical", "block_size": 2, "is_causal": False},
 }
 all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+COMPILED = ("lsh-encoder-dropout", "full-dropout-chunks")
 compiled_options = pytest.mark.parametrize(
     "options",
     [
         # The others have all that these have, and more.
-        pytest.param(options, id=name, marks=[pytest.mark.slow] if name in ("full", "lsh", "hierarchical") else [])
+        pytest.param(options, id=name, marks=[] if name in COMPILED else [pytest.mark.slow])
         for name, options in OPTIONS.items()
     ],
 )

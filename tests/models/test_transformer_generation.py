@@ -86,7 +86,7 @@ def test_a_new_token_reads_only_itself():
     assert lengths == [10, 11, 12]
 
 
-@pytest.mark.parametrize("use_cache", [None, False])
+@pytest.mark.parametrize("use_cache", [None, pytest.param(False, marks=pytest.mark.slow)])
 @all_options
 def test_prompts_of_several_lengths(options, use_cache):
     model, tokens, lengths = make(**options), random_tokens(), (10, 4, 1)

@@ -46,13 +46,6 @@ MODELS = {
     "transformer": (small_transformer, lambda batch: torch.randn(batch, 10, 4)),
 }
 all_models = pytest.mark.parametrize(("make_model", "make_input"), MODELS.values(), ids=MODELS.keys())
-one_model = pytest.mark.parametrize(
-    ("make_model", "make_input"),
-    [
-        pytest.param(*MODELS["revnet"], id="revnet"),
-        pytest.param(*MODELS["transformer"], id="transformer", marks=pytest.mark.slow),
-    ],
-)
 
 
 def policies(model):
@@ -108,7 +101,8 @@ def test_no_assignment_that_fits_is_faster(make_model, make_input):
     assert compared > 10
 
 
-@one_model
+@pytest.mark.slow  # `test_no_assignment_that_fits_is_faster` compares with every assignment.
+@all_models
 def test_more_budget_gives_no_slower_plan(make_model, make_input):
     model, x = make_model(), make_input(4)
     points = plan(model, x, budget="1GiB", optimizer=SGD).points

@@ -44,7 +44,7 @@ def test_trains_on_the_cifar100_archive(tmp_path):
 def test_trains_resumes_and_evaluates_a_folder_of_images(tmp_path, monkeypatch):
     data = write_image_folder(tmp_path / "pets", num_images=8)
     settings = {"data": str(data), "epochs": 2, "batch_size": 6, "image_size": 16, "val_fraction": 0.25}
-    settings |= {"num_workers": 2, "num_threads": 1, "color_distortion": True}
+    settings |= {"num_workers": 2, "num_threads": 1, "color_distortion": True, "model": "revnet38"}
     straight = train(TrainConfig(**settings, out_dir=str(tmp_path / "straight")), quiet=True)
     with monkeypatch.context() as patch:
         stop_after_epoch(patch, 1)

@@ -37,7 +37,7 @@ class WatchUpdates(Callback):
 @pytest.mark.parametrize(
     ("budget", "more", "overestimate"),
     [
-        pytest.param("9MiB", {"nesterov": True, "label_smoothing": 0.1}, 0, id="revnet"),
+        pytest.param("9MiB", {"nesterov": True, "label_smoothing": 0.1}, 0, id="revnet", marks=pytest.mark.slow),
         # Under Lightning, autocast casts weights at each use; PyTorch's default caches the cast weights, at most all.
         pytest.param("9MiB", {"precision": "bf16-mixed"}, 464_890 * 2, id="autocast", marks=pytest.mark.slow),
         pytest.param("20MB", {"model": "resnet32"}, 0, id="resnet"),

@@ -80,7 +80,7 @@ def assert_same_weights(kind, settings, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"max_grad_norm": 0.5, "ema_decay": 0.9, "label_smoothing": 0.1},
         {"precision": "bf16-mixed", "mixup": 0.2, "optimizer": "adamw", "lr": 1e-3},
         {"max_grad_norm": None, "max_grad_value": 0.01, "policy": "store", "schedule": "constant"},
