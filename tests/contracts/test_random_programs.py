@@ -6,25 +6,49 @@ import random
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from revnet import Checkpoint, ReconstructionError, Reverse, ReversibleBlock, ReversibleSequential, Store
 from tests.contracts.random_programs import FUNCTIONS, IN_PLACE_FUNCTIONS, draw_inputs, draw_sequence, run_program
-from tests.helpers import assert_close, keep_all, stored_twin
+from tests.helpers import assert_close, keep_all, leaves, stored_twin
+
+EPS = torch.finfo(torch.float64).eps
 
 
 def check_programs(seeds, *kinds, num_streams=lambda draw: 2) -> None:
-    for seed in seeds:
+    def make(seed):
         torch.manual_seed(seed)
         draw = random.Random(seed)
         count = num_streams(draw)
         sequence = draw_sequence(draw, *kinds, num_streams=count)
+        return sequence, draw_inputs(draw, count)
+
+    for seed in seeds:
+        sequence, inputs = make(seed)
         twin = stored_twin(sequence)
-        inputs = draw_inputs(draw, count)
         observed = run_program(sequence, inputs, seed)
         expected = run_program(twin, copy.deepcopy(inputs), seed)
         assert len(observed) == len(expected), seed
-        for value, expected_value in zip(observed, expected, strict=True):
-            assert_close(value, expected_value, tolerance=1e-7)  # Second derivatives amplify the rounding.
+        try:
+            assert_close(observed, expected, tolerance=1e-7)  # Second derivatives amplify the rounding.
+        except AssertionError:
+            check_rounding(observed, expected, *make(seed), seed)
+
+
+def check_rounding(observed, expected, sequence, inputs, seed) -> None:
+    """Check that the results differ no more than those of a stored twin whose inputs are off by rounding.
+
+    Rebuilt streams are off by a unit in the last place of the largest stream, which may be far larger than the input.
+    """
+    with torch.no_grad():
+        size = max(float(y.abs().max()) for y in leaves([stored_twin(sequence)(x) for x in inputs]))
+    inputs = tree_map(lambda x: (x.detach() + EPS * size).requires_grad_(x.requires_grad), inputs)
+    perturbed = run_program(stored_twin(sequence), inputs, seed)
+    for value, expected_value, other in zip(observed, expected, perturbed, strict=True):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            assert (value - expected_value).norm() <= 100 * (other - expected_value).norm(), seed
+        else:
+            assert_close(value, expected_value)
 
 
 @pytest.mark.parametrize(
