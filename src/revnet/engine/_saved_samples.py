@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from revnet._torch_internals import sequence_number_of, tree_leaves
-from revnet.engine._arrays import DTYPES, array_of, digest_of_array, is_on_host, places
+from revnet.engine._arrays import DTYPES, SIZE, array_of, digest_of_array, is_on_host, places
+from revnet.engine._tensors import version_of
 
 if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
@@ -31,6 +33,8 @@ _SUSPICIOUS = 1e-2
 """Relative error of a tensor, computed from a rebuilt input, above which the function is run again as a check."""
 _INTEGERS = {torch.bool, torch.int16, torch.int32, torch.int64}
 """Dtypes of masks and indices. Bytes may be the workspace of a kernel, such as oneDNN's for an LSTM."""
+_PARTLY_FILLED = ("Rrelu", "CtcLoss", "CopySlots")
+"""Parts of the names of nodes that save memory of which they fill only a part."""
 _NUM_INTEGERS = 256
 _MOST_CHANGED = 0.01
 """Share of the sampled integers that may differ: the largest of two equal numbers may have another place."""
@@ -55,17 +59,22 @@ def sample_all(call: "RecordedCall", tensors: Sequence[Tensor], nodes: Sequence[
     """
     if call.surroundings.is_captured:
         return {}
-    left_out = _after_nodes_without_values(result, min(nodes, default=0))
+    numbers = _numbers_after_nodes(result, min(nodes, default=0))
     samples = {
         index: _sample_of(tensor)
-        for index, (tensor, node) in enumerate(zip(tensors, nodes, strict=True))
-        if node not in left_out
+        for index, (tensor, number) in enumerate(zip(tensors, nodes, strict=True))
+        # After a write, the tensor is no longer what was saved, or a buffer of which a part may have no values.
+        if number in numbers and not version_of(tensor)
     }
     return {index: sample for index, sample in samples.items() if sample is not None}
 
 
-def _after_nodes_without_values(result: Any, first: int) -> set[int]:
-    """Return the numbers, from `first` on, of the nodes after those that save memory which they do not fill."""
+def _numbers_after_nodes(result: Any, first: int) -> set[int]:
+    """Return, from `first` on, the number after each node of a result whose saved tensors have fixed values.
+
+    Some operators save memory of which they fill only a part: noise that is not drawn in evaluation, rows after the end
+    of a sequence. So may a function that a user or the compiler has written.
+    """
     found, seen = set(), set()
     nodes = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     while nodes:
@@ -73,7 +82,7 @@ def _after_nodes_without_values(result: Any, first: int) -> set[int]:
         if node is None or node in seen or (number := sequence_number_of(node) + 1) < first:
             continue
         seen.add(node)
-        if "Rrelu" in node.name():  # It saves the noise that it draws, and in evaluation mode it draws none.
+        if not isinstance(node, BackwardCFunction) and not any(name in node.name() for name in _PARTLY_FILLED):
             found.add(number)
         nodes += [before for before, _ in node.next_functions]
     return found
@@ -118,7 +127,8 @@ def _sample_of(tensor: Tensor) -> Sample | None:
         return None  # Batch norm saves running statistics that it does not use, such as the copies of instance norm.
     if tensor.dtype is torch.bfloat16:
         # Its bits are the upper half of a float32's.
-        return digest_of_array((array_of(tensor).astype(np.int32) << 16).view(np.float32))
+        bits = array_of(tensor)[places(tensor.shape, SIZE)].astype(np.int32)
+        return list((bits << 16).view(np.float32).tolist())
     is_number = tensor.is_floating_point() or tensor.is_complex()
     return digest_of_array(array_of(tensor)) if is_number and tensor.dtype in DTYPES else None
 
