@@ -63,7 +63,7 @@ def sample_all(call: "RecordedCall", tensors: Sequence[Tensor], nodes: Sequence[
     samples = {
         index: _sample_of(tensor)
         for index, (tensor, number) in enumerate(zip(tensors, nodes, strict=True))
-        # After a write, the tensor is no longer what was saved, or a buffer of which a part may have no values.
+        # A tensor that was written to may differ from what was saved, or be a buffer that is only partly filled.
         if number in numbers and not version_of(tensor)
     }
     return {index: sample for index, sample in samples.items() if sample is not None}
