@@ -1,7 +1,7 @@
 """Tables of the benchmarks, as Markdown and as CSV."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,3 +37,20 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_sections(heading: Sequence[str], sections: Mapping[str, Section], stem: Path) -> None:
+    """Write a page and, for each section, a CSV; print the page.
+
+    Args:
+        heading: Lines before the sections.
+        sections: The sections by the end of the name of their CSV.
+        stem: Path of the files without the end of their names.
+    """
+    lines = [*heading]
+    for name, section in sections.items():
+        lines += section.lines
+        write_csv(section.rows, stem.with_name(f"{stem.name}_{name}.csv"))
+    text = "\n".join(lines).rstrip() + "\n"
+    stem.with_name(f"{stem.name}.md").write_text(text)
+    print(text)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _memory_page import Row, Section, mib, table, write_csv
+from _memory_page import Row, Section, mib, table, write_sections
 from _training_page import check_run, training_section
 from torch import Tensor
 
@@ -70,12 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if given.run is not None:
         sections["training"] = training_section(given.run)
-    for name, section in sections.items():
-        page += section.lines
-        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
-    text = "\n".join(page).rstrip() + "\n"
-    (given.out_dir / f"{stem}.md").write_text(text)
-    print(text)
+    write_sections(page, sections, given.out_dir / stem)
 
 
 def depth_section(batch_size: int, picture: Path) -> Section:

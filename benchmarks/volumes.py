@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _memory_page import Row, Section, mib, table, write_csv
+from _memory_page import Row, Section, mib, table, write_sections
 from _volumes_balls import balls, batches, dice
 from torch import Tensor
 
@@ -72,12 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "the   encoder and in the decoder. The stored twin is the same network with `policy=Store()`.",
         "",
     ]
-    for name, section in sections.items():
-        page += section.lines
-        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
-    text = "\n".join(page).rstrip() + "\n"
-    (given.out_dir / f"{stem}.md").write_text(text)
-    print(text)
+    write_sections(page, sections, given.out_dir / stem)
 
 
 def optimizer(parameters: object) -> torch.optim.Optimizer:

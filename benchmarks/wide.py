@@ -3,8 +3,8 @@
     revnet train --config cifar10/cpu/revnet38 --model benchmarks._wide_net:wide_revnet --out-dir runs/wide
     python benchmarks/wide.py runs/wide
 
-Memory is predicted from shapes, for the images, the batch and the precision of the run. Writes a page and
-a CSV for each table to benchmarks/results/.
+Memory is predicted from shapes, for the images and the batch of the run, in float32 and under autocast. Writes a page
+and a CSV for each table to benchmarks/results/.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _memory_page import Row, Section, mib, table, write_csv
+from _memory_page import Row, Section, mib, table, write_sections
 from _training_page import check_run, training_section
 from _wide_net import wide_revnet
 
@@ -53,12 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
     ]
     given.out_dir.mkdir(parents=True, exist_ok=True)
-    for name, section in sections.items():
-        page += section.lines
-        write_csv(section.rows, given.out_dir / f"{stem}_{name}.csv")
-    text = "\n".join(page).rstrip() + "\n"
-    (given.out_dir / f"{stem}.md").write_text(text)
-    print(text)
+    write_sections(page, sections, given.out_dir / stem)
 
 
 def memory_section(batch_size: int) -> Section:
