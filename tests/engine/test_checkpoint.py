@@ -1,17 +1,31 @@
 """What a checkpointed function keeps, recomputes, and leaves unchanged."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from revnet import Checkpoint, Offload, ReconstructionError, ReversibleBlock, ReversibleSequential, Store
+from revnet import (
+    Checkpoint,
+    Offload,
+    PolicySequential,
+    ReconstructionError,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    set_policy,
+)
+from revnet.engine import _states
 from revnet.engine._checkpoint import checkpointed_call
 from revnet.engine._offload import _OnHost, offloaded_call
+from revnet.engine._saved_samples import CHECKSUM_INTERVAL
 from revnet.memory.step._flops import FlopCounter
 from revnet.memory.step._live import LiveBytes
+from revnet.nn import add_policies
 from tests.helpers import all_cases, gradients, squares, stored_twin
 
 
@@ -147,6 +161,64 @@ def test_call_without_gradients_is_plain():
     x = torch.randn(2, 3)
     with torch.no_grad():
         assert torch.equal(checkpointed_call(stem, (x,), {})["features"], stem(x)["features"])
+
+
+def added_policy(layers):
+    add_policies(model := nn.Sequential(layers), "0")
+    set_policy(model, "checkpoint")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [Checkpointed, added_policy, lambda layers: PolicySequential(*layers, policy=Checkpoint())]
+)
+def test_parameters_are_read_in_one_call_of_many(wrap, monkeypatch):
+    """Reading them takes longer than a small layer. The module that is called may be another one in each call."""
+    reads = []
+    monkeypatch.setattr(_states, "checksum", reads.append)
+    model = wrap(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
+    for _ in range(CHECKSUM_INTERVAL):
+        model(torch.randn(2, 3))
+    assert len(reads) == 2 * 4  # before and after the first call
+    model(torch.randn(2, 3))
+    assert len(reads) == 2 * 2 * 4
+
+
+class Clamped(nn.Module):
+    """Writes to its parameter in each call, without raising its version."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([3.0, -3.0]))
+
+    def forward(self, x):
+        y = x * self.scale.tanh()
+        self.scale.data.mul_(0.5)
+        return y
+
+
+def test_writes_to_parameters_are_remembered():
+    """The first call observes the write; the ones after it keep the value from before."""
+    model, twin = PolicySequential(Clamped(), policy=Checkpoint()), Clamped()
+    with pytest.raises(ReconstructionError):
+        step(model, torch.ones(2, 2))
+    step(twin, torch.ones(2, 2))
+    for module in (model, twin):
+        module.zero_grad()
+        step(module, torch.ones(2, 2))
+    assert torch.equal(model[0].scale.grad, twin.scale.grad)
+
+
+def test_call_keeps_no_module_alive():
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    checkpointed_call(layers, (torch.randn(2, 3),), {}).sum().backward()
+    alive = weakref.ref(layers)
+    gc.disable()
+    try:
+        del layers
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_compiling_a_call_raises():

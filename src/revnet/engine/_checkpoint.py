@@ -10,7 +10,9 @@ References:
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from revnet.engine._careful import check_finished, modified_stream
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
 from revnet.engine._device_digest import WAITING_INTERVAL
 from revnet.engine._drift import meter_is_quiet
+from revnet.engine._plan import Plan
 from revnet.engine._range import RangeWatch
 from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
@@ -182,19 +185,49 @@ def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return _KeptCall(module, args, kwargs).run()
 
 
+class StandIn(nn.Module):
+    """A module that is created for a single call, and runs the forward pass of `owner` without its hooks."""
+
+    def __init__(self, owner: nn.Module):
+        super().__init__()
+        self.owner = owner
+
+
+@dataclass(slots=True)
+class _Learned:
+    """What the plans of earlier calls of a module have learned. It refers to no module, and keeps none alive."""
+
+    types: list[type]
+    training: list[bool]
+    num_calls: int
+    data_writes: list[int]
+    constants: set[int]
+
+    def teach(self, plan: Plan) -> None:
+        """Pass it on to the plan of the next call, if the structure is the same."""
+        if plan.types == self.types and plan.training == self.training:
+            plan.num_calls, plan.data_writes, plan.constants = self.num_calls, self.data_writes, self.constants
+
+
+_learned: WeakKeyDictionary[nn.Module, _Learned] = WeakKeyDictionary()
+
+
 class _KeptCall:
     """One call of a module, which can be replayed because its arguments are kept."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._module = module
+        self._owner = module.owner if isinstance(module, StandIn) else module
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors_in(args, kwargs)
-        # The tail is not compared on a GPU, where reading waits: a single call has no runs of which every 64th could
-        # wait.
+        # The tail is not compared on a GPU, where reading waits.
         self._is_on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
         surroundings = Surroundings.of(self._tensors, ())
         self._call = RecordedCall(module._get_name(), None, module, surroundings)
+        # A plan refers to the module, which would never be freed if it kept its plan.
+        if (learned := _learned.get(self._owner)) is not None:
+            learned.teach(self._call.plan)
         self.is_finished = False
         self.lock = threading.RLock()
 
@@ -205,6 +238,8 @@ class _KeptCall:
         is_captured = self._call.surroundings.is_captured
         keeps_tail = self._is_on_cpu and not is_captured
         result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=keeps_tail)
+        plan = self._call.plan
+        _learned[self._owner] = _Learned(plan.types, plan.training, plan.num_calls, plan.data_writes, plan.constants)
         if versions != versions_of(self._tensors):
             raise RuntimeError(
                 f"{self._module._get_name()} modified an argument in place, so its activations cannot be "

@@ -286,8 +286,8 @@ def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start:
     for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
         if (count <= FRESH_COUNT and base is None) or (origin := tensor if base is None else base) is known:
             continue
-        known, node = origin, origin.grad_fn
-        if (node is None or sequence_number_of(node) < start) and id(origin) not in ids:
+        known = origin
+        if id(origin) not in ids and ((node := origin.grad_fn) is None or sequence_number_of(node) < start):
             return True
     return False
 

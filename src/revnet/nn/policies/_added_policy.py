@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from revnet.engine._tracing import refuse, runs_plainly
-from revnet.nn._exchanged_class import derived_class, exchange_class, find_cache, reduce_parts
+from revnet.nn._exchanged_class import derived_class, exchange_class, reduce_parts
+from revnet.nn.policies._body import Body
 from revnet.nn.policies._has_policies import HasPolicies, PolicyUnit, broadcast_policy
 from revnet.nn.policies._policy import AbstractModulePolicy, AbstractPolicy, Store
 
@@ -89,7 +90,7 @@ def _body_of(kind: type[nn.Module]) -> dict[str, Any]:
             return kind.forward(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             refuse(refusal)
-        return policy.call(_Body(self, kind), args, kwargs)
+        return policy.call(Body(self, kind, self._added_name), args, kwargs)
 
     return {"forward": forward, "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
 
@@ -106,29 +107,3 @@ def _reduce(self: Any, protocol: Any) -> str | tuple[Any, ...]:
     parts, rest = reduce_parts(self, kind, protocol)
     # If the class has its own way, its copies have no policy.
     return parts if rest is None else (new_with_policy, (kind,), *rest)
-
-
-class _Body(nn.Module):
-    """A block without its hooks, which run once, outside of the policy."""
-
-    def __init__(self, block: Any, kind: type[nn.Module]):
-        super().__init__()
-        self.block = block
-        self._kind = kind
-
-    def _get_name(self) -> str:
-        """Return the name of the block for error messages."""
-        return self.block._added_name or self._kind.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block.
-
-        Raises:
-            ValueError: A second run would change an argument again.
-        """
-        if (cache := find_cache(args, kwargs)) is not None:
-            raise ValueError(
-                f"`{self._get_name()}` is given a {cache}, which a second run of the block would change again; call "
-                "the model without it, as `use_cache=False` does in transformers, or set the policy `Store()`."
-            )
-        return self._kind.forward(self.block, *args, **kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from revnet._checks import check_module
+from revnet.nn.policies._body import Body
 from revnet.nn.policies._has_gradient_checkpointing import HasGradientCheckpointing
 from revnet.nn.policies._has_policies import HasSinglePolicy, PolicyUnit
 from revnet.nn.policies._policy import AbstractModulePolicy, Store
@@ -55,7 +56,7 @@ class PolicySequential(nn.Sequential, HasSinglePolicy, HasGradientCheckpointing)
         if self._policy == _STORE:
             return super().forward(x)
         assert isinstance(self._policy, AbstractModulePolicy)
-        return self._policy.call(nn.Sequential(*self), (x,), {})
+        return self._policy.call(Body(self, nn.Sequential), (x,), {})
 
     def extra_repr(self) -> str:
         """Return the policy if it differs from the default, for `repr`."""
