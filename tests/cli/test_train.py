@@ -12,7 +12,7 @@ import torch
 from revnet.cli._photos import photo_settings
 from revnet.training import TrainConfig, load_classifier
 from revnet.training.recipes import find_recipe
-from tests.training.samples import write_image_folder, write_images
+from tests.training.samples import TINY, write_image_folder, write_images
 
 
 def test_summary_shows_accuracy_time_memory_and_paths(revnet, tmp_path):
@@ -208,7 +208,7 @@ def start(*arguments, **options):
 )
 def test_resumes_a_stopped_process(revnet, tmp_path, number):
     folder = tmp_path / "run"
-    process = start("--epochs", 1000, "--out-dir", folder)
+    process = start("--model", TINY, "--epochs", 1000, "--out-dir", folder)
     while "epoch    2/1000" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(number)

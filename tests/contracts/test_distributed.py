@@ -31,7 +31,7 @@ from revnet import (
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.optim import StepInBackward
 from tests.distributed.gradients import assert_same_gradients, whole
-from tests.distributed.processes import assert_passed, run_checks
+from tests.distributed.processes import assert_all_pass, assert_passed, run_checks
 from tests.helpers import CASE, REVERSING_POLICIES, mlp, squares
 
 NUM_PROCESSES = 2
@@ -324,7 +324,8 @@ DATA_PARALLEL = {
     "static graph, some unused": (2, {"static_graph": True}),
     "buckets as views": (0, {"gradient_as_bucket_view": True}),
 }
-CHECKS = {
+SLOW_SHARDS = [["blocks", "mlp"], ["blocks", "attention"], ["sequence", "mlp"], ["sequence", "conv"], ["root", "conv"]]
+ALL_CHECKS = {
     **{
         f"data parallel, {case}, {name}": partial(check_data_parallel, name, *arguments)
         for case, arguments in DATA_PARALLEL.items()
@@ -377,6 +378,15 @@ CHECKS = {
 }
 
 
+SLOW_CHECKS = {
+    name: check
+    for name, check in ALL_CHECKS.items()
+    if name in ("data parallel, find unused, tied", "data parallel, static graph, tied")
+    or (name.startswith("fully sharded, ") and name.split(", ")[1:] in SLOW_SHARDS)
+}
+CHECKS = {name: check for name, check in ALL_CHECKS.items() if name not in SLOW_CHECKS}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """Return the outcome of each check in each process."""
@@ -386,3 +396,8 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(name, outcomes):
     assert_passed(outcomes, name)
+
+
+@pytest.mark.slow
+def test_other_checks_in_two_processes(tmp_path):
+    assert_all_pass(__name__, tmp_path, NUM_PROCESSES, "SLOW_CHECKS")
