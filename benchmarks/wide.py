@@ -3,14 +3,15 @@
     revnet train --config cifar10/cpu/revnet38 --model benchmarks._wide_net:wide_revnet --out-dir runs/wide
     python benchmarks/wide.py runs/wide
 
-Memory is predicted from shapes, for the images and the batch of the run, in float32 and under autocast. Writes a page
-and a CSV for each table to benchmarks/results/.
+Memory is predicted from shapes, for the images and the batch of the run, in float32 and under autocast. Writes a page,
+a CSV for each table and the learning curve to benchmarks/results/.
 """
 
 import argparse
 import datetime
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
     ]
     given.out_dir.mkdir(parents=True, exist_ok=True)
+    if (curve := given.run / "learning_curve.png").is_file():
+        shutil.copy(curve, given.out_dir / f"{stem}.png")
+        training.lines.extend([f"![Loss and accuracy by epoch]({stem}.png)", ""])
     write_sections(page, sections, given.out_dir / stem)
 
 
