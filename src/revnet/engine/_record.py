@@ -281,13 +281,13 @@ class RecordedCall:
 
 def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
     """Return whether a tensor existed before the call: others refer to it, and the call created no node for it."""
-    known: Any = None
-    ids = list(map(id, own))  # The result and the inputs have other references, and a replay has its own.
+    known, ids = own[0], list(map(id, own))  # A replay has its own result and inputs.
     for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
-        if (count <= FRESH_COUNT and base is None) or (origin := tensor if base is None else base) is known:
+        origin = tensor if base is None else base
+        if (count <= FRESH_COUNT and base is None) or origin is known or id(origin) in ids:
             continue
-        known = origin
-        if id(origin) not in ids and ((node := origin.grad_fn) is None or sequence_number_of(node) < start):
+        known, node = origin, origin.grad_fn
+        if node is None or sequence_number_of(node) < start:
             return True
     return False
 
