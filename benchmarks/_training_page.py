@@ -1,10 +1,14 @@
-"""The section of a page about a run of `revnet train`."""
+"""The section of a page about runs of `revnet train`."""
 
 import csv
 import json
 from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
+import yaml
 from _memory_page import Row, Section, mib, table
 
 
@@ -14,11 +18,51 @@ def check_run(parser: ArgumentParser, folder: Path) -> None:
         parser.error(f"{folder} is not the folder of a finished run; it has no summary.json")
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the summary of a run, with its seed."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    return {**json.loads((folder / "summary.json").read_text()), "seed": settings["seed"]}
+
+
+def machines_of(folders: Sequence[Path]) -> list[str]:
+    """Return the hardware, versions, dates and commands of the runs as lines of a Markdown list."""
+    lines = [line for folder in folders for line in json.loads((folder / "summary.json").read_text())["machine"]]
+    return [line.replace("- ", "- Run: ", 1) for line in dict.fromkeys(lines)]
+
+
+def read_epochs(folder: Path) -> list[Row]:
+    """Return the figures of each epoch of a run."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def epochs_by_seed(folders: Sequence[Path]) -> list[Row]:
+    """Return the losses and accuracies of each epoch of runs that differ in their seeds."""
+    return [
+        {"seed": str(read_run(folder)["seed"]), "epoch": row["epoch"]}
+        | {name: value for name, value in row.items() if name.endswith(("_loss", "_accuracy"))}
+        for folder in folders
+        for row in read_epochs(folder)
+    ]
+
+
+def errors_by_seed(summaries: Sequence[Row], published: Mapping[str, tuple[int, float]]) -> list[str]:
+    """Return a table of the test errors of runs that differ in their seeds, and of published epochs and errors."""
+    epochs = str(summaries[0]["last_epoch"])
+    errors = [100 * summary["test_error"] for summary in summaries]
+    rows = [
+        [f"seed {summary['seed']}", epochs, f"{error:.2f} %"] for summary, error in zip(summaries, errors, strict=True)
+    ]
+    if len(errors) > 1:
+        rows.append(["mean, standard deviation", epochs, f"{mean(errors):.2f} ± {stdev(errors):.2f} %"])
+    rows += [[name, str(length), f"{error:.1f} %"] for name, (length, error) in published.items()]
+    return table(("run", "epochs", "test error"), rows)
+
+
 def training_section(folder: Path) -> Section:
     """Return the results of a run."""
     summary = json.loads((folder / "summary.json").read_text())
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows: list[Row] = list(csv.DictReader(file))
+    rows = read_epochs(folder)
     cells = [
         [row["epoch"], f"{float(row['train_loss']):.3f}", f"{100 * float(row['train_accuracy']):.1f} %"] for row in rows
     ]

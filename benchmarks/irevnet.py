@@ -1,24 +1,24 @@
 """i-RevNet: images and their reconstruction from the last map, and memory and error by depth.
 
-    revnet train --model irevnet_cifar --data cifar10 --epochs 2 --out-dir runs/irevnet
-    python benchmarks/irevnet.py runs/irevnet --data cifar10
+    revnet train --model irevnet_cifar --data cifar10 --epochs 2 --seed 0 --out-dir runs/irevnet-0
+    revnet train --model irevnet_cifar --data cifar10 --epochs 2 --seed 1 --out-dir runs/irevnet-1
+    python benchmarks/irevnet.py runs/irevnet-0 runs/irevnet-1 --data cifar10
 
-Each test image goes through the trained network to its last map and back. The error is given in gray levels, of which
-an image has 256. The memory of a training step does not depend on the depth; the bytes are counted. Writes a page, its
-CSV and a figure to benchmarks/results/.
+The runs differ in their seeds. Each test image goes through the trained network to its last map and back. The error is
+given in gray levels, of which an image has 256. The memory of a training step does not depend on the depth; the bytes
+are counted. Writes a page, a CSV for each table and a figure, by the first run, to benchmarks/results/.
 """
 
 import argparse
-import csv
 import datetime
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _memory_page import Row, mib, table, write_csv
+from _memory_page import Row, Section, mib, table, write_sections
+from _training_page import check_run, epochs_by_seed, errors_by_seed, machines_of, read_run
 from torch import Tensor
 
 from revnet import AbstractPolicy, Reverse, Store
@@ -32,6 +32,7 @@ from revnet.training import Classifier, load_classifier
 
 RESULTS = Path(__file__).parent / "results"
 DEPTHS = (2, 6, 18, 54)
+PUBLISHED_NAME, PUBLISHED_EPOCHS, PUBLISHED_ERROR = "published i-RevNet", 200, 5.5
 
 
 def round_trip(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
@@ -50,7 +51,8 @@ def reconstruction(classifier: Classifier, images: Tensor) -> Row:
         "images": len(images),
         "largest_error": difference.abs().max().item(),
         "mean_error": difference.abs().mean().item(),
-        "changed_pixels": int((difference.abs() >= 0.5).sum()),
+        "changed_values": int((difference.abs() >= 0.5).sum()),
+        "values": images.numel(),
     }
 
 
@@ -99,27 +101,85 @@ def draw(images: Tensor, returned: Tensor, path: Path) -> None:
     save(figure, path)
 
 
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Return the share of correctly classified images."""
-    with torch.inference_mode():
-        predictions = torch.cat([classifier(batch).argmax(1) for batch in images.split(batch_size)])
-    return (predictions == labels).double().mean().item()
+def training_section(runs: Sequence[Path]) -> Section:
+    """Return the results of the runs, next to the published figure."""
+    summaries = [read_run(run) for run in runs]
+    (data,) = {summary["data"] for summary in summaries}
+    epochs = epochs_by_seed(runs)
+    lines = [
+        f"## Training {summaries[0]['model']} on {data}",
+        "",
+        f"{summaries[0]['num_updates']:,} updates of {summaries[0]['batch_size']} images with each seed.",
+        "",
+        *errors_by_seed(summaries, {PUBLISHED_NAME: (PUBLISHED_EPOCHS, PUBLISHED_ERROR)}),
+        "The published figure, an accuracy of about 94.5 %, is from the authors'",
+        "[code](https://github.com/jhjacobsen/pytorch-i-revnet). Their network is three times as deep and pads images",
+        "with channels of zeros, so it is not bijective. It is trained on the original images for much longer, with",
+        "dropout. For ImageNet, on which the paper compares i-RevNets with other networks, they give top-1 errors of",
+        "24.7 % for a ResNet, 25.2 % for a RevNet, 24.7 % for an i-RevNet, and 26.0 % for a bijective i-RevNet. No",
+        "network for ImageNet was trained here.",
+        "",
+        *table(
+            tuple(name.replace("_", " ") for name in epochs[0]), [[_short(v) for v in row.values()] for row in epochs]
+        ),
+    ]
+    return Section(lines, epochs)
 
 
-def learning(run: Path) -> list[str]:
-    """Return the run's log as a table, and its test accuracy."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = [name for name in rows[0] if name == "epoch" or name.endswith(("_loss", "_accuracy"))]
-    lines = table(
-        [name.replace("_", " ") for name in columns], [[_short(row[name]) for name in columns] for row in rows]
-    )
-    summary = json.loads((run / "summary.json").read_text())
-    return [
-        *lines,
-        f"Accuracy on the {summary['test_images']:,} test images: {100 * summary['test_accuracy']:.2f} %.",
+def round_trip_section(rows: list[Row], picture: str) -> Section:
+    """Return the errors of the reconstructions, and the figure."""
+    lines = [
+        "## Round trip",
+        "",
+        "Test images went to the last map of the trained network and back, in float32. Errors are in gray levels, of",
+        "which there are 256. A value is changed if it differs after rounding to gray levels.",
+        "",
+        *table(
+            ("seed", "images", "largest error", "mean error", "changed values", "values"),
+            [
+                [
+                    str(row["seed"]),
+                    f"{row['images']:,}",
+                    f"{row['largest_error']:.1e}",
+                    f"{row['mean_error']:.1e}",
+                    f"{row['changed_values']:,}",
+                    f"{row['values']:,}",
+                ]
+                for row in rows
+            ],
+        ),
+        f"Top: images; middle: reconstructions with seed {rows[0]['seed']}; bottom: magnified differences.",
+        "",
+        f"![{picture}]({picture})",
         "",
     ]
+    return Section(lines, rows)
+
+
+def depth_section(rows: list[Row]) -> Section:
+    """Return memory and errors by depth."""
+    lines = [
+        "## By depth",
+        "",
+        "The same network with other numbers of blocks, 100 images of 32x32. Memory: the counted peak of",
+        "activations in a training step, without parameters and gradients, by the policy of the blocks. Error: the",
+        "largest round-trip error of standard normal images in float32, before training.",
+        "",
+        *table(
+            ("blocks", "parameters", "reverse MiB", "store MiB", "round-trip error"),
+            [
+                [
+                    str(row["num_blocks"]),
+                    f"{row['parameters']:,}",
+                    mib(row["reverse_bytes"]),
+                    mib(row["store_bytes"]),
+                    f"{row['largest_error']:.1e}",
+                ]
+                for row in rows
+            ],
+        ),
+    ]
+    return Section(lines, rows)
 
 
 def _short(figure: str) -> str:
@@ -130,71 +190,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the results."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of a run of `revnet train` with an i-RevNet")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs of `revnet train` with an i-RevNet")
     parser.add_argument("--data", default="cifar10", help="data set of the test images")
     parser.add_argument("--num-images", type=int, default=10_000, help="number of images in the round trip")
     parser.add_argument("--num-shown", type=int, default=10, help="number of images in the figure")
-    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks per stage, for the second table")
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="blocks per stage, for the last table")
     parser.add_argument("--out-dir", type=Path, default=RESULTS)
+    parser.add_argument("--note", help="what a reader should know about the runs, for the head of the page")
     given = parser.parse_args(arguments)
     check_matplotlib()
-    classifier = load_classifier(given.run)
-    if not isinstance(classifier.model, IRevNet):
-        parser.error(f"`{given.run}` holds a {type(classifier.model).__name__}, but must hold an i-RevNet")
-    test = load_dataset(given.data).test
-    images, labels = test.images[: given.num_images], test.labels[: given.num_images]
-    untrained = Classifier.create(classifier.header, classifier.preprocess).eval()
-    before, after = (100 * accuracy(model, images, labels) for model in (untrained, classifier))
-    back = reconstruction(classifier, images)
-    depths = [by_depth(int(depth)) for depth in given.depths.split(",")]
+    classifiers = [_load(parser, run) for run in given.runs]
+    images = load_dataset(given.data).test.images[: given.num_images]
     stem = f"irevnet_{hardware_name()}_{datetime.date.today()}"
     given.out_dir.mkdir(parents=True, exist_ok=True)
     shown = images[: given.num_shown]
-    draw(shown, round_trip(classifier, shown), given.out_dir / f"{stem}.png")
-    write_csv(depths, given.out_dir / f"{stem}.csv")
-    columns = ("blocks", "parameters", "reverse MiB", "store MiB", "round-trip error")
-    cells = [
-        [
-            str(row["num_blocks"]),
-            f"{row['parameters']:,}",
-            mib(row["reverse_bytes"]),
-            mib(row["store_bytes"]),
-            f"{row['largest_error']:.1e}",
-        ]
-        for row in depths
+    draw(shown, round_trip(classifiers[0], shown), given.out_dir / f"{stem}.png")
+    trips = [
+        {"seed": read_run(run)["seed"], **reconstruction(classifier, images)}
+        for run, classifier in zip(given.runs, classifiers, strict=True)
     ]
-    page = [
+    sections = {
+        "training": training_section(given.runs),
+        "round_trip": round_trip_section(trips, f"{stem}.png"),
+        "depth": depth_section([by_depth(int(depth)) for depth in given.depths.split(",")]),
+    }
+    heading = [
         "# i-RevNet: reconstruction of images from the last map",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/irevnet.py", *arguments])),
+        *machines_of(given.runs),
+        *([f"- {given.note}"] if given.note else []),
         "",
-        "## Training",
-        "",
-        *learning(given.run),
-        f"Accuracy on the {len(images):,} images below: {before:.2f} % before training, {after:.2f} % after.",
-        "",
-        "## Round trip",
-        "",
-        f"{back['images']:,} test images went to the last map of the trained network and back, in float32. The largest",
-        f"error of a value is {back['largest_error']:.1e} of 256 gray levels, and the mean error "
-        f"{back['mean_error']:.1e};",
-        f"{back['changed_pixels']} of {images.numel():,} values differ after rounding to gray levels.",
-        "",
-        "Top: images; middle: reconstructions; bottom: magnified differences.",
-        "",
-        f"![{stem}.png]({stem}.png)",
-        "",
-        "## By depth",
-        "",
-        "The same network with other numbers of blocks, 100 images of 32x32. Memory: the counted peak of",
-        "activations in a training step, without parameters and gradients, by the policy of the blocks. Error: the",
-        "largest round-trip error of standard normal images in float32, before training.",
-        "",
-        *table(columns, cells),
     ]
-    text = "\n".join(page).rstrip() + "\n"
-    (given.out_dir / f"{stem}.md").write_text(text)
-    print(text)
+    write_sections(heading, sections, given.out_dir / stem)
+
+
+def _load(parser: argparse.ArgumentParser, run: Path) -> Classifier:
+    check_run(parser, run)
+    classifier = load_classifier(run)
+    if not isinstance(classifier.model, IRevNet):
+        parser.error(f"`{run}` holds a {type(classifier.model).__name__}, but must hold an i-RevNet")
+    return classifier
 
 
 if __name__ == "__main__":

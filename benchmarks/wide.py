@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from _memory_page import Row, Section, mib, table, write_sections
-from _training_page import check_run, training_section
+from _training_page import check_run, machines_of, training_section
 from _wide_net import wide_revnet
 
 from revnet import AbstractPolicy, Checkpoint, Reverse, Store
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# A wide RevNet on CIFAR-10",
         "",
         *describe_machine(shlex.join(["python", "benchmarks/wide.py", *arguments])),
-        *[line.replace("- ", "- Run: ", 1) for line in summary["machine"]],
+        *machines_of([given.run]),
         f"- Network: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
         f"{flops / 1e6:,.0f} MFLOPs for a forward pass of one image; `benchmarks/_wide_net.py`",
         *([f"- {given.note}"] if given.note else []),

@@ -10,18 +10,25 @@ from revnet.training import TrainConfig, train
 
 @pytest.fixture
 def train_model(tmp_path):
-    def train_model(model):
-        folder = tmp_path / model
-        train(TrainConfig(model=model, epochs=1, max_updates=3, batch_size=100, val_fraction=0.1, out_dir=str(folder)))
+    def train_model(model, seed=0):
+        folder = tmp_path / f"{model}_seed{seed}"
+        settings = {"epochs": 1, "max_updates": 3, "batch_size": 100, "val_fraction": 0.1, "out_dir": str(folder)}
+        train(TrainConfig(model=model, seed=seed, **settings))
         return str(folder)
 
     return train_model
 
 
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.slow
-def test_writes_page_table_and_figure(train_model, tmp_path, capsys):
+def test_writes_page_tables_and_figure(train_model, tmp_path, capsys):
     arguments = [
-        train_model("irevnet_cifar"),
+        train_model("irevnet_cifar", seed=3),
+        train_model("irevnet_cifar", seed=4),
         "--data",
         "digits",
         "--num-images",
@@ -32,15 +39,20 @@ def test_writes_page_table_and_figure(train_model, tmp_path, capsys):
         "1,2",
     ]
     capsys.readouterr()
-    import_module("irevnet").main([*arguments, "--out-dir", str(tmp_path)])
+    import_module("irevnet").main([*arguments, "--out-dir", str(tmp_path), "--note", "It was short."])
     (page,) = tmp_path.glob("*.md")
     text = page.read_text()
     assert capsys.readouterr().out.rstrip() == text.rstrip()
-    assert "12 test images went" in text
-    assert "\n0 of 768 values differ" in text
+    assert "\n- It was short.\n" in text
+    assert "| seed 3 | 1 |" in text
+    assert "| mean, standard deviation | 1 |" in text
+    assert "| published i-RevNet | 200 | 5.5 % |" in text
+    assert "\n- Run: Hardware: " in text
     assert (tmp_path / f"{page.stem}.png").exists()
-    with (tmp_path / f"{page.stem}.csv").open(newline="") as file:
-        one, two = csv.DictReader(file)
+    for row, seed in zip(read(tmp_path / f"{page.stem}_round_trip.csv"), ("3", "4"), strict=True):
+        assert (row["seed"], row["images"], row["changed_values"], row["values"]) == (seed, "12", "0", "768")
+    assert [row["seed"] for row in read(tmp_path / f"{page.stem}_training.csv")] == ["3", "4"]
+    one, two = read(tmp_path / f"{page.stem}_depth.csv")
     assert int(one["store_bytes"]) < int(two["store_bytes"])
     assert float(two["largest_error"]) < 1e-4  # rounding of float32
 
