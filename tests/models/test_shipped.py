@@ -96,6 +96,13 @@ def test_a_folder_of_ones_own_comes_first(tmp_path, monkeypatch):
     assert create_model("revnet38.mine", pretrained=True).num_classes == 10
 
 
+@pytest.mark.parametrize("call", [list_pretrained, lambda: find_pretrained(DIGITS)])
+def test_a_folder_of_ones_own_that_is_missing(tmp_path, monkeypatch, call):
+    monkeypatch.setenv("REVNET_WEIGHTS", str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"`REVNET_WEIGHTS` must name a folder .* `.*missing` is not"):
+        call()
+
+
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     own = tmp_path / DIGITS
     shutil.copytree(find_pretrained(DIGITS), own)

@@ -23,12 +23,15 @@ _PUBLISHED = ("cifar10", "imagenet")
 def list_pretrained() -> list[str]:
     """Return the names of the trained networks that `create_model(name, pretrained=True)` and the commands know.
 
+    Raises:
+        ValueError: The environment variable `REVNET_WEIGHTS` is set, but not to the path of a folder.
+
     Example:
         >>> from revnet.models import list_pretrained
         >>> "revnet38.digits" in list_pretrained()
         True
     """
-    return sorted({path.name for folder in _folders() if folder.is_dir() for path in folder.iterdir() if _is_net(path)})
+    return sorted({path.name for folder in _folders() for path in folder.iterdir() if _is_net(path)})
 
 
 def find_pretrained(name: str | os.PathLike[str]) -> Path | None:
@@ -86,7 +89,15 @@ def results_folder(weights: Path) -> Path:
 
 def _folders() -> list[Path]:
     own = os.environ.get(VARIABLE)
-    return [*([Path(own).expanduser()] if own else []), _PACKAGED]
+    if not own:
+        return [_PACKAGED]
+    folder = Path(own).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"the environment variable `{VARIABLE}` must name a folder with trained networks, but `{own}` is not a "
+            "folder; correct it, or unset it to have only the networks of the package."
+        )
+    return [folder, _PACKAGED]
 
 
 def _is_net(path: Path) -> bool:
