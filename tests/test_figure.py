@@ -4,7 +4,7 @@ import sys
 import matplotlib.image
 import pytest
 
-from revnet._figure import check_matplotlib, clear_frame, new_figure, save, write_title
+from revnet._figure import check_matplotlib, clear_frame, new_figure, save, set_log_scale, write_title
 from revnet.errors import MissingDependencyError
 
 
@@ -32,3 +32,19 @@ def test_missing_matplotlib_raises_one_line(monkeypatch, use):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"a figure needs matplotlib, which is not installed; run `pip"):
         use()
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "labels"),
+    [(0.6, 1.9, {"0.6", "0.7", "0.8", "0.9", "1"}), (0.03, 2.5, {"0.05", "0.1", "0.2", "0.5", "1", "2"})],
+)
+def test_labels_of_a_logarithmic_axis_are_plain_numbers(least, most, labels):
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot([1, 2], [least, most])
+    set_log_scale(axes)
+    axes.set_ylim(least, most)
+    figure.draw_without_rendering()
+    shown = {label.get_text() for label in axes.get_yticklabels(which="both") if label.get_text()}
+    low, high = axes.get_ylim()
+    assert {text for text in shown if low <= float(text) <= high} == labels

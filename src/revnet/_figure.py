@@ -48,6 +48,18 @@ def clear_frame(axes: Any) -> None:
     axes.grid(alpha=0.25)
 
 
+def set_log_scale(axes: Any) -> None:
+    """Make the y-axis logarithmic, with labels such as 0.5 instead of powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: _minor_label(value, *axes.get_ylim()))
+
+
+def _minor_label(value: float, low: float, high: float) -> str:
+    """Return the label between two powers of ten; on a long axis, only 2 and 5 have one."""
+    return f"{value:g}" if high < 10 * low or f"{value:e}"[0] in "25" else ""
+
+
 def write_title(axes: Any, text: str, **options: Any) -> None:
     """Write the title of a panel, aligned to the left, as plain text; it may have several lines."""
     lines = [plain(line) for line in text.split("\n")]

@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from revnet._figure import clear_frame, new_figure, save, write_title
+from revnet._figure import clear_frame, new_figure, save, set_log_scale, write_title
 from revnet._palette import BLUE, CYAN, GREEN, PURPLE, RED, YELLOW
 from revnet.errors import CheckpointError
 from revnet.training.run.run_dir import LOG
@@ -71,9 +71,7 @@ def plot_curves(runs: Sequence[tuple[str, float, Curve]], path: Path, title: str
     losses.set_ylabel("cross-entropy")
     lowest = min(min(test_error, *(1 - value for value in curve["train_accuracy"])) for _, test_error, curve in runs)
     if lowest > 0:  # A logarithmic axis cannot show zero.
-        errors.set_yscale("log")
-        errors.yaxis.set_major_formatter("{x:g}")
-        errors.yaxis.set_minor_formatter("{x:g}")
+        set_log_scale(errors)
     figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
     figure.legend(loc="outside upper right", ncols=6, frameon=False)
     save(figure, path)

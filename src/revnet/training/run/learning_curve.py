@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from revnet._figure import clear_frame, new_figure, plain, save
+from revnet._figure import clear_frame, new_figure, plain, save, set_log_scale
 from revnet._palette import BLUE, GRAY, RED
 from revnet.training.run.callbacks import Row
 
@@ -34,7 +34,7 @@ def plot_learning_curve(rows: Sequence[Row], path: Path, title: str, *, loss_nam
     panels[0].set_ylabel(loss_name)
     if has_accuracy:
         if any(row["train_loss"] > 0 for row in rows):
-            panels[0].set_yscale("log")
+            set_log_scale(panels[0])
         panels[1].set_ylabel("accuracy (%)")
     figure.text(0.01, 0.95, plain(title), va="center", fontsize="large")  # in the row of the legend
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
