@@ -61,6 +61,31 @@ def test_output_is_an_argument_of_the_next_sequence():
     assert_trains_as_twin(CASE["attention"].sequence(2), CASE["attention"], step)
 
 
+class AddsUp(nn.Module):
+    """Reads a list of contexts."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, contexts):
+        return torch.tanh(self.linear(x) * sum(contexts))
+
+
+@all_policies
+def test_a_list_may_change_before_the_backward_pass(policy):
+    blocks = [ReversibleBlock(AddsUp(), AddsUp()) for _ in range(4)]
+    sequence = ReversibleSequential(*blocks, policy=policy).double()
+    twin = stored_twin(sequence)
+    x, context = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    for module in (sequence, twin):
+        contexts = [context, context.sin()]
+        y = module(x, contexts)
+        contexts.append(context.cos())
+        squares(y).backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
 class GraphConvolution(nn.Module):
     """Averages over neighbors, which a sparse matrix names."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._block_hooks import run_through_blocks
@@ -187,9 +188,13 @@ class BoundChain:
     """What a user can do about drift, if it is not what helps the blocks of a sequence."""
 
     def for_replays(self) -> "BoundChain":
-        """Return the same call without references to the caller's graph, which a run must not keep alive."""
+        """Return the same call with containers of its own, and without the caller's list of log-determinants.
+
+        The caller may change a list or dict that was passed before the backward pass begins.
+        """
         # `log_dets` holds tensors whose nodes lead back to the run (rule 1).
-        return BoundChain(self.chain, self.args, self.kwargs, self.own_kwargs, self.input_dtype, is_plain=self.is_plain)
+        args, kwargs, own = tree_unflatten(*tree_flatten((self.args, self.kwargs, self.own_kwargs)))
+        return BoundChain(self.chain, args, kwargs, own, self.input_dtype, is_plain=self.is_plain)
 
     def part(self, start: int, stop: int) -> "BoundChain":
         """Return the call of some of the half-blocks, without the blocks that they belong to."""

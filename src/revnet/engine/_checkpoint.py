@@ -10,13 +10,14 @@ References:
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet._types import Streams
 from revnet.engine._capture import check_warmed_up
 from revnet.engine._careful import check_finished, modified_stream
@@ -29,7 +30,7 @@ from revnet.engine._record import RecordedCall
 from revnet.engine._replay import replay
 from revnet.engine._sums import read_source
 from revnet.engine._surroundings import Surroundings
-from revnet.engine._tensors import tensors_in, version_of, versions_of
+from revnet.engine._tensors import version_of, versions_of
 from revnet.engine._tracing import refuse, runs_plainly
 from revnet.engine.compile import compiled
 
@@ -182,7 +183,7 @@ def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             f"a {type(module).__name__} whose activations are recomputed cannot be compiled as a whole; give it the "
             "policy `Store()` before compiling, or compile the residual functions instead."
         )
-    return _KeptCall(module, args, kwargs).run()
+    return _KeptCall(module, args, kwargs).run(args, kwargs)
 
 
 class StandIn(nn.Module):
@@ -193,23 +194,78 @@ class StandIn(nn.Module):
         self.owner = owner
 
 
-@dataclass(slots=True)
 class _Learned:
     """What the plans of earlier calls of a module have learned. It refers to no module, and keeps none alive."""
 
-    types: list[type]
-    training: list[bool]
-    num_calls: int
-    data_writes: list[int]
-    constants: set[int]
+    _MOST = 16
+    """Number of structures of one module that are remembered, such as those in training and in evaluation."""
+
+    def __init__(self) -> None:
+        self._of_structure: dict[tuple[Any, ...], tuple[int, list[int], set[int], list[int]]] = {}
 
     def teach(self, plan: Plan) -> None:
-        """Pass it on to the plan of the next call, if the structure is the same."""
-        if plan.types == self.types and plan.training == self.training:
-            plan.num_calls, plan.data_writes, plan.constants = self.num_calls, self.data_writes, self.constants
+        """Pass on to the plan of the next call what plans of the same structure have learned."""
+        if (known := self._of_structure.get((*plan.types, *plan.training))) is not None:
+            plan.num_calls, plan.data_writes, plan.constants, plan.statistics = known
+
+    def learn(self, plan: Plan) -> None:
+        """Remember what a plan has learned."""
+        known = plan.num_calls, plan.data_writes, plan.constants, plan.statistics
+        self._of_structure[(*plan.types, *plan.training)] = known
+        if len(self._of_structure) > self._MOST:
+            del self._of_structure[next(iter(self._of_structure))]
 
 
 _learned: WeakKeyDictionary[nn.Module, _Learned] = WeakKeyDictionary()
+
+
+class _Place(NamedTuple):
+    """Stands for a tensor among the arguments."""
+
+    number: int
+
+
+class _Arguments:
+    """The arguments of a call, from which each replay gets new containers and new leaves.
+
+    The module may change a container, or register a hook on a tensor, each time it runs; only the first run may do this
+    to what the caller passed. No tensor is kept with its node, which may lead back to the slots (rule 1).
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        leaves, self._structure = tree_flatten((args, kwargs))
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
+        self.tensors = list(tensors.values())
+        """The tensors that were passed, each once; needed only for the first run."""
+        self.kept = [tensor.detach() for tensor in self.tensors]
+        """The tensors without their nodes. A detached tensor shares its version, which shows writes."""
+        self._requires_grad = [tensor.requires_grad for tensor in self.tensors]
+        numbers = {identity: number for number, identity in enumerate(tensors)}
+        self._leaves = [_Place(numbers[id(leaf)]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._own: dict[int, Tensor] = {}
+
+    def forget(self, lasting: set[int]) -> tuple[Tensor, ...]:
+        """Forget the tensors that were passed; return them, and those that they are views of.
+
+        A replay recognizes a parameter or buffer of the module, or a view of it, by identity, so those in `lasting` are
+        not replaced.
+        """
+        tensors, self.tensors = self.tensors, []
+        for number, tensor in enumerate(tensors):
+            if id(tensor) in lasting or id(tensor._base) in lasting:
+                self._own[number] = tensor
+        return (*tensors, *[tensor._base for tensor in tensors if tensor._base is not None])
+
+    def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a replay. A tensor that was passed twice is one tensor again."""
+        # `data` has its own version counter, which is 0; otherwise every saved input would look modified.
+        new = [
+            self._own[number] if number in self._own else tensor.data.requires_grad_(requires_grad)
+            for number, (tensor, requires_grad) in enumerate(zip(self.kept, self._requires_grad, strict=True))
+        ]
+        leaves = [new[leaf.number] if type(leaf) is _Place else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return args, kwargs
 
 
 class _KeptCall:
@@ -218,29 +274,35 @@ class _KeptCall:
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._module = module
         self._owner = module.owner if isinstance(module, StandIn) else module
-        self._args = args
-        self._kwargs = kwargs
-        self._tensors = tensors_in(args, kwargs)
-        # The tail is not compared on a GPU, where reading waits.
-        self._is_on_cpu = all(tensor.device.type == "cpu" for tensor in self._tensors)
-        surroundings = Surroundings.of(self._tensors, ())
+        self._arguments = _Arguments(args, kwargs)
+        surroundings = Surroundings.of(self._arguments.kept, ())
         self._call = RecordedCall(module._get_name(), None, module, surroundings)
         # A plan refers to the module, which would never be freed if it kept its plan.
         if (learned := _learned.get(self._owner)) is not None:
             learned.teach(self._call.plan)
+        else:
+            _learned[self._owner] = _Learned()
         self.is_finished = False
         self.lock = threading.RLock()
 
-    def run(self) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module for the first time."""
+        call, kept = self._call, self._arguments.kept
         # Checked here: in the backward pass, the check of versions would blame the caller.
-        versions = versions_of(self._tensors)
-        is_captured = self._call.surroundings.is_captured
-        keeps_tail = self._is_on_cpu and not is_captured
-        result = self._call.record(self, 0, self._compute, (), may_stop_early=True, keeps_tail=keeps_tail)
-        plan = self._call.plan
-        _learned[self._owner] = _Learned(plan.types, plan.training, plan.num_calls, plan.data_writes, plan.constants)
-        if versions != versions_of(self._tensors):
+        versions = versions_of(kept)
+        # On a GPU, reading a value waits for all kernels launched before it.
+        can_read = all(tensor.device.type == "cpu" for tensor in kept) or call.plan.num_calls % WAITING_INTERVAL == 0
+        result = call.record(
+            self,
+            0,
+            partial(self._module, *args, **kwargs),
+            (),
+            self._arguments.forget(call.lasting),
+            may_stop_early=True,
+            keeps_tail=can_read and not call.surroundings.is_captured,
+        )
+        _learned[self._owner].learn(call.plan)
+        if versions != versions_of(kept):
             raise RuntimeError(
                 f"{self._module._get_name()} modified an argument in place, so its activations cannot be "
                 "recomputed; use the out-of-place form of its first operation (`inplace=False`), or the policy "
@@ -253,7 +315,6 @@ class _KeptCall:
         """Recompute the activations."""
         check_finished(self.is_finished)
         self._call.surroundings.look_at_random_states(self._call.before)
-        replay(self._call, self._compute, (), fill=True, is_rounded=False, needs_result=False)
-
-    def _compute(self) -> Any:
-        return self._module(*self._args, **self._kwargs)
+        args, kwargs = self._arguments.again()
+        function = partial(self._module, **kwargs)
+        replay(self._call, function, args, fill=True, is_rounded=False, needs_result=False)

@@ -1,6 +1,6 @@
 """Digests of tensors that are not in host memory. Reading a digest waits for the device.
 
-On a GPU, a chain therefore compares only its first run and every 64th run after it. A function that reads random
+On a GPU, a chain therefore compares only its first run and every 63rd run after it. A function that reads random
 numbers from outside of PyTorch, or keeps state in attributes, is wrong in every run. In the runs between, a sample
 shows drift, and nothing waits.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from revnet._torch_internals import in_functorch_transform
 from revnet.engine._arrays import DTYPES, SIZE, step_of
 
-WAITING_INTERVAL = 64
+WAITING_INTERVAL = 63  # Odd, so that it meets each run of a chain that runs twice in a step.
 """Number of runs of a chain on a GPU from one that waits for the device to the next."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

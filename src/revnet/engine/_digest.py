@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from ctypes import string_at
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from revnet._torch_internals import in_functorch_transform
-from revnet.engine._arrays import DTYPES, INTEGERS, array_of, digest_of_array, reader_of
+from revnet.engine._arrays import DTYPES, array_of, digest_of_array, reader_of, sum_of_bits
 from revnet.engine._careful import not_the_same
 from revnet.engine._device_digest import checksum_on_device, may_sample, may_wait_for, sample_on_device
-from revnet.engine._saved_samples import CHECKSUM_INTERVAL, different, noise_of, sample_all
+from revnet.engine._saved_samples import CHECKSUM_INTERVAL, different, may_vary, noise_of, sample_all
 
 Digest = list[float]
 
@@ -50,16 +49,14 @@ def checksum(x: Tensor) -> int | None:
         return checksum_on_device(x) if may_wait_for(x) and x.numel() else None
     if x.nbytes <= 2**14 and x.is_contiguous():  # A hash serves as well as a sum, and needs no NumPy.
         return hash(string_at(x.data_ptr(), x.nbytes))
-    array = array_of(x)
-    if array.ndim == 0 or array.strides[-1] != array.itemsize:
-        array = np.ascontiguousarray(array).reshape(-1)  # `view` needs a dense last dimension.
-    # As long integers if possible, which takes a quarter of the time. Sums of integers wrap around silently.
-    is_even = array.shape[-1] * array.itemsize % 8 == 0
-    return int(array.view(np.int64 if is_even else INTEGERS[array.itemsize]).sum(dtype=np.int64))
+    return sum_of_bits(array_of(x))
 
 
 class Tail:
-    """Sample of the last tensor that a function saved, taken again in each replay; in some runs, of all of them."""
+    """Sample of the last tensor that a function computed and saved, taken again in each replay; in some runs, of all.
+
+    The function's inputs, which it may save later, say nothing about what it computed.
+    """
 
     __slots__ = ("actual", "error", "expected", "index", "others", "suspects")
 
@@ -70,14 +67,17 @@ class Tail:
         self.error = 0.0  # Relative error of that sample.
 
     @classmethod
-    def of(cls, call: Any, tensors: Sequence[Tensor], nodes: Sequence[int], result: Any) -> "Tail | None":
-        """Return the sample of a first run, or None if the values cannot be read."""
-        index = len(tensors) - 1
-        while index >= 0 and not (tensors[index].is_floating_point() or tensors[index].is_complex()):
-            index -= 1  # Integers may be a workspace, such as oneDNN's for an LSTM, with parts that have no value.
+    def of(cls, call: Any, tensors: Sequence[Tensor], nodes: list[int], own: tuple[Any, ...]) -> "Tail | None":
+        """Return the sample of a first run with result and inputs `own`, or None if the values cannot be read."""
+        index, inputs = len(tensors) - 1, set(map(id, own[1:]))
+        while index >= 0 and (
+            not inputs.isdisjoint((id(tensor := tensors[index]), id(tensor._base)))
+            or (tensor.grad_fn is None and may_vary(tensor, own[0], nodes[index]))
+        ):
+            index -= 1
         can_read = index >= 0 and (can_digest(tensors[index]) or may_sample(tensors[index]))
         expected = digest_of(tensors[index]) if can_read and has_memory(tensors[index]) else []
-        others = {} if call.plan.num_calls % CHECKSUM_INTERVAL != 1 else sample_all(call, tensors, nodes, result)
+        others = {} if call.plan.num_calls % CHECKSUM_INTERVAL != 1 else sample_all(call, tensors, nodes, own[0])
         return cls(expected, index, others) if expected or others else None
 
     def compare(self, name: str, tensors: Sequence[Tensor], *, is_rounded: bool) -> None:

@@ -33,6 +33,10 @@ class OpenChain(BoundChain):
     arguments: dict[str, Arguments] = field(default_factory=dict)
     """Arguments by role."""
 
+    def for_replays(self) -> "OpenChain":
+        """Return the same call, whose arguments become known only as it advances."""
+        return self
+
     def arguments_of(self, half_block: HalfBlock) -> Arguments:
         """Return the additional arguments of one residual function."""
         return self.arguments[half_block.role] if half_block.takes_arguments else ((), {})

@@ -64,7 +64,7 @@ class Rebuilder:
     undoes_all = False
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
-        self.chain = chain if chain.log_dets is None else chain.for_replays()
+        self.chain = chain if chain.is_plain and chain.log_dets is None else chain.for_replays()
         self.has_log_dets = chain.log_dets is not None
         chain.chain.num_runs += 1
         meter = active_meter()

@@ -241,12 +241,12 @@ class RecordedCall:
         results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
         self.results = plan.results = plan.results if results == plan.results else results
         if tensors:
-            self._keep_slots(saved, tensors, (result, *sources), start)
+            self._keep_slots(saved, tensors, (own := (result, *sources)), start)
             if may_stop_early:
                 for keeper in self.keepers:
                     keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
-                self.tail = Tail.of(self, tensors, saved.nodes, result) if keeps_tail else None
+                self.tail = Tail.of(self, tensors, saved.nodes, own) if keeps_tail else None
             # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
         return result

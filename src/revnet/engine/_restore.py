@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import HAS_ACCELERATOR
+from revnet.engine._arrays import SIZE, array_of, is_on_host, places
 from revnet.engine._capture import check_same_graph, is_capturing
 from revnet.engine._random import by_device, digest, get_random_state, set_random_state
 from revnet.errors import ReconstructionError
@@ -63,12 +64,15 @@ class TensorPlace:
 
     def swap(self, tensor: Tensor) -> Callable[[], None]:
         """Put `tensor` in this place, and return a function that undoes it."""
-        before = self.holder[self.name]
+        is_there, before = self.name in self.holder, self.current
         # Into the dict, because a module's `setattr` rejects a plain tensor where a parameter is.
         self.holder[self.name] = tensor
 
         def undo() -> None:
-            self.holder[self.name] = before
+            if is_there:
+                self.holder[self.name] = before
+            else:
+                self.holder.pop(self.name, None)
 
         return undo
 
@@ -111,16 +115,19 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
             if parameter.requires_grad != requires_grad:
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(requires_grad)
-        copies: list[Tensor] = []  # Kept until the replay is over, so that no other tensor takes their identity.
+        # By the identity of the original, since a tensor in two places has one copy. Kept until the replay is over, so
+        # that no other tensor takes the identity of a copy.
+        copies: dict[int, Tensor] = {}
         for place, value in _places_to_fill(call):
             is_copied = value is not None
             # A tensor that the function writes to is copied even if it is still in place: the replay must not write to
             # it again.
             if not is_copied and (place.current is place.tensor or is_sharded(place.tensor)):
                 continue
-            tensor = place.tensor if value is None else value.detach().clone()
-            if is_copied:
-                copies.append(tensor.requires_grad_(place.tensor.requires_grad))
+            tensor = copies.get(id(place.tensor), place.tensor)
+            if value is not None and id(place.tensor) not in copies:
+                tensor = value.detach().clone().requires_grad_(place.tensor.requires_grad)
+                copies[id(place.tensor)] = tensor
                 lasting.add(id(tensor))
             stack.callback(place.swap(tensor))
         # A function that left the states unchanged may have drawn nevertheless, and put them back itself.
@@ -155,18 +162,45 @@ def run_restored(
     """Run a function again with `run_again`, with all state restored.
 
     Raises:
-        ReconstructionError: The replay did not draw the same random numbers as the first run.
+        ReconstructionError: The replay did not draw the same random numbers as the first run, or wrote to a parameter.
     """
     try:
-        with restored(call) as lasting:
+        with restored(call) as lasting, _parameters_watched(call):
             return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
     except OtherNumbersError:
         if needs_result or call.stop_after < 0:
             raise
     # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can show that.
     call.stop_after = -1
-    with restored(call) as lasting:
+    with restored(call) as lasting, _parameters_watched(call):
         return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
+
+
+@contextmanager
+def _parameters_watched(call: "RecordedCall") -> Iterator[None]:
+    """Raise if a function with a state in buffers, such as a counter, writes to a parameter that has no copy.
+
+    It may write through `.data` in some calls, which need not be the ones in which the parameters are compared.
+    """
+    before = _samples(call)
+    yield
+    if _samples(call) != before:
+        raise ReconstructionError(
+            f"`{call.name}` wrote to a parameter through `.data`, and not in its first call, so running it again wrote "
+            "to the parameter a second time; write to it outside of the function, or store its block's activations "
+            "with the policy `Store()`."
+        )
+
+
+def _samples(call: "RecordedCall") -> list[bytes]:
+    """Return the bits of a sample of each parameter, if the function has changed a buffer."""
+    can_read = call.states and not call.surroundings.is_captured
+    tensors = [parameter.data for parameter in call.parameters] if can_read else []
+    return [
+        array_of(tensor)[places(tensor.shape, SIZE)].tobytes()
+        for tensor in tensors
+        if is_on_host(tensor) and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    ]
 
 
 def _places_to_fill(call: "RecordedCall") -> Iterator[tuple[TensorPlace, Tensor | None]]:

@@ -1,4 +1,4 @@
-"""Samples of all tensors that a function saves, in its first run and in every 64th run after it, on the CPU.
+"""Samples of all tensors that a function saves, in its first run and in every 63rd run after it, on the CPU.
 
 The last tensor, which is compared in every run, does not show that a mask or a parallel branch has other numbers. A
 function that reads random numbers from outside of PyTorch, or keeps state in attributes, is wrong in every run.
@@ -6,13 +6,14 @@ On a GPU only the last tensor is compared: some kernels save memory of which the
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
 
 from revnet._torch_internals import sequence_number_of, tree_leaves
 from revnet.engine._arrays import DTYPES, SIZE, array_of, digest_of_array, is_on_host, places
@@ -21,7 +22,7 @@ from revnet.engine._tensors import version_of
 if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
 
-CHECKSUM_INTERVAL = 64
+CHECKSUM_INTERVAL = 63  # Odd, so that it meets each call of a function that runs twice in a step.
 """Number of calls of a function from one in which more is compared to the next: all parameters and saved tensors."""
 NOISE = 1024.0
 """Units in the last place by which two runs of one function on one input may differ."""
@@ -75,17 +76,43 @@ def _numbers_after_nodes(result: Any, first: int) -> set[int]:
     Some operators save memory of which they fill only a part: noise that is not drawn in evaluation, rows after the end
     of a sequence. So may a function that a user or the compiler has written.
     """
-    found, seen = set(), set()
+    return {
+        number
+        for number, node in _numbered_nodes(result, first)
+        if not isinstance(node, BackwardCFunction) and not _fills_partly(node)
+    }
+
+
+def may_vary(tensor: Tensor, result: Any, number: int) -> bool:
+    """Return whether a saved tensor without a node may have parts whose values are not fixed.
+
+    Integers may be a workspace, such as oneDNN's for an LSTM. Some operators fill only a part of what they save.
+
+    Args:
+        tensor: The tensor.
+        result: What the function returned.
+        number: The sequence number of the first node after the one that saved the tensor.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return any(after == number and _fills_partly(node) for after, node in _numbered_nodes(result, number))
+
+
+def _fills_partly(node: Node) -> bool:
+    return any(name in node.name() for name in _PARTLY_FILLED)
+
+
+def _numbered_nodes(result: Any, first: int) -> Iterator[tuple[int, Node]]:
+    """Yield the nodes of a result, each with the number after it, from `first` on."""
+    seen = set()
     nodes = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen or (number := sequence_number_of(node) + 1) < first:
             continue
         seen.add(node)
-        if not isinstance(node, BackwardCFunction) and not any(name in node.name() for name in _PARTLY_FILLED):
-            found.add(number)
+        yield number, node
         nodes += [before for before, _ in node.next_functions]
-    return found
 
 
 def different(

@@ -1,7 +1,6 @@
 """Buffers and parameters that a function writes to: keep their values from before the first run for the replay."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +16,23 @@ if TYPE_CHECKING:
     from revnet.engine._record import RecordedCall
 
 
-def before(call: "RecordedCall") -> list[int | None] | None:
+_COUNT = "num_batches_tracked"
+"""Name of the buffer whose version is raised by each call of a batch norm in training."""
+
+
+class Checksums(NamedTuple):
+    """Checksums of tensors that a function is not expected to write to."""
+
+    parameters: list[int | None]
+    statistics: dict[int, tuple[int | None, int]]
+    """For each place of a statistic that a norm alone should write to, the number of calls of the norm as well."""
+
+
+def before(call: "RecordedCall") -> Checksums | None:
     """Copy, before a call, the tensors that the function may write to.
 
     Returns:
-        Checksums of its parameters, in one call of `CHECKSUM_INTERVAL`; otherwise None.
+        Checksums, in one call of `CHECKSUM_INTERVAL`; otherwise None.
     """
     plan = call.plan
     if plan.states:
@@ -31,10 +42,10 @@ def before(call: "RecordedCall") -> list[int | None] | None:
     if plan.fixed or plan.states:
         call.buffer_versions = {place: version_of(call.buffers[place]) for place in (*plan.fixed, *plan.states)}
     can_read = not call.surroundings.is_captured
-    return _checksums(call.parameters) if can_read and plan.num_calls % CHECKSUM_INTERVAL == 1 else None
+    return _checksums(call) if can_read and plan.num_calls % CHECKSUM_INTERVAL == 1 else None
 
 
-def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
+def after(call: "RecordedCall", checksums: Checksums | None) -> None:
     """Keep, after a call, the copies of the tensors that it changed, and record the versions that it left."""
     if call.states:
         _settle_states(call)
@@ -46,9 +57,15 @@ def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
             # left.
             written[place] = call.parameters[place]
     call.versions = versions
-    # The parameters are only read again if there are checksums from before the call.
-    new_sums = () if checksums is None else _checksums(call.parameters)
-    for place, (old_sum, new_sum) in enumerate(zip(checksums or (), new_sums, strict=False)):
+    if checksums is not None:
+        _compare(call, checksums, written)
+    call.written = written or None
+
+
+def _compare(call: "RecordedCall", old: Checksums, written: dict[int, Tensor]) -> None:
+    """Find the tensors that the function was not expected to write to."""
+    plan, new = call.plan, _checksums(call)
+    for place, (old_sum, new_sum) in enumerate(zip(old.parameters, new.parameters, strict=True)):
         # FSDP frees or allocates the memory of a parameter when a module inside the function ends or begins.
         can_compare = old_sum is not None and new_sum is not None
         if can_compare and old_sum != new_sum and place not in written:
@@ -56,8 +73,12 @@ def after(call: "RecordedCall", checksums: list[int | None] | None) -> None:
             # that the function left, and the check of its result shows whether that was right. From the next call on, a
             # copy is taken first.
             written[place] = call.parameters[place]
-            call.plan.data_writes.append(place)
-    call.written = written or None
+            plan.data_writes.append(place)
+    for place, (old_sum, old_calls) in old.statistics.items():
+        new_sum, new_calls = new.statistics[place]
+        if old_sum is not None and new_sum is not None and old_sum != new_sum and old_calls == new_calls:
+            # Written without a call of the norm, as by `F.batch_norm`, so a replay would write it, too.
+            plan.statistics.append(place)
 
 
 def _settle_states(call: "RecordedCall") -> None:
@@ -69,7 +90,7 @@ def _settle_states(call: "RecordedCall") -> None:
         # Kernels that update running statistics do not raise the version, so no vector is trusted to be constant. Large
         # buffers (masks, position tables) are compared.
         is_constant = (
-            holder[name] is buffer
+            holder.get(name) is buffer
             and buffer.dim() > 1
             and version_of(buffer) == call.buffer_versions[place]
             and _has_same_bits(call, place, buffer, copy)
@@ -94,6 +115,12 @@ def _has_same_bits(call: "RecordedCall", place: int, buffer: Tensor, copy: Tenso
     return place in plan.constants
 
 
-def _checksums(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Return a checksum of each tensor's bits; None if they cannot be read."""
-    return list(map(checksum, tensors))
+def _checksums(call: "RecordedCall") -> Checksums:
+    plan = call.plan
+    expected = {*plan.states, *plan.statistics}
+    statistics = {}
+    for place, (holder, name) in enumerate(plan.buffer_places):
+        if place not in expected and name != _COUNT:
+            num_calls = -1 if (count := holder.get(_COUNT)) is None else version_of(count)
+            statistics[place] = checksum(call.buffers[place]), num_calls
+    return Checksums(list(map(checksum, call.parameters)), statistics)

@@ -40,7 +40,7 @@ def reproduce(
 
     Each run has a separate folder, `<out_dir>/<model>_seed<seed>`, with the files of `revnet train`. Runs are
     independent, so a table can be split over machines with `models` and `seeds`, and the folders merged afterwards. An
-    interrupted run continues after its last finished epoch, and a finished run is kept.
+    interrupted run continues from its newest checkpoint, and a finished run is kept.
 
     Args:
         table: One of `TABLES`.
