@@ -203,7 +203,8 @@ def _page(machine: Sequence[str], results: list[Row], determinants: list[Row], d
         *next_to_published(results),
         "## Round trip",
         "",
-        "Test images, to their codes and back in float32. Error: the largest difference of a value in [0, 1].",
+        "Test images, to their codes and back in float32. Error: the largest difference of a value in [0, 1]. A pixel",
+        "changes if its noise is so close to the next level that rounding crosses it.",
         "",
         *table(
             ("run", "images", "error", "changed pixels"),
