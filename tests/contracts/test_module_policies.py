@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from revnet import Checkpoint, Offload, PolicySequential, ReconstructionError, Store, set_policy
+from revnet import (
+    Checkpoint,
+    Offload,
+    PolicySequential,
+    ReconstructionError,
+    Reverse,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    set_policy,
+)
 from revnet.engine._saved_samples import CHECKSUM_INTERVAL
 from revnet.nn import add_policies
-from tests.helpers import gradients
+from tests.helpers import assert_close, gradients, stored_twin
 
 every_policy = pytest.mark.parametrize(
     "policy", [Checkpoint(), Offload(), Store()], ids=["checkpoint", "offload", "store"]
@@ -267,6 +277,20 @@ def test_a_tensor_in_two_places_is_one_tensor_in_a_replay():
         with torch.no_grad():
             for module in (model, plain):
                 module[1].a.weight.mul_(3)
+
+
+@pytest.mark.parametrize("make", [WithoutCall, Tied])
+@pytest.mark.parametrize("policy", [Reverse(), Reverse(hold=True), Checkpoint()], ids=["reverse", "hold", "checkpoint"])
+def test_buffers_of_residual_functions_are_written_once(make, policy):
+    sequence = ReversibleSequential(*[ReversibleBlock(make(), make()) for _ in range(3)], policy=policy).double()
+    twin = stored_twin(sequence)
+    for _ in range(3):
+        x = torch.randn(8, 8, dtype=torch.float64)
+        for module in (sequence, twin):
+            module.zero_grad()
+            module(x).square().sum().backward()
+        assert_close(gradients(sequence), gradients(twin))
+        assert_close(sequence.state_dict(), twin.state_dict())
 
 
 class Forgets(nn.Module):
