@@ -233,7 +233,10 @@ class _Arguments:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        leaves, self._structure = tree_flatten((args, kwargs))
+        self._structure: Any = None
+        leaves: Sequence[Any] = args
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):  # Otherwise, flattening would find nothing.
+            leaves, self._structure = tree_flatten((args, kwargs))
         tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
         self.tensors = list(tensors.values())
         """The tensors that were passed, each once; needed only for the first run."""
@@ -264,8 +267,7 @@ class _Arguments:
             for number, (tensor, requires_grad) in enumerate(zip(self.kept, self._requires_grad, strict=True))
         ]
         leaves = [new[leaf.number] if type(leaf) is _Place else leaf for leaf in self._leaves]
-        args, kwargs = tree_unflatten(leaves, self._structure)
-        return args, kwargs
+        return (tuple(leaves), {}) if self._structure is None else tree_unflatten(leaves, self._structure)
 
 
 class _KeptCall:
