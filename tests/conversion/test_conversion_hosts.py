@@ -215,6 +215,55 @@ def test_refuses_a_host_that_changes_the_stream():
         host(X)
 
 
+def test_refuses_a_host_that_writes_through_data():
+    host, _ = twins(Rewire())
+    with pytest.raises(RuntimeError, match=r"output of `blocks\.0` was modified in place before `blocks\.1` read it"):
+        run_changed(host, lambda x: x.data[:, 2].mul_(3) is None or x)
+
+
+class Scaled(nn.Module):
+    """Reads a number and a tensor from a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x, context):
+        return x + self.g(torch.tanh(self.f(x) * context["scale"] * sum(context["tensors"])))
+
+
+class ChangesContext(nn.Module):
+    """Changes one dict from block to block, and begins with a tensor whose elements share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.blocks = nn.Parameter(torch.randn(1, 2, 4)), nn.ModuleList([Scaled() for _ in range(4)])
+
+    def forward(self, x):
+        context = {"tensors": [x]}
+        y = self.query.expand(2, -1, -1)
+        for index, block in enumerate(self.blocks):
+            context["scale"] = index + 1
+            y = block(y, context)
+            context["tensors"].append(x * index)
+        context.clear()
+        return y
+
+
+@pytest.mark.parametrize("method", [Rewire(), Dr2Net(0.9, 0.9), Consistent(), BDIA()], ids=str)
+def test_arguments_may_change_between_blocks(method):
+    model = ChangesContext().double()
+    revnet.convert(model, method, blocks="blocks")
+    twin = copy.deepcopy(model)
+    set_policy(twin, Store())
+    x = torch.randn(2, 2, 4, dtype=torch.float64)
+    for module in (model, twin):
+        torch.manual_seed(1)  # BDIA draws signs.
+        module(x).sin().sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-7, atol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize("method", [Consistent(), Dr2Net(1, 0.5)], ids=str)
 @pytest.mark.parametrize("has_grad", [False, True])
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), Store()], ids=str)

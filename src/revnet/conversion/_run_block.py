@@ -12,10 +12,10 @@ from revnet.conversion._branches import check_branches
 from revnet.conversion._host_switches import checkpoints_itself
 from revnet.conversion._row import Place
 from revnet.conversion._scheme import Scheme
-from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of, take_other
+from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of, take_other, was_overwritten
 from revnet.engine import BoundChain
 from revnet.engine._open_run import Arguments, OpenChain, OpenRun
-from revnet.engine._split import is_low_precision
+from revnet.engine._split import dense, is_low_precision
 from revnet.engine._tensors import version_of
 from revnet.engine._tracing import refuse, runs_plainly
 from revnet.nn import AbstractModulePolicy, Checkpoint, Reverse, Store
@@ -118,7 +118,7 @@ def _state_for(place: Place, x: Tensor, *, is_plain: bool) -> StreamState | None
         # The input of a backward hook: the same memory, with a node of its own.
         state = given if is_alias(x, _calls.given) else None
     if state is not None and state.row is place.row and state.position == place.index:
-        if state.version != version_of(x):
+        if state.version != version_of(x) or was_overwritten(x, state):
             raise RuntimeError(
                 f"the output of `{_before(place)}` was modified in place before `{place.name}` read it, which cannot "
                 "be undone; use the out-of-place form of the operation after the last converted block."
@@ -183,7 +183,7 @@ def _begin(place: Place, x: Tensor, scheme: Scheme) -> tuple[StreamState, list[T
                 "train with float32 weights under `torch.autocast`, or pass `branches` to `revnet.convert`."
             )
         x = x.float()
-    prepared = scheme.couplings[0].prepare(x)
+    prepared = dense(scheme.couplings[0].prepare(x))
     input_dtype = dtype if prepared.dtype != dtype else None
     state = StreamState(place.row, place.index, scheme, prepared, None, input_dtype, None)
     return state, [prepared, prepared]

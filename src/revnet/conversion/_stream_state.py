@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from revnet.conversion._scheme import Scheme
+from revnet.engine._digest import checksum
 from revnet.engine._open_run import OpenRun
 from revnet.engine._tensors import storage_key, version_of
 
@@ -44,6 +45,8 @@ class StreamState:
     """Version of the returned tensor, which in-place operations raise."""
     other_version: int = 0
     """Version of the other stream, which an earlier block returned."""
+    checksum: int | None = None
+    """Checksum of the returned tensor, if it will be rebuilt; a write through `.data` raises no version."""
 
     def __reduce__(self) -> Any:
         """Return how to copy or pickle it: as an empty dictionary, so that features can be saved and loaded."""
@@ -59,7 +62,14 @@ def state_of(x: Tensor) -> StreamState | None:
 def attach(y: Tensor, state: StreamState) -> None:
     """Let a tensor carry a state."""
     state.version, state.other_version = version_of(y), version_of(state.other)
+    # Reading a tensor on an accelerator would wait for it.
+    state.checksum = checksum(y) if state.run is not None and y.device.type == "cpu" else None
     setattr(y, _ATTRIBUTE, state)
+
+
+def was_overwritten(x: Tensor, state: StreamState) -> bool:
+    """Return whether the tensor that carries a state was written to without raising its version."""
+    return state.checksum is not None and checksum(x) != state.checksum
 
 
 def take_other(state: StreamState) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._chain import BoundChain, HalfBlock
 from revnet.engine._digest import digest_of
@@ -69,6 +70,8 @@ class OpenRun(Rebuilder):
             streams: The streams, which are replaced in the list.
         """
         chain.arguments[role] = arguments
+        # The function or the host may change a list or dict before the backward pass.
+        for_replays = tree_unflatten(*tree_flatten(arguments))
         surroundings, start = self.surroundings, len(self.steps)
         # The host has run between two blocks: it may have drawn numbers, or switched autocast.
         surroundings.refresh()
@@ -85,6 +88,7 @@ class OpenRun(Rebuilder):
                 self._advance(chain, index, streams)
         finally:
             self.is_finished = True
+            chain.arguments[role] = for_replays
         if self.lowest >= 0:
             self._strides = [stream.stride() for stream in streams]
             self.hold(streams)

@@ -27,7 +27,7 @@ def prepare(
         [stream.float() if is_low_precision(stream) else stream for stream in split(x, dim, num_streams, name=name)]
     )
     # Rebuilt streams are never lazily conjugated or negated, and the checks compare memory.
-    streams = tuple([stream.resolve_conj().resolve_neg() for stream in streams])
+    streams = tuple([dense(stream.resolve_conj().resolve_neg()) for stream in streams])
     if coupling is None:
         return streams, None
     if type(coupling) is Additive:
@@ -43,6 +43,23 @@ def prepare(
                 f"{prepared[0].dtype} and returns the dtype of the input; convert the streams to one dtype."
             )
     return prepared, dtype
+
+
+def dense(stream: Tensor) -> Tensor:
+    """Return a stream without gaps and without shared elements, in the same order of dimensions.
+
+    The sum with a residual is dense, and so is a rebuilt stream. On another layout, a function may run other operators,
+    which save other tensors, and round differently.
+    """
+    if stream.layout is not torch.strided or stream.is_contiguous():
+        return stream
+    expected = 1
+    for stride, size in sorted(zip(stream.stride(), stream.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return stream.clone()
+            expected *= size
+    return stream
 
 
 def is_low_precision(x: Tensor) -> bool:
