@@ -86,6 +86,60 @@ def test_a_list_may_change_before_the_backward_pass(policy):
     assert_close(gradients(sequence), gradients(twin))
 
 
+class Hooked(nn.Module):
+    """Registers a hook on an argument in each run."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, contexts):
+        contexts[0].register_hook(lambda gradient: gradient / 2)
+        return torch.tanh(self.linear(x) * contexts[0])
+
+
+@all_policies
+def test_a_hook_on_an_argument_runs_once(policy):
+    sequence = ReversibleSequential(*[ReversibleBlock(Hooked(), Hooked()) for _ in range(4)], policy=policy).double()
+    twin = stored_twin(sequence)
+    x, context = (torch.randn(3, size, dtype=torch.float64) for size in (8, 4))
+    results = []
+    for module in (sequence, twin):
+        leaf = context.clone().requires_grad_()
+        squares(module(x, [leaf * 1])).backward()
+        results.append((leaf.grad, gradients(module)))
+    assert_close(*results)
+
+
+class Tied(nn.Module):
+    """Computes with its argument, and holds its own parameter or buffer."""
+
+    def __init__(self, *, is_buffer: bool):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        if is_buffer:
+            self.register_buffer("table", torch.randn(4, 4))
+        else:
+            self.table = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, table):
+        return torch.tanh(self.linear(x @ table) @ self.table)
+
+
+@all_policies
+@pytest.mark.parametrize("is_buffer", [False, True])
+@pytest.mark.parametrize("is_view", [False, True])
+def test_an_argument_may_be_a_parameter_or_a_buffer_of_a_function(policy, is_buffer, is_view):
+    blocks = [ReversibleBlock(Tied(is_buffer=is_buffer), Tied(is_buffer=is_buffer)) for _ in range(4)]
+    sequence = ReversibleSequential(*blocks, policy=policy).double()
+    twin = stored_twin(sequence)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for module in (sequence, twin):
+        table = module.blocks[1].f.table
+        squares(module(x, table.t() if is_view else table)).backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
 class GraphConvolution(nn.Module):
     """Averages over neighbors, which a sparse matrix names."""
 

@@ -221,6 +221,38 @@ def test_refuses_a_host_that_writes_through_data():
         run_changed(host, lambda x: x.data[:, 2].mul_(3) is None or x)
 
 
+class WithSkip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x, skip=None):
+        return x + torch.tanh(self.f(x if skip is None else x + skip))
+
+
+class PassesOutputs(nn.Module):
+    """Passes the outputs of blocks to later blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([WithSkip() for _ in range(4)])
+
+    def forward(self, x):
+        outputs = []
+        for block in self.blocks:
+            x = block(x, outputs[-2] if len(outputs) > 1 else None)
+            outputs.append(x)
+        return x, outputs
+
+
+def test_outputs_that_are_arguments_of_later_blocks_are_freed_without_a_backward_pass():
+    model = PassesOutputs()
+    revnet.convert(model, Rewire(), blocks="blocks")
+    alive = [weakref.ref(output) for output in model(torch.randn(2, 4))[1]]
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
 class Scaled(nn.Module):
     """Reads a number and a tensor from a dict."""
 

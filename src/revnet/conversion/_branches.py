@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from revnet._checks import describe
 from revnet.conversion._bodies import Branch, WholeBlock
 from revnet.conversion._row import Place
-from revnet.engine._open_run import Arguments
+from revnet.engine._open_run import Given
 from revnet.engine._tensors import has_values
 from revnet.nn._exchanged_class import is_cache
 
@@ -50,7 +50,7 @@ def make_branches(block: nn.Module, name: str, branches: Branches) -> tuple[Bran
     return tuple(made)
 
 
-def check_branches(place: Place, x: Tensor, arguments: Arguments) -> None:
+def check_branches(place: Place, x: Tensor, arguments: Given) -> None:
     """Raise if the branches do not compute what the block computes, on its first input.
 
     Raises:

@@ -14,7 +14,7 @@ from revnet.conversion._row import Place
 from revnet.conversion._scheme import Scheme
 from revnet.conversion._stream_state import StreamState, attach, is_alias, state_of, take_other, was_overwritten
 from revnet.engine import BoundChain
-from revnet.engine._open_run import Arguments, OpenChain, OpenRun
+from revnet.engine._open_run import Given, OpenChain, OpenRun
 from revnet.engine._split import dense, is_low_precision
 from revnet.engine._tensors import version_of
 from revnet.engine._tracing import refuse, runs_plainly
@@ -214,7 +214,7 @@ def _why_apart(state: StreamState) -> str:
     return f"streams are wider than {state.input_dtype}"
 
 
-def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments: Arguments) -> Any:
+def _advance(place: Place, state: StreamState, streams: list[Tensor], arguments: Given) -> Any:
     """Run the functions of the block on the streams, and return what the host gets."""
     row, run, scheme = place.row, state.run, state.scheme
     count, role = scheme.num_functions, str(place.index)

@@ -118,12 +118,6 @@ def check_finished(is_finished: bool) -> None:
         )
 
 
-def forget_streams(call: "RecordedCall", sources: Sequence[Tensor]) -> None:
-    """Do not treat a stream as lasting if it is also an argument: as a stream, it is rebuilt in other memory."""
-    keys = {storage_key(source) for source in sources}
-    call.lasting = call.lasting - {id(tensor) for tensor in call.surroundings.arguments if storage_key(tensor) in keys}
-
-
 def lasting_test(call: "RecordedCall", lasting: set[int]) -> Callable[[Tensor], bool]:
     """Return a test of whether a tensor outlives the call. A missed tensor is rebuilt, which is harmless."""
     if forward_mode_level() < 0:

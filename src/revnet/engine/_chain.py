@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet._types import Streams
 from revnet.coupling import AbstractCoupling, Additive
+from revnet.engine._arguments import Arguments
 from revnet.engine._block_hooks import run_through_blocks
 from revnet.engine._sums import SummingList, read_source
 from revnet.engine._tensors import tensors_in
@@ -182,19 +182,19 @@ class BoundChain:
     # Weak: the graph owns the run (rule 1).
     run: "weakref.ref[Rebuilder] | None" = None
     """The run that holds the final streams for the backward pass, if there is one."""
+    replayed: Arguments | None = None
+    """The arguments, in a call for replays, which get new leaves and containers each time."""
     recorder: "ChainRecorder | None" = None
     """Runs the chain if its activations are rebuilt from streams that come from outside; see `record`."""
     way_out: ClassVar[str | None] = None
     """What a user can do about drift, if it is not what helps the blocks of a sequence."""
 
     def for_replays(self) -> "BoundChain":
-        """Return the same call with containers of its own, and without the caller's list of log-determinants.
-
-        The caller may change a list or dict that was passed before the backward pass begins.
-        """
+        """Return the same call for replays: with arguments of its own, and without the caller's log-determinants."""
+        given = (self.args, self.kwargs, self.own_kwargs)
+        replayed = Arguments(given, {}) if any(given) else None
         # `log_dets` holds tensors whose nodes lead back to the run (rule 1).
-        args, kwargs, own = tree_unflatten(*tree_flatten((self.args, self.kwargs, self.own_kwargs)))
-        return BoundChain(self.chain, args, kwargs, own, self.input_dtype, is_plain=self.is_plain)
+        return BoundChain(self.chain, (), {}, {}, self.input_dtype, is_plain=self.is_plain, replayed=replayed)
 
     def part(self, start: int, stop: int) -> "BoundChain":
         """Return the call of some of the half-blocks, without the blocks that they belong to."""
@@ -219,12 +219,19 @@ class BoundChain:
         """Return the tensors in the arguments, at any depth."""
         return tensors_in(self.args, self.kwargs, self.own_kwargs)
 
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors in the arguments of a call for replays, and those that they are views of, in the first run."""
+        return () if self.replayed is None else self.replayed.inputs
+
     def arguments_of(self, half_block: HalfBlock) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the additional arguments of one residual function."""
         if not half_block.takes_arguments:
             return (), {}
-        own = self.own_kwargs.get(half_block.role) if self.own_kwargs else None
-        return self.args, {**self.kwargs, **own} if own else self.kwargs
+        given = (self.args, self.kwargs, self.own_kwargs)
+        args, kwargs, own_kwargs = given if self.replayed is None else self.replayed.again()[0]
+        own = own_kwargs.get(half_block.role) if own_kwargs else None
+        return args, {**kwargs, **own} if own else kwargs
 
     def call(self, half_block: HalfBlock, source: Tensor) -> Tensor:
         """Call a residual function, and raise if it overwrites its input, which could not be rebuilt."""

@@ -11,14 +11,14 @@ References:
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet._types import Streams
+from revnet.engine._arguments import Arguments
 from revnet.engine._capture import check_warmed_up
 from revnet.engine._careful import check_finished, modified_stream
 from revnet.engine._chain import BoundChain, HalfBlock, run_half_blocks, stored
@@ -74,7 +74,7 @@ class _KeepingRun:
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
         # The nodes of the caller's log-determinants lead back to this run (rule 1).
         self._chain = chain.for_replays()
-        self._surroundings = Surroundings.of(chain.tensors(), streams)
+        self._surroundings = Surroundings.of(self._chain.replayed, streams)
         self._calls: list[tuple[HalfBlock, RecordedCall]] = []
         if is_captured := self._surroundings.is_captured:
             check_warmed_up(chain.half_blocks, chain.chain.plans)
@@ -105,7 +105,7 @@ class _KeepingRun:
                 index,
                 chain.call,
                 (half_block, source),
-                (source,),
+                (source, *self._chain.inputs),
                 may_stop_early=True,  # A replay does not need the result (rule 7).
                 keeps_tail=self._keeps_tail,
             )
@@ -118,7 +118,7 @@ class _KeepingRun:
                 index,
                 lambda: chain.join(half_block, stream, chain.call(half_block, source), chain.log_dets),
                 (),
-                (source, stream),
+                (source, stream, *self._chain.inputs),
                 may_stop_early=True,
                 keeps_tail=self._keeps_tail,
             )
@@ -219,65 +219,14 @@ class _Learned:
 _learned: WeakKeyDictionary[nn.Module, _Learned] = WeakKeyDictionary()
 
 
-class _Place(NamedTuple):
-    """Stands for a tensor among the arguments."""
-
-    number: int
-
-
-class _Arguments:
-    """The arguments of a call, from which each replay gets new containers and new leaves.
-
-    The module may change a container, or register a hook on a tensor, each time it runs; only the first run may do this
-    to what the caller passed. No tensor is kept with its node, which may lead back to the slots (rule 1).
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self._structure: Any = None
-        leaves: Sequence[Any] = args
-        if kwargs or not all(isinstance(arg, Tensor) for arg in args):  # Otherwise, flattening would find nothing.
-            leaves, self._structure = tree_flatten((args, kwargs))
-        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
-        self.tensors = list(tensors.values())
-        """The tensors that were passed, each once; needed only for the first run."""
-        self.kept = [tensor.detach() for tensor in self.tensors]
-        """The tensors without their nodes. A detached tensor shares its version, which shows writes."""
-        self._requires_grad = [tensor.requires_grad for tensor in self.tensors]
-        numbers = {identity: number for number, identity in enumerate(tensors)}
-        self._leaves = [_Place(numbers[id(leaf)]) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._own: dict[int, Tensor] = {}
-
-    def forget(self, lasting: set[int]) -> tuple[Tensor, ...]:
-        """Forget the tensors that were passed; return them, and those that they are views of.
-
-        A replay recognizes a parameter or buffer of the module, or a view of it, by identity, so those in `lasting` are
-        not replaced.
-        """
-        tensors, self.tensors = self.tensors, []
-        for number, tensor in enumerate(tensors):
-            if id(tensor) in lasting or id(tensor._base) in lasting:
-                self._own[number] = tensor
-        return (*tensors, *[tensor._base for tensor in tensors if tensor._base is not None])
-
-    def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a replay. A tensor that was passed twice is one tensor again."""
-        # `data` has its own version counter, which is 0; otherwise every saved input would look modified.
-        new = [
-            self._own[number] if number in self._own else tensor.data.requires_grad_(requires_grad)
-            for number, (tensor, requires_grad) in enumerate(zip(self.kept, self._requires_grad, strict=True))
-        ]
-        leaves = [new[leaf.number] if type(leaf) is _Place else leaf for leaf in self._leaves]
-        return (tuple(leaves), {}) if self._structure is None else tree_unflatten(leaves, self._structure)
-
-
 class _KeptCall:
     """One call of a module, which can be replayed because its arguments are kept."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._module = module
         self._owner = module.owner if isinstance(module, StandIn) else module
-        self._arguments = _Arguments(args, kwargs)
-        surroundings = Surroundings.of(self._arguments.kept, ())
+        self._arguments = Arguments(args, kwargs)
+        surroundings = Surroundings.of(self._arguments, ())
         self._call = RecordedCall(module._get_name(), None, module, surroundings)
         # A plan refers to the module, which would never be freed if it kept its plan.
         if (learned := _learned.get(self._owner)) is not None:
@@ -289,7 +238,8 @@ class _KeptCall:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module for the first time."""
-        call, kept = self._call, self._arguments.kept
+        call, kept, inputs = self._call, self._arguments.kept, self._arguments.inputs
+        self._arguments.close()
         # Checked here: in the backward pass, the check of versions would blame the caller.
         versions = versions_of(kept)
         # On a GPU, reading a value waits for all kernels launched before it.
@@ -299,7 +249,7 @@ class _KeptCall:
             0,
             partial(self._module, *args, **kwargs),
             (),
-            self._arguments.forget(call.lasting),
+            inputs,
             may_stop_early=True,
             keeps_tail=can_read and not call.surroundings.is_captured,
         )

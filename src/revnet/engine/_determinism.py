@@ -31,7 +31,7 @@ def repeat_function(
         kwargs: Its keyword arguments.
         num_runs: The number of runs. A race between threads may need many runs to show.
     """
-    surroundings = Surroundings.of(tensors_in(args, kwargs), ())
+    surroundings = Surroundings.of(None, tensors_in(args, kwargs))
     # Never recorded: it lists the buffers and devices that `set_aside` protects.
     call = RecordedCall(function._get_name(), None, function, surroundings)
     first: tuple[list[Tensor], list[Tensor]] | None = None

@@ -21,7 +21,7 @@ def inverse(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
     dropout do not draw the same numbers as in the forward pass, so invert them in evaluation mode.
     """
     running = list(streams)
-    surroundings = Surroundings.of(chain.tensors(), streams)
+    surroundings = Surroundings.of(None, [*chain.tensors(), *streams])
     for half_block in reversed(chain.half_blocks):
         # Never recorded: it lists the buffers and devices that `set_aside` protects.
         call = RecordedCall(half_block.name, None, half_block.function, surroundings)

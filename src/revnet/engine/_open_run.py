@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from revnet._torch_internals import tree_flatten, tree_unflatten
 from revnet.engine._agreement import AgreementWatch
+from revnet.engine._arguments import Arguments
 from revnet.engine._chain import BoundChain, HalfBlock
 from revnet.engine._digest import digest_of
 from revnet.engine._rebuild import Rebuilder
 from revnet.engine._streams import StreamSnapshot
-from revnet.engine._tensors import tensors_in, version_of
+from revnet.engine._tensors import storage_key, version_of
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one block, without the stream."""
 
 
@@ -32,15 +32,19 @@ class OpenChain(BoundChain):
         "find the blocks that amplify it with `revnet.numerics.measure_drift`."
     )
     arguments: dict[str, Arguments] = field(default_factory=dict)
-    """Arguments by role."""
+    """Arguments for replays by role."""
+    running: Given | None = None
+    """Arguments of the half-blocks that run for the first time."""
 
     def for_replays(self) -> "OpenChain":
         """Return the same call, whose arguments become known only as it advances."""
         return self
 
-    def arguments_of(self, half_block: HalfBlock) -> Arguments:
+    def arguments_of(self, half_block: HalfBlock) -> Given:
         """Return the additional arguments of one residual function."""
-        return self.arguments[half_block.role] if half_block.takes_arguments else ((), {})
+        if not half_block.takes_arguments:
+            return (), {}
+        return self.arguments[half_block.role].again() if self.running is None else self.running
 
 
 class OpenRun(Rebuilder):
@@ -59,27 +63,25 @@ class OpenRun(Rebuilder):
         """Whether no backward pass has asked for a tensor yet, so that the streams have not been walked back."""
         return self._filled is None
 
-    def advance(self, chain: OpenChain, count: int, role: str, arguments: Arguments, streams: list[Tensor]) -> None:
+    def advance(self, chain: OpenChain, count: int, role: str, given: Given, streams: list[Tensor]) -> None:
         """Run the next `count` half-blocks on `streams`, and hold the streams after them.
 
         Args:
             chain: The call that the run was made for.
             count: Number of half-blocks.
             role: The role of these half-blocks.
-            arguments: Their arguments.
+            given: Their arguments.
             streams: The streams, which are replaced in the list.
         """
-        chain.arguments[role] = arguments
-        # The function or the host may change a list or dict before the backward pass.
-        for_replays = tree_unflatten(*tree_flatten(arguments))
+        arguments = chain.arguments[role] = chain.replayed = Arguments(*given)
+        chain.running = given
         surroundings, start = self.surroundings, len(self.steps)
+        surroundings.given = arguments
         # The host has run between two blocks: it may have drawn numbers, or switched autocast.
         surroundings.refresh()
-        if tensors := tensors_in(*arguments):
-            known = set(surroundings.argument_ids)
-            new = [tensor for tensor in tensors if id(tensor) not in known]
+        known = set(map(storage_key, surroundings.arguments)) - {None}
+        if new := [tensor for tensor in arguments.kept if storage_key(tensor) not in known]:
             surroundings.arguments += new
-            surroundings.argument_ids += map(id, new)
             surroundings.argument_versions += map(version_of, new)
             surroundings.add_devices({tensor.device for tensor in new} - surroundings.devices)
         self.is_finished = False
@@ -88,7 +90,8 @@ class OpenRun(Rebuilder):
                 self._advance(chain, index, streams)
         finally:
             self.is_finished = True
-            chain.arguments[role] = for_replays
+            chain.running = chain.replayed = surroundings.given = None
+            arguments.close()  # One may be the output of an earlier block, which leads back here (rule 1).
         if self.lowest >= 0:
             self._strides = [stream.stride() for stream in streams]
             self.hold(streams)

@@ -80,7 +80,7 @@ class Rebuilder:
         if is_usual and not torch.is_autocast_enabled("cpu"):
             self.surroundings = Surroundings(random=((state := cpu_random_state()), state.data_ptr(), ()))
         else:
-            self.surroundings = Surroundings.of(chain.tensors(), streams)
+            self.surroundings = Surroundings.of(self.chain.replayed, streams)
         self.steps: list[AbstractStep] = []
         self.lowest = -1
         """Lowest half-block for which autograd saved a tensor, or -1. Nothing below it is ever rebuilt."""
@@ -211,8 +211,8 @@ class LinearStep(AbstractFunctionStep):
         is_plain, version, is_watched = chain.is_plain, source._version, run.is_watched
         may_stop = run.lowest < 0 or self.held_before is not None
         function: Callable[..., Any] = half_block.function if is_plain else chain.call
-        args = (source,) if is_plain else (half_block, source)
-        residual = self.record(run, index, function, args, (source,), may_stop_early=may_stop, keeps_tail=is_watched)
+        args, own = ((source,), (source,)) if is_plain else ((half_block, source), (source, *run.chain.inputs))
+        residual = self.record(run, index, function, args, own, may_stop_early=may_stop, keeps_tail=is_watched)
         if is_plain and source._version != version:
             raise wrote_to_input(half_block)
         # Does what the coupling does, without its checks, which cost more than the sum of small tensors.

@@ -153,7 +153,9 @@ class RecordedCall:
         self.held, self.ids = held, ids
         self.parameters, self.buffers = plan.pick_parameters(held), plan.pick_buffers(held)
         # Lasting tensors are identified by objects that are held here, so that no other can take the identity (rule 4).
-        self.lasting = {*lasting, *surroundings.argument_ids} if surroundings.argument_ids else lasting
+        self.lasting = lasting
+        if surroundings.given is not None:
+            surroundings.given.note(lasting)
         self.versions = list(map(_version, self.parameters))
         self.requires_grad = list(map(_requires_grad, self.parameters))
         self.random: list[tuple[torch.device, Tensor, int | None]] | None = None
@@ -206,8 +208,6 @@ class RecordedCall:
         checksums = None
         if plan.states or plan.fixed or plan.data_writes or plan.num_calls % CHECKSUM_INTERVAL == 1:
             checksums = _states.before(self)
-        if surroundings.arguments:
-            _careful.forget_streams(self, sources)
         if plan.devices is not surroundings.devices and not plan.devices <= surroundings.devices:
             surroundings.add_devices(plan.devices)
         self.before, self.others = surroundings.random or surroundings.random_states(), surroundings.others

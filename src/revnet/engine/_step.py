@@ -110,7 +110,7 @@ class JoinedStep(AbstractStep):
             index,
             compute,
             (),
-            (source, stream),
+            (source, stream, *run.chain.inputs),
             may_stop_early=run.lowest < 0 or self.held_before is not None,
             keeps_tail=run.is_watched,
         )

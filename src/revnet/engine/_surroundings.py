@@ -9,6 +9,7 @@ from torch import Tensor
 
 from revnet._torch_internals import HAS_ACCELERATOR, forward_mode_level
 from revnet._torch_release import has_autocast
+from revnet.engine._arguments import Arguments
 from revnet.engine._capture import begins_in_capture, check_same_mode
 from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state, same_random_state
 from revnet.engine._restore import AutocastState, autocast_states
@@ -22,9 +23,10 @@ class Surroundings:
     """State that the functions of one forward pass share. The defaults are for a plain pass on the CPU."""
 
     arguments: list[Tensor] = field(default_factory=list)
-    """Tensors in the additional arguments, which outlive the call."""
-    argument_ids: list[int] = field(default_factory=list)
+    """Tensors in the additional arguments, without their nodes."""
     argument_versions: list[int] = field(default_factory=list)
+    given: Arguments | None = None
+    """The additional arguments of the function that runs next."""
     devices: frozenset[torch.device] = ONLY_CPU
     others: list[torch.device] = field(default_factory=list)
     """Devices other than the CPU."""
@@ -44,14 +46,15 @@ class Surroundings:
     """Whether the pass is captured in a CUDA graph, so that nothing may read the device."""
 
     @classmethod
-    def of(cls, arguments: list[Tensor], streams: Sequence[Tensor]) -> "Surroundings":
+    def of(cls, given: Arguments | None, streams: Sequence[Tensor]) -> "Surroundings":
         """Return the surroundings of a pass.
 
         Args:
-            arguments: The tensors in the additional arguments.
+            given: The additional arguments, or None if there are none.
             streams: The streams that the pass begins with.
         """
-        surroundings = cls(arguments, list(map(id, arguments)), versions_of(arguments))
+        arguments = [] if given is None else list(given.kept)
+        surroundings = cls(arguments, versions_of(arguments), given)
         surroundings.add_devices({tensor.device for tensor in (*arguments, *streams)})
         return surroundings
 
