@@ -23,17 +23,18 @@ In this diagram `-->` is a reference and `~>` is a weak reference. Each forward 
                   |                                    +--> Chain          half-blocks, collected once
                   v                                           +--> Plan    structure of each function
                 Saved --> tensors, while they are filled                   (holds no tensor)
-                  |   --> others: parameters, buffers, arguments
+                  |   --> others: parameters and buffers
                   |   --> constants: tensors from outside the function
                   v
       run:  Rebuilder --> held: StreamSnapshot       final streams; walked back in place
                   |   --> walk: StreamSnapshot       a fork of them, while the graph is retained
                   |   --> keyframes                  streams held in between, under a tolerance
                   |   --> observers                  agreement, drift, tolerance, range
-                  |   --> surroundings               shared by its calls: arguments, devices, random states
+                  |   --> surroundings               shared by its calls: devices, random states, and the arguments,
+                  |                                  of which each replay gets new leaves (`_arguments`)
                   v
                 steps: AdditiveStep | JoinedStep     each is a RecordedCall
-                  |   --> parameters, buffers, arguments: the tensors themselves
+                  |   --> parameters, buffers: the tensors themselves
                   |   --> versions, random states, copies of the buffers that the function changes
                   |   --> held_before                the stream that it updates, if the run holds it
                   |   --> keepers                    statistics and outputs of the first run, for the replay
