@@ -224,15 +224,12 @@ class _KeptCall:
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self._module = module
-        self._owner = module.owner if isinstance(module, StandIn) else module
         self._arguments = Arguments(args, kwargs)
         surroundings = Surroundings.of(self._arguments, ())
         self._call = RecordedCall(module._get_name(), None, module, surroundings)
         # A plan refers to the module, which would never be freed if it kept its plan.
-        if (learned := _learned.get(self._owner)) is not None:
-            learned.teach(self._call.plan)
-        else:
-            _learned[self._owner] = _Learned()
+        self._learned = _learned.setdefault(module.owner if isinstance(module, StandIn) else module, _Learned())
+        self._learned.teach(self._call.plan)
         self.is_finished = False
         self.lock = threading.RLock()
 
@@ -253,7 +250,7 @@ class _KeptCall:
             may_stop_early=True,
             keeps_tail=can_read and not call.surroundings.is_captured,
         )
-        _learned[self._owner].learn(call.plan)
+        self._learned.learn(call.plan)
         if versions != versions_of(kept):
             raise RuntimeError(
                 f"{self._module._get_name()} modified an argument in place, so its activations cannot be "

@@ -16,6 +16,7 @@ from torch import Tensor
 from revnet._torch_internals import HAS_ACCELERATOR
 from revnet.engine._arrays import SIZE, array_of, is_on_host, places
 from revnet.engine._capture import check_same_graph, is_capturing
+from revnet.engine._digest import has_memory
 from revnet.engine._random import by_device, digest, get_random_state, set_random_state
 from revnet.errors import ReconstructionError
 
@@ -199,7 +200,7 @@ def _samples(call: "RecordedCall") -> list[bytes]:
     return [
         array_of(tensor)[places(tensor.shape, SIZE)].tobytes()
         for tensor in tensors
-        if is_on_host(tensor) and tensor.untyped_storage().nbytes() >= tensor.nbytes
+        if is_on_host(tensor) and has_memory(tensor)
     ]
 
 

@@ -9,6 +9,7 @@ from revnet._checks import describe, describe_kind
 from revnet._torch_release import has_autocast
 from revnet._types import Streams, TensorPair
 from revnet.coupling import AbstractCoupling, Additive
+from revnet.engine._tensors import is_dense
 
 MOST_STREAMS = 1_000_000
 
@@ -51,15 +52,8 @@ def dense(stream: Tensor) -> Tensor:
     The sum with a residual is dense, and so is a rebuilt stream. On another layout, a function may run other operators,
     which save other tensors, and round differently.
     """
-    if stream.layout is not torch.strided or stream.is_contiguous():
-        return stream
-    expected = 1
-    for stride, size in sorted(zip(stream.stride(), stream.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return stream.clone()
-            expected *= size
-    return stream
+    is_usual = stream.layout is not torch.strided or stream.is_contiguous()
+    return stream if is_usual or is_dense(stream) else stream.clone()
 
 
 def is_low_precision(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from revnet._checks import describe
+from revnet.engine._tensors import in_memory_order, is_dense
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Header:
         """Return the header for streams in the layout of these."""
         return cls(
             tuple([tuple(stream.shape) for stream in streams]),
-            tuple([stream.stride() if _is_dense(stream) else stream.contiguous().stride() for stream in streams]),
+            tuple([stream.stride() if is_dense(stream) else stream.contiguous().stride() for stream in streams]),
             tuple([stream.dtype for stream in streams]),
             input_dtype,
             is_joined,
@@ -319,17 +320,6 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Return whether the elements fill their memory without gaps, in any order of the dimensions."""
-    return _in_memory_order(tensor).is_contiguous()
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """Return a view with the dimensions in the order in which they lie in memory."""
-    strides, shape = tensor.stride(), tensor.shape
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], -shape[dim])))
-
-
 def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """Return the tensor, or a copy of it with these strides."""
     if tensor.stride() == strides:
@@ -340,5 +330,5 @@ def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def _wire(tensor: Tensor) -> Tensor:
     """Return the memory of a dense tensor as bytes, which every backend can send."""
-    flat = _in_memory_order(tensor.detach()).reshape(-1)
+    flat = in_memory_order(tensor.detach()).reshape(-1)
     return (torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat).view(torch.uint8)
