@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import yaml
 from _memory_page import Row, Section, mib, table
+
+from revnet._provenance import describe_machine
 
 
 def check_run(parser: ArgumentParser, folder: Path) -> None:
@@ -24,10 +27,22 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {**json.loads((folder / "summary.json").read_text()), "seed": settings["seed"]}
 
 
-def machines_of(folders: Sequence[Path]) -> list[str]:
-    """Return the hardware, versions, dates and commands of the runs as lines of a Markdown list."""
-    lines = [line for folder in folders for line in json.loads((folder / "summary.json").read_text())["machine"]]
-    return [line.replace("- ", "- Run: ", 1) for line in dict.fromkeys(lines)]
+def describe_runs(command: Sequence[str], folders: Sequence[Path], *lines: str, note: str | None) -> list[str]:
+    """Return where the page and its runs come from, as a Markdown list.
+
+    Args:
+        command: The command that writes the page.
+        folders: Folders of the runs.
+        lines: Additional lines of the list.
+        note: What a reader should know about the runs.
+    """
+    machines = [line for folder in folders for line in json.loads((folder / "summary.json").read_text())["machine"]]
+    return [
+        *describe_machine(shlex.join(command)),
+        *[line.replace("- ", "- Run: ", 1) for line in dict.fromkeys(machines)],
+        *lines,
+        *([f"- {note}"] if note else []),
+    ]
 
 
 def read_epochs(folder: Path) -> list[Row]:
@@ -38,12 +53,13 @@ def read_epochs(folder: Path) -> list[Row]:
 
 def epochs_by_seed(folders: Sequence[Path]) -> list[Row]:
     """Return the losses and accuracies of each epoch of runs that differ in their seeds."""
-    return [
-        {"seed": str(read_run(folder)["seed"]), "epoch": row["epoch"]}
-        | {name: value for name, value in row.items() if name.endswith(("_loss", "_accuracy"))}
-        for folder in folders
-        for row in read_epochs(folder)
-    ]
+    rows = []
+    for folder in folders:
+        seed = str(read_run(folder)["seed"])
+        for row in read_epochs(folder):
+            figures = {name: value for name, value in row.items() if name.endswith(("_loss", "_accuracy"))}
+            rows.append({"seed": seed, "epoch": row["epoch"], **figures})
+    return rows
 
 
 def errors_by_seed(summaries: Sequence[Row], published: Mapping[str, tuple[int, float]]) -> list[str]:

@@ -5,15 +5,13 @@
     revnet train nice --model glow --out-dir runs/glow
     python benchmarks/densities.py runs/nice-0 runs/nice-1 runs/glow
 
-The first table compares the runs that are given, with the mean of those that differ only in their seeds, and stands
-next to published figures. The other tables need no training: the log-determinant of small
-networks in float64 next to the one that autograd's Jacobian gives, and the counted bytes of a training step. Writes a
-page and its CSV to benchmarks/results/.
+The first two tables compare the given runs, average those that differ only in their seeds, and list published figures.
+The other tables need no training: the log-determinant of small networks in float64 next to the one that autograd's
+Jacobian gives, and the counted bytes of a training step. Writes a page and its CSV to benchmarks/results/.
 """
 
 import argparse
 import datetime
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -24,11 +22,10 @@ from typing import Any
 
 import torch
 from _memory_page import Row, mib, table, write_csv
-from _training_page import check_run, machines_of, read_run
+from _training_page import check_run, describe_runs, read_run
 from torch import Tensor, nn
 
 from revnet._hardware import hardware_name
-from revnet._provenance import describe_machine
 from revnet.memory import predict
 from revnet.models import NICE, Glow, RealNVP
 from revnet.nn import FlowStep, initialize_act_norms
@@ -134,11 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.out_dir.mkdir(parents=True, exist_ok=True)
     write_csv(results, given.out_dir / f"{stem}.csv")
     write_csv(depths, given.out_dir / f"{stem}_depth.csv")
-    lines = [
-        *describe_machine(shlex.join(["python", "benchmarks/densities.py", *arguments])),
-        *machines_of(given.runs),
-        *([f"- {given.note}"] if given.note else []),
-    ]
+    lines = describe_runs(["python", "benchmarks/densities.py", *arguments], given.runs, note=given.note)
     text = "\n".join(_page(lines, results, determinants, depths)).rstrip() + "\n"
     (given.out_dir / f"{stem}.md").write_text(text)
     print(text)

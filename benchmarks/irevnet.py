@@ -11,20 +11,18 @@ are counted. Writes a page, a CSV for each table and a figure, by the first run,
 
 import argparse
 import datetime
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from _memory_page import Row, Section, mib, table, write_sections
-from _training_page import check_run, epochs_by_seed, errors_by_seed, machines_of, read_run
+from _training_page import check_run, describe_runs, epochs_by_seed, errors_by_seed, read_run
 from torch import Tensor
 
 from revnet import AbstractPolicy, Reverse, Store
 from revnet._figure import check_matplotlib, new_figure, save
 from revnet._hardware import hardware_name
-from revnet._provenance import describe_machine
 from revnet.data import load_dataset
 from revnet.memory import predict
 from revnet.models import IRevNet
@@ -217,9 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heading = [
         "# i-RevNet: reconstruction of images from the last map",
         "",
-        *describe_machine(shlex.join(["python", "benchmarks/irevnet.py", *arguments])),
-        *machines_of(given.runs),
-        *([f"- {given.note}"] if given.note else []),
+        *describe_runs(["python", "benchmarks/irevnet.py", *arguments], given.runs, note=given.note),
         "",
     ]
     write_sections(heading, sections, given.out_dir / stem)

@@ -10,7 +10,6 @@ a CSV for each table and the learning curve to benchmarks/results/.
 import argparse
 import datetime
 import json
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ from pathlib import Path
 
 import torch
 from _memory_page import Row, Section, mib, table, write_sections
-from _training_page import check_run, machines_of, training_section
+from _training_page import check_run, describe_runs, training_section
 from _wide_net import wide_revnet
 
 from revnet import AbstractPolicy, Checkpoint, Reverse, Store
 from revnet._hardware import hardware_name
-from revnet._provenance import describe_machine
 from revnet.memory import count_flops, predict
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.device("meta"):
         model = wide_revnet(10, 3)
         flops = count_flops(model, torch.empty(1, 3, 32, 32))
+    network = (
+        f"- Network: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
+        f"{flops / 1e6:,.0f} MFLOPs for a forward pass of one image; `benchmarks/_wide_net.py`"
+    )
     stem = f"wide-cifar10_{hardware_name()}_{datetime.date.today()}"
     page = [
         "# A wide RevNet on CIFAR-10",
         "",
-        *describe_machine(shlex.join(["python", "benchmarks/wide.py", *arguments])),
-        *machines_of([given.run]),
-        f"- Network: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
-        f"{flops / 1e6:,.0f} MFLOPs for a forward pass of one image; `benchmarks/_wide_net.py`",
-        *([f"- {given.note}"] if given.note else []),
+        *describe_runs(["python", "benchmarks/wide.py", *arguments], [given.run], network, note=given.note),
         "",
     ]
     given.out_dir.mkdir(parents=True, exist_ok=True)
