@@ -76,7 +76,7 @@ class AgreementWatch(Observer):
 
     def on_hold(self, streams: Sequence[Tensor | None], whole: Tensor | None) -> None:
         """Store the checksums and versions of the final streams, or of the output that they are parts of."""
-        held = [tensor for tensor in streams if tensor is not None] if whole is None or None in streams else [whole]
+        held = [tensor for tensor in streams if tensor is not None] if whole is None else [whole]
         self._checksums = [(tensor, checksum(tensor), tensor._version) for tensor in held]
 
     def before_rebuild(self, run: "Rebuilder") -> None:

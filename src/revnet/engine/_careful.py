@@ -57,7 +57,7 @@ def no_hooks(error: RuntimeError) -> RuntimeError:
     )
 
 
-def failed(error: BaseException, tensors: list[Tensor]) -> None:
+def failed(error: BaseException, saved: "Saved") -> None:
     """Free what a call has saved, and explain an error that comes from the hooks of the library.
 
     The traceback refers to the hook, which would keep every activation alive.
@@ -65,7 +65,8 @@ def failed(error: BaseException, tensors: list[Tensor]) -> None:
     Raises:
         RuntimeError: A residual function uses a transform of `torch.func`.
     """
-    tensors.clear()
+    for tensors in (saved.tensors or [], saved.bases):
+        tensors.clear()
     if isinstance(error, RuntimeError) and "yet support saved tensor hooks" in str(error):
         raise RuntimeError(
             "a residual function of a reversible sequence uses `torch.func.grad`, `vjp`, `jacrev` or `vmap` of them, "
@@ -200,7 +201,7 @@ def find_constants(
             continue  # The call computed it.
         uses = sum([tensor is origin for tensor in (*tensors, *bases)])
         is_base = any(tensor is origin for tensor in bases)  # A view in C++ refers to it, too.
-        if count <= (_FRESH_BASE_COUNT if is_base else FRESH_COUNT) - 1 + uses:
+        if count <= (FRESH_BASE_COUNT if is_base else FRESH_COUNT) - 1 + uses:
             continue  # Only the two lists refer to it.
         if tensor.dtype in casts:
             continue  # Autocast caches what it has cast for a while, and casts again later.
@@ -249,7 +250,7 @@ def _fresh_counts() -> tuple[int, int]:
     return max(map(getrefcount, tensors)), max(map(getrefcount, bases))
 
 
-FRESH_COUNT, _FRESH_BASE_COUNT = _fresh_counts()
+FRESH_COUNT, FRESH_BASE_COUNT = _fresh_counts()
 
 
 def moved(

@@ -12,11 +12,15 @@ ONLY_CPU = frozenset([_CPU])
 
 
 cpu_random_state = torch.default_generator.get_state
-NUM_BYTES = cpu_random_state().numel()
-"""Size of a state of the CPU's generator."""
+memory_of: Any = (ctypes.c_char * cpu_random_state().numel()).from_address
+"""Function that returns the memory of a state of the CPU's generator, given its address.
 
-RandomStates = tuple[Tensor, int, tuple[Tensor, ...]]
-"""State of the CPU's generator, the address of its bytes, and the states of the other devices."""
+A state has 5,056 bytes, and is compared for every residual function. Comparing its memory with a `bytearray` takes much
+less time than `torch.equal`.
+"""
+
+RandomStates = tuple[Tensor, bytearray, tuple[Tensor, ...]]
+"""State of the CPU's generator, its bytes, and the states of the other devices."""
 
 
 def by_device(others: Sequence[torch.device], states: RandomStates) -> list[tuple[torch.device, Tensor]]:
@@ -49,23 +53,9 @@ def same_random_state(a: Tensor, b: Tensor) -> bool:
     """Return whether two random states are equal."""
     # States are real bytes on the CPU even under FakeTensorMode, which rejects comparing them as tensors.
     size = a.numel()
-    return size == b.numel() and compare_bytes(a.data_ptr(), b.data_ptr(), size) == 0
+    return size == b.numel() and ctypes.string_at(a.data_ptr(), size) == ctypes.string_at(b.data_ptr(), size)
 
 
 def digest(state: Tensor) -> int:
     """Return a number that represents a random state."""
     return hash(ctypes.string_at(state.data_ptr(), state.numel()))
-
-
-def _compare_copies(a: int, b: int, size: int) -> int:
-    return int(ctypes.string_at(a, size) != ctypes.string_at(b, size))
-
-
-# A state of the CPU's generator has 5,056 bytes, and is compared for every residual function. `memcmp` takes a tenth of
-# the time of `torch.equal`. If the C library cannot be loaded this way (Windows), copies are compared.
-compare_bytes: Any = _compare_copies
-try:
-    compare_bytes = ctypes.PyDLL(None).memcmp  # Faster than releasing the interpreter's lock.
-    compare_bytes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-except (OSError, TypeError, AttributeError):
-    pass

@@ -23,7 +23,7 @@ from revnet.engine._drift import active_meter
 from revnet.engine._moves import prepare, put_back
 from revnet.engine._observer import Observer
 from revnet.engine._observers import correct, observers_of
-from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
+from revnet.engine._random import cpu_random_state, memory_of
 from revnet.engine._replay import replay
 from revnet.engine._retained import streams_for
 from revnet.engine._step import AbstractFunctionStep, AbstractStep, JoinedStep
@@ -60,8 +60,7 @@ class Rebuilder:
     back when the backward pass asks for a slot: in any order, repeatedly, and from several threads.
     """
 
-    # Whether to undo the lowest half-block, too; see `RecordedRun`.
-    undoes_all = False
+    undoes_all = False  # Whether to undo the lowest half-block, too; see `RecordedRun`.
 
     def __init__(self, chain: BoundChain, streams: Sequence[Tensor]):
         self.chain = chain if chain.is_plain and chain.log_dets is None else chain.for_replays()
@@ -78,7 +77,8 @@ class Rebuilder:
         """Observers that may replace the streams before a function runs again."""
         is_usual = streams[0].device.type == "cpu" and chain.is_plain and forward_mode_level() < 0
         if is_usual and not torch.is_autocast_enabled("cpu"):
-            self.surroundings = Surroundings(random=((state := cpu_random_state()), state.data_ptr(), ()))
+            state = cpu_random_state()
+            self.surroundings = Surroundings(random=(state, bytearray(memory_of(state.data_ptr())), ()))
         else:
             self.surroundings = Surroundings.of(self.chain.replayed, streams)
         self.steps: list[AbstractStep] = []
@@ -90,9 +90,8 @@ class Rebuilder:
         """Final streams, from which all others are rebuilt; None until the forward pass is over."""
         self.walk: StreamSnapshot | None = None
         """Fork of the held streams, which is walked back while the graph is retained."""
-        self.is_finished = False
-        self.is_checking = False
-        """Whether an observer is running functions again to compare their results."""
+        self.is_finished = self.is_checking = False
+        """Whether the forward pass is over; and whether an observer is running functions again to compare results."""
         self.lock = threading.RLock()
         self.last_alive = -1
         """Highest half-block for which a backward pass may still ask for a tensor."""
@@ -141,7 +140,7 @@ class Rebuilder:
         last = self.steps[-1].half_block
         if self.lowest == len(self.steps) - 1 and last.coupling.is_linear:
             # Only the last function runs again, and it needs only the stream that it reads.
-            held = [stream if number in last.sources else None for number, stream in enumerate(held)]
+            held, whole = [stream if number in last.sources else None for number, stream in enumerate(held)], None
         self.held = StreamSnapshot(len(self.steps), held, self._strides)
         self.is_finished = True
         for observer in self.observers:
@@ -171,7 +170,7 @@ class Rebuilder:
             self.walk, streams = None, self.held
         if streams.position == streams.origin:  # A new walk. Numbers drawn since must not affect the replays.
             state, others = cpu_random_state(), self.surroundings.others
-            if others or compare_bytes(steps[0].before[1], state.data_ptr(), NUM_BYTES):
+            if others or steps[0].before[1] != memory_of(state.data_ptr()):
                 self.surroundings.look_at_random_states(steps[0].before)
         if streams.position == index:  # Already undone, and asked for again.
             steps[index].refill(self, streams, index)

@@ -7,7 +7,6 @@ fills the slots. Code that only some functions need is in `_careful`, `_states` 
 
 import weakref
 from collections.abc import Callable
-from itertools import chain
 from operator import attrgetter, methodcaller
 from sys import getrefcount
 from typing import Any
@@ -26,21 +25,17 @@ from revnet._torch_internals import (
 )
 from revnet.engine import _careful, _states
 from revnet.engine._batch_norm import WORTHWHILE, KeptStatistics
-from revnet.engine._careful import FRESH_COUNT, meta_of
+from revnet.engine._careful import FRESH_BASE_COUNT, FRESH_COUNT, meta_of
 from revnet.engine._digest import Tail
 from revnet.engine._keeper import AbstractKeeper
-from revnet.engine._plan import Plan, plan_for
-from revnet.engine._random import NUM_BYTES, compare_bytes, cpu_random_state
+from revnet.engine._plan import ITEMS, Plan, plan_for
+from revnet.engine._random import cpu_random_state, memory_of
 from revnet.engine._saved_samples import CHECKSUM_INTERVAL
 from revnet.engine._slot_filler import SlotFiller
 from revnet.engine._surroundings import Surroundings
-from revnet.engine._tensors import storage_key
+from revnet.engine._tensors import flatten, get_requires_grad, get_version, storage_key
 
-_version = attrgetter("_version")
-_base_of = attrgetter("_base")
-_requires_grad = attrgetter("requires_grad")
-_flatten = chain.from_iterable
-_values = dict.values
+_node_of = attrgetter("grad_fn")
 _has_own_forward = methodcaller("__contains__", "forward")
 _nothing: Callable[[], None] = type(None)  # Makes no Python call.
 
@@ -53,14 +48,16 @@ class Saved:
     """
 
     __slots__ = (
-        *("__weakref__", "constants", "filler", "index", "is_plain", "kept", "lasting", "nodes", "other_versions"),
-        *("others", "tensors", "versions", "was_read"),
+        *("__weakref__", "bases", "constants", "filler", "index", "is_plain", "kept", "lasting", "nodes"),
+        *("other_versions", "others", "tensors", "versions", "was_read"),
     )
 
     def __init__(self, filler: SlotFiller, index: int, lasting: set[int]):
         self.filler, self.index, self.lasting = filler, index, lasting
         self.tensors: list[Any] | None = []
         self.versions: list[int] | None = []
+        self.bases: list[Tensor] = []
+        """Tensors that the saved ones are views of, until the function returns."""
         self.nodes: list[int] = []
         """Number of the operation that saved each tensor, if it is recorded."""
         self.others: list[Tensor] = []
@@ -82,6 +79,8 @@ class Saved:
             self.others.append(tensor)
             self.other_versions.append(tensor._version)
             return -len(self.others)
+        if base is not None:
+            self.bases.append(base)
         self.versions.append(tensor._version)  # type: ignore[union-attr]
         (tensors := self.tensors).append(tensor)  # type: ignore[union-attr]
         return len(tensors) - 1  # type: ignore[arg-type]
@@ -102,17 +101,16 @@ class Saved:
             self.was_read = True  # Before the forward pass ends, the function differentiates inside.
             return tensor
         if self.is_plain:
-            if self.tensors is None:
+            if (tensors := self.tensors) is None:
                 if torch.compiler.is_dynamo_compiling():
                     _careful.refuse_compiled_autograd()
                 with self.filler.lock:  # Each device has its own backward thread.
                     if self.tensors is None:  # Another thread may have filled it first.
                         self.filler.rebuild(self.index)
-            tensors = self.tensors
-            filled = None if tensors is None else tensors[number]
-            if tensors is not None and filled is not None and not filled._version:
+                tensors = self.tensors
+            if tensors is not None and (tensor := tensors[number]) is not None and not tensor._version:
                 tensors[number] = None  # Given away (rule 2); one interpreter operation, so it needs no lock.
-                return filled
+                return tensor
         return _careful.take(self, number)
 
 
@@ -130,19 +128,19 @@ class RecordedCall:
     )
 
     def __init__(self, name: str, plan: Plan | None, function: nn.Module, surroundings: Surroundings):
-        held: list[Any] = [] if plan is None else list(_flatten(map(_values, plan.filled)))
-        ids = list(map(id, held))
-        known, lasting = ([], None) if plan is None else plan.known
-        if plan is not None and ids != known:  # New tensors, for example from FSDP; the structure may be the same.
-            lasting = plan.fit(held, ids)
+        held: tuple[Any, ...] = () if plan is None else tuple(flatten(plan.values))
+        ids, lasting = b"", None
+        if plan is not None and len(held) == len(plan.types):
+            ids, (known, lasting) = plan.memory_of(id(held) + ITEMS).raw, plan.known
+            if ids != known:  # New tensors, for example from FSDP; the structure may be the same.
+                lasting = plan.fit(held, ids)
         if (
             plan is None
             or lasting is None
-            or list(map(plan.get_flag, plan.flag_holders)) != plan.training
+            or [*map(plan.get_flag, plan.flag_holders)] != plan.training
             or any(plan.empty)  # Filled since then, and missing in `held`.
             or any(map(_has_own_forward, plan.norm_attributes))
-            # Without an accelerator, no tensor can move.
-            or (HAS_ACCELERATOR and not plan.has_devices_of(held))
+            or (HAS_ACCELERATOR and not plan.has_devices_of(held))  # Without an accelerator, no tensor can move.
         ):
             plan, held, lasting = plan_for(function, name)
             ids = plan.known[0]
@@ -156,8 +154,8 @@ class RecordedCall:
         self.lasting = lasting
         if surroundings.given is not None:
             surroundings.given.note(lasting)
-        self.versions = list(map(_version, self.parameters))
-        self.requires_grad = list(map(_requires_grad, self.parameters))
+        self.versions = [*map(get_version, self.parameters)]
+        self.requires_grad = [*map(get_requires_grad, self.parameters)]
         self.random: list[tuple[torch.device, Tensor, int | None]] | None = None
         """For each device on which the function draws: the random state before, and a digest of the state after."""
         self.states: dict[int, Tensor] | None = None
@@ -228,15 +226,15 @@ class RecordedCall:
         try:
             result = function(*args)
         except BaseException as error:
-            _careful.failed(error, tensors)
+            _careful.failed(error, saved)
             raise
         finally:
             pop_saved_tensors_hooks()
         surroundings.random, after = self.before, cpu_random_state()
-        if compare_bytes(self.before[1], after.data_ptr(), NUM_BYTES) or surroundings.others:
-            surroundings.random = after, after.data_ptr(), surroundings.other_states()
+        if self.before[1] != (memory := memory_of(after.data_ptr())) or surroundings.others:
+            surroundings.random = after, bytearray(memory), surroundings.other_states()
             self.random = _careful.moved(surroundings, self.before, surroundings.random)
-        if checksums is not None or self.states is not None or list(map(_version, self.parameters)) != self.versions:
+        if checksums is not None or self.states is not None or [*map(get_version, self.parameters)] != self.versions:
             _states.after(self, checksums)
         results = [meta_of(result)] if type(result) is Tensor else _careful.metas_of(result)
         self.results = plan.results = plan.results if results == plan.results else results
@@ -247,21 +245,22 @@ class RecordedCall:
                     keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
                 self.tail = Tail.of(self, tensors, saved.nodes, own) if keeps_tail else None
-            # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
+            # The nodes hold the hook, and the hook these lists: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
+            saved.bases.clear()
         return result
 
     def _keep_slots(self, saved: Saved, tensors: list[Tensor], own: tuple[Any, ...], start: int) -> None:
         """Record what the slots refer to, and which of them a replay would not compute."""
-        metas, plan, versions = list(map(meta_of, tensors)), self.plan, saved.versions
+        metas, plan, versions = [*map(meta_of, tensors)], self.plan, saved.versions
         assert versions is not None
         # Reuse the same list, so that the garbage collector has nothing new to track.
         self.metas = plan.metas = plan.metas if metas == plan.metas else metas
         self.saved = weakref.ref(saved)  # The graph owns it (rule 1).
-        if _may_come_from_elsewhere(tensors, own, start):
+        if _may_come_from_elsewhere(tensors, saved.bases, own, start):
             self.constants = saved.constants = _careful.find_constants(self, tensors, versions, own, start)
         # Versions never decrease, so they show a write at any time.
-        self.is_plain = not (any(map(_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode)
+        self.is_plain = not (any(map(get_version, tensors)) or saved.was_read or self.surroundings.is_forward_mode)
         saved.is_plain = self.is_plain and self.constants is None
         saved.tensors = saved.versions = None
 
@@ -279,17 +278,22 @@ class RecordedCall:
         self.stop_after = len(tensors)
 
 
-def _may_come_from_elsewhere(tensors: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
+def _may_come_from_elsewhere(tensors: list[Tensor], bases: list[Tensor], own: tuple[Any, ...], start: int) -> bool:
     """Return whether a tensor existed before the call: others refer to it, and the call created no node for it."""
-    known, ids = own[0], list(map(id, own))  # A replay has its own result and inputs.
-    for tensor, count, base in zip(tensors, list(map(getrefcount, tensors)), map(_base_of, tensors), strict=True):
-        origin = tensor if base is None else base
-        if (count <= FRESH_COUNT and base is None) or origin is known or id(origin) in ids:
-            continue
-        known, node = origin, origin.grad_fn
-        if node is None or sequence_number_of(node) < start:
-            return True
-    return False
+    seen, base_ids = [*map(id, own)], [*map(id, bases)]  # A replay has its own result and inputs.
+    held: list[Tensor] = []  # Something else may refer to them.
+    for tensor, count, after in zip(tensors, [*map(getrefcount, tensors)], [*tensors[1:], None], strict=True):
+        if count > FRESH_COUNT and id(tensor) not in seen:
+            seen.append(id(tensor))
+            # An operation may save its output, and the next one the same tensor: then the list refers to it twice.
+            if tensor is not after or count > FRESH_COUNT + 1:
+                held.append(tensor)
+    for base, count in zip(bases, [*map(getrefcount, bases)], strict=True):
+        if count >= FRESH_BASE_COUNT + base_ids.count(id(base)) and id(base) not in seen:
+            seen.append(id(base))
+            held.append(base)
+    nodes = [*map(_node_of, held)]
+    return None in nodes or min(map(sequence_number_of, nodes), default=start) < start
 
 
 for _hook in (Saved.pack, Saved.pack_and_note, Saved.unpack):

@@ -1,8 +1,6 @@
 """Run a recorded function again, and fill its slots: the second run of rules 4, 7 and 8 of the note."""
 
 from collections.abc import Callable
-from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,13 +17,11 @@ from revnet._torch_internals import (
 )
 from revnet.engine import _careful
 from revnet.engine._careful import meta_of
+from revnet.engine._plan import ITEMS
 from revnet.engine._record import RecordedCall
 from revnet.engine._restore import run_restored
+from revnet.engine._tensors import flatten, get_requires_grad, get_version
 
-_version = attrgetter("_version")
-_requires_grad = attrgetter("requires_grad")
-_flatten = chain.from_iterable
-_values = dict.values
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 
@@ -48,16 +44,17 @@ def replay(
     """
     plan = call.plan
     has_more = call.buffer_versions is not None or call.constants is not None or call.surroundings.arguments
-    if has_more or list(map(_version, call.parameters)) != call.versions:
+    if has_more or [*map(get_version, call.parameters)] != call.versions:
         _careful.check_versions(call)
     # Is everything that the function depends on as it was in its first run (rule 4)?
     if (
         (call.is_mixed or call.random or call.states or call.written or plan.statistics)
         or call.surroundings.has_moved
-        or list(map(plan.get_flag, plan.flag_holders)) != plan.training
+        or [*map(plan.get_flag, plan.flag_holders)] != plan.training
         or any(plan.empty)
-        or list(map(id, _flatten(map(_values, plan.filled)))) != call.ids
-        or list(map(_requires_grad, call.parameters)) != call.requires_grad
+        or len(held := tuple(flatten(plan.values))) != len(plan.types)
+        or plan.memory_of(id(held) + ITEMS).raw != call.ids
+        or [*map(get_requires_grad, call.parameters)] != call.requires_grad
         or any_autocast_is_on()  # It was off: `is_mixed` is checked above.
     ):
         return run_restored(call, _run_again, function, args, fill, is_rounded, needs_result)
@@ -115,7 +112,7 @@ def _run_again(
     tensors = caught
     if versions is None:
         tensors = [t for t in caught if id(t) not in lasting and ((base := t._base) is None or id(base) not in lasting)]
-    metas = list(map(meta_of, tensors))
+    metas = [*map(meta_of, tensors)]
     if metas != (call.metas if result is not None or stop_after < 0 else call.metas[:stop_after]):
         _careful.fail_metas(call, metas)
     if result is not None:

@@ -11,7 +11,14 @@ from revnet._torch_internals import HAS_ACCELERATOR, forward_mode_level
 from revnet._torch_release import has_autocast
 from revnet.engine._arguments import Arguments
 from revnet.engine._capture import begins_in_capture, check_same_mode
-from revnet.engine._random import ONLY_CPU, RandomStates, cpu_random_state, get_random_state, same_random_state
+from revnet.engine._random import (
+    ONLY_CPU,
+    RandomStates,
+    cpu_random_state,
+    get_random_state,
+    memory_of,
+    same_random_state,
+)
 from revnet.engine._restore import AutocastState, autocast_states
 from revnet.engine._tensors import versions_of
 
@@ -95,7 +102,7 @@ class Surroundings:
     def random_states(self) -> RandomStates:
         """Return the random states of all devices."""
         state = cpu_random_state()
-        return state, state.data_ptr(), self.other_states()
+        return state, bytearray(memory_of(state.data_ptr())), self.other_states()
 
     def other_states(self) -> tuple[Tensor, ...]:
         """Return the random states of the devices other than the CPU."""

@@ -1,6 +1,7 @@
 """Memory of tensors: which tensors share it, whether it was written to, and whether anything else can see it."""
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from revnet._torch_internals import FakeTensor, in_functorch_transform, storage_use_count
 
-_version = attrgetter("_version")
+# Implemented in C, because every call uses them.
+get_version = attrgetter("_version")
+get_requires_grad = attrgetter("requires_grad")
+flatten = chain.from_iterable
 
 
 def storage_key(tensor: Tensor) -> int | None:
@@ -35,7 +39,7 @@ def version_of(tensor: Tensor) -> int:
 def versions_of(tensors: Sequence[Tensor]) -> list[int]:
     """Return the version counters of several tensors."""
     try:
-        return list(map(_version, tensors))
+        return list(map(get_version, tensors))
     except RuntimeError:
         return list(map(version_of, tensors))
 
