@@ -1,6 +1,7 @@
 """Sphinx settings: Markdown pages, notebooks, and an API reference from the docstrings."""
 
 from importlib.metadata import version as installed_version
+from importlib.util import find_spec
 
 project = "revnet"
 release = version = installed_version("revnet")
@@ -18,6 +19,8 @@ nb_execution_mode = "off"
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+# Building the documentation needs neither of them.
+autodoc_mock_imports = [name for name in ("timm", "transformers") if find_spec(name) is None]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Sections of our docstrings that Google's style does not know.

@@ -131,7 +131,7 @@ class ReversibleTransformerForCausalLM(
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **loss_options: Any,
-    ) -> CausalLMOutput | tuple[Any, ...]:
+    ) -> "CausalLMOutput | tuple[Any, ...]":
         """Compute the logits and, with labels, the loss.
 
         With a cache, named `past_key_values` before transformers 5.24, the tokens follow the ones that it holds. With
