@@ -18,6 +18,7 @@ from revnet import (
     list_models,
     set_coupling,
 )
+from revnet.coupling import BDIA, ExactScaled, Scaled
 from revnet.models import ReversibleEncoderDecoder, ReversibleTransformer, UNet3d
 from tests.helpers import CASE, REVERSIBLE_MODELS, assert_close, model_input
 
@@ -55,6 +56,26 @@ def test_exported_program_runs_without_revnet(tmp_path, strict):
         x = torch.randn(5, 6, 5, 5)
         torch.save((x, sequence(x).detach()), f"{names[-1]}.pt")
     subprocess.run([sys.executable, "-c", LOAD, *names], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "coupling", [FixedPoint(), ExactScaled(Scaled(-1.0)), ExactScaled(Scaled(0.5)), BDIA()], ids=str
+)
+def test_exported_exact_couplings_have_gradients(coupling):
+    sequence = sequence_of(Reverse())
+    set_coupling(sequence, coupling)
+    sequence.eval()
+    x = torch.randn(3, 6, 5, 5)
+    program = export(sequence, (x,)).module()
+    y, expected = program(x), sequence(x)
+    assert torch.equal(y, expected)
+    y.square().sum().backward()
+    actual = [parameter.grad.clone() for parameter in program.parameters()]
+    sequence.zero_grad()
+    sequence(x).square().sum().backward()
+    assert any(grad.abs().sum() > 0 for grad in actual)
+    for grad, parameter in zip(actual, sequence.parameters(), strict=True):
+        assert_close(grad, parameter.grad)
 
 
 @pytest.mark.parametrize("strict", [False, True])

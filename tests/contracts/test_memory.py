@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from revnet import Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
 from revnet.bench.cases import CASES
 from revnet.engine import Chain, HalfBlock, reversible, stored
-from revnet.memory import measure
+from revnet.memory import measure, predict
 from revnet.memory.step._live import LiveBytes
 from tests.helpers import SAMPLE, ConvResidual, mlp, stored_twin
 
@@ -295,3 +295,22 @@ def test_measuring_does_not_change_the_model():
 def test_twin_has_the_same_parameters():
     sequence = conv_stack(2)
     assert list(stored_twin(sequence).state_dict()) == list(sequence.state_dict())
+
+
+class Masked(nn.Linear):
+    """Multiplies by a constant that is neither a parameter nor a buffer."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+        self.mask = torch.tril(torch.ones(width, width))
+
+    def forward(self, x):
+        return self.mask @ super().forward(x)
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()])
+def test_predicts_functions_that_use_other_tensors(policy):
+    blocks = [ReversibleBlock(Masked(8), Masked(8), split_dim=-1) for _ in range(3)]
+    sequence, x = ReversibleSequential(*blocks, policy=policy), torch.randn(2, 8, 16)
+    predicted, measured = predict(sequence, x), measure(sequence, x)
+    assert (predicted.peak_bytes, predicted.held_bytes) == (measured.peak_bytes, measured.held_bytes)

@@ -1,8 +1,11 @@
 """The attributes that every coupling must define, including third-party couplings."""
 
 import pytest
+import torch
 
+from revnet import ReversibleBlock, ReversibleSequential
 from revnet.coupling import AbstractCoupling, Additive, Affine, FixedPoint, Momentum
+from tests.helpers import assert_close, gradients, mlp, stored_twin
 
 
 class Base(AbstractCoupling):
@@ -61,3 +64,34 @@ def test_a_subclass_that_is_not_additive_is_not_linear():
     assert Additive.is_linear
     assert not Gated.is_linear
     assert Halved.is_linear
+
+
+class Gate(AbstractCoupling):
+    """Finishes its inverse in place, to save memory."""
+
+    is_additive = False
+
+    def prepare(self, x):
+        return x
+
+    def forward(self, x, residual, name="f"):
+        return x * residual.tanh().exp() + residual
+
+    def inverse(self, y, residual, name="f", *, in_place=False):
+        x = y - residual
+        x *= (-residual.tanh()).exp()
+        return x
+
+    def log_det(self, x, residual):
+        return residual.tanh().flatten(1).sum(1)
+
+    def limit(self, dtype):
+        return None
+
+
+def test_inverse_may_write_to_its_own_tensors():
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(4), mlp(4), coupling=Gate()) for _ in range(3)]).double()
+    twin, x = stored_twin(sequence), torch.randn(5, 8, dtype=torch.float64)
+    for module in (sequence, twin):
+        module(x).square().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from revnet import Checkpoint, ReversibleBlock, ReversibleSequential
+from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential
 from revnet.engine import _batch_norm
 from revnet.engine._batch_norm import Statistics
 from revnet.nn import BatchNorm2dBiased
@@ -23,6 +23,27 @@ def make_input(dtype):
     scale, shift = 10 ** torch.linspace(-1, 3, 4, dtype=torch.float64), 10 * torch.randn(4, dtype=torch.float64)
     x = torch.randn(SHAPE, dtype=torch.float64) * scale.view(1, 4, 1, 1) + shift.view(1, 4, 1, 1)
     return x.to(dtype)
+
+
+class ByName(nn.Module):
+    """Passes the input of its batch norm by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(input=self.conv(x))
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()])
+def test_takes_its_input_by_name(policy):
+    sequence = ReversibleSequential(*[ReversibleBlock(ByName(), ByName()) for _ in range(2)], policy=policy)
+    sequence = sequence.double()
+    twin, x = stored_twin(sequence), torch.randn(8, 8, 96, 96, dtype=torch.float64)
+    for module in (sequence, twin):
+        module(x).square().mean().backward()
+    assert_close(gradients(sequence), gradients(twin))
 
 
 def replayed(norm, x):

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from revnet.conversion import Dr2Net
 from revnet.engine import DriftMeter
 from revnet.engine._drift import MOST_SAMPLED, relative_error, sample
 from tests.conversion.hosts import twins
-from tests.helpers import ConvResidual, mlp, squares
+from tests.helpers import ConvResidual, mlp, squares, stored_twin
 
 
 class Steep(nn.Module):
@@ -161,14 +162,20 @@ def test_ignores_nonfinite_values_of_the_forward_pass(value, coupling):
 
 @pytest.mark.parametrize("coupling", [Additive(), FixedPoint()])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_ignores_nonfinite_values_of_a_function(value, coupling):
-    """The streams before it cannot be rebuilt, and gradients are NaN, as they are without reversal."""
+def test_warns_of_nonfinite_values_of_a_function(value, coupling):
+    """The streams before it cannot be rebuilt, and gradients are NaN, even where the loss leaves these values out."""
     sequence = steep(4, 0.5)
     set_coupling(sequence, coupling)
     with torch.no_grad():
         sequence[2].f.linear.bias[0] = value
-    step(sequence)
+    with pytest.warns(
+        ReconstructionWarning,
+        match=r"^the final streams contain NaN or inf, which spread to the stream that `blocks.0.f` reads when it was "
+        r"rebuilt, so gradients are NaN even if the loss leaves these elements out.*`Store\(\)`",
+    ):
+        step(sequence)
     assert sequence[0].g.linear.weight.grad.isnan().any()
+    step(sequence)  # Warnings are errors here.
 
 
 class Exploding(nn.Module):
@@ -295,6 +302,38 @@ def test_samples_are_small_and_spread(shape):
     assert min(x.numel(), MOST_SAMPLED // 2) <= taken.numel() <= MOST_SAMPLED
     if len(shape) > 1:
         assert all(size > 1 or full_size == 1 for size, full_size in zip(taken.shape, shape, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20])
+def test_tolerance_bounds_the_error_of_tiny_streams(scale):
+    """The squares of their elements are zero in float32; after the first block, the streams have a size of 1."""
+    blocks = [ReversibleBlock(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)]) for _ in range(3)]
+    sequence = ReversibleSequential(*blocks, tolerance=1e-3)
+    twin, x = stored_twin(sequence), scale * torch.randn(4, 16)
+    for _ in range(3):  # The first run learns where to hold streams.
+        for module in (sequence, twin):
+            module.zero_grad()
+            squares(module(x)).backward()
+    for actual, expected in zip(sequence.parameters(), twin.parameters(), strict=True):
+        size = expected.grad.double().norm()
+        assert (actual.grad.double() - expected.grad.double()).norm() <= 1e-2 * size
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_relative_error_of_samples_whose_squares_leave_float32(scale):
+    x = scale * torch.randn(64, 8)
+    assert relative_error(1.1 * x, x) == pytest.approx(0.1, rel=1e-4)
+    assert relative_error(x, x) == 0
+
+
+@pytest.mark.parametrize("value", [torch.inf, 1e200])
+def test_ignores_the_settings_of_numpy_for_warnings(value):
+    """Parts of a stream are compared in the first run."""
+    sequence = ReversibleSequential(*[ReversibleBlock(mlp(8), mlp(8)) for _ in range(2)]).double()
+    x = torch.randn(64, 16, dtype=torch.float64)
+    x[0, 0] = value
+    with np.errstate(all="raise"):
+        sequence(x)[1:].square().sum().backward()
 
 
 def test_relative_error_of_samples():

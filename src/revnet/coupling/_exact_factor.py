@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from revnet._torch_internals import in_functorch_transform
+from revnet._torch_release import is_exporting
+from revnet.coupling._fixed_point import with_gradient_of
 
 _SHIFT = 8
 NUM_PARTS = 2**_SHIFT
@@ -61,6 +63,9 @@ class ExactFactor:
     def combine(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return the rounded product with the stream plus the rounded residual."""
         y: Tensor
+        if is_exporting():
+            y, _ = _TracedCombine.forward(x.detach(), residual.detach(), self, False)
+            return with_gradient_of(x * self.value(x.dtype) + residual, y)
         y, _ = _form(_Combine, _TracedCombine).apply(x, residual, self, False)
         return y
 
@@ -73,6 +78,9 @@ class ExactFactor:
 
     def separate(self, y: Tensor, residual: Tensor) -> Tensor:
         """Undo `combine` if no bits are kept, so that the result can be differentiated."""
+        if is_exporting():
+            values = _TracedSeparate.forward(y.detach(), residual.detach(), self)
+            return with_gradient_of((y - residual) / self.value(y.dtype), values)
         x: Tensor = _form(_Separate, _TracedSeparate).apply(y, residual, self)
         return x
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from revnet._checks import check_bool, describe, is_integer
 from revnet._torch_internals import in_functorch_transform, is_jit_tracing
+from revnet._torch_release import is_exporting
 from revnet.coupling._abstract import AbstractCoupling
 from revnet.coupling._check import check_real, check_residual, is_differentiated
 
@@ -130,6 +131,8 @@ _SMALL = 2**14
 
 def _to_grid(x: Tensor, fraction_bits: int) -> Tensor:
     """Round to the nearest multiple of 2^-fraction_bits, and -0 to 0; gradients pass through unchanged."""
+    if is_exporting():
+        return with_gradient_of(x, _TracedToGrid.forward(x.detach(), 2.0**fraction_bits))
     function = _TracedToGrid if torch.compiler.is_dynamo_compiling() else _ToGrid
     rounded: Tensor = function.apply(x, 2.0**fraction_bits)
     return rounded
@@ -138,6 +141,8 @@ def _to_grid(x: Tensor, fraction_bits: int) -> Tensor:
 def _add_on_grid(x: Tensor, residual: Tensor, fraction_bits: int) -> Tensor:
     """Return `x` plus the rounded residual, exact if `x` is on the grid; gradients are as for `x + residual`."""
     scale = 2.0**fraction_bits
+    if is_exporting():
+        return with_gradient_of(x + residual, _TracedAddOnGrid.forward(x.detach(), residual.detach(), scale))
     if torch.compiler.is_dynamo_compiling():
         y: Tensor = _TracedAddOnGrid.apply(x, residual, scale)
         return y
@@ -159,6 +164,11 @@ def _subtract_on_grid(y: Tensor, residual: Tensor, fraction_bits: int, *, in_pla
     scale = 2.0**fraction_bits
     steps = _grid_steps(residual, y.dtype, scale)
     return y.sub_(steps, alpha=1 / scale) if in_place else torch.sub(y, steps, alpha=1 / scale)
+
+
+def with_gradient_of(smooth: Tensor, values: Tensor) -> Tensor:
+    """Return `values` with the gradient of `smooth`, for a program in a file, which has no autograd functions."""
+    return values + (smooth - smooth.detach())
 
 
 def _grid_steps(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

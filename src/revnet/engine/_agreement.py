@@ -124,7 +124,7 @@ class AgreementWatch(Observer):
             error, of_part = _parts.relative_errors(source, self._parts, floor / max(1, len(first)) ** 0.5)
         bound = 0.0 if half_block.coupling.is_exact else WARN_ABOVE.get(source.dtype, 0.0)
         if not (max(error, of_part / PART) <= bound and math.isfinite(sum(digest))):
-            report_drift(self, run, half_block, source.dtype, digest, error, of_part)
+            report_drift(self, run, half_block, source.dtype, digest, first, error, of_part)
 
     def after_fill(self, run: "Rebuilder", index: int, streams: StreamSnapshot) -> None:
         """Compare tensors that the lowest function saved, since its result is not compared."""

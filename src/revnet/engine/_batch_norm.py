@@ -155,8 +155,8 @@ class _Watched:
     def __init__(self, norm: _BatchNorm, saved: "Saved", kept: dict[int, Statistics]):
         self._norm, self._saved, self._kept, self._thread = norm, saved, kept, get_ident()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        tensors, forward = self._saved.tensors, type(self._norm).forward
+    def __call__(self, input: Tensor) -> Tensor:
+        x, tensors, forward = input, self._saved.tensors, type(self._norm).forward
         if tensors is None or get_ident() != self._thread or not _is_normalized_linearly(x):
             return forward(self._norm, x)
         before = len(tensors)
@@ -178,8 +178,8 @@ class _Normalizing:
         self._norm, self._kept, self._caught, self._lasting = norm, kept, caught, lasting
         self._thread = get_ident()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        norm, is_own = self._norm, get_ident() == self._thread and not torch.compiler.is_compiling()
+    def __call__(self, input: Tensor) -> Tensor:
+        x, norm, is_own = input, self._norm, get_ident() == self._thread and not torch.compiler.is_compiling()
         statistics = self._kept.get(num_slots(self._caught, self._lasting)) if is_own else None
         if statistics is None or not _is_normalized_linearly(x):
             # In another thread, this may be a first run.

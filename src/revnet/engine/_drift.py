@@ -159,7 +159,7 @@ class DriftWatch(Observer):
         if self._meter is not None:
             self._meter.records.append(DriftRecord(function, name, distance, error, source.dtype))
         if index == run.lowest and has_values(source) and not (self._meter is not None and self._meter.is_quiet):
-            totals = torch.stack([_total(source), *self._totals])
+            totals = torch.stack([_total(source), _total(true), *self._totals])
             kind = kind_of(run, half_block, source.dtype)
             # Weak: a verdict may wait in `_pending` longer than the model lives.
             judge(Verdict(weakref.ref(function), kind, error, totals))
@@ -208,8 +208,7 @@ def relative_error(rebuilt: Tensor, true: Tensor, floor: Tensor | None = None) -
         floor: Root mean square to use for a true sample that is zero. Rounding that is negligible compared with the
             other stream must not count as infinite there.
     """
-    # In float32 at least, because squares of float16 overflow or vanish.
-    dtype = torch.promote_types(true.dtype, torch.float32)
+    dtype = _wide(true)
     true = true.to(dtype)
     size = torch.linalg.vector_norm(true)
     if floor is not None:
@@ -224,7 +223,7 @@ def _largest_part_error(rebuilt: Tensor, true: Tensor) -> Tensor | None:
 
     A part that is zero throughout is skipped, because any rounding of the other stream would count as infinite.
     """
-    dtype = torch.promote_types(true.dtype, torch.float32)
+    dtype = _wide(true)
     differences, squares = (rebuilt.to(dtype) - true.to(dtype)).abs().square(), true.to(dtype).abs().square()
     largest: Tensor | None = None
     for dim in judged_dims(true.shape, true.numel(), _LEAST_OF_PART):
@@ -251,7 +250,13 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32))) / x.numel() ** 0.5
+    return torch.linalg.vector_norm(x.to(_wide(x))) / x.numel() ** 0.5
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return a dtype in which squares of the elements of `x` neither overflow nor vanish."""
+    # MPS has no float64.
+    return torch.promote_types(x.dtype, torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _can_sample(source: Tensor) -> bool:

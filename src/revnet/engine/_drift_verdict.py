@@ -5,9 +5,9 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,9 @@ class Verdict:
     error: Tensor
     """Relative error of the stream."""
     totals: Tensor
-    """Sums of all elements of the rebuilt stream and of the final streams; finite if every element is."""
+    """Sums of all elements of the rebuilt stream, of the sample of the true one, and of all elements of the final
+    streams; finite if every element is.
+    """
 
 
 PENDING: "deque[tuple[torch.cuda.Event, Verdict]]" = deque()
@@ -104,14 +106,22 @@ def report_pending() -> None:
 
 
 def _report(verdict: Verdict) -> None:
-    rebuilt, *true = verdict.totals.tolist()
+    is_finite, began_finite, *ended_finite = map(math.isfinite, verdict.totals.tolist())
     # `tolist` gives a number; `float` would be one more operation than a prediction of the step has.
     error: Any = verdict.error.tolist()
-    report(verdict.function(), verdict.kind, error, is_finite=math.isfinite(rebuilt), was_finite=_are_finite(true))
+    finiteness = Finiteness(is_finite, began_finite, all(ended_finite))
+    report(verdict.function(), verdict.kind, error, finiteness=finiteness)
 
 
-def _are_finite(numbers: Iterable[float]) -> bool:
-    return all(map(math.isfinite, numbers))
+class Finiteness(NamedTuple):
+    """Whether elements of streams are finite."""
+
+    rebuilt: bool = True
+    """Elements of the rebuilt stream."""
+    true: bool = True
+    """Elements of the true stream, as far as it was sampled."""
+    final: bool = True
+    """Elements of the final streams. NaN and inf stay in a stream to its end, so if these are finite, all were."""
 
 
 def report(
@@ -120,8 +130,7 @@ def report(
     error: float,
     of_part: float = 0.0,
     *,
-    is_finite: bool = True,
-    was_finite: bool = True,
+    finiteness: Finiteness,
 ) -> None:
     """Warn, once for each function, about a rebuilt stream whose error is too large.
 
@@ -130,16 +139,23 @@ def report(
         kind: The stream.
         error: The relative error of the stream.
         of_part: The largest relative error of a channel, a token or a sample of the batch.
-        is_finite: Whether all elements of the stream are finite.
-        was_finite: Whether the final streams are finite, so that all true streams were.
+        finiteness: Whether the streams are finite.
 
     Raises:
         ReconstructionError: The stream contains NaN or inf, and did not in the forward pass.
     """
     name = kind.name
-    if not was_finite:
-        return  # The model produced them, with or without reversal.
-    if not is_finite:
+    if not finiteness.final:
+        # The model produced them, with or without reversal.
+        if finiteness.true and not finiteness.rebuilt:
+            _warn(
+                function,
+                f"the final streams contain NaN or inf, which spread to the stream that `{name}` reads when it was "
+                "rebuilt, so gradients are NaN even if the loss leaves these elements out. Mask them in the function "
+                "that produces them, or store the activations of its block with the policy `Store()`.",
+            )
+        return
+    if not finiteness.rebuilt:
         raise ReconstructionError(
             f"the stream that `{name}` reads contains NaN or inf when it is rebuilt, but did not in the forward pass: "
             f"undoing the blocks after it amplifies rounding without bound. {kind.way_out}"
@@ -147,9 +163,8 @@ def report(
     where = ""
     if error <= kind.warn_above < of_part / PART:
         error, where = of_part, " in one of its channels, tokens or samples, which a function may normalize"
-    if function is None or function in _warned or error <= kind.warn_above:
+    if error <= kind.warn_above:
         return
-    _warned.add(function)
     if kind.is_exact:
         message = (
             f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}, although its coupling "
@@ -163,7 +178,13 @@ def report(
             f"the stream that `{name}` reads was rebuilt with a relative error of {error:.1g}{where}, so gradients "
             f"are off by at least as much. {_FLOAT32 if low else ''}{kind.way_out}"
         )
-    warnings.warn(message, ReconstructionWarning, stacklevel=2)
+    _warn(function, message)
+
+
+def _warn(function: nn.Module | None, message: str) -> None:
+    if function is not None and function not in _warned:
+        _warned.add(function)
+        warnings.warn(message, ReconstructionWarning, stacklevel=3)
 
 
 def report_drift(
@@ -172,6 +193,7 @@ def report_drift(
     half_block: HalfBlock,
     dtype: torch.dtype,
     digest: Sequence[float],
+    true: Sequence[float],
     error: float,
     of_part: float,
 ) -> None:
@@ -183,14 +205,17 @@ def report_drift(
         half_block: The lowest half-block.
         dtype: The dtype of the stream.
         digest: A sample of the rebuilt stream.
+        true: The same sample of the true stream.
         error: Its relative error.
         of_part: The largest relative error of a part.
     """
-    # NaN and inf stay in a stream to its end. If no sample contains any, the model did not produce them.
+    # If no sample contains NaN or inf, the model did not produce them.
     is_finite = math.isfinite(sum(digest))
-    was_finite = is_finite or math.isfinite(sum(map(sum, (*watch.final.values(), *watch.before.values()))))
-    kind = kind_of(run, half_block, dtype)
-    report(half_block.function, kind, error, of_part, is_finite=is_finite, was_finite=was_finite)
+    is_final_finite = is_finite or math.isfinite(sum(map(sum, (*watch.final.values(), *watch.before.values()))))
+    # Each stream at the start, after the lowest half-block; NaN in an input of the model spreads in both directions.
+    first = [watch.before.get(run.lowest + 1 + number, ()) for number in range(len(watch.final))]
+    finiteness = Finiteness(is_finite, math.isfinite(sum(map(sum, (true, *first)))), is_final_finite)
+    report(half_block.function, kind_of(run, half_block, dtype), error, of_part, finiteness=finiteness)
 
 
 def warn_of_low_precision(half_block: HalfBlock, stream: Tensor) -> None:

@@ -48,11 +48,13 @@ def relative_errors(x: Tensor, true: Parts, floor: float) -> tuple[float, float]
         true: The true elements.
         floor: Size of an element to use for a sample that is zero.
     """
-    differences, squares = np.square(parts_of(x).values - true.values), np.square(true.values)
-    size = math.sqrt(squares.sum()) or max(floor * math.sqrt(len(squares)), _TINY)
-    worst = 0.0
-    for part, count in true.groups:
-        of_part = np.bincount(part, squares, count)
-        of_part[of_part == 0] = math.inf
-        worst = max(worst, (np.bincount(part, differences, count) / of_part).max())
-    return math.sqrt(differences.sum()) / size, math.sqrt(worst)
+    # NaN and inf are judged by the caller, whatever the user's settings are for NumPy's warnings.
+    with np.errstate(all="ignore"):
+        differences, squares = np.square(parts_of(x).values - true.values), np.square(true.values)
+        size = math.sqrt(squares.sum()) or max(floor * math.sqrt(len(squares)), _TINY)
+        worst = 0.0
+        for part, count in true.groups:
+            of_part = np.bincount(part, squares, count)
+            of_part[of_part == 0] = math.inf
+            worst = max(worst, (np.bincount(part, differences, count) / of_part).max())
+        return math.sqrt(differences.sum()) / size, math.sqrt(worst)

@@ -162,7 +162,8 @@ class JoinedStep(AbstractStep):
                 # The first run did not call `inverse`, so the tensors that autograd would save for it have no slots.
                 with torch.no_grad():
                     x = coupling.inverse(y_or_x, residual, half_block.name)
-            leaf = x.detach().requires_grad_(self.stream_requires_grad)
+            # `data` has a version counter of its own: the inverse may have finished its result in place.
+            leaf = x.data.requires_grad_(self.stream_requires_grad)
             return run.chain.join(half_block, leaf, residual, _new_log_dets(run))
 
         # The stream before the half-block is known only once the function has run to its end.
