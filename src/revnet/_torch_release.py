@@ -179,17 +179,33 @@ def convert_in_replays(modules: Iterable[nn.Module]) -> None:
 
     Until 2.12, it does not, so that a function would run on a float32 stream with bfloat16 parameters.
     """
-    if RELEASE >= (2, 13) or "torch.distributed.fsdp" not in sys.modules:
+    if RELEASE >= (2, 13):
         return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in modules:
-        if isinstance(module, FSDPModule) and not any(
-            getattr(hook, "func", None) is _convert_inputs for hook in module._forward_pre_hooks.values()
-        ):
+    for module in fsdp_modules_in(modules):
+        if not any(getattr(hook, "func", None) is _convert_inputs for hook in module._forward_pre_hooks.values()):
             state = module._get_fsdp_state()
             module.register_forward_pre_hook(partial(_convert_inputs, state), with_kwargs=True)
             module.register_forward_hook(partial(_convert_output, state))
+
+
+def fsdp_modules_in(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return the modules to which `fully_shard` was applied."""
+    if "torch.distributed.fsdp" not in sys.modules:  # Importing it takes a second.
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def is_done_with_backward(module: Any) -> bool:
+    """Return whether FSDP has already sharded the parameters of a module again after its backward pass.
+
+    No public API says so.
+    """
+    state = module._get_fsdp_state()
+    # A list since 2.13.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return all(group is not None and group._training_state.name == "POST_BACKWARD" for group in groups)
 
 
 def _convert_inputs(state: Any, _: nn.Module, args: Any, kwargs: Any) -> Any:

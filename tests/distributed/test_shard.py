@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from revnet import FixedPoint, ReconstructionWarning, ReversibleBlock, ReversibleSequential, Store, set_coupling
+from revnet import (
+    FixedPoint,
+    ReconstructionError,
+    ReconstructionWarning,
+    ReversibleBlock,
+    ReversibleSequential,
+    Store,
+    set_coupling,
+)
 from revnet.bench._resized_bytes import ResizedBytes
 from revnet.coupling import AbstractCoupling
 from revnet.distributed import shard_blocks
@@ -434,6 +442,61 @@ def check_needs_a_block() -> None:
         shard_blocks(nn.Linear(2, 2))
 
 
+class Shift(nn.Module):
+    """Saves nothing for its backward pass, so there is nothing to rebuild."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+def with_functions_that_save_nothing(kind: str) -> Network:
+    torch.manual_seed(0)
+    network = Network()
+    for block in network.blocks:
+        if kind == "shift":
+            block.f = Shift(4)
+        elif kind == "bias":  # Saves only its weight.
+            block.f = nn.Linear(4, 4)
+            block.f.weight.requires_grad_(False)
+        else:
+            block.f = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Shift(4))
+    return network.double()
+
+
+def check_functions_that_save_nothing(kind: str) -> None:
+    """They run again when FSDP has finished their backward pass."""
+    model = with_functions_that_save_nothing(kind)
+    alone = copy.deepcopy(model)
+    if kind == "last layer":
+        for module in list(model.blocks.modules()):
+            if isinstance(module, nn.Linear | Shift):
+                fully_shard(module)
+        fully_shard(model)
+    else:
+        shard_blocks(model, unit="function")
+    for number in range(2):
+        x = torch.full((3, 6), 1.0 + number, dtype=torch.float64)
+        for module in (model, alone):
+            step(module, x)
+        assert_same_gradients(model, alone)
+        for module in (model, alone):
+            optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            assert_close(model(x), alone(x))
+
+
+def check_refuses_blocks_whose_function_saves_nothing(kind: str) -> None:
+    model = shard_blocks(with_functions_that_save_nothing(kind), unit="block")
+    with pytest.raises(ReconstructionError, match=r"`blocks.2.f` must run again, but FSDP has freed .*unit="):
+        step(model, torch.ones(3, 6, dtype=torch.float64))
+
+
 def check_refuses_a_second_call() -> None:
     model = shard_blocks(make("network"))
     with pytest.raises(ValueError, match="is already sharded"):
@@ -488,6 +551,16 @@ CHECKS = {
     **{f"log-determinant, {unit}": partial(check_log_det, unit) for unit in UNITS},
     "generation": check_generation,
     "sharded head": check_sharded_head_keeps_its_group,
+    **{
+        f"functions that save nothing, {kind}": partial(check_functions_that_save_nothing, kind)
+        for kind in ("shift", "bias", "last layer")
+    },
+    **{
+        f"refuses blocks whose function saves nothing, {kind}": partial(
+            check_refuses_blocks_whose_function_saves_nothing, kind
+        )
+        for kind in ("shift", "bias")
+    },
     "refuses a model without blocks": check_needs_a_block,
     "refuses compiled functions": check_refuses_compiled_functions,
     "refuses a second call": check_refuses_a_second_call,

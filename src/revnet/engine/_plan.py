@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from revnet._torch_release import convert_in_replays, warn_if_untested
+from revnet._torch_release import convert_in_replays, fsdp_modules_in, warn_if_untested
 from revnet.engine._batch_norm import ReplayedNorm, is_torch_norm, keeps_statistics, replayed_norms_of
 from revnet.engine._random import ONLY_CPU
 from revnet.engine._tensors import flatten
@@ -67,6 +67,8 @@ class Plan:
     """Places of those on an accelerator that had the same values before and after the last call that compared them."""
     norms: list[ReplayedNorm]
     """Batch norms in training that can run without changing their statistics, which are not listed above."""
+    sharded: list[Any]
+    """Modules to which `fully_shard` was applied."""
     keeps_statistics: bool
     """Whether the statistics of these norms are kept for replays."""
     num_calls: int
@@ -173,6 +175,7 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
         states=states,
         constants=set(),
         norms=list(norms.values()),
+        sharded=fsdp_modules_in(modules),
         keeps_statistics=keeps_statistics(function, list(norms.values())),
         num_calls=0,
         data_writes=[],

@@ -245,9 +245,8 @@ class RecordedCall:
                     keeper.drop(result)
                 self._find_stop(tensors, saved.nodes, sources)
                 self.tail = Tail.of(self, tensors, saved.nodes, own) if keeps_tail else None
-            # The nodes hold the hook, and the hook these lists: a cycle that no garbage collector sees (rule 1).
+            # The nodes hold the hook, and the hook this list: a cycle that no garbage collector sees (rule 1).
             tensors.clear()
-            saved.bases.clear()
         return result
 
     def _keep_slots(self, saved: Saved, tensors: list[Tensor], own: tuple[Any, ...], start: int) -> None:
@@ -293,6 +292,7 @@ def _may_come_from_elsewhere(tensors: list[Tensor], bases: list[Tensor], own: tu
             seen.append(id(base))
             held.append(base)
     nodes = [*map(_node_of, held)]
+    bases.clear()  # The hook, too, refers to this list, and `find_constants` counts references once more.
     return None in nodes or min(map(sequence_number_of, nodes), default=start) < start
 
 

@@ -48,7 +48,7 @@ def replay(
         _careful.check_versions(call)
     # Is everything that the function depends on as it was in its first run (rule 4)?
     if (
-        (call.is_mixed or call.random or call.states or call.written or plan.statistics)
+        (call.is_mixed or call.random or call.states or call.written or plan.statistics or plan.sharded)
         or call.surroundings.has_moved
         or [*map(plan.get_flag, plan.flag_holders)] != plan.training
         or any(plan.empty)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from revnet._torch_internals import HAS_ACCELERATOR
+from revnet._torch_internals import HAS_ACCELERATOR, in_functorch_transform
+from revnet._torch_release import is_done_with_backward
 from revnet.engine._arrays import SIZE, array_of, is_on_host, places
 from revnet.engine._capture import check_same_graph, is_capturing
 from revnet.engine._digest import has_memory
@@ -130,6 +131,13 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
                 tensor = value.detach().clone().requires_grad_(place.tensor.requires_grad)
                 copies[id(place.tensor)] = tensor
                 lasting.add(id(tensor))
+            elif value is None and _is_freed(tensor):
+                raise ReconstructionError(
+                    f"`{call.name}` must run again, but FSDP has freed its `{place.name}`: the function saves "
+                    "nothing of its own for the backward pass, and was sharded together with another one. Shard each "
+                    'function by itself, as `shard_blocks(model, unit="function")` does, or store the activations of '
+                    "its block with the policy `Store()`."
+                )
             stack.callback(place.swap(tensor))
         # A function that left the states unchanged may have drawn nevertheless, and put them back itself.
         states = [(device, state) for device, state, _ in call.random or ()] or by_device(call.others, call.before)
@@ -166,15 +174,30 @@ def run_restored(
         ReconstructionError: The replay did not draw the same random numbers as the first run, or wrote to a parameter.
     """
     try:
-        with restored(call) as lasting, _parameters_watched(call):
+        with _sharded_again(call), restored(call) as lasting, _parameters_watched(call):
             return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
     except OtherNumbersError:
         if needs_result or call.stop_after < 0:
             raise
     # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can show that.
     call.stop_after = -1
-    with restored(call) as lasting, _parameters_watched(call):
+    with _sharded_again(call), restored(call) as lasting, _parameters_watched(call):
         return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
+
+
+@contextmanager
+def _sharded_again(call: "RecordedCall") -> Iterator[None]:
+    """Shard the parameters again that FSDP gathers for a replay, and would not shard itself.
+
+    A module that has nothing to rebuild runs again when its own backward pass is over. FSDP then takes the replay for a
+    part of that pass, after which it would have sharded the parameters.
+    """
+    done = [module for module in call.plan.sharded if is_done_with_backward(module)]
+    try:
+        yield
+    finally:
+        for module in done:
+            module.reshard()
 
 
 @contextmanager
@@ -226,6 +249,12 @@ def _autocast_contexts(call: "RecordedCall") -> list[AbstractContextManager[Any]
         for state in call.autocast
         if state.enabled or torch.is_autocast_enabled(state.device_type)
     ]
+
+
+def _is_freed(parameter: Tensor) -> bool:
+    """Return whether the memory of an ordinary tensor was freed, as FSDP does it."""
+    is_usual = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
+    return is_usual and not in_functorch_transform() and parameter.untyped_storage().nbytes() < parameter.nbytes
 
 
 def is_sharded(parameter: Tensor) -> bool:
