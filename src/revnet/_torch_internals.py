@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_t
 # PyTorch's developer notes document them. Replacement: none. Nothing else sees each operator of a call, and
 # `torch.compile` does not recognize any other flattening.
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -65,6 +66,10 @@ in_functorch_transform = torch._C._are_functorch_transforms_active
 # Whether `torch.jit.trace` is running. Replacement: `torch.jit.is_tracing`, which makes a Python call.
 is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
 
+# Whether a gradient stands for several ones, with `is_grads_batched=True` or `vectorize=True`. A tensor that is not
+# batched cannot be overwritten with one that is. Replacement: write to no tensor in a backward pass.
+is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
 # Not None while `torch.func.grad` and similar transforms forbid saved-tensor hooks. Replacement: match their error.
 hooks_are_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
 
@@ -92,6 +97,19 @@ sequence_number_of: Callable[[torch.autograd.graph.Node], int] = methodcaller("_
 # The autograd node that is running on this thread, or None outside of a backward pass. No public API returns it.
 # Replacement: hooks on the nodes.
 current_node: Callable[[], torch.autograd.graph.Node | None] = torch._C._current_autograd_node
+
+
+def is_vmapped() -> bool:
+    """Return whether `torch.func.vmap` is the only transform that is active, in a forward pass.
+
+    Tensors that are saved under `vmap` no longer exist in a backward pass outside of it, so nothing can run again
+    there. No public API says so; without this, the backward pass would raise.
+    """
+    if not in_functorch_transform() or current_node() is not None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return all(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
+
 
 # An assertion that runs on the GPU, so that the CPU does not wait for it. Replacement: read the value, which cannot be
 # captured in a CUDA graph.
@@ -241,6 +259,21 @@ def outside_of_traces() -> Iterator[None]:
             yield
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def without_parametrization_cache() -> Iterator[None]:
+    """Compute parametrized tensors as outside of `torch.nn.utils.parametrize.cached`, and leave its cache alone.
+
+    Reason: the cache may hold tensors that were computed from other parameters, and no public API sets it aside. When
+    it disappears: raise in a second run of a module while the cache is on.
+    """
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 def is_composite(operator: torch._ops.OpOverload) -> bool:

@@ -31,14 +31,35 @@ def test_vmap(name):
     assert_trains_as_twin(CASE[name].sequence(2), CASE[name], step)
 
 
+@pytest.mark.parametrize("policy", ["reverse", "checkpoint", "offload"])
 @pytest.mark.parametrize("name", ["mlp", "attention", "tied"])
-def test_gradient_of_a_vmapped_sequence_raises(name):
-    """Saved tensors are batched inside of `vmap`, and no longer exist outside of it."""
+def test_gradient_of_a_vmapped_sequence(name, policy):
+    """Saved tensors are batched inside of `vmap`, and no longer exist outside of it, so all of them are stored."""
     sequence = CASE[name].sequence(2)
-    x = torch.stack((CASE[name].input(), CASE[name].input()))
-    loss = squares(torch.func.vmap(sequence)(x))
-    with pytest.raises(RuntimeError, match="vmap"):
-        loss.backward()
+    set_policy(sequence, policy)
+
+    def step(module, x, args, kwargs):
+        squares(torch.func.vmap(module)(torch.stack((x, -x)))).backward()
+
+    assert_trains_as_twin(sequence, CASE[name], step)
+
+
+@pytest.mark.parametrize("policy", ["reverse", "checkpoint"])
+def test_ensemble_of_sequences(policy):
+    models = [CASE["mlp"].sequence(2) for _ in range(2)]
+    for model in models:
+        set_policy(model, policy)
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = CASE["mlp"].input()
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    squares(torch.func.vmap(call)(parameters, buffers)).backward()
+    for index, model in enumerate(models):
+        squares(model(x)).backward()
+        for name, parameter in model.named_parameters():
+            assert_close(parameters[name].grad[index], parameter.grad)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from revnet._torch_internals import is_vmapped
 from revnet._types import Streams
 from revnet.engine._arguments import Arguments
 from revnet.engine._capture import check_warmed_up
@@ -47,6 +48,8 @@ def checkpointed(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         return stored(chain, streams)
     if torch.compiler.is_dynamo_compiling():
         return _compiled_one_by_one(chain, streams)
+    if is_vmapped():
+        return stored(chain, streams)
     run = _KeepingRun(chain, streams)
 
     def advance(index: int, streams: list[Tensor]) -> None:
@@ -183,6 +186,8 @@ def checkpointed_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             f"a {type(module).__name__} whose activations are recomputed cannot be compiled as a whole; give it the "
             "policy `Store()` before compiling, or compile the residual functions instead."
         )
+    if is_vmapped():
+        return module(*args, **kwargs)
     return _KeptCall(module, args, kwargs).run(args, kwargs)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revnet._torch_internals import forward_mode_level
+from revnet._torch_internals import forward_mode_level, in_functorch_transform, is_vmapped
 from revnet._torch_release import is_exporting
 from revnet._types import Streams
 from revnet.coupling import Additive
@@ -48,9 +48,9 @@ def reversible(chain: BoundChain, streams: Sequence[Tensor]) -> Streams:
         return stored(chain, streams)
     if torch.compiler.is_dynamo_compiling():
         return compiled(chain, streams) or stored(chain, streams)
-    if chain.recorder is not None:
-        return chain.recorder.run(chain, streams)
-    return Rebuilder(chain, streams).run(chain, streams)
+    if in_functorch_transform() and is_vmapped():
+        return stored(chain, streams)
+    return (chain.recorder or Rebuilder(chain, streams)).run(chain, streams)
 
 
 class Rebuilder:
