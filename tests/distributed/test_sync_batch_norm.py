@@ -55,3 +55,98 @@ def test_the_converter_of_pytorch_names_the_way_out():
         NotImplementedError, match=r"call `revnet.distributed.synchronize_batch_norms\(model\)` instead"
     ):
         nn.SyncBatchNorm.convert_sync_batchnorm(create_model("resnet32"))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d, BatchNorm2dBiased, BatchNorm2dUnbiased])
+def test_shared_norms_stay_shared(norm):
+    model = nn.Module()
+    model.a = model.b = norm(4)
+    shared = norm(4)
+    model.p, model.q = nn.Sequential(shared), nn.ModuleDict({"other": shared})
+    model.again = model.p
+    assert synchronize_batch_norms(model) == 2
+    assert isinstance(model.a, nn.SyncBatchNorm)
+    assert model.a is model.b
+    assert isinstance(model.p[0], nn.SyncBatchNorm)
+    assert model.p[0] is model.q["other"]
+    assert model.a is not model.p[0]
+    assert synchronize_batch_norms(model) == 0
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2dUnbiased])
+def test_hooks_and_attributes_are_kept(norm, monkeypatch):
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.modules.batchnorm._BatchNorm.forward)
+    monkeypatch.setattr(nn.SyncBatchNorm, "_check_input_dim", lambda *_: None)
+    model, calls = nn.Sequential(norm(2, eps=0.5, momentum=0.3)), []
+
+    def note(name):
+        return lambda module, *_: calls.append((name, module))
+
+    old = model[0]
+    handles = [
+        old.register_forward_pre_hook(note("pre")),
+        old.register_forward_hook(note("forward")),
+        old.register_full_backward_hook(note("backward")),
+        old.register_full_backward_pre_hook(note("backward pre")),
+        old.register_state_dict_pre_hook(note("state")),
+        old.register_load_state_dict_pre_hook(note("load")),
+        old.register_load_state_dict_post_hook(note("loaded")),
+    ]
+    old.register_forward_hook(lambda module, args, y: 2 * y)
+    old.custom = 3
+    old.weight.requires_grad_(False)
+    old.eval()
+    assert synchronize_batch_norms(model) == 1
+    new = model[0]
+    del old
+    assert (new.custom, new.eps, new.momentum, new.training) == (3, 0.5, 0.3, False)
+    assert (new.weight.requires_grad, new.bias.requires_grad) == (False, True)
+    new.train()
+    x = torch.randn(2, 2, 3, 3, requires_grad=True)
+    assert_close = torch.testing.assert_close
+    assert_close(new(x).mean(), torch.zeros(()), atol=1e-6, rtol=0)
+    assert_close(new(x).std(), 2 * norm(2, eps=0.5)(x).std())
+    calls.clear()
+    model(x).square().sum().backward()
+    model.load_state_dict(model.state_dict())
+    names = ["pre", "forward", "backward pre", "backward", "state", "load", "loaded"]
+    assert calls == [(name, new) for name in names]
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(x)
+    assert calls == []
+
+
+class Doubled(nn.BatchNorm1d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def norm_with(kind):
+    norm = nn.BatchNorm1d(3)
+    if kind == "subclass":
+        return Doubled(3)
+    if kind == "instance":
+        norm.forward = lambda x: x
+    elif kind == "parametrization":
+        nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    else:
+        return nn.LazyBatchNorm1d()
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("subclass", r"`1` \(=Doubled\) has a `forward` of its own, which a synchronized batch norm would leave out"),
+        ("instance", "has a `forward` of its own"),
+        ("parametrization", "has a parametrization of its own"),
+        ("lazy", r"`1` \(=LazyBatchNorm1d\) does not know its number of features yet; call the model once"),
+    ],
+)
+def test_rejects_norms_that_it_cannot_repeat(kind, message):
+    model = nn.Sequential(nn.BatchNorm1d(3), norm_with(kind))
+    with pytest.raises(ValueError, match=message):
+        synchronize_batch_norms(model)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in model)

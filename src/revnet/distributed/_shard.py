@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from revnet._checks import check_choice, check_module, describe, is_integer
 from revnet.distributed._shard_precision import LOW, CastInputs, StreamPrecision
 from revnet.distributed._shard_units import Unit, shared_units, stream_modules, units_of
+from revnet.nn import ReversibleSequential
 
 
 def shard_blocks(
@@ -61,8 +62,8 @@ def shard_blocks(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: `model` has no reversible block, is already sharded, or `unit` is not one of the two names. Or a
-            function that would run uncompiled has been compiled.
+        ValueError: `model` has no reversible block, has a `tolerance`, is already sharded, or `unit` is not one of the
+            two names. Or a function that would run uncompiled has been compiled.
         RuntimeError: There is no process group.
 
     Example:
@@ -88,6 +89,7 @@ def shard_blocks(
             f"`model` (={type(model).__name__}) has no reversible block that could be sharded as a unit; build it from "
             "`ReversibleSequential`, or call `torch.distributed.fsdp.fully_shard`."
         )
+    _check_tolerance(model)
     _check_compiled(units, unit)
     options: dict[str, Any] = {"mesh": _all_processes() if mesh is None else mesh}
     if offload_policy is not None:
@@ -142,6 +144,17 @@ def _check_arguments(
             f"`reshard_after_forward` (={describe(reshard_after_forward)}) must be True, False, or a divisor of the "
             f"number of processes (={num_processes}) between 1 and that number; pass True."
         )
+
+
+def _check_tolerance(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        tolerance = module.tolerance if isinstance(module, ReversibleSequential) else None
+        if tolerance is not None:
+            raise ValueError(
+                f"`{name or type(model).__name__}` has a `tolerance` (={tolerance:g}), with which each process runs "
+                "other functions again and would have to gather their parameters; reverse exactly with "
+                "`set_coupling(model, FixedPoint())` and call `set_tolerance(model, None)`, or train with DDP."
+            )
 
 
 def _check_compiled(units: list[Unit], unit: str) -> None:

@@ -1,11 +1,17 @@
 """Batch norms that use the statistics of all processes."""
 
+import weakref
+
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.module import _WrappedHook
 
 from revnet._checks import check_module
 from revnet.nn._batch_norm import AbstractAveragingBatchNorm2d, average_batches
+
+_FORWARDS = {_BatchNorm.forward, AbstractAveragingBatchNorm2d.forward}
+"""What a synchronized batch norm computes, but for one process."""
 
 
 class SyncBatchNorm2d(nn.SyncBatchNorm):
@@ -19,15 +25,9 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     """
 
     def __init__(self, norm: AbstractAveragingBatchNorm2d) -> None:
-        device = None if norm.running_mean is None else norm.running_mean.device
-        super().__init__(
-            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device=device
-        )
+        super().__init__(norm.num_features, device="meta")
         self._is_biased = norm.is_biased
-        self.weight, self.bias = norm.weight, norm.bias
-        for name, buffer in norm.named_buffers():
-            setattr(self, name, buffer)
-        self.train(norm.training)
+        _take_over(self, norm)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize the input by the statistics of all processes. In training, also update the running statistics."""
@@ -59,7 +59,8 @@ def synchronize_batch_norms(model: nn.Module) -> int:
     A synchronized batch norm normalizes by the statistics of all processes. Unlike
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, this keeps the running statistics of `BatchNorm2dBiased` and
     `BatchNorm2dUnbiased` as they define them. Parameters and buffers stay the same tensors, with the same names, so an
-    optimizer that exists already stays valid.
+    optimizer that exists already stays valid. Hooks and other attributes are kept, and a batch norm that has several
+    names in `model` is replaced under all of them.
     Experimental: this has not been tested on several GPUs.
 
     Args:
@@ -67,7 +68,8 @@ def synchronize_batch_norms(model: nn.Module) -> int:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` is a batch norm itself, which cannot be replaced in place.
+        ValueError: `model` is a batch norm itself, which cannot be replaced in place. Or it contains one that does
+            something else, in a `forward` or parametrization of its own, or whose size is not yet known.
 
     Example:
         >>> from revnet import create_model
@@ -82,21 +84,49 @@ def synchronize_batch_norms(model: nn.Module) -> int:
             f"`model` (={type(model).__name__}) is a batch norm, which cannot be replaced in place; pass the model "
             "that contains it."
         )
-    return _replace_norms(model)
+    norms: list[_BatchNorm] = []
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            _check_norm(name, module)
+            norms.append(module)
+    replaced: dict[nn.Module | None, nn.Module] = {norm: _synchronized(norm) for norm in norms}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # `named_children` leaves out second names.
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    return len(replaced)
 
 
-def _replace_norms(model: nn.Module) -> int:
-    count = 0
-    for name, child in model.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
-            setattr(model, name, _synchronized(child))
-            count += 1
-        else:
-            count += _replace_norms(child)
-    return count
+def _check_norm(name: str, norm: _BatchNorm) -> None:
+    # An activation after the norm, for instance, as in timm.
+    has_own_forward = type(norm).forward not in _FORWARDS or "forward" in vars(norm)
+    if has_own_forward or norm._modules:
+        own = "`forward`" if has_own_forward else "parametrization"
+        raise ValueError(
+            f"`{name}` (={type(norm).__name__}) has a {own} of its own, which a synchronized batch norm would leave "
+            "out; use a plain batch norm, and put the rest into a module next to it."
+        )
+    if isinstance(norm, _LazyNormBase) and norm.has_uninitialized_params():
+        raise ValueError(
+            f"`{name}` (={type(norm).__name__}) does not know its number of features yet; call the model once, under "
+            "`torch.no_grad()`, before its batch norms are replaced."
+        )
 
 
 def _synchronized(norm: _BatchNorm) -> nn.Module:
     if isinstance(norm, AbstractAveragingBatchNorm2d):
         return SyncBatchNorm2d(norm)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    synchronized = nn.SyncBatchNorm(norm.num_features, device="meta")
+    _take_over(synchronized, norm)
+    return synchronized
+
+
+def _take_over(synchronized: nn.SyncBatchNorm, norm: _BatchNorm) -> None:
+    """Give a synchronized batch norm the tensors, hooks and all other attributes of a batch norm."""
+    attributes = dict(vars(norm))
+    attributes.pop("_compiled_call_impl", None)  # It calls `norm`.
+    # The same dicts of hooks, so that handles can still remove them.
+    vars(synchronized).update(attributes)
+    for hook in norm._load_state_dict_pre_hooks.values():
+        if isinstance(hook, _WrappedHook) and hook.with_module:
+            hook.module = weakref.ref(synchronized)

@@ -10,6 +10,7 @@ from revnet._torch_internals import HAS_ACCELERATOR
 from revnet.engine._agreement import AgreementWatch
 from revnet.engine._capture import check_warmed_up, is_capturing
 from revnet.engine._chain import BoundChain
+from revnet.engine._communication import refuse_communication
 from revnet.engine._device_digest import WAITING_INTERVAL, may_wait_for
 from revnet.engine._digest import can_digest
 from revnet.engine._drift import DriftWatch, active_meter, meter_is_quiet
@@ -57,6 +58,7 @@ def observers_of(chain: BoundChain, streams: Sequence[Tensor]) -> list[Observer]
                     "a ReversibleSequential with a `tolerance` cannot be captured in a CUDA graph, because its "
                     "computation depends on measured errors; reverse exactly with `set_coupling(model, FixedPoint())`."
                 )
+            refuse_communication(chain.chain, keeper.tolerance)
             drift = DriftWatch(keeps_all=True)
             tolerance = ToleranceWatch(keeper, half_blocks[0].name, drift, has_values=has_values(streams[0]))
             # In this order: drift must be measured after the tolerance has corrected the stream.

@@ -1,27 +1,30 @@
 """Keep activations in host memory between the forward and the backward pass."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from revnet._torch_internals import (
     HAS_ACCELERATOR,
     has_internal_overlap,
     in_functorch_transform,
     next_sequence_number,
+    pop_saved_tensors_hooks,
+    push_saved_tensors_hooks,
 )
 from revnet._types import Streams
+from revnet.engine import _careful
 from revnet.engine._capture import is_capturing
 from revnet.engine._chain import BoundChain, stored
 from revnet.engine._copy_stream import transfers_for
 from revnet.engine._tensors import storage_key, version_of
 from revnet.engine._tracing import refuse, runs_plainly
-from revnet.engine._transfers import PackedOnHost, overwritten_before_copy
+from revnet.engine._transfers import PackedOnHost, overwritten_before_copy, span_of
 
 Result = TypeVar("Result")
 
@@ -65,6 +68,7 @@ def keeping_on_host(
 
     Raises:
         NotImplementedError: The call is traced by `torch.compile`, or captured in a CUDA graph.
+        RuntimeError: A transform of `torch.func`, around the call or in it, forbids saved-tensor hooks.
     """
     if not torch.is_grad_enabled() or runs_plainly():
         return compute()
@@ -95,7 +99,8 @@ def keeping_on_host(
         # as the noise of RReLU.
         if waiting and next_sequence_number() != number:
             begin()
-        if storage_key(tensor) in keys or _is_on_host(tensor) or tensor.layout is not torch.strided:
+        stays = storage_key(tensor) in keys or _is_parameter(tensor) or _is_on_host(tensor)
+        if stays or tensor.layout is not torch.strided:
             # Without its node, which would refer to the tensor that the node saved: a cycle that nothing frees.
             return _KeptInPlace(tensor if tensor.grad_fn is None else tensor.detach(), version_of(tensor))
         storage = tensor.untyped_storage()
@@ -116,10 +121,31 @@ def keeping_on_host(
         return packed
 
     try:
-        with saved_tensors_hooks(pack, _unpack):
+        with _packing(pack):
             return compute()
     finally:
         begin()
+
+
+@contextmanager
+def _packing(pack: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let `pack` save tensors, and explain errors of transforms that forbid such hooks."""
+    try:
+        push_saved_tensors_hooks(pack, _unpack)
+    except RuntimeError as error:
+        raise _careful.no_hooks(error) from error
+    try:
+        yield
+    except RuntimeError as error:
+        if "yet support saved tensor hooks" not in str(error):
+            raise
+        raise RuntimeError(
+            "a module whose activations are kept on the host uses `torch.func.grad`, `vjp`, `jacrev` or `vmap` of "
+            "them, which forbid the saved-tensor hooks that copy activations; use `torch.autograd.grad` with "
+            "`create_graph=True` in the module, or store the activations with `set_policy(model, Store())`."
+        ) from error
+    finally:
+        pop_saved_tensors_hooks()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,8 +177,11 @@ class _OnHost:
 
     def begin(self) -> None:
         """Copy the tensor to the host, once the operation that saved it has run."""
-        source, self._source = self._source, None
-        if source is not None and version_of(source) == self._version:
+        source = self._source
+        if source is None or source.untyped_storage().nbytes() < span_of(source):
+            return  # FSDP has freed a parameter's memory, and brings it back for the backward pass.
+        self._source = None
+        if version_of(source) == self._version:
             # Once for each element in memory: an expanded tensor cannot be written to.
             shape = [1 if stride == 0 else size for size, stride in zip(source.shape, source.stride(), strict=True)]
             source = source.as_strided(shape, source.stride()) if has_internal_overlap(source) else source
@@ -174,6 +203,11 @@ class _OnHost:
 def _can_pin(device: torch.device) -> bool:
     """Return whether copies between the host and `device` are faster from pinned memory."""
     return device.type in ("cuda", "xpu") and torch.accelerator.is_available()
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """Return whether a tensor is a parameter or a view of one: with FSDP, one that is gathered only during the call."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def _is_on_host(tensor: Tensor) -> bool:

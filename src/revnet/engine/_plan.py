@@ -129,10 +129,10 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
     warn_if_untested()
     modules = list(function.modules())
     convert_in_replays(modules)
-    parameter_dicts: list[Any] = [module._parameters for module in modules]
-    buffer_dicts: list[Any] = [module._buffers for module in modules]
-    child_dicts: list[Any] = [module._modules for module in modules]
-    dicts = [*parameter_dicts, *buffer_dicts, *child_dicts]
+    by_kind: list[list[Any]] = [
+        [getattr(module, name) for module in modules] for name in ("_parameters", "_buffers", "_modules")
+    ]
+    dicts = [*flatten(by_kind)]
     _refuse_jit(dicts, name)
     # Flags are read at each call, fastest from a dict, in C. But a module may define `training` as a property.
     has_flags = all("training" in module.__dict__ for module in modules)
@@ -140,14 +140,13 @@ def plan_for(function: nn.Module, name: str) -> tuple[Plan, tuple[Any, ...], set
     flag_holders: list[Any] = [module.__dict__ for module in modules] if has_flags else modules
     _refuse_lazy(modules)
     _refuse_fsdp1(modules, name)
-    parameter_places, buffer_places = _places(parameter_dicts), _places(buffer_dicts)
+    parameter_places, buffer_places = _places(by_kind[0]), _places(by_kind[1])
     devices = [_device(holder[name]) for holder, name in (*parameter_places, *buffer_places)]
     used = frozenset([device for device in devices if device.type != "meta"])  # The meta device has no random state.
     norms = replayed_norms_of(function)
     statistics, fixed, states = _kinds_of_buffers(modules, set(norms))
     values = [holder.values() for holder in dicts if len(holder)]
     held = tuple(flatten(values))
-    by_kind = (parameter_dicts, buffer_dicts, child_dicts)
     kinds = [kind for kind, holders in enumerate(by_kind) for holder in holders for _ in holder]
     pick = [
         _picker([place for place, value in enumerate(held) if kinds[place] == kind and value is not None])

@@ -25,7 +25,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from revnet import Checkpoint, FixedPoint, Offload, ReconstructionWarning, Reverse, ReversibleSequential, Store
 from revnet.distributed import Pipeline, ReversibleStage, StageModule, cut_into_stages
 from revnet.distributed.pipeline._link import Header, Link
-from revnet.distributed.pipeline._microbatches import divide, sample_of
+from revnet.distributed.pipeline._microbatches import checksum_of, divide
 from revnet.memory.step._live import LiveBytes
 from revnet.models import ReversibleTransformer
 from revnet.nn import DuplicateStreams, JoinStreams
@@ -424,7 +424,7 @@ def check_different_batches() -> None:
     x, target = conv_batch(16, torch.float32)
     link = pipeline._link
     part = x.chunk(dist.get_world_size())[dist.get_rank()]
-    link.begin_step(torch.device("cpu"), sample_of(part))
+    link.begin_step(torch.device("cpu"), checksum_of(part))
     if pipeline.stage.is_first:
         inputs = divide(part, (), None, None, 4, pipeline.stage)
         pipeline._forward(0, [], inputs[0])
@@ -718,3 +718,88 @@ def test_errors_name_blocks_by_their_places_in_the_whole():
     stages[1].blocks[1].f = nn.Linear(3, 2).double()
     with pytest.raises(ValueError, match=r"blocks\.4\.f"):
         stages[1].blocks.record(torch.zeros(2, 6).double())
+
+
+class Scaled(ReversibleSequential):
+    def forward(self, x, *args, **kwargs):
+        return 2 * super().forward(x, *args, **kwargs)
+
+
+def with_own_part(kind):
+    """Return a sequence that does more than run its blocks."""
+    sequence = CASE["mlp"].sequence(3)
+    if kind == "forward":
+        return Scaled(*sequence.blocks)
+    if kind == "forward of the instance":
+        sequence.forward = lambda x: 2 * x
+    elif kind == "forward hook":
+        sequence.register_forward_hook(lambda module, args, y: 2 * y)
+    elif kind == "forward pre-hook":
+        sequence.register_forward_pre_hook(lambda module, args: None)
+    elif kind == "backward hook":
+        sequence.register_full_backward_hook(lambda module, grads, grads_of_output: None)
+    elif kind == "backward pre-hook":
+        sequence.register_full_backward_pre_hook(lambda module, grads: None)
+    elif kind == "parameter":
+        sequence.scale = nn.Parameter(torch.ones(3))
+    elif kind == "buffer":
+        sequence.register_buffer("scale", torch.ones(3))
+    else:
+        sequence.norm = nn.LayerNorm(6)
+    return sequence
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("forward", r"`blocks` \(=Scaled\) has hooks or a `forward` of its own, which a stage would leave out"),
+        *[
+            (kind, "has hooks or a `forward` of its own, which .*; move it into `stem`, `head` or a block")
+            for kind in ("forward of the instance", "forward hook", "forward pre-hook", "backward hook")
+        ],
+        ("backward pre-hook", "has hooks or a `forward` of its own"),
+        ("parameter", r"has a parameter or buffer of its own \(`scale`\), which a stage would leave out"),
+        ("buffer", r"has a parameter or buffer of its own \(`scale`\)"),
+        ("module", r"has a parameter or buffer of its own \(`norm.weight`\)"),
+    ],
+)
+def test_rejects_a_sequence_that_does_more_than_run_its_blocks(kind, message):
+    for make in (
+        lambda blocks: Pipeline(blocks, num_microbatches=1),
+        lambda blocks: cut_into_stages(blocks, 2),
+        StageModule,
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(with_own_part(kind))
+
+
+def test_a_hook_on_the_blocks_of_a_stage_is_an_error():
+    pipeline = Pipeline(CASE["mlp"].sequence(2), num_microbatches=2)
+    handle = pipeline.stage.blocks.register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(4, 6).double()
+    for run in (pipeline, lambda x: pipeline.step(x, None, lambda y, _: squares(y))):
+        with pytest.raises(ValueError, match="has hooks or a `forward` of its own, which a stage would leave out"):
+            run(x)
+    handle.remove()
+    pipeline.step(x, None, lambda y, _: squares(y))
+
+
+def test_a_subclass_may_add_methods_and_other_names_of_its_blocks():
+    class Named(ReversibleSequential):
+        def __init__(self, *blocks):
+            super().__init__(*blocks)
+            self.first, self.layers, self.activation = self.blocks[0], self.blocks, nn.ReLU()
+
+    Pipeline(Named(*CASE["mlp"].sequence(2).blocks), num_microbatches=1)
+
+
+def test_an_infinite_bound_computes_only_the_norm():
+    pipeline = Pipeline(CASE["mlp"].sequence(2), num_microbatches=2)
+    pipeline.step(torch.randn(4, 6).double(), None, lambda y, _: squares(y))
+    before = [parameter.grad.clone() for parameter in pipeline.parameters()]
+    norm = pipeline.clip_grad_norm_(float("inf"))
+    assert float(norm) == pytest.approx(float(nn.utils.get_total_norm(before)), rel=1e-12)
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(pipeline.parameters(), before, strict=True))
+    for wrong in (float("nan"), -float("inf"), -1, True, None, "inf"):
+        with pytest.raises(ValueError, match=r"`max_norm` \(=.*\) must be 0 or more; infinity only returns the"):
+            pipeline.clip_grad_norm_(wrong)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from revnet._checks import describe, is_integer
-from revnet.distributed.pipeline._stage_module import StageModule
+from revnet.distributed.pipeline._stage_module import StageModule, check_only_blocks
 from revnet.nn import AbstractModulePolicy, ReversibleSequential
 
 
@@ -36,7 +36,8 @@ def cut_into_stages(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There are fewer blocks than stages, `num_blocks` does not fit, or two stages share a parameter.
+        ValueError: There are fewer blocks than stages, `num_blocks` does not fit, two stages share a parameter, or the
+            sequence does more than run its blocks.
 
     Example:
         >>> from torch import nn
@@ -73,6 +74,7 @@ def _check_modules(blocks: object, stem: object, head: object) -> None:
             f"`blocks` (={describe(blocks)}) must be a ReversibleSequential; pass the modules before and after it as "
             "`stem` and `head`."
         )
+    check_only_blocks(blocks)
     for name, module in (("stem", stem), ("head", head)):
         if module is not None and not isinstance(module, nn.Module):
             raise TypeError(f"`{name}` (={describe(module)}) must be an nn.Module, or None.")

@@ -53,8 +53,8 @@ class Header:
     needs_output: bool
     """Whether the stage that sends them needs them back."""
     num_microbatches: int
-    sample: str | None
-    """Some elements of the batch of the first stage, as text."""
+    checksum: str | None
+    """Checksum of the batch of the first stage."""
 
     @classmethod
     def of(
@@ -65,7 +65,7 @@ class Header:
         is_joined: bool,
         needs_output: bool,
         num_microbatches: int,
-        sample: str | None = None,
+        checksum: str | None = None,
     ) -> "Header":
         """Return the header for streams in the layout of these."""
         return cls(
@@ -76,7 +76,7 @@ class Header:
             is_joined,
             needs_output,
             num_microbatches,
-            sample,
+            checksum,
         )
 
     def new_streams(self, device: torch.device) -> list[Tensor]:
@@ -122,8 +122,8 @@ class Link:
         self.group, self.index, self.num_stages = group, index, num_stages
         self.device = torch.device("cpu")
         """Device of the streams."""
-        self.sample: str | None = None
-        """A few elements of the batch, as text; in later stages the elements that the first stage has sent."""
+        self.checksum: str | None = None
+        """Checksum of the batch; in later stages, the checksum that the first stage has sent."""
         self.traffic = Traffic()
         self.incoming: Header | None = None
         """Description of the streams that the stage before sends; None until it is received."""
@@ -140,14 +140,14 @@ class Link:
         """Whether there is no stage after."""
         return self.index == self.num_stages - 1
 
-    def begin_step(self, device: torch.device, sample: str | None = None) -> None:
+    def begin_step(self, device: torch.device, checksum: str | None = None) -> None:
         """Forget the headers of the last step, whose batch may have had another size, and count bytes from 0.
 
         Args:
             device: The device of the streams.
-            sample: A few elements of this process's batch, as text, to compare with the first stage; None for none.
+            checksum: Checksum of this process's batch, to compare with the first stage; None if it has no batch.
         """
-        self.device, self.sample = device, sample
+        self.device, self.checksum = device, checksum
         self.incoming = self.outgoing = None
         self.traffic = Traffic()
 
@@ -168,12 +168,12 @@ class Link:
                 f"`num_microbatches` is {num_microbatches} in stage {self.index}, but {header.num_microbatches} in "
                 f"stage {self.index - 1}; pass the same number in all processes."
             )
-        if self.sample is not None and header.sample is not None and self.sample != header.sample:
+        if None not in (self.checksum, header.checksum) and self.checksum != header.checksum:
             raise ValueError(
                 f"`batch` in stage {self.index} differs from the batch in stage 0; pass the same batch in all "
                 "processes (a sampler must not divide the data among the stages), or None in all stages but the first."
             )
-        self.incoming, self.sample = header, header.sample
+        self.incoming, self.checksum = header, header.checksum
 
     def send_header(self, header: Header) -> None:
         """Send the header to the next stage, once in each step."""

@@ -1,5 +1,6 @@
 """Divide a batch into microbatches, and average their losses."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from revnet.distributed.pipeline._stage_module import StageModule
 
 Input = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """Microbatch, with the positional and keyword arguments of the residual functions."""
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+"""Integers of each size in bytes."""
 
 
 def split(name: str, value: Any, num_microbatches: int, hint: str = "") -> list[Any]:
@@ -63,14 +66,26 @@ def joined(outputs: Sequence[Any]) -> Any:
     return torch.cat(list(outputs)) if isinstance(first, Tensor) and first.dim() else list(outputs)
 
 
-def sample_of(batch: Any) -> str | None:
-    """Return a few elements of the first tensor of a batch as text, or None if there is no batch."""
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.numel() > 0]
-    if not leaves:
-        return None
-    flat = leaves[0].detach().reshape(-1)
-    # As text, so that NaN equals itself.
-    return f"{tuple(leaves[0].shape)} {flat[:: max(1, len(flat) // 16)].tolist()}"
+def checksum_of(batch: Any) -> str | None:
+    """Return a checksum of all tensors of a batch as text, or None if there is no tensor."""
+    # Sorted, because dicts with the same entries may differ in their order.
+    checksums = sorted([_checksum(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)])
+    return "; ".join(checksums) or None
+
+
+def _checksum(x: Tensor) -> str:
+    """Return the shape and dtype of a tensor, and a checksum of its values, which is the same on every device."""
+    sums: list[int] = []
+    if x.numel() > 0 and x.layout is torch.strided:
+        flat = x.detach().resolve_conj().resolve_neg().reshape(-1)
+        # Sums of bits, because sums of floats would depend on the order, and NaN must equal itself. One for each
+        # sample, because the order of the samples counts. Words of 8 bytes need no conversion, and so no memory.
+        is_even = flat.nbytes // len(x) % 8 == 0
+        if is_even and flat.storage_offset() * flat.itemsize % 8:
+            flat = flat.clone()  # `view` needs an aligned start.
+        words = flat.view(torch.int64 if is_even else _WORDS[flat.itemsize])
+        sums = words.view(len(x), -1).sum(1, dtype=torch.int64).tolist()
+    return f"{tuple(x.shape)} {x.dtype} {zlib.crc32(str(sums).encode()):08x}"
 
 
 def divide(batch: Any, args: Any, kwargs: Any, shared: Any, num_microbatches: int, stage: StageModule) -> list[Input]:

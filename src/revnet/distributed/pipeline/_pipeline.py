@@ -1,5 +1,6 @@
 """A reversible model that is trained in stages on several processes."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from revnet._checks import check_count, describe, is_number
 from revnet.distributed.pipeline._cut import cut_into_stages
 from revnet.distributed.pipeline._link import Link, Traffic, place_in
-from revnet.distributed.pipeline._microbatches import Input, Losses, divide, joined, sample_of, split
+from revnet.distributed.pipeline._microbatches import Input, Losses, checksum_of, divide, joined, split
 from revnet.distributed.pipeline._one_forward_one_backward import one_forward_one_backward, only_forward
 from revnet.distributed.pipeline._stage_runner import StageRunner
 from revnet.nn import ReversibleSequential
@@ -53,7 +54,8 @@ class Pipeline(nn.Module):
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There are fewer blocks or microbatches than processes, or stages share a parameter.
+        ValueError: There are fewer blocks or microbatches than processes, stages share a parameter, or `blocks` does
+            more than run its blocks: it has hooks, or a `forward` or parameters of its own.
 
     References:
         Rivaud et al. (2025), PETRA: Parallel End-to-end Training with Reversible Architectures, without its delay.
@@ -145,7 +147,7 @@ class Pipeline(nn.Module):
         inputs = divide(batch, args, kwargs, shared, self.num_microbatches, self.stage)
         targets = split("target", target, self.num_microbatches) if self.stage.is_last else []
         losses = Losses(loss, targets, self.stage.device)
-        self._link.begin_step(self.stage.device, sample_of(batch))
+        self._link.begin_step(self.stage.device, checksum_of(batch))
 
         def forward(number: int, received: list[Tensor]) -> list[Tensor]:
             output = self._forward(number, received, inputs[number])
@@ -181,7 +183,7 @@ class Pipeline(nn.Module):
         """
         inputs = divide(batch, args, kwargs, shared, self.num_microbatches, self.stage)
         outputs: list[Tensor] = []
-        self._link.begin_step(self.stage.device, sample_of(batch))
+        self._link.begin_step(self.stage.device, checksum_of(batch))
 
         def forward(number: int, received: list[Tensor]) -> list[Tensor]:
             streams = self._forward(number, received, inputs[number])
@@ -200,8 +202,8 @@ class Pipeline(nn.Module):
 
         `torch.nn.utils.clip_grad_norm_` would see only the gradients of one stage.
         """
-        if not is_number(max_norm) or max_norm < 0:
-            raise ValueError(f"`max_norm` (={describe(max_norm)}) must be a number from 0 up.")
+        if not (isinstance(max_norm, float) and max_norm == math.inf) and (not is_number(max_norm) or max_norm < 0):
+            raise ValueError(f"`max_norm` (={describe(max_norm)}) must be 0 or more; infinity only returns the norm.")
         grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         square = nn.utils.get_total_norm(grads).to(self.stage.device, torch.float64).square()
         self._link.add_up(square)
@@ -214,6 +216,6 @@ class Pipeline(nn.Module):
         x = x if self.stage.is_first else received
         streams = self._runner.forward(number, x, args, kwargs, self._link.incoming)
         if streams and self._link.outgoing is None:
-            header = self._runner.header(number, streams, self.num_microbatches, self._link.sample)
+            header = self._runner.header(number, streams, self.num_microbatches, self._link.checksum)
             self._link.send_header(header)
         return streams

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from revnet.nn import ReversibleSequential
+from revnet.nn.blocks._chains import has_own_call
 
 
 class StageModule(nn.Module):
@@ -49,6 +50,7 @@ class StageModule(nn.Module):
         num_above: int = 0,
     ):
         super().__init__()
+        check_only_blocks(blocks)
         self.stem = stem
         self.blocks = blocks
         # Errors and warnings name blocks by their places in the whole sequence.
@@ -90,6 +92,31 @@ class StageModule(nn.Module):
         """Return the place of the stage, for `repr`."""
         last = self.first_block + len(self.blocks) - 1
         return f"stage {self.index} of {self.num_stages}, blocks {self.first_block} to {last}"
+
+
+def check_only_blocks(blocks: ReversibleSequential) -> None:
+    """Raise if a sequence does more than run its blocks, which is all that a stage does.
+
+    Raises:
+        ValueError: It has hooks, or a `forward`, parameters or buffers of its own.
+    """
+    own = "hooks or a `forward` of its own" if has_own_call(blocks, ReversibleSequential) else _own_tensor(blocks)
+    if own:
+        raise ValueError(
+            f"`blocks` (={type(blocks).__name__}) has {own}, which a stage would leave out, since it runs only the "
+            "blocks; move it into `stem`, `head` or a block, and pass a plain `ReversibleSequential`."
+        )
+
+
+def _own_tensor(blocks: ReversibleSequential) -> str | None:
+    """Return a description of a tensor that belongs to the sequence and not to a block, or None."""
+    others = {name: child for name, child in blocks.named_children() if name != "blocks"}
+    named = [*blocks.named_parameters(recurse=False), *blocks.named_buffers(recurse=False)]
+    for name, child in others.items():
+        named += [*child.named_parameters(name), *child.named_buffers(name)]
+    # An attribute may also be another name of a block.
+    inside = {id(tensor) for tensor in chain(blocks.blocks.parameters(), blocks.blocks.buffers())} if named else ()
+    return next((f"a parameter or buffer of its own (`{name}`)" for name, x in named if id(x) not in inside), None)
 
 
 _BLOCK = re.compile(r"blocks\.blocks\.(\d+)\.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from revnet.distributed.pipeline._link import Header
-from revnet.distributed.pipeline._stage_module import StageModule
+from revnet.distributed.pipeline._stage_module import StageModule, check_only_blocks
 from revnet.engine import Recording
 from revnet.engine._backward_root import BackwardEntry
 from revnet.engine._checkpoint import checkpointed_call
@@ -68,6 +68,7 @@ class StageRunner:
             The streams for the next stage; empty in the last stage.
         """
         stage = self.stage
+        check_only_blocks(stage.blocks)  # Hooks may have been registered since the cut.
         if incoming is None:
             if stage.stem is not None:
                 x = _run_stem(stage.stem, x)
@@ -88,9 +89,9 @@ class StageRunner:
         return [] if stage.is_last else list(streams)
 
     def header(
-        self, number: int, streams: Sequence[Tensor], num_microbatches: int, sample: str | None = None
+        self, number: int, streams: Sequence[Tensor], num_microbatches: int, checksum: str | None = None
     ) -> Header:
-        """Return the description of the streams that `forward` returned, with a sample of the batch."""
+        """Return the description of the streams that `forward` returned, with the checksum of the batch."""
         of_pass = self._passes[number]
         return Header.of(
             streams,
@@ -98,7 +99,7 @@ class StageRunner:
             is_joined=of_pass.is_joined,
             needs_output=of_pass.recording.needs_output,
             num_microbatches=num_microbatches,
-            sample=sample,
+            checksum=checksum,
         )
 
     def output(self, number: int) -> Any:

@@ -93,18 +93,23 @@ def _prefix_of(sequence: "ReversibleSequential", index: int) -> str:
 
 
 def must_be_called(block: AbstractReversibleBlock) -> bool:
-    """Return whether a call of the block does more than run its residual functions.
+    """Return whether a call of the block does more than run its residual functions."""
+    is_dynamo_compiling = torch.compiler.is_dynamo_compiling()
+    return has_own_call(block, AbstractReversibleBlock) or (not is_dynamo_compiling and has_global_module_hook())
+
+
+def has_own_call(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Return whether a call of the module does more than the `forward` of its base class.
 
     This is so if it has hooks, or a `forward` that a subclass overrides or that a tool has set on the instance.
     """
     return bool(
-        block._forward_hooks
-        or block._forward_pre_hooks
-        or block._backward_hooks
-        or block._backward_pre_hooks
-        or type(block).forward is not AbstractReversibleBlock.forward
-        or "forward" in block.__dict__
-        or (not torch.compiler.is_dynamo_compiling() and has_global_module_hook())
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or type(module).forward is not base.forward
+        or "forward" in module.__dict__
     )
 
 
