@@ -4,8 +4,9 @@ The error messages are one line long. They name the argument in backticks, show 
 breaks and what to pass instead.
 """
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -104,6 +105,29 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` (={describe(value)}) must be {' or '.join(map(repr, choices))}.")
+
+
+def check_path(name: str, value: Any, *, hint: str) -> None:
+    """Raise unless `value` is a path: a string, or an object such as `pathlib.Path`. `hint` says what to pass."""
+    # A path in bytes is `os.PathLike` in no library, and `pathlib` does not take it.
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"`{name}` (={describe(value)}) must be a path; pass {hint}.")
+
+
+def check_paths(name: str, values: Any) -> list[Any]:
+    """Return `values` as a list; raise unless they are paths. A single path is not a list of paths."""
+    if isinstance(values, str | os.PathLike):
+        path = os.fspath(values)
+        raise TypeError(f"`{name}` (={path!r}) must be a list of files; pass [{path!r}].")
+    if not isinstance(values, Iterable) or isinstance(values, bytes):
+        raise TypeError(f"`{name}` (={describe(values)}) must be a list of files; pass ['photo.jpg'], for instance.")
+    paths = list(values)
+    for path in paths:
+        if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+            raise TypeError(
+                f"`{name}` holds {describe(path)}, but must be a list of paths; pass strings, or objects of `pathlib`."
+            )
+    return paths
 
 
 def check_module(name: str, value: Any, *, hint: str = "pass a model") -> None:

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import pytest
 
 from revnet.cli.main import main
@@ -34,3 +37,13 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert main(["train", "--epochs", "1", "--batch-size", "400", "--out-dir", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Let every file fail for lack of room, once it is written."""
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("revnet._atomic_file.os.fsync", fail)

@@ -54,7 +54,10 @@ def test_writes_next_to_the_checkpoint_by_default(revnet, run_dir, tmp_path):
         (["empty.ckpt", "--batch-size", "many"], "`--batch-size` (=many) must be an integer"),
         (["empty.ckpt", "--num-workers", "-1"], "`--num-workers` (=-1) must be 0 or more"),
         (["empty.ckpt", "--on-corrupt", "ask"], "`--on-corrupt` (=ask) must be `stop` or `skip`"),
-        (["empty.ckpt", "--out-dir", "empty.ckpt"], "File exists: `empty.ckpt`"),
+        (
+            ["empty.ckpt", "--out-dir", "empty.ckpt"],
+            "`--out-dir` (='empty.ckpt') cannot be written: File exists; pass a folder that",
+        ),
     ],
 )
 def test_usage_errors_print_one_line(assert_refused, tmp_path, monkeypatch, arguments, message):

@@ -68,7 +68,10 @@ def test_streams_on_a_grid_cannot_be_onnx(assert_refused, folder):
             "`--out` (=nowhere/model.onnx) must be a file in a folder that exists",
         ),
         (("run", "--out", "run"), "`--out` (=run) must be a file in a folder that exists"),
-        (("run", "--out", "run/last.safetensors"), "is the name of weights, which the file would replace"),
+        (
+            ("run", "--out", "run/last.safetensors"),
+            "is the name of an image or of weights, which the file would replace",
+        ),
     ],
 )
 def test_refuses(assert_refused, folder, arguments, message):
@@ -90,3 +93,18 @@ def test_lines_do_not_mix_with_a_file_on_standard_output(folder):
     assert result.stdout.startswith(b"PK")
     assert b"equals PyTorch" not in result.stdout
     assert b"equals PyTorch" in result.stderr
+
+
+def test_replaces_only_models(revnet, assert_refused, folder):
+    (folder / "notes.txt").write_text("my notes")
+    assert_refused(
+        ("export", "run", "--format", "pt2", "--out", "notes.txt"),
+        "`--out` (=notes.txt) exists, and this command did not write it; pass another name, or delete the file.",
+    )
+    with zipfile.ZipFile(folder / "notes.zip", "w") as archive:
+        archive.writestr("notes.txt", "my notes")
+    assert_refused(("export", "run", "--format", "pt2", "--out", "notes.zip"), "exists, and this command did not write")
+    assert_refused(("export", "run", "--out", "photo.png"), "is the name of an image or of weights, which the file")
+    assert (folder / "notes.txt").read_text() == "my notes"
+    for _ in range(2):
+        assert revnet("export", "run", "--format", "pt2", "--out", "model.pt2")[0] == 0

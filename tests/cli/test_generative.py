@@ -66,6 +66,25 @@ def test_any_train_command_resumes_a_run(revnet, runs, task):
         assert ("bits/dim" if task == "nice" else "nats/character") in output
 
 
+@pytest.mark.parametrize(("task", "other"), [("nice", "lm"), ("lm", "nice")])
+def test_a_task_refuses_a_run_of_another_task(assert_refused, runs, task, other):
+    folder = runs / other
+    assert_refused(
+        ["train", task, "--resume", folder],
+        f"`--resume` (={folder}) is a run of `revnet train {other}`, not of `revnet train {task}`; continue it with "
+        f"`revnet train {other} --resume {folder}`.",
+    )
+    assert_refused(
+        ["train", "--resume", "auto", "--out-dir", folder], f"is a run of `revnet train {other}`, not of `re"
+    )
+
+
+def test_full_disk_names_the_option(assert_refused, runs, full_disk):
+    folder = runs / "nice"
+    message = f"`--out-dir` (='{folder}') cannot be written: No space left on device; pass a folder that you can write"
+    assert_refused(["sample", folder, "--num", 1], message)
+
+
 def test_saved_settings_reproduce_the_run(revnet, runs, tmp_path):
     code, _, _ = revnet("train", "nice", "--config", runs / "nice" / "config.yaml", "--out-dir", tmp_path / "again")
     assert code == 0

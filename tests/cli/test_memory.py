@@ -134,3 +134,13 @@ def test_failing_step_prints_one_line(assert_refused, own_models):
 )
 def test_usage_errors_print_one_line(assert_refused, arguments, message):
     assert_refused(["memory", *arguments], message)
+
+
+def test_full_disk_names_the_option(revnet, full_disk):
+    pytest.importorskip("matplotlib")
+    code, _, errors = revnet("memory", "revnet38", "--batch", "4", "--out-dir", "pictures")
+    assert (code, errors) == (
+        2,
+        "revnet memory: error: `--out-dir` (='pictures') cannot be written: No space left on device; pass a folder "
+        "that you can write to.\n",
+    )

@@ -181,3 +181,43 @@ def test_weights_and_a_sample_of_the_package(revnet, tmp_path, monkeypatch):
     assert (answer, float(percent) > 90) == ("7", True)
     (tmp_path / "sample").mkdir()  # A path of one's own comes first.
     assert revnet("predict", "revnet38.digits", "sample")[0] != 0
+
+
+RUN_FILES = ["config.yaml", "data.json", "metrics.csv", "updates.csv", "summary.json", "drift.csv"]
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--jsonl"])
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_replaces_no_file_of_a_run(assert_refused, folder, flag, name):
+    (folder / "run" / "config.yaml").write_text("epochs: 1\n")
+    assert_refused(
+        ["predict", "run", "0_0.png", flag, f"run/{name}"],
+        f"`{flag}` (=run/{name}) is a file of the run in its folder; pass another name.",
+    )
+    assert (folder / "run" / "config.yaml").read_text() == "epochs: 1\n"
+
+
+def test_replaces_only_its_own_tables(revnet, assert_refused, folder):
+    (folder / "notes.txt").write_text("file,rank\n")
+    (folder / "empty.txt").touch()
+    for flag in ("--csv", "--jsonl"):
+        assert_refused(
+            ["predict", "run", "0_0.png", flag, "notes.txt"],
+            f"`{flag}` (=notes.txt) exists, and this command did not write it; pass another name, or delete the file.",
+        )
+    assert (folder / "notes.txt").read_text() == "file,rank\n"
+    for name in ("own.csv", "own.csv", "empty.txt"):
+        assert revnet("predict", "run", "0_0.png", "--csv", name)[0] == 0
+    for _ in range(2):
+        assert revnet("predict", "run", "0_0.png", "--jsonl", "own.jsonl")[0] == 0
+    assert_refused(["predict", "run", "0_0.png", "--jsonl", "own.csv"], "`--jsonl` (=own.csv) exists, and this command")
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--jsonl"])
+def test_full_disk_names_the_option(revnet, folder, full_disk, flag):
+    code, _, errors = revnet("predict", "run", "0_0.png", flag, "answers")
+    assert code == 2
+    assert errors.splitlines()[-1] == (
+        f"revnet predict: error: `{flag}` (='answers') cannot be written: No space left on device; pass a file that "
+        "you can write to."
+    )

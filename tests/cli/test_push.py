@@ -41,6 +41,7 @@ def test_dry_run_writes_a_folder_and_sends_nothing(hub, revnet, run_dir, tmp_pat
     names = ["README.md", "config.json", "model.safetensors", "preprocess.safetensors"]
     *written, last = output.splitlines()
     assert [line.split()[1] for line in written] == [str(folder / name) for name in names]
+    assert revnet("push", run_dir, "owner/digits", "--dry-run", folder)[0] == 0  # replaces its own files
     assert last == f"nothing was sent; `revnet push {folder} owner/digits` sends the folder"
 
 
@@ -50,3 +51,14 @@ def test_mistakes_are_one_line(hub, assert_refused, run_dir, tmp_path):
     assert_refused(["push", tmp_path / "nowhere", "owner/name"], "does not exist; pass a `.safetensors`")
     assert_refused(["push", run_dir], "`REPO_ID` is missing")
     assert_refused(["push", "", "owner/name"], "`CHECKPOINT` (='') must not be empty")
+
+
+def test_refuses_in_one_line_without_the_network(hub, assert_refused, run_dir, tmp_path):
+    assert_refused(["push", run_dir, "digits"], "`REPO_ID` (='digits') must be owner/name; put the owner before it.")
+    (tmp_path / "config.json").write_text("{}")
+    assert_refused(
+        ["push", run_dir, "owner/digits", "--dry-run", tmp_path],
+        f"`--dry-run` (='{tmp_path}') holds another `config.json`, which would be replaced; pass a new folder.",
+    )
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert hub.requests == []

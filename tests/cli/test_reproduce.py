@@ -33,7 +33,8 @@ def test_options_reach_the_table(revnet, monkeypatch, tmp_path):
     [
         (["cifar11"], "unknown table `cifar11`; did you mean `cifar10`?"),
         (["zzz"], "unknown table `zzz`; the tables are cifar10, "),
-        (["cifar10", "--seeds", "a"], "`--seeds` (=a) must be whole numbers separated by commas, such as 0,1."),
+        (["cifar10", "--seeds", "a"], "`--seeds` (=a) must be nonnegative integers separated by commas, such as 0,1."),
+        (["cifar10", "--seeds=-1"], "`--seeds` (=-1) must be nonnegative integers separated by commas, such as 0,1."),
         (["cifar10", "--models", "resnet50"], "`--models` (=resnet50) is not in the table cifar10"),
     ],
 )

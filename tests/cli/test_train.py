@@ -105,6 +105,25 @@ def test_resume_rejects_settings(revnet, run_dir, assert_refused):
     )
 
 
+def test_resume_refuses_another_folder(revnet, run_dir, assert_refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(run_dir.parent)
+    assert_refused(
+        ["train", "--resume", run_dir, "--out-dir", tmp_path / "other"],
+        f"`--out-dir` (='{tmp_path}/other') cannot change within a run, which is in '{run_dir}'; leave it out, or",
+    )
+    assert not (tmp_path / "other").exists()
+    for same in (run_dir, "finished/"):
+        assert revnet("train", "--resume", run_dir, "--out-dir", same)[::2] == (0, "")
+
+
+def test_resume_auto_expands_the_home_folder(revnet, run_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    command = ["train", "--batch-size", 400, "--epochs", 1, "--resume", "auto", "--out-dir", "~/finished"]
+    code, output, errors = revnet(*command)
+    assert (code, errors) == (0, "")
+    assert "epoch 1/1" not in output, "the run is over"
+
+
 def test_resume_auto_starts_a_run_and_continues_it(revnet, assert_refused, tmp_path):
     command = ["train", "--resume", "auto", "--batch-size", 1000, "--epochs", 1, "--out-dir", tmp_path / "run"]
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # all that a run leaves that is killed at its start
@@ -165,6 +184,10 @@ def test_usage_errors_print_one_line(assert_refused, tmp_path, monkeypatch, argu
     [
         ("epochs: 3\nepoch: 4\n", "`--config` (bad.yaml) has the unknown setting `epoch`; did you mean `--epochs`?"),
         ("epochs: many\n", "`--epochs` (=many) must be an integer"),
+        (
+            "epochs: 3\nlr: 0.1\nepochs: 4\n",
+            "`--config` (bad.yaml) has `epochs:` twice, the second time in line 3; remove one of them.",
+        ),
         ("epochs: [3\n", "`--config` (bad.yaml) is not valid YAML: "),
         ("- epochs\n", "`--config` (bad.yaml) must hold one `setting: value` per line"),
         ("", "`--config` (bad.yaml) must hold one `setting: value` per line"),

@@ -11,6 +11,7 @@ from revnet._outside_text import file_stem
 from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.checks import check_integer
+from revnet.training.writing import writing_to
 
 InputDtype = Literal["float32", "int64"]
 InputShapes = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -119,14 +120,16 @@ def _spell(values: object) -> str:
 def open_folder(out_dir: str | None) -> Path:
     """Create the folder for pictures, before the work, so that a bad path fails at once."""
     folder = Path(out_dir or ".").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to("--out-dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def optional_picture() -> Iterator[None]:
-    """Skip the picture with a note if matplotlib is not installed."""
+def optional_picture(folder: Path) -> Iterator[None]:
+    """Skip the picture in `folder` with a note if matplotlib is not installed."""
     try:
-        yield
+        with writing_to("--out-dir", folder):
+            yield
     except MissingDependencyError as error:
         print(f"no picture: {error}")

@@ -82,7 +82,7 @@ def doctor(
         drift = measure_drift(
             doctor_inputs.model, doctor_inputs.inputs, loss=doctor_inputs.loss, gradients=gradients, autocast=autocast
         )
-    with print_while_writing() as print_line, optional_picture():
+    with print_while_writing() as print_line, optional_picture(folder):
         print_line(f"{doctor_inputs.description}\n\n{drift}\n")
         words = ["exact"] * exact + ["tolerance"] * (tolerance is not None)
         picture = flags.picture(folder, "drift", *words)

@@ -1,8 +1,8 @@
 """`revnet evaluate`."""
 
-from pathlib import Path
 from typing import Literal
 
+from revnet.cli._step_flags import open_folder
 from revnet.cli._streams import print_while_writing
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.choices import OnCorrupt
@@ -44,7 +44,7 @@ def evaluate(
             or SLURM has started, or one device.
     """
     if out_dir is not None:
-        Path(out_dir).expanduser().mkdir(parents=True, exist_ok=True)  # fails now rather than after an hour
+        open_folder(out_dir)  # fails now rather than after an hour
 
     from revnet import training
     from revnet.training.evaluation.evaluation_report import report_evaluation

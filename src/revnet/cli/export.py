@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from revnet.cli._errors import UsageError
+from revnet.cli._out_file import check_out_file
 
 _SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 
@@ -32,23 +32,17 @@ def export(checkpoint: str, *, format: Literal["onnx", "pt2"] = "onnx", out: str
     """
     from revnet.models.pretrained.hub_files import is_hub_name
     from revnet.training.export.inference import read_inference
-    from revnet.training.export.write import write_inference
+    from revnet.training.export.write import is_inference_file, write_inference
     from revnet.training.run.checkpoint import find_weights
     from revnet.training.run.used_weights import describe_weights
+    from revnet.training.writing import writing_to
 
     weights = find_weights(Path(checkpoint).expanduser())
     local = Path(weights.name) if is_hub_name(checkpoint) else weights  # The cache of downloads is not for files.
     path = local.with_suffix(_SUFFIXES[format]) if out is None else Path(out).expanduser()
-    _check_place(path, out)
-    report = write_inference(read_inference(weights), path, format)
+    check_out_file("--out", path, is_inference_file)
+    with writing_to("--out", path, "file"):
+        report = write_inference(read_inference(weights), path, format)
     lines = sys.stderr if path.is_relative_to("/dev") else sys.stdout  # the file itself may go to /dev/stdout
     print(f"weights: {describe_weights(checkpoint)}", file=lines)
     print(report, file=lines)
-
-
-def _check_place(path: Path, out: str | None) -> None:
-    """Raise unless `path` may be written to."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"`--out` (={out}) must be a file in a folder that exists; create the folder, or name a file.")
-    if path.suffix.lower() in (".safetensors", ".ckpt"):
-        raise UsageError(f"`--out` (={out}) is the name of weights, which the file would replace; pass another name.")

@@ -113,7 +113,7 @@ def memory(
         with step_errors():
             step_memory = measure_step(step.model, *step.inputs, step_in_backward=step_in_backward, **step.options)
     assert step_memory is not None
-    with print_while_writing() as print_line, optional_picture():
+    with print_while_writing() as print_line, optional_picture(folder):
         print_line(f"{step.description}, {how}\n\n{step_memory.report(depth=depth)}\n")
         words = [*([] if policy is None else [policy]), *(["step-in-backward"] if step_in_backward else [])]
         picture = flags.picture(folder, "memory", *words)

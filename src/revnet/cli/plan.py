@@ -163,7 +163,7 @@ def plan(
             chunked_loss=_CHUNKED[loss],
             **step.options,
         )
-    with print_while_writing() as print_line, optional_picture():
+    with print_while_writing() as print_line, optional_picture(folder):
         print_line(f"{step.description}\n\n{step_plan}\n")
         picture = flags.picture(folder, "plan")
         step_plan.plot(picture, title=flags.title)

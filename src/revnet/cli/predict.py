@@ -7,7 +7,8 @@ from typing import Literal
 from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable, shorten
 from revnet.cli._errors import UsageError, describe_error
-from revnet.cli._image_lines import name_width, open_place, printable_path
+from revnet.cli._image_lines import name_width, printable_path
+from revnet.cli._out_file import open_table
 from revnet.cli._streams import print_while_writing
 
 _LONGEST_NAME = 40
@@ -50,7 +51,7 @@ def predict(
         devices: Number of devices that divide the files; auto takes all GPUs. By default, the processes that torchrun
             or SLURM has started, or one device.
     """
-    table, lines = open_place("--csv", csv), open_place("--jsonl", jsonl)
+    table, lines = open_table("--csv", csv, b"file,rank,class,probability"), open_table("--jsonl", jsonl, b'{"file": ')
     if table is not None and table == lines:
         raise UsageError(f"`--csv` and `--jsonl` (={jsonl}) name the same file; pass another name for one of them.")
     files = list_images(images if images != ["sample"] or Path("sample").exists() else _sample_of(checkpoint))
@@ -58,6 +59,7 @@ def predict(
     from revnet.training.evaluation.predict_images import predict_each, save_json_lines, save_predictions
     from revnet.training.processes.world import is_printing
     from revnet.training.run.used_weights import describe_weights
+    from revnet.training.writing import writing_to
 
     errors = []
     is_main = is_printing()
@@ -82,9 +84,11 @@ def predict(
             ]
             print_line(f"{printable_path(prediction.path):{width}}  {'  '.join(answers)}")
         if table is not None and is_main:
-            save_predictions(predictions, table)
+            with writing_to("--csv", table, "file"):
+                save_predictions(predictions, table)
         if lines is not None and is_main:
-            save_json_lines(predictions, lines)
+            with writing_to("--jsonl", lines, "file"):
+                save_json_lines(predictions, lines)
     if errors:
         raise SystemExit(1)
 

@@ -55,7 +55,7 @@ def reproduce(
         hint = f"did you mean `{close[0]}`?" if close else f"the tables are {', '.join(TABLES)}."
         raise UsageError(f"unknown table `{table}`; {hint}")
     if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
-        raise UsageError(f"`--seeds` (={seeds}) must be whole numbers separated by commas, such as 0,1.")
+        raise UsageError(f"`--seeds` (={seeds}) must be nonnegative integers separated by commas, such as 0,1.")
     given: dict[str, Any] = {
         "data": data,
         "epochs": epochs,

@@ -5,7 +5,8 @@ import sys
 from revnet._image_files import list_images
 from revnet._outside_text import encodable, printable
 from revnet.cli._errors import describe_error
-from revnet.cli._image_lines import name_width, open_place, printable_path
+from revnet.cli._image_lines import name_width, printable_path
+from revnet.cli._out_file import open_table
 from revnet.cli._streams import print_while_writing
 
 
@@ -43,11 +44,12 @@ def score(
 
     check_integer("--draws", draws, at_least=1)
     check_integer("--seed", seed, at_least=0, at_most=2**32 - 1)
-    table = open_place("--csv", csv)
+    table = open_table("--csv", csv, b"file,bits_per_dim,log_prob")
     files = list_images(images)
 
     from revnet.training.density.score import ImageScore, save_scores, score_each
     from revnet.training.run.used_weights import describe_weights
+    from revnet.training.writing import writing_to
 
     errors = []
 
@@ -67,6 +69,7 @@ def score(
             mean = sum(result.bits_per_dim for result in scores) / len(scores)
             print_line(f"{f'mean of {len(scores):,} images':{width}}  {mean:.4f} bits/dim")
         if table is not None:
-            save_scores(scores, table)
+            with writing_to("--csv", table, "file"):
+                save_scores(scores, table)
     if errors:
         raise SystemExit(1)

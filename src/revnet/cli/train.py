@@ -1,5 +1,7 @@
 """`revnet train`."""
 
+import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from revnet.cli._step_flags import open_folder, optional_picture
 from revnet.cli._streams import print_while_writing
 from revnet.training import LanguageConfig, NiceConfig, TrainConfig
 from revnet.training.processes.world import is_printing
+from revnet.training.settings.run_config import read_task
 
+_COMMANDS = {None: TrainConfig.command, "nice": NiceConfig.command, "lm": LanguageConfig.command}
+"""Commands by the `task` in the settings of a run."""
 AUTO = "auto"
 """Value of `--resume` that starts a run or continues it."""
 
@@ -43,7 +48,7 @@ def train(*, resume: str | None = None, find_lr: bool = False, **settings: Any) 
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `TrainConfig`.
     """
-    run(_make_config, settings, resume=resume, find_lr=find_lr)
+    run(_make_config, settings, task=None, resume=resume, find_lr=find_lr)
 
 
 def _make_config(**settings: Any) -> TrainConfig:
@@ -69,6 +74,7 @@ def run(
     make_config: Callable[..., TrainConfig | NiceConfig | LanguageConfig],
     settings: Mapping[str, Any],
     *,
+    task: str | None,
     resume: str | None,
     find_lr: bool,
 ) -> None:
@@ -77,19 +83,22 @@ def run(
     Args:
         make_config: Function that makes the settings of a new run.
         settings: The settings that were given.
+        task: The task of the command: `nice`, `lm`, or None for a classifier.
         resume: Folder of the run to continue; `auto` starts it if it does not exist, and None starts a run.
         find_lr: Whether to suggest a learning rate instead.
     """
     folder = _find_run(resume, settings)
     if folder is not None and find_lr:
         raise UsageError("`--find-lr` is for a new run; leave out `--resume`.")
+    # `revnet train --resume FOLDER` continues a run of any task, as the line of a stopped run says.
+    if folder is not None and (task is not None or resume == AUTO):
+        _check_task(folder, task)
     config = make_config(**settings) if folder is None else None
 
     from revnet import training  # PyTorch and Lightning load here, after the arguments are checked
 
     if config is None:
-        changes = {name: value for name, value in settings.items() if name != "out_dir"}
-        _report(training.resume(str(folder), **changes))
+        _report(training.resume(str(folder), **settings))
     elif find_lr:
         _report_rate(training.find_lr(config), config.out_dir)
     else:
@@ -104,12 +113,27 @@ def _find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
     if folder is None:
         raise UsageError("`--resume auto` needs a folder; pass `--out-dir FOLDER`.")
     # Without settings, the run in the folder was stopped before it began.
-    return str(folder) if (Path(folder).expanduser() / "config.yaml").is_file() else None
+    folder = os.path.expanduser(folder)  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
+    return folder if (Path(folder) / "config.yaml").is_file() else None
+
+
+def _check_task(folder: str, task: str | None) -> None:
+    """Raise if a folder holds a run of another task."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        return
+    command = _COMMANDS.get(read_task(path))
+    if command not in (None, _COMMANDS[task]):  # None is a task that `resume` refuses
+        raise UsageError(
+            f"`--resume` (={folder}) is a run of `{command}`, not of `{_COMMANDS[task]}`; continue it with "
+            f"`{command} --resume {shlex.quote(folder)}`."
+        )
 
 
 def _report_rate(trial: Any, out_dir: str | None) -> None:
-    picture = open_folder(out_dir) / "learning_rates.png"
-    with print_while_writing() as print_line, optional_picture():
+    folder = open_folder(out_dir)
+    picture = folder / "learning_rates.png"
+    with print_while_writing() as print_line, optional_picture(folder):
         print_line(trial.report())
         trial.plot(picture)
         print_line(f"picture {picture}")

@@ -27,7 +27,7 @@ def train_lm(*, resume: str | None = None, find_lr: bool = False, **settings: An
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `LanguageConfig`.
     """
-    run(_make_config, settings, resume=resume, find_lr=find_lr)
+    run(_make_config, settings, task="lm", resume=resume, find_lr=find_lr)
 
 
 def _make_config(**settings: Any) -> LanguageConfig:

@@ -32,7 +32,7 @@ def train_nice(*, resume: str | None = None, find_lr: bool = False, **settings: 
         find_lr: Suggest a learning rate, after 100 updates in which it rises, draw the losses, and exit.
         settings: Fields of `NiceConfig`.
     """
-    run(_make_config, settings, resume=resume, find_lr=find_lr)
+    run(_make_config, settings, task="nice", resume=resume, find_lr=find_lr)
 
 
 def _make_config(**settings: Any) -> NiceConfig:

@@ -1,5 +1,6 @@
 """The entry functions `train` and `resume`, and the three families that they know."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, cast, overload
 from lightning.pytorch import Callback
 
 from revnet._atomic_file import remove_leftovers
+from revnet._checks import check_path, describe
 from revnet._image_files import explain_link
 from revnet.errors import CheckpointError
 from revnet.training.classification import job as classification
@@ -34,7 +36,9 @@ from revnet.training.run.job import AbstractJob
 from revnet.training.run.run_lock import lock_run
 from revnet.training.run.run_result import RunResult
 from revnet.training.run.save_checkpoints import check_length
+from revnet.training.run.stopped_run import check_same_folder, errors_of_data, open_checkpoints
 from revnet.training.saved_module import check_fit
+from revnet.training.settings.fields import plain_value
 from revnet.training.settings.resumable import change_settings, list_changes
 from revnet.training.settings.run_config import AbstractRunConfig, read_task
 
@@ -92,6 +96,7 @@ def train(
         The result, in every process that torchrun or SLURM has started.
 
     Raises:
+        TypeError: `config` or `callbacks` are of another type.
         ValueError: The model or the data set is unknown, `out_dir` is not empty, or a setting does not fit the data.
         BudgetError: No plan fits the `memory_budget`.
         DataError: The data set is missing or corrupt.
@@ -100,13 +105,15 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM came; a checkpoint was saved, from which `resume` continues. A second
             signal stops at once.
     """
+    family = _family_of(config)
+    check_callbacks(callbacks)
     world = choose_world(config.device, config.devices, config.num_nodes)
     check_processes(config, world)
     if world.must_start:
         arguments = {"config": config, "quiet": quiet, "callbacks": list(callbacks)}
         return cast("RunResult", run_in_processes(train, arguments, world))
     with joined(world, config.device):
-        job = new_job(config)
+        job = family.new_job(config)
         is_main = current_world().is_main
         folder = run_dir.make_run_dir(job.config, job.names.data, job.names.model) if is_main else None
         folder = broadcast(folder)
@@ -119,8 +126,42 @@ def train(
 
 def new_job(config: AbstractRunConfig) -> AbstractJob[Any]:
     """Check the settings of a new run and load its data."""
-    family = next(family for family in _FAMILIES.values() if isinstance(config, family.config_type))
-    return family.new_job(config)
+    return _family_of(config).new_job(config)
+
+
+def check_config(config: Any) -> None:
+    """Raise unless `config` holds the settings of a run.
+
+    Raises:
+        TypeError: It does not.
+    """
+    _family_of(config)
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raise unless `callbacks` are Lightning's.
+
+    Raises:
+        TypeError: They are not.
+    """
+    if isinstance(callbacks, Sequence) and not isinstance(callbacks, str):
+        wrong = [callback for callback in callbacks if not isinstance(callback, Callback)]
+        if not wrong:
+            return
+        hint = f"pass `{wrong[0].__name__}()`" if isinstance(wrong[0], type) else "pass objects of this class"
+        raise TypeError(
+            f"`callbacks` holds {describe(wrong[0])}, but must hold objects of Lightning's Callback; {hint}."
+        )
+    hint = "put it in a list" if isinstance(callbacks, Callback) else "pass [] for none"
+    raise TypeError(f"`callbacks` (={describe(callbacks)}) must be a list of Lightning's callbacks; {hint}.")
+
+
+def _family_of(config: Any) -> _Family:
+    for family in _FAMILIES.values():
+        if isinstance(config, family.config_type):
+            return family
+    hint = "pass `TrainConfig(**settings)`, for instance" if isinstance(config, dict) else "pass one"
+    raise TypeError(f"`config` (={describe(config)}) must be a TrainConfig, NiceConfig or LanguageConfig; {hint}.")
 
 
 def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callback] = (), **changes: Any) -> RunResult:
@@ -142,7 +183,7 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
 
     Raises:
         CheckpointError: `folder` holds no run, a run that is going on, or checkpoints that cannot be read or that
-            belong to another model; or the data are not the ones of the run.
+            belong to another model; its checkpoints were deleted; or the data are not the ones of the run.
         ValueError: A setting cannot change, or not to that value.
         DataError: The data set is missing or corrupt.
         TrainingInterrupted: Ctrl-C or SIGTERM came again.
@@ -155,8 +196,12 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
         >>> longer.num_updates == 2 * run.num_updates
         True
     """
-    folder = Path(folder)
+    check_path("folder", folder, hint="the folder of a run of `revnet train`")
+    check_callbacks(callbacks)
+    folder = Path(os.path.expanduser(folder))  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
     family = _find_family(folder)
+    changes = {name: plain_value(value) for name, value in changes.items()}
+    check_same_folder(folder, changes.pop("out_dir", None))
     if isinstance(changes.get("data"), str):
         changes["data"] = family.locate(changes["data"])
     before = family.config_type.load(folder / run_dir.CONFIG, whole=True)
@@ -167,9 +212,11 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
         arguments = {"folder": folder, "quiet": quiet, "callbacks": list(callbacks), **changes}
         return cast("RunResult", run_in_processes(resume, arguments, world))
     with joined(world, config.device):
-        (folder / run_dir.CHECKPOINTS).mkdir(exist_ok=True)
+        if current_world().is_main:
+            open_checkpoints(folder, config.command)
         with lock_run(folder):
-            job = family.job_of_run(config)
+            with errors_of_data(config.data):
+                job = family.job_of_run(config)
             checkpoint = broadcast(_find_start(folder, job, quiet=quiet) if current_world().is_main else None)
             if current_world().is_main:
                 if job.config != before:

@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from revnet._checks import describe
+from revnet._checks import check_path, describe
 from revnet._outside_text import shorten
-from revnet.errors import CheckpointError
+from revnet.errors import CheckpointError, RevnetError
 from revnet.models.pretrained.card import CARD
-from revnet.models.pretrained.hub_files import check_repository
-from revnet.models.pretrained.reading import is_pretrained_file
+from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, WEIGHTS, check_repository
+from revnet.models.pretrained.reading import is_pretrained_file, read_pretrained
 from revnet.training.classification.model import Classifier
 from revnet.training.density.model import ImageDensity
 from revnet.training.language.model import LanguageModel
 from revnet.training.model_card import write_card
 from revnet.training.run.checkpoint import EPOCH_KEY, find_weights, read_weights
 from revnet.training.saved_module import SavedModule
+from revnet.training.writing import writing_to
 
 _MODULES: dict[str, type[SavedModule]] = {
     module_type.header_type.kind: module_type for module_type in (Classifier, ImageDensity, LanguageModel)
@@ -53,17 +54,37 @@ def push(
         CheckpointError: `checkpoint` is missing, truncated or damaged, or the hub cannot be reached or refuses the
             files.
         MissingDependencyError: huggingface_hub is not installed.
-        ValueError: `repo_id` is not the name of a repository, or the network is your own code.
+        ValueError: `repo_id` is not the name of a repository, the network is your own code, or `dry_run` holds other
+            files.
     """
     check_repository("repo_id", repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"`repo_id` (={describe(repo_id)}) must be owner/name; put the owner before it.")
+    check_path("checkpoint", checkpoint, hint="the folder of a run, or a file of weights")
     weights = find_weights(Path(checkpoint))
     module, card = _load(weights, repo_id)
     if dry_run is not None:
+        check_path("dry_run", dry_run, hint="a folder, or None to send the files")
         folder = Path(dry_run).expanduser()
-        module.save_pretrained(folder, card=card, repo_id=repo_id)
+        _check_dry_run(folder)
+        with writing_to("dry_run", folder):
+            module.save_pretrained(folder, card=card, repo_id=repo_id)
         return str(folder)
     options: dict[str, Any] = {"private": private, "branch": branch, "commit_message": commit_message, "token": token}
     return module.push_to_hub(repo_id, card=card, **options)
+
+
+def _check_dry_run(folder: Path) -> None:
+    """Raise if a dry run would replace files that are not from another one."""
+    files = [file for name in (CONFIG, WEIGHTS, PREPROCESS) if (file := folder / name).exists()]
+    if not files:
+        return
+    try:
+        read_pretrained(folder / WEIGHTS)
+    except (OSError, RevnetError) as error:
+        raise ValueError(
+            f"`dry_run` (='{folder}') holds another `{files[0].name}`, which would be replaced; pass a new folder."
+        ) from error
 
 
 def _load(weights: Path, name: str) -> tuple[SavedModule, str]:

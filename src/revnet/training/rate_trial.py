@@ -15,10 +15,11 @@ from lightning.pytorch.tuner.tuning import Tuner
 from revnet._figure import clear_frame, new_figure, save
 from revnet._palette import BLUE, RED
 from revnet._units import counted
-from revnet.training.entry import new_job
+from revnet.training.entry import check_config, new_job
 from revnet.training.processes.choose import choose_world
 from revnet.training.run.execution import execution
 from revnet.training.run.trainer import make_trainer, quiet
+from revnet.training.settings.checks import is_index
 from revnet.training.settings.run_config import AbstractRunConfig
 
 _LOWEST, _HIGHEST = 1e-6, 1.0
@@ -72,12 +73,14 @@ def find_lr(config: AbstractRunConfig, *, num_updates: int = 100) -> RateTrial:
         num_updates: Number of updates.
 
     Raises:
+        TypeError: `config` holds no settings.
         ValueError: `num_updates` is below 20, a setting does not fit the data, or there are several processes.
 
     References:
         Smith (2017), Cyclical Learning Rates for Training Neural Networks, section 3.3.
     """
-    if not isinstance(num_updates, int) or num_updates < _FEWEST:
+    check_config(config)
+    if not is_index(num_updates) or num_updates < _FEWEST:
         raise ValueError(f"`num_updates` (={num_updates!r}) must be an integer of {_FEWEST} or more; 100 is usual.")
     world = choose_world(config.device, config.devices, config.num_nodes)
     if world.num_processes > 1:

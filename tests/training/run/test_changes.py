@@ -138,6 +138,56 @@ def test_newest_checkpoint_that_can_be_read_continues(nice, finished_nice, capsy
         resume(nice, quiet=True)
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_refuses_a_start_from_the_beginning_that_would_replace_weights(nice, is_finished):
+    shutil.rmtree(nice / "checkpoints")
+    if not is_finished:
+        (nice / "summary.json").unlink()
+    before = contents(nice)
+    file = "summary.json" if is_finished else "best.safetensors"
+    with pytest.raises(
+        CheckpointError,
+        match=rf"checkpoints` holds no checkpoint, but the run has written `{file}`, which a start from the beginning "
+        rf"would replace; restore .* `revnet train nice --config .*config\.yaml --out-dir NEW`\.$",
+    ):
+        resume(nice, quiet=True)
+    assert contents(nice) == before
+
+
+def test_run_that_was_killed_before_its_first_checkpoint_starts_from_the_beginning(nice, finished_nice):
+    for path in [*(nice / "checkpoints").glob("*.ckpt"), nice / "summary.json"]:
+        path.unlink()
+    log = (nice / "metrics.csv").read_text().splitlines(keepends=True)
+    (nice / "metrics.csv").write_text("".join(log[:2]))
+    assert_same_run(finished_nice, resume(nice, quiet=True))
+
+
+def test_refuses_files_in_the_place_of_folders(nice):
+    lock = nice / "checkpoints" / "lock"
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(CheckpointError, match=r"lock` cannot be opened: Is a directory; remove it\.$"):
+        resume(nice, quiet=True)
+    shutil.rmtree(nice / "checkpoints")
+    (nice / "checkpoints").write_text("")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints` must be a folder, but is a file; move it away, and restor"
+    ):
+        resume(nice, quiet=True)
+
+
+def test_folder_of_the_run_is_no_change(nice, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"`out_dir` \(='elsewhere'\) cannot change within a run, which is in '.*nice'"
+    ):
+        resume(nice, out_dir="elsewhere", quiet=True)
+    resume(nice, out_dir=nice, quiet=True)
+
+
 # ---- data
 
 
@@ -180,6 +230,22 @@ def test_refuses_other_images_and_names_the_first_difference(image_run, images, 
     ) as caught:
         resume(image_run, quiet=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("val_fraction", "reason"),
+    [
+        (0.0, r"`batch_size` \(=8\) must not exceed the 6 training images"),
+        (0.2, r"`val_fraction` \(=0\.2\) holds out 2 images of 6, fewer than the 3 classes"),
+    ],
+)
+def test_data_that_do_not_suit_the_settings_are_other_data(tmp_path, images, val_fraction, reason):
+    config = TrainConfig(data=str(images), image_size=8, batch_size=8, num_workers=0, val_fraction=val_fraction)
+    run = stop_after(config, 1, tmp_path / "run")
+    few = write_image_folder(tmp_path / "few", num_images=2)
+    message = rf"^`data` \(='{few}'\) is not what the run was trained on: {reason}; restore the data, or start a new"
+    with pytest.raises(CheckpointError, match=message):
+        resume(run, data=str(few), quiet=True)
 
 
 def test_takes_a_folder_of_images_that_has_moved(image_run, images, tmp_path, capsys):

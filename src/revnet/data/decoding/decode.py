@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revnet._checks import check_path
 from revnet._input_files import read_bytes
 from revnet.data._require import require
 from revnet.data.decoding.crop import AbstractCrop, Box, CenterCrop
@@ -120,6 +121,7 @@ def load_image(
         DataError: The file is missing, or is not an image.
         MissingDependencyError: Pillow is not installed.
     """
+    check_path("path", path, hint="the path of an image")
     modes = {1: "L", 3: "RGB"}
     if in_channels not in modes:
         raise ValueError(f"`in_channels` (={in_channels}) must be 1 (gray) or 3 (RGB); files hold no other images.")

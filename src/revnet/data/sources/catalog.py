@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from revnet._checks import check_count
+from revnet._checks import check_count, check_path
 from revnet._image_files import explain_link, is_image_folder, is_plain_folder
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt, check_image_size, check_on_corrupt
 from revnet.data.decoding.crop import RandomResizedCrop
@@ -80,6 +80,7 @@ def load_dataset(
     References:
         Szegedy et al. (2015), Going Deeper with Convolutions, section 6, for the random crop.
     """
+    check_path("name_or_path", name_or_path, hint=f"one of {', '.join(list_datasets())}, a folder, or hub:owner/name")
     check_on_corrupt(on_corrupt)
     RandomResizedCrop(crop_area)  # raises for a bad argument, whether or not it is used
     if image_size is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from revnet._checks import check_path
 from revnet._units import counted
 from revnet.data.sources.documents import Documents, read_documents
 from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
@@ -65,6 +66,8 @@ def load_text(
         MissingDependencyError: The `tokenizers` library is not installed.
         ValueError: `vocab_size` is below 257, or the file has another number of tokens.
     """
+    check_path("path", path, hint="a text file, a folder of them, or a .jsonl file")
+    check_path("tokenizer", tokenizer, hint=f"'{CHARACTERS}', '{BPE}', or a tokenizer.json")
     documents = read_documents(path)
     train, validation = documents.divide(val_fraction)
     vocabulary = _make_vocabulary(documents, train, str(tokenizer), vocab_size)

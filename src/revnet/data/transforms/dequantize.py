@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_tensor
 from revnet.data._random_keys import Purpose, check_keys, uniform
 
 
@@ -46,6 +47,7 @@ class Dequantize(nn.Module):
             keys: Keys of the images, as `make_loader(..., keys=True)` yields them, or None. With its key, an image has
                 the same noise in any batch, in any process and on any device.
         """
+        check_tensor("images", images, hint="pass `torch.as_tensor(images)`, (B, C, H, W)")
         if images.dtype != torch.uint8:
             raise TypeError(
                 f"`images` (={images.dtype}) must be uint8 pixels, 0 to 255; pass them as they were loaded."

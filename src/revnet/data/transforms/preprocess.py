@@ -5,6 +5,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_tensor
 from revnet._units import counted
 from revnet.data.splits.abstract_split import AbstractSplit
 from revnet.data.splits.image_split import ImageSplit
@@ -55,6 +56,7 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Convert one batch of pixels to network input."""
+        check_tensor("images", images, hint="pass `torch.as_tensor(images)`, (B, C, H, W)")
         if images.dtype != torch.uint8:
             raise TypeError(
                 f"`images` (={images.dtype}) must be uint8 pixels, 0 to 255; pass them as they were loaded."

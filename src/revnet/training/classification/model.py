@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_module, check_path
 from revnet._outside_text import shorten
 from revnet.coupling import FixedPoint
 from revnet.data import Preprocess
@@ -151,6 +152,8 @@ def load_classifier(path: str | Path, *, model: nn.Module | None = None) -> Clas
     """
     if model is None:
         return load_module(Classifier, path)
+    check_path("path", path, hint="a file of weights, or the folder of a run")
+    check_module("model", model, hint="pass the network of the run")
     path = find_weights(Path(path))
     metadata, tensors = read_weights(path)
     header = ClassifierHeader.from_metadata(metadata, path)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from revnet._checks import check_path
 from revnet._outside_text import shorten
 from revnet._text_table import format_lines
 from revnet._units import counted
@@ -19,7 +20,8 @@ from revnet.training.density.model import ImageDensity, load_density, mean_bits_
 from revnet.training.device import find_device
 from revnet.training.run.checkpoint import find_weights
 from revnet.training.run.used_weights import describe_weights
-from revnet.training.settings.checks import check_choice
+from revnet.training.settings.checks import check_choice, check_integer
+from revnet.training.writing import writing_to
 
 Missing = Literal["top", "bottom", "left", "right", "random"]
 
@@ -100,8 +102,15 @@ def sample(
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not hold a density.
         DataError: The data set is missing or corrupt.
-        ValueError: The images of `data` do not fit the model, or `device` is not available.
+        ValueError: The images of `data` do not fit the model, `device` is not available, or `out_dir` cannot be
+            written.
     """
+    check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
+    if data is not None:
+        check_path("data", data, hint="the name or the path of a data set, or None for the data set of the training")
+    if out_dir is not None:
+        check_path("out_dir", out_dir, hint="a folder, or None for the folder of the checkpoint")
+    seed = check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
     if missing is not None:
         check_choice("missing", missing, get_args(Missing))
     torch_device = find_device(device)
@@ -109,13 +118,15 @@ def sample(
     density = load_density(weights)
     folder = results_folder(weights) if out_dir is None else Path(out_dir).expanduser()
     name, images = _test_images(density, data, on_corrupt)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to("out_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     density.to(torch_device)
     generator = torch.Generator(torch_device).manual_seed(seed)
     drawn = density.sample(num_samples, temperature=temperature, generator=generator).cpu()
     files = [folder / "samples.png"]
     subject = f"{name}, {weights.parent.name or weights.name}"
-    save_grid(drawn, files[0], title=f"{counted(num_samples, 'sample')} at temperature {temperature:g} ({subject})")
+    with writing_to("out_dir", folder):
+        save_grid(drawn, files[0], title=f"{counted(num_samples, 'sample')} at temperature {temperature:g} ({subject})")
     if missing is not None:
         files.append(folder / f"inpainting_{missing}.png")
         chosen = images[:: max(1, len(images) // _NUM_INPAINTED)][:_NUM_INPAINTED]
@@ -123,13 +134,14 @@ def sample(
         options = {"num_steps": num_steps, "step_size": step_size, "noise": _NOISE}
         filled = density.inpaint(chosen.to(torch_device), mask, generator=generator, **options).cpu()
         gray = torch.full_like(chosen, 128)
-        save_grid(
-            torch.cat((chosen, torch.where(mask, chosen, gray), filled)),
-            files[1],
-            num_columns=len(chosen),
-            title=f"Test images with missing pixels filled in ({subject})",
-            row_labels=("original", "known", "filled in"),
-        )
+        with writing_to("out_dir", folder):
+            save_grid(
+                torch.cat((chosen, torch.where(mask, chosen, gray), filled)),
+                files[1],
+                num_columns=len(chosen),
+                title=f"Test images with missing pixels filled in ({subject})",
+                row_labels=("original", "known", "filled in"),
+            )
     return Samples(
         checkpoint=weights,
         data=name,

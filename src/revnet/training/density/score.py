@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from revnet._atomic_file import write_csv
+from revnet._checks import check_path, check_paths
 from revnet._image_files import list_images
 from revnet._outside_text import csv_cell
 from revnet.data._random_keys import image_keys
@@ -67,7 +68,7 @@ def score_images(
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not hold a density.
         DataError: A file is missing or not an image, and `on_error` is not given.
-        TypeError: `paths` is a single path.
+        TypeError: `paths` is a single path, or holds something else.
         ValueError: `device` is not available, or a number is out of range.
     """
     return list(score_each(checkpoint, paths, num_draws=num_draws, seed=seed, device=device, on_error=on_error))
@@ -83,10 +84,10 @@ def score_each(
     on_error: _OnError | None = None,
 ) -> Iterator[ImageScore]:
     """Yield the scores of `score_images`, each as soon as its batch is done."""
-    if isinstance(paths, str | Path):
-        raise TypeError(f"`paths` (='{paths}') must be a list of files; pass ['{paths}'].")
-    check_integer("num_draws", num_draws, at_least=1)
-    check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
+    check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
+    paths = check_paths("paths", paths)
+    num_draws = check_integer("num_draws", num_draws, at_least=1)
+    seed = check_integer("seed", seed, at_least=0, at_most=2**32 - 1)
     torch_device = find_device(device)
     density = load_density(checkpoint).to(torch_device)
     files = list_images(paths)

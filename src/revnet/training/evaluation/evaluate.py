@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from revnet._checks import check_path
 from revnet._outside_text import shorten
 from revnet._provenance import describe_machine
 from revnet.data import ImageDataset, load_dataset, make_loader
@@ -72,9 +73,12 @@ def evaluate(
         ValueError: The images or classes of `data` do not fit the model, `device` is not available, or a number is out
             of range.
     """
+    check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
+    if data is not None:
+        check_path("data", data, hint="the name or the path of a data set, or None for the data set of the training")
     if batch_size is not None:
-        check_integer("batch_size", batch_size, at_least=1)
-    check_integer("num_workers", num_workers, at_least=0)
+        batch_size = check_integer("batch_size", batch_size, at_least=1)
+    num_workers = check_integer("num_workers", num_workers, at_least=0)
     check_setting("devices", NumDevices, devices, check_num_devices)
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,

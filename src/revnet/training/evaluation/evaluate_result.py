@@ -14,6 +14,7 @@ from revnet.models.pretrained.shipped import results_folder
 from revnet.training.evaluation.confusion import Confusion
 from revnet.training.evaluation.confusion_plot import plot_confusion
 from revnet.training.run import run_dir
+from revnet.training.writing import writing_to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class EvaluateResult:
             raise ValueError("`out_dir` (=None) must be given, since the weights were not read from a file.")
         folder = Path(out_dir).expanduser() if out_dir is not None else results_folder(Path(self.checkpoint or ""))
         figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
-        try:
+        with writing_to("out_dir", folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_text(figures, json.dumps(self._figures(), indent=2) + "\n")
             self.confusion.save_csv(table)
@@ -118,10 +119,6 @@ class EvaluateResult:
             files.remove(picture)
             if self._draw(picture, title):
                 files.append(picture)
-        except OSError as error:
-            raise ValueError(
-                f"`out_dir` (='{folder}') cannot be written: {error.strerror}; pass a folder that you can write to."
-            ) from error
         return files
 
     def _draw(self, picture: Path, title: str) -> bool:

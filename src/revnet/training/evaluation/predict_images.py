@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from revnet._atomic_file import atomic_path, write_csv
+from revnet._checks import check_path, check_paths
 from revnet._image_files import list_images
 from revnet._outside_text import csv_cell
 from revnet.errors import DataError
@@ -87,7 +88,7 @@ def predict_images(
     Raises:
         CheckpointError: `checkpoint` is missing, truncated, or does not fit the model that it names.
         DataError: A file is missing or not an image, and `on_error` is not given.
-        TypeError: `paths` is a single path.
+        TypeError: `paths` is a single path, or holds something else.
         ValueError: `device` is not available, or a number is out of range.
     """
     options: dict[str, Any] = {
@@ -111,11 +112,11 @@ def predict_each(
     on_error: _OnError | None = None,
 ) -> Iterator[ImagePrediction]:
     """Yield the predictions of `predict_images`; on one device, each as soon as its batch is done."""
-    if isinstance(paths, str | Path):
-        raise TypeError(f"`paths` (='{paths}') must be a list of files; pass ['{paths}'].")
-    check_integer("top", top, at_least=1)
+    check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
+    paths = check_paths("paths", paths)
+    top = check_integer("top", top, at_least=1)
     if batch_size is not None:
-        check_integer("batch_size", batch_size, at_least=1)
+        batch_size = check_integer("batch_size", batch_size, at_least=1)
     check_setting("devices", NumDevices, devices, check_num_devices)
     arguments: dict[str, Any] = {
         "checkpoint": checkpoint,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import revnet
+from revnet._checks import check_path
 from revnet._outside_text import encodable
 from revnet.data import Preprocess
 from revnet.models._density import AbstractImageDensity
@@ -89,6 +90,7 @@ def read_inference(checkpoint: str | Path) -> Inference:
     Raises:
         CheckpointError: The file cannot be read, or its model is the user's own code.
     """
+    check_path("checkpoint", checkpoint, hint="a file of weights, or the folder of a run")
     path = find_weights(Path(checkpoint))
     header, tensors = read_weights(path)
     family = _FAMILIES.get(header.get("kind", "classifier"), Classifier)

@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ _MOST_BYTES = 2**31 - 2**20
 """Largest number of bytes of parameters in an ONNX file. Its format, protobuf, ends at 2 GiB."""
 _METADATA = "revnet.json"
 """Name of the metadata in a `.pt2` file."""
+
+_ONNX_HEAD = b"\x08"
+"""First byte of an ONNX file, which announces its version; no text begins with it."""
 
 _Run = Callable[[Tensor], Tensor]
 _Writer = Callable[[Inference, Path], None]
@@ -89,6 +93,15 @@ def write_inference(inference: Inference, path: Path, format: Format) -> ExportR
                 f"{difference:.1e}, more than {TOLERANCE:.0e}, so no file was written; pass another format."
             )
     return ExportReport(path=path, difference=difference, runtime=runtime)
+
+
+def is_inference_file(path: Path) -> bool:
+    """Return whether a file may come from `write_inference`, by its content."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(f"/{_METADATA}") for name in archive.namelist())
+    with path.open("rb") as file:
+        return file.read(1) == _ONNX_HEAD
 
 
 def check_can_be_onnx(inference: Inference) -> None:

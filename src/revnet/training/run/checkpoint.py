@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from revnet._checks import check_path
 from revnet._image_files import explain_link
 from revnet._input_files import name_in_utf8
 from revnet.errors import CheckpointError
@@ -124,6 +125,7 @@ def load_module(module_type: type[_Module], path: str | Path) -> _Module:
         CheckpointError: The file does not exist, is truncated, was not written by revnet, holds another kind of module,
             or its tensors do not fit the model that it names.
     """
+    check_path("path", path, hint="a file of weights, or the folder of a run")
     path = find_weights(Path(path))
     metadata, tensors = read_weights(path)
     header = module_type.header_type.from_metadata(metadata, path)

@@ -67,8 +67,8 @@ class CheckpointFolder:
                 unreadable.append(path)
         if unreadable:
             raise CheckpointError(
-                f"no checkpoint in `{self.path}` can be read, and the newest is {unreadable[0].name}; delete the "
-                "folder to start the run from the beginning, or restore a checkpoint."
+                f"no checkpoint in `{self.path}` can be read, and the newest is {unreadable[0].name}; restore a "
+                "checkpoint, or start a new run in another folder."
             )
         return None
 

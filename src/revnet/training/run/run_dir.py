@@ -22,6 +22,22 @@ PLAN = "plan.txt"
 DRIFT = "drift.csv"
 PROFILE = "profile.json"
 TOKENIZER = "tokenizer.json"
+FILES = (
+    CONFIG,
+    DATA,
+    LAST_WEIGHTS,
+    BEST_WEIGHTS,
+    LOG,
+    UPDATE_LOG,
+    LOGGERS,
+    PICTURE,
+    SUMMARY,
+    PLAN,
+    DRIFT,
+    PROFILE,
+    TOKENIZER,
+)
+"""Names of the files that a run writes."""
 SHARDS_EXTRA = "meta.pt"
 """File of a checkpoint in shards in which Lightning keeps everything but tensors of the model and the optimizer."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from revnet.errors import CheckpointError
 from revnet.training.processes.world import current_world
@@ -26,12 +27,12 @@ def lock_run(folder: Path) -> Iterator[None]:
         folder: Folder of the run.
 
     Raises:
-        CheckpointError: Another process works on the run.
+        CheckpointError: Another process works on the run, or the file of the lock cannot be opened.
     """
     if fcntl is None or not current_world().is_main:
         yield
         return
-    with (folder / run_dir.CHECKPOINTS / _NAME).open("a") as file:
+    with _open(folder / run_dir.CHECKPOINTS / _NAME) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -41,3 +42,11 @@ def lock_run(folder: Path) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open("a")
+    except OSError as error:
+        way_out = "remove it" if path.exists() else "make its folder writable"
+        raise CheckpointError(f"`{path}` cannot be opened: {error.strerror}; {way_out}.") from error

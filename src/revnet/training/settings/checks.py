@@ -5,6 +5,7 @@ command line can refuse a flag at once.
 """
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -32,15 +33,27 @@ def check_flag(name: str, value: Any, *, is_optional: bool = False) -> None:
         raise TypeError(f"`{name}` (={value!r}) must be {choices}.")
 
 
-def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
-    """Raise unless `value` is an integer in the range, of at most 63 bits."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def is_index(value: Any) -> bool:
+    """Return whether `value` is an integer, such as Python's and NumPy's. A bool does not count."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:  # an array of several numbers
+        return False
+    return True
+
+
+def check_integer(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
+    """Return `value` as Python's integer; raise unless it is one in the range, of at most 63 bits."""
+    if not is_index(value):
         raise TypeError(f"`{name}` (={value!r}) must be an integer.")
     if value < at_least:
         raise ValueError(f"`{name}` (={value}) must be {at_least} or more.")
     at_most = sys.maxsize if at_most is None else at_most
     if value > at_most:
         raise ValueError(f"`{name}` (={value}) must be {at_most} or less.")
+    return operator.index(value)
 
 
 def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool], advice: str) -> None:

@@ -1,13 +1,23 @@
 """Fields of settings that carry their rules, and the groups that they form."""
 
+import operator
+import os
 from collections.abc import Callable
 from dataclasses import field, fields
 from functools import partial
 from inspect import get_annotations
+from numbers import Real
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args, get_origin
 
-from revnet.training.settings.checks import check_choice, check_flag, check_integer, check_name, check_number
+from revnet.training.settings.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_name,
+    check_number,
+    is_index,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,10 +39,30 @@ class SettingsGroup:
     def check(self) -> None:
         """Raise unless each setting keeps its rule, and all of them go together."""
         for setting in fields(cast("DataclassInstance", self)):
-            check_setting(setting.name, setting.type, getattr(self, setting.name), setting.metadata.get("check"))
+            value = plain_value(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+            check_setting(setting.name, setting.type, value, setting.metadata.get("check"))
         for group in reversed(type(self).__mro__):
             if "_check_together" in vars(group):
                 vars(group)["_check_together"](self)
+
+
+def plain_value(value: Any) -> Any:
+    """Return a setting as Python's own type, which YAML can hold: NumPy's numbers and paths become plain ones."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # `str` would print the name of an enum
+    if isinstance(value, list | tuple):
+        values = [plain_value(each) for each in value]
+        return tuple(values) if isinstance(value, tuple) else values
+    if type(value).__name__ in ("bool", "bool_"):  # Python's, and the ones of NumPy
+        return bool(value)
+    if is_index(value):
+        return operator.index(value)
+    if isinstance(value, Real):
+        return float(value)
+    return value
 
 
 def list_groups(settings: type) -> dict[str, list[str]]:
