@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 from revnet import Checkpoint, FixedPoint, Offload, Reverse, ReversibleBlock, ReversibleSequential, Store, set_coupling
-from revnet.coupling import Additive
+from revnet.coupling import AbstractCoupling, Additive
 from revnet.engine._chain import Chain, HalfBlock
 from revnet.engine.compile import compiled
 from revnet.engine.compile._program import PROGRAMS
 from revnet.errors import ReconstructionError
 from revnet.models import RevNet
+from revnet.nn import CouplingLayer
 from tests.helpers import CASE, CASES, DEPTH, REVERSING_POLICIES, ConvResidual, assert_close, gradients, stored_twin
 
 # PyTorch raises this warning itself when it traces any custom `autograd.Function`.
@@ -424,10 +426,16 @@ def test_auxiliary_loss_that_would_lose_its_gradient_raises(way, message, fullgr
 
 
 def test_auxiliary_loss_not_seen_while_tracing_raises():
-    sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Auxiliary("none")))
+    class Later(Auxiliary):
+        way = property(
+            lambda self: ways[0], lambda self, way: None
+        )  # Not an attribute, which the compiler would guard.
+
+    ways = ["none"]
+    sequence = ReversibleSequential(ReversibleBlock(Auxiliary("none"), Later("none")))
     compiled = compile_whole(sequence)
     compiled(torch.randn(4, 6), ([], {}))
-    sequence[0].g.way = "global list"
+    ways[0] = "global list"
     LOSSES.clear()
     with pytest.raises(NotImplementedError, match=r"`blocks\.0\.g` keeps a tensor that it computed"):
         compiled(torch.randn(4, 6), ([], {}))
@@ -753,3 +761,250 @@ def test_compiled_functions_run_compiled_inside_a_compiled_model():
     assert num_runs == 2 * 4  # Forward and replay of each function.
     loss_of(twin(x)).backward()
     assert_close(gradients(sequence), gradients(twin))
+
+
+@dataclass(frozen=True)
+class RandomScale(AbstractCoupling):
+    """A coupling whose scale is drawn for each call, or that draws wherever it runs."""
+
+    scale: float | None = 1.0
+    draws_in: str = ""
+
+    is_additive = False
+
+    @property
+    def draws(self):
+        return self.scale is None
+
+    def drawn(self, x, *, training):
+        return replace(self, scale=2.0 if torch.rand(()) < 0.5 else 0.5)
+
+    def prepare(self, x):
+        return x
+
+    def _drop(self, x, where):
+        return nn.functional.dropout(x, 0.5, where in self.draws_in)
+
+    def forward(self, x, residual, name="f"):
+        return self.scale * x + self._drop(residual, "forward")
+
+    def inverse(self, y, residual, name="f", *, in_place=False):
+        return (y - residual) / self.scale
+
+    def log_det(self, x, residual):
+        return self._drop(torch.zeros(len(x)), "log_det")
+
+    def limit(self, dtype):
+        return None
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_coupling_that_is_drawn_for_each_call_raises(fullgraph):
+    sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3), coupling=RandomScale(None)))
+    compiled = torch.compile(sequence, backend="aot_eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match=r"the coupling of `blocks\.0\.f` draws random numbers or depends on the mode"):
+        compiled(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("where", ["forward", "log_det"])
+def test_coupling_that_draws_where_it_runs_raises(where):
+    coupling = RandomScale(draws_in=where)
+    sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3), coupling=coupling))
+    with pytest.raises(Exception, match=r"the coupling of `blocks\.0\.f` draws random numbers, which its inverse"):
+        compile_whole(sequence.forward_with_log_det)(torch.randn(4, 6))
+
+
+def test_coupling_that_draws_but_did_not_while_tracing_raises(monkeypatch):
+    sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3), coupling=RandomScale()))
+    compiled = compile_whole(sequence)
+    compiled(torch.randn(4, 6)).sum().backward()
+    monkeypatch.setattr(RandomScale, "_drop", lambda self, x, where: nn.functional.dropout(x, 0.5))
+    with pytest.raises(
+        NotImplementedError, match=r"the coupling of `blocks\.0\.f` draws random numbers, which its inv"
+    ):
+        compiled(torch.randn(4, 6))
+
+
+def test_coupling_with_a_parameter_raises():
+    @dataclass(frozen=True, eq=False)
+    class Learned(RandomScale):
+        scale: torch.Tensor = field(default_factory=lambda: torch.ones((), requires_grad=True))
+
+    sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3), coupling=Learned()))
+    with pytest.raises(Exception, match=r"the coupling of `blocks\.0\.f` uses a tensor that requires a gradient"):
+        compile_whole(sequence)(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_second_derivatives_raise(backend):
+    sequence = CASE["mlp"].sequence(2)
+    x = CASE["mlp"].input()
+    (gradient,) = torch.autograd.grad(loss_of(compile_whole(sequence, backend)(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiated twice|does not currently support double backward"):
+        gradient.square().sum().backward()
+
+
+class Gated(nn.Linear):
+    """A function that depends on its input, its weight, or a tensor from outside, only while a gate is open."""
+
+    def __init__(self, what, gate):
+        super().__init__(3, 3, bias=False)
+        self.what, self.gate = what, gate
+        self.outside = [torch.ones(3, requires_grad=what == "outside")]
+        self.requires_grad_(what != "outside")
+
+    def forward(self, x):
+        is_open = self.gate[0] if isinstance(self.gate, list) else self.gate
+        tensors = {"source": x, "weight": self.weight, "outside": self.outside[0]}
+        if not is_open:
+            tensors[self.what] = tensors[self.what].detach()
+        return nn.functional.linear(tensors["source"], tensors["weight"]) * tensors["outside"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("source", "depends on its input, but did not when it was traced"),
+        ("weight", r"depends on a parameter or an argument of shape \(3, 3\), but did not when it was traced"),
+        ("outside", r"uses a tensor of shape \(3,\) that requires a gradient but is neither its parameter nor"),
+    ],
+)
+def test_dependence_not_seen_while_tracing_raises(what, message):
+    """A backward pass would not notice: it ends above such a function, or computes no gradient of its input."""
+    function = Gated(what, [False])
+    sequence = ReversibleSequential(
+        CouplingLayer(function, updates=0) if what == "source" else ReversibleBlock(function, nn.Linear(3, 3))
+    )
+    compiled = compile_whole(sequence)
+    x1, x2 = torch.randn(4, 3), torch.randn(4, 3, requires_grad=what == "source")
+    compiled((x1, x2))[0].sum().backward()
+    assert x2.grad is None
+    function.gate[0] = True
+    with pytest.raises(ReconstructionError, match=rf"`blocks\.0(\.f)?` {message}"):
+        compiled((x1, x2))
+
+
+def test_compiled_function_that_detaches_its_input():
+    """The graph of a compiled function leads to its input, although the input receives no gradient."""
+    sequence = ReversibleSequential(*[ReversibleBlock(nn.Linear(3, 3), Gated("source", False)) for _ in range(2)])
+    twin = stored_twin(sequence)
+    for block in sequence:
+        block.compile(backend="aot_eager")
+    x = torch.randn(4, 6)
+    loss_of(compile_whole(sequence)(x)).backward()
+    loss_of(twin(x)).backward()
+    assert_close(gradients(sequence), gradients(twin), tolerance=1e-5)
+
+
+def test_function_that_returns_its_input():
+    sequence = ReversibleSequential(CouplingLayer(nn.Identity(), updates=0))
+    x1, x2 = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)
+    y1, _ = compile_whole(sequence)((x1, x2))
+    y1.sum().backward()
+    assert torch.equal(x2.grad, torch.ones(4, 3))
+
+
+def test_dependence_that_begins_before_the_backward_pass_raises():
+    function = Gated("source", [False])
+    sequence = ReversibleSequential(ReversibleBlock(nn.Linear(3, 3), function))
+    loss = compile_whole(sequence)(torch.randn(4, 6)).square().sum()
+    function.gate[0] = True
+    with pytest.raises(ReconstructionError, match=r"`blocks\.0\.g` depends on its input, but did not"):
+        loss.backward()
+
+
+def assert_step_as_twin(sequence, compiled, *args, **kwargs):
+    """Check the gradients of one step against an uncompiled stored twin in the same state."""
+    twin = stored_twin(sequence)
+    for module, call in ((sequence, compiled), (twin, twin)):
+        module.zero_grad()
+        torch.manual_seed(1)
+        call(*args, **kwargs).square().sum().backward()
+    assert_close(gradients(sequence), gradients(twin))
+
+
+def test_changed_switches_make_a_new_graph():
+    gated, dropout = Gated("source", False), nn.Dropout(0.0)
+    sequence = ReversibleSequential(
+        ReversibleBlock(nn.Linear(3, 3), nn.Linear(3, 3)),
+        ReversibleBlock(gated, nn.Sequential(nn.Linear(3, 3), dropout)),
+    ).double()
+    compiled, x = compile_whole(sequence), torch.randn(4, 6, dtype=torch.float64)
+    for gated.gate, dropout.p in ((False, 0.0), (True, 0.5), (False, 0.0)):
+        assert_step_as_twin(sequence, compiled, x)
+
+
+def test_changed_number_makes_no_new_graph():
+    class Tempered(nn.Linear):
+        temperature = 1.0
+
+        def forward(self, x):
+            return super().forward(x) / self.temperature
+
+    function = Tempered(3, 3)
+    sequence = ReversibleSequential(ReversibleBlock(function, nn.Linear(3, 3))).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    function.temperature = 0.9
+    compiled = compile_whole(sequence)
+    assert_step_as_twin(sequence, compiled, x)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        function.temperature = 0.8
+        assert_step_as_twin(sequence, compiled, x)
+
+
+def replaceable():
+    return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Tanh())
+
+
+def test_replaced_layers():
+    sequence = ReversibleSequential(*[ReversibleBlock(replaceable(), replaceable()) for _ in range(2)]).double()
+    compiled, x = compile_whole(sequence), torch.randn(4, 6, dtype=torch.float64)
+    assert_step_as_twin(sequence, compiled, x)
+    sequence[0].f[0] = nn.BatchNorm1d(3).double()
+    sequence[0].f[1] = nn.Linear(3, 3).double()
+    assert_step_as_twin(sequence, compiled, x)
+    assert sequence[0].f[0].num_batches_tracked == 1
+    sequence[1].g[2] = nn.ReLU()
+    sequence[1].f.append(nn.Linear(3, 3).double())
+    assert_step_as_twin(sequence, compiled, x)
+
+
+def test_layer_that_is_added_before_the_backward_pass_raises():
+    sequence = ReversibleSequential(ReversibleBlock(replaceable(), replaceable()))
+    loss = compile_whole(sequence)(torch.randn(4, 6)).sum()
+    sequence[0].f.append(nn.Linear(3, 3))
+    with pytest.raises(
+        ReconstructionError, match=r"`blocks\.0\.f` has gained or lost a module, a parameter or a buffer"
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("options", [{"fullgraph": True}, {"dynamic": True}], ids=["one-graph", "dynamic"])
+def test_numbers_among_the_arguments(options):
+    sequence = ReversibleSequential(ReversibleBlock(Scaled(), Scaled())).double()
+    compiled = torch.compile(sequence, backend="aot_eager", **options)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for scale in (0.1, 0.2, 2, 3):
+        assert_step_as_twin(sequence, compiled, x, scale=scale)
+
+
+def test_sizes_among_the_arguments():
+    sequence = ReversibleSequential(ReversibleBlock(Scaled(), Scaled())).double()
+    compiled = compile_whole(lambda x: sequence(x, scale=x.shape[0]), dynamic=True)
+    for size in (2, 3):
+        x = torch.randn(size, 6, dtype=torch.float64)
+        twin = stored_twin(sequence)
+        assert_close(compiled(x), twin(x, scale=size))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_object_among_the_arguments_raises(fullgraph):
+    class Scale:
+        value = 2
+
+    sequence = ReversibleSequential(ReversibleBlock(Scaled(), Scaled()))
+    compiled = torch.compile(sequence, backend="aot_eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match=r"argument `scale` is an object of Scale, in which a compiled reversible"):
+        compiled(torch.randn(4, 6), scale=[Scale()])
+    with pytest.raises(Exception, match=r"argument 0 after the input is an object of Scale"):
+        compiled(torch.randn(4, 6), Scale(), scale=1)

@@ -167,6 +167,22 @@ def test_leaves_the_model_unchanged():
     model(torch.zeros(BATCH, 5)).sum().backward()
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_tensors_that_are_not_registered_may_be_on_the_meta_device(strategy):
+    class Shifted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.shift = torch.ones(4)
+
+        def forward(self, x):
+            return super().forward(x + self.shift)
+
+    with torch.device("meta"):
+        model, x = nn.Sequential(Shifted(), Shifted()), torch.empty(8, 4)
+    predict_distributed(model, x, num_devices=2, strategy=strategy)
+    assert model[0].shift.is_meta
+
+
 def test_loss_and_keyword_arguments_are_divided():
     class Masked(nn.Module):
         def __init__(self):

@@ -24,6 +24,7 @@ from revnet import (
 )
 from revnet.memory import MeasuredTiming, max_batch_size, measure, plan, predict
 from revnet.memory.planning._planner import POLICIES
+from revnet.memory.planning._resized import resized
 from revnet.memory.planning._units import set_policies
 from revnet.models import RevNet
 from revnet.nn._whole_model import policy_holders
@@ -289,6 +290,75 @@ def test_the_largest_batch_for_a_huge_budget():
     model, x = small_revnet(), torch.empty(3, 3, 8, 8, device="meta")
     batch = max_batch_size(model, x, budget=2**62)
     assert batch == max_batch_size(model, x, budget="8PiB") > 2**30
+
+
+class Force(nn.Module):
+    """A model that differentiates its output with respect to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x):
+        (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return force
+
+
+def test_the_largest_batch_of_inputs_that_require_gradients():
+    model, x = Force(), torch.randn(8, 16, requires_grad=True)
+    batch = max_batch_size(model, x, budget=100_000)
+    peaks = [predict(model, torch.randn(size, 16, requires_grad=True)).peak_bytes for size in (batch, batch + 1)]
+    assert peaks[0] <= 100_000 < peaks[1]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last),
+        torch.randn(4, 8, 6, 6, requires_grad=True),
+        torch.randn(8, 4).T,
+        torch.randn(4, 16)[:, ::2],
+        torch.randn(1, 8).expand(4, 8),
+        torch.randn(4),
+        torch.arange(4),
+    ],
+    ids=["channels last", "gradient", "transposed", "slice", "expanded", "vector", "integers"],
+)
+def test_resized_inputs_have_the_same_format(x):
+    same, larger = resized(x, x.shape), resized(x, (9, *x.shape[1:]))
+    assert (same.shape, same.dtype, same.requires_grad) == (x.shape, x.dtype, x.requires_grad)
+    assert same.stride() == x.stride()
+    assert larger.shape == (9, *x.shape[1:])
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    assert sorted(range(x.dim()), key=larger.stride, reverse=True) == order
+
+
+def test_the_largest_batch_where_one_sample_is_impossible():
+    """Batch norm needs two samples."""
+    model = nn.Sequential(nn.Linear(4, 64), nn.BatchNorm1d(64))
+    x = torch.randn(8, 4)
+    two = predict(model, torch.randn(2, 4)).peak_bytes
+    assert max_batch_size(model, x, budget=two) == 2
+    assert max_batch_size(model, x, budget=two - 1) == 0
+    with pytest.raises(PredictionError, match="Expected more than 1 value per channel"):
+        max_batch_size(model, torch.randn(1, 4), budget=two)
+
+
+def test_the_largest_batch_of_inputs_without_elements():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.weight * 2
+
+    for x in (torch.empty(8, 0), torch.tensor(1.0)):
+        message = (
+            r"`inputs` \(of shape \(.*\)\) do not make a step larger: even [\d,]+ samples fit `budget` \(=9.8 KiB\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            max_batch_size(Constant(), x, budget=10_000)
 
 
 def test_the_largest_batch_of_several_arguments():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from revnet import Checkpoint, Offload, PolicySequential, Reverse, ReversibleBlock, ReversibleSequential, Store
-from revnet.memory import plan, predict
+from revnet.memory import measure, plan, predict
 from revnet.memory.planning import _planner
 from revnet.memory.repeats._block_chain import find_rows
 from revnet.memory.repeats._frame import UNKNOWN, ZERO, Frame, Label
@@ -110,6 +110,15 @@ def test_prediction_from_some_blocks_equals_prediction_of_all(steps, make, x, op
         assert_same(predict(model, x, **options), predict_whole(model, x, **options))
     assert steps
     assert not any(found.is_refused for found in steps)
+
+
+def test_dropout_of_everything_needs_no_mask(steps):
+    """PyTorch multiplies by zero then, so the block is not equal to one that drops less."""
+    rates = [0.1] * 39 + [1.0]
+    blocks = [ReversibleBlock(perceptron(dropout=rate), perceptron()) for rate in rates]
+    model, x = ReversibleSequential(*blocks, policy=Store()), torch.randn(5, 8)
+    assert predict(model, x) == measure(model, x)
+    assert not steps[0].is_refused
 
 
 def test_blocks_that_hold_and_keep_are_predicted_from_some(steps):

@@ -29,3 +29,15 @@ def test_ignores_given_tensors():
         x.add_(1)
         assert counter.live_bytes == 0
         del y
+
+
+def test_follows_storages_that_grow():
+    with LiveBytes() as counter:
+        x = torch.empty(0)
+        x.resize_(10)
+        assert counter.live_bytes == 40
+        torch.add(torch.ones(20), 1, out=x.resize_(0))
+        assert counter.live_bytes == 80
+        del x
+        assert counter.live_bytes == 0
+    assert counter.peak_bytes == 160

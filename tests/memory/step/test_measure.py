@@ -135,6 +135,24 @@ def test_frozen_parameters_have_no_gradient_and_no_state():
     assert memory.optimizer_bytes == 2 * WEIGHT2 + SCALAR
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # by Adagrad
+@pytest.mark.parametrize("call", [measure, predict])
+def test_sparse_gradients(call):
+    """The size of a sparse gradient depends on the values of the inputs, and so do temporaries that it needs."""
+    model, tokens = nn.Embedding(100, 8, sparse=True), torch.arange(4)
+    memory = call(model, tokens, optimizer=torch.optim.SGD)
+    assert (memory.optimizer_bytes, memory.peak_phase) == (0, "forward")
+    for optimizer in (torch.optim.SparseAdam, torch.optim.Adagrad, partial(torch.optim.SGD, momentum=0.9)):
+        with pytest.raises(
+            ValueError, match=r"`optimizer` \(=\w+\) keeps state for a parameter with a sparse gradient"
+        ):
+            call(model, tokens, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"keeps state for a parameter with a sparse gradient"):
+        call(model, tokens, optimizer=torch.optim.Adagrad, step_in_backward=True)
+    with pytest.raises(ValueError, match="Adam does not support sparse gradients"):
+        call(model, tokens, optimizer=torch.optim.Adam)
+
+
 def test_buffers_count():
     norm = nn.BatchNorm1d(6)
     assert measure(norm, torch.randn(4, 6)).buffer_bytes == 6 * 4 + 6 * 4 + 8

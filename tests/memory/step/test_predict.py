@@ -255,6 +255,98 @@ def test_predicts_tensors_that_are_plain_attributes():
     assert memory.held_bytes == 4, "only the loss; the mask is not an activation"
 
 
+class Mask:
+    def __init__(self):
+        self.values = torch.tril(torch.ones(8, 8))
+
+
+class Masked(nn.Module):
+    """A module that keeps a mask without registering it."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        mask = torch.tril(torch.ones(8, 8))
+        self.place = place
+        if place == "attribute":
+            self.mask = mask
+        elif place == "list":
+            self.masks = [(mask,)]
+        elif place == "object":
+            self.mask = Mask()
+        elif place == "module":
+            self.modules_of_my_own = [nn.Linear(8, 8)]
+        else:
+            self.make_mask = lambda: mask
+
+    def forward(self, x):
+        masks = {
+            "attribute": lambda: self.mask,
+            "list": lambda: self.masks[0][0],
+            "object": lambda: self.mask.values,
+            "module": lambda: self.modules_of_my_own[0].weight,
+            "closure": lambda: self.make_mask(),
+        }
+        return x + masks[self.place]() @ self.linear(x)
+
+
+@pytest.mark.parametrize("place", ["attribute", "list", "object", "module"])
+def test_tensors_that_are_not_registered_may_be_on_the_meta_device(place):
+    expected = predict(nn.Sequential(Masked(place), Masked(place)), torch.randn(8, 4))
+    with torch.device("meta"):
+        model = nn.Sequential(Masked(place), Masked(place))
+    assert predict(model, torch.randn(8, 4)) == expected
+    if place == "attribute":
+        assert model[0].mask.is_meta
+
+
+def test_a_hidden_tensor_on_the_meta_device_is_explained():
+    with torch.device("meta"):
+        model = Masked("closure")
+    with pytest.raises(PredictionError, match=r"devices.*; use `register_buffer` for tensors that a module keeps"):
+        predict(model, torch.randn(8, 4))
+
+
+def resize(twice=False):
+    y = torch.empty(1000 if twice else 0)
+    y.resize_(50, 50)
+
+
+def fill_out():
+    torch.mm(torch.ones(50, 1), torch.ones(1, 50), out=torch.empty(0))
+
+
+def resize_as():
+    torch.empty(0).resize_as_(torch.ones(50, 50))
+
+
+def set_and_resize():
+    y = torch.empty(7)
+    y.set_()
+    y.resize_(50, 50)
+
+
+@pytest.mark.parametrize(
+    ("grow", "num_bytes"),
+    [
+        (resize, 50 * 50 * 4),
+        (partial(resize, twice=True), (1000 + 50 * 50) * 4),  # the old memory is copied into the new
+        (fill_out, (50 + 50 + 50 * 50) * 4),
+        (resize_as, 2 * 50 * 50 * 4),
+        (set_and_resize, 50 * 50 * 4),
+    ],
+    ids=["resize", "resize-twice", "out", "resize-as", "set"],
+)
+def test_storages_that_grow(grow, num_bytes):
+    class Grows(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                grow()
+            return super().forward(x)
+
+    assert assert_predicted(Grows(4, 4), torch.randn(2, 4)).activation_bytes == num_bytes
+
+
 # The model is left unchanged ------------------------------------------------------------------------------------------
 
 

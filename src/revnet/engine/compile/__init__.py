@@ -14,24 +14,28 @@ and fuses nothing inside a function. It must know everything that the operators 
 - The state that the backward pass needs travels in one tensor of bytes: random states, and the buffers as each step
   read them (`_kept`).
 - Everything else is a *program*, to which the graph refers by a number (`_program`): the functions, and the values that
-  the trace fixes and guards (training flags, autocast, couplings, arguments that are not tensors). `torch.compile`
-  creates a new program if any of them changes. A program is deleted together with its functions.
+  the trace fixes and guards (training flags, switches, autocast, couplings, arguments that are not tensors).
+  `torch.compile` creates a new program if any of them changes. A program is deleted together with its functions.
 
 While tracing, a run on fake tensors (`_probe`) shows what each function does: whether it draws random numbers, which
-buffers it writes to, and on which parameters its result depends. A parameter on which nothing depends gets no gradient,
-as in plain autograd. A function that later does something that the probe did not see raises. So does a function with
-side effects, such as appending an auxiliary loss to a list, where the loss would lose its gradient (`_side_effects`).
+buffers it writes to, and on which tensors its result depends. A parameter on which nothing depends gets no gradient,
+as in plain autograd. A function that later does something that the probe did not see raises, unless a switch tells that
+it will (`_switches`). So does a function with side effects, such as appending an auxiliary loss to a list, where the
+loss would lose its gradient (`_side_effects`).
 
 References:
     Gomez et al. (2017), The Reversible Residual Network, Algorithm 1.
 """
 
 from collections.abc import Sequence
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from revnet._torch_internals import tree_flatten, tree_unflatten
+from revnet._torch_internals import tree_flatten, tree_leaves, tree_unflatten
 from revnet._types import Streams
 from revnet.engine._chain import BoundChain
 from revnet.engine._tracing import refuse, refuse_sharded
@@ -46,6 +50,13 @@ from revnet.engine.compile._program import (
     number_of,
     program_of,
 )
+from revnet.engine.compile._switches import read_switches
+
+# The values that the trace can fix, apart from tensors. Other objects may hold tensors, which the graph would not see.
+_CONSTANTS = (
+    *(bool, int, float, complex, str, bytes, type(None), Enum, slice, range, type, FunctionType, BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+)
 
 
 def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
@@ -55,8 +66,9 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
         The streams after the half-blocks. Or None, without having run anything, if no gradient is needed.
 
     Raises:
-        CannotCompileError: There are more than two streams, a block has hooks, there is a tolerance, functions have
-            sharded parameters or share a buffer, or a function has side effects.
+        CannotCompileError: There are more than two streams, a block has hooks, there is a tolerance, a coupling draws
+            random numbers or keeps bits, an argument is an object, functions have sharded parameters or share a buffer,
+            or a function has side effects.
     """
     _check(chain, streams)
     # Plain loops from here on, because the compiler traces this function line by line.
@@ -73,9 +85,11 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
             inputs.extend([tensor for tensor in module._parameters.values() if tensor is not None])
             buffers.extend([tensor for tensor in module._buffers.values() if tensor is not None])
         training.append(flags)
+        read_switches(function)
     wanted = [tensor.requires_grad for tensor in inputs]
     if not any(wanted):
         return None
+    _check_operands(chain)
     program = program_of(
         numbers,
         steps,
@@ -84,7 +98,9 @@ def compiled(chain: BoundChain, streams: Sequence[Tensor]) -> Streams | None:
             (device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
             for device_type in dict.fromkeys(("cpu", streams[0].device.type))
         ],
-        tree_unflatten([TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec),
+        tree_unflatten(list(range(len(leaves))), spec),
+        # As a slice, in which the trace turns a symbolic number into a constant, with a guard.
+        [TENSOR if isinstance(leaf, Tensor) else slice(leaf) for leaf in leaves],
         chain.input_dtype,
         chain.log_dets is not None,
     )
@@ -128,6 +144,28 @@ def _check(chain: BoundChain, streams: Sequence[Tensor]) -> None:
                 refuse(
                     f"the block of `{half_block.name}` has hooks or a `forward` of its own, which a compiled "
                     "reversible sequence does not call; register hooks on its `f` and `g`, or on the sequence."
+                )
+
+
+def _check_operands(chain: BoundChain) -> None:
+    """Raise for a coupling that is drawn for each call, and for an argument that is neither a tensor nor a constant."""
+    for half_block in chain.half_blocks:
+        if half_block.coupling.draws:
+            refuse(
+                f"the coupling of `{half_block.name}` draws random numbers or depends on the mode (`draws` is True), "
+                "which a compiled reversible sequence cannot repeat; compile the residual functions instead: "
+                "`block.f.compile(); block.g.compile()`, or store activations with `set_policy(model, 'store')`."
+            )
+    named: list[tuple[str, Any]] = [(f"argument {index} after the input", arg) for index, arg in enumerate(chain.args)]
+    for kwargs in (chain.kwargs, *chain.own_kwargs.values()):
+        named.extend([(f"argument `{name}`", value) for name, value in kwargs.items()])
+    for name, value in named:
+        for leaf in tree_leaves(value):
+            if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+                refuse(
+                    f"{name} is an object of {type(leaf).__name__}, in which a compiled reversible sequence cannot see "
+                    "tensors or changes; pass its tensors and numbers, or compile the residual functions instead: "
+                    "`block.f.compile(); block.g.compile()`."
                 )
 
 

@@ -12,8 +12,8 @@ from revnet._torch_internals import autograd_in_operators
 from revnet.coupling import AbstractCoupling
 from revnet.engine._random import get_random_state, set_random_state
 from revnet.engine._tensors import is_only_owner, storage_key
+from revnet.engine.compile._flow import first_step, leaves_of, lost_gradient, reached
 from revnet.engine.compile._kept import Kept, devices_of, unpack
-from revnet.engine.compile._probe import leaves_of
 from revnet.engine.compile._program import NUM_STREAMS, Program, Step
 from revnet.errors import ReconstructionError
 
@@ -27,6 +27,8 @@ class _Graph(NamedTuple):
     x: Tensor | None
     """Stream that the step updates, as a leaf; None if its gradient passes unchanged."""
     leaves: dict[int, Tensor]
+    others: list[Tensor]
+    """Tensors among the source and the leaves that must not receive a gradient, because it would be lost."""
 
 
 class BackwardPass:
@@ -54,13 +56,13 @@ class BackwardPass:
         self._inputs = inputs
         self._wanted = wanted
         self._incoming = gradients
-        self._returned = program.reached(wanted, [gradient is not None for gradient in gradients])
+        self._returned = reached(program, wanted, [gradient is not None for gradient in gradients])
         self._devices = devices_of(inputs[0], inputs[NUM_STREAMS:])
         self._buffers = program.buffers_for_replay(constants)
         self._kept = unpack(program, state, self._devices, self._buffers)
         self._streams = [_Stream(stream) for stream in inputs[:NUM_STREAMS]]
         self._gradients: list[Tensor | None] = [*gradients[:NUM_STREAMS], *[None] * (len(inputs) - NUM_STREAMS)]
-        self._first = self._first_step()
+        self._first = first_step(program, self._returned)
 
     def run(self) -> list[Tensor]:
         """Walk back to the first step for which a gradient is needed, and return the needed gradients."""
@@ -68,16 +70,8 @@ class BackwardPass:
             for index in reversed(range(self._first, len(self._program.steps))):
                 step = self._program.steps[index]
                 self._restore(step, self._kept[index])
-                self._differentiate(step, self._rerun(index, step))
+                self._differentiate(index, step, self._rerun(index, step))
         return self._collect()
-
-    def _first_step(self) -> int:
-        """Return the first step that the pass must reach."""
-        if any(self._returned[:NUM_STREAMS]):
-            return 0
-        wanted = {position for position, is_wanted in enumerate(self._returned) if is_wanted}
-        reaches = self._program.known_findings.reaches
-        return next((index for index, reach in enumerate(reaches) if wanted.intersection(reach.inputs)), len(reaches))
 
     def _restore(self, step: Step, kept: Kept) -> None:
         """Set random states and buffers to their values before the step in the forward pass."""
@@ -89,7 +83,7 @@ class BackwardPass:
     def _rerun(self, index: int, step: Step) -> _Graph | None:
         """Call the function again, undo the step, and return the graph to differentiate, if there is one."""
         coupling, target = step.coupling, self._streams[step.target]
-        source = self._streams[step.source].tensor.detach().requires_grad_(self._is_wanted(index, step.source))
+        source = self._streams[step.source].tensor.detach().requires_grad_()  # Even if only to detect a dependence.
         leaves = self._program.leaves(step, self._inputs, self._wanted)
         with autograd_in_operators(), torch.enable_grad():
             residual, _ = self._program.call(step, source, leaves, self._buffers)
@@ -97,13 +91,13 @@ class BackwardPass:
         if index > self._first or not coupling.is_additive:  # Below the first step, the stream is not read.
             target.undo(residual.detach(), coupling, step.name)
         if coupling.is_additive:
-            return self._graph(step, [(residual, self._gradients[step.target])], source, None, leaves)
+            return self._graph(index, step, [(residual, self._gradients[step.target])], source, None, leaves)
         x = target.tensor.detach().requires_grad_(self._is_wanted(index, step.target))
         with autograd_in_operators(), torch.enable_grad():
             y = coupling.forward(x, residual, step.name)
             log_det = self._program.log_det(step, x, residual)
         results = [(y, self._gradients[step.target]), (log_det, self._incoming[NUM_STREAMS])]
-        return self._graph(step, results, source, x, leaves)
+        return self._graph(index, step, results, source, x, leaves)
 
     def _check_graph(self, index: int, step: Step, residual: Tensor) -> None:
         """Raise if a residual has no graph, although in the probe it depended on inputs that get a gradient."""
@@ -120,6 +114,7 @@ class BackwardPass:
 
     def _graph(
         self,
+        index: int,
         step: Step,
         results: Sequence[tuple[Tensor | None, Tensor | None]],
         source: Tensor,
@@ -135,48 +130,54 @@ class BackwardPass:
                 gradients.append(gradient.to(result.dtype))
         if not ends:
             return None
-        self._check_leaves(step, ends, [source, *([] if x is None else [x])], leaves)
-        return _Graph(ends, gradients, source, x, leaves)
+        others = self._other_leaves(index, step, ends, source, x, leaves)
+        return _Graph(ends, gradients, source, x, leaves, others)
 
-    def _check_leaves(
-        self, step: Step, ends: Sequence[GradientEdge], streams: Sequence[Tensor], leaves: dict[int, Tensor]
-    ) -> None:
-        """Raise if a result depends on a tensor whose gradient would be lost."""
-        returned = [leaf for position, leaf in leaves.items() if self._returned[position]]
-        known = {id(leaf) for leaf in (*streams, *returned)}
-        own = {id(leaf) for leaf in leaves.values()}
-        for end in ends:
-            for key, leaf in leaves_of(end.node).items():
-                if key in known:
-                    continue
-                if key in own:
-                    raise ReconstructionError(
-                        f"`{step.name}` uses a parameter or an argument of shape {tuple(leaf.shape)} that it did not "
-                        "use when it was traced, so the gradient would be lost; store its block's activations with "
-                        "the policy `Store()`."
-                    )
-                raise ReconstructionError(
-                    f"`{step.name}` uses a tensor of shape {tuple(leaf.shape)} that requires a gradient but is neither "
-                    "its parameter nor its argument, and torch.compile cannot see it; make it an `nn.Parameter` of the "
-                    "function, pass it as an argument, or store its block's activations with the policy `Store()`."
-                )
+    def _other_leaves(
+        self,
+        index: int,
+        step: Step,
+        ends: Sequence[GradientEdge],
+        source: Tensor,
+        x: Tensor | None,
+        leaves: dict[int, Tensor],
+    ) -> list[Tensor]:
+        """Return the tensors that must not receive a gradient, and raise if a result depends on a tensor from outside.
 
-    def _differentiate(self, step: Step, graph: _Graph | None) -> None:
+        The graph of a compiled function leads to all that it read. Only its gradients show what it depends on.
+        """
+        known = {id(leaf) for position, leaf in leaves.items() if self._returned[position]}
+        known.add(id(x))
+        if self._program.known_findings.reaches[index].source:
+            known.add(id(source))
+        found = {key: leaf for end in ends for key, leaf in leaves_of(end.node).items() if key not in known}
+        own = {id(leaf) for leaf in (source, *leaves.values())}
+        for key, leaf in found.items():
+            if key not in own:
+                raise lost_gradient(step.name, leaf, source, list(leaves.values()))
+        return list(found.values())
+
+    def _differentiate(self, index: int, step: Step, graph: _Graph | None) -> None:
         """Add the gradients of one step to the gradients of the streams, the arguments and the parameters."""
         if graph is None:
             return
-        ends, gradients, source, x, leaves = graph
+        ends, gradients, source, x, leaves, others = graph
         inputs = {position: leaf for position, leaf in leaves.items() if self._returned[position]}
-        if source.requires_grad:
+        if self._is_wanted(index, step.source) and self._program.known_findings.reaches[index].source:
             inputs[step.source] = source
         if x is not None:
             self._gradients[step.target] = None  # The coupling turns it into the gradient of `x`.
             if x.requires_grad:
                 inputs[step.target] = x
-        new_gradients = torch.autograd.grad(ends, list(inputs.values()), gradients, allow_unused=True)
+        if not (inputs or others):
+            return
+        new_gradients = torch.autograd.grad(ends, [*inputs.values(), *others], gradients, allow_unused=True)
+        for leaf, gradient in zip(others, new_gradients[len(inputs) :], strict=True):
+            if gradient is not None:
+                raise lost_gradient(step.name, leaf, source, list(leaves.values()))
         positions = list(inputs)
-        del graph, ends, gradients, source, x, leaves, inputs  # Frees the graph's memory for the sums.
-        for position, gradient in zip(positions, new_gradients, strict=True):
+        del graph, ends, gradients, source, x, leaves, others, inputs  # Frees the graph's memory for the sums.
+        for position, gradient in zip(positions, new_gradients, strict=False):
             self._gradients[position] = _sum(self._gradients[position], gradient)
 
     def _collect(self) -> list[Tensor]:

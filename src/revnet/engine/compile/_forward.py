@@ -1,6 +1,7 @@
 """The forward pass of a program, which keeps no activations."""
 
 import weakref
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from revnet._torch_internals import autograd_in_operators
 from revnet.engine._random import get_random_state, same_random_state
 from revnet.engine._range import check_magnitude
 from revnet.engine._tensors import version_of
+from revnet.engine.compile._flow import first_step, has_compiled_part, leaves_of_result, lost_gradient, reached
 from revnet.engine.compile._kept import devices_of, keep, pack
 from revnet.engine.compile._program import NUM_STREAMS, Program, Step
-from revnet.engine.compile._side_effects import check_no_graph_left
+from revnet.engine.compile._side_effects import check_no_graph_left, drawing_coupling
 from revnet.errors import ReconstructionError
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
@@ -41,6 +43,7 @@ class ForwardPass:
         self._streams = inputs[:NUM_STREAMS]
         self._log_det = program.no_log_det(inputs[0])
         self._kept: list[Tensor] = []
+        self._first = first_step(program, reached(program, wanted, [True, True, program.has_log_det]))
 
     def run(self) -> Results:
         """Run all steps."""
@@ -70,21 +73,37 @@ class ForwardPass:
         # The graph copies each result into the module's own tensor, so a replaced buffer remains the same object.
         for position, value in rebound.items():
             self._buffers[position].copy_(value.detach())
+        self._check_reach(index, step, residual, source, leaves)
         residual = residual.detach()
         # Compared with the findings of the probe, since the graph has no room for other states and buffers.
         has_written = versions != [version_of(tensor) for tensor in guarded]
-        has_drawn = not all(
-            same_random_state(state, get_random_state(device))
-            for state, device in zip(random_states, self._devices, strict=True)
-        )
-        _check_foreseen(step, has_drawn and not draws, has_written)
+        _check_foreseen(step, not draws and self._has_drawn(random_states), has_written)
         watched = [weakref.ref(leaf) for leaf in (source, *leaves.values()) if leaf.requires_grad]
         del source, leaves, guarded, rebound  # From here on, only tensors that the function keeps refer to the leaves.
         check_no_graph_left(step.name, watched, program.cyclic)
         return residual
 
+    def _check_reach(
+        self, index: int, step: Step, residual: Tensor, source: Tensor, leaves: Mapping[int, Tensor]
+    ) -> None:
+        """Raise if a residual depends on a tensor whose gradient the backward pass would lose without seeing it."""
+        reach = self._program.known_findings.reaches[index]
+        known = {position for position in leaves if self._wanted[position]}
+        # The backward pass finds all other tensors. Almost always this is the case, and the walk is saved.
+        if index >= self._first and reach.source and known.issubset(reach.inputs):
+            return
+        known_leaves = {id(leaves[position]) for position in reach.inputs}
+        if reach.source:
+            known_leaves.add(id(source))
+        found = leaves_of_result(residual)
+        unknown = next((leaf for key, leaf in found.items() if key not in known_leaves), None)
+        if unknown is not None and not has_compiled_part(residual):
+            raise lost_gradient(step.name, unknown, source, list(leaves.values()))
+
     def _join(self, step: Step, residual: Tensor) -> None:
         """Update the target stream with a residual."""
+        # The coupling of a custom class may draw in some calls only, so that the probe did not see it.
+        random_states = [] if step.coupling.is_linear else [get_random_state(device) for device in self._devices]
         # The backward operator differentiates the coupling; nothing is recorded here.
         with torch.no_grad():
             log_det = self._program.log_det(step, self._streams[step.target], residual)
@@ -93,6 +112,14 @@ class ForwardPass:
             y = step.coupling.forward(self._streams[step.target], residual, step.name)
             self._streams[step.target] = y
             check_magnitude(self._program.half_block(step), y)
+        if random_states and self._has_drawn(random_states):
+            raise drawing_coupling(step.name)
+
+    def _has_drawn(self, random_states: Sequence[Tensor]) -> bool:
+        return not all(
+            same_random_state(state, get_random_state(device))
+            for state, device in zip(random_states, self._devices, strict=True)
+        )
 
 
 def _check_foreseen(step: Step, has_drawn: bool, has_written: bool) -> None:
@@ -100,8 +127,8 @@ def _check_foreseen(step: Step, has_drawn: bool, has_written: bool) -> None:
     if has_drawn or has_written:
         what = "drew random numbers" if has_drawn else "wrote to a buffer, a parameter or an argument"
         raise ReconstructionError(
-            f"`{step.name}` {what}, but did not when it was traced; a function that does so only sometimes cannot be "
-            "part of a compiled reversible sequence: store its block's activations with the policy `Store()`."
+            f"`{step.name}` {what}, but did not when it was traced; call `torch.compiler.reset()` after a change of "
+            "the function, or, if it does so only sometimes, store its block's activations with the policy `Store()`."
         )
 
 

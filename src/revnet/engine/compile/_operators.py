@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revnet._torch_internals import autograd_in_operators
 from revnet.engine._tracing import CannotCompileError
 from revnet.engine.compile._backward import BackwardPass, gradient_metas
+from revnet.engine.compile._flow import reached
 from revnet.engine.compile._forward import ForwardPass, Results
 from revnet.engine.compile._kept import devices_of, num_bytes
 from revnet.engine.compile._probe import probe
@@ -68,7 +70,9 @@ def _forward_fake(
 
 @torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward(program: int, *operands: Any) -> list[Tensor]:
-    return BackwardPass(PROGRAMS[program], *operands).run()
+    # Functions may record graphs anywhere in the pass, such as in checkpoints of their own.
+    with autograd_in_operators(), torch.no_grad():
+        return BackwardPass(PROGRAMS[program], *operands).run()
 
 
 @torch.library.register_fake("revnet::backward", lib=_LIBRARY)
@@ -80,7 +84,7 @@ def _backward_fake(
     gradients: list[Tensor | None],
     wanted: list[bool],
 ) -> list[Tensor]:
-    returned = PROGRAMS[program].reached(wanted, [gradient is not None for gradient in gradients])
+    returned = reached(PROGRAMS[program], wanted, [gradient is not None for gradient in gradients])
     return [torch.empty_like(meta) for meta in gradient_metas(inputs, gradients, returned)]
 
 
@@ -104,7 +108,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> No
 def _gradients(ctx: Any, grad_y1: Any, grad_y2: Any, grad_log_det: Any, *_: Any) -> Any:
     *saved, state = ctx.saved_tensors
     incoming = [grad_y1, grad_y2, grad_log_det]
-    returned = PROGRAMS[ctx.program].reached(ctx.wanted, [gradient is not None for gradient in incoming])
+    returned = reached(PROGRAMS[ctx.program], ctx.wanted, [gradient is not None for gradient in incoming])
     remaining = iter(
         torch.ops.revnet.backward(
             ctx.program, saved[: ctx.num_inputs], saved[ctx.num_inputs :], state, incoming, ctx.wanted
@@ -115,3 +119,21 @@ def _gradients(ctx: Any, grad_y1: Any, grad_y2: Any, grad_log_det: Any, *_: Any)
 
 
 torch.library.register_autograd("revnet::forward", _gradients, setup_context=_save_for_backward, lib=_LIBRARY)
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _refuse_second_derivatives(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "a compiled reversible sequence was differentiated twice (`create_graph=True`), which no graph of "
+        "torch.compile supports; compute second derivatives without compiling the model."
+    )
+
+
+# Backends without a backward graph of their own, such as "eager", run the operator under autograd. Without a formula,
+# its results would have no graph, and second derivatives would silently lack a part.
+torch.library.register_autograd(
+    "revnet::backward", _refuse_second_derivatives, setup_context=_save_nothing, lib=_LIBRARY
+)

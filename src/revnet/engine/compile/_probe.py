@@ -23,8 +23,9 @@ from revnet._torch_release import without_compiled_functions
 from revnet._types import TensorPair
 from revnet.engine._tensors import storage_key
 from revnet.engine._tracing import CannotCompileError, refuse_other_results
+from revnet.engine.compile._flow import leaves_of_result
 from revnet.engine.compile._program import NUM_STREAMS, Called, Findings, Program, Reach, Step
-from revnet.engine.compile._side_effects import Attributes, check_attributes, check_no_graph_left
+from revnet.engine.compile._side_effects import Attributes, check_attributes, check_no_graph_left, drawing_coupling
 
 
 def probe(program: Program, inputs: Sequence[Tensor], buffers: Sequence[Tensor], wanted: Sequence[bool]) -> TensorPair:
@@ -89,7 +90,7 @@ def _probe_step(
             called = program.call(step, source.requires_grad_(), leaves, copies)
         refuse_other_results(step.name, called.residual)
         _check_only_the_first_call_writes(program, step, source, leaves, copies, before)
-        streams[step.target] = step.coupling.forward(streams[step.target], called.residual.detach(), step.name)
+        streams[step.target] = _join(program, step, streams[step.target].detach(), called.residual.detach())
     except depends_on_values():
         # Such a function could do anything, so the probe assumes everything.
         streams[step.target] = torch.empty_like(streams[step.target])
@@ -104,6 +105,23 @@ def _probe_step(
     del called, source, leaves
     check_no_graph_left(step.name, watched, program.cyclic)
     return finding
+
+
+def _join(program: Program, step: Step, x: Tensor, residual: Tensor) -> Tensor:
+    """Return the stream combined with a residual, and raise for a coupling that the operators cannot run."""
+    watch = _Watch()
+    with autograd_in_operators(), torch.enable_grad(), fakes_for_a_trial(x), watch:
+        y = step.coupling.forward(x, residual, step.name)
+        log_det = program.log_det(step, x, residual)
+    if watch.draws:
+        raise drawing_coupling(step.name)
+    if y.requires_grad or (log_det is not None and log_det.requires_grad):
+        raise CannotCompileError(
+            f"the coupling of `{step.name}` uses a tensor that requires a gradient, which a compiled reversible "
+            "sequence would lose; use it in a residual function, or store the block's activations with the policy "
+            "`Store()`."
+        )
+    return y
 
 
 def _check_only_the_first_call_writes(
@@ -149,28 +167,9 @@ def _check_only_buffers_are_written(step: Step, leaves: dict[int, Tensor], watch
 
 def _reach(residual: Tensor, source: Tensor, leaves: dict[int, Tensor]) -> Reach:
     """Return the leaves on which a residual depends."""
-    reached_leaves = leaves_of(residual.grad_fn)
+    reached_leaves = leaves_of_result(residual)
     reached = tuple(position for position, leaf in leaves.items() if id(leaf) in reached_leaves)
     return Reach(reached, id(source) in reached_leaves)
-
-
-def leaves_of(node: Any) -> dict[int, Tensor]:
-    """Return the leaves that receive gradients from a graph, by their ids; `node` is the end of the graph."""
-    leaves: dict[int, Tensor] = {}
-    # No recursion, because a graph may be deeper than Python's stack.
-    remaining, seen = [node], {node}
-    while remaining:
-        node = remaining.pop()
-        if node is None:
-            continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves[id(leaf)] = leaf
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                remaining.append(following)
-    return leaves
 
 
 class _Watch(TorchDispatchMode):

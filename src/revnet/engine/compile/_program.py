@@ -26,7 +26,7 @@ from revnet.engine.compile._side_effects import check_arguments, drop_graphs_of_
 from revnet.errors import ReconstructionError
 
 TENSOR = "<tensor>"
-"""Placeholder for a tensor in the structure of the arguments, whose other leaves are constants."""
+"""Placeholder for a tensor among the leaves of the arguments. The other leaves are constants, as `slice(constant)`."""
 
 NUM_STREAMS = 2
 
@@ -79,6 +79,14 @@ class Called(NamedTuple):
     """Tensors that the function assigned to its buffers (`self.average = ...`), by position."""
 
 
+class _Places(NamedTuple):
+    """Modules of a function, and the places of its tensors, module by module."""
+
+    modules: list[nn.Module]
+    parameters: list[Place]
+    buffers: list[Place]
+
+
 class Program:
     """Everything that a compiled chain of half-blocks runs, apart from the tensors that the graph passes.
 
@@ -90,7 +98,8 @@ class Program:
         steps: The half-blocks in order.
         training: The training flags of each function's modules.
         autocast: For each device type, the dtype and whether autocast is on.
-        arguments: `args`, `kwargs` and `own_kwargs` of a bound chain, with `TENSOR` for each tensor.
+        arguments: `args`, `kwargs` and `own_kwargs` of a bound chain, with the index of each leaf instead of the leaf.
+        leaves: For each leaf of the arguments, `TENSOR` or `slice(constant)`.
         input_dtype: The dtype in which functions read a stream, if it differs from the dtype of the stream.
         wants_log_det: Whether the caller wants log-determinants.
     """
@@ -102,6 +111,7 @@ class Program:
         training: Sequence[Sequence[bool]],
         autocast: Sequence[tuple[str, torch.dtype, bool]],
         arguments: Any,
+        leaves: Sequence[Any],
         input_dtype: torch.dtype | None,
         wants_log_det: bool,
     ):
@@ -117,19 +127,19 @@ class Program:
         self._functions = [weakref.ref(function) for function in functions]
         self._training = training
         self._autocast = autocast
-        self._argument_leaves, self._argument_spec = tree_flatten(arguments)
+        self._argument_spec = tree_flatten(arguments)[1]
+        self._argument_leaves = leaves
         self._input_dtype = input_dtype
-        self._parameter_places = [places(function, "_parameters") for function in functions]
-        self._buffer_places = [places(function, "_buffers") for function in functions]
-        first_parameter = NUM_STREAMS + self._argument_leaves.count(TENSOR)
+        first_parameter = NUM_STREAMS + leaves.count(TENSOR)
         self.argument_positions = range(NUM_STREAMS, first_parameter)
-        self.parameter_positions = _consecutive(first_parameter, self._parameter_places)
+        self.parameter_positions = _consecutive(first_parameter, [places(f, "_parameters") for f in functions])
         """Positions of each function's parameters among the inputs."""
-        self.buffer_positions = _consecutive(0, self._buffer_places)
+        buffer_places = [places(function, "_buffers") for function in functions]
+        self.buffer_positions = _consecutive(0, buffer_places)
         """Positions of each function's buffers in the list of all buffers."""
         # In training, batch norm writes to its statistics and never reads them, so a replay needs no earlier values.
         norms = {id(m._buffers) for f in functions for m in f.modules() if is_torch_norm(m) and m.training}
-        self._is_scratch = [id(holder) in norms for held in self._buffer_places for holder, _ in held]
+        self._is_scratch = [id(holder) in norms for held in buffer_places for holder, _ in held]
 
     @property
     def known_findings(self) -> Findings:
@@ -149,23 +159,41 @@ class Program:
         traits = (steps, self.known_findings, self._is_scratch, self.has_log_det, self._input_dtype, self._autocast)
         return hashlib.sha256(repr(traits).encode()).hexdigest()
 
-    def half_block(self, step: Step) -> HalfBlock:
-        """Return the half-block that corresponds to a step."""
-        function = self._functions[step.function]()
+    def _function(self, index: int) -> nn.Module:
+        function = self._functions[index]()
         if function is None:
             raise ReconstructionError(
                 "a residual function of a compiled reversible sequence no longer exists; keep the model until the "
                 "backward pass is done."
             )
-        return HalfBlock(
-            function,
-            step.target,
-            step.source,
-            step.name,
-            step.coupling,
-            step.role,
-            takes_arguments=step.takes_arguments,
-        )
+        return function
+
+    def _places(self, index: int) -> "_Places":
+        """Return the modules of a function, and the places of its tensors.
+
+        They are looked up in every call, because no guard of the compiler detects that another layer of the same class
+        has replaced one.
+
+        Raises:
+            ReconstructionError: Modules or tensors were added or removed after the function was traced.
+        """
+        function = self._function(index)
+        found = _Places(list(function.modules()), places(function, "_parameters"), places(function, "_buffers"))
+        if (
+            len(found.modules) != len(self._training[index])
+            or len(found.parameters) != len(self.parameter_positions[index])
+            or len(found.buffers) != len(self.buffer_positions[index])
+        ):
+            name = next(step.name for step in self.steps if step.function == index)
+            raise ReconstructionError(
+                f"`{name}` has gained or lost a module, a parameter or a buffer since it was traced; change a model "
+                "between two steps, and call `torch.compiler.reset()` afterwards."
+            )
+        return found
+
+    def half_block(self, step: Step) -> HalfBlock:
+        """Return the half-block that corresponds to a step."""
+        return HalfBlock(self._function(step.function), *step[1:])
 
     def leaves(self, step: Step, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> dict[int, Tensor]:
         """Return the inputs of a function other than its stream, each as a new leaf, by position."""
@@ -190,18 +218,16 @@ class Program:
         """
         half_block = self.half_block(step)
         tensors = iter([leaves[position] for position in self.argument_positions] if step.takes_arguments else [])
-        flat = [next(tensors, None) if leaf == TENSOR else leaf for leaf in self._argument_leaves]
+        flat = [next(tensors, None) if leaf == TENSOR else leaf.stop for leaf in self._argument_leaves]
         args, kwargs, own_kwargs = arguments = tree_unflatten(flat, self._argument_spec)
         chain = BoundChain(Chain([half_block]), args, kwargs, own_kwargs)
         chain.input_dtype = self._input_dtype
-        with self._entered(half_block, step.function, leaves, buffers):
+        with self._entered(step.function, leaves, buffers) as held:
             residual = chain.call(half_block, source)
             # Before the context puts the module's own buffers back.
             rebound = {
                 position: holder[name]
-                for position, (holder, name) in zip(
-                    self.buffer_positions[step.function], self._buffer_places[step.function], strict=True
-                )
+                for position, (holder, name) in zip(self.buffer_positions[step.function], held.buffers, strict=True)
                 if holder[name] is not buffers[position]
             }
         check_arguments(step.name, arguments, flat, self._argument_spec)
@@ -210,9 +236,8 @@ class Program:
         return Called(residual, rebound)
 
     @contextmanager
-    def _entered(
-        self, half_block: HalfBlock, index: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]
-    ) -> Iterator[None]:
+    def _entered(self, index: int, leaves: Mapping[int, Tensor], buffers: Sequence[Tensor]) -> "Iterator[_Places]":
+        held = self._places(index)
         with ExitStack() as stack:
             for device_type, dtype, enabled in self._autocast:
                 if enabled or torch.is_autocast_enabled(device_type):
@@ -220,17 +245,15 @@ class Program:
                     stack.enter_context(torch.autocast(device_type, dtype, enabled, cache_enabled=False))
             # One by one: `train()` would set the flags of the children too, and models override it to keep a norm
             # frozen.
-            for module, training in zip(half_block.function.modules(), self._training[index], strict=True):
+            for module, training in zip(held.modules, self._training[index], strict=True):
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
-            for position, (holder, name) in zip(
-                self.parameter_positions[index], self._parameter_places[index], strict=True
-            ):
+            for position, (holder, name) in zip(self.parameter_positions[index], held.parameters, strict=True):
                 stack.callback(TensorPlace(holder, name, leaves[position]).swap(leaves[position]))
-            for position, (holder, name) in zip(self.buffer_positions[index], self._buffer_places[index], strict=True):
+            for position, (holder, name) in zip(self.buffer_positions[index], held.buffers, strict=True):
                 stack.callback(TensorPlace(holder, name, buffers[position]).swap(buffers[position]))
-            yield
+            yield held
 
     def no_log_det(self, x1: Tensor) -> Tensor:
         """Return the initial log-determinant: zeros of shape (B,), or an empty tensor if it is not computed."""
@@ -255,30 +278,11 @@ class Program:
         """Return all buffers, with copies of the ones that steps write to."""
         # Only the shape and dtype of the copies matter: values are restored before each step, and scratch is not read.
         remaining = iter(constants)
-        all_places = itertools.chain.from_iterable(self._buffer_places)
+        all_places = itertools.chain.from_iterable(self._places(index).buffers for index in range(len(self._functions)))
         return [
             next(remaining) if constant else holder[name].detach().clone()
             for constant, (holder, name) in zip(self.known_findings.is_constant, all_places, strict=True)
         ]
-
-    def reached(self, wanted: Sequence[bool], has_gradient: Sequence[bool]) -> list[bool]:
-        """Return, for each input, whether a backward pass computes a gradient for it.
-
-        Args:
-            wanted: For each input, whether it requires a gradient.
-            has_gradient: For both streams and the log-determinant, whether they have a gradient.
-        """
-        is_live = list(has_gradient[:NUM_STREAMS])
-        inputs: set[int] = set()
-        for step, reach in zip(reversed(self.steps), reversed(self.known_findings.reaches), strict=True):
-            # A log-determinant depends on the stream that its coupling updates.
-            if has_gradient[NUM_STREAMS] and not step.coupling.is_additive:
-                is_live[step.target] = True
-            if is_live[step.target]:
-                inputs.update(reach.inputs)
-                is_live[step.source] |= reach.source
-        inputs |= {number for number in range(NUM_STREAMS) if is_live[number]}
-        return [is_wanted and position in inputs for position, is_wanted in enumerate(wanted)]
 
 
 def places(function: nn.Module, attribute: Literal["_parameters", "_buffers"]) -> list[Place]:

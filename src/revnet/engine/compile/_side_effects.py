@@ -32,6 +32,14 @@ def _refusal(name: str, what: str) -> CannotCompileError:
     )
 
 
+def drawing_coupling(name: str) -> CannotCompileError:
+    """Return the error for a coupling that draws random numbers when it combines a residual with the stream."""
+    return CannotCompileError(
+        f"the coupling of `{name}` draws random numbers, which its inverse cannot repeat; draw them in a residual "
+        "function, or store the block's activations with the policy `Store()`."
+    )
+
+
 def check_arguments(name: str, arguments: Any, flat: Sequence[Any], spec: Any) -> None:
     """Raise if a function changed a list or dict among its arguments, which were flattened to `flat` and `spec`.
 
@@ -52,14 +60,14 @@ class Attributes:
     """
 
     def __init__(self, function: nn.Module):
-        self._modules = [(module, _own_attributes(module)) for module in function.modules()]
+        self._modules = [(module, own_attributes(module)) for module in function.modules()]
         values = [value for _, attributes in self._modules for value in attributes.values()]
         self._containers = [(container, container.copy()) for value in values for container in _containers(value)]
 
     def changed(self) -> str | None:
         """Return a description of the first thing that has changed, or None."""
         for module, before in self._modules:
-            now = _own_attributes(module)
+            now = own_attributes(module)
             # Tensors that hooks set again before each call are the same in both runs.
             for key in (now.keys() | before.keys()) - _set_by_hooks(module):
                 if key not in now or key not in before or not _is_same(now[key], before[key]):
@@ -73,7 +81,7 @@ class Attributes:
         """Undo all changes."""
         for module, before in self._modules:
             # In place, because modules and containers may be known by identity elsewhere.
-            for key in _own_attributes(module).keys() - before.keys():
+            for key in own_attributes(module).keys() - before.keys():
                 del vars(module)[key]
             vars(module).update(before)
         for container, saved in self._containers:
@@ -144,7 +152,8 @@ def _containers(value: Any) -> Iterator[Any]:
             yield current
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes that a module has in addition to those of every module."""
     return {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
 
 

@@ -50,7 +50,7 @@ def predict_pipeline(program: ProcessProgram, num_microbatches: int) -> Pipeline
     """
     faker = TensorFaker(torch.device("cpu"), None)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    with predicting(program), fakes, fake_tensors_in(program.model, faker):
+    with predicting(program), fakes, fake_tensors_in(program.model, faker, values=program.others):
         (batch,) = map(faker.fake, program.args)
         prediction = _PipelinePrediction(program, batch, num_microbatches)
         return prediction.figures()

@@ -26,7 +26,7 @@ from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
 from revnet.memory.step._optimizer import AnyValue, OptimizerFactory, make_optimizer
 from revnet.memory.step._predict import describe_inputs, first_line, input_hint, quiet, values_needed
-from revnet.memory.step._run_step import Loss, check_losses, losses_of, tensors_in
+from revnet.memory.step._run_step import Loss, check_losses, losses_of, objects_in, tensors_in
 
 SHORT = 3
 """Number of blocks to which a run of equal blocks is shortened, since the first and the last differ from the others."""
@@ -46,12 +46,18 @@ class ProcessProgram:
     num_processes: int
     rank: int
 
+    @property
+    def others(self) -> list[Any]:
+        """What the step uses and may change, apart from the model."""
+        return [self.loss, *objects_in(self.args, self.kwargs)]
+
 
 def predict_replicated(program: ProcessProgram) -> ProcessStep:
     """Return the step of a process under `DistributedDataParallel`."""
     faker = TensorFaker(torch.device("cpu"), None)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    with predicting(program), _processes(program), fakes, fake_tensors_in(program.model, faker), counting() as log:
+    tensors = fake_tensors_in(program.model, faker, values=program.others)
+    with predicting(program), _processes(program), fakes, tensors, counting() as log:
         # The first step finds the order of the gradients, and the second forms the buckets.
         return _run(program, log, Replica(program.model), faker, num_warm_up=2)
 
@@ -73,9 +79,12 @@ def predict_sharded(program: ProcessProgram, shard: Callable[..., object], runs:
             model = copy_to_meta(program.model, runs, lengths)
             # Outside the fake mode, because `fully_shard` makes a tensor for each parameter and process.
             shard(model, mesh=init_device_mesh("cpu", (program.num_processes,)))
+            faker = TensorFaker(torch.device("cpu"), None)
             with FakeTensorMode(allow_non_fake_inputs=True), counting() as log:
                 model.to_empty(device="cpu")
-                return _run(program, log, model, TensorFaker(torch.device("cpu"), None), num_warm_up=1)
+                # The list holds the model, whose tensors that are not registered are still on the meta device.
+                with fake_tensors_in(None, faker, values=(*program.others, [model])):
+                    return _run(program, log, model, faker, num_warm_up=1)
 
     return extrapolated(predict, list(map(len, runs)), [SHORT] * len(runs)) if runs else predict(())
 

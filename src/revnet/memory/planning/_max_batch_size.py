@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from revnet._bytes import parse_bytes
+from revnet._bytes import format_bytes, parse_bytes
+from revnet.errors import PredictionError
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.repeats._short_step import find_short_steps
 from revnet.memory.step._optimizer import OptimizerFactory
@@ -49,11 +50,12 @@ def max_batch_size(
         step_in_backward: See `predict`.
 
     Returns:
-        The number of samples; 0 if not even one fits. A budget above 8 PiB counts as 8 PiB.
+        The number of samples; 0 if not even one fits, or not even two with a model that needs two, such as batch norm
+            in training. A budget above 8 PiB counts as 8 PiB.
 
     Raises:
         PredictionError: The model fails on fake tensors.
-        ValueError: `budget` is not a number of bytes, or the inputs have no tensor.
+        ValueError: `budget` is not a number of bytes, or the inputs have no tensor or do not make a step larger.
     """
     budget_bytes = min(parse_bytes(budget), _MOST_BYTES)
     step = TrainingStep(model, inputs, dict(kwargs or {}), optimizer, loss, autocast, dtype, device, step_in_backward)
@@ -69,21 +71,35 @@ def largest_batch(step: TrainingStep, budget_bytes: int, most: int | None = None
     if not step.tensors:
         raise ValueError("`inputs` hold no tensor, so the batch size cannot change; pass the model's inputs.")
     peaks: dict[int, int] = {}
-
-    def fits(count: int) -> bool:
-        with step.with_batch_size(count).predicted(find_short_steps(step.model)) as prediction:
-            peaks[count] = prediction.memory().peak_bytes
-        return peaks[count] <= budget_bytes
-
     low, high = 0, None if most is None else most + 1
+    fitting = 0
     guess = min(step.num_samples, most or 2**62)
     while high is None or high - low > 1:
-        if fits(guess):
-            low = guess
+        try:
+            with step.with_batch_size(guess).predicted(find_short_steps(step.model)) as prediction:
+                peaks[guess] = prediction.memory().peak_bytes
+        except (PredictionError, TypeError, ValueError):
+            if guess > 1 or not peaks:
+                raise
+            low = guess  # One sample is too small for the model, as for batch norm, while a larger batch works.
         else:
-            high = guess
+            if peaks[guess] <= budget_bytes:
+                low = fitting = guess
+                _check_growth(step, guess, budget_bytes)
+            else:
+                high = guess
         guess = _next_guess(peaks, budget_bytes, low, high)
-    return low
+    return fitting
+
+
+def _check_growth(step: TrainingStep, count: int, budget_bytes: int) -> None:
+    """Raise if more samples fit than the budget has bytes, so that the search would not end."""
+    if count > budget_bytes:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in step.tensors)
+        raise ValueError(
+            f"`inputs` (of shape {shapes}) do not make a step larger: even {count:,} samples fit `budget` "
+            f"(={format_bytes(budget_bytes)}); pass tensors with elements, whose first dimension is the batch."
+        )
 
 
 def _next_guess(peaks: Mapping[int, int], budget_bytes: int, low: int, high: int | None) -> int:

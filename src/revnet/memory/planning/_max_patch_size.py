@@ -14,6 +14,7 @@ from revnet._bytes import parse_bytes
 from revnet._checks import check_count, describe, is_integer
 from revnet.errors import PredictionError
 from revnet.memory.planning._max_batch_size import _MOST_BYTES
+from revnet.memory.planning._resized import resized
 from revnet.memory.planning._training_step import TrainingStep
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._run_step import Loss
@@ -150,7 +151,7 @@ def _with_side(step: TrainingStep, first: Tensor, dims: Sequence[int], side: int
         shape = list(tensor.shape)
         for dim in dims:
             shape[dim] = side
-        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+        return resized(tensor, shape)
 
     args, kwargs = tree_map_only(Tensor, resize, (step.args, step.kwargs))
     return replace(step, args=args, kwargs=kwargs, device=step.device or step.model_device)

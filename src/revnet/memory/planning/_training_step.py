@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from revnet.memory.planning._resized import resized
 from revnet.memory.repeats._short_step import ShortSteps
 from revnet.memory.step._optimizer import OptimizerFactory
 from revnet.memory.step._predict import Prediction, predicting
@@ -69,7 +70,7 @@ class TrainingStep:
         """Return the same step on `count` samples, as meta tensors."""
 
         def resize(tensor: Tensor) -> Tensor:
-            return torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+            return resized(tensor, (count, *tensor.shape[1:]))
 
         return replace(self._with_batch(resize), device=self.device or self.model_device)
 

@@ -91,9 +91,11 @@ def _structure_of(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _rate_of(module: nn.Module) -> bool:
-    """Return whether the module is a dropout that drops something."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) and bool(module.p)
+def _rate_of(module: nn.Module) -> str:
+    """Return whether the module is a dropout that drops nothing, something or everything, which needs no mask."""
+    if not isinstance(module, nn.modules.dropout._DropoutNd) or module.p == 0:
+        return "nothing"
+    return "everything" if module.p == 1 else "something"
 
 
 def _simplified(value: Any, depth: int = 0) -> Any:

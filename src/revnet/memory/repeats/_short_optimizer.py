@@ -28,24 +28,30 @@ from revnet.memory.step._step_log import Integers, live_bytes
 
 
 def short_optimizer_cost(
-    factory: OptimizerFactory, parameters: Sequence[Tensor], has_gradient: Sequence[bool], device_type: str
+    factory: OptimizerFactory,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[torch.layout | None],
+    device_type: str,
 ) -> OptimizerCost:
     """Return what `optimizer_cost` returns, from steps in which only some parameters have gradients.
 
     Raises:
-        NotRepeatedError: The optimizer does not treat one parameter after the other, or equal ones differ.
+        NotRepeatedError: The optimizer does not treat one parameter after the other, equal ones differ, or a gradient
+            is sparse.
     """
+    if not {*gradients} <= {None, torch.strided}:
+        raise NotRepeatedError
     device_type = "cpu" if device_type == "meta" else device_type
     with fake_optimizer(device_type):
         kinds = [_kind_of(parameter) for parameter in parameters]
         fakes = _meta_parameters(parameters, kinds)
-        order, labels = _chain(make_optimizer(factory, fakes), fakes, kinds, has_gradient)
+        order, labels = _chain(make_optimizer(factory, fakes), fakes, kinds, gradients)
         library = Library()
         windows = library.windows(labels)
         ends = [index for index in range(len(labels)) if labels[index : index + 2][-1].row != labels[index].row]
         for num_examples in (2, 3):
             shown = positions_to_show(windows, (), [0, len(labels) - 1, *ends], num_examples=num_examples)
-            chosen = {index: fake_parameter(parameters[order[index]], True) for index in shown[1:]}
+            chosen = {index: fake_parameter(parameters[order[index]], torch.strided) for index in shown[1:]}
             replaced = {order[index]: fake for index, fake in chosen.items()}
             optimizer = make_optimizer(factory, [replaced.get(index, fake) for index, fake in enumerate(fakes)])
             step = _Step(factory, optimizer, list(chosen.values()), device_type)
@@ -74,7 +80,7 @@ def _kind_of(parameter: Tensor) -> Hashable:
 
 
 def _chain(
-    optimizer: Optimizer, fakes: Sequence[Tensor], kinds: Sequence[Hashable], has_gradient: Sequence[bool]
+    optimizer: Optimizer, fakes: Sequence[Tensor], kinds: Sequence[Hashable], gradients: Sequence[torch.layout | None]
 ) -> tuple[list[int], list[Label]]:
     """Return the index and the label of each parameter that the optimizer updates, in order, after a first position."""
     index_of = {id(fake): index for index, fake in enumerate(fakes)}
@@ -82,7 +88,7 @@ def _chain(
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             index = index_of[id(parameter)]
-            if has_gradient[index]:
+            if gradients[index] is not None:
                 order.append(index)
                 labels.append(Label(number, kinds[index], 0))
     return order, labels

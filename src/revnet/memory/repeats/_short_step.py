@@ -1,9 +1,10 @@
 """Predict the step of a deep model from steps of models with fewer blocks."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import nn
 
 from revnet.memory.repeats._block_chain import BlockChain, Row, find_rows
@@ -33,6 +34,8 @@ from revnet.memory.step._optimizer import OptimizerCost
 from revnet.memory.step._run_step import Constants, StepResult, bytes_by_group
 from revnet.memory.step._step_log import StepLog
 
+_Layouts = Sequence[torch.layout | None]
+"""Layouts of the gradients of some parameters; None for one without a gradient."""
 _MOST_ROUNDS = 3
 """Largest number of short chains that are run because of contradictions."""
 
@@ -73,7 +76,7 @@ class ShortSteps:
         self._parameters = _parameter_places(model, self._chain.droppable)
         self._constants: dict[Hashable, Constants] = {}
         self._outer: Constants | None = None
-        self._gradients: tuple[bool, ...] = ()
+        self._gradients: _Layouts = ()
         self._start_sequence = 0
         self._device_type = "cpu"
         self.has_results = False
@@ -133,7 +136,7 @@ class ShortSteps:
                 self._show(labels, windows, prepare, run, num_examples=2, also=error.positions)
             else:
                 self.has_results = True
-                return StepResult(log, self._all_constants(), self._has_gradient(pieces), self._device_type)
+                return StepResult(log, self._all_constants(), self._all_gradients(pieces), self._device_type)
         raise NotRepeatedError
 
     def _show(
@@ -178,7 +181,7 @@ class ShortSteps:
         events[:, 5] = log.keep_kinds
         storages = storage_rows(log, places, owners)
         calls = call_rows(log, places, sequence, owners)
-        gradients = self._gradients_of(blocks, result.has_gradient)
+        gradients = self._gradients_of(blocks, result.gradients)
         born_at, born_in = positions[log.births], passes[log.births]
         called_at = positions[np.array([call.start_event for call in log.calls], np.int64)]
         for index, window in enumerate(windows):
@@ -194,9 +197,9 @@ class ShortSteps:
         self._add_constants(blocks, result)
         self._start_sequence = int(sequence.starts[0])
 
-    def _gradients_of(self, blocks: dict[int, nn.Module], has_gradient: Sequence[bool]) -> dict[int, tuple[bool, ...]]:
-        """Return for each block which of its parameters have gradients, and note this for all others."""
-        by_id = dict(zip(map(id, self._model.parameters()), has_gradient, strict=True))
+    def _gradients_of(self, blocks: dict[int, nn.Module], layouts: _Layouts) -> Mapping[int, _Layouts]:
+        """Return for each block the layouts of the gradients of its parameters, and note the ones of all others."""
+        by_id = dict(zip(map(id, self._model.parameters()), layouts, strict=True))
         own = {
             index: tuple(by_id.pop(id(parameter)) for parameter in block.parameters())
             for index, block in blocks.items()
@@ -234,7 +237,7 @@ class ShortSteps:
                 parameters, buffers = parameters + count * own.parameters, buffers + count * own.buffers
         return Constants(parameters, buffers, inputs)
 
-    def _has_gradient(self, pieces: Sequence[Piece]) -> list[bool]:
+    def _all_gradients(self, pieces: Sequence[Piece]) -> list[torch.layout | None]:
         # Blocks are numbered in the order of rows, and pieces in the order in which the blocks run.
         by_block = {id(block): pieces[index].facts[1] for index, block in self._chain.all_blocks().items()}
         droppable = self._chain.droppable

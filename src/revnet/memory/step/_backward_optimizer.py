@@ -15,6 +15,7 @@ from revnet.memory.step._optimizer import (
     AnyValue,
     OptimizerCost,
     OptimizerFactory,
+    check_not_sparse,
     explained,
     make_optimizer,
     storage_bytes,
@@ -78,14 +79,23 @@ class BackwardOptimizer:
         """Tensors of the state of all parameters."""
         return tensors_in(list(self._optimizer.state.values()))
 
-    def cost(self, has_gradient: Sequence[bool], device_type: str) -> OptimizerCost:
+    def cost(self, gradients: Sequence[torch.layout | None], device_type: str) -> OptimizerCost:
         """Return the memory of the optimizer; the temporaries of its step are part of the backward pass.
 
         Args:
-            has_gradient: Whether each parameter received a gradient. An optimizer creates state for these alone.
+            gradients: Layout of the gradient that each parameter received; None without one, which gets
+                no state either.
             device_type: Type of the device on which bytes count.
+
+        Raises:
+            ValueError: The optimizer has state for a sparse gradient.
         """
-        trained = [parameter for parameter, has in zip(self._stand_ins, has_gradient, strict=True) if has]
+        check_not_sparse(
+            self._factory, [self._optimizer.state.get(parameter) for parameter in self._stand_ins], gradients
+        )
+        trained = [
+            parameter for parameter, layout in zip(self._stand_ins, gradients, strict=True) if layout is not None
+        ]
         states = {
             parameter: [
                 tensor

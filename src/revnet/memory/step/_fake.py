@@ -1,7 +1,6 @@
 """Replace the tensors of a model by fake ones, which have shapes and no data."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from revnet.errors import PredictionError
+from revnet.memory.step._snapshot import Snapshot
 
 
 class TensorFaker:
@@ -36,20 +36,29 @@ class TensorFaker:
             elif tensor.requires_grad:
                 data = data.detach().requires_grad_()
             self._fakes[id(tensor)] = tensor, data  # keeping the tensor keeps its id from being reused
+            self._fakes[id(data)] = data, data
         return self._fakes[id(tensor)][1]
 
-    def replace_known(self, value: Any) -> Any:
-        """Return `value` with each tensor that has a fake replaced by it, in lists, tuples and dicts too."""
+    def replace(self, value: Any) -> Any:
+        """Return the fake of a tensor that has one or that is on the meta device, and of tensors in a tuple."""
         if isinstance(value, Tensor):
-            return self._fakes[id(value)][1] if id(value) in self._fakes else value
-        if type(value) in (list, tuple):
-            items = [self.replace_known(item) for item in value]
-            # The list may be shared, so return the same object unless it has changed.
-            return value if all(map(is_, items, value)) else type(value)(items)
-        if type(value) is dict:
-            items = [self.replace_known(item) for item in value.values()]
-            return value if all(map(is_, items, value.values())) else dict(zip(value, items, strict=True))
+            if id(value) in self._fakes:
+                return self._fakes[id(value)][1]
+            # A tensor that a module keeps as a plain attribute is where the parameters are.
+            is_meta = type(value) in (Tensor, nn.Parameter) and value.is_meta and value.layout is torch.strided
+            return self.fake(value) if is_meta else value
+        if isinstance(value, tuple):
+            items = [self.replace(item) for item in value]
+            if not all(map(is_, items, value)):
+                return value._make(items) if hasattr(value, "_make") else tuple(items)
         return value
+
+    def release(self) -> list[torch.UntypedStorage]:
+        """Forget all fakes, and return their memory."""
+        storages = [fake.untyped_storage() for _, fake in self._fakes.values()]
+        self._fakes.clear()
+        self._data.clear()
+        return storages
 
     def _fake_data(self, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
@@ -70,69 +79,42 @@ class TensorFaker:
 
 
 @contextmanager
-def fake_tensors_in(model: nn.Module, faker: TensorFaker, without: Iterable[nn.Module] = ()) -> Iterator[None]:
+def fake_tensors_in(
+    model: nn.Module | None, faker: TensorFaker, without: Iterable[nn.Module] = (), values: Iterable[Any] = ()
+) -> Iterator[None]:
     """Replace all parameters and buffers of `model` by fakes, except in the modules `without`; tied ones stay tied.
 
-    On leaving, even by an exception, all attributes of every module are restored, so that fakes that a module stored
-    in a cache, for instance, never meet real tensors.
+    On leaving, even by an exception, everything that the modules refer to is restored, so that fakes that a module
+    stored in a cache, for instance, never meet real tensors.
+
+    Args:
+        model: The model; None for the values alone.
+        faker: Makes the fakes.
+        without: Modules that keep their tensors.
+        values: Other values that the code of the model may change, such as the loss. What they refer to is restored,
+            too; modules among them get fakes.
     """
+    values = list(values)
     left_out = {module for block in without for module in block.modules()}
-    modules = {name: module for name, module in model.named_modules() if module not in left_out}
-    for name, module in modules.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise PredictionError(
-                f"`{name}` of {type(model).__name__} is TorchScript, which runs on real tensors only; use "
-                "`revnet.memory.measure`, which runs the model."
-            )
-    restores = [_save_attributes(module) for module in modules.values()]
+    faked = []
+    for root in (model, *values):
+        for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise PredictionError(
+                    f"`{name}` of {type(root).__name__} is TorchScript, which runs on real tensors only; use "
+                    "`revnet.memory.measure`, which runs the model."
+                )
+            if module not in left_out:
+                faked.append(module)
+    snapshot = Snapshot(faked, values, without=left_out)
     try:
-        for module in modules.values():
+        for module in faked:
             holders: list[dict[str, Any]] = [module._parameters, module._buffers]
             for holder in holders:
                 for name, tensor in holder.items():
                     if tensor is not None:
                         holder[name] = faker.fake(tensor)
-        for module in modules.values():
-            for name, value in module.__dict__.items():
-                if name not in _HOLDERS:
-                    # For instance the flat weights of recurrent layers.
-                    module.__dict__[name] = faker.replace_known(value)
+        snapshot.replace(faker.replace)  # For instance the flat weights of recurrent layers.
         yield
     finally:
-        for restore in restores:
-            restore()
-
-
-_HOLDERS = {"_parameters", "_buffers", "_modules"}
-
-
-def _save_attributes(module: nn.Module) -> Callable[[], None]:
-    """Save the attributes of a module, and what they contain; return a function to restore them."""
-    attributes = dict(module.__dict__)
-    saved: dict[int, tuple[Any, Any]] = {}
-    _save_contents(attributes, saved)
-    del saved[id(attributes)]
-
-    def restore() -> None:
-        for name in module.__dict__.keys() - attributes.keys():
-            del module.__dict__[name]
-        module.__dict__.update(attributes)
-        for container, content in saved.values():
-            container.clear()
-            if isinstance(container, list | deque):
-                container.extend(content)
-            else:
-                container.update(content)
-
-    return restore
-
-
-def _save_contents(value: Any, saved: dict[int, tuple[Any, Any]]) -> None:
-    """Add copies of a list, deque, dict or set, and of those inside it, to `saved`."""
-    if isinstance(value, list | deque | dict | set) and id(value) not in saved:
-        saved[id(value)] = value, value.copy()
-    elif not isinstance(value, tuple):
-        return
-    for content in list(value.values() if isinstance(value, dict) else value):
-        if isinstance(content, list | deque | dict | set | tuple):
-            _save_contents(content, saved)
+        snapshot.restore()

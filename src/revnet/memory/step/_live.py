@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class LiveBytes(TorchDispatchMode):
         # Kept alive, so that no new storage can get the address of an ignored one.
         self._ignored = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in ignore)}
         self._watched: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
         self.live_bytes = 0
         self.peak_bytes = 0
 
@@ -38,13 +40,15 @@ class LiveBytes(TorchDispatchMode):
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._ignored or key in self._watched:
+        if key in self._ignored:
             return
-
-        def freed(_: Any) -> None:
-            self.live_bytes -= size
-            del self._watched[key]
-
-        self._watched[key] = weakref.ref(storage, freed)
-        self.live_bytes += size
+        if key not in self._watched:
+            self._watched[key] = weakref.ref(storage, partial(self._freed, key))
+            self._sizes[key] = 0
+        self.live_bytes += size - self._sizes[key]  # An operation may have given it more memory.
+        self._sizes[key] = size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _freed(self, key: int, _: Any) -> None:
+        self.live_bytes -= self._sizes.pop(key)
+        del self._watched[key]

@@ -88,9 +88,9 @@ def measure(
         )
     cost = None
     if in_backward is not None:
-        cost = in_backward.cost(result.has_gradient, device.type)
+        cost = in_backward.cost(result.gradients, device.type)
     elif factory is not None:
-        cost = optimizer_cost(factory, parameters, result.has_gradient, device.type)
+        cost = optimizer_cost(factory, parameters, result.gradients, device.type)
     return summarize(model, result, cost, cuda() if device.type == "cuda" else None)
 
 

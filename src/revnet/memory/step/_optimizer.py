@@ -83,7 +83,10 @@ class _Copied:
 
 
 def optimizer_cost(
-    factory: OptimizerFactory, parameters: Sequence[Tensor], has_gradient: Sequence[bool], device_type: str
+    factory: OptimizerFactory,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[torch.layout | None],
+    device_type: str,
 ) -> OptimizerCost:
     """Count the bytes of an optimizer from shapes alone, without touching the parameters.
 
@@ -92,22 +95,24 @@ def optimizer_cost(
     Args:
         factory: Makes the optimizer.
         parameters: Parameters of the model, real or fake.
-        has_gradient: Whether each parameter has a gradient.
+        gradients: Layout of the gradient of each parameter; None for one without.
         device_type: Type of the device on which bytes count.
 
     Raises:
         TypeError: `factory` does not make an optimizer.
-        ValueError: The optimizer cannot be created, or it cannot take a step on gradients alone.
+        ValueError: The optimizer cannot be created, it cannot take a step on gradients alone, or it has state for a
+            sparse gradient, since its step depends on the values then.
     """
     device_type = "cpu" if device_type == "meta" else device_type
     with fake_optimizer(device_type):
-        fakes = [fake_parameter(*pair) for pair in zip(parameters, has_gradient, strict=True)]
+        fakes = [fake_parameter(*pair) for pair in zip(parameters, gradients, strict=True)]
         optimizer = make_optimizer(factory, fakes)
         with explained(factory, "cannot take a step on gradients alone"):
             optimizer.step()
+        check_not_sparse(factory, [optimizer.state.get(fake) for fake in fakes], gradients)
         state = [tensor for tensor in tensors_in(list(optimizer.state.values())) if tensor.device.type == device_type]
-        gradients = [fake.grad for fake in fakes if fake.grad is not None]
-        recorder = Recorder([*fakes, *gradients, *state], device_type)
+        dense = [fake.grad for fake in fakes if fake.grad is not None and fake.grad.layout is torch.strided]
+        recorder = Recorder([*fakes, *dense, *state], device_type)
         with recorder:
             recorder.end_forward()
             optimizer.step()
@@ -133,12 +138,27 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def fake_parameter(parameter: Tensor, has_gradient: bool) -> nn.Parameter:
-    """Return a fake of a parameter, with a gradient or without one."""
+def check_not_sparse(
+    factory: OptimizerFactory, states: Iterable[Any], gradients: Sequence[torch.layout | None]
+) -> None:
+    """Raise if a parameter with a sparse gradient has a state."""
+    if any(state and layout not in (None, torch.strided) for state, layout in zip(states, gradients, strict=True)):
+        raise ValueError(
+            f"`optimizer` (={_name_of(factory)}) keeps state for a parameter with a sparse gradient, so the memory of "
+            "its step depends on the values of the inputs; make the gradient dense (`sparse=False` in an embedding), "
+            "or leave the optimizer out (`optimizer=None`)."
+        )
+
+
+def fake_parameter(parameter: Tensor, gradient: torch.layout | None) -> nn.Parameter:
+    """Return a fake of a parameter, with a gradient of a layout or without one."""
     device = "cpu" if parameter.is_meta else parameter.device
     data = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=device)
     fake = nn.Parameter(data, parameter.requires_grad)
-    fake.grad = torch.empty_like(data) if has_gradient else None
+    if gradient is torch.strided:
+        fake.grad = torch.empty_like(data)
+    elif gradient is not None:
+        fake.grad = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device, layout=gradient)
     return fake
 
 

@@ -26,9 +26,10 @@ from revnet.memory.repeats._short_optimizer import short_optimizer_cost
 from revnet.memory.repeats._short_step import ShortSteps, find_short_steps
 from revnet.memory.step._backward_optimizer import BackwardOptimizer, check_step_in_backward
 from revnet.memory.step._fake import TensorFaker, fake_tensors_in
+from revnet.memory.step._kept_fakes import KeptFakes
 from revnet.memory.step._optimizer import OptimizerCost, OptimizerFactory, as_factory, optimizer_cost
 from revnet.memory.step._recorder import Recorder
-from revnet.memory.step._run_step import Loss, StepResult, check_step, device_of, run_step, tensors_in
+from revnet.memory.step._run_step import Loss, StepResult, check_step, device_of, objects_in, run_step, tensors_in
 from revnet.memory.step._step_memory import StepMemory
 from revnet.memory.step._summarize import ModuleTable, summarize
 from revnet.nn._restore import restoring_host_random_states
@@ -59,8 +60,9 @@ def predict(
     from them, to the byte. Where this cannot be relied on, all blocks run. The code of the model and the loss may run
     several times.
 
-    The model and the attributes of its modules are left unchanged. Variables outside the model that its code writes to
-    change as in any run.
+    The model is left unchanged, with everything that it, its classes, the loss and the inputs refer to. If its code
+    keeps a tensor elsewhere, in a global variable or a function with `functools.lru_cache`, a warning says so, because
+    that tensor has no values.
 
     Args:
         model: Any module, in the mode (training or evaluation) to predict.
@@ -123,19 +125,16 @@ def predicting(
     if target is None:
         _checked_device("model", device_of(model, inputs, kwargs))
     faker = TensorFaker(target, dtype)
-    with ExitStack() as stack:
+    with _checking_for_kept(model, faker) as kept, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(active_fake_mode() or FakeTensorMode(allow_non_fake_inputs=True))
         if torch.get_default_device().type == "meta":
             stack.enter_context(torch.device("cpu" if target is None else target))
         stack.enter_context(quiet())
         blocks = _BlocksToFake(stack, faker, short)
-        stack.enter_context(fake_tensors_in(model, faker, without=blocks.left_out))
-        args, keywords = tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {})))
-        yield Prediction(
+        prediction = Prediction(
             model,
-            args,
-            keywords,
+            *tree_map_only(Tensor, faker.fake, (inputs, dict(kwargs or {}))),
             optimizer=factory,
             loss=loss,
             autocast=autocast,
@@ -143,7 +142,23 @@ def predicting(
             short=short,
             blocks=blocks,
             dtype=dtype,
+            kept=kept,
         )
+        stack.callback(prediction.close)
+        stack.enter_context(fake_tensors_in(model, faker, blocks.left_out, [loss, *objects_in(inputs, kwargs)]))
+        prediction.start()
+        yield prediction
+
+
+@contextmanager
+def _checking_for_kept(model: nn.Module, faker: TensorFaker) -> Iterator[KeptFakes]:
+    """Warn if anything keeps a fake tensor after the context. Not after an exception, whose traceback keeps them."""
+    kept = KeptFakes()
+    outer_mode = active_fake_mode()
+    yield kept
+    kept.add(faker.release())
+    if outer_mode is None:  # Under a fake mode of the user, they may be wanted.
+        kept.warn(type(model).__name__)
 
 
 class _BlocksToFake:
@@ -179,6 +194,7 @@ class Prediction:
         short: Predicts the step from models with fewer blocks, as long as that is exact; None to run all blocks.
         blocks: The blocks that still have their own tensors.
         dtype: Data type to which floating-point tensors are converted; None to keep their own.
+        kept: Watches the tensors that remain after a step.
     """
 
     def __init__(
@@ -194,6 +210,7 @@ class Prediction:
         short: ShortSteps | None,
         blocks: _BlocksToFake,
         dtype: torch.dtype | None,
+        kept: KeptFakes,
     ):
         self._model = model
         self._args = args
@@ -208,8 +225,16 @@ class Prediction:
         self._step_in_backward = step_in_backward and optimizer is not None
         self._in_backward: BackwardOptimizer | None = None
         self._num_fake = -1
-        if short is None or short.is_refused:
+        self._kept = kept
+
+    def start(self) -> None:
+        """Prepare the first step, when the tensors of the model are fake."""
+        if self._short is None or self._short.is_refused:
             self._run_all_blocks()
+
+    def close(self) -> None:
+        """Release all tensors."""
+        self._args, self._kwargs, self._in_backward = (), {}, None
 
     def run(self) -> StepResult:
         """Return a step of the model under its current policies.
@@ -251,6 +276,7 @@ class Prediction:
                 guard=partial(_explained, self._model, describe_inputs(tensors_in(self._args, self._kwargs))),
                 on_gradient=None if in_backward is None else in_backward.update,
                 state=() if in_backward is None else in_backward.state,
+                kept=self._kept.add,
             )
 
     def _prepare_optimizer(self) -> None:
@@ -285,14 +311,14 @@ class Prediction:
 
     def _optimizer_cost(self, optimizer: OptimizerFactory, result: StepResult) -> OptimizerCost:
         if self._in_backward is not None:
-            return self._in_backward.cost(result.has_gradient, result.device_type)
+            return self._in_backward.cost(result.gradients, result.device_type)
         if self._short is None:
-            return optimizer_cost(optimizer, list(self._model.parameters()), result.has_gradient, result.device_type)
+            return optimizer_cost(optimizer, list(self._model.parameters()), result.gradients, result.device_type)
         if self._short.optimizer_cost is None:
-            arguments = optimizer, self._short.stand_ins(), result.has_gradient, result.device_type
+            arguments = optimizer, self._short.stand_ins(), result.gradients, result.device_type
             try:
                 self._short.optimizer_cost = short_optimizer_cost(*arguments)
-            except (NotRepeatedError, ValueError):
+            except (NotRepeatedError, ValueError):  # The other function reports an error that persists.
                 self._short.optimizer_cost = optimizer_cost(*arguments)
         return self._short.optimizer_cost
 
@@ -346,6 +372,7 @@ def _explained(model: nn.Module, given: str, part: str, recorder: Recorder) -> I
 _OTHER_INPUTS = {
     r"scalar ?type|dtype|Input type|tensors used as indices|not implemented for '": "; pass inputs of another dtype",
     r"index out of range in self": "; pass shorter inputs, or smaller numbers",
+    r"(two|different|same) devices?\b": "; use `register_buffer` for tensors that a module keeps, or move the inputs",
 }
 """Ways out of errors of PyTorch about the inputs, by a pattern of the message."""
 

@@ -14,7 +14,7 @@ from revnet._torch_internals import FakeTensor, current_node, next_sequence_numb
 from revnet.engine._keep import any_requires_grad, fresh_outputs
 from revnet.memory.step._flops import FLOP_FORMULAS
 from revnet.memory.step._step_log import NO_MODULE, Call, Integers, StepLog
-from revnet.memory.step._storage_reference import StorageReference
+from revnet.memory.step._storage_watch import StorageWatch
 from revnet.nn import AbstractReversibleBlock
 from revnet.nn.policies._keep_spec import kind_of
 
@@ -31,6 +31,7 @@ _ALLOCATIONS = {
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
     if (packet := getattr(_aten, name, None)) is not None
 }
+_RESIZES = {_aten.resize_, _aten.resize_as_, _aten.set_}
 # Operations with which autograd copies a gradient into `grad` when it cannot reuse the tensor itself.
 _COPIES = {_aten.new_empty_strided.default, _aten.clone.default}
 _ACCUMULATES = 2**64 - 1
@@ -54,23 +55,21 @@ class Recorder(TorchDispatchMode):
     Args:
         ignore: Tensors that are alive during the whole step, whose storages do not count.
         device_type: Type of the device on which storages count, such as "cpu"; storages elsewhere take no memory there.
+        kept: Called at the end with the storages that are still alive.
     """
 
-    def __init__(self, ignore: Iterable[Tensor], device_type: str):
+    def __init__(
+        self,
+        ignore: Iterable[Tensor],
+        device_type: str,
+        kept: Callable[[list[torch.UntypedStorage]], None] | None = None,
+    ):
         super().__init__()
-        self._device_type = device_type
-        # Kept alive, so that no new storage can get the address of an ignored one.
-        self._ignored = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in ignore}
+        self._storages = StorageWatch(ignore, device_type, kept)
         self._operations = _Operations()
-        self._references: dict[int, StorageReference] = {}
-        self._births: list[int] = []
-        self._deaths: dict[int, int] = {}
-        self._sizes: list[int] = []
-        self._creators: list[int] = []
         self._gradient_since: dict[int, int] = {}
         self._copies: set[int] = set()
 
-        self._event = 0
         self._sequence: list[int] = []
         self._flops: list[int] = []
         self._moved_bytes: list[int] = []
@@ -83,6 +82,10 @@ class Recorder(TorchDispatchMode):
         self._start_sequence = self._last_sequence = _next_sequence()
         self._forward_end: int | None = None
         self._forward_end_sequence = 0
+
+    @property
+    def _event(self) -> int:
+        return self._storages.event
 
     @property
     def running_module(self) -> str:
@@ -130,13 +133,13 @@ class Recorder(TorchDispatchMode):
     def log(self) -> StepLog:
         """Return what was recorded; call `end_forward` and `end` first."""
         assert self._forward_end is not None
-        sequence = np.array(self._sequence, np.int64)
+        sequence, storages = np.array(self._sequence, np.int64), self._storages
         return StepLog(
-            births=np.array(self._births, np.int64),
-            deaths=_spread(self._deaths, len(self._births), self._event),
-            sizes=np.array(self._sizes, np.int64),
-            gradient_since=_spread(self._gradient_since, len(self._births), self._event),
-            creators=np.array(self._creators, np.int64),
+            births=np.array(storages.births, np.int64),
+            deaths=_spread(storages.deaths, len(storages.births), self._event),
+            sizes=np.array(storages.sizes, np.int64),
+            gradient_since=_spread(self._gradient_since, len(storages.births), self._event),
+            creators=np.array(storages.creators, np.int64),
             sequence=sequence,
             owners=_owners(sequence - self._start_sequence, self._start_sequence, self._forward_end, self._calls),
             flops=np.array(self._flops, np.int64),
@@ -150,8 +153,7 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         """Stop recording and release all memory."""
         super().__exit__(*exception)
-        self._references.clear()
-        self._ignored.clear()
+        self._storages.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and record its cost and the storages that it creates."""
@@ -168,36 +170,28 @@ class Recorder(TorchDispatchMode):
         sequence = self._current_sequence()
         outputs = _tensors_in(result)
         flops, moved_bytes = operation.costs(args, kwargs, result, outputs) if self.counts_costs else (0, 0)
-        if operation.is_fresh:
+        if operation.is_fresh or operation.may_resize:
             for tensor in outputs:
-                if tensor.layout is torch.strided and tensor.device.type == self._device_type:
-                    self._watch(tensor.untyped_storage(), func)
+                self._watch(tensor, func)
+        elif self._storages.notes_kept and args and type(args[0]) is not FakeTensor:
+            # A view of a real tensor, for instance of a global one, which becomes fake.
+            self._storages.note(tensor for tensor in outputs if type(tensor) is FakeTensor)
         self._end_event(sequence, flops, moved_bytes, operation.keep_kind_of(func, args, kwargs, result))
         return result
 
-    def _watch(self, storage: torch.UntypedStorage, func: Any) -> None:
-        key = storage._cdata
-        if key in self._ignored or key in self._references:
+    def _watch(self, tensor: Tensor, func: Any) -> None:
+        index = self._storages.watch(tensor, self._open[-1].module_index if self._open else NO_MODULE)
+        if index is None or func not in _COPIES or self._forward_end is None:
             return
-        index = len(self._births)
-        reference = self._references[key] = StorageReference(storage, self._freed)
-        reference.key, reference.index = key, index
-        self._births.append(self._event)
-        self._sizes.append(storage.nbytes())
-        self._creators.append(self._open[-1].module_index if self._open else NO_MODULE)
-        if func in _COPIES and self._forward_end is not None and _running_sequence() == _ACCUMULATES:
+        if _running_sequence() == _ACCUMULATES:
             self._copies.add(index)
-
-    def _freed(self, reference: Any) -> None:
-        self._deaths[reference.index] = self._event
-        del self._references[reference.key]
 
     def _end_event(self, sequence: int, flops: int, moved_bytes: int, keep_kind: int = 0) -> None:
         self._sequence.append(sequence)
         self._flops.append(flops)
         self._moved_bytes.append(moved_bytes)
         self._keep_kinds.append(keep_kind)
-        self._event += 1
+        self._storages.event += 1
 
     def _current_sequence(self) -> int:
         if self._forward_end is None:
@@ -238,10 +232,9 @@ class Recorder(TorchDispatchMode):
         gradient = parameter.grad
         if gradient is None or gradient.layout is not torch.strided:
             return
-        reference = self._references.get(gradient.untyped_storage()._cdata)
-        if reference is not None:
-            index = reference.index
-            since = self._births[index] if index in self._copies else self._event
+        index = self._storages.index_of(gradient)
+        if index is not None:
+            since = self._storages.births[index] if index in self._copies else self._event
             self._gradient_since.setdefault(index, since)
 
 
@@ -261,6 +254,8 @@ class _Operation:
 
     is_fresh: bool
     """Whether it may return new memory; views and in-place operations return existing memory."""
+    may_resize: bool
+    """Whether it may give an existing tensor more memory."""
     moves: bool
     """Whether it reads or writes the elements of tensors."""
     count_flops: Callable[..., int] | None
@@ -279,7 +274,8 @@ class _Operation:
         moves = not is_view and func.overloadpacket not in _ALLOCATIONS
         index = kind_of(func)
         kind = 0 if index is None else index + 1
-        return cls(is_fresh, moves, FLOP_FORMULAS.get(func.overloadpacket), python_operator(func), kind)
+        may_resize = func.overloadpacket in _RESIZES or any(argument.is_out for argument in schema.arguments)
+        return cls(is_fresh, may_resize, moves, FLOP_FORMULAS.get(func.overloadpacket), python_operator(func), kind)
 
     def costs(self, args: Any, kwargs: Any, result: Any, outputs: Sequence[Tensor]) -> tuple[int, int]:
         """Return the floating-point operations of a call, and the bytes that it reads and writes."""

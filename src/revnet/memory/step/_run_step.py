@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from revnet._checks import check_step_arguments
 from revnet._model_output import explain_no_gradient, leaves_of_output
-from revnet._torch_internals import active_fake_mode
+from revnet._torch_internals import FakeTensor, active_fake_mode
+from revnet.errors import PredictionError
 from revnet.memory.step._cpu_kernels import CpuKernels
 from revnet.memory.step._recorder import Recorder
 from revnet.memory.step._step_log import StepLog
@@ -35,8 +36,8 @@ class StepResult:
 
     log: StepLog
     constants: Constants
-    has_gradient: list[bool]
-    """Whether the step gave a gradient to each parameter of the model, in order."""
+    gradients: list[torch.layout | None]
+    """Layout of the gradient that the step gave to each parameter of the model, in order; None without one."""
     device_type: str
     """Type of the device on which bytes count."""
 
@@ -55,6 +56,7 @@ def run_step(
     guard: Callable[[str, Recorder], AbstractContextManager[None]] = _unguarded,
     on_gradient: Callable[[Tensor], None] | None = None,
     state: Sequence[Tensor] = (),
+    kept: Callable[[list[torch.UntypedStorage]], None] | None = None,
 ) -> StepResult:
     """Run `model(*args, **kwargs)`, the loss and `backward`, and record them.
 
@@ -71,15 +73,17 @@ def run_step(
         on_gradient: Called with each parameter when its gradient is complete, such as the step of an optimizer. Its
             allocations count, and its time does not.
         state: Other tensors that are alive during the whole step, which do not count, such as an optimizer's state.
+        kept: Called at the end with the storages that are still alive.
 
     Raises:
+        PredictionError: The tensors are real, but the output is fake, from a tensor that a prediction left behind.
         TypeError: `loss` did not return a scalar.
         ValueError: Neither the loss nor any output requires a gradient.
     """
     device_type = device_of(model, args, kwargs).type
     parameters, buffers = list(model.parameters()), list(model.buffers())
     inputs = tensors_in(args, kwargs)
-    recorder = Recorder([*parameters, *buffers, *inputs, *state], device_type)
+    recorder = Recorder([*parameters, *buffers, *inputs, *state], device_type, kept)
     constants = Constants(*bytes_by_group([parameters, buffers, inputs], device_type))
     torch.clear_autocast_cache()  # casts cached by earlier code would not be counted
     is_real = device_type != "meta" and active_fake_mode() is None
@@ -95,25 +99,33 @@ def run_step(
             fault = None if losses else explain_no_gradient(model, output)
             del output  # a training step does not keep it either
         check_losses(model, losses, is_given=loss is not None, fault=fault)
+        if active_fake_mode() is None and any(issubclass(type(value), FakeTensor) for value in losses):
+            raise PredictionError(
+                f"the output of `model` (={type(model).__name__}) has no values, because its code uses a tensor of an "
+                "earlier prediction; clear the global variable or the cache (`cache_clear()`) that keeps it."
+            )
         recorder.end_forward()
         with _restoring_gradients(_other_leaves(losses, [*parameters, *inputs])), guard("the backward pass", recorder):
             torch.autograd.backward(losses)
         recorder.end()
     torch.clear_autocast_cache()
-    has_gradient = [parameter.grad is not None or parameter in received for parameter in parameters]
-    return StepResult(recorder.log(), constants, has_gradient, device_type)
+    gradients = [
+        received.get(parameter) if parameter.grad is None else parameter.grad.layout for parameter in parameters
+    ]
+    return StepResult(recorder.log(), constants, gradients, device_type)
 
 
 @contextmanager
 def _calling_on_gradients(
     parameters: Iterable[nn.Parameter], on_gradient: Callable[[Tensor], None] | None, recorder: Recorder
-) -> Iterator[set[Tensor]]:
-    """Call `on_gradient` with each parameter that receives a gradient; yield these parameters."""
-    received: set[Tensor] = set()
+) -> Iterator[dict[Tensor, torch.layout]]:
+    """Call `on_gradient` with each parameter that receives a gradient; yield the layouts of these gradients."""
+    received: dict[Tensor, torch.layout] = {}
 
     def hook(parameter: Tensor) -> None:
         assert on_gradient is not None
-        received.add(parameter)
+        if parameter.grad is not None:
+            received[parameter] = parameter.grad.layout
         recorder.counts_costs = False
         on_gradient(parameter)
         recorder.counts_costs = True
@@ -212,6 +224,11 @@ def device_of(model: nn.Module, *inputs: Any) -> torch.device:
 def tensors_in(*values: Any) -> list[Tensor]:
     """Return the tensors in nested structures."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def objects_in(*values: Any) -> list[Any]:
+    """Return what is in nested structures, except tensors: objects that a model may change."""
+    return [leaf for leaf in tree_leaves(values) if not isinstance(leaf, Tensor)]
 
 
 def bytes_by_group(groups: Iterable[Iterable[Tensor]], device_type: str) -> list[int]:
