@@ -1,7 +1,13 @@
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from revnet import Checkpoint, Reverse, ReversibleBlock, ReversibleSequential, Store
+from revnet.errors import ReconstructionError
 from revnet.functional._chunked import chunked
 from revnet.memory import measure
 from tests.helpers import assert_close, gradients
@@ -94,3 +100,272 @@ def test_an_unused_parameter_gets_no_gradient():
     x.grad = module.used.weight.grad = None
     module(x).sum().backward()
     assert_close((x.grad, module.used.weight.grad), chunked_gradients, tolerance=1e-12)
+
+
+class Scaled(nn.Module):
+    """Multiplies a hidden layer by a buffer, and the result by a tensor that is not registered."""
+
+    def __init__(self, scale=None):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4).double(), scale
+        self.register_buffer("gain", torch.full((4,), 2.0, dtype=torch.float64))
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        y = torch.tanh(self.layer(x) * self.gain)
+        if not self.training:
+            y = self.dropout(y) * 3
+        return y if self.scale is None else y * self.scale
+
+
+class InChunks(nn.Module):
+    def __init__(self, module, num_chunks=3, dim=0):
+        super().__init__()
+        self.module, self.num_chunks, self.dim = module, num_chunks, dim
+
+    def forward(self, x):
+        return chunked(self.module, x, self.num_chunks, dim=self.dim)
+
+
+def rows(requires_grad=True):
+    return torch.randn(6, 4, dtype=torch.float64, requires_grad=requires_grad)
+
+
+def replace_the_buffer(model):
+    model.gain = 5 * model.gain
+
+
+CHANGES = {
+    "train": nn.Module.train,
+    "eval": nn.Module.eval,
+    "buffer": replace_the_buffer,
+    "freeze": lambda model: model.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_changes_between_the_passes_do_not_matter(change, is_training):
+    module = Scaled().train(is_training)
+    results, x = [], rows()
+    for num_chunks in (3, 1):
+        model = copy.deepcopy(module)
+        weight = model.layer.weight
+        y = chunked(model, x, num_chunks, dim=0)
+        change(model)
+        flags = [part.training for part in model.modules()]
+        trained = [tensor for tensor in (x, weight) if tensor.requires_grad]
+        results.append((y, *torch.autograd.grad(y.square().sum(), trained)))
+        assert [part.training for part in model.modules()] == flags
+    assert_close(*results, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gain", "layer.weight"])
+def test_a_write_between_the_passes_raises(name):
+    module = Scaled()
+    y = chunked(module, rows(), 3, dim=0)
+    with torch.no_grad():
+        (module.gain if name == "gain" else module.layer.weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_submodule_that_was_replaced_raises():
+    module = Scaled()
+    y = chunked(module, rows(), 3, dim=0)
+    module.layer = nn.Linear(4, 4).double()
+    with pytest.raises(
+        ReconstructionError, match=r"`module` \(=Scaled\) has other submodules than in the forward pass"
+    ):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("policy", [None, Store(), Reverse(), Checkpoint(), Reverse(keep="linear")])
+def test_functional_call_with_other_buffers(policy):
+    """The backward pass runs outside of the call."""
+    results, x = [], rows() if policy is None else torch.randn(6, 8, dtype=torch.float64)
+    first = [Scaled().train() for _ in range(4)]
+    for num_chunks in (3, 1):
+        parts = [InChunks(copy.deepcopy(part), num_chunks) for part in first]
+        blocks = [ReversibleBlock(*parts[:2], split_dim=-1), ReversibleBlock(*parts[2:], split_dim=-1)]
+        model = parts[0] if policy is None else ReversibleSequential(*blocks, policy=policy)
+        parameters = {name: tensor.detach().requires_grad_() for name, tensor in model.named_parameters()}
+        others = {name: torch.full_like(buffer, 3) for name, buffer in model.named_buffers()}
+        y = functional_call(model, (parameters, others), (x,))
+        results.append((y, *torch.autograd.grad(y.square().sum(), [*parameters.values()])))
+    assert_close(*results, tolerance=1e-10)  # Rebuilt activations are rounded.
+
+
+def test_parameters_that_depend_on_one_another():
+    """The gradient of the first parameter must not include the way through the second one."""
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double(), rows()
+    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for num_chunks in (3, 1):
+        y = functional_call(InChunks(module, num_chunks), {"module.0.weight": weight, "module.2.weight": 2 * weight}, x)
+        (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+        results.append((grad, *torch.autograd.grad(grad.square().sum(), (weight, x))))
+    assert_close(*results, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("is_read_before", [False, True])
+def test_parametrizations_in_a_cache(is_read_before):
+    module, x = Scaled(), rows()
+    nn.utils.parametrizations.weight_norm(module.layer)
+    results = []
+    for num_chunks in (3, 1):
+        module.zero_grad()
+        with nn.utils.parametrize.cached():
+            before = module.layer.weight.sum() if is_read_before else 0
+            (
+                chunked(module, x, num_chunks, dim=0).square().sum() + before + module.layer.weight.square().sum()
+            ).backward()
+        results.append(gradients(module))
+    assert_close(*results, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_a_tensor_from_outside_raises(is_leaf):
+    scale = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    module = Scaled(scale if is_leaf else 2 * scale)
+    message = r"`module` \(=Scaled\) uses a tensor of shape \(4,\) that requires a gradient.* or use `num_chunks=1`"
+    with pytest.raises(NotImplementedError, match=message):
+        chunked(module, rows(), 3, dim=0)
+    halves = torch.randn(6, 8, dtype=torch.float64)
+    for policy in (Store(), Reverse(), Checkpoint(), Reverse(keep="linear")):
+        parts = InChunks(module), InChunks(copy.copy(module))
+        model = ReversibleSequential(ReversibleBlock(*parts, split_dim=-1), policy=policy)
+        with pytest.raises(NotImplementedError, match=message):
+            model(halves).sum().backward()
+
+
+def test_a_tensor_from_outside_of_a_frozen_module():
+    """Without other gradients, the chunks use ordinary autograd."""
+    scale = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    module, x = Scaled(2 * scale).requires_grad_(False), rows(requires_grad=False)
+    grads = [
+        torch.autograd.grad(chunked(module, x, num_chunks, dim=0).square().sum(), scale, retain_graph=True)
+        for num_chunks in (3, 1)
+    ]
+    assert_close(*grads, tolerance=1e-12)
+
+
+def test_a_tensor_from_outside_that_appears_between_the_passes_raises():
+    module = Scaled()
+    y = chunked(module, rows(), 3, dim=0)
+    module.scale = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="uses a tensor of shape"):
+        y.sum().backward()
+
+
+class Writes(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = nn.Linear(4, 4).double(), what
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.what == "buffer":
+            self.count += 1
+        elif self.what == "new buffer":
+            self.count = self.count + 1
+        else:
+            x.mul_(2)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("buffer", "writes to its tensor `count`"),
+        ("new buffer", "replaces its tensor `count`"),
+        ("input", "writes to its input"),
+    ],
+)
+def test_a_module_with_a_state_raises(what, message):
+    with pytest.raises(NotImplementedError, match=rf"`module` \(=Writes\) {message}, which `chunked` would repeat"):
+        chunked(Writes(what), rows(requires_grad=False), 3, dim=0)
+
+
+class WithSideOutput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.penalty = self.layer.weight.square().sum()
+        return y
+
+
+def test_a_side_output_has_the_gradients_of_the_forward_pass():
+    module = WithSideOutput()
+    (chunked(module, rows(), 3, dim=0).sum() * 0 + module.penalty).backward()
+    assert_close(module.layer.weight.grad, 2 * module.layer.weight, tolerance=1e-12)
+    with pytest.raises(ReconstructionError, match="computed in the backward pass of `chunked` and kept"):
+        module.penalty.backward()
+
+
+class Awkward(nn.Module):
+    """Shares a parameter and a module, and has an LSTM, which keeps a list of its own parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.again = self.first
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(self.second(torch.tanh(self.first(x)))[:, None])[0][:, 0] + self.again(x)
+
+
+@pytest.mark.parametrize("make", [Awkward, lambda: InChunks(perceptron(), 2), nn.Identity])
+def test_structures(make):
+    module, x = make().double(), rows()
+    results = []
+    for function in (functools.partial(chunked, module, num_chunks=3, dim=0), module):
+        names = [id(tensor) for tensor in module.parameters()]
+        inputs = [x, *module.parameters()]
+        grads = torch.autograd.grad(function(x).square().sum(), inputs, create_graph=True)
+        results.append((*grads, *torch.autograd.grad(grads[0].square().sum(), inputs, allow_unused=True)[:1]))
+        function(x).sum().backward()
+        assert [id(tensor) for tensor in module.parameters()] == names
+    assert_close(*results, tolerance=1e-12)
+
+
+def test_hooks_of_parameters_run_once():
+    module, calls = perceptron(), []
+    module[1].weight.register_hook(lambda grad: calls.append(None) or 2 * grad)
+    for create_graph in (False, True):
+        x = torch.randn(2, 6, 4, dtype=torch.float64)
+        (grad,) = torch.autograd.grad(chunked(module, x, 3).sum(), module[1].weight, create_graph=create_graph)
+        (expected,) = torch.autograd.grad(module(x).sum(), module[1].weight)
+        assert_close(grad, expected, tolerance=1e-12)
+    assert len(calls) == 4
+
+
+# PyTorch's rules for forward mode use a deprecated function.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_transforms_of_functions():
+    module, x = perceptron(), torch.randn(2, 6, 4, dtype=torch.float64)
+    transforms = [
+        lambda function: torch.func.grad(lambda x: function(x).square().sum())(x),
+        lambda function: torch.func.vmap(function)(torch.stack([x, 2 * x])),
+        lambda function: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1],
+        lambda function: torch.autograd.functional.jacobian(function, x[:1, :2], vectorize=True),
+    ]
+    for transform in transforms:
+        assert_close(transform(lambda x: chunked(module, x, 2)), transform(module), tolerance=1e-12)
+
+
+def test_keeps_no_graph_of_the_forward_pass():
+    module, x = Whole(8), torch.randn(1, 512, 4)
+    seen = []
+    module.layers[1].register_forward_hook(lambda _module, _args, y: seen.append(y.grad_fn))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda x: x):
+        sizes = []
+        module(x)
+    assert len(seen) == 8
+    # The input and the parameters are saved; no hidden layer is.
+    assert sorted(sizes) == sorted([x.numel(), *[parameter.numel() for parameter in module.parameters()]])

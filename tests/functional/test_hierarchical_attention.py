@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from revnet.functional import full_attention, hierarchical_attention
+from revnet.functional import full_attention, hierarchical_attention, lsh_attention
 from tests.helpers import assert_close, squares
 
 
@@ -113,3 +113,54 @@ def test_low_precision_computes_scores_in_float32():
     assert low.dtype == torch.bfloat16
     # Inputs, scores, weights and values are rounded by 2^-9 each, scores of up to about ten before their exponential.
     assert (low - hierarchical_attention(q, k, v, block_size=8)).abs().max() <= 0.1 * v.abs().max()
+
+
+def short_hierarchical(q, k, v):
+    return hierarchical_attention(q, k, v, block_size=4)
+
+
+def short_lsh(q, k, v):
+    return lsh_attention(q, v, bucket_size=8)
+
+
+def second_derivative(attend, *, is_linear, how):
+    """Differentiate a penalty on the gradient of a loss by the weight of a projection."""
+    weight = torch.randn(4, 4, requires_grad=True)
+    x, factors = torch.randn(1, 1, 8, 4, requires_grad=True), torch.randn(1, 1, 8, 4)
+    h = x @ weight
+    y = attend(h, h, x)
+    loss = (y * factors).sum() if is_linear else squares(y)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    penalty = loss + squares(grad)
+    if how == "grad":
+        torch.autograd.grad(penalty, weight)
+    else:
+        penalty.backward(inputs=None if how == "all leaves" else [weight])
+
+
+# PyTorch's compiler makes an instance of every `autograd.Function`, for which it warns.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # also by the compiler
+@pytest.mark.parametrize("how", ["all leaves", "one leaf", "grad"])
+@pytest.mark.parametrize("is_linear", [True, False])
+@pytest.mark.parametrize("attend", [short_hierarchical, short_lsh])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_second_derivatives_raise(attend, is_linear, how, is_compiled):
+    if is_compiled:
+        attend = torch.compile(attend, backend="eager")
+    with pytest.raises(NotImplementedError, match="`hierarchical_attention` and `lsh_attention` have no second deriv"):
+        second_derivative(attend, is_linear=is_linear, how=how)
+
+
+@pytest.mark.parametrize("attend", [short_hierarchical, short_lsh])
+def test_a_graph_of_the_gradient_may_exist(attend):
+    x = torch.randn(1, 1, 8, 4, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(squares(attend(x, x, x)), x)
+    y = attend(x, x, x)
+    assert_close(torch.autograd.grad(squares(y), x, create_graph=True), expected, tolerance=0)
+    vectors = torch.randn(2, *y.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(y, x, vectors, is_grads_batched=True, retain_graph=True)[0]
+    alone = torch.stack([torch.autograd.grad(y, x, vector, retain_graph=True)[0] for vector in vectors])
+    assert_close(batched, alone, tolerance=1e-12)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(y, x, vectors, is_grads_batched=True, create_graph=True)

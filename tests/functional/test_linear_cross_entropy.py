@@ -117,6 +117,43 @@ def test_second_derivatives():
     assert_close(results[0], results[1], tolerance=1e-13)
 
 
+# PyTorch's compiler makes an instance of every `autograd.Function`, for which it warns.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("how", ["all leaves", "one leaf", "grad"])
+def test_second_derivatives_of_compiled_code_raise(how):
+    """With this backend nothing else would raise, and the gradients would lack terms."""
+    inputs, targets = make_inputs(torch.float64)
+    loss = torch.compile(chunked, backend="eager")(inputs, targets, chunk_size=7)
+    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
+    penalty = loss + grad.square().sum()
+    ways = {
+        "all leaves": penalty.backward,
+        "one leaf": lambda: penalty.backward(inputs=[inputs[1]]),
+        "grad": lambda: torch.autograd.grad(penalty, inputs[1]),
+    }
+    with pytest.raises(NotImplementedError, match="a compiled `linear_cross_entropy` has no second derivatives"):
+        ways[how]()
+
+
+def test_batched_gradients():
+    inputs, targets = make_inputs(torch.float64)
+    factors = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    for options in ({}, {"retain_graph": True}, {"create_graph": True}):
+        first, second = (
+            torch.autograd.grad(loss, inputs, factors, is_grads_batched=True, **options)
+            for loss in (chunked(inputs, targets, chunk_size=7), whole(inputs, targets))
+        )
+        assert_close(first, second, tolerance=1e-13)
+    weight = inputs[1].detach()
+    jacobians = [
+        torch.autograd.functional.jacobian(
+            lambda weight, function=function: function([inputs[0], weight, inputs[2]], targets), weight, vectorize=True
+        )
+        for function in (chunked, whole)
+    ]
+    assert_close(*jacobians, tolerance=1e-13)
+
+
 def test_second_backward_pass():
     inputs, targets = make_inputs(torch.float64)
     loss = chunked(inputs, targets, chunk_size=7)

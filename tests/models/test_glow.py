@@ -128,6 +128,14 @@ def test_memory_is_flat_in_the_depth_of_a_scale(make_flow):
 
 
 @all_flows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_samples_in_low_precision(make_flow, dtype):
+    samples = make_flow(image_shape=SHAPE).to(dtype).sample(2)
+    assert samples.shape == (2, *SHAPE)
+    assert samples.isfinite().all()
+
+
+@all_flows
 def test_samples_follow_the_generator_and_the_temperature(make_flow):
     model = make(make_flow)
 

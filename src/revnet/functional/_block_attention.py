@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from revnet.functional._once import differentiated_once
 
 UNSEEN = -1e9
 """Score of an invisible key. It is finite, since padding tokens of the last block see no key at all."""
 _ALONE = -1e5
 """Score of a key that counts only if the query sees no other key."""
+_ONCE = (
+    "`hierarchical_attention` and `lsh_attention` have no second derivatives, but their gradient was differentiated; "
+    "use `full_attention`, or leave their gradient out of the loss."
+)
 
 
 def block_attention(
@@ -32,7 +37,7 @@ def block_attention(
 
     Shape:
         q: (..., N, D); k, v: (..., M, D); unseen and bias: broadcastable to (..., N, M). Output: (..., N, D),
-        and (..., N) in at least float32. Can be differentiated once.
+        and (..., N) in at least float32. Can be differentiated once; a second time raises `NotImplementedError`.
     """
     y, log_sums = _BlockAttention.apply(q, k.to(q.dtype), v.to(q.dtype), unseen, bias, alone)
     return y, log_sums
@@ -60,13 +65,19 @@ class _BlockAttention(torch.autograd.Function):
         return y, log_sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_log_sums: Tensor) -> Any:
-        q, k, v, weights, y = ctx.saved_tensors
-        # The gradient of a score is its weight times (value minus mean value), plus its weight from the sum.
-        shift = grad_log_sums - (grad_y * y).sum(-1).to(grad_log_sums.dtype)
-        grad = grad_y @ v.mT
-        grad = grad.to(shift.dtype).add_(shift[..., None]).mul_(weights).to(q.dtype)
-        if ctx.alone is not None:
-            grad.diagonal(ctx.alone, -2, -1).zero_()
-        return grad @ k, grad.mT @ q, weights.mT @ grad_y, None, None, None
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_y, grad_log_sums)
+        sources = (*ctx.saved_tensors[:3], grad_y, grad_log_sums)
+        return *[differentiated_once(gradient, sources, _ONCE) for gradient in gradients], None, None, None
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, weights, y = ctx.saved_tensors
+    # The gradient of a score is its weight times (value minus mean value), plus its weight from the sum.
+    shift = grad_log_sums - (grad_y * y).sum(-1).to(grad_log_sums.dtype)
+    grad = grad_y @ v.mT
+    grad = grad.to(shift.dtype).add_(shift[..., None]).mul_(weights).to(q.dtype)
+    if ctx.alone is not None:
+        grad.diagonal(ctx.alone, -2, -1).zero_()
+    return grad @ k, grad.mT @ q, weights.mT @ grad_y

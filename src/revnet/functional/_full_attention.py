@@ -1,14 +1,16 @@
 """Attention of every token to every other."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from revnet._checks import check_bool, check_mask, check_per_head
+from revnet._torch_internals import forward_mode_level, in_functorch_transform, is_batched_gradient
 from revnet.functional._chunked import autocast_now
 
 _MOST_ROWS = 1024
@@ -20,7 +22,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
 
     The cost grows with the square of the length. The products of queries and keys are stored only if there is a `mask`.
     If it has numbers of documents and more than 1,024 tokens, they exist for 1,024 queries at a time: the backward pass
-    computes them again, and can be differentiated once.
+    computes them again. A backward pass that creates a graph uses PyTorch's "math" kernel for these, which has second
+    derivatives.
 
     Args:
         q: Queries.
@@ -52,7 +55,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, 
     if mask is None and T == 1:  # The last token sees all.
         return _dot_product(q, k, v)
     is_long = mask is not None and mask.dtype != torch.bool and T == S and T > _MOST_ROWS
-    if is_long and not torch.compiler.is_compiling():
+    if is_long and not (torch.compiler.is_compiling() or in_functorch_transform() or forward_mode_level() >= 0):
         by_rows: Tensor = _AttentionByRows.apply(q, k, v, mask, is_causal)
         return by_rows
     return _attend(q, k, v, None if mask is None else mask[:, S - T :], mask, S - T, is_causal)
@@ -115,19 +118,29 @@ class _AttentionByRows(torch.autograd.Function):
         return torch.cat(parts, -2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
+        is_twice = torch.is_grad_enabled()  # a double backward: the parts belong to the caller's graph
         q, k, v, mask = ctx.saved_tensors
+        wanted = [index for index in range(3) if ctx.needs_input_grad[index]]
         sums = [torch.zeros_like(tensor) for tensor in (q, k, v)]
         for own, seen in _rows(q.shape[-2], ctx.is_causal):
             parts = (own, seen, seen)
-            with torch.enable_grad(), ctx.autocast:
-                inputs = [x[..., part, :].detach().requires_grad_() for x, part in zip((q, k, v), parts, strict=True)]
+            # Of PyTorch's kernels, only this one has second derivatives everywhere.
+            kernel = sdpa_kernel(SDPBackend.MATH) if is_twice else nullcontext()
+            with torch.enable_grad(), ctx.autocast, kernel:
+                inputs = [x[..., part, :] for x, part in zip((q, k, v), parts, strict=True)]
+                if not is_twice:
+                    inputs = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
                 y = _attend(inputs[0], inputs[1], inputs[2], mask[:, own], mask[:, seen], own.start, ctx.is_causal)
-            results = torch.autograd.grad(y, inputs, grads[0][..., own, :])
-            for total, part, result in zip(sums, parts, results, strict=True):
-                total[..., part, :] += result
-        return *sums, None, None
+            leaves = [inputs[index] for index in wanted]
+            results = torch.autograd.grad(y, leaves, grads[0][..., own, :], create_graph=is_twice)
+            for index, result in zip(wanted, results, strict=True):
+                part, length = parts[index], sums[index].shape[-2]
+                if is_twice or is_batched_gradient(result):
+                    sums[index] = sums[index] + F.pad(result, (0, 0, part.start, length - part.stop))
+                else:
+                    sums[index][..., part, :] += result
+        return *[sums[index] if index in wanted else None for index in range(3)], None, None
 
 
 def _rows(length: int, is_causal: bool) -> Iterator[tuple[slice, slice]]:

@@ -50,7 +50,7 @@ def hierarchical_attention(
         ValueError: `block_size` is not a positive even number, or the shapes do not fit.
 
     Numerics:
-        The result can be differentiated once, not twice.
+        The result can be differentiated once. Differentiating the gradient raises `NotImplementedError`.
 
     References:
         Zhu, Soricut (2021), H-Transformer-1D: Fast One-Dimensional Hierarchical Attention for Sequences, section 6.

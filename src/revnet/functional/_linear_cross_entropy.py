@@ -11,10 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revnet._checks import check_choice, check_count, check_floating, check_share, check_tensor, describe, is_integer
-from revnet._torch_internals import backward_keeps_graph, forward_mode_level, in_functorch_transform
+from revnet._torch_internals import (
+    backward_keeps_graph,
+    forward_mode_level,
+    in_functorch_transform,
+    is_batched_gradient,
+)
 from revnet._torch_release import has_autocast
+from revnet.functional._once import differentiated_once
 
 _LOW = (torch.float16, torch.bfloat16)
+_ONCE = (
+    "a compiled `linear_cross_entropy` has no second derivatives, but its gradient was differentiated; call the "
+    "function outside of `torch.compile`."
+)
 
 
 def linear_cross_entropy(
@@ -39,8 +49,9 @@ def linear_cross_entropy(
     chunk of logits.
 
     `torch.nn.functional.linear_cross_entropy` with `options`, since PyTorch 2.13, works in the same way. Unlike it,
-    this function follows autocast, has second derivatives, smooths labels, compiles with `fullgraph=True`, and works
-    under `torch.func`. For second derivatives and under `torch.func`, it computes all logits at once.
+    this function follows autocast, has second derivatives unless compiled, smooths labels, compiles with
+    `fullgraph=True`, and works under `torch.func`. For second derivatives and under `torch.func`, it computes all
+    logits at once.
 
     Args:
         x: Features. Not modified.
@@ -148,11 +159,16 @@ class _ChunkedTotal(torch.autograd.Function):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling and torch.is_grad_enabled():  # a double backward
             return *_differentiable_gradients(ctx, x, weight, bias, targets, grads[0]), None, None, None, None
-        multiply = torch.mul if is_compiling or backward_keeps_graph() else Tensor.mul_  # nothing reads them again
+        may_overwrite = not (is_compiling or backward_keeps_graph() or is_batched_gradient(grads[0]))
+        multiply = Tensor.mul_ if may_overwrite else torch.mul
+        inputs = x, weight, bias
         scaled = [
             None if gradient is None or tensor is None else multiply(gradient, grads[0]).to(tensor.dtype)
-            for gradient, tensor in zip(gradients, (x, weight, bias), strict=True)
+            for gradient, tensor in zip(gradients, inputs, strict=True)
         ]
+        if is_compiling:
+            sources = (*inputs, grads[0])
+            scaled = [result if result is None else differentiated_once(result, sources, _ONCE) for result in scaled]
         return *scaled, None, None, None, None
 
 

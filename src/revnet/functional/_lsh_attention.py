@@ -83,7 +83,7 @@ def lsh_attention(
     Numerics:
         A token whose vector lies between two buckets may move to the other one by rounding, and then sees other tokens.
         If the vectors are rebuilt, use `FixedPoint`, which rebuilds them exactly. The result can be differentiated
-        once, not twice.
+        once. Differentiating the gradient raises `NotImplementedError`.
 
     References:
         Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, equations 2 to 7 and appendix A.

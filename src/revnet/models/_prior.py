@@ -57,7 +57,9 @@ def draw(
     prior: AbstractPrior, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draw codes of `shape` with the device and dtype of `like`."""
-    u = torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+    # Lower precision has no quantile function of the normal distribution, and few numbers in the tails.
+    precise = torch.promote_types(like.dtype, torch.float32)
+    u = torch.rand(shape, dtype=precise, device=like.device, generator=generator)
     # `torch.rand` can return zero, and rounding can give one. Both would be codes at infinity.
-    tiny = torch.finfo(like.dtype).eps
-    return prior.from_uniform(u.clamp(tiny, 1 - tiny))
+    tiny = torch.finfo(precise).eps
+    return prior.from_uniform(u.clamp(tiny, 1 - tiny)).to(like.dtype)
