@@ -75,7 +75,7 @@ def test_memory_equals_measured_model_and_stored_twin(trained):
     [
         pytest.param({"dropout": 0.1}, id="dropout"),
         pytest.param({"memory_budget": "400KiB"}, id="planned", marks=pytest.mark.slow),
-        pytest.param({"attention": "lsh", "bucket_size": 4}, id="lsh"),
+        pytest.param({"attention": "lsh", "bucket_size": 4}, id="lsh", marks=pytest.mark.slow),
         pytest.param({"attention": "hierarchical", "block_size": 4}, id="hierarchical", marks=pytest.mark.slow),
     ],
 )
