@@ -25,12 +25,19 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: The text is not valid, or exceeds a limit; the message is the reason, in one line.
     """
+    return _parsed(text)[1]
+
+
+def _parsed(text: str) -> tuple[Any, Any]:
+    """Return the node of a text in YAML, which knows lines, and its value."""
     import yaml
 
     if len(text) > _MOST_YAML_BYTES:
         raise ValueError(f"it has more than {_MOST_YAML_BYTES // 2**10} KiB")
     try:
-        return yaml.load(text, _loader())
+        loader = _loader()(text)
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(_one_line(error)) from error
     except (ValueError, OverflowError) as error:  # a date such as 2000-99-99, and a number that is too large
@@ -46,17 +53,25 @@ def read_yaml(path: Path, name: str | None = None) -> dict[Any, Any]:
 
     Raises:
         OSError: The file cannot be read, or is not a regular file.
-        ValueError: The file is not a YAML mapping, or exceeds a limit; the message names it.
+        ValueError: The file is not a YAML mapping, exceeds a limit, or has a setting twice; the message names it.
     """
     name = name or f"`{path}`"
     try:
-        settings = parse_yaml(read_text(path, _MOST_YAML_BYTES))
+        node, settings = _parsed(read_text(path, _MOST_YAML_BYTES))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not valid YAML: it is not text in UTF-8, at byte {error.start}.") from error
     except ValueError as error:
         raise ValueError(f"{name} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{name} must hold one `setting: value` per line.")
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise ValueError(
+                f"{name} has `{key.value}:` twice, the second time in line {key.start_mark.line + 1}; remove one of "
+                "them."
+            )
+        seen.add(key.value)
     return settings
 
 
@@ -103,7 +118,7 @@ def parse_json_value(text: str) -> Any:
 
 
 @cache
-def _loader() -> type:
+def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from revnet._documents import read_yaml
 from revnet.cli._errors import UsageError
 from revnet.cli._values import check_value, describe_type
 from revnet.training.recipes import find_recipe
-from revnet.training.settings.settings_file import read_settings
 
 
 def read_config(name: str, kinds: Mapping[str, Any], hint: Callable[[str], str]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _load(name: str) -> dict[Any, Any]:
         fault = "path is not a file" if path.exists() else "file does not exist"
         raise UsageError(f"`--config` ({name}): {fault}; pass a YAML file.")
     try:
-        return read_settings(path, f"`--config` ({name})")
+        return read_yaml(path, f"`--config` ({name})")
     except OSError as error:
         raise UsageError(f"`--config` ({name}) cannot be read: {error.strerror}; pass a YAML file.") from error
     except ValueError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 from revnet._atomic_file import write_text
+from revnet._documents import read_yaml
 from revnet._input_files import open_regular
 from revnet.training.settings.activations import ActivationSettings
 from revnet.training.settings.checkpoints import CheckpointSettings
@@ -16,7 +17,6 @@ from revnet.training.settings.execution import ExecutionSettings
 from revnet.training.settings.fields import list_groups
 from revnet.training.settings.logs import LogSettings
 from revnet.training.settings.optimization import OptimizationSettings
-from revnet.training.settings.settings_file import read_settings
 from revnet.training.settings.start import StartSettings
 from revnet.training.settings.updates import UpdateSettings
 from revnet.training.settings.validation import ValidationSettings
@@ -99,7 +99,7 @@ class AbstractRunConfig(
         """
         if whole:
             check_whole(path)
-        settings = read_settings(path)
+        settings = read_yaml(path)
         known = {setting.name for setting in fields(cls)}
         unknown = sorted(set(map(str, settings)) - known)
         if unknown:
@@ -114,7 +114,7 @@ def read_task(path: Path) -> str | None:
         FileNotFoundError: The file does not exist.
         ValueError: The file is not a YAML mapping.
     """
-    task = read_settings(path).get("task")
+    task = read_yaml(path).get("task")
     if task is not None and not isinstance(task, str):
         raise ValueError(f"`task` (={task}) in `{path}` must be text; restore the file.")
     return task
