@@ -3,7 +3,9 @@
 import torch.distributed as dist
 from torch import nn
 
+from revnet._torch_release import fsdp_modules_in
 from revnet.engine._chain import Chain
+from revnet.engine._tensors import is_sharded
 
 
 def refuse_communication(chain: Chain, tolerance: float) -> None:
@@ -27,9 +29,7 @@ def refuse_communication(chain: Chain, tolerance: float) -> None:
 
 def _communicating(module: nn.Module) -> str | None:
     """Return a description of what makes the module communicate with other processes, or None."""
-    # FSDP2 and DTensors are known by their attributes, because importing them takes time in every program.
-    is_sharded = hasattr(type(module), "set_requires_gradient_sync")
-    if is_sharded or any(hasattr(parameter, "device_mesh") for parameter in module._parameters.values()):
+    if fsdp_modules_in([module]) or any(map(is_sharded, module._parameters.values())):
         return "sharded parameters"
     if not isinstance(module, nn.SyncBatchNorm) or not module.training:
         return None

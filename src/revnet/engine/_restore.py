@@ -19,6 +19,7 @@ from revnet.engine._arrays import SIZE, array_of, is_on_host, places
 from revnet.engine._capture import check_same_graph, is_capturing
 from revnet.engine._digest import has_memory
 from revnet.engine._random import by_device, digest, get_random_state, set_random_state
+from revnet.engine._tensors import is_sharded
 from revnet.errors import ReconstructionError
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
     if call.random and HAS_ACCELERATOR and is_capturing():
         check_same_graph(call.name, call.random, map(get_random_state, (device for device, _, _ in call.random)))
     with ExitStack() as stack:
+        # A module that has nothing to rebuild runs again when its own backward pass is over. FSDP takes this for a part
+        # of that pass, and does not shard the parameters again.
+        for module in filter(is_done_with_backward, plan.sharded):
+            stack.callback(module.reshard)
         for context in _autocast_contexts(call):
             stack.enter_context(context)
         # One by one: `train()` would set the flags of the children too, and models override it to keep a norm frozen.
@@ -124,6 +129,7 @@ def restored(call: "RecordedCall") -> Iterator[set[int]]:
             is_copied = value is not None
             # A tensor that the function writes to is copied even if it is still in place: the replay must not write to
             # it again.
+            # FSDP swaps whole and sharded forms itself, also in replays.
             if not is_copied and (place.current is place.tensor or is_sharded(place.tensor)):
                 continue
             tensor = copies.get(id(place.tensor), place.tensor)
@@ -174,30 +180,15 @@ def run_restored(
         ReconstructionError: The replay did not draw the same random numbers as the first run, or wrote to a parameter.
     """
     try:
-        with _sharded_again(call), restored(call) as lasting, _parameters_watched(call):
+        with restored(call) as lasting, _parameters_watched(call):
             return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
     except OtherNumbersError:
         if needs_result or call.stop_after < 0:
             raise
     # It stopped early, perhaps before it drew all of its numbers. Only a run to the end can show that.
     call.stop_after = -1
-    with _sharded_again(call), restored(call) as lasting, _parameters_watched(call):
+    with restored(call) as lasting, _parameters_watched(call):
         return run_again(call, function, args, lasting, fill, is_rounded, needs_result)
-
-
-@contextmanager
-def _sharded_again(call: "RecordedCall") -> Iterator[None]:
-    """Shard the parameters again that FSDP gathers for a replay, and would not shard itself.
-
-    A module that has nothing to rebuild runs again when its own backward pass is over. FSDP then takes the replay for a
-    part of that pass, after which it would have sharded the parameters.
-    """
-    done = [module for module in call.plan.sharded if is_done_with_backward(module)]
-    try:
-        yield
-    finally:
-        for module in done:
-            module.reshard()
 
 
 @contextmanager
@@ -255,8 +246,3 @@ def _is_freed(parameter: Tensor) -> bool:
     """Return whether the memory of an ordinary tensor was freed, as FSDP does it."""
     is_usual = type(parameter) in (Tensor, nn.Parameter) and parameter.layout is torch.strided
     return is_usual and not in_functorch_transform() and parameter.untyped_storage().nbytes() < parameter.nbytes
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Return whether FSDP manages the parameter. FSDP swaps whole and sharded forms itself, also in replays."""
-    return hasattr(parameter, "device_mesh")

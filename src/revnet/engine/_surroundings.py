@@ -57,7 +57,7 @@ class Surroundings:
         """Return the surroundings of a pass.
 
         Args:
-            given: The additional arguments, or None if there are none.
+            given: Additional arguments of the residual functions, if any.
             streams: The streams that the pass begins with.
         """
         arguments = [] if given is None else list(given.kept)

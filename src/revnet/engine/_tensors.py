@@ -49,6 +49,11 @@ def has_values(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not tensor.is_meta and not in_functorch_transform()
 
 
+def is_sharded(parameter: Tensor | None) -> bool:
+    """Return whether FSDP divides the parameter among processes. Importing its class would take time."""
+    return hasattr(parameter, "device_mesh")
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Return whether the elements fill their memory without gaps, in any order of the dimensions."""
     return in_memory_order(tensor).is_contiguous()

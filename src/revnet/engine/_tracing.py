@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from revnet._checks import describe_kind
 from revnet._torch_release import constant_of_object, constant_while_tracing, is_exporting
+from revnet.engine._tensors import is_sharded
 
 
 class CannotCompileError(NotImplementedError):
@@ -24,7 +25,7 @@ def refuse(message: str) -> None:
 @constant_of_object
 def refuse_sharded(module: nn.Module) -> None:
     """End the trace with an error if FSDP manages a parameter of `module`; the graph would not see its whole form."""
-    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+    if any(map(is_sharded, module.parameters())):
         raise CannotCompileError(
             "a reversible sequence with sharded parameters (FSDP) cannot be compiled as a whole; call "
             "`block.compile()` on each of its blocks before sharding instead."
