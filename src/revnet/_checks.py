@@ -107,10 +107,14 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` (={describe(value)}) must be {' or '.join(map(repr, choices))}.")
 
 
+def is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    """Return whether `value` is a path: a string, or an object such as `pathlib.Path`. `pathlib` takes no bytes."""
+    return isinstance(value, str | os.PathLike) and not isinstance(os.fspath(value), bytes)
+
+
 def check_path(name: str, value: Any, *, hint: str) -> None:
-    """Raise unless `value` is a path: a string, or an object such as `pathlib.Path`. `hint` says what to pass."""
-    # A path in bytes is `os.PathLike` in no library, and `pathlib` does not take it.
-    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+    """Raise unless `value` is a path. `hint` says what to pass."""
+    if not is_path(value):
         raise TypeError(f"`{name}` (={describe(value)}) must be a path; pass {hint}.")
 
 
@@ -123,7 +127,7 @@ def check_paths(name: str, values: Any) -> list[Any]:
         raise TypeError(f"`{name}` (={describe(values)}) must be a list of files; pass ['photo.jpg'], for instance.")
     paths = list(values)
     for path in paths:
-        if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        if not is_path(path):
             raise TypeError(
                 f"`{name}` holds {describe(path)}, but must be a list of paths; pass strings, or objects of `pathlib`."
             )

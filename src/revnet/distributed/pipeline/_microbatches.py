@@ -67,7 +67,7 @@ def joined(outputs: Sequence[Any]) -> Any:
 
 
 def checksum_of(batch: Any) -> str | None:
-    """Return a checksum of all tensors of a batch as text, or None if there is no tensor."""
+    """Return a checksum of the tensors in a batch as a string. If the batch contains no tensors, return None."""
     # Sorted, because dicts with the same entries may differ in their order.
     checksums = sorted([_checksum(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)])
     return "; ".join(checksums) or None
