@@ -34,6 +34,12 @@ def reproducible():
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture
+def own_temporary_folder(tmp_path, monkeypatch):
+    """Put what a test creates with `tempfile` into its own folder, which pytest deletes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

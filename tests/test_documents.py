@@ -16,6 +16,7 @@ from revnet import list_models
 from revnet.cli.main import COMMANDS, SUBCOMMANDS, main
 from revnet.errors import MissingDependencyError
 
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()

@@ -9,6 +9,7 @@ import torch
 import revnet
 from revnet import coupling, distributed, nn, optim
 
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 MOST_COLUMNS = 88
 
 

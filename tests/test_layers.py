@@ -8,6 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "revnet"
 LEVELS = {
     "errors": -2,
+    "_paths": -1,
     "_torch_release": -1,
     "_atomic_file": 0,
     "_bytes": 0,

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from revnet._paths import expand_user
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 """Suffixes of the files that are read as images, in lower case."""
 
@@ -64,9 +66,9 @@ def is_image_folder(path: Path) -> bool:
         path: A folder; `~` is the home directory.
     """
     try:
-        train = path.expanduser() / TRAIN
+        train = expand_user(path) / TRAIN
         return train.is_dir() and not any(train.glob("*.parquet"))
-    except (OSError, RuntimeError):  # reading the path raises an error that explains the problem
+    except OSError:  # reading the path raises an error that explains the problem
         return False
 
 
@@ -79,13 +81,13 @@ def is_plain_folder(path: Path) -> bool:
         path: A folder; `~` is the home directory.
     """
     try:
-        folder = path.expanduser()
+        folder = expand_user(path)
         if not folder.is_dir() or (folder / TRAIN).is_dir():
             return False
         if any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet")):
             return False
         return any(True for _ in image_files(folder))
-    except (OSError, RuntimeError):  # reading the path raises an error that explains the problem
+    except OSError:  # reading the path raises an error that explains the problem
         return False
 
 
@@ -107,7 +109,7 @@ def list_images(paths: Iterable[str | Path]) -> list[Path]:
 
 def explain_link(path: str | Path) -> str | None:
     """Return why a path leads nowhere if it is a link, as the end of a sentence; None if it is not such a link."""
-    path = os.path.expanduser(path)  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
+    path = expand_user(path)
     if not os.path.islink(path) or os.path.exists(path):  # noqa: PTH110, PTH114 - `Path` fails for a loop
         return None
     target = os.readlink(path)  # noqa: PTH115

@@ -1,10 +1,10 @@
 """Settings from a YAML file, for `--config`."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from revnet._documents import read_yaml
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 from revnet.cli._values import check_value, describe_type
 from revnet.training.recipes import find_recipe
@@ -38,7 +38,7 @@ def read_config(name: str, kinds: Mapping[str, Any], hint: Callable[[str], str])
 
 
 def _load(name: str) -> dict[Any, Any]:
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.suffix not in (".yaml", ".yml") and not path.exists():
         try:
             path = find_recipe(name)

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revnet._paths import expand_user
 from revnet.cli._build import cpu_or_cuda
 from revnet.cli._errors import UsageError
 from revnet.cli._model import build_model
@@ -40,7 +40,7 @@ def is_checkpoint(name: str) -> bool:
         return True
     if ":" in name or name in list_models():
         return False
-    path = Path(name).expanduser()
+    path = expand_user(name)
     return len(path.parts) > 1 or path.suffix in (".safetensors", ".ckpt") or path.exists()
 
 
@@ -74,7 +74,7 @@ def _from_checkpoint(flags: StepFlags, data: str | None) -> DoctorInputs:
         raise UsageError(
             "`--image` is for models by name; a checkpoint keeps the image size of its training data. Leave it out."
         )
-    classifier = load_classifier(Path(flags.model).expanduser())
+    classifier = load_classifier(expand_user(flags.model))
     header = classifier.header
     if data is None:
         return DoctorInputs(classifier.model, torch.randn(flags.batch, *header.image_shape), None, "random inputs")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from revnet._atomic_file import open_early
 from revnet._image_files import IMAGE_SUFFIXES
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 from revnet.training.run import run_dir
 
@@ -25,7 +26,7 @@ def open_table(flag: str, place: str | None, head: bytes) -> Path | None:
     """
     if place is None:
         return None
-    path = Path(place).expanduser()
+    path = expand_user(place)
     check_out_file(flag, path, lambda file: _head(file, len(head)) == head)
     try:
         open_early(path)

@@ -1,11 +1,10 @@
 """Settings for photographs: the defaults of `TrainConfig` suit digits of 8x8 pixels."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from revnet._image_files import is_plain_folder
+from revnet._paths import expand_user
 from revnet.training import TrainConfig
 from revnet.training.recipes import find_recipe
 
@@ -30,5 +29,5 @@ def _are_photographs(data: str) -> bool:
     """Return whether `data` names image files of many sizes, in folders or on the Hugging Face hub."""
     if data == "imagenet" or data.startswith("hub:"):
         return True
-    folder = Path(os.path.expanduser(data))  # noqa: PTH111 - `Path` raises an error for an unknown user
+    folder = expand_user(data)
     return (folder / "train").is_dir() or is_plain_folder(folder)

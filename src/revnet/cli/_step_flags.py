@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from revnet._outside_text import file_stem
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 from revnet.errors import MissingDependencyError
 from revnet.training.settings.checks import check_integer
@@ -119,7 +120,7 @@ def _spell(values: object) -> str:
 
 def open_folder(out_dir: str | None) -> Path:
     """Create the folder for pictures, before the work, so that a bad path fails at once."""
-    folder = Path(out_dir or ".").expanduser()
+    folder = expand_user(out_dir or ".")
     with writing_to("--out-dir", folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

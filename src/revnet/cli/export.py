@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from revnet._paths import expand_user
 from revnet.cli._out_file import check_out_file
 
 _SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -37,9 +38,9 @@ def export(checkpoint: str, *, format: Literal["onnx", "pt2"] = "onnx", out: str
     from revnet.training.run.used_weights import describe_weights
     from revnet.training.writing import writing_to
 
-    weights = find_weights(Path(checkpoint).expanduser())
+    weights = find_weights(expand_user(checkpoint))
     local = Path(weights.name) if is_hub_name(checkpoint) else weights  # The cache of downloads is not for files.
-    path = local.with_suffix(_SUFFIXES[format]) if out is None else Path(out).expanduser()
+    path = local.with_suffix(_SUFFIXES[format]) if out is None else expand_user(out)
     check_out_file("--out", path, is_inference_file)
     with writing_to("--out", path, "file"):
         report = write_inference(read_inference(weights), path, format)

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
 from revnet.training import TrainConfig
@@ -56,7 +57,7 @@ def figure(
         raise UsageError(f"unknown figure `{name}`; {hint}")
     config = TrainConfig(**settings)
     results = Path("benchmarks/results")
-    folder = Path(out_dir).expanduser() if out_dir is not None else results if results.is_dir() else Path()
+    folder = expand_user(out_dir) if out_dir is not None else results if results.is_dir() else Path()
     if name == "gradient-angle":
         if quick:
             raise UsageError("`--quick` is for complexity; to shorten gradient-angle, pass fewer `--epochs`.")

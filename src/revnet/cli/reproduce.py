@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 
 
@@ -64,7 +65,7 @@ def reproduce(
         "num_threads": num_threads,
         "num_workers": num_workers,
     }
-    folder = Path("runs", table) if out_dir is None else Path(out_dir).expanduser()
+    folder = Path("runs", table) if out_dir is None else expand_user(out_dir)
     options = {"models": models, "seeds": seeds, "epochs": epochs, "precision": precision}
     command = " ".join(
         [f"revnet reproduce {table}", *(f"--{name} {value}" for name, value in options.items() if value is not None)]

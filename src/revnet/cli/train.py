@@ -1,11 +1,11 @@
 """`revnet train`."""
 
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from revnet._paths import expand_user
 from revnet.cli._errors import UsageError
 from revnet.cli._options import takes_settings
 from revnet.cli._photos import PHOTO_RECIPE, photo_settings
@@ -67,7 +67,7 @@ def _model_of_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
     from revnet.training.classification.model import ClassifierHeader
     from revnet.training.starting import read_start_weights
 
-    return {"model": read_start_weights(str(Path(settings["weights"]).expanduser()), ClassifierHeader).header.model}
+    return {"model": read_start_weights(str(expand_user(settings["weights"])), ClassifierHeader).header.model}
 
 
 def run(
@@ -113,8 +113,8 @@ def _find_run(resume: str | None, settings: Mapping[str, Any]) -> str | None:
     if folder is None:
         raise UsageError("`--resume auto` needs a folder; pass `--out-dir FOLDER`.")
     # Without settings, the run in the folder was stopped before it began.
-    folder = os.path.expanduser(folder)  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
-    return folder if (Path(folder) / "config.yaml").is_file() else None
+    folder = expand_user(folder)
+    return str(folder) if (folder / "config.yaml").is_file() else None
 
 
 def _check_task(folder: str, task: str | None) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from revnet._paths import expand_user
 from revnet.paper.report import RunFigures, write_report
 from revnet.paper.tables import Row, Table
 from revnet.training import TrainConfig, TrainingInterrupted, resume, train
@@ -60,7 +61,7 @@ def reproduce(
             `out_dir` has other settings.
         TrainingInterrupted: The process received Ctrl-C or SIGTERM. The same call continues the table.
     """
-    out_dir = Path(out_dir).expanduser()
+    out_dir = expand_user(out_dir)
     chosen = table.models if models is None else list(models)
     for model in chosen:
         if model not in table.models:

@@ -1,6 +1,5 @@
 """The entry functions `train` and `resume`, and the three families that they know."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning.pytorch import Callback
 from revnet._atomic_file import remove_leftovers
 from revnet._checks import check_path, describe
 from revnet._image_files import explain_link
+from revnet._paths import absolute_path, expand_user
 from revnet.errors import CheckpointError
 from revnet.training.classification import job as classification
 from revnet.training.classification.config import TrainConfig
@@ -18,7 +18,7 @@ from revnet.training.classification.result import TrainResult
 from revnet.training.density import job as density
 from revnet.training.density.config import NiceConfig
 from revnet.training.density.result import DensityResult
-from revnet.training.image_data import absolute_data, absolute_path
+from revnet.training.image_data import absolute_data
 from revnet.training.language import job as language
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.result import LanguageResult
@@ -198,7 +198,7 @@ def resume(folder: str | Path, *, quiet: bool = False, callbacks: Sequence[Callb
     """
     check_path("folder", folder, hint="the folder of a run of `revnet train`")
     check_callbacks(callbacks)
-    folder = Path(os.path.expanduser(folder))  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
+    folder = expand_user(folder)
     family = _find_family(folder)
     changes = {name: plain_value(value) for name, value in changes.items()}
     check_same_folder(folder, changes.pop("out_dir", None))

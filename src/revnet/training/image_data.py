@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from revnet._image_files import IMAGE_SUFFIXES, explain_link, is_pattern
+from revnet._paths import absolute_path, expand_user
 from revnet._units import counted
 from revnet.data import ImageDataset, list_datasets, load_image
 from revnet.data.decoding.decode import most_pixels
@@ -24,14 +25,8 @@ def absolute_data(data: str) -> str:
     as it is, for the error message.
     """
     is_name = data in list_datasets() or data.startswith("hub:") or is_import_path(data)
-    # Unlike `os.path`, `Path` raises an error for the home directory of an unknown user.
-    exists = os.path.exists(os.path.expanduser(data))  # noqa: PTH110, PTH111
+    exists = os.path.exists(expand_user(data))  # noqa: PTH110 - `Path` fails for names that are too long
     return absolute_path(data) if not is_name and exists else data
-
-
-def absolute_path(path: str) -> str:
-    """Return a path that is the same in any working directory."""
-    return os.path.realpath(Path(path).expanduser())  # unlike `resolve`, it does not fail for a loop of links
 
 
 def describe_splits(training: AbstractSplit, validation: AbstractSplit | None, test: AbstractSplit) -> str:

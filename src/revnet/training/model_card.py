@@ -9,6 +9,7 @@ from typing import Any
 from revnet._documents import read_json, read_yaml
 from revnet._input_files import read_text
 from revnet._outside_text import printable, shorten
+from revnet._paths import expand_user
 from revnet._units import counted, format_loss, format_seconds
 from revnet.errors import CheckpointError
 from revnet.memory import format_bytes
@@ -246,4 +247,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).expanduser().is_absolute()
+    return isinstance(value, str) and expand_user(value).is_absolute()

@@ -5,6 +5,7 @@ from typing import Any
 
 from revnet._checks import check_path, describe
 from revnet._outside_text import shorten
+from revnet._paths import expand_user
 from revnet.errors import CheckpointError, RevnetError
 from revnet.models.pretrained.card import CARD
 from revnet.models.pretrained.hub_files import CONFIG, PREPROCESS, WEIGHTS, check_repository
@@ -65,7 +66,7 @@ def push(
     module, card = _load(weights, repo_id)
     if dry_run is not None:
         check_path("dry_run", dry_run, hint="a folder, or None to send the files")
-        folder = Path(dry_run).expanduser()
+        folder = expand_user(dry_run)
         _check_dry_run(folder)
         with writing_to("dry_run", folder):
             module.save_pretrained(folder, card=card, repo_id=repo_id)

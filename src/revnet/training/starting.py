@@ -1,12 +1,12 @@
 """Start a run from trained weights."""
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from revnet._paths import absolute_path
 from revnet.errors import CheckpointError
 from revnet.models.pretrained.hub_files import is_hub_name
 from revnet.models.pretrained.reading import NETWORK_PREFIX
@@ -38,7 +38,7 @@ def absolute_weights(weights: str | None) -> str | None:
     """
     if weights is None or is_hub_name(weights) or find_pretrained(weights) is not None:
         return weights
-    return os.path.realpath(Path(weights).expanduser())
+    return absolute_path(weights)
 
 
 def read_start_weights(weights: str, header_type: type[_Header]) -> StartWeights:

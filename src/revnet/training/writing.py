@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from revnet._paths import expand_user
 from revnet.errors import RevnetError
 
 
@@ -21,7 +22,7 @@ def writing_to(name: str, place: str | Path, kind: Literal["file", "folder"] = "
     Raises:
         ValueError: The body has failed to write to `place`, or to a file in it.
     """
-    place = Path(os.path.expanduser(place))  # noqa: PTH111 - `Path` fails for the home directory of an unknown user
+    place = expand_user(place)
     try:
         yield
     except OSError as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from revnet._checks import check_path
 from revnet._input_files import read_bytes
+from revnet._paths import expand_user
 from revnet.data._require import require
 from revnet.data.decoding.crop import AbstractCrop, Box, CenterCrop
 from revnet.data.decoding.image_draw import Draw
@@ -130,12 +131,10 @@ def load_image(
     crop = CenterCrop(crop_fraction)
     require_pillow()
     try:
-        pixels = decode(str(Path(path).expanduser()), crop, image_size, _ANY_DRAW, modes[in_channels])
+        pixels = decode(str(expand_user(path)), crop, image_size, _ANY_DRAW, modes[in_channels])
     except UndecodableError as error:
         way_out = error.way_out or "pass the path of an image"
         raise DataError(f"'{path}' cannot be decoded: {error.reason}; {way_out}.") from error
-    except RuntimeError as error:  # `~` of an unknown user
-        raise DataError(f"'{path}' cannot be decoded: {error}; pass the path of an image.") from error
     return torch.from_numpy(pixels.reshape(*image_size, in_channels).transpose(2, 0, 1).copy())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from revnet._paths import expand_user
 from revnet.data.sources._parquet_file import ParquetFile, read_parquet_file
 from revnet.data.splits.rows import label_error
 from revnet.errors import DataError
@@ -44,10 +45,10 @@ def read_parquet_layout(path: str | Path) -> ParquetLayout:
         MissingDependencyError: Hugging Face `datasets` is not installed.
     """
     try:
-        folder = Path(path).expanduser()
+        folder = expand_user(path)
         name = folder.name.strip(".") or folder.resolve().name
         files = _find_files(folder)
-    except (OSError, RuntimeError) as error:  # no permission, a name too long; `~` of an unknown user
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, a loop of links
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
     train = tuple(read_parquet_file(file) for file in files[_TRAIN])
     tests = [tuple(read_parquet_file(file) for file in files[part]) for part in _TESTS if part in files]

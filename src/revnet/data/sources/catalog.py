@@ -8,6 +8,7 @@ from typing import Any
 
 from revnet._checks import check_count, check_path
 from revnet._image_files import explain_link, is_image_folder, is_plain_folder
+from revnet._paths import expand_user
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt, check_image_size, check_on_corrupt
 from revnet.data.decoding.crop import RandomResizedCrop
 from revnet.data.sources.cifar import load_cifar10, load_cifar100
@@ -131,9 +132,9 @@ def _check_no_image_size(image_size: int | None, name: str) -> None:
 
 def _is_folder_without_parquet(path: Path) -> bool:
     try:
-        folder = path.expanduser()
+        folder = expand_user(path)
         return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
-    except (OSError, RuntimeError):  # reading the path raises an error that explains the problem
+    except OSError:  # reading the path raises an error that explains the problem
         return False
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from revnet._paths import expand_user
 from revnet.data.sources._cifar_files import is_archive, read_archive, read_folder
 from revnet.data.sources._cifar_pickle import read_batch, read_class_names
 from revnet.data.splits.image_dataset import ImageDataset
@@ -50,9 +51,9 @@ def is_cifar_archive(path: Path) -> bool:
         path: A folder or a file; `~` is the home directory.
     """
     try:
-        path = path.expanduser()
+        path = expand_user(path)
         return is_archive(path) if path.is_file() else bool(_find_layouts(path))
-    except (OSError, RuntimeError):  # reading the path raises an error that explains the problem
+    except OSError:  # reading the path raises an error that explains the problem
         return False
 
 
@@ -75,10 +76,10 @@ def load_cifar_archive(path: Path) -> ImageDataset:
         https://www.cs.toronto.edu/~kriz/cifar.html
     """
     try:
-        path = path.expanduser()
+        path = expand_user(path)
         is_file = path.is_file()
         layouts = [] if is_file else _find_layouts(path)
-    except (OSError, RuntimeError) as error:  # no permission, a name too long; `~` of an unknown user
+    except OSError as error:  # no permission, a name too long
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a path that can be read.") from error
     if is_file:
         files = read_archive(path, {name for layout in _LAYOUTS for name in layout.files})

@@ -8,6 +8,7 @@ from revnet._documents import parse_json
 from revnet._image_files import explain_link
 from revnet._input_files import read_text
 from revnet._outside_text import printable
+from revnet._paths import expand_user
 from revnet.data.tokens.vocabulary import END_OF_TEXT
 from revnet.errors import DataError
 
@@ -58,7 +59,7 @@ def read_documents(path: str | Path) -> Documents:
     Raises:
         DataError: The source is missing, empty, larger than 4 GiB, or not text.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if (fault := explain_link(path)) is not None:
         raise DataError(f"`data` (='{path}') {fault}.")
     if path.is_dir():

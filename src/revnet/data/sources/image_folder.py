@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from revnet._image_files import IMAGE_SUFFIXES, TESTS, TRAIN, class_folders, image_files
+from revnet._paths import expand_user
 from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import AbstractCrop, CenterCrop, RandomResizedCrop
@@ -51,7 +52,7 @@ def load_image_folder(
         MissingDependencyError: Pillow is not installed.
     """
     try:
-        folder = Path(path).expanduser()
+        folder = expand_user(path)
         train = class_folders(folder / TRAIN)
         if not train:
             raise DataError(f"`path` (='{folder}') must hold '{TRAIN}', with one folder of images for each class.")
@@ -62,7 +63,7 @@ def load_image_folder(
             _make_split(folders, class_names, image_size, crop, on_corrupt)
             for folders, crop in ((train, RandomResizedCrop(crop_area)), (test, CenterCrop()))
         ]
-    except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
+    except OSError as error:  # no permission
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
     return ImageDataset(name=name or name_of_folder(folder), train=splits[0], test=splits[1], class_names=class_names)
 

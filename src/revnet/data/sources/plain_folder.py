@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from revnet._image_files import class_folders, image_files, loose_images, part_among_classes
+from revnet._paths import expand_user
 from revnet._units import counted
 from revnet.data.decoding.corrupt import DEFAULT_IMAGE_SIZE, OnCorrupt
 from revnet.data.decoding.crop import CenterCrop, RandomResizedCrop
@@ -48,10 +49,10 @@ def load_plain_folder(
         MissingDependencyError: Pillow is not installed.
     """
     try:
-        folder = Path(path).expanduser()
+        folder = expand_user(path)
         classes = _find_classes(folder)
         files = class_files(classes)
-    except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
+    except OSError as error:  # no permission
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
     train, test = dict(enumerate(files.values())), dict(enumerate(files.values()))
     division = None
@@ -75,9 +76,9 @@ def fingerprint_folder(path: str | Path) -> str:
         DataError: The folder cannot be read.
     """
     try:
-        classes = class_folders(Path(path).expanduser())
+        classes = class_folders(expand_user(path))
         return _fingerprint(_keys(classes, {name: sorted(image_files(place)) for name, place in classes.items()}))
-    except (OSError, RuntimeError) as error:  # no permission; `~` of an unknown user
+    except OSError as error:  # no permission
         raise DataError(f"`path` (='{path}') cannot be opened: {error}; pass a folder that can be read.") from error
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from revnet._input_files import read_text
 from revnet._outside_text import printable
+from revnet._paths import expand_user
 from revnet.data._require import require
 from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
 from revnet.data.tokens.tokenizer_file import BYTE_OF_LETTER, MOST_BYTES, TokenizerFile, parse_tokenizer
@@ -87,7 +88,7 @@ class BytePairVocabulary(AbstractVocabulary):
         Raises:
             DataError: The file is missing or damaged, or is not of a byte-level BPE tokenizer.
         """
-        path = Path(path).expanduser()
+        path = expand_user(path)
         try:
             return cls(parse_tokenizer(read_text(path, MOST_BYTES)))
         except OSError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revnet._atomic_file import write_text
 from revnet._checks import check_bool, describe
+from revnet._paths import expand_user
 from revnet.models.pretrained.building import build_network, class_of, describe_network
 from revnet.models.pretrained.card import CARD, describe_class, format_card, how_to_load
 from revnet.models.pretrained.hub_files import (
@@ -167,7 +168,7 @@ class HubMixin:
         """
         check_bool(push_to_hub=push_to_hub)
         entries = config_of(cast("Any", self), config)
-        folder = Path(save_directory).expanduser()
+        folder = expand_user(save_directory)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`save_directory` (={describe(save_directory)}) must be a folder, but is a file.")
         folder.mkdir(parents=True, exist_ok=True)

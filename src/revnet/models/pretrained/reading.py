@@ -14,6 +14,7 @@ from revnet._checks import describe
 from revnet._documents import parse_json
 from revnet._input_files import read_text
 from revnet._outside_text import shorten
+from revnet._paths import expand_user
 from revnet.errors import CheckpointError
 from revnet.models.pretrained.hub_files import (
     CONFIG,
@@ -90,7 +91,7 @@ def locate(name: str | Path, options: Download | None = None) -> Path:
         raise TypeError(f"`pretrained_model_name_or_path` (={describe(name)}) must be a path or owner/name.")
     if not os.fspath(name):
         raise CheckpointError("`pretrained_model_name_or_path` (='') must be a path or owner/name.")
-    path = find_pretrained(name) or Path(name).expanduser()
+    path = find_pretrained(name) or expand_user(name)
     if is_hub_name(name) or not (path.exists() or path.is_symlink()):
         if not is_hub_name(name) and _is_path(str(name)):
             raise CheckpointError(f"`{name}` does not exist; {_WAY_OUT}, or a name on the Hugging Face hub.")

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from revnet._checks import describe
+from revnet._paths import expand_user
 from revnet.models.pretrained.hub_files import CONFIG, SNAPSHOTS, WEIGHTS, is_hub_name
 
 VARIABLE = "REVNET_WEIGHTS"
@@ -91,7 +92,7 @@ def _folders() -> list[Path]:
     own = os.environ.get(VARIABLE)
     if not own:
         return [_PACKAGED]
-    folder = Path(own).expanduser()
+    folder = expand_user(own)
     if not folder.is_dir():
         raise ValueError(
             f"the environment variable `{VARIABLE}` must name a folder with trained networks, but `{own}` is not a "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from revnet._checks import check_path
 from revnet._outside_text import shorten
+from revnet._paths import expand_user
 from revnet._text_table import format_lines
 from revnet._units import counted
 from revnet.data.decoding.corrupt import OnCorrupt
@@ -116,7 +117,7 @@ def sample(
     torch_device = find_device(device)
     weights = find_weights(Path(checkpoint))
     density = load_density(weights)
-    folder = results_folder(weights) if out_dir is None else Path(out_dir).expanduser()
+    folder = results_folder(weights) if out_dir is None else expand_user(out_dir)
     name, images = _test_images(density, data, on_corrupt)
     with writing_to("out_dir", folder):
         folder.mkdir(parents=True, exist_ok=True)

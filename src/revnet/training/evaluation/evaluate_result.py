@@ -8,6 +8,7 @@ from typing import Any
 
 from revnet._atomic_file import write_text
 from revnet._figure import check_matplotlib, try_to_draw
+from revnet._paths import expand_user
 from revnet.errors import MissingDependencyError
 from revnet.models.pretrained.hub_files import WEIGHTS
 from revnet.models.pretrained.shipped import results_folder
@@ -109,7 +110,7 @@ class EvaluateResult:
         """
         if out_dir is None and self.checkpoint is None:
             raise ValueError("`out_dir` (=None) must be given, since the weights were not read from a file.")
-        folder = Path(out_dir).expanduser() if out_dir is not None else results_folder(Path(self.checkpoint or ""))
+        folder = expand_user(out_dir) if out_dir is not None else results_folder(Path(self.checkpoint or ""))
         figures, table, picture = files = [folder / f"{self._stem()}.{suffix}" for suffix in ("json", "csv", "png")]
         with writing_to("out_dir", folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from revnet._image_files import class_folders, image_files, is_plain_folder
+from revnet._paths import absolute_path, expand_user
 from revnet._units import counted
 from revnet.data.sources.plain_folder import fingerprint_folder
 from revnet.errors import DataError
@@ -23,7 +24,7 @@ def is_new_folder(header: ClassifierHeader, data: str | Path) -> bool:
     Raises:
         DataError: The folder cannot be read.
     """
-    if header.split_files is None or os.path.realpath(Path(data).expanduser()) == os.path.realpath(header.data):
+    if header.split_files is None or absolute_path(data) == os.path.realpath(header.data):
         return False
     return is_plain_folder(Path(data)) and fingerprint_folder(data) != header.split_files
 
@@ -46,7 +47,7 @@ def check_unseen(header: ClassifierHeader, data: str | Path) -> None:
         )
         return
     known = _by_size(trained)
-    both = {size: files for size, files in _by_size(Path(data).expanduser()).items() if size in known}
+    both = {size: files for size, files in _by_size(expand_user(data)).items() if size in known}
     digests = {_digest(file) for size in both for file in known[size]}
     seen = sorted(file for files in both.values() for file in files if _digest(file) in digests)
     if seen:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from revnet._paths import absolute_path
 from revnet._units import counted
 from revnet.data import ConsecutiveWindows, RandomWindows, Vocabulary
 from revnet.data.sources.text import TextDataset
 from revnet.memory import Plan
 from revnet.models import ReversibleTransformer
 from revnet.training.device import find_device
-from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import SEPARATE, LanguageHeader, LanguageModel
 from revnet.training.language.result import LanguageResult

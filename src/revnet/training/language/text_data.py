@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
+from revnet._paths import absolute_path
 from revnet.data import BytePairVocabulary, ConsecutiveWindows, Vocabulary, load_text
 from revnet.data.sources.text import BPE, CHARACTERS, TextDataset
 from revnet.data.tokens.abstract_vocabulary import AbstractVocabulary
-from revnet.training.image_data import absolute_path
 from revnet.training.language.config import LanguageConfig
 from revnet.training.language.model import DEFAULTS, JOINED, SEPARATE, LanguageHeader, differing_options
 

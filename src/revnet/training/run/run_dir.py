@@ -6,6 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from revnet._outside_text import file_stem
+from revnet._paths import expand_user
 from revnet.training.settings.run_config import AbstractRunConfig
 
 CONFIG = "config.yaml"
@@ -93,7 +94,7 @@ def data_stem(data_name: str) -> str:
 
 
 def _given(out_dir: str) -> Path:
-    folder = Path(out_dir).expanduser()
+    folder = expand_user(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if any(path.name != CHECKPOINTS for path in folder.iterdir()) or any(folder.glob(f"{CHECKPOINTS}/*.ckpt")):
         raise _not_empty(out_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from revnet._checks import check_path
+from revnet._paths import absolute_path
 from revnet.errors import CheckpointError, RevnetError
 from revnet.training.run import run_dir
 from revnet.training.run.checkpoint_folder import CheckpointFolder
@@ -26,7 +27,7 @@ def check_same_folder(folder: Path, out_dir: Any) -> None:
     if out_dir is None:
         return
     check_path("out_dir", out_dir, hint="the folder of the run, or leave it out")
-    if os.path.realpath(os.path.expanduser(out_dir)) == os.path.realpath(folder):  # noqa: PTH111
+    if absolute_path(out_dir) == os.path.realpath(folder):
         return
     raise ValueError(
         f"`out_dir` (={os.fspath(out_dir)!r}) cannot change within a run, which is in '{folder}'; leave it out, or "
