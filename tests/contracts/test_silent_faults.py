@@ -24,6 +24,7 @@ from revnet import (
     ReversibleBlock,
     ReversibleSequential,
     Store,
+    coupling,
     set_policy,
 )
 from revnet.engine import _states
@@ -190,6 +191,10 @@ def test_checks_arguments_by_function():
     x = torch.randn(2, 8)
     with pytest.raises(TypeError, match=r"`f_kwargs` .* must be a dict of keyword arguments"):
         sequence(x, f_kwargs=3)
+    with pytest.raises(TypeError, match=r"`f_kwargs` has the key 1, but keyword arguments have names; pass strings"):
+        sequence(x, f_kwargs={1: 1})
+    with pytest.raises(TypeError, match=r"`kwargs` has the key 1, but keyword arguments have names; pass strings"):
+        sequence.record(x, kwargs={1: 1})
     with pytest.raises(TypeError, match="`mask` is in `f_kwargs` and among the arguments of all functions"):
         sequence(x, mask=1, f_kwargs={"mask": 1})
     with pytest.raises(TypeError, match="`g_kwargs` is for residual functions named `g`"):
@@ -416,6 +421,47 @@ def test_different_numbers_raise_under_an_exact_coupling(source):
     sequence.blocks[1].g = Noisy(8, source, size=1e-2)
     loss = sequence(torch.randn(16, 16)).square().mean()
     with pytest.raises(ReconstructionError, match=r"`blocks\.1\.g` returned different numbers"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "rule", [coupling.Additive(), coupling.Scaled.consistent(1e-3), coupling.Momentum(1e-3)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_error_that_a_stream_already_had_does_not_raise(rule, dtype):
+    """The error of a large stream, or of one that was divided by a small factor, shows where the stream is small."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        functions = [nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(6)]
+        functions[3] = functions[3][1]  # Reads the size of its stream.
+        pairs = zip(functions[::2], functions[1::2], strict=True)
+        blocks = [ReversibleBlock(f, g, split_dim=-1, coupling=rule) for f, g in pairs]
+        sequence = ReversibleSequential(*blocks).to(dtype)
+        x = torch.randn(64, 32, dtype=dtype)
+        x[:, :16] *= 1e5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReconstructionWarning)
+            backward(sequence, x)
+
+
+class Branches(nn.Module):
+    """Takes one of two branches in each run."""
+
+    def __init__(self, width, branches):
+        super().__init__()
+        self.inner, self.branches = mlp(width), iter(branches)
+
+    def forward(self, x):
+        return self.inner(x) * next(self.branches)
+
+
+@pytest.mark.parametrize("branches", ["10111000", "01000111", "10000101", "10000000", "10001000", "10110000"])
+def test_a_function_that_takes_another_branch_raises(branches):
+    """The first run and the replay differ; the runs of the check agree with one or the other, or with neither."""
+    function = Branches(8, map(int, branches))
+    sequence = ReversibleSequential(ReversibleBlock(mlp(8), function, split_dim=-1))
+    loss = sequence(torch.randn(16, 16)).square().mean()
+    with pytest.raises(ReconstructionError, match=r"`blocks\.0\.g` returned different numbers"):
         loss.backward()
 
 

@@ -22,7 +22,9 @@ from revnet import (
 )
 from revnet.conversion import Dr2Net
 from revnet.engine import DriftMeter
+from revnet.engine._arrays import LEAST
 from revnet.engine._drift import MOST_SAMPLED, relative_error, sample
+from revnet.engine._parts import parts_of
 from tests.conversion.hosts import twins
 from tests.helpers import ConvResidual, mlp, squares, stored_twin
 
@@ -302,6 +304,20 @@ def test_samples_are_small_and_spread(shape):
     assert min(x.numel(), MOST_SAMPLED // 2) <= taken.numel() <= MOST_SAMPLED
     if len(shape) > 1:
         assert all(size > 1 or full_size == 1 for size, full_size in zip(taken.shape, shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 64), (32, 32), (65, 65), (30, 30), (210, 21), (128, 256), (8, 64, 64), (128, 64, 8, 8), (9, 33, 7, 7)],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_part_of_a_stream_is_judged(shape, transposed):
+    x = torch.randn(shape)
+    parts = parts_of(x.mT.contiguous().mT if transposed else x)
+    assert [count for _, count in parts.groups] == list(shape[: 2 if len(shape) == 4 else 3])
+    for part, count in parts.groups:
+        assert len(part) == len(parts.values)
+        assert np.bincount(part, minlength=count).min() >= LEAST
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20])

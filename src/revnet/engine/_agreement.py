@@ -100,14 +100,14 @@ class AgreementWatch(Observer):
             self.position = index
             # The sum was rounded at the size of the larger of the two: the stream before or after.
             scale = max(size := math.hypot(*expected), self.sizes[target])
-            self.sizes[target] = size
-            self.errors[target] = error = 0.0 if digest == expected else math.dist(digest, expected)
+            inherited, error = self.errors[target], 0.0 if digest == expected else math.dist(digest, expected)
+            self.sizes[target], self.errors[target] = size, error
             if error:
                 of_read = 0.0 if type(s := half_block.source) is tuple else self.errors[s] / (self.sizes[s] or math.inf)
-                before = max(self.worst, of_read, _FLOOR[x.dtype])
-                if not error <= scale * _suspicion.SUSPICIOUS * before or half_block.coupling.is_exact:
-                    ratio = error / (scale * before) if scale else math.inf
-                    _suspicion.look_closer(self, run, index, streams, digest, expected, ratio)
+                usual = max(scale * max(self.worst, of_read, _FLOOR[x.dtype]), inherited)
+                if not error <= _suspicion.SUSPICIOUS * usual or half_block.coupling.is_exact:
+                    ratio = error / usual if usual else math.inf
+                    _suspicion.look_closer(self, run, index, streams, digest, expected, ratio, inherited)
                 self.worst = max(self.worst, error / (scale or math.inf))
         if self._first is not None and index == run.lowest + 1:
             self._judge(run, run.steps[run.lowest].half_block, streams)

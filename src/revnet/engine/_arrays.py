@@ -77,17 +77,21 @@ def digest_of_array(array: Any) -> list[float]:
 
 
 @lru_cache(maxsize=256)
-def step_of(numel: int, most: int) -> int:
-    """Return the step of a sample of about `most` elements."""
-    # An odd step visits all channels and tokens in turn, because most dimensions are even.
-    return 1 if numel <= most else (numel // most) | 1
+def step_of(numel: int, size: int, *, at_least: bool = False) -> int:
+    """Return the step of a sample of about `size` elements, and of no fewer if `at_least` is true."""
+    if not at_least:
+        # An odd step visits all channels and tokens in turn, because most dimensions are even.
+        return 1 if numel <= size else (numel // size) | 1
+    # A step that shares no factor with any dimension visits all of them equally often.
+    return next(step for step in range(max(1, numel // size), 0, -1) if math.gcd(step, numel) == 1)
 
 
 @lru_cache(maxsize=256)
-def places(shape: tuple[int, ...], most: int) -> tuple[Any, ...]:
+def places(shape: tuple[int, ...], size: int, *, at_least: bool = False) -> tuple[Any, ...]:
     """Return the indices of the same elements in an array of another layout."""
     numel = math.prod(shape)
-    return np.unravel_index(np.arange(0, numel, step_of(numel, most)), shape) if numel and shape else ()
+    every = step_of(numel, size, at_least=at_least)
+    return np.unravel_index(np.arange(0, numel, every), shape) if numel and shape else ()
 
 
 LEAST = 16
@@ -96,8 +100,11 @@ LEAST = 16
 
 @lru_cache(maxsize=64)
 def groups(shape: tuple[int, ...], size: int) -> tuple[tuple[Any, int], ...]:
-    """Return, for each dimension that is compared, the part of each sampled element and the number of parts."""
-    of_dim = places(shape, size)
+    """Return, for each dimension that is compared, the part of each sampled element and the number of parts.
+
+    The sample has at least `size` elements.
+    """
+    of_dim = places(shape, size, at_least=True)
     return tuple([(of_dim[dim], shape[dim]) for dim in judged_dims(shape, len(of_dim[0]), LEAST)]) if of_dim else ()
 
 

@@ -38,11 +38,11 @@ def may_sample(x: Tensor) -> bool:
     return not (in_functorch_transform() or is_capturing)
 
 
-def sample_on_device(x: Tensor, most: int = SIZE) -> list[float]:
-    """Return about `most` elements of a tensor, in the order of a contiguous tensor."""
+def sample_on_device(x: Tensor, size: int = SIZE, *, at_least: bool = False) -> list[float]:
+    """Return a sample of a tensor's elements, in the order of a contiguous tensor, as `step_of` takes it."""
     flat = _flat(x)
     # To the host first, because MPS has no float64.
-    sample: Any = flat[:: step_of(flat.numel(), most)].cpu().double().tolist()
+    sample: Any = flat[:: step_of(flat.numel(), size, at_least=at_least)].cpu().double().tolist()
     return list(sample)
 
 

@@ -29,13 +29,17 @@ def parts_of(x: Tensor) -> Parts:
     size = max(512, LEAST * max(x.shape, default=1))
     if x.device.type != "cpu":
         # A complex sample has two numbers for each element, which the groups do not fit.
-        return Parts(np.array(sample_on_device(x, size)), () if x.is_complex() else groups(tuple(x.shape), size))
+        sample = np.array(sample_on_device(x, size, at_least=True))
+        return Parts(sample, () if x.is_complex() else groups(tuple(x.shape), size))
     array = array_of(x)
     if array.size == 0 or array.ndim == 0 or array.dtype.kind == "c":
         return Parts(np.array(digest_of(x)), ())
     # Both ways take the same elements; reshaping a non-contiguous array would copy all of it.
-    flat = array.reshape(-1)[:: step_of(array.size, size)] if x.is_contiguous() else array[places(array.shape, size)]
-    return Parts(flat.astype(np.float64), groups(array.shape, size))
+    if x.is_contiguous():
+        sample = array.reshape(-1)[:: step_of(array.size, size, at_least=True)]
+    else:
+        sample = array[places(array.shape, size, at_least=True)]
+    return Parts(sample.astype(np.float64), groups(array.shape, size))
 
 
 def relative_errors(x: Tensor, true: Parts, floor: float) -> tuple[float, float]:

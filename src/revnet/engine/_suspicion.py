@@ -2,13 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import sub
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from revnet.engine._careful import not_the_same
 from revnet.engine._chain import HalfBlock
@@ -34,6 +35,8 @@ If every function amplified errors by this factor, a float32 stream would be los
 """
 EXCESS = 100.0
 """Factor by which an error must exceed the effect of a perturbed input, so that it is not drift."""
+_TIMES = 3
+"""Number of runs on one input that must agree. With two, a function that takes one of two branches often escapes."""
 
 
 def look_closer(
@@ -44,6 +47,7 @@ def look_closer(
     actual: Digest,
     expected: Digest,
     ratio: float,
+    inherited: float = 0.0,
     *,
     is_tail: bool = False,
 ) -> None:
@@ -57,14 +61,14 @@ def look_closer(
         actual: The digest of the rebuilt stream that it updates.
         expected: The digest of the true stream.
         ratio: The error of the rebuilt stream, relative to the errors of the streams so far.
+        inherited: The error that this stream had before the half-block was undone.
         is_tail: Whether the digests are of the last tensor that its function saved instead.
     """
     tolerated = run.chain.chain.tolerated
     # The model produced NaN or inf, or they are reported as drift.
     if math.isfinite(ratio) and ratio > tolerated.get(index, 0.0):
-        measure = partial(_tail_again if is_tail else _stream_again, run, index, streams)
         eps = max(watch.eps, _tail_eps(run, index)) if is_tail else watch.eps
-        check_same(run, index, streams, measure, actual, expected, watch, eps)
+        check_same(run, index, streams, actual, expected, watch, eps, None if is_tail else inherited)
         # With a margin, so that the next steps do not repeat the same check.
         tolerated[index] = 4 * ratio
 
@@ -81,57 +85,67 @@ def check_same(
     run: "Rebuilder",
     index: int,
     streams: StreamSnapshot,
-    measure: Callable[[Change], Digest],
     actual: Digest,
     expected: Digest,
     watch: "AgreementWatch",
     eps: float,
+    inherited: float | None,
 ) -> None:
     """Raise if half-block `index` returned a different result the second time, and rounding is not the reason.
 
-    The function runs two more times on its current input. If the results differ, it is not deterministic. Then it runs
-    once on an input that is perturbed by as much as the streams are off. If most elements of the result are off by far
-    more than that explains, something that the function depends on has changed since the forward pass. A few elements
-    are not enough, because a hash or a choice may jump for some elements when its input changes in the last place.
-    That is drift.
+    The function runs again on its current input, and on an input that is perturbed by as much as the streams are off,
+    several times each. If runs on one input differ, the replay among them, it is not deterministic. If most elements of
+    the result are off by far more than the perturbation explains, something that the function depends on has changed
+    since the forward pass. A few elements are not enough, because a hash or a choice may jump for some elements when
+    its input changes in the last place. That is drift.
 
     Args:
         run: The run.
         index: The index of the half-block.
         streams: The streams before the half-block.
-        measure: Runs the function, with its input changed or unchanged, and returns a digest of the result.
         actual: The digest of the second result.
         expected: The digest of the first result.
         watch: Has the errors of the streams.
         eps: The precision of the digests.
+        inherited: The error that the stream had before the half-block was undone. None if the digests are of the last
+            tensor that the function saved.
 
     Raises:
         ReconstructionError: The function returned a different result.
     """
-    half_block = run.steps[index].half_block
+    step, is_tail = run.steps[index], inherited is None
+    half_block = step.half_block
     change = _perturbation(watch, half_block)
+    measure = partial(_tail_again if is_tail else _stream_again, run, index, streams)
     with _checking(run, index):
-        again, once_more = measure(None), measure(None)
+        again = [measure(None) for _ in range(_TIMES)]
         try:
-            perturbed = measure(change)
+            perturbed = [measure(change) for _ in range(_TIMES)]
         except ReconstructionError:
             raise
         except Exception:
             # Some functions, such as eigenvalue solvers, fail on inputs that are very close to valid ones.
-            perturbed = None
-    size = math.hypot(*again) or 1.0
+            perturbed = []
+    size = math.hypot(*again[0]) or 1.0
     noise = noise_of(eps)
     if streams.read(half_block.source).device.type != "cpu":  # Kernels may add in any order.
         noise = max(noise, _DEVICE_NOISE[run.surroundings.is_mixed])
-    if math.dist(again, once_more) > noise * size:
-        raise not_the_same(half_block.name, "and different ones each time")
+    for first, *others in filter(None, (again, perturbed)):
+        if any(math.dist(first, other) > noise * (math.hypot(*first) or 1.0) for other in others):
+            raise not_the_same(half_block.name, "and different ones each time")
     if not half_block.coupling.is_exact:
-        if perturbed is None:  # The effect of rounding is unknown, so the difference may be drift.
+        if not perturbed:  # The effect of rounding is unknown, so the difference may be drift.
             return
-        response = _median_distance(perturbed, again)
-        # A result that does not respond at all is still rounded.
-        floor = max(response, eps * size / len(expected) ** 0.5)
-        if not _median_distance(actual, expected) > EXCESS * floor:
+        # The sum was rounded at the size of the larger of the two: the stream before or after.
+        rounding = max(inherited or 0.0, eps * max(size, math.hypot(*expected))) / len(expected) ** 0.5
+        floor = EXCESS * max(rounding, _median_distance(perturbed[0], again[0]))
+        replayed = actual if is_tail else _result_of_replay(watch, run, index)
+        # The input is the same, but a replay with kept results took them from another one.
+        if replayed and _median_distance(again[0], replayed) > (floor if step.keepers else EXCESS * rounding):
+            raise not_the_same(half_block.name, "and different ones each time")
+        if not half_block.coupling.is_additive and not is_tail:
+            floor *= _magnification(run, index, streams)
+        if not _median_distance(actual, expected) > floor:
             return
     raise not_the_same(half_block.name, "which rounding of its input does not explain")
 
@@ -195,6 +209,37 @@ def _stream_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change:
     """Return a digest of the stream that half-block `index` computes from the streams before it."""
     step = run.steps[index]
     return digest_of(step.redo(run, _perturbed(streams, step.half_block, change)))
+
+
+def _result_of_replay(watch: "AgreementWatch", run: "Rebuilder", index: int) -> Digest:
+    """Return a digest of what half-block `index` made of the rebuilt streams, apart from the error of its result.
+
+    Undoing it took the result of the replay from the stream, so putting it back gives the stream of the forward pass.
+    """
+    half_blocks = run.chain.chain.half_blocks
+    target = half_blocks[index].target
+    later = [other for other in watch.before if other > index and half_blocks[other].target == target]
+    return watch.before[min(later)] if later else watch.final.get(target, [])
+
+
+def _magnification(run: "Rebuilder", index: int, streams: StreamSnapshot) -> float:
+    """Return the factor by which undoing half-block `index` magnifies an error of the stream that it updates."""
+    step = run.steps[index]
+    with _checking(run, index):
+        y = step.redo(run, fork(streams))
+        changed = y * (1 + torch.finfo(y.dtype).eps ** 0.25)  # Enough to be seen next to a residual that is larger.
+        after = [digest_of(y), digest_of(changed)]
+        before = [_undone(run, index, streams, result) for result in (y, changed)]
+    return _median_distance(*before) / (_median_distance(*after) or math.inf)
+
+
+def _undone(run: "Rebuilder", index: int, streams: StreamSnapshot, y: Tensor) -> Digest:
+    """Return a digest of the stream before half-block `index`, if the stream after it is `y`, which is overwritten."""
+    copy, target = fork(streams), run.steps[index].half_block.target
+    copy.put(target, y)
+    copy.position = index + 1
+    run.steps[index].undo(run, copy, fill=False)
+    return digest_of(copy.read(target))
 
 
 def _tail_again(run: "Rebuilder", index: int, streams: StreamSnapshot, change: Change) -> Digest:
